@@ -1,0 +1,41 @@
+# `make demo` and `make test` work on a machine that has only Python and make: they set up .venv themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+OUT ?= out
+
+.PHONY: help demo test test-slow check comi clean
+
+help:
+	@echo "make demo       faithful guide for a gene network against the exact answer (tables, pictures in $(OUT)/)"
+	@echo "make test       the test suite (doctests included)"
+	@echo "make test-slow  the long tests"
+	@echo "make check      ruff and mypy"
+	@echo "make comi       the study of the CoMI paper (restartable; writes docs/results/comi.md)"
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit('Python >= 3.10 is needed; set PYTHON=...' if sys.version_info < (3, 10) else 0)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/quickstart.py --out $(OUT)/quickstart
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+check: $(STAMP)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+comi: $(STAMP)
+	$(BIN)/python examples/binary_tree.py --study --out docs/results
+
+clean:
+	rm -rf $(VENV) $(OUT) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,3 @@
+"""Faithful inverses and graphical flows for Pyro."""
+
+__version__ = "0.1.0"

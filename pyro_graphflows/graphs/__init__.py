@@ -1,0 +1,1 @@
+"""Bayesian networks as graphs: structure, inversion, separation and exact linear-Gaussian answers."""

@@ -1,0 +1,1 @@
+"""Guides compiled from the faithful inverse of a model."""

@@ -1,0 +1,1 @@
+"""Masked networks: layers, multilayer perceptrons, activations and Lipschitz bounds."""

@@ -1,0 +1,1 @@
+"""Exact answers and contract checks for people who extend the package."""

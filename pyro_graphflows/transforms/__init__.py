@@ -1,0 +1,1 @@
+"""Residual flows whose Jacobians follow a graph."""
