@@ -1,0 +1,270 @@
+"""The structure of a Bayesian network: who depends on whom, and what is observed.
+
+A *model graph* is a directed acyclic graph over the random variables of a model. Each node has a role:
+
+- *latent*: a variable whose posterior is wanted;
+- *observed*: a variable with data;
+- *input*: a covariate, known but without a density (a root that counts as observed);
+- *marginalised*: a variable that is summed or integrated out before inference.
+
+Nodes may live in *plates* (repetition), named from outer to inner, and have an event size (the number of
+scalars of one copy). As an example, the regression ``w ~ N(0, 1)``, ``y_n ~ N(w * x_n, 1)`` has the edges
+``w -> y`` and ``x -> y``, observed ``y``, input ``x``, and the plate ``data`` around ``x`` and ``y``.
+"""
+
+from collections.abc import Hashable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import networkx as nx
+
+from pyro_graphflows.errors import GraphflowsError, NotADAGError
+
+__all__ = ["ModelGraph", "Node"]
+
+Node = Hashable
+
+ROLES = ("latent", "observed", "input", "marginalised")
+
+
+def listed(names: Iterable[Node]) -> str:
+    return ", ".join(sorted(map(str, names)))
+
+
+def _as_names(names: Iterable[Node] | str, what: str) -> tuple[Node, ...]:
+    if isinstance(names, str):
+        raise GraphflowsError(
+            f"Expected a collection of node names for {what}; got the string {names!r}. Use [{names!r}]."
+        )
+    return tuple(dict.fromkeys(names))
+
+
+def topological_order(graph: nx.DiGraph) -> tuple[Node, ...]:
+    """Return the topological order of a DAG in which ties follow the order of insertion.
+
+    Args:
+        graph: A directed graph.
+
+    Returns:
+        Every node once, parents before children.
+
+    Raises:
+        NotADAGError: If ``graph`` has a directed cycle. The message lists one.
+
+    Example:
+        >>> topological_order(nx.DiGraph([("b", "c"), ("a", "c")]))
+        ('b', 'a', 'c')
+    """
+    rank = {node: i for i, node in enumerate(graph)}
+    try:
+        return tuple(nx.lexicographical_topological_sort(graph, key=rank.__getitem__))
+    except nx.NetworkXUnfeasible:
+        cycle = [edge[0] for edge in nx.find_cycle(graph)]
+        path = " -> ".join(map(str, [*cycle, cycle[0]]))
+        raise NotADAGError(f"Expected a directed acyclic graph; got the cycle {path}.") from None
+
+
+class ModelGraph:
+    r"""An immutable, validated Bayesian-network structure.
+
+    Args:
+        graph: A directed graph, or an iterable of edges (parent, child). Nodes without an edge may be given
+            in a digraph, or by naming them in any of the other arguments.
+        observed: The names of the observed nodes.
+        inputs: The names of the covariates: roots without a density that are always known.
+        marginalised: The names of the unobserved nodes that are summed or integrated out.
+        event_sizes: The number of scalars of one copy of a node; 1 where nothing is said.
+        plates: The names of the plates around a node, outer to inner; none where nothing is said.
+
+    Raises:
+        NotADAGError: If there is a directed cycle. The message lists one.
+        GraphflowsError: If a name is unknown, a node has two roles, an input has parents, or an event size is
+            not a positive integer. The message lists the nodes.
+
+    Example:
+        >>> graph = ModelGraph([("w", "y"), ("x", "y")], observed=["y"], inputs=["x"], plates={"y": ["data"]})
+        >>> graph.latent, graph.parents("y"), graph.plates["y"]
+        (('w',), ('w', 'x'), ('data',))
+    """
+
+    __slots__ = ("_children", "_event_sizes", "_hash", "_nodes", "_parents", "_plates", "_roles")
+
+    def __init__(
+        self,
+        graph: nx.DiGraph | Iterable[tuple[Node, Node]],
+        observed: Iterable[Node],
+        *,
+        inputs: Iterable[Node] = (),
+        marginalised: Iterable[Node] = (),
+        event_sizes: Mapping[Node, int] | None = None,
+        plates: Mapping[Node, Iterable[str]] | None = None,
+    ) -> None:
+        named = {
+            "observed": _as_names(observed, "observed"),
+            "input": _as_names(inputs, "inputs"),
+            "marginalised": _as_names(marginalised, "marginalised"),
+        }
+        event_sizes = dict(event_sizes or {})
+        plate_names = {
+            node: tuple(map(str, _as_names(names, f"the plates of {node}")))
+            for node, names in (plates or {}).items()
+        }
+        dag = nx.DiGraph()
+        if isinstance(graph, nx.Graph):
+            if not graph.is_directed() or graph.is_multigraph():
+                raise GraphflowsError(f"Expected a networkx.DiGraph; got a {type(graph).__name__}.")
+            dag.add_nodes_from(graph)
+            dag.add_edges_from(graph.edges())
+            mentioned = (
+                {node for names in named.values() for node in names} | set(event_sizes) | set(plate_names)
+            )
+            unknown = mentioned - set(dag)
+            if unknown:
+                raise GraphflowsError(
+                    f"Expected names of nodes of the graph; got unknown {listed(unknown)}. "
+                    f"The nodes are {listed(dag)}."
+                )
+        else:
+            dag.add_edges_from((parent, child) for parent, child in graph)
+            for names in (*named.values(), event_sizes, plate_names):
+                dag.add_nodes_from(names)
+
+        roles = dict.fromkeys(dag, "latent")
+        twice = set()
+        for role, names in named.items():
+            for node in names:
+                if roles[node] != "latent":
+                    twice.add(node)
+                roles[node] = role
+        if twice:
+            raise GraphflowsError(f"Expected one role for each node; got two for {listed(twice)}.")
+        with_parents = [node for node in named["input"] if dag.in_degree(node)]
+        if with_parents:
+            raise GraphflowsError(
+                f"Expected inputs without parents; {listed(with_parents)} have some. "
+                "A node that depends on others is observed or latent."
+            )
+        wrong = [node for node, size in event_sizes.items() if not (isinstance(size, int) and size >= 1)]
+        if wrong:
+            raise GraphflowsError(
+                f"Expected event sizes that are positive integers; not so for {listed(wrong)}."
+            )
+
+        nodes = topological_order(dag)
+        rank = {node: i for i, node in enumerate(nodes)}
+        self._nodes = nodes
+        self._parents = {node: tuple(sorted(dag.predecessors(node), key=rank.__getitem__)) for node in nodes}
+        self._children = {node: tuple(sorted(dag.successors(node), key=rank.__getitem__)) for node in nodes}
+        self._roles = {node: roles[node] for node in nodes}
+        self._event_sizes = {node: event_sizes.get(node, 1) for node in nodes}
+        self._plates = {node: plate_names.get(node, ()) for node in nodes}
+        self._hash: int | None = None
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """All nodes, parents before children; ties in order of insertion. Called *graph order* elsewhere."""
+        return self._nodes
+
+    @property
+    def latent(self) -> tuple[Node, ...]:
+        """The latent nodes in graph order."""
+        return self._with_role("latent")
+
+    @property
+    def observed(self) -> tuple[Node, ...]:
+        """The observed nodes in graph order."""
+        return self._with_role("observed")
+
+    @property
+    def inputs(self) -> tuple[Node, ...]:
+        """The inputs (covariates) in graph order."""
+        return self._with_role("input")
+
+    @property
+    def marginalised(self) -> tuple[Node, ...]:
+        """The marginalised nodes in graph order."""
+        return self._with_role("marginalised")
+
+    @property
+    def event_sizes(self) -> Mapping[Node, int]:
+        """The number of scalars of one copy of each node."""
+        return MappingProxyType(self._event_sizes)
+
+    @property
+    def plates(self) -> Mapping[Node, tuple[str, ...]]:
+        """The plates around each node, outer to inner."""
+        return MappingProxyType(self._plates)
+
+    @property
+    def edges(self) -> tuple[tuple[Node, Node], ...]:
+        """The edges (parent, child), by child in graph order."""
+        return tuple((parent, node) for node in self._nodes for parent in self._parents[node])
+
+    def _with_role(self, role: str) -> tuple[Node, ...]:
+        return tuple(node for node in self._nodes if self._roles[node] == role)
+
+    def _known(self, name: Node) -> Node:
+        if name not in self._roles:
+            raise GraphflowsError(
+                f"Expected a node of the graph; got {name!r}. The nodes are {listed(self._nodes)}."
+            )
+        return name
+
+    def role(self, name: Node) -> str:
+        """Return ``"latent"``, ``"observed"``, ``"input"`` or ``"marginalised"``."""
+        return self._roles[self._known(name)]
+
+    def parents(self, name: Node) -> tuple[Node, ...]:
+        """Return the parents of a node in graph order."""
+        return self._parents[self._known(name)]
+
+    def children(self, name: Node) -> tuple[Node, ...]:
+        """Return the children of a node in graph order."""
+        return self._children[self._known(name)]
+
+    def to_networkx(self) -> nx.DiGraph:
+        """Return a new digraph whose nodes carry ``role``, ``event_size`` and ``plates``."""
+        dag = nx.DiGraph()
+        for node in self._nodes:
+            dag.add_node(
+                node, role=self._roles[node], event_size=self._event_sizes[node], plates=self._plates[node]
+            )
+        dag.add_edges_from(self.edges)
+        return dag
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._roles
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def _key(self) -> tuple[Any, ...]:
+        return (
+            frozenset(self.edges),
+            frozenset(self._roles.items()),
+            frozenset(self._event_sizes.items()),
+            frozenset(self._plates.items()),
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ModelGraph) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        if self._hash is None:
+            self._hash = hash(self._key())
+        return self._hash
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Hashes of strings differ between processes.
+        return {name: getattr(self, name) for name in self.__slots__ if name != "_hash"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "_hash", None)
+
+    def __repr__(self) -> str:
+        parts = [f"{len(self.latent)} latent", f"{len(self.observed)} observed"]
+        parts += [f"{len(self.inputs)} inputs"] if self.inputs else []
+        parts += [f"{len(self.marginalised)} marginalised"] if self.marginalised else []
+        return f"ModelGraph({', '.join(parts)}, {len(self.edges)} edges)"

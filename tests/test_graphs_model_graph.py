@@ -1,0 +1,120 @@
+import copy
+import pickle
+
+import networkx as nx
+import pytest
+
+from pyro_graphflows.errors import GraphflowsError, NotADAGError
+from pyro_graphflows.graphs.inverse_graph import InverseGraph
+from pyro_graphflows.graphs.model_graph import ModelGraph
+
+
+@pytest.fixture
+def student():
+    edges = ["DG", "IG", "IS", "GH", "GL", "SJ", "LJ", "JH"]
+    return ModelGraph([tuple(edge) for edge in edges], observed=["J", "H"])
+
+
+def test_roles_and_order(student):
+    assert student.latent == ("D", "I", "G", "S", "L")
+    assert student.observed == ("J", "H")
+    assert student.parents("J") == ("S", "L")
+    assert student.children("G") == ("L", "H")
+    assert student.role("J") == "observed"
+    for parent, child in student.edges:
+        assert student.nodes.index(parent) < student.nodes.index(child)
+
+
+def test_the_callers_graph_is_copied():
+    dag = nx.DiGraph([("a", "b")])
+    graph = ModelGraph(dag, observed=["b"])
+    dag.add_edge("b", "c")
+    assert graph.nodes == ("a", "b")
+    graph.to_networkx().remove_node("a")
+    assert graph.nodes == ("a", "b")
+
+
+def test_immutable(student):
+    with pytest.raises(TypeError):
+        student.event_sizes["D"] = 3
+    with pytest.raises(AttributeError):
+        student.latent = ()
+
+
+def test_round_trip_and_equality(student):
+    for other in (pickle.loads(pickle.dumps(student)), copy.deepcopy(student)):
+        assert other == student
+        assert hash(other) == hash(student)
+    again = ModelGraph(student.to_networkx(), observed=["H", "J"])
+    assert again == student
+    assert again != ModelGraph(student.to_networkx(), observed=["H"])
+
+
+def test_isolated_nodes_and_attributes():
+    graph = ModelGraph([], observed=["x"], event_sizes={"z": 3}, plates={"x": ["outer", "inner"]})
+    assert set(graph.nodes) == {"x", "z"}
+    data = graph.to_networkx().nodes
+    assert data["z"] == {"role": "latent", "event_size": 3, "plates": ()}
+    assert data["x"]["plates"] == ("outer", "inner")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        (
+            {"graph": [("a", "b"), ("b", "c"), ("c", "a")], "observed": []},
+            NotADAGError,
+            r"cycle \w -> \w -> \w -> \w",
+        ),
+        ({"graph": [("a", "a")], "observed": []}, NotADAGError, "cycle a -> a"),
+        ({"graph": nx.DiGraph([("a", "b")]), "observed": ["q"]}, GraphflowsError, "unknown q"),
+        ({"graph": nx.Graph([("a", "b")]), "observed": []}, GraphflowsError, r"Expected a networkx.DiGraph"),
+        ({"graph": [("a", "b")], "observed": ["b"], "inputs": ["b"]}, GraphflowsError, "two for b"),
+        ({"graph": [("a", "b")], "observed": [], "inputs": ["b"]}, GraphflowsError, "b have some"),
+        ({"graph": [("a", "b")], "observed": "ab"}, GraphflowsError, "got the string"),
+        ({"graph": [("a", "b")], "observed": [], "event_sizes": {"a": 0}}, GraphflowsError, "not so for a"),
+    ],
+)
+def test_bad_input_is_named(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        ModelGraph(**kwargs)
+
+
+def test_unknown_name_is_named(student):
+    with pytest.raises(GraphflowsError, match="got 'Q'"):
+        student.parents("Q")
+
+
+def test_inverse_levels_and_how():
+    graph = ModelGraph(
+        [("m", "z"), ("z", "x"), ("m", "k")],
+        observed=["x"],
+        plates={"z": ["data"], "x": ["data"]},
+    )
+    inverse = InverseGraph(graph, {"m": ["x"], "z": ["m", "x"], "k": ["m"]})
+    assert inverse.levels == (("m",), ("z", "k"))
+    assert inverse.how == {
+        ("x", "m"): "pooled",
+        ("m", "z"): "broadcast",
+        ("x", "z"): "same",
+        ("m", "k"): "same",
+    }
+    assert set(inverse.to_networkx().edges) == {("x", "m"), ("m", "z"), ("x", "z"), ("m", "k")}
+
+
+@pytest.mark.parametrize(
+    ("parents", "kwargs", "message"),
+    [
+        ({"a": ["x"]}, {}, "missing: b"),
+        ({"a": ["x"], "b": [], "x": []}, {}, "not latent: x"),
+        ({"a": ["q"], "b": []}, {}, "got q"),
+        ({"a": ["b"], "b": ["a"]}, {}, "cycle"),
+        ({"a": ["b"], "b": []}, {"sampling_order": ["a", "b"]}, "b -> a"),
+        ({"a": ["b"], "b": []}, {"sampling_order": ["a"]}, "sampling order of the latent nodes a, b"),
+        ({"a": ["x"], "b": []}, {"how": {("x", "a"): "somehow"}}, "Expected one of"),
+    ],
+)
+def test_bad_inverse_is_named(parents, kwargs, message):
+    graph = ModelGraph([("a", "x"), ("b", "x")], observed=["x"])
+    with pytest.raises(GraphflowsError, match=message):
+        InverseGraph(graph, parents, **kwargs)
