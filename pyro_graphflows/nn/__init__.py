@@ -1,1 +1,18 @@
-"""Masked networks: layers, multilayer perceptrons, activations and Lipschitz bounds."""
+"""Networks whose outputs depend on promised inputs only."""
+
+from pyro_graphflows.nn.activations import ELU, Activation, LipMish, LipSwish, ReLU, Tanh, make_activation
+from pyro_graphflows.nn.linear import MaskedLinear
+from pyro_graphflows.nn.mlp import LevelEvaluation, MaskedMLP
+
+__all__ = [
+    "ELU",
+    "Activation",
+    "LevelEvaluation",
+    "LipMish",
+    "LipSwish",
+    "MaskedLinear",
+    "MaskedMLP",
+    "ReLU",
+    "Tanh",
+    "make_activation",
+]
