@@ -395,7 +395,7 @@ class LinearGaussianNetwork:
 
 
 def _check_known(names: Iterable[str], known: Mapping[str, Any], what: str) -> None:
-    unknown = set(names) - set(known)
+    unknown = {name for name in names if name not in known}
     if unknown:
         raise GraphflowsError(
             f"Expected names of nodes of the network in {what}; got unknown {listed(unknown)}. "
