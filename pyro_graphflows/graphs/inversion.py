@@ -39,6 +39,7 @@ References:
     [2] A. Stuhlmüller, J. Taylor and N. Goodman (2013), Learning stochastic inverses.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -75,8 +76,9 @@ def faithful_inverse(graph: ModelGraph, order: str | Iterable[Node] = "auto") ->
         The inverse; its ``order`` is the name of the rule (of the winner for ``"auto"``, ``"custom"`` for
         a sequence).
 
-    Raises: GraphflowsError: If ``graph`` is no ModelGraph, ``order`` is no known name, or a sequence is not
-        one of all latent nodes or has an outer site before one in its plates.
+    Raises:
+        GraphflowsError: If ``graph`` is no ModelGraph, ``order`` is no known name, or a sequence is not one
+            of all latent nodes or has an outer site before one in plates inside its own.
 
     Example:
         >>> graph = ModelGraph([("a", "x"), ("b", "x")], observed=["x"])
@@ -86,7 +88,7 @@ def faithful_inverse(graph: ModelGraph, order: str | Iterable[Node] = "auto") ->
     _check(graph)
     inversion = _Inversion(graph)
     if not isinstance(order, str):
-        return inversion.finish(inversion.follow(_as_sequence(graph, order)), "custom")
+        return inversion.finish(inversion.follow(inversion.as_sequence(order)), "custom")
     if order in RULES:
         draft = inversion.run(order)
         assert draft is not None
@@ -175,6 +177,33 @@ class _Inversion:
             draft.add(site, *self._take(eliminator, site))
         return draft
 
+    def as_sequence(self, order: Iterable[Node]) -> list[int]:
+        """Check an elimination sequence and return it as positions."""
+        position = {name: i for i, name in enumerate(self.graph.nodes)}
+        names = list(order)
+        missing, unknown = set(self.graph.latent) - set(names), set(names) - set(self.graph.latent)
+        if missing or unknown or len(names) != len(self.graph.latent):
+            twice = {name for name, times in Counter(names).items() if times > 1}
+            raise GraphflowsError(
+                f"Expected an elimination sequence of all latent nodes, each once; missing: "
+                f"{listed(missing) or 'none'}; not latent: {listed(unknown) or 'none'}; "
+                f"more than once: {listed(twice) or 'none'}."
+            )
+        sequence = [position[name] for name in names]
+        early: dict[frozenset[str], Node] = {}  # plates -> the first site in exactly these
+        barren = set(self.barren)
+        for site, name in zip(sequence, names, strict=True):
+            if site not in barren:
+                plates = frozenset(self.graph.plates[name])
+                outer = [other for other in early if other < plates]
+                if outer:
+                    raise GraphflowsError(
+                        f"Expected an elimination sequence with inner sites before outer ones; got {name} "
+                        f"(in {', '.join(self.graph.plates[name])}) after {early[outer[0]]}."
+                    )
+                early.setdefault(plates, name)
+        return sequence
+
     def _take(self, eliminator: Eliminator, site: int) -> tuple[list[int], tuple[str, ...]]:
         """Eliminate all copies of a site; return the sites around them and the plates that couple them."""
         copies = self.expansion.copies[site]
@@ -227,13 +256,32 @@ class _Inversion:
             depth[site] = 1 + max((depth[p] for p in draft.parents[site] if p in depth), default=0)
         return max(depth.values(), default=0)
 
+    def _sampling_order(self, draft: _Draft) -> list[int]:
+        """Return the reverse of the elimination, but barren sites before those in plates inside theirs."""
+        order = draft.sequence[::-1]
+        plates = {site: frozenset(self.graph.plates[self.graph.nodes[site]]) for site in order}
+        if len(set(plates.values())) <= 1:
+            return order
+        barren = set(self.barren)
+        waiting = [site for site in order if site in barren]
+        placed: dict[int, None] = {}
+        for site in (site for site in order if site not in barren):
+            for other in list(waiting):
+                ready = all(parent in placed for parent in draft.parents[other] if parent in plates)
+                if ready and plates[other] < plates[site]:
+                    placed[other] = None
+                    waiting.remove(other)
+            placed[site] = None
+        return [*placed, *waiting]
+
     def finish(self, draft: _Draft, order: str) -> InverseGraph:
         names = self.graph.nodes
+        sampling_order = draft.sequence[::-1] if order == "custom" else self._sampling_order(draft)
         return InverseGraph(
             self.graph,
             {names[site]: [names[p] for p in parents] for site, parents in draft.parents.items()},
             order=order,
-            sampling_order=[names[site] for site in reversed(draft.sequence)],
+            sampling_order=[names[site] for site in sampling_order],
             coupled={names[site]: plates for site, plates in draft.coupled.items()},
         )
 
@@ -244,20 +292,6 @@ def _check(graph: ModelGraph) -> None:
             f"Expected a ModelGraph; got a {type(graph).__name__}. "
             "Use ModelGraph(graph, observed=...), which says what is observed."
         )
-
-
-def _as_sequence(graph: ModelGraph, order: Iterable[Node]) -> list[int]:
-    position = {name: i for i, name in enumerate(graph.nodes)}
-    names = list(order)
-    missing, unknown = set(graph.latent) - set(names), set(names) - set(graph.latent)
-    if missing or unknown or len(names) != len(graph.latent):
-        twice = {name for name in names if names.count(name) > 1}
-        raise GraphflowsError(
-            f"Expected an elimination sequence of all latent nodes, each once; missing: "
-            f"{listed(missing) or 'none'}; not latent: {listed(unknown) or 'none'}; "
-            f"more than once: {listed(twice) or 'none'}."
-        )
-    return [position[name] for name in names]
 
 
 def _through_marginalised(graph: ModelGraph) -> dict[Node, set[Node]]:
@@ -301,11 +335,7 @@ def stochastic_inverse(graph: ModelGraph) -> InverseGraph:
         for child in below[name]:
             if child in parents:
                 parents[child].add(name)
-    return InverseGraph(graph, parents, order="stochastic", sampling_order=_model_order(graph)[::-1])
-
-
-def _model_order(graph: ModelGraph) -> list[Node]:
-    return list(graph.latent)
+    return InverseGraph(graph, parents, order="stochastic", sampling_order=graph.latent[::-1])
 
 
 def fully_connected_inverse(graph: ModelGraph) -> InverseGraph:
