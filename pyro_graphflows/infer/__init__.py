@@ -1,1 +1,14 @@
 """Training and evaluation of guides."""
+
+from pyro_graphflows.infer.diagnostics import effective_sample_size, psis_khat
+from pyro_graphflows.infer.evidence import Evidence, importance_log_weights, log_evidence
+from pyro_graphflows.infer.inference_compilation import InferenceCompilation
+
+__all__ = [
+    "Evidence",
+    "InferenceCompilation",
+    "effective_sample_size",
+    "importance_log_weights",
+    "log_evidence",
+    "psis_khat",
+]

@@ -1,0 +1,169 @@
+"""Joint samples of a model, and a guide run on them.
+
+The conventions are those of :class:`pyro.infer.CSIS`: the model runs with its observed sites unconditioned,
+and the guide is called with the same arguments and ``observations={site: value}``. Which sites count as
+observed is settled once:
+
+1. those named by the caller, else
+2. those that are observed in the call (``obs=`` with a value, which only tells its shape), else
+3. those that ``guide.model_graph`` has as observed, if the guide has one, else
+4. those sites of the model that the guide does not sample.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.util import prune_subsample_sites, site_is_factor
+
+from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
+from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.infer.particles import (
+    Program,
+    Site,
+    all_sites,
+    count_plate_dims,
+    density_sites,
+    plates_of,
+)
+
+__all__ = ["JointLayout", "joint_layout", "run_guide", "sample_joint"]
+
+
+@dataclass(frozen=True)
+class JointLayout:
+    """What is the same in each joint sample of a model.
+
+    Attributes:
+        observed: The sites whose values the guide is given.
+        max_plate_nesting: The number of dimensions that the plates of the model and the guide take.
+    """
+
+    observed: tuple[str, ...]
+    max_plate_nesting: int
+
+
+def joint_layout(
+    model: Program,
+    guide: Program,
+    args: Iterable[Any],
+    kwargs: dict[str, Any],
+    observed: Iterable[str] | None = None,
+    max_plate_nesting: int | None = None,
+) -> JointLayout:
+    """Run a model unconditioned and the guide on the result; refuse what would be silently wrong.
+
+    Args:
+        model: A Pyro model.
+        guide: A guide that takes ``observations=``.
+        args: Their positional arguments.
+        kwargs: Their keyword arguments.
+        observed: The observed sites, if the caller names them.
+        max_plate_nesting: The number of dimensions of plates, if the caller knows it.
+
+    Returns:
+        What later runs need to know.
+
+    Raises:
+        GraphflowsError: If ``observed`` names a site that the model lacks.
+        UnsupportedModelError: If samples of the unconditioned model are not samples of its joint density
+            (``pyro.factor``, ``poutine.scale``), or if the guide has a site that is not a latent site of the
+            model.
+    """
+    args = tuple(args)
+    with torch.no_grad(), poutine.block():
+        model_trace = sample_joint(model, args, kwargs)
+        _require_prior_is_model(model_trace)
+        names = [name for name, _ in density_sites(model_trace)]
+        given = _observed_sites(model_trace, guide, observed)
+        guide_trace = run_guide(guide, model_trace, given or names, args, kwargs)
+    sampled = [name for name, site in density_sites(guide_trace) if not site["is_observed"]]
+    observed = given or [name for name in names if name not in sampled]
+    extra = sorted(set(sampled) - (set(names) - set(observed)))
+    if extra:
+        raise UnsupportedModelError(
+            f"Expected each site of the guide to be a latent site of the model; got {extra}. With auxiliary "
+            "sites the guide has no density q(z | x) at given values."
+        )
+    if max_plate_nesting is None:
+        max_plate_nesting = count_plate_dims(model_trace, guide_trace)
+    return JointLayout(tuple(observed), max_plate_nesting)
+
+
+def sample_joint(model: Program, args: Iterable[Any], kwargs: dict[str, Any]) -> poutine.Trace:
+    """Return a trace of the model that ignores every observation; sites of subsampling are kept."""
+    return poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
+
+
+def run_guide(
+    guide: Callable[..., Any],
+    joint: poutine.Trace,
+    observed: Iterable[str],
+    args: Iterable[Any],
+    kwargs: dict[str, Any],
+    *,
+    replay: bool = True,
+) -> poutine.Trace:
+    """Run a guide on the observed values of a joint sample.
+
+    Args:
+        guide: A guide that takes ``observations=``.
+        joint: A trace of :func:`sample_joint`.
+        observed: The names of the observed sites.
+        args: Positional arguments of the guide.
+        kwargs: Keyword arguments of the guide.
+        replay: Whether the guide's sites get the sampled latent values; else the guide draws its own.
+
+    Returns:
+        The trace of the guide, without sites of subsampling (whose indices are always those of ``joint``).
+    """
+    observations = {name: joint.nodes[name]["value"] for name in observed}
+    source = joint
+    if not replay:
+        source = joint.copy()
+        for name, _ in all_sites(joint):
+            source.remove_node(name)
+    call = {**kwargs, "observations": observations}
+    trace = poutine.trace(poutine.replay(guide, trace=source)).get_trace(*args, **call)
+    return prune_subsample_sites(trace)
+
+
+def _observed_sites(trace: poutine.Trace, guide: Program, observed: Iterable[str] | None) -> list[str]:
+    names = [name for name, _ in density_sites(trace)]
+    if observed is not None:
+        observed = list(observed)
+        unknown = sorted(set(observed) - set(names))
+        if unknown:
+            raise GraphflowsError(f"Expected observed sites among {sorted(names)}; got {unknown}.")
+        return observed
+    given = [name for name, site in density_sites(trace) if "was_observed" in site["infer"]]
+    if not given:
+        graph = getattr(guide, "model_graph", None)
+        if isinstance(graph, ModelGraph):
+            given = [name for name in graph.observed if name in names]
+    return given
+
+
+def _require_prior_is_model(trace: poutine.Trace) -> None:
+    for name, site in all_sites(trace):
+        if site_is_factor(site):
+            raise UnsupportedModelError(
+                f"Site {name!r} is a pyro.factor: samples of the model without it are not samples of its "
+                "joint density. Train with an ELBO instead."
+            )
+        if not _is_plate_scale(site):
+            raise UnsupportedModelError(
+                f"Site {name!r} is scaled by poutine.scale: samples of the model are not samples of the "
+                "scaled density. Remove the scale, or train with an ELBO."
+            )
+
+
+def _is_plate_scale(site: Site) -> bool:
+    """Return whether a site's scale is that of the subsampled plates around it."""
+    expected = 1.0
+    for frame in plates_of(site):
+        if frame.full_size is not None:
+            expected *= frame.full_size / frame.size
+    return bool(torch.isclose(torch.as_tensor(site["scale"] / expected), torch.tensor(1.0)).all())

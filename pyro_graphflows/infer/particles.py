@@ -1,0 +1,344 @@
+r"""Running a model and a guide for many particles at once, and reading the runs datum by datum.
+
+Every estimator of this subpackage draws :math:`K` particles by one call of the guide and one of the model
+inside a :class:`pyro.plate` to the left of all plates of the model (dimension ``-1 - max_plate_nesting``).
+What is common to them lives here: one *prototype* run that finds the plates, the *data plate* (the plate
+whose elements are the data, one importance weight each), and the sums that reduce a site's log-density to
+that plate.
+
+A datum's weight :math:`p(x_n, z_n) / q(z_n \mid x_n)` only exists when every site of the model and the guide
+is inside the data plate: a site outside it belongs to all data at once. :func:`require_inside` says so,
+naming the site and the ways out.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.messenger import Messenger, unwrap
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
+from pyro.util import check_site_shape
+from torch import Tensor
+
+from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
+
+__all__ = [
+    "PARTICLES",
+    "Prototype",
+    "density_sites",
+    "evaluation_mode",
+    "find_data_plate",
+    "keep_dims",
+    "log_density",
+    "modules_of",
+    "particle_plate",
+    "prototype",
+    "require_full_plates",
+    "require_independent_particles",
+    "require_inside",
+    "run_pair",
+]
+
+Site = Any  # a site of a trace: Pyro's message, whose entries are typed too loosely to be of help
+Program = Callable[..., Any]
+
+PARTICLES = "num_particles_vectorized"  # Pyro's own name for the plate of particles
+
+
+@dataclass(frozen=True)
+class Prototype:
+    """What one run without particles tells about a pair of model and guide.
+
+    Attributes:
+        model_trace: The trace of the model against the guide's values, without subsampling sites.
+        guide_trace: The trace of the guide, without subsampling sites.
+        max_plate_nesting: The number of dimensions that the plates of both take, counted from the right.
+    """
+
+    model_trace: poutine.Trace
+    guide_trace: poutine.Trace
+    max_plate_nesting: int
+
+
+# ------------------------------------------------------------------------------------------- modes of modules
+def modules_of(*programs: object) -> list[torch.nn.Module]:
+    """Return the modules behind some callables: modules themselves, and those whose bound methods they are.
+
+    Pyro's effect handlers and :func:`functools.partial` are looked through. A module that a plain function
+    only mentions in its body cannot be found.
+    """
+    found: list[torch.nn.Module] = []
+    for program in programs:
+        inner: Any = program
+        while True:
+            unwrapped = unwrap(inner)
+            if isinstance(unwrapped, partial):
+                unwrapped = unwrapped.func
+            if unwrapped is inner:
+                break
+            inner = unwrapped
+        if not isinstance(inner, torch.nn.Module):
+            inner = getattr(inner, "__self__", None)
+        if isinstance(inner, torch.nn.Module) and all(inner is not module for module in found):
+            found.append(inner)
+    return found
+
+
+@contextmanager
+def evaluation_mode(*programs: object) -> Iterator[None]:
+    """Put the modules behind some callables into evaluation mode, and each submodule back afterwards."""
+    before = [(module, module.training) for root in modules_of(*programs) for module in root.modules()]
+    try:
+        for module, _ in before:
+            module.training = False
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+# ---------------------------------------------------------------------------------------------------- running
+def run_pair(
+    model: Program, guide: Program, args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[poutine.Trace, poutine.Trace]:
+    """Run the guide, then the model against its values; return both traces without subsampling sites."""
+    messenger = unwrap(guide)
+    if isinstance(messenger, Messenger):  # Pyro's effect-based guides make both traces themselves
+        guide(*args, **kwargs)
+        model_trace, guide_trace = messenger.get_traces()  # type: ignore[attr-defined]
+    else:
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+    return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+
+
+def particle_plate(program: Program, size: int, dim: int, name: str = PARTICLES) -> Program:
+    """Return ``program`` inside a plate of ``size`` particles at dimension ``dim``."""
+    return pyro.plate(name, size, dim=dim)(program)
+
+
+def prototype(
+    model: Program,
+    guide: Program,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    max_plate_nesting: int | None = None,
+) -> Prototype:
+    """Run the pair once, check that their sites agree, and count the dimensions of their plates.
+
+    Args:
+        model: A Pyro model.
+        guide: A guide for it.
+        args: Their positional arguments.
+        kwargs: Their keyword arguments.
+        max_plate_nesting: The number of dimensions, where it is known; else it is counted.
+
+    Returns:
+        The traces and the number of dimensions.
+
+    Raises:
+        UnsupportedModelError: If a latent site of the model is missing in the guide.
+    """
+    with poutine.block(), torch.no_grad():
+        model_trace, guide_trace = run_pair(model, guide, args, kwargs)
+    missing = [
+        name
+        for name, site in density_sites(model_trace)
+        if not site["is_observed"] and name not in guide_trace
+    ]
+    if missing:
+        raise UnsupportedModelError(
+            "Expected the guide to sample every latent site of the model; it does not sample "
+            f"{sorted(missing)}. Give the guide these sites, or sum them out of the model."
+        )
+    if is_validation_enabled():
+        for trace in (model_trace, guide_trace):
+            trace.compute_log_prob()
+            for _, site in density_sites(trace):
+                check_site_shape(site, max_plate_nesting=sys.maxsize)
+    if max_plate_nesting is None:
+        max_plate_nesting = count_plate_dims(model_trace, guide_trace)
+    return Prototype(model_trace, guide_trace, max_plate_nesting)
+
+
+def count_plate_dims(*traces: poutine.Trace) -> int:
+    """Return how many dimensions, from the right, the vectorised plates of some traces take."""
+    dims = [frame.dim or 0 for trace in traces for _, site in all_sites(trace) for frame in plates_of(site)]
+    return -min(dims, default=0)
+
+
+# ------------------------------------------------------------------------------------------------------ sites
+def all_sites(trace: poutine.Trace) -> Iterator[tuple[str, Site]]:
+    """Yield the sample statements of a trace, those of subsampling left out."""
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and not site_is_subsample(site):
+            yield name, site
+
+
+def density_sites(trace: poutine.Trace) -> Iterator[tuple[str, Site]]:
+    """Yield the sites of a trace that have a density: sample statements, ``pyro.deterministic`` left out."""
+    for name, site in all_sites(trace):
+        if not site["infer"].get("_deterministic"):
+            yield name, site
+
+
+def plates_of(site: Site) -> list[CondIndepStackFrame]:
+    """Return the vectorised plates around a site, outer to inner, those of particles left out."""
+    return [frame for frame in site["cond_indep_stack"] if frame.vectorized and not _is_particles(frame)]
+
+
+def log_density(site: Site) -> Tensor:
+    """Return the log-density of each batch element of a site, masked, without the scale of subsampling."""
+    if "unscaled_log_prob" not in site:
+        site["unscaled_log_prob"] = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    return scale_and_mask(site["unscaled_log_prob"], 1.0, site["mask"])
+
+
+def keep_dims(log_prob: Tensor, dims: Sequence[int]) -> Tensor:
+    """Sum a batch of log-densities over all dimensions but some.
+
+    Args:
+        log_prob: Log-densities of one site.
+        dims: The negative dimensions to keep, from left to right. One that the tensor lacks comes back with
+            size 1.
+
+    Returns:
+        A tensor with one dimension for each of ``dims``, in this order.
+    """
+    rank = max(log_prob.dim(), -min(dims, default=0))
+    log_prob = log_prob.reshape((1,) * (rank - log_prob.dim()) + tuple(log_prob.shape))
+    dropped = [dim for dim in range(-rank, 0) if dim not in dims]
+    return log_prob.sum(dropped) if dropped else log_prob
+
+
+# ------------------------------------------------------------------------------------------------- data plate
+def find_data_plate(
+    trace: poutine.Trace, data_plate: str | Literal[False] | None
+) -> CondIndepStackFrame | None:
+    """Return the plate whose elements are the data.
+
+    Args:
+        trace: The prototype trace of the model.
+        data_plate: Its name; ``None`` for the outermost vectorised plate that holds every observed site;
+            ``False`` to weigh the data set as a whole.
+
+    Returns:
+        The plate, or ``None`` where there is none or ``data_plate`` is false.
+
+    Raises:
+        GraphflowsError: If no plate has that name, or if several could be meant. The message names them.
+    """
+    if data_plate is False:
+        return None
+    sites_in: dict[str, set[str]] = {}
+    frames: dict[str, CondIndepStackFrame] = {}
+    for name, site in all_sites(trace):
+        for frame in plates_of(site):
+            sites_in.setdefault(frame.name, set()).add(name)
+            frames.setdefault(frame.name, frame)
+    if data_plate is not None:
+        if data_plate not in frames:
+            raise GraphflowsError(
+                f"Expected data_plate among the vectorised plates {sorted(frames)}; got {data_plate!r}."
+            )
+        return frames[data_plate]
+
+    observed = [name for name, site in density_sites(trace) if site["is_observed"]] or [
+        name for name, _ in density_sites(trace)
+    ]
+    common = [name for name in frames if sites_in[name].issuperset(observed)]
+    if not common and frames and any(sites_in[name].intersection(observed) for name in frames):
+        raise GraphflowsError(
+            f"No plate holds all observed sites {sorted(observed)}; candidates are {sorted(frames)}. "
+            "Name one as data_plate, or give data_plate=False to weigh the data set as a whole."
+        )
+    if not common:
+        return None
+    # the outermost holds whatever another one holds; of equal ones, the one that was entered first
+    outermost = max(common, key=lambda name: len(sites_in[name]))
+    if any(not sites_in[name] <= sites_in[outermost] for name in common):
+        raise GraphflowsError(
+            f"The plates {sorted(common)} all hold the observed sites and none is outside the others. "
+            "Name one as data_plate, or give data_plate=False to weigh the data set as a whole."
+        )
+    return frames[outermost]
+
+
+def require_inside(plate: str, traces: Iterable[poutine.Trace]) -> None:
+    """Raise unless every site with a density is inside the data plate.
+
+    Raises:
+        UnsupportedModelError: If one is outside; the message names the sites and the alternatives.
+    """
+    outside = sorted(
+        {name for trace in traces for name, site in density_sites(trace) if not _inside(site, plate)}
+    )
+    if outside:
+        raise UnsupportedModelError(
+            f"The sites {outside} are outside the data plate {plate!r}, so no datum has an importance weight of "
+            "its own: averaging over particles with different global values, datum by datum, can exceed "
+            "log p(x). Use data_plate=False (weigh the data set as a whole), IWAE_ELBO (a nested bound with "
+            "shared global draws), or poutine.condition on values of these sites."
+        )
+
+
+def require_full_plates(traces: Iterable[poutine.Trace]) -> None:
+    """Raise unless the densities are those of the model itself: no subsampling, no ``poutine.scale``.
+
+    Raises:
+        UnsupportedModelError: If a plate is subsampled or a site is scaled.
+    """
+    for trace in traces:
+        for name, site in density_sites(trace):
+            for frame in plates_of(site):
+                if frame.full_size is not None and frame.size != frame.full_size:
+                    raise UnsupportedModelError(
+                        f"The plate {frame.name!r} is subsampled ({frame.size} of {frame.full_size}): "
+                        "importance weights need every element. Run the model on the data of interest, with "
+                        "a plate of just these."
+                    )
+            if not _is_one(site["scale"]):
+                raise UnsupportedModelError(
+                    f"Site {name!r} is scaled by poutine.scale; a scaled density has no evidence. Remove the "
+                    "scale."
+                )
+
+
+def require_independent_particles(guide_trace: poutine.Trace, dim: int, size: int) -> None:
+    """Raise where all particles share one draw: averages over particles would be wrong, silently.
+
+    Raises:
+        UnsupportedModelError: If the guide's value at some site is one draw broadcast over the particles.
+    """
+    if size == 1:
+        return
+    for name, site in density_sites(guide_trace):
+        value, axis = site["value"], dim - site["fn"].event_dim
+        if site["is_observed"] or value.numel() == 0:
+            continue
+        if value.dim() < -axis or value.shape[axis] != size or value.stride(axis) == 0:
+            raise UnsupportedModelError(
+                f"Expected the guide to draw site {name!r} once per particle; all {size} particles share one "
+                "value. Draw it inside pyro.sample, at the batch shape of all enclosing plates."
+            )
+
+
+def _inside(site: Site, plate: str) -> bool:
+    return any(frame.name == plate for frame in site["cond_indep_stack"])
+
+
+def _is_particles(frame: CondIndepStackFrame) -> bool:
+    return frame.name == PARTICLES
+
+
+def _is_one(scale: Any) -> bool:
+    return bool((scale == 1).all()) if isinstance(scale, Tensor) else scale == 1
