@@ -1,0 +1,15 @@
+"""From a Pyro model to its Bayesian network, and joint samples of its sites."""
+
+from pyro_graphflows.inspect.arguments import ArgumentPath, get_argument
+from pyro_graphflows.inspect.model import Leak, TracedModel, get_model_graph, trace_model
+from pyro_graphflows.inspect.prior import sample_prior
+
+__all__ = [
+    "ArgumentPath",
+    "Leak",
+    "TracedModel",
+    "get_argument",
+    "get_model_graph",
+    "sample_prior",
+    "trace_model",
+]

@@ -1,0 +1,448 @@
+"""Which random variables a tensor depends on: taint through every way a value can take in PyTorch.
+
+A *taint* is a set of sources (sample sites, and regions of the tensors given as arguments), kept as the bits
+of a Python integer. Two interceptors see what happens to tainted tensors, and each covers what the other
+misses:
+
+- a function mode sees each call of the Python interface. Its results are tainted by all of its arguments, per
+  tensor object; this follows values through calls that copy behind the dispatcher (``torch.tensor(z)``),
+  through indices (``table[k]``), sparse tensors and the wrappers of ``torch.func``;
+- a dispatch mode, below it, sees each operator. It taints per *storage*, so that a write in place is seen
+  through every view, however it came about (``out=``, scripted and compiled functions, ``vmap``, custom
+  autograd).
+
+A tainted tensor that turns into something else than a tensor (``float(z)``, ``if z > 0``, ``z.numpy()``)
+escapes both: that is a *leak*, and it is recorded with its place in the user's code.
+"""
+
+import linecache
+import os
+import sys
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["Escape", "Region", "TaintTracker"]
+
+_LIBRARIES = tuple(
+    os.path.dirname(os.path.abspath(str(path))) + os.sep for path in (torch.__file__, pyro.__file__, __file__)
+)
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Results that carry shapes, never values.
+_SHAPE_ONLY = _names(
+    """zeros_like ones_like empty_like rand_like randn_like randint_like new_zeros new_ones new_empty
+    new_empty_strided empty_permuted"""
+)
+# Calls that read values from their first argument only, or from all but the first.
+_FIRST_ONLY = _names("expand_as view_as reshape_as type_as sum_to_size")
+_NOT_FIRST = _names("full_like new_full new_tensor")
+# Calls with one result for each argument: the dispatch mode keeps these apart, a union would not.
+_SIDE_BY_SIDE = _names("broadcast_tensors meshgrid atleast_1d atleast_2d atleast_3d align_tensors")
+# Calls whose result is no tensor and tells nothing about values (attributes appear under their own names).
+_METADATA = _names(
+    """dim ndim ndimension numel nelement size shape stride storage_offset element_size itemsize nbytes dtype
+    device layout requires_grad is_leaf grad_fn names has_names output_nr _version __len__ __hash__ __repr__
+    __str__ __format__ get_device register_hook retains_grad result_type can_cast promote_types dense_dim
+    sparse_dim __dlpack_device__ is_same_size is_cuda is_sparse is_sparse_csr is_quantized is_meta is_mps is_cpu
+    is_xpu is_mkldnn is_nested is_contiguous is_floating_point is_complex is_inference is_conj is_neg is_pinned
+    is_shared is_set_to is_distributed is_signed is_coalesced is_tensor is_storage _is_view _backward_hooks
+    _has_symbolic_sizes_strides dim_order _has_compatible_shallow_copy_type"""
+)
+# Operators that forget what their first argument held.
+_OVERWRITES = _names("copy_ fill_ zero_")
+_NO_VALUE = (
+    type(None),
+    type(NotImplemented),
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.Size,
+    torch.Generator,
+)
+
+
+class Region(NamedTuple):
+    """A view of a tensor given as an argument: the storage's address and the view's geometry."""
+
+    storage: int
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> "Region":
+        """Describe a strided tensor."""
+        return Region(
+            tensor.untyped_storage()._cdata,
+            int(tensor.storage_offset()),
+            tuple(tensor.size()),
+            tuple(tensor.stride()),
+        )
+
+
+class Escape(NamedTuple):
+    """A tainted tensor that became something else than a tensor.
+
+    ``taint`` tells the sources, ``moment`` how many sites had been sampled by then.
+    """
+
+    taint: int
+    operation: str
+    moment: int
+    filename: str
+    line: int
+    code: str
+
+
+def _place() -> tuple[str, int, str]:
+    """Return file, line and source text of the innermost frame outside PyTorch, Pyro and this package."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_back is not None:
+        if not os.path.abspath(frame.f_code.co_filename).startswith(_LIBRARIES):
+            break
+        frame = frame.f_back
+    filename, line = frame.f_code.co_filename, frame.f_lineno
+    return filename, line, linecache.getline(filename, line).strip()
+
+
+def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage | None:
+    """Return the storage of a tensor, or None where it has none (sparse tensors, wrappers of torch.func)."""
+    try:
+        return tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+class TaintTracker:
+    """Follows taints while it is active (a context manager).
+
+    Example:
+        >>> tracker = TaintTracker()
+        >>> z, buffer = torch.zeros(()), torch.zeros(3)
+        >>> tracker.set(z, tracker.bit("z"))
+        >>> with tracker:
+        ...     buffer[1] = z.exp()
+        >>> tracker.sources(tracker.of(buffer))
+        ['z']
+    """
+
+    def __init__(self) -> None:
+        self._bits: dict[Hashable, int] = {}
+        self._sources: list[Hashable] = []
+        self._by_storage: dict[int, tuple[StorageWeakRef, int]] = {}
+        # Taints that concern one tensor object but not its whole storage; the tensor is kept alive with its
+        # id.
+        self._by_object: dict[int, tuple[torch.Tensor, int]] = {}
+        self._arguments: dict[int, torch.UntypedStorage] = {}
+        self._absorbing: list[int] = []
+        self._stack = ExitStack()
+        self.escapes: list[Escape] = []
+        self.moment = 0
+        self.paused = False
+        self.depth = 0  # of calls that the function mode has under way
+        self.hidden = 0  # taints of scalars read inside the present call
+
+    def __enter__(self) -> "TaintTracker":
+        with ExitStack() as stack:
+            stack.enter_context(_FunctionMode(self))
+            stack.enter_context(_DispatchMode(self))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.__exit__(*exception)
+
+    def bit(self, source: Hashable) -> int:
+        """Return the taint that consists of one source."""
+        bit = self._bits.get(source)
+        if bit is None:
+            bit = self._bits[source] = 1 << len(self._sources)
+            self._sources.append(source)
+        return bit
+
+    def sources(self, taint: int) -> list[Any]:
+        """List the sources in a taint, in the order in which they appeared."""
+        found = []
+        while taint:
+            lowest = taint & -taint
+            found.append(self._sources[lowest.bit_length() - 1])
+            taint ^= lowest
+        return found
+
+    def set(self, tensor: torch.Tensor, taint: int) -> None:
+        """Give the storage of a tensor this taint and no other."""
+        self._by_object.pop(id(tensor), None)
+        storage = storage_of(tensor)
+        if storage is None:
+            self._by_object[id(tensor)] = (tensor, taint)
+        elif taint:
+            self._by_storage[storage._cdata] = (StorageWeakRef(storage), taint)
+        else:
+            self._by_storage.pop(storage._cdata, None)
+
+    def watch_argument(self, leaf: torch.Tensor) -> None:
+        """Taint a tensor by the region of itself that is read: views of it stay apart."""
+        storage = storage_of(leaf)
+        if storage is None:
+            self.set(leaf, self.bit(("argument", id(leaf))))
+        else:
+            self._arguments[storage._cdata] = storage
+
+    def is_argument(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies in the memory of an argument."""
+        storage = storage_of(tensor)
+        return storage is not None and storage._cdata in self._arguments
+
+    def of(self, value: Any) -> int:
+        """Return the taint of a tensor, or the union over a nested container of tensors."""
+        if isinstance(value, torch.Tensor):
+            return self._of_tensor(value)[0]
+        taint = 0
+        if isinstance(value, (tuple, list, set, frozenset)):
+            for item in value:
+                taint |= self.of(item)
+        elif isinstance(value, dict):
+            for item in value.values():
+                taint |= self.of(item)
+        elif isinstance(value, slice):
+            taint = self.of(value.start) | self.of(value.stop) | self.of(value.step)
+        return taint
+
+    def quietly_of(self, value: Any) -> int:
+        """Like :meth:`of`, while the tracker is active."""
+        with self.pause():
+            return self.of(value)
+
+    def _of_tensor(self, tensor: torch.Tensor) -> tuple[int, int, int | None]:
+        """Return the whole taint, the part that concerns the object alone, and the storage's address."""
+        entry = self._by_object.get(id(tensor))
+        own = entry[1] if entry is not None else 0
+        storage = storage_of(tensor)
+        if storage is None:
+            return own, own, None
+        key = storage._cdata
+        found = self._by_storage.get(key)
+        taint = own | found[1] if found is not None else own
+        if key in self._arguments:
+            taint |= self.bit(Region.of(tensor))
+        return taint, own, key
+
+    def add(self, tensor: torch.Tensor, taint: int) -> None:
+        """Add to the taint of a storage, so that every view of it has it."""
+        storage = storage_of(tensor)
+        if storage is None:
+            self._add_to_object(tensor, taint)
+            return
+        key = storage._cdata
+        found = self._by_storage.get(key)
+        if found is None:
+            self._by_storage[key] = (StorageWeakRef(storage), taint)
+        elif taint & ~found[1]:
+            self._by_storage[key] = (found[0], found[1] | taint)
+
+    def _add_to_object(self, tensor: torch.Tensor, taint: int) -> None:
+        entry = self._by_object.get(id(tensor))
+        self._by_object[id(tensor)] = (tensor, taint if entry is None else entry[1] | taint)
+
+    def flow(self, arguments: list[torch.Tensor], results: list[torch.Tensor], extra: int = 0) -> None:
+        """Let taints flow from the arguments of a call into its results.
+
+        A result in fresh memory gets the union. A result that is a view of an argument shares that argument's
+        storage, hence its taint, already; what it gets from the *other* arguments (an index, say) is its own.
+        """
+        known = [self._of_tensor(tensor) for tensor in arguments]
+        union = extra
+        for taint, _, _ in known:
+            union |= taint
+        if not union:
+            return
+        for result in results:
+            taint, _, key = self._of_tensor(result)
+            if not union & ~taint:
+                continue
+            if key is None:
+                self._add_to_object(result, union)
+            elif all(key != other for _, _, other in known):
+                self.add(result, union)
+            else:
+                rest = extra
+                for whole, own, other in known:
+                    rest |= own if other == key else whole
+                if rest & ~taint:
+                    self._add_to_object(result, rest)
+
+    def escape(self, taint: int, operation: str) -> None:
+        """Record that a tainted value left the tensors; inside a site's own code it concerns only that."""
+        if self._absorbing:
+            self._absorbing[-1] |= taint
+        else:
+            self.escapes.append(Escape(taint, operation, self.moment, *_place()))
+
+    def absorb(self) -> None:
+        """From here to :meth:`absorbed`, values that escape concern one site only."""
+        self._absorbing.append(0)
+
+    def absorbed(self) -> int:
+        """Return the taint of what escaped since :meth:`absorb`."""
+        return self._absorbing.pop()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Let operations pass unseen."""
+        before, self.paused = self.paused, True
+        try:
+            yield
+        finally:
+            self.paused = before
+
+
+def _tensors(values: Any, found: list[torch.Tensor]) -> list[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list, set, frozenset)):
+            _tensors(value, found)
+        elif isinstance(value, dict):
+            _tensors(value.values(), found)
+        elif isinstance(value, slice):
+            _tensors((value.start, value.stop, value.step), found)
+    return found
+
+
+def _tells_value(result: Any) -> bool:
+    """Whether something that is no tensor, or a container, may carry values."""
+    if isinstance(result, (tuple, list)) and not isinstance(result, torch.Size):
+        return any(_tells_value(item) for item in result)
+    return not isinstance(result, (torch.Tensor, *_NO_VALUE)) and not callable(result)
+
+
+class _FunctionMode(TorchFunctionMode):
+    def __init__(self, tracker: TaintTracker) -> None:
+        super().__init__()
+        self.tracker = tracker
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tracker = self.tracker
+        if tracker.paused or isinstance(func, torch._ops.OpOverload):
+            return func(*args, **kwargs)
+        tracker.depth += 1
+        hidden, tracker.hidden = tracker.hidden, 0
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            tracker.depth -= 1
+            inside, tracker.hidden = tracker.hidden, hidden
+        if result is None:
+            return result
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            name = getattr(getattr(func, "__self__", None), "__name__", name)
+        if isinstance(result, torch.Tensor):
+            if name in _SHAPE_ONLY:
+                return result
+            values = args if not kwargs else (*args, *kwargs.values())
+            if name in _FIRST_ONLY:
+                values = args[:1]
+            elif name in _NOT_FIRST:
+                values = (*args[1:], *kwargs.values())
+            tracker.flow(_tensors(values, []), [result], inside)
+            return result
+        if name in _METADATA:
+            return result
+        arguments = _tensors((*args, *kwargs.values()), [])
+        results = _tensors(result, []) if isinstance(result, (tuple, list, dict)) else []
+        if results and name not in _SIDE_BY_SIDE:
+            tracker.flow(arguments, results, inside)
+        if _tells_value(result):
+            taint = inside
+            for argument in arguments:
+                taint |= tracker.of(argument)
+            if taint:
+                tracker.escape(taint, name.strip("_") if name.startswith("__") else name)
+        return result
+
+
+class _Writes(NamedTuple):
+    positions: tuple[int, ...]
+    names: tuple[str, ...]
+
+
+def _writes(func: Any) -> _Writes:
+    """Return which arguments of an operator are written to, from its schema."""
+    positions, names = [], []
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            names.append(argument.name)
+            if not argument.kwarg_only:
+                positions.append(i)
+    return _Writes(tuple(positions), tuple(names))
+
+
+class _DispatchMode(TorchDispatchMode):
+    _schemas: dict[Any, _Writes] = {}  # noqa: RUF012 - one cache for all instances
+
+    def __init__(self, tracker: TaintTracker) -> None:
+        super().__init__()
+        self.tracker = tracker
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        tracker = self.tracker
+        if tracker.paused:
+            return result
+        name = func.overloadpacket.__name__
+        if name in _SHAPE_ONLY:
+            return result
+        arguments = _tensors(args if not kwargs else (*args, *kwargs.values()), [])
+        taint = tracker.hidden
+        for argument in arguments:
+            taint |= tracker.of(argument)
+        if not taint:
+            return result
+        writes = self._schemas.get(func)
+        if writes is None:
+            writes = self._schemas[func] = _writes(func)
+        if writes.names:
+            if name in _OVERWRITES and _covers_its_storage(args[0]):
+                tracker.set(args[0], tracker.hidden | tracker.of(args[1:]))
+                return result
+            written = [args[i] for i in writes.positions if i < len(args)]
+            written += [kwargs[keyword] for keyword in writes.names if keyword in kwargs]
+            for tensor in _tensors(written, []):
+                tracker.add(tensor, taint)
+        if isinstance(result, torch.Tensor):
+            tracker.flow(arguments, [result], tracker.hidden)
+        elif isinstance(result, (tuple, list)):
+            tracker.flow(arguments, _tensors(result, []), tracker.hidden)
+        elif name == "_local_scalar_dense":
+            if tracker.depth:
+                tracker.hidden |= taint
+            else:
+                tracker.escape(taint, "item")
+        return result
+
+
+def _covers_its_storage(tensor: torch.Tensor) -> bool:
+    storage = storage_of(tensor)
+    return (
+        storage is not None
+        and tensor.is_contiguous()
+        and tensor.numel() * tensor.element_size() == storage.nbytes()
+    )
