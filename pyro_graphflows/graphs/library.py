@@ -191,7 +191,7 @@ def four_cycle() -> ModelGraph:
         ('z1', 'z4')
     """
     pairs = [(1, 2), (2, 3), (3, 4), (4, 1)]
-    edges = [(f"z{i}", f"x{a}{b}") for i in (1, 2, 3, 4) for a, b in pairs if i in (a, b)]
+    edges = [(f"z{i}", f"x{a}{b}") for a, b in pairs for i in (a, b)]
     return ModelGraph(edges, [f"x{a}{b}" for a, b in pairs])
 
 
