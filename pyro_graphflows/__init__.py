@@ -1,3 +1,81 @@
 """Faithful inverses and graphical flows for Pyro."""
 
+from pyro_graphflows import errors, graphs, guides, infer, inspect, nn
+from pyro_graphflows.errors import (
+    ConvergenceError,
+    GraphflowsError,
+    GraphflowsWarning,
+    NotADAGError,
+    UnfaithfulInverseError,
+    UnsupportedModelError,
+)
+from pyro_graphflows.graphs import (
+    InverseGraph,
+    LinearGaussianNetwork,
+    ModelGraph,
+    arithmetic_circuit,
+    binary_tree,
+    faithful_inverse,
+    four_cycle,
+    from_bif,
+    from_pgmpy,
+    fully_connected_inverse,
+    hidden_markov_chain,
+    is_imap,
+    is_minimal_imap,
+    list_networks,
+    load_network,
+    mean_field_inverse,
+    stochastic_inverse,
+    student_network,
+    to_pgmpy,
+    violated_independencies,
+)
+from pyro_graphflows.guides import AutoFaithfulGuide, AutoFaithfulNormal, auto_faithful_guide
+from pyro_graphflows.infer import Evidence, InferenceCompilation, log_evidence
+from pyro_graphflows.inspect import get_model_graph
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "AutoFaithfulGuide",
+    "AutoFaithfulNormal",
+    "ConvergenceError",
+    "Evidence",
+    "GraphflowsError",
+    "GraphflowsWarning",
+    "InferenceCompilation",
+    "InverseGraph",
+    "LinearGaussianNetwork",
+    "ModelGraph",
+    "NotADAGError",
+    "UnfaithfulInverseError",
+    "UnsupportedModelError",
+    "__version__",
+    "arithmetic_circuit",
+    "auto_faithful_guide",
+    "binary_tree",
+    "errors",
+    "faithful_inverse",
+    "four_cycle",
+    "from_bif",
+    "from_pgmpy",
+    "fully_connected_inverse",
+    "get_model_graph",
+    "graphs",
+    "guides",
+    "hidden_markov_chain",
+    "infer",
+    "inspect",
+    "is_imap",
+    "is_minimal_imap",
+    "list_networks",
+    "load_network",
+    "log_evidence",
+    "mean_field_inverse",
+    "nn",
+    "stochastic_inverse",
+    "student_network",
+    "to_pgmpy",
+    "violated_independencies",
+]

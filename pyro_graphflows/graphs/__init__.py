@@ -1,6 +1,45 @@
 """Bayesian networks as graphs: structure, inversion, separation and exact linear-Gaussian answers."""
 
+from pyro_graphflows.graphs.convert import from_bif, from_pgmpy, to_pgmpy
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
+from pyro_graphflows.graphs.inversion import (
+    faithful_inverse,
+    fully_connected_inverse,
+    mean_field_inverse,
+    stochastic_inverse,
+)
+from pyro_graphflows.graphs.library import (
+    arithmetic_circuit,
+    binary_tree,
+    four_cycle,
+    hidden_markov_chain,
+    list_networks,
+    load_network,
+    student_network,
+)
+from pyro_graphflows.graphs.linear_gaussian import LinearGaussianNetwork
 from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.graphs.separation import is_imap, is_minimal_imap, violated_independencies
 
-__all__ = ["InverseGraph", "ModelGraph"]
+__all__ = [
+    "InverseGraph",
+    "LinearGaussianNetwork",
+    "ModelGraph",
+    "arithmetic_circuit",
+    "binary_tree",
+    "faithful_inverse",
+    "four_cycle",
+    "from_bif",
+    "from_pgmpy",
+    "fully_connected_inverse",
+    "hidden_markov_chain",
+    "is_imap",
+    "is_minimal_imap",
+    "list_networks",
+    "load_network",
+    "mean_field_inverse",
+    "stochastic_inverse",
+    "student_network",
+    "to_pgmpy",
+    "violated_independencies",
+]

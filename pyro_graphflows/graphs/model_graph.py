@@ -12,9 +12,9 @@ scalars of one copy). As an example, the regression ``w ~ N(0, 1)``, ``y_n ~ N(w
 ``w -> y`` and ``x -> y``, observed ``y``, input ``x``, and the plate ``data`` around ``x`` and ``y``.
 """
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 import networkx as nx
 
@@ -22,7 +22,7 @@ from pyro_graphflows.errors import GraphflowsError, NotADAGError
 
 __all__ = ["ModelGraph", "Node"]
 
-Node = Hashable
+Node: TypeAlias = Any  # any hashable; sites of Pyro models are strings
 
 ROLES = ("latent", "observed", "input", "marginalised")
 

@@ -1,1 +1,8 @@
 """Guides compiled from the faithful inverse of a model."""
+
+from pyro_graphflows.guides.auto import auto_faithful_guide
+from pyro_graphflows.guides.base import AutoFaithfulGuide
+from pyro_graphflows.guides.factors import Factor, NormalFactor
+from pyro_graphflows.guides.normal import AutoFaithfulNormal
+
+__all__ = ["AutoFaithfulGuide", "AutoFaithfulNormal", "Factor", "NormalFactor", "auto_faithful_guide"]

@@ -1,0 +1,75 @@
+"""The one function most users need."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.guides.base import AutoFaithfulGuide, Inverse
+from pyro_graphflows.guides.factors import Factor
+from pyro_graphflows.guides.normal import AutoFaithfulNormal
+
+__all__ = ["auto_faithful_guide"]
+
+
+def auto_faithful_guide(
+    model: Callable[..., Any],
+    *example_args: Any,
+    family: str | type[Factor] = "normal",
+    inverse: Inverse = "auto",
+    hidden_dims: Sequence[int] | None = None,
+    init: str = "regression",
+    standardize: bool = True,
+    example_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> AutoFaithfulGuide:
+    """Compile a Pyro model into an amortised guide that follows the faithful inverse of its Bayesian network.
+
+    References:
+        [1] Webb et al. (2018), Faithful Inversion of Generative Models for Effective Amortized Inference.
+
+    Args:
+        model: The model.
+        *example_args: Arguments of a typical call. If given (or ``example_kwargs``), the guide is set up at once and
+            its parameters exist, as optimisers of PyTorch need; if not, on its first call or by ``guide.setup``.
+        family: ``"normal"``, or a subclass of :class:`~pyro_graphflows.guides.factors.Factor`.
+        inverse: What each site is conditioned on: ``"auto"`` (the faithful inverse with the fewest edges), another
+            order of :func:`~pyro_graphflows.faithful_inverse` or an elimination sequence; ``"stochastic"``,
+            ``"full"``, ``"mean_field"``; an :class:`~pyro_graphflows.InverseGraph`, or a function that makes one
+            from the :class:`~pyro_graphflows.ModelGraph`.
+        hidden_dims: Widths of the hidden layers; by default some units for each distinct set of parents.
+        init: ``"regression"``: start from the least-squares regression of each site on its parents over joint samples
+            of the model (exact for linear-Gaussian models up to sampling error), or ``"random"``.
+        standardize: Whether inputs and outputs of the networks are standardised by constants found at set-up.
+        example_kwargs: Keyword arguments of a typical call.
+        **options: Further options of the family's class, as :class:`AutoFaithfulNormal`.
+
+    Returns:
+        An :class:`~pyro.infer.autoguide.AutoGuide`, for ``SVI``, ``Trace_ELBO``, ``TraceMeanField_ELBO``,
+        ``RenyiELBO``, ``Predictive``, and inference compilation.
+
+    Raises:
+        GraphflowsError: If the family is unknown.
+        UnsupportedModelError: If the model cannot be compiled (on set-up).
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> guide = auto_faithful_guide(model, torch.zeros(10))
+        >>> guide.inverse.parents["z"]
+        ('x',)
+        >>> guide(torch.zeros(7))["z"].shape
+        torch.Size([7])
+    """
+    if isinstance(family, type) and issubclass(family, Factor):
+        options["factor"] = family
+    elif family != "normal":
+        raise GraphflowsError(f"Expected family='normal' or a subclass of Factor; got {family!r}.")
+    guide = AutoFaithfulNormal(
+        model, inverse=inverse, hidden_dims=hidden_dims, init=init, standardize=standardize, **options
+    )
+    if example_args or example_kwargs:
+        guide.setup(*example_args, **(example_kwargs or {}))
+    return guide

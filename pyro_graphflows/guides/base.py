@@ -1,0 +1,474 @@
+"""The base of the faithful guides: an AutoGuide whose factors follow an inverse of the model's graph."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor, nn
+from torch.distributions import biject_to
+from torch.distributions.transforms import identity_transform
+
+from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
+from pyro_graphflows.graphs.inverse_graph import InverseGraph
+from pyro_graphflows.graphs.inversion import (
+    faithful_inverse,
+    fully_connected_inverse,
+    mean_field_inverse,
+    stochastic_inverse,
+)
+from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.graphs.separation import violated_independencies
+from pyro_graphflows.guides.call import Call, CallReader
+from pyro_graphflows.guides.distributions import FactorDistribution
+from pyro_graphflows.guides.features import FeatureMap, flatten_event
+from pyro_graphflows.guides.plan import Plan, make_plan
+from pyro_graphflows.guides.site import LatentSite, conditioning_event_dims, latent_sites
+from pyro_graphflows.inspect import TracedModel, trace_model
+
+__all__ = ["AutoFaithfulGuide", "Description", "resolve_inverse"]
+
+NAMED_INVERSES: dict[str, Callable[[ModelGraph], InverseGraph]] = {
+    "stochastic": stochastic_inverse,
+    "full": fully_connected_inverse,
+    "mean_field": mean_field_inverse,
+}
+
+Inverse = str | Sequence[str] | InverseGraph | Callable[[ModelGraph], InverseGraph]
+
+
+class Description(str):
+    """Text that prints itself at the interactive prompt."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def resolve_inverse(graph: ModelGraph, inverse: Inverse) -> InverseGraph:
+    """Return the inverse that a user asked for.
+
+    Args:
+        graph: The model graph.
+        inverse: The name of an elimination order of :func:`~pyro_graphflows.faithful_inverse`, an elimination
+            sequence, ``"stochastic"``, ``"full"``, ``"mean_field"``, an inverse, or a function that makes one.
+
+    Raises:
+        GraphflowsError: If the inverse is not of the model's latent nodes or is of another type.
+    """
+    if isinstance(inverse, str):
+        return (
+            NAMED_INVERSES[inverse](graph) if inverse in NAMED_INVERSES else faithful_inverse(graph, inverse)
+        )
+    if callable(inverse):
+        inverse = inverse(graph)
+    if isinstance(inverse, InverseGraph):
+        if set(inverse.parents) != set(graph.latent):
+            raise GraphflowsError(
+                f"Expected an inverse of the model's latent sites {', '.join(map(str, graph.latent))}; "
+                f"got one of {', '.join(map(str, inverse.parents))}."
+            )
+        if inverse.graph == graph:
+            return inverse
+        return InverseGraph(
+            graph,
+            inverse.parents,
+            order=inverse.order,
+            sampling_order=inverse.sampling_order,
+            coupled=inverse.coupled,
+        )
+    if isinstance(inverse, Sequence):
+        return faithful_inverse(graph, inverse)
+    raise GraphflowsError(
+        "Expected inverse= the name of an order, a sequence of latent sites, an InverseGraph or a function from "
+        f"ModelGraph to InverseGraph; got {type(inverse).__name__}."
+    )
+
+
+class AutoFaithfulGuide(AutoGuide):
+    """A guide whose factors follow an inverse of the model's Bayesian network; subclasses choose the family.
+
+    The guide is compiled on its first call or by :meth:`setup`: the model's trace becomes a graph, the graph is
+    inverted, and the inverse becomes blocks of sites with a network each
+    (:mod:`~pyro_graphflows.guides.plan`). Called with the model's arguments, it reads the observed values and
+    samples every latent site on its own name, in the model's plates, level by level.
+
+    Args:
+        model: The model.
+        inverse: See :func:`resolve_inverse`.
+        strict: Whether to refuse models whose dependencies cannot be traced in full
+            (:func:`~pyro_graphflows.get_model_graph`).
+        resolution: ``"site"``.
+        create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
+            that returns plates that exist already, for subsampling.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        inverse: Inverse = "auto",
+        strict: bool = True,
+        resolution: str = "site",
+        create_plates: Callable[..., Any] | None = None,
+    ) -> None:
+        super().__init__(model, create_plates=create_plates)
+        self._inverse_option = inverse
+        self._strict = strict
+        self._resolution = resolution
+        self._plan: Plan | None = None
+        self._notes: tuple[str, ...] = ()
+        self._emit: Callable[[str, Any], Tensor] = pyro.sample
+        self.features: nn.ModuleList
+        self.networks: nn.ModuleList
+
+    # ---------------------------------------------------------------- compilation
+
+    def setup(self, *args: Any, **kwargs: Any) -> "AutoFaithfulGuide":
+        """Compile the guide with the arguments of a typical call, and create its parameters.
+
+        Args:
+            *args: Positional arguments of the model.
+            **kwargs: Keyword arguments of the model.
+
+        Returns:
+            The guide itself.
+
+        Raises:
+            UnsupportedModelError: If the model's structure cannot be traced, or the guide cannot represent it.
+        """
+        with poutine.block():
+            traced = trace_model(self.model, args, kwargs, strict=self._strict, resolution=self._resolution)
+            self.prototype_trace = traced.trace
+            self._prototype_frames = {
+                frame.name: frame
+                for name in traced.graph.latent
+                for frame in traced.trace.nodes[name]["cond_indep_stack"]
+                if frame.vectorized
+            }
+            plan = make_plan(resolve_inverse(traced.graph, self._inverse_option))
+            self._check_plan(plan, traced)
+            self._reader = CallReader(self.model, traced)
+            self._sites = latent_sites(traced)
+            self._event_dims = conditioning_event_dims(traced)
+            self._notes = tuple(traced.notes)
+            self._context = [
+                tuple(
+                    node.name for node in block.context if not node.observed or node.name in self._event_dims
+                )
+                for block in plan.blocks
+            ]
+            self._build(plan, traced, args, kwargs)
+        self._plan = plan
+        if self.master is not None:
+            self.master()._check_prototype(self.prototype_trace)
+        return self
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        self.setup(*args, **kwargs)
+
+    def _check_plan(self, plan: Plan, traced: TracedModel) -> None:
+        indices = {
+            node.name: block.sites
+            for block in plan.blocks
+            for node in block.context
+            if node.name in traced.index_inputs
+        }
+        if indices:
+            named = "; ".join(f"{name} for {', '.join(sites)}" for name, sites in indices.items())
+            raise UnsupportedModelError(
+                f"Expected covariates of floating point; integers are taken as indices, and here the guide would "
+                f"have to condition on some: {named}. Pass features of floating point (one-hot, an embedding)."
+            )
+        pooled = sorted(
+            f"{node.name} for {', '.join(block.sites)}"
+            for block in plan.blocks
+            for node in block.context
+            if node.how == "pooled"
+        )
+        if pooled:
+            raise UnsupportedModelError(
+                "Expected latent sites in the plates of the data they look at; here data inside a plate would have "
+                f"to be pooled for sites outside of it: {'; '.join(pooled)}."
+            )
+
+    def _build(self, plan: Plan, traced: TracedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Create ``self.features`` and ``self.networks``, one module a block each."""
+        raise NotImplementedError("a family of guides must build its networks")
+
+    @property
+    def plan(self) -> Plan:
+        """The compiled plan."""
+        if self._plan is None:
+            raise GraphflowsError(
+                "Expected a guide that is set up; call guide.setup(*args) with the model's arguments."
+            )
+        return self._plan
+
+    @property
+    def model_graph(self) -> ModelGraph:
+        """The graph that was read from the model."""
+        return self.plan.graph
+
+    @property
+    def inverse(self) -> InverseGraph:
+        """The factorisation of the guide."""
+        return self.plan.inverse
+
+    def describe(self) -> Description:
+        """Return the plan in words: what each latent site is conditioned on, and what is not faithful."""
+        notes = list(self._notes)
+        missing = violated_independencies(self.inverse, self.model_graph)
+        if missing:
+            named = "; ".join(str(statement) for statement in list(missing)[:5])
+            notes.append(
+                f"not faithful: the inverse asserts {len(missing)} independencies that the posterior does not have, "
+                f"among them {named}."
+            )
+        return Description(self.plan.describe(tuple(notes)))
+
+    # ---------------------------------------------------------------- running
+
+    def _read(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], observations: Mapping[str, Tensor] | None
+    ) -> Call:
+        """Read the call, and create its plates."""
+        if self.master is not None:
+            existing = self.master().plates
+        elif self.create_plates is not None:
+            plates = self.create_plates(*args, **kwargs)
+            plates = [plates] if isinstance(plates, pyro.plate) else plates
+            existing = {plate.name: plate for plate in plates}
+        else:
+            existing = {}
+        indices = {
+            name: plate._indices for name, plate in existing.items() if plate.subsample_size < plate.size
+        }
+        call = self._reader.read(self.model, args, kwargs, observations, indices)
+        self.plates = dict(existing)
+        for name, state in sorted(call.plates.items()):
+            if name not in self.plates:
+                if state.indices is None:
+                    self.plates[name] = pyro.plate(name, state.full_size, dim=state.dim)
+                else:
+                    self.plates[name] = pyro.plate(
+                        name, state.full_size, subsample=state.indices, dim=state.dim
+                    )
+        return call
+
+    def forward(
+        self, *args: Any, observations: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Sample every latent site given the observed values of this call.
+
+        Args:
+            *args: Positional arguments of the model.
+            observations: Values of observed sites that replace those of the model (the convention of
+                :class:`~pyro.infer.CSIS`).
+            **kwargs: Keyword arguments of the model.
+
+        Returns:
+            A dict from site to sampled value.
+
+        Raises:
+            UnsupportedModelError: If an observed site has no value in this call.
+            GraphflowsError: If an observed value is not finite. The message names the site.
+        """
+        if self._plan is None:
+            self.setup(*args, **kwargs)
+        call = self._read(args, kwargs, observations)
+        networks: Any = self.networks
+        features: Any = self.features
+        result: dict[str, Tensor] = {}
+        unconstrained: dict[str, Tensor] = {}
+        for index, block in enumerate(self.plan.blocks):
+            context = self._features_of(index, features[index], call, unconstrained)
+            evaluation = networks[index].start(context)
+            with ExitStack() as stack:
+                for name in block.plates:
+                    stack.enter_context(self.plates[name])
+                for level in block.levels:
+                    for name, factor in evaluation.factors().items():
+                        result[name], unconstrained[name] = self._sample_site(name, factor, call)
+                    evaluation.accept({name: unconstrained[name] for name in level})
+        return {name: result[name] for name in self.plan.graph.latent}
+
+    def _features_of(
+        self, index: int, features: FeatureMap, call: Call, unconstrained: Mapping[str, Tensor]
+    ) -> Tensor:
+        parts = []
+        for name in self._context[index]:
+            if name in unconstrained:
+                parts.append(unconstrained[name])
+            else:
+                parts.append(flatten_event(call.values[name], self._event_dims[name]))
+        flat = concatenate(parts)
+        if not bool(torch.isfinite(flat).all()):
+            guilty = [
+                n for n, p in zip(self._context[index], parts, strict=True) if not torch.isfinite(p).all()
+            ]
+            raise GraphflowsError(
+                f"Expected finite values of the data the guide conditions on; {', '.join(guilty)} have NaN or "
+                "infinite entries. Remove them, or model them as missing with pyro.sample(..., obs_mask=...)."
+            )
+        expected = features.shift.shape[0]
+        if flat.shape[-1] != expected:
+            sizes = ", ".join(f"{n}: {p.shape[-1]}" for n, p in zip(self._context[index], parts, strict=True))
+            raise GraphflowsError(
+                f"Expected {expected} conditioning features in all, as when the guide was set up; got {sizes}."
+            )
+        return features(flat)
+
+    def _sample_site(self, name: str, factor: dist.TorchDistribution, call: Call) -> tuple[Tensor, Tensor]:
+        site = self._sites[name]
+        fn, read_back = self._site_distribution(site, factor, call)
+        masked = fn
+        if name in call.masks:
+            masked = fn.mask(call.masks[name])
+        with ExitStack() as stack:
+            if name in call.scales:
+                stack.enter_context(poutine.scale(scale=call.scales[name]))
+            value = self._emit(name, masked)
+        return value, read_back(value)
+
+    def _site_distribution(
+        self, site: LatentSite, factor: dist.TorchDistribution, call: Call
+    ) -> tuple[dist.TorchDistribution, Callable[[Tensor], Tensor]]:
+        """Return the distribution to emit at a site and the map from its value to the unconstrained vector."""
+        support = call.supports[site.name]
+        transform = site.transform if support is site.support else biject_to(support)
+        if transform is identity_transform and self.plan.analytic_kl[site.name]:
+            if site.event_shape == factor.event_shape:
+                return factor, _itself
+            if not site.event_shape and isinstance(factor, dist.Independent):
+                normal = factor.base_dist
+                scalar = type(normal)(normal.loc.squeeze(-1), normal.scale.squeeze(-1), validate_args=False)
+                return scalar, _add_event_dim
+        emitted = FactorDistribution(factor, transform, site.unconstrained_shape, site.event_shape, support)
+        return emitted, emitted.unconstrained
+
+    def _trace_given(
+        self, latents: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> poutine.Trace:
+        missing = [name for name in self.plan.graph.latent if name not in latents]
+        if missing:
+            raise GraphflowsError(f"Expected a value for every latent site; missing: {', '.join(missing)}.")
+        given = {name: latents[name] for name in self.plan.graph.latent}
+        with poutine.block():
+            return poutine.trace(poutine.condition(self, data=given)).get_trace(*args, **kwargs)
+
+    def log_prob(self, latents: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Return the log-density of latent values given the data of a call, in nats.
+
+        Args:
+            latents: A value for every latent site. Extra batch dimensions on the left are kept.
+            *args: Positional arguments of the model.
+            **kwargs: Keyword arguments of the model, and ``observations``.
+
+        Returns:
+            ``log q(latents | data)``: summed over the sites, per element of the plates where all sites are in the same
+            plates (a vector over the data for the common single data plate), and summed over plates otherwise.
+        """
+        if self._plan is None:
+            self.setup(*args, **{key: value for key, value in kwargs.items() if key != "observations"})
+        nodes: Any = self._trace_given(latents, args, kwargs).nodes
+        terms = [nodes[name]["fn"].log_prob(nodes[name]["value"]) for name in self.plan.graph.latent]
+        plates = [self.plan.graph.plates[name] for name in self.plan.graph.latent]
+        if any(each != plates[0] for each in plates):
+            depth = max(len(each) for each in plates)
+            dims = {frame.dim for frame in self._prototype_frames.values()}
+            depth = max((-dim for dim in dims), default=depth)
+            terms = [_sum_rightmost(term, depth) for term in terms]
+        total = terms[0]
+        for term in terms[1:]:
+            total = total + term
+        return total
+
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return the latents at base noise zero: each site at its factor's centre given the centres before it."""
+        self._emit = _centre
+        try:
+            with torch.no_grad(), poutine.block():
+                return self(*args, **kwargs)
+        finally:
+            self._emit = pyro.sample
+
+    # ---------------------------------------------------------------- copies and files
+
+    def bind(self, model: Callable[..., Any]) -> "AutoFaithfulGuide":
+        """Give a loaded guide its model back (models are not saved with guides)."""
+        self._model = (model,)
+        return self
+
+    @property
+    def model(self) -> Callable[..., Any]:
+        """The model of the guide."""
+        if self._model is None:
+            raise GraphflowsError("Expected a guide with its model; a loaded guide needs guide.bind(model).")
+        return self._model[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Unlike Pyro's own guides, leave the live object as it is.
+        state = self.__dict__.copy()
+        state["_model"] = None
+        state["master"] = None
+        state["plates"] = {}
+        state["create_plates"] = None
+        state["_emit"] = pyro.sample
+        state["_inverse_option"] = None if self._plan is None else self._plan.inverse
+        state["prototype_trace"] = None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AutoFaithfulGuide":
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        for part in (self._model, self.create_plates, self.master):
+            memo[id(part)] = part
+        state = self.__dict__.copy()
+        shared = {
+            key: state.pop(key) for key in ("_model", "create_plates", "master", "_emit", "prototype_trace")
+        }
+        state["plates"] = {}
+        new.__dict__.update(shared)
+        new.__dict__.update(copy.deepcopy(state, memo))
+        return new
+
+
+def _itself(value: Tensor) -> Tensor:
+    return value
+
+
+def _add_event_dim(value: Tensor) -> Tensor:
+    return value.unsqueeze(-1)
+
+
+def _centre(name: str, fn: Any) -> Tensor:
+    while hasattr(fn, "base_dist") and not isinstance(fn, FactorDistribution):
+        if isinstance(fn, dist.Independent):
+            break
+        fn = fn.base_dist
+    return fn.centre() if isinstance(fn, FactorDistribution) else fn.mean
+
+
+def _sum_rightmost(term: Tensor, depth: int) -> Tensor:
+    depth = min(depth, term.dim())
+    return term.flatten(term.dim() - depth).sum(-1) if depth else term
+
+
+def concatenate(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate along the last dimension; batch shapes broadcast."""
+    if not parts:
+        return torch.zeros(0)
+    if len(parts) == 1:
+        return parts[0]
+    shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+    return torch.cat([part.expand(*shape, part.shape[-1]) for part in parts], -1)

@@ -1,0 +1,248 @@
+"""What a guide must know of one call: observed values, covariates, plates, masks and supports.
+
+A guide is called with the model's arguments and sees no data otherwise. :class:`CallReader` finds, in this
+order: values in the ``observations`` keyword (the convention of inference compilation); values that *are*
+arguments, at the place where they were when the guide was set up; and otherwise a *shadow run* of the model
+(hidden from Pyro's handlers, without gradients, latents at a feasible point and without random numbers). The
+shadow run also tells plates, sizes, indices, masks and supports, which may change from call to call. It is
+skipped for calls that look like an earlier one in which it told nothing that the arguments do not tell: full
+plates, no masks, every observed value an argument.
+"""
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import biject_to, constraints
+
+from pyro_graphflows.errors import UnsupportedModelError
+from pyro_graphflows.inspect import TracedModel, get_argument
+
+__all__ = ["Call", "CallReader", "PlateState"]
+
+
+@dataclass(frozen=True)
+class PlateState:
+    """A plate as it is in one call; ``indices`` is None where it is not subsampled."""
+
+    name: str
+    dim: int
+    size: int
+    full_size: int
+    indices: Tensor | None
+
+    @property
+    def subsampled(self) -> bool:
+        """Whether only part of the plate is in this call."""
+        return self.size != self.full_size
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the guide.
+
+    Attributes:
+        values: The values of observed sites and inputs.
+        plates: The plates of the model by name.
+        masks: The masks in force at latent sites (those without are left out).
+        scales: The scales other than the plates' in force at latent sites (those without are left out).
+        supports: The supports of the latent sites.
+    """
+
+    values: dict[str, Tensor]
+    plates: dict[str, PlateState]
+    masks: dict[str, Tensor | bool] = field(default_factory=dict)
+    scales: dict[str, float | Tensor] = field(default_factory=dict)
+    supports: dict[str, constraints.Constraint] = field(default_factory=dict)
+
+
+class _FeasiblePoint(Messenger):
+    """Give every latent site a feasible value without random numbers, and plates the indices asked for."""
+
+    def __init__(self, indices: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.indices = indices
+        self.like = like
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if type(msg["fn"]).__name__ == "_Subsample":
+            if msg["name"] in self.indices:
+                msg["value"] = self.indices[msg["name"]]
+        elif not msg["is_observed"] and not msg["done"]:
+            msg["value"] = _feasible(msg["fn"], self.like.get(msg["name"]))
+            msg["done"] = True
+
+
+def _feasible(fn: Any, like: Tensor | None) -> Tensor:
+    shape = fn.shape()
+    options: dict[str, Any] = {} if like is None else {"dtype": like.dtype, "device": like.device}
+    if fn.support.is_discrete:
+        value = (
+            fn.enumerate_support(expand=False)[0] if fn.has_enumerate_support else torch.zeros((), **options)
+        )
+        return value.expand(shape)
+    transform = biject_to(fn.support)
+    return transform(torch.zeros(transform.inverse_shape(shape), **options))
+
+
+def site_mask(site: Mapping[str, Any]) -> Tensor | bool | None:
+    """Return the mask in force at a traced site, from handlers and from the distribution; None without."""
+    mask = site["mask"]
+    fn = site["fn"]
+    own = getattr(fn, "_mask", None)
+    if own is None or own is True:
+        return None if mask is True else mask
+    return own if mask is None else own & mask
+
+
+def _own_scale(site: Mapping[str, Any]) -> float | Tensor:
+    scale = site["scale"]
+    for frame in site["cond_indep_stack"]:
+        scale = scale * frame.size / (frame.full_size or frame.size)
+    return scale
+
+
+def _plates(trace: poutine.Trace) -> dict[str, PlateState]:
+    plates = {}
+    for _, site in trace.nodes.items():
+        if site["type"] != "sample":
+            continue
+        for frame in site["cond_indep_stack"]:
+            if frame.vectorized and frame.name not in plates:
+                node = trace.nodes.get(frame.name)
+                full_size = frame.full_size or frame.size
+                indices = None if node is None or frame.size == full_size else node["value"]
+                plates[frame.name] = PlateState(frame.name, frame.dim or 0, frame.size, full_size, indices)
+    return plates
+
+
+class CallReader:
+    """Reads calls of a guide; see the module's docstring.
+
+    Args:
+        model: The model.
+        traced: Its trace at set-up.
+    """
+
+    def __init__(self, model: Callable[..., Any], traced: TracedModel) -> None:
+        graph = traced.graph
+        self.latent: tuple[str, ...] = graph.latent
+        sites = traced.trace.nodes
+        self.observed = tuple(name for name in graph.observed if name not in traced.without_data)
+        self.inputs: tuple[str, ...] = graph.inputs
+        self.paths = dict(traced.argument_paths)
+        values = {name: sites[name]["value"] for name in self.latent}
+        self.like = {name: value for name, value in values.items() if torch.is_tensor(value)}
+        self._known: dict[Hashable, Call] = {}
+
+    def read(
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        observations: Mapping[str, Tensor] | None = None,
+        indices: Mapping[str, Tensor] | None = None,
+    ) -> Call:
+        """Return what one call says.
+
+        Args:
+            model: The model.
+            args: The positional arguments of the call.
+            kwargs: The keyword arguments of the call.
+            observations: Values of observed sites that replace those of the model.
+            indices: Indices of subsampled plates that exist already.
+
+        Raises:
+            UnsupportedModelError: If an observed site has no value in this call. The message names the site.
+        """
+        observations = observations or {}
+        shape = None if indices else _shape_of((args, kwargs))
+        known = self._known.get(shape) if shape is not None else None
+        if known is not None:
+            values: dict[str, Any] = {
+                name: get_argument(model, self.paths[name], args, kwargs) for name in known.values
+            }
+            return Call({**values, **observations}, known.plates, known.masks, known.scales, known.supports)
+
+        trace = self._shadow(model, args, kwargs, indices or {})
+        values = {}
+        for name in self.observed:
+            if name in observations:
+                values[name] = observations[name]
+            elif name in trace and trace.nodes[name]["is_observed"]:
+                values[name] = trace.nodes[name]["value"]
+            else:
+                raise UnsupportedModelError(
+                    f"Expected data for the observed site {name!r}, on which the guide conditions; got none in this "
+                    "call. Pass the data, or observations={...}. To predict new data, draw the latents given the old "
+                    "data first: posterior = Predictive(guide, num_samples=S)(data), then "
+                    "Predictive(model, posterior_samples=posterior)(None)."
+                )
+        for name in self.inputs:
+            value = get_argument(model, self.paths[name], args, kwargs)
+            if value is None:
+                raise UnsupportedModelError(
+                    f"Expected the argument {name!r}, a covariate on which the guide conditions; got none."
+                )
+            values[name] = value
+        masks, scales, supports = {}, {}, {}
+        for name in self.latent:
+            site: Any = trace.nodes.get(name)
+            if site is None:
+                raise UnsupportedModelError(
+                    f"Expected the latent site {name!r} that the model had when the guide was set up; it is not in "
+                    "this call. Models whose sites come and go need one guide for each set of sites."
+                )
+            mask, scale = site_mask(site), _own_scale(site)
+            if mask is not None:
+                masks[name] = mask
+            if torch.is_tensor(scale) or abs(scale - 1.0) > 1e-12:
+                scales[name] = scale
+            supports[name] = site["fn"].support
+        call = Call(values, _plates(trace), masks, scales, supports)
+        if shape is not None and self._arguments_tell_all(call, model, args, kwargs):
+            self._known[shape] = call
+        return call
+
+    def _shadow(
+        self, model: Callable[..., Any], args: Any, kwargs: Any, indices: Mapping[str, Tensor]
+    ) -> poutine.Trace:
+        with torch.no_grad(), poutine.block(), _FeasiblePoint(indices, self.like):
+            return poutine.trace(model).get_trace(*args, **kwargs)
+
+    def _arguments_tell_all(self, call: Call, model: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+        if call.masks or call.scales or any(plate.subsampled for plate in call.plates.values()):
+            return False
+        if not all(_is_constant(support) for support in call.supports.values()):
+            return False
+        return all(
+            name in self.paths and get_argument(model, self.paths[name], args, kwargs) is value
+            for name, value in call.values.items()
+        )
+
+
+def _is_constant(support: constraints.Constraint) -> bool:
+    """Whether a support holds no tensor (a bound may depend on data or on other sites)."""
+    return not any(
+        torch.is_tensor(value) or (isinstance(value, constraints.Constraint) and not _is_constant(value))
+        for value in vars(support).values()
+    )
+
+
+def _shape_of(arguments: Any) -> Hashable | None:
+    """Return a key that is equal for calls that differ in the contents of tensors only; None if unsure."""
+    if torch.is_tensor(arguments):
+        return ("tensor", tuple(arguments.shape), arguments.dtype, arguments.device)
+    if arguments is None or isinstance(arguments, bool | int | float | str):
+        return (type(arguments), arguments)
+    if isinstance(arguments, dict):
+        parts = [(key, _shape_of(value)) for key, value in arguments.items()]
+        return None if any(part is None for _, part in parts) else ("dict", tuple(parts))
+    if isinstance(arguments, tuple | list):
+        items = [_shape_of(value) for value in arguments]
+        return None if None in items else (type(arguments), tuple(items))
+    return None

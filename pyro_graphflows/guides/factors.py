@@ -1,0 +1,106 @@
+r"""Factor families: the conditional distribution of one latent site given what the guide conditions it on.
+
+A factor takes the outputs that a network computed for its site and returns a distribution over the site's flat
+unconstrained vector. This is the hook for further families: subclass :class:`Factor`, and pass the class as
+``family=`` to :func:`~pyro_graphflows.guides.auto_faithful_guide`.
+
+Coordinates. The vector ``u`` of a site is standardised, ``u = shift + scale * y``, with constants fixed when the
+guide is set up; factors are parametrised in the natural units of ``y`` and return a distribution of ``u``.
+"""
+
+from abc import ABC, abstractmethod
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+__all__ = ["Factor", "NormalFactor"]
+
+# exp() of a log-scale stays finite and positive in float32 and is far outside of any standardised scale.
+LOG_SCALE_BOUND = 20.0
+
+
+class Factor(ABC):
+    """The conditional family of one continuous latent site.
+
+    Args:
+        size: The length of the site's flat unconstrained vector.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    @property
+    @abstractmethod
+    def num_outputs(self) -> int:
+        """The number of network outputs that the factor needs."""
+
+    @abstractmethod
+    def distribution(self, outputs: Tensor, shift: Tensor, scale: Tensor) -> dist.TorchDistribution:
+        """Return the distribution of the unconstrained vector.
+
+        Args:
+            outputs: The network's outputs, shape ``(*batch, num_outputs)``.
+            shift: The shift of the standardisation, shape ``(size,)``.
+            scale: Its scale, shape ``(size,)``.
+
+        Returns:
+            A distribution with batch shape ``batch`` and event shape ``(size,)``.
+        """
+
+    @abstractmethod
+    def linear_start(self, weights: Tensor, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Return the skip weights and biases for which the factor is a linear-Gaussian conditional.
+
+        In standardised units, ``y | inputs ~ Normal(loc + weights @ inputs, scale_tril @ scale_tril.T)``; a family
+        that is not Gaussian returns its closest member.
+
+        Args:
+            weights: Shape ``(size, num_inputs)``.
+            loc: Shape ``(size,)``.
+            scale_tril: Lower triangular, shape ``(size, size)``.
+
+        Returns:
+            Weights of shape ``(num_outputs, num_inputs)`` and biases of shape ``(num_outputs,)``.
+        """
+
+
+class NormalFactor(Factor):
+    r"""A normal conditional, ``u = shift + scale * (loc + D U eps)``, with a full covariance within the site.
+
+    ``D`` is diagonal and positive (outputs are its logarithms) and ``U`` is unit lower triangular. This is a full
+    autoregressive block over the elements of the site, linear in the elements, with coefficients that depend on
+    the parents.
+    """
+
+    @property
+    def num_outputs(self) -> int:
+        """Location and log-scale of each element, and the entries of ``U`` below the diagonal."""
+        return 2 * self.size + self.size * (self.size - 1) // 2
+
+    def distribution(self, outputs: Tensor, shift: Tensor, scale: Tensor) -> dist.TorchDistribution:
+        """See :meth:`Factor.distribution`."""
+        n = self.size
+        loc = torch.addcmul(shift, scale, outputs[..., :n])
+        diagonal = scale * outputs[..., n : 2 * n].clamp(-LOG_SCALE_BOUND, LOG_SCALE_BOUND).exp()
+        if n == 1:
+            return dist.Normal(loc, diagonal, validate_args=False).to_event(1)
+        rows, columns = torch.tril_indices(n, n, -1, device=outputs.device)
+        unit = (
+            torch.eye(n, dtype=outputs.dtype, device=outputs.device)
+            .expand((*outputs.shape[:-1], n, n))
+            .clone()
+        )
+        unit[..., rows, columns] = outputs[..., 2 * n :]
+        scale_tril = diagonal.unsqueeze(-1) * unit
+        return dist.MultivariateNormal(loc, scale_tril=scale_tril, validate_args=False)
+
+    def linear_start(self, weights: Tensor, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`Factor.linear_start`."""
+        n = self.size
+        all_weights = weights.new_zeros(self.num_outputs, weights.shape[-1])
+        all_weights[:n] = weights
+        diagonal = scale_tril.diagonal()
+        unit = scale_tril / diagonal.unsqueeze(-1)
+        rows, columns = torch.tril_indices(n, n, -1, device=weights.device)
+        return all_weights, torch.cat([loc, diagonal.log(), unit[rows, columns]])

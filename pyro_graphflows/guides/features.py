@@ -1,0 +1,140 @@
+"""How values become network inputs: flat, on the real line, of unit scale.
+
+Networks and regressions want inputs without heavy tails and of order one. Each conditioning node gets an
+elementwise map chosen when the guide is set up (identity where it does no harm, so that linear-Gaussian models
+stay linear), and all get a shift and a scale.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+__all__ = ["FeatureMap", "flatten_event", "location_and_scale"]
+
+TINY = 1e-12
+HEAVY_TAIL = 12.0  # a standardised normal sample of 10,000 stays within 5; a heavy-tailed one does not
+
+_POSITIVE = (type(constraints.greater_than(0.0)), type(constraints.greater_than_eq(0.0)))
+_COUNT = (type(constraints.nonnegative_integer), type(constraints.positive_integer))
+
+
+def flatten_event(value: Tensor, event_dim: int) -> Tensor:
+    """Return a value with its event dimensions flattened to one, as floating point.
+
+    Shape:
+        - Input: ``(*batch, *event)`` with ``event_dim`` event dimensions.
+        - Output: ``(*batch, n)``.
+    """
+    flat = value.reshape(*value.shape[: value.dim() - event_dim], -1)
+    return flat if flat.is_floating_point() else flat.to(torch.get_default_dtype())
+
+
+def location_and_scale(sample: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of each column; scale one for columns that do not vary.
+
+    Shape:
+        - Input: ``(n, size)``. Rows with a non-finite entry are left out.
+        - Output: two of ``(size,)``.
+    """
+    sample = sample[torch.isfinite(sample).all(-1)]
+    if sample.shape[0] == 0:
+        return sample.new_zeros(sample.shape[1:]), sample.new_ones(sample.shape[1:])
+    shift = sample.mean(0)
+    if sample.shape[0] == 1:
+        return shift, torch.ones_like(shift)
+    scale = sample.std(0)
+    constant = scale <= 1e-9 * shift.abs().clamp(min=TINY)
+    return shift, torch.where(constant, torch.ones_like(scale), scale)
+
+
+def _kind(support: constraints.Constraint | None, sample: Tensor) -> str:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if (
+        isinstance(support, _POSITIVE)
+        and not torch.is_tensor(support.lower_bound)
+        and support.lower_bound == 0
+    ):
+        return "log"
+    if support is constraints.unit_interval:
+        return "logit"
+    if isinstance(support, _COUNT) and bool((sample >= 0).all()):
+        return "log1p"
+    if sample.shape[0] < 2:
+        return "identity"
+    shift, scale = location_and_scale(sample)
+    heavy = bool((((sample - shift) / scale).abs() > HEAVY_TAIL).any())
+    return "asinh" if heavy else "identity"
+
+
+class FeatureMap(nn.Module):
+    """The elementwise map from the values of conditioning nodes to features of order one.
+
+    Args:
+        support: The support of an observed site; ``None`` for an input.
+        sample: Values in rows from which kind, shift and scale are found, shape ``(n, size)``.
+        standardize: Whether to choose a kind, a shift and a scale; if not, this is the identity.
+    """
+
+    centre: Tensor
+    width: Tensor
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, support: constraints.Constraint | None, sample: Tensor, standardize: bool = True
+    ) -> None:
+        super().__init__()
+        sample = sample[torch.isfinite(sample).all(-1)]
+        size = sample.shape[-1]
+        kind = _kind(support, sample) if standardize else "identity"
+        self.kinds = [(kind, slice(0, size))]
+        centre, width = sample.new_zeros(size), sample.new_ones(size)
+        if kind == "asinh":
+            quartiles = sample.new_tensor([0.25, 0.5, 0.75])
+            lower, centre, upper = torch.quantile(sample[:100_000], quartiles, dim=0)
+            width = torch.where(upper > lower, upper - lower, width)
+        self.register_buffer("centre", centre)
+        self.register_buffer("width", width)
+        self.register_buffer("shift", sample.new_zeros(size))
+        self.register_buffer("scale", sample.new_ones(size))
+        if standardize and sample.shape[0] > 1:
+            self.shift, self.scale = location_and_scale(self(sample))
+
+    @classmethod
+    def join(cls, maps: "list[FeatureMap]") -> "FeatureMap":
+        """Return the map of the concatenation of several nodes' values."""
+        joined = cls(None, torch.zeros(0, 0), standardize=False)
+        joined.kinds = []
+        start = 0
+        for each in maps:
+            for kind, columns in each.kinds:
+                joined.kinds.append((kind, slice(start + columns.start, start + columns.stop)))
+            start += len(each.shift)
+        for name in ("centre", "width", "shift", "scale"):
+            setattr(
+                joined, name, torch.cat([getattr(each, name) for each in maps]) if maps else torch.zeros(0)
+            )
+        return joined
+
+    def forward(self, flat: Tensor) -> Tensor:
+        """Map values, shape ``(*batch, size)``, to features of the same shape."""
+        if any(kind != "identity" for kind, _ in self.kinds):
+            parts = [self._apply_kind(kind, flat[..., columns], columns) for kind, columns in self.kinds]
+            flat = torch.cat(parts, -1)
+        return (flat - self.shift) / self.scale
+
+    def _apply_kind(self, kind: str, x: Tensor, columns: slice) -> Tensor:
+        if kind == "log":
+            return x.clamp(min=TINY).log()
+        if kind == "logit":
+            return torch.logit(x, eps=1e-6)
+        if kind == "log1p":
+            return x.clamp(min=0).log1p()
+        if kind == "asinh":
+            return ((x - self.centre[columns]) / self.width[columns]).asinh()
+        return x
+
+    def extra_repr(self) -> str:
+        """Name the kinds of the maps."""
+        return ", ".join(kind for kind, _ in self.kinds)

@@ -1,0 +1,191 @@
+"""A block of a guide as one masked network: the factors of its sites, level by level.
+
+The network of a block sees the block's context and, level by level, the sites drawn so far; masks from the
+inverse graph leave to each site exactly its parents (Germain et al. 2015, Webb et al. 2018). Everything is in
+standardised units, inputs and outputs.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyro_graphflows.guides.factors import Factor
+from pyro_graphflows.guides.plan import Block
+from pyro_graphflows.nn.mlp import LevelEvaluation, MaskedMLP
+
+__all__ = ["MADEBlock", "MADEEvaluation", "NetworkOptions"]
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """The shape of the masked networks.
+
+    Attributes:
+        hidden_dims: The widths of the hidden layers; None for ``units_per_set`` units for each distinct set of
+            parents.
+        units_per_set: The number of units for each distinct set of parents.
+        hidden_layers: The number of hidden layers if ``hidden_dims`` is None.
+        activation: The activation function.
+        skip: Whether a linear map runs beside the hidden layers.
+    """
+
+    hidden_dims: Sequence[int] | None = None
+    units_per_set: int = 16
+    hidden_layers: int = 1
+    activation: str = "elu"
+    skip: bool = True
+
+
+class MADEBlock(nn.Module):
+    """The conditionals of the sites of one block, by one masked network.
+
+    Args:
+        block: The block of the plan.
+        context_sizes: For each context node, the number of its features.
+        factors: For each site, its factor.
+        options: The shape of the network.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        context_sizes: Mapping[str, int],
+        factors: Mapping[str, Factor],
+        options: NetworkOptions,
+    ) -> None:
+        super().__init__()
+        self.block = block
+        self.factors = dict(factors)
+        columns: dict[str, range] = {}
+        input_levels: list[int] = []
+        names: list[str] = []
+        depths = [(node.name, 0, context_sizes[node.name]) for node in block.context]
+        depths += [
+            (site, i + 1, factors[site].size) for i, level in enumerate(block.levels) for site in level
+        ]
+        for name, level, size in depths:
+            columns[name] = range(len(names), len(names) + size)
+            names += [name] * size
+            input_levels += [level] * size
+        self.columns = columns
+        allowed: list[list[int]] = []
+        output_names: list[str] = []
+        self.outputs: dict[str, slice] = {}  # rows of the network, in sampling order
+        for site in block.sites:
+            seen = [j for parent in block.parents[site] if parent in columns for j in columns[parent]]
+            start = len(allowed)
+            allowed += [seen] * factors[site].num_outputs
+            output_names += [site] * factors[site].num_outputs
+            self.outputs[site] = slice(start, len(allowed))
+        self.network = MaskedMLP(
+            allowed,
+            len(names),
+            num_params=1,
+            hidden_dims=options.hidden_dims,
+            units_per_set=options.units_per_set,
+            hidden_layers=options.hidden_layers,
+            activation=options.activation,
+            input_levels=input_levels,
+            skip=options.skip,
+            input_names=names,
+            output_names=output_names,
+        )
+        self.register_buffer("shift", torch.zeros(sum(factors[s].size for s in block.sites)))
+        self.register_buffer("scale", torch.ones(len(self.shift)))
+        self._parts: dict[str, slice] = {}
+        start = 0
+        for site in block.sites:
+            self._parts[site] = slice(start, start + factors[site].size)
+            start += factors[site].size
+
+    shift: Tensor
+    scale: Tensor
+
+    @torch.no_grad()
+    def set_standardization_(self, site: str, shift: Tensor, scale: Tensor) -> None:
+        """Set the shift and scale of a site's unconstrained vector."""
+        self.shift[self._parts[site]] = shift
+        self.scale[self._parts[site]] = scale
+
+    def standardization(self, site: str) -> tuple[Tensor, Tensor]:
+        """Return the shift and scale of a site's unconstrained vector."""
+        return self.shift[self._parts[site]], self.scale[self._parts[site]]
+
+    @torch.no_grad()
+    def set_linear_(self, site: str, weights: Mapping[str, Tensor], loc: Tensor, scale_tril: Tensor) -> None:
+        """Make one site's factor linear-Gaussian, in standardised units of parents and site.
+
+        Args:
+            site: The site.
+            weights: For each parent, a matrix of shape ``(site's size, parent's size)``; zero where missing.
+            loc: The location where all parents are zero, shape ``(size,)``.
+            scale_tril: The lower triangular square root of the covariance, shape ``(size, size)``.
+        """
+        skip: Any = self.network.skip
+        if skip is None:
+            raise RuntimeError(
+                "Expected a network with a linear map beside its hidden layers; this one has none."
+            )
+        joint = skip.weight.new_zeros(self.factors[site].size, self.network.input_dim)
+        for parent, matrix in weights.items():
+            joint[:, list(self.columns[parent])] = matrix.to(joint)
+        rows, biases = self.factors[site].linear_start(joint, loc.to(joint), scale_tril.to(joint))
+        skip.weight[self.outputs[site]] = rows
+        skip.bias[self.outputs[site]] = biases
+        if len(self.network.layers):
+            last: Any = self.network.layers[-1]
+            last.weight[self.outputs[site]] = 0.0
+
+    def start(self, context: Tensor) -> "MADEEvaluation":
+        """Begin an evaluation.
+
+        Args:
+            context: The features of the context nodes, in the block's order, shape ``(*batch, n)``.
+        """
+        return MADEEvaluation(self, context)
+
+
+class MADEEvaluation:
+    """One evaluation of a block; alternates :meth:`factors` and :meth:`accept`, level by level."""
+
+    def __init__(self, block: MADEBlock, context: Tensor) -> None:
+        self._module = block
+        self._network: LevelEvaluation = block.network.start()
+        self._level = 0
+        self._new: Tensor = context
+
+    def factors(self) -> dict[str, dist.TorchDistribution]:
+        """Return the factors of the next level's sites, over their flat unconstrained vectors."""
+        module = self._module
+        level = module.block.levels[self._level]
+        outputs = self._network.step(self._new if self._new.shape[-1] else None).squeeze(-1)
+        start = module.outputs[level[0]].start
+        result = {}
+        for site in level:
+            rows, part = module.outputs[site], module._parts[site]
+            part_of_level = outputs[..., rows.start - start : rows.stop - start]
+            result[site] = module.factors[site].distribution(
+                part_of_level, module.shift[part], module.scale[part]
+            )
+        return result
+
+    def accept(self, values: Mapping[str, Tensor]) -> None:
+        """Take the unconstrained vectors of the level's sites, each of shape ``(*batch, size)``."""
+        module = self._module
+        level = module.block.levels[self._level]
+        self._level += 1
+        if self._level == len(module.block.levels):
+            return
+        raw = [values[site] for site in level]
+        if len(raw) > 1:
+            shape = torch.broadcast_shapes(*(value.shape[:-1] for value in raw))
+            raw = [
+                value if value.shape[:-1] == shape else value.expand(*shape, value.shape[-1]) for value in raw
+            ]
+        flat = torch.cat(raw, -1) if len(raw) > 1 else raw[0]
+        part = slice(module._parts[level[0]].start, module._parts[level[-1]].stop)
+        self._new = (flat - module.shift[part]) / module.scale[part]

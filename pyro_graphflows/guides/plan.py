@@ -1,0 +1,171 @@
+"""The compiler's plan: which sites are sampled together, in what order, and what each is conditioned on.
+
+An inverse graph says which nodes a latent site looks at. The plan turns it into *blocks*: sites in the same
+plates that one network serves, level by level. Everything outside a block that its sites look at enters the
+block's network as *context*: elementwise where the plates agree, broadcast from outer plates, pooled from inner
+ones. Blocks are made as large as the inverse allows, so that the number of network calls is the number of
+levels and not the number of sites.
+"""
+
+from dataclasses import dataclass
+
+import networkx as nx
+
+from pyro_graphflows.graphs.inverse_graph import InverseGraph
+from pyro_graphflows.graphs.model_graph import ModelGraph
+
+__all__ = ["Block", "Conditioning", "Plan", "make_plan", "mean_field_condition"]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """One node outside a block that the block's network sees, and how it comes in.
+
+    Attributes:
+        name: The node.
+        how: ``"same"``, ``"broadcast"`` or ``"pooled"``.
+        observed: Whether it is data (an observed site or an input) rather than a latent site.
+    """
+
+    name: str
+    how: str
+    observed: bool
+
+
+@dataclass(frozen=True)
+class Block:
+    """Latent sites in the same plates that are sampled together, level by level.
+
+    Attributes:
+        plates: The plates around every site of the block, outer to inner.
+        levels: The sites; those of one level depend on context and on earlier levels only.
+        context: The nodes outside the block that its sites look at, in graph order.
+        parents: For each site, its parents in the inverse (context and sites of earlier levels).
+    """
+
+    plates: tuple[str, ...]
+    levels: tuple[tuple[str, ...], ...]
+    context: tuple[Conditioning, ...]
+    parents: dict[str, tuple[str, ...]]
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites in sampling order."""
+        return tuple(site for level in self.levels for site in level)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The blocks in sampling order, and for each site whether its KL term may be analytic."""
+
+    graph: ModelGraph
+    inverse: InverseGraph
+    blocks: tuple[Block, ...]
+    analytic_kl: dict[str, bool]
+
+    def describe(self, notes: tuple[str, ...] = ()) -> str:
+        """Return the plan in words: a line for each latent site, in sampling order."""
+        inverse, graph = self.inverse, self.graph
+        lines = [
+            f"Inverse: order {inverse.order!r}, {inverse.num_edges} edges, {len(inverse.levels)} sampling levels, "
+            f"{len(self.blocks)} block{'s' if len(self.blocks) != 1 else ''}."
+        ]
+        for index, block in enumerate(self.blocks):
+            where = f"plates {', '.join(block.plates)}" if block.plates else "no plate"
+            lines.append(f"Block {index} ({where}, {len(block.levels)} levels):")
+            for depth, level in enumerate(block.levels):
+                for site in level:
+                    looks = ", ".join(self._input(parent, site) for parent in inverse.parents[site])
+                    term = "analytic KL where there is one" if self.analytic_kl[site] else "sampled KL"
+                    lines.append(f"  level {depth}: {site} | {looks or 'nothing'}  [{term}]")
+                    if site in inverse.coupled:
+                        plates = ", ".join(inverse.coupled[site])
+                        lines.append(
+                            f"    not faithful: copies of {site} stay dependent across {plates} in the posterior, "
+                            "and are independent here"
+                        )
+        if graph.marginalised:
+            lines.append(f"Marginalised (no factor): {', '.join(map(str, graph.marginalised))}.")
+        lines += [f"Note: {note}" for note in notes]
+        return "\n".join(lines)
+
+    def _input(self, parent: object, site: object) -> str:
+        how = self.inverse.how[parent, site]
+        return str(parent) if how == "same" else f"{parent} ({how})"
+
+
+def mean_field_condition(graph: ModelGraph, inverse: InverseGraph) -> dict[str, bool]:
+    r"""Return for each latent site whether its KL term may be computed analytically.
+
+    :class:`~pyro.infer.TraceMeanField_ELBO` replaces the term of a site ``z`` by the KL divergence between the
+    guide's and the model's conditional at the sampled values of their parents. That is right if, and for generic
+    parameters only if, no model parent of ``z`` descends from ``z`` in the guide.
+
+    Args:
+        graph: The model graph.
+        inverse: The guide's factorisation.
+
+    Returns:
+        A dict from site to truth value.
+
+    Example:
+        >>> graph = ModelGraph([("a", "b"), ("b", "x")], observed=["x"])
+        >>> mean_field_condition(graph, InverseGraph(graph, {"a": ["b"], "b": ["x"]}))
+        {'a': True, 'b': False}
+    """
+    dag = inverse.to_networkx()
+    marginalised = set(graph.marginalised)
+    return {
+        site: marginalised.isdisjoint(graph.parents(site))
+        and nx.descendants(dag, site).isdisjoint(graph.parents(site))
+        for site in graph.latent
+    }
+
+
+def make_plan(inverse: InverseGraph) -> Plan:
+    """Group the sites of an inverse into blocks.
+
+    Args:
+        inverse: The guide's factorisation.
+
+    Returns:
+        The plan. Blocks are made greedily in sampling order: a block takes in every site of its plates whose
+        parents are in earlier blocks or in the block itself.
+    """
+    graph = inverse.graph
+    latent = set(graph.latent)
+    done: set = set()
+    blocks = []
+    remaining = list(inverse.sampling_order)
+    rank = {node: i for i, node in enumerate(graph.nodes)}
+    while remaining:
+        plates = graph.plates[remaining[0]]
+        depth: dict = {}
+        for site in remaining:  # parents come first in the sampling order
+            latents = [parent for parent in inverse.parents[site] if parent in latent]
+            if graph.plates[site] == plates and all(p in done or p in depth for p in latents):
+                depth[site] = 1 + max((depth[p] for p in latents if p in depth), default=-1)
+        levels: list[list] = [[] for _ in range(1 + max(depth.values()))]
+        for site in remaining:
+            if site in depth:
+                levels[depth[site]].append(site)
+        context = {
+            parent: inverse.how[parent, site]
+            for site in depth
+            for parent in inverse.parents[site]
+            if parent not in depth
+        }
+        blocks.append(
+            Block(
+                plates=plates,
+                levels=tuple(map(tuple, levels)),
+                context=tuple(
+                    Conditioning(name, context[name], name not in latent)
+                    for name in sorted(context, key=rank.__getitem__)
+                ),
+                parents={site: inverse.parents[site] for site in depth},
+            )
+        )
+        done |= set(depth)
+        remaining = [site for site in remaining if site not in depth]
+    return Plan(graph, inverse, tuple(blocks), mean_field_condition(graph, inverse))

@@ -1,0 +1,91 @@
+r"""The regression start: a guide that is right for linear-Gaussian models before the first step.
+
+Joint samples of the model are turned into one covariance matrix per block; each site's factor is set to the
+least-squares regression of its unconstrained vector on its parents in the inverse, with the residual covariance
+as scale. For a linear-Gaussian model with a faithful inverse the expected KL divergence from the posterior is
+then about (number of weights) / (2 number of samples) nats, so that a sparse inverse also needs fewer samples.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_graphflows.guides.features import location_and_scale
+from pyro_graphflows.guides.made import MADEBlock
+
+__all__ = ["block_loss", "regress_", "standardize_"]
+
+RIDGE = 1e-10  # relative to unit variances; makes rank-deficient sets of parents solvable
+RESIDUAL_FLOOR = 1e-4  # in standardised units; deterministic relations have residual zero
+WINSOR = 10.0  # standard deviations; keeps one draw of a heavy tail from deciding
+
+
+def standardize_(block: MADEBlock, values: Mapping[str, Tensor]) -> None:
+    """Set the shift and scale of each site from samples of its unconstrained vector, shape ``(n, size)``."""
+    for site in block.block.sites:
+        block.set_standardization_(site, *location_and_scale(values[site]))
+
+
+def regress_(block: MADEBlock, context: Tensor, values: Mapping[str, Tensor]) -> None:
+    """Set each factor of a block to the linear regression on its parents.
+
+    Args:
+        block: The block; its standardisation is used and not changed.
+        context: Features of the context nodes in rows, shape ``(n, columns)``.
+        values: Unconstrained vectors of the sites in rows, each of shape ``(n, size)``.
+    """
+    columns = [context.double()]
+    for site in block.block.sites:
+        shift, scale = block.standardization(site)
+        columns.append(((values[site] - shift) / scale).double())
+    joint = torch.cat(columns, -1)
+    joint = joint[torch.isfinite(joint).all(-1)].clamp(-WINSOR, WINSOR)
+    mean, covariance = joint.mean(0), torch.atleast_2d(torch.cov(joint.T))
+    for site in block.block.sites:
+        parents = [parent for parent in block.block.parents[site] if parent in block.columns]
+        inputs = [j for parent in parents for j in block.columns[parent]]
+        own = list(block.columns[site])
+        weights = _solve(covariance, inputs, own)
+        residual = covariance[own][:, own] - weights @ covariance[inputs][:, own]
+        residual = residual * (len(joint) - 1) / max(len(joint) - 1 - len(inputs), 1)
+        loc = mean[own] - weights @ mean[inputs]
+        parts = dict(zip(parents, weights.split([len(block.columns[p]) for p in parents], -1), strict=True))
+        block.set_linear_(site, parts, loc, _square_root(residual))
+
+
+def _solve(covariance: Tensor, inputs: Sequence[int], own: Sequence[int]) -> Tensor:
+    if not inputs:
+        return covariance.new_zeros(len(own), 0)
+    among = covariance[inputs][:, inputs]
+    ridge = RIDGE * torch.eye(len(inputs), dtype=among.dtype, device=among.device)
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(among + ridge)
+        if not failed:
+            return torch.cholesky_solve(covariance[inputs][:, own], factor).T
+        ridge = ridge * 100
+
+
+def _square_root(residual: Tensor) -> Tensor:
+    """Return a lower triangular square root whose diagonal is at least the floor."""
+    eye = torch.eye(len(residual), dtype=residual.dtype, device=residual.device)
+    jitter = 0.0
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(residual + jitter * eye)
+        if not failed and bool(torch.isfinite(factor).all()):
+            break
+        jitter = max(10 * jitter, RESIDUAL_FLOOR**2)
+    diagonal = factor.diagonal()
+    return factor * (diagonal.clamp(min=RESIDUAL_FLOOR) / diagonal).unsqueeze(-1)
+
+
+@torch.no_grad()
+def block_loss(block: MADEBlock, context: Tensor, values: Mapping[str, Tensor]) -> float:
+    """Return the mean of ``-log q`` of the sites' unconstrained vectors given context, in nats."""
+    evaluation = block.start(context)
+    total = 0.0
+    for level in block.block.levels:
+        for site, factor in evaluation.factors().items():
+            total -= float(factor.log_prob(values[site]).mean())
+        evaluation.accept({site: values[site] for site in level})
+    return total
