@@ -35,6 +35,8 @@ SETTINGS = {
     "linear without skip": {"hidden_dims": [], "skip": False},
     "made": {"hidden_dims": [40, 40], "activation": "relu", "skip": False},
     "one parameter": {"num_params": 1, "activation": "tanh"},
+    "sparse": {"engine": "sparse", "hidden_layers": 2},
+    "sparse linear": {"engine": "sparse", "hidden_dims": [], "skip": False},
 }
 PARENTS = [[], [0], [0, 1], [], [2, 3], [1], []]
 
@@ -82,14 +84,22 @@ def test_jacobian_is_exactly_the_promise(name):
             assert set(seen[k, p].nonzero().flatten().tolist()) == members
 
 
+@pytest.mark.parametrize("engine", ["dense", "sparse"])
 @settings(deadline=None, max_examples=30)
-@given(st.data())
-def test_any_order_of_inputs_and_outputs(data):
+@given(data=st.data())
+def test_any_order_of_inputs_and_outputs(engine, data):
     num_inputs = data.draw(st.integers(1, 6))
     levels = data.draw(st.lists(st.integers(0, 3), min_size=num_inputs, max_size=num_inputs))
     allowed = data.draw(st.lists(st.sets(st.integers(0, num_inputs - 1)), min_size=1, max_size=6))
     mlp = randomise(
-        MaskedMLP(allowed, num_inputs, input_levels=levels, hidden_layers=data.draw(st.integers(0, 2)))
+        MaskedMLP(
+            allowed,
+            num_inputs,
+            input_levels=levels,
+            hidden_layers=data.draw(st.integers(0, 2)),
+            skip=data.draw(st.booleans()),
+            engine=engine,
+        )
     )
     x = torch.randn(4, num_inputs)
     full = mlp(x)
@@ -99,8 +109,19 @@ def test_any_order_of_inputs_and_outputs(data):
     assert sorted(k for group in mlp.outputs_by_level for k in group) == list(range(len(allowed)))
 
 
-def test_batch_shapes_broadcast_on_the_left():
-    mlp = randomise(autoregressive(2, PARENTS, hidden_layers=2))
+@pytest.mark.parametrize("engine", ["dense", "sparse"])
+def test_engines_agree_after_loading(engine):
+    other = "sparse" if engine == "dense" else "dense"
+    mlp = randomise(autoregressive(2, PARENTS, hidden_layers=2, engine=engine))
+    same = autoregressive(2, PARENTS, hidden_layers=2, engine=other)
+    same.load_state_dict(mlp.state_dict())
+    x = torch.randn(3, mlp.input_dim)
+    torch.testing.assert_close(same(x), mlp(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("engine", ["dense", "sparse"])
+def test_batch_shapes_broadcast_on_the_left(engine):
+    mlp = randomise(autoregressive(2, PARENTS, hidden_layers=2, engine=engine))
     shapes = [(3,), (4, 3), (3,), (5, 1, 1)]
     evaluation = mlp.start()
     values = [
@@ -117,7 +138,7 @@ def test_batch_shapes_broadcast_on_the_left():
 
 
 def test_outputs_without_inputs_are_their_bias():
-    for kwargs in ({}, {"skip": False}, {"hidden_dims": []}):
+    for kwargs in ({}, {"skip": False}, {"hidden_dims": []}, {"engine": "sparse"}):
         mlp = randomise(MaskedMLP([[], [0], []], 1, input_levels=[1], **kwargs))
         bias = (mlp.layers[-1] if mlp.skip is None else mlp.skip).bias.reshape(3, 2)
         torch.testing.assert_close(mlp(torch.randn(4, 1))[:, [0, 2]], bias[[0, 2]].expand(4, 2, 2))

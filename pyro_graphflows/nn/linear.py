@@ -1,6 +1,6 @@
 """A linear layer in which output i depends on input j only where ``mask[i, j]`` is true."""
 
-import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,15 +8,24 @@ from torch import Tensor, nn
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.masks import SparseMask
+from pyro_graphflows.nn.sparse import SparsePattern
 
 __all__ = ["MaskedLinear"]
+
+# The automatic choice: small or well-filled matrices are fastest when dense (benchmarks/layers.py).
+DENSE_ENTRIES = 100_000
+DENSE_DENSITY = 0.1
 
 
 class MaskedLinear(nn.Module):
     r"""Apply :math:`y = (W \circ M) x + b`.
 
-    An output without inputs is its bias. Weights start uniform in :math:`\pm 1/\sqrt{n}`, with n the number
-    of inputs that the mask leaves to the output, and biases at zero.
+    An output without inputs is its bias. Weights start uniform in :math:`\pm 1/\sqrt{n}`, with n the number of
+    inputs that the mask leaves to the output, and biases at zero.
+
+    There are two engines with the same numbers. The *dense* one keeps a matrix of weights and multiplies it by
+    the mask. The *sparse* one keeps the weights of the mask's true entries alone, as a vector in row order, and
+    its time and memory grow with their number. A saved state fits both.
 
     Shape:
         - Input: (\*, in_features), output: (\*, out_features).
@@ -24,19 +33,26 @@ class MaskedLinear(nn.Module):
     Args:
         mask: A boolean matrix, or a :class:`~pyro_graphflows.masks.SparseMask`, of shape (outputs, inputs).
         bias: Whether there is a bias.
+        engine: "dense", "sparse", or "auto", which takes the dense one for small or well-filled masks.
+
+    Attributes:
+        engine: The engine in use.
+        weight: The weights: a matrix (outputs, inputs), or the vector of the entries.
+        bias: The bias, or None.
 
     Raises:
-        GraphflowsError: If the mask is not a boolean matrix.
+        GraphflowsError: If the mask is not a boolean matrix or the engine is not known.
 
     Example:
         >>> layer = MaskedLinear(torch.tensor([[True, False], [True, True]]))
-        >>> layer(torch.zeros(3, 2)).shape
-        torch.Size([3, 2])
+        >>> layer(torch.zeros(3, 2)).shape, layer.engine
+        (torch.Size([3, 2]), 'dense')
     """
 
     mask: Tensor
+    pattern: SparsePattern
 
-    def __init__(self, mask: Tensor | SparseMask, bias: bool = True) -> None:
+    def __init__(self, mask: Tensor | SparseMask, bias: bool = True, engine: str = "auto") -> None:
         super().__init__()
         if isinstance(mask, Tensor):
             if mask.dtype != torch.bool or mask.dim() != 2:
@@ -45,17 +61,34 @@ class MaskedLinear(nn.Module):
                     f"{tuple(mask.shape)} and dtype {mask.dtype}."
                 )
             mask = SparseMask.from_dense(mask)
+        if engine not in ("auto", "dense", "sparse"):
+            raise GraphflowsError(f'Expected engine "auto", "dense" or "sparse"; got {engine!r}.')
         self.out_features, self.in_features = mask.shape
-        self.register_buffer("mask", mask.to_dense(), persistent=False)
-        self.weight = nn.Parameter(torch.empty(mask.shape))
+        self.nnz = mask.nnz
+        entries = self.out_features * self.in_features
+        if engine == "auto":
+            small = entries <= DENSE_ENTRIES or self.nnz >= DENSE_DENSITY * entries
+            engine = "dense" if small else "sparse"
+        self.engine = engine
+        if engine == "dense":
+            self.register_buffer("mask", mask.to_dense(), persistent=False)
+            self.weight = nn.Parameter(torch.empty(mask.shape))
+        else:
+            self.pattern = SparsePattern(mask)
+            self.weight = nn.Parameter(torch.empty(mask.nnz))
         self.bias = nn.Parameter(torch.empty(self.out_features)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the weights anew and set the biases to zero."""
-        fan_in = self.mask.sum(-1, keepdim=True).clamp(min=1)
         with torch.no_grad():
-            self.weight.uniform_(-1, 1).mul_(self.mask / fan_in.sqrt())
+            self.weight.uniform_(-1, 1)
+            if self.engine == "dense":
+                fan_in = self.mask.sum(-1, keepdim=True).clamp(min=1)
+                self.weight.mul_(self.mask / fan_in.sqrt())
+            else:
+                fan_in = torch.bincount(self.pattern.row, minlength=self.out_features)
+                self.weight.div_(fan_in[self.pattern.row].sqrt())
             if self.bias is not None:
                 self.bias.zero_()
 
@@ -66,18 +99,49 @@ class MaskedLinear(nn.Module):
             if self.bias is not None:
                 self.bias.zero_()
 
+    def sparse_mask(self) -> SparseMask:
+        """Return the mask by its true entries."""
+        if self.engine == "dense":
+            return SparseMask.from_dense(self.mask)
+        indices = torch.stack([self.pattern.row, self.pattern.column])
+        return SparseMask(indices, (self.out_features, self.in_features))
+
+    def entries(self) -> Tensor:
+        """Return the weights in the engine's layout: a matrix that is zero off the mask, or the vector."""
+        return self.weight * self.mask if self.engine == "dense" else self.weight
+
     def masked_weight(self) -> Tensor:
-        """Return the weights, zero off the mask."""
-        return self.weight * self.mask
+        """Return the matrix of weights, zero off the mask, whatever the engine."""
+        return self.entries() if self.engine == "dense" else self.pattern.to_dense(self.weight)
+
+    def multiply(self, entries: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Multiply the last dimension of ``x`` by the matrix with other ``entries``, in the engine's layout."""
+        if self.engine == "dense":
+            return F.linear(x, entries, bias)
+        return self.pattern.linear(entries, x, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map the last dimension of ``x``."""
-        return F.linear(x, self.masked_weight(), self.bias)
+        return self.multiply(self.entries(), x, self.bias)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take weights that were saved by the other engine too."""
+        weight = state_dict.get(prefix + "weight")
+        places = self.sparse_mask().indices
+        if weight is not None and weight.dim() != self.weight.dim():
+            rows, columns = places.to(weight.device)
+            if self.engine == "sparse" and weight.shape == (self.out_features, self.in_features):
+                state_dict[prefix + "weight"] = weight[rows, columns]
+            elif self.engine == "dense" and weight.shape == (self.nnz,):
+                dense = weight.new_zeros(self.out_features, self.in_features)
+                dense[rows, columns] = weight
+                state_dict[prefix + "weight"] = dense
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """Describe the layer in one line."""
-        density = int(self.mask.sum()) / max(1, math.prod(self.mask.shape))
+        density = self.nnz / max(1, self.out_features * self.in_features)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, density={density:.3g}"
+            f"bias={self.bias is not None}, engine={self.engine}, density={density:.3g}"
         )

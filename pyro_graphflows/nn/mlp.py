@@ -12,14 +12,15 @@ of level ℓ are there. The level of an output is the largest level among the in
 """
 
 from collections.abc import Collection, Sequence
+from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.masks import LabelledMasks, allowed_mask, label_masks
 from pyro_graphflows.nn.activations import make_activation
+from pyro_graphflows.nn.levels import Block, LevelBlocks, Runs
 from pyro_graphflows.nn.linear import MaskedLinear
 
 __all__ = ["LevelEvaluation", "MaskedMLP"]
@@ -51,6 +52,7 @@ class MaskedMLP(nn.Module):
             entry.
         input_levels: The level at which each input becomes known; all at the start if not given.
         skip: Whether there is a linear map beside the hidden part.
+        engine: The engine of the layers, "dense", "sparse" or "auto"; see :class:`MaskedLinear`.
         input_names: Names of the inputs, for messages.
         output_names: Names of the outputs, for messages.
 
@@ -75,9 +77,6 @@ class MaskedMLP(nn.Module):
         (torch.Size([5, 1, 2]), torch.Size([5, 1, 2]))
     """
 
-    _input_order: Tensor | None
-    _output_order: Tensor | None
-
     def __init__(
         self,
         allowed: Sequence[Collection[int]],
@@ -90,6 +89,7 @@ class MaskedMLP(nn.Module):
         activation: str | nn.Module = "elu",
         input_levels: Sequence[int] | None = None,
         skip: bool = True,
+        engine: str = "auto",
         input_names: Sequence[object] | None = None,
         output_names: Sequence[object] | None = None,
     ) -> None:
@@ -117,36 +117,47 @@ class MaskedMLP(nn.Module):
         self.num_levels = max(self.output_levels, default=0) + 1
         self.outputs_by_level = _group(self.output_levels, self.num_levels)
         self.inputs_by_level = _group(levels, self.num_levels)
-        self._set_slices(masks, levels)
 
         direct = allowed_mask(self.allowed, input_dim).repeat_rows(num_params)
+        self.skip = MaskedLinear(direct, engine=engine) if skip else None
         *hidden, last = masks.patterns
-        self.skip = MaskedLinear(direct) if skip else None
+        layers = [MaskedLinear(mask, engine=engine) for mask in hidden]
         if hidden or not skip:
-            last = last.repeat_rows(num_params)
-            self.layers = nn.ModuleList([*map(MaskedLinear, hidden), MaskedLinear(last, bias=not skip)])
-        else:
-            self.layers = nn.ModuleList()
+            layers.append(MaskedLinear(last.repeat_rows(num_params), bias=not skip, engine=engine))
+        self.layers = nn.ModuleList(layers)
+        self._set_blocks(masks, levels, layers)
 
-    def _set_slices(self, masks: LabelledMasks, levels: Sequence[int]) -> None:
-        """Count rows and columns by level; find the permutations that sort inputs and outputs."""
-        hidden = [
-            _group([max(levels[j] for j in label) for label in labels], self.num_levels)
-            for labels in masks.labels
-        ]
-        widths = [[len(group) for group in groups] for groups in (self.inputs_by_level, *hidden)]
-        self._columns = [[sum(width[: i + 1]) for i in range(self.num_levels)] for width in widths]
-        self._rows = [*widths[1:], [len(group) * self.num_params for group in self.outputs_by_level]]
+    def _set_blocks(
+        self, masks: LabelledMasks, levels: Sequence[int], layers: Sequence[MaskedLinear]
+    ) -> None:
+        """Cut every layer into levels. Hidden units are sorted by level; inputs and outputs need not be."""
         inputs = [j for group in self.inputs_by_level for j in group]
+        units = [[max(levels[j] for j in label) for label in labels] for labels in masks.labels]
+        rows = [[len(group) for group in _group(unit, self.num_levels)] for unit in units]
+        rows.append([len(group) * self.num_params for group in self.outputs_by_level])
+        columns = [list(accumulate(len(group) for group in self.inputs_by_level))]
+        columns.extend(list(accumulate(row)) for row in rows[:-1])
         outputs = [
             k * self.num_params + p
             for group in self.outputs_by_level
             for k in group
             for p in range(self.num_params)
         ]
-        # None stands for the identity, which costs nothing.
-        self.register_buffer("_input_order", _permutation(inputs), persistent=False)
-        self.register_buffer("_output_order", _permutation(outputs), persistent=False)
+        self._layer_blocks = nn.ModuleList(
+            LevelBlocks(
+                layer,
+                _permutation(inputs) if i == 0 else None,
+                _permutation(outputs) if i == len(layers) - 1 else None,
+                rows[i],
+                columns[i],
+            )
+            for i, layer in enumerate(layers)
+        )
+        self._skip_blocks = None
+        if self.skip is not None:
+            self._skip_blocks = LevelBlocks(
+                self.skip, _permutation(inputs), _permutation(outputs), rows[-1], columns[0]
+            )
 
     def zero_output_(self) -> None:
         """Set the last layer of the hidden part to zero, so that the linear part alone is left."""
@@ -187,32 +198,13 @@ class LevelEvaluation:
         self._mlp = mlp
         self._level = 0
         self._batch_shape = torch.Size()
-        self._inputs = _Runs()
-        self._hidden = [_Runs() for _ in list(mlp.layers)[1:]]
-        # One list of (weight, bias) row blocks by level for each layer.
+        self._inputs = Runs()
+        self._hidden = [Runs() for _ in list(mlp.layers)[1:]]
+        # For each layer, its blocks by level.
         self._layers = [
-            self._blocks(layer, i, last=i == len(mlp.layers) - 1) for i, layer in enumerate(mlp.layers)
+            _cut(blocks, layer) for blocks, layer in zip(mlp._layer_blocks, mlp.layers, strict=True)
         ]
-        self._skip = None if mlp.skip is None else self._blocks(mlp.skip, 0, last=True)
-
-    def _blocks(self, layer: nn.Module, index: int, last: bool) -> list[tuple[Tensor, Tensor | None]]:
-        mlp = self._mlp
-        assert isinstance(layer, MaskedLinear)
-        weight: Tensor = layer.masked_weight()
-        bias: Tensor | None = layer.bias
-        if index == 0 and mlp._input_order is not None:
-            weight = weight[:, mlp._input_order]
-        if last and mlp._output_order is not None:
-            weight = weight[mlp._output_order]
-            bias = None if bias is None else bias[mlp._output_order]
-        if mlp.num_levels == 1:
-            return [(weight[:, : mlp._columns[index][0]], bias)]
-        rows = mlp._rows[-1 if last else index]
-        biases = [None] * mlp.num_levels if bias is None else bias.split(rows)
-        return [
-            (block[:, :columns], b)
-            for block, columns, b in zip(weight.split(rows), mlp._columns[index], biases, strict=True)
-        ]
+        self._skip = None if mlp._skip_blocks is None else _cut(mlp._skip_blocks, mlp.skip)
 
     @property
     def level(self) -> int:
@@ -249,45 +241,23 @@ class LevelEvaluation:
         terms = []
         below = self._inputs
         for blocks, runs in zip(self._layers[:-1], self._hidden, strict=True):
-            weight, bias = blocks[level]
-            if weight.shape[0]:
-                runs.append(mlp.activation(below.linear(weight, bias)))
+            if blocks[level].num_rows:
+                runs.append(mlp.activation(blocks[level](below)))
             below = runs
         if self._layers:
-            terms.append(below.linear(*self._layers[-1][level]))
+            terms.append(self._layers[-1][level](below))
         if self._skip is not None:
-            terms.append(self._inputs.linear(*self._skip[level]))
+            terms.append(self._skip[level](self._inputs))
         out = sum(terms[1:], terms[0])
         if out.shape[:-1] != self._batch_shape:
             out = out.expand(*self._batch_shape, out.shape[-1])
         return out.unflatten(-1, (len(mlp.outputs_by_level[level]), mlp.num_params))
 
 
-class _Runs:
-    """Values known so far, features last, in runs of equal batch shape."""
-
-    def __init__(self) -> None:
-        self._runs: list[Tensor] = []
-
-    def append(self, x: Tensor) -> None:
-        if x.shape[-1] == 0:
-            return
-        if self._runs and self._runs[-1].shape[:-1] == x.shape[:-1]:
-            self._runs[-1] = torch.cat([self._runs[-1], x], -1)
-        else:
-            self._runs.append(x)
-
-    def linear(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Apply the weight to the concatenation of all runs, whose batch shapes broadcast."""
-        if len(self._runs) == 1:
-            return F.linear(self._runs[0], weight, bias)
-        total = weight.new_zeros(weight.shape[0]) if bias is None else bias
-        start = 0
-        for run in self._runs:
-            stop = start + run.shape[-1]
-            total = F.linear(run, weight[:, start:stop]) + total
-            start = stop
-        return total
+def _cut(blocks: nn.Module, layer: nn.Module | None) -> list[Block]:
+    assert isinstance(blocks, LevelBlocks)
+    assert isinstance(layer, MaskedLinear)
+    return blocks.cut(layer)
 
 
 def _group(levels: Sequence[int], num_levels: int) -> tuple[tuple[int, ...], ...]:
@@ -298,5 +268,6 @@ def _group(levels: Sequence[int], num_levels: int) -> tuple[tuple[int, ...], ...
     return tuple(map(tuple, groups))
 
 
-def _permutation(order: Sequence[int]) -> Tensor | None:
-    return None if list(order) == list(range(len(order))) else torch.tensor(order, dtype=torch.long)
+def _permutation(order: Sequence[int]) -> Sequence[int] | None:
+    """The order, or None where it is the identity, which then costs nothing."""
+    return None if list(order) == list(range(len(order))) else order

@@ -1,0 +1,205 @@
+r"""Products with a sparse matrix of fixed pattern, in time and memory that grow with its entries.
+
+A weight matrix with a fixed pattern of entries is a vector of values. With ``A`` the matrix and x of shape
+(inputs, n), features first, three products are needed: :math:`A x`; :math:`A^\top g` for the gradient in x; and
+for the gradient in the values the entries :math:`(g x^\top)_{ij}` at the places of the pattern alone. Each is
+the derivative of the others, so two autograd functions that call each other have derivatives of every order.
+"""
+
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_graphflows.masks import SparseMask
+
+__all__ = ["SparsePattern"]
+
+
+class SparsePattern(nn.Module):
+    """The places of the entries of a sparse matrix, in row order; its buffers follow the module's device.
+
+    Args:
+        mask: The places.
+
+    Example:
+        >>> pattern = SparsePattern(SparseMask.from_dense(torch.tensor([[True, False], [True, True]])))
+        >>> values = torch.tensor([1.0, 2.0, 3.0])
+        >>> pattern.linear(values, torch.tensor([[1.0, 10.0]])).tolist()
+        [[1.0, 32.0]]
+    """
+
+    row: Tensor
+    column: Tensor
+    starts: Tensor
+    columns: Tensor
+    transposed_starts: Tensor
+    transposed_columns: Tensor
+    transposition: Tensor
+
+    def __init__(self, mask: SparseMask) -> None:
+        super().__init__()
+        self.shape = mask.shape
+        rows, columns = mask.indices
+        transposition = torch.argsort(columns, stable=True)
+        buffers = {
+            "row": rows.contiguous(),
+            "column": columns.contiguous(),
+            "starts": _starts(rows, mask.shape[0]),
+            "columns": columns.to(torch.int32),
+            "transposed_starts": _starts(columns[transposition], mask.shape[1]),
+            "transposed_columns": rows[transposition].to(torch.int32),
+            "transposition": transposition,
+        }
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer, persistent=False)
+
+    @property
+    def nnz(self) -> int:
+        """The number of entries."""
+        return self.row.shape[0]
+
+    def matmul(self, values: Tensor, x: Tensor) -> Tensor:
+        """Return :math:`A x` for x of shape (inputs, n)."""
+        return _Product.apply(values, x, self, False)
+
+    def rmatmul(self, values: Tensor, x: Tensor) -> Tensor:
+        r"""Return :math:`A^\top x` for x of shape (outputs, n)."""
+        return _Product.apply(values, x, self, True)
+
+    def linear(self, values: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Apply the matrix to the last dimension of ``x``, as :func:`torch.nn.functional.linear` does.
+
+        The result has its features first in memory, and so enters the next such product without a copy.
+        """
+        features_first = x.reshape(x.shape[:-1].numel(), x.shape[-1]).T.contiguous()
+        out = self.matmul(values, features_first)
+        if bias is not None:
+            out = out + bias[:, None]
+        return out.T.reshape(*x.shape[:-1], self.shape[0])
+
+    def to_dense(self, values: Tensor) -> Tensor:
+        """Return the matrix with the entries given."""
+        dense = values.new_zeros(self.shape)
+        return dense.index_put((self.row, self.column), values)
+
+    def row_blocks(self, sizes: Sequence[int]) -> list["SparsePattern"]:
+        """Split the rows; the values of a block are the next ``block.nnz`` values."""
+        blocks = []
+        first = 0
+        indices = torch.stack([self.row, self.column])
+        for size in sizes:
+            inside = (indices[0] >= first) & (indices[0] < first + size)
+            part = indices[:, inside]
+            part[0] -= first
+            blocks.append(SparsePattern(SparseMask(part, (size, self.shape[1]))))
+            first += size
+        return blocks
+
+    def extra_repr(self) -> str:
+        """Describe the pattern in one line."""
+        return f"shape={self.shape}, nnz={self.nnz}"
+
+
+class _Product(torch.autograd.Function):
+    """``A x``, or the product with the transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, x: Tensor, pattern: SparsePattern, transposed: bool) -> Tensor:
+        ctx.save_for_backward(values, x)
+        ctx.pattern, ctx.transposed = pattern, transposed
+        if not _has_kernels(x):
+            return _product_without_kernels(values, x, pattern, transposed)
+        if transposed:
+            matrix = _csr(
+                pattern.transposed_starts,
+                pattern.transposed_columns,
+                values[pattern.transposition],
+                (pattern.shape[1], pattern.shape[0]),
+            )
+        else:
+            matrix = _csr(pattern.starts, pattern.columns, values, pattern.shape)
+        return matrix @ x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        values, x = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        grad_values = grad_x = None
+        if ctx.needs_input_grad[0]:
+            left, right = (x, grad) if ctx.transposed else (grad, x)
+            grad_values = _Sampled.apply(left, right, ctx.pattern)
+        if ctx.needs_input_grad[1]:
+            grad_x = _Product.apply(values, grad, ctx.pattern, not ctx.transposed)
+        return grad_values, grad_x, None, None
+
+
+class _Sampled(torch.autograd.Function):
+    """The entries of ``left @ right.T`` at the places of the pattern."""
+
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor, pattern: SparsePattern) -> Tensor:
+        ctx.save_for_backward(left, right)
+        ctx.pattern = pattern
+        if not _has_kernels(left):
+            return torch.cat(
+                [
+                    torch.linalg.vecdot(left[row], right[column])
+                    for row, column in zip(
+                        pattern.row.split(_CHUNK), pattern.column.split(_CHUNK), strict=True
+                    )
+                ]
+            )
+        zeros = _csr(pattern.starts, pattern.columns, left.new_zeros(pattern.nnz), pattern.shape)
+        return torch.sparse.sampled_addmm(zeros, left, right.T, beta=0.0).values()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        left, right = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        grad_left = grad_right = None
+        if ctx.needs_input_grad[0]:
+            grad_left = _Product.apply(grad, right, ctx.pattern, False)
+        if ctx.needs_input_grad[1]:
+            grad_right = _Product.apply(grad, left, ctx.pattern, True)
+        return grad_left, grad_right, None
+
+
+_CHUNK = 65536  # entries at a time where torch has no kernel, so that memory stays bounded
+
+
+def _has_kernels(x: Tensor) -> bool:
+    """Whether torch multiplies sparse matrices on this device: on CPU it needs MKL."""
+    return x.is_cuda or torch.backends.mkl.is_available()
+
+
+def _product_without_kernels(values: Tensor, x: Tensor, pattern: SparsePattern, transposed: bool) -> Tensor:
+    source, target = (pattern.row, pattern.column) if transposed else (pattern.column, pattern.row)
+    out = x.new_zeros(pattern.shape[1] if transposed else pattern.shape[0], x.shape[1])
+    pieces = (source.split(_CHUNK), target.split(_CHUNK), values.split(_CHUNK))
+    for piece, places, weights in zip(*pieces, strict=True):
+        out.index_add_(0, places, weights[:, None] * x[piece])
+    return out
+
+
+def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Build the torch matrix; the only place that does."""
+    _take_the_beta_warning()
+    return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
+
+
+@lru_cache(maxsize=1)
+def _take_the_beta_warning() -> None:
+    """Torch says once in each process that its CSR tensors are in beta; hear it here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        index = torch.zeros(1, dtype=torch.int64)
+        torch.sparse_csr_tensor(index, index[:0], torch.zeros(0), (0, 0), check_invariants=False)
+
+
+def _starts(sorted_rows: Tensor, num_rows: int) -> Tensor:
+    counts = torch.bincount(sorted_rows, minlength=num_rows)
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
