@@ -3,11 +3,24 @@
 from itertools import combinations, product
 
 import networkx as nx
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from pyro_graphflows.graphs.model_graph import ModelGraph
 
-__all__ = ["dag_edges", "labelled_dags", "model_graphs", "plated_model_graphs", "role_assignments"]
+__all__ = [
+    "dag_edges",
+    "examples",
+    "labelled_dags",
+    "model_graphs",
+    "plated_model_graphs",
+    "role_assignments",
+]
+
+
+def examples(number):
+    """Settings of a property test that always draws the same examples."""
+    return settings(max_examples=number, deadline=None, derandomize=True)
 
 
 def labelled_dags(num_nodes):

@@ -257,22 +257,30 @@ class _Inversion:
         return max(depth.values(), default=0)
 
     def _sampling_order(self, draft: _Draft) -> list[int]:
-        """Return the reverse of the elimination, but barren sites before those in plates inside theirs."""
+        """Return the reverse of the elimination, with outer sites moved before the inner ones.
+
+        Elimination sees to it for all but barren sites, which are exempt if they depend on inner ones.
+        """
         order = draft.sequence[::-1]
         plates = {site: frozenset(self.graph.plates[self.graph.nodes[site]]) for site in order}
-        if len(set(plates.values())) <= 1:
+        if not self.barren or len(set(plates.values())) == 1:
             return order
-        barren = set(self.barren)
-        waiting = [site for site in order if site in barren]
+        below: dict[int, set[int]] = {site: {site} for site in order}
+        for site in reversed(order):
+            for parent in draft.parents[site]:
+                if parent in below:
+                    below[parent] |= below[site]
+        must = {site: {parent for parent in draft.parents[site] if parent in below} for site in order}
+        should = {
+            site: {other for other in order if plates[other] < plates[site] and other not in below[site]}
+            for site in order
+        }
         placed: dict[int, None] = {}
-        for site in (site for site in order if site not in barren):
-            for other in list(waiting):
-                ready = all(parent in placed for parent in draft.parents[other] if parent in plates)
-                if ready and plates[other] < plates[site]:
-                    placed[other] = None
-                    waiting.remove(other)
-            placed[site] = None
-        return [*placed, *waiting]
+        while len(placed) < len(order):
+            ready = [site for site in order if site not in placed and must[site] <= placed.keys()]
+            # Two sites that each have to wait for the other: go on in the order given.
+            placed[next((site for site in ready if should[site] <= placed.keys()), ready[0])] = None
+        return list(placed)
 
     def finish(self, draft: _Draft, order: str) -> InverseGraph:
         names = self.graph.nodes
