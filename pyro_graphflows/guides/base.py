@@ -12,7 +12,6 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 from torch.distributions import biject_to
-from torch.distributions.transforms import identity_transform
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
@@ -28,7 +27,7 @@ from pyro_graphflows.guides.call import Call, CallReader
 from pyro_graphflows.guides.distributions import FactorDistribution
 from pyro_graphflows.guides.features import FeatureMap, flatten_event
 from pyro_graphflows.guides.plan import Plan, make_plan
-from pyro_graphflows.guides.site import LatentSite, conditioning_event_dims, latent_sites
+from pyro_graphflows.guides.site import LatentSite, conditioning_event_dims, is_identity, latent_sites
 from pyro_graphflows.inspect import TracedModel, trace_model
 
 __all__ = ["AutoFaithfulGuide", "Description", "resolve_inverse"]
@@ -153,9 +152,14 @@ class AutoFaithfulGuide(AutoGuide):
                 if frame.vectorized
             }
             plan = make_plan(resolve_inverse(traced.graph, self._inverse_option))
+            self._sites = latent_sites(traced)
+            for (
+                name,
+                site,
+            ) in self._sites.items():  # a KL is registered for normal factors, before any bijection
+                plan.analytic_kl[name] &= site.is_real and len(site.event_shape) < 2
             self._check_plan(plan, traced)
             self._reader = CallReader(self.model, traced)
-            self._sites = latent_sites(traced)
             self._event_dims = conditioning_event_dims(traced)
             self._notes = tuple(traced.notes)
             self._context = [
@@ -343,7 +347,7 @@ class AutoFaithfulGuide(AutoGuide):
         """Return the distribution to emit at a site and the map from its value to the unconstrained vector."""
         support = call.supports[site.name]
         transform = site.transform if support is site.support else biject_to(support)
-        if transform is identity_transform and self.plan.analytic_kl[site.name]:
+        if self.plan.analytic_kl[site.name] and is_identity(transform):
             if site.event_shape == factor.event_shape:
                 return factor, _itself
             if not site.event_shape and isinstance(factor, dist.Independent):
@@ -414,7 +418,10 @@ class AutoFaithfulGuide(AutoGuide):
         return self._model[0]
 
     def __getstate__(self) -> dict[str, Any]:
-        # Unlike Pyro's own guides, leave the live object as it is.
+        # Unlike Pyro's own guides, leave the live object as it is. The parameter store hangs a weak reference on
+        # each parameter that it has seen, which cannot be pickled; it is set anew on the next use.
+        for parameter in self.parameters():
+            vars(parameter).pop("unconstrained", None)
         state = self.__dict__.copy()
         state["_model"] = None
         state["master"] = None

@@ -76,7 +76,7 @@ class Plan:
             for depth, level in enumerate(block.levels):
                 for site in level:
                     looks = ", ".join(self._input(parent, site) for parent in inverse.parents[site])
-                    term = "analytic KL where there is one" if self.analytic_kl[site] else "sampled KL"
+                    term = "analytic KL" if self.analytic_kl[site] else "sampled KL"
                     lines.append(f"  level {depth}: {site} | {looks or 'nothing'}  [{term}]")
                     if site in inverse.coupled:
                         plates = ", ".join(inverse.coupled[site])

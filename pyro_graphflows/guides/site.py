@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from torch.distributions import biject_to, constraints
-from torch.distributions.transforms import Transform
+from torch.distributions.transforms import IndependentTransform, Transform, identity_transform
 
 from pyro_graphflows.inspect import TracedModel
 
-__all__ = ["LatentSite", "conditioning_event_dims", "latent_sites"]
+__all__ = ["LatentSite", "conditioning_event_dims", "is_identity", "latent_sites"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,18 @@ class LatentSite:
     def size(self) -> int:
         """The length of the flat unconstrained vector."""
         return self.unconstrained_shape.numel()
+
+    @property
+    def is_real(self) -> bool:
+        """Whether values are unconstrained as they are."""
+        return is_identity(self.transform)
+
+
+def is_identity(transform: Transform) -> bool:
+    """Return whether a transform leaves values as they are."""
+    while isinstance(transform, IndependentTransform):
+        transform = transform.base_transform
+    return transform is identity_transform
 
 
 def latent_sites(traced: TracedModel) -> dict[str, LatentSite]:
