@@ -1,0 +1,259 @@
+"""Model graphs and their inverses in levels, on one layout."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.graphs.inverse_graph import InverseGraph
+from pyro_graphflows.graphs.layout import Layout, layered_layout
+from pyro_graphflows.graphs.model_graph import ModelGraph, Node
+from pyro_graphflows.plotting.figures import INK, new_axes, saved
+
+__all__ = ["plot_inverse", "plot_model_and_inverse", "plot_model_graph"]
+
+FACE = {"latent": "white", "observed": "#c9d3de", "input": "#f3e3b5", "marginalised": "white"}
+EDGE, ADDED = "#5b6875", "#d1570c"
+FONT_SIZE, HEIGHT = 7.5, 19.0  # points
+UNIT = (0.46, 0.8)  # inches for one unit of the layout: a node of one character, a level
+
+
+def plot_model_graph(graph: ModelGraph, ax: Any = None, *, layout: Layout | None = None) -> Any:
+    """Draw a model graph in levels, parents above children.
+
+    Args:
+        graph: The graph. Where nodes live in different plates, these are written beside them.
+        ax: Matplotlib axes; a new figure of fitting size, with a legend, by default.
+        layout: Positions and routes; computed by default.
+
+    Returns:
+        The axes.
+    """
+    layout = layout or layered_layout(graph.to_networkx())
+    own = ax is None
+    ax = new_axes(_size(graph, layout)) if own else ax
+    patches = _draw_nodes(graph, layout, ax)
+    for parent, child in graph.edges:
+        _draw_edge(ax, layout, patches, parent, child, route=layout.routes.get((parent, child), ()))
+    _finish(ax, layout, f"Model: {len(graph.edges)} edges")
+    if own:
+        _legend(ax.figure, graph)
+    return ax
+
+
+def plot_inverse(inverse: InverseGraph, ax: Any = None, *, layout: Layout | None = None) -> Any:
+    """Draw an inverse on the layout of its model graph, so that the two can be compared.
+
+    Edges that reverse or keep an edge of the model are grey and run as in the model; added edges, which join
+    nodes that are not neighbours in the model, are coloured and bent.
+
+    Args:
+        inverse: The inverse.
+        ax: Matplotlib axes; a new figure of fitting size, with a legend, by default.
+        layout: Positions and routes; by default those of the model graph.
+
+    Returns:
+        The axes.
+    """
+    graph = inverse.graph
+    layout = layout or layered_layout(graph.to_networkx())
+    own = ax is None
+    ax = new_axes(_size(graph, layout)) if own else ax
+    patches = _draw_nodes(graph, layout, ax)
+    old, new = _edges_by_origin(inverse)
+    low, high = _extent(layout)
+    box = ax.get_position()
+    unit = ax.figure.get_size_inches() * (box.width, box.height) / (high - low + 1.15)
+    for parent, child in new:
+        bulge = _bulge(layout, unit, parent, child)
+        _draw_edge(ax, layout, patches, parent, child, colour=ADDED, bulge=bulge)
+    for parent, child in old:
+        route = layout.routes.get((parent, child), layout.routes.get((child, parent), ())[::-1])
+        _draw_edge(ax, layout, patches, parent, child, route=route)
+    counts = f"{inverse.num_edges} edges ({len(new)} added), {len(inverse.levels)} levels"
+    _finish(ax, layout, f"Inverse, {inverse.order}: {counts}")
+    if own:
+        _legend(ax.figure, graph, origins=True)
+    return ax
+
+
+def plot_model_and_inverse(graph: ModelGraph, inverse: InverseGraph, path: str | Path | None = None) -> Any:
+    """Draw a model graph and its inverse side by side on one layout.
+
+    Args:
+        graph: The model graph.
+        inverse: Its inverse.
+        path: Where to save the figure; not saved by default.
+
+    Returns:
+        The figure.
+
+    Raises:
+        GraphflowsError: If ``inverse`` is not an inverse of ``graph``.
+    """
+    from matplotlib.figure import Figure
+
+    if inverse.graph != graph:
+        raise GraphflowsError(f"Expected an inverse of {graph!r}; got one of {inverse.graph!r}.")
+    layout = layered_layout(graph.to_networkx())
+    width, height = _size(graph, layout)
+    beside = width <= 1.3 * height + 4
+    size = (2 * width, height) if beside else (width, 2 * height)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(*((1, 2) if beside else (2, 1)))
+    plot_model_graph(graph, axes[0], layout=layout)
+    plot_inverse(inverse, axes[1], layout=layout)
+    _legend(figure, graph, origins=True)
+    return saved(figure, path)
+
+
+def _edges_by_origin(inverse: InverseGraph) -> tuple[list[tuple[Node, Node]], list[tuple[Node, Node]]]:
+    """Return the edges of the inverse between neighbours in the model, and the others."""
+    neighbours = {frozenset(edge) for edge in inverse.graph.edges}
+    edges = [(parent, node) for node, above in inverse.parents.items() for parent in above]
+    old = [edge for edge in edges if frozenset(edge) in neighbours]
+    return old, [edge for edge in edges if frozenset(edge) not in neighbours]
+
+
+def _extent(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """Return the lower left and the upper right corner of all points."""
+    routes = [point for route in layout.routes.values() for point in route]
+    points = np.array([*layout.positions.values(), *routes] or [(0.0, 0.0)])
+    return points.min(axis=0), points.max(axis=0)
+
+
+def _width(node: Node) -> float:
+    """Return the width of a node in points: a circle, or as wide as its name."""
+    return max(HEIGHT, 0.62 * FONT_SIZE * len(str(node)) + 9)
+
+
+def _size(graph: ModelGraph, layout: Layout) -> tuple[float, float]:
+    """Return the size in inches of a figure in which the nodes do not overlap."""
+    low, high = _extent(layout)
+    width, height = high - low
+    unit = max([UNIT[0], *((_width(node) + 5) / 72 for node in graph.nodes)])
+    return max(3.8, (width + 1.2) * unit), max(2.2, (height + 1.1) * UNIT[1] + 0.6)
+
+
+def _draw_nodes(graph: ModelGraph, layout: Layout, ax: Any) -> dict[Node, Any]:
+    """Draw shapes of a size in points, whatever the axes; return them by node."""
+    from matplotlib.patches import Ellipse, Rectangle
+    from matplotlib.transforms import Affine2D, ScaledTranslation
+
+    points = Affine2D().scale(1 / 72) + ax.figure.dpi_scale_trans
+    several = len({graph.plates[node] for node in graph.nodes}) > 1
+    patches = {}
+    for node in graph.nodes:
+        (x, y), role, width = layout.positions[node], graph.role(node), _width(node)
+        if role == "input":
+            shape: Any = Rectangle((-width / 2, -HEIGHT / 2), width, HEIGHT)
+        else:
+            shape = Ellipse((0, 0), width, HEIGHT)
+        shape.set(facecolor=FACE[role], edgecolor=INK, linewidth=0.9, zorder=3)
+        shape.set_linestyle("--" if role == "marginalised" else "-")
+        shape.set_transform(points + ScaledTranslation(x, y, ax.transData))
+        ax.add_artist(shape)
+        style = {"fontsize": FONT_SIZE, "color": INK, "zorder": 4}
+        ax.text(x, y, str(node), ha="center", va="center_baseline", **style)
+        if several and graph.plates[node]:
+            corner = {"xytext": (0.42 * width, -0.42 * HEIGHT), "textcoords": "offset points", "va": "top"}
+            style |= {"fontsize": FONT_SIZE - 1.5, "fontstyle": "italic"}
+            ax.annotate(", ".join(graph.plates[node]), (x, y), **corner, **style)
+        patches[node] = shape
+    return patches
+
+
+def _draw_edge(
+    ax: Any,
+    layout: Layout,
+    patches: Mapping[Node, Any],
+    parent: Node,
+    child: Node,
+    *,
+    route: Sequence[tuple[float, float]] = (),
+    colour: str = EDGE,
+    bulge: float = 0.0,
+) -> None:
+    from matplotlib.patches import ConnectionStyle, FancyArrowPatch
+    from matplotlib.path import Path as Curve
+
+    class Through(ConnectionStyle.Arc3):
+        """A smooth curve through the waypoints of an edge."""
+
+        def connect(self, start: Any, end: Any) -> Any:
+            knots = np.array([start, *ax.transData.transform(np.array(route)), end])
+            slopes = np.gradient(knots, axis=0)
+            points = [knots[0]]
+            for i in range(len(knots) - 1):
+                points += [knots[i] + slopes[i] / 3, knots[i + 1] - slopes[i + 1] / 3, knots[i + 1]]
+            return Curve(points, [Curve.MOVETO] + [Curve.CURVE4] * (len(points) - 1))
+
+    style = Through() if route else ConnectionStyle.Arc3(rad=bulge)
+    arrow = FancyArrowPatch(
+        layout.positions[parent],
+        layout.positions[child],
+        connectionstyle=style,
+        patchA=patches[parent],
+        patchB=patches[child],
+        shrinkA=0,
+        shrinkB=1,
+        arrowstyle="-|>",
+        mutation_scale=7,
+        linewidth=0.7 if bulge else 0.9,
+        color=colour,
+        alpha=0.65 if bulge else 0.9,
+        zorder=1 if bulge else 2,
+        clip_on=False,
+    )
+    arrow.set_in_layout(False)
+    ax.add_artist(arrow)
+
+
+def _bulge(layout: Layout, unit: np.ndarray, parent: Node, child: Node) -> float:
+    """Return the curvature of an added edge that keeps clear of the other nodes, and is small.
+
+    ``unit`` is the size of one unit of the layout in inches.
+    """
+    start, end = (np.array(layout.positions[node]) * unit for node in (parent, child))
+    others = np.array([xy for node, xy in layout.positions.items() if node not in (parent, child)])
+    others = others.reshape(-1, 2) * unit
+    (dx, dy), length = end - start, float(np.linalg.norm(end - start))
+    t = np.linspace(0.1, 0.9, 17)[:, None]
+    best, lowest = 0.0, np.inf
+    for height in (0.1, -0.1, 0.25, -0.25, 0.45, -0.45, 0.7, -0.7):  # inches off the straight line
+        middle = (start + end) / 2 + 2 * height / length * np.array([dy, -dx])
+        curve = (1 - t) ** 2 * start + 2 * t * (1 - t) * middle + t**2 * end
+        clear = np.linalg.norm(curve - others[:, None], axis=-1).min(initial=np.inf)
+        cost = abs(height) + 10 * max(0.0, 0.2 - clear)
+        if cost < lowest:
+            best, lowest = 2 * height / length, cost
+    return best
+
+
+def _finish(ax: Any, layout: Layout, title: str) -> None:
+    low, high = _extent(layout)
+    ax.set_title(title, fontsize=9, color=INK)
+    ax.set_axis_off()
+    ax.set_xlim(low[0] - 0.6, high[0] + 0.6)
+    ax.set_ylim(low[1] - 0.4, high[1] + 0.7)  # added edges may rise above the top level
+
+
+def _legend(figure: Any, graph: ModelGraph, *, origins: bool = False) -> None:
+    """Add the meaning of shapes and colours below a figure."""
+    from matplotlib.lines import Line2D
+
+    shape: dict[str, Any] = {"linestyle": "none", "markersize": 8, "markeredgecolor": INK}
+    handles = [
+        Line2D(
+            [], [], marker="s" if role == "input" else "o", markerfacecolor=FACE[role], label=role, **shape
+        )
+        for role in dict.fromkeys(graph.role(node) for node in graph.nodes)
+    ]
+    if origins:
+        handles.append(Line2D([], [], color=EDGE, linewidth=1.2, label="reversed or kept"))
+        handles.append(Line2D([], [], color=ADDED, linewidth=1.2, label="added"))
+    fitting = max(1, int(figure.get_figwidth() / 1.15))
+    style = {"frameon": False, "fontsize": 7.5, "ncols": min(len(handles), fitting)}
+    figure.legend(handles=handles, loc="outside lower center", **style)
