@@ -3,11 +3,14 @@
 from pyro_graphflows.infer.diagnostics import effective_sample_size, psis_khat
 from pyro_graphflows.infer.evidence import Evidence, importance_log_weights, log_evidence
 from pyro_graphflows.infer.inference_compilation import InferenceCompilation
+from pyro_graphflows.infer.training import History, fit
 
 __all__ = [
     "Evidence",
+    "History",
     "InferenceCompilation",
     "effective_sample_size",
+    "fit",
     "importance_log_weights",
     "log_evidence",
     "psis_khat",

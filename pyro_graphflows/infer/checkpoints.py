@@ -1,0 +1,84 @@
+"""Checkpoints that are whole or absent, and random states that can be put back.
+
+A checkpoint is a dictionary of tensors, numbers, strings and containers of them, so that it is read with
+``torch.load(weights_only=True)``: loading one runs no code.
+"""
+
+import os
+import random
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+
+__all__ = ["load_checkpoint", "random_state", "save_checkpoint", "seeded", "set_random_state"]
+
+
+def save_checkpoint(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a checkpoint so that ``path`` holds either the old one or the new one, never half of one.
+
+    It is written beside ``path`` under another name, flushed to the disk and renamed.
+
+    Args:
+        state: What to store.
+        path: The file; its folder is made if need be.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint; tensors come back on the devices they were on."""
+    return torch.load(path, weights_only=True)
+
+
+def random_state() -> dict[str, Any]:
+    """Return the states of Python's, NumPy's and torch's global random generators."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the state Pyro seeds
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (kind, torch.as_tensor(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put the global random generators into a state of :func:`random_state`."""
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    if "cuda" in state:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Seed the global random generators meanwhile and put them back afterwards; do nothing for ``None``."""
+    if seed is None:
+        yield
+        return
+    before = random_state()
+    try:
+        pyro.set_rng_seed(seed)
+        yield
+    finally:
+        set_random_state(before)
