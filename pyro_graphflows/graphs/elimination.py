@@ -13,7 +13,7 @@ Adjacency is held in bit sets (Python integers, bit ``i`` for node ``i``). A lar
 which every elimination near the root of a tree makes, then costs one bit a pair, and a fill count costs one
 ``and`` with a population count for each neighbour. The greedy rules need the fill count of many nodes at
 each step. Counts are kept up to date: eliminating ``v`` with neighbours ``N`` changes them only for nodes in
-``N`` and for nodes adjacent to both ends of a fill edge, by amounts worked out in :meth:`Eliminator.remove`.
+``N`` and for nodes adjacent to both ends of a fill edge.
 
 References:
     [1] S. Webb et al. (2018), Faithful inversion of generative models for effective amortized inference,
@@ -52,9 +52,11 @@ def indices(mask: int) -> list[int]:
         >>> indices(9)
         [0, 3]
     """
-    if mask.bit_count() > 6:
+    if mask.bit_count() > 8:
         data = np.frombuffer(mask.to_bytes((mask.bit_length() + 7) // 8, "little"), dtype=np.uint8)
-        return np.flatnonzero(np.unpackbits(data, bitorder="little")).tolist()
+        used = data.nonzero()[0]  # most bytes of a large graph's sets are zero
+        byte, bit = np.unpackbits(data[used, None], axis=1, bitorder="little").nonzero()
+        return (8 * used[byte] + bit).tolist()
     found = []
     while mask:
         low = mask & -mask
@@ -166,32 +168,39 @@ class Eliminator:
     """A graph from which nodes are eliminated one by one, and the fill counts of the tracked nodes.
 
     Args:
-        adjacent: For each node the bit set of its neighbours. Copied.
+        adjacent: For each node the bit set of its neighbours.
         observed: The bit set of the observed nodes, which are never eliminated.
         count_observed: Whether fill edges between two observed nodes count. If not, they are not stored.
     """
 
     def __init__(self, adjacent: list[int], observed: int, *, count_observed: bool) -> None:
-        self.adjacent = list(adjacent)
-        self._observed = observed
-        self._free = not count_observed  # pairs of observed nodes are free of charge
-        if self._free:
-            for node in indices(observed):
-                self.adjacent[node] &= ~observed
+        self._alive = (1 << len(adjacent)) - 1
+        # Nodes for which pairs with an observed node are free of charge.
+        self._free = frozenset() if count_observed else frozenset(indices(observed))
+        self._latent = ~observed & self._alive
+        # With the node itself, so that joining a clique is one "or". Eliminated nodes are left in.
+        self._closed = [mask | 1 << node for node, mask in enumerate(adjacent)]
+        for node in self._free:
+            self._closed[node] &= self._latent
         self._tracked = 0
         self._count: dict[int, int] = {}
         self._heap: list[tuple[int, int]] = []
 
-    def missing(self, node: int, among: int) -> int:
-        """Return the bit set of the nodes other than ``node`` that it is not joined to but could be."""
-        if self._free and self._observed >> node & 1:
-            among &= ~self._observed
-        return among & ~self.adjacent[node] & ~(1 << node)
+    def neighbours(self, node: int) -> int:
+        """Return the bit set of the neighbours of a node that may be eliminated."""
+        return self._closed[node] & self._alive & ~(1 << node)
 
     def fill(self, node: int) -> int:
         """Return the number of fill edges that eliminating ``node`` would add."""
-        around = self.adjacent[node]
-        return sum(self.missing(other, around).bit_count() for other in indices(around)) // 2
+        around = self.neighbours(node)
+        latent = around & self._latent
+        twice, size, num_latent = 0, around.bit_count(), latent.bit_count()
+        for other in indices(around):
+            if other in self._free:
+                twice += num_latent - (latent & self._closed[other]).bit_count()
+            else:
+                twice += size - (around & self._closed[other]).bit_count()
+        return twice // 2
 
     def track(self, node: int) -> None:
         """Make a node a candidate of :meth:`best`."""
@@ -216,52 +225,70 @@ class Eliminator:
             heappop(self._heap)
 
     def remove(self, node: int) -> None:
-        r"""Eliminate a node: join its neighbours, remove it, and bring the fill counts up to date.
-
-        Let ``N`` be its neighbours and ``F`` the fill edges. A tracked ``t`` in ``N`` loses the missing pairs
-        of ``node`` with its neighbours outside ``N``; gains those of its new neighbours ``A`` with the
-        same; and loses the edges of ``F`` among its old neighbours, which are all but those that touch
-        ``A``. A tracked ``w`` outside ``N`` loses one for each edge of ``F`` between two neighbours of it.
-        """
-        adjacent = self.adjacent
-        around = adjacent[node]
-        members = indices(around)
+        """Eliminate a node: join its neighbours, remove it, and bring the fill counts up to date."""
+        around = self.neighbours(node)
+        latent = around & self._latent
+        closed, free = self._closed, self._free
         self.untrack(node)
-        once = outside = 0
-        for member in members:
-            adjacent[member] ^= 1 << node
-            if near := adjacent[member] & self._tracked & ~around:
-                outside |= once & near
-                once |= near
-        adjacent[node] = 0
-        fill = {member: self.missing(member, around) for member in members}
-        if inside := around & self._tracked:
-            degree = {member: mask.bit_count() for member, mask in fill.items()}
-            total = sum(degree.values()) // 2
-            for tracked in indices(inside):
-                old = adjacent[tracked] & ~around
-                change, touching, twice = -old.bit_count(), 0, 0
-                for new in indices(fill[tracked]):
-                    change += self.missing(new, old).bit_count()
-                    touching += degree[new]
-                    twice += (fill[new] & fill[tracked]).bit_count()
-                self._change(tracked, self._count[tracked] + change - total + touching - twice // 2)
-        if outside:
-            lost: Counter[int] = Counter()
+        self._alive ^= 1 << node
+        members = indices(around)
+        distant = self._tracked & ~around
+        once = outside = 0  # tracked nodes with one, with two neighbours among the members
+        if distant:
             for member in members:
-                near = outside & adjacent[member]
-                ends = fill[member] >> member << member  # each fill edge from its smaller end
-                if not (near and ends):
-                    continue
-                if ends.bit_count() <= near.bit_count():
-                    for end in indices(ends):
-                        lost.update(indices(near & adjacent[end]))
-                else:
-                    lost.update(
-                        {tracked: (ends & adjacent[tracked]).bit_count() for tracked in indices(near)}
-                    )
-            for tracked, change in lost.items():
-                if change:
-                    self._change(tracked, self._count[tracked] - change)
-        for member, ends in fill.items():
-            adjacent[member] |= ends
+                if near := closed[member] & distant:
+                    outside |= once & near
+                    once |= near
+        inside = around & self._tracked
+        if inside or outside:
+            fill = {m: (latent if m in free else around) & ~closed[m] for m in members}
+            if inside:
+                self._update_inside(inside, around, fill)
+            if outside:
+                self._update_outside(outside, fill)
+        for member in members:
+            closed[member] |= latent if member in free else around
+
+    def _update_inside(self, inside: int, around: int, fill: dict[int, int]) -> None:
+        """Update the tracked neighbours of the node that is being eliminated; all its neighbours are ``around``.
+
+        A tracked node ``t`` loses the missing pairs of the node with the neighbours of ``t`` outside ``around``;
+        gains those of its new neighbours ``A`` with the same; and loses the fill among
+        its old neighbours, which is all fill that does not touch ``A``.
+        """
+        degree = {member: mask.bit_count() for member, mask in fill.items()}
+        total = sum(degree.values()) // 2
+        outside = self._alive & ~around
+        for tracked in indices(inside):
+            old = self._closed[tracked] & outside
+            size, latent = old.bit_count(), old & self._latent
+            change, new = -size - total, fill[tracked]
+            if new:
+                twice, num_latent = 0, latent.bit_count()
+                for other in indices(new):
+                    if other in self._free:
+                        change += num_latent - (latent & self._closed[other]).bit_count()
+                    else:
+                        change += size - (old & self._closed[other]).bit_count()
+                    change += degree[other]
+                    twice += (fill[other] & new).bit_count()
+                change -= twice // 2
+            if change:
+                self._change(tracked, self._count[tracked] + change)
+
+    def _update_outside(self, outside: int, fill: dict[int, int]) -> None:
+        """Update other tracked nodes: each loses one for every fill edge between two of its neighbours."""
+        lost: Counter[int] = Counter()
+        for member, mask in fill.items():
+            near = outside & self._closed[member]
+            ends = mask >> member << member  # each fill edge from its smaller end
+            if not (near and ends):
+                continue
+            if ends.bit_count() <= near.bit_count():
+                for end in indices(ends):
+                    lost.update(indices(near & self._closed[end]))
+            else:
+                lost.update({other: (ends & self._closed[other]).bit_count() for other in indices(near)})
+        for tracked, change in lost.items():
+            if change:
+                self._change(tracked, self._count[tracked] - change)

@@ -208,14 +208,14 @@ class _Inversion:
         """Eliminate all copies of a site; return the sites around them and the plates that couple them."""
         copies = self.expansion.copies[site]
         if len(copies) == 1 and len(self.expansion) == len(self.graph):
-            parents = indices(eliminator.adjacent[copies[0]])
+            parents = indices(eliminator.neighbours(copies[0]))
             eliminator.remove(copies[0])
             return parents, ()
         own = bit_set(copies)
         around = 0
         for copy in copies:
-            around |= eliminator.adjacent[copy]
-        linked = indices(eliminator.adjacent[copies[0]] & own)
+            around |= eliminator.neighbours(copy)
+        linked = indices(eliminator.neighbours(copies[0]) & own)
         for copy in copies:
             eliminator.remove(copy)
         return self._fold(indices(around & ~own)), self.expansion.differing_plates(copies[0], linked)
