@@ -15,6 +15,7 @@ from scipy.stats import multivariate_normal
 from pyro_graphflows.errors import GraphflowsError, NotADAGError
 from pyro_graphflows.graphs.gaussian_rows import half_log_det, regress, triangle
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
+from pyro_graphflows.graphs.inversion import faithful_inverse
 from pyro_graphflows.graphs.linear_gaussian import LinearGaussianNetwork
 from pyro_graphflows.graphs.model_graph import ModelGraph
 
@@ -247,6 +248,30 @@ def test_gap_against_entropies(net, random):
     assert list(net.factorization_gap_terms(inverse)) == order
     parents = {node: [*net.observed, *order[:i]] for i, node in enumerate(order)}
     assert net.factorization_gap(InverseGraph(graph, parents)) < 1e-12
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_faithful_inverses_have_no_gap(data):
+    """With inputs, marginalised and barren nodes, in every order."""
+    size = data.draw(st.integers(1, 7))
+    edges = [(i, j) for j in range(size) for i in range(j) if data.draw(st.booleans())]
+    roots = {i for i in range(size) if not any(j == i for _, j in edges)}
+    roles = {
+        i: data.draw(st.sampled_from(["latent", "observed", "marginalised", *(["input"] * (i in roots))]))
+        for i in range(size)
+    }
+    of = {role: [i for i in roles if roles[i] == role] for role in ("observed", "input", "marginalised")}
+    graph = ModelGraph(
+        edges,
+        of["observed"],
+        inputs=of["input"],
+        marginalised=of["marginalised"],
+        event_sizes=dict.fromkeys(roles, 1),
+    )
+    net = LinearGaussianNetwork.random(graph, seed=size)
+    for order in ("forward", "reverse", "min_fill", "auto"):
+        assert net.factorization_gap(faithful_inverse(graph, order)) < 1e-9
 
 
 def test_gap_of_a_forgotten_covariate():
