@@ -1,0 +1,273 @@
+r"""Linear layers whose parameters live on the edges of a graph.
+
+Each variable v of a flow needs K numbers (pre-activations and shifts of all its blocks) that depend linearly on its
+parents. There is one row of K weights for each edge p → v and nothing else, so the structure cannot be violated
+and the number of parameters grows with the edges. Two engines compute the same numbers:
+
+- *dense*: the rows are written into a zero matrix of shape (inputs, variables · K), for one matrix product. Best up
+  to a few hundred variables. Context is multiplied at its own batch shape, once for all particles.
+- *sparse*: variables are put into groups of equal (rounded up) numbers of parents; the parents of a group
+  are gathered, and one batched matrix product for each group does the rest. Cost grows with the edges.
+
+Everything is in features-first layout, (features, N), so that a slice of variables is one piece of memory. Variables
+are numbered by level and within a level by (rounded) number of parents, so that a level, and a group within it, is
+a slice.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyro_graphflows.errors import GraphflowsError
+
+__all__ = ["EdgeLinear", "Inputs", "RowGroup", "padded_count"]
+
+DENSE_PAIRS = 60_000  # up to so many (input, variable) pairs "auto" takes the dense engine ...
+DENSE_SHARE = 0.2  # ... and if at least this share of the pairs are edges
+
+
+def padded_count(count: int) -> int:
+    """Return the number of parents that ``count`` is rounded up to in the sparse engine: 0-4, 6, 8, 12, 16 ...
+
+    Example:
+        >>> [padded_count(n) for n in (0, 3, 5, 7, 9, 13)]
+        [0, 3, 6, 8, 12, 16]
+    """
+    if count <= 4:
+        return count
+    power = 1 << (count - 1).bit_length()
+    return power * 3 // 4 if count <= power * 3 // 4 else power
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Variables that are computed together: their numbers, and for the sparse engine where their parents are.
+
+    ``columns`` and ``edges`` have shape (n, P); where a variable has fewer than P parents, ``edges`` points one
+    past the last edge, at a row of zeros. ``num_known`` is the number of variables that the rows may depend on.
+    """
+
+    rows: Tensor | slice
+    size: int
+    num_known: int
+    columns: Tensor | None = None
+    edges: Tensor | None = None
+
+    def take(self, values: Tensor, first: int = 0) -> Tensor:
+        """Return the rows of this group from ``values``, which begin with row ``first``."""
+        if isinstance(self.rows, slice):
+            return values[self.rows.start - first : self.rows.stop - first]
+        return values.index_select(0, self.rows)
+
+    def pieces(self, count: int) -> Iterator["RowGroup"]:
+        """Split into ``count`` groups of nearly equal size."""
+        for i in range(count):
+            low, high = self.size * i // count, self.size * (i + 1) // count
+            part = slice(low, high)
+            if isinstance(self.rows, slice):
+                rows: Tensor | slice = slice(self.rows.start + low, self.rows.start + high)
+            else:
+                rows = self.rows[part]
+            columns = None if self.columns is None else self.columns[part]
+            edges = None if self.edges is None else self.edges[part]
+            yield RowGroup(rows, high - low, self.num_known, columns, edges)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    r"""Context and variables known so far, with the common batch shape.
+
+    Args:
+        batch: The common batch shape, of N elements.
+        context: Shape (C, \*context batch), where the context batch broadcasts to ``batch``; None without context.
+        known: Shape (number of known variables, N).
+    """
+
+    batch: tuple[int, ...]
+    context: Tensor | None
+    known: Tensor
+
+    @property
+    def size(self) -> int:
+        """The number of batch elements, N."""
+        return math.prod(self.batch)
+
+    def pieces(self, count: int) -> Iterator[tuple[slice, "Inputs"]]:
+        """Split the batch into ``count`` pieces of nearly equal size."""
+        size = self.size
+        context = None if self.context is None else expand_batch(self.context, self.batch)
+        for i in range(count):
+            part = slice(size * i // count, size * (i + 1) // count)
+            narrow = None if context is None else context[:, part]
+            yield part, Inputs((part.stop - part.start,), narrow, self.known[:, part])
+
+
+def expand_batch(x: Tensor, batch: tuple[int, ...]) -> Tensor:
+    r"""Broadcast (F, \*smaller batch) to (F, N), with batch dimensions aligned from the right."""
+    if x.shape[1:] != batch:
+        x = x.reshape(x.shape[0], *(1,) * (len(batch) + 1 - x.dim()), *x.shape[1:]).expand(-1, *batch)
+    return x.reshape(x.shape[0], math.prod(batch))
+
+
+class EdgeLinear(nn.Module):
+    """K numbers for each variable, linear in its parents.
+
+    Args:
+        parents: For each variable, numbered as the module's essay says, the inputs it depends on. Inputs
+            are numbered with the context first and then the variables.
+        num_context: The number of context columns.
+        level_sizes: The number of variables of each level.
+        num_outputs: K.
+        engine: ``"auto"``, ``"dense"`` or ``"sparse"``.
+
+    Shape:
+        - Output of a group of n variables: :math:`(n, K, N)`.
+
+    Raises:
+        GraphflowsError: If ``engine`` is another word.
+    """
+
+    def __init__(
+        self,
+        parents: Sequence[Sequence[int]],
+        num_context: int,
+        level_sizes: Sequence[int],
+        num_outputs: int,
+        *,
+        engine: str = "auto",
+    ) -> None:
+        super().__init__()
+        if engine not in ("auto", "dense", "sparse"):
+            raise GraphflowsError(f'Expected engine "auto", "dense" or "sparse"; got {engine!r}.')
+        self.num_context = num_context
+        self.num_variables = len(parents)
+        self.num_outputs = num_outputs
+        self.level_sizes = tuple(level_sizes)
+        self.parents = tuple(map(tuple, parents))
+        self.edges = tuple((v, p) for v, own in enumerate(self.parents) for p in own)
+        pairs = (num_context + len(parents)) * len(parents)
+        if engine == "auto":
+            dense = pairs <= DENSE_PAIRS or len(self.edges) >= DENSE_SHARE * pairs
+            engine = "dense" if dense else "sparse"
+        self.engine = engine
+        self.weight = nn.Parameter(torch.zeros(len(self.edges), num_outputs))
+        self.bias = nn.Parameter(torch.zeros(len(parents), num_outputs))
+        self._plans: dict[Any, Any] = {}  # index tensors by device
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plans": {}}
+
+    def prepare(self) -> Tensor:
+        """Return the weights as the engine uses them; once for each evaluation."""
+        if self.engine == "sparse":
+            return F.pad(self.weight, (0, 0, 0, 1))
+        inputs = self.num_context + self.num_variables
+        flat = self.weight.new_zeros(inputs * self.num_variables, self.num_outputs)
+        return flat.index_copy(0, self._dense_index(), self.weight).view(inputs, -1)
+
+    def forward(self, group: RowGroup, prepared: Tensor, inputs: Inputs) -> Tensor:
+        """Return the K numbers of each variable of a group."""
+        rows = group.rows
+        bias = self.bias[rows] if isinstance(rows, slice) else self.bias.index_select(0, rows)
+        if self.engine == "sparse":
+            return self._sparse(group, prepared, inputs, bias)
+        assert isinstance(rows, slice)
+        first, last = rows.start * self.num_outputs, rows.stop * self.num_outputs
+        context = inputs.context
+        known = inputs.known[: group.num_known]
+        by_known = prepared[self.num_context : self.num_context + len(known), first:last].t()
+        start = bias.reshape(-1, 1)
+        if context is not None and self.num_context:
+            by_context = prepared[: self.num_context, first:last].t()
+            start = torch.addmm(start, by_context, context.reshape(len(context), -1))
+            if context.shape[1:] != inputs.batch:
+                start = expand_batch(start.view(-1, *context.shape[1:]), inputs.batch)
+        out = torch.addmm(start, by_known, known) if len(known) else start.expand(-1, inputs.size)
+        return out.reshape(group.size, self.num_outputs, inputs.size)
+
+    def _sparse(self, group: RowGroup, prepared: Tensor, inputs: Inputs, bias: Tensor) -> Tensor:
+        assert group.columns is not None
+        assert group.edges is not None
+        if group.columns.shape[1] == 0:
+            return bias.unsqueeze(-1).expand(-1, -1, inputs.size)
+        values = inputs.known
+        if inputs.context is not None and self.num_context:
+            values = torch.cat([expand_batch(inputs.context, inputs.batch), values])
+        gathered = F.embedding(group.columns, values)  # (n, P, N)
+        weight = F.embedding(group.edges, prepared)  # (n, P, K)
+        return torch.baddbmm(bias.unsqueeze(-1), weight.transpose(1, 2), gathered)
+
+    def all_rows(self) -> tuple[list[RowGroup], Tensor | None]:
+        """Return groups that hold all variables, and the indices that bring their results into order (or None)."""
+        return self._plan()[0]
+
+    def level_rows(self, level: int) -> list[RowGroup]:
+        """Return the groups of one level, in order."""
+        return self._plan()[1][level]
+
+    def _dense_index(self) -> Tensor:
+        device = self.weight.device
+        key = (device, "index")
+        if key not in self._plans:
+            positions = [p * self.num_variables + v for v, p in self.edges]
+            self._plans[key] = torch.tensor(positions, dtype=torch.long, device=device)
+        return self._plans[key]
+
+    def _plan(self) -> tuple[tuple[list[RowGroup], Tensor | None], list[list[RowGroup]]]:
+        device = self.weight.device
+        if device not in self._plans:
+            total = self.num_variables
+            starts = [sum(self.level_sizes[:i]) for i in range(len(self.level_sizes))]
+            restore = None
+            if self.engine == "dense":
+                whole = [RowGroup(slice(0, total), total, total)]
+                levels = [
+                    [RowGroup(slice(start, start + size), size, start)]
+                    for start, size in zip(starts, self.level_sizes, strict=True)
+                ]
+            else:
+                whole = self._grouped(range(total), total, device)
+                rows = [torch.arange(total, device=device)[group.rows] for group in whole]
+                restore = torch.argsort(torch.cat(rows))
+                levels = [
+                    self._grouped(range(start, start + size), start, device)
+                    for start, size in zip(starts, self.level_sizes, strict=True)
+                ]
+            self._plans[device] = ((whole, restore), levels)
+        return self._plans[device]
+
+    def _grouped(self, rows: range, known: int, device: torch.device) -> list[RowGroup]:
+        first_edge = [0]
+        for own in self.parents:
+            first_edge.append(first_edge[-1] + len(own))
+        by_count: dict[int, list[int]] = {}
+        for v in rows:
+            by_count.setdefault(padded_count(len(self.parents[v])), []).append(v)
+        groups = []
+        for count, members in sorted(by_count.items()):
+            columns = [[*self.parents[v], *[0] * (count - len(self.parents[v]))] for v in members]
+            edges = [
+                [
+                    *range(first_edge[v], first_edge[v + 1]),
+                    *[len(self.edges)] * (count - len(self.parents[v])),
+                ]
+                for v in members
+            ]
+            contiguous = members[-1] - members[0] + 1 == len(members)
+            groups.append(
+                RowGroup(
+                    slice(members[0], members[-1] + 1)
+                    if contiguous
+                    else torch.tensor(members, device=device),
+                    len(members),
+                    known,
+                    torch.tensor(columns, dtype=torch.long, device=device).view(len(members), count),
+                    torch.tensor(edges, dtype=torch.long, device=device).view(len(members), count),
+                )
+            )
+        return groups

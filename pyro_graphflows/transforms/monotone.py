@@ -1,0 +1,220 @@
+r"""Stacks of one-dimensional residual blocks, one stack for each variable.
+
+For a variable with value y and the numbers that its parents supply, a block is an affine map and a
+residual map
+
+.. math:: y \mapsto y + \sum_h w_h\, \varphi(s\, u_h y + a_h), \qquad y \mapsto e^{\lambda} (y + b)
+
+where :math:`a_h` and :math:`b` depend on the parents, without any bound, and :math:`s` is the number in (0, 1] that
+keeps the slope above :math:`1 - c`. With the derivative of :math:`\varphi` in [m, M] the slope of the sum lies in
+
+.. math:: \Bigl[\sum_h \min(m\, u_h w_h, M\, u_h w_h),\ \sum_h \max(m\, u_h w_h, M\, u_h w_h)\Bigr],
+
+attained in the limit, so :math:`s = \min(1, c / (-\text{lower end}))` is the exact bound. For tanh and ELU (m = 0)
+positive products :math:`u_h w_h` are free: a block may stretch by any factor, and shrink by up to :math:`1 - c`. More
+hidden layers propagate the interval layer by layer, which bounds the slope but is not attained. The interval
+scales with u, so one rescaling is enough, and no power iteration is needed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pyro_graphflows.nn.activations import Activation
+from pyro_graphflows.transforms.solver import Solver, solve_elementwise
+
+__all__ = ["BlockWeights", "MonotoneStack"]
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """The weights of some variables, with the bound applied. The first two dimensions are (blocks, variables)."""
+
+    inner: Tensor  # (T, n, H_1): s u
+    outer: Tensor  # (T, n, H_L)
+    log_scale: Tensor  # (T, n)
+    slope_min: Tensor  # (T, n)
+    slope_max: Tensor  # (T, n)
+    hidden: tuple[tuple[Tensor, Tensor], ...]  # (T, n, H_l, H_{l-1}), (T, n, H_l)
+
+    def rows(self, rows: Tensor | slice) -> "BlockWeights":
+        """Return the weights of some of the variables."""
+
+        def take(x: Tensor) -> Tensor:
+            return x[:, rows] if isinstance(rows, slice) else x.index_select(1, rows)
+
+        return BlockWeights(
+            take(self.inner),
+            take(self.outer),
+            take(self.log_scale),
+            take(self.slope_min),
+            take(self.slope_max),
+            tuple((take(weight), take(bias)) for weight, bias in self.hidden),
+        )
+
+
+class MonotoneStack(nn.Module):
+    """A stack of one-dimensional residual blocks for each of D variables.
+
+    Each block takes ``num_inputs`` numbers per variable from its parents: the pre-activations of the first hidden
+    layer, the shift, and the conditional log-scale if there is one.
+
+    Args:
+        num_variables: D.
+        num_blocks: The number of blocks, T.
+        hidden_units: The units of each hidden layer of a block, for one variable.
+        activation: An activation with known slopes.
+        lipschitz: c in (0, 1): a residual map's slope is at least 1 − c.
+        affine_first: Whether the affine map comes before the residual map in a block.
+        conditional_scale: Whether the parents also change the scale, by at most a factor of exp(±scale_range)
+            in each block.
+        scale_range: The bound on the conditional log-scale.
+    """
+
+    def __init__(
+        self,
+        num_variables: int,
+        num_blocks: int,
+        hidden_units: Sequence[int],
+        activation: Activation,
+        lipschitz: float,
+        *,
+        affine_first: bool,
+        conditional_scale: bool,
+        scale_range: float = 4.0,
+    ) -> None:
+        super().__init__()
+        self.num_blocks = num_blocks
+        self.hidden_units = tuple(hidden_units)
+        self.activation = activation
+        self.lipschitz = lipschitz
+        self.affine_first = affine_first
+        self.conditional_scale = conditional_scale
+        self.scale_range = scale_range
+        first, last = self.hidden_units[0], self.hidden_units[-1]
+        self.num_inputs = first + 1 + int(conditional_scale)
+        shape = (num_blocks, num_variables)
+        self.inner = nn.Parameter(torch.randn(*shape, first))
+        self.outer = nn.Parameter(torch.randn(*shape, last) * (0.1 / last**0.5))
+        self.log_scale = nn.Parameter(torch.zeros(shape))
+        self.hidden_weights = nn.ParameterList(
+            nn.Parameter(torch.randn(*shape, above, below) / below**0.5)
+            for below, above in zip(self.hidden_units, self.hidden_units[1:], strict=False)
+        )
+        self.hidden_biases = nn.ParameterList(
+            nn.Parameter(torch.randn(*shape, above)) for above in self.hidden_units[1:]
+        )
+
+    def slope_interval(self) -> tuple[Tensor, Tensor]:
+        """Return bounds of the slope of each residual sum for s = 1, both of shape (T, D)."""
+        low_slope, high_slope = self.activation.slope_min, self.activation.slope_max
+        low: Tensor = self.inner
+        high: Tensor = self.inner
+        for weight in [*self.hidden_weights, self.outer.unsqueeze(-2)]:
+            ends = torch.stack([low * low_slope, low * high_slope, high * low_slope, high * high_slope])
+            low, high = ends.amin(0).unsqueeze(-1), ends.amax(0).unsqueeze(-1)
+            up, down = weight.clamp(min=0), weight.clamp(max=0)
+            low, high = (up @ low + down @ high).squeeze(-1), (up @ high + down @ low).squeeze(-1)
+        return low.squeeze(-1), high.squeeze(-1)
+
+    def weights(self) -> BlockWeights:
+        """Return the weights with the bound applied; once for each evaluation."""
+        low, high = self.slope_interval()
+        bound = self.lipschitz / (-low).clamp(min=self.lipschitz)
+        hidden = tuple(zip(self.hidden_weights, self.hidden_biases, strict=True))
+        return BlockWeights(
+            self.inner * bound.unsqueeze(-1),
+            self.outer,
+            self.log_scale,
+            (1 + bound * low).detach().clamp(min=1 - self.lipschitz),
+            (1 + bound * high).detach(),
+            hidden,
+        )
+
+    def _residual(
+        self, y: Tensor, start: Tensor, weights: BlockWeights, t: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the residual sum, its slope, and the size of its terms, for y (n, N) and start (n, H_1, N)."""
+        inner, outer = weights.inner[t], weights.outer[t].unsqueeze(-2)
+        before = torch.addcmul(start, inner.unsqueeze(-1), y.unsqueeze(1))
+        value, slope = self.activation.forward_and_derivative(before)
+        if not weights.hidden:
+            slope_out = torch.bmm(outer * inner.unsqueeze(-2), slope)
+        else:
+            tangent = slope * inner.unsqueeze(-1)
+            for weight, bias in weights.hidden:
+                before = torch.baddbmm(bias[t].unsqueeze(-1), weight[t], value)
+                value, slope = self.activation.forward_and_derivative(before)
+                tangent = slope * torch.bmm(weight[t], tangent)
+            slope_out = torch.bmm(outer, tangent)
+        return torch.bmm(outer, value).squeeze(1), slope_out.squeeze(1), value
+
+    def _split(self, inputs: Tensor, weights: BlockWeights, t: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return start (n, H_1, N), shift (n, N) and log-scale (n, N) or (n, 1) of block t."""
+        first, low = self.hidden_units[0], t * self.num_inputs
+        log_scale = weights.log_scale[t].unsqueeze(-1)
+        if self.conditional_scale:
+            log_scale = log_scale + self.scale_range * torch.tanh(
+                inputs[:, low + first + 1] / self.scale_range
+            )
+        return inputs[:, low : low + first], inputs[:, low + first], log_scale
+
+    def forward(self, y: Tensor, inputs: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor]:
+        """Apply the stack.
+
+        Args:
+            y: The values, of shape (n, N).
+            inputs: What the parents supply, of shape (n, T · num_inputs, N).
+            weights: The weights of the n variables.
+
+        Returns:
+            The new values and the log of the slope of the whole stack, both of shape (n, N).
+        """
+        log_slope = torch.zeros_like(y)
+        for t in range(self.num_blocks):
+            start, shift, log_scale = self._split(inputs, weights, t)
+            if self.affine_first:
+                y = (y + shift) * log_scale.exp()
+            residual, slope, _ = self._residual(y, start, weights, t)
+            y = y + residual
+            if not self.affine_first:
+                y = y * log_scale.exp() + shift
+            log_slope = log_slope + torch.log1p(slope) + log_scale
+        return y, log_slope
+
+    @torch.no_grad()
+    def inverse(
+        self, target: Tensor, inputs: Tensor, weights: BlockWeights, *, solver: Solver, what: str
+    ) -> Tensor:
+        """Return the values that the stack maps to ``target``, block by block, without gradient.
+
+        Raises:
+            ConvergenceError: If a value did not converge (or a warning, as the solver says).
+        """
+        y = target
+        for t in reversed(range(self.num_blocks)):
+            start, shift, log_scale = self._split(inputs, weights, t)
+            if not self.affine_first:
+                y = (y - shift) * (-log_scale).exp()
+            y = self._inverse_residual(y, start, weights, t, solver, what)
+            if self.affine_first:
+                y = y * (-log_scale).exp() - shift
+        return y
+
+    def _inverse_residual(
+        self, target: Tensor, start: Tensor, weights: BlockWeights, t: int, solver: Solver, what: str
+    ) -> Tensor:
+        def function(y: Tensor) -> tuple[Tensor, Tensor]:
+            residual, slope, _ = self._residual(y, start, weights, t)
+            return y + residual, 1 + slope
+
+        residual, slope, value = self._residual(target, start, weights, t)
+        noise = torch.bmm(weights.outer[t].abs().unsqueeze(-2), value.abs()).squeeze(1)
+        low, high = weights.slope_min[t].unsqueeze(-1), weights.slope_max[t].unsqueeze(-1)
+        # A first Newton step from the target, kept inside the bracket; a much better start than the target itself.
+        initial = target - residual / (1 + slope).clamp(min=low, max=high)
+        return solve_elementwise(
+            function, target, low, high, initial=initial, noise=noise, solver=solver, what=what
+        )

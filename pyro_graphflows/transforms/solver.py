@@ -1,0 +1,332 @@
+r"""Safe inversion of residual maps, with implicit gradients.
+
+A residual map :math:`f(y) = y + g(y)` whose slopes lie in a known interval :math:`[m, M]`, :math:`m > 0`, has an
+exact bracket for its inverse: with the residual :math:`r = f(y) - z` at any point y, the solution of
+:math:`f(y^*) = z` lies between :math:`y - r/m` and :math:`y - r/M`. Newton's method on the diagonal converges
+in a few steps from almost everywhere, but may overshoot where g bends; so a step that leaves the bracket, or is slow to
+shrink it, is replaced by its midpoint. Bisection alone needs at most :math:`\log_2` (initial width / rounding)
+steps, which is below 60 for slopes down to 0.001 and values up to :math:`10^4`. Fixed-point iteration (Banach)
+needs 23,014 steps there for slopes in [.001, 1.999].
+
+What one can ask for is a small *backward* error, :math:`|f(y) - z| / \max(1, |y|, |z|)`, of a few units of
+rounding. The forward error is that times the condition number, which no algorithm in this precision avoids.
+
+For maps of several variables with triangular Jacobian the bracket of a variable holds once its ancestors are solved.
+:func:`solve_triangular` takes Newton steps for all variables together, which settle level after
+level, and finishes the samples for which this is slow by solving level by level.
+
+Gradients come from the implicit function theorem, so memory does not grow with the number of iterations:
+:func:`implicit_step` for one-dimensional maps, :func:`implicit_triangular` for triangular ones. They are first
+derivatives; differentiating twice raises.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_graphflows.errors import ConvergenceError, GraphflowsError, GraphflowsWarning
+
+__all__ = ["Solver", "implicit_step", "implicit_triangular", "solve_elementwise", "solve_triangular"]
+
+ValueAndSlope = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How to invert a residual map numerically.
+
+    Args:
+        tolerance: The backward error to reach, relative to max(1, abs(y), abs(z)); 8 units of rounding of the
+            dtype by default. Rounding in the evaluation of the map itself is allowed for.
+        max_iterations: The most iterations for one variable.
+        on_failure: ``"raise"`` or ``"warn"`` when values stay unconverged.
+
+    Raises:
+        GraphflowsError: If ``on_failure`` is another word, or a number is not positive.
+    """
+
+    tolerance: float | None = None
+    max_iterations: int = 100
+    on_failure: str = "raise"
+
+    def __post_init__(self) -> None:
+        if self.on_failure not in ("raise", "warn"):
+            raise GraphflowsError(f'Expected on_failure "raise" or "warn"; got {self.on_failure!r}.')
+        if self.max_iterations < 1 or (self.tolerance is not None and self.tolerance <= 0):
+            raise GraphflowsError(
+                f"Expected max_iterations >= 1 and tolerance > 0; got {self.max_iterations}, {self.tolerance}."
+            )
+
+    def resolve_tolerance(self, dtype: torch.dtype) -> float:
+        """Return the tolerance for tensors of a dtype."""
+        return 8 * torch.finfo(dtype).eps if self.tolerance is None else self.tolerance
+
+    def fail(self, what: str, unconverged: int, total: int, worst: float) -> None:
+        """Raise or warn about values that did not converge.
+
+        Raises:
+            ConvergenceError: If ``on_failure`` is "raise".
+        """
+        message = (
+            f"Expected the inverse of {what} to converge; {unconverged} of {total} values did not (largest "
+            f"backward error {worst:.1e}). Raise max_iterations ({self.max_iterations}) or tolerance of "
+            f"the Solver, or lower the flow's lipschitz bound; values that are not finite cannot be inverted."
+        )
+        if self.on_failure == "raise":
+            raise ConvergenceError(message)
+        warnings.warn(message, GraphflowsWarning, stacklevel=3)
+
+
+@torch.no_grad()
+def solve_elementwise(
+    function: ValueAndSlope,
+    target: Tensor,
+    slope_min: Tensor | float,
+    slope_max: Tensor | float,
+    *,
+    initial: Tensor | None = None,
+    noise: Tensor | float = 0.0,
+    solver: Solver | None = None,
+    what: str = "a one-dimensional residual map",
+) -> Tensor:
+    r"""Solve :math:`f_i(y_i) = z_i` for each entry, by Newton's method inside an exact bracket.
+
+    Each entry stops by itself: when its backward error is below the tolerance, or when its bracket or step is
+    within rounding, so that no better floating-point number is known.
+
+    Args:
+        function: Maps y to the values :math:`f_i(y_i)` and the slopes :math:`f_i'(y_i)`.
+        target: z.
+        slope_min: A positive lower bound of the slopes, broadcastable with ``target``.
+        slope_max: An upper bound of the slopes.
+        initial: Where to start; ``target`` by default.
+        noise: The size of the terms that are added up in an evaluation: rounding errors of these are allowed for.
+        solver: Tolerance, iterations, what to do on failure.
+        what: The name of the map in messages.
+
+    Returns:
+        y, without gradient.
+
+    Raises:
+        ConvergenceError: If a value did not converge (or a warning, as the solver says).
+
+    Example:
+        >>> import torch
+        >>> z = torch.tensor([-3.0, 0.0, 10.0])
+        >>> y = solve_elementwise(lambda y: (y + 0.9 * y.sin(), 1 + 0.9 * y.cos()), z, 0.1, 1.9)
+        >>> bool(((y + 0.9 * y.sin() - z).abs() < 1e-4).all())
+        True
+    """
+    solver = solver or Solver()
+    rounding = torch.finfo(target.dtype).eps
+    tolerance = solver.resolve_tolerance(target.dtype)
+    y = (target if initial is None else initial).clone()
+    low = torch.full_like(y, -torch.inf)
+    high = torch.full_like(y, torch.inf)
+    width_before = high
+    done = torch.zeros_like(y, dtype=torch.bool)
+    error = torch.full_like(y, torch.inf)
+    for iteration in range(solver.max_iterations):
+        value, slope = function(y)
+        residual = value - target
+        scale = torch.maximum(y.abs(), target.abs()).clamp(min=1) + noise
+        error = residual.abs() / scale
+        done = done | (error <= tolerance)
+        if bool(done.all()):
+            return y
+        far, near = residual / slope_min, residual / slope_max
+        # Rounding in y, in the steps and in the map itself; the bracket must hold the solution nevertheless.
+        slack = rounding * (4 * (y.abs() + far.abs()) + noise / slope_min)
+        low = torch.maximum(low, y - torch.maximum(far, near) - slack)
+        high = torch.minimum(high, y - torch.minimum(far, near) + slack)
+        width = high - low
+        step = y - residual / slope
+        bisect = ~((step >= low) & (step <= high)) | (width > 0.5 * width_before)
+        if iteration >= solver.max_iterations // 4:
+            bisect = torch.ones_like(bisect)  # from here on the bracket halves in every iteration
+        step = torch.where(bisect, low + 0.5 * width, step)
+        # No better number is known: the step is lost in rounding, or so is the bracket.
+        settled = ((step - y).abs() <= rounding * y.abs()) | (width <= 8 * slack)
+        y = torch.where(done, y, step)
+        done = done | settled
+        width_before = width
+    value, _ = function(y)
+    error = (value - target).abs() / (torch.maximum(y.abs(), target.abs()).clamp(min=1) + noise)
+    failed = ~(done | (error <= tolerance))
+    if bool(failed.any()):
+        solver.fail(what, int(failed.sum()), failed.numel(), float(error[failed].nan_to_num(torch.inf).max()))
+    return y
+
+
+class _Refuse(torch.autograd.Function):
+    """The identity on a first derivative, which must not be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, derivative: Tensor, source: Tensor) -> Tensor:
+        return derivative.view_as(derivative)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        raise RuntimeError(
+            "Expected first derivatives only through the inverse of a flow; got a request for second."
+        )
+
+
+def _first_order(derivative: Tensor, source: Tensor) -> Tensor:
+    """Return a derivative such that differentiating it by what ``source`` depends on raises instead of giving zero."""
+    if torch.is_grad_enabled():  # only with create_graph=True
+        return _Refuse.apply(derivative.detach(), source)
+    return derivative
+
+
+class _ImplicitStep(torch.autograd.Function):
+    """One Newton step whose gradient is that of the solution."""
+
+    @staticmethod
+    def forward(ctx: Any, solution: Tensor, residual: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope, residual)
+        return solution - residual / slope
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        slope, residual = ctx.saved_tensors
+        return None, _first_order(-grad / slope, residual), None
+
+
+def implicit_step(solution: Tensor, residual: Tensor, slope: Tensor) -> Tensor:
+    r"""Return the solution of :math:`f(y) = z` with the gradient of the implicit function theorem.
+
+    The value is that of one more Newton step, ``solution - residual / slope``. The gradient flows through
+    ``residual`` alone: :math:`dy = -(\partial f\,d\theta - dz) / f'(y)`.
+
+    Args:
+        solution: The numerical solution, without gradient.
+        residual: :math:`f(y) - z` at the solution held fixed, with the graph of everything f and z depend on.
+        slope: :math:`f'(y)` at the solution.
+
+    Returns:
+        The solution. Second derivatives raise an error.
+    """
+    return _ImplicitStep.apply(solution, residual, slope.detach())
+
+
+ValueAndDiagonal = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@torch.no_grad()
+def solve_triangular(
+    function: ValueAndDiagonal,
+    target: Tensor,
+    levels: Sequence[Tensor],
+    slope_min: float,
+    slope_max: float,
+    *,
+    initial: Tensor | None = None,
+    solver: Solver | None = None,
+    what: str = "a residual block",
+) -> Tensor:
+    r"""Solve :math:`f(y) = z` for each row, where the Jacobian of f is triangular in the order of ``levels``.
+
+    Newton steps on the diagonal for all variables together settle the variables level after level; each row
+    leaves as soon as it has converged. Rows that have not after a few steps more than there are levels are
+    finished level by level with :func:`solve_elementwise`, where the brackets are exact.
+
+    Args:
+        function: Maps y of shape (n, D) and the row numbers (n,) of the samples it belongs to, to the values and the
+            diagonal of the Jacobian, both of shape (n, D).
+        target: z, of shape (N, D).
+        levels: The positions of the variables of each level, in order: index tensors.
+        slope_min: A positive lower bound of the diagonal of the Jacobian.
+        slope_max: An upper bound.
+        initial: Where to start; ``target`` by default.
+        solver: Tolerance, iterations, what to do on failure.
+        what: The name of the map in messages.
+
+    Returns:
+        y, without gradient.
+
+    Raises:
+        ConvergenceError: If a value did not converge (or a warning, as the solver says).
+    """
+    solver = solver or Solver()
+    tolerance, rounding = solver.resolve_tolerance(target.dtype), torch.finfo(target.dtype).eps
+    result = (target if initial is None else initial).clone()
+    rows = torch.arange(len(target), device=target.device)
+    for _ in range(min(solver.max_iterations, 10 + 2 * len(levels))):
+        y = result[rows]
+        value, diagonal = function(y, rows)
+        residual = value - target[rows]
+        step = residual / diagonal
+        error = residual.abs() / torch.maximum(y.abs(), target[rows].abs()).clamp(min=1)
+        done = ((error <= tolerance) | (step.abs() <= rounding * y.abs())).all(-1)
+        rows, step, y = rows[~done], step[~done], y[~done]
+        if not len(rows):
+            return result
+        result[rows] = y - step
+    # The rest, one level after the other: the ancestors are solved, so that the brackets are exact.
+    y, rest = target[rows], target[rows]
+    for level in levels:
+
+        def one_level(values: Tensor, level: Tensor = level) -> tuple[Tensor, Tensor]:
+            y[:, level] = values
+            value, diagonal = function(y, rows)
+            return value[:, level], diagonal[:, level]
+
+        y[:, level] = solve_elementwise(
+            one_level, rest[:, level], slope_min, slope_max, solver=solver, what=what
+        )
+    result[rows] = y
+    return result
+
+
+class _ImplicitTriangular(torch.autograd.Function):
+    """The identity on a solution, with the gradient of the implicit function theorem."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        solution: Tensor,
+        residual: Tensor,
+        diagonal: Tensor,
+        pull: Callable[[Tensor], Tensor],
+        depth: int,
+    ) -> Tensor:
+        ctx.save_for_backward(diagonal, residual)
+        ctx.pull, ctx.depth = pull, depth
+        return solution.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None, None]:
+        diagonal, residual = ctx.saved_tensors
+        with torch.no_grad():
+            # J^T u = grad by the Neumann series in the strictly triangular part, which is nilpotent.
+            u = grad / diagonal
+            for _ in range(ctx.depth):
+                left = grad - ctx.pull(u)
+                if not bool(left.any()):
+                    break
+                u = u + left / diagonal
+        return None, _first_order(-u, residual), None, None, None
+
+
+def implicit_triangular(
+    solution: Tensor, residual: Tensor, diagonal: Tensor, pull: Callable[[Tensor], Tensor], depth: int
+) -> Tensor:
+    r"""Return the solution of :math:`f(y) = z` with the gradient of the implicit function theorem.
+
+    Args:
+        solution: The numerical solution, without gradient.
+        residual: :math:`f(y) - z` at the solution held fixed, with the graph of everything f and z depend on.
+        diagonal: The diagonal of the Jacobian J of f at the solution.
+        pull: Maps u to :math:`J^\top u`.
+        depth: The number of edges of the longest path among the variables: after as many products the
+            solution of the triangular system is exact.
+
+    Returns:
+        The solution. Second derivatives raise an error.
+    """
+    return _ImplicitTriangular.apply(solution, residual, diagonal.detach(), pull, depth)
