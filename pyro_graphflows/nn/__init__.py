@@ -2,7 +2,9 @@
 
 from pyro_graphflows.nn.activations import ELU, Activation, LipMish, LipSwish, ReLU, Tanh, make_activation
 from pyro_graphflows.nn.linear import MaskedLinear
+from pyro_graphflows.nn.lipschitz import SpectralBound
 from pyro_graphflows.nn.mlp import LevelEvaluation, MaskedMLP
+from pyro_graphflows.nn.residual import MaskedResidualNet, ResidualEvaluation
 
 __all__ = [
     "ELU",
@@ -12,7 +14,10 @@ __all__ = [
     "LipSwish",
     "MaskedLinear",
     "MaskedMLP",
+    "MaskedResidualNet",
     "ReLU",
+    "ResidualEvaluation",
+    "SpectralBound",
     "Tanh",
     "make_activation",
 ]

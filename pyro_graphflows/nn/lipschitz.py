@@ -1,0 +1,214 @@
+r"""Bounds on the spectral norm of masked weights.
+
+A layer's weights W are replaced by :math:`W \min(1, c / \|W\|_2)`, so the layer's Lipschitz constant is at most c.
+The norm must not be taken too small, or the bound is broken. With the power method started cold it is, by up to
+a quarter. Tracking a few vectors while the weights change is not enough either: training under the bound
+makes the largest singular values nearly equal, with vectors in different parts of the graph, and a
+part that overtakes may be orthogonal to all that is tracked. Here the norm is found:
+
+- Exactly, from the eigenvalues of the smaller Gram matrix G, if that has at most 64 rows.
+- Else as a Ritz value, the largest one on the span of a few vectors: the best known and as many fresh random ones,
+  all of them amplified by a Chebyshev polynomial of G that damps what lies below the estimate. This is a
+  lower bound that converges much faster than the power method, whatever the gaps between the singular values.
+- With at most 512 rows it is then certified: :math:`s^2 I - G` has a Cholesky factor if and only if s is above the
+  norm. If it fails after some attempts, the norm is found exactly.
+
+The estimate is raised by two ten-thousandths, more than its usual error. Its gradient is that of
+:math:`u^\top W v` with the singular vectors u and v held fixed, which is exact.
+
+References:
+    [1] Gouk et al. (2021), Regularisation of Neural Networks by Enforcing Lipschitz Continuity.
+    [2] Behrmann et al. (2019), Invertible Residual Networks. They use a fixed number of power iterations.
+    [3] Zhou and Saad (2007), A Chebyshev-Davidson Algorithm for Large Symmetric Eigenproblems: the filter.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.nn.linear import MaskedLinear
+
+__all__ = ["SpectralBound"]
+
+EXACT_SIZE = 64  # up to here an eigendecomposition costs less than tracking
+CERTIFIED_SIZE = 512  # up to here the Gram matrix is formed and the estimate certified
+MARGIN = 2e-4
+KEPT, FRESH = 4, 4  # vectors that are kept between updates, and fresh ones
+DEGREE = 24  # of the filter
+CUT = 0.95  # the filter damps what lies below this share of the estimate
+SETTLED = 2e-4  # relative change of the squared norm in one pass, below which it counts as converged
+ATTEMPTS = 3  # passes without a certificate before the exact way is taken
+MAX_PASSES = 50
+
+
+class SpectralBound(nn.Module):
+    r"""Keeps the spectral norm of one masked layer at most ``bound``.
+
+    The layer's own weights are not changed: :meth:`entries` returns the scaled ones. What is known of the singular
+    vectors is part of the state, so training resumes with the same numbers.
+
+    Args:
+        layer: The layer. It is not registered as a submodule, so pass the same one to :meth:`entries`.
+        bound: The largest spectral norm allowed.
+
+    Raises:
+        GraphflowsError: If the bound is not positive.
+
+    Example:
+        >>> layer = MaskedLinear(torch.ones(2, 2, dtype=torch.bool))
+        >>> _ = torch.nn.init.constant_(layer.weight, 5.0)
+        >>> weight = SpectralBound(layer, 0.9).entries(layer)
+        >>> bool(torch.linalg.matrix_norm(weight, 2) <= 0.9)
+        True
+    """
+
+    left: Tensor
+    right: Tensor
+    basis: Tensor
+    probe: Tensor
+    fingerprint: Tensor
+    updates: Tensor
+
+    def __init__(self, layer: MaskedLinear, bound: float) -> None:
+        super().__init__()
+        if not bound > 0:
+            raise GraphflowsError(f"Expected a positive bound on the spectral norm; got {bound}.")
+        self.bound = float(bound)
+        rows, columns = layer.out_features, layer.in_features
+        self.size = min(rows, columns)
+        self.exact = self.size <= EXACT_SIZE
+        weight = layer.weight
+        saved = not self.exact
+        self.register_buffer("left", weight.new_zeros(rows).detach(), persistent=saved)
+        self.register_buffer("right", weight.new_zeros(columns).detach(), persistent=saved)
+        self.register_buffer(
+            "basis", weight.new_zeros(self.size, 0 if self.exact else KEPT).detach(), persistent=saved
+        )
+        # The product of the weights with fixed random numbers tells whether they have changed.
+        probe = torch.randn(weight.shape, generator=_generator(0)).to(weight.dtype)
+        self.register_buffer("probe", probe, persistent=False)
+        self.register_buffer("fingerprint", weight.new_full((), torch.nan), persistent=saved)
+        self.register_buffer("updates", torch.zeros((), dtype=torch.long), persistent=saved)
+        self._refresh(layer)
+
+    def entries(self, layer: MaskedLinear) -> Tensor:
+        """Return the weights of the layer in its engine's layout, scaled so that the bound holds."""
+        self._refresh(layer)
+        entries = layer.entries()
+        norm = self.left.clone() @ _apply(layer, entries, self.right.clone()[:, None])[:, 0]
+        return entries * (self.bound / (norm * (1 + MARGIN)).clamp(min=self.bound))
+
+    @torch.no_grad()
+    def _refresh(self, layer: MaskedLinear) -> None:
+        """Bring the singular vectors up to date, if the weights have changed."""
+        weight = layer.weight.detach()
+        fingerprint = torch.dot(weight.flatten(), self.probe.flatten())
+        if bool(fingerprint == self.fingerprint) or not weight.numel() or not bool(fingerprint.isfinite()):
+            return
+        if self.exact:
+            small, basis = _largest(_gram_matrix(layer)), self.basis
+        else:
+            small, basis = self._track(layer)
+        wide = layer.in_features > layer.out_features
+        large = _apply(layer, layer.entries(), small[:, None], transposed=wide)[:, 0]
+        large = large / _length(large)
+        left, right = (small, large) if wide else (large, small)
+        self.left.copy_(left)
+        self.right.copy_(right)
+        self.basis.copy_(basis)
+        self.fingerprint.copy_(fingerprint)
+        self.updates.add_(1)
+
+    def _track(self, layer: MaskedLinear) -> tuple[Tensor, Tensor]:
+        """Return the top eigenvector of the smaller Gram matrix and the vectors to keep."""
+        count = int(self.updates)
+        fresh = torch.randn(self.size, FRESH, generator=_generator(count)).to(self.basis)
+        multiply = _gram_product(layer)
+        gram = _gram_matrix(layer) if self.size <= CERTIFIED_SIZE else None
+        if gram is not None:
+            multiply = gram.__matmul__
+        values, basis = _ritz(multiply, fresh if count == 0 else torch.cat([self.basis, fresh], 1))
+        degrees = [2, 4, 8] if count == 0 else []  # the first estimates are poor, and damp too little
+        for attempt in range(MAX_PASSES):
+            degree = degrees[attempt] if attempt < len(degrees) else DEGREE
+            previous = values[-1]
+            values, basis = _ritz(multiply, torch.cat([basis, _filter(multiply, basis, previous, degree)], 1))
+            basis = basis[:, -KEPT - FRESH :]
+            if attempt >= len(degrees) and bool(values[-1] - previous <= SETTLED * values[-1]):
+                if gram is None or _is_above(gram, values[-1]):
+                    break
+                if attempt >= len(degrees) + ATTEMPTS:
+                    return _largest(gram), basis[:, -KEPT:]
+        return basis[:, -1], basis[:, -KEPT:]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + "updates" not in state_dict:
+            # Weights of unknown origin: start cold.
+            self.updates.zero_()
+            self.fingerprint.fill_(torch.nan)
+
+    def extra_repr(self) -> str:
+        """Describe the bound in one line."""
+        return f"bound={self.bound}, exact={self.exact}"
+
+
+def _apply(layer: MaskedLinear, entries: Tensor, x: Tensor, transposed: bool = False) -> Tensor:
+    """Multiply the columns of ``x`` by the matrix or its transpose."""
+    if layer.engine == "dense":
+        return (entries.T if transposed else entries) @ x
+    return layer.pattern.rmatmul(entries, x) if transposed else layer.pattern.matmul(entries, x)
+
+
+def _gram_product(layer: MaskedLinear) -> Callable[[Tensor], Tensor]:
+    """Multiplication by the smaller Gram matrix, without forming it."""
+    entries = layer.entries()
+    wide = layer.in_features > layer.out_features
+    return lambda x: _apply(layer, entries, _apply(layer, entries, x, transposed=wide), transposed=not wide)
+
+
+def _gram_matrix(layer: MaskedLinear) -> Tensor:
+    weight = layer.masked_weight()
+    wide = layer.in_features > layer.out_features
+    if layer.engine == "dense":
+        return weight @ weight.T if wide else weight.T @ weight
+    return _apply(layer, layer.entries(), weight.T if wide else weight, transposed=not wide)
+
+
+def _largest(gram: Tensor) -> Tensor:
+    """The eigenvector of the largest eigenvalue."""
+    return torch.linalg.eigh(gram).eigenvectors[:, -1]
+
+
+def _is_above(gram: Tensor, value: Tensor) -> bool:
+    """Whether the largest eigenvalue is below ``value``, raised by the margin."""
+    shifted = torch.diag_embed((value * (1 + MARGIN) ** 2).expand(gram.shape[0])) - gram
+    return bool(torch.linalg.cholesky_ex(shifted).info == 0)
+
+
+def _ritz(multiply: Callable[[Tensor], Tensor], basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Ritz values and vectors on the span of the basis, ascending."""
+    space = torch.linalg.qr(basis).Q
+    values, vectors = torch.linalg.eigh(space.T @ multiply(space))
+    return values, space @ vectors
+
+
+def _filter(multiply: Callable[[Tensor], Tensor], x: Tensor, top: Tensor, degree: int) -> Tensor:
+    """Apply the Chebyshev polynomial that stays within one on the eigenvalues from 0 to the cut."""
+    half = (CUT * top / 2).clamp(min=torch.finfo(x.dtype).tiny)
+    before, now = x, multiply(x) / half - x
+    for _ in range(degree - 1):
+        before, now = now, 2 * (multiply(now) / half - now) - before
+    return now / _length(now)
+
+
+def _length(x: Tensor) -> Tensor:
+    """The norms of the columns, or of a vector, never zero."""
+    return torch.linalg.vector_norm(x, dim=0).clamp(min=torch.finfo(x.dtype).tiny)
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
