@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import subprocess
+import sys
 from itertools import combinations, permutations
 from pathlib import Path
 
@@ -263,6 +265,37 @@ def test_latents_of_a_frontier_look_through_marginalised_nodes():
 def test_nothing_latent_and_nothing_observed():
     assert dict(faithful_inverse(ModelGraph(["xy"], observed=["x", "y"])).parents) == {}
     assert dict(faithful_inverse(ModelGraph(["ab"], observed=[])).parents) == {"a": (), "b": ("a",)}
+
+
+# --- Speed
+
+
+def test_benchmark_runs():
+    """The benchmark also compares edges with a naive Algorithm 1."""
+    script = Path(__file__).parent.parent / "benchmarks" / "inversion.py"
+    command = [sys.executable, str(script), "--what", "trees", "--depths", "3", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "growth of min_fill" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the unit of peak memory differs")
+@pytest.mark.parametrize("rule", ["reverse", "min_fill"])
+def test_large_tree(rule):
+    """16,383 nodes in 10 s and 2 GiB; peak memory is that of a process of its own."""
+    code = f"""
+import resource, time
+from pyro_graphflows.graphs import ModelGraph, faithful_inverse
+graph = ModelGraph([((i - 1) // 2, i) for i in range(1, 16383)], observed=range(8191, 16383))
+start = time.process_time()
+inverse = faithful_inverse(graph, {rule!r})
+print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, inverse.num_edges)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, gibibytes, edges = map(float, done.stdout.split())
+    assert seconds < 10
+    assert gibibytes < 2
+    assert edges <= 114686
 
 
 # --- The other inverses

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import networkx as nx
 
 from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.graphs.elimination import ancestors
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph, Node, listed
 from pyro_graphflows.graphs.plates import Expansion, expand
@@ -98,6 +99,25 @@ class _Judge:
     def separated(self, block: set[int], others: set[int], given: set[int]) -> bool:
         return not others or nx.is_d_separator(self.dag, block, others, given)
 
+    def connected(self, block: set[int], given: set[int]) -> set[int]:
+        """Return all nodes outside ``given`` that are not d-separated from the block, in one pass."""
+        open_colliders = ancestors(self.expansion, given)
+        found: set[int] = set()
+        seen: set[tuple[int, bool]] = set()
+        stack = [(node, True) for node in block]
+        while stack:
+            state = stack.pop()
+            if state in seen:
+                continue
+            seen.add(state)
+            node, from_child = state
+            if node not in given:
+                found.add(node)
+                stack += [(child, False) for child in self.expansion.children[node]]
+            if (node not in given) if from_child else (node in open_colliders):
+                stack += [(parent, True) for parent in self.expansion.parents[node]]
+        return found
+
     def holds(self, node: Node, coupled: Iterable[str]) -> bool:
         block, given, rest = self.statement(node, coupled)
         return self.separated(block, rest, given)
@@ -130,8 +150,9 @@ def violated_independencies(
         block, given, rest = judge.statement(node, inverse.coupled.get(node, ()))
         if judge.separated(block, rest, given):
             continue
+        offenders = judge.connected(block, given) & rest
         for other in judge.graph.nodes:
-            if not judge.separated(block, rest & judge.copies(other), given):
+            if offenders & judge.copies(other):
                 found.append(Independence(node, other, inverse.parents[node]))
     return tuple(found)
 
