@@ -32,11 +32,13 @@ from torch import Tensor
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 
 __all__ = [
+    "OUTER_PARTICLES",
     "PARTICLES",
     "Prototype",
     "density_sites",
     "evaluation_mode",
     "find_data_plate",
+    "inside",
     "keep_dims",
     "log_density",
     "modules_of",
@@ -52,6 +54,7 @@ Site = Any  # a site of a trace: Pyro's message, whose entries are typed too loo
 Program = Callable[..., Any]
 
 PARTICLES = "num_particles_vectorized"  # Pyro's own name for the plate of particles
+OUTER_PARTICLES = "num_outer_particles"  # draws of global latents, each with particles of its own
 
 
 @dataclass(frozen=True)
@@ -203,21 +206,21 @@ def log_density(site: Site) -> Tensor:
     return scale_and_mask(site["unscaled_log_prob"], 1.0, site["mask"])
 
 
-def keep_dims(log_prob: Tensor, dims: Sequence[int]) -> Tensor:
+def keep_dims(log_prob: Tensor, dims: Sequence[int], *, keepdim: bool = False) -> Tensor:
     """Sum a batch of log-densities over all dimensions but some.
 
     Args:
         log_prob: Log-densities of one site.
-        dims: The negative dimensions to keep, from left to right. One that the tensor lacks comes back with
-            size 1.
+        dims: The negative dimensions to keep, from left to right. One that the tensor lacks comes back with size 1.
+        keepdim: Whether the others stay, with size 1, so that ``dims`` keep their places.
 
     Returns:
-        A tensor with one dimension for each of ``dims``, in this order.
+        A tensor with one dimension for each of ``dims``, in this order; or with all dimensions up to the leftmost.
     """
     rank = max(log_prob.dim(), -min(dims, default=0))
     log_prob = log_prob.reshape((1,) * (rank - log_prob.dim()) + tuple(log_prob.shape))
     dropped = [dim for dim in range(-rank, 0) if dim not in dims]
-    return log_prob.sum(dropped) if dropped else log_prob
+    return log_prob.sum(dropped, keepdim=keepdim) if dropped else log_prob
 
 
 # ------------------------------------------------------------------------------------------------- data plate
@@ -280,7 +283,7 @@ def require_inside(plate: str, traces: Iterable[poutine.Trace]) -> None:
         UnsupportedModelError: If one is outside; the message names the sites and the alternatives.
     """
     outside = sorted(
-        {name for trace in traces for name, site in density_sites(trace) if not _inside(site, plate)}
+        {name for trace in traces for name, site in density_sites(trace) if not inside(site, plate)}
     )
     if outside:
         raise UnsupportedModelError(
@@ -332,12 +335,13 @@ def require_independent_particles(guide_trace: poutine.Trace, dim: int, size: in
             )
 
 
-def _inside(site: Site, plate: str) -> bool:
+def inside(site: Site, plate: str) -> bool:
+    """Return whether a site is inside a plate."""
     return any(frame.name == plate for frame in site["cond_indep_stack"])
 
 
 def _is_particles(frame: CondIndepStackFrame) -> bool:
-    return frame.name == PARTICLES
+    return frame.name in (PARTICLES, OUTER_PARTICLES)
 
 
 def _is_one(scale: Any) -> bool:

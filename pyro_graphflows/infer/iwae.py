@@ -1,0 +1,300 @@
+r"""The importance-weighted bound, datum by datum, with global latents, subsampling and low-variance gradients.
+
+For local latents :math:`z_n` inside the data plate and global ones :math:`u` outside, the bound is
+
+.. math:: E_{u \sim q} \Bigl[ \log \frac{p(u)}{q(u \mid x)} + \sum_n \tfrac{N}{B}\,
+          E_{z_{n1}, \dots, z_{nK}} \log \tfrac1K \sum_k w_{nk}(u) \Bigr], \qquad
+          w_{nk}(u) = \frac{p(x_n, z_{nk} \mid u)}{q(z_{nk} \mid u, x)},
+
+with :math:`K` local particles for each datum given *the same* draw of :math:`u`. Three things are easily wrong here and
+are what this class is for. The scale :math:`N / B` of a subsampled plate stands outside the logarithm (inside, the loss
+is biased). Averaging over particles that differ in :math:`u` is no bound: with :math:`q(u) = p(u)` it can exceed
+:math:`\log p(x)` by any amount. And a site outside the data plate must not enter the weights of one datum.
+
+*Gradients.* The plain gradient of the bound has a signal-to-noise ratio that falls with :math:`K`. The doubly
+reparametrised gradient (DReG) does not: in it the guide's parameters act through the draws only, weighted by
+:math:`\tilde w_k^2` (normalised weights), while the model's parameters keep :math:`\tilde w_k`. "Through the draws
+only" needs :math:`\log q` at live values with parameters held fixed. Detaching the location and scale of each factor is
+*not* that: a factor's location depends on the parents' values as well as on the parameters, and dropping the first is
+biased. Here the guide is run a second time at copies of the draws that are leaves of the graph, and differentiated with
+respect to these leaves alone; each leaf's gradient, weighted, is then sent back along the path by which its value was
+drawn.
+"""
+
+from typing import Any, Literal
+
+import torch
+from pyro import poutine
+from pyro.infer import ELBO
+from pyro.poutine.messenger import Messenger, unwrap
+from pyro.util import warn_if_nan
+from torch import Tensor
+
+from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
+from pyro_graphflows.infer.checkpoints import random_state, set_random_state
+from pyro_graphflows.infer.particle_terms import LocalPlate, PlateLayout, collect_terms, is_reparametrised
+from pyro_graphflows.infer.particles import (
+    OUTER_PARTICLES,
+    Program,
+    Site,
+    density_sites,
+    find_data_plate,
+    inside,
+    particle_plate,
+    plates_of,
+    prototype,
+    require_independent_particles,
+    run_pair,
+)
+
+__all__ = ["IWAE_ELBO"]
+
+_GRADIENTS = ("plain", "dreg", "stl")
+
+
+class IWAE_ELBO(ELBO):
+    r"""The importance-weighted evidence lower bound of each datum, summed over the data.
+
+    A loss like Pyro's: for :class:`pyro.infer.SVI`, as a module (``IWAE_ELBO(...)(model, guide)``) for torch
+    optimisers, or for :func:`~pyro_graphflows.infer.fit`. With one particle it is the ELBO; it never decreases with
+    their number, and is exact for every number when the guide is the posterior. Model and guide run once for all
+    particles, inside plates to the left of theirs, so both must be vectorisable.
+
+    Where all latent sites are inside the data plate, particles are local and the loss is that of [1], scaled for
+    subsampling. Global latents are drawn ``num_outer_particles`` times, each draw with ``num_particles`` local ones:
+    the guide must sample globals before locals.
+
+    Latents that are not reparametrised (discrete ones) inside the data plate get a score-function gradient whose
+    baseline for each particle is computed from the others [4]; this needs ``gradient="plain"``.
+
+    References:
+        [1] Burda, Grosse and Salakhutdinov (2016), Importance weighted autoencoders, ICLR, Eq. (8).
+        [2] Tucker, Lawson, Gu and Maddison (2019), Doubly reparameterized gradient estimators for Monte Carlo
+        objectives, ICLR, Eq. (8). Structured guides and global latents are not treated there; see the module's text.
+        [3] Roeder, Wu and Duvenaud (2017), Sticking the landing, NeurIPS, Section 4.
+        [4] Mnih and Rezende (2016), Variational inference for Monte Carlo objectives, ICML, Section 2.4.
+
+    Args:
+        num_particles: The number :math:`K` of local particles.
+        data_plate: The plate whose elements are the data; by default the outermost vectorised plate that holds every
+            observed site. ``False`` weighs the data set as a whole, which no subsampling allows.
+        num_outer_particles: The number of draws of the global latents.
+        gradient: ``"plain"``; ``"dreg"``, the doubly reparametrised gradient, unbiased and better for many particles;
+            or ``"stl"``, which drops the score term and keeps the weights: unbiased for one particle only, where it is
+            the same as ``"dreg"``.
+        max_plate_nesting: How many dimensions the plates take, where it is known better than by running both once.
+
+    Raises:
+        GraphflowsError: If a number is not positive, ``gradient`` is unknown, or the data plate is ambiguous or
+            unknown.
+        UnsupportedModelError: If local sites are scaled differently (a subsampled plate within a datum, or
+            ``poutine.scale`` on some), a site outside the data plate depends on one inside, particles share one
+            draw, a latent site is missing in the guide, or the gradient asked for needs reparametrised sites.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 1.0))
+        >>> x = torch.zeros(1000)
+        >>> exact = -dist.Normal(0.0, 2**0.5).log_prob(x).sum().item()
+        >>> one, many = (IWAE_ELBO(num).loss(model, guide, x) for num in (1, 3))
+        >>> exact < many < one
+        True
+    """
+
+    def __init__(
+        self,
+        num_particles: int = 10,
+        *,
+        data_plate: str | Literal[False] | None = None,
+        num_outer_particles: int = 1,
+        gradient: Literal["plain", "dreg", "stl"] = "plain",
+        max_plate_nesting: int | None = None,
+    ) -> None:
+        if num_particles < 1 or num_outer_particles < 1:
+            raise GraphflowsError(
+                f"Expected positive numbers of particles; got {num_particles} and {num_outer_particles}."
+            )
+        if gradient not in _GRADIENTS:
+            raise GraphflowsError(f"Expected gradient among {_GRADIENTS}; got {gradient!r}.")
+        super().__init__(num_particles=num_particles)
+        self.data_plate = data_plate
+        self.num_outer_particles = num_outer_particles
+        self.gradient = gradient
+        self._given_nesting = max_plate_nesting
+        self._layout: PlateLayout | None = None
+        self._layout_of: tuple[Program, Program] | None = None
+
+    # ---------------------------------------------------------------------------------------------------- interface
+    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """Return an estimate of the negative bound, summed over the data.
+
+        Args:
+            model: A Pyro model.
+            guide: A guide for it.
+            *args: Positional arguments of both.
+            **kwargs: Keyword arguments of both.
+        """
+        with torch.no_grad():
+            layout = self._prepare(model, guide, args, kwargs)
+            traces = self._run(layout, model, guide, args, kwargs)
+            return self._checked(-collect_terms(layout, self.num_outer_particles, *traces).bound()).item()
+
+    def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+        """Return an estimate of the negative bound whose gradient is the chosen estimator's.
+
+        Args:
+            model: A Pyro model.
+            guide: A guide for it.
+            *args: Positional arguments of both.
+            **kwargs: Keyword arguments of both.
+        """
+        layout = self._prepare(model, guide, args, kwargs)
+        if self.gradient == "plain":
+            traces = self._run(layout, model, guide, args, kwargs)
+            terms = collect_terms(layout, self.num_outer_particles, *traces)
+            bound = terms.bound()
+            surrogate = bound + terms.score_surrogate()
+        else:
+            bound, surrogate = self._doubly_reparametrised(layout, model, guide, args, kwargs)
+        return self._checked(-(bound.detach() + surrogate - surrogate.detach()))
+
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """Add the gradient of the negative bound to the parameters; return an estimate of it.
+
+        Args:
+            model: A Pyro model.
+            guide: A guide for it.
+            *args: Positional arguments of both.
+            **kwargs: Keyword arguments of both.
+        """
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward()
+        return loss.item()
+
+    def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
+        """Pyro's base class asks for one; :meth:`_run` makes all particles at once."""
+        return run_pair(model, guide, args, kwargs)
+
+    @staticmethod
+    def _checked(loss: Tensor) -> Tensor:
+        warn_if_nan(loss, "loss")
+        return loss
+
+    # ---------------------------------------------------------------------------------------------------------- runs
+    def _prepare(self, model: Program, guide: Program, args: Any, kwargs: Any) -> PlateLayout:
+        """Find the plates, once for each pair, without moving the random generators."""
+        if self._layout is None or self._layout_of != (model, guide):
+            state = random_state()
+            layout = self._find_layout(model, guide, args, kwargs)
+            with torch.no_grad(), poutine.block():
+                self._check_guide(layout, self._run(layout, model, guide, args, kwargs)[1])
+            set_random_state(state)
+            self._layout, self._layout_of = layout, (model, guide)
+        return self._layout
+
+    def _find_layout(self, model: Program, guide: Program, args: Any, kwargs: Any) -> PlateLayout:
+        first = prototype(model, guide, args, kwargs, self._given_nesting)
+        frame = find_data_plate(first.model_trace, self.data_plate)
+        dims: tuple[int, ...] = ()
+        if frame is not None:
+            stacks = [
+                [(other.name, other.dim) for other in plates_of(site)]
+                for trace in (first.model_trace, first.guide_trace)
+                for _, site in density_sites(trace)
+                if inside(site, frame.name)
+            ]
+            # the plates around the data plate at every local site: they hold data as well
+            around = [stack[: stack.index((frame.name, frame.dim))] for stack in stacks]
+            shared = [dim for name, dim in around[0] if all((name, dim) in stack for stack in around)]
+            dims = tuple(sorted(dim for dim in (*shared, frame.dim) if dim is not None))
+        nesting = first.max_plate_nesting
+        return PlateLayout(None if frame is None else frame.name, dims, -1 - nesting, -2 - nesting)
+
+    def _check_guide(self, layout: PlateLayout, guide_trace: poutine.Trace) -> None:
+        local = guide_trace.copy()
+        rough: list[str] = []
+        rough_globals: list[str] = []
+        for name, site in density_sites(guide_trace):
+            if not layout.is_local(site):
+                local.remove_node(name)
+            if not site["is_observed"] and not is_reparametrised(site):
+                (rough if layout.is_local(site) else rough_globals).append(name)
+        require_independent_particles(local, layout.inner, self.num_particles)
+        require_independent_particles(guide_trace, layout.outer, self.num_outer_particles)
+        if rough_globals or (rough and self.gradient != "plain"):
+            raise UnsupportedModelError(
+                f"The guide's sites {sorted(rough + rough_globals)} are not reparametrised, so their values have no "
+                "gradient. Inside the data plate such sites need gradient='plain'; outside, use Trace_ELBO."
+            )
+
+    def _run(
+        self, layout: PlateLayout, model: Program, guide: Program, args: Any, kwargs: Any
+    ) -> tuple[poutine.Trace, poutine.Trace]:
+        return run_pair(self._in_plates(layout, model), self._in_plates(layout, guide), args, kwargs)
+
+    def _in_plates(self, layout: PlateLayout, program: Program) -> Program:
+        program = LocalPlate(layout.plate, self.num_particles, layout.inner)(program)
+        if self.num_outer_particles > 1:
+            program = particle_plate(program, self.num_outer_particles, layout.outer, OUTER_PARTICLES)
+        return program
+
+    def _doubly_reparametrised(
+        self, layout: PlateLayout, model: Program, guide: Program, args: Any, kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return the bound and a surrogate of its gradient (see the module's text)."""
+        if isinstance(unwrap(guide), Messenger):
+            raise UnsupportedModelError(
+                f"gradient={self.gradient!r} runs the guide twice, which Pyro's effect-based guides cannot. Use "
+                "gradient='plain'."
+            )
+        model, guide = self._in_plates(layout, model), self._in_plates(layout, guide)
+        drawn = poutine.trace(guide).get_trace(*args, **kwargs)
+        at_leaves = drawn.copy()
+        leaves: dict[str, Tensor] = {}
+        for name, original in density_sites(drawn):
+            if not original["is_observed"]:
+                leaves[name] = original["value"].detach().requires_grad_()
+                copied = original.copy()
+                copied["value"] = leaves[name]
+                at_leaves.nodes[name] = copied
+        guide_trace = poutine.trace(poutine.replay(guide, trace=at_leaves)).get_trace(*args, **kwargs)
+        model_trace = poutine.trace(poutine.replay(model, trace=at_leaves)).get_trace(*args, **kwargs)
+        terms = collect_terms(layout, self.num_outer_particles, model_trace, guide_trace)
+        weights = terms.normalised_weights()
+
+        # the model's part, live in the model's parameters; the guide's, of which only gradients at the leaves are used
+        model_part = terms.weighted(terms.local_p, terms.global_p, weights)
+        local_guide_part = terms.weighted(terms.local_q, torch.zeros(()), weights)
+        guide_part = terms.weighted(terms.local_q, terms.global_q, weights)
+        inputs = list(leaves.values())
+        by_model = _gradients(model_part, inputs)
+        by_guide = _gradients(guide_part, inputs)
+        by_local_guide = _gradients(local_guide_part, inputs)
+
+        path = torch.zeros(())
+        for index, name in enumerate(leaves):
+            site: Site = drawn.nodes[name]
+            if layout.is_local(site):
+                gradient = by_model[index] - by_guide[index]
+                if self.gradient == "dreg":
+                    gradient = gradient * weights.reshape(weights.shape + (1,) * site["fn"].event_dim)
+            else:  # to the guide's local factors a global value is one of their parameters: no score term from there
+                gradient = by_model[index] - (by_guide[index] - by_local_guide[index])
+            path = path + (gradient.detach() * site["value"]).sum()
+        return terms.bound(), model_part + path
+
+
+def _gradients(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    """Return gradients, zero where there is no path, and keep the graph."""
+    if not inputs or not output.requires_grad:
+        return [torch.zeros_like(value) for value in inputs]
+    return list(
+        torch.autograd.grad(output, inputs, retain_graph=True, materialize_grads=True, allow_unused=True)
+    )
