@@ -289,7 +289,8 @@ from pyro_graphflows.graphs import ModelGraph, faithful_inverse
 graph = ModelGraph([((i - 1) // 2, i) for i in range(1, 16383)], observed=range(8191, 16383))
 start = time.process_time()
 inverse = faithful_inverse(graph, {rule!r})
-print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, inverse.num_edges)
+seconds = time.process_time() - start
+print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, inverse.num_edges)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     seconds, gibibytes, edges = map(float, done.stdout.split())

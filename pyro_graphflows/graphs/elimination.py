@@ -250,11 +250,11 @@ class Eliminator:
             closed[member] |= latent if member in free else around
 
     def _update_inside(self, inside: int, around: int, fill: dict[int, int]) -> None:
-        """Update the tracked neighbours of the node that is being eliminated; all its neighbours are ``around``.
+        """Update the tracked ones among the neighbours ``around`` of the node that is being eliminated.
 
-        A tracked node ``t`` loses the missing pairs of the node with the neighbours of ``t`` outside ``around``;
-        gains those of its new neighbours ``A`` with the same; and loses the fill among
-        its old neighbours, which is all fill that does not touch ``A``.
+        A tracked node ``t`` loses the missing pairs of the node with the neighbours of ``t`` outside
+        ``around``; gains those of its new neighbours ``A`` with the same; and loses the fill among its old
+        neighbours, which is all fill that does not touch ``A``.
         """
         degree = {member: mask.bit_count() for member, mask in fill.items()}
         total = sum(degree.values()) // 2
