@@ -1,5 +1,6 @@
 """Training and evaluation of guides."""
 
+from pyro_graphflows.infer.calibration import sbc_ranks, sbc_uniformity
 from pyro_graphflows.infer.diagnostics import effective_sample_size, psis_khat
 from pyro_graphflows.infer.evidence import Evidence, importance_log_weights, log_evidence
 from pyro_graphflows.infer.inference_compilation import InferenceCompilation
@@ -16,4 +17,6 @@ __all__ = [
     "importance_log_weights",
     "log_evidence",
     "psis_khat",
+    "sbc_ranks",
+    "sbc_uniformity",
 ]

@@ -39,10 +39,12 @@ class JointLayout:
     Attributes:
         observed: The sites whose values the guide is given.
         max_plate_nesting: The number of dimensions that the plates of the model and the guide take.
+        shapes: The shape of each site of the model in one sample.
     """
 
     observed: tuple[str, ...]
     max_plate_nesting: int
+    shapes: dict[str, tuple[int, ...]]
 
 
 def joint_layout(
@@ -89,7 +91,8 @@ def joint_layout(
         )
     if max_plate_nesting is None:
         max_plate_nesting = count_plate_dims(model_trace, guide_trace)
-    return JointLayout(tuple(observed), max_plate_nesting)
+    shapes = {name: tuple(site["value"].shape) for name, site in density_sites(model_trace)}
+    return JointLayout(tuple(observed), max_plate_nesting, shapes)
 
 
 def sample_joint(model: Program, args: Iterable[Any], kwargs: dict[str, Any]) -> poutine.Trace:
