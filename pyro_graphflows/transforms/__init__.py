@@ -1,20 +1,42 @@
 """Residual flows whose Jacobians follow a graph."""
 
+from pyro_graphflows.transforms.actnorm import ActNorm, actnorm
+from pyro_graphflows.transforms.faithful_evaluation import FaithfulEvaluation
+from pyro_graphflows.transforms.faithful_nn import FaithfulResidualNN
 from pyro_graphflows.transforms.faithful_residual import (
     ConditionalFaithfulResidual,
     FaithfulResidual,
     conditional_faithful_residual,
     faithful_residual,
 )
+from pyro_graphflows.transforms.graphical_nn import GraphicalEvaluation, GraphicalResidualNN
+from pyro_graphflows.transforms.graphical_residual import (
+    ConditionalGraphicalResidual,
+    GraphicalResidual,
+    conditional_graphical_residual,
+    graphical_residual,
+)
+from pyro_graphflows.transforms.priors import GraphicalFlowPrior
 from pyro_graphflows.transforms.solver import Solver
 from pyro_graphflows.transforms.structure import FlowStructure, flow_structure
 
 __all__ = [
+    "ActNorm",
     "ConditionalFaithfulResidual",
+    "ConditionalGraphicalResidual",
+    "FaithfulEvaluation",
     "FaithfulResidual",
+    "FaithfulResidualNN",
     "FlowStructure",
+    "GraphicalEvaluation",
+    "GraphicalFlowPrior",
+    "GraphicalResidual",
+    "GraphicalResidualNN",
     "Solver",
+    "actnorm",
     "conditional_faithful_residual",
+    "conditional_graphical_residual",
     "faithful_residual",
     "flow_structure",
+    "graphical_residual",
 ]

@@ -20,67 +20,10 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.transforms.flow_nn import FlowNN, some_names
 from pyro_graphflows.transforms.structure import FlowStructure
 
-__all__ = ["ConditionalGraphTransform", "FlowNN", "GraphTransform"]
-
-
-class FlowNN(nn.Module):
-    """Base class of the networks. Subclasses set ``structure`` and ``closed_form``, and write two methods."""
-
-    structure: FlowStructure
-    closed_form: str
-
-    def sample(self, eps: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Map noise to variables; return them and the log of each dz/deps, both of shape (\*batch, D)."""
-        raise NotImplementedError
-
-    def inverse_terms(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Map variables to noise; return it and the log of each dz/deps, both of shape (\*batch, D)."""
-        raise NotImplementedError
-
-    @property
-    def event_dim(self) -> int:
-        """The number of variables, D."""
-        return self.structure.event_dim
-
-    @property
-    def context_dim(self) -> int:
-        """The number of context columns, C."""
-        return self.structure.context_dim
-
-    def join_context(self, *context: Tensor) -> Tensor | None:
-        """Broadcast and concatenate the parts of a context.
-
-        Raises:
-            GraphflowsError: If the number of columns is wrong.
-        """
-        got = sum(part.shape[-1] for part in context)
-        if got != self.context_dim:
-            raise GraphflowsError(
-                f"Expected context.shape[-1] == {self.context_dim} "
-                f"({_some(self.structure.context_names) or 'no context'}); got {got}."
-            )
-        if len(context) <= 1:
-            return context[0] if got else None
-        batch = torch.broadcast_shapes(*(part.shape[:-1] for part in context))
-        return torch.cat([part.expand(*batch, -1) for part in context], -1)
-
-    def check_event(self, values: Tensor) -> None:
-        """Check the last dimension of variables or noise.
-
-        Raises:
-            GraphflowsError: If it is not the number of variables.
-        """
-        if values.shape[-1:] != (self.event_dim,):
-            raise GraphflowsError(
-                f"Expected a last dimension of {self.event_dim} ({_some(self.structure.names)}); "
-                f"got shape {tuple(values.shape)}."
-            )
-
-
-def _some(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+__all__ = ["ConditionalGraphTransform", "GraphTransform"]
 
 
 class GraphTransform(TransformModule):
@@ -104,6 +47,7 @@ class GraphTransform(TransformModule):
     network: FlowNN
     _context: Tensor | None
     _entry: tuple[Any, ...] | None
+    _holders: tuple[nn.Module, ...] | None
 
     def __init__(self, network: FlowNN, context: Tensor | None = None, *, cache_size: int = 1) -> None:
         super().__init__(cache_size=cache_size)
@@ -111,17 +55,18 @@ class GraphTransform(TransformModule):
         if context is None and structure.context_dim:
             raise GraphflowsError(
                 f"Expected a context with {structure.context_dim} columns "
-                f"({_some(structure.context_names)}); got none. Use the Conditional form and .condition(context)."
+                f"({some_names(structure.context_names)}); got none. Use the Conditional form and .condition(context)."
             )
         if context is not None:
             network.join_context(context)  # checks the size
         self.network = network
         self.__dict__["_context"] = context  # not registered, even if it is a parameter
         self.__dict__["_entry"] = None
+        self.__dict__["_holders"] = None  # the modules of the network, listed when first needed
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        state["_entry"] = None
+        state["_entry"] = state["_holders"] = None
         state.pop("_cached_x_y", None)
         return state
 
@@ -207,8 +152,16 @@ class GraphTransform(TransformModule):
         return other
 
     def _stamp(self) -> tuple[Any, ...]:
-        tensors = [*self.network.parameters(), *self.network.buffers(), *self._parts]
-        return (torch.is_grad_enabled(), *((t._version, t.data_ptr()) for t in tensors))
+        """Return what a cached pair depends on: gradient mode, and the versions of parameters, buffers and context."""
+        holders = self._holders or tuple(self.network.modules())
+        self.__dict__["_holders"] = holders
+        stamp: list[Any] = [torch.is_grad_enabled()]
+        for module in holders:
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    stamp.append((tensor._version, tensor.data_ptr()))
+        stamp += [(part._version, part.data_ptr()) for part in self._parts]
+        return tuple(stamp)
 
     def _remember(self, x: Tensor, y: Tensor, log_diag: Tensor, how: str) -> None:
         if self._cache_size:

@@ -27,7 +27,7 @@ class FaithfulEvaluation:
 
     Args:
         network: The network of the flow.
-        context: The joined context, of shape (\*batch, C), or None.
+        context: The joined and standardised context, of shape (\*batch, C), or None.
 
     Example:
         >>> import torch
@@ -45,7 +45,7 @@ class FaithfulEvaluation:
     def __init__(self, network: FaithfulResidualNN, context: Tensor | None) -> None:
         self._network = network
         self._batch: tuple[int, ...] = () if context is None else context.shape[:-1]
-        self._context = network.standard_context(context)
+        self._context = None if context is None else context.movedim(-1, 0)
         self._prepared = network.prepare()
         self._accepted: list[Tensor] = []  # standardised, (n, *batch) in inner order
         self._known: tuple[tuple[int, ...], Tensor] | None = None

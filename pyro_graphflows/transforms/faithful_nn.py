@@ -22,9 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.nn.activations import Activation, make_activation
-from pyro_graphflows.transforms.base import FlowNN
 from pyro_graphflows.transforms.edge_linear import EdgeLinear, Inputs, RowGroup, expand_batch, padded_count
 from pyro_graphflows.transforms.faithful_evaluation import FaithfulEvaluation
+from pyro_graphflows.transforms.flow_nn import FlowNN, moments
 from pyro_graphflows.transforms.monotone import BlockWeights, MonotoneStack
 from pyro_graphflows.transforms.regression import regress_on_parents, structure_mask
 from pyro_graphflows.transforms.solver import Solver, implicit_step
@@ -57,10 +57,6 @@ class FaithfulResidualNN(FlowNN):
         GraphflowsError: If an argument is out of range, or ``hidden_dims`` leaves a variable without a unit.
     """
 
-    loc: Tensor
-    scale: Tensor
-    context_loc: Tensor
-    context_scale: Tensor
     _order: Tensor
     _place: Tensor
 
@@ -78,7 +74,7 @@ class FaithfulResidualNN(FlowNN):
         engine: str = "auto",
         solver: Solver | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(structure)
         dim, num_context = structure.event_dim, structure.context_dim
         activation = make_activation(activation)
         if not isinstance(activation, Activation):
@@ -98,7 +94,6 @@ class FaithfulResidualNN(FlowNN):
             raise GraphflowsError(
                 f"Expected hidden_dims of at least {dim}, one unit for each variable; got {list(hidden_dims)}."
             )
-        self.structure = structure
         self.closed_form = closed_form
         self.solver = solver or Solver()
         self.levels = structure.levels
@@ -128,10 +123,6 @@ class FaithfulResidualNN(FlowNN):
         self._ordered = order == list(range(dim))
         self.register_buffer("_order", torch.tensor(order), persistent=False)  # inner number -> position
         self.register_buffer("_place", torch.tensor(place), persistent=False)  # position -> inner number
-        self.register_buffer("loc", torch.zeros(dim))
-        self.register_buffer("scale", torch.ones(dim))
-        self.register_buffer("context_loc", torch.zeros(num_context))
-        self.register_buffer("context_scale", torch.ones(num_context))
         self.reset_parameters()
 
     # Starting values
@@ -146,38 +137,6 @@ class FaithfulResidualNN(FlowNN):
             value = value.view(len(parameter), self.stack.num_blocks, self.stack.num_inputs)
             value[..., self.stack.hidden_units[0] :] *= 0.01
             parameter.copy_((value * spread).flatten(1))
-
-    @torch.no_grad()
-    def standardize_(
-        self,
-        loc: Tensor,
-        scale: Tensor,
-        context_loc: Tensor | None = None,
-        context_scale: Tensor | None = None,
-    ) -> None:
-        """Let the flow work in standardised coordinates (z − loc) / scale and (x − context_loc) / context_scale.
-
-        Args:
-            loc: Shape (D,).
-            scale: Shape (D,), positive.
-            context_loc: Shape (C,); unchanged by default.
-            context_scale: Shape (C,), positive; unchanged by default.
-
-        Raises:
-            GraphflowsError: If a value is not finite or a scale not positive.
-        """
-        given = {"loc": loc, "scale": scale, "context_loc": context_loc, "context_scale": context_scale}
-        for name, value in given.items():
-            if value is None:
-                continue
-            good = value.isfinite() & ((value > 0) if name.endswith("scale") else value.isfinite())
-            if not bool(good.all()):
-                names = self.structure.context_names if "context" in name else self.structure.names
-                bad = ", ".join(names[i] for i in (~good).nonzero().flatten().tolist())
-                raise GraphflowsError(
-                    f"Expected finite locations and positive, finite scales; {name} is not so for {bad}."
-                )
-            getattr(self, name).copy_(value)
 
     @torch.no_grad()
     def init_linear_(self, weights: Tensor, shift: Tensor, scale: Tensor) -> None:
@@ -238,12 +197,7 @@ class FaithfulResidualNN(FlowNN):
             GraphflowsError: If there are fewer than two samples or a value is not finite.
         """
         fit = regress_on_parents(self.structure, z, context)
-        moments = []
-        for values in (z, context):
-            if values is not None:
-                scale = values.double().std(0)
-                moments += [values.double().mean(0), torch.where(scale > 0, scale, torch.ones_like(scale))]
-        self.standardize_(*(moment.to(self.loc) for moment in moments))
+        self.standardize_(*moments(z), *(() if context is None else moments(context)))
         self.init_linear_(*fit)
 
     # Evaluation
@@ -257,7 +211,7 @@ class FaithfulResidualNN(FlowNN):
         Returns:
             The evaluation; see :class:`FaithfulEvaluation`.
         """
-        return FaithfulEvaluation(self, self.join_context(*context))
+        return FaithfulEvaluation(self, self.standard_context(*context))
 
     def sample(self, eps: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         r"""Map noise to variables, level by level.
@@ -295,23 +249,21 @@ class FaithfulResidualNN(FlowNN):
             eps and the log of each dz/deps (as in :meth:`sample`), both of shape (\*batch, D).
         """
         self.check_event(z)
-        x = self.join_context(*context)
+        x = self.standard_context(*context)
         batch = torch.broadcast_shapes(z.shape[:-1], () if x is None else x.shape[:-1])
         standard = (z - self.loc) / self.scale
         if not self._ordered:
             standard = standard.index_select(-1, self._order)
         known = expand_batch(standard.movedim(-1, 0), batch)
         groups, restore = self.edges.all_rows()
-        results = self.run(groups, Inputs(batch, self.standard_context(x), known), known, "density")
+        results = self.run(
+            groups, Inputs(batch, None if x is None else x.movedim(-1, 0), known), known, "density"
+        )
         back = restore if self._ordered else self._place if restore is None else restore[self._place]
         if back is not None:
             results = (results[0].index_select(0, back), results[1].index_select(0, back))
         eps, log_diag = (result.view(-1, *batch).movedim(0, -1) for result in results)
         return eps, log_diag + self.scale.log()
-
-    def standard_context(self, x: Tensor | None) -> Tensor | None:
-        """Return the standardised context in features-first layout."""
-        return None if x is None else ((x - self.context_loc) / self.context_scale).movedim(-1, 0)
 
     def level_columns(self, level: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the positions of a level, and the indices that sort them to inner order and back (or None)."""

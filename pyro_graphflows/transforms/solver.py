@@ -222,8 +222,8 @@ def solve_triangular(
     function: ValueAndDiagonal,
     target: Tensor,
     levels: Sequence[Tensor],
-    slope_min: float,
-    slope_max: float,
+    slope_min: Tensor | float,
+    slope_max: Tensor | float,
     *,
     initial: Tensor | None = None,
     solver: Solver | None = None,
@@ -240,7 +240,7 @@ def solve_triangular(
             diagonal of the Jacobian, both of shape (n, D).
         target: z, of shape (N, D).
         levels: The positions of the variables of each level, in order: index tensors.
-        slope_min: A positive lower bound of the diagonal of the Jacobian.
+        slope_min: A positive lower bound of the diagonal of the Jacobian, a number or of shape (D,).
         slope_max: An upper bound.
         initial: Where to start; ``target`` by default.
         solver: Tolerance, iterations, what to do on failure.
@@ -254,21 +254,32 @@ def solve_triangular(
     """
     solver = solver or Solver()
     tolerance, rounding = solver.resolve_tolerance(target.dtype), torch.finfo(target.dtype).eps
-    result = (target if initial is None else initial).clone()
+    y = (target if initial is None else initial).clone()
     rows = torch.arange(len(target), device=target.device)
+    going = torch.ones_like(rows, dtype=torch.bool)
+    error_before = torch.full_like(going, torch.inf, dtype=target.dtype)
+    result = y
     for _ in range(min(solver.max_iterations, 10 + 2 * len(levels))):
-        y = result[rows]
         value, diagonal = function(y, rows)
         residual = value - target[rows]
         step = residual / diagonal
-        error = residual.abs() / torch.maximum(y.abs(), target[rows].abs()).clamp(min=1)
-        done = ((error <= tolerance) | (step.abs() <= rounding * y.abs())).all(-1)
-        rows, step, y = rows[~done], step[~done], y[~done]
-        if not len(rows):
+        error = (residual.abs() / torch.maximum(y.abs(), target[rows].abs()).clamp(min=1)).amax(-1)
+        # Small and no longer halved by a Newton step: this is the rounding in the map itself.
+        floor = (error <= 1e4 * rounding) & (error > 0.5 * error_before)
+        going = going & ~(error <= tolerance) & ~floor & (step.abs() > rounding * y.abs()).any(-1)
+        error_before = error
+        y = torch.where(going.unsqueeze(-1), y - step, y)
+        count = int(going.sum())
+        if count < len(rows) // 2 or not count:
+            result = result.index_copy(0, rows, y)
+            rows, y, error_before = rows[going], y[going], error_before[going]
+            going = torch.ones_like(rows, dtype=torch.bool)
+        if not count:
             return result
-        result[rows] = y - step
+    result, rows = result.index_copy(0, rows, y), rows[going]
     # The rest, one level after the other: the ancestors are solved, so that the brackets are exact.
     y, rest = target[rows], target[rows]
+    low, high = (torch.as_tensor(bound).to(y).expand(y.shape[-1]) for bound in (slope_min, slope_max))
     for level in levels:
 
         def one_level(values: Tensor, level: Tensor = level) -> tuple[Tensor, Tensor]:
@@ -277,10 +288,9 @@ def solve_triangular(
             return value[:, level], diagonal[:, level]
 
         y[:, level] = solve_elementwise(
-            one_level, rest[:, level], slope_min, slope_max, solver=solver, what=what
+            one_level, rest[:, level], low[level], high[level], solver=solver, what=what
         )
-    result[rows] = y
-    return result
+    return result.index_copy(0, rows, y)
 
 
 class _ImplicitTriangular(torch.autograd.Function):

@@ -1,0 +1,315 @@
+r"""The network of :class:`GraphicalResidual`: residual blocks in which parents enter at their running values.
+
+Block t maps :math:`y \mapsto y + g_t(y; x)`, where output v of :math:`g_t` depends on variable v, its parents and
+its context columns, and the spectral norm of each masked weight is bounded, so that :math:`g_t` is a
+contraction in y. The Jacobian is triangular in the order of the graph; the log-determinant comes from
+one extra pass over the weights between units of the same owner (:mod:`pyro_graphflows.nn.residual`).
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.nn.activations import Activation
+from pyro_graphflows.nn.residual import MaskedResidualNet
+from pyro_graphflows.transforms.flow_nn import FlowNN
+from pyro_graphflows.transforms.solver import Solver, implicit_triangular, solve_triangular
+from pyro_graphflows.transforms.structure import FlowStructure
+
+__all__ = ["GraphicalEvaluation", "GraphicalResidualNN"]
+
+
+class GraphicalResidualNN(FlowNN):
+    """Residual blocks over a graph.
+
+    Args:
+        structure: Who depends on whom.
+        num_blocks: The number of blocks.
+        hidden_dims: The width of each hidden layer; by default one layer with ``units_per_variable`` for each
+            variable. Too narrow raises, naming what would be lost.
+        units_per_variable: The units of one hidden layer for one variable.
+        closed_form: ``"density"`` or ``"sampling"``: the direction that needs no numerical inversion.
+        activation: An activation with known slopes, or its name.
+        lipschitz: c in (0, 1): the largest spectral norm of each masked weight.
+        allow_short: Whether, in the closed form "sampling", fewer blocks than hops are allowed.
+        engine: ``"auto"``, ``"dense"`` or ``"sparse"``; they give the same numbers.
+        solver: How to invert numerically.
+
+    Raises:
+        GraphflowsError: If an argument is out of range, or information cannot reach every variable from all of its
+            ancestors in so many blocks (closed form "sampling"; the message says how many are needed).
+    """
+
+    _level_index: Tensor
+
+    def __init__(
+        self,
+        structure: FlowStructure,
+        *,
+        num_blocks: int = 4,
+        hidden_dims: Sequence[int] | None = None,
+        units_per_variable: int = 8,
+        closed_form: str = "density",
+        activation: str | Activation = "lipmish",
+        lipschitz: float = 0.97,
+        allow_short: bool = False,
+        engine: str = "auto",
+        solver: Solver | None = None,
+    ) -> None:
+        super().__init__(structure)
+        if closed_form not in ("density", "sampling"):
+            raise GraphflowsError(f'Expected closed_form "density" or "sampling"; got {closed_form!r}.')
+        if not 0 < lipschitz < 1:
+            raise GraphflowsError(f"Expected 0 < lipschitz < 1; got {lipschitz}.")
+        if num_blocks < 1:
+            raise GraphflowsError(f"Expected num_blocks >= 1; got {num_blocks}.")
+        if closed_form == "sampling" and not allow_short and num_blocks < structure.max_hops:
+            raise GraphflowsError(
+                f"Expected num_blocks >= {structure.max_hops}, the largest number of edges on a shortest path from "
+                f"an ancestor to a variable; got {num_blocks}. With fewer, some variables cannot depend on all "
+                f"their ancestors in the sampling direction. Use more blocks, FaithfulResidual, or allow_short=True."
+            )
+        self.closed_form = closed_form
+        self.solver = solver or Solver()
+        self.levels = structure.levels
+        dim = structure.event_dim
+        allowed = [
+            {v, *own, *(dim + c for c in given)}
+            for v, (own, given) in enumerate(zip(structure.parents, structure.context_parents, strict=True))
+        ]
+        self.blocks = nn.ModuleList(
+            MaskedResidualNet(
+                allowed,
+                dim + structure.context_dim,
+                hidden_dims=hidden_dims,
+                units_per_set=units_per_variable,
+                activation=activation,
+                bound=lipschitz,
+                engine=engine,
+                names=[*structure.names, *structure.context_names],
+            )
+            for _ in range(num_blocks)
+        )
+        self.register_buffer("_level_index", torch.tensor([v for level in self.levels for v in level]), False)
+
+    def start(self, *context: Tensor) -> "GraphicalEvaluation":
+        """Begin a pass through the levels.
+
+        Args:
+            context: The context, in parts that are broadcast and concatenated along the last dimension.
+
+        Returns:
+            The evaluation; see :class:`GraphicalEvaluation`.
+        """
+        return GraphicalEvaluation(self, *context)
+
+    def sample(self, eps: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Map noise to variables.
+
+        Args:
+            eps: Shape (\*batch, D).
+            context: The context, in parts.
+
+        Returns:
+            z and the log of each dz/deps, both of shape (\*batch, D).
+        """
+        self.check_event(eps)
+        x = self.standard_context(*context)
+        if self.closed_form == "sampling":
+            y, log_diag = self._forth(eps, x)
+        else:
+            y, log_slope = self._back(eps, x)
+            log_diag = -log_slope
+        return y * self.scale + self.loc, log_diag + self.scale.log()
+
+    def inverse_terms(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Map variables to noise.
+
+        Args:
+            z: Shape (\*batch, D).
+            context: The context, in parts.
+
+        Returns:
+            eps and the log of each dz/deps (as in :meth:`sample`), both of shape (\*batch, D).
+        """
+        self.check_event(z)
+        x = self.standard_context(*context)
+        y = (z - self.loc) / self.scale
+        if self.closed_form == "density":
+            eps, log_slope = self._forth(y, x)
+            log_diag = -log_slope
+        else:
+            eps, log_diag = self._back(y, x)
+        return eps, log_diag + self.scale.log()
+
+    def _forth(self, y: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Go through the blocks; return the values and the sum of the log-diagonals."""
+        log_slope = torch.zeros_like(y)
+        for block in self._nets():
+            change, diagonal = block.start(x).forward_and_diag(y)
+            y = y + change
+            log_slope = log_slope + torch.log1p(diagonal)
+        return y, log_slope
+
+    def _back(self, target: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Go back through the blocks; return the values and the log-diagonals of the way forth."""
+        batch = target.shape[:-1] if x is None else torch.broadcast_shapes(target.shape[:-1], x.shape[:-1])
+        y = target.expand(*batch, -1).reshape(-1, self.event_dim)
+        rows = None if x is None else x.expand(*batch, -1).reshape(-1, self.context_dim)
+        log_slope = torch.zeros_like(y)
+        for block in reversed(self._nets()):
+            y, log = self._invert_block(block, y, rows)
+            log_slope = log_slope + log
+        return y.view(*batch, -1), log_slope.view(*batch, -1)
+
+    def _invert_block(
+        self, block: MaskedResidualNet, target: Tensor, x: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        evaluation = block.start(x)
+        some: list[Any] = [None, evaluation]  # the rows of the last call, and the evaluation for them
+
+        def function(y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+            if len(rows) == len(target) or x is None:
+                current = evaluation
+            else:
+                if some[0] is not rows:  # weights are made ready again, which is rare
+                    some[:] = rows, block.start(x[rows])
+                current = some[1]
+            change, diagonal = current.forward_and_diag(y)
+            return y + change, 1 + diagonal
+
+        with torch.no_grad():
+            bound = block.diagonal_bound().clamp(max=block.lipschitz)
+            solution = solve_triangular(
+                function,
+                target,
+                self._levels(),
+                1 - bound,
+                1 + bound,
+                solver=self.solver,
+                what=f"GraphicalResidual (closed form {self.closed_form!r})",
+            )
+        if not torch.is_grad_enabled():
+            return solution, torch.log1p(evaluation.forward_and_diag(solution)[1])
+        leaf = solution.detach().requires_grad_()
+        change, diagonal = evaluation.forward_and_diag(leaf)
+        image = leaf + change
+
+        def pull(u: Tensor) -> Tensor:
+            return torch.autograd.grad(image, leaf, u, retain_graph=True)[0]
+
+        y = implicit_triangular(solution, image - target, 1 + diagonal, pull, len(self.levels) - 1)
+        return y, torch.log1p(evaluation.forward_and_diag(y)[1])
+
+    def _nets(self) -> list[MaskedResidualNet]:
+        return [block for block in self.blocks if isinstance(block, MaskedResidualNet)]
+
+    def _levels(self) -> list[Tensor]:
+        ends = [0]
+        for level in self.levels:
+            ends.append(ends[-1] + len(level))
+        return [self._level_index[start:stop] for start, stop in pairwise(ends)]
+
+
+class GraphicalEvaluation:
+    """A pass through the levels of a :class:`GraphicalResidualNN`, in which the caller may replace values.
+
+    It has the methods of :class:`~pyro_graphflows.transforms.faithful_evaluation.FaithfulEvaluation`. In this flow
+    a variable depends on the noise of its ancestors and not on their values, so when values are replaced
+    their noise is found by inverting the flow. Each step is a whole pass through the network.
+
+    Args:
+        network: The network.
+        context: The context, in parts.
+    """
+
+    def __init__(self, network: GraphicalResidualNN, *context: Tensor) -> None:
+        self._network = network
+        self._context = context
+        self._eps: list[Tensor] = []
+        self._values: list[Tensor] = []
+        self._drawn: tuple[Tensor, Tensor] | None = None  # noise and values of the last step
+
+    @property
+    def level(self) -> int:
+        """The number of the level whose values are wanted next."""
+        return len(self._values)
+
+    def step(self, eps: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Map the noise of the next level to values.
+
+        Args:
+            eps: Shape (\*batch, n), columns as in ``network.levels[level]``.
+
+        Returns:
+            z and the log of each dz/deps, both of shape (\*batch, n).
+
+        Raises:
+            GraphflowsError: If the number of columns is wrong or all levels are done.
+        """
+        columns = self._columns(eps)
+        full = self._joined([*self._eps, eps], torch.zeros_like(self._network.loc))
+        z, log_diag = (t[..., columns] for t in self._network.sample(full, *self._context))
+        self._drawn = (eps, z)
+        return z, log_diag
+
+    def terms(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Map given values of the next level to noise.
+
+        Args:
+            z: Shape (\*batch, n), columns as in ``network.levels[level]``.
+
+        Returns:
+            eps and the log of each dz/deps, both of shape (\*batch, n).
+
+        Raises:
+            GraphflowsError: If the number of columns is wrong or all levels are done.
+        """
+        columns = self._columns(z)
+        full = self._joined([*self._values, z], self._network.loc)
+        eps, log_diag = self._network.inverse_terms(full, *self._context)
+        return eps[..., columns], log_diag[..., columns]
+
+    def accept(self, z: Tensor) -> None:
+        r"""Hand in the values of the next level, and go on to the level after it.
+
+        Args:
+            z: Shape (\*batch, n), columns as in ``network.levels[level]``.
+
+        Raises:
+            GraphflowsError: If the number of columns is wrong or all levels are done.
+        """
+        self._columns(z)
+        if self._drawn is not None and self._drawn[1] is z:
+            eps = self._drawn[0]
+        else:
+            eps = self.terms(z)[0]
+        self._eps.append(eps)
+        self._values.append(z)
+        self._drawn = None
+
+    def _columns(self, values: Tensor) -> list[int]:
+        levels = self._network.levels
+        if self.level >= len(levels):
+            raise GraphflowsError(f"Expected at most {len(levels)} levels; all have been accepted.")
+        columns = list(levels[self.level])
+        if values.shape[-1:] != (len(columns),):
+            names = ", ".join(self._network.structure.names[v] for v in columns)
+            raise GraphflowsError(
+                f"Expected a last dimension of {len(columns)} for level {self.level} ({names}); "
+                f"got shape {tuple(values.shape)}."
+            )
+        return columns
+
+    def _joined(self, parts: list[Tensor], rest: Tensor) -> Tensor:
+        """Put the levels known so far in their places; the others do not matter, since they come later."""
+        batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+        columns: list[Tensor] = [rest[v].expand(batch) for v in range(self._network.event_dim)]
+        for level, part in zip(self._network.levels, parts, strict=False):
+            for i, v in enumerate(level):
+                columns[v] = part[..., i].expand(batch)
+        return torch.stack(columns, -1)
