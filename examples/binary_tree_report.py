@@ -46,6 +46,10 @@ def mean_sd(values, digits=3):
     return f"{values.mean():.{digits}f}{spread}"
 
 
+def span(numbers):
+    return "–".join(str(number) for number in sorted({min(numbers), max(numbers)}))
+
+
 def table(header, rows):
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
@@ -220,10 +224,8 @@ def trained_table(trained, hidden_dims, init="random"):
             continue
         kl = np.array([run["kl"] for run in runs])
         gap = runs[0]["gap"]
-        dead = "–".join(str(n) for n in sorted({run["constant_conditionals"][1] for run in runs}))
-        epochs = "–".join(
-            str(n) for n in sorted({min(r["epochs"] for r in runs), max(r["epochs"] for r in runs)})
-        )
+        dead = " → ".join(span([run["constant_conditionals"][i] for run in runs]) for i in (0, 1))
+        epochs = span([run["epochs"] for run in runs])
         capped = sum(not run["converged"] for run in runs)
         rows.append(
             (
@@ -336,12 +338,12 @@ samples of the model (inference compilation). Three factorisations are compared:
 inverse, which only turns edges around (Stuhlmüller et al. 2013), the **minimal** faithful inverse
 (`auto_faithful_guide`'s own choice), and the **fully connected** one.
 
-**Setting.** As in the paper: MADE networks with two hidden layers of 200 ReLU units for *all* conditionals of a
-guide together, no linear map beside them (`skip=False`), new joint samples in every minibatch of 100, 25
-minibatches an epoch, Adam, the rate divided by ten when the loss has converged. Ours: rate {lr:g} to
+**Setting**, after the paper: MADE networks with two hidden layers of 200 ReLU units, shared by all conditionals
+of a guide, and no linear map beside them (`skip=False`); new joint samples in every minibatch of 100, 25
+minibatches an epoch; Adam, the rate divided by ten when the loss has converged. Ours: rates from {lr:g} to
 {min_lr:g}, "converged" = {patience} times {every} epochs without an improvement of {min_improvement:g} nats on
-{num_held_out:,} held-out joint samples, at most {max_epochs} epochs; inputs and outputs are standardised. One
-tree for each depth (tree seed 0); seeds change initial weights and samples.
+{num_held_out:,} held-out joint samples, at most {max_epochs} epochs; inputs and outputs are
+standardised. One tree for each depth (tree seed 0); seeds change initial weights and samples.
 
 **What is measured.** The training objective minus its exact constant, the conditional entropy of z given x.
 This difference is the mean over x of KL(p(z|x) || q(z|x)), zero only for the exact posterior. With the latents
@@ -363,12 +365,12 @@ other two have none).
 
 {trained}
 
-*Blind latents*: latents whose conditional no longer looks at its parents at the end, since each of its ReLU
-units is dead. The 200 units of a layer are shared by 2^(d−1) − 1 conditionals: with sparse sets of parents
-hardly any unit can serve two of them. That leaves 13 units for each at depth 5, 6 at depth 6, 3 at depth 7 and
-one or two at depth 8, and a conditional whose few units start dead, or die, never learns; what is lost there is
-a matter of networks and not of factorisation. (The nested parent sets of the fully connected inverse let all
-conditionals share units.){wide}
+*Blind latents*: latents whose conditional does not look at its parents, since each of its ReLU units is dead; at
+the start and at the end. The 200 units of a layer are shared by 2^(d−1) − 1 conditionals, and with sparse sets of
+parents hardly any unit can serve two of them. That leaves 13 units for each at depth 5, 6 at depth 6, 3 at depth 7
+and one or two at depth 8, and a conditional whose few units start dead, or die, never learns: what is lost there is
+a matter of networks and not of factorisation. The nested parent sets of the fully connected inverse let all
+conditionals share units. (How the paper spread its units over the conditionals we do not know.){wide}
 
 ### From the regression start
 
