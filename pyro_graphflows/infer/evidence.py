@@ -19,11 +19,14 @@ from torch import Tensor
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.infer.diagnostics import effective_sample_size, psis_khat
+from pyro_graphflows.infer.enumeration import enumerated, summed_log_density
 from pyro_graphflows.infer.particles import (
+    PARTICLES,
     Program,
     density_sites,
     evaluation_mode,
     find_data_plate,
+    is_enumerated,
     keep_dims,
     log_density,
     particle_plate,
@@ -36,7 +39,7 @@ from pyro_graphflows.infer.particles import (
 
 __all__ = ["Evidence", "importance_log_weights", "log_evidence"]
 
-_PARTICLES_TIMES_DATA = 2**16  # the default of chunk_size holds this many weights at once
+_PARTICLES_TIMES_DATA = 2**14  # the default of chunk_size holds this many weights at once
 
 
 class Evidence(NamedTuple):
@@ -82,14 +85,17 @@ def log_evidence(
     Shape:
         - Each field of the result: ``(num_data,)``, or ``()`` without a data plate.
 
+    Discrete sites that the model marks ``infer={"enumerate": "parallel"}`` and that the guide leaves out (as for
+    :class:`pyro.infer.TraceEnum_ELBO`) are summed out exactly.
+
     Args:
         model: A Pyro model whose observed values are given by the arguments.
-        guide: A guide for it; every latent site of the model is sampled here.
+        guide: A guide for it; every other latent site of the model is sampled here.
         *args: Positional arguments of both.
         num_particles: The number of importance samples :math:`K` per datum.
         data_plate: The plate whose elements are the data. By default the outermost vectorised plate that
             holds every observed site. ``False`` weighs the data set as a whole and gives one number.
-        chunk_size: How many particles to run at once; by default about 65,000 divided by the number of data.
+        chunk_size: How many particles to run at once; by default about 16,000 divided by the number of data.
         max_plate_nesting: How many dimensions the plates take, where it is known better than by running both
             once.
         vectorize: If false, run the particles one by one: for models whose control flow depends on sampled
@@ -179,34 +185,48 @@ def importance_log_weights(
             f"Expected positive num_particles and chunk_size; got {num_particles} and {chunk_size}."
         )
     with evaluation_mode(model, guide), torch.no_grad(), poutine.block():
-        first = prototype(model, guide, args, kwargs, max_plate_nesting)
+        first = prototype(model, guide, args, kwargs, max_plate_nesting, allow_enumeration=True)
         traces = (first.model_trace, first.guide_trace)
         plate = find_data_plate(first.model_trace, data_plate)
         require_full_plates(traces)
-        data_dims: tuple[int, ...] = ()
+        data = {}
         if plate is not None:
             require_inside(plate.name, traces)
             assert plate.dim is not None
-            data_dims = (plate.dim,)
+            data = {plate.name: plate.dim}
+        enumerates = any(
+            is_enumerated(site) and name not in first.guide_trace
+            for name, site in density_sites(first.model_trace)
+        )
         if not vectorize:
-            rows = [
-                _joint_weight(*run_pair(model, guide, args, kwargs), data_dims) for _ in range(num_particles)
-            ]
-            return torch.stack(rows)
+            model = enumerated(model, first.max_plate_nesting) if enumerates else model
+            pairs = (run_pair(model, guide, args, kwargs) for _ in range(num_particles))
+            return torch.stack([_log_weights(*pair, data, enumerates) for pair in pairs])
 
         dim = -1 - first.max_plate_nesting
         chunk_size = chunk_size or max(1, _PARTICLES_TIMES_DATA // (plate.size if plate is not None else 1))
         chunks = []
         for start in range(0, num_particles, chunk_size):
             size = min(chunk_size, num_particles - start)
-            pair = run_pair(particle_plate(model, size, dim), particle_plate(guide, size, dim), args, kwargs)
+            many, proposals = particle_plate(model, size, dim), particle_plate(guide, size, dim)
+            many = enumerated(many, first.max_plate_nesting + 1) if enumerates else many
+            pair = run_pair(many, proposals, args, kwargs)
             require_independent_particles(pair[1], dim, size)
-            chunks.append(_joint_weight(*pair, (dim, *data_dims)))
+            chunks.append(_log_weights(*pair, {PARTICLES: dim, **data}, enumerates))
         return torch.cat(chunks)
 
 
-def _joint_weight(model_trace: poutine.Trace, guide_trace: poutine.Trace, dims: tuple[int, ...]) -> Tensor:
-    """Return the model's log-densities minus the guide's, summed over all dimensions but ``dims``."""
-    plus = [keep_dims(log_density(site), dims) for _, site in density_sites(model_trace)]
-    minus = [keep_dims(log_density(site), dims) for _, site in density_sites(guide_trace)]
-    return sum(plus, torch.zeros(())) - sum(minus, torch.zeros(()))
+def _log_weights(
+    model_trace: poutine.Trace, guide_trace: poutine.Trace, plates: dict[str, int], enumerates: bool
+) -> Tensor:
+    """Return the model's log-density minus the guide's, one for each element of some plates (name: dimension)."""
+    dims = tuple(plates.values())
+    if enumerates:
+        plus = summed_log_density(model_trace, list(plates))
+    else:
+        plus = _total(model_trace, dims)
+    return plus - _total(guide_trace, dims)
+
+
+def _total(trace: poutine.Trace, dims: tuple[int, ...]) -> Tensor:
+    return sum((keep_dims(log_density(site), dims) for _, site in density_sites(trace)), torch.zeros(()))

@@ -39,6 +39,7 @@ __all__ = [
     "evaluation_mode",
     "find_data_plate",
     "inside",
+    "is_enumerated",
     "keep_dims",
     "log_density",
     "modules_of",
@@ -135,6 +136,8 @@ def prototype(
     args: Sequence[Any],
     kwargs: dict[str, Any],
     max_plate_nesting: int | None = None,
+    *,
+    allow_enumeration: bool = False,
 ) -> Prototype:
     """Run the pair once, check that their sites agree, and count the dimensions of their plates.
 
@@ -144,6 +147,7 @@ def prototype(
         args: Their positional arguments.
         kwargs: Their keyword arguments.
         max_plate_nesting: The number of dimensions, where it is known; else it is counted.
+        allow_enumeration: Whether the guide may lack sites that the model enumerates in parallel.
 
     Returns:
         The traces and the number of dimensions.
@@ -156,12 +160,15 @@ def prototype(
     missing = [
         name
         for name, site in density_sites(model_trace)
-        if not site["is_observed"] and name not in guide_trace
+        if not site["is_observed"]
+        and name not in guide_trace
+        and not (allow_enumeration and is_enumerated(site))
     ]
     if missing:
         raise UnsupportedModelError(
             "Expected the guide to sample every latent site of the model; it does not sample "
-            f"{sorted(missing)}. Give the guide these sites, or sum them out of the model."
+            f"{sorted(missing)}. Give the guide these sites, or sum them out of the model (log_evidence does so for "
+            "sites marked infer={'enumerate': 'parallel'})."
         )
     if is_validation_enabled():
         for trace in (model_trace, guide_trace):
@@ -197,6 +204,11 @@ def density_sites(trace: poutine.Trace) -> Iterator[tuple[str, Site]]:
 def plates_of(site: Site) -> list[CondIndepStackFrame]:
     """Return the vectorised plates around a site, outer to inner, those of particles left out."""
     return [frame for frame in site["cond_indep_stack"] if frame.vectorized and not _is_particles(frame)]
+
+
+def is_enumerated(site: Site) -> bool:
+    """Return whether a site is marked for parallel enumeration."""
+    return site["infer"].get("enumerate") == "parallel"
 
 
 def log_density(site: Site) -> Tensor:
