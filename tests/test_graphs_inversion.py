@@ -11,7 +11,7 @@ import networkx as nx
 import pytest
 from dseparation import Paths
 from hypothesis import given
-from strategies import examples, labelled_dags, model_graphs, role_assignments
+from strategies import examples, labelled_dags, model_graphs, plated_model_graphs, role_assignments
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs.inversion import (
@@ -85,6 +85,22 @@ def test_random_dags_with_all_roles(graph):
         inverse = faithful_inverse(graph, order)
         assert oracle.is_minimal_imap(inverse), order
         assert inverse == faithful_inverse(graph, order)
+    assert_auto_is_best(graph)
+
+
+def assert_auto_is_best(graph):
+    """Also where a rule was abandoned: fewest edges, then levels, then the documented order of rules."""
+    found = {
+        rule: faithful_inverse(graph, rule) for rule in ("reverse", "min_fill", "min_fill_all", "forward")
+    }
+    best = min(found, key=lambda rule: (found[rule].num_edges, len(found[rule].levels)))
+    assert faithful_inverse(graph) == found[best]
+
+
+@given(plated_model_graphs(max_nodes=7))
+@examples(100)
+def test_auto_is_best_with_plates(graph):
+    assert_auto_is_best(graph)
 
 
 # --- The published algorithm

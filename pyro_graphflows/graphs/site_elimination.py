@@ -75,8 +75,9 @@ class SiteElimination:
         self.observed = bit_set(self.known)
 
     def run(self, rule: str, limit: int | None = None) -> Draft | None:
-        """Eliminate by a greedy rule, or give up when there are more than ``limit`` edges."""
+        """Eliminate by a greedy rule, or give up when there will be more than ``limit`` edges."""
         draft = Draft()
+        latent = set(self.fruitful)
         for site, parents, coupled in self._barren_sites():
             draft.add(site, parents, coupled)
         eliminator = Eliminator(self.adjacent, self.observed, count_observed=rule != "min_fill")
@@ -86,8 +87,12 @@ class SiteElimination:
             eliminator.track(copies[site][0])
         for _ in self.fruitful:
             site = self.expansion.site[eliminator.best()]
-            draft.add(site, *self._take(eliminator, site))
-            if limit is not None and draft.num_edges > limit:
+            parents, coupled = self._take(eliminator, site)
+            draft.add(site, parents, coupled)
+            # The parents are joined now, so every pair of them with a latent site will be an edge.
+            num_latent = sum(parent in latent for parent in parents)
+            still = num_latent * (num_latent - 1) // 2 + num_latent * (len(parents) - num_latent)
+            if limit is not None and draft.num_edges + still > limit:
                 return None
             entered, left = frontier.advance(site)
             for other in left:
