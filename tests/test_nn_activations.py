@@ -52,21 +52,45 @@ def test_lipmish_needs_its_divisor():
 
 
 @pytest.mark.parametrize("cls", [ELU, LipMish, LipSwish, Tanh])
-def test_derivative_is_differentiable(cls):
+def test_gradients_of_both(cls):
     activation = cls()
-    x = torch.linspace(-3, 3, 20).requires_grad_()
-    assert torch.autograd.gradcheck(activation.derivative, x)
+    x = torch.linspace(-3, 3, 20).requires_grad_()  # without 0, where the ELU has a kink
+    for function in (activation, activation.derivative, activation.forward_and_derivative):
+        assert torch.autograd.gradcheck(function, x)
+        assert torch.autograd.gradgradcheck(function, x)
 
 
-def test_extreme_values_stay_finite():
+def test_gradient_of_beta():
+    activation = LipSwish()
+    x = torch.linspace(-3, 3, 20)
+
+    def both(raw_beta):
+        return torch.func.functional_call(activation, {"raw_beta": raw_beta}, (x,))
+
+    assert torch.autograd.gradcheck(both, activation.raw_beta.detach().clone().requires_grad_())
+    beta = torch.nn.functional.softplus(activation.raw_beta)
+    torch.testing.assert_close(activation(x), x * torch.sigmoid(beta * x) / 1.1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_function_transforms(name):
+    activation = make_activation(name)
+    x = torch.linspace(-3, 3, 20)
+    slopes = torch.func.vmap(torch.func.grad(activation))(x)
+    torch.testing.assert_close(slopes, activation.derivative(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_extreme_values_stay_finite(dtype):
     for name in NAMES:
-        activation = make_activation(name)
-        x = torch.tensor([-1e300, -1e5, 0.0, 1e5]).requires_grad_()
+        activation = make_activation(name).to(dtype)
+        x = torch.tensor([-1e30, -1e5, -90.0, 0.0, 21.0, 90.0, 1e5], dtype=dtype).requires_grad_()
         value, slope = activation.forward_and_derivative(x)
         assert value.isfinite().all()
         assert slope.isfinite().all()
-        gradient = torch.autograd.grad(value.sum(), x)[0]
+        gradient = torch.autograd.grad((value + slope).sum(), x, create_graph=True)[0]
         assert gradient.isfinite().all()
+        assert activation.curvature(x).isfinite().all()
 
 
 def test_make_activation():
@@ -77,4 +101,6 @@ def test_make_activation():
     with pytest.raises(GraphflowsError, match="among elu, lipmish, lipswish, relu, tanh"):
         make_activation("gelu")
     with pytest.raises(NotImplementedError):
-        Activation().derivative(torch.zeros(1))
+        Activation.terms(torch.zeros(1), 0)
+    with pytest.raises(NotImplementedError):
+        Activation.curvature(torch.zeros(1))

@@ -1,16 +1,19 @@
 r"""Activations with known slopes.
 
-A residual block :math:`z + g(z)` is invertible when every diagonal entry of the Jacobian of g is above −1,
-and the bound on g needs the range of the activation's derivative. So each activation here knows it: for every
-x and every value of its own parameters,
+A residual block :math:`z + g(z)` is invertible when every diagonal entry of the Jacobian of g is above −1, and
+the bound on g needs the range of the activation's derivative. So each activation here knows it: for every x
+and every value of its own parameters,
 
 .. math:: \texttt{slope\_min} \le \varphi'(x) \le \texttt{slope\_max}, \qquad |\varphi'(x)| \le 1.
 
-The constants are outer bounds, rounded away from zero in the fourth decimal. ``derivative`` is itself
-differentiable, as log-determinants need.
+The constants are outer bounds, rounded away from zero in the fourth decimal.
+
+Value, slope and curvature are computed together, with one exponential. The gradient of the value is the slope, and
+that of the slope, which log-determinants need, is the curvature; with these at hand a backward pass is
+two products. Derivatives of every order exist.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +25,10 @@ __all__ = ["ELU", "Activation", "LipMish", "LipSwish", "ReLU", "Tanh", "make_act
 
 
 class Activation(nn.Module):
-    """Base class: subclasses write ``forward``, ``derivative`` and set ``slope_min`` and ``slope_max``."""
+    """Base class: a function of each entry that knows its derivative and the derivative's range.
+
+    Subclasses set ``slope_min`` and ``slope_max`` and write :meth:`terms` and :meth:`curvature`.
+    """
 
     slope_min: ClassVar[float]
     slope_max: ClassVar[float]
@@ -32,13 +38,29 @@ class Activation(nn.Module):
         """A Lipschitz constant."""
         return max(abs(self.slope_min), abs(self.slope_max))
 
-    def derivative(self, x: Tensor) -> Tensor:
-        """Return the derivative at each entry of ``x``."""
+    @staticmethod
+    def terms(x: Tensor, order: int) -> tuple[Tensor, ...]:
+        """Return the value and the derivatives up to ``order`` (0, 1 or 2); need not be differentiable."""
         raise NotImplementedError
 
+    @staticmethod
+    def curvature(x: Tensor) -> Tensor:
+        """Return the second derivative, by differentiable operations."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the function to each entry."""
+        return _Value.apply(x, type(self))
+
     def forward_and_derivative(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the value and the derivative, which may share work."""
-        return self(x), self.derivative(x)
+        """Return the value and the derivative at each entry of ``x``."""
+        save = x.requires_grad and torch.is_grad_enabled()
+        value, slope = _ValueAndSlope.apply(x, type(self), save)[:2]
+        return value, slope
+
+    def derivative(self, x: Tensor) -> Tensor:
+        """Return the derivative at each entry of ``x``."""
+        return self.forward_and_derivative(x)[1]
 
 
 class ELU(Activation):
@@ -47,13 +69,22 @@ class ELU(Activation):
     slope_min = 0.0
     slope_max = 1.0
 
+    @staticmethod
+    def terms(x: Tensor, order: int) -> tuple[Tensor, ...]:
+        """Return the value and the derivatives up to ``order``."""
+        if order == 0:
+            return (F.elu(x),)
+        slope = x.clamp(max=0).exp_()
+        return (F.elu(x), slope, slope * (x <= 0))[: order + 1]
+
+    @staticmethod
+    def curvature(x: Tensor) -> Tensor:
+        """Return the second derivative."""
+        return x.clamp(max=0).exp() * (x <= 0)
+
     def forward(self, x: Tensor) -> Tensor:
         """Apply the function to each entry."""
         return F.elu(x)
-
-    def derivative(self, x: Tensor) -> Tensor:
-        """Return exp(min(x, 0))."""
-        return x.clamp(max=0).exp()
 
 
 class ReLU(Activation):
@@ -62,13 +93,19 @@ class ReLU(Activation):
     slope_min = 0.0
     slope_max = 1.0
 
+    @staticmethod
+    def terms(x: Tensor, order: int) -> tuple[Tensor, ...]:
+        """Return the value and the derivatives up to ``order``."""
+        return (F.relu(x), (x > 0).to(x.dtype), torch.zeros_like(x))[: order + 1]
+
+    @staticmethod
+    def curvature(x: Tensor) -> Tensor:
+        """Return the second derivative."""
+        return 0 * x
+
     def forward(self, x: Tensor) -> Tensor:
         """Apply the function to each entry."""
         return F.relu(x)
-
-    def derivative(self, x: Tensor) -> Tensor:
-        """Return one above zero and zero elsewhere."""
-        return (x > 0).to(x.dtype)
 
 
 class Tanh(Activation):
@@ -77,18 +114,22 @@ class Tanh(Activation):
     slope_min = 0.0
     slope_max = 1.0
 
+    @staticmethod
+    def terms(x: Tensor, order: int) -> tuple[Tensor, ...]:
+        """Return the value and the derivatives up to ``order``."""
+        value = torch.tanh(x)
+        slope = 1 - value * value
+        return (value, slope, value * slope * -2)[: order + 1]
+
+    @staticmethod
+    def curvature(x: Tensor) -> Tensor:
+        """Return the second derivative."""
+        value = torch.tanh(x)
+        return -2 * value * (1 - value * value)
+
     def forward(self, x: Tensor) -> Tensor:
         """Apply the function to each entry."""
         return torch.tanh(x)
-
-    def derivative(self, x: Tensor) -> Tensor:
-        """Return 1 − tanh(x)²."""
-        return self.forward_and_derivative(x)[1]
-
-    def forward_and_derivative(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return tanh(x) and 1 − tanh(x)²."""
-        value = torch.tanh(x)
-        return value, 1 - value * value
 
 
 class LipSwish(Activation):
@@ -107,44 +148,139 @@ class LipSwish(Activation):
         super().__init__()
         self.raw_beta = nn.Parameter(torch.tensor(0.5))  # beta = softplus(raw_beta)
 
+    @staticmethod
+    def terms(x: Tensor, order: int) -> tuple[Tensor, ...]:
+        """Return the value and the derivatives up to ``order``, for beta = 1."""
+        if order == 0:
+            return (F.silu(x).div_(1.1),)
+        gate = torch.sigmoid(x)
+        value = x * gate
+        rest = torch.sub(x, value).add_(1)
+        slope = gate * rest
+        if order == 1:
+            return value.div_(1.1), slope.div_(1.1)
+        # The curvature is gate (1 - gate) (1 + rest - value).
+        curve = rest.sub_(value).add_(1).mul_(gate)
+        curve.addcmul_(curve, gate, value=-1)
+        return value.div_(1.1), slope.div_(1.1), curve.div_(1.1)
+
+    @staticmethod
+    def curvature(x: Tensor) -> Tensor:
+        """Return the second derivative, for beta = 1."""
+        gate = torch.sigmoid(x)
+        return gate * (1 - gate) * (2 + x - 2 * x * gate) / 1.1
+
     def forward(self, x: Tensor) -> Tensor:
         """Apply the function to each entry."""
-        return x * torch.sigmoid(F.softplus(self.raw_beta) * x) / 1.1
-
-    def derivative(self, x: Tensor) -> Tensor:
-        """Return the derivative at each entry of ``x``."""
-        return self.forward_and_derivative(x)[1]
+        beta = F.softplus(self.raw_beta)
+        return super().forward(beta * x) / beta
 
     def forward_and_derivative(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the value and the derivative, sharing the sigmoid."""
-        scaled = F.softplus(self.raw_beta) * x
-        gate = torch.sigmoid(scaled)
-        return x * gate / 1.1, gate * (1 + scaled * torch.sigmoid(-scaled)) / 1.1
+        """Return the value and the derivative at each entry of ``x``."""
+        beta = F.softplus(self.raw_beta)
+        value, slope = super().forward_and_derivative(beta * x)
+        return value / beta, slope
 
 
 class LipMish(Activation):
     r"""Mish, :math:`x \tanh(\log(1 + e^x))`, divided by 1.0885.
 
+    With :math:`e = e^x` and :math:`n = e (e + 2)` the hyperbolic tangent is :math:`t = n / (n + 2)`, with
+    :math:`t' = 4 e (1 + e) / (n + 2)^2` and
+    :math:`t'' = 4 e (1 + 2 e) / (n + 2)^2 - 4 t' e (1 + e) / (n + 2)`.
+
     References:
-        [1] Misra (2020), Mish: A Self Regularized Non-Monotonic Activation Function. The divisor 1.088 that
-        is often used gives a slope of 1.0005.
+        [1] Misra (2020), Mish: A Self Regularized Non-Monotonic Activation Function. The divisor 1.088
+        that is often used gives a slope of 1.0005.
     """
 
     slope_min = -0.1040
     slope_max = 1.0
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the function to each entry."""
-        return x * torch.tanh(F.softplus(x)) / 1.0885
+    @staticmethod
+    def terms(x: Tensor, order: int) -> tuple[Tensor, ...]:
+        """Return the value and the derivatives up to ``order``."""
+        e = x.clamp(max=20).exp_()  # beyond, t is one in double precision too
+        t = (e + 2).mul_(e)
+        inverse = (t + 2).reciprocal_()
+        t.mul_(inverse)
+        if order == 0:
+            return (t.mul_(x).div_(1.0885),)
+        # Every factor is below one, or it is multiplied by the inverse first: nothing overflows.
+        share = e * inverse
+        upper = e + 1
+        first = (upper * inverse).mul_(share).mul_(4)
+        slope = torch.addcmul(t, x, first).div_(1.0885)
+        value = t.mul_(x).div_(1.0885)
+        if order == 1:
+            return value, slope
+        second = e.add_(upper).mul_(inverse).mul_(share)
+        second.addcmul_(share.mul_(upper), first, value=-1).mul_(4)
+        return value, slope, first.mul_(2).addcmul_(x, second).div_(1.0885)
 
-    def derivative(self, x: Tensor) -> Tensor:
-        """Return the derivative at each entry of ``x``."""
-        return self.forward_and_derivative(x)[1]
+    @staticmethod
+    def curvature(x: Tensor) -> Tensor:
+        """Return the second derivative."""
+        e = x.clamp(max=20).exp()
+        inverse = 1 / (e * (e + 2) + 2)
+        share = e * inverse
+        first = 4 * share * ((1 + e) * inverse)
+        second = 4 * share * ((1 + 2 * e) * inverse) - 4 * first * (share * (1 + e))
+        return (2 * first + x * second) / 1.0885
 
-    def forward_and_derivative(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the value and the derivative, sharing the hyperbolic tangent."""
-        gate = torch.tanh(F.softplus(x))
-        return x * gate / 1.0885, (gate + x * (1 - gate * gate) * torch.sigmoid(x)) / 1.0885
+
+class _Value(torch.autograd.Function):
+    """The value; its gradient is the slope."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, activation: type[Activation]) -> Tensor:
+        return activation.terms(x, 0)[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.activation = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return grads[0] * _ValueAndSlope.apply(x, ctx.activation, False)[1], None
+
+
+class _ValueAndSlope(torch.autograd.Function):
+    """Value and slope; their gradients are slope and curvature, which is computed on the way if wanted."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, activation: type[Activation], save: bool) -> tuple[Tensor, ...]:
+        return activation.terms(x, 2 if save else 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.activation = inputs[1]
+        ctx.save_for_backward(inputs[0], *output[1:])
+        if len(output) == 3:
+            ctx.mark_non_differentiable(output[2])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
+        x, *known = ctx.saved_tensors
+        grad_value, grad_slope = grads[:2]
+        if len(known) == 2 and not torch.is_grad_enabled():
+            slope, curvature = known
+        else:
+            # The derivative will itself be differentiated.
+            slope = _ValueAndSlope.apply(x, ctx.activation, True)[1]
+            curvature = ctx.activation.curvature(x)
+        if grad_slope is None:
+            return None if grad_value is None else grad_value * slope, None, None
+        if grad_value is None:
+            return grad_slope * curvature, None, None
+        return torch.addcmul(grad_value * slope, grad_slope, curvature), None, None
 
 
 _ACTIVATIONS: dict[str, type[Activation]] = {

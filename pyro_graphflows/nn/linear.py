@@ -13,7 +13,7 @@ from pyro_graphflows.nn.sparse import SparsePattern
 __all__ = ["MaskedLinear"]
 
 # The automatic choice: small or well-filled matrices are fastest when dense (benchmarks/layers.py).
-DENSE_ENTRIES = 100_000
+DENSE_ENTRIES = 65_536
 DENSE_DENSITY = 0.1
 
 

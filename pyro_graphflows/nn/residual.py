@@ -8,6 +8,7 @@ pass with tangent 1 in every input, and with the weights between units of differ
 yields the whole diagonal, exactly, at any depth, for the price of one more pass.
 """
 
+import copy
 from collections.abc import Callable, Collection, Sequence
 
 import torch
@@ -175,6 +176,12 @@ class ResidualEvaluation:
         self._layers = net._masked_layers()
         self._entries = net.entries()
         self._shift = None if net.context_layer is None else net.context_layer(context)
+
+    def select(self, rows: Tensor) -> "ResidualEvaluation":
+        """Return the evaluation for some of the context's rows (its first dimension), at no cost."""
+        other = copy.copy(self)
+        other._shift = None if self._shift is None else self._shift[rows]
+        return other
 
     def _first(self, z: Tensor) -> Tensor:
         if z.shape[-1] != self._net.num_variables:
