@@ -54,7 +54,12 @@ class Activation(nn.Module):
 
     def forward_and_derivative(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the value and the derivative at each entry of ``x``."""
-        save = x.requires_grad and torch.is_grad_enabled()
+        if (
+            not torch.is_grad_enabled()
+        ):  # iterative solvers call this often: spare them the function's overhead
+            value, slope = self.terms(x, 1)
+            return value, slope
+        save = x.requires_grad
         value, slope = _ValueAndSlope.apply(x, type(self), save)[:2]
         return value, slope
 
