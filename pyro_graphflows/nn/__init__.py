@@ -1,6 +1,10 @@
 """Networks whose outputs depend on promised inputs only."""
 
 from pyro_graphflows.nn.activations import ELU, Activation, LipMish, LipSwish, ReLU, Tanh, make_activation
+from pyro_graphflows.nn.autoregressive import (
+    ConditionalGraphicalAutoRegressiveNN,
+    GraphicalAutoRegressiveNN,
+)
 from pyro_graphflows.nn.linear import MaskedLinear
 from pyro_graphflows.nn.lipschitz import SpectralBound
 from pyro_graphflows.nn.mlp import LevelEvaluation, MaskedMLP
@@ -9,6 +13,8 @@ from pyro_graphflows.nn.residual import MaskedResidualNet, ResidualEvaluation
 __all__ = [
     "ELU",
     "Activation",
+    "ConditionalGraphicalAutoRegressiveNN",
+    "GraphicalAutoRegressiveNN",
     "LevelEvaluation",
     "LipMish",
     "LipSwish",
