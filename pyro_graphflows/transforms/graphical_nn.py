@@ -8,7 +8,6 @@ one extra pass over the weights between units of the same owner (:mod:`pyro_grap
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -170,15 +169,9 @@ class GraphicalResidualNN(FlowNN):
         self, block: MaskedResidualNet, target: Tensor, x: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         evaluation = block.start(x)
-        some: list[Any] = [None, evaluation]  # the rows of the last call, and the evaluation for them
 
         def function(y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-            if len(rows) == len(target) or x is None:
-                current = evaluation
-            else:
-                if some[0] is not rows:  # weights are made ready again, which is rare
-                    some[:] = rows, block.start(x[rows])
-                current = some[1]
+            current = evaluation if len(rows) == len(target) else evaluation.select(rows)
             change, diagonal = current.forward_and_diag(y)
             return y + change, 1 + diagonal
 
