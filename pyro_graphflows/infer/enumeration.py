@@ -38,7 +38,7 @@ def summed_log_density(trace: poutine.Trace, plates: Sequence[str]) -> Tensor:
     trace.compute_log_prob()
     trace.pack_tensors()
     symbols = trace.plate_to_symbol
-    factors: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
+    factors: OrderedDict[frozenset[str], list[Any]] = OrderedDict()
     sum_dims: set[str] = set()
     for _, site in density_sites(trace):
         ordinal = frozenset(symbols[frame.name] for frame in site["cond_indep_stack"] if frame.vectorized)

@@ -39,8 +39,8 @@ class InferenceCompilation:
 
     The loss is in nats *per joint sample*. If the model has a data plate of ``N`` elements, one joint sample
     holds ``N`` data, and the loss is the sum over them. A subsampled plate counts each of its elements ``N /
-    B`` times, as everywhere in Pyro. Latent sites that the guide leaves out are averaged over (the guide is
-    then fitted to the marginal posterior of the others). Masked elements do not count: the guide must repeat
+    B`` times, as everywhere in Pyro. Latent sites that the guide leaves out are averaged over, with a warning (the
+    guide is then fitted to the marginal posterior of the others). Masked elements do not count: the guide must repeat
     the model's mask.
 
     Gradients reach the guide's parameters only: the model's own parameters are not trained by this loss.

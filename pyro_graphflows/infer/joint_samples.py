@@ -10,6 +10,7 @@ observed is settled once:
 4. those sites of the model that the guide does not sample.
 """
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.util import prune_subsample_sites, site_is_factor
 
-from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
+from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
 from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.infer.particles import (
     Program,
@@ -26,6 +27,7 @@ from pyro_graphflows.infer.particles import (
     all_sites,
     count_plate_dims,
     density_sites,
+    is_enumerated,
     plates_of,
 )
 
@@ -83,11 +85,22 @@ def joint_layout(
         guide_trace = run_guide(guide, model_trace, given or names, args, kwargs)
     sampled = [name for name, site in density_sites(guide_trace) if not site["is_observed"]]
     observed = given or [name for name in names if name not in sampled]
-    extra = sorted(set(sampled) - (set(names) - set(observed)))
+    latents = [name for name in names if name not in observed]
+    extra = sorted(set(sampled) - set(latents))
     if extra:
         raise UnsupportedModelError(
-            f"Expected each site of the guide to be a latent site of the model; got {extra}. With auxiliary "
-            "sites the guide has no density q(z | x) at given values."
+            f"Expected each site of the guide to be a latent site of the model; got {extra}. With auxiliary sites the "
+            "guide has no density q(z | x) at given values."
+        )
+    left_out = sorted(
+        name for name in latents if name not in sampled and not is_enumerated(model_trace.nodes[name])
+    )
+    if left_out:
+        warnings.warn(
+            f"The guide does not sample the latent sites {left_out}: it is fitted to, or judged by, the marginal "
+            "posterior of the others. Mark them infer={'enumerate': 'parallel'} if that is meant.",
+            GraphflowsWarning,
+            stacklevel=3,
         )
     if max_plate_nesting is None:
         max_plate_nesting = count_plate_dims(model_trace, guide_trace)
