@@ -23,7 +23,7 @@ from pyro_graphflows.graphs.inversion import (
 )
 from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.graphs.separation import violated_independencies
-from pyro_graphflows.guides.call import Call, CallReader
+from pyro_graphflows.guides.call import Call, CallReader, plates_of
 from pyro_graphflows.guides.distributions import FactorDistribution
 from pyro_graphflows.guides.features import FeatureMap, flatten_event
 from pyro_graphflows.guides.plan import Plan, make_plan
@@ -153,13 +153,13 @@ class AutoFaithfulGuide(AutoGuide):
             }
             plan = make_plan(resolve_inverse(traced.graph, self._inverse_option))
             self._sites = latent_sites(traced)
-            for (
-                name,
-                site,
-            ) in self._sites.items():  # a KL is registered for normal factors, before any bijection
+            # A KL is registered for normal factors, before any bijection.
+            for name, site in self._sites.items():
                 plan.analytic_kl[name] &= site.is_real and len(site.event_shape) < 2
             self._check_plan(plan, traced)
             self._reader = CallReader(self.model, traced)
+            self._plate_states = plates_of(traced.trace)
+            self._plan = plan
             self._event_dims = conditioning_event_dims(traced)
             self._notes = tuple(traced.notes)
             self._context = [
@@ -169,7 +169,6 @@ class AutoFaithfulGuide(AutoGuide):
                 for block in plan.blocks
             ]
             self._build(plan, traced, args, kwargs)
-        self._plan = plan
         if self.master is not None:
             self.master()._check_prototype(self.prototype_trace)
         return self
@@ -189,17 +188,6 @@ class AutoFaithfulGuide(AutoGuide):
             raise UnsupportedModelError(
                 f"Expected covariates of floating point; integers are taken as indices, and here the guide would "
                 f"have to condition on some: {named}. Pass features of floating point (one-hot, an embedding)."
-            )
-        pooled = sorted(
-            f"{node.name} for {', '.join(block.sites)}"
-            for block in plan.blocks
-            for node in block.context
-            if node.how == "pooled"
-        )
-        if pooled:
-            raise UnsupportedModelError(
-                "Expected latent sites in the plates of the data they look at; here data inside a plate would have "
-                f"to be pooled for sites outside of it: {'; '.join(pooled)}."
             )
 
     def _build(self, plan: Plan, traced: TracedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -293,7 +281,7 @@ class AutoFaithfulGuide(AutoGuide):
         unconstrained: dict[str, Tensor] = {}
         for index, block in enumerate(self.plan.blocks):
             context = self._features_of(index, features[index], call, unconstrained)
-            evaluation = networks[index].start(context)
+            evaluation = networks[index].start(context, call.plates)
             with ExitStack() as stack:
                 for name in block.plates:
                     stack.enter_context(self.plates[name])

@@ -22,7 +22,7 @@ from torch.distributions import biject_to, constraints
 from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.inspect import TracedModel, get_argument
 
-__all__ = ["Call", "CallReader", "PlateState"]
+__all__ = ["Call", "CallReader", "PlateState", "plates_of"]
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ def _own_scale(site: Mapping[str, Any]) -> float | Tensor:
     return scale
 
 
-def _plates(trace: poutine.Trace) -> dict[str, PlateState]:
+def plates_of(trace: poutine.Trace) -> dict[str, PlateState]:
+    """Return the vectorised plates of a trace by name."""
     plates = {}
     for _, site in trace.nodes.items():
         if site["type"] != "sample":
@@ -203,7 +204,7 @@ class CallReader:
             if torch.is_tensor(scale) or abs(scale - 1.0) > 1e-12:
                 scales[name] = scale
             supports[name] = site["fn"].support
-        call = Call(values, _plates(trace), masks, scales, supports)
+        call = Call(values, plates_of(trace), masks, scales, supports)
         if shape is not None and self._arguments_tell_all(call, model, args, kwargs):
             self._known[shape] = call
         return call

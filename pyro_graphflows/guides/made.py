@@ -13,7 +13,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.factors import Factor
+from pyro_graphflows.guides.free import FreeTable
 from pyro_graphflows.guides.plan import Block
 from pyro_graphflows.nn.mlp import LevelEvaluation, MaskedMLP
 
@@ -48,6 +50,7 @@ class MADEBlock(nn.Module):
         context_sizes: For each context node, the number of its features.
         factors: For each site, its factor.
         options: The shape of the network.
+        plates: The plates of the block, for the sites with free parameters.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class MADEBlock(nn.Module):
         context_sizes: Mapping[str, int],
         factors: Mapping[str, Factor],
         options: NetworkOptions,
+        plates: Sequence[PlateState] = (),
     ) -> None:
         super().__init__()
         self.block = block
@@ -94,6 +98,12 @@ class MADEBlock(nn.Module):
             input_names=names,
             output_names=output_names,
         )
+        self.free = FreeTable(plates, sum(factors[s].num_outputs for s in block.free)) if block.free else None
+        self._free_columns: dict[str, slice] = {}
+        start = 0
+        for site in block.free:
+            self._free_columns[site] = slice(start, start + factors[site].num_outputs)
+            start += factors[site].num_outputs
         self.register_buffer("shift", torch.zeros(sum(factors[s].size for s in block.sites)))
         self.register_buffer("scale", torch.ones(len(self.shift)))
         self._parts: dict[str, slice] = {}
@@ -140,20 +150,23 @@ class MADEBlock(nn.Module):
             last: Any = self.network.layers[-1]
             last.weight[self.outputs[site]] = 0.0
 
-    def start(self, context: Tensor) -> "MADEEvaluation":
+    def start(self, context: Tensor, plates: Mapping[str, PlateState] | None = None) -> "MADEEvaluation":
         """Begin an evaluation.
 
         Args:
             context: The features of the context nodes, in the block's order, shape ``(*batch, n)``.
+            plates: The plates of the call; without them free parameters are left out.
         """
-        return MADEEvaluation(self, context)
+        free = self.free(plates) if self.free is not None and plates is not None else None
+        return MADEEvaluation(self, context, free)
 
 
 class MADEEvaluation:
     """One evaluation of a block; alternates :meth:`factors` and :meth:`accept`, level by level."""
 
-    def __init__(self, block: MADEBlock, context: Tensor) -> None:
+    def __init__(self, block: MADEBlock, context: Tensor, free: Tensor | None) -> None:
         self._module = block
+        self._free = free
         self._network: LevelEvaluation = block.network.start()
         self._level = 0
         self._new: Tensor = context
@@ -168,6 +181,8 @@ class MADEEvaluation:
         for site in level:
             rows, part = module.outputs[site], module._parts[site]
             part_of_level = outputs[..., rows.start - start : rows.stop - start]
+            if self._free is not None and site in module._free_columns:
+                part_of_level = part_of_level + self._free[..., module._free_columns[site]]
             result[site] = module.factors[site].distribution(
                 part_of_level, module.shift[part], module.scale[part]
             )

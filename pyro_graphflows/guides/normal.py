@@ -1,6 +1,7 @@
 """The normal family: a masked network per block gives location and scale of every conditional."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from pyro_graphflows.inspect import TracedModel, get_argument, sample_prior
 
 __all__ = ["AutoFaithfulNormal"]
 
+MOST_ROWS = 200_000  # in the block with the most elements, for a joint sample
 HELD_OUT = 5  # one in this many samples judges the regression start
 
 
@@ -88,10 +90,9 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
             maps = [self._feature_map(name, traced, inputs, rows) for name in self._context[index]]
             sizes = {n: len(m.shift) for n, m in zip(self._context[index], maps, strict=True)}
             factors = {site: self._factor(self._sites[site].size) for site in block.sites}
-            known = Block(
-                block.plates, block.levels, tuple(c for c in block.context if c.name in sizes), block.parents
-            )
-            network = MADEBlock(known, sizes, factors, self._network_options)
+            known = replace(block, context=tuple(node for node in block.context if node.name in sizes))
+            plates = [self._plate_states[name] for name in block.plates]
+            network = MADEBlock(known, sizes, factors, self._network_options, plates)
             feature = FeatureMap.join(maps)
             if rows is not None:
                 latents = {site: rows[site] for site in block.sites}
@@ -167,10 +168,7 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
         """Draw the model's joint samples, flat and unconstrained where latent; None where there are none."""
         if not self._standardize and self._init == "random":
             return None
-        copies = 1
-        for frame in self._prototype_frames.values():
-            copies *= frame.size
-        draws = max(2, -(-self._num_start_samples // copies))
+        draws = self._number_of_draws()
         try:
             samples = sample_prior(self.model, args, kwargs, num_samples=draws, traced=traced)
         except UnsupportedModelError as error:
@@ -190,6 +188,17 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
                 )
         return flat
 
+    def _number_of_draws(self) -> int:
+        """Enough joint samples that each block has its rows, and not so many that the largest block fills memory."""
+        copies = []
+        for block in self.plan.blocks:
+            copies.append(1)
+            for name in block.plates:
+                copies[-1] *= self._plate_states[name].size
+        wanted = -(-self._num_start_samples // min(copies))
+        affordable = -(-MOST_ROWS // max(copies))
+        return max(2, min(wanted, affordable))
+
     def _rows(self, index: int, block: Block, samples: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
         """Return one row for each draw and each element of the block's plates, for all its sites and context."""
         if samples is None:
@@ -202,10 +211,14 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
             missing = depth - value.dim()
             aligned[name] = value.reshape(value.shape[:1] + (1,) * missing + value.shape[1:])
         shape = torch.broadcast_shapes(*(value.shape[:-1] for value in aligned.values()))
-        return {
+        rows = {
             name: value.expand(*shape, value.shape[-1]).reshape(-1, value.shape[-1])
             for name, value in aligned.items()
         }
+        if shape.numel() <= 2 * self._num_start_samples:
+            return rows
+        chosen = torch.randperm(shape.numel())[: self._num_start_samples]
+        return {name: value[chosen] for name, value in rows.items()}
 
     def _feature_map(
         self,

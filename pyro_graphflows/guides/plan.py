@@ -1,10 +1,11 @@
 """The compiler's plan: which sites are sampled together, in what order, and what each is conditioned on.
 
 An inverse graph says which nodes a latent site looks at. The plan turns it into *blocks*: sites in the same
-plates that one network serves, level by level. Everything outside a block that its sites look at enters the
-block's network as *context*: elementwise where the plates agree, broadcast from outer plates, pooled from inner
-ones. Blocks are made as large as the inverse allows, so that the number of network calls is the number of
-levels and not the number of sites.
+plates that one network serves, level by level. What a block's sites look at outside of it enters the block's network
+as *context*: elementwise where the plates agree, broadcast from outer plates. What is in a plate that a site is not in
+(the data of a group, for the group's own variable) cannot be an input of that site's factor; the site then has free
+parameters for each element of its plates, beside the network of what it can see. Blocks are made as large as the
+inverse allows, so that the number of network calls is the number of levels and not the number of sites.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ class Conditioning:
 
     Attributes:
         name: The node.
-        how: ``"same"``, ``"broadcast"`` or ``"pooled"``.
+        how: ``"same"`` or ``"broadcast"``.
         observed: Whether it is data (an observed site or an input) rather than a latent site.
     """
 
@@ -39,14 +40,18 @@ class Block:
     Attributes:
         plates: The plates around every site of the block, outer to inner.
         levels: The sites; those of one level depend on context and on earlier levels only.
-        context: The nodes outside the block that its sites look at, in graph order.
-        parents: For each site, its parents in the inverse (context and sites of earlier levels).
+        context: The nodes outside the block that its network sees, in graph order.
+        parents: For each site, the parents in the inverse that its network sees (context and sites of earlier
+            levels); pooled parents are left out.
+        free: The sites with free parameters for each element of their plates, since some of their parents
+            are in plates that they are not in.
     """
 
     plates: tuple[str, ...]
     levels: tuple[tuple[str, ...], ...]
     context: tuple[Conditioning, ...]
     parents: dict[str, tuple[str, ...]]
+    free: tuple[str, ...] = ()
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -77,7 +82,8 @@ class Plan:
                 for site in level:
                     looks = ", ".join(self._input(parent, site) for parent in inverse.parents[site])
                     term = "analytic KL" if self.analytic_kl[site] else "sampled KL"
-                    lines.append(f"  level {depth}: {site} | {looks or 'nothing'}  [{term}]")
+                    kind = "free parameters" if site in block.free else "amortised"
+                    lines.append(f"  level {depth}: {site} | {looks or 'nothing'}  [{kind}, {term}]")
                     if site in inverse.coupled:
                         plates = ", ".join(inverse.coupled[site])
                         lines.append(
@@ -149,10 +155,14 @@ def make_plan(inverse: InverseGraph) -> Plan:
         for site in remaining:
             if site in depth:
                 levels[depth[site]].append(site)
+        seen = {
+            site: tuple(parent for parent in inverse.parents[site] if inverse.how[parent, site] != "pooled")
+            for site in depth
+        }
         context = {
             parent: inverse.how[parent, site]
-            for site in depth
-            for parent in inverse.parents[site]
+            for site, parents in seen.items()
+            for parent in parents
             if parent not in depth
         }
         blocks.append(
@@ -163,7 +173,8 @@ def make_plan(inverse: InverseGraph) -> Plan:
                     Conditioning(name, context[name], name not in latent)
                     for name in sorted(context, key=rank.__getitem__)
                 ),
-                parents={site: inverse.parents[site] for site in depth},
+                parents=seen,
+                free=tuple(site for site in depth if len(seen[site]) < len(inverse.parents[site])),
             )
         )
         done |= set(depth)
