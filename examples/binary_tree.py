@@ -84,6 +84,13 @@ def make_guide(network, structure, seed, init, hidden_dims, num_samples=10_000):
     )
 
 
+def first_rate(run, args):
+    """Return the rate of Adam at the start: large networks get a smaller one, the regression start a still smaller."""
+    if run.init == "regression":
+        return args.lr_regression
+    return args.lr if run.depth < args.deep else args.lr_deep
+
+
 def train(run, args, path=None):
     """Train one guide and return what there is to tell; with a path, go on from its checkpoint and keep one there."""
     network = binary_tree(run.depth, seed=TREE_SEED)
@@ -324,7 +331,14 @@ def parser():
         "--batches", type=int, default=25, help="minibatches an epoch, each of new joint samples"
     )
     parse.add_argument("--max-epochs", type=int)
-    parse.add_argument("--lr", type=float, default=1e-2, help="of Adam; divided by ten when converged")
+    parse.add_argument(
+        "--lr", type=float, default=1e-2, help="first rate of Adam; divided by ten when converged"
+    )
+    parse.add_argument("--lr-deep", type=float, default=2e-3, help="first rate for deep trees")
+    parse.add_argument("--deep", type=int, default=7, help="the depth from which a tree is deep")
+    parse.add_argument(
+        "--lr-regression", type=float, default=1e-4, help="first rate after the regression start"
+    )
     parse.add_argument("--min-lr", type=float, default=1e-5, help="the last rate")
     parse.add_argument("--patience", type=int, default=10, help="measurements without improvement")
     parse.add_argument("--min-improvement", type=float, default=2e-3, help="in nats")
