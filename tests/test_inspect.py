@@ -23,7 +23,8 @@ def test_core_constructs():
     assert (graph.latent, graph.observed, graph.inputs) == (("a", "z"), ("x",), ("w",))
     assert dict(graph.plates) == {"w": ("data",), "a": (), "z": ("data",), "x": ("data",)}
     assert dict(traced.argument_paths) == {"w": ("w",), "x": ("x",)}
-    assert traced.notes == () and traced.leaks == ()
+    assert traced.notes == ()
+    assert traced.leaks == ()
 
 
 def test_leak_names_site_line_and_remedy():

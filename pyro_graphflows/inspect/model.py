@@ -239,14 +239,7 @@ class _Assembly:
         for i, record in enumerate(self.records):
             self._connect(i, record)
         for leak in leaks:
-            for name in leak.affects if leak.sites else ():
-                for earlier in self.records:
-                    if earlier.name == name:
-                        break
-                    if earlier.holds_data or not earlier.observed:  # a factor has no value
-                        self.parents[name][earlier.name] = None
-            if not leak.sites:
-                self.notes.append(f"{leak}; its value is taken as fixed")
+            self._spread(leak)
         argument_paths = dict(self.input_paths)
         for record in self.records:
             if record.observed and record.value_id in self.by_id:
@@ -313,6 +306,24 @@ class _Assembly:
         place = (escape.filename, escape.line, escape.code)
         return Leak(tuple(sites), tuple(dict.fromkeys(arguments)), escape.operation, *place, affects)
 
+    def _spread(self, leak: Leak) -> None:
+        """Let a Python value reach every site after it."""
+        records = {record.name: record for record in self.records}
+        for name in leak.affects if leak.sites else ():
+            for earlier in self.records:
+                if earlier.name == name:
+                    break
+                if earlier.holds_data or not earlier.observed:  # a factor has no value
+                    self.parents[name][earlier.name] = None
+        for path, leaf in self.leaves.items():
+            if argument_name(path) not in leak.arguments:
+                continue
+            if leaf.numel() == 1 and not _is_integer(leaf):
+                for name in leak.affects:
+                    self.parents[name][self._input(path, records[name])] = None
+            else:
+                self.notes.append(f"{leak}; its value is taken as fixed")
+
     def _leaves_of(self, source: Region | tuple[str, int]) -> list[ArgumentPath]:
         """Return the arguments that a region belongs to: one, unless arguments overlap in memory."""
         if not isinstance(source, Region):
@@ -343,6 +354,8 @@ class _Assembly:
                 continue
             sites = []
             if isinstance(source, Region):
+                if 0 in source.size:
+                    continue
                 sites = covering(
                     source, [(r.name, r.region) for r in self.records[:i] if r.region is not None]
                 )

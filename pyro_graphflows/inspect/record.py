@@ -13,7 +13,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 
 from pyro_graphflows.errors import UnsupportedModelError
-from pyro_graphflows.inspect.taint import Region, TaintTracker
+from pyro_graphflows.inspect.taint import Region, TaintTracker, storage_of
 
 __all__ = ["Recorder", "SiteRecord", "is_transparent", "quiet_run"]
 
@@ -51,13 +51,24 @@ def undressed(fn: Any) -> Any:
 def is_transparent(msg: Mapping[str, Any]) -> bool:
     """Whether a site passes values on without randomness or data of its own.
 
-    True for :class:`~pyro.distributions.Delta`, ``pyro.deterministic`` and observations masked out entirely.
+    True for :class:`~pyro.distributions.Delta` (also as ``pyro.deterministic`` and ``poutine.reparam`` write
+    it, as an observation of itself) and for observations masked out entirely.
     """
-    if msg["infer"].get("_deterministic", False):
-        return True
-    if msg["is_observed"]:
-        return msg["mask"] is False
-    return isinstance(undressed(msg["fn"]), dist.Delta)
+    fn = undressed(msg["fn"])
+    if isinstance(fn, dist.Delta):
+        value = msg["value"]
+        return (
+            not msg["is_observed"]
+            or msg["infer"].get("_deterministic", False)
+            or fn.v is value
+            or (isinstance(value, torch.Tensor) and _same_memory(fn.v, value))
+        )
+    return bool(msg["is_observed"] and msg["mask"] is False)
+
+
+def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    mine, theirs = storage_of(one), storage_of(other)
+    return mine is not None and theirs is not None and mine._cdata == theirs._cdata
 
 
 def vectorized_plates(msg: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -86,10 +97,11 @@ class Recorder(Messenger):
         if site_is_subsample(msg):
             return
         fn, value = msg["fn"], msg["value"]
-        transparent = is_transparent(msg)
+        with self.tracker.pause():
+            transparent = is_transparent(msg)
         factor = isinstance(fn, dist.Unit)
         if transparent:
-            log_density = None if msg["is_observed"] else self._log_density(fn)
+            log_density = self._log_density(fn)
             if log_density is None:
                 return
             factor, density = True, self.tracker.quietly_of(log_density)
@@ -133,7 +145,9 @@ class Recorder(Messenger):
             tracker.set(msg["value"], tracker.bit(name))
 
     def _log_density(self, fn: Any) -> torch.Tensor | None:
-        """Return the log-density that a Delta carries: a factor of the model; None if it is zero."""
+        """Return the log-density that a Delta carries: a factor of the model; None if there is none."""
+        if not isinstance(undressed(fn), dist.Delta) or getattr(fn, "_mask", None) is False:
+            return None
         log_density = undressed(fn).log_density
         with self.tracker.pause():
             used = isinstance(log_density, torch.Tensor) and bool((log_density != 0).any())

@@ -30,9 +30,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["Escape", "Region", "TaintTracker"]
 
-_LIBRARIES = tuple(
-    os.path.dirname(os.path.abspath(str(path))) + os.sep for path in (torch.__file__, pyro.__file__, __file__)
+_HERE, _TORCH, _PYRO = (
+    os.path.dirname(os.path.abspath(str(path))) + os.sep for path in (__file__, torch.__file__, pyro.__file__)
 )
+_LIBRARIES = (_HERE, _TORCH, _PYRO)
+_DISTRIBUTIONS = (_TORCH + "distributions" + os.sep, _PYRO + "distributions" + os.sep)
 
 
 def _names(text: str) -> frozenset[str]:
@@ -59,6 +61,11 @@ _METADATA = _names(
     is_shared is_set_to is_distributed is_signed is_coalesced is_tensor is_storage _is_view _backward_hooks
     _has_symbolic_sizes_strides dim_order _has_compatible_shallow_copy_type"""
 )
+# Operators whose result's size depends on values, and the ways to read a size.
+_SIZE_FROM_VALUES = _names(
+    "nonzero masked_select _unique2 unique_dim unique_consecutive unique_dim_consecutive bincount repeat_interleave"
+)
+_SIZES = _names("shape size numel nelement __len__ nbytes")
 # Operators that forget what their first argument held.
 _OVERWRITES = _names("copy_ fill_ zero_")
 _NO_VALUE = (
@@ -91,6 +98,9 @@ class Region(NamedTuple):
         )
 
 
+Known = tuple[int, int, int | None]
+
+
 class Escape(NamedTuple):
     """A tainted tensor that became something else than a tensor.
 
@@ -108,12 +118,22 @@ class Escape(NamedTuple):
 def _place() -> tuple[str, int, str]:
     """Return file, line and source text of the innermost frame outside PyTorch, Pyro and this package."""
     frame = sys._getframe(2)
-    while frame is not None and frame.f_back is not None:
-        if not os.path.abspath(frame.f_code.co_filename).startswith(_LIBRARIES):
-            break
+    while frame.f_back is not None and os.path.abspath(frame.f_code.co_filename).startswith(_LIBRARIES):
         frame = frame.f_back
     filename, line = frame.f_code.co_filename, frame.f_lineno
     return filename, line, linecache.getline(filename, line).strip()
+
+
+def _is_validation() -> bool:
+    """Whether a distribution checks its parameters: they stay tensors, and reach the log-density as such."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and os.path.abspath(frame.f_code.co_filename).startswith(
+        (_HERE, _TORCH + "_", _TORCH + "overrides")
+    ):
+        frame = frame.f_back
+    return frame.f_code.co_name == "__init__" and os.path.abspath(frame.f_code.co_filename).startswith(
+        _DISTRIBUTIONS
+    )
 
 
 def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage | None:
@@ -150,6 +170,8 @@ class TaintTracker:
         self.escapes: list[Escape] = []
         self.moment = 0
         self.paused = False
+        self.sized: dict[int, tuple[torch.Tensor, int]] = {}  # tensors whose size tells values
+        self.size_inside = 0  # taints of sizes made inside the present call
         self.depth = 0  # of calls that the function mode has under way
         self.hidden = 0  # taints of scalars read inside the present call
 
@@ -207,7 +229,7 @@ class TaintTracker:
     def of(self, value: Any) -> int:
         """Return the taint of a tensor, or the union over a nested container of tensors."""
         if isinstance(value, torch.Tensor):
-            return self._of_tensor(value)[0]
+            return self.of_tensor(value)[0]
         taint = 0
         if isinstance(value, (tuple, list, set, frozenset)):
             for item in value:
@@ -224,7 +246,7 @@ class TaintTracker:
         with self.pause():
             return self.of(value)
 
-    def _of_tensor(self, tensor: torch.Tensor) -> tuple[int, int, int | None]:
+    def of_tensor(self, tensor: torch.Tensor) -> Known:
         """Return the whole taint, the part that concerns the object alone, and the storage's address."""
         entry = self._by_object.get(id(tensor))
         own = entry[1] if entry is not None else 0
@@ -255,20 +277,19 @@ class TaintTracker:
         entry = self._by_object.get(id(tensor))
         self._by_object[id(tensor)] = (tensor, taint if entry is None else entry[1] | taint)
 
-    def flow(self, arguments: list[torch.Tensor], results: list[torch.Tensor], extra: int = 0) -> None:
+    def flow(self, known: list[Known], union: int, results: list[torch.Tensor]) -> None:
         """Let taints flow from the arguments of a call into its results.
 
         A result in fresh memory gets the union. A result that is a view of an argument shares that argument's
         storage, hence its taint, already; what it gets from the *other* arguments (an index, say) is its own.
+
+        Args:
+            known: What :meth:`of_tensor` says of the arguments.
+            union: The union of their taints, and of scalars read inside the call.
+            results: Tensors.
         """
-        known = [self._of_tensor(tensor) for tensor in arguments]
-        union = extra
-        for taint, _, _ in known:
-            union |= taint
-        if not union:
-            return
         for result in results:
-            taint, _, key = self._of_tensor(result)
+            taint, _, key = self.of_tensor(result)
             if not union & ~taint:
                 continue
             if key is None:
@@ -276,7 +297,7 @@ class TaintTracker:
             elif all(key != other for _, _, other in known):
                 self.add(result, union)
             else:
-                rest = extra
+                rest = self.hidden
                 for whole, own, other in known:
                     rest |= own if other == key else whole
                 if rest & ~taint:
@@ -286,7 +307,7 @@ class TaintTracker:
         """Record that a tainted value left the tensors; inside a site's own code it concerns only that."""
         if self._absorbing:
             self._absorbing[-1] |= taint
-        else:
+        elif not (operation == "bool" and _is_validation()):
             self.escapes.append(Escape(taint, operation, self.moment, *_place()))
 
     def absorb(self) -> None:
@@ -340,40 +361,57 @@ class _FunctionMode(TorchFunctionMode):
         if tracker.paused or isinstance(func, torch._ops.OpOverload):
             return func(*args, **kwargs)
         tracker.depth += 1
-        hidden, tracker.hidden = tracker.hidden, 0
+        before = tracker.hidden, tracker.size_inside
+        tracker.hidden = tracker.size_inside = 0
         try:
             result = func(*args, **kwargs)
+            if result is not None:
+                self._watch(func, args, kwargs, result)
         finally:
             tracker.depth -= 1
-            inside, tracker.hidden = tracker.hidden, hidden
-        if result is None:
-            return result
-        name = getattr(func, "__name__", "")
+            tracker.hidden, tracker.size_inside = before
+        return result
+
+    def _watch(self, func: Callable, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
+        tracker, name = self.tracker, getattr(func, "__name__", "")
         if name == "__get__":
             name = getattr(getattr(func, "__self__", None), "__name__", name)
+        if tracker.sized or tracker.size_inside:
+            self._watch_sizes(name, args, result)
+        if name in _METADATA or name in _SHAPE_ONLY:
+            return
+        values = args if not kwargs else (*args, *kwargs.values())
+        if name in _FIRST_ONLY:
+            values = args[:1]
+        elif name in _NOT_FIRST:
+            values = (*args[1:], *kwargs.values())
+        known = [tracker.of_tensor(argument) for argument in _tensors(values, [])]
+        union = tracker.hidden
+        for whole, _, _ in known:
+            union |= whole
+        if not union:
+            return
         if isinstance(result, torch.Tensor):
-            if name in _SHAPE_ONLY:
-                return result
-            values = args if not kwargs else (*args, *kwargs.values())
-            if name in _FIRST_ONLY:
-                values = args[:1]
-            elif name in _NOT_FIRST:
-                values = (*args[1:], *kwargs.values())
-            tracker.flow(_tensors(values, []), [result], inside)
-            return result
-        if name in _METADATA:
-            return result
-        arguments = _tensors((*args, *kwargs.values()), [])
-        results = _tensors(result, []) if isinstance(result, (tuple, list, dict)) else []
-        if results and name not in _SIDE_BY_SIDE:
-            tracker.flow(arguments, results, inside)
+            tracker.flow(known, union, [result])
+        elif isinstance(result, (tuple, list, dict)) and name not in _SIDE_BY_SIDE:
+            tracker.flow(known, union, _tensors((result,), []))
         if _tells_value(result):
-            taint = inside
-            for argument in arguments:
-                taint |= tracker.of(argument)
-            if taint:
-                tracker.escape(taint, name.strip("_") if name.startswith("__") else name)
-        return result
+            tracker.escape(union, name.strip("_") if name.startswith("__") else name)
+
+    def _watch_sizes(self, name: str, args: tuple, result: Any) -> None:
+        """Follow tensors whose size depends on values (``z[z > 0]``), until the size is read."""
+        tracker = self.tracker
+        taint = tracker.size_inside
+        for argument in _tensors(args, []):
+            entry = tracker.sized.get(id(argument))
+            taint |= 0 if entry is None else entry[1]
+        if not taint:
+            return
+        if name in _SIZES:
+            tracker.escape(taint, name.strip("_") if name.startswith("__") else name)
+        for tensor in _tensors((result,), []):
+            if tensor.dim() > 0:
+                tracker.sized[id(tensor)] = (tensor, taint)
 
 
 class _Writes(NamedTuple):
@@ -403,40 +441,55 @@ class _DispatchMode(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
         tracker = self.tracker
         if tracker.paused:
-            return result
-        name = func.overloadpacket.__name__
+            return func(*args, **kwargs)
+        # Outside of a call of the Python interface (in a scripted function) the function mode is on.
+        tracker.paused = True
+        try:
+            result = func(*args, **kwargs)
+            self._watch(func, args, kwargs, result)
+        finally:
+            tracker.paused = False
+        return result
+
+    def _watch(self, func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
+        tracker, name = self.tracker, func.overloadpacket.__name__
         if name in _SHAPE_ONLY:
-            return result
+            return
         arguments = _tensors(args if not kwargs else (*args, *kwargs.values()), [])
+        known = [tracker.of_tensor(argument) for argument in arguments]
         taint = tracker.hidden
-        for argument in arguments:
-            taint |= tracker.of(argument)
+        for whole, _, _ in known:
+            taint |= whole
         if not taint:
-            return result
+            return
         writes = self._schemas.get(func)
         if writes is None:
             writes = self._schemas[func] = _writes(func)
         if writes.names:
             if name in _OVERWRITES and _covers_its_storage(args[0]):
                 tracker.set(args[0], tracker.hidden | tracker.of(args[1:]))
-                return result
+                return
             written = [args[i] for i in writes.positions if i < len(args)]
             written += [kwargs[keyword] for keyword in writes.names if keyword in kwargs]
             for tensor in _tensors(written, []):
                 tracker.add(tensor, taint)
         if isinstance(result, torch.Tensor):
-            tracker.flow(arguments, [result], tracker.hidden)
+            tracker.flow(known, taint, [result])
         elif isinstance(result, (tuple, list)):
-            tracker.flow(arguments, _tensors(result, []), tracker.hidden)
+            tracker.flow(known, taint, _tensors(result, []))
         elif name == "_local_scalar_dense":
             if tracker.depth:
                 tracker.hidden |= taint
             else:
                 tracker.escape(taint, "item")
-        return result
+        if name in _SIZE_FROM_VALUES or (name == "index" and any(map(_is_mask, args[1]))):
+            tracker.size_inside |= taint
+
+
+def _is_mask(index: torch.Tensor | None) -> bool:
+    return index is not None and index.dtype in (torch.bool, torch.uint8)
 
 
 def _covers_its_storage(tensor: torch.Tensor) -> bool:
