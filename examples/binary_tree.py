@@ -102,9 +102,7 @@ def train(run, args, path=None):
     difference = compare_densities(guide, density, held_out)
     constant = [density.num_constant(held_out.joint)]
 
-    rate = (
-        args.lr if run.init == "random" else args.lr / 100
-    )  # from the regression start there is less far to go
+    rate = first_rate(run, args)
     optimizer = torch.optim.Adam(guide.parameters(), lr=rate, fused=True)
     rng = np.random.default_rng([run.depth, run.seed])
     kl, error = held_out.divergence(density)
@@ -237,7 +235,7 @@ def write_json(path, result):
 
 
 def all_runs(args):
-    """List the runs, in the order in which they are done: one depth with all seeds, then the others seed by seed."""
+    """List the runs in their order: one depth with all seeds, the others seed by seed, wide networks last."""
     first, *others = args.depths
     pairs = [(first, seed) for seed in range(args.seeds)]
     pairs += [(depth, seed) for seed in range(args.seeds) for depth in others]
@@ -246,8 +244,9 @@ def all_runs(args):
         runs.append(Run(depth, "all", "samples", seed))
         runs.append(Run(depth, "minimal", "regression", seed))
         runs += [Run(depth, structure, "random", seed) for structure in INVERSES]
-        if depth in args.wide_depths:
-            runs += [Run(depth, structure, "random", seed, tuple(args.wide_dims)) for structure in INVERSES]
+    for structure in INVERSES:
+        wide = [(depth, seed) for depth, seed in pairs if depth in args.wide_depths]
+        runs += [Run(depth, structure, "random", seed, tuple(args.wide_dims)) for depth, seed in wide]
     return runs
 
 
