@@ -33,8 +33,8 @@ class NotFiniteError(GraphflowsError):
 class Trainer:
     """A loss, data, parameters and an optimiser.
 
-    The first batch is run in evaluation mode, without gradients and without moving the random
-    generators: it creates lazy parameters and shows the sites.
+    The first batch is run in evaluation mode, once without gradients and once with, and without moving the random
+    generators: that creates lazy parameters, shows the sites and which parameters are in use.
 
     Args:
         objective: The loss with its model and guide.
@@ -112,7 +112,10 @@ class Trainer:
             raise NotFiniteError(f"the loss is {loss}" + ("" if guilty is None else f"; first {guilty}"))
         gradients = {name: p.grad for name, p in self.parameters.parameters.items() if p.grad is not None}
         if gradients:
-            norm = torch.nn.utils.get_total_norm(gradients.values())
+            norms = torch.stack(
+                [torch.linalg.vector_norm(gradient).float() for gradient in gradients.values()]
+            )
+            norm = torch.linalg.vector_norm(norms).item()
             if not math.isfinite(norm):
                 bad = sorted(name for name, value in gradients.items() if not value.isfinite().all())
                 raise NotFiniteError(

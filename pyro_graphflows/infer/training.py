@@ -114,8 +114,8 @@ def fit(
     settings that decide the random numbers must be the same; ``num_epochs`` and ``patience`` may change.
 
     *Parameters* are found wherever they live: modules that the model and the guide are, or whose bound
-    methods they are, and all ``pyro.param`` statements. Those that first appear in mid-training join the
-    optimiser.
+    methods they are, and all ``pyro.param`` and ``pyro.module`` statements. Those that first appear in
+    mid-training join the optimiser (but such a run cannot be resumed). Modules train in the mode they are in.
 
     *Losses per datum.* The loss of a batch is divided by its number of data, also of the smaller last one of
     an epoch, and the epoch's loss is the mean over data. Under inference compilation without data a joint
