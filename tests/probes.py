@@ -1011,6 +1011,13 @@ def by_pointer():
     data("x", ctypes.c_double.from_address(z.data_ptr()).value)
 
 
+@probe("z: ; x0: z; x1: z x0", torch.zeros(2), observed=("x0", "x1"), refused=r"site 'x0'.*\(float\).*'x1'")
+def observed_value_as_a_number(x):
+    z = latent("z")
+    data("x0", z, value=x[0])
+    data("x1", z + float(x[0]), value=x[1])
+
+
 @probe("k: ; x0: k; x1: k", refused=r"site 'k'.*\(int\).*'x0', 'x1'", observed=("x0", "x1"))
 def number_of_sites():
     k = pyro.sample("k", dist.Poisson(2.0))

@@ -55,3 +55,15 @@ def test_prior_samples_follow_the_model():
     }
     # Var(x) = 4 * (1 + 1) + 1 = 9; its estimate has standard error 9 * sqrt(2 / 4000) = 0.2.
     assert (samples["x"].var(0) - 9).abs().max() < 5 * 0.2
+
+
+def test_rows_and_columns_of_an_argument_are_found():
+    def model(x):
+        with pyro.plate("data", 4):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            for j in range(2):
+                pyro.sample(f"x{j}", dist.Normal(z, 1.0), obs=x[:, j])
+
+    x = torch.randn(4, 2)
+    paths = trace_model(model, (x,)).argument_paths
+    assert torch.equal(get_argument(model, paths["x1"], (x,)), x[:, 1])

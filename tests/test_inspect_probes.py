@@ -4,7 +4,7 @@ import pytest
 from probes import PROBES
 
 from pyro_graphflows.errors import UnsupportedModelError
-from pyro_graphflows.inspect import get_model_graph, trace_model
+from pyro_graphflows.inspect import get_argument, get_model_graph, same_tensor, trace_model
 
 FOLLOWED = [probe for probe in PROBES.values() if probe.refused is None]
 REFUSED = [probe for probe in PROBES.values() if probe.refused is not None]
@@ -35,6 +35,16 @@ def test_what_cannot_be_followed_is_refused(probe):
         get_model_graph(probe.model, probe.args, probe.kwargs)
     found = _parents(get_model_graph(probe.model, probe.args, probe.kwargs, strict=False))
     assert all(found[node] >= parents for node, parents in probe.parents.items())
+
+
+@pytest.mark.parametrize("probe", FOLLOWED, ids=lambda probe: probe.name)
+def test_argument_paths_lead_to_the_values(probe):
+    traced = trace_model(probe.model, probe.args, probe.kwargs)
+    for name, path in traced.argument_paths.items():
+        value = get_argument(probe.model, path, probe.args, probe.kwargs)
+        assert value is not None
+        if name in traced.graph.observed:
+            assert same_tensor(value, traced.trace.nodes[name]["value"])
 
 
 def test_there_are_enough_probes():

@@ -1,7 +1,8 @@
 """From a Pyro model to its Bayesian network, and joint samples of its sites."""
 
-from pyro_graphflows.inspect.arguments import ArgumentPath, get_argument
-from pyro_graphflows.inspect.model import Leak, TracedModel, get_model_graph, trace_model
+from pyro_graphflows.inspect.arguments import ArgumentPath, get_argument, same_tensor
+from pyro_graphflows.inspect.assembly import Leak, TracedModel
+from pyro_graphflows.inspect.model import get_model_graph, trace_model
 from pyro_graphflows.inspect.prior import sample_prior
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "TracedModel",
     "get_argument",
     "get_model_graph",
+    "same_tensor",
     "sample_prior",
     "trace_model",
 ]

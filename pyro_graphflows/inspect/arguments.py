@@ -8,17 +8,20 @@ position and by keyword have the same path.
 import inspect
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 
 from pyro_graphflows.errors import UnsupportedModelError
-from pyro_graphflows.inspect.taint import Region
+from pyro_graphflows.inspect.taint import Region, storage_of
 
-__all__ = ["ArgumentPath", "argument_leaves", "argument_name", "get_argument"]
+__all__ = ["ArgumentPath", "argument_leaves", "argument_name", "get_argument", "same_tensor"]
 
 ArgumentPath = tuple[Hashable, ...]
-"""Name of a parameter of the model, then the keys into nested tuples, lists and dictionaries."""
+"""Name of a parameter of the model, then keys: into nested tuples, lists and dictionaries, and last, for an
+observed site that is a row or a column of a tensor, into the tensor (``t`` or ``(..., j)``)."""
 
 
 def signature_of(model: Callable) -> inspect.Signature:
@@ -142,13 +145,58 @@ def arrays_among(model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> lis
     ]
 
 
-def _positions(region: Region) -> torch.Tensor:
+@lru_cache(maxsize=4096)
+def _positions(region: Region) -> np.ndarray:
     """Return the offsets of the elements of a region within its storage, sorted."""
-    positions = torch.tensor([region.offset])
+    positions = np.array([region.offset])
     for size, stride in zip(region.size, region.stride, strict=True):
         if stride:
-            positions = (positions[:, None] + stride * torch.arange(size)).reshape(-1)
-    return torch.unique(positions)
+            positions = (positions[:, None] + stride * np.arange(size)).reshape(-1)
+    return np.unique(positions)
+
+
+def part_of(leaf: torch.Tensor, region: Region) -> Hashable | None:
+    """Return the key that takes a region out of a tensor: a row ``t``, or a column ``(..., j)``.
+
+    Args:
+        leaf: A tensor.
+        region: A region of its storage.
+
+    Returns:
+        ``key`` such that ``leaf[key]`` is the region; None if it is no row or column.
+
+    Example:
+        >>> x = torch.zeros(5, 3)
+        >>> part_of(x, Region.of(x[:, 2])), part_of(x, Region.of(x[4])), part_of(x, Region.of(x[:, :2]))
+        ((Ellipsis, 2), 4, None)
+    """
+    whole = Region.of(leaf)
+    if whole.storage != region.storage or not whole.size:
+        return None
+    for dim, rest in ((0, slice(1, None)), (-1, slice(None, -1))):
+        if (whole.size[rest], whole.stride[rest]) != (region.size, region.stride) or not whole.stride[dim]:
+            continue
+        index, remainder = divmod(region.offset - whole.offset, whole.stride[dim])
+        if remainder == 0 and 0 <= index < whole.size[dim]:
+            return index if dim == 0 else (Ellipsis, index)
+    return None
+
+
+def same_tensor(one: Any, other: Any) -> bool:
+    """Whether two tensors are one object, or views of the same memory with the same geometry.
+
+    Example:
+        >>> x = torch.zeros(5, 3)
+        >>> same_tensor(x[:, 2], x[..., 2]), same_tensor(x[:, 2], x[:, 1]), same_tensor(None, x)
+        (True, False, False)
+    """
+    if one is other:
+        return True
+    if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)):
+        return False
+    if storage_of(one) is None or storage_of(other) is None or one.dtype != other.dtype:
+        return False
+    return Region.of(one) == Region.of(other)
 
 
 def covering(region: Region, candidates: Iterable[tuple[Hashable, Region]]) -> list[Any]:
@@ -172,10 +220,10 @@ def covering(region: Region, candidates: Iterable[tuple[Hashable, Region]]) -> l
     if equal or not candidates:
         return equal
     wanted = _positions(region)
-    missing = torch.ones(len(wanted), dtype=torch.bool)
+    missing = np.ones(len(wanted), dtype=bool)
     found = []
     for name, other in candidates:
-        inside = torch.isin(wanted, _positions(other))
+        inside = np.isin(wanted, _positions(other), assume_unique=True)
         if inside.any():
             found.append(name)
             missing &= ~inside

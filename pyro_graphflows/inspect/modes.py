@@ -1,0 +1,257 @@
+"""Two interceptors that let taints flow; each sees what the other misses.
+
+- The function mode sees each call of the Python interface. Results are tainted by all arguments, per tensor
+  object: this follows values through calls that copy behind the dispatcher (``torch.tensor(z)``), through
+  indices (``table[k]``), sparse tensors and the wrappers of ``torch.func``.
+- The dispatch mode, below it, sees each operator. It taints storages, so that a write in place is seen
+  through every view, however it came about (``out=``, scripted functions, ``vmap``, custom autograd).
+
+Compiled functions (``torch.compile``) run uncompiled while a dispatch mode is on.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyro_graphflows.inspect.taint import TaintTracker, storage_of
+
+__all__ = ["watching"]
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Results that carry shapes, never values.
+_SHAPE_ONLY = _names(
+    """zeros_like ones_like empty_like rand_like randn_like randint_like new_zeros new_ones new_empty
+    new_empty_strided empty_permuted"""
+)
+# Calls that read values from their first argument only, or from all but the first.
+_FIRST_ONLY = _names("expand_as view_as reshape_as type_as sum_to_size")
+_NOT_FIRST = _names("full_like new_full new_tensor")
+# Calls with one result for each argument: the dispatch mode keeps these apart, a union would not.
+_SIDE_BY_SIDE = _names("broadcast_tensors meshgrid atleast_1d atleast_2d atleast_3d align_tensors")
+# Calls whose result is no tensor and tells nothing about values (attributes appear under their own names).
+_METADATA = _names(
+    """dim ndim ndimension numel nelement size shape stride storage_offset element_size itemsize nbytes dtype
+    device layout requires_grad is_leaf grad_fn names has_names output_nr _version __len__ __hash__ __repr__
+    __str__ __format__ get_device register_hook retains_grad result_type can_cast promote_types dense_dim
+    sparse_dim __dlpack_device__ is_same_size is_cuda is_sparse is_sparse_csr is_quantized is_meta is_mps
+    is_cpu is_xpu is_mkldnn is_nested is_contiguous is_floating_point is_complex is_inference is_conj is_neg
+    is_pinned is_shared is_set_to is_distributed is_signed is_coalesced is_tensor is_storage _is_view
+    _backward_hooks _has_symbolic_sizes_strides dim_order _has_compatible_shallow_copy_type"""
+)
+# Operators whose result's size depends on values, and the ways to read a size.
+_SIZE_FROM_VALUES = _names(
+    "nonzero masked_select _unique2 unique_dim unique_consecutive unique_dim_consecutive bincount repeat_interleave"
+)
+_SIZES = _names("shape size numel nelement __len__ nbytes")
+# Operators that forget what their first argument held.
+_OVERWRITES = _names("copy_ fill_ zero_")
+_NO_VALUE = (
+    type(None),
+    type(NotImplemented),
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.Size,
+    torch.Generator,
+)
+
+
+@contextmanager
+def watching(tracker: TaintTracker) -> Iterator[None]:
+    """Let taints flow through every operation inside the context.
+
+    Args:
+        tracker: Where the taints are kept.
+
+    Example:
+        >>> tracker = TaintTracker()
+        >>> z, buffer = torch.zeros(()), torch.zeros(3)
+        >>> tracker.set(z, tracker.bit("z"))
+        >>> with watching(tracker):
+        ...     buffer[1] = z.exp()
+        >>> tracker.sources(tracker.of(buffer))
+        ['z']
+    """
+    with _FunctionMode(tracker), _DispatchMode(tracker):
+        yield
+
+
+def _tensors(values: Any, found: list[torch.Tensor]) -> list[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list, set, frozenset)):
+            _tensors(value, found)
+        elif isinstance(value, dict):
+            _tensors(value.values(), found)
+        elif isinstance(value, slice):
+            _tensors((value.start, value.stop, value.step), found)
+    return found
+
+
+def _tells_value(result: Any) -> bool:
+    """Whether something that is no tensor, or a container, may carry values."""
+    if isinstance(result, (tuple, list)) and not isinstance(result, torch.Size):
+        return any(_tells_value(item) for item in result)
+    return not isinstance(result, (torch.Tensor, *_NO_VALUE)) and not callable(result)
+
+
+class _FunctionMode(TorchFunctionMode):
+    def __init__(self, tracker: TaintTracker) -> None:
+        super().__init__()
+        self.tracker = tracker
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tracker = self.tracker
+        if tracker.paused or isinstance(func, torch._ops.OpOverload):
+            return func(*args, **kwargs)
+        tracker.depth += 1
+        before = tracker.hidden, tracker.size_inside
+        tracker.hidden = tracker.size_inside = 0
+        try:
+            result = func(*args, **kwargs)
+            if result is not None:
+                self._watch(func, args, kwargs, result)
+        finally:
+            tracker.depth -= 1
+            tracker.hidden, tracker.size_inside = before
+        return result
+
+    def _watch(self, func: Callable, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
+        tracker, name = self.tracker, getattr(func, "__name__", "")
+        if name == "__get__":
+            name = getattr(getattr(func, "__self__", None), "__name__", name)
+        if tracker.sized or tracker.size_inside:
+            self._watch_sizes(name, args, result)
+        if name in _METADATA or name in _SHAPE_ONLY:
+            return
+        values = args if not kwargs else (*args, *kwargs.values())
+        if name in _FIRST_ONLY:
+            values = args[:1]
+        elif name in _NOT_FIRST:
+            values = (*args[1:], *kwargs.values())
+        known = [tracker.of_tensor(argument) for argument in _tensors(values, [])]
+        union = tracker.hidden
+        for whole, _, _ in known:
+            union |= whole
+        if not union:
+            return
+        if isinstance(result, torch.Tensor):
+            tracker.flow(known, union, [result])
+        elif isinstance(result, (tuple, list, dict)) and name not in _SIDE_BY_SIDE:
+            tracker.flow(known, union, _tensors((result,), []))
+        if _tells_value(result):
+            tracker.escape(union, name.strip("_") if name.startswith("__") else name)
+
+    def _watch_sizes(self, name: str, args: tuple, result: Any) -> None:
+        """Follow tensors whose size depends on values (``z[z > 0]``), until the size is read."""
+        tracker = self.tracker
+        taint = tracker.size_inside
+        for argument in _tensors(args, []):
+            entry = tracker.sized.get(id(argument))
+            taint |= 0 if entry is None else entry[1]
+        if not taint:
+            return
+        if name in _SIZES:
+            tracker.escape(taint, name.strip("_") if name.startswith("__") else name)
+        for tensor in _tensors((result,), []):
+            if tensor.dim() > 0:
+                tracker.sized[id(tensor)] = (tensor, taint)
+
+
+class _Writes(NamedTuple):
+    positions: tuple[int, ...]
+    names: tuple[str, ...]
+
+
+def _writes(func: Any) -> _Writes:
+    """Return which arguments of an operator are written to, from its schema."""
+    positions, names = [], []
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            names.append(argument.name)
+            if not argument.kwarg_only:
+                positions.append(i)
+    return _Writes(tuple(positions), tuple(names))
+
+
+class _DispatchMode(TorchDispatchMode):
+    _schemas: dict[Any, _Writes] = {}  # noqa: RUF012 - one cache for all instances
+
+    def __init__(self, tracker: TaintTracker) -> None:
+        super().__init__()
+        self.tracker = tracker
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tracker = self.tracker
+        if tracker.paused:
+            return func(*args, **kwargs)
+        # Outside of a call of the Python interface (in a scripted function) the function mode is on.
+        tracker.paused = True
+        try:
+            result = func(*args, **kwargs)
+            self._watch(func, args, kwargs, result)
+        finally:
+            tracker.paused = False
+        return result
+
+    def _watch(self, func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
+        tracker, name = self.tracker, func.overloadpacket.__name__
+        if name in _SHAPE_ONLY:
+            return
+        arguments = _tensors(args if not kwargs else (*args, *kwargs.values()), [])
+        known = [tracker.of_tensor(argument) for argument in arguments]
+        taint = tracker.hidden
+        for whole, _, _ in known:
+            taint |= whole
+        if not taint:
+            return
+        writes = self._schemas.get(func)
+        if writes is None:
+            writes = self._schemas[func] = _writes(func)
+        if writes.names:
+            if name in _OVERWRITES and _covers_its_storage(args[0]):
+                tracker.set(args[0], tracker.hidden | tracker.of(args[1:]))
+                return
+            written = [args[i] for i in writes.positions if i < len(args)]
+            written += [kwargs[keyword] for keyword in writes.names if keyword in kwargs]
+            for tensor in _tensors(written, []):
+                tracker.add(tensor, taint)
+        if isinstance(result, torch.Tensor):
+            tracker.flow(known, taint, [result])
+        elif isinstance(result, (tuple, list)):
+            tracker.flow(known, taint, _tensors(result, []))
+        elif name == "_local_scalar_dense":
+            if tracker.depth:
+                tracker.hidden |= taint
+            else:
+                tracker.escape(taint, "item")
+        if name in _SIZE_FROM_VALUES or (name == "index" and any(map(_is_mask, args[1]))):
+            tracker.size_inside |= taint
+
+
+def _is_mask(index: torch.Tensor | None) -> bool:
+    return index is not None and index.dtype in (torch.bool, torch.uint8)
+
+
+def _covers_its_storage(tensor: torch.Tensor) -> bool:
+    storage = storage_of(tensor)
+    return (
+        storage is not None
+        and tensor.is_contiguous()
+        and tensor.numel() * tensor.element_size() == storage.nbytes()
+    )
