@@ -383,3 +383,16 @@ def test_vectors_in_linear_gaussian_models_start_right():
     )
     z = posterior.sample((2000,))
     assert (posterior.log_prob(z) - guide.log_prob({"z": z}, x)).mean().abs().item() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("default", "dtype"), [(torch.float32, torch.float64), (torch.float64, torch.float32)]
+)
+@pytest.mark.parametrize("init", ["regression", "random"])
+def test_data_of_another_precision_than_the_default(default, dtype, init):
+    torch.set_default_dtype(default)
+    network = binary_tree(3, seed=0)
+    x = torch.zeros(5, 4, dtype=dtype)
+    guide = auto_faithful_guide(network.pyro_model(), x, init=init, num_start_samples=500)
+    assert {parameter.dtype for parameter in guide.parameters()} == {dtype}
+    assert {value.dtype for value in guide(x).values()} == {dtype}

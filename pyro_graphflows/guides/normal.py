@@ -92,8 +92,10 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
             factors = {site: self._factor(self._sites[site].size) for site in block.sites}
             known = replace(block, context=tuple(node for node in block.context if node.name in sizes))
             plates = [self._plate_states[name] for name in block.plates]
-            network = MADEBlock(known, sizes, factors, self._network_options, plates)
-            feature = FeatureMap.join(maps)
+            network = MADEBlock(known, sizes, factors, self._network_options, plates).to(
+                like.device, like.dtype
+            )
+            feature = FeatureMap.join(maps).to(like.device, like.dtype)
             if rows is not None:
                 latents = {site: rows[site] for site in block.sites}
                 if self._standardize:
@@ -101,8 +103,8 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
                 if self._init == "regression":
                     context = feature(concatenate([rows[name] for name in self._context[index]]))
                     self._start_by_regression(network, context, latents)
-            features.append(feature.to(like.device, like.dtype))
-            networks.append(network.to(like.device, like.dtype))
+            features.append(feature)
+            networks.append(network)
         self.features = nn.ModuleList(features)
         self.networks = nn.ModuleList(networks)
 
