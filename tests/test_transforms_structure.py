@@ -141,3 +141,12 @@ def test_hops_of_a_long_chain_are_counted_quickly():
 def test_what_is_refused(make, error, match):
     with pytest.raises(error, match=match):
         make()
+
+
+def test_stages_replace_the_levels():
+    structure = FlowStructure([(), (), (0,)], stages=[(1,), (0,), (2,)])
+    assert structure.levels == ((1,), (0,), (2,))
+    assert structure.topological_order == (0, 1, 2)
+    for stages in ([(0, 1)], [(2,), (0,), (1,)], [(0, 1, 2)], [(0,), (0, 1), (2,)]):
+        with pytest.raises(GraphflowsError, match="each variable once, after all of its parents"):
+            FlowStructure([(), (), (0,)], stages=stages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,6 +55,12 @@ class FaithfulEvaluation:
     def level(self) -> int:
         """The number of the level whose values are wanted next."""
         return len(self._accepted)
+
+    def fork(self) -> FaithfulEvaluation:
+        """Return an evaluation at the same place that goes its own way from here."""
+        other = copy.copy(self)
+        other._accepted = list(self._accepted)
+        return other
 
     def step(self, eps: Tensor) -> tuple[Tensor, Tensor]:
         r"""Map the noise of the next level to values.

@@ -34,7 +34,7 @@ __all__ = ["FaithfulResidualNN"]
 
 # At most so many numbers are computed at a time, so that they stay near the processor; while training, pieces are
 # computed again in the backward pass, which is faster than to fetch them from memory.
-PIECE = 2**20
+PIECE = 2**21
 
 
 class FaithfulResidualNN(FlowNN):
@@ -139,7 +139,9 @@ class FaithfulResidualNN(FlowNN):
             parameter.copy_((value * spread).flatten(1))
 
     @torch.no_grad()
-    def init_linear_(self, weights: Tensor, shift: Tensor, scale: Tensor) -> None:
+    def init_linear_(
+        self, weights: Tensor, shift: Tensor, scale: Tensor, *, variables: Sequence[int] | None = None
+    ) -> None:
         r"""Make the flow linear-Gaussian: :math:`z_v = \sum_j W_{vj} (x, z)_j + b_v + s_v \varepsilon_v`.
 
         Hidden units keep their weights but get zero output. Entries of ``weights`` off the structure are ignored.
@@ -148,6 +150,7 @@ class FaithfulResidualNN(FlowNN):
             weights: W, of shape (D, C + D); columns are the context and then the variables.
             shift: b, of shape (D,).
             scale: s, of shape (D,), positive.
+            variables: The positions of the variables to set; the others are left as they are. All by default.
 
         Raises:
             GraphflowsError: If a shape is wrong or a scale is not positive.
@@ -176,14 +179,22 @@ class FaithfulResidualNN(FlowNN):
         stack, first = self.stack, self.stack.hidden_units[0]
         by_edge = self.edges.weight.view(len(self.edges.weight), stack.num_blocks, stack.num_inputs)
         by_variable = self.edges.bias.view(dim, stack.num_blocks, stack.num_inputs)
-        for tensor in (by_edge[..., first:], by_variable[..., first:], stack.outer, stack.log_scale):
-            tensor.zero_()
+        chosen = range(dim) if variables is None else variables
+        rows = self._place[list(chosen)]  # inner numbers
+        by_variable[rows, :, first:] = 0.0
+        stack.outer[:, rows] = 0.0
+        stack.log_scale[:, rows] = 0.0
         sign, block = (-1, 0) if self.closed_form == "density" else (1, stack.num_blocks - 1)
-        if self.edges.edges:
-            children, parents = (list(column) for column in zip(*self.edges.edges, strict=True))
-            by_edge[:, block, first] = sign * weights[children, parents].to(by_edge)
-        by_variable[:, block, first] = sign * shift.to(by_variable)
-        stack.log_scale[block] = sign * log_scale.to(stack.log_scale)
+        wanted = set(rows.tolist())
+        edges = [e for e, (child, _) in enumerate(self.edges.edges) if child in wanted]
+        if edges:
+            children, parents = (
+                list(column) for column in zip(*(self.edges.edges[e] for e in edges), strict=True)
+            )
+            by_edge[edges, :, first:] = 0.0
+            by_edge[edges, block, first] = sign * weights[children, parents].to(by_edge)
+        by_variable[rows, block, first] = sign * shift[rows].to(by_variable)
+        stack.log_scale[block, rows] = sign * log_scale[rows].to(stack.log_scale)
 
     @torch.no_grad()
     def initialize_(self, z: Tensor, context: Tensor | None = None) -> None:

@@ -6,6 +6,7 @@ contraction in y. The Jacobian is triangular in the order of the graph; the log-
 one extra pass over the weights between units of the same owner (:mod:`pyro_graphflows.nn.residual`).
 """
 
+import copy
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -231,6 +232,12 @@ class GraphicalEvaluation:
     def level(self) -> int:
         """The number of the level whose values are wanted next."""
         return len(self._values)
+
+    def fork(self) -> "GraphicalEvaluation":
+        """Return an evaluation at the same place that goes its own way from here."""
+        other = copy.copy(self)
+        other._eps, other._values = list(self._eps), list(self._values)
+        return other
 
     def step(self, eps: Tensor) -> tuple[Tensor, Tensor]:
         r"""Map the noise of the next level to values.

@@ -36,10 +36,12 @@ class FlowStructure:
         context_names: A name for each context column.
         nodes: The number of scalars of each graph node among the variables, in order of position.
         context_nodes: The same for the context columns.
+        stages: Levels to use instead of the fewest possible: each variable once, after its parents.
 
     Raises:
         NotADAGError: If the parents form a cycle. The message lists one.
-        GraphflowsError: If a position is out of range or the lengths do not agree.
+        GraphflowsError: If a position is out of range, the lengths do not agree, or ``stages`` does not have each
+            variable once and after its parents.
 
     Example:
         >>> structure = FlowStructure(parents=[(), (0,), (0, 1)], context_parents=[(0,), (), ()], context_dim=1)
@@ -54,6 +56,7 @@ class FlowStructure:
     context_names: tuple[str, ...] = ()
     nodes: Mapping[Node, int] = field(default_factory=dict, compare=False, repr=False)
     context_nodes: Mapping[Node, int] = field(default_factory=dict, compare=False, repr=False)
+    stages: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         parents = tuple(tuple(sorted(set(p))) for p in self.parents)
@@ -90,7 +93,13 @@ class FlowStructure:
             ("context_nodes", dict(self.context_nodes) or dict.fromkeys(context_names, 1)),
         ):
             object.__setattr__(self, key, value)
-        _ = self.levels  # raises for a cycle
+        _ = self.topological_order  # raises for a cycle
+        if self.stages:
+            object.__setattr__(self, "stages", tuple(map(tuple, self.stages)))
+            place = {v: i for i, stage in enumerate(self.stages) for v in stage}
+            once = sorted(v for stage in self.stages for v in stage) == list(range(len(parents)))
+            if not once or any(place[p] >= place[v] for v, own in enumerate(parents) for p in own):
+                raise GraphflowsError("Expected stages with each variable once, after all of its parents.")
 
     @property
     def event_dim(self) -> int:
@@ -117,7 +126,9 @@ class FlowStructure:
 
     @cached_property
     def levels(self) -> tuple[tuple[int, ...], ...]:
-        """The positions by the length of the longest chain of parents above them, each level in order."""
+        """The positions by the length of the longest chain of parents above them, or as ``stages`` says."""
+        if self.stages:
+            return self.stages
         depth = [0] * self.event_dim
         for v in self.topological_order:
             depth[v] = 1 + max((depth[p] for p in self.parents[v]), default=-1)
