@@ -1,6 +1,6 @@
 """Faithful inverses and graphical flows for Pyro."""
 
-from pyro_graphflows import errors, graphs, guides, infer, inspect, nn
+from pyro_graphflows import errors, graphs, guides, infer, inspect, models, nn, transforms
 from pyro_graphflows.errors import (
     ConvergenceError,
     GraphflowsError,
@@ -31,19 +31,53 @@ from pyro_graphflows.graphs import (
     to_pgmpy,
     violated_independencies,
 )
-from pyro_graphflows.guides import AutoFaithfulGuide, AutoFaithfulNormal, auto_faithful_guide
-from pyro_graphflows.infer import Evidence, InferenceCompilation, log_evidence
-from pyro_graphflows.inspect import get_model_graph
+from pyro_graphflows.guides import (
+    AutoFaithfulGuide,
+    AutoFaithfulNormal,
+    auto_faithful_guide,
+)
+from pyro_graphflows.infer import (
+    IWAE_ELBO,
+    Evidence,
+    History,
+    InferenceCompilation,
+    fit,
+    log_evidence,
+    sbc_ranks,
+)
+from pyro_graphflows.inspect import (
+    get_model_graph,
+)
+from pyro_graphflows.transforms import (
+    ActNorm,
+    ConditionalFaithfulResidual,
+    ConditionalGraphicalResidual,
+    FaithfulResidual,
+    GraphicalFlowPrior,
+    GraphicalResidual,
+    conditional_faithful_residual,
+    conditional_graphical_residual,
+    faithful_residual,
+    graphical_residual,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "IWAE_ELBO",
+    "ActNorm",
     "AutoFaithfulGuide",
     "AutoFaithfulNormal",
+    "ConditionalFaithfulResidual",
+    "ConditionalGraphicalResidual",
     "ConvergenceError",
     "Evidence",
+    "FaithfulResidual",
     "GraphflowsError",
     "GraphflowsWarning",
+    "GraphicalFlowPrior",
+    "GraphicalResidual",
+    "History",
     "InferenceCompilation",
     "InverseGraph",
     "LinearGaussianNetwork",
@@ -55,13 +89,18 @@ __all__ = [
     "arithmetic_circuit",
     "auto_faithful_guide",
     "binary_tree",
+    "conditional_faithful_residual",
+    "conditional_graphical_residual",
     "errors",
     "faithful_inverse",
+    "faithful_residual",
+    "fit",
     "four_cycle",
     "from_bif",
     "from_pgmpy",
     "fully_connected_inverse",
     "get_model_graph",
+    "graphical_residual",
     "graphs",
     "guides",
     "hidden_markov_chain",
@@ -73,9 +112,12 @@ __all__ = [
     "load_network",
     "log_evidence",
     "mean_field_inverse",
+    "models",
     "nn",
+    "sbc_ranks",
     "stochastic_inverse",
     "student_network",
     "to_pgmpy",
+    "transforms",
     "violated_independencies",
 ]

@@ -1,7 +1,13 @@
 """Bayesian networks as graphs: structure, inversion, separation and exact linear-Gaussian answers."""
 
-from pyro_graphflows.graphs.convert import from_bif, from_pgmpy, to_pgmpy
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
+from pyro_graphflows.graphs.convert import (
+    from_bif,
+    from_pgmpy,
+    to_pgmpy,
+)
+from pyro_graphflows.graphs.inverse_graph import (
+    InverseGraph,
+)
 from pyro_graphflows.graphs.inversion import (
     faithful_inverse,
     fully_connected_inverse,
@@ -10,23 +16,45 @@ from pyro_graphflows.graphs.inversion import (
 )
 from pyro_graphflows.graphs.library import (
     arithmetic_circuit,
+    asia,
     binary_tree,
+    burglar_alarm,
+    eight_schools,
+    factor_analysis,
+    factorial_hidden_markov_chain,
     four_cycle,
     hidden_markov_chain,
+    linear_regression,
     list_networks,
     load_network,
+    protein_network,
     student_network,
 )
-from pyro_graphflows.graphs.linear_gaussian import LinearGaussianNetwork
-from pyro_graphflows.graphs.model_graph import ModelGraph
-from pyro_graphflows.graphs.separation import is_imap, is_minimal_imap, violated_independencies
+from pyro_graphflows.graphs.linear_gaussian import (
+    LinearGaussianNetwork,
+)
+from pyro_graphflows.graphs.model_graph import (
+    ModelGraph,
+)
+from pyro_graphflows.graphs.separation import (
+    Independence,
+    is_imap,
+    is_minimal_imap,
+    violated_independencies,
+)
 
 __all__ = [
+    "Independence",
     "InverseGraph",
     "LinearGaussianNetwork",
     "ModelGraph",
     "arithmetic_circuit",
+    "asia",
     "binary_tree",
+    "burglar_alarm",
+    "eight_schools",
+    "factor_analysis",
+    "factorial_hidden_markov_chain",
     "faithful_inverse",
     "four_cycle",
     "from_bif",
@@ -35,9 +63,11 @@ __all__ = [
     "hidden_markov_chain",
     "is_imap",
     "is_minimal_imap",
+    "linear_regression",
     "list_networks",
     "load_network",
     "mean_field_inverse",
+    "protein_network",
     "stochastic_inverse",
     "student_network",
     "to_pgmpy",
