@@ -50,6 +50,10 @@ def span(numbers):
     return "–".join(str(number) for number in sorted({min(numbers), max(numbers)}))
 
 
+def seeds(runs):
+    return f"{len(runs)} seed" + "s" * (len(runs) > 1)
+
+
 def table(header, rows):
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
@@ -236,7 +240,7 @@ def trained_table(trained, hidden_dims, init="random"):
                 f"{gap:.3f}" if gap > 1e-6 else "0",
                 *([f"{mean_sd([run['curve'][0]['kl'] for run in runs], 4)}"] if init == "regression" else []),
                 mean_sd(kl, 4),
-                f"{max(run['standard_error'] for run in runs):.4f}",
+                f"{max(run['standard_error'] for run in runs):.1g}",
                 mean_sd(kl - gap, 4),
                 dead,
                 len(runs),
@@ -274,7 +278,7 @@ def size_table(sized, number=10_000):
                         points[0]["parameters"],
                         f"{expected:.4f}",
                         mean_sd([row["kl"] for row in points], 4),
-                        f"{max(row['standard_error'] for row in points):.4f}",
+                        f"{max(row['standard_error'] for row in points):.1g}",
                         len(points),
                     )
                 )
@@ -308,7 +312,7 @@ def verdicts(trained, sized):
         worst = max(run["kl"] for run in minimal)
         check(
             "Depth 5, minimal, random start: below 0.05 nats at the end "
-            f"(largest of {len(minimal)} seeds: {worst:.4f})",
+            f"(largest of {seeds(minimal)}: {worst:.4f})",
             worst < 0.05,
         )
     heuristic = trained.get((5, "heuristic", "random", NARROW))
@@ -317,7 +321,7 @@ def verdicts(trained, sized):
         worst = max((run["kl"] for run in heuristic), key=lambda kl: abs(kl - gap))
         check(
             f"Depth 5, heuristic: within 10 % or 0.05 nats of its exact gap {gap:.4f} "
-            f"(farthest of {len(heuristic)} seeds: {worst:.4f})",
+            f"(farthest of {seeds(heuristic)}: {worst:.4f})",
             abs(worst - gap) < max(0.05, 0.1 * gap),
         )
     for depth, limit in ((5, 0.02), (8, 0.1)):
@@ -326,7 +330,7 @@ def verdicts(trained, sized):
             worst = max(row["kl"] for row in points)
             check(
                 f"Depth {depth}, minimal, regression start on 10,000 joint samples: below {limit} nats before "
-                f"the first step (largest of {len(points)} seeds: {worst:.4f})",
+                f"the first step (largest of {seeds(points)}: {worst:.4f})",
                 worst < limit,
             )
     points = _by_size(sized.get(8, []), "full").get(10_000)
