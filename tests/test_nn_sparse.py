@@ -109,6 +109,7 @@ def test_engines_agree_on_a_large_layer():
 
 def test_automatic_choice():
     assert MaskedLinear(torch.rand(100, 100) < 0.05).engine == "dense"
+    assert MaskedLinear(torch.rand(400, 100) < 0.5).engine == "dense"
     assert MaskedLinear(torch.rand(2000, 1000) < 0.005).engine == "sparse"
     assert MaskedLinear(torch.rand(2000, 100) < 0.5).engine == "dense"
     with pytest.raises(GraphflowsError, match='engine "auto", "dense" or "sparse"; got \'csr\''):

@@ -12,9 +12,10 @@ from pyro_graphflows.nn.sparse import SparsePattern
 
 __all__ = ["MaskedLinear"]
 
-# The automatic choice: small or well-filled matrices are fastest when dense (benchmarks/layers.py).
-DENSE_ENTRIES = 65_536
-DENSE_DENSITY = 0.1
+# The automatic choice: an entry of a sparse matrix costs as much as some entries of a dense one, and a product has
+# an overhead of so many dense entries (benchmarks/layers.py).
+SPARSE_COST = 6
+SPARSE_OVERHEAD = 16_000
 
 
 class MaskedLinear(nn.Module):
@@ -67,8 +68,7 @@ class MaskedLinear(nn.Module):
         self.nnz = mask.nnz
         entries = self.out_features * self.in_features
         if engine == "auto":
-            small = entries <= DENSE_ENTRIES or self.nnz >= DENSE_DENSITY * entries
-            engine = "dense" if small else "sparse"
+            engine = "sparse" if SPARSE_COST * self.nnz + SPARSE_OVERHEAD < entries else "dense"
         self.engine = engine
         if engine == "dense":
             self.register_buffer("mask", mask.to_dense(), persistent=False)

@@ -69,6 +69,7 @@ class SpectralBound(nn.Module):
     right: Tensor
     basis: Tensor
     probe: Tensor
+    direction: Tensor
     fingerprint: Tensor
     updates: Tensor
 
@@ -90,23 +91,30 @@ class SpectralBound(nn.Module):
         # The product of the weights with fixed random numbers tells whether they have changed.
         probe = torch.randn(weight.shape, generator=_generator(0)).to(weight.dtype)
         self.register_buffer("probe", probe, persistent=False)
+        self.register_buffer("direction", torch.zeros_like(probe), persistent=False)
         self.register_buffer("fingerprint", weight.new_full((), torch.nan), persistent=saved)
         self.register_buffer("updates", torch.zeros((), dtype=torch.long), persistent=saved)
+        self._loaded = False
         self._refresh(layer)
 
     def entries(self, layer: MaskedLinear) -> Tensor:
         """Return the weights of the layer in its engine's layout, scaled so that the bound holds."""
         self._refresh(layer)
-        entries = layer.entries()
-        norm = self.left.clone() @ _apply(layer, entries, self.right.clone()[:, None])[:, 0]
-        return entries * (self.bound / (norm * (1 + MARGIN)).clamp(min=self.bound))
+        # u^T W v is the product of the weights with u v^T on the mask.
+        norm = torch.dot(layer.weight.flatten(), self.direction.clone().flatten())
+        return layer.entries() * (self.bound / (norm * (1 + MARGIN)).clamp(min=self.bound))
 
     @torch.no_grad()
     def _refresh(self, layer: MaskedLinear) -> None:
         """Bring the singular vectors up to date, if the weights have changed."""
         weight = layer.weight.detach()
         fingerprint = torch.dot(weight.flatten(), self.probe.flatten())
-        if bool(fingerprint == self.fingerprint) or not weight.numel() or not bool(fingerprint.isfinite()):
+        if bool(fingerprint == self.fingerprint):
+            if self._loaded:
+                self._set_direction(layer)
+                self._loaded = False
+            return
+        if not weight.numel() or not bool(fingerprint.isfinite()):
             return
         if self.exact:
             small, basis = _largest(_gram_matrix(layer)), self.basis
@@ -119,8 +127,16 @@ class SpectralBound(nn.Module):
         self.left.copy_(left)
         self.right.copy_(right)
         self.basis.copy_(basis)
+        self._set_direction(layer)
         self.fingerprint.copy_(fingerprint)
         self.updates.add_(1)
+
+    def _set_direction(self, layer: MaskedLinear) -> None:
+        if layer.engine == "sparse":
+            pattern = layer.pattern
+            torch.mul(self.left[pattern.row], self.right[pattern.column], out=self.direction)
+        else:
+            torch.mul(torch.outer(self.left, self.right), layer.mask, out=self.direction)
 
     def _track(self, layer: MaskedLinear) -> tuple[Tensor, Tensor]:
         """Return the top eigenvector of the smaller Gram matrix and the vectors to keep."""
@@ -146,6 +162,7 @@ class SpectralBound(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._loaded = True
         if prefix + "updates" not in state_dict:
             # Weights of unknown origin: start cold.
             self.updates.zero_()

@@ -9,7 +9,7 @@ yields the whole diagonal, exactly, at any depth, for the price of one more pass
 """
 
 import copy
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -149,7 +149,8 @@ class MaskedResidualNet(nn.Module):
         It is :math:`|w_L| \cdots |w_1|` over the units that v owns, times the activations' slopes.
         """
         gains = [entries.abs() for entries in self.entries()]
-        gain = self.tangents(gains, lambda _, tangent: tangent)
+        ones = [gains[0].new_ones(layer.out_features) for layer in self._masked_layers()[:-1]]
+        gain = self.tangents(gains, ones)
         return gain * self.activation.lipschitz ** (len(self.layers) - 1)
 
     def zero_output_(self) -> None:
@@ -205,56 +206,62 @@ class ResidualEvaluation:
             value, slope = self._net.activation.forward_and_derivative(pre)
             slopes.append(slope)
             pre = layer.multiply(entries, value, layer.bias)
-        return pre, self._net.tangents(self._entries, lambda i, tangent: tangent * slopes[i])
+        return pre, self._net.tangents(self._entries, slopes)
 
 
 class _Tangents(nn.Module):
     """The forward-mode pass with tangent 1 in each variable, over the weights between units of one owner.
 
-    The first layer's weights from the owners are gathered. Of each later layer the entries between units of the
-    same owner are kept: by a second mask for the dense engine, by a second pattern for the sparse one.
+    Of each layer but the first the entries between units of the same owner are kept: by a second mask for the dense
+    engine, by a second pattern for the sparse one. The first layer's weight from its owner to each unit does not
+    depend on z, so it is multiplied into the second layer's weights, which are fewer than the batch's values.
     """
 
-    owner_units: Tensor
-    owner_entries: Tensor
+    places: Tensor
 
     def __init__(self, masks: LabelledMasks, layers: Sequence[MaskedLinear]) -> None:
         super().__init__()
         owners = [*masks.owners, torch.arange(len(masks.allowed))]
-        self._sparse = [layer.engine == "sparse" for layer in layers]
+        # For each unit the place of the weight from its owner among the first layer's entries; any for no owner.
         first = layers[0].sparse_mask()
-        owned = owners[0][first.indices[0]] == first.indices[1]
-        self.register_buffer("owner_units", first.indices[0][owned], persistent=False)
-        self.num_units = first.shape[0]
-        if self._sparse[0]:
-            places = owned.nonzero()[:, 0]
-        else:
-            places = first.indices[0][owned] * first.shape[1] + first.indices[1][owned]
-        self.register_buffer("owner_entries", places, persistent=False)
+        owned = (owners[0][first.indices[0]] == first.indices[1]).nonzero()[:, 0]
+        places = torch.zeros(first.shape[0], dtype=torch.long)
+        places[first.indices[0][owned]] = (
+            owned
+            if layers[0].engine == "sparse"
+            else first.indices[0][owned] * first.shape[1] + first.indices[1][owned]
+        )
         self.patterns = nn.ModuleList()
         for i, layer in enumerate(layers[1:]):
             mask = layer.sparse_mask()
             row, column = mask.indices
             same = (owners[i + 1][row] == owners[i][column]) & (owners[i][column] >= 0)
             kept = SparseMask(mask.indices[:, same].contiguous(), mask.shape)
-            if self._sparse[i + 1]:
+            if layer.engine == "sparse":
                 self.register_buffer(f"kept_{i}", same.nonzero()[:, 0], persistent=False)
                 self.patterns.append(SparsePattern(kept))
+                places = places[kept.indices[1]] if i == 0 else places
             else:
                 self.register_buffer(f"kept_{i}", kept.to_dense(), persistent=False)
                 self.patterns.append(nn.Identity())
+        self.register_buffer("places", places, persistent=False)
 
-    def forward(self, entries: Sequence[Tensor], scale: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """Return the diagonal; ``scale(i, tangent)`` applies the slopes of hidden layer i."""
-        weights = entries[0].flatten()[self.owner_entries]
-        tangent = weights.new_zeros(self.num_units).index_put((self.owner_units,), weights)
+    def forward(self, entries: Sequence[Tensor], slopes: Sequence[Tensor]) -> Tensor:
+        """Return the diagonal, from the layers' weights and the slopes of the hidden units."""
+        first: Tensor | None = entries[0].flatten().gather(0, self.places) if entries[0].numel() else None
+        tangent = slopes[0]
         for i, (pattern, weight) in enumerate(zip(self.patterns, entries[1:], strict=True)):
-            tangent = scale(i, tangent)
             kept = getattr(self, f"kept_{i}")
             if isinstance(pattern, SparsePattern):
-                tangent = pattern.linear(weight[kept], tangent)
+                values = weight.gather(0, kept)
+                values = values * first if first is not None and i == 0 else values
+                tangent = pattern.linear(values, tangent)
             else:
-                tangent = nn.functional.linear(tangent, weight * kept)
+                matrix = weight * kept
+                matrix = matrix * first if first is not None and i == 0 else matrix
+                tangent = nn.functional.linear(tangent, matrix)
+            if i + 1 < len(slopes):
+                tangent = tangent * slopes[i + 1]
         return tangent
 
 

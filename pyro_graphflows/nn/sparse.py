@@ -11,7 +11,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_graphflows.masks import SparseMask
@@ -102,7 +101,7 @@ class _Product(torch.autograd.Function):
             return _multiply(
                 pattern.transposed_starts,
                 pattern.transposed_columns,
-                values[pattern.transposition],
+                values.index_select(0, pattern.transposition),
                 (pattern.shape[1], pattern.shape[0]),
                 x,
             )
@@ -128,11 +127,15 @@ class _Sampled(torch.autograd.Function):
     def forward(ctx: Any, left: Tensor, right: Tensor, pattern: SparsePattern) -> Tensor:
         ctx.save_for_backward(left, right)
         ctx.pattern = pattern
-        if left.is_cuda or torch.backends.mkl.is_available():
+        small = pattern.nnz * left.shape[1] <= _CHUNK  # then gathering costs less than a call of the kernel
+        if not small and (left.is_cuda or torch.backends.mkl.is_available()):
             zeros = _csr(pattern.starts, pattern.columns, left.new_zeros(pattern.nnz), pattern.shape)
             return torch.sparse.sampled_addmm(zeros, left, right.T, beta=0.0).values()
-        pieces = zip(pattern.row.split(_CHUNK), pattern.column.split(_CHUNK), strict=True)
-        return torch.cat([torch.linalg.vecdot(left[row], right[column]) for row, column in pieces])
+        if small:
+            return _row_products(left, right, pattern.row, pattern.column)
+        size = max(1, _CHUNK // left.shape[1])
+        pieces = zip(pattern.row.split(size), pattern.column.split(size), strict=True)
+        return torch.cat([_row_products(left, right, row, column) for row, column in pieces])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -146,7 +149,11 @@ class _Sampled(torch.autograd.Function):
         return grad_left, grad_right, None
 
 
-_CHUNK = 65536  # entries at a time where torch has no kernel, so that memory stays bounded
+_CHUNK = 65536  # numbers gathered at a time where torch has no kernel, so that memory stays bounded
+
+
+def _row_products(left: Tensor, right: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    return torch.linalg.vecdot(left.index_select(0, row), right.index_select(0, column))
 
 
 def _multiply(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int], x: Tensor) -> Tensor:
@@ -159,9 +166,8 @@ def _multiply(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int,
         return x.new_zeros(shape[0], x.shape[1])
     if x.is_cuda:
         return _csr(starts, columns, values, shape) @ x
-    return F.embedding_bag(
-        columns, x, starts, mode="sum", per_sample_weights=values, include_last_offset=True
-    )
+    # Directly, since the checks of torch.nn.functional.embedding_bag cost more than a small product. 0: sums.
+    return torch.embedding_bag(x, columns, starts, False, 0, False, values, True)[0]
 
 
 def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
