@@ -181,6 +181,15 @@ def test_predictive_and_what_to_do_without_data(data):
         guide(data[0])
 
 
+def test_data_for_a_site_that_was_latent_at_setup(data):
+    guide = auto_faithful_guide(regression, data[0])
+    assert guide(data[0])["y"].shape == (12,)
+    with pytest.raises(UnsupportedModelError, match="'y', a latent site when the guide was set up"):
+        guide(*data)
+    guide.setup(*data)
+    assert "y" not in guide(*data)
+
+
 def test_nan_is_refused_with_its_site(data):
     guide = auto_faithful_guide(regression, *data)
     y = data[1].clone()

@@ -198,6 +198,11 @@ class CallReader:
                     f"Expected the latent site {name!r} that the model had when the guide was set up; it is not in "
                     "this call. Models whose sites come and go need one guide for each set of sites."
                 )
+            if site["is_observed"]:
+                raise UnsupportedModelError(
+                    f"Expected no data for {name!r}, a latent site when the guide was set up; this call has some. Set "
+                    "the guide up with arguments like those of later calls: guide.setup(*args)."
+                )
             mask, scale = site_mask(site), _own_scale(site)
             if mask is not None:
                 masks[name] = mask
