@@ -1,9 +1,10 @@
 """From a Pyro model to its Bayesian network, and joint samples of its sites."""
 
 from pyro_graphflows.inspect.arguments import ArgumentPath, get_argument, same_tensor
-from pyro_graphflows.inspect.assembly import Leak, TracedModel
 from pyro_graphflows.inspect.model import get_model_graph, trace_model
 from pyro_graphflows.inspect.prior import sample_prior
+from pyro_graphflows.inspect.traced import Leak, TracedModel
+from pyro_graphflows.inspect.validation import non_exchangeable_plates
 
 __all__ = [
     "ArgumentPath",
@@ -11,6 +12,7 @@ __all__ = [
     "TracedModel",
     "get_argument",
     "get_model_graph",
+    "non_exchangeable_plates",
     "same_tensor",
     "sample_prior",
     "trace_model",

@@ -1,7 +1,6 @@
 """Turn the records of one run into a graph: sources become parents, argument regions become inputs."""
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -15,16 +14,19 @@ from pyro_graphflows.graphs.model_graph import ModelGraph, Node
 from pyro_graphflows.inspect.arguments import (
     ArgumentPath,
     Layout,
+    argument_leaves,
     argument_name,
     arrays_among,
     covering,
     layout_of,
     part_of,
 )
-from pyro_graphflows.inspect.record import SiteRecord
+from pyro_graphflows.inspect.modes import watching
+from pyro_graphflows.inspect.record import Recorder, SiteRecord, quiet_run, run_model
 from pyro_graphflows.inspect.taint import Escape, Region, TaintTracker
+from pyro_graphflows.inspect.traced import Leak, TracedModel
 
-__all__ = ["Assembly", "Leak", "TracedModel"]
+__all__ = ["trace_once"]
 
 _REMEDIES = {
     "bool": "Choose between tensors with torch.where(condition, a, b) instead of a Python condition.",
@@ -38,64 +40,19 @@ _REMEDIES = {
 }
 
 
-@dataclass(frozen=True)
-class Leak:
-    """A value that left the tensors (``float(z)``, ``if z > 0``), so that it cannot be followed further.
-
-    ``sites`` and ``arguments`` tell what it depends on, ``operation`` how it left, ``filename``, ``line`` and
-    ``code`` where, and ``affects`` which sites come after it.
-    """
-
-    sites: tuple[str, ...]
-    arguments: tuple[str, ...]
-    operation: str
-    filename: str
-    line: int
-    code: str
-    affects: tuple[str, ...]
-
-    def __str__(self) -> str:
-        what = " and ".join(
-            [f"site '{name}'" for name in self.sites] + [f"argument '{name}'" for name in self.arguments]
-        )
-        return (
-            f"{self.filename}:{self.line}: `{self.code}` turns {what} into a Python value ({self.operation})"
-        )
+def trace_once(model: Callable, args: tuple, kwargs: dict[str, Any], *, strict: bool) -> TracedModel:
+    """Run a model inside the tracer and assemble what it shows."""
+    leaves = argument_leaves(model, args, kwargs)
+    tracker = TaintTracker()
+    for leaf in leaves.values():
+        tracker.watch_argument(leaf)
+    recorder = Recorder(tracker)
+    with quiet_run(model):
+        trace = run_model(model, args, kwargs, recorder, watching(tracker))
+    return _Assembly(model, args, kwargs, leaves, tracker, recorder.records, trace, strict).finish()
 
 
-@dataclass(frozen=True)
-class TracedModel:
-    """A model's graph, with what the tracing found beside it.
-
-    Attributes:
-        graph: The model graph.
-        trace: The prototype trace.
-        argument_paths: Where to find the value of each input, and of each observed site whose value is an
-            argument itself or a row or column of one, on a later call; see :func:`get_argument`.
-        event_dims: For each input, how many of its rightmost dimensions belong to one datum.
-        index_inputs: The inputs of an integer type: indices, never network inputs.
-        without_data: The observed nodes whose value is no data: factors, and observed values that are
-            computed from latent sites. They take part in the inversion but are no network inputs.
-        not_generative: Why samples of the unconditioned model are not the model, by site (factors, masks,
-            scales); empty where they are.
-        leaks: Values that left the tensors.
-        notes: What is worth telling the user.
-        elements: For graphs of elements: the site and the flat event index of each node.
-    """
-
-    graph: ModelGraph
-    trace: Trace = field(repr=False)
-    argument_paths: Mapping[str, ArgumentPath]
-    event_dims: Mapping[str, int]
-    index_inputs: frozenset[str] = frozenset()
-    without_data: frozenset[str] = frozenset()
-    not_generative: Mapping[str, str] = field(default_factory=dict)
-    leaks: tuple[Leak, ...] = ()
-    notes: tuple[str, ...] = ()
-    elements: Mapping[str, tuple[str, int]] = field(default_factory=dict)
-
-
-class Assembly:
+class _Assembly:
     """Turns the records of one run into a graph."""
 
     def __init__(

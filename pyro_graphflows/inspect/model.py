@@ -3,7 +3,7 @@
 The graph has one node for each sample site and for each tensor argument that reaches a site's distribution.
 ``z -> x`` is an edge if the value of ``z`` enters the density of ``x``: through its parameters, through a
 mask or a scale in force at ``x``, or because the observed value of ``x`` is computed from ``z``. As an
-example,
+example::
 
     def model(w, x=None):
         a = pyro.sample("a", dist.Normal(0.0, 1.0))
@@ -14,17 +14,17 @@ has the edges ``a -> x`` and ``w -> x``: ``w`` is an input. That ``x`` is also a
 edge.
 """
 
-import warnings
 from collections.abc import Callable
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs.model_graph import ModelGraph
-from pyro_graphflows.inspect.arguments import argument_leaves
-from pyro_graphflows.inspect.assembly import Assembly, TracedModel
-from pyro_graphflows.inspect.modes import watching
-from pyro_graphflows.inspect.record import Recorder, quiet_run, run_model
-from pyro_graphflows.inspect.taint import TaintTracker
+from pyro_graphflows.inspect.assembly import trace_once
+from pyro_graphflows.inspect.elements import split_elements
+from pyro_graphflows.inspect.traced import TracedModel
+from pyro_graphflows.inspect.validation import Validation
 
 __all__ = ["get_model_graph", "trace_model"]
 
@@ -50,7 +50,8 @@ def get_model_graph(
         strict: What to do where a random value turns into a Python value, so that it cannot be followed:
             raise (True), or make all earlier sites parents of the sites after it (False).
         resolution: ``"site"``, or ``"element"`` to split vector sites into their elements.
-        validate: Whether to compare with gradients, which takes a few more runs.
+        validate: Whether to compare with gradients, and with the log-densities at other values, which takes
+            about two more runs for each site and plate.
 
     Returns:
         Sites as latent, observed or marginalised nodes (those enumerated in parallel), and tensor arguments
@@ -94,7 +95,7 @@ def trace_model(
         model_kwargs: Its keyword arguments.
         strict: Whether to raise where a random value cannot be followed.
         resolution: ``"site"`` or ``"element"``.
-        validate: Whether to compare with gradients.
+        validate: Whether to compare with the model's behaviour.
 
     Returns:
         The graph, the trace, paths of arguments, leaks and notes.
@@ -106,12 +107,30 @@ def trace_model(
     if resolution not in ("site", "element"):
         raise GraphflowsError(f"Expected resolution 'site' or 'element'; got {resolution!r}.")
     args, kwargs = tuple(model_args), dict(model_kwargs or {})
-    leaves = argument_leaves(model, args, kwargs)
-    tracker = TaintTracker()
-    for leaf in leaves.values():
-        tracker.watch_argument(leaf)
-    recorder = Recorder(tracker)
-    with quiet_run(model), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*torch.jit.*")
-        trace = run_model(model, args, kwargs, recorder, watching(tracker))
-    return Assembly(model, args, kwargs, leaves, tracker, recorder.records, trace, strict).finish()
+    traced = trace_once(model, args, kwargs, strict=strict)
+    if validate:
+        traced = _validated(traced, Validation(model, args, kwargs, traced, strict).run())
+    if resolution == "element":
+        traced = split_elements(model, args, kwargs, traced)
+    return traced
+
+
+def _validated(traced: TracedModel, validation: Validation) -> TracedModel:
+    graph = traced.graph
+    if validation.missed:
+        dag = graph.to_networkx()
+        dag.add_edges_from(validation.missed)
+        graph = ModelGraph(
+            dag,
+            graph.observed,
+            inputs=graph.inputs,
+            marginalised=graph.marginalised,
+            event_sizes=graph.event_sizes,
+            plates=graph.plates,
+        )
+    return replace(
+        traced,
+        graph=graph,
+        notes=tuple(dict.fromkeys((*traced.notes, *validation.notes))),
+        non_exchangeable=MappingProxyType(validation.non_exchangeable),
+    )

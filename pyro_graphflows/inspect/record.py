@@ -134,7 +134,7 @@ class Recorder(Messenger):
                 region=region,
                 value_id=id(value),
                 plates=vectorized_plates(msg),
-                event_size=1 if factor else max(1, fn.event_shape.numel()),
+                event_size=1 if factor else max(1, torch.Size(fn.event_shape).numel()),
                 event_shape=fn.event_shape,
                 batch_shape=fn.batch_shape,
             )
