@@ -112,6 +112,7 @@ def test_engines_and_pieces_give_the_same_numbers(form, hidden_dims, monkeypatch
     results = []
     for piece in (2**20, 6000):
         monkeypatch.setattr(faithful_nn_module, "PIECE", piece)
+        monkeypatch.setattr(faithful_nn_module, "RECOMPUTE", piece)
         for network in networks.values():
             network.zero_grad()
             z, log_diag = network.sample(eps, x[:, :1], x[:, 1:])
@@ -233,14 +234,13 @@ def contribution(network, z, x):
         edges.weight.abs_()
         total = torch.zeros_like(known)
         groups, restore = edges.all_rows()
-        supplied = torch.cat(
-            [edges(group, edges.prepare(), Inputs(z.shape[:-1], context, known)) for group in groups]
-        )
+        inputs = Inputs(z.shape[:-1], context, known)
+        prepared = zip(groups, edges.prepare(groups), strict=True)
+        supplied = torch.cat([edges(group, *weights, inputs) for group, weights in prepared])
         supplied = supplied if restore is None else supplied[restore]
         edges.weight.copy_(saved)
         weights, stack = network.stack.weights(), network.stack
-        for t in range(stack.num_blocks):
-            start, shift, _ = stack._split(supplied, weights, t)
+        for t, (start, shift, _) in enumerate(stack._split(supplied, weights)):
             total = total + shift.abs()
             total = total + (weights.outer[t].abs().unsqueeze(-1) * start.abs()).sum(1)
     return total.view(-1, *z.shape[:-1]).movedim(0, -1)[..., network._place]

@@ -48,8 +48,14 @@ def padded_count(count: int) -> int:
 class RowGroup:
     """Variables that are computed together: their numbers, and for the sparse engine where their parents are.
 
-    ``columns`` and ``edges`` have shape (n, P); where a variable has fewer than P parents, ``edges`` points one
-    past the last edge, at a row of zeros. ``num_known`` is the number of variables that the rows may depend on.
+    Args:
+        rows: The numbers of the variables, as a slice where they are contiguous.
+        size: How many they are, n.
+        num_known: The number of variables that the rows may depend on.
+        columns: The inputs that each row depends on, of shape (n, P); padded with any.
+        edges: The numbers of the edges, of shape (n, P), padded with one past the last; counted from
+            ``edge_range`` if there is one. None if that range simply is all of them.
+        edge_range: The first edge and one past the last, if the rows are contiguous.
     """
 
     rows: Tensor | slice
@@ -57,6 +63,7 @@ class RowGroup:
     num_known: int
     columns: Tensor | None = None
     edges: Tensor | None = None
+    edge_range: tuple[int, int] | None = None
 
     def take(self, values: Tensor, first: int = 0) -> Tensor:
         """Return the rows of this group from ``values``, which begin with row ``first``."""
@@ -64,18 +71,10 @@ class RowGroup:
             return values[self.rows.start - first : self.rows.stop - first]
         return values.index_select(0, self.rows)
 
-    def pieces(self, count: int) -> Iterator["RowGroup"]:
-        """Split into ``count`` groups of nearly equal size."""
-        for i in range(count):
-            low, high = self.size * i // count, self.size * (i + 1) // count
-            part = slice(low, high)
-            if isinstance(self.rows, slice):
-                rows: Tensor | slice = slice(self.rows.start + low, self.rows.start + high)
-            else:
-                rows = self.rows[part]
-            columns = None if self.columns is None else self.columns[part]
-            edges = None if self.edges is None else self.edges[part]
-            yield RowGroup(rows, high - low, self.num_known, columns, edges)
+    def piece(self, part: slice) -> "RowGroup":
+        """Return some of the rows, as far as evaluating them goes."""
+        columns = None if self.columns is None else self.columns[part]
+        return RowGroup(self.rows, part.stop - part.start, self.num_known, columns)
 
 
 @dataclass(frozen=True)
@@ -162,44 +161,58 @@ class EdgeLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plans": {}}
 
-    def prepare(self) -> Tensor:
-        """Return the weights as the engine uses them; once for each evaluation."""
-        if self.engine == "sparse":
-            return F.pad(self.weight, (0, 0, 0, 1))
-        inputs = self.num_context + self.num_variables
-        flat = self.weight.new_zeros(inputs * self.num_variables, self.num_outputs)
-        return flat.index_copy(0, self._dense_index(), self.weight).view(inputs, -1)
+    def prepare(self, groups: Sequence[RowGroup]) -> list[tuple[Tensor, Tensor]]:
+        """Return for each group its weights, as the engine uses them, and its biases; once for each evaluation.
 
-    def forward(self, group: RowGroup, prepared: Tensor, inputs: Inputs) -> Tensor:
+        Weights are (C + D, n · K) in the dense engine and (n, P, K) in the sparse one, biases (n, K).
+        """
+        contiguous = all(isinstance(group.rows, slice) for group in groups)
+        if contiguous:
+            # One split, so that the backward pass is one concatenation.
+            biases = list(self.bias.split([group.size for group in groups]))
+        else:
+            biases = [group.take(self.bias) for group in groups]
+        if self.engine == "dense":
+            inputs = self.num_context + self.num_variables
+            flat = self.weight.new_zeros(inputs * self.num_variables, self.num_outputs)
+            matrix = flat.index_copy(0, self._dense_index(), self.weight).view(inputs, -1)
+            weights = matrix.split([group.size * self.num_outputs for group in groups], 1)
+        elif contiguous:
+            ranges = [group.edge_range or (0, 0) for group in groups]
+            pieces = self.weight.split([stop - start for start, stop in ranges])
+            weights = tuple(self._padded(piece, group) for piece, group in zip(pieces, groups, strict=True))
+        else:
+            weights = tuple(self._padded(self.weight, group) for group in groups)
+        return list(zip(weights, biases, strict=True))
+
+    def _padded(self, weight: Tensor, group: RowGroup) -> Tensor:
+        if group.edges is None:
+            return weight.view(group.size, -1, self.num_outputs) if len(weight) else weight.unsqueeze(0)
+        return F.embedding(group.edges, F.pad(weight, (0, 0, 0, 1)))
+
+    def forward(self, group: RowGroup, weight: Tensor, bias: Tensor, inputs: Inputs) -> Tensor:
         """Return the K numbers of each variable of a group."""
-        rows = group.rows
-        bias = self.bias[rows] if isinstance(rows, slice) else self.bias.index_select(0, rows)
         if self.engine == "sparse":
-            return self._sparse(group, prepared, inputs, bias)
-        assert isinstance(rows, slice)
-        first, last = rows.start * self.num_outputs, rows.stop * self.num_outputs
+            return self._sparse(group, weight, inputs, bias)
         context = inputs.context
         known = inputs.known[: group.num_known]
-        by_known = prepared[self.num_context : self.num_context + len(known), first:last].t()
         start = bias.reshape(-1, 1)
         if context is not None and self.num_context:
-            by_context = prepared[: self.num_context, first:last].t()
-            start = torch.addmm(start, by_context, context.reshape(len(context), -1))
+            start = torch.addmm(start, weight[: self.num_context].t(), context.reshape(len(context), -1))
             if context.shape[1:] != inputs.batch:
                 start = expand_batch(start.view(-1, *context.shape[1:]), inputs.batch)
-        out = torch.addmm(start, by_known, known) if len(known) else start.expand(-1, inputs.size)
-        return out.reshape(group.size, self.num_outputs, inputs.size)
+        if len(known):
+            start = torch.addmm(start, weight[self.num_context : self.num_context + len(known)].t(), known)
+        return start.expand(-1, inputs.size).reshape(group.size, self.num_outputs, inputs.size)
 
-    def _sparse(self, group: RowGroup, prepared: Tensor, inputs: Inputs, bias: Tensor) -> Tensor:
+    def _sparse(self, group: RowGroup, weight: Tensor, inputs: Inputs, bias: Tensor) -> Tensor:
         assert group.columns is not None
-        assert group.edges is not None
         if group.columns.shape[1] == 0:
             return bias.unsqueeze(-1).expand(-1, -1, inputs.size)
         values = inputs.known
         if inputs.context is not None and self.num_context:
             values = torch.cat([expand_batch(inputs.context, inputs.batch), values])
         gathered = F.embedding(group.columns, values)  # (n, P, N)
-        weight = F.embedding(group.edges, prepared)  # (n, P, K)
         return torch.baddbmm(bias.unsqueeze(-1), weight.transpose(1, 2), gathered)
 
     def all_rows(self) -> tuple[list[RowGroup], Tensor | None]:
@@ -231,17 +244,17 @@ class EdgeLinear(nn.Module):
                     for start, size in zip(starts, self.level_sizes, strict=True)
                 ]
             else:
-                whole = self._grouped(range(total), total, device)
+                whole = self._grouped(range(total), total, device, False)
                 rows = [torch.arange(total, device=device)[group.rows] for group in whole]
                 restore = torch.argsort(torch.cat(rows))
                 levels = [
-                    self._grouped(range(start, start + size), start, device)
+                    self._grouped(range(start, start + size), start, device, True)
                     for start, size in zip(starts, self.level_sizes, strict=True)
                 ]
             self._plans[device] = ((whole, restore), levels)
         return self._plans[device]
 
-    def _grouped(self, rows: range, known: int, device: torch.device) -> list[RowGroup]:
+    def _grouped(self, rows: range, known: int, device: torch.device, level: bool) -> list[RowGroup]:
         first_edge = [0]
         for own in self.parents:
             first_edge.append(first_edge[-1] + len(own))
@@ -258,7 +271,13 @@ class EdgeLinear(nn.Module):
                 ]
                 for v in members
             ]
-            contiguous = members[-1] - members[0] + 1 == len(members)
+            contiguous = level  # within a level, variables are numbered by this count
+            table = torch.tensor(edges, dtype=torch.long, device=device).view(len(members), count)
+            edge_range = None
+            padded = any(len(self.parents[v]) < count for v in members)
+            if contiguous:
+                edge_range = (first_edge[members[0]], first_edge[members[-1] + 1])
+                table = (table - edge_range[0]).clamp(max=edge_range[1] - edge_range[0])
             groups.append(
                 RowGroup(
                     slice(members[0], members[-1] + 1)
@@ -267,7 +286,8 @@ class EdgeLinear(nn.Module):
                     len(members),
                     known,
                     torch.tensor(columns, dtype=torch.long, device=device).view(len(members), count),
-                    torch.tensor(edges, dtype=torch.long, device=device).view(len(members), count),
+                    None if contiguous and not padded else table,
+                    edge_range,
                 )
             )
         return groups

@@ -47,7 +47,9 @@ class FaithfulEvaluation:
         self._network = network
         self._batch: tuple[int, ...] = () if context is None else context.shape[:-1]
         self._context = None if context is None else context.movedim(-1, 0)
-        self._prepared = network.prepare()
+        groups = [network.edges.level_rows(level) for level in range(len(network.levels))]
+        prepared = iter(network.prepare([group for level in groups for group in level]))
+        self._prepared = [[next(prepared) for _ in level] for level in groups]
         self._accepted: list[Tensor] = []  # standardised, (n, *batch) in inner order
         self._known: tuple[tuple[int, ...], Tensor] | None = None
 
@@ -131,8 +133,7 @@ class FaithfulEvaluation:
             values = values.index_select(-1, order)
         own = expand_batch(values.movedim(-1, 0), batch)
         inputs = Inputs(batch, self._context, self._values(batch, own))
-        groups = network.edges.level_rows(self.level)
-        results = network.run(groups, inputs, own, direction, self._prepared)
+        results = network.run(self._prepared[self.level], inputs, own, direction)
         out, log_diag = (result.view(-1, *batch).movedim(0, -1) for result in results)
         back = network.level_columns(self.level)[2]
         if back is not None:

@@ -14,6 +14,8 @@ slice of the network.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,9 +34,27 @@ from pyro_graphflows.transforms.structure import FlowStructure
 
 __all__ = ["FaithfulResidualNN"]
 
-# At most so many numbers are computed at a time, so that they stay near the processor; while training, pieces are
-# computed again in the backward pass, which is faster than to fetch them from memory.
-PIECE = 2**21
+# At most so many numbers are computed at a time, so that they stay near the processor; and if there are more than
+# so many in all, pieces are computed again in the backward pass, so that memory stays bounded.
+PIECE = 2**20
+RECOMPUTE = 2**25
+CHECKPOINT: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A group of variables with its weights made ready for a pass."""
+
+    group: RowGroup
+    weight: Tensor
+    bias: Tensor
+    rows: BlockWeights
+
+    def piece(self, part: slice) -> "Prepared":
+        """Return some of the rows (sparse engine)."""
+        if part.stop - part.start == self.group.size:
+            return self
+        return Prepared(self.group.piece(part), self.weight[part], self.bias[part], self.rows.piece(part))
 
 
 class FaithfulResidualNN(FlowNN):
@@ -267,9 +287,8 @@ class FaithfulResidualNN(FlowNN):
             standard = standard.index_select(-1, self._order)
         known = expand_batch(standard.movedim(-1, 0), batch)
         groups, restore = self.edges.all_rows()
-        results = self.run(
-            groups, Inputs(batch, None if x is None else x.movedim(-1, 0), known), known, "density"
-        )
+        inputs = Inputs(batch, None if x is None else x.movedim(-1, 0), known)
+        results = self.run(self.prepare(groups), inputs, known, "density")
         back = restore if self._ordered else self._place if restore is None else restore[self._place]
         if back is not None:
             results = (results[0].index_select(0, back), results[1].index_select(0, back))
@@ -289,86 +308,74 @@ class FaithfulResidualNN(FlowNN):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_columns": {}}
 
-    def prepare(self) -> tuple[Tensor, BlockWeights]:
-        """Return the weights as the passes use them; once for each evaluation."""
-        return self.edges.prepare(), self.stack.weights()
+    def prepare(self, groups: Sequence[RowGroup]) -> list[Prepared]:
+        """Return the weights of each group as a pass uses them; once for each evaluation."""
+        stacks = self.stack.weights().groups([group.rows for group in groups])
+        edges = self.edges.prepare(groups)
+        return [
+            Prepared(group, weight, bias, rows)
+            for group, (weight, bias), rows in zip(groups, edges, stacks, strict=True)
+        ]
 
     def run(
-        self,
-        groups: Sequence[RowGroup],
-        inputs: Inputs,
-        values: Tensor,
-        direction: str,
-        prepared: tuple[Tensor, BlockWeights] | None = None,
+        self, prepared: Sequence[Prepared], inputs: Inputs, values: Tensor, direction: str
     ) -> tuple[Tensor, Tensor]:
         """Apply the maps of some variables in either direction, piece by piece.
 
         Args:
-            groups: The variables.
+            prepared: The weights of the variables.
             inputs: What they may depend on.
             values: What to map, of shape (n, N), in the order of the variables' inner numbers.
             direction: ``"density"`` (variables to noise) or ``"sampling"`` (noise to variables).
-            prepared: The result of :meth:`prepare`, where it is used again.
 
         Returns:
             The result and the log of the derivative of variable by noise, both of shape (n, N), in the order of
             the groups.
         """
-        edge_weights, weights = prepared or self.prepare()
-        recompute = torch.is_grad_enabled() and len(values) * self.edges.num_outputs * inputs.size > PIECE
-        first = groups[0].rows.start if isinstance(groups[0].rows, slice) else 0
+        per_row = self.edges.num_outputs * inputs.size
+        recompute = torch.is_grad_enabled() and len(values) * per_row > RECOMPUTE
+        first = prepared[0].group.rows
+        first_row = first.start if isinstance(first, slice) else 0
         results = []
-        for group, parts in self._pieces(groups, inputs):
-            own = group.take(values, first)
-            rows = weights.rows(group.rows)
-            pieces = []
-            for part, narrow in parts:
-                arguments = (group, edge_weights, narrow, own[:, part], rows, direction)
-                if recompute:
-                    pieces.append(
-                        checkpoint(self._compute, *arguments, use_reentrant=False, preserve_rng_state=False)
-                    )
-                else:
-                    pieces.append(self._compute(*arguments))
-            results.append(tuple(torch.cat(column, -1) for column in zip(*pieces, strict=True)))
-        out, log_diag = zip(*results, strict=True)
-        return torch.cat(out), torch.cat(log_diag)
-
-    def _pieces(
-        self, groups: Sequence[RowGroup], inputs: Inputs
-    ) -> list[tuple[RowGroup, list[tuple[slice, Inputs]]]]:
-        whole = [(slice(None), inputs)]
-        plan: list[tuple[RowGroup, list[tuple[slice, Inputs]]]] = []
-        for group in groups:
-            count = -(-group.size * self.edges.num_outputs * inputs.size // PIECE)
-            if count <= 1:
-                plan.append((group, whole))
-            elif self.edges.engine == "sparse":
-                plan += [(piece, whole) for piece in group.pieces(min(count, group.size))]
+        for part in prepared:
+            own = part.group.take(values, first_row)
+            count = -(-part.group.size * per_row // PIECE)
+            if self.edges.engine == "sparse":
+                count = min(count, part.group.size)
+                ends = [part.group.size * i // count for i in range(count + 1)]
+                jobs = [(part.piece(slice(i, j)), inputs, own[i:j]) for i, j in pairwise(ends)]
+                dim = 0
             else:
-                plan.append((group, list(inputs.pieces(min(count, max(1, inputs.size // 32))))))
-        return plan
+                count = min(count, max(1, inputs.size // 32))
+                jobs = [(part, narrow, own[:, columns]) for columns, narrow in inputs.pieces(count)]
+                dim = 1
+            pieces = []
+            for job in jobs:
+                if recompute:
+                    pieces.append(checkpoint(self._compute, *job, direction, **CHECKPOINT))
+                else:
+                    pieces.append(self._compute(*job, direction))
+            outs, logs = zip(*pieces, strict=True)
+            results.append((outs[0], logs[0]) if count == 1 else (torch.cat(outs, dim), torch.cat(logs, dim)))
+        if len(results) == 1:
+            return results[0]
+        outs, logs = zip(*results, strict=True)
+        return torch.cat(outs), torch.cat(logs)
 
     def _compute(
-        self,
-        group: RowGroup,
-        edge_weights: Tensor,
-        inputs: Inputs,
-        values: Tensor,
-        rows: BlockWeights,
-        direction: str,
+        self, part: Prepared, inputs: Inputs, values: Tensor, direction: str
     ) -> tuple[Tensor, Tensor]:
-        supplied = self.edges(group, edge_weights, inputs)
+        supplied = self.edges(part.group, part.weight, part.bias, inputs)
         if direction == self.closed_form:
-            out, log_slope = self.stack(values, supplied, rows)
+            out, log_slope = self.stack(values, supplied, part.rows)
         else:
             what = f"FaithfulResidual (closed form {self.closed_form!r})"
-            solution = self.stack.inverse(values, supplied, rows, solver=self.solver, what=what)
+            solution = self.stack.inverse(values, supplied, part.rows, solver=self.solver, what=what)
             # The gradient is the implicit one; the value is improved by a last Newton step on the whole stack.
-            image, log_slope = self.stack(solution, supplied, rows)
+            image, log_slope = self.stack(solution, supplied, part.rows)
             out = implicit_step(solution, image - values, log_slope.exp())
             if torch.is_grad_enabled():
-                _, log_slope = self.stack(out, supplied, rows)
+                _, log_slope = self.stack(out, supplied, part.rows)
         return out, log_slope if self.closed_form == "sampling" else -log_slope
 
 

@@ -18,11 +18,13 @@ scales with u, so one rescaling is enough, and no power iteration is needed.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from pyro_graphflows.nn.activations import Activation
+from pyro_graphflows.transforms.fused import fused_stack
 from pyro_graphflows.transforms.solver import Solver, solve_elementwise
 
 __all__ = ["BlockWeights", "MonotoneStack"]
@@ -39,20 +41,42 @@ class BlockWeights:
     slope_max: Tensor  # (T, n)
     hidden: tuple[tuple[Tensor, Tensor], ...]  # (T, n, H_l, H_{l-1}), (T, n, H_l)
 
-    def rows(self, rows: Tensor | slice) -> "BlockWeights":
+    def groups(self, rows: Sequence[Tensor | slice]) -> list["BlockWeights"]:
+        """Return the weights of some of the variables, for each group of them."""
+        tensors = [
+            self.inner,
+            self.outer,
+            self.log_scale,
+            self.slope_min,
+            self.slope_max,
+            *sum(self.hidden, ()),
+        ]
+        if all(isinstance(part, slice) for part in rows):
+            # One split, so that the backward pass is one concatenation.
+            sizes = [part.stop - part.start for part in rows if isinstance(part, slice)]
+            columns = [tensor.split(sizes, 1) for tensor in tensors]
+        else:
+            index = [torch.arange(self.inner.shape[1], device=self.inner.device)[part] for part in rows]
+            columns = [tuple(tensor.index_select(1, part) for part in index) for tensor in tensors]
+        return [BlockWeights._of(parts) for parts in zip(*columns, strict=True)]
+
+    def piece(self, part: slice) -> "BlockWeights":
         """Return the weights of some of the variables."""
+        tensors = [
+            self.inner,
+            self.outer,
+            self.log_scale,
+            self.slope_min,
+            self.slope_max,
+            *sum(self.hidden, ()),
+        ]
+        return BlockWeights._of(tuple(tensor[:, part] for tensor in tensors))
 
-        def take(x: Tensor) -> Tensor:
-            return x[:, rows] if isinstance(rows, slice) else x.index_select(1, rows)
-
-        return BlockWeights(
-            take(self.inner),
-            take(self.outer),
-            take(self.log_scale),
-            take(self.slope_min),
-            take(self.slope_max),
-            tuple((take(weight), take(bias)) for weight, bias in self.hidden),
-        )
+    @staticmethod
+    def _of(tensors: tuple[Tensor, ...]) -> "BlockWeights":
+        inner, outer, log_scale, slope_min, slope_max, *rest = tensors
+        hidden = tuple(zip(rest[::2], rest[1::2], strict=True))
+        return BlockWeights(inner, outer, log_scale, slope_min, slope_max, hidden)
 
 
 class MonotoneStack(nn.Module):
@@ -151,15 +175,18 @@ class MonotoneStack(nn.Module):
             slope_out = torch.bmm(outer, tangent)
         return torch.bmm(outer, value).squeeze(1), slope_out.squeeze(1), value
 
-    def _split(self, inputs: Tensor, weights: BlockWeights, t: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return start (n, H_1, N), shift (n, N) and log-scale (n, N) or (n, 1) of block t."""
-        first, low = self.hidden_units[0], t * self.num_inputs
-        log_scale = weights.log_scale[t].unsqueeze(-1)
-        if self.conditional_scale:
-            log_scale = log_scale + self.scale_range * torch.tanh(
-                inputs[:, low + first + 1] / self.scale_range
-            )
-        return inputs[:, low : low + first], inputs[:, low + first], log_scale
+    def _split(self, inputs: Tensor, weights: BlockWeights) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return start (n, H_1, N), shift (n, N) and log-scale (n, N) or (n, 1) of each block."""
+        sizes = [self.hidden_units[0], self.num_inputs - self.hidden_units[0]] * self.num_blocks
+        parts = inputs.split(sizes, 1)  # one split, whose backward pass is one concatenation
+        blocks = []
+        for t in range(self.num_blocks):
+            start, rest = parts[2 * t], parts[2 * t + 1]
+            log_scale = weights.log_scale[t].unsqueeze(-1)
+            if self.conditional_scale:
+                log_scale = log_scale + self.scale_range * torch.tanh(rest[:, 1] / self.scale_range)
+            blocks.append((start, rest[:, 0], log_scale))
+        return blocks
 
     def forward(self, y: Tensor, inputs: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor]:
         """Apply the stack.
@@ -172,9 +199,37 @@ class MonotoneStack(nn.Module):
         Returns:
             The new values and the log of the slope of the whole stack, both of shape (n, N).
         """
+        if (
+            not weights.hidden
+            and type(self.activation).forward_and_derivative is Activation.forward_and_derivative
+        ):
+            return fused_stack(
+                y,
+                inputs,
+                weights.inner,
+                weights.outer,
+                weights.log_scale,
+                type(self.activation),
+                self.affine_first,
+                self.scale_range if self.conditional_scale else None,
+                partial(self._plain, hidden=()),
+            )
+        return self._plain(y, inputs, weights.inner, weights.outer, weights.log_scale, hidden=weights.hidden)
+
+    def _plain(
+        self,
+        y: Tensor,
+        inputs: Tensor,
+        inner: Tensor,
+        outer: Tensor,
+        log_scales: Tensor,
+        *,
+        hidden: tuple[tuple[Tensor, Tensor], ...],
+    ) -> tuple[Tensor, Tensor]:
+        """Apply the stack by differentiable operations."""
+        weights = BlockWeights(inner, outer, log_scales, log_scales, log_scales, hidden)
         log_slope = torch.zeros_like(y)
-        for t in range(self.num_blocks):
-            start, shift, log_scale = self._split(inputs, weights, t)
+        for t, (start, shift, log_scale) in enumerate(self._split(inputs, weights)):
             if self.affine_first:
                 y = (y + shift) * log_scale.exp()
             residual, slope, _ = self._residual(y, start, weights, t)
@@ -194,8 +249,9 @@ class MonotoneStack(nn.Module):
             ConvergenceError: If a value did not converge (or a warning, as the solver says).
         """
         y = target
+        blocks = self._split(inputs, weights)
         for t in reversed(range(self.num_blocks)):
-            start, shift, log_scale = self._split(inputs, weights, t)
+            start, shift, log_scale = blocks[t]
             if not self.affine_first:
                 y = (y - shift) * (-log_scale).exp()
             y = self._inverse_residual(y, start, weights, t, solver, what)
