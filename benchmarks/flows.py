@@ -199,6 +199,7 @@ class OfPyro(nn.Module):
         """Return the noise and the log-determinants."""
         total = 0
         for part in self.parts:
+            part.clear_cache()  # or the graph of the last call is found there
             x, y = y, part(y)
             total = total + part.log_abs_det_jacobian(x, y)
         return y, -total
