@@ -12,9 +12,9 @@ from pyro_graphflows.transforms.monotone import BlockWeights, MonotoneStack
 @pytest.mark.parametrize("conditional_scale", [False, True])
 def test_values_and_first_and_second_derivatives(activation, affine_first, conditional_scale):
     stack = MonotoneStack(
-        3,
         2,
-        [4],
+        2,
+        [2],
         make_activation(activation),
         0.9,
         affine_first=affine_first,
@@ -29,8 +29,8 @@ def test_values_and_first_and_second_derivatives(activation, affine_first, condi
         return stack(y, inputs, weights)
 
     arguments = (
-        torch.randn(3, 5, requires_grad=True),
-        torch.randn(3, 2 * stack.num_inputs, 5, requires_grad=True),
+        torch.randn(2, 2, requires_grad=True),
+        torch.randn(2, 2 * stack.num_inputs, 2, requires_grad=True),
         stack.inner,
         stack.outer,
         stack.log_scale,
