@@ -178,6 +178,16 @@ def test_variables_that_do_not_see_themselves():
     torch.testing.assert_close(g[:, 0], net.layers[-1].bias[0].expand(4))
 
 
+@pytest.mark.parametrize("engine", ["dense", "sparse"])
+def test_variables_that_see_the_context_alone(engine):
+    net = randomise(MaskedResidualNet([{2}, {3}], 4, engine=engine))
+    z, context = torch.randn(5, 2), torch.randn(5, 2)
+    g, diagonal = net.forward_and_diag(z, context)
+    assert (diagonal == 0).all()
+    torch.testing.assert_close(net(z + 1, context), g)
+    assert (net(z, context + 1) != g).all()
+
+
 def test_identity_at_zero_output():
     net = randomise(MaskedResidualNet([{0}, {0, 1}], 2, bound=0.9))
     net.zero_output_()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.masks import SparseMask
-from pyro_graphflows.nn.linear import MaskedLinear
+from pyro_graphflows.nn.linear import MaskedLinear, fastest_engine
 from pyro_graphflows.nn.sparse import SparsePattern
 
 SHAPES = [(6, 4), (1, 1), (5, 0), (0, 5), (3, 9)]
@@ -112,6 +112,9 @@ def test_automatic_choice():
     assert MaskedLinear(torch.rand(400, 100) < 0.5).engine == "dense"
     assert MaskedLinear(torch.rand(2000, 1000) < 0.005).engine == "sparse"
     assert MaskedLinear(torch.rand(2000, 100) < 0.5).engine == "dense"
+    # Level by level, a layer is multiplied in pieces, and dense pays for longer.
+    mask = SparseMask.from_dense(torch.rand(400, 400) < 0.01)
+    assert [fastest_engine(mask, products) for products in (1, 20)] == ["sparse", "dense"]
     with pytest.raises(GraphflowsError, match='engine "auto", "dense" or "sparse"; got \'csr\''):
         MaskedLinear(torch.ones(2, 2, dtype=torch.bool), engine="csr")
 

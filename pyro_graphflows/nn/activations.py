@@ -54,13 +54,11 @@ class Activation(nn.Module):
 
     def forward_and_derivative(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the value and the derivative at each entry of ``x``."""
-        if (
-            not torch.is_grad_enabled()
-        ):  # iterative solvers call this often: spare them the function's overhead
+        if not torch.is_grad_enabled():
+            # Iterative solvers call this often: spare them the function's overhead.
             value, slope = self.terms(x, 1)
-            return value, slope
-        save = x.requires_grad
-        value, slope = _ValueAndSlope.apply(x, type(self), save)[:2]
+        else:
+            value, slope = _ValueAndSlope.apply(x, type(self), x.requires_grad)[:2]
         return value, slope
 
     def derivative(self, x: Tensor) -> Tensor:

@@ -10,12 +10,26 @@ from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.masks import SparseMask
 from pyro_graphflows.nn.sparse import SparsePattern
 
-__all__ = ["MaskedLinear"]
+__all__ = ["MaskedLinear", "fastest_engine"]
 
-# The automatic choice: an entry of a sparse matrix costs as much as some entries of a dense one, and a product has
-# an overhead of so many dense entries (benchmarks/layers.py).
+# An entry of a sparse matrix costs as much as some entries of a dense one, and a sparse product has an overhead of so
+# many dense entries (benchmarks/layers.py).
 SPARSE_COST = 6
 SPARSE_OVERHEAD = 16_000
+
+
+def fastest_engine(mask: SparseMask, products: int = 1) -> str:
+    """Return the engine that is likely to be faster.
+
+    Args:
+        mask: The mask of a layer.
+        products: The number of pieces in which the layer is multiplied, as when it is evaluated level by level.
+
+    Returns:
+        "dense" or "sparse".
+    """
+    cost = SPARSE_COST * mask.nnz + SPARSE_OVERHEAD * products
+    return "sparse" if cost < mask.shape[0] * mask.shape[1] else "dense"
 
 
 class MaskedLinear(nn.Module):
@@ -66,10 +80,7 @@ class MaskedLinear(nn.Module):
             raise GraphflowsError(f'Expected engine "auto", "dense" or "sparse"; got {engine!r}.')
         self.out_features, self.in_features = mask.shape
         self.nnz = mask.nnz
-        entries = self.out_features * self.in_features
-        if engine == "auto":
-            engine = "sparse" if SPARSE_COST * self.nnz + SPARSE_OVERHEAD < entries else "dense"
-        self.engine = engine
+        self.engine = engine = fastest_engine(mask) if engine == "auto" else engine
         if engine == "dense":
             self.register_buffer("mask", mask.to_dense(), persistent=False)
             self.weight = nn.Parameter(torch.empty(mask.shape))

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.masks import LabelledMasks, allowed_mask, label_masks
+from pyro_graphflows.masks import LabelledMasks, SparseMask, allowed_mask, label_masks
 from pyro_graphflows.nn.activations import make_activation
 from pyro_graphflows.nn.levels import Block, LevelBlocks, Runs
-from pyro_graphflows.nn.linear import MaskedLinear
+from pyro_graphflows.nn.linear import MaskedLinear, fastest_engine
 
 __all__ = ["LevelEvaluation", "MaskedMLP"]
 
@@ -118,12 +118,16 @@ class MaskedMLP(nn.Module):
         self.outputs_by_level = _group(self.output_levels, self.num_levels)
         self.inputs_by_level = _group(levels, self.num_levels)
 
+        def layer(mask: SparseMask, bias: bool = True) -> MaskedLinear:
+            chosen = fastest_engine(mask, self.num_levels) if engine == "auto" else engine
+            return MaskedLinear(mask, bias, chosen)
+
         direct = allowed_mask(self.allowed, input_dim).repeat_rows(num_params)
-        self.skip = MaskedLinear(direct, engine=engine) if skip else None
+        self.skip = layer(direct) if skip else None
         *hidden, last = masks.patterns
-        layers = [MaskedLinear(mask, engine=engine) for mask in hidden]
+        layers = [layer(mask) for mask in hidden]
         if hidden or not skip:
-            layers.append(MaskedLinear(last.repeat_rows(num_params), bias=not skip, engine=engine))
+            layers.append(layer(last.repeat_rows(num_params), bias=not skip))
         self.layers = nn.ModuleList(layers)
         self._set_blocks(masks, levels, layers)
 
