@@ -3,6 +3,14 @@
 from pyro_graphflows.guides.auto import auto_faithful_guide
 from pyro_graphflows.guides.base import AutoFaithfulGuide
 from pyro_graphflows.guides.factors import Factor, NormalFactor
+from pyro_graphflows.guides.flow import AutoFaithfulFlow
 from pyro_graphflows.guides.normal import AutoFaithfulNormal
 
-__all__ = ["AutoFaithfulGuide", "AutoFaithfulNormal", "Factor", "NormalFactor", "auto_faithful_guide"]
+__all__ = [
+    "AutoFaithfulFlow",
+    "AutoFaithfulGuide",
+    "AutoFaithfulNormal",
+    "Factor",
+    "NormalFactor",
+    "auto_faithful_guide",
+]

@@ -6,6 +6,7 @@ from typing import Any
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.base import AutoFaithfulGuide, Inverse
 from pyro_graphflows.guides.factors import Factor
+from pyro_graphflows.guides.flow import AutoFaithfulFlow
 from pyro_graphflows.guides.normal import AutoFaithfulNormal
 
 __all__ = ["auto_faithful_guide"]
@@ -31,7 +32,9 @@ def auto_faithful_guide(
         model: The model.
         *example_args: Arguments of a typical call. If given (or ``example_kwargs``), the guide is set up at once and
             its parameters exist, as optimisers of PyTorch need; if not, on its first call or by ``guide.setup``.
-        family: ``"normal"``, or a subclass of :class:`~pyro_graphflows.guides.factors.Factor`.
+        family: ``"normal"`` (:class:`AutoFaithfulNormal`), ``"flow"`` (:class:`AutoFaithfulFlow`: flexible
+            conditionals, at several times the cost of a step), or a subclass of
+            :class:`~pyro_graphflows.guides.factors.Factor`.
         inverse: What each site is conditioned on: ``"auto"`` (the faithful inverse with the fewest edges), another
             order of :func:`~pyro_graphflows.faithful_inverse` or an elimination sequence; ``"stochastic"``,
             ``"full"``, ``"mean_field"``; an :class:`~pyro_graphflows.InverseGraph`, or a function that makes one
@@ -41,7 +44,7 @@ def auto_faithful_guide(
             of the model (exact for linear-Gaussian models up to sampling error), or ``"random"``.
         standardize: Whether inputs and outputs of the networks are standardised by constants found at set-up.
         example_kwargs: Keyword arguments of a typical call.
-        **options: Further options of the family's class, as :class:`AutoFaithfulNormal`.
+        **options: Further options of the family's class, :class:`AutoFaithfulNormal` or :class:`AutoFaithfulFlow`.
 
     Returns:
         An :class:`~pyro.infer.autoguide.AutoGuide`, for ``SVI``, ``Trace_ELBO``, ``TraceMeanField_ELBO``,
@@ -63,11 +66,14 @@ def auto_faithful_guide(
         >>> guide(torch.zeros(7))["z"].shape
         torch.Size([7])
     """
+    kind: type[AutoFaithfulNormal] = AutoFaithfulNormal
     if isinstance(family, type) and issubclass(family, Factor):
         options["factor"] = family
+    elif family == "flow":
+        kind = AutoFaithfulFlow
     elif family != "normal":
-        raise GraphflowsError(f"Expected family='normal' or a subclass of Factor; got {family!r}.")
-    guide = AutoFaithfulNormal(
+        raise GraphflowsError(f"Expected family='normal', 'flow' or a subclass of Factor; got {family!r}.")
+    guide = kind(
         model, inverse=inverse, hidden_dims=hidden_dims, init=init, standardize=standardize, **options
     )
     if example_args or example_kwargs:

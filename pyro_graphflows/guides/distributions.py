@@ -20,8 +20,8 @@ __all__ = ["FactorDistribution"]
 class FactorDistribution(dist.TorchDistribution):
     """A factor over a flat unconstrained vector, pushed to the shape and support of a site.
 
-    The unconstrained vector of the value drawn last is kept, so that scoring that value needs no inversion, and
-    so that the guide can read it (:meth:`unconstrained`). Any other value is inverted.
+    The unconstrained vector of the value drawn or read last is kept, so that scoring that value needs no inversion,
+    and so that the guide can read it (:meth:`unconstrained`). Any other value is inverted.
 
     Shape:
         - ``base``: batch shape of the site, event shape ``(n,)``.
@@ -99,10 +99,14 @@ class FactorDistribution(dist.TorchDistribution):
     def unconstrained(self, value: Tensor) -> Tensor:
         """Return the flat unconstrained vector of a value, shape ``(*batch, n)``."""
         if self._drawn and self._drawn[0][0] is value:
-            return self._drawn[0][1]
+            flat = self._drawn[0][1]
+            if flat.requires_grad or not (value.requires_grad and torch.is_grad_enabled()):
+                return flat
         raw = self.transform.inv(value)
         dims = len(self.unconstrained_shape)
-        return raw.reshape(*raw.shape[: raw.dim() - dims], -1)
+        flat = raw.reshape(*raw.shape[: raw.dim() - dims], -1)
+        self._drawn[:] = [(value, flat)]
+        return flat
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density of values, shape ``batch_shape``."""

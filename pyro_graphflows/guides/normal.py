@@ -1,6 +1,6 @@
 """The normal family: a masked network per block gives location and scale of every conditional."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch.distributions import biject_to
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides.base import AutoFaithfulGuide, concatenate
+from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.factors import Factor, NormalFactor
 from pyro_graphflows.guides.features import FeatureMap, flatten_event
 from pyro_graphflows.guides.made import MADEBlock, NetworkOptions
@@ -89,12 +90,9 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
             rows = self._rows(index, block, samples)
             maps = [self._feature_map(name, traced, inputs, rows) for name in self._context[index]]
             sizes = {n: len(m.shift) for n, m in zip(self._context[index], maps, strict=True)}
-            factors = {site: self._factor(self._sites[site].size) for site in block.sites}
             known = replace(block, context=tuple(node for node in block.context if node.name in sizes))
             plates = [self._plate_states[name] for name in block.plates]
-            network = MADEBlock(known, sizes, factors, self._network_options, plates).to(
-                like.device, like.dtype
-            )
+            network: Any = self._make_network(known, sizes, plates).to(like.device, like.dtype)
             feature = FeatureMap.join(maps).to(like.device, like.dtype)
             if rows is not None:
                 latents = {site: rows[site] for site in block.sites}
@@ -107,6 +105,13 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
             networks.append(network)
         self.features = nn.ModuleList(features)
         self.networks = nn.ModuleList(networks)
+
+    def _make_network(
+        self, block: Block, context_sizes: Mapping[str, int], plates: Sequence[PlateState]
+    ) -> nn.Module:
+        """Return the network of a block."""
+        factors = {site: self._factor(self._sites[site].size) for site in block.sites}
+        return MADEBlock(block, context_sizes, factors, self._network_options, plates)
 
     @torch.no_grad()
     def set_linear_(

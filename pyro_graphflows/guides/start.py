@@ -85,7 +85,8 @@ def block_loss(block: MADEBlock, context: Tensor, values: Mapping[str, Tensor]) 
     evaluation = block.start(context)
     total = 0.0
     for level in block.block.levels:
-        for site, factor in evaluation.factors().items():
-            total -= float(factor.log_prob(values[site]).mean())
+        factors = evaluation.factors()
         evaluation.accept({site: values[site] for site in level})
+        for site, factor in factors.items():
+            total -= float(factor.log_prob(values[site]).mean())
     return total
