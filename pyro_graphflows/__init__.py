@@ -32,6 +32,7 @@ from pyro_graphflows.graphs import (
     violated_independencies,
 )
 from pyro_graphflows.guides import (
+    AutoFaithfulFlow,
     AutoFaithfulGuide,
     AutoFaithfulNormal,
     auto_faithful_guide,
@@ -66,6 +67,7 @@ __version__ = "0.1.0"
 __all__ = [
     "IWAE_ELBO",
     "ActNorm",
+    "AutoFaithfulFlow",
     "AutoFaithfulGuide",
     "AutoFaithfulNormal",
     "ConditionalFaithfulResidual",
