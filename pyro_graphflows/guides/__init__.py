@@ -2,7 +2,7 @@
 
 from pyro_graphflows.guides.auto import auto_faithful_guide
 from pyro_graphflows.guides.base import AutoFaithfulGuide
-from pyro_graphflows.guides.factors import Factor, NormalFactor
+from pyro_graphflows.guides.factors import ElementNormalFactor, Factor, NormalFactor
 from pyro_graphflows.guides.flow import AutoFaithfulFlow
 from pyro_graphflows.guides.normal import AutoFaithfulNormal
 
@@ -10,6 +10,7 @@ __all__ = [
     "AutoFaithfulFlow",
     "AutoFaithfulGuide",
     "AutoFaithfulNormal",
+    "ElementNormalFactor",
     "Factor",
     "NormalFactor",
     "auto_faithful_guide",

@@ -25,6 +25,7 @@ from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.graphs.separation import violated_independencies
 from pyro_graphflows.guides.call import Call, CallReader, plates_of
 from pyro_graphflows.guides.distributions import FactorDistribution
+from pyro_graphflows.guides.elements import ElementInverse, invert_elements
 from pyro_graphflows.guides.features import FeatureMap, flatten_event
 from pyro_graphflows.guides.plan import Plan, make_plan
 from pyro_graphflows.guides.site import LatentSite, conditioning_event_dims, is_identity, latent_sites
@@ -103,7 +104,8 @@ class AutoFaithfulGuide(AutoGuide):
         inverse: See :func:`resolve_inverse`.
         strict: Whether to refuse models whose dependencies cannot be traced in full
             (:func:`~pyro_graphflows.get_model_graph`).
-        resolution: ``"site"``.
+        resolution: ``"site"``, or ``"element"`` to tell the elements of vector sites apart
+            (:func:`~pyro_graphflows.get_model_graph`).
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
             that returns plates that exist already, for subsampling.
     """
@@ -144,6 +146,14 @@ class AutoFaithfulGuide(AutoGuide):
         """
         with poutine.block():
             traced = trace_model(self.model, args, kwargs, strict=self._strict, resolution=self._resolution)
+            self._elements: ElementInverse | None = None
+            if self._resolution == "element":
+                traced, self._elements = invert_elements(
+                    traced, lambda graph: resolve_inverse(graph, self._inverse_option)
+                )
+                plan = make_plan(self._elements.sites)
+            else:
+                plan = make_plan(resolve_inverse(traced.graph, self._inverse_option))
             self.prototype_trace = traced.trace
             self._prototype_frames = {
                 frame.name: frame
@@ -151,7 +161,6 @@ class AutoFaithfulGuide(AutoGuide):
                 for frame in traced.trace.nodes[name]["cond_indep_stack"]
                 if frame.vectorized
             }
-            plan = make_plan(resolve_inverse(traced.graph, self._inverse_option))
             self._sites = latent_sites(traced)
             # A KL is registered for normal factors, before any bijection.
             for name, site in self._sites.items():
@@ -205,13 +214,15 @@ class AutoFaithfulGuide(AutoGuide):
 
     @property
     def model_graph(self) -> ModelGraph:
-        """The graph that was read from the model."""
-        return self.plan.graph
+        """The graph that was read from the model: of sites, or of elements with ``resolution="element"``."""
+        plan = self.plan
+        return self._elements.inverse.graph if self._elements else plan.graph
 
     @property
     def inverse(self) -> InverseGraph:
-        """The factorisation of the guide."""
-        return self.plan.inverse
+        """The factorisation of the guide: over sites, or over elements with ``resolution="element"``."""
+        plan = self.plan
+        return self._elements.inverse if self._elements else plan.inverse
 
     def describe(self) -> Description:
         """Return the plan in words: what each latent site is conditioned on, and what is not faithful."""

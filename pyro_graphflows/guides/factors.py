@@ -9,12 +9,13 @@ guide is set up; factors are parametrised in the natural units of ``y`` and retu
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-__all__ = ["Factor", "NormalFactor"]
+__all__ = ["ElementNormalFactor", "Factor", "NormalFactor"]
 
 # exp() of a log-scale stays finite and positive in float32 and is far outside of any standardised scale.
 LOG_SCALE_BOUND = 20.0
@@ -34,6 +35,11 @@ class Factor(ABC):
     @abstractmethod
     def num_outputs(self) -> int:
         """The number of network outputs that the factor needs."""
+
+    @property
+    def output_elements(self) -> tuple[int, ...] | None:
+        """For each output the element whose parents it may see; None where every output may see all parents."""
+        return None
 
     @abstractmethod
     def distribution(self, outputs: Tensor, shift: Tensor, scale: Tensor) -> dist.TorchDistribution:
@@ -104,3 +110,54 @@ class NormalFactor(Factor):
         unit = scale_tril / diagonal.unsqueeze(-1)
         rows, columns = torch.tril_indices(n, n, -1, device=weights.device)
         return all_weights, torch.cat([loc, diagonal.log(), unit[rows, columns]])
+
+
+class ElementNormalFactor(Factor):
+    r"""A normal conditional in which each element has parents of its own.
+
+    ``y_i = loc_i + sum_j A_ij y_j + d_i eps_i`` over the earlier elements ``j`` of the site that element ``i``
+    looks at; ``loc_i``, ``log d_i`` and ``A_ij`` depend on the parents of element ``i`` alone.
+
+    Args:
+        inner: For each element, the earlier elements of the site that are among its parents.
+    """
+
+    def __init__(self, inner: Sequence[Sequence[int]]) -> None:
+        super().__init__(len(inner))
+        self.rows = [i for i, earlier in enumerate(inner) for _ in earlier]
+        self.columns = [j for earlier in inner for j in earlier]
+
+    @property
+    def num_outputs(self) -> int:
+        """Location and log-scale of each element, and a coefficient for each pair of elements."""
+        return 2 * self.size + len(self.rows)
+
+    @property
+    def output_elements(self) -> tuple[int, ...]:
+        """See :attr:`Factor.output_elements`."""
+        return (*range(self.size), *range(self.size), *self.rows)
+
+    def distribution(self, outputs: Tensor, shift: Tensor, scale: Tensor) -> dist.TorchDistribution:
+        """See :meth:`Factor.distribution`."""
+        n = self.size
+        loc = outputs[..., :n]
+        diagonal = outputs[..., n : 2 * n].clamp(-LOG_SCALE_BOUND, LOG_SCALE_BOUND).exp()
+        if not self.rows:
+            return dist.Normal(shift + scale * loc, scale * diagonal, validate_args=False).to_event(1)
+        eye = torch.eye(n, dtype=outputs.dtype, device=outputs.device)
+        unit = eye.expand((*outputs.shape[:-1], n, n)).clone()
+        unit[..., self.rows, self.columns] = -outputs[..., 2 * n :]
+        solved = torch.linalg.solve_triangular(
+            unit, torch.cat([loc.unsqueeze(-1), diagonal.diag_embed()], -1), upper=False, unitriangular=True
+        )
+        mean, scale_tril = shift + scale * solved[..., 0], scale.unsqueeze(-1) * solved[..., 1:]
+        return dist.MultivariateNormal(mean, scale_tril=scale_tril, validate_args=False)
+
+    def linear_start(self, weights: Tensor, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`Factor.linear_start`."""
+        n = self.size
+        diagonal = scale_tril.diagonal()
+        unit = diagonal.unsqueeze(-1) * torch.linalg.inv(scale_tril)  # I - A
+        all_weights = weights.new_zeros(self.num_outputs, weights.shape[-1])
+        all_weights[:n] = unit @ weights
+        return all_weights, torch.cat([unit @ loc, diagonal.log(), -unit[self.rows, self.columns]])

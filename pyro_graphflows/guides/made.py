@@ -7,6 +7,7 @@ standardised units, inputs and outputs.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import pyro.distributions as dist
@@ -51,6 +52,8 @@ class MADEBlock(nn.Module):
         factors: For each site, its factor.
         options: The shape of the network.
         plates: The plates of the block, for the sites with free parameters.
+        element_parents: For sites whose factor tells elements apart, the parents of each element, as (node,
+            index in the node), -1 for the whole node.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class MADEBlock(nn.Module):
         factors: Mapping[str, Factor],
         options: NetworkOptions,
         plates: Sequence[PlateState] = (),
+        element_parents: Mapping[str, Sequence[Sequence[tuple[str, int]]]] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         self.block = block
@@ -76,13 +80,20 @@ class MADEBlock(nn.Module):
             names += [name] * size
             input_levels += [level] * size
         self.columns = columns
+        self.element_columns: dict[str, list[list[int]]] = {}  # for split sites, what each element may see
         allowed: list[list[int]] = []
         output_names: list[str] = []
         self.outputs: dict[str, slice] = {}  # rows of the network, in sampling order
         for site in block.sites:
             seen = [j for parent in block.parents[site] if parent in columns for j in columns[parent]]
             start = len(allowed)
-            allowed += [seen] * factors[site].num_outputs
+            elements = factors[site].output_elements
+            if elements is None:
+                allowed += [seen] * factors[site].num_outputs
+            else:
+                per_element = [self._columns_of(parents, seen) for parents in element_parents[site]]
+                self.element_columns[site] = per_element
+                allowed += [per_element[i] for i in elements]
             output_names += [site] * factors[site].num_outputs
             self.outputs[site] = slice(start, len(allowed))
         self.network = MaskedMLP(
@@ -114,6 +125,13 @@ class MADEBlock(nn.Module):
 
     shift: Tensor
     scale: Tensor
+
+    def _columns_of(self, parents: Sequence[tuple[str, int]], seen: Sequence[int]) -> list[int]:
+        found: list[int] = []
+        for name, index in parents:
+            columns = self.columns.get(name, range(0))
+            found += columns if index < 0 else columns[index : index + 1]
+        return sorted(set(found) & set(seen))
 
     @torch.no_grad()
     def set_standardization_(self, site: str, shift: Tensor, scale: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch.distributions import biject_to
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides.base import AutoFaithfulGuide, concatenate
 from pyro_graphflows.guides.call import PlateState
-from pyro_graphflows.guides.factors import Factor, NormalFactor
+from pyro_graphflows.guides.factors import ElementNormalFactor, Factor, NormalFactor
 from pyro_graphflows.guides.features import FeatureMap, flatten_event
 from pyro_graphflows.guides.made import MADEBlock, NetworkOptions
 from pyro_graphflows.guides.plan import Block, Plan
@@ -106,12 +106,21 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
         self.features = nn.ModuleList(features)
         self.networks = nn.ModuleList(networks)
 
+    def _factor_of(self, site: str) -> Factor:
+        if self._elements is None or site not in self._elements.parents:
+            return self._factor(self._sites[site].size)
+        if self._factor is not NormalFactor:
+            raise GraphflowsError("Expected the normal factor with resolution='element'; got another family.")
+        parents = self._elements.parents[site]
+        return ElementNormalFactor([[j for name, j in element if name == site] for element in parents])
+
     def _make_network(
         self, block: Block, context_sizes: Mapping[str, int], plates: Sequence[PlateState]
     ) -> nn.Module:
         """Return the network of a block."""
-        factors = {site: self._factor(self._sites[site].size) for site in block.sites}
-        return MADEBlock(block, context_sizes, factors, self._network_options, plates)
+        factors = {site: self._factor_of(site) for site in block.sites}
+        elements = self._elements.parents if self._elements else {}
+        return MADEBlock(block, context_sizes, factors, self._network_options, plates, elements)
 
     @torch.no_grad()
     def set_linear_(

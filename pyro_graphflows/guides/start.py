@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from pyro_graphflows.guides.factors import ElementNormalFactor
 from pyro_graphflows.guides.features import location_and_scale
 from pyro_graphflows.guides.made import MADEBlock
 
@@ -46,9 +47,12 @@ def regress_(block: MADEBlock, context: Tensor, values: Mapping[str, Tensor]) ->
         parents = [parent for parent in block.block.parents[site] if parent in block.columns]
         inputs = [j for parent in parents for j in block.columns[parent]]
         own = list(block.columns[site])
-        weights = _solve(covariance, inputs, own)
-        residual = covariance[own][:, own] - weights @ covariance[inputs][:, own]
-        residual = residual * (len(joint) - 1) / max(len(joint) - 1 - len(inputs), 1)
+        if site in block.element_columns:
+            weights, residual = _solve_elements(block, site, covariance, inputs, len(joint))
+        else:
+            weights = _solve(covariance, inputs, own)
+            residual = covariance[own][:, own] - weights @ covariance[inputs][:, own]
+            residual = residual * (len(joint) - 1) / max(len(joint) - 1 - len(inputs), 1)
         loc = mean[own] - weights @ mean[inputs]
         parts = dict(zip(parents, weights.split([len(block.columns[p]) for p in parents], -1), strict=True))
         block.set_linear_(site, parts, loc, _square_root(residual))
@@ -64,6 +68,30 @@ def _solve(covariance: Tensor, inputs: Sequence[int], own: Sequence[int]) -> Ten
         if not failed:
             return torch.cholesky_solve(covariance[inputs][:, own], factor).T
         ridge = ridge * 100
+
+
+def _solve_elements(
+    block: MADEBlock, site: str, covariance: Tensor, inputs: Sequence[int], num_rows: int
+) -> tuple[Tensor, Tensor]:
+    """Regress each element on its own parents; return the weights on the inputs and the residual covariance."""
+    own = list(block.columns[site])
+    factor = block.factors[site]
+    assert isinstance(factor, ElementNormalFactor)
+    direct = covariance.new_zeros(len(own), len(inputs))
+    unit = torch.eye(len(own), dtype=covariance.dtype, device=covariance.device)  # I - A
+    variances = covariance.new_zeros(len(own))
+    place = {column: k for k, column in enumerate(inputs)}
+    for i, column in enumerate(own):
+        outer = block.element_columns[site][i]
+        inner = [j for row, j in zip(factor.rows, factor.columns, strict=True) if row == i]
+        given = [*outer, *(own[j] for j in inner)]
+        weights = _solve(covariance, given, [column])[0]
+        residual = covariance[column, column] - weights @ covariance[given, column]
+        variances[i] = residual * (num_rows - 1) / max(num_rows - 1 - len(given), 1)
+        direct[i, [place[c] for c in outer]] = weights[: len(outer)]
+        unit[i, inner] = -weights[len(outer) :]
+    mixing = torch.linalg.inv(unit)
+    return mixing @ direct, mixing @ variances.clamp(min=RESIDUAL_FLOOR**2).diag_embed() @ mixing.T
 
 
 def _square_root(residual: Tensor) -> Tensor:
