@@ -20,6 +20,8 @@ def auto_faithful_guide(
     hidden_dims: Sequence[int] | None = None,
     init: str = "regression",
     standardize: bool = True,
+    strict: bool = True,
+    resolution: str = "site",
     example_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> AutoFaithfulGuide:
@@ -43,6 +45,10 @@ def auto_faithful_guide(
         init: ``"regression"``: start from the least-squares regression of each site on its parents over joint samples
             of the model (exact for linear-Gaussian models up to sampling error), or ``"random"``.
         standardize: Whether inputs and outputs of the networks are standardised by constants found at set-up.
+        strict: Whether to refuse models whose dependencies cannot be traced in full; if not, what cannot be
+            followed counts as a dependency on all earlier sites.
+        resolution: ``"site"``, or ``"element"`` to give each element of a vector site its own parents (normal family;
+            see :func:`~pyro_graphflows.get_model_graph` for when that is sound).
         example_kwargs: Keyword arguments of a typical call.
         **options: Further options of the family's class, :class:`AutoFaithfulNormal` or :class:`AutoFaithfulFlow`.
 
@@ -73,8 +79,17 @@ def auto_faithful_guide(
         kind = AutoFaithfulFlow
     elif family != "normal":
         raise GraphflowsError(f"Expected family='normal', 'flow' or a subclass of Factor; got {family!r}.")
+    if resolution == "element" and family != "normal":
+        raise GraphflowsError(f"Expected family='normal' with resolution='element'; got {family!r}.")
     guide = kind(
-        model, inverse=inverse, hidden_dims=hidden_dims, init=init, standardize=standardize, **options
+        model,
+        inverse=inverse,
+        hidden_dims=hidden_dims,
+        init=init,
+        standardize=standardize,
+        strict=strict,
+        resolution=resolution,
+        **options,
     )
     if example_args or example_kwargs:
         guide.setup(*example_args, **(example_kwargs or {}))
