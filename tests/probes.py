@@ -261,6 +261,14 @@ def full_of_a_latent():
     data("x", torch.full((2,), latent("a"))[1])
 
 
+@probe("k: ; x: k")
+def data_of_a_view():
+    k = pyro.sample("k", dist.Categorical(torch.ones(3)))
+    holder = torch.zeros(())
+    holder.data = torch.arange(3.0)[k]
+    data("x", holder)
+
+
 @probe("a: ; b: ; x: b")
 def only_its_shape():
     """zeros_like, new_zeros, expand_as, shape: nothing but the shape is used."""
@@ -444,6 +452,24 @@ def compiled():
     data("x", double(latent("a"), latent("b")))
 
 
+@probe("z: ; a: ; b: ; x: z a b")
+def conditional_operator():
+    """Both branches count, whichever is taken, with what they close over."""
+    z, a, b = latent("z"), latent("a"), latent("b")
+    data("x", torch.cond(z > 0, lambda t: t * a, lambda t: t + b, (torch.ones(()),)))
+
+
+@probe("k: ; a: ; x: k a")
+def while_loop():
+    k, a = pyro.sample("k", dist.Poisson(2.0)), latent("a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, x = torch._higher_order_ops.while_loop(
+            lambda i, t: i < k, lambda i, t: (i + 1, t * a), (torch.tensor(0), torch.ones(()))
+        )
+    data("x", x)
+
+
 class _Square(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a):
@@ -566,6 +592,13 @@ def masked_out_observation():
     with poutine.mask(mask=False):
         data("ignored", z)
     data("x", z)
+
+
+@probe("z: ; x: z")
+def missing_data():
+    """The log-density leaves out what is missing, here all."""
+    z = latent("z")
+    pyro.sample("x", dist.NanMaskedNormal(z, 1.0), obs=torch.tensor(math.nan))
 
 
 # Plates
@@ -713,6 +746,7 @@ with torch.random.fork_rng():
         pyro.nn.DenseNN(1, [4], [2 * 4, 2 * 4, 2 * 3]), 2, count_bins=4, order="quadratic"
     )
 _LINEAR = nn.Linear(1, 1).double()
+    _PLANAR = dist.transforms.Planar(2).double()
 _FLOW.double()
 _SPLINE.double()
 
@@ -824,7 +858,7 @@ def flow_without_inverse():
     """The inverse is only known for the value just drawn."""
     c = latent("c")
     base = N(c * torch.ones(2), 1.0).to_event(1)
-    z = pyro.sample("z", dist.TransformedDistribution(base, [dist.transforms.Planar(2).double()]))
+    z = pyro.sample("z", dist.TransformedDistribution(base, [_PLANAR]))
     data("x", z[0])
 
 

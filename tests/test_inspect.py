@@ -361,11 +361,34 @@ def test_sparse_argument():
     assert set(get_model_graph(model, (design,)).edges) == {("design", "x"), ("b", "x")}
 
 
-def test_arrays_are_noted():
-    def model(w):
-        pyro.sample("x", dist.Normal(torch.tensor(w).sum(), 1.0), obs=torch.zeros(()))
+def test_covariates_that_cannot_be_followed_are_noted():
+    class Batch:
+        def __init__(self):
+            self.w = torch.ones(())
 
-    assert "argument 'w' is a NumPy array" in trace_model(model, (np.ones(3),)).notes[0]
+    def model(w, batch):
+        pyro.sample("x", dist.Normal(torch.tensor(w).sum() + batch.w, 1.0), obs=torch.zeros(()))
+
+    notes = trace_model(model, (np.ones(3), Batch())).notes
+    assert "argument 'w' is a NumPy array, which is not followed" in notes[0]
+    assert "argument 'batch' holds tensors inside a Batch" in notes[1]
+
+
+def test_random_numbers_outside_of_sites_are_noted():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(nn.functional.dropout(z.expand(4)).sum(), 1.0), obs=torch.zeros(()))
+
+    (note,) = trace_model(model).notes
+    assert "draws random numbers outside of pyro.sample; they reach site 'x'" in note
+
+
+def test_random_initial_values_of_parameters_are_no_noise():
+    def model():
+        loc = pyro.param("loc", lambda: torch.randn(()))
+        pyro.sample("x", dist.Normal(loc, 1.0), obs=torch.zeros(()))
+
+    assert trace_model(model).notes == ()
 
 
 @pytest.mark.parametrize(

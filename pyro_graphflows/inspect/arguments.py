@@ -135,14 +135,24 @@ def argument_leaves(
     return leaves
 
 
-def arrays_among(model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> list[ArgumentPath]:
-    """List the NumPy arrays among the arguments: they cannot be followed."""
-    return [
-        path
-        for name, argument in _bind(model, args, kwargs).items()
-        for path, value in _walk((name,), argument)
-        if type(value).__module__ == "numpy"
-    ]
+def not_followed(model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> list[str]:
+    """List arguments that may hold covariates and cannot be followed, each with a remedy."""
+    notes = []
+    for name, argument in _bind(model, args, kwargs).items():
+        for path, value in _walk((name,), argument):
+            if isinstance(value, np.ndarray):
+                what = "is a NumPy array"
+            elif not isinstance(value, torch.nn.Module | torch.Tensor) and any(
+                isinstance(held, torch.Tensor) for held in getattr(value, "__dict__", {}).values()
+            ):
+                what = f"holds tensors inside a {type(value).__name__}"
+            else:
+                continue
+            notes.append(
+                f"argument '{argument_name(path)}' {what}, which is not followed; pass tensors (or tuples, lists "
+                "and dictionaries of them) if they are covariates"
+            )
+    return notes
 
 
 @lru_cache(maxsize=4096)

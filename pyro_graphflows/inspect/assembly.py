@@ -16,14 +16,14 @@ from pyro_graphflows.inspect.arguments import (
     Layout,
     argument_leaves,
     argument_name,
-    arrays_among,
     covering,
     layout_of,
+    not_followed,
     part_of,
 )
 from pyro_graphflows.inspect.modes import watching
 from pyro_graphflows.inspect.record import Recorder, SiteRecord, quiet_run, run_model
-from pyro_graphflows.inspect.taint import Escape, Region, TaintTracker
+from pyro_graphflows.inspect.taint import Escape, Noise, Region, TaintTracker
 from pyro_graphflows.inspect.traced import Leak, TracedModel
 
 __all__ = ["trace_once"]
@@ -73,11 +73,7 @@ class _Assembly:
             trace,
             strict,
         )
-        self.notes = [
-            f"argument '{argument_name(path)}' is a NumPy array, which is not followed; pass a tensor if it "
-            "is a covariate"
-            for path in arrays_among(model, args, kwargs)
-        ]
+        self.notes = not_followed(model, args, kwargs)
         self.site_names = {record.name for record in records}
         self.observed = {record.name for record in records if record.observed}
         self.by_id = {id(leaf): path for path, leaf in leaves.items()}
@@ -150,7 +146,7 @@ class _Assembly:
 
     def _leaks(self) -> tuple[Leak, ...]:
         leaks = [self._leak(escape) for escape in self.tracker.escapes]
-        leaks = [leak for leak in dict.fromkeys(leaks) if leak.affects]
+        leaks = [leak for leak in dict.fromkeys(leaks) if leak.affects and (leak.sites or leak.arguments)]
         wrong = [leak for leak in leaks if leak.sites]
         if wrong and self.strict:
             leak = wrong[0]
@@ -167,6 +163,8 @@ class _Assembly:
     def _leak(self, escape: Escape) -> Leak:
         sites, arguments = [], []
         for source in self.tracker.sources(escape.taint):
+            if isinstance(source, Noise):
+                continue
             before = [source] if isinstance(source, str) else self._observed_before(source, escape.moment)
             sites += before
             if not before:
@@ -224,6 +222,12 @@ class _Assembly:
         for source in self.tracker.sources(record.reaches_distribution):
             if isinstance(source, str):
                 parents[source] = None
+                continue
+            if isinstance(source, Noise):
+                self.notes.append(
+                    f"{source.filename}:{source.line}: `{source.code}` draws random numbers outside of "
+                    f"pyro.sample; they reach site '{record.name}', and the graph does not know them"
+                )
                 continue
             if isinstance(source, Region) and 0 in source.size:
                 continue

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from pyro_graphflows.inspect.taint import TaintTracker, storage_of
 
@@ -123,6 +124,8 @@ class _FunctionMode(TorchFunctionMode):
             result = func(*args, **kwargs)
             if result is not None:
                 self._watch(func, args, kwargs, result)
+            elif getattr(func, "__name__", "") == "__set__" and isinstance(args[1], torch.Tensor):
+                tracker.give_own(args[1], args[0])  # z.data = table[k]
         finally:
             tracker.depth -= 1
             tracker.hidden, tracker.size_inside = before
@@ -170,24 +173,26 @@ class _FunctionMode(TorchFunctionMode):
                 tracker.sized[id(tensor)] = (tensor, taint)
 
 
-class _Writes(NamedTuple):
+class _Schema(NamedTuple):
     positions: tuple[int, ...]
     names: tuple[str, ...]
+    random: bool
 
 
-def _writes(func: Any) -> _Writes:
-    """Return which arguments of an operator are written to, from its schema."""
+def _schema(func: Any) -> _Schema:
+    """Return which arguments of an operator are written to, and whether it draws random numbers."""
     positions, names = [], []
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             names.append(argument.name)
             if not argument.kwarg_only:
                 positions.append(i)
-    return _Writes(tuple(positions), tuple(names))
+    return _Schema(tuple(positions), tuple(names), torch.Tag.nondeterministic_seeded in func.tags)
 
 
 class _DispatchMode(TorchDispatchMode):
-    _schemas: dict[Any, _Writes] = {}  # noqa: RUF012 - one cache for all instances
+    supports_higher_order_operators = True
+    _schemas: dict[Any, _Schema] = {}  # noqa: RUF012 - one cache for all instances
 
     def __init__(self, tracker: TaintTracker) -> None:
         super().__init__()
@@ -200,6 +205,8 @@ class _DispatchMode(TorchDispatchMode):
         tracker = self.tracker
         if tracker.paused:
             return func(*args, **kwargs)
+        if not isinstance(func, torch._ops.OpOverload):
+            return self._higher_order(func, args, kwargs)
         # Outside of a call of the Python interface (in a scripted function) the function mode is on.
         tracker.paused = True
         try:
@@ -209,26 +216,70 @@ class _DispatchMode(TorchDispatchMode):
             tracker.paused = False
         return result
 
+    def _higher_order(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run an operator that calls functions (``torch.cond``): watch these, and let all of it reach the result."""
+        tracker = self.tracker
+        inside = tracker.hidden
+
+        def watched(function: Any) -> Any:
+            if isinstance(function, torch.Tensor) or not callable(function):
+                return function
+
+            def call(*operands: Any) -> Any:
+                nonlocal inside
+                before = tracker.paused, tracker.depth
+                tracker.paused, tracker.depth = False, 0
+                try:
+                    with watching(tracker):
+                        result = function(*operands)
+                finally:
+                    tracker.paused, tracker.depth = before
+                inside |= tracker.of(result)
+                return result
+
+            return call
+
+        functions_watched = tree_map(watched, (args, kwargs))
+        tracker.paused = True
+        try:
+            result = func(*functions_watched[0], **functions_watched[1])
+            if func.__name__ == "cond":  # only one branch was run
+                _, one, other, operands = functions_watched[0]
+                one(*operands)
+                other(*operands)
+            arguments = _tensors((*args, *kwargs.values()), [])
+            known = [tracker.of_tensor(argument) for argument in arguments]
+            tracker.flow(known, inside | tracker.of(arguments), _tensors((result,), []))
+        finally:
+            tracker.paused = False
+        return result
+
     def _watch(self, func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
-        tracker, name = self.tracker, func.overloadpacket.__name__
+        tracker = self.tracker
+        arguments = _tensors(args if not kwargs else (*args, *kwargs.values()), [])
+        name = func.overloadpacket.__name__
+        schema = self._schemas.get(func)
+        if schema is None:
+            schema = self._schemas[func] = _schema(func)
+        if schema.random:
+            noise = tracker.noise()
+            if noise:
+                for tensor in _tensors((result,), []):
+                    tracker.add(tensor, noise)
         if name in _SHAPE_ONLY:
             return
-        arguments = _tensors(args if not kwargs else (*args, *kwargs.values()), [])
         known = [tracker.of_tensor(argument) for argument in arguments]
         taint = tracker.hidden
         for whole, _, _ in known:
             taint |= whole
         if not taint:
             return
-        writes = self._schemas.get(func)
-        if writes is None:
-            writes = self._schemas[func] = _writes(func)
-        if writes.names:
+        if schema.names:
             if name in _OVERWRITES and _covers_its_storage(args[0]):
                 tracker.set(args[0], tracker.hidden | tracker.of(args[1:]))
                 return
-            written = [args[i] for i in writes.positions if i < len(args)]
-            written += [kwargs[keyword] for keyword in writes.names if keyword in kwargs]
+            written = [args[i] for i in schema.positions if i < len(args)]
+            written += [kwargs[keyword] for keyword in schema.names if keyword in kwargs]
             for tensor in _tensors(written, []):
                 tracker.add(tensor, taint)
         if isinstance(result, torch.Tensor):

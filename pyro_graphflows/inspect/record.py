@@ -77,6 +77,14 @@ def vectorized_plates(msg: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(sorted(frames, key=lambda frame: frame.dim))
 
 
+def _parameters(fn: Any) -> list[torch.Tensor]:
+    found = []
+    while fn is not None:
+        found += [value for value in vars(fn).values() if isinstance(value, torch.Tensor)]
+        fn = vars(fn).get("base_dist")
+    return found
+
+
 class Recorder(Messenger):
     """Notes the taints at each sample site and starts the site's own taint.
 
@@ -122,7 +130,8 @@ class Recorder(Messenger):
         is_data = msg["is_observed"] and isinstance(value, torch.Tensor)
         region = Region.of(value) if is_data and tracker.is_argument(value) else None
         from_value = 0 if transparent else tracker.of(value)
-        reaches |= tracker.of((msg["mask"], msg["scale"]))
+        # A log-density may leave out a parameter at some values (missing data); the distribution holds it.
+        reaches |= tracker.of((msg["mask"], msg["scale"], _parameters(fn)))
         self.records.append(
             SiteRecord(
                 name=name,

@@ -20,12 +20,13 @@ import pyro
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-__all__ = ["Escape", "Known", "Region", "TaintTracker", "storage_of"]
+__all__ = ["Escape", "Known", "Noise", "Region", "TaintTracker", "storage_of"]
 
 _HERE, _TORCH, _PYRO = (
     os.path.dirname(os.path.abspath(str(path))) + os.sep for path in (__file__, torch.__file__, pyro.__file__)
 )
 _LIBRARIES = (_HERE, _TORCH, _PYRO)
+_STANDARD = os.path.dirname(os.path.abspath(str(linecache.__file__))) + os.sep
 _DISTRIBUTIONS = (_TORCH + "distributions" + os.sep, _PYRO + "distributions" + os.sep)
 
 
@@ -48,6 +49,14 @@ class Region(NamedTuple):
         )
 
 
+class Noise(NamedTuple):
+    """A place in the user's code that draws random numbers outside of ``pyro.sample``."""
+
+    filename: str
+    line: int
+    code: str
+
+
 Known = tuple[int, int, int | None]
 
 
@@ -66,12 +75,16 @@ class Escape(NamedTuple):
 
 
 def _place() -> tuple[str, int, str]:
-    """Return file, line and source text of the innermost frame outside PyTorch, Pyro and this package."""
+    """Return file, line and source text of the innermost frame outside the libraries and this package."""
     frame = sys._getframe(2)
-    while frame.f_back is not None and os.path.abspath(frame.f_code.co_filename).startswith(_LIBRARIES):
+    while frame.f_back is not None and _in_library(os.path.abspath(frame.f_code.co_filename)):
         frame = frame.f_back
     filename, line = frame.f_code.co_filename, frame.f_lineno
     return filename, line, linecache.getline(filename, line).strip()
+
+
+def _in_library(path: str) -> bool:
+    return path.startswith(_LIBRARIES) or (path.startswith(_STANDARD) and "site-packages" not in path)
 
 
 def _is_validation() -> bool:
@@ -214,6 +227,12 @@ class TaintTracker:
         entry = self._by_object.get(id(tensor))
         self._by_object[id(tensor)] = (tensor, taint if entry is None else entry[1] | taint)
 
+    def give_own(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Pass on what concerns one tensor object alone, to an object that now has its storage."""
+        entry = self._by_object.get(id(source))
+        if entry is not None:
+            self._add_to_object(target, entry[1])
+
     def flow(self, known: list[Known], union: int, results: list[torch.Tensor]) -> None:
         """Let taints flow from the arguments of a call into its results.
 
@@ -246,6 +265,10 @@ class TaintTracker:
             self._absorbing[-1] |= taint
         elif not (operation == "bool" and _is_validation()):
             self.escapes.append(Escape(taint, operation, self.moment, *_place()))
+
+    def noise(self) -> int:
+        """Return the taint of random numbers drawn here; none while a site draws its value."""
+        return 0 if self._absorbing else self.bit(Noise(*_place()))
 
     def absorb(self) -> None:
         """From here to :meth:`absorbed`, values that escape concern one site only."""
