@@ -742,11 +742,11 @@ with torch.random.fork_rng():
     _CONVOLUTION = _float(nn.Sequential(nn.ConvTranspose2d(2, 3, 4), nn.BatchNorm2d(3), nn.ReLU()))
     _EMBEDDING = _float(nn.Embedding(3, 2))
     _FLOW = dist.transforms.ConditionalAffineCoupling(1, pyro.nn.ConditionalDenseNN(1, 1, [4], [1, 1]))
+    _LINEAR = _float(nn.Linear(1, 1))
+    _PLANAR = dist.transforms.Planar(2).double()
     _SPLINE = dist.transforms.ConditionalSpline(
         pyro.nn.DenseNN(1, [4], [2 * 4, 2 * 4, 2 * 3]), 2, count_bins=4, order="quadratic"
     )
-_LINEAR = nn.Linear(1, 1).double()
-    _PLANAR = dist.transforms.Planar(2).double()
 _FLOW.double()
 _SPLINE.double()
 
