@@ -83,8 +83,9 @@ def main(args):
             optimizer=partial(torch.optim.Adam, lr=args.lr),
             num_epochs=args.epochs,
             validation=observations(network, 500, seed=args.seed + 3),
-            patience=1,  # the rate falls as soon as an epoch brings less than a hundredth of a nat
+            patience=2,  # the rate falls once two epochs bring less than a hundredth of a nat
             min_improvement=0.01,
+            lr_factor=0.2,
             seed=args.seed,
         )
         at_end, error = divergence(network, guide, test)
@@ -133,6 +134,7 @@ def main(args):
     plot_model_and_inverse(faithful.model_graph, faithful.inverse, out / "inverse.png")
     plot_learning_curves(
         {label: history.validation_loss for label, history in histories.items()},
+        quantity="negative ELBO (nats per datum)",
         reference=-network.log_evidence(
             observations(network, 500, seed=args.seed + 3).double().numpy()
         ).mean(),
@@ -159,7 +161,7 @@ def parser():
     parse.add_argument(
         "--num-evidence", type=int, default=200, help="test data for the importance-sampled evidence"
     )
-    parse.add_argument("--epochs", type=int, default=8)
+    parse.add_argument("--epochs", type=int, default=10)
     parse.add_argument("--lr", type=float, default=1e-3)
     parse.add_argument("--seed", type=int, default=0)
     parse.add_argument("--out", default="out/quickstart", help="folder for the pictures")
