@@ -100,7 +100,7 @@ def test_what_elements_cannot_do_is_refused():
         GraphflowsError, match="an elimination order with resolution='element'; got 'mean_field'"
     ):
         auto_faithful_guide(chains, x, resolution="element", inverse="mean_field")
-    with pytest.raises(GraphflowsError, match="Expected family='normal' with resolution='element'"):
-        auto_faithful_guide(chains, x, resolution="element", family="flow")
+    with pytest.raises(GraphflowsError, match="Expected family='normal' or 'flow' with resolution='element'"):
+        auto_faithful_guide(chains, x, resolution="element", family=NormalFactor)
     with pytest.raises(GraphflowsError, match="Expected resolution"):
         auto_faithful_guide(chains, x, resolution="pixel")

@@ -47,8 +47,8 @@ def auto_faithful_guide(
         standardize: Whether inputs and outputs of the networks are standardised by constants found at set-up.
         strict: Whether to refuse models whose dependencies cannot be traced in full; if not, what cannot be
             followed counts as a dependency on all earlier sites.
-        resolution: ``"site"``, or ``"element"`` to give each element of a vector site its own parents (normal family;
-            see :func:`~pyro_graphflows.get_model_graph` for when that is sound).
+        resolution: ``"site"``, or ``"element"`` to give each element of a vector site its own parents (not with
+            a factor class; see :func:`~pyro_graphflows.get_model_graph` for when that is sound).
         example_kwargs: Keyword arguments of a typical call.
         **options: Further options of the family's class, :class:`AutoFaithfulNormal` or :class:`AutoFaithfulFlow`.
 
@@ -79,8 +79,10 @@ def auto_faithful_guide(
         kind = AutoFaithfulFlow
     elif family != "normal":
         raise GraphflowsError(f"Expected family='normal', 'flow' or a subclass of Factor; got {family!r}.")
-    if resolution == "element" and family != "normal":
-        raise GraphflowsError(f"Expected family='normal' with resolution='element'; got {family!r}.")
+    if resolution == "element" and family not in ("normal", "flow"):
+        raise GraphflowsError(
+            f"Expected family='normal' or 'flow' with resolution='element'; got {family!r}."
+        )
     guide = kind(
         model,
         inverse=inverse,

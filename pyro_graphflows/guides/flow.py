@@ -109,4 +109,5 @@ class AutoFaithfulFlow(AutoFaithfulNormal):
         self, block: Block, context_sizes: Mapping[str, int], plates: Sequence[PlateState]
     ) -> nn.Module:
         sizes = {site: self._sites[site].size for site in block.sites}
-        return FlowBlock(block, context_sizes, sizes, self._flow_options, plates)
+        elements = self._elements.parents if self._elements else {}
+        return FlowBlock(block, context_sizes, sizes, self._flow_options, plates, elements)

@@ -13,6 +13,7 @@ The elements of a vector site form a full autoregressive chain inside the site, 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
@@ -28,6 +29,8 @@ from pyro_graphflows.transforms.faithful_nn import FaithfulResidualNN
 from pyro_graphflows.transforms.structure import FlowStructure
 
 __all__ = ["FlowBlock", "FlowConditional", "FlowEvaluation", "FlowLevel", "FlowOptions"]
+
+ElementParents = Mapping[str, Sequence[Sequence[tuple[str, int]]]]
 
 HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
@@ -62,6 +65,8 @@ class FlowBlock(nn.Module):
         sizes: For each site, the length of its flat unconstrained vector.
         options: The shape of the flow.
         plates: The plates of the block, for the sites with free parameters.
+        element_parents: For sites whose elements have parents of their own, the parents of each element, as (node,
+            index in the node), -1 for the whole node.
     """
 
     def __init__(
@@ -71,6 +76,7 @@ class FlowBlock(nn.Module):
         sizes: Mapping[str, int],
         options: FlowOptions,
         plates: Sequence[PlateState] = (),
+        element_parents: ElementParents = MappingProxyType({}),
     ) -> None:
         super().__init__()
         self.block = block
@@ -93,30 +99,31 @@ class FlowBlock(nn.Module):
         free = [v for site in block.free for v in range(self.parts[site].start, self.parts[site].stop)]
         self.free = FreeTable(plates, 2 * len(free)) if block.free else None
         self._free_columns = {v: self.num_features + 2 * i for i, v in enumerate(free)}
-        self.network = self._make_network(names, options)
+        self.network = self._make_network(names, options, element_parents)
         self.reset_free_()
 
     network: FaithfulResidualNN
 
-    def _make_network(self, names: list[str], options: FlowOptions) -> FaithfulResidualNN:
+    def _make_network(
+        self, names: list[str], options: FlowOptions, element_parents: ElementParents
+    ) -> FaithfulResidualNN:
         block, parts = self.block, self.parts
-        sites = set(parts)
-        parents: list[tuple[int, ...]] = []
-        context_parents: list[tuple[int, ...]] = []
+        parents: list[list[int]] = []
+        context_parents: list[list[int]] = []
         for site in block.sites:
-            known = [parent for parent in block.parents[site] if parent in self.columns]
-            given = [j for parent in known if parent not in sites for j in self.columns[parent]]
-            own = [
-                v
-                for parent in known
-                if parent in sites
-                for v in range(parts[parent].start, parts[parent].stop)
-            ]
-            for v in range(parts[site].start, parts[site].stop):
-                column = self._free_columns.get(v)
+            outside = [j for p in block.parents[site] if p in self.columns for j in self.columns[p]]
+            for i, own in enumerate(self.columns[site]):
+                seen = [*outside, *range(self.columns[site].start, own)]
+                if site in element_parents:
+                    chosen: set[int] = set()
+                    for name, index in element_parents[site][i]:
+                        columns = self.columns.get(name, range(0))
+                        chosen.update(columns if index < 0 else columns[index : index + 1])
+                    seen = [j for j in seen if j in chosen]
+                parents.append([j - self.num_features for j in seen if j >= self.num_features])
+                column = self._free_columns.get(own - self.num_features)
                 extra = [] if column is None else [column, column + 1]
-                parents.append((*own, *range(parts[site].start, v)))
-                context_parents.append((*given, *extra))
+                context_parents.append([*(j for j in seen if j < self.num_features), *extra])
         stages: list[tuple[int, ...]] = []
         self.level_stages: list[list[list[int]]] = []  # positions within the level
         for level in block.levels:
@@ -130,8 +137,8 @@ class FlowBlock(nn.Module):
             self.level_stages.append([[v - start for v in stage] for stage in found])
         free_names = [f"free {names[self.num_features + v]}[{i}]" for v in self._free_columns for i in (0, 1)]
         structure = FlowStructure(
-            parents=tuple(parents),
-            context_parents=tuple(context_parents),
+            parents=tuple(map(tuple, parents)),
+            context_parents=tuple(map(tuple, context_parents)),
             context_dim=self.num_features + len(free_names),
             names=tuple(names[self.num_features :]),
             context_names=(*names[: self.num_features], *free_names),
