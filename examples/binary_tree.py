@@ -334,7 +334,7 @@ def parser():
         "--lr", type=float, default=1e-2, help="first rate of Adam; divided by ten when converged"
     )
     parse.add_argument("--lr-deep", type=float, default=2e-3, help="first rate for deep trees")
-    parse.add_argument("--deep", type=int, default=7, help="the depth from which a tree is deep")
+    parse.add_argument("--deep", type=int, default=8, help="the depth from which a tree is deep")
     parse.add_argument(
         "--lr-regression", type=float, default=1e-4, help="first rate after the regression start"
     )

@@ -171,7 +171,7 @@ def test_order_of_the_runs(example):
     assert [(run.depth, run.seed) for run in runs[:10]] == [(5, 0)] * 5 + [(5, 1)] * 5
     assert len(runs) == 5 * 6 + 3 * 2
     assert len({run.name for run in runs}) == len(runs)
-    rates = {example.first_rate(run, args) for run in runs if run.depth < 7 and run.init == "random"}
+    rates = {example.first_rate(run, args) for run in runs if run.depth < 8 and run.init == "random"}
     assert rates == {args.lr}
     assert example.first_rate(example.Run(8, "full", "random", 0), args) == args.lr_deep
     assert example.first_rate(example.Run(8, "minimal", "regression", 0), args) == args.lr_regression
