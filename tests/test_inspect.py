@@ -13,7 +13,7 @@ from pyro.nn import PyroModule
 from torch import nn
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
-from pyro_graphflows.inspect import get_argument, get_model_graph, same_tensor, trace_model
+from pyro_graphflows.inspect import get_argument, get_model_graph, same_tensor, sample_prior, trace_model
 
 
 def regression(w, x=None):
@@ -177,6 +177,27 @@ def test_running_statistics_are_restored():
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     assert get_model_graph(model, (torch.zeros(5, 2),)).edges == (("z", "x"),)
     assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
+
+
+def test_arguments_of_a_module_inside_a_handler():
+    class Model(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(1)
+
+        def forward(self, w, x=None):
+            with pyro.plate("data", 3):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(self.norm((z * w)[:, None])[:, 0], 1.0), obs=x)
+
+    module = Model().double()
+    model = poutine.scale(poutine.condition(module, data={}), scale=1.0)
+    w, x = torch.ones(3), torch.zeros(3)
+    for args, kwargs in (((w, x), {}), ((w,), {"x": x}), ((), {"w": w, "x": x})):
+        traced = trace_model(model, args, kwargs)
+        assert dict(traced.argument_paths) == {"w": ("w",), "x": ("x",)}
+    sample_prior(model, (w, x), num_samples=3)
+    assert module.norm.num_batches_tracked == 0
 
 
 def test_handlers_outside_see_nothing():
@@ -436,3 +457,21 @@ def test_unmatched_layout_is_noted():
 
     (note,) = trace_model(model, (torch.ones(2, 3, 4)[:, 0],)).notes or ("",)
     assert "input 'w' of shape (2, 4) is taken as one value for all of plate 'data'" in note
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_models_on_a_gpu():
+    def model(w, x):
+        a = pyro.sample("a", dist.Normal(torch.zeros((), device="cuda"), 1.0))
+        buffer = torch.zeros(4, device="cuda")
+        buffer[:2] = a
+        with pyro.plate("data", 4):
+            pyro.sample("x", dist.Normal(buffer * w, 1.0), obs=x)
+
+    w = torch.ones(4, device="cuda")
+    state = torch.cuda.get_rng_state()
+    graph = get_model_graph(model, (w, 2 * w), validate=True)
+    assert set(graph.edges) == {("a", "x"), ("w", "x")}
+    assert torch.equal(state, torch.cuda.get_rng_state())
+    assert sample_prior(model, (w, 2 * w), num_samples=5)["x"].shape == (5, 4)

@@ -26,9 +26,9 @@ observed site that is a row or a column of a tensor, into the tensor (``t`` or `
 
 def signature_of(model: Callable) -> inspect.Signature:
     """Return the signature with which a model is called; that of ``forward`` for modules."""
-    function = model.forward if isinstance(model, torch.nn.Module) else model
+    inner = inspect.unwrap(model)  # poutine.condition(module, ...) and the like
     try:
-        return inspect.signature(function)
+        return inspect.signature(inner.forward if isinstance(inner, torch.nn.Module) else model)
     except (TypeError, ValueError):
         return inspect.signature(lambda *args, **kwargs: None)
 

@@ -299,8 +299,7 @@ class _Assembly:
             for frame in record.plates:
                 if frame.size > 0 and frame.full_size is not None:
                     expected *= frame.full_size / frame.size
-            scale = torch.as_tensor(site["scale"], dtype=torch.float64)
-            if not torch.allclose(scale, torch.full_like(scale, expected)):
+            if not _equals(site["scale"], expected):
                 self.not_generative.setdefault(record.name, "it is under poutine.scale")
 
     def _graph(self) -> ModelGraph:
@@ -322,6 +321,12 @@ class _Assembly:
             event_sizes=sizes,
             plates=plates,
         )
+
+
+def _equals(scale: float | torch.Tensor, expected: float) -> bool:
+    if isinstance(scale, torch.Tensor):
+        return bool(((scale - expected).abs() <= 1e-6 * expected).all())
+    return abs(scale - expected) <= 1e-6 * expected
 
 
 def _is_integer(tensor: torch.Tensor) -> bool:

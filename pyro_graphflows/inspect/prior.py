@@ -17,7 +17,7 @@ from pyro.poutine.util import site_is_subsample
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.inspect.model import trace_model
-from pyro_graphflows.inspect.record import is_transparent, quiet_run
+from pyro_graphflows.inspect.record import is_transparent, kept_buffers, quiet_run
 from pyro_graphflows.inspect.traced import TracedModel
 
 __all__ = ["sample_prior"]
@@ -78,9 +78,10 @@ def sample_prior(
     }
     unconditioned = pyro.poutine.uncondition(model)
     nesting = _nesting(sites)
-    if vectorize and num_samples > 1 and _allows_batches(unconditioned, args, kwargs, nesting, sites):
-        return _draw_at_once(unconditioned, args, kwargs, nesting, sites, num_samples)
-    return _draw_one_by_one(unconditioned, args, kwargs, sites, num_samples)
+    with kept_buffers(model):
+        if vectorize and num_samples > 1 and _allows_batches(unconditioned, args, kwargs, nesting, sites):
+            return _draw_at_once(unconditioned, args, kwargs, nesting, sites, num_samples)
+        return _draw_one_by_one(unconditioned, args, kwargs, sites, num_samples)
 
 
 def _nesting(sites: dict[str, Any]) -> int:

@@ -1,5 +1,6 @@
 """Run a model once and record, for each site, which sources reach its distribution and its value."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -188,37 +189,42 @@ class Recorder(Messenger):
 
 
 def _module_of(model: Callable) -> torch.nn.Module | None:
-    owner = getattr(model, "__self__", model)
+    inner = inspect.unwrap(model)  # poutine.condition(module, ...) and the like
+    owner = getattr(inner, "__self__", inner)
     return owner if isinstance(owner, torch.nn.Module) else None
+
+
+@contextmanager
+def kept_buffers(model: Callable) -> Iterator[None]:
+    """Put the buffers of a model that is a module, or a method of one, back as they were (running statistics)."""
+    module = _module_of(model)
+    before = {} if module is None else {name: buffer.clone() for name, buffer in module.named_buffers()}
+    try:
+        yield
+    finally:
+        current = {} if module is None else dict(module.named_buffers())
+        with torch.no_grad():
+            for name, value in before.items():
+                if name in current and current[name].shape == value.shape:
+                    current[name].copy_(value)
 
 
 @contextmanager
 def quiet_run(model: Callable) -> Iterator[None]:
     """Run a model without traces elsewhere.
 
-    The random state, gradients, Pyro's handlers outside and the buffers of a model that is a module (running
-    statistics) are as before; parameters that the model creates stay.
+    The random state, gradients, Pyro's handlers outside and the buffers of the model are as before; parameters
+    that the model creates stay.
     """
-    module = _module_of(model)
-    buffers = (
-        {} if module is None else {name: b.clone() for name, b in module.named_buffers() if b is not None}
-    )
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    try:
-        with (
-            torch.random.fork_rng(devices=devices),
-            torch.no_grad(),
-            pyro.poutine.block(),
-            pyro.validation_enabled(False),
-        ):
-            yield
-    finally:
-        if module is not None:
-            current = dict(module.named_buffers())
-            with torch.no_grad():
-                for name, before in buffers.items():
-                    if current.get(name) is not None and current[name].shape == before.shape:
-                        current[name].copy_(before)
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with (
+        kept_buffers(model),
+        torch.random.fork_rng(devices=devices),
+        torch.no_grad(),
+        pyro.poutine.block(),
+        pyro.validation_enabled(False),
+    ):
+        yield
 
 
 def run_model(model: Callable, args: tuple, kwargs: dict[str, Any], *handlers: Any) -> Trace:
