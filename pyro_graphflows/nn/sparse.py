@@ -74,11 +74,7 @@ class SparsePattern(nn.Module):
 
         The result has its features first in memory, and so enters the next such product without a copy.
         """
-        features_first = x.reshape(x.shape[:-1].numel(), x.shape[-1]).T.contiguous()
-        out = self.matmul(values, features_first)
-        if bias is not None:
-            out = out.add_(bias[:, None])
-        return out.T.reshape(*x.shape[:-1], self.shape[0])
+        return _Linear.apply(values, x, bias, self)
 
     def to_dense(self, values: Tensor) -> Tensor:
         """Return the matrix with the entries given."""
@@ -97,20 +93,12 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, x: Tensor, pattern: SparsePattern, transposed: bool) -> Tensor:
         ctx.save_for_backward(values, x)
         ctx.pattern, ctx.transposed = pattern, transposed
-        if transposed:
-            return _multiply(
-                pattern.transposed_starts,
-                pattern.transposed_columns,
-                values.index_select(0, pattern.transposition),
-                (pattern.shape[1], pattern.shape[0]),
-                x,
-            )
-        return _multiply(pattern.starts, pattern.columns, values, pattern.shape, x)
+        return _product(values, x, pattern, transposed)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         values, x = ctx.saved_tensors
-        grad = grads[0].contiguous()
+        grad = grads[0]
         grad_values = grad_x = None
         if ctx.needs_input_grad[0]:
             left, right = (x, grad) if ctx.transposed else (grad, x)
@@ -127,47 +115,93 @@ class _Sampled(torch.autograd.Function):
     def forward(ctx: Any, left: Tensor, right: Tensor, pattern: SparsePattern) -> Tensor:
         ctx.save_for_backward(left, right)
         ctx.pattern = pattern
-        small = pattern.nnz * left.shape[1] <= _CHUNK  # then gathering costs less than a call of the kernel
-        if not small and (left.is_cuda or torch.backends.mkl.is_available()):
-            zeros = _csr(pattern.starts, pattern.columns, left.new_zeros(pattern.nnz), pattern.shape)
-            return torch.sparse.sampled_addmm(zeros, left, right.T, beta=0.0).values()
-        if small:
-            return _row_products(left, right, pattern.row, pattern.column)
-        size = max(1, _CHUNK // left.shape[1])
-        pieces = zip(pattern.row.split(size), pattern.column.split(size), strict=True)
-        return torch.cat([_row_products(left, right, row, column) for row, column in pieces])
+        return _sample(left, right, pattern)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         left, right = ctx.saved_tensors
-        grad = grads[0].contiguous()
         grad_left = grad_right = None
         if ctx.needs_input_grad[0]:
-            grad_left = _Product.apply(grad, right, ctx.pattern, False)
+            grad_left = _Product.apply(grads[0], right, ctx.pattern, False)
         if ctx.needs_input_grad[1]:
-            grad_right = _Product.apply(grad, left, ctx.pattern, True)
+            grad_right = _Product.apply(grads[0], left, ctx.pattern, True)
         return grad_left, grad_right, None
+
+
+class _Linear(torch.autograd.Function):
+    """``x A^T + bias`` for x with features last; one node of the graph where its parts would be many."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, x: Tensor, bias: Tensor | None, pattern: SparsePattern) -> Tensor:
+        ctx.save_for_backward(values, x)
+        ctx.pattern = pattern
+        out = _product(values, _features_first(x), pattern, False)
+        if bias is not None:
+            out.add_(bias[:, None])
+        return _features_last(out, x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        values, x = ctx.saved_tensors
+        # The gradient is to be differentiated itself only if gradients are enabled here.
+        product = _Product.apply if torch.is_grad_enabled() else _product
+        sample = _Sampled.apply if torch.is_grad_enabled() else _sample
+        grad = _features_first(grads[0])
+        grad_values = grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_values = sample(grad, _features_first(x), ctx.pattern)
+        if ctx.needs_input_grad[1]:
+            grad_x = _features_last(product(values, grad, ctx.pattern, True), x)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.sum(1)
+        return grad_values, grad_x, grad_bias, None
+
+
+def _features_first(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1]).T.contiguous()
+
+
+def _features_last(out: Tensor, like: Tensor) -> Tensor:
+    return out.T.reshape(*like.shape[:-1], out.shape[0])
 
 
 _CHUNK = 65536  # numbers gathered at a time where torch has no kernel, so that memory stays bounded
 
 
-def _row_products(left: Tensor, right: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    return torch.linalg.vecdot(left.index_select(0, row), right.index_select(0, column))
-
-
-def _multiply(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int], x: Tensor) -> Tensor:
-    """Multiply by the matrix in CSR form.
+def _product(values: Tensor, x: Tensor, pattern: SparsePattern, transposed: bool) -> Tensor:
+    """Multiply by the matrix or its transpose, in CSR form.
 
     On CPU, torch's bags of embeddings (sums of weighted rows) are several times as fast as its sparse matrices, and
     need no MKL.
     """
+    starts, columns, shape = pattern.starts, pattern.columns, pattern.shape
+    if transposed:
+        starts, columns, shape = pattern.transposed_starts, pattern.transposed_columns, (shape[1], shape[0])
     if not values.numel() or not x.numel():
         return x.new_zeros(shape[0], x.shape[1])
+    if transposed:
+        values = values.index_select(0, pattern.transposition)
     if x.is_cuda:
         return _csr(starts, columns, values, shape) @ x
     # Directly, since the checks of torch.nn.functional.embedding_bag cost more than a small product. 0: sums.
-    return torch.embedding_bag(x, columns, starts, False, 0, False, values, True)[0]
+    return torch.embedding_bag(x.contiguous(), columns, starts, False, 0, False, values, True)[0]
+
+
+def _sample(left: Tensor, right: Tensor, pattern: SparsePattern) -> Tensor:
+    """Return the entries of ``left @ right.T`` at the places of the pattern."""
+    if pattern.nnz * left.shape[1] <= _CHUNK:
+        # Gathering costs less than a call of the kernel.
+        return _row_products(left, right, pattern.row, pattern.column)
+    if left.is_cuda or torch.backends.mkl.is_available():
+        zeros = _csr(pattern.starts, pattern.columns, left.new_zeros(pattern.nnz), pattern.shape)
+        return torch.sparse.sampled_addmm(zeros, left.contiguous(), right.contiguous().T, beta=0.0).values()
+    size = max(1, _CHUNK // left.shape[1])
+    pieces = zip(pattern.row.split(size), pattern.column.split(size), strict=True)
+    return torch.cat([_row_products(left, right, row, column) for row, column in pieces])
+
+
+def _row_products(left: Tensor, right: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    return torch.linalg.vecdot(left.index_select(0, row), right.index_select(0, column))
 
 
 def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
