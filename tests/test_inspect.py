@@ -1,5 +1,8 @@
 """The tracer: core constructs, side effects, leaks, arguments, and random models against their DAG."""
 
+import copy
+import pickle
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -34,6 +37,13 @@ def test_core_constructs():
     assert traced.leaks == ()
     assert dict(traced.event_dims) == {"w": 0}
     assert not traced.trace.nodes["x"]["value"].requires_grad
+
+
+def test_traced_models_can_be_copied_and_pickled():
+    traced = trace_model(regression, (torch.ones(4),), {"x": torch.zeros(4)})
+    assert copy.deepcopy(traced).graph == traced.graph
+    again = pickle.loads(pickle.dumps(traced))
+    assert (again.graph, again.argument_paths) == (traced.graph, traced.argument_paths)
 
 
 def test_unconditioned_sites_are_latent():

@@ -10,6 +10,7 @@ from probes import PROBES
 
 from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.inspect import non_exchangeable_plates, trace_model
+from pyro_graphflows.inspect.rerun import RerunError, density, rerun
 
 N = dist.Normal
 FOLLOWED = [probe for probe in PROBES.values() if probe.refused is None]
@@ -160,3 +161,20 @@ def test_many_sites_are_followed_by_gradients_only():
             z = pyro.sample(f"z{t}", N(z, 1.0))
 
     assert "not validated (change values): more than 200 sites" in trace_model(model, validate=True).notes
+
+
+def test_reruns_say_what_went_wrong():
+    def model():
+        z = pyro.sample("z", N(0.0, 1.0))
+        if z > 100:
+            raise KeyError("too large")
+
+    with pytest.raises(RerunError, match="cannot be evaluated at other values: 'too large'"):
+        rerun(model, (), {}, {"z": torch.tensor(101.0)})
+
+
+def test_densities_say_what_went_wrong():
+    trace = rerun(PROBES["flow_without_inverse"].model, (), {}, {})
+    site = {**trace.nodes["z"], "value": torch.zeros(2)}
+    with pytest.raises(RerunError, match="expected to find key in intermediates cache"):
+        density(site)

@@ -1,7 +1,6 @@
 """Turn the records of one run into a graph: sources become parents, argument regions become inputs."""
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import networkx as nx
@@ -103,13 +102,13 @@ class _Assembly:
         return TracedModel(
             graph=self._graph(),
             trace=self.trace,
-            argument_paths=MappingProxyType(argument_paths),
-            event_dims=MappingProxyType({name: layout.event_dim for name, layout in self.layouts.items()}),
+            argument_paths=argument_paths,
+            event_dims={name: layout.event_dim for name, layout in self.layouts.items()},
             index_inputs=frozenset(
                 name for name, path in self.input_paths.items() if _is_integer(self.leaves[path])
             ),
             without_data=frozenset(self.without_data),
-            not_generative=MappingProxyType(self.not_generative),
+            not_generative=self.not_generative,
             leaks=leaks,
             notes=tuple(dict.fromkeys(self.notes)),
         )

@@ -12,7 +12,6 @@ a chain in which each element has all earlier ones as parents; ``Normal(...).to_
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 import networkx as nx
@@ -87,7 +86,7 @@ def split_elements(
         event_sizes=sizes,
         plates=plates,
     )
-    return replace(traced, graph=refined, elements=MappingProxyType(elements), notes=notes)
+    return replace(traced, graph=refined, elements=elements, notes=notes)
 
 
 def _can_split(site: Any, observed: bool) -> bool:

@@ -16,7 +16,6 @@ edge.
 
 from collections.abc import Callable
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 from pyro_graphflows.errors import GraphflowsError
@@ -132,5 +131,5 @@ def _validated(traced: TracedModel, validation: Validation) -> TracedModel:
         traced,
         graph=graph,
         notes=tuple(dict.fromkeys((*traced.notes, *validation.notes))),
-        non_exchangeable=MappingProxyType(validation.non_exchangeable),
+        non_exchangeable=validation.non_exchangeable,
     )

@@ -6,7 +6,10 @@
 - The dispatch mode, below it, sees each operator. It taints storages, so that a write in place is seen
   through every view, however it came about (``out=``, scripted functions, ``vmap``, custom autograd).
 
-Compiled functions (``torch.compile``) run uncompiled while a dispatch mode is on.
+Compiled functions (``torch.compile``) run uncompiled while a dispatch mode is on. Neither mode sees
+operations in other threads, nor code that gets at memory without asking the tensor
+(``torch.utils.dlpack.to_dlpack``); comparing with the model's behaviour (``validate=True``) finds what passes
+there.
 """
 
 from collections.abc import Callable, Iterator
@@ -217,7 +220,7 @@ class _DispatchMode(TorchDispatchMode):
         return result
 
     def _higher_order(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Run an operator that calls functions (``torch.cond``): watch these, and let all of it reach the result."""
+        """Run an operator that calls functions (``torch.cond``): all that they do reaches the result."""
         tracker = self.tracker
         inside = tracker.hidden
 
