@@ -290,7 +290,7 @@ def banach(block, z, most=100_000):
     for _ in range(most):
         steps += 1
         following = z - block(y)
-        if torch.equal(following, y) or (following - y).abs().max() <= 1e-14 * (1 + z.abs().max()):
+        if torch.equal(following, y) or (following - y).abs().max() <= 1e-14 * (1 + y.abs().max()):
             break
         y = following
     return y, steps
@@ -303,7 +303,7 @@ def plain_newton(block, z, most=100):
         change, diagonal = block.forward_and_diag(y)
         step = (y + change - z) / (1 + diagonal)
         y = y - step
-        if step.abs().max() <= 1e-14 * (1 + z.abs().max()):
+        if step.abs().max() <= 1e-14 * (1 + y.abs().max()):
             break
     return y, steps
 
