@@ -184,17 +184,32 @@ UNION = FlowStructure(
 INVERSION = [(UNION, "sparse"), (ONE, "dense")]
 
 
+def train(network, dtype):
+    """A few large steps of maximum likelihood on bimodal data, with a gradient in every parameter."""
+    optimizer = torch.optim.Adam(network.parameters(), 0.1)
+    z = torch.randn(50, network.event_dim, dtype=dtype)
+    z = torch.where(z > 0, z + 2, z - 2)
+    x = [torch.randn(50, network.context_dim, dtype=dtype)] if network.context_dim else []
+    for _ in range(10):
+        optimizer.zero_grad()
+        eps, log_diag = network.inverse_terms(z, *x)
+        (0.5 * eps**2 + log_diag).sum(-1).mean().backward()
+        optimizer.step()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("c", [0.9, 0.97, 0.99, 0.999])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("weights", ["cold", "random", "adversarial"])
+@pytest.mark.parametrize("weights", ["cold", "trained", "random", "adversarial"])
 def test_inversion_always_converges(dtype, c, form, weights):
     """Backward error of a few units of rounding up to |y| = 1e4, whatever the weights."""
     limit = 1e-12 if dtype == torch.float64 else 1e-5
     for structure, engine in INVERSION:
         options = {"closed_form": form, "lipschitz": c, "engine": engine}
-        if weights == "cold":
+        if weights in ("cold", "trained"):
             network = FaithfulResidualNN(structure, **options).to(dtype)
+            if weights == "trained":
+                train(network, dtype)
         elif weights == "random":
             network = excited(structure, 1.0, **options).to(dtype)
             network.stack.log_scale.data.zero_()

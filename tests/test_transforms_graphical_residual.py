@@ -122,16 +122,31 @@ def test_both_directions_agree_with_each_other_and_with_autograd(form, options, 
     torch.testing.assert_close(torch.linalg.slogdet(jacobian)[1], log_diag[one].sum(), atol=1e-9, rtol=1e-9)
 
 
+def train(network):
+    """A few large steps of maximum likelihood on bimodal data."""
+    optimizer = torch.optim.Adam(network.parameters(), 0.1)
+    z = torch.randn(50, network.event_dim)
+    z = torch.where(z > 0, z + 2, z - 2)
+    x = [torch.randn(50, network.context_dim)] if network.context_dim else []
+    for _ in range(10):
+        optimizer.zero_grad()
+        eps, log_diag = network.inverse_terms(z, *x)
+        (0.5 * eps**2 + log_diag).sum(-1).mean().backward()
+        optimizer.step()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("c", [0.9, 0.97, 0.99, 0.999])
-@pytest.mark.parametrize("weights", ["cold", "random", "contractive"])
+@pytest.mark.parametrize("weights", ["cold", "trained", "random", "contractive"])
 def test_inversion_always_converges(dtype, c, weights):
     """Backward error of a few units of rounding up to |y| = 1e4, whatever the weights."""
     limit = 1e-12 if dtype == torch.float64 else 1e-5
     for structure, form in ((UNION, "density"), (ONE, "sampling")):
         options = {"closed_form": form, "lipschitz": c, "allow_short": True}
-        if weights == "cold":
+        if weights in ("cold", "trained"):
             network = GraphicalResidualNN(structure, **options)
+            if weights == "trained":
+                train(network)
         elif weights == "random":
             network = excited(structure, 1.0, **options)
         else:  # the last layer undoes the first: slopes near 1 - c² on an interval, near 1 elsewhere

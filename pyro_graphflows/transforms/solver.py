@@ -40,7 +40,7 @@ class Solver:
     """How to invert a residual map numerically.
 
     Args:
-        tolerance: The backward error to reach, relative to max(1, abs(y), abs(z)); 8 units of rounding of the
+        tolerance: The backward error to reach, relative to max(1, abs(y), abs(z)); 4 units of rounding of the
             dtype by default. Rounding in the evaluation of the map itself is allowed for.
         max_iterations: The most iterations for one variable.
         on_failure: ``"raise"`` or ``"warn"`` when values stay unconverged.
@@ -63,7 +63,7 @@ class Solver:
 
     def resolve_tolerance(self, dtype: torch.dtype) -> float:
         """Return the tolerance for tensors of a dtype."""
-        return 8 * torch.finfo(dtype).eps if self.tolerance is None else self.tolerance
+        return 4 * torch.finfo(dtype).eps if self.tolerance is None else self.tolerance
 
     def fail(self, what: str, unconverged: int, total: int, worst: float) -> None:
         """Raise or warn about values that did not converge.
@@ -265,7 +265,7 @@ def solve_triangular(
         step = residual / diagonal
         error = (residual.abs() / torch.maximum(y.abs(), target[rows].abs()).clamp(min=1)).amax(-1)
         # Small and no longer halved by a Newton step: this is the rounding in the map itself.
-        floor = (error <= 1e4 * rounding) & (error > 0.5 * error_before)
+        floor = (error <= 100 * rounding) & (error > 0.5 * error_before)
         going = going & ~(error <= tolerance) & ~floor & (step.abs() > rounding * y.abs()).any(-1)
         error_before = error
         y = torch.where(going.unsqueeze(-1), y - step, y)
