@@ -36,6 +36,7 @@ from pyro_graphflows.guides import (
     AutoFaithfulGuide,
     AutoFaithfulNormal,
     auto_faithful_guide,
+    check_guide,
 )
 from pyro_graphflows.infer import (
     IWAE_ELBO,
@@ -91,6 +92,7 @@ __all__ = [
     "arithmetic_circuit",
     "auto_faithful_guide",
     "binary_tree",
+    "check_guide",
     "conditional_faithful_residual",
     "conditional_graphical_residual",
     "errors",

@@ -2,6 +2,7 @@
 
 from pyro_graphflows.guides.auto import auto_faithful_guide
 from pyro_graphflows.guides.base import AutoFaithfulGuide
+from pyro_graphflows.guides.checks import check_guide
 from pyro_graphflows.guides.factors import ElementNormalFactor, Factor, NormalFactor
 from pyro_graphflows.guides.flow import AutoFaithfulFlow
 from pyro_graphflows.guides.normal import AutoFaithfulNormal
@@ -14,4 +15,5 @@ __all__ = [
     "Factor",
     "NormalFactor",
     "auto_faithful_guide",
+    "check_guide",
 ]

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -10,6 +11,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
@@ -23,7 +25,7 @@ from pyro_graphflows.graphs.inversion import (
 )
 from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.graphs.separation import violated_independencies
-from pyro_graphflows.guides.call import Call, CallReader, plates_of
+from pyro_graphflows.guides.call import Call, CallReader, changing_supports, plates_of
 from pyro_graphflows.guides.distributions import FactorDistribution
 from pyro_graphflows.guides.elements import ElementInverse, invert_elements
 from pyro_graphflows.guides.features import FeatureMap, flatten_event
@@ -167,7 +169,9 @@ class AutoFaithfulGuide(AutoGuide):
                 plan.analytic_kl[name] &= site.is_real and len(site.event_shape) < 2
             self._check_plan(plan, traced)
             self._reader = CallReader(self.model, traced)
+            self._reader.look_for_missing(self.model, args, kwargs)
             self._plate_states = plates_of(traced.trace)
+            self._changing = self._changing_supports(plan, traced, args, kwargs)
             self._plan = plan
             self._event_dims = conditioning_event_dims(traced)
             self._notes = tuple(traced.notes)
@@ -179,7 +183,7 @@ class AutoFaithfulGuide(AutoGuide):
             ]
             self._build(plan, traced, args, kwargs)
         if self.master is not None:
-            self.master()._check_prototype(self.prototype_trace)
+            self.master()._check_prototype(prune_subsample_sites(self.prototype_trace))
         return self
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
@@ -198,6 +202,24 @@ class AutoFaithfulGuide(AutoGuide):
                 f"Expected covariates of floating point; integers are taken as indices, and here the guide would "
                 f"have to condition on some: {named}. Pass features of floating point (one-hot, an embedding)."
             )
+
+    def _changing_supports(
+        self, plan: Plan, traced: TracedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, tuple[str, ...]]:
+        indices = {
+            name: plate.indices for name, plate in self._plate_states.items() if plate.indices is not None
+        }
+        changing = changing_supports(self._reader, traced, self.model, args, kwargs, indices)
+        order = [site for block in plan.blocks for site in block.sites]
+        for name, others in changing.items():
+            late = [other for other in others if order.index(other) > order.index(name)]
+            if late:
+                raise UnsupportedModelError(
+                    f"Expected {name!r} to be sampled after {', '.join(late)}, on which its support depends; the "
+                    f"inverse {plan.inverse.order!r} samples it before. Use inverse='reverse', which follows the "
+                    "model's order."
+                )
+        return changing
 
     def _build(self, plan: Plan, traced: TracedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Create ``self.features`` and ``self.networks``, one module a block each."""
@@ -293,14 +315,30 @@ class AutoFaithfulGuide(AutoGuide):
         for index, block in enumerate(self.plan.blocks):
             context = self._features_of(index, features[index], call, unconstrained)
             evaluation = networks[index].start(context, call.plates)
-            with ExitStack() as stack:
-                for name in block.plates:
-                    stack.enter_context(self.plates[name])
-                for level in block.levels:
+            for level in block.levels:
+                if any(name in self._changing for name in level):
+                    call = self._with_supports(call, args, kwargs, result, level)
+                with ExitStack() as stack:
+                    for name in block.plates:
+                        stack.enter_context(self.plates[name])
                     for name, factor in evaluation.factors().items():
                         result[name], unconstrained[name] = self._sample_site(name, factor, call)
                     evaluation.accept({name: unconstrained[name] for name in level})
         return {name: result[name] for name in self.plan.graph.latent}
+
+    def _with_supports(
+        self,
+        call: Call,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        latents: Mapping[str, Tensor],
+        level: Sequence[str],
+    ) -> Call:
+        """Return the call with the supports of a level's sites as they are given the values sampled so far."""
+        indices = {name: plate.indices for name, plate in call.plates.items() if plate.indices is not None}
+        supports = self._reader.supports_given(self.model, args, kwargs, latents, indices)
+        changed = {name: supports[name] for name in level if name in self._changing}
+        return replace(call, supports={**call.supports, **changed})
 
     def _features_of(
         self, index: int, features: FeatureMap, call: Call, unconstrained: Mapping[str, Tensor]
@@ -401,6 +439,72 @@ class AutoFaithfulGuide(AutoGuide):
                 return self(*args, **kwargs)
         finally:
             self._emit = pyro.sample
+
+    def quantiles(
+        self, quantiles: Sequence[float] | Tensor, *args: Any, num_draws: int = 1000, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Return quantiles of each latent element, estimated from draws of the guide (1,000 unless told).
+
+        Args:
+            quantiles: Probabilities.
+            *args: Positional arguments of the model.
+            num_draws: The number of draws. The error of a quantile falls with its square root.
+            **kwargs: Keyword arguments of the model.
+
+        Returns:
+            A dict from site to tensor of shape ``(len(quantiles), *shape of the site's value)``.
+        """
+        if self._plan is None:
+            self.setup(*args, **{key: value for key, value in kwargs.items() if key != "observations"})
+        depth = max((-state.dim for state in self._plate_states.values()), default=0)
+        with torch.no_grad(), poutine.block():
+            shapes = {name: value.shape for name, value in self(*args, **kwargs).items()}
+            with pyro.plate("_pyro_graphflows_draws", num_draws, dim=-1 - depth):
+                draws = self(*args, **kwargs)
+        result = {}
+        for name, value in draws.items():
+            levels = torch.as_tensor(quantiles, dtype=value.dtype, device=value.device)
+            result[name] = torch.quantile(value.reshape(num_draws, *shapes[name]), levels, dim=0)
+        return result
+
+    def given(self, **observations: Tensor) -> Callable[..., dict[str, Tensor]]:
+        """Return a callable guide with some observed values fixed.
+
+        Args:
+            **observations: Values by observed site; they replace those of each later call. Dots in names: pass a
+                dict with ``**``.
+
+        Returns:
+            A function of the model's arguments that runs this guide.
+
+        Raises:
+            GraphflowsError: If a name is not an observed site.
+
+        Example:
+            >>> import pyro, torch, pyro.distributions as dist
+            >>> from pyro_graphflows.guides import auto_faithful_guide
+            >>> def model(x):
+            ...     with pyro.plate("data", len(x)):
+            ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            >>> posterior = auto_faithful_guide(model, torch.zeros(3)).given(x=torch.ones(3))
+            >>> posterior(torch.zeros(3))["z"].shape
+            torch.Size([3])
+        """
+        unknown = [name for name in observations if name not in self.plan.graph.observed]
+        if unknown:
+            raise GraphflowsError(
+                f"Expected observed sites ({', '.join(map(str, self.plan.graph.observed))}); "
+                f"got {', '.join(unknown)}."
+            )
+        fixed = dict(observations)
+
+        def guide(
+            *args: Any, observations: Mapping[str, Tensor] | None = None, **kwargs: Any
+        ) -> dict[str, Tensor]:
+            return self(*args, observations={**(observations or {}), **fixed}, **kwargs)
+
+        return guide
 
     # ---------------------------------------------------------------- copies and files
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from pyro_graphflows.errors import UnsupportedModelError
-from pyro_graphflows.inspect import TracedModel, get_argument
+from pyro_graphflows.inspect import TracedModel, get_argument, same_tensor
 
-__all__ = ["Call", "CallReader", "PlateState", "plates_of"]
+__all__ = ["Call", "CallReader", "PlateState", "changing_supports", "partly_observed", "plates_of"]
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,62 @@ def site_mask(site: Mapping[str, Any]) -> Tensor | bool | None:
     return own if mask is None else own & mask
 
 
+def _event_shape(site: Any) -> torch.Size:
+    return site["fn"].event_shape
+
+
 def _own_scale(site: Mapping[str, Any]) -> float | Tensor:
     scale = site["scale"]
     for frame in site["cond_indep_stack"]:
         scale = scale * frame.size / (frame.full_size or frame.size)
     return scale
+
+
+def partly_observed(traced: TracedModel) -> tuple[str, ...]:
+    """Return the observed halves of the sites with ``obs_mask=``."""
+    halves = [name for name in traced.graph.observed if name.endswith("_observed")]
+    return tuple(n for n in halves if n.removesuffix("_observed") + "_unobserved" in traced.graph.latent)
+
+
+def changing_supports(
+    reader: "CallReader",
+    traced: TracedModel,
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    indices: Mapping[str, Tensor],
+) -> dict[str, tuple[str, ...]]:
+    """Return the latent sites whose support changes with the values of others, and these others.
+
+    One run for each latent parent of such a site: the parent keeps its value at set-up, all else is at the feasible
+    point, and the bounds are compared.
+    """
+    nodes: Any = traced.trace.nodes
+    suspects = [name for name in traced.graph.latent if not _is_constant(nodes[name]["fn"].support)]
+    if not suspects:
+        return {}
+    still = reader.supports_given(model, args, kwargs, {}, indices)
+    parents: dict[str, list[str]] = {name: [] for name in suspects}
+    for other in traced.graph.latent:
+        affected = [name for name in suspects if other in traced.graph.parents(name)]
+        if affected:
+            value = {other: nodes[other]["value"]}
+            moved = reader.supports_given(model, args, kwargs, value, indices)
+            for name in affected:
+                if not _same_bounds(still[name], moved[name]):
+                    parents[name].append(other)
+    return {name: tuple(others) for name, others in parents.items() if others}
+
+
+def _same_bounds(one: Any, other: Any) -> bool:
+    mine, theirs = vars(one), vars(other)
+    for key, value in mine.items():
+        if isinstance(value, constraints.Constraint):
+            if not _same_bounds(value, theirs[key]):
+                return False
+        elif torch.is_tensor(value) and not torch.equal(value, theirs[key]):
+            return False
+    return True
 
 
 def plates_of(trace: poutine.Trace) -> dict[str, PlateState]:
@@ -138,6 +189,9 @@ class CallReader:
         self.paths = dict(traced.argument_paths)
         values = {name: sites[name]["value"] for name in self.latent}
         self.like = {name: value for name, value in values.items() if torch.is_tensor(value)}
+        self.partly = {name: len(_event_shape(sites[name])) for name in partly_observed(traced)}
+        paths = [self.paths[name] for name in self.partly if name in self.paths]
+        self._missing = {name for name in self.inputs if self.paths[name] in paths}
         self._known: dict[Hashable, Call] = {}
 
     def read(
@@ -189,7 +243,10 @@ class CallReader:
                 raise UnsupportedModelError(
                     f"Expected the argument {name!r}, a covariate on which the guide conditions; got none."
                 )
-            values[name] = value
+            values[name] = self.input_value(name, value)
+        for name in self.partly:
+            if name in trace:
+                values[name] = self.masked_value(name, values[name], site_mask(trace.nodes[name]))
         masks, scales, supports = {}, {}, {}
         for name in self.latent:
             site: Any = trace.nodes.get(name)
@@ -214,6 +271,44 @@ class CallReader:
             self._known[shape] = call
         return call
 
+    def look_for_missing(
+        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Take inputs with NaN, beside partly observed sites, as data of which only the missing pattern counts."""
+        for name in self.inputs if self.partly else ():
+            value = get_argument(model, self.paths[name], args, kwargs)
+            if value.is_floating_point() and bool(torch.isnan(value).any()):
+                self._missing.add(name)
+
+    def input_value(self, name: str, value: Tensor) -> Tensor:
+        """Return the conditioning value of an input: of data with missing entries, only where they are."""
+        return torch.isfinite(value).to(value.dtype) if name in self._missing else value
+
+    def masked_value(self, name: str, value: Tensor, mask: Tensor | bool | None) -> Tensor:
+        """Return the conditioning value of a partly observed site: its elements, zero where missing, and the mask.
+
+        Shape:
+            - Output: ``(*batch, n + 1)`` for values of ``n`` elements.
+        """
+        event_dim = self.partly[name]
+        flat = value.reshape(*value.shape[: value.dim() - event_dim], -1)
+        seen = torch.as_tensor(True if mask is None else mask, device=flat.device)
+        seen = seen.expand(flat.shape[:-1]).unsqueeze(-1)
+        return torch.cat([torch.where(seen, flat, torch.zeros_like(flat)), seen.to(flat.dtype)], -1)
+
+    def supports_given(
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        latents: Mapping[str, Tensor],
+        indices: Mapping[str, Tensor],
+    ) -> dict[str, constraints.Constraint]:
+        """Return the supports in force where some latent sites have given values; differentiable in these."""
+        with poutine.block(), poutine.condition(data=dict(latents)), _FeasiblePoint(indices, self.like):
+            nodes: Any = poutine.trace(model).get_trace(*args, **kwargs).nodes
+        return {name: nodes[name]["fn"].support for name in self.latent}
+
     def _shadow(
         self, model: Callable[..., Any], args: Any, kwargs: Any, indices: Mapping[str, Tensor]
     ) -> poutine.Trace:
@@ -226,7 +321,7 @@ class CallReader:
         if not all(_is_constant(support) for support in call.supports.values()):
             return False
         return all(
-            name in self.paths and get_argument(model, self.paths[name], args, kwargs) is value
+            name in self.paths and same_tensor(get_argument(model, self.paths[name], args, kwargs), value)
             for name, value in call.values.items()
         )
 

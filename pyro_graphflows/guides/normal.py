@@ -79,7 +79,9 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
 
     def _build(self, plan: Plan, traced: TracedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = {
-            name: get_argument(self.model, traced.argument_paths[name], args, kwargs)
+            name: self._reader.input_value(
+                name, get_argument(self.model, traced.argument_paths[name], args, kwargs)
+            )
             for name in traced.event_dims
         }
         samples = self._joint_samples(traced, inputs, args, kwargs)
@@ -184,6 +186,10 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
         """Draw the model's joint samples, flat and unconstrained where latent; None where there are none."""
         if not self._standardize and self._init == "random":
             return None
+        if self._changing:
+            named = ", ".join(self._changing)
+            self._notes += (f"no regression start: the supports of {named} depend on other latent sites.",)
+            return None
         draws = self._number_of_draws()
         try:
             samples = sample_prior(self.model, args, kwargs, num_samples=draws, traced=traced)
@@ -196,13 +202,19 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
             flat[name] = flatten_event(raw, len(site.unconstrained_shape))
         for name, event_dim in self._event_dims.items():
             if name in samples:
-                flat[name] = flatten_event(samples[name], event_dim)
+                flat[name] = flatten_event(self._conditioning(name, samples[name], traced), event_dim)
             else:
                 value = inputs[name]
                 flat[name] = flatten_event(value, event_dim).expand(
                     draws, *value.shape[: value.dim() - event_dim], -1
                 )
         return flat
+
+    def _conditioning(self, name: str, value: Tensor, traced: TracedModel) -> Tensor:
+        if name not in self._reader.partly:
+            return value
+        nodes: Any = traced.trace.nodes
+        return self._reader.masked_value(name, value, nodes[name]["mask"])
 
     def _number_of_draws(self) -> int:
         """Enough joint samples that each block has its rows, and not so many that the largest block fills memory."""
@@ -248,10 +260,11 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
         if name in self._sites:
             if rows is None:
                 return FeatureMap(None, torch.zeros(0, self._sites[name].size), self._standardize)
-        elif name not in inputs:
+        elif name not in inputs and name not in self._reader.partly:
             support = nodes[name]["fn"].support
         if rows is None:  # the data of this call are all that is known
             value = inputs[name] if name in inputs else nodes[name]["value"]
+            value = self._conditioning(name, value, traced)
             flat = flatten_event(value, self._event_dims[name])
             return FeatureMap(support, flat.reshape(-1, flat.shape[-1]), self._standardize)
         return FeatureMap(support, rows[name], self._standardize)

@@ -7,6 +7,8 @@ import torch
 from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import IndependentTransform, Transform, identity_transform
 
+from pyro_graphflows.errors import UnsupportedModelError
+from pyro_graphflows.guides.call import partly_observed
 from pyro_graphflows.inspect import TracedModel
 
 __all__ = ["LatentSite", "conditioning_event_dims", "is_identity", "latent_sites"]
@@ -49,10 +51,19 @@ def is_identity(transform: Transform) -> bool:
 
 
 def latent_sites(traced: TracedModel) -> dict[str, LatentSite]:
-    """Return the latent sites of a traced model that get a factor."""
+    """Return the latent sites of a traced model that get a factor.
+
+    Raises:
+        UnsupportedModelError: If one of them is discrete.
+    """
     sites = {}
     for name in traced.graph.latent:
         fn: Any = traced.trace.nodes[name]["fn"]
+        if fn.support.is_discrete:
+            raise UnsupportedModelError(
+                f"Expected continuous latent sites; site {name!r} is discrete ({type(fn).__name__}). Mark it "
+                "infer={'enumerate': 'parallel'} and train with TraceEnum_ELBO, which sums over its values."
+            )
         transform = biject_to(fn.support)
         unconstrained = transform.inverse_shape(fn.batch_shape + fn.event_shape)
         sites[name] = LatentSite(
@@ -73,5 +84,6 @@ def conditioning_event_dims(traced: TracedModel) -> dict[str, int]:
         for name in traced.graph.observed
         if name not in traced.without_data
     }
+    dims.update((name, 1) for name in partly_observed(traced))
     dims.update((name, dim) for name, dim in traced.event_dims.items() if name not in traced.index_inputs)
     return dims

@@ -1,0 +1,233 @@
+"""What Pyro does with guides: lists of guides, handlers, partial observations, files, modules."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
+from pyro.infer.autoguide import AutoGuideList, AutoNormal
+from pyro.infer.reparam import LocScaleReparam
+
+from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
+from pyro_graphflows.guides import auto_faithful_guide
+
+
+def pair(x):
+    with pyro.plate("data", len(x)):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        b = pyro.sample("b", dist.Normal(a, 1.0))
+        pyro.sample("x", dist.Normal(b, 1.0), obs=x)
+
+
+def half_observed(y, mask):
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y, obs_mask=mask)
+
+
+def test_partially_observed_sites():
+    """What is under the mask must not matter, and the guide must know what is missing."""
+    y, mask = torch.randn(6), torch.tensor([True, False, True, True, False, True])
+    guide = auto_faithful_guide(half_observed, y, mask)
+    latents = guide(y, mask)
+    expected = guide.log_prob(latents, y, mask)
+    other = torch.where(mask, y, 5.0)
+    torch.testing.assert_close(guide.log_prob(latents, other, mask), expected)
+    torch.testing.assert_close(guide.log_prob(latents, torch.where(mask, y, math.nan), mask), expected)
+    assert not torch.allclose(guide.log_prob(latents, y, ~mask), expected)
+    assert math.isfinite(Trace_ELBO().loss(half_observed, guide, y, mask))
+    twice = auto_faithful_guide(half_observed, y, mask, init="random")
+    assert math.isfinite(Trace_ELBO().loss(half_observed, twice, y, mask))
+
+
+def test_missing_entries_found_by_the_model():
+    def model(y):
+        seen = ~torch.isnan(y)
+        half_observed(torch.where(seen, y, 0.0), seen)
+
+    y = torch.tensor([0.3, math.nan, 1.0, -1.0])
+    guide = auto_faithful_guide(model, y)
+    assert math.isfinite(Trace_ELBO().loss(model, guide, y))
+
+
+def dependent(x):
+    with pyro.plate("data", len(x)):
+        low = pyro.sample("low", dist.Normal(0.0, 1.0))
+        z = pyro.sample("z", dist.Uniform(low, low + 2.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_supports_that_depend_on_other_latents(vectorize):
+    """The support in force is the one given the values sampled; gradients flow through it."""
+    x = torch.randn(5)
+    order = ["z", "low"]  # eliminated in this order: sampled low first
+    guide = auto_faithful_guide(dependent, x, inverse=order)
+    assert guide.inverse.sampling_order == ("low", "z")
+    values = guide(x)
+    assert ((values["z"] > values["low"]) & (values["z"] < values["low"] + 2)).all()
+    options = {"num_particles": 4, "vectorize_particles": vectorize, "max_plate_nesting": 1}
+    assert math.isfinite(Trace_ELBO(**options).loss(dependent, guide, x))
+    # q(z | low) is uniform where the unconstrained factor is: by change of variables
+    unit = (values["z"] - values["low"]) / 2
+    trace = poutine.trace(poutine.condition(guide, values)).get_trace(x)
+    fn = trace.nodes["z"]["fn"]
+    by_hand = fn.base.log_prob(unit.logit().unsqueeze(-1)) - math.log(2) - (unit * (1 - unit)).log()
+    torch.testing.assert_close(fn.log_prob(values["z"]), by_hand)
+
+
+def test_a_support_that_is_not_known_yet_is_refused():
+    with pytest.raises(UnsupportedModelError, match="'z' to be sampled after low"):
+        auto_faithful_guide(dependent, torch.randn(5), inverse=["low", "z"])
+
+
+def test_discrete_latents_are_refused():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(0.5))
+            pyro.sample("x", dist.Normal(k, 1.0), obs=x)
+
+    with pytest.raises(UnsupportedModelError, match=r"site 'k' is discrete.*TraceEnum_ELBO"):
+        auto_faithful_guide(model, torch.randn(3))
+
+
+def test_enumerated_assignments_give_exact_evidence():
+    """A mixture: the model sums over the assignments, the guide has the means; exact for known assignments."""
+    weights, centres = torch.tensor([0.3, 0.7]), torch.tensor([-2.0, 3.0])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            k = pyro.sample("k", dist.Categorical(weights), infer={"enumerate": "parallel"})
+            pyro.sample("u", dist.Normal(centres[k], 1.0), obs=x[:, 0])
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 1])
+
+    x = torch.randn(5, 2)
+    guide = auto_faithful_guide(model, x, init="random")
+    assert guide.model_graph.marginalised == ("k",)
+    assert guide.inverse.parents == {"z": ("x",)}
+    guide.set_linear_("z", {"x": 0.5}, 0.0, math.sqrt(0.5))
+    mixture = (weights.log() + dist.Normal(centres, 1.0).log_prob(x[:, :1])).logsumexp(-1)
+    exact = (mixture + dist.Normal(0.0, math.sqrt(2.0)).log_prob(x[:, 1])).sum().item()
+    for vectorize in (False, True):
+        loss = TraceEnum_ELBO(num_particles=2, vectorize_particles=vectorize, max_plate_nesting=1)
+        assert loss.loss(model, guide, x) == pytest.approx(-exact)
+
+
+def test_quantiles_are_those_of_the_draws():
+    x = torch.randn(3)
+    guide = auto_faithful_guide(pair, x, init="random")
+    guide.set_linear_("b", {"x": 2 / 3}, 0.0, math.sqrt(2 / 3))
+    levels = [0.1, 0.5, 0.9]
+    found = guide.quantiles(levels, x, num_draws=20_000)["b"]
+    assert found.shape == (3, 3)
+    if guide.inverse.parents["b"] == ("x",):
+        exact = dist.Normal(2 / 3 * x, math.sqrt(2 / 3)).icdf(torch.tensor(levels).unsqueeze(-1))
+        assert (found - exact).abs().max() < 0.05
+    assert guide.quantiles([0.5], x)["a"].shape == (1, 3)
+
+
+def test_given_fixes_observations():
+    x, other = torch.randn(3), torch.randn(3)
+    guide = auto_faithful_guide(pair, x)
+    pyro.set_rng_seed(1)
+    expected = guide(other)
+    pyro.set_rng_seed(1)
+    actual = guide.given(x=other)(x)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    with pytest.raises(GraphflowsError, match="Expected observed sites"):
+        guide.given(y=x)
+
+
+def test_guide_list():
+    x = torch.randn(5)
+    guide = AutoGuideList(pair)
+    guide.append(auto_faithful_guide(poutine.block(pair, hide=["b"])))
+    guide.append(AutoNormal(poutine.block(pair, expose=["b"])))
+    svi = SVI(pair, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+    assert math.isfinite(svi.step(x))
+    assert math.isfinite(svi.step(x))
+
+
+def test_no_observations():
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("b", dist.LogNormal(a, 1.0))
+
+    guide = auto_faithful_guide(model)
+    guide.setup()
+    values = guide()
+    assert set(values) == {"a", "b"}
+    assert math.isfinite(Trace_ELBO().loss(model, guide))
+
+
+def test_handlers():
+    x = torch.randn(5)
+    guide = auto_faithful_guide(pair, x)
+    a = torch.randn(5)
+    trace = poutine.trace(poutine.condition(guide, {"a": a})).get_trace(x)
+    assert trace.nodes["a"]["value"] is a
+    other = poutine.trace(guide).get_trace(x)
+    replayed = poutine.trace(poutine.replay(guide, other)).get_trace(x)
+    for name in ("a", "b"):
+        assert torch.equal(replayed.nodes[name]["value"], other.nodes[name]["value"])
+    whole = poutine.trace(guide).get_trace(x)
+    torch.testing.assert_close(
+        whole.log_prob_sum(), guide.log_prob({n: whole.nodes[n]["value"] for n in ("a", "b")}, x).sum()
+    )
+    scaled = poutine.trace(poutine.scale(poutine.replay(guide, whole), 3.0)).get_trace(x)
+    torch.testing.assert_close(scaled.log_prob_sum(), 3 * whole.log_prob_sum())
+    mask = x > 0
+    masked = poutine.trace(poutine.mask(poutine.replay(guide, whole), mask)).get_trace(x)
+    torch.testing.assert_close(
+        masked.log_prob_sum(), guide.log_prob({n: whole.nodes[n]["value"] for n in ("a", "b")}, x)[mask].sum()
+    )
+    model = poutine.reparam(pair, {"b": LocScaleReparam(0.0)})
+    guide = auto_faithful_guide(model, x)
+    assert set(guide(x)) == {"a", "b_decentered"}
+    assert math.isfinite(Trace_ELBO().loss(model, guide, x))
+    model = poutine.condition(pair, {"a": a})
+    guide = auto_faithful_guide(model, x)
+    assert set(guide(x)) == {"b"}
+    assert math.isfinite(Trace_ELBO().loss(model, guide, x))
+
+
+def test_module_local_params():
+    x = torch.randn(5)
+    with pyro.settings.context(module_local_params=True):
+        guide = auto_faithful_guide(pair, x)
+        elbo = Trace_ELBO()(pair, guide)
+        optim = torch.optim.Adam(elbo.parameters(), lr=1e-2)
+        before = [p.clone() for p in guide.parameters()]
+        elbo(x).backward()
+        optim.step()
+        assert any(not torch.equal(b, p) for b, p in zip(before, guide.parameters(), strict=True))
+
+
+def test_dtype():
+    x = torch.randn(5)
+    guide = auto_faithful_guide(pair, x).to(torch.float32)
+    assert guide(x.float())["a"].dtype == torch.float32
+    assert guide.to("cpu", torch.float64)(x)["a"].dtype == torch.float64
+
+
+def test_replay_plates_and_subsample():
+    x = torch.randn(20)
+
+    def model(x):
+        with pyro.plate("data", len(x), subsample_size=4) as idx:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[idx])
+
+    def create_plates(x):
+        return pyro.plate("data", len(x), subsample_size=4)
+
+    guide = auto_faithful_guide(model, x, create_plates=create_plates)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+    assert math.isfinite(svi.step(x))
+    assert guide(x)["z"].shape == (4,)
+    with guide.plates["data"]:
+        pass
