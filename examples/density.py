@@ -176,7 +176,9 @@ def make_linear(problem: Problem) -> nn.Module:
 def make_faithful(problem: Problem) -> nn.Module:
     """Two blocks with two hidden layers, 16 units for each variable."""
     dim = problem.train.shape[-1]
-    flow = faithful_residual(problem.graph, hidden_dims=[16 * dim, 16 * dim], num_blocks=2)
+    flow = faithful_residual(
+        problem.graph, hidden_dims=[16 * dim, 16 * dim], num_blocks=2, conditional_scale=True
+    )
     flow.initialize_(problem.train)
     return FlowDensity(flow, dim)
 
