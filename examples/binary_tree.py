@@ -208,7 +208,7 @@ def start_from_samples(run, args, path=None):
 
 def provenance(args):
     settings = {
-        k: v for k, v in vars(args).items() if k not in ("out", "study", "workers", "depths", "seeds")
+        k: v for k, v in vars(args).items() if k not in ("out", "study", "workers", "depths", "seeds", "wide_seeds")
     }
     return {
         "settings": settings,
@@ -245,7 +245,9 @@ def all_runs(args):
         runs.append(Run(depth, "minimal", "regression", seed))
         runs += [Run(depth, structure, "random", seed) for structure in INVERSES]
     for structure in INVERSES:
-        wide = [(depth, seed) for depth, seed in pairs if depth in args.wide_depths]
+        wide = [
+            (depth, seed) for depth, seed in pairs if depth in args.wide_depths and seed < args.wide_seeds
+        ]
         runs += [Run(depth, structure, "random", seed, tuple(args.wide_dims)) for depth, seed in wide]
     return runs
 
@@ -325,6 +327,7 @@ def parser():
         "--wide-dims", type=int, nargs="+", default=[1000, 1000], help="a second, wider network"
     )
     parse.add_argument("--wide-depths", type=int, nargs="*", default=[7, 8], help="where it is tried as well")
+    parse.add_argument("--wide-seeds", type=int, default=1, help="number of seeds of the wider network")
     parse.add_argument("--batch-size", type=int, default=100)
     parse.add_argument(
         "--batches", type=int, default=25, help="minibatches an epoch, each of new joint samples"

@@ -166,10 +166,10 @@ def test_an_interrupted_run_goes_on_where_it_was(example, tmp_path, monkeypatch)
 
 def test_order_of_the_runs(example):
     args = settings(example)
-    args.depths, args.seeds, args.wide_depths = [5, 4, 8], 2, [8]
+    args.depths, args.seeds, args.wide_depths, args.wide_seeds = [5, 4, 8], 2, [8], 1
     runs = example.all_runs(args)
     assert [(run.depth, run.seed) for run in runs[:10]] == [(5, 0)] * 5 + [(5, 1)] * 5
-    assert len(runs) == 5 * 6 + 3 * 2
+    assert len(runs) == 5 * 6 + 3  # the wide networks have one seed
     assert len({run.name for run in runs}) == len(runs)
     rates = {example.first_rate(run, args) for run in runs if run.depth < 8 and run.init == "random"}
     assert rates == {args.lr}
