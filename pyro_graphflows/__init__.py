@@ -50,6 +50,7 @@ from pyro_graphflows.infer import (
 from pyro_graphflows.inspect import (
     get_model_graph,
 )
+from pyro_graphflows.models import VAE, SIReNVAE
 from pyro_graphflows.transforms import (
     ActNorm,
     ConditionalFaithfulResidual,
@@ -67,6 +68,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "IWAE_ELBO",
+    "VAE",
     "ActNorm",
     "AutoFaithfulFlow",
     "AutoFaithfulGuide",
@@ -86,6 +88,7 @@ __all__ = [
     "LinearGaussianNetwork",
     "ModelGraph",
     "NotADAGError",
+    "SIReNVAE",
     "UnfaithfulInverseError",
     "UnsupportedModelError",
     "__version__",

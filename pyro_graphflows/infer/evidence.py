@@ -37,7 +37,7 @@ from pyro_graphflows.infer.particles import (
     run_pair,
 )
 
-__all__ = ["Evidence", "importance_log_weights", "log_evidence"]
+__all__ = ["Evidence", "evidence_from_log_weights", "importance_log_weights", "log_evidence"]
 
 _PARTICLES_TIMES_DATA = 2**14  # the default of chunk_size holds this many weights at once
 
@@ -135,6 +135,19 @@ def log_evidence(
         vectorize=vectorize,
         **kwargs,
     )
+    return evidence_from_log_weights(log_weights)
+
+
+def evidence_from_log_weights(log_weights: Tensor) -> Evidence:
+    """Return the estimates and their diagnostics from the logarithms of importance weights.
+
+    Args:
+        log_weights: As :func:`importance_log_weights` returns them, particles along the first dimension.
+
+    Returns:
+        The estimates, as :func:`log_evidence` describes them.
+    """
+    num_particles = len(log_weights)
     log_mean = torch.logsumexp(log_weights, 0) - math.log(num_particles)
     ratios = torch.exp(log_weights - log_mean)  # w_k / mean(w)
     if num_particles > 1:

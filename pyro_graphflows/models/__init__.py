@@ -1,5 +1,8 @@
 """Ready-made Pyro models."""
 
 from pyro_graphflows.models import textbook
+from pyro_graphflows.models.siren_vae import SIReNVAE, variant_graph
+from pyro_graphflows.models.vae import VAE, LatentModel
+from pyro_graphflows.models.vae_objective import VAEObjective
 
-__all__ = ["textbook"]
+__all__ = ["VAE", "LatentModel", "SIReNVAE", "VAEObjective", "textbook", "variant_graph"]

@@ -1,0 +1,253 @@
+r"""Likelihoods of the observed nodes of a VAE: from outputs of a decoder to log-densities, from data to features.
+
+Data are one row of numbers, the columns of each observed node after those of the node before. Columns of normal
+nodes are standardised inside, with the log-density corrected for it, so that scales that differ by 10⁴ do not matter.
+The parameters of a node are, for each of its scalars, location and log-scale (normal), a logit (Bernoulli), or
+logits of all classes (categorical, whose column holds the number of the class). Log-scales are bounded smoothly:
+:math:`\log \sigma = B \tanh(r / B)` in standard units, so that no rate of learning makes a density overflow.
+
+*Features* are what networks see of known nodes: standardised numbers, zeros and ones, one column per class.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.graphs.model_graph import Node
+from pyro_graphflows.transforms.flow_nn import moments
+
+__all__ = ["Likelihood", "Observation"]
+
+#: "normal", "bernoulli" or ("categorical", number of classes)
+Likelihood: TypeAlias = str | tuple[str, int]
+
+HALF_LOG_TWO_PI = 0.9189385332046727
+LOG_SCALE_BOUND = 7.0
+
+
+class Observation(nn.Module):
+    """The likelihoods of some nodes, and the standardisation of their data.
+
+    Args:
+        sizes: The number of columns of each node, in order.
+        likelihoods: The likelihood of each node that has one; nodes without are inputs, whose columns are numbers.
+        log_scale_bound: B, in nats.
+
+    Attributes:
+        columns: Where each node's columns are in the data.
+        features: Where each node's columns are among the features.
+        parameter_nodes: The node that each parameter belongs to.
+        loc: The location of each column, zero where it is not a normal number.
+        scale: The scale of each column.
+
+    Raises:
+        GraphflowsError: If a likelihood is not known.
+
+    Example:
+        >>> observation = Observation({"a": 1, "b": 2}, {"a": "normal", "b": "bernoulli"})
+        >>> observation.parameter_nodes, observation.columns["b"]
+        (('a', 'a', 'b', 'b'), slice(1, 3, None))
+    """
+
+    loc: Tensor
+    scale: Tensor
+    _normal: Tensor
+    _bernoulli: Tensor
+
+    def __init__(
+        self,
+        sizes: Mapping[Node, int],
+        likelihoods: Mapping[Node, Likelihood],
+        *,
+        log_scale_bound: float = LOG_SCALE_BOUND,
+    ) -> None:
+        super().__init__()
+        kinds = {node: _parse(node, given) for node, given in likelihoods.items()}
+        self.sizes = dict(sizes)
+        self.kinds = kinds
+        self.log_scale_bound = log_scale_bound
+        self.columns = _slices(sizes)
+        self.features = _slices({n: size * max(1, kinds.get(n, ("", 0))[1]) for n, size in sizes.items()})
+        self.num_columns = sum(sizes.values())
+        self.num_features = max((part.stop for part in self.features.values()), default=0)
+        normal = [node for node in kinds if kinds[node][0] == "normal"]
+        bernoulli = [node for node in kinds if kinds[node][0] == "bernoulli"]
+        self._categorical = [node for node in kinds if kinds[node][0] == "categorical"]
+        self.num_normal = sum(sizes[node] for node in normal)
+        self.num_bernoulli = sum(sizes[node] for node in bernoulli)
+        # Parameters: all locations, all log-scales, all logits, then the classes of each categorical column.
+        owners: list[Node] = [
+            *_repeated(normal, sizes),
+            *_repeated(normal, sizes),
+            *_repeated(bernoulli, sizes),
+        ]
+        for node in self._categorical:
+            owners += [node] * (sizes[node] * kinds[node][1])
+        self.parameter_nodes = tuple(owners)
+        self._own: dict[Node, list[int]] = {node: [] for node in kinds}
+        for i, node in enumerate(owners):
+            self._own[node].append(i)
+        self._is_number = [
+            node not in kinds or kinds[node][0] == "normal" for node in _repeated(list(sizes), sizes)
+        ]
+        self._all_normal = len(normal) == len(sizes)
+        self.register_buffer("_normal", torch.tensor(self._of(normal), dtype=torch.long), persistent=False)
+        self.register_buffer(
+            "_bernoulli", torch.tensor(self._of(bernoulli), dtype=torch.long), persistent=False
+        )
+        self.register_buffer("loc", torch.zeros(self.num_columns))
+        self.register_buffer("scale", torch.ones(self.num_columns))
+
+    def _of(self, nodes: Sequence[Node]) -> list[int]:
+        return [i for node in nodes for i in range(self.columns[node].start, self.columns[node].stop)]
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of parameters of all nodes."""
+        return len(self.parameter_nodes)
+
+    def own(self, node: Node) -> list[int]:
+        """Return the numbers of a node's parameters: all locations and then all log-scales, or all logits."""
+        return self._own[node]
+
+    @torch.no_grad()
+    def standardize_(self, x: Tensor) -> None:
+        """Standardise by the moments of data: columns of normal nodes and inputs.
+
+        Args:
+            x: Shape (n, columns), at least two rows.
+
+        Raises:
+            GraphflowsError: If there are fewer than two rows or a value is not finite.
+        """
+        rows = self.check(x).reshape(-1, self.num_columns)
+        if len(rows) < 2 or not bool(rows.isfinite().all()):
+            raise GraphflowsError(f"Expected at least two rows of data, all finite; got {len(rows)}.")
+        loc, scale = moments(rows)
+        number = torch.tensor(self._is_number, device=rows.device)
+        self.loc.copy_(torch.where(number, loc, torch.zeros_like(loc)))
+        self.scale.copy_(torch.where(number, scale, torch.ones_like(scale)))
+
+    def check(self, x: Tensor) -> Tensor:
+        """Return the data.
+
+        Raises:
+            GraphflowsError: If the number of columns is wrong.
+        """
+        if x.shape[-1:] != (self.num_columns,):
+            names = ", ".join(
+                f"{n} ({size})" if size > 1 else str(n) for n, size in list(self.sizes.items())[:20]
+            )
+            raise GraphflowsError(
+                f"Expected x.shape[-1] == {self.num_columns}, the columns of {names}; got shape {tuple(x.shape)}."
+            )
+        return x
+
+    def to_features(self, x: Tensor) -> Tensor:
+        """Return what networks see of data, (*batch, features) of (*batch, columns)."""
+        standard = (x - self.loc) / self.scale
+        if not self._categorical:
+            return standard
+        parts = []
+        for node, part in self.columns.items():
+            kind, classes = self.kinds.get(node, ("", 0))
+            if kind == "categorical":
+                parts.append(F.one_hot(x[..., part].long(), classes).flatten(-2).to(x.dtype))
+            else:
+                parts.append(standard[..., part])
+        return torch.cat(parts, -1)
+
+    def log_scale(self, raw: Tensor) -> Tensor:
+        """Return bounded log-scales in standard units."""
+        return self.log_scale_bound * torch.tanh(raw / self.log_scale_bound)
+
+    def log_prob(self, parameters: Tensor, x: Tensor) -> Tensor:
+        r"""Return the log-density of data, summed over all nodes with a likelihood.
+
+        Args:
+            parameters: Shape (\*batch, number of parameters).
+            x: Shape (\*batch, columns); batch shapes broadcast.
+
+        Returns:
+            Shape (\*batch).
+        """
+        n, b = self.num_normal, self.num_bernoulli
+        total = parameters.new_zeros(())
+        if n:
+            loc, scale = self.loc, self.scale
+            if not self._all_normal:
+                x_normal, loc, scale = x[..., self._normal], loc[self._normal], scale[self._normal]
+            else:
+                x_normal = x
+            log_scale = self.log_scale(parameters[..., n : 2 * n])
+            deviation = ((x_normal - loc) / scale - parameters[..., :n]) * torch.exp(-log_scale)
+            terms = torch.addcmul(log_scale, deviation, deviation, value=0.5).sum(-1)
+            total = total - terms - (scale.log().sum() + n * HALF_LOG_TWO_PI)
+        if b:
+            logits = parameters[..., 2 * n : 2 * n + b]
+            total = total + (x[..., self._bernoulli] * logits - F.softplus(logits)).sum(-1)
+        for node in self._categorical:
+            log_probs = self._classes(parameters, node).log_softmax(-1)
+            index = x[..., self.columns[node]].long().unsqueeze(-1)
+            index = index.expand(*log_probs.shape[:-1], 1)
+            total = total + log_probs.gather(-1, index).squeeze(-1).sum(-1)
+        return total
+
+    def _classes(self, parameters: Tensor, node: Node) -> Tensor:
+        return parameters[..., self._own[node]].unflatten(-1, (self.sizes[node], self.kinds[node][1]))
+
+    def distribution(self, parameters: Tensor, node: Node) -> dist.TorchDistribution:
+        r"""Return the distribution of one node, with event shape (size,), or () for a node of one column."""
+        own, size, kind = parameters[..., self._own[node]], self.sizes[node], self.kinds[node][0]
+        part = self.columns[node]
+        if kind == "normal":
+            loc = own[..., :size] * self.scale[part] + self.loc[part]
+            scale = self.log_scale(own[..., size:]).exp() * self.scale[part]
+            found = dist.Normal(*((loc, scale) if size > 1 else (loc.squeeze(-1), scale.squeeze(-1))))
+        elif kind == "bernoulli":
+            found = dist.Bernoulli(logits=own if size > 1 else own.squeeze(-1))
+        else:
+            logits = self._classes(parameters, node)
+            found = dist.Categorical(logits=logits if size > 1 else logits.squeeze(-2))
+        return found.to_event(1) if size > 1 else found
+
+    def mean(self, parameters: Tensor) -> Tensor:
+        r"""Return the mean of each column (the most probable class of a categorical one), (\*batch, columns)."""
+        x = self.loc.expand(*parameters.shape[:-1], -1).clone()
+        for node, (kind, _) in self.kinds.items():
+            own, part, size = parameters[..., self._own[node]], self.columns[node], self.sizes[node]
+            if kind == "normal":
+                x[..., part] = own[..., :size] * self.scale[part] + self.loc[part]
+            elif kind == "bernoulli":
+                x[..., part] = torch.sigmoid(own)
+            else:
+                x[..., part] = self._classes(parameters, node).argmax(-1).to(x.dtype)
+        return x
+
+
+def _slices(sizes: Mapping[Node, int]) -> dict[Node, slice]:
+    found, start = {}, 0
+    for node, size in sizes.items():
+        found[node] = slice(start, start + size)
+        start += size
+    return found
+
+
+def _repeated(nodes: Sequence[Node], sizes: Mapping[Node, int]) -> list[Node]:
+    return [node for node in nodes for _ in range(sizes[node])]
+
+
+def _parse(node: Node, given: Likelihood) -> tuple[str, int]:
+    if given in ("normal", "bernoulli"):
+        return str(given), 0
+    if isinstance(given, tuple) and len(given) == 2 and given[0] == "categorical" and given[1] >= 2:
+        return "categorical", int(given[1])
+    raise GraphflowsError(
+        f"Expected the likelihood of {node} to be 'normal', 'bernoulli' or ('categorical', number of classes); "
+        f"got {given!r}."
+    )

@@ -1,0 +1,416 @@
+"""SIReN-VAE against exact answers: with a linear-Gaussian network put in, every importance weight is the evidence."""
+
+import copy
+import math
+
+import networkx as nx
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, RenyiELBO, Trace_ELBO
+from torch import nn
+
+from pyro_graphflows import (
+    GraphflowsError,
+    GraphflowsWarning,
+    LinearGaussianNetwork,
+    ModelGraph,
+    UnsupportedModelError,
+    faithful_inverse,
+    is_imap,
+    load_network,
+    log_evidence,
+)
+from pyro_graphflows.models import VAE, SIReNVAE, variant_graph
+
+GRAPHS = {
+    "chain": ModelGraph([("a", "b"), ("b", "x")], ["x"]),
+    "collider": ModelGraph([("a", "x"), ("b", "x"), ("a", "y")], ["x", "y"]),
+    "observed parents of observed": ModelGraph([("a", "x"), ("x", "y"), ("a", "y"), ("b", "y")], ["x", "y"]),
+    "observed parent of latent": ModelGraph([("x", "b"), ("a", "x"), ("a", "b"), ("b", "y")], ["x", "y"]),
+    "inputs": ModelGraph([("w", "a"), ("a", "x"), ("w", "x"), ("a", "y")], ["x", "y"], inputs=["w"]),
+    "barren latent": ModelGraph([("a", "x"), ("a", "b")], ["x"]),
+}
+CHAIN = GRAPHS["chain"]
+
+
+def _exact(graph, seed=1):
+    """A model with a random linear-Gaussian network in it, data, inputs, and the exact evidence."""
+    network = LinearGaussianNetwork.random(graph, seed)
+    known = [*graph.observed, *graph.inputs]
+    data = torch.tensor(network.sample(40, 2, known))
+    vae = SIReNVAE(graph)
+    x, inputs = data[:, : len(graph.observed)], data[:, len(graph.observed) :] if graph.inputs else None
+    vae.standardize_(x, inputs)
+    vae.put_linear_gaussian_(network)
+    order = [known.index(name) for name in network.observed]
+    exact = torch.tensor(network.log_evidence(data[:, order].numpy()))
+    if graph.inputs:
+        alone = network.with_observed(graph.inputs)
+        exact -= torch.tensor(alone.log_evidence(data[:, len(graph.observed) :].numpy()))
+    return network, vae, x, inputs, exact
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_every_weight_is_the_evidence(name):
+    _, vae, x, inputs, exact = _exact(GRAPHS[name])
+    weights = vae.log_weights(x, inputs, num_particles=3)
+    torch.testing.assert_close(weights, exact.expand(3, -1), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(vae.elbo(x, inputs, num_particles=2), exact, rtol=1e-8, atol=1e-8)
+    evidence = vae.log_evidence(x, inputs, num_particles=7, chunk_size=3)
+    torch.testing.assert_close(evidence.log_evidence, exact, rtol=1e-8, atol=1e-8)
+    assert float(evidence.ess.min()) == pytest.approx(7)
+    args = (x,) if inputs is None else (x, inputs)
+    by_traces = log_evidence(vae.model, vae.guide, *args, num_particles=4)
+    torch.testing.assert_close(by_traces.log_evidence, exact, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["magic-niab", "ecoli70"])
+def test_published_networks_are_exact(name):
+    network = load_network(name)
+    graph = network.graph()
+    vae = SIReNVAE(graph)
+    x = torch.tensor(network.sample(30, 3, graph.observed))
+    vae.standardize_(x)
+    vae.put_linear_gaussian_(network)
+    exact = torch.tensor(network.log_evidence(x.numpy()))
+    torch.testing.assert_close(vae.elbo(x), exact, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_samples_have_the_moments_of_the_network(name):
+    graph = GRAPHS[name]
+    network, vae, _, _, _ = _exact(graph)
+    n = 4000
+    inputs = None
+    if graph.inputs:
+        inputs = torch.tensor(network.sample(n, 5, graph.inputs))
+    x = vae.sample(n, inputs)
+    mean, covariance = network.mean_and_covariance()
+    rows = [network.names.index(node) for node in graph.observed]
+    mean, covariance = torch.tensor(mean[rows]), torch.tensor(covariance[rows][:, rows])
+    sd = covariance.diagonal().sqrt()
+    assert bool(((x.mean(0) - mean).abs() < 5 * sd / math.sqrt(n)).all())
+    # The standard error of an entry of a sample covariance is sqrt((s_ii s_jj + s_ij^2) / n).
+    error = ((sd.outer(sd).square() + covariance.square()) / n).sqrt()
+    assert bool(((x.T.cov() - covariance).abs() < 5 * error).all())
+
+
+@pytest.mark.parametrize("flow", ["faithful", "graphical"])
+@pytest.mark.parametrize("name", GRAPHS)
+def test_pyro_programs_have_the_terms_of_the_bound(name, flow):
+    graph = GRAPHS[name]
+    vae = SIReNVAE(
+        graph, flow=flow, likelihood={n: "bernoulli" if n == "y" else "normal" for n in graph.observed}
+    )
+    x = torch.randn(6, vae.num_observed)
+    if "y" in graph.observed:
+        x[:, vae.observation.columns["y"]] = torch.randint(2, (6, 1)).to(x)
+    args = (x, torch.randn(6, 1)) if graph.inputs else (x,)
+    guide = poutine.trace(vae.guide).get_trace(*args)
+    model = poutine.trace(poutine.replay(vae.model, guide)).get_trace(*args)
+    z = guide.nodes["z"]["value"]
+    data = vae.known(*args)
+    features = vae.observation.to_features(data)
+    eps, _ = vae.encoder_network.inverse_terms(z, *vae._context(features))
+    torch.testing.assert_close(vae.encode(features, eps)[0], z)
+    torch.testing.assert_close(guide.log_prob_sum(), vae.encode(features, eps)[1].sum())
+    expected = vae.log_prior(z, features) + vae.observation.log_prob(vae.decode(z, features), data)
+    torch.testing.assert_close(model.log_prob_sum(), expected.sum())
+    assert {
+        site for site, node in model.nodes.items() if node["type"] == "sample" and node["is_observed"]
+    } == set(graph.observed)
+
+
+def test_svi_and_renyi_train_all_parameters():
+    vae = SIReNVAE(GRAPHS["observed parents of observed"])
+    x = torch.randn(50, 2) * 3 + 1
+    vae.standardize_(x)
+    before = {name: p.detach().clone() for name, p in vae.named_parameters()}
+    for loss in (Trace_ELBO(), RenyiELBO(num_particles=2, vectorize_particles=True)):
+        svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-2}), loss)
+        for _ in range(3):
+            assert math.isfinite(svi.step(x))
+    same = [name for name, p in vae.named_parameters() if p.numel() and torch.equal(p, before[name])]
+    assert not same
+
+
+def test_two_models_do_not_share_parameters_in_the_store():
+    first, second = SIReNVAE(CHAIN), SIReNVAE(CHAIN)
+    x = torch.randn(5, 1)
+    first.model(x)
+    before = second.prior_network.edges.weight.detach().clone()
+    second.model(x)
+    assert torch.equal(second.prior_network.edges.weight, before)
+
+
+def test_bound_is_below_the_evidence_and_rises_with_particles():
+    torch.manual_seed(0)
+    _, vae, x, _, exact = _exact(GRAPHS["collider"])
+    with torch.no_grad():
+        for parameter in vae.encoder_network.parameters():  # the model stays right, the encoder does not
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        draws = vae.log_weights(x, num_particles=4000)
+    elbo = draws.mean(0)
+    error = draws.std(0) / math.sqrt(4000)
+    assert bool((elbo < exact + 4 * error).all())
+    assert float((exact - elbo).mean()) > 0.05
+    iwae = draws.view(400, 10, -1).logsumexp(1) - math.log(10)
+    gain = iwae - draws.view(400, 10, -1).mean(1)
+    assert bool((gain >= -1e-9).all())
+    objective = vae.objective(bound="iwae", num_particles=10)
+    losses = -torch.tensor([objective.loss(None, None, x) for _ in range(50)])
+    both = math.hypot(float(losses.std()) / 50**0.5, float(iwae.sum(1).std()) / 20)
+    assert abs(float(losses.mean() - iwae.sum(1).mean())) < 5 * both
+
+
+def test_reconstruction_is_the_mean_of_the_decoder():
+    network, vae, x, _, _ = _exact(CHAIN)
+    slope, intercept = network.coefficients["x"][0], network.intercepts["x"]
+    found = vae.reconstruct(x.expand(-1, 1).repeat(200, 1))
+    mean, covariance = network.posterior(x.numpy())
+    row = network.latent.index("b")
+    expected = intercept + slope * torch.tensor(mean[:, row])
+    error = abs(slope) * math.sqrt(covariance[row, row] / 200)
+    assert bool(((found.view(200, 40).mean(0) - expected).abs() < 5 * error).all())
+
+
+def test_variants():
+    graph = load_network("magic-niab").graph()
+    k, d = len(graph.latent), len(graph.observed)
+    assert variant_graph(graph, "true") is graph
+    ind, full = variant_graph(graph, "ind"), variant_graph(graph, "FC")
+    assert len(ind.edges) == k * d
+    assert len(full.edges) == k * d + k * (k - 1) // 2
+    assert full.latent == graph.latent
+    for variant in ("true", "ind", "FC"):
+        vae = SIReNVAE.from_variant(graph, variant)
+        assert vae.inverse.graph == variant_graph(graph, variant)
+        assert is_imap(vae.inverse)
+        prior = vae.prior_network.structure
+        assert sum(map(len, prior.parents)) == {
+            "true": len([e for e in graph.edges if e[1] in graph.latent]),
+            "ind": 0,
+        }.get(variant, k * (k - 1) // 2)
+
+
+def test_decoder_sees_parents_only():
+    vae = SIReNVAE(GRAPHS["observed parents of observed"])
+    z, features = torch.randn(2), torch.randn(2)
+    by_z, by_features = torch.autograd.functional.jacobian(vae.decode, (z, features))
+    for node, allowed in {"x": (["a"], []), "y": (["a", "b"], ["x"])}.items():
+        rows = vae.observation.own(node)
+        for latent, part in vae.latents.items():
+            assert bool((by_z[rows][:, part] != 0).all()) == (latent in allowed[0])
+            assert latent in allowed[0] or not by_z[rows][:, part].any()
+        for known, part in vae.observation.features.items():
+            assert bool((by_features[rows][:, part] != 0).all()) == (known in allowed[1])
+
+
+def test_likelihoods_are_those_of_the_distributions():
+    graph = ModelGraph([("a", n) for n in "uvwx"], list("uvwx"), event_sizes={"a": 2, "u": 2, "v": 3, "w": 2})
+    likelihood = {"u": "bernoulli", "v": "normal", "w": ("categorical", 4), "x": "normal"}
+    vae = SIReNVAE(graph, likelihood=likelihood)
+    x = torch.cat(
+        [torch.randint(2, (9, 2)), 5 * torch.randn(9, 3), torch.randint(4, (9, 2)), torch.randn(9, 1)], 1
+    )
+    vae.standardize_(x)
+    parameters = torch.randn(9, vae.observation.num_parameters)
+    total = 0
+    for node, part in vae.observation.columns.items():
+        law = vae.observation.distribution(parameters, node)
+        value = x[:, part] if part.stop - part.start > 1 else x[:, part.start]
+        assert law.batch_shape == (9,)
+        total = total + law.log_prob(value)
+        if likelihood[node] != ("categorical", 4):
+            torch.testing.assert_close(vae.observation.mean(parameters)[:, part], law.mean.view(9, -1))
+    torch.testing.assert_close(vae.observation.log_prob(parameters, x), total)
+    features = vae.observation.to_features(x)
+    assert features.shape == (9, 2 + 3 + 8 + 1)
+    torch.testing.assert_close(features[:, 5:9].argmax(1).double(), x[:, 5])
+    assert vae.elbo(x, num_particles=3).shape == (9,)
+    drawn = vae.sample(50)
+    assert set(drawn[:, 5:7].unique().tolist()) <= {0, 1, 2, 3}
+    assert set(drawn[:, :2].unique().tolist()) <= {0, 1}
+    assert math.isfinite(Trace_ELBO().loss(vae.model, vae.guide, x))
+
+
+def test_vector_leaf_with_modules():
+    graph = ModelGraph(
+        [("a", "b"), ("b", "image"), ("a", "label")], ["image", "label"], event_sizes={"image": 12}
+    )
+    shapes = []
+
+    class Decoder(nn.Linear):
+        def forward(self, x):
+            shapes.append(x.shape)
+            return super().forward(x)
+
+    vae = SIReNVAE(
+        graph,
+        likelihood={"image": "bernoulli", "label": ("categorical", 3)},
+        decoder={"image": Decoder(1, 12)},
+        encoder={"image": nn.Sequential(nn.Linear(12, 5), nn.Tanh())},
+    )
+    x = torch.cat([torch.randint(2, (20, 12)), torch.randint(3, (20, 1))], 1).double()
+    assert vae.elbo(x).shape == (20,)
+    assert shapes == [(1, 20, 1)]  # b alone
+    assert vae.encoder_network.context_dim == 5 + 3
+    vae.elbo(x).sum().backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in vae.decoder.modules_by_node.parameters())
+    assert all(p.grad is not None and bool(p.grad.any()) for p in vae.feature_modules.parameters())
+    assert vae.model(num_samples=4).shape == (4, 2)
+    with pytest.raises(GraphflowsError, match="Expected 15 parameters from the decoders; got 14"):
+        SIReNVAE(graph, likelihood=vae.observation.kinds and {"image": "bernoulli", "label": ("categorical", 3)},
+                 decoder={"image": nn.Linear(1, 11)}).elbo(x)  # fmt: skip
+
+
+def test_learns_a_small_network():
+    network = load_network("magic-niab")
+    graph = network.graph()
+    x = torch.tensor(network.sample(500, 1, graph.observed))
+    test = torch.tensor(network.sample(500, 2, graph.observed))
+    vae = SIReNVAE(graph, num_blocks=1)
+    vae.fit(x, num_epochs=25, optimizer=1e-2, progress=False)
+    excess = (
+        torch.tensor(network.log_evidence(test.numpy()))
+        - vae.log_evidence(test, num_particles=100).log_evidence
+    )
+    # Untrained it is several nats; the standard error of the mean is below 0.02.
+    assert float(excess.mean()) < 0.3
+    assert vae.sample(3).shape == (3, 5)
+
+
+def test_training_stops_with_the_last_good_state():
+    vae = SIReNVAE(CHAIN)
+    x = torch.randn(50, 1)
+    x_bad = x.clone()
+    epochs = []
+
+    def spoil(history):
+        epochs.append(history.loss[-1])
+        if len(epochs) == 3:
+            with torch.no_grad():
+                next(iter(vae.encoder_network.parameters())).fill_(math.nan)
+
+    with pytest.warns(GraphflowsWarning, match="Training stopped"):
+        history = vae.fit(x_bad, num_epochs=9, optimizer=1e-2, progress=False, on_epoch=spoil)
+    assert history.stop_reason.startswith("not finite in epoch 3")
+    assert all(bool(p.isfinite().all()) for p in vae.parameters())
+
+
+@pytest.mark.parametrize("rate", [1e-1, 1e-2, 1e-3])
+def test_finite_at_every_rate_of_the_study(rate):
+    network = load_network("magic-niab")
+    x = torch.tensor(network.sample(100, 1, network.observed)).float()
+    vae = SIReNVAE(network.graph()).float()
+    history = vae.fit(x, num_epochs=40, optimizer=rate, max_grad_norm=50.0, progress=False)
+    assert history.stop_reason == "all 40 epochs done"
+    assert bool(vae.log_evidence(x, num_particles=10).log_evidence.isfinite().all())
+
+
+@pytest.mark.parametrize("maker", [SIReNVAE, VAE, lambda g: SIReNVAE(g, flow="graphical")])
+def test_copies_and_saved_states(maker, tmp_path):
+    vae = maker(GRAPHS["collider"])
+    x = torch.randn(7, 2)
+    vae.standardize_(x)
+    torch.save(vae.state_dict(), tmp_path / "vae.pt")
+    again = maker(GRAPHS["collider"])
+    again.load_state_dict(torch.load(tmp_path / "vae.pt"))
+    whole = tmp_path / "whole.pt"
+    torch.save(vae, whole) if maker in (SIReNVAE, VAE) else torch.save(copy.deepcopy(vae), whole)
+    found = []
+    for model in (vae, again, copy.deepcopy(vae), torch.load(whole, weights_only=False)):
+        torch.manual_seed(3)
+        found.append(model.elbo(x))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
+    copied = copy.deepcopy(vae)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    torch.manual_seed(3)
+    torch.testing.assert_close(vae.elbo(x), found[0])
+
+
+def test_plain_vae_is_exact_for_a_factor_model():
+    """One latent, one observed node, no hidden output: x = z + noise has a normal posterior."""
+    graph = ModelGraph([("z1", "x")], ["x"])
+    vae = VAE(graph, hidden_dim=2)
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            parameter.zero_()
+        # ELU units far above zero are the identity.
+        vae.decoder[0].weight[0], vae.decoder[0].bias[0] = 1.0, 50.0
+        vae.decoder[2].weight[0, 0], vae.decoder[2].bias[0] = 1.0, -50.0
+        vae.encoder[0].weight[0], vae.encoder[0].bias[0] = 1.0, 50.0
+        vae.encoder[2].weight[0, 0], vae.encoder[2].bias[0] = 0.5, -25.0
+        bound = vae.observation.log_scale_bound
+        vae.encoder[2].bias[1] = bound * math.atanh(-0.5 * math.log(2) / bound)
+    x = torch.tensor([[-2.0], [0.0], [1.0]])
+    exact = dist.Normal(0, 2**0.5).log_prob(x[:, 0])
+    torch.testing.assert_close(vae.elbo(x), exact)
+    torch.testing.assert_close(log_evidence(vae.model, vae.guide, x, num_particles=3).log_evidence, exact)
+
+
+def test_messages():
+    with pytest.raises(
+        GraphflowsError, match="Expected flow to be one of 'faithful', 'graphical'; got 'other'"
+    ):
+        SIReNVAE(CHAIN, flow="other")
+    with pytest.raises(GraphflowsError, match="Expected variant to be 'true', 'ind' or 'FC'; got 'both'"):
+        variant_graph(CHAIN, "both")
+    with pytest.raises(GraphflowsError, match="an inverse of the given graph"):
+        SIReNVAE(CHAIN, inverse=faithful_inverse(GRAPHS["collider"]))
+    with pytest.raises(GraphflowsError, match="a single module"):
+        SIReNVAE(GRAPHS["collider"], decoder=nn.Linear(2, 2))
+    with pytest.raises(GraphflowsError, match="Expected decoders for observed nodes; got them for a"):
+        SIReNVAE(CHAIN, decoder={"a": nn.Linear(2, 2)})
+    with pytest.raises(
+        GraphflowsError, match=r"Expected encoder modules for observed nodes or inputs; .* for a"
+    ):
+        SIReNVAE(CHAIN, encoder={"a": nn.Linear(2, 2)})
+    with pytest.raises(GraphflowsError, match="Expected latent and observed nodes"):
+        SIReNVAE(ModelGraph([("a", "b")], []))
+    with pytest.raises(UnsupportedModelError, match="Expected no marginalised nodes; got b"):
+        SIReNVAE(ModelGraph([("a", "b"), ("b", "x")], ["x"], marginalised=["b"]))
+    with pytest.raises(UnsupportedModelError, match="all nodes in the same plates"):
+        SIReNVAE(ModelGraph([("a", "x")], ["x"], plates={"x": ["data"]}))
+    with pytest.raises(GraphflowsError, match="no observed node with the name of the latent site, 'z'"):
+        SIReNVAE(ModelGraph([("a", "z")], ["z"]))
+    with pytest.raises(GraphflowsError, match="likelihood of x to be 'normal'"):
+        SIReNVAE(CHAIN, likelihood="poisson")
+    with pytest.raises(GraphflowsError, match="missing or unknown: x"):
+        SIReNVAE(CHAIN, likelihood={})
+    vae = SIReNVAE(CHAIN)
+    with pytest.raises(
+        GraphflowsError, match=r"Expected x.shape\[-1\] == 1, the columns of x; got shape \(5, 2\)"
+    ):
+        vae.elbo(torch.zeros(5, 2))
+    with pytest.raises(GraphflowsError, match="Expected no inputs"):
+        vae.elbo(torch.zeros(5, 1), torch.zeros(5, 1))
+    with pytest.raises(GraphflowsError, match="Expected inputs, the columns of w"):
+        SIReNVAE(GRAPHS["inputs"]).elbo(torch.zeros(5, 2))
+    with pytest.raises(GraphflowsError, match="at least two rows"):
+        vae.standardize_(torch.zeros(1, 1))
+    with pytest.raises(GraphflowsError, match="the guide is the posterior given data"):
+        vae.guide()
+    with pytest.raises(UnsupportedModelError, match="the latent nodes b depend on observed ones"):
+        SIReNVAE(GRAPHS["observed parent of latent"]).model()
+    with pytest.raises(GraphflowsError, match='bound "elbo" or "iwae"'):
+        vae.objective(bound="other")
+    with pytest.raises(GraphflowsError, match="num_particles >= 1 and kl_weight >= 0"):
+        vae.objective(kl_weight=-1.0)
+    with pytest.raises(GraphflowsError, match="positive num_particles and chunk_size"):
+        vae.log_evidence(torch.zeros(5, 1), num_particles=0)
+    with pytest.raises(UnsupportedModelError, match="Expected a faithful flow over scalar normal nodes"):
+        SIReNVAE(CHAIN, flow="graphical", num_blocks=2).put_linear_gaussian_(
+            LinearGaussianNetwork.random(CHAIN, 0)
+        )
+    with pytest.raises(GraphflowsError, match="over the nodes of the graph"):
+        vae.put_linear_gaussian_(LinearGaussianNetwork.random(GRAPHS["collider"], 0))
+    more = ModelGraph(nx.DiGraph([("a", "b"), ("b", "x"), ("a", "x")]), ["x"])
+    with pytest.raises(GraphflowsError, match="parents of x that are its parents in the graph; got a"):
+        vae.put_linear_gaussian_(LinearGaussianNetwork.random(more, 0))
