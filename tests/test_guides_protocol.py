@@ -84,16 +84,6 @@ def test_a_support_that_is_not_known_yet_is_refused():
         auto_faithful_guide(dependent, torch.randn(5), inverse=["low", "z"])
 
 
-def test_discrete_latents_are_refused():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            k = pyro.sample("k", dist.Bernoulli(0.5))
-            pyro.sample("x", dist.Normal(k, 1.0), obs=x)
-
-    with pytest.raises(UnsupportedModelError, match=r"site 'k' is discrete.*TraceEnum_ELBO"):
-        auto_faithful_guide(model, torch.randn(3))
-
-
 def test_enumerated_assignments_give_exact_evidence():
     """A mixture: the model sums over the assignments, the guide has the means; exact for known assignments."""
     weights, centres = torch.tensor([0.3, 0.7]), torch.tensor([-2.0, 3.0])

@@ -1,7 +1,7 @@
 """The base of the faithful guides: an AutoGuide whose factors follow an inverse of the model's graph."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -26,11 +26,24 @@ from pyro_graphflows.graphs.inversion import (
 from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.graphs.separation import violated_independencies
 from pyro_graphflows.guides.call import Call, CallReader, changing_supports, plates_of
+from pyro_graphflows.guides.discrete import DiscreteDistribution
 from pyro_graphflows.guides.distributions import FactorDistribution
 from pyro_graphflows.guides.elements import ElementInverse, invert_elements
-from pyro_graphflows.guides.features import FeatureMap, flatten_event
+from pyro_graphflows.guides.features import FeatureMap
+from pyro_graphflows.guides.ordering import (
+    discrete_sites_first,
+    drawn_after_enumerated,
+    outer_sites_first,
+    require_outer_sites_first,
+)
 from pyro_graphflows.guides.plan import Plan, make_plan
-from pyro_graphflows.guides.site import LatentSite, conditioning_event_dims, is_identity, latent_sites
+from pyro_graphflows.guides.site import (
+    LatentSite,
+    conditioning_event_dims,
+    is_identity,
+    latent_sites,
+    observed_encodings,
+)
 from pyro_graphflows.inspect import TracedModel, trace_model
 
 __all__ = ["AutoFaithfulGuide", "Description", "resolve_inverse"]
@@ -110,6 +123,9 @@ class AutoFaithfulGuide(AutoGuide):
             (:func:`~pyro_graphflows.get_model_graph`).
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
             that returns plates that exist already, for subsampling.
+        enumerate_sites: Discrete sites that the guide marks ``infer={"enumerate": "parallel"}``, so that
+            ``TraceEnum_ELBO`` sums over their values instead of drawing them: their names, or True for all. Every
+            latent site then has a network of its own, so that each only meets the values of its own parents.
     """
 
     def __init__(
@@ -120,14 +136,17 @@ class AutoFaithfulGuide(AutoGuide):
         strict: bool = True,
         resolution: str = "site",
         create_plates: Callable[..., Any] | None = None,
+        enumerate_sites: bool | Collection[str] = False,
     ) -> None:
         super().__init__(model, create_plates=create_plates)
+        self._enumerate_option = enumerate_sites
+        self._enumerated: frozenset[str] = frozenset()
         self._inverse_option = inverse
         self._strict = strict
         self._resolution = resolution
         self._plan: Plan | None = None
         self._notes: tuple[str, ...] = ()
-        self._emit: Callable[[str, Any], Tensor] = pyro.sample
+        self._emit: Callable[..., Tensor] = pyro.sample
         self.features: nn.ModuleList
         self.networks: nn.ModuleList
 
@@ -153,9 +172,16 @@ class AutoFaithfulGuide(AutoGuide):
                 traced, self._elements = invert_elements(
                     traced, lambda graph: resolve_inverse(graph, self._inverse_option)
                 )
-                plan = make_plan(self._elements.sites)
+                inverse = self._elements.sites
             else:
-                plan = make_plan(resolve_inverse(traced.graph, self._inverse_option))
+                inverse = resolve_inverse(traced.graph, self._inverse_option)
+            self._sites = latent_sites(traced, self._custom_sites)
+            rough = {name for name, site in self._sites.items() if site.encoding is not None}
+            self._enumerated = self._sites_to_enumerate()
+            if rough:
+                inverse = self._order_for_discrete_sites(inverse, rough)
+            plan = make_plan(inverse, self._block_kind)
+            require_outer_sites_first(plan, rough)
             self.prototype_trace = traced.trace
             self._prototype_frames = {
                 frame.name: frame
@@ -163,10 +189,12 @@ class AutoFaithfulGuide(AutoGuide):
                 for frame in traced.trace.nodes[name]["cond_indep_stack"]
                 if frame.vectorized
             }
-            self._sites = latent_sites(traced)
             # A KL is registered for normal factors, before any bijection.
             for name, site in self._sites.items():
                 plan.analytic_kl[name] &= site.is_real and len(site.event_shape) < 2
+                if site.encoding is not None:
+                    how = "enumerated" if name in self._enumerated else "score function"
+                    plan.labels[name] = f"{site.encoding}, {how}"
             self._check_plan(plan, traced)
             self._reader = CallReader(self.model, traced)
             self._reader.look_for_missing(self.model, args, kwargs)
@@ -174,6 +202,7 @@ class AutoFaithfulGuide(AutoGuide):
             self._changing = self._changing_supports(plan, traced, args, kwargs)
             self._plan = plan
             self._event_dims = conditioning_event_dims(traced)
+            self._reader.encodings = observed_encodings(traced)
             self._notes = tuple(traced.notes)
             self._context = [
                 tuple(
@@ -203,6 +232,51 @@ class AutoFaithfulGuide(AutoGuide):
                 f"have to condition on some: {named}. Pass features of floating point (one-hot, an embedding)."
             )
 
+    @property
+    def _custom_sites(self) -> Collection[str]:
+        """The sites with a factor of the user's own."""
+        return ()
+
+    def _block_kind(self, site: str) -> Hashable:
+        """Return what the sites of one block must have in common, beside their plates."""
+        return site if self._enumerate_option else None
+
+    def _sites_to_enumerate(self) -> frozenset[str]:
+        option = self._enumerate_option
+        if isinstance(option, bool):
+            names = (
+                [name for name, site in self._sites.items() if site.encoding is not None] if option else []
+            )
+        else:
+            names = list(option)
+        for name in names:
+            encoding = self._sites[name].encoding if name in self._sites else None
+            if encoding is None or encoding.kind == "counts" or encoding.num_elements != 1:
+                raise UnsupportedModelError(
+                    f"Expected enumerate_sites to be latent sites with one binary or class variable; {name!r} is "
+                    f"{'no discrete latent site' if encoding is None else encoding}. Pyro enumerates no vectors: give "
+                    "each element a site of its own, or leave this site to score-function gradients."
+                )
+        return frozenset(names)
+
+    def _order_for_discrete_sites(self, inverse: InverseGraph, discrete: Collection[str]) -> InverseGraph:
+        """Return an inverse that suits discrete sites: another faithful one only if the user left the choice."""
+        free = self._inverse_option == "auto" and self._elements is None
+        candidates = [discrete_sites_first(inverse, discrete), inverse] if free else [inverse]
+        if free and self._enumerated:
+            candidates.append(faithful_inverse(inverse.graph, "reverse"))
+        candidates = [outer_sites_first(candidate) for candidate in candidates]
+        conflicts = [drawn_after_enumerated(candidate, self._enumerated) for candidate in candidates]
+        for candidate, conflict in zip(candidates, conflicts, strict=True):
+            if not conflict:
+                return candidate
+        named = "; ".join(f"{site}: {', '.join(parents)}" for site, parents in conflicts[0].items())
+        raise UnsupportedModelError(
+            "Expected the model's parents of enumerated sites to be sampled before these, or enumerated as well; the "
+            f"inverse {inverse.order!r} samples some given the enumerated values ({named}), which Pyro cannot do. Use "
+            "inverse='reverse', which follows the model's order, or enumerate_sites=True."
+        )
+
     def _changing_supports(
         self, plan: Plan, traced: TracedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> dict[str, tuple[str, ...]]:
@@ -210,6 +284,13 @@ class AutoFaithfulGuide(AutoGuide):
             name: plate.indices for name, plate in self._plate_states.items() if plate.indices is not None
         }
         changing = changing_supports(self._reader, traced, self.model, args, kwargs, indices)
+        for name, others in changing.items():
+            encoding = self._sites[name].encoding
+            if encoding is not None and encoding.kind == "classes":
+                raise UnsupportedModelError(
+                    f"Expected discrete latent sites with the same values at every call; those of {name!r} depend on "
+                    f"{', '.join(others)}. Use a range that holds them all, with probability zero for some."
+                )
         order = [site for block in plan.blocks for site in block.sites]
         for name, others in changing.items():
             late = [other for other in others if order.index(other) > order.index(name)]
@@ -348,7 +429,9 @@ class AutoFaithfulGuide(AutoGuide):
             if name in unconstrained:
                 parts.append(unconstrained[name])
             else:
-                parts.append(flatten_event(call.values[name], self._event_dims[name]))
+                parts.append(
+                    self._reader.flat(name, call.values[name], self._event_dims[name], features.shift.dtype)
+                )
         flat = concatenate(parts)
         if not bool(torch.isfinite(flat).all()):
             guilty = [
@@ -375,7 +458,8 @@ class AutoFaithfulGuide(AutoGuide):
         with ExitStack() as stack:
             if name in call.scales:
                 stack.enter_context(poutine.scale(scale=call.scales[name]))
-            value = self._emit(name, masked)
+            infer = {"infer": {"enumerate": "parallel"}} if name in self._enumerated else {}
+            value = self._emit(name, masked, **infer)
         return value, read_back(value)
 
     def _site_distribution(
@@ -383,6 +467,15 @@ class AutoFaithfulGuide(AutoGuide):
     ) -> tuple[dist.TorchDistribution, Callable[[Tensor], Tensor]]:
         """Return the distribution to emit at a site and the map from its value to the unconstrained vector."""
         support = call.supports[site.name]
+        if site.encoding is not None:
+            if not site.encoding.fits(support):
+                raise GraphflowsError(
+                    f"Expected the values of {site.name!r} to be as when the guide was set up ({site.encoding}); this "
+                    f"call has {support}. Set up a guide for the new values."
+                )
+            features: Any = self.features
+            discrete = DiscreteDistribution(factor, site.encoding, support, features[0].shift.dtype)
+            return discrete, discrete.unconstrained
         transform = site.transform if support is site.support else biject_to(support)
         if self.plan.analytic_kl[site.name] and is_identity(transform):
             if site.event_shape == factor.event_shape:
@@ -432,7 +525,10 @@ class AutoFaithfulGuide(AutoGuide):
         return total
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Return the latents at base noise zero: each site at its factor's centre given the centres before it."""
+        """Return the latents at base noise zero: each site at its factor's centre given the centres before it.
+
+        The centre of a discrete site's factor is its mode.
+        """
         self._emit = _centre
         try:
             with torch.no_grad(), poutine.block():
@@ -463,8 +559,15 @@ class AutoFaithfulGuide(AutoGuide):
                 draws = self(*args, **kwargs)
         result = {}
         for name, value in draws.items():
+            value = value.reshape(num_draws, *shapes[name])
+            if (
+                self._sites[name].encoding is not None
+            ):  # the least value with that share of the draws up to it
+                place = (torch.as_tensor(quantiles, dtype=torch.double) * num_draws).ceil().long() - 1
+                result[name] = value.sort(0).values[place.clamp(0, num_draws - 1).to(value.device)]
+                continue
             levels = torch.as_tensor(quantiles, dtype=value.dtype, device=value.device)
-            result[name] = torch.quantile(value.reshape(num_draws, *shapes[name]), levels, dim=0)
+            result[name] = torch.quantile(value, levels, dim=0)
         return result
 
     def given(self, **observations: Tensor) -> Callable[..., dict[str, Tensor]]:
@@ -561,12 +664,12 @@ def _add_event_dim(value: Tensor) -> Tensor:
     return value.unsqueeze(-1)
 
 
-def _centre(name: str, fn: Any) -> Tensor:
-    while hasattr(fn, "base_dist") and not isinstance(fn, FactorDistribution):
+def _centre(name: str, fn: Any, **_: Any) -> Tensor:
+    while hasattr(fn, "base_dist") and not hasattr(fn, "centre"):
         if isinstance(fn, dist.Independent):
             break
         fn = fn.base_dist
-    return fn.centre() if isinstance(fn, FactorDistribution) else fn.mean
+    return fn.centre() if hasattr(fn, "centre") else fn.mean
 
 
 def _sum_rightmost(term: Tensor, depth: int) -> Tensor:

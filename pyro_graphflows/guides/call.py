@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from pyro_graphflows.errors import UnsupportedModelError
+from pyro_graphflows.guides.encodings import DiscreteEncoding
+from pyro_graphflows.guides.features import flatten_event
 from pyro_graphflows.inspect import TracedModel, get_argument, same_tensor
 
 __all__ = ["Call", "CallReader", "PlateState", "changing_supports", "partly_observed", "plates_of"]
@@ -193,6 +195,19 @@ class CallReader:
         paths = [self.paths[name] for name in self.partly if name in self.paths]
         self._missing = {name for name in self.inputs if self.paths[name] in paths}
         self._known: dict[Hashable, Call] = {}
+        self.encodings: dict[str, DiscreteEncoding] = {}  # of observed sites whose values are classes
+
+    def flat(self, name: str, value: Tensor, event_dim: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the value of an observed site or an input as a flat vector; classes as indicators.
+
+        Shape:
+            - Output: ``(*batch, n)``, of the given type (the default type) unless the value has a floating-point type.
+        """
+        dtype = dtype or torch.get_default_dtype()
+        if name in self.encodings and name not in self.partly:
+            return self.encodings[name].encode(value, dtype)
+        flat = flatten_event(value, event_dim)
+        return flat if value.is_floating_point() else flat.to(dtype)
 
     def read(
         self,
@@ -290,8 +305,10 @@ class CallReader:
         Shape:
             - Output: ``(*batch, n + 1)`` for values of ``n`` elements.
         """
-        event_dim = self.partly[name]
-        flat = value.reshape(*value.shape[: value.dim() - event_dim], -1)
+        if name in self.encodings:
+            flat = self.encodings[name].encode(value, torch.get_default_dtype())
+        else:
+            flat = flatten_event(value, self.partly[name])
         seen = torch.as_tensor(True if mask is None else mask, device=flat.device)
         seen = seen.expand(flat.shape[:-1]).unsqueeze(-1)
         return torch.cat([torch.where(seen, flat, torch.zeros_like(flat)), seen.to(flat.dtype)], -1)

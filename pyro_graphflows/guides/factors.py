@@ -2,18 +2,26 @@ r"""Factor families: the conditional distribution of one latent site given what 
 
 A factor takes the outputs that a network computed for its site and returns a distribution over the site's flat
 unconstrained vector. This is the hook for further families: subclass :class:`Factor`, and pass the class as
-``family=`` to :func:`~pyro_graphflows.guides.auto_faithful_guide`.
+``family=`` to :func:`~pyro_graphflows.guides.auto_faithful_guide` (for all continuous sites), or in
+``factors={site: class}`` for single sites, continuous or discrete, with either family. A class for a single site may
+read the site in :meth:`Factor.for_site`.
 
-Coordinates. The vector ``u`` of a site is standardised, ``u = shift + scale * y``, with constants fixed when the
-guide is set up; factors are parametrised in the natural units of ``y`` and return a distribution of ``u``.
+Coordinates. The vector ``u`` of a continuous site is standardised, ``u = shift + scale * y``, with constants fixed when
+the guide is set up; factors are parametrised in the natural units of ``y`` and return a distribution of ``u``. The
+vector of a discrete site is :class:`~pyro_graphflows.guides.encodings.DiscreteEncoding`'s, and its shift is 0, its
+scale 1.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from pyro_graphflows.guides.site import LatentSite
 
 __all__ = ["ElementNormalFactor", "Factor", "NormalFactor"]
 
@@ -22,7 +30,7 @@ LOG_SCALE_BOUND = 20.0
 
 
 class Factor(ABC):
-    """The conditional family of one continuous latent site.
+    """The conditional family of one latent site.
 
     Args:
         size: The length of the site's flat unconstrained vector.
@@ -30,6 +38,15 @@ class Factor(ABC):
 
     def __init__(self, size: int) -> None:
         self.size = size
+
+    @classmethod
+    def for_site(cls, site: "LatentSite") -> "Factor":
+        """Return the factor of a site; override where more than its size is needed.
+
+        Args:
+            site: The site: name, shapes, support, and for discrete ones the encoding.
+        """
+        return cls(site.size)
 
     @property
     @abstractmethod
@@ -69,6 +86,20 @@ class Factor(ABC):
         Returns:
             Weights of shape ``(num_outputs, num_inputs)`` and biases of shape ``(num_outputs,)``.
         """
+
+    def start_from_samples(self, inputs: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return skip weights and biases fitted to joint samples, or None to use :meth:`linear_start`.
+
+        Where this returns None, as it does unless overridden, ``linear_start`` gets the least-squares regression.
+
+        Args:
+            inputs: Features of the parents in rows, shape ``(n, num_inputs)``.
+            values: Standardised vectors of the site, shape ``(n, size)``.
+
+        Returns:
+            Weights of shape ``(num_outputs, num_inputs)`` and biases of shape ``(num_outputs,)``, or None.
+        """
+        return None
 
 
 class NormalFactor(Factor):

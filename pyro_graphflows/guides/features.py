@@ -60,7 +60,7 @@ def _kind(support: constraints.Constraint | None, sample: Tensor) -> str:
         return "logit"
     if isinstance(support, _COUNT) and bool((sample >= 0).all()):
         return "log1p"
-    if sample.shape[0] < 2:
+    if sample.shape[0] < 2 or support is constraints.boolean or support is constraints.one_hot:
         return "identity"
     shift, scale = location_and_scale(sample)
     heavy = bool((((sample - shift) / scale).abs() > HEAVY_TAIL).any())

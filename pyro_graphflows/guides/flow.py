@@ -1,6 +1,6 @@
 """The flow family: one monotone residual flow per block gives every conditional."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -23,7 +23,8 @@ class AutoFaithfulFlow(AutoFaithfulNormal):
     :math:`)` whatever the number of blocks. With hidden units at zero output, as after the regression start, every
     conditional is linear-Gaussian. Sampling, and scoring what was just sampled, need no numerical inversion; scoring
     other values inverts one-dimensional functions (or the other way round with ``closed_form="density"``, for
-    inference compilation).
+    inference compilation). Discrete sites, and those named in ``factors=``, have masked networks as in
+    :class:`AutoFaithfulNormal`.
 
     References:
         [1] Mouton and Kroon (2022), Graphical Residual Flows.
@@ -105,9 +106,18 @@ class AutoFaithfulFlow(AutoFaithfulNormal):
         super()._check_plan(plan, traced)
         plan.analytic_kl.update(dict.fromkeys(plan.analytic_kl, False))
 
+    def _block_kind(self, site: str) -> Hashable:
+        return super()._block_kind(site), self._has_no_flow(site)
+
+    def _has_no_flow(self, site: str) -> bool:
+        """Whether a site is discrete or has a factor of the user's own, and so a masked network instead of a flow."""
+        return self._sites[site].encoding is not None or site in self._factors
+
     def _make_network(
         self, block: Block, context_sizes: Mapping[str, int], plates: Sequence[PlateState]
     ) -> nn.Module:
+        if self._has_no_flow(block.sites[0]):
+            return super()._make_network(block, context_sizes, plates)
         sizes = {site: self._sites[site].size for site in block.sites}
         elements = self._elements.parents if self._elements else {}
         return FlowBlock(block, context_sizes, sizes, self._flow_options, plates, elements)

@@ -147,23 +147,30 @@ class MADEBlock(nn.Module):
     def set_linear_(self, site: str, weights: Mapping[str, Tensor], loc: Tensor, scale_tril: Tensor) -> None:
         """Make one site's factor linear-Gaussian, in standardised units of parents and site.
 
+        Of a discrete site the logits become linear; there is no scale.
+
         Args:
             site: The site.
             weights: For each parent, a matrix of shape ``(site's size, parent's size)``; zero where missing.
             loc: The location where all parents are zero, shape ``(size,)``.
             scale_tril: The lower triangular square root of the covariance, shape ``(size, size)``.
         """
+        like = self.shift
+        joint = like.new_zeros(self.factors[site].size, self.network.input_dim)
+        for parent, matrix in weights.items():
+            joint[:, list(self.columns[parent])] = matrix.to(joint)
+        self.set_rows_(site, *self.factors[site].linear_start(joint, loc.to(joint), scale_tril.to(joint)))
+
+    @torch.no_grad()
+    def set_rows_(self, site: str, weights: Tensor, biases: Tensor) -> None:
+        """Make the outputs of one site linear: ``biases + weights @ inputs``, with columns for all inputs."""
         skip: Any = self.network.skip
         if skip is None:
             raise RuntimeError(
                 "Expected a network with a linear map beside its hidden layers; this one has none."
             )
-        joint = skip.weight.new_zeros(self.factors[site].size, self.network.input_dim)
-        for parent, matrix in weights.items():
-            joint[:, list(self.columns[parent])] = matrix.to(joint)
-        rows, biases = self.factors[site].linear_start(joint, loc.to(joint), scale_tril.to(joint))
-        skip.weight[self.outputs[site]] = rows
-        skip.bias[self.outputs[site]] = biases
+        skip.weight[self.outputs[site]] = weights.to(skip.weight)
+        skip.bias[self.outputs[site]] = biases.to(skip.bias)
         if len(self.network.layers):
             last: Any = self.network.layers[-1]
             last.weight[self.outputs[site]] = 0.0

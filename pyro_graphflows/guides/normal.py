@@ -1,7 +1,8 @@
 """The normal family: a masked network per block gives location and scale of every conditional."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.distributions import biject_to
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides.base import AutoFaithfulGuide, concatenate
 from pyro_graphflows.guides.call import PlateState
+from pyro_graphflows.guides.discrete_factors import DiscreteFactor
 from pyro_graphflows.guides.factors import ElementNormalFactor, Factor, NormalFactor
 from pyro_graphflows.guides.features import FeatureMap, flatten_event
 from pyro_graphflows.guides.made import MADEBlock, NetworkOptions
@@ -45,7 +47,8 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
         init: ``"regression"`` (see :mod:`~pyro_graphflows.guides.start`) or ``"random"``.
         standardize: Whether inputs and outputs are shifted and scaled by constants found at set-up.
         num_start_samples: The number of joint samples of the model that are drawn at set-up.
-        factor: The factor family of the sites.
+        factor: The factor family of the continuous sites. Discrete ones have Bernoulli and categorical factors.
+        factors: Factor classes of single sites, by name.
         **options: See :class:`~pyro_graphflows.guides.base.AutoFaithfulGuide`.
     """
 
@@ -62,6 +65,7 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
         standardize: bool = True,
         num_start_samples: int = 10_000,
         factor: type[Factor] = NormalFactor,
+        factors: Mapping[str, type[Factor]] = MappingProxyType({}),
         **options: Any,
     ) -> None:
         if init not in ("regression", "random"):
@@ -76,6 +80,11 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
         self._standardize = standardize
         self._num_start_samples = num_start_samples
         self._factor = factor
+        self._factors = dict(factors)
+
+    @property
+    def _custom_sites(self) -> Collection[str]:
+        return self._factors
 
     def _build(self, plan: Plan, traced: TracedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = {
@@ -86,7 +95,10 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
         }
         samples = self._joint_samples(traced, inputs, args, kwargs)
         found: list[Any] = [site.get("value") for site in traced.trace.nodes.values()]
-        like = next((value for value in found if _is_float(value)), torch.zeros(()))
+        floats = [value for value in found if _is_float(value)]
+        like = max(
+            floats, key=lambda value: value.dtype.itemsize, default=torch.zeros(())
+        )  # the first of the widest
         features, networks = [], []
         for index, block in enumerate(plan.blocks):
             rows = self._rows(index, block, samples)
@@ -99,7 +111,9 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
             if rows is not None:
                 latents = {site: rows[site] for site in block.sites}
                 if self._standardize:
-                    standardize_(network, latents)
+                    standardize_(
+                        network, latents, [s for s in latents if self._sites[s].encoding is not None]
+                    )
                 if self._init == "regression":
                     context = feature(concatenate([rows[name] for name in self._context[index]]))
                     self._start_by_regression(network, context, latents)
@@ -109,8 +123,12 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
         self.networks = nn.ModuleList(networks)
 
     def _factor_of(self, site: str) -> Factor:
+        if site in self._factors:
+            return self._factors[site].for_site(self._sites[site])
+        if self._sites[site].encoding is not None:
+            return DiscreteFactor.for_site(self._sites[site])
         if self._elements is None or site not in self._elements.parents:
-            return self._factor(self._sites[site].size)
+            return self._factor.for_site(self._sites[site])
         if self._factor is not NormalFactor:
             raise GraphflowsError("Expected the normal factor with resolution='element'; got another family.")
         parents = self._elements.parents[site]
@@ -130,12 +148,14 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
         site: str,
         weights: Mapping[str, Tensor | float],
         intercept: Tensor | float,
-        scale: Tensor | float,
+        scale: Tensor | float = 1.0,
     ) -> None:
         r"""Make one site's conditional linear-Gaussian, in the units of the data and of unconstrained latents.
 
         ``u_site | parents ~ Normal(intercept + sum_p weights[p] @ u_p, scale)``; the hidden layers' outputs for the
-        site are set to zero. With the exact posterior conditionals the guide is the exact posterior.
+        site are set to zero. With the exact posterior conditionals the guide is the exact posterior. Of a discrete
+        site these are the logits, without a scale. The vector of a binary value is the value itself, that of one among
+        ``K`` classes its ``K`` indicators, as a site and as a parent.
 
         Args:
             site: A latent site.
@@ -198,11 +218,15 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
             return None
         flat = {}
         for name, site in self._sites.items():
+            if site.encoding is not None:
+                flat[name] = site.encoding.encode(samples[name], torch.get_default_dtype())
+                continue
             raw = biject_to(site.support).inv(samples[name])
             flat[name] = flatten_event(raw, len(site.unconstrained_shape))
         for name, event_dim in self._event_dims.items():
             if name in samples:
-                flat[name] = flatten_event(self._conditioning(name, samples[name], traced), event_dim)
+                value = self._conditioning(name, samples[name], traced)
+                flat[name] = self._reader.flat(name, value, event_dim)
             else:
                 value = inputs[name]
                 flat[name] = flatten_event(value, event_dim).expand(
@@ -258,14 +282,16 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
         nodes: Any = traced.trace.nodes
         support = None
         if name in self._sites:
-            if rows is None:
-                return FeatureMap(None, torch.zeros(0, self._sites[name].size), self._standardize)
+            discrete = self._sites[name].encoding is not None
+            if rows is None or discrete:
+                standardize = self._standardize and not discrete
+                return FeatureMap(None, torch.zeros(0, self._sites[name].size), standardize)
         elif name not in inputs and name not in self._reader.partly:
             support = nodes[name]["fn"].support
         if rows is None:  # the data of this call are all that is known
             value = inputs[name] if name in inputs else nodes[name]["value"]
             value = self._conditioning(name, value, traced)
-            flat = flatten_event(value, self._event_dims[name])
+            flat = self._reader.flat(name, value, self._event_dims[name])
             return FeatureMap(support, flat.reshape(-1, flat.shape[-1]), self._standardize)
         return FeatureMap(support, rows[name], self._standardize)
 

@@ -8,7 +8,8 @@ parameters for each element of its plates, beside the network of what it can see
 inverse allows, so that the number of network calls is the number of levels and not the number of sites.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 
 import networkx as nx
 
@@ -61,12 +62,13 @@ class Block:
 
 @dataclass(frozen=True)
 class Plan:
-    """The blocks in sampling order, and for each site whether its KL term may be analytic."""
+    """The blocks in sampling order, for each site whether its KL term may be analytic, and labels of special sites."""
 
     graph: ModelGraph
     inverse: InverseGraph
     blocks: tuple[Block, ...]
     analytic_kl: dict[str, bool]
+    labels: dict[str, str] = field(default_factory=dict)
 
     def describe(self, notes: tuple[str, ...] = ()) -> str:
         """Return the plan in words: a line for each latent site, in sampling order."""
@@ -83,7 +85,8 @@ class Plan:
                     looks = ", ".join(self._input(parent, site) for parent in inverse.parents[site])
                     term = "analytic KL" if self.analytic_kl[site] else "sampled KL"
                     kind = "free parameters" if site in block.free else "amortised"
-                    lines.append(f"  level {depth}: {site} | {looks or 'nothing'}  [{kind}, {term}]")
+                    label = f", {self.labels[site]}" if site in self.labels else ""
+                    lines.append(f"  level {depth}: {site} | {looks or 'nothing'}  [{kind}, {term}{label}]")
                     if site in inverse.coupled:
                         plates = ", ".join(inverse.coupled[site])
                         lines.append(
@@ -128,11 +131,12 @@ def mean_field_condition(graph: ModelGraph, inverse: InverseGraph) -> dict[str, 
     }
 
 
-def make_plan(inverse: InverseGraph) -> Plan:
+def make_plan(inverse: InverseGraph, kind: Callable[[str], Hashable] = lambda _: None) -> Plan:
     """Group the sites of an inverse into blocks.
 
     Args:
         inverse: The guide's factorisation.
+        kind: Only sites of the same kind share a block.
 
     Returns:
         The plan. Blocks are made greedily in sampling order: a block takes in every site of its plates whose
@@ -145,11 +149,12 @@ def make_plan(inverse: InverseGraph) -> Plan:
     remaining = list(inverse.sampling_order)
     rank = {node: i for i, node in enumerate(graph.nodes)}
     while remaining:
-        plates = graph.plates[remaining[0]]
+        plates, first = graph.plates[remaining[0]], kind(remaining[0])
         depth: dict = {}
         for site in remaining:  # parents come first in the sampling order
             latents = [parent for parent in inverse.parents[site] if parent in latent]
-            if graph.plates[site] == plates and all(p in done or p in depth for p in latents):
+            alike = graph.plates[site] == plates and kind(site) == first
+            if alike and all(p in done or p in depth for p in latents):
                 depth[site] = 1 + max((depth[p] for p in latents if p in depth), default=-1)
         levels: list[list] = [[] for _ in range(1 + max(depth.values()))]
         for site in remaining:

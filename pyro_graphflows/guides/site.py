@@ -1,5 +1,6 @@
 """What the guide keeps of each site of the prototype trace."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +10,10 @@ from torch.distributions.transforms import IndependentTransform, Transform, iden
 
 from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.guides.call import partly_observed
+from pyro_graphflows.guides.encodings import DiscreteEncoding
 from pyro_graphflows.inspect import TracedModel
 
-__all__ = ["LatentSite", "conditioning_event_dims", "is_identity", "latent_sites"]
+__all__ = ["LatentSite", "conditioning_event_dims", "is_identity", "latent_sites", "observed_encodings"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class LatentSite:
         event_shape: The shape of one value.
         unconstrained_shape: The shape of one value before the bijection to the support.
         support: The support.
-        transform: The bijection from the unconstrained space to the support.
+        transform: The bijection from the unconstrained space to the support (of no use for discrete sites).
+        encoding: For discrete sites, how values are written as vectors.
     """
 
     name: str
@@ -31,6 +34,7 @@ class LatentSite:
     unconstrained_shape: torch.Size
     support: constraints.Constraint
     transform: Transform
+    encoding: DiscreteEncoding | None = None
 
     @property
     def size(self) -> int:
@@ -40,7 +44,7 @@ class LatentSite:
     @property
     def is_real(self) -> bool:
         """Whether values are unconstrained as they are."""
-        return is_identity(self.transform)
+        return self.encoding is None and is_identity(self.transform)
 
 
 def is_identity(transform: Transform) -> bool:
@@ -50,26 +54,52 @@ def is_identity(transform: Transform) -> bool:
     return transform is identity_transform
 
 
-def latent_sites(traced: TracedModel) -> dict[str, LatentSite]:
+def latent_sites(traced: TracedModel, custom: Collection[str] = ()) -> dict[str, LatentSite]:
     """Return the latent sites of a traced model that get a factor.
 
+    Args:
+        traced: The traced model.
+        custom: The sites for which the user gave a factor.
+
     Raises:
-        UnsupportedModelError: If one of them is discrete.
+        UnsupportedModelError: If one of the others is discrete and its values are not among finitely many classes.
     """
     sites = {}
     for name in traced.graph.latent:
-        fn: Any = traced.trace.nodes[name]["fn"]
+        site: Any = traced.trace.nodes[name]
+        fn = site["fn"]
         if fn.support.is_discrete:
-            raise UnsupportedModelError(
-                f"Expected continuous latent sites; site {name!r} is discrete ({type(fn).__name__}). Mark it "
-                "infer={'enumerate': 'parallel'} and train with TraceEnum_ELBO, which sums over its values."
+            encoding = DiscreteEncoding.of(fn, site["value"].dtype)
+            if encoding.kind == "counts" and name not in custom:
+                raise UnsupportedModelError(
+                    f"Expected discrete latent sites with values among finitely many classes; site {name!r} is "
+                    f"{type(fn).__name__} with support {fn.support}. Give a factor for it, factors={{{name!r}: ...}} "
+                    "(a subclass of Factor whose distribution is one over counts), or replace it by a site with "
+                    "finitely many values."
+                )
+            sites[name] = LatentSite(
+                name, fn.event_shape, torch.Size([encoding.size]), fn.support, identity_transform, encoding
             )
+            continue
         transform = biject_to(fn.support)
         unconstrained = transform.inverse_shape(fn.batch_shape + fn.event_shape)
         sites[name] = LatentSite(
             name, fn.event_shape, torch.Size(unconstrained[len(fn.batch_shape) :]), fn.support, transform
         )
     return sites
+
+
+def observed_encodings(traced: TracedModel) -> dict[str, DiscreteEncoding]:
+    """Return the encodings of the observed sites whose values are classes: numbers that only tell them apart."""
+    encodings = {}
+    for name in traced.graph.observed:
+        site: Any = traced.trace.nodes[name]
+        if name in traced.without_data or not site["fn"].support.is_discrete:
+            continue
+        encoding = DiscreteEncoding.of(site["fn"], site["value"].dtype)
+        if encoding.kind == "classes" and not encoding.dtype.is_floating_point:
+            encodings[name] = encoding
+    return encodings
 
 
 def conditioning_event_dims(traced: TracedModel) -> dict[str, int]:

@@ -6,12 +6,12 @@ as scale. For a linear-Gaussian model with a faithful inverse the expected KL di
 then about (number of weights) / (2 number of samples) nats, so that a sparse inverse also needs fewer samples.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from pyro_graphflows.guides.factors import ElementNormalFactor
+from pyro_graphflows.guides.factors import ElementNormalFactor, Factor
 from pyro_graphflows.guides.features import location_and_scale
 from pyro_graphflows.guides.made import MADEBlock
 
@@ -22,14 +22,20 @@ RESIDUAL_FLOOR = 1e-4  # in standardised units; deterministic relations have res
 WINSOR = 10.0  # standard deviations; keeps one draw of a heavy tail from deciding
 
 
-def standardize_(block: MADEBlock, values: Mapping[str, Tensor]) -> None:
-    """Set the shift and scale of each site from samples of its unconstrained vector, shape ``(n, size)``."""
+def standardize_(block: MADEBlock, values: Mapping[str, Tensor], discrete: Collection[str] = ()) -> None:
+    """Set the shift and scale of each site from samples of its unconstrained vector, shape ``(n, size)``.
+
+    Discrete sites keep shift 0 and scale 1: their vectors are zeros and ones.
+    """
     for site in block.block.sites:
-        block.set_standardization_(site, *location_and_scale(values[site]))
+        if site not in discrete:
+            block.set_standardization_(site, *location_and_scale(values[site]))
 
 
 def regress_(block: MADEBlock, context: Tensor, values: Mapping[str, Tensor]) -> None:
     """Set each factor of a block to the linear regression on its parents.
+
+    Factors that fit themselves to samples (:meth:`~pyro_graphflows.guides.factors.Factor.start_from_samples`) do so.
 
     Args:
         block: The block; its standardisation is used and not changed.
@@ -47,6 +53,13 @@ def regress_(block: MADEBlock, context: Tensor, values: Mapping[str, Tensor]) ->
         parents = [parent for parent in block.block.parents[site] if parent in block.columns]
         inputs = [j for parent in parents for j in block.columns[parent]]
         own = list(block.columns[site])
+        factor: Factor | None = getattr(block, "factors", {}).get(site)  # flows have none
+        fitted = None if factor is None else factor.start_from_samples(joint[:, inputs], joint[:, own])
+        if factor is not None and fitted is not None:
+            rows = joint.new_zeros(factor.num_outputs, block.network.input_dim)
+            rows[:, inputs] = fitted[0]
+            block.set_rows_(site, rows, fitted[1])
+            continue
         if site in block.element_columns:
             weights, residual = _solve_elements(block, site, covariance, inputs, len(joint))
         else:
