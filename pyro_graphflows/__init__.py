@@ -50,7 +50,7 @@ from pyro_graphflows.infer import (
 from pyro_graphflows.inspect import (
     get_model_graph,
 )
-from pyro_graphflows.models import VAE, SIReNVAE
+from pyro_graphflows.models import VAE, GraphVAE, SIReNVAE
 from pyro_graphflows.transforms import (
     ActNorm,
     ConditionalFaithfulResidual,
@@ -78,6 +78,7 @@ __all__ = [
     "ConvergenceError",
     "Evidence",
     "FaithfulResidual",
+    "GraphVAE",
     "GraphflowsError",
     "GraphflowsWarning",
     "GraphicalFlowPrior",

@@ -1,8 +1,9 @@
 """Ready-made Pyro models."""
 
 from pyro_graphflows.models import textbook
+from pyro_graphflows.models.graph_vae import GraphVAE
 from pyro_graphflows.models.siren_vae import SIReNVAE, variant_graph
 from pyro_graphflows.models.vae import VAE, LatentModel
 from pyro_graphflows.models.vae_objective import VAEObjective
 
-__all__ = ["VAE", "LatentModel", "SIReNVAE", "VAEObjective", "textbook", "variant_graph"]
+__all__ = ["VAE", "GraphVAE", "LatentModel", "SIReNVAE", "VAEObjective", "textbook", "variant_graph"]

@@ -1,0 +1,572 @@
+r"""The Graph VAE: a variational autoencoder that learns how its latent variables depend on each other.
+
+The latent vector is cut into :math:`N` *nodes* :math:`z_N, \dots, z_1`, sampled in this order. The possible parents of
+node :math:`i` are all nodes before it, each behind a *gate* :math:`c_{ij} \in \{0, 1\}` that multiplies the parent's
+value:
+
+.. math:: p(x, z \mid c) = p(x \mid z) \prod_i \mathcal N\bigl(z_i \mid \mu_i, \sigma_i^2\bigr), \qquad
+          (\mu_i, \log\sigma_i^2) = f_i\bigl(c_{ij} z_j : j > i\bigr), \qquad c_{ij} \sim \text{Bernoulli}(m_{ij}).
+
+The guide has the same graph and the same gates. It fuses two predictions of each node by their precisions, one from
+the data (bottom up, :math:`\mu_1, s_1`) and one from the sampled parents (top down, :math:`\mu_2, s_2`):
+
+.. math:: \sigma^2 = \frac{s_1^2 s_2^2}{s_1^2 + s_2^2}, \qquad \mu = \frac{\mu_1 s_2^2 + \mu_2 s_1^2}{s_1^2 + s_2^2}.
+
+The objective is :math:`E_c\,\text{ELBO}(c)`, a bound because it is an average of bounds, with
+
+.. math:: \text{ELBO}(c) = E_q \log p(x \mid z) - \sum_i E_q\,
+          \text{KL}\bigl(q(z_i \mid z_{>i}, x) \,\|\, p(z_i \mid z_{>i})\bigr) :
+
+each term is a divergence from the *learned* conditional prior, not from a standard normal.
+
+**Gates are one global site**, ``gates``, drawn once for each call of the guide, with the same relaxed Bernoulli law in
+the model and the guide and ``mask(False)`` on both sides: it carries a gradient to the gate probabilities and adds
+nothing to the bound. The gradient is unbiased for the *relaxed* objective at the present temperature. In evaluation
+mode (``module.eval()``; :func:`~pyro_graphflows.log_evidence` and the validation of :func:`~pyro_graphflows.fit`
+switch to it) there is no such site: gates are hard, open where their probability is above one half.
+
+**Which loss.** :class:`~pyro.infer.TraceMeanField_ELBO` is right here, and better than
+:class:`~pyro.infer.Trace_ELBO`: guide and model sample the nodes in the same order with the same parents, so no model
+parent of a node descends from it in the guide, which is what its analytic divergences need; they have less noise than
+sampled log-ratios.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import Literal
+
+import networkx as nx
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions import TorchDistribution
+from pyro.infer.util import is_validation_enabled
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.graphs import ModelGraph
+from pyro_graphflows.graphs.model_graph import topological_order
+from pyro_graphflows.infer.evidence import Evidence, log_evidence
+from pyro_graphflows.infer.particles import evaluation_mode
+from pyro_graphflows.models.graph_vae_networks import (
+    DECODER_DIMS,
+    ENCODER_DIMS,
+    BottomUp,
+    TopDown,
+    decoder_network,
+    encoder_network,
+    matching_width,
+    on_rows,
+    perceptron_size,
+)
+
+__all__ = ["GraphVAE"]
+
+STRUCTURES = ("learned", "full", "chain", "independent")
+GATES, DATA = "gates", "x"
+
+Draw = Callable[[str, TorchDistribution], Tensor]
+Likelihood = Literal["bernoulli", "normal"] | Callable[[Tensor], TorchDistribution]
+
+
+class GraphVAE(PyroModule):
+    r"""A variational autoencoder over a graph of latent nodes that is learned, or given.
+
+    ``vae.model`` and ``vae.guide`` take data ``(num_data, *input_shape)`` and train with Pyro's ``SVI`` or with
+    :func:`~pyro_graphflows.fit`, best by :class:`~pyro.infer.TraceMeanField_ELBO`. Call :meth:`anneal` after each
+    epoch while the structure is learned.
+
+    *Node names* are ``z1`` to ``zN`` (those of the graph, where one is given), sampled from the last to the first.
+    ``z1`` is next to the data. Matrices of gates have the child as row and the parent as column.
+
+    References:
+        [1] He, Gong, Marino, Mori and Lehrmann (2019), Variational Autoencoders with Jointly Optimized Latent
+        Dependency Structure, ICLR; the networks are those of appendix B.
+        [2] Sønderby, Raiko, Maaløe, Sønderby and Winther (2016), Ladder Variational Autoencoders, NIPS (the fusion of
+        two predictions).
+
+    Args:
+        input_shape: The shape of one datum.
+        num_nodes: The number of nodes :math:`N`; 5, or as many as a given graph has.
+        node_dim: The number of dimensions of a node.
+        structure: ``"learned"`` (gates); ``"full"``, all possible edges (FC-VAE); ``"chain"``, each node given the
+            one before (Ladder VAE); ``"independent"``, no edges (VAE); or a DAG over the nodes (of a
+            :class:`~pyro_graphflows.ModelGraph` its latent nodes).
+        likelihood: ``"bernoulli"`` for data of zeros and ones; ``"normal"`` for data in [0, 1], with a sigmoid mean
+            and a log-variance of its own for each element; or a function from the decoder's outputs
+            ``(..., num_outputs)`` to a distribution with event shape ``input_shape``.
+        encoder: A module from ``(rows, *input_shape)`` to ``(rows, embedding_dim)``.
+        decoder: A module from ``(rows, size of its nodes)`` to what the likelihood takes: logits for ``"bernoulli"``,
+            means (before the sigmoid) followed by log-variances for ``"normal"``.
+        decoder_input: What the decoder sees: ``"all"`` nodes, or the ``"first"``, ``z1``.
+        embedding_dim: The size of the encoder's output.
+        hidden_dim: The width of the hidden layer of the nodes' networks; ``None`` for linear maps.
+        encoder_dims: Hidden widths of the default encoder.
+        decoder_dims: Hidden widths of the default decoder.
+        match_parameters: Whether the first two hidden layers of the default encoder of ``"independent"`` are made so
+            wide that it has as many parameters as ``"full"``.
+        name: The prefix of the parameters in Pyro's parameter store; a number is added for a second module of that
+            name.
+
+    Attributes:
+        names: The nodes, ``names[0]`` next to the data.
+        temperature: The temperature of the relaxed gates.
+
+    Raises:
+        GraphflowsError: If an option is unknown, a size is not positive, or a graph does not fit.
+        NotADAGError: If a given graph has a directed cycle.
+
+    Example:
+        >>> vae = GraphVAE((8, 8), num_nodes=3, node_dim=2)
+        >>> x = torch.randint(2, (20, 8, 8)).float()
+        >>> svi = pyro.infer.SVI(
+        ...     vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), pyro.infer.TraceMeanField_ELBO()
+        ... )
+        >>> losses = [svi.step(x) for _ in range(3)]
+        >>> vae.gate_probabilities.shape, vae.log_evidence(x, num_particles=10).log_evidence.shape
+        (torch.Size([3, 3]), torch.Size([20]))
+    """
+
+    temperature: Tensor
+    _frozen: Tensor
+    _open: Tensor
+
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        num_nodes: int | None = None,
+        node_dim: int = 16,
+        structure: str | nx.DiGraph | ModelGraph = "learned",
+        *,
+        likelihood: Likelihood = "bernoulli",
+        encoder: nn.Module | None = None,
+        decoder: nn.Module | None = None,
+        decoder_input: str = "all",
+        embedding_dim: int = 128,
+        hidden_dim: int | None = 128,
+        encoder_dims: Sequence[int] = ENCODER_DIMS,
+        decoder_dims: Sequence[int] = DECODER_DIMS,
+        match_parameters: bool = True,
+        name: str = "graph_vae",
+    ) -> None:
+        super().__init__()
+        self.input_shape = torch.Size(input_shape)
+        sizes = {"node_dim": node_dim, "embedding_dim": embedding_dim, "hidden_dim": hidden_dim or 1}
+        sizes |= {"num_nodes": 1 if num_nodes is None else num_nodes}
+        wrong = [
+            f"{key}={size}" for key, size in {**sizes, "input_shape": min(input_shape)}.items() if size < 1
+        ]
+        if wrong:
+            raise GraphflowsError(f"Expected positive sizes; got {', '.join(wrong)}.")
+        if decoder_input not in ("all", "first"):
+            raise GraphflowsError(f"Expected decoder_input 'all' or 'first'; got {decoder_input!r}.")
+        if not callable(likelihood) and likelihood not in ("bernoulli", "normal"):
+            raise GraphflowsError(
+                f"Expected likelihood 'bernoulli', 'normal' or a function; got {likelihood!r}."
+            )
+        self.names, self._parents = _nodes_and_parents(structure, num_nodes)
+        self.is_learned = isinstance(structure, str) and structure == "learned" and len(self.names) > 1
+        self.likelihood = likelihood
+        self.decoder_input = decoder_input
+        self._sees_all = decoder_input == "all"
+        self.node_dim = node_dim
+        self.embedding_dim = embedding_dim
+        self.name = name
+
+        num_inputs, num_outputs = self.input_shape.numel(), self.input_shape.numel()
+        num_outputs *= 2 if likelihood == "normal" else 1
+        decoder_size = node_dim * (len(self.names) if decoder_input == "all" else 1)
+        dims = tuple(encoder_dims)
+        if structure == "independent" and match_parameters and encoder is None and len(dims) == 3:
+            size = perceptron_size([num_inputs, *dims, embedding_dim], 2)
+            size += 2 * _top_down_size(len(self.names), node_dim, hidden_dim)
+            width = matching_width(num_inputs, dims[2], embedding_dim, size)
+            dims = (width, width, dims[2])
+        self.encoder = encoder or encoder_network(num_inputs, dims, embedding_dim)
+        self.bottom_up = BottomUp(embedding_dim, len(self.names), node_dim, hidden_dim)
+        inner = {child: len(parents) for child, parents in self._parents.items() if parents}
+        self.prior, self.posterior = (
+            nn.ModuleDict(
+                {
+                    str(child): TopDown(number * node_dim, node_dim, hidden_dim)
+                    for child, number in inner.items()
+                }
+            )
+            for _ in range(2)
+        )
+        self.decoder = decoder or decoder_network(decoder_size, decoder_dims, num_outputs)
+        if self.is_learned:
+            self._gate_index = {
+                edge: k for k, edge in enumerate((i, j) for i in self._parents for j in self._parents[i])
+            }
+            self.gate_logits = nn.Parameter(torch.zeros(len(self._gate_index)))
+            self.register_buffer("temperature", torch.ones(()))
+            self.register_buffer("_frozen", torch.zeros((), dtype=torch.bool))
+            self.register_buffer("_open", torch.zeros(len(self._gate_index), dtype=torch.bool))
+
+    # ------------------------------------------------------------------------------------------- model and guide
+    def model(self, x: Tensor | None = None, num_samples: int | None = None) -> Tensor:
+        """The generative model: nodes from the last to the first, then the data.
+
+        Args:
+            x: Data ``(num_data, *input_shape)``; without data ``x`` is sampled.
+            num_samples: The size of the data plate without data.
+
+        Returns:
+            The value of the site ``x``.
+
+        Raises:
+            GraphflowsError: If ``x`` has another shape, or (with Pyro's validation on) values that a Bernoulli
+                variable does not take.
+        """
+        self._announce(self.prior, "prior")
+        self._announce(self.decoder, "decoder")
+        data, num_data = (None, num_samples or 1) if x is None else (self._data(x), len(x))
+        gates = self._gates()
+        with pyro.plate("data", num_data, dim=-1):
+            values = self._generate(num_data, gates, pyro.sample)
+            return pyro.sample(DATA, self._decode(values), obs=data)
+
+    def guide(self, x: Tensor | None = None, num_samples: int | None = None) -> dict[str, Tensor]:
+        """The amortised posterior, with the graph and the gates of the model.
+
+        Args:
+            x: Data ``(num_data, *input_shape)``.
+            num_samples: Not used; the model has it.
+
+        Returns:
+            The sampled value of each node by its name.
+
+        Raises:
+            GraphflowsError: If there are no data, they have another shape, there is a single datum in training mode
+                (batch norm needs two), or an encoder of the user's has another output size than ``embedding_dim``.
+        """
+        for part, prefix in (
+            (self.encoder, "encoder"),
+            (self.bottom_up, "bottom_up"),
+            (self.posterior, "posterior"),
+        ):
+            self._announce(part, prefix)
+        if x is None:
+            raise GraphflowsError("Expected data x for the guide; got None.")
+        data = self._data(x)
+        gates = self._gates()
+        with pyro.plate("data", len(data), dim=-1):
+            values = self._infer(data, gates, pyro.sample)
+        return {self.names[i]: value for i, value in values.items()}
+
+    def _generate(self, num_data: int, gates: Tensor | list[bool] | None, draw: Draw) -> dict[int, Tensor]:
+        values: dict[int, Tensor] = {}
+        zeros = self.bottom_up.bias.new_zeros(num_data, self.node_dim)
+        for i in reversed(range(len(self.names))):
+            if self._parents[i]:
+                loc, log_var = on_rows(self.prior[str(i)], self._gated_parents(i, values, gates)).chunk(2, -1)
+                law = dist.Normal(loc, (0.5 * log_var).exp())
+            else:
+                law = dist.Normal(zeros, torch.ones_like(zeros))
+            values[i] = draw(self.names[i], law.to_event(1))
+        return values
+
+    def _infer(self, x: Tensor, gates: Tensor | list[bool] | None, draw: Draw) -> dict[int, Tensor]:
+        embedding = self.encoder(x)
+        if embedding.shape != (len(x), self.embedding_dim):
+            raise GraphflowsError(
+                f"Expected the encoder to return the shape {(len(x), self.embedding_dim)}; got "
+                f"{tuple(embedding.shape)}. Give its output size as embedding_dim."
+            )
+        bottom_up = self.bottom_up(embedding)
+        values: dict[int, Tensor] = {}
+        for i in reversed(range(len(self.names))):
+            loc, log_var = bottom_up[i].chunk(2, -1)
+            if self._parents[i]:
+                top_down = on_rows(self.posterior[str(i)], self._gated_parents(i, values, gates))
+                loc, log_var = _fuse(loc, log_var, *top_down.chunk(2, -1))
+            values[i] = draw(self.names[i], dist.Normal(loc, (0.5 * log_var).exp()).to_event(1))
+        return values
+
+    def _gated_parents(
+        self, child: int, values: dict[int, Tensor], gates: Tensor | list[bool] | None
+    ) -> Tensor:
+        """Return the values of the possible parents side by side, those behind closed gates as zeros."""
+        parents = self._parents[child]
+        if gates is None:
+            return torch.cat([values[j] for j in parents], -1)
+        index = [self._gate_index[child, j] for j in parents]
+        if isinstance(gates, list):  # hard: a closed gate leaves no trace of its parent
+            parts = [
+                values[j] if gates[k] else torch.zeros_like(values[j])
+                for j, k in zip(parents, index, strict=True)
+            ]
+        else:  # (*particles, 1, number of gates) or (number of gates,)
+            parts = [gates[..., k : k + 1] * values[j] for j, k in zip(parents, index, strict=True)]
+        return torch.cat(parts, -1)
+
+    def _gates(self) -> Tensor | list[bool] | None:
+        """Return relaxed gates as a sample, hard ones as truth values, or ``None`` where there are none."""
+        if not self.is_learned:
+            return None
+        if self._frozen or not self.training:
+            return self._hard_gates().tolist()
+        self._announce(self, "", recurse=False)
+        with poutine.mask(mask=False):
+            return pyro.sample(
+                GATES, dist.RelaxedBernoulli(self.temperature, logits=self.gate_logits).to_event(1)
+            )
+
+    def _hard_gates(self) -> Tensor:
+        return self._open if self._frozen else self.gate_logits.detach() > 0
+
+    def _decode(self, values: dict[int, Tensor]) -> TorchDistribution:
+        """Return the distribution of the data given the nodes."""
+        inputs = torch.cat([values[i] for i in sorted(values)], -1) if self._sees_all else values[0]
+        outputs = on_rows(self.decoder, inputs)
+        if callable(self.likelihood):
+            return self.likelihood(outputs)
+        event_dim, shape = len(self.input_shape), (*outputs.shape[:-1], *self.input_shape)
+        if self.likelihood == "bernoulli":
+            return dist.Bernoulli(logits=outputs.reshape(shape)).to_event(event_dim)
+        loc, log_var = outputs.chunk(2, -1)
+        scale = (0.5 * log_var).exp()
+        return dist.Normal(loc.sigmoid().reshape(shape), scale.reshape(shape)).to_event(event_dim)
+
+    def _data(self, x: Tensor) -> Tensor:
+        """Return the data in the type of the parameters."""
+        if x.dim() != 1 + len(self.input_shape) or x.shape[1:] != self.input_shape:
+            raise GraphflowsError(
+                f"Expected x of shape (num_data, {', '.join(map(str, self.input_shape))}); got {tuple(x.shape)}."
+            )
+        if self.training and len(x) == 1 and any(isinstance(m, nn.BatchNorm1d) for m in self.modules()):
+            raise GraphflowsError(
+                "Expected at least two data in training mode, since batch norm needs them; got one. Use another batch "
+                "size, drop the last batch, or call eval()."
+            )
+        if self.likelihood == "bernoulli" and is_validation_enabled() and not ((x == 0) | (x == 1)).all():
+            raise GraphflowsError(
+                "Expected data of zeros and ones for likelihood='bernoulli'; got other values. Binarise them, or use "
+                "likelihood='normal'."
+            )
+        return x.to(self.bottom_up.bias.dtype)
+
+    def _announce(self, module: nn.Module, prefix: str, *, recurse: bool = True) -> None:
+        """Make parameters known to Pyro, which trains what it sees; without gradients nothing is trained."""
+        if not torch.is_grad_enabled():
+            return
+        name = self._store_name()
+        for key, parameter in module.named_parameters(prefix, recurse=recurse):
+            if parameter.requires_grad:
+                pyro.param(f"{name}$$${key}", parameter)
+
+    def _store_name(self) -> str:
+        """Return a name under which Pyro's store holds no other module: ``name``, or with a number after it."""
+        store, name = pyro.get_param_store(), self.name
+        for number in count(1):
+            key = f"{name}$$$bottom_up.bias"
+            if store.setdefault(key, self.bottom_up.bias) is self.bottom_up.bias:
+                break
+            name = f"{self.name}_{number}"
+        return name
+
+    # ------------------------------------------------------------------------------------------------- structure
+    @property
+    def gate_probabilities(self) -> Tensor:
+        """Probability of each edge ``(num_nodes, num_nodes)``, child as row; 0 or 1 where the structure is fixed."""
+        number = len(self.names)
+        matrix = self.bottom_up.bias.new_zeros(number, number)
+        for i, parents in self._parents.items():
+            for j in parents:
+                matrix[i, j] = 1.0
+        if self.is_learned:
+            rows, columns = torch.tensor(list(self._gate_index)).T
+            probabilities = self._open.to(matrix) if self._frozen else self.gate_logits.detach().sigmoid()
+            matrix[rows, columns] = probabilities
+        return matrix
+
+    def learned_graph(self, threshold: float = 0.5) -> ModelGraph:
+        """Return the structure as a model graph: edges between nodes, and from the decoder's nodes to ``x``.
+
+        Args:
+            threshold: Edges whose gate has a greater probability than this are in the graph.
+
+        Returns:
+            A graph for :func:`~pyro_graphflows.faithful_inverse`. That of a decoder that sees all nodes connects them
+            all in the posterior, whatever was learned.
+        """
+        present = (self.gate_probabilities > threshold).tolist()
+        order = reversed(range(len(self.names)))
+        dag = nx.DiGraph()
+        dag.add_nodes_from(self.names[i] for i in order)
+        dag.add_node(DATA)
+        for i, row in enumerate(present):
+            dag.add_edges_from((self.names[j], self.names[i]) for j, is_edge in enumerate(row) if is_edge)
+        dag.add_edges_from((name, DATA) for name in (self.names if self._sees_all else self.names[:1]))
+        sizes = dict.fromkeys(self.names, self.node_dim) | {DATA: self.input_shape.numel()}
+        return ModelGraph(dag, [DATA], event_sizes=sizes, plates={name: ["data"] for name in dag})
+
+    def freeze_structure(self, threshold: float = 0.5) -> "GraphVAE":
+        """Make the gates hard for good, in training mode too: there is no site ``gates`` any more.
+
+        Args:
+            threshold: Gates whose probability is greater stay open.
+
+        Returns:
+            This object.
+
+        Raises:
+            GraphflowsError: If the structure is not a learned one.
+        """
+        if not self.is_learned:
+            raise GraphflowsError("Expected structure='learned'; a given structure is frozen already.")
+        if not self._frozen:
+            self._open.copy_(self.gate_logits.detach().sigmoid() > threshold)
+            self._frozen.fill_(True)
+        return self
+
+    def anneal(self, epoch: int, *, rate: float = 0.99, floor: float = 0.1) -> float:
+        """Set the temperature of the relaxed gates for an epoch; nothing happens without gates.
+
+        Args:
+            epoch: The number of epochs done.
+            rate: The temperature is ``rate ** epoch``.
+            floor: The lowest temperature.
+
+        Returns:
+            The temperature.
+        """
+        temperature = max(floor, rate**epoch)
+        if self.is_learned:
+            self.temperature.fill_(temperature)
+        return temperature
+
+    # ------------------------------------------------------------------------------------------------------- use
+    @torch.no_grad()
+    def sample(self, num_samples: int = 1, *, mean: bool = False) -> Tensor:
+        """Draw data from the model, with hard gates.
+
+        Args:
+            num_samples: How many.
+            mean: Whether to return the mean of ``x`` given the sampled nodes instead of a sample of it.
+
+        Returns:
+            A tensor ``(num_samples, *input_shape)``.
+        """
+        with evaluation_mode(self):
+            values = self._generate(num_samples, self._gates(), _sampled)
+            law = self._decode(values)
+        return law.mean if mean else law.sample()
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Return the mean of ``x`` given nodes sampled from the guide, with hard gates.
+
+        Args:
+            x: Data ``(num_data, *input_shape)``.
+        """
+        with evaluation_mode(self):
+            return self._decode(self._infer(self._data(x), self._gates(), _sampled)).mean
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> dict[str, Tensor]:
+        """Return the mean of each node by name, given the data and the means of its parents, with hard gates.
+
+        Args:
+            x: Data ``(num_data, *input_shape)``.
+        """
+        with evaluation_mode(self):
+            values = self._infer(self._data(x), self._gates(), lambda _, law: law.mean)
+        return {self.names[i]: value for i, value in values.items()}
+
+    def log_evidence(
+        self, x: Tensor, num_particles: int = 5000, *, batch_size: int = 100, chunk_size: int | None = None
+    ) -> Evidence:
+        """Estimate the log-evidence of each datum by importance samples, with hard gates and stored batch statistics.
+
+        Args:
+            x: Data ``(num_data, *input_shape)``.
+            num_particles: The number of importance samples per datum.
+            batch_size: How many data to treat at once; only this many times ``num_particles`` weights are kept.
+            chunk_size: How many particles to run at once.
+
+        Returns:
+            The estimates with effective sample sizes, Pareto shapes and standard errors.
+        """
+        parts = [
+            log_evidence(
+                self.model,
+                self.guide,
+                part,
+                num_particles=num_particles,
+                chunk_size=chunk_size,
+                max_plate_nesting=1,
+            )
+            for part in x.split(batch_size)
+        ]
+        return Evidence(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+
+    def bits_per_dimension(self, log_density: Tensor, num_levels: int = 256) -> Tensor:
+        r"""Convert a log-density of data scaled to [0, 1] to bits per dimension of their ``num_levels`` integers.
+
+        Uniform noise must have been added to the integers, :math:`x = (k + u) / L`.
+
+        Args:
+            log_density: Log-density in nats, for example the log-evidence.
+            num_levels: The number of levels.
+        """
+        size, levels = self.input_shape.numel(), torch.tensor(float(num_levels))
+        return -log_density / (size * torch.tensor(2.0).log()) + levels.log2()
+
+
+def _fuse(loc1: Tensor, log_var1: Tensor, loc2: Tensor, log_var2: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and log-variance of two normal predictions weighted by their precisions.
+
+    The weight of the first, :math:`s_2^2 / (s_1^2 + s_2^2)`, is a sigmoid of the difference of log-variances, and the
+    fused variance is :math:`s_1^2` times it: nothing overflows.
+    """
+    difference = log_var2 - log_var1
+    weight = difference.sigmoid()
+    return loc2 + weight * (loc1 - loc2), log_var1 + nn.functional.logsigmoid(difference)
+
+
+def _sampled(_: str, law: TorchDistribution) -> Tensor:
+    return law.sample()
+
+
+def _top_down_size(num_nodes: int, node_dim: int, hidden_dim: int | None) -> int:
+    """Return the number of parameters of the top-down networks of a fully connected structure, one set."""
+    if hidden_dim is None:
+        return sum(perceptron_size([k * node_dim, 2 * node_dim], 0) for k in range(1, num_nodes))
+    return sum(perceptron_size([k * node_dim, hidden_dim, 2 * node_dim], 1) for k in range(1, num_nodes))
+
+
+def _nodes_and_parents(
+    structure: str | nx.DiGraph | ModelGraph, num_nodes: int | None
+) -> tuple[tuple[str, ...], dict[int, tuple[int, ...]]]:
+    """Return node names, the last sampled first, and the possible parents of each by index."""
+    if isinstance(structure, str):
+        if structure not in STRUCTURES:
+            raise GraphflowsError(
+                f"Expected structure among {', '.join(STRUCTURES)}, or a networkx.DiGraph; got {structure!r}."
+            )
+        number = 5 if num_nodes is None else num_nodes
+        names = tuple(f"z{i + 1}" for i in range(number))
+        reach = {"learned": number, "full": number, "chain": 1, "independent": 0}[structure]
+        return names, {i: tuple(range(i + 1, min(i + 1 + reach, number))) for i in range(number)}
+    if isinstance(structure, ModelGraph):
+        structure = structure.to_networkx().subgraph(structure.latent)
+    if not isinstance(structure, nx.DiGraph):
+        raise GraphflowsError(
+            f"Expected structure among {', '.join(STRUCTURES)}, or a networkx.DiGraph; got a "
+            f"{type(structure).__name__}."
+        )
+    order = tuple(reversed(topological_order(structure)))
+    if num_nodes not in (None, len(order)) or not order:
+        raise GraphflowsError(f"Expected a graph with num_nodes={num_nodes} nodes; it has {len(order)}.")
+    names = tuple(node if isinstance(node, str) else f"z{node}" for node in order)
+    reserved = sorted({GATES, DATA} & set(names))
+    if reserved or len(set(names)) < len(names):
+        raise GraphflowsError(
+            f"Expected distinct node names other than {GATES!r} and {DATA!r}; got {sorted(names)}."
+        )
+    index = {node: i for i, node in enumerate(order)}
+    return names, {i: tuple(sorted(index[p] for p in structure.predecessors(n))) for n, i in index.items()}
