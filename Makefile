@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= out
 
-.PHONY: help demo test test-slow check comi clean
+.PHONY: help demo test test-slow check comi table1 clean
 
 help:
 	@echo "make demo       faithful guide for a gene network against the exact answer (tables, pictures in $(OUT)/)"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-slow  the long tests"
 	@echo "make check      ruff and mypy"
 	@echo "make comi       the study of the CoMI paper (restartable; writes docs/results/comi.md)"
+	@echo "make table1     the study of the SIReN-VAE paper (restartable; writes docs/results/siren_vae.md)"
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit('Python >= 3.10 is needed; set PYTHON=...' if sys.version_info < (3, 10) else 0)"
@@ -36,6 +37,9 @@ check: $(STAMP)
 
 comi: $(STAMP)
 	$(BIN)/python examples/binary_tree.py --study --out docs/results
+
+table1: $(STAMP)
+	$(BIN)/python examples/siren_vae.py --study all --out docs/results
 
 clean:
 	rm -rf $(VENV) $(OUT) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,278 @@
+"""One run of the SIReN-VAE study: what is trained, how, and what is measured against the true network.
+
+Used by ``siren_vae.py``, which chooses rates and goes through all runs, and by ``siren_vae_report.py``.
+"""
+
+import datetime
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pyro_graphflows import VAE, LinearGaussianNetwork, ModelGraph, SIReNVAE, load_network
+
+RATES = (1e-1, 1e-2, 1e-3)
+#: Row -> variant of the graph and flow; None for the plain VAE.
+ROWS = {
+    "vae": None,
+    "ind": ("ind", "graphical"),
+    "FC": ("FC", "graphical"),
+    "true": ("true", "graphical"),
+    "faithful": ("true", "faithful"),
+}
+REMEDIES = ("warm-up", "iwae", "decay", "early", "average", "small")
+DEFAULT_PATIENCE = {True: 60, False: 10}  # few data (an epoch is one to three steps), many data
+NUM_TEST, NUM_TEST_PAPER, NUM_VALIDATION = 1000, 100, 200
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model trained on one data set."""
+
+    network: str
+    row: str
+    multiple: int
+    seed: int
+    lr: float
+    remedy: str = ""
+    patience: int = 0  # 0 for the default
+    perturbation: str = ""  # as "add-25"
+
+    @property
+    def cell(self):
+        """The name of the cell of the table: everything but seed and rate."""
+        extra = [self.remedy, f"patience{self.patience}" if self.patience else "", self.perturbation]
+        return "-".join([self.network, self.row, f"{self.multiple}x", *filter(None, extra)])
+
+    @property
+    def name(self):
+        """The name of the run's file."""
+        return f"{self.cell}-lr{self.lr:g}-s{self.seed}"
+
+
+def network_of(name, folder=None):
+    """Return a network of the package, or the one in ``folder/NAME.json`` (the format of the packaged ones)."""
+    if folder is None:
+        return load_network(name)
+    nodes = json.loads((Path(folder) / f"{name}.json").read_text())["nodes"]
+    return LinearGaussianNetwork(
+        {n["name"]: n["parents"] for n in nodes},
+        {n["name"]: n["coefficients"] for n in nodes},
+        {n["name"]: n["intercept"] for n in nodes},
+        {n["name"]: n["sd"] for n in nodes},
+    )
+
+
+def draw(network, num, *seed):
+    """Draw observed data; training, validation and test data have streams of their own."""
+    return torch.tensor(network.sample(num, np.random.default_rng(seed), network.observed)).float()
+
+
+def perturbed(graph, how, percent, seed):
+    """Return a graph in which a share of the arcs was added, removed or reversed at random.
+
+    Added arcs follow the graph's topological order, so that there is no cycle; arcs are reversed one after the other,
+    each only if that makes no cycle. Roles stay as they are.
+    """
+    rng = np.random.default_rng([seed, percent, ("add", "remove", "reverse").index(how)])
+    dag = graph.to_networkx()
+    count = round(len(graph.edges) * percent / 100)
+    if how == "remove":
+        chosen = rng.permutation(len(graph.edges))[:count]
+        dag.remove_edges_from([graph.edges[i] for i in chosen])
+    elif how == "add":
+        nodes = graph.nodes
+        absent = [(a, b) for i, b in enumerate(nodes) for a in nodes[:i] if not dag.has_edge(a, b)]
+        dag.add_edges_from([absent[i] for i in rng.permutation(len(absent))[:count]])
+    else:
+        import networkx as nx
+
+        done = 0
+        for i in rng.permutation(len(graph.edges)):
+            if done == count:
+                break
+            a, b = graph.edges[i]
+            dag.remove_edge(a, b)
+            if nx.has_path(dag, a, b):
+                dag.add_edge(a, b)
+            else:
+                dag.add_edge(b, a)
+                done += 1
+    return ModelGraph(dag, graph.observed)
+
+
+def make_model(run, graph):
+    torch.manual_seed(run.seed)
+    if run.perturbation:
+        how, percent = run.perturbation.split("-")
+        graph = perturbed(graph, how, int(percent), run.seed)
+    if ROWS[run.row] is None:
+        return VAE(graph)
+    variant, flow = ROWS[run.row]
+    size = {"num_blocks": 1, "units_per_variable": 2, "decoder_units": 1} if run.remedy == "small" else {}
+    return SIReNVAE.from_variant(graph, variant, flow=flow, **size)
+
+
+class Average:
+    """The mean of the parameters over the epochs from some epoch on."""
+
+    def __init__(self, vae, first):
+        self.vae, self.first, self.count = vae, first, 0
+        self.mean = [torch.zeros_like(p) for p in vae.parameters()]
+
+    @torch.no_grad()
+    def __call__(self, history):
+        """Take in the parameters after an epoch."""
+        if len(history) > self.first:
+            self.count += 1
+            for mean, parameter in zip(self.mean, self.vae.parameters(), strict=True):
+                mean += (parameter - mean) / self.count
+
+    @torch.no_grad()
+    def load(self):
+        """Let the model have the mean."""
+        for mean, parameter in zip(self.mean, self.vae.parameters(), strict=True):
+            parameter.copy_(mean)
+
+
+def train(run, folder, args):
+    """Train one model; write its JSON without test figures, and its state beside it."""
+    path, state = Path(folder) / f"{run.name}.json", Path(folder) / ".states" / f"{run.name}.pt"
+    if path.exists() and (state.exists() or json.loads(path.read_text())["test"]):
+        return json.loads(path.read_text())
+    state.parent.mkdir(parents=True, exist_ok=True)
+    network = network_of(run.network, args.data)
+    num = run.multiple * len(network.names)
+    x = draw(network, num, run.seed, 0)
+    vae = make_model(run, network.graph())
+    objective = vae.objective(
+        **({"bound": "iwae", "num_particles": 5} if run.remedy == "iwae" else {}),
+        kl_weight=0.01 if run.remedy == "warm-up" else 1.0,
+    )
+    few = run.multiple < 10
+    options = {
+        "patience": run.patience or DEFAULT_PATIENCE[few],
+        "num_epochs": args.max_epochs,
+        "validation": None,
+    }
+    hooks = []
+    train_data = x
+    if run.remedy == "early":
+        options["validation"] = x[: num // 5]
+        train_data = x[num // 5 :]
+    average = None
+    if run.remedy == "average":
+        options |= {"patience": None, "num_epochs": 800}
+        average = Average(vae, 400)
+        hooks.append(average)
+    if run.remedy == "warm-up":
+        hooks.append(lambda history: setattr(objective, "kl_weight", min(1.0, (len(history) + 1) / 100)))
+    curve = []
+    vae.standardize_(x)
+    decay = 0.3 if run.remedy == "decay" else 0.0
+
+    def each_epoch(history):
+        for hook in hooks:
+            hook(history)
+        if len(history) in (1, 2, 5) or len(history) % 10 == 0:
+            curve.append([len(history), round(history.loss[-1], 4), history.learning_rate[-1]])
+
+    start = time.process_time()
+    history = vae.fit(
+        train_data,
+        standardize=False,
+        loss=objective,
+        batch_size=min(100, len(train_data)),
+        optimizer=lambda p: torch.optim.AdamW(p, lr=run.lr, weight_decay=decay, fused=True),
+        max_grad_norm=50.0,
+        seed=run.seed,
+        progress=args.progress,
+        on_epoch=each_epoch,
+        **options,
+    )
+    if average is not None and average.count:
+        average.load()
+    seconds = time.process_time() - start
+    validation = draw(network, NUM_VALIDATION, 0, 1)
+    torch.manual_seed(1)
+    evidence = vae.log_evidence(validation, num_particles=100).log_evidence
+    tail = history.loss[-10:]
+    result = {
+        "run": asdict(run),
+        "num_train": num,
+        "validation_nll": None if not bool(evidence.isfinite().all()) else -float(evidence.mean()),
+        "train_loss": float(np.mean(tail)) if tail else None,
+        "epochs": len(history),
+        "steps": history.num_steps,
+        "cpu_seconds": round(seconds, 1),
+        "stop_reason": history.stop_reason,
+        "parameters": sum(p.numel() for p in vae.parameters()),
+        "curve": curve,
+        "test": None,
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{os.cpu_count()} CPU cores, shared; float32, one thread a run",
+    }
+    write_whole(state, lambda file: torch.save(vae.state_dict(), file))
+    write_json(path, result)
+    return result
+
+
+@torch.no_grad()
+def test(run, folder, args):
+    """Measure a trained model on the test points and complete its JSON."""
+    path, state = Path(folder) / f"{run.name}.json", Path(folder) / ".states" / f"{run.name}.pt"
+    result = train(run, folder, args)
+    if result["test"]:
+        return result
+    network = network_of(run.network, args.data)
+    vae = make_model(run, network.graph())
+    vae.load_state_dict(torch.load(state, weights_only=True))
+    x = draw(network, NUM_TEST, 0, 2)
+    exact = -torch.tensor(network.log_evidence(x.double().numpy()))
+    torch.manual_seed(2)
+    evidence, elbos = [], []
+    for part in x.split(250):
+        log_weights = torch.cat(
+            [vae.log_weights(part, num_particles=16) for _ in range(args.num_particles // 16)]
+            + [vae.log_weights(part, num_particles=args.num_particles % 16)] * bool(args.num_particles % 16)
+        ).double()
+        evidence.append(log_weights.logsumexp(0) - np.log(len(log_weights)))
+        elbos.append(log_weights.mean(0))
+    nll, neg_elbo = -torch.cat(evidence), -torch.cat(elbos)
+    re = (vae.reconstruct(x) - x).norm(dim=-1)
+    few = slice(NUM_TEST_PAPER)
+    result["test"] = {
+        "num_particles": args.num_particles,
+        "nll": float(nll.mean()),
+        "excess": float((nll - exact).mean()),
+        "excess_error": float((nll - exact).std() / NUM_TEST**0.5),
+        "negative_elbo": float(neg_elbo.mean()),
+        "re": float(re.mean()),
+        "nll_100": float(nll[few].mean()),
+        "excess_100": float((nll - exact)[few].mean()),
+        "re_100": float(re[few].mean()),
+        "true_nll": float(exact.mean()),
+        "entropy": network.entropy(),
+    }
+    write_json(path, result)
+    state.unlink()
+    return result
+
+
+def write_whole(path, write):
+    """Write a file so that it is there complete or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path, result):
+    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in result.items()]
+    write_whole(path, lambda file: file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode()))

@@ -1,0 +1,137 @@
+"""The SIReN-VAE study in small: runs, resuming, rates, wrong structures, pages."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import networkx as nx
+import pytest
+import torch
+
+from pyro_graphflows import ModelGraph, load_network
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(scope="module")
+def study():
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        import siren_vae
+        import siren_vae_report
+        import siren_vae_runs
+    finally:
+        sys.path.remove(str(EXAMPLES))
+    return siren_vae, siren_vae_runs, siren_vae_report
+
+
+def test_command_line(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "siren_vae.py"), "--network", "magic-niab", "--lr", "0.01"]
+    command += ["--max-epochs", "2", "--num-particles", "3", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "magic-niab-faithful-2x: excess" in done.stdout
+    (path,) = (tmp_path / "siren_vae").glob("*.json")
+    result = json.loads(path.read_text())
+    assert result["epochs"] == 2
+    assert result["num_train"] == 88
+    assert result["test"]["true_nll"] == pytest.approx(load_network("magic-niab").entropy(), abs=0.3)
+
+
+def test_rates_are_chosen_once_and_runs_are_kept(study, tmp_path):
+    siren_vae, runs, report = study
+    torch.set_default_dtype(torch.float32)
+    args = siren_vae.parser().parse_args(
+        ["--out", str(tmp_path), "--max-epochs", "3", "--num-particles", "4", "--study", "table"]
+    )
+    cell = {"network": "magic-niab", "row": "vae", "multiple": 2}
+    job = (cell, 2, None, True, args)
+    siren_vae.do_cell(job)
+    folder = tmp_path / "siren_vae"
+    files = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json")}
+    first = {
+        lr: json.loads((folder / f"magic-niab-vae-2x-lr{lr:g}-s0.json").read_text()) for lr in runs.RATES
+    }
+    best = min(first, key=lambda lr: first[lr]["validation_nll"])
+    loss = min(first, key=lambda lr: first[lr]["train_loss"])
+    tested = {
+        (r["run"]["lr"], r["run"]["seed"])
+        for p in files
+        if (r := json.loads((folder / p).read_text()))["test"]
+    }
+    assert tested == {(lr, seed) for lr in {best, loss} for seed in (0, 1)}
+    siren_vae.do_cell(job)
+    assert files == {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json")}
+    (folder / ".states" / "nothing.pt").write_text("")  # what an interrupted run leaves does no harm
+    found, lr = report.Results(folder).cell("magic-niab", "vae", 2)
+    assert (len(found), lr) == (2, best)
+    page = report.render(tmp_path).read_text()
+    assert f"{sum(r['test']['nll_100'] for r in found) / 2:.2f} ± " in page
+    assert "| magic-niab | *true network* |" in page
+
+
+def test_remedies_and_wrong_structures(study, tmp_path):
+    siren_vae, runs, report = study
+    torch.set_default_dtype(torch.float32)
+    args = siren_vae.parser().parse_args(
+        ["--out", str(tmp_path), "--max-epochs", "2", "--num-particles", "4"]
+    )
+    folder = tmp_path / "siren_vae"
+    for remedy in runs.REMEDIES:
+        if remedy != "average":  # has a number of epochs of its own
+            run = runs.Run("magic-niab", "faithful", 2, 0, 1e-2, remedy=remedy)
+            assert runs.train(run, folder, args)["epochs"] == 2
+    for how in ("reverse-50", "add-10"):
+        run = runs.Run("ecoli70", "faithful", 2, 0, 1e-2, perturbation=how)
+        assert runs.test(run, folder, args)["test"]["excess"] > 0
+    page = report.render(tmp_path).read_text()
+    assert "## Remedies against few data" in page
+    robustness = (tmp_path / "siren_vae_robustness.md").read_text()
+    assert "| reversed | – | – | – | " in robustness
+    assert (folder / "robustness.png").exists()
+
+
+def test_perturbed_graphs(study):
+    runs = study[1]
+    graph = load_network("ecoli70").graph()
+    edges = set(graph.edges)
+    for percent, count in ((10, 7), (25, 18), (50, 35)):
+        for seed in range(3):
+            removed, added, reverse = (
+                runs.perturbed(graph, how, percent, seed) for how in ("remove", "add", "reverse")
+            )
+            assert set(removed.edges) < edges
+            assert len(removed.edges) == 70 - count
+            assert set(added.edges) > edges
+            assert len(added.edges) == 70 + count
+            turned = {(b, a) for a, b in set(reverse.edges) - edges}
+            assert len(turned) == count
+            assert turned == edges - set(reverse.edges)
+            for other in (removed, added, reverse):
+                assert nx.is_directed_acyclic_graph(other.to_networkx())
+                assert set(other.observed) == set(graph.observed)
+                assert set(other.latent) == set(graph.latent)
+    assert runs.perturbed(graph, "add", 10, 1).edges != runs.perturbed(graph, "add", 10, 2).edges
+    assert runs.perturbed(graph, "add", 10, 1) == runs.perturbed(graph, "add", 10, 1)
+    assert ModelGraph(graph.to_networkx(), graph.observed) == graph
+
+
+def test_mean_of_weights(study):
+    runs = study[1]
+    layer = torch.nn.Linear(1, 1, bias=False)
+    average = runs.Average(layer, 1)
+    for epoch, value in enumerate([5.0, 1.0, 2.0, 6.0], start=1):
+        layer.weight.data.fill_(value)
+        average([0.0] * epoch)
+    average.load()
+    assert layer.weight.item() == pytest.approx(3.0)
+
+
+def test_networks_of_a_folder(study, tmp_path):
+    runs = study[1]
+    node = {"parents": [], "intercept": 1.0, "coefficients": [], "sd": 2.0}
+    child = {"name": "x", "parents": ["z"], "intercept": 0.0, "coefficients": [3.0], "sd": 1.0}
+    (tmp_path / "tiny.json").write_text(json.dumps({"nodes": [{"name": "z", **node}, child]}))
+    network = runs.network_of("tiny", tmp_path)
+    assert (network.observed, network.scales["z"]) == (("x",), 2.0)
