@@ -9,12 +9,14 @@ from pyro.infer import (
     ReweightedWakeSleep,
     Trace_ELBO,
     TraceEnum_ELBO,
+    TraceGraph_ELBO,
     TraceMeanField_ELBO,
 )
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides import auto_faithful_guide
 from pyro_graphflows.guides.checks import check_guide
+from pyro_graphflows.infer import IWAE_ELBO
 
 
 def local(x, size=None):
@@ -61,6 +63,47 @@ def test_wake_sleep_is_refused_for_structured_guides(x):
     assert "gradients still flow" in check.reasons[0]
 
 
+def discrete(x):
+    g = pyro.sample("g", dist.Bernoulli(0.5))
+    with pyro.plate("data", len(x)):
+        k = pyro.sample("k", dist.Categorical(torch.tensor([0.5, 0.5])))
+        z = pyro.sample("z", dist.Normal(g + k, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def test_discrete_sites(x):
+    guide = auto_faithful_guide(discrete, x)
+    assert check_guide(discrete, guide, Trace_ELBO, x).safe
+    assert check_guide(discrete, guide, TraceGraph_ELBO(), x).safe
+    check = check_guide(discrete, guide, TraceEnum_ELBO, x)
+    assert check.safe
+    assert "No site is marked for enumeration" in check.notes[0]
+    text = str(check_guide(discrete, guide, TraceMeanField_ELBO, x))
+    assert "no score-function gradient for 'g', 'k': Pyro refuses it" in text
+    text = str(check_guide(discrete, guide, RenyiELBO, x))
+    assert "RenyiELBO has no score-function gradient for 'g', 'k'" in text
+    # wake-sleep is right if nothing depends on reparametrised values
+    assert [site for block in guide.plan.blocks for site in block.sites][-1] == "z"
+    assert check_guide(discrete, guide, ReweightedWakeSleep, x).safe
+    other = auto_faithful_guide(discrete, x, inverse=["k", "z", "g"])
+    assert "here on 'z'" in str(check_guide(discrete, other, ReweightedWakeSleep, x))
+    text = str(check_guide(discrete, guide, IWAE_ELBO(2), x))
+    assert "'g' is outside the data plate and has no path gradient" in text
+    assert "'k'" not in text
+    assert "'k' has no path gradient" in str(check_guide(discrete, guide, IWAE_ELBO(2, gradient="dreg"), x))
+    assert check_guide(local, auto_faithful_guide(local, x), IWAE_ELBO(2, gradient="dreg"), x).safe
+
+
+def test_enumerated_sites_of_the_guide(x):
+    guide = auto_faithful_guide(discrete, x, enumerate_sites=True)
+    check = check_guide(discrete, guide, TraceEnum_ELBO, x)
+    assert check.safe
+    assert check.notes == ()
+    check = check_guide(discrete, guide, Trace_ELBO, x)
+    assert check.safe
+    assert "'g', 'k' are marked for enumeration, which Trace_ELBO does not do" in check.notes[0]
+
+
 def test_mean_field_warning_is_explained(x):
     guide = auto_faithful_guide(local, x, inverse="forward")
     check = check_guide(local, guide, TraceMeanField_ELBO, x)
@@ -103,6 +146,10 @@ def test_discrete_locals_before_globals(x):
     assert check_guide(model, lambda x: guide(x, True), Trace_ELBO, x).safe
     check = check_guide(model, lambda x: guide(x, False), Trace_ELBO, x)
     assert "'k' has a score-function gradient and is sampled before 'mu'" in str(check)
+
+    enumerated = pyro.infer.config_enumerate(lambda x: guide(x, False), "parallel")
+    text = str(check_guide(model, enumerated, TraceEnum_ELBO, x))
+    assert "'k' is enumerated and comes before 'mu'" in text
 
 
 def test_sites_and_plates_must_be_the_model_s(x):

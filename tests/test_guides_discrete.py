@@ -12,6 +12,8 @@ import torch
 from discrete_guides import assignments, set_tables_
 from pyro import poutine
 from pyro.infer import SVI, Predictive, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
+from pyro.infer.tracegraph_elbo import TrackNonReparam
+from pyro.ops.provenance import get_provenance
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
@@ -459,6 +461,32 @@ def test_enumerated_globals_and_locals():
     for vectorize in (False, True):
         loss = particles(TraceEnum_ELBO, vectorize)
         assert loss.loss(enumerated_globals, guide, x) == pytest.approx(-of_g.logsumexp(0).item())
+
+
+@pytest.mark.parametrize("engine", ["dense", "sparse"])
+@pytest.mark.parametrize("family", ["normal", "flow"])
+def test_influence_of_discrete_values_is_traced(family, engine, monkeypatch):
+    """TraceGraph_ELBO finds the terms that a draw moves by marks on tensors: every path must hand them on."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(WEIGHTS))
+            z = pyro.sample("z", dist.Normal(CENTRES[k], 1.0))
+            v = pyro.sample("v", dist.Normal(z.unsqueeze(-1) * torch.ones(2), 1.0).to_event(1))
+            w = pyro.sample("w", dist.LogNormal(v[..., 0], 1.0))
+            pyro.sample("x", dist.Normal(z + v.sum(-1) + w, 0.5), obs=x)
+
+    monkeypatch.setattr("pyro_graphflows.nn.mlp.fastest_engine", lambda *_: engine)
+    x = torch.randn(3)
+    guide = auto_faithful_guide(model, x, family=family)
+    assert guide.networks[0].network.skip.engine == engine
+    with TrackNonReparam():
+        drawn = poutine.trace(guide).get_trace(x)
+        replayed = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(x)
+    for trace in (drawn, replayed):
+        trace.compute_log_prob()
+        for name in set("kzvwx") & set(trace.nodes):
+            assert get_provenance(trace.nodes[name]["log_prob"]) == {"k"}
 
 
 def test_copies_and_files():

@@ -74,3 +74,19 @@ def test_wrong_mask():
         MaskedLinear(torch.ones(2, 2))
     with pytest.raises(GraphflowsError, match="boolean matrix"):
         MaskedLinear(torch.ones(2, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("engine", ["dense", "sparse"])
+def test_setting_rows(mask, engine):
+    layer = MaskedLinear(mask, engine=engine)
+    before = layer.masked_weight().detach().clone()
+    weights, bias = torch.randn(2, mask.shape[1]), torch.randn(2)
+    layer.set_rows_(slice(1, 3), weights, bias)
+    expected = before.clone()
+    expected[1:3] = weights * mask[1:3]
+    assert torch.equal(layer.masked_weight(), expected)
+    assert torch.equal(layer.bias[1:3], bias)
+    layer.set_rows_(slice(0, 2), 0.0)
+    expected[:2] = 0.0
+    assert torch.equal(layer.masked_weight(), expected)
+    assert torch.equal(layer.bias[1:3], bias)

@@ -64,9 +64,13 @@ def check_guide(
     Returns:
         The answer, with reasons.
 
+    A loss that has a method ``reasons_against(model_trace, guide_trace)`` is asked itself, as
+    :class:`~pyro_graphflows.infer.IWAE_ELBO` is.
+
     Raises:
-        GraphflowsError: If the loss is not one of ``Trace_ELBO``, ``TraceGraph_ELBO``, ``TraceEnum_ELBO``,
-            ``TraceMeanField_ELBO``, ``RenyiELBO`` and ``ReweightedWakeSleep``, or of classes derived from them.
+        GraphflowsError: If the loss is none of these and not one of ``Trace_ELBO``, ``TraceGraph_ELBO``,
+            ``TraceEnum_ELBO``, ``TraceMeanField_ELBO``, ``RenyiELBO`` and ``ReweightedWakeSleep``, or of classes
+            derived from them.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -84,7 +88,8 @@ def check_guide(
     known = (
         Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, RenyiELBO, ReweightedWakeSleep,
     )  # fmt: skip
-    if not issubclass(kind, known):
+    ask_itself = getattr(loss, "reasons_against", None) if loss is not kind else None
+    if not issubclass(kind, known) and ask_itself is None:
         raise GraphflowsError(
             f"Expected a loss among {', '.join(k.__name__ for k in known)}; got {kind.__name__}."
         )
@@ -96,16 +101,32 @@ def check_guide(
     reasons: list[str] = []
     notes: list[str] = []
     reasons += _different_sites(sites, latent, kind)
+    enumerates = issubclass(kind, TraceEnum_ELBO)
+    marked = [name for name, site in latent.items() if site["infer"].get("enumerate") is not None]
+    rough = [
+        name
+        for name, site in latent.items()
+        if not getattr(site["fn"], "has_rsample", False) and not (enumerates and name in marked)
+    ]
     if issubclass(kind, ReweightedWakeSleep):
         reasons += _wake_sleep(latent)
     elif issubclass(kind, RenyiELBO):
-        reasons += _renyi({**sites, **latent})
+        reasons += _renyi({**sites, **latent}) + _renyi_without_paths(rough)
     elif issubclass(kind, TraceMeanField_ELBO):
         some_reasons, some_notes = _mean_field(guide)
-        reasons += some_reasons
+        reasons += some_reasons + _mean_field_without_paths(rough)
         notes += some_notes
+    elif enumerates:
+        notes += _nothing_to_enumerate({**sites, **latent})
+    if ask_itself is not None:
+        reasons += ask_itself(model_trace, guide_trace)
     if not issubclass(kind, ReweightedWakeSleep):
-        reasons += _score_function(latent)
+        reasons += _outer_sites_late(latent, rough, marked if enumerates else [])
+    if marked and not enumerates:
+        notes.append(
+            f"{_listed(marked)} are marked for enumeration, which {kind.__name__} does not do: they are drawn, and "
+            "Pyro may warn. TraceEnum_ELBO sums over their values."
+        )
     return GuideCheck(not reasons, tuple(reasons), tuple(notes))
 
 
@@ -143,12 +164,13 @@ def _different_sites(sites: dict[str, Any], latent: dict[str, Any], kind: type) 
 
 
 def _wake_sleep(latent: dict[str, Any]) -> list[str]:
-    smooth = [name for name, site in latent.items() if getattr(site["fn"], "has_rsample", False)]
-    if len(smooth) < 2:
+    names = list(latent)
+    smooth = [name for name in names[:-1] if getattr(latent[name]["fn"], "has_rsample", False)]
+    if not smooth:  # with one at the end nothing depends on its value
         return []
     return [
         "ReweightedWakeSleep detaches the sampled values only after the guide has run, so that in a guide whose sites "
-        f"depend on one another ({_listed(smooth)}) gradients still flow through reparametrised values and are "
+        f"depend on one another, here on {_listed(smooth)}, gradients still flow through reparametrised values and are "
         "biased. Use InferenceCompilation, IWAE_ELBO or Trace_ELBO."
     ]
 
@@ -194,16 +216,48 @@ def _mean_field(guide: Any) -> tuple[list[str], list[str]]:
     ]
 
 
-def _score_function(latent: dict[str, Any]) -> list[str]:
-    """Return the local sites with score-function gradients that come before sites in fewer plates."""
+def _renyi_without_paths(rough: list[str]) -> list[str]:
+    if not rough:
+        return []
+    return [
+        f"RenyiELBO has no score-function gradient for {_listed(rough)}: it takes that of infinitely many particles, "
+        "zero at alpha=0, so that they are not trained (the value of the loss is right). Use IWAE_ELBO or Trace_ELBO."
+    ]
+
+
+def _mean_field_without_paths(rough: list[str]) -> list[str]:
+    if not rough:
+        return []
+    return [
+        f"TraceMeanField_ELBO has no score-function gradient for {_listed(rough)}: Pyro refuses it, or with validation "
+        "switched off leaves the gradient out. Use TraceGraph_ELBO, or TraceEnum_ELBO with enumerated sites."
+    ]
+
+
+def _nothing_to_enumerate(sites: dict[str, Any]) -> list[str]:
+    if any(site["infer"].get("enumerate") is not None for site in sites.values()):
+        return []
+    return [
+        "No site is marked for enumeration, so that TraceEnum_ELBO does what Trace_ELBO does; Pyro warns of it."
+    ]
+
+
+def _outer_sites_late(latent: dict[str, Any], rough: list[str], enumerated: list[str]) -> list[str]:
+    """Return the local sites, drawn without a path or enumerated, that come before sites in fewer plates."""
     reasons = []
     names = list(latent)
     for i, name in enumerate(names):
-        site = latent[name]
-        if getattr(site["fn"], "has_rsample", False) or site["infer"].get("enumerate") == "parallel":
+        if name not in rough and name not in enumerated:
             continue
-        late = [other for other in names[i + 1 :] if _plates(latent[other]) < _plates(site)]
-        if late:
+        late = [other for other in names[i + 1 :] if _plates(latent[other]) < _plates(latent[name])]
+        if not late:
+            continue
+        if name in enumerated:
+            reasons.append(
+                f"{name!r} is enumerated and comes before {_listed(late)}, which are in fewer plates: if these depend "
+                "on it, Pyro cannot sum over its values. Sample sites of outer plates first."
+            )
+        else:
             reasons.append(
                 f"{name!r} has a score-function gradient and is sampled before {_listed(late)}, which are in fewer "
                 "plates: the gradient is biased. Sample sites of outer plates first."

@@ -169,11 +169,10 @@ class MADEBlock(nn.Module):
             raise RuntimeError(
                 "Expected a network with a linear map beside its hidden layers; this one has none."
             )
-        skip.weight[self.outputs[site]] = weights.to(skip.weight)
-        skip.bias[self.outputs[site]] = biases.to(skip.bias)
+        skip.set_rows_(self.outputs[site], weights, biases)
         if len(self.network.layers):
             last: Any = self.network.layers[-1]
-            last.weight[self.outputs[site]] = 0.0
+            last.set_rows_(self.outputs[site], 0.0)
 
     def start(self, context: Tensor, plates: Mapping[str, PlateState] | None = None) -> "MADEEvaluation":
         """Begin an evaluation.

@@ -178,6 +178,27 @@ class IWAE_ELBO(ELBO):
             loss.backward()
         return loss.item()
 
+    def reasons_against(self, model_trace: poutine.Trace, guide_trace: poutine.Trace) -> list[str]:
+        """Return why the loss cannot be used with a pair, for :func:`~pyro_graphflows.guides.check_guide`.
+
+        Args:
+            model_trace: A run of the model against the guide's values.
+            guide_trace: A run of the guide.
+        """
+        frame = find_data_plate(model_trace, self.data_plate)
+        reasons = []
+        for name, site in density_sites(guide_trace):
+            if site["is_observed"] or is_reparametrised(site):
+                continue
+            if frame is not None and not inside(site, frame.name):
+                reasons.append(
+                    f"{name!r} is outside the data plate and has no path gradient, which IWAE_ELBO needs there. Use "
+                    "Trace_ELBO or TraceGraph_ELBO."
+                )
+            elif self.gradient != "plain":
+                reasons.append(f"{name!r} has no path gradient. Use IWAE_ELBO(..., gradient='plain').")
+        return reasons
+
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
         """Pyro's base class asks for one; :meth:`_run` makes all particles at once."""
         return run_pair(model, guide, args, kwargs)

@@ -110,6 +110,29 @@ class MaskedLinear(nn.Module):
             if self.bias is not None:
                 self.bias.zero_()
 
+    def set_rows_(self, rows: slice, weights: Tensor | float, bias: Tensor | None = None) -> None:
+        """Set the weights, and the biases if given, of some consecutive outputs.
+
+        Args:
+            rows: The outputs, as a slice with a start and a stop.
+            weights: A matrix of shape (outputs, in_features), or one number for all; what is off the mask does not
+                matter.
+            bias: Their biases.
+        """
+        with torch.no_grad():
+            if self.engine == "dense":
+                self.weight[rows] = torch.as_tensor(weights).to(self.weight)
+            else:
+                ends = torch.tensor([rows.start, rows.stop], device=self.pattern.row.device)
+                start, stop = torch.searchsorted(self.pattern.row, ends.to(self.pattern.row)).tolist()
+                if isinstance(weights, Tensor):
+                    places = self.pattern.row[start:stop] - rows.start, self.pattern.column[start:stop]
+                    weights = weights.to(self.weight)[places]
+                self.weight[start:stop] = weights
+            if bias is not None:
+                assert self.bias is not None
+                self.bias[rows] = bias.to(self.bias)
+
     def sparse_mask(self) -> SparseMask:
         """Return the mask by its true entries."""
         if self.engine == "dense":

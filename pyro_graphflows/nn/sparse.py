@@ -6,6 +6,7 @@ for the gradient in the values the entries :math:`(g x^\top)_{ij}` at the places
 the derivative of the others, so two autograd functions that call each other have derivatives of every order.
 """
 
+import math
 import warnings
 from functools import lru_cache
 from typing import Any
@@ -158,7 +159,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _features_first(x: Tensor) -> Tensor:
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1]).T.contiguous()
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).T.contiguous()
 
 
 def _features_last(out: Tensor, like: Tensor) -> Tensor:
