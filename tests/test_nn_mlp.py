@@ -59,6 +59,26 @@ def test_levels_equal_one_pass(name, batch):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
+def test_outputs_may_be_wanted_later_and_evaluations_fork(name):
+    wanted = [0, 1, 3, 0, 3, 3, 2]
+    made = autoregressive(2, PARENTS, **SETTINGS[name])
+    levels = [0, 0, 1, 2, 3, 1, 4, 3, 1]
+    mlp = randomise(
+        MaskedMLP(made.allowed, 9, input_levels=levels, output_levels=wanted, **SETTINGS[name])
+    )
+    x = torch.randn(3, 9)
+    full = mlp(x)
+    evaluation = mlp.start()
+    for inputs, outputs in zip(mlp.inputs_by_level, mlp.outputs_by_level, strict=True):
+        other = evaluation.fork()
+        other.step(torch.randn(3, len(inputs)))
+        torch.testing.assert_close(evaluation.step(x[:, list(inputs)]), full[:, list(outputs)])
+    assert mlp.output_levels == tuple(wanted)
+    with pytest.raises(GraphflowsError, match=r"below for the outputs \[1\]"):
+        MaskedMLP([[], [0]], 1, input_levels=[1], output_levels=[0, 0])
+
+
+@pytest.mark.parametrize("name", SETTINGS)
 def test_both_ways_have_the_same_gradients(name):
     mlp = randomise(autoregressive(2, PARENTS, **SETTINGS[name]))
     x = torch.randn(5, mlp.input_dim, requires_grad=True)

@@ -58,6 +58,8 @@ TRANSFORMS = {
     "faithful sparse": lambda dim: faithful_residual(reverse_chain(dim), engine="sparse"),
     "faithful lipswish": lambda dim: faithful_residual(chain(dim), activation="lipswish"),
     "faithful conditional scale": lambda dim: faithful_residual(full(dim), conditional_scale=True),
+    "faithful conditioned": lambda dim: faithful_residual(full(dim), conditioner_units=4),
+    "faithful affine": lambda dim: faithful_residual(full(dim), units_per_variable=0, num_blocks=1),
     "graphical density": lambda dim: graphical_residual(chain(dim)),
     "graphical sampling": lambda dim: graphical_residual(reverse_chain(dim), closed_form="sampling"),
     "graphical full": lambda dim: graphical_residual(full(dim), num_blocks=2, activation="lipswish"),
@@ -70,6 +72,9 @@ CONDITIONAL = {
     "faithful density": lambda dim: conditional_faithful_residual(chain(dim), 3),
     "faithful sampling": lambda dim: conditional_faithful_residual(
         reverse_chain(dim), 3, closed_form="sampling"
+    ),
+    "faithful conditioned": lambda dim: conditional_faithful_residual(
+        chain(dim), 3, closed_form="sampling", conditioner_units=3, conditioner_layers=2
     ),
     "faithful named": lambda dim: conditional_faithful_residual(
         nx.compose(chain(dim), nx.DiGraph([("x", 0), ("y", 1), ("w", 1)])), ["x", "y", "w"]

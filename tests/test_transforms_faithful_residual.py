@@ -18,6 +18,7 @@ from pyro_graphflows.transforms import (
     faithful_residual,
 )
 from pyro_graphflows.transforms import faithful_nn as faithful_nn_module
+from pyro_graphflows.transforms.conditioner import Conditioner
 from pyro_graphflows.transforms.faithful_nn import FaithfulResidualNN
 from pyro_graphflows.transforms.regression import regress_on_parents, structure_mask
 
@@ -33,6 +34,7 @@ STRUCTURE = FlowStructure(
 FULL = FlowStructure(tuple(tuple(range(v)) for v in range(4)))
 EMPTY = FlowStructure(((), (), ()))
 ONE = FlowStructure(((),))
+CONDITIONED = {"conditioner_units": 4, "conditioner_layers": 2}
 
 
 def excited(structure, size=1.0, **options):
@@ -42,6 +44,8 @@ def excited(structure, size=1.0, **options):
         for parameter in network.parameters():
             parameter.copy_(size * torch.randn_like(parameter))
         network.stack.log_scale.mul_(0.3)
+        if network.conditioner is not None:
+            network.conditioner.scale_output_(0.1)
     return network
 
 
@@ -52,9 +56,10 @@ def context_of(structure, *batch):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("blocks", [1, 4, 10])
 @pytest.mark.parametrize("structure", [STRUCTURE, FULL, EMPTY, ONE])
-def test_each_factor_depends_on_its_parents_alone(form, blocks, structure):
+@pytest.mark.parametrize("conditioner", [{}, CONDITIONED])
+def test_each_factor_depends_on_its_parents_alone(form, blocks, structure, conditioner):
     """log q(z_v | earlier z, x) has a derivative by z_v, its parents and nothing else: exactly zero elsewhere."""
-    network = excited(structure, closed_form=form, num_blocks=blocks, lipschitz=0.9)
+    network = excited(structure, closed_form=form, num_blocks=blocks, lipschitz=0.9, **conditioner)
     z = torch.randn(structure.event_dim)
     x = torch.randn(structure.context_dim)
 
@@ -80,7 +85,16 @@ def test_sampling_depends_on_ancestors_alone(form):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    "options", [{}, {"hidden_dims": [10, 15]}, {"conditional_scale": True}, {"activation": "lipswish"}]
+    "options",
+    [
+        {},
+        {"hidden_dims": [10, 15]},
+        {"conditional_scale": True},
+        {"activation": "lipswish"},
+        {"units_per_variable": 0},
+        CONDITIONED,
+        {**CONDITIONED, "units_per_variable": 0},
+    ],
 )
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
 def test_both_directions_agree_with_each_other_and_with_autograd(form, options, batch):
@@ -100,11 +114,11 @@ def test_both_directions_agree_with_each_other_and_with_autograd(form, options, 
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("hidden_dims", [None, [15, 10]])
-def test_engines_and_pieces_give_the_same_numbers(form, hidden_dims, monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"hidden_dims": [15, 10]}, CONDITIONED])
+def test_engines_and_pieces_give_the_same_numbers(form, options, monkeypatch):
     """Values and gradients: dense, sparse, cut into pieces or not, context in parts and at a smaller batch shape."""
     networks = {
-        engine: excited(STRUCTURE, 0.5, closed_form=form, hidden_dims=hidden_dims, engine=engine)
+        engine: excited(STRUCTURE, 0.5, closed_form=form, engine=engine, **options)
         for engine in ("dense", "sparse")
     }
     networks["sparse"].load_state_dict(networks["dense"].state_dict())
@@ -325,9 +339,10 @@ def test_gradcheck_in_all_inputs(form):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("engine", ["dense", "sparse"])
-def test_values_may_be_replaced_between_levels(form, engine):
+@pytest.mark.parametrize("conditioner", [{}, CONDITIONED])
+def test_values_may_be_replaced_between_levels(form, engine, conditioner):
     """Replaced values are what the later levels see, and ``terms`` scores them."""
-    network = excited(STRUCTURE, 0.5, closed_form=form, engine=engine)
+    network = excited(STRUCTURE, 0.5, closed_form=form, engine=engine, **conditioner)
     x = torch.randn(7, 2)
     taken = torch.randn(7, 5)
     eps = torch.empty(7, 5)
@@ -350,8 +365,9 @@ def test_values_may_be_replaced_between_levels(form, engine):
 
 
 @pytest.mark.parametrize("engine", ["dense", "sparse"])
-def test_levels_may_have_growing_batch_shapes(engine):
-    network = excited(STRUCTURE, 0.5, closed_form="sampling", engine=engine)
+@pytest.mark.parametrize("conditioner", [{}, CONDITIONED])
+def test_levels_may_have_growing_batch_shapes(engine, conditioner):
+    network = excited(STRUCTURE, 0.5, closed_form="sampling", engine=engine, **conditioner)
     x = torch.randn(4, 2)
     evaluation = network.start(x)
     shapes = [(4,), (1,), (3, 4), (6, 1, 1)]
@@ -377,8 +393,9 @@ def test_wrong_sizes_are_named():
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("conditional_scale", [False, True])
-def test_init_linear_makes_the_flow_linear_gaussian(form, conditional_scale):
-    network = excited(STRUCTURE, closed_form=form, conditional_scale=conditional_scale)
+@pytest.mark.parametrize("conditioner", [{}, CONDITIONED])
+def test_init_linear_makes_the_flow_linear_gaussian(form, conditional_scale, conditioner):
+    network = excited(STRUCTURE, closed_form=form, conditional_scale=conditional_scale, **conditioner)
     network.standardize_(
         100 * torch.randn(5), 1e3 * torch.rand(5) + 0.1, torch.randn(2), torch.tensor([1e-3, 1e3])
     )
@@ -392,6 +409,52 @@ def test_init_linear_makes_the_flow_linear_gaussian(form, conditional_scale):
     torch.testing.assert_close(log_diag, scale.log().expand(9, 5))
     z.square().sum().backward()  # hidden units can learn from here
     assert network.stack.outer.grad.abs().sum() > 0
+    if network.conditioner is not None:
+        assert network.conditioner.mlp.layers[-1].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("engine", ["dense", "sparse"])
+def test_init_linear_of_some_variables_leaves_the_others(engine):
+    network = excited(STRUCTURE, 0.5, closed_form="sampling", **CONDITIONED)
+    for layer in (*network.conditioner.mlp.layers,):
+        assert layer.engine == "dense"
+    if engine == "sparse":
+        sparse = Conditioner(
+            network.edges.parents, 2, network.edges.level_sizes, network.edges.num_outputs,
+            units_per_set=4, hidden_layers=2, engine="sparse",
+        )  # fmt: skip
+        sparse.load_state_dict(network.conditioner.state_dict())
+        network.conditioner = sparse
+    x, z = torch.randn(7, 2), torch.randn(7, 5)
+    before, _ = network.inverse_terms(z, x)
+    network.init_linear_(torch.zeros(5, 7), torch.zeros(5), torch.ones(5), variables=[1, 4])
+    after, log_diag = network.inverse_terms(z, x)
+    torch.testing.assert_close(after[:, [1, 4]], z[:, [1, 4]])
+    torch.testing.assert_close(log_diag[:, [1, 4]], torch.zeros(7, 2))
+    torch.testing.assert_close(after[:, [0, 2, 3]], before[:, [0, 2, 3]])
+
+
+def test_a_conditioner_learns_a_ratio():
+    """b given a and x is normal around x / a: out of reach for linear maps, within it for the conditioner."""
+    structure = FlowStructure(((), (0,)), ((), (0,)), 1)
+    a, x = 1 + torch.rand(2000), torch.randn(2000, 1)
+    b = x[:, 0] / a + 0.02 * torch.randn(2000)
+    z = torch.stack([a, b], -1)
+    losses = {}
+    for units in (0, 32):
+        torch.manual_seed(0)
+        network = FaithfulResidualNN(structure, num_blocks=1, units_per_variable=0, conditioner_units=units)
+        network.initialize_(z, x)
+        optim = torch.optim.Adam(network.parameters(), lr=0.01)
+        for step in range(400):
+            rows = slice(200 * (step % 10), 200 * (step % 10) + 200)
+            eps, log_diag = network.inverse_terms(z[rows], x[rows])
+            loss = (0.5 * eps.square() + log_diag)[:, 1].mean()
+            optim.zero_grad()
+            loss.backward()
+            optim.step()
+        losses[units] = float(loss.detach())
+    assert losses[32] < losses[0] - 1.0
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -42,6 +42,9 @@ class AutoFaithfulFlow(AutoFaithfulNormal):
         activation: An activation with known slopes, or its name.
         lipschitz: c in (0, 1): a residual map's slope stays above 1 − c.
         conditional_scale: Whether parents act on the log-scale of each block directly.
+        conditioner_units: The hidden units, for each distinct set of parents, of the masked network through which
+            parents act nonlinearly on shifts, scales and hidden units; 0 leaves the linear maps alone.
+        conditioner_layers: The number of its hidden layers.
         init: ``"regression"`` (see :mod:`~pyro_graphflows.guides.start`) or ``"random"``.
         standardize: Whether inputs and outputs are shifted and scaled by constants found at set-up.
         num_start_samples: The number of joint samples of the model that are drawn at set-up.
@@ -75,6 +78,8 @@ class AutoFaithfulFlow(AutoFaithfulNormal):
         activation: str | nn.Module = "elu",
         lipschitz: float = 0.97,
         conditional_scale: bool = True,
+        conditioner_units: int = 16,
+        conditioner_layers: int = 1,
         init: str = "regression",
         standardize: bool = True,
         num_start_samples: int = 10_000,
@@ -98,6 +103,8 @@ class AutoFaithfulFlow(AutoFaithfulNormal):
                 "activation": activation,
                 "lipschitz": lipschitz,
                 "conditional_scale": conditional_scale,
+                "conditioner_units": conditioner_units,
+                "conditioner_layers": conditioner_layers,
                 "solver": solver,
             },
         )

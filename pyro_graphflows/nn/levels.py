@@ -24,6 +24,12 @@ class Runs:
     def __init__(self) -> None:
         self._runs: list[Tensor] = []
 
+    def copy(self) -> "Runs":
+        """Return runs that go their own way from here."""
+        other = Runs()
+        other._runs = list(self._runs)
+        return other
+
     def append(self, x: Tensor) -> None:
         """Add the values of one more level."""
         if x.shape[-1] == 0:

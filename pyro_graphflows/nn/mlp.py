@@ -11,6 +11,7 @@ The *level of an input* is the step at which its value becomes known: 0 at the s
 of level ℓ are there. The level of an output is the largest level among the inputs that it may see.
 """
 
+import copy
 from collections.abc import Collection, Sequence
 from itertools import accumulate
 
@@ -51,6 +52,7 @@ class MaskedMLP(nn.Module):
         activation: A name ("elu", "relu", "tanh", "lipswish", "lipmish") or a module that acts entry by
             entry.
         input_levels: The level at which each input becomes known; all at the start if not given.
+        output_levels: The level at which each output is wanted; as soon as its inputs are known if not given.
         skip: Whether there is a linear map beside the hidden part.
         engine: The engine of the layers, "dense", "sparse" or "auto"; see :class:`MaskedLinear`.
         input_names: Names of the inputs, for messages.
@@ -66,7 +68,8 @@ class MaskedMLP(nn.Module):
         inputs_by_level: For each level, its inputs in ascending order.
 
     Raises:
-        GraphflowsError: If indices or levels are out of range, or ``hidden_dims`` are too narrow.
+        GraphflowsError: If indices or levels are out of range, an output is wanted before its inputs are known, or
+            ``hidden_dims`` are too narrow.
 
     Example:
         >>> mlp = MaskedMLP([[0], [0, 1]], 2, input_levels=[0, 1])
@@ -88,6 +91,7 @@ class MaskedMLP(nn.Module):
         hidden_layers: int = 1,
         activation: str | nn.Module = "elu",
         input_levels: Sequence[int] | None = None,
+        output_levels: Sequence[int] | None = None,
         skip: bool = True,
         engine: str = "auto",
         input_names: Sequence[object] | None = None,
@@ -114,6 +118,8 @@ class MaskedMLP(nn.Module):
         self.num_params = num_params
         self.activation = make_activation(activation)
         self.output_levels = tuple(max((levels[j] for j in s), default=0) for s in self.allowed)
+        if output_levels is not None:
+            self.output_levels = _later(self.output_levels, output_levels)
         self.num_levels = max(self.output_levels, default=0) + 1
         self.outputs_by_level = _group(self.output_levels, self.num_levels)
         self.inputs_by_level = _group(levels, self.num_levels)
@@ -215,6 +221,13 @@ class LevelEvaluation:
         """The level of the next step."""
         return self._level
 
+    def fork(self) -> "LevelEvaluation":
+        """Return an evaluation at the same place that goes its own way from here."""
+        other = copy.copy(self)
+        other._inputs = self._inputs.copy()
+        other._hidden = [runs.copy() for runs in self._hidden]
+        return other
+
     def step(self, x_new: Tensor | None = None) -> Tensor:
         """Take the inputs that became known and return the parameters of the next level's outputs.
 
@@ -262,6 +275,16 @@ def _cut(blocks: nn.Module, layer: nn.Module | None) -> list[Block]:
     assert isinstance(blocks, LevelBlocks)
     assert isinstance(layer, MaskedLinear)
     return blocks.cut(layer)
+
+
+def _later(known: Sequence[int], wanted: Sequence[int]) -> tuple[int, ...]:
+    early = [k for k, (a, b) in enumerate(zip(known, wanted, strict=True)) if b < a]
+    if early:
+        raise GraphflowsError(
+            "Expected output_levels that are not below the levels of the outputs' inputs; "
+            f"they are below for the outputs {early}."
+        )
+    return tuple(int(level) for level in wanted)
 
 
 def _group(levels: Sequence[int], num_levels: int) -> tuple[tuple[int, ...], ...]:

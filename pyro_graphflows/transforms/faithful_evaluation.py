@@ -52,6 +52,8 @@ class FaithfulEvaluation:
         self._prepared = [[next(prepared) for _ in level] for level in groups]
         self._accepted: list[Tensor] = []  # standardised, (n, *batch) in inner order
         self._known: tuple[tuple[int, ...], Tensor] | None = None
+        conditioner = network.conditioner
+        self._supply = None if conditioner is None else conditioner.start(self._context)
 
     @property
     def level(self) -> int:
@@ -106,6 +108,8 @@ class FaithfulEvaluation:
         if inner is not None:
             standard = standard.index_select(-1, inner)
         self._accepted.append(standard.movedim(-1, 0))
+        if self._supply is not None and self.level < len(self._network.levels):
+            self._supply = self._supply.accept(self._accepted[-1])
 
     def _columns(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the positions of the next level, and their inner order (None where it is the same)."""
@@ -133,7 +137,11 @@ class FaithfulEvaluation:
             values = values.index_select(-1, order)
         own = expand_batch(values.movedim(-1, 0), batch)
         inputs = Inputs(batch, self._context, self._values(batch, own))
-        results = network.run(self._prepared[self.level], inputs, own, direction)
+        supplied = None
+        if self._supply is not None:
+            given = self._supply.values
+            supplied = expand_batch(given.flatten(0, 1), batch).view(*given.shape[:2], -1)
+        results = network.run(self._prepared[self.level], inputs, own, direction, supplied)
         out, log_diag = (result.view(-1, *batch).movedim(0, -1) for result in results)
         back = network.level_columns(self.level)[2]
         if back is not None:

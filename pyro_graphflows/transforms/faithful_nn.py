@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.nn.activations import Activation, make_activation
+from pyro_graphflows.transforms.conditioner import Conditioner
 from pyro_graphflows.transforms.edge_linear import EdgeLinear, Inputs, RowGroup, expand_batch, padded_count
 from pyro_graphflows.transforms.faithful_evaluation import FaithfulEvaluation
 from pyro_graphflows.transforms.flow_nn import FlowNN, moments
@@ -65,11 +66,14 @@ class FaithfulResidualNN(FlowNN):
         num_blocks: The number of residual blocks of each variable.
         hidden_dims: The width of each hidden layer over all variables; every variable gets an equal share. By
             default one layer with ``units_per_variable`` for each.
-        units_per_variable: The units of one hidden layer of a block for one variable.
+        units_per_variable: The units of one hidden layer of a block for one variable; 0 leaves affine maps alone.
         closed_form: ``"density"`` or ``"sampling"``: the direction that needs no numerical inversion.
         activation: An activation with known slopes, or its name.
         lipschitz: c in (0, 1); a residual map's slope stays above 1 − c.
         conditional_scale: Whether parents also act on the log-scale of each block, linearly and bounded.
+        conditioner_units: The hidden units, for each distinct set of parents, of a network through which parents act
+            nonlinearly on shifts, scales and hidden units (:mod:`~pyro_graphflows.transforms.conditioner`); 0 for none.
+        conditioner_layers: The number of its hidden layers.
         engine: ``"auto"``, ``"dense"`` or ``"sparse"``; they give the same numbers.
         solver: How to invert numerically.
 
@@ -91,6 +95,8 @@ class FaithfulResidualNN(FlowNN):
         activation: str | nn.Module = "elu",
         lipschitz: float = 0.97,
         conditional_scale: bool = False,
+        conditioner_units: int = 0,
+        conditioner_layers: int = 1,
         engine: str = "auto",
         solver: Solver | None = None,
     ) -> None:
@@ -106,9 +112,10 @@ class FaithfulResidualNN(FlowNN):
             raise GraphflowsError(f'Expected closed_form "density" or "sampling"; got {closed_form!r}.')
         if not 0 < lipschitz < 1:
             raise GraphflowsError(f"Expected 0 < lipschitz < 1; got {lipschitz}.")
-        if num_blocks < 1 or units_per_variable < 1:
+        if num_blocks < 1 or min(units_per_variable, conditioner_units) < 0 or conditioner_layers < 1:
             raise GraphflowsError(
-                f"Expected num_blocks and units_per_variable >= 1; got {num_blocks} and {units_per_variable}."
+                "Expected num_blocks and conditioner_layers >= 1, units_per_variable and conditioner_units >= 0; got "
+                f"{num_blocks}, {conditioner_layers}, {units_per_variable} and {conditioner_units}."
             )
         if hidden_dims is not None and (not hidden_dims or min(hidden_dims) < dim):
             raise GraphflowsError(
@@ -128,16 +135,22 @@ class FaithfulResidualNN(FlowNN):
             affine_first=closed_form == "density",
             conditional_scale=conditional_scale,
         )
-        self.edges = EdgeLinear(
-            [
-                [*structure.context_parents[v], *sorted(num_context + place[p] for p in structure.parents[v])]
-                for v in order
-            ],
-            num_context,
-            [len(level) for level in self.levels],
-            num_blocks * self.stack.num_inputs,
-            engine=engine,
-        )
+        inputs = [
+            [*structure.context_parents[v], *sorted(num_context + place[p] for p in structure.parents[v])]
+            for v in order
+        ]
+        sizes, num_outputs = [len(level) for level in self.levels], num_blocks * self.stack.num_inputs
+        self.edges = EdgeLinear(inputs, num_context, sizes, num_outputs, engine=engine)
+        self.conditioner: Conditioner | None = None
+        if conditioner_units:
+            self.conditioner = Conditioner(
+                inputs,
+                num_context,
+                sizes,
+                num_outputs,
+                units_per_set=conditioner_units,
+                hidden_layers=conditioner_layers,
+            )
         self._level_starts = [sum(map(len, self.levels[:i])) for i in range(len(self.levels) + 1)]
         self._columns: dict[Any, Any] = {}  # index tensors by level and device
         self._ordered = order == list(range(dim))
@@ -157,6 +170,8 @@ class FaithfulResidualNN(FlowNN):
             value = value.view(len(parameter), self.stack.num_blocks, self.stack.num_inputs)
             value[..., self.stack.hidden_units[0] :] *= 0.01
             parameter.copy_((value * spread).flatten(1))
+        if self.conditioner is not None:
+            self.conditioner.scale_output_(0.01)
 
     @torch.no_grad()
     def init_linear_(
@@ -204,6 +219,8 @@ class FaithfulResidualNN(FlowNN):
         by_variable[rows, :, first:] = 0.0
         stack.outer[:, rows] = 0.0
         stack.log_scale[:, rows] = 0.0
+        if self.conditioner is not None:
+            self.conditioner.scale_output_(0.0, rows.tolist())
         sign, block = (-1, 0) if self.closed_form == "density" else (1, stack.num_blocks - 1)
         wanted = set(rows.tolist())
         edges = [e for e, (child, _) in enumerate(self.edges.edges) if child in wanted]
@@ -288,7 +305,11 @@ class FaithfulResidualNN(FlowNN):
         known = expand_batch(standard.movedim(-1, 0), batch)
         groups, restore = self.edges.all_rows()
         inputs = Inputs(batch, None if x is None else x.movedim(-1, 0), known)
-        results = self.run(self.prepare(groups), inputs, known, "density")
+        supplied = None
+        if self.conditioner is not None:
+            context = None if inputs.context is None else expand_batch(inputs.context, batch)
+            supplied = self.conditioner(context, known)
+        results = self.run(self.prepare(groups), inputs, known, "density", supplied)
         back = restore if self._ordered else self._place if restore is None else restore[self._place]
         if back is not None:
             results = (results[0].index_select(0, back), results[1].index_select(0, back))
@@ -318,7 +339,12 @@ class FaithfulResidualNN(FlowNN):
         ]
 
     def run(
-        self, prepared: Sequence[Prepared], inputs: Inputs, values: Tensor, direction: str
+        self,
+        prepared: Sequence[Prepared],
+        inputs: Inputs,
+        values: Tensor,
+        direction: str,
+        supplied: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Apply the maps of some variables in either direction, piece by piece.
 
@@ -327,6 +353,7 @@ class FaithfulResidualNN(FlowNN):
             inputs: What they may depend on.
             values: What to map, of shape (n, N), in the order of the variables' inner numbers.
             direction: ``"density"`` (variables to noise) or ``"sampling"`` (noise to variables).
+            supplied: What the conditioner says, of shape (n, K, N), in the same order; None without one.
 
         Returns:
             The result and the log of the derivative of variable by noise, both of shape (n, N), in the order of
@@ -339,15 +366,22 @@ class FaithfulResidualNN(FlowNN):
         results = []
         for part in prepared:
             own = part.group.take(values, first_row)
+            given = None if supplied is None else part.group.take(supplied, first_row)
             count = -(-part.group.size * per_row // PIECE)
             if self.edges.engine == "sparse":
                 count = min(count, part.group.size)
                 ends = [part.group.size * i // count for i in range(count + 1)]
-                jobs = [(part.piece(slice(i, j)), inputs, own[i:j]) for i, j in pairwise(ends)]
+                jobs = [
+                    (part.piece(slice(i, j)), inputs, own[i:j], None if given is None else given[i:j])
+                    for i, j in pairwise(ends)
+                ]
                 dim = 0
             else:
                 count = min(count, max(1, inputs.size // 32))
-                jobs = [(part, narrow, own[:, columns]) for columns, narrow in inputs.pieces(count)]
+                jobs = [
+                    (part, narrow, own[:, columns], None if given is None else given[..., columns])
+                    for columns, narrow in inputs.pieces(count)
+                ]
                 dim = 1
             pieces = []
             for job in jobs:
@@ -363,9 +397,11 @@ class FaithfulResidualNN(FlowNN):
         return torch.cat(outs), torch.cat(logs)
 
     def _compute(
-        self, part: Prepared, inputs: Inputs, values: Tensor, direction: str
+        self, part: Prepared, inputs: Inputs, values: Tensor, given: Tensor | None, direction: str
     ) -> tuple[Tensor, Tensor]:
         supplied = self.edges(part.group, part.weight, part.bias, inputs)
+        if given is not None:
+            supplied = supplied + given
         if direction == self.closed_form:
             out, log_slope = self.stack(values, supplied, part.rows)
         else:

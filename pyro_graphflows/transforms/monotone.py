@@ -121,7 +121,7 @@ class MonotoneStack(nn.Module):
         self.num_inputs = first + 1 + int(conditional_scale)
         shape = (num_blocks, num_variables)
         self.inner = nn.Parameter(torch.randn(*shape, first))
-        self.outer = nn.Parameter(torch.randn(*shape, last) * (0.1 / last**0.5))
+        self.outer = nn.Parameter(torch.randn(*shape, last) * (0.1 / max(last, 1) ** 0.5))
         self.log_scale = nn.Parameter(torch.zeros(shape))
         self.hidden_weights = nn.ParameterList(
             nn.Parameter(torch.randn(*shape, above, below) / below**0.5)
