@@ -131,58 +131,87 @@ def test_implicit_step_has_the_gradient_of_the_solution():
 
 
 class Triangular:
-    """y + c tanh(y) / 2 + strictly lower part: a nonlinear function of the variables before."""
+    """y + c sin(3 y) / 3 + strictly lower part: a nonlinear function of the variables before; features first."""
 
     def __init__(self, size, c, coupling):
         self.size, self.c = size, c
         self.lower = torch.randn(size, size).tril(-1) * coupling
         self.levels = [torch.tensor([v]) for v in range(size)]
 
-    def __call__(self, y):
+    def __call__(self, y, columns=None):
         own = self.c * torch.sin(3 * y) / 3
-        return y + own + torch.sin(y @ self.lower.T), 1 + self.c * torch.cos(3 * y)
+        return y + own + torch.sin(self.lower @ y), 1 + self.c * torch.cos(3 * y)
 
 
 @pytest.mark.parametrize("c", [0.5, 0.99, 0.999])
 @pytest.mark.parametrize("coupling", [0.0, 1.0, 20.0])
 def test_triangular_always_converges(c, coupling):
     function = Triangular(6, c, coupling)
-    z = torch.cat([torch.randn(40, 6), 1e3 * torch.randn(40, 6)])
-    y = solve_triangular(lambda y, rows: function(y), z, function.levels, 1 - c, 1 + c)
-    error = (function(y)[0] - z).abs() / torch.maximum(y.abs(), z.abs()).clamp(min=1)
+    z = torch.cat([torch.randn(6, 40), 1e3 * torch.randn(6, 40)], 1)
+    y, diagonal = solve_triangular(function, z, function.levels, (1 - c, 1 + c))
+    value, expected = function(y)
+    error = (value - z).abs() / torch.maximum(y.abs(), z.abs()).clamp(min=1)
     # an error of rounding size in an ancestor of size 1e3 moves sin(20 * ancestor) by that much
     assert error.max() <= 1e-13 * (1 + coupling * 1e3)
+    assert torch.equal(diagonal, expected)
 
 
-def test_triangular_rows_see_their_own_sample():
-    shift = torch.randn(30, 3)
-    z = torch.randn(30, 3) * 5
+def test_triangular_samples_see_their_own_shift():
+    shift = torch.randn(3, 30)
+    z = torch.randn(3, 30) * 5
 
-    def function(y, rows):
-        return y + 0.9 * torch.sin(y + shift[rows]), 1 + 0.9 * torch.cos(y + shift[rows])
+    def function(y, columns):
+        own = y + (shift if columns is None else shift[:, columns])
+        return y + 0.9 * torch.sin(own), 1 + 0.9 * torch.cos(own)
 
-    y = solve_triangular(function, z, [torch.arange(3)], 0.1, 1.9)
+    y, diagonal = solve_triangular(function, z, [torch.arange(3)], (0.1, 1.9))
     assert ((y + 0.9 * torch.sin(y + shift) - z).abs() < 1e-13).all()
+    assert torch.equal(diagonal, function(y, None)[1])
+
+
+def test_triangular_costs_what_newton_costs():
+    """Where Newton's method converges, each sample is evaluated as often as by it, and brackets are never asked for."""
+    function = Triangular(6, 0.2, 1.0)
+    z = torch.randn(6, 400)
+    evaluated = []
+
+    def counted(y, columns):
+        evaluated.append(y.shape[1])
+        return function(y)
+
+    def refuse():
+        raise AssertionError("the bounds are not needed")
+
+    y, _ = solve_triangular(counted, z, function.levels, refuse)
+    newton, steps = z, 1
+    value, diagonal = function(newton)
+    while (value - z).abs().max() > 1e-14:
+        newton = newton - (value - z) / diagonal
+        value, diagonal = function(newton)
+        steps += 1
+    assert (y - newton).abs().max() < 1e-12
+    assert len(evaluated) <= steps + 1
+    assert sum(evaluated) <= 400 * (steps + 1)
 
 
 def test_triangular_failure_raises():
     function = Triangular(3, 0.999, 1.0)
-    z = 5 * torch.randn(50, 3)
+    z = 5 * torch.randn(3, 50)
     with pytest.raises(ConvergenceError, match="max_iterations"):
-        solve_triangular(
-            lambda y, rows: function(y), z, function.levels, 0.001, 1.999, solver=Solver(max_iterations=1)
-        )
+        solve_triangular(function, z, function.levels, (0.001, 1.999), solver=Solver(max_iterations=1))
 
 
 def test_implicit_triangular_gradient_is_exact():
     toy = Triangular(5, 0.9, 1.0)
     a = torch.tensor(0.8, requires_grad=True)
-    z = torch.randn(4, 5, requires_grad=True)
+    z = torch.randn(5, 4, requires_grad=True)
 
     def solution(a, z):
-        y = solve_triangular(
-            lambda y, rows: (a.detach() * toy(y)[0], a.detach() * toy(y)[1]), z.detach(), toy.levels, 0.05, 2
-        )
+        def scaled(y, columns):
+            value, diagonal = toy(y)
+            return a.detach() * value, a.detach() * diagonal
+
+        y, _ = solve_triangular(scaled, z.detach(), toy.levels, (0.05, 2))
         with torch.enable_grad():
             leaf = y.requires_grad_()
             value, diagonal = toy(leaf)

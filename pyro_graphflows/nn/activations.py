@@ -48,18 +48,24 @@ class Activation(nn.Module):
         """Return the second derivative, by differentiable operations."""
         raise NotImplementedError
 
+    def input_scale(self) -> Tensor | None:
+        r"""Return the number :math:`\beta` of an activation :math:`\varphi(\beta x) / \beta`, where there is one.
+
+        :meth:`terms` and :meth:`curvature` are those of :math:`\varphi`.
+        """
+        return None
+
     def forward(self, x: Tensor) -> Tensor:
         """Apply the function to each entry."""
-        return _Value.apply(x, type(self))
+        beta = self.input_scale()
+        return _Value.apply(x, type(self)) if beta is None else _Value.apply(beta * x, type(self)) / beta
 
     def forward_and_derivative(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the value and the derivative at each entry of ``x``."""
-        if not torch.is_grad_enabled():
-            # Iterative solvers call this often: spare them the function's overhead.
-            value, slope = self.terms(x, 1)
-        else:
-            value, slope = _ValueAndSlope.apply(x, type(self), x.requires_grad)[:2]
-        return value, slope
+        beta = self.input_scale()
+        x = x if beta is None else beta * x
+        value, slope = value_and_slope(x, type(self))
+        return (value if beta is None else value / beta), slope
 
     def derivative(self, x: Tensor) -> Tensor:
         """Return the derivative at each entry of ``x``."""
@@ -75,10 +81,13 @@ class ELU(Activation):
     @staticmethod
     def terms(x: Tensor, order: int) -> tuple[Tensor, ...]:
         """Return the value and the derivatives up to ``order``."""
+        value = F.elu(x)
         if order == 0:
-            return (F.elu(x),)
-        slope = x.clamp(max=0).exp_()
-        return (F.elu(x), slope, slope * (x <= 0))[: order + 1]
+            return (value,)
+        slope = value.clamp(max=0).add_(1)
+        if order == 1:
+            return value, slope
+        return value, slope, slope.masked_fill(x > 0, 0)
 
     @staticmethod
     def curvature(x: Tensor) -> Tensor:
@@ -173,16 +182,9 @@ class LipSwish(Activation):
         gate = torch.sigmoid(x)
         return gate * (1 - gate) * (2 + x - 2 * x * gate) / 1.1
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the function to each entry."""
-        beta = F.softplus(self.raw_beta)
-        return super().forward(beta * x) / beta
-
-    def forward_and_derivative(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the value and the derivative at each entry of ``x``."""
-        beta = F.softplus(self.raw_beta)
-        value, slope = super().forward_and_derivative(beta * x)
-        return value / beta, slope
+    def input_scale(self) -> Tensor:
+        """Return beta."""
+        return F.softplus(self.raw_beta)
 
 
 class LipMish(Activation):
@@ -203,33 +205,46 @@ class LipMish(Activation):
     @staticmethod
     def terms(x: Tensor, order: int) -> tuple[Tensor, ...]:
         """Return the value and the derivatives up to ``order``."""
-        e = x.clamp(max=20).exp_()  # beyond, t is one in double precision too
+        bounded = x.clamp(max=20)  # beyond, t is one in double precision too, and t' is zero
+        e = bounded.exp()
         t = (e + 2).mul_(e)
         inverse = (t + 2).reciprocal_()
-        t.mul_(inverse)
         if order == 0:
-            return (t.mul_(x).div_(1.0885),)
-        # Every factor is below one, or it is multiplied by the inverse first: nothing overflows.
+            return (t.mul_(inverse.mul_(1 / 1.0885)).mul_(x),)
+        # With k = e (1 + e) / (n + 2) and p = k / (n + 2): t' = 4 p, t'' = 4 (2 p - e / (n + 2)^2 - 4 p k). Every
+        # factor is below one, or it is multiplied by the inverse first: nothing overflows.
         share = e * inverse
-        upper = e + 1
-        first = (upper * inverse).mul_(share).mul_(4)
-        slope = torch.addcmul(t, x, first).div_(1.0885)
-        value = t.mul_(x).div_(1.0885)
+        k = torch.addcmul(share, share, e)
+        inverse.mul_(1 / 1.0885)
+        t.mul_(inverse)
+        p = k * inverse
+        slope = torch.addcmul(t, bounded, p, value=4)
+        value = t.mul_(x)
         if order == 1:
             return value, slope
-        second = e.add_(upper).mul_(inverse).mul_(share)
-        second.addcmul_(share.mul_(upper), first, value=-1).mul_(4)
-        return value, slope, first.mul_(2).addcmul_(x, second).div_(1.0885)
+        rest = share.mul_(inverse).addcmul_(p, k, value=4).sub_(p, alpha=2)
+        return value, slope, p.mul_(8).addcmul_(bounded, rest, value=-4)
 
     @staticmethod
     def curvature(x: Tensor) -> Tensor:
         """Return the second derivative."""
-        e = x.clamp(max=20).exp()
+        x = x.clamp(max=20)
+        e = x.exp()
         inverse = 1 / (e * (e + 2) + 2)
         share = e * inverse
         first = 4 * share * ((1 + e) * inverse)
         second = 4 * share * ((1 + 2 * e) * inverse) - 4 * first * (share * (1 + e))
         return (2 * first + x * second) / 1.0885
+
+
+def value_and_slope(x: Tensor, activation: type[Activation]) -> tuple[Tensor, Tensor]:
+    """Return value and slope of an activation without input scale, with derivatives of every order."""
+    if not torch.is_grad_enabled():
+        # Iterative solvers call this often: spare them the function's overhead.
+        value, slope = activation.terms(x, 1)
+    else:
+        value, slope = _ValueAndSlope.apply(x, activation, x.requires_grad)[:2]
+    return value, slope
 
 
 class _Value(torch.autograd.Function):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.masks import SparseMask
-from pyro_graphflows.nn.sparse import SparsePattern
+from pyro_graphflows.nn.sparse import SparsePattern, sparse_product, sparse_sample
 
 __all__ = ["MaskedLinear", "fastest_engine"]
 
@@ -16,19 +16,21 @@ __all__ = ["MaskedLinear", "fastest_engine"]
 # many dense entries (benchmarks/layers.py).
 SPARSE_COST = 6
 SPARSE_OVERHEAD = 16_000
+FUSED_OVERHEAD = 3_000  # within one fused operation (benchmarks/flows.py)
 
 
-def fastest_engine(mask: SparseMask, products: int = 1) -> str:
+def fastest_engine(mask: SparseMask, products: int = 1, overhead: int = SPARSE_OVERHEAD) -> str:
     """Return the engine that is likely to be faster.
 
     Args:
         mask: The mask of a layer.
         products: The number of pieces in which the layer is multiplied, as when it is evaluated level by level.
+        overhead: The overhead of a sparse product, in dense entries.
 
     Returns:
         "dense" or "sparse".
     """
-    cost = SPARSE_COST * mask.nnz + SPARSE_OVERHEAD * products
+    cost = SPARSE_COST * mask.nnz + overhead * products
     return "sparse" if cost < mask.shape[0] * mask.shape[1] else "dense"
 
 
@@ -153,6 +155,30 @@ class MaskedLinear(nn.Module):
         if self.engine == "dense":
             return F.linear(x, entries, bias)
         return self.pattern.linear(entries, x, bias)
+
+    def product(
+        self, entries: Tensor, x: Tensor, bias: Tensor | None = None, *, transposed: bool = False
+    ) -> Tensor:
+        """Multiply ``x``, of shape (features, n), by the matrix or its transpose; without gradient."""
+        if self.engine == "dense":
+            matrix = entries.T if transposed else entries
+            return matrix @ x if bias is None else torch.addmm(bias.unsqueeze(-1), matrix, x)
+        out = sparse_product(entries, x, self.pattern, transposed)
+        return out if bias is None else out.add_(bias.unsqueeze(-1))
+
+    def sample(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return the gradient of the entries, ``left @ right.T`` in the engine's layout, for features-first factors.
+
+        A dense one is not masked.
+        """
+        return left @ right.T if self.engine == "dense" else sparse_sample(left, right, self.pattern)
+
+    def places(self) -> Tensor:
+        """Return for each true entry of the mask, in row order, its place among the flattened entries."""
+        if self.engine == "sparse":
+            return torch.arange(self.nnz, device=self.weight.device)
+        row, column = self.sparse_mask().indices
+        return row * self.in_features + column
 
     def forward(self, x: Tensor) -> Tensor:
         """Map the last dimension of ``x``."""

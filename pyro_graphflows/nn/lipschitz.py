@@ -6,12 +6,13 @@ a quarter. Tracking a few vectors while the weights change is not enough either:
 makes the largest singular values nearly equal, with vectors in different parts of the graph, and a
 part that overtakes may be orthogonal to all that is tracked. Here the norm is found:
 
-- Exactly, from the eigenvalues of the smaller Gram matrix G, if that has at most 64 rows.
+- Exactly, from the eigenvalues of the smaller Gram matrix G, if that has at most 48 rows.
 - Else as a Ritz value, the largest one on the span of a few vectors: the best known and as many fresh random ones,
   all of them amplified by a Chebyshev polynomial of G that damps what lies below the estimate. This is a
   lower bound that converges much faster than the power method, whatever the gaps between the singular values.
 - With at most 512 rows it is then certified: :math:`s^2 I - G` has a Cholesky factor if and only if s is above the
-  norm. If it fails after some attempts, the norm is found exactly.
+  norm. While training, one step of the known vectors is mostly enough for the certificate, and is tried first. If
+  it fails after some attempts, the norm is found exactly.
 
 The estimate is raised by two ten-thousandths, more than its usual error. Its gradient is that of
 :math:`u^\top W v` with the singular vectors u and v held fixed, which is exact.
@@ -33,7 +34,7 @@ from pyro_graphflows.nn.linear import MaskedLinear
 
 __all__ = ["SpectralBound"]
 
-EXACT_SIZE = 64  # up to here an eigendecomposition costs less than tracking
+EXACT_SIZE = 48  # up to here an eigendecomposition costs no more than tracking
 CERTIFIED_SIZE = 512  # up to here the Gram matrix is formed and the estimate certified
 MARGIN = 2e-4
 KEPT, FRESH = 4, 4  # vectors that are kept between updates, and fresh ones
@@ -100,9 +101,8 @@ class SpectralBound(nn.Module):
     def entries(self, layer: MaskedLinear) -> Tensor:
         """Return the weights of the layer in its engine's layout, scaled so that the bound holds."""
         self._refresh(layer)
-        # u^T W v is the product of the weights with u v^T on the mask.
-        norm = torch.dot(layer.weight.flatten(), self.direction.clone().flatten())
-        return layer.entries() * (self.bound / (norm * (1 + MARGIN)).clamp(min=self.bound))
+        mask = layer.mask if layer.engine == "dense" else None
+        return _Scaled.apply(layer.weight, mask, self.direction, self.bound)
 
     @torch.no_grad()
     def _refresh(self, layer: MaskedLinear) -> None:
@@ -121,7 +121,7 @@ class SpectralBound(nn.Module):
         else:
             small, basis = self._track(layer)
         wide = layer.in_features > layer.out_features
-        large = _apply(layer, layer.entries(), small[:, None], transposed=wide)[:, 0]
+        large = layer.product(layer.entries(), small[:, None], transposed=wide)[:, 0]
         large = large / _length(large)
         left, right = (small, large) if wide else (large, small)
         self.left.copy_(left)
@@ -134,18 +134,23 @@ class SpectralBound(nn.Module):
     def _set_direction(self, layer: MaskedLinear) -> None:
         if layer.engine == "sparse":
             pattern = layer.pattern
-            torch.mul(self.left[pattern.row], self.right[pattern.column], out=self.direction)
+            direction = self.left[pattern.row] * self.right[pattern.column]
         else:
-            torch.mul(torch.outer(self.left, self.right), layer.mask, out=self.direction)
+            direction = torch.outer(self.left, self.right) * layer.mask
+        self.direction = direction  # a new tensor: backward passes still need the last one
 
     def _track(self, layer: MaskedLinear) -> tuple[Tensor, Tensor]:
         """Return the top eigenvector of the smaller Gram matrix and the vectors to keep."""
         count = int(self.updates)
-        fresh = torch.randn(self.size, FRESH, generator=_generator(count)).to(self.basis)
         multiply = _gram_product(layer)
         gram = _gram_matrix(layer) if self.size <= CERTIFIED_SIZE else None
         if gram is not None:
             multiply = gram.__matmul__
+            if count:  # weights that have changed little need one step of the kept vectors
+                values, basis = _ritz(multiply, multiply(self.basis))
+                if _is_above(gram, values[-1]):
+                    return basis[:, -1], basis
+        fresh = torch.randn(self.size, FRESH, generator=_generator(count)).to(self.basis)
         values, basis = _ritz(multiply, fresh if count == 0 else torch.cat([self.basis, fresh], 1))
         degrees = [2, 4, 8] if count == 0 else []  # the first estimates are poor, and damp too little
         for attempt in range(MAX_PASSES):
@@ -173,18 +178,43 @@ class SpectralBound(nn.Module):
         return f"bound={self.bound}, exact={self.exact}"
 
 
-def _apply(layer: MaskedLinear, entries: Tensor, x: Tensor, transposed: bool = False) -> Tensor:
-    """Multiply the columns of ``x`` by the matrix or its transpose."""
-    if layer.engine == "dense":
-        return (entries.T if transposed else entries) @ x
-    return layer.pattern.rmatmul(entries, x) if transposed else layer.pattern.matmul(entries, x)
+class _Scaled(torch.autograd.Function):
+    """The scaled entries as one node of the graph.
+
+    The norm u^T W v is the product of the weights with u v^T on the mask.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor | None, direction: Tensor, bound: float) -> Tensor:
+        norm = float(torch.dot(weight.view(-1), direction.view(-1)))
+        ctx.factor = bound / max(norm * (1 + MARGIN), bound)
+        ctx.bound = bound
+        ctx.save_for_backward(weight, mask, direction)
+        entries = weight if mask is None else weight * mask
+        return entries * ctx.factor if mask is None else entries.mul_(ctx.factor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        weight, mask, direction = ctx.saved_tensors
+        (grad,) = grads
+        if torch.is_grad_enabled():  # create_graph=True
+            norm = torch.dot(weight.flatten(), direction.flatten())
+            entries = (weight if mask is None else weight * mask) * (
+                ctx.bound / (norm * (1 + MARGIN)).clamp(min=ctx.bound)
+            )
+            return torch.autograd.grad(entries, weight, grad, create_graph=True)[0], None, None, None
+        grad = grad if mask is None else grad * mask
+        if ctx.factor == 1:
+            return grad, None, None, None
+        along = float(torch.dot(grad.flatten(), weight.flatten())) * ctx.factor * (1 + MARGIN) / ctx.bound
+        return torch.sub(grad, direction, alpha=along).mul_(ctx.factor), None, None, None
 
 
 def _gram_product(layer: MaskedLinear) -> Callable[[Tensor], Tensor]:
     """Multiplication by the smaller Gram matrix, without forming it."""
     entries = layer.entries()
     wide = layer.in_features > layer.out_features
-    return lambda x: _apply(layer, entries, _apply(layer, entries, x, transposed=wide), transposed=not wide)
+    return lambda x: layer.product(entries, layer.product(entries, x, transposed=wide), transposed=not wide)
 
 
 def _gram_matrix(layer: MaskedLinear) -> Tensor:
@@ -192,7 +222,7 @@ def _gram_matrix(layer: MaskedLinear) -> Tensor:
     wide = layer.in_features > layer.out_features
     if layer.engine == "dense":
         return weight @ weight.T if wide else weight.T @ weight
-    return _apply(layer, layer.entries(), weight.T if wide else weight, transposed=not wide)
+    return layer.product(layer.entries(), weight.T if wide else weight, transposed=not wide)
 
 
 def _largest(gram: Tensor) -> Tensor:

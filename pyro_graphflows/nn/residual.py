@@ -9,17 +9,17 @@ yields the whole diagonal, exactly, at any depth, for the price of one more pass
 """
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.masks import LabelledMasks, SparseMask, label_masks
+from pyro_graphflows.masks import SparseMask, label_masks
 from pyro_graphflows.nn.activations import Activation, make_activation
-from pyro_graphflows.nn.linear import MaskedLinear
+from pyro_graphflows.nn.fused_residual import FusedResidual, OwnerPass
+from pyro_graphflows.nn.linear import FUSED_OVERHEAD, MaskedLinear, fastest_engine
 from pyro_graphflows.nn.lipschitz import SpectralBound
-from pyro_graphflows.nn.sparse import SparsePattern
 
 __all__ = ["MaskedResidualNet", "ResidualEvaluation"]
 
@@ -105,14 +105,17 @@ class MaskedResidualNet(nn.Module):
         self.activation = module
         self.allowed = masks.allowed
         first, context = _split_columns(masks.patterns[0], self.num_variables)
-        layers = [MaskedLinear(mask, engine=engine) for mask in (first, *masks.patterns[1:])]
+        layers = []
+        for mask in (first, *masks.patterns[1:]):
+            chosen = fastest_engine(mask, overhead=FUSED_OVERHEAD) if engine == "auto" else engine
+            layers.append(MaskedLinear(mask, engine=chosen))
         self.layers = nn.ModuleList(layers)
         self.context_layer = MaskedLinear(context, bias=False, engine=engine) if self.context_dim else None
         self.bound = bound
         self.bounds = nn.ModuleList(
             [] if bound is None else [SpectralBound(layer, bound) for layer in layers]
         )
-        self.tangents = _Tangents(masks, layers)
+        self.operation = FusedResidual(layers, OwnerPass(masks, layers), type(module))
 
     @property
     def lipschitz(self) -> float | None:
@@ -148,9 +151,9 @@ class MaskedResidualNet(nn.Module):
 
         It is :math:`|w_L| \cdots |w_1|` over the units that v owns, times the activations' slopes.
         """
-        gains = [entries.abs() for entries in self.entries()]
-        ones = [gains[0].new_ones(layer.out_features) for layer in self._masked_layers()[:-1]]
-        gain = self.tangents(gains, ones)
+        gains = self.operation.owner_pass.weights([entries.abs() for entries in self.entries()])
+        ones = [gains[0].new_ones(layer.out_features, 1) for layer in self._masked_layers()[:-1]]
+        gain = self.operation.owner_pass(gains, ones)[:, 0]
         return gain * self.activation.lipschitz ** (len(self.layers) - 1)
 
     def zero_output_(self) -> None:
@@ -177,92 +180,100 @@ class ResidualEvaluation:
         self._layers = net._masked_layers()
         self._entries = net.entries()
         self._shift = None if net.context_layer is None else net.context_layer(context)
+        self._columns: tuple[torch.Size, Tensor] | None = None  # the shift for a batch shape, features first
+        beta = net.activation.input_scale()
+        self._weights: list[Tensor] = []
+        for i, (layer, entries) in enumerate(zip(self._layers, self._entries, strict=True)):
+            bias: Tensor | None = layer.bias
+            assert bias is not None
+            if beta is not None:  # an activation phi(beta x) / beta is phi between other weights
+                entries = entries * beta if i == 0 else entries
+                bias = bias * beta if i < len(self._layers) - 1 else bias
+                entries = entries / beta if i == len(self._layers) - 1 else entries
+            self._weights += [entries, bias]
+        self._beta = beta
+        self._tangents: list[Tensor] | None = None
 
     def select(self, rows: Tensor) -> "ResidualEvaluation":
         """Return the evaluation for some of the context's rows (its first dimension), at no cost."""
         other = copy.copy(self)
         other._shift = None if self._shift is None else self._shift[rows]
+        other._columns = None
         return other
-
-    def _first(self, z: Tensor) -> Tensor:
-        if z.shape[-1] != self._net.num_variables:
-            raise GraphflowsError(f"Expected z.shape[-1] == {self._net.num_variables}; got {z.shape[-1]}.")
-        first = self._layers[0]
-        pre = first.multiply(self._entries[0], z, first.bias)
-        return pre if self._shift is None else pre + self._shift
 
     def __call__(self, z: Tensor) -> Tensor:
         """Return g(z)."""
-        pre = self._first(z)
+        self._check(z.shape[-1])
+        first = self._layers[0]
+        pre = first.multiply(self._entries[0], z, first.bias)
+        pre = pre if self._shift is None else pre + self._shift
         for layer, entries in zip(self._layers[1:], self._entries[1:], strict=True):
             pre = layer.multiply(entries, self._net.activation(pre), layer.bias)
         return pre
 
     def forward_and_diag(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return g(z) and the diagonal of its Jacobian."""
-        pre = self._first(z)
-        slopes = []
-        for layer, entries in zip(self._layers[1:], self._entries[1:], strict=True):
-            value, slope = self._net.activation.forward_and_derivative(pre)
-            slopes.append(slope)
-            pre = layer.multiply(entries, value, layer.bias)
-        return pre, self._net.tangents(self._entries, slopes)
+        self._check(z.shape[-1])
+        batch = torch.broadcast_shapes(z.shape[:-1], self.batch_shape)
+        columns = z.expand(*batch, -1).reshape(batch.numel(), -1).T.contiguous()
+        g, diagonal = self.columns(columns, batch)
+        return g.T.reshape(*batch, -1), diagonal.T.reshape(*batch, -1)
 
+    @property
+    def batch_shape(self) -> torch.Size:
+        """The batch shape of the context."""
+        return torch.Size() if self._shift is None else self._shift.shape[:-1]
 
-class _Tangents(nn.Module):
-    """The forward-mode pass with tangent 1 in each variable, over the weights between units of one owner.
+    def columns(
+        self, z: Tensor, batch: torch.Size | None = None, samples: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return g(z) and the diagonal of its Jacobian, features first.
 
-    Of each layer but the first the entries between units of the same owner are kept: by a second mask for the dense
-    engine, by a second pattern for the sparse one. The first layer's weight from its owner to each unit does not
-    depend on z, so it is multiplied into the second layer's weights, which are fewer than the batch's values.
-    """
+        Args:
+            z: Shape (D, N), or (D, n) for some of the samples.
+            batch: The batch shape of N elements, to which that of the context broadcasts; (N,) by default.
+            samples: The numbers of the n samples; None for all.
 
-    places: Tensor
+        Returns:
+            Both of the shape of z.
+        """
+        self._check(z.shape[0])
+        shift = self._shift_columns(z, batch)
+        if shift is not None and samples is not None:
+            shift = shift.index_select(1, samples)
+        if torch.is_grad_enabled():
+            return self._net.operation(z, shift, self._weights)
+        g, diagonal, _ = self._net.operation.run(z, shift, self._weights, self._owned())
+        return g, diagonal
 
-    def __init__(self, masks: LabelledMasks, layers: Sequence[MaskedLinear]) -> None:
-        super().__init__()
-        owners = [*masks.owners, torch.arange(len(masks.allowed))]
-        # For each unit the place of the weight from its owner among the first layer's entries; any for no owner.
-        first = layers[0].sparse_mask()
-        owned = (owners[0][first.indices[0]] == first.indices[1]).nonzero()[:, 0]
-        places = torch.zeros(first.shape[0], dtype=torch.long)
-        places[first.indices[0][owned]] = (
-            owned
-            if layers[0].engine == "sparse"
-            else first.indices[0][owned] * first.shape[1] + first.indices[1][owned]
-        )
-        self.patterns = nn.ModuleList()
-        for i, layer in enumerate(layers[1:]):
-            mask = layer.sparse_mask()
-            row, column = mask.indices
-            same = (owners[i + 1][row] == owners[i][column]) & (owners[i][column] >= 0)
-            kept = SparseMask(mask.indices[:, same].contiguous(), mask.shape)
-            if layer.engine == "sparse":
-                self.register_buffer(f"kept_{i}", same.nonzero()[:, 0], persistent=False)
-                self.patterns.append(SparsePattern(kept))
-                places = places[kept.indices[1]] if i == 0 else places
-            else:
-                self.register_buffer(f"kept_{i}", kept.to_dense(), persistent=False)
-                self.patterns.append(nn.Identity())
-        self.register_buffer("places", places, persistent=False)
+    @torch.no_grad()
+    def pull(self, z: Tensor, batch: torch.Size | None = None) -> Callable[[Tensor], Tensor]:
+        r"""Return the map :math:`u \mapsto J^\top u` for the Jacobian of g at z, features first as :meth:`columns`."""
+        operation = self._net.operation
+        _, _, slopes = operation.run(z, self._shift_columns(z, batch), self._weights, self._owned())
+        return lambda u: operation.pull(self._weights, slopes, u)
 
-    def forward(self, entries: Sequence[Tensor], slopes: Sequence[Tensor]) -> Tensor:
-        """Return the diagonal, from the layers' weights and the slopes of the hidden units."""
-        first: Tensor | None = entries[0].flatten().gather(0, self.places) if entries[0].numel() else None
-        tangent = slopes[0]
-        for i, (pattern, weight) in enumerate(zip(self.patterns, entries[1:], strict=True)):
-            kept = getattr(self, f"kept_{i}")
-            if isinstance(pattern, SparsePattern):
-                values = weight.gather(0, kept)
-                values = values * first if first is not None and i == 0 else values
-                tangent = pattern.linear(values, tangent)
-            else:
-                matrix = weight * kept
-                matrix = matrix * first if first is not None and i == 0 else matrix
-                tangent = nn.functional.linear(tangent, matrix)
-            if i + 1 < len(slopes):
-                tangent = tangent * slopes[i + 1]
-        return tangent
+    def _owned(self) -> list[Tensor]:
+        if self._tangents is None:
+            self._tangents = [
+                weight.detach() for weight in self._net.operation.owner_pass.weights(self._weights[::2])
+            ]
+        return self._tangents
+
+    def _shift_columns(self, z: Tensor, batch: torch.Size | None) -> Tensor | None:
+        if self._shift is None:
+            return None
+        batch = torch.Size(z.shape[1:]) if batch is None else batch
+        if self._columns is None or self._columns[0] != batch:
+            with torch.enable_grad():  # the graph is needed if the first use is without gradients
+                shift = self._shift if self._beta is None else self._shift * self._beta
+                columns = shift.expand(*batch, -1).reshape(batch.numel(), -1).T.contiguous()
+            self._columns = (batch, columns)
+        return self._columns[1]
+
+    def _check(self, got: int) -> None:
+        if got != self._net.num_variables:
+            raise GraphflowsError(f"Expected z.shape[-1] == {self._net.num_variables}; got {got}.")
 
 
 def _split_columns(mask: SparseMask, size: int) -> tuple[SparseMask, SparseMask]:

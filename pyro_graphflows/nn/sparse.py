@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pyro_graphflows.masks import SparseMask
 
-__all__ = ["SparsePattern"]
+__all__ = ["SparsePattern", "sparse_product", "sparse_sample"]
 
 
 class SparsePattern(nn.Module):
@@ -94,7 +94,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, x: Tensor, pattern: SparsePattern, transposed: bool) -> Tensor:
         ctx.save_for_backward(values, x)
         ctx.pattern, ctx.transposed = pattern, transposed
-        return _product(values, x, pattern, transposed)
+        return sparse_product(values, x, pattern, transposed)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -116,7 +116,7 @@ class _Sampled(torch.autograd.Function):
     def forward(ctx: Any, left: Tensor, right: Tensor, pattern: SparsePattern) -> Tensor:
         ctx.save_for_backward(left, right)
         ctx.pattern = pattern
-        return _sample(left, right, pattern)
+        return sparse_sample(left, right, pattern)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -136,7 +136,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, x: Tensor, bias: Tensor | None, pattern: SparsePattern) -> Tensor:
         ctx.save_for_backward(values, x)
         ctx.pattern = pattern
-        out = _product(values, _features_first(x), pattern, False)
+        out = sparse_product(values, _features_first(x), pattern, False)
         if bias is not None:
             out.add_(bias[:, None])
         return _features_last(out, x)
@@ -145,8 +145,8 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         values, x = ctx.saved_tensors
         # The gradient is to be differentiated itself only if gradients are enabled here.
-        product = _Product.apply if torch.is_grad_enabled() else _product
-        sample = _Sampled.apply if torch.is_grad_enabled() else _sample
+        product = _Product.apply if torch.is_grad_enabled() else sparse_product
+        sample = _Sampled.apply if torch.is_grad_enabled() else sparse_sample
         grad = _features_first(grads[0])
         grad_values = grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
@@ -169,8 +169,8 @@ def _features_last(out: Tensor, like: Tensor) -> Tensor:
 _CHUNK = 65536  # numbers gathered at a time where torch has no kernel, so that memory stays bounded
 
 
-def _product(values: Tensor, x: Tensor, pattern: SparsePattern, transposed: bool) -> Tensor:
-    """Multiply by the matrix or its transpose, in CSR form.
+def sparse_product(values: Tensor, x: Tensor, pattern: SparsePattern, transposed: bool) -> Tensor:
+    """Multiply x, of shape (features, n), by the matrix or its transpose, in CSR form; no gradient.
 
     On CPU, torch's bags of embeddings (sums of weighted rows) are several times as fast as its sparse matrices, and
     need no MKL.
@@ -188,8 +188,8 @@ def _product(values: Tensor, x: Tensor, pattern: SparsePattern, transposed: bool
     return torch.embedding_bag(x.contiguous(), columns, starts, False, 0, False, values, True)[0]
 
 
-def _sample(left: Tensor, right: Tensor, pattern: SparsePattern) -> Tensor:
-    """Return the entries of ``left @ right.T`` at the places of the pattern."""
+def sparse_sample(left: Tensor, right: Tensor, pattern: SparsePattern) -> Tensor:
+    """Return the entries of ``left @ right.T`` at the places of the pattern; no gradient."""
     if pattern.nnz * left.shape[1] <= _CHUNK:
         # Gathering costs less than a call of the kernel.
         return _row_products(left, right, pattern.row, pattern.column)

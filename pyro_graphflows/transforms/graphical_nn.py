@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.nn.activations import Activation
-from pyro_graphflows.nn.residual import MaskedResidualNet
+from pyro_graphflows.nn.residual import MaskedResidualNet, ResidualEvaluation
 from pyro_graphflows.transforms.flow_nn import FlowNN
 from pyro_graphflows.transforms.solver import Solver, implicit_triangular, solve_triangular
 from pyro_graphflows.transforms.structure import FlowStructure
@@ -44,7 +44,8 @@ class GraphicalResidualNN(FlowNN):
             ancestors in so many blocks (closed form "sampling"; the message says how many are needed).
     """
 
-    _level_index: Tensor
+    level_order: Tensor  # the variables, level by level
+    level_place: Tensor  # the place of each variable there
 
     def __init__(
         self,
@@ -94,7 +95,9 @@ class GraphicalResidualNN(FlowNN):
             )
             for _ in range(num_blocks)
         )
-        self.register_buffer("_level_index", torch.tensor([v for level in self.levels for v in level]), False)
+        order = torch.tensor([v for level in self.levels for v in level])
+        self.register_buffer("level_order", order, persistent=False)
+        self.register_buffer("level_place", torch.argsort(order), persistent=False)
 
     def start(self, *context: Tensor) -> "GraphicalEvaluation":
         """Begin a pass through the levels.
@@ -107,6 +110,11 @@ class GraphicalResidualNN(FlowNN):
         """
         return GraphicalEvaluation(self, *context)
 
+    def prepare(self, *context: Tensor) -> list[ResidualEvaluation]:
+        """Mask and bound the weights of all blocks and take in the context, for one or more passes."""
+        x = self.standard_context(*context)
+        return [block.start(x) for block in self._nets()]
+
     def sample(self, eps: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         r"""Map noise to variables.
 
@@ -117,12 +125,15 @@ class GraphicalResidualNN(FlowNN):
         Returns:
             z and the log of each dz/deps, both of shape (\*batch, D).
         """
+        return self.sample_with(self.prepare(*context), eps)
+
+    def sample_with(self, evaluations: Sequence[ResidualEvaluation], eps: Tensor) -> tuple[Tensor, Tensor]:
+        """Do as :meth:`sample` with blocks that are ready."""
         self.check_event(eps)
-        x = self.standard_context(*context)
         if self.closed_form == "sampling":
-            y, log_diag = self._forth(eps, x)
+            y, log_diag = self._forth(eps, evaluations)
         else:
-            y, log_slope = self._back(eps, x)
+            y, log_slope = self._back(eps, evaluations)
             log_diag = -log_slope
         return y * self.scale + self.loc, log_diag + self.scale.log()
 
@@ -136,68 +147,72 @@ class GraphicalResidualNN(FlowNN):
         Returns:
             eps and the log of each dz/deps (as in :meth:`sample`), both of shape (\*batch, D).
         """
+        return self.inverse_terms_with(self.prepare(*context), z)
+
+    def inverse_terms_with(
+        self, evaluations: Sequence[ResidualEvaluation], z: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Do as :meth:`inverse_terms` with blocks that are ready."""
         self.check_event(z)
-        x = self.standard_context(*context)
         y = (z - self.loc) / self.scale
         if self.closed_form == "density":
-            eps, log_slope = self._forth(y, x)
+            eps, log_slope = self._forth(y, evaluations)
             log_diag = -log_slope
         else:
-            eps, log_diag = self._back(y, x)
+            eps, log_diag = self._back(y, evaluations)
         return eps, log_diag + self.scale.log()
 
-    def _forth(self, y: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _forth(self, y: Tensor, evaluations: Sequence[ResidualEvaluation]) -> tuple[Tensor, Tensor]:
         """Go through the blocks; return the values and the sum of the log-diagonals."""
-        log_slope = torch.zeros_like(y)
-        for block in self._nets():
-            change, diagonal = block.start(x).forward_and_diag(y)
-            y = y + change
-            log_slope = log_slope + torch.log1p(diagonal)
-        return y, log_slope
+        batch = _joint_batch(y, evaluations)
+        columns = _features_first(y, batch)
+        total: Tensor | None = None
+        for evaluation in evaluations:
+            change, diagonal = evaluation.columns(columns, batch)
+            columns = columns + change
+            total = diagonal.log1p() if total is None else total + diagonal.log1p()
+        assert total is not None
+        return _features_last(columns, batch), _features_last(total, batch)
 
-    def _back(self, target: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _back(self, target: Tensor, evaluations: Sequence[ResidualEvaluation]) -> tuple[Tensor, Tensor]:
         """Go back through the blocks; return the values and the log-diagonals of the way forth."""
-        batch = target.shape[:-1] if x is None else torch.broadcast_shapes(target.shape[:-1], x.shape[:-1])
-        y = target.expand(*batch, -1).reshape(-1, self.event_dim)
-        rows = None if x is None else x.expand(*batch, -1).reshape(-1, self.context_dim)
-        log_slope = torch.zeros_like(y)
-        for block in reversed(self._nets()):
-            y, log = self._invert_block(block, y, rows)
-            log_slope = log_slope + log
-        return y.view(*batch, -1), log_slope.view(*batch, -1)
+        batch = _joint_batch(target, evaluations)
+        columns = _features_first(target, batch)
+        total: Tensor | None = None
+        for block, evaluation in zip(self._nets()[::-1], evaluations[::-1], strict=True):
+            columns, log_slope = self._invert_block(block, evaluation, columns, batch)
+            total = log_slope if total is None else total + log_slope
+        assert total is not None
+        return _features_last(columns, batch), _features_last(total, batch)
 
     def _invert_block(
-        self, block: MaskedResidualNet, target: Tensor, x: Tensor | None
+        self, block: MaskedResidualNet, evaluation: ResidualEvaluation, target: Tensor, batch: torch.Size
     ) -> tuple[Tensor, Tensor]:
-        evaluation = block.start(x)
+        def function(y: Tensor, samples: Tensor | None) -> tuple[Tensor, Tensor]:
+            change, diagonal = evaluation.columns(y, batch, samples)
+            return change.add_(y), diagonal.add_(1)
 
-        def function(y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-            current = evaluation if len(rows) == len(target) else evaluation.select(rows)
-            change, diagonal = current.forward_and_diag(y)
-            return y + change, 1 + diagonal
+        def slopes() -> tuple[Tensor, Tensor]:
+            bound = block.diagonal_bound().clamp(max=block.lipschitz)
+            return 1 - bound, 1 + bound
 
         with torch.no_grad():
-            bound = block.diagonal_bound().clamp(max=block.lipschitz)
-            solution = solve_triangular(
+            solution, diagonal = solve_triangular(
                 function,
                 target,
                 self._levels(),
-                1 - bound,
-                1 + bound,
+                slopes,
                 solver=self.solver,
                 what=f"GraphicalResidual (closed form {self.closed_form!r})",
             )
         if not torch.is_grad_enabled():
-            return solution, torch.log1p(evaluation.forward_and_diag(solution)[1])
-        leaf = solution.detach().requires_grad_()
-        change, diagonal = evaluation.forward_and_diag(leaf)
-        image = leaf + change
-
-        def pull(u: Tensor) -> Tensor:
-            return torch.autograd.grad(image, leaf, u, retain_graph=True)[0]
-
-        y = implicit_triangular(solution, image - target, 1 + diagonal, pull, len(self.levels) - 1)
-        return y, torch.log1p(evaluation.forward_and_diag(y)[1])
+            return solution, diagonal.log()
+        change, _ = evaluation.columns(solution, batch)
+        pull = evaluation.pull(solution, batch)
+        y = implicit_triangular(
+            solution, solution + change - target, diagonal, lambda u: u + pull(u), len(self.levels) - 1
+        )
+        return y, torch.log1p(evaluation.columns(y, batch)[1])
 
     def _nets(self) -> list[MaskedResidualNet]:
         return [block for block in self.blocks if isinstance(block, MaskedResidualNet)]
@@ -206,7 +221,20 @@ class GraphicalResidualNN(FlowNN):
         ends = [0]
         for level in self.levels:
             ends.append(ends[-1] + len(level))
-        return [self._level_index[start:stop] for start, stop in pairwise(ends)]
+        return [self.level_order[start:stop] for start, stop in pairwise(ends)]
+
+
+def _joint_batch(y: Tensor, evaluations: Sequence[ResidualEvaluation]) -> torch.Size:
+    batch, context = y.shape[:-1], evaluations[0].batch_shape
+    return torch.broadcast_shapes(batch, context) if context else batch
+
+
+def _features_first(y: Tensor, batch: torch.Size) -> Tensor:
+    return y.expand(*batch, -1).reshape(batch.numel(), -1).T.contiguous()
+
+
+def _features_last(columns: Tensor, batch: torch.Size) -> Tensor:
+    return columns.view(-1, *batch).movedim(0, -1)
 
 
 class GraphicalEvaluation:
@@ -223,7 +251,7 @@ class GraphicalEvaluation:
 
     def __init__(self, network: GraphicalResidualNN, *context: Tensor) -> None:
         self._network = network
-        self._context = context
+        self._blocks = network.prepare(*context)
         self._eps: list[Tensor] = []
         self._values: list[Tensor] = []
         self._drawn: tuple[Tensor, Tensor] | None = None  # noise and values of the last step
@@ -253,7 +281,7 @@ class GraphicalEvaluation:
         """
         columns = self._columns(eps)
         full = self._joined([*self._eps, eps], torch.zeros_like(self._network.loc))
-        z, log_diag = (t[..., columns] for t in self._network.sample(full, *self._context))
+        z, log_diag = (t[..., columns] for t in self._network.sample_with(self._blocks, full))
         self._drawn = (eps, z)
         return z, log_diag
 
@@ -271,7 +299,7 @@ class GraphicalEvaluation:
         """
         columns = self._columns(z)
         full = self._joined([*self._values, z], self._network.loc)
-        eps, log_diag = self._network.inverse_terms(full, *self._context)
+        eps, log_diag = self._network.inverse_terms_with(self._blocks, full)
         return eps[..., columns], log_diag[..., columns]
 
     def accept(self, z: Tensor) -> None:
@@ -307,9 +335,9 @@ class GraphicalEvaluation:
 
     def _joined(self, parts: list[Tensor], rest: Tensor) -> Tensor:
         """Put the levels known so far in their places; the others do not matter, since they come later."""
+        network = self._network
         batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
-        columns: list[Tensor] = [rest[v].expand(batch) for v in range(self._network.event_dim)]
-        for level, part in zip(self._network.levels, parts, strict=False):
-            for i, v in enumerate(level):
-                columns[v] = part[..., i].expand(batch)
-        return torch.stack(columns, -1)
+        known = sum(map(len, network.levels[: len(parts)]))
+        later = rest[network.level_order[known:]]
+        full = torch.cat([part.expand(*batch, -1) for part in (*parts, later)], -1)
+        return full.index_select(-1, network.level_place)

@@ -202,6 +202,7 @@ class MonotoneStack(nn.Module):
         if (
             not weights.hidden
             and type(self.activation).forward_and_derivative is Activation.forward_and_derivative
+            and self.activation.input_scale() is None
         ):
             return fused_stack(
                 y,

@@ -214,7 +214,8 @@ def implicit_step(solution: Tensor, residual: Tensor, slope: Tensor) -> Tensor:
     return _ImplicitStep.apply(solution, residual, slope.detach())
 
 
-ValueAndDiagonal = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+ValueAndDiagonal = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+Interval = tuple[Tensor | float, Tensor | float]
 
 
 @torch.no_grad()
@@ -222,75 +223,102 @@ def solve_triangular(
     function: ValueAndDiagonal,
     target: Tensor,
     levels: Sequence[Tensor],
-    slope_min: Tensor | float,
-    slope_max: Tensor | float,
+    slopes: Interval | Callable[[], Interval],
     *,
     initial: Tensor | None = None,
     solver: Solver | None = None,
     what: str = "a residual block",
-) -> Tensor:
-    r"""Solve :math:`f(y) = z` for each row, where the Jacobian of f is triangular in the order of ``levels``.
+) -> tuple[Tensor, Tensor]:
+    r"""Solve :math:`f(y) = z` for each column, where the Jacobian of f is triangular in the order of ``levels``.
 
-    Newton steps on the diagonal for all variables together settle the variables level after level; each row
-    leaves as soon as it has converged. Rows that have not after a few steps more than there are levels are
-    finished level by level with :func:`solve_elementwise`, where the brackets are exact.
+    Newton steps on the diagonal for all variables together settle the variables level after level; columns
+    leave when they have converged. Columns that have not after a few steps more than there are levels are
+    finished level by level with :func:`solve_elementwise`, where the brackets are exact. So the safeguard costs
+    nothing where Newton's method converges by itself.
 
     Args:
-        function: Maps y of shape (n, D) and the row numbers (n,) of the samples it belongs to, to the values and the
-            diagonal of the Jacobian, both of shape (n, D).
-        target: z, of shape (N, D).
+        function: Maps y of shape (D, n), and the numbers (n,) of the samples it belongs to or None for all, to
+            the values and the diagonal of the Jacobian, both of shape (D, n).
+        target: z, of shape (D, N).
         levels: The positions of the variables of each level, in order: index tensors.
-        slope_min: A positive lower bound of the diagonal of the Jacobian, a number or of shape (D,).
-        slope_max: An upper bound.
+        slopes: A positive lower bound and an upper bound of the diagonal of the Jacobian, numbers or of
+            shape (D,), or a function that returns them if they are needed.
         initial: Where to start; ``target`` by default.
         solver: Tolerance, iterations, what to do on failure.
         what: The name of the map in messages.
 
     Returns:
-        y, without gradient.
+        y and the diagonal of the Jacobian at y, both of shape (D, N), without gradient.
 
     Raises:
         ConvergenceError: If a value did not converge (or a warning, as the solver says).
     """
     solver = solver or Solver()
     tolerance, rounding = solver.resolve_tolerance(target.dtype), torch.finfo(target.dtype).eps
-    y = (target if initial is None else initial).clone()
-    rows = torch.arange(len(target), device=target.device)
-    going = torch.ones_like(rows, dtype=torch.bool)
-    error_before = torch.full_like(going, torch.inf, dtype=target.dtype)
-    result = y
-    for _ in range(min(solver.max_iterations, 10 + 2 * len(levels))):
-        value, diagonal = function(y, rows)
-        residual = value - target[rows]
-        step = residual / diagonal
-        error = (residual.abs() / torch.maximum(y.abs(), target[rows].abs()).clamp(min=1)).amax(-1)
-        # Small and no longer halved by a Newton step: this is the rounding in the map itself.
-        floor = (error <= 100 * rounding) & (error > 0.5 * error_before)
-        going = going & ~(error <= tolerance) & ~floor & (step.abs() > rounding * y.abs()).any(-1)
-        error_before = error
-        y = torch.where(going.unsqueeze(-1), y - step, y)
+    done: list[tuple[Tensor, Tensor, Tensor]] = []  # numbers, values and diagonals of samples
+    columns: Tensor | None = None  # the numbers of those that are left, None for all
+    y, rest = target if initial is None else initial, target
+    size = target.abs().clamp_(min=1)
+    error_before: Tensor | None = None
+    limit = min(solver.max_iterations, 10 + 2 * len(levels))
+    for iteration in range(limit + 1):
+        value, diagonal = function(y, columns)
+        residual = value - rest
+        error = (residual.abs() / torch.maximum(y.abs(), size)).amax(0)
+        going = ~(error <= tolerance)
+        if error_before is not None:
+            # Small and no longer halved by a Newton step: this is the rounding in the map itself.
+            going &= ~((error <= 100 * rounding) & (error > 0.5 * error_before))
         count = int(going.sum())
-        if count < len(rows) // 2 or not count:
-            result = result.index_copy(0, rows, y)
-            rows, y, error_before = rows[going], y[going], error_before[going]
-            going = torch.ones_like(rows, dtype=torch.bool)
-        if not count:
-            return result
-    result, rows = result.index_copy(0, rows, y), rows[going]
-    # The rest, one level after the other: the ancestors are solved, so that the brackets are exact.
-    y, rest = target[rows], target[rows]
-    low, high = (torch.as_tensor(bound).to(y).expand(y.shape[-1]) for bound in (slope_min, slope_max))
+        if not count and columns is None:
+            return y, diagonal
+        if 2 * count < len(going) or iteration == limit:
+            numbers = torch.arange(len(going), device=y.device) if columns is None else columns
+            left = (~going).nonzero()[:, 0]
+            done.append((numbers[left], y.index_select(1, left), diagonal.index_select(1, left)))
+            left = going.nonzero()[:, 0]
+            columns, error = numbers[left], error[left]
+            y, rest, size, residual, diagonal = (
+                part.index_select(1, left) for part in (y, rest, size, residual, diagonal)
+            )
+            if not count or iteration == limit:
+                break
+        error_before = error
+        following = y - residual.div_(diagonal)
+        y = following if count == y.shape[1] else torch.where(going, following, y)
+    if count and columns is not None:
+        done.append((columns, *_solve_by_levels(function, rest, columns, levels, slopes, solver, what)))
+    solution, diagonals = torch.empty_like(target), torch.empty_like(target)
+    for numbers, values, diagonal in done:
+        solution.index_copy_(1, numbers, values)
+        diagonals.index_copy_(1, numbers, diagonal)
+    return solution, diagonals
+
+
+def _solve_by_levels(
+    function: ValueAndDiagonal,
+    target: Tensor,
+    columns: Tensor,
+    levels: Sequence[Tensor],
+    slopes: Interval | Callable[[], Interval],
+    solver: Solver,
+    what: str,
+) -> tuple[Tensor, Tensor]:
+    """Solve one level after the other: the ancestors are solved, so that the brackets are exact."""
+    y = target.clone()
+    interval = slopes() if callable(slopes) else slopes
+    low, high = (torch.as_tensor(end).to(y).expand(len(y)).unsqueeze(-1) for end in interval)
     for level in levels:
 
         def one_level(values: Tensor, level: Tensor = level) -> tuple[Tensor, Tensor]:
-            y[:, level] = values
-            value, diagonal = function(y, rows)
-            return value[:, level], diagonal[:, level]
+            y[level] = values
+            value, diagonal = function(y, columns)
+            return value[level], diagonal[level]
 
-        y[:, level] = solve_elementwise(
-            one_level, rest[:, level], low[level], high[level], solver=solver, what=what
+        y[level] = solve_elementwise(
+            one_level, target[level], low[level], high[level], solver=solver, what=what
         )
-    return result.index_copy(0, rows, y)
+    return y, function(y, columns)[1]
 
 
 class _ImplicitTriangular(torch.autograd.Function):

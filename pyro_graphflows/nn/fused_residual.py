@@ -1,0 +1,267 @@
+r"""A masked residual network and the diagonal of its Jacobian as one operation, with the gradient written out.
+
+Everything is in features-first layout, (features, N). With pre-activations
+:math:`a_0 = W_0 z + b_0 + s` (s from the context) and :math:`a_i = W_i \varphi(a_{i-1}) + b_i`, the network is
+:math:`g = a_L`. The tangents of the owner pass (:mod:`pyro_graphflows.nn.residual`) are
+:math:`\tau_0 = \varphi'(a_0)`, :math:`\tau_i = \varphi'(a_i) \circ u_i` with :math:`u_i = T_i \tau_{i-1}`, and the
+diagonal is :math:`d = u_L`; T holds the weights between units of one owner, and :math:`T_1` also the weights of
+:math:`W_0` from the owners. For gradients :math:`\bar g, \bar d`, from above with :math:`\bar a_L = \bar g` and
+:math:`\bar u_L = \bar d`,
+
+.. math::
+    \bar \tau_{i-1} &= T_i^\top \bar u_i, \qquad \bar u_{i-1} = \varphi'(a_{i-1}) \circ \bar \tau_{i-1}, \\
+    \bar a_{i-1} &= \varphi'(a_{i-1}) \circ W_i^\top \bar a_i
+        + \varphi''(a_{i-1}) \circ \bar \tau_{i-1} \circ u_{i-1} \qquad (u_0 = 1).
+
+A chain of small operations costs several times as much, since each has an overhead and passes all its numbers
+through memory. Second derivatives are taken through the plain operations.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_graphflows.masks import LabelledMasks, SparseMask
+from pyro_graphflows.nn.activations import Activation, value_and_slope
+from pyro_graphflows.nn.linear import MaskedLinear
+from pyro_graphflows.nn.sparse import SparsePattern, sparse_product, sparse_sample
+
+__all__ = ["FusedResidual", "OwnerPass"]
+
+PIECE = 2**16  # so many numbers are activated at a time, so that they stay near the processor
+
+
+class OwnerPass(nn.Module):
+    """The weights between units of one owner, of each layer but the first.
+
+    The first layer's weight from its owner to each unit does not depend on z, so it is multiplied into the second
+    layer's weights, which are fewer than the batch's values.
+
+    Args:
+        masks: The masks, whose outputs are the variables.
+        layers: The layers.
+    """
+
+    places: Tensor
+
+    def __init__(self, masks: LabelledMasks, layers: Sequence[MaskedLinear]) -> None:
+        super().__init__()
+        owners = [*masks.owners, torch.arange(len(masks.allowed))]
+        # For each unit the place of the weight from its owner among the first layer's entries; any for no owner.
+        first = layers[0].sparse_mask()
+        owned = (owners[0][first.indices[0]] == first.indices[1]).nonzero()[:, 0]
+        places = torch.zeros(first.shape[0], dtype=torch.long)
+        places[first.indices[0][owned]] = layers[0].places()[owned]
+        self.patterns = nn.ModuleList()
+        for i, layer in enumerate(layers[1:]):
+            mask = layer.sparse_mask()
+            row, column = mask.indices
+            same = (owners[i + 1][row] == owners[i][column]) & (owners[i][column] >= 0)
+            kept = SparseMask(mask.indices[:, same].contiguous(), mask.shape)
+            self.register_buffer(f"kept_{i}", layer.places()[same], persistent=False)
+            self.patterns.append(SparsePattern(kept))
+            places = places[kept.indices[1]] if i == 0 else places
+        self.register_buffer("places", places, persistent=False)
+
+    def kept(self, i: int) -> Tensor:
+        """Return the places of the weights that are kept among the entries of layer i + 1."""
+        places: Tensor = getattr(self, f"kept_{i}")
+        return places
+
+    def pattern(self, i: int) -> SparsePattern:
+        """Return where they are in the matrix."""
+        pattern = self.patterns[i]
+        assert isinstance(pattern, SparsePattern)
+        return pattern
+
+    def weights(self, entries: Sequence[Tensor]) -> list[Tensor]:
+        """Return the weights, from the layers' entries."""
+        weights = [entry.flatten().gather(0, self.kept(i)) for i, entry in enumerate(entries[1:])]
+        weights[0] = weights[0] * entries[0].flatten().gather(0, self.places)
+        return weights
+
+    def forward(self, weights: Sequence[Tensor], slopes: Sequence[Tensor]) -> Tensor:
+        """Return the diagonal, from the weights and the slopes of the hidden units; differentiable."""
+        tangent = slopes[0]
+        for i, weight in enumerate(weights):
+            tangent = self.pattern(i).matmul(weight, tangent)
+            if i + 1 < len(slopes):
+                tangent = tangent * slopes[i + 1]
+        return tangent
+
+
+class FusedResidual(nn.Module):
+    """The operation for one network.
+
+    Args:
+        layers: The layers; they are not registered as submodules, so pass their weights at each call.
+        owner_pass: Their owner pass.
+        activation: The class of the activation. One with an input scale must be given scaled weights.
+    """
+
+    def __init__(
+        self, layers: Sequence[MaskedLinear], owner_pass: OwnerPass, activation: type[Activation]
+    ) -> None:
+        super().__init__()
+        self.owner_pass, self.activation = owner_pass, activation
+        self.__dict__["_layers"] = tuple(layers)
+
+    @property
+    def layers(self) -> tuple[MaskedLinear, ...]:
+        """The layers."""
+        layers: tuple[MaskedLinear, ...] = self.__dict__["_layers"]
+        return layers
+
+    def forward(self, z: Tensor, shift: Tensor | None, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return g and the diagonal of its Jacobian, both of shape (D, N), with gradients.
+
+        Args:
+            z: Shape (D, N).
+            shift: What the context adds to the first layer, of shape (H, N), or None.
+            weights: Entries and bias of each layer, in turn.
+        """
+        return _Residual.apply(self, z, shift, *weights)
+
+    @torch.no_grad()
+    def run(
+        self, z: Tensor, shift: Tensor | None, weights: Sequence[Tensor], tangents: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return g, the diagonal and the slopes of the hidden layers, without gradients.
+
+        Args:
+            z: Shape (D, N).
+            shift: Shape (H, N), or None.
+            weights: Entries and bias of each layer, in turn.
+            tangents: The weights of the owner pass.
+        """
+        g, diagonal, terms, _ = self._terms(z, shift, weights, tangents, 1)
+        return g, diagonal, [slope for _, slope in terms]
+
+    @torch.no_grad()
+    def pull(self, weights: Sequence[Tensor], slopes: Sequence[Tensor], u: Tensor) -> Tensor:
+        """Return the product of the transposed Jacobian of g with u, of shape (D, N), from the slopes."""
+        entries = weights[::2]
+        for i in range(len(slopes), 0, -1):
+            u = self.layers[i].product(entries[i], u, transposed=True).mul_(slopes[i - 1])
+        return self.layers[0].product(entries[0], u, transposed=True)
+
+    def plain(self, z: Tensor, shift: Tensor | None, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the same as :meth:`forward` by operations with derivatives of every order."""
+        entries, biases = weights[::2], weights[1::2]
+        pre, slopes = z, []
+        for i, layer in enumerate(self.layers):
+            if i:
+                pre, slope = value_and_slope(pre, self.activation)
+                slopes.append(slope)
+            dense = layer.engine == "dense"
+            product = entries[i] @ pre if dense else layer.pattern.matmul(entries[i], pre)
+            pre = product + biases[i].unsqueeze(-1)
+            if i == 0 and shift is not None:
+                pre = pre + shift
+        return pre, self.owner_pass(self.owner_pass.weights(entries), slopes)
+
+    def _terms(
+        self,
+        z: Tensor,
+        shift: Tensor | None,
+        weights: Sequence[Tensor],
+        tangents: Sequence[Tensor],
+        order: int,
+    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, ...]], list[Tensor]]:
+        """Return g, d, and for each hidden layer the terms of the activation and (but for the first) u."""
+        terms: list[tuple[Tensor, ...]] = []
+        partial: list[Tensor] = []
+        value = tangent = z
+        for i, layer in enumerate(self.layers):
+            pre = layer.product(weights[2 * i], value, weights[2 * i + 1])
+            if i == 0 and shift is not None:
+                pre.add_(shift)
+            if i:
+                pattern = self.owner_pass.pattern(i - 1)
+                tangent = sparse_product(tangents[i - 1], tangent, pattern, False)
+            if i == len(self.layers) - 1:
+                break
+            terms.append(_activate(self.activation, pre, order))
+            value, slope = terms[-1][:2]
+            if i:
+                partial.append(tangent)
+                tangent = slope * tangent
+            else:
+                tangent = slope
+        return pre, tangent, terms, partial
+
+
+def _activate(activation: type[Activation], x: Tensor, order: int) -> tuple[Tensor, ...]:
+    if x.numel() <= PIECE or x.is_cuda:
+        return activation.terms(x, order)
+    results = tuple(torch.empty_like(x) for _ in range(order + 1))
+    size = -(-PIECE // x.shape[1])
+    for pieces in zip(x.split(size), *(result.split(size) for result in results), strict=True):
+        for result, term in zip(pieces[1:], activation.terms(pieces[0], order), strict=True):
+            result.copy_(term)
+    return results
+
+
+class _Residual(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, operation: FusedResidual, z: Tensor, shift: Tensor | None, *weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        owner_pass = operation.owner_pass
+        kept = [entry.view(-1).gather(0, owner_pass.kept(i)) for i, entry in enumerate(weights[2::2])]
+        first = weights[0].view(-1).gather(0, owner_pass.places)
+        tangents = [kept[0] * first, *kept[1:]]
+        g, diagonal, terms, partial = operation._terms(z, shift, weights, tangents, 2)
+        ctx.operation = operation
+        ctx.save_for_backward(z, shift, *weights, first, kept[0], *tangents, *partial, *sum(terms, ()))
+        return g, diagonal
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        operation: FusedResidual = ctx.operation
+        layers, owner_pass = operation.layers, operation.owner_pass
+        depth = len(layers) - 1
+        z, shift, *saved = ctx.saved_tensors
+        weights, saved = saved[: 2 * depth + 2], saved[2 * depth + 2 :]
+        if torch.is_grad_enabled():  # create_graph=True
+            return _differentiable(ctx, (z, shift, *weights), grads)
+        entries = weights[::2]
+        (first, second), saved = saved[:2], saved[2:]
+        tangents, partial, terms = saved[:depth], saved[depth : 2 * depth - 1], saved[2 * depth - 1 :]
+        results: list[Tensor] = []  # for the weights, from the last
+        grad_a, grad_u = grads
+        for i in range(depth, 0, -1):
+            value, slope, curve = terms[3 * i - 3 : 3 * i]
+            pattern, kept = owner_pass.pattern(i - 1), owner_pass.kept(i - 1)
+            by_tangent = sparse_sample(grad_u, slope if i == 1 else slope * partial[i - 2], pattern)
+            if i == 1:  # its weights are products with the first layer's
+                by_owner = second * by_tangent
+                by_tangent.mul_(first)
+            by_entries = layers[i].sample(grad_a, value)
+            by_entries.view(-1).scatter_add_(0, kept, by_tangent)
+            results += [grad_a.sum(1), by_entries]
+            grad_slope = sparse_product(tangents[i - 1], grad_u, pattern, True)
+            if i > 1:
+                grad_u = grad_slope * slope
+                grad_slope.mul_(partial[i - 2])
+            grad_a = layers[i].product(entries[i], grad_a, transposed=True)
+            grad_a.mul_(slope).addcmul_(grad_slope, curve)
+        by_entries = layers[0].sample(grad_a, z)
+        by_entries.view(-1).scatter_add_(0, owner_pass.places, by_owner)
+        results += [grad_a.sum(1), by_entries]
+        grad_z = layers[0].product(entries[0], grad_a, transposed=True) if ctx.needs_input_grad[1] else None
+        return (None, grad_z, None if shift is None else grad_a, *reversed(results))
+
+
+def _differentiable(
+    ctx: Any, arguments: Sequence[Tensor | None], grads: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients with a graph of their own."""
+    z, shift, *weights = arguments
+    outputs = ctx.operation.plain(z, shift, weights)
+    needs = ctx.needs_input_grad[1:]
+    needed = [x for x, need in zip(arguments, needs, strict=True) if need and x is not None]
+    found = iter(torch.autograd.grad(outputs, needed, grads, create_graph=True, allow_unused=True))
+    return (None, *(next(found) if need else None for need in needs))
