@@ -208,7 +208,9 @@ def start_from_samples(run, args, path=None):
 
 def provenance(args):
     settings = {
-        k: v for k, v in vars(args).items() if k not in ("out", "study", "workers", "depths", "seeds", "wide_seeds")
+        k: v
+        for k, v in vars(args).items()
+        if k not in ("out", "study", "workers", "depths", "seeds", "wide_seeds")
     }
     return {
         "settings": settings,

@@ -63,9 +63,7 @@ def test_outputs_may_be_wanted_later_and_evaluations_fork(name):
     wanted = [0, 1, 3, 0, 3, 3, 2]
     made = autoregressive(2, PARENTS, **SETTINGS[name])
     levels = [0, 0, 1, 2, 3, 1, 4, 3, 1]
-    mlp = randomise(
-        MaskedMLP(made.allowed, 9, input_levels=levels, output_levels=wanted, **SETTINGS[name])
-    )
+    mlp = randomise(MaskedMLP(made.allowed, 9, input_levels=levels, output_levels=wanted, **SETTINGS[name]))
     x = torch.randn(3, 9)
     full = mlp(x)
     evaluation = mlp.start()

@@ -3,7 +3,8 @@ r"""Safe inversion of residual maps, with implicit gradients.
 A residual map :math:`f(y) = y + g(y)` whose slopes lie in a known interval :math:`[m, M]`, :math:`m > 0`, has an
 exact bracket for its inverse: with the residual :math:`r = f(y) - z` at any point y, the solution of
 :math:`f(y^*) = z` lies between :math:`y - r/m` and :math:`y - r/M`. Newton's method on the diagonal converges
-in a few steps from almost everywhere, but may overshoot where g bends; so a step that leaves the bracket, or is slow to
+in a few steps from almost everywhere, and is tried first. It may overshoot where g bends; values that have not
+converged after some steps go on inside their brackets, where a step that leaves the bracket, or is slow to
 shrink it, is replaced by its midpoint. Bisection alone needs at most :math:`\log_2` (initial width / rounding)
 steps, which is below 60 for slopes down to 0.001 and values up to :math:`10^4`. Fixed-point iteration (Banach)
 needs 23,014 steps there for slopes in [.001, 1.999].
@@ -34,6 +35,9 @@ __all__ = ["Solver", "implicit_step", "implicit_triangular", "solve_elementwise"
 
 ValueAndSlope = Callable[[Tensor], tuple[Tensor, Tensor]]
 
+NEWTON_STEPS = 10  # plain ones, before there are brackets
+SETTLING = 3  # of these, before steps are compared with rounding
+
 
 @dataclass(frozen=True)
 class Solver:
@@ -42,7 +46,7 @@ class Solver:
     Args:
         tolerance: The backward error to reach, relative to max(1, abs(y), abs(z)); 4 units of rounding of the
             dtype by default. Rounding in the evaluation of the map itself is allowed for.
-        max_iterations: The most iterations for one variable.
+        max_iterations: The most iterations inside brackets for one variable, and the most plain ones.
         on_failure: ``"raise"`` or ``"warn"`` when values stay unconverged.
 
     Raises:
@@ -93,10 +97,11 @@ def solve_elementwise(
     solver: Solver | None = None,
     what: str = "a one-dimensional residual map",
 ) -> Tensor:
-    r"""Solve :math:`f_i(y_i) = z_i` for each entry, by Newton's method inside an exact bracket.
+    r"""Solve :math:`f_i(y_i) = z_i` for each entry, by Newton's method and, where that fails, inside an exact bracket.
 
-    Each entry stops by itself: when its backward error is below the tolerance, or when its bracket or step is
-    within rounding, so that no better floating-point number is known.
+    A few plain Newton steps come first, which cost half as much as bracketed ones and are nearly always
+    enough. Each entry stops by itself: when its backward error is below the tolerance, or when its bracket or
+    step is within rounding, so that no better floating-point number is known.
 
     Args:
         function: Maps y to the values :math:`f_i(y_i)` and the slopes :math:`f_i'(y_i)`.
@@ -122,19 +127,67 @@ def solve_elementwise(
         True
     """
     solver = solver or Solver()
-    rounding = torch.finfo(target.dtype).eps
     tolerance = solver.resolve_tolerance(target.dtype)
-    y = (target if initial is None else initial).clone()
+    y = target if initial is None else initial
+    size = target.abs().clamp_(min=1)
+    y, going = _newton(function, target, y, size, noise, tolerance, min(NEWTON_STEPS, solver.max_iterations))
+    if going is None:
+        return y
+    return _bracketed(
+        function, target, y, going, (slope_min, slope_max), size, noise, tolerance, solver, what
+    )
+
+
+def _newton(
+    function: ValueAndSlope,
+    target: Tensor,
+    y: Tensor,
+    size: Tensor,
+    noise: Tensor | float,
+    tolerance: float,
+    steps: int,
+) -> tuple[Tensor, Tensor | None]:
+    """Take plain Newton steps; return the values and which of them have not converged, None if all have."""
+    rounding = torch.finfo(target.dtype).eps
+    for step in range(steps):
+        value, slope = function(y)
+        residual = value - target
+        error = residual.abs() / (torch.maximum(y.abs(), size) + noise)
+        going = ~(error <= tolerance)
+        change = residual.div_(slope)
+        if step >= SETTLING:  # steps that are lost in rounding: no better number is known
+            going &= ~(change.abs() <= rounding * y.abs())
+        count = int(going.sum())
+        if not count:
+            return y, None
+        y = y - change if count == y.numel() else torch.where(going, y - change, y)
+    return y, going
+
+
+def _bracketed(
+    function: ValueAndSlope,
+    target: Tensor,
+    y: Tensor,
+    going: Tensor,
+    slopes: tuple[Tensor | float, Tensor | float],
+    size: Tensor,
+    noise: Tensor | float,
+    tolerance: float,
+    solver: Solver,
+    what: str,
+) -> Tensor:
+    """Finish the values that are going on inside exact brackets; the others stay."""
+    rounding = torch.finfo(target.dtype).eps
+    slope_min, slope_max = slopes
+    done = ~going
+    y = torch.where(done | y.isfinite(), y, target)
     low = torch.full_like(y, -torch.inf)
     high = torch.full_like(y, torch.inf)
     width_before = high
-    done = torch.zeros_like(y, dtype=torch.bool)
-    error = torch.full_like(y, torch.inf)
     for iteration in range(solver.max_iterations):
         value, slope = function(y)
         residual = value - target
-        scale = torch.maximum(y.abs(), target.abs()).clamp(min=1) + noise
-        error = residual.abs() / scale
+        error = residual.abs() / (torch.maximum(y.abs(), size) + noise)
         done = done | (error <= tolerance)
         if bool(done.all()):
             return y
@@ -155,7 +208,7 @@ def solve_elementwise(
         done = done | settled
         width_before = width
     value, _ = function(y)
-    error = (value - target).abs() / (torch.maximum(y.abs(), target.abs()).clamp(min=1) + noise)
+    error = (value - target).abs() / (torch.maximum(y.abs(), size) + noise)
     failed = ~(done | (error <= tolerance))
     if bool(failed.any()):
         solver.fail(what, int(failed.sum()), failed.numel(), float(error[failed].nan_to_num(torch.inf).max()))
