@@ -156,9 +156,16 @@ class MaskedResidualNet(nn.Module):
         gain = self.operation.owner_pass(gains, ones)[:, 0]
         return gain * self.activation.lipschitz ** (len(self.layers) - 1)
 
-    def zero_output_(self) -> None:
-        """Set the last layer to zero, so that the block is the identity."""
-        list(self._masked_layers())[-1].zero_()
+    def zero_output_(self, chosen: Tensor | None = None) -> None:
+        """Set the last layer to zero, so that the block is the identity; or its rows where ``chosen`` is true."""
+        last = list(self._masked_layers())[-1]
+        if chosen is None:
+            last.zero_()
+            return
+        with torch.no_grad():
+            last.weight[chosen if last.engine == "dense" else chosen[last.pattern.row]] = 0.0
+            if last.bias is not None:
+                last.bias[chosen] = 0.0
 
     def _masked_layers(self) -> list[MaskedLinear]:
         return [layer for layer in self.layers if isinstance(layer, MaskedLinear)]

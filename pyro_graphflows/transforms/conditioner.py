@@ -1,10 +1,10 @@
 r"""A masked network in front of a faithful flow: what the parents say, in any nonlinear way.
 
 The maps of a variable take numbers from its parents: the pre-activations of hidden units, shifts and log-scales.
-A linear map gives them (:mod:`~pyro_graphflows.transforms.edge_linear`), so that a location which is a nonlinear function of
-the parents can only come out of the bounded residual maps. A conditioner adds an arbitrary function of the parents.
-Its hidden units have label sets and no owner, and see final values alone, as those of a MADE network, so that variable
-v still depends on exactly its parents and both directions of its map stay one-dimensional.
+A linear map gives them (:mod:`~pyro_graphflows.transforms.edge_linear`), so that a location which is a nonlinear
+function of the parents can only come out of the bounded residual maps. A conditioner adds an arbitrary function
+of the parents. Its hidden units have label sets and no owner, and see final values alone, as those of a MADE
+network, so that variable v still depends on exactly its parents and both directions of its map stay one-dimensional.
 """
 
 from collections.abc import Sequence

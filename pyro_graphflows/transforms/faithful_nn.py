@@ -307,8 +307,8 @@ class FaithfulResidualNN(FlowNN):
         inputs = Inputs(batch, None if x is None else x.movedim(-1, 0), known)
         supplied = None
         if self.conditioner is not None:
-            context = None if inputs.context is None else expand_batch(inputs.context, batch)
-            supplied = self.conditioner(context, known)
+            given = None if inputs.context is None else expand_batch(inputs.context, batch)
+            supplied = self.conditioner(given, known)
         results = self.run(self.prepare(groups), inputs, known, "density", supplied)
         back = restore if self._ordered else self._place if restore is None else restore[self._place]
         if back is not None:
@@ -364,22 +364,23 @@ class FaithfulResidualNN(FlowNN):
         first = prepared[0].group.rows
         first_row = first.start if isinstance(first, slice) else 0
         results = []
+        jobs: list[tuple[Prepared, Inputs, Tensor, Tensor | None]]
         for part in prepared:
             own = part.group.take(values, first_row)
-            given = None if supplied is None else part.group.take(supplied, first_row)
+            told = None if supplied is None else part.group.take(supplied, first_row)
             count = -(-part.group.size * per_row // PIECE)
             if self.edges.engine == "sparse":
                 count = min(count, part.group.size)
                 ends = [part.group.size * i // count for i in range(count + 1)]
                 jobs = [
-                    (part.piece(slice(i, j)), inputs, own[i:j], None if given is None else given[i:j])
+                    (part.piece(slice(i, j)), inputs, own[i:j], None if told is None else told[i:j])
                     for i, j in pairwise(ends)
                 ]
                 dim = 0
             else:
                 count = min(count, max(1, inputs.size // 32))
                 jobs = [
-                    (part, narrow, own[:, columns], None if given is None else given[..., columns])
+                    (part, narrow, own[:, columns], None if told is None else told[..., columns])
                     for columns, narrow in inputs.pieces(count)
                 ]
                 dim = 1

@@ -1,7 +1,7 @@
 r"""A graphical residual flow followed by an affine map along the same graph, for guides.
 
-Noise goes through the residual blocks of a :class:`~pyro_graphflows.transforms.graphical_nn.GraphicalResidualNN`, and what comes
-out, u, through
+Noise goes through the residual blocks of a :class:`~pyro_graphflows.transforms.graphical_nn.GraphicalResidualNN`, and
+what comes out, u, through
 
 .. math:: z_v = b_v + \sum_{p \in Pa(v)} W_{vp}\, (x, z)_p + e^{\lambda_v(x, z_{Pa(v)})}\, u_v,
 
@@ -37,7 +37,8 @@ class AffineGraphicalNN(nn.Module):
 
     Attributes:
         blocks: The residual flow.
-        affine: The affine map, a :class:`~pyro_graphflows.transforms.faithful_nn.FaithfulResidualNN` without hidden units.
+        affine: The affine map: a :class:`~pyro_graphflows.transforms.faithful_nn.FaithfulResidualNN` without
+            hidden units.
 
     Raises:
         GraphflowsError: If an argument is out of range, or there are fewer blocks than hops.

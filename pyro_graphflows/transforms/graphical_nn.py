@@ -8,6 +8,7 @@ one extra pass over the weights between units of the same owner (:mod:`pyro_grap
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -98,6 +99,14 @@ class GraphicalResidualNN(FlowNN):
         order = torch.tensor([v for level in self.levels for v in level])
         self.register_buffer("level_order", order, persistent=False)
         self.register_buffer("level_place", torch.argsort(order), persistent=False)
+
+    @torch.no_grad()
+    def zero_output_(self, variables: Sequence[int] | None = None) -> None:
+        """Let the map of some variables, or of all, be the identity; their hidden units keep their weights."""
+        chosen = torch.zeros(self.event_dim, dtype=torch.bool, device=self.loc.device)
+        chosen[slice(None) if variables is None else list(variables)] = True
+        for block in self._nets():
+            block.zero_output_(chosen)
 
     def start(self, *context: Tensor) -> "GraphicalEvaluation":
         """Begin a pass through the levels.
@@ -237,12 +246,28 @@ def _features_last(columns: Tensor, batch: torch.Size) -> Tensor:
     return columns.view(-1, *batch).movedim(0, -1)
 
 
+@dataclass(frozen=True)
+class _Ahead:
+    """One pass with noise for all levels from ``first`` on."""
+
+    key: tuple[torch.Size, bool]  # the batch shape, and whether with gradients
+    first: int
+    noise: Sequence[Tensor]
+    z: Tensor
+    log_diag: Tensor
+    used: set[int] = field(default_factory=set)  # levels whose noise was handed out, by any fork
+
+    def at(self, level: int) -> Tensor:
+        return self.noise[level - self.first]
+
+
 class GraphicalEvaluation:
     """A pass through the levels of a :class:`GraphicalResidualNN`, in which the caller may replace values.
 
     It has the methods of :class:`~pyro_graphflows.transforms.faithful_evaluation.FaithfulEvaluation`. In this flow
     a variable depends on the noise of its ancestors and not on their values, so when values are replaced
-    their noise is found by inverting the flow. Each step is a whole pass through the network.
+    their noise is found by inverting the flow. Each step is a whole pass through the network, but with noise from
+    :meth:`noise` one pass serves all levels for as long as values are accepted as they were drawn.
 
     Args:
         network: The network.
@@ -255,6 +280,7 @@ class GraphicalEvaluation:
         self._eps: list[Tensor] = []
         self._values: list[Tensor] = []
         self._drawn: tuple[Tensor, Tensor] | None = None  # noise and values of the last step
+        self._ahead: _Ahead | None = None
 
     @property
     def level(self) -> int:
@@ -266,6 +292,30 @@ class GraphicalEvaluation:
         other = copy.copy(self)
         other._eps, other._values = list(self._eps), list(self._values)
         return other
+
+    def noise(self, shape: Sequence[int]) -> Tensor:
+        r"""Draw standard normal noise for the next level, such that :meth:`step` need not pass through the network.
+
+        Noise for all later levels is drawn with it, and what it is mapped to is kept. Each call draws anew.
+
+        Args:
+            shape: The batch shape.
+
+        Returns:
+            Shape (\*shape, n), columns as in ``network.levels[level]``.
+        """
+        shape, network = torch.Size(shape), self._network
+        ahead = self._ahead
+        key = (shape, torch.is_grad_enabled())
+        if ahead is None or ahead.key != key or self.level in ahead.used:
+            later = sum(map(len, network.levels[self.level :]))
+            drawn = torch.randn(*shape, later, dtype=network.loc.dtype, device=network.loc.device)
+            noise = drawn.split([len(level) for level in network.levels[self.level :]], -1)
+            full = self._joined([*self._eps, *noise], torch.zeros_like(network.loc))
+            z, log_diag = network.sample_with(self._blocks, full)
+            self._ahead = ahead = _Ahead(key, self.level, noise, z, log_diag)
+        ahead.used.add(self.level)
+        return ahead.at(self.level)
 
     def step(self, eps: Tensor) -> tuple[Tensor, Tensor]:
         r"""Map the noise of the next level to values.
@@ -280,8 +330,11 @@ class GraphicalEvaluation:
             GraphflowsError: If the number of columns is wrong or all levels are done.
         """
         columns = self._columns(eps)
-        full = self._joined([*self._eps, eps], torch.zeros_like(self._network.loc))
-        z, log_diag = (t[..., columns] for t in self._network.sample_with(self._blocks, full))
+        if self._ahead is not None and self._ahead.at(self.level) is eps:
+            z, log_diag = self._ahead.z[..., columns], self._ahead.log_diag[..., columns]
+        else:
+            full = self._joined([*self._eps, eps], torch.zeros_like(self._network.loc))
+            z, log_diag = (t[..., columns] for t in self._network.sample_with(self._blocks, full))
         self._drawn = (eps, z)
         return z, log_diag
 
@@ -316,6 +369,8 @@ class GraphicalEvaluation:
             eps = self._drawn[0]
         else:
             eps = self.terms(z)[0]
+        if self._ahead is not None and self._ahead.at(self.level) is not eps:
+            self._ahead = None  # what was computed ahead rests on other values
         self._eps.append(eps)
         self._values.append(z)
         self._drawn = None
