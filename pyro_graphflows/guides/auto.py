@@ -8,6 +8,7 @@ from pyro_graphflows.guides.base import AutoFaithfulGuide, Inverse
 from pyro_graphflows.guides.factors import Factor
 from pyro_graphflows.guides.flow import AutoFaithfulFlow
 from pyro_graphflows.guides.normal import AutoFaithfulNormal
+from pyro_graphflows.guides.pooling import DeepSet
 
 __all__ = ["auto_faithful_guide"]
 
@@ -22,6 +23,7 @@ def auto_faithful_guide(
     standardize: bool = True,
     strict: bool = True,
     resolution: str = "site",
+    pool: str | DeepSet | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> AutoFaithfulGuide:
@@ -49,6 +51,10 @@ def auto_faithful_guide(
             followed counts as a dependency on all earlier sites.
         resolution: ``"site"``, or ``"element"`` to give each element of a vector site its own parents (not with
             a factor class; see :func:`~pyro_graphflows.get_model_graph` for when that is sound).
+        pool: How the data in inner plates reach the sites outside of them (a group's data its own variable, all data
+            the global variables): None gives such sites free parameters for the data set at hand; ``"deepset"``
+            summarises the data by a permutation-invariant network, so that they are amortised over data sets of any
+            size (:mod:`~pyro_graphflows.guides.pooling`; not over subsampled plates).
         example_kwargs: Keyword arguments of a typical call.
         **options: Further options of the family's class, :class:`AutoFaithfulNormal` or :class:`AutoFaithfulFlow`.
 
@@ -91,6 +97,7 @@ def auto_faithful_guide(
         standardize=standardize,
         strict=strict,
         resolution=resolution,
+        pool=pool,
         **options,
     )
     if example_args or example_kwargs:

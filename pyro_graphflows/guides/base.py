@@ -37,6 +37,8 @@ from pyro_graphflows.guides.ordering import (
     require_outer_sites_first,
 )
 from pyro_graphflows.guides.plan import Plan, make_plan
+from pyro_graphflows.guides.pool_plan import PoolPlan, plan_pools
+from pyro_graphflows.guides.pooling import DeepSet
 from pyro_graphflows.guides.site import (
     LatentSite,
     conditioning_event_dims,
@@ -121,11 +123,18 @@ class AutoFaithfulGuide(AutoGuide):
             (:func:`~pyro_graphflows.get_model_graph`).
         resolution: ``"site"``, or ``"element"`` to tell the elements of vector sites apart
             (:func:`~pyro_graphflows.get_model_graph`).
+        pool: How data in inner plates reach the sites outside of them: ``"deepset"`` (or a
+            :class:`~pyro_graphflows.guides.pooling.DeepSet` that sets its sizes) summarises them, so that these
+            sites are amortised too, over data sets of any size; None gives these sites free parameters, which
+            fit one data set.
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
             that returns plates that exist already, for subsampling.
         enumerate_sites: Discrete sites that the guide marks ``infer={"enumerate": "parallel"}``, so that
             ``TraceEnum_ELBO`` sums over their values instead of drawing them: their names, or True for all. Every
             latent site then has a network of its own, so that each only meets the values of its own parents.
+
+    Raises:
+        GraphflowsError: If ``pool`` is something else.
     """
 
     def __init__(
@@ -135,12 +144,16 @@ class AutoFaithfulGuide(AutoGuide):
         inverse: Inverse = "auto",
         strict: bool = True,
         resolution: str = "site",
+        pool: str | DeepSet | None = None,
         create_plates: Callable[..., Any] | None = None,
         enumerate_sites: bool | Collection[str] = False,
     ) -> None:
         super().__init__(model, create_plates=create_plates)
         self._enumerate_option = enumerate_sites
         self._enumerated: frozenset[str] = frozenset()
+        if pool not in (None, "deepset") and not isinstance(pool, DeepSet):
+            raise GraphflowsError(f"Expected pool='deepset', a DeepSet or None; got {pool!r}.")
+        self._pool = DeepSet() if isinstance(pool, str) else pool
         self._inverse_option = inverse
         self._strict = strict
         self._resolution = resolution
@@ -148,6 +161,7 @@ class AutoFaithfulGuide(AutoGuide):
         self._notes: tuple[str, ...] = ()
         self._emit: Callable[..., Tensor] = pyro.sample
         self.features: nn.ModuleList
+        self.pools: nn.ModuleList  # for each block, its summaries by the position in its context
         self.networks: nn.ModuleList
 
     # ---------------------------------------------------------------- compilation
@@ -180,7 +194,9 @@ class AutoFaithfulGuide(AutoGuide):
             self._enumerated = self._sites_to_enumerate()
             if rough:
                 inverse = self._order_for_discrete_sites(inverse, rough)
-            plan = make_plan(inverse, self._block_kind)
+            self._plate_states = plates_of(traced.trace)
+            self._event_dims = conditioning_event_dims(traced)
+            plan = make_plan(inverse, self._block_kind, self._plan_pools(inverse, traced))
             require_outer_sites_first(plan, rough)
             self.prototype_trace = traced.trace
             self._prototype_frames = {
@@ -198,18 +214,19 @@ class AutoFaithfulGuide(AutoGuide):
             self._check_plan(plan, traced)
             self._reader = CallReader(self.model, traced)
             self._reader.look_for_missing(self.model, args, kwargs)
-            self._plate_states = plates_of(traced.trace)
             self._changing = self._changing_supports(plan, traced, args, kwargs)
             self._plan = plan
-            self._event_dims = conditioning_event_dims(traced)
             self._reader.encodings = observed_encodings(traced)
             self._notes = tuple(traced.notes)
             self._context = [
                 tuple(
-                    node.name for node in block.context if not node.observed or node.name in self._event_dims
+                    node.name
+                    for node in block.context
+                    if not node.observed or node.members or node.name in self._event_dims
                 )
                 for block in plan.blocks
             ]
+            self._reader.keep_masks = any(node.members for block in plan.blocks for node in block.context)
             self._build(plan, traced, args, kwargs)
         if self.master is not None:
             self.master()._check_prototype(prune_subsample_sites(self.prototype_trace))
@@ -217,6 +234,11 @@ class AutoFaithfulGuide(AutoGuide):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         self.setup(*args, **kwargs)
+
+    def _plan_pools(self, inverse: InverseGraph, traced: TracedModel) -> PoolPlan:
+        return plan_pools(
+            inverse, self._plate_states, self._event_dims, traced.index_inputs, deepset=self._pool is not None
+        )
 
     def _check_plan(self, plan: Plan, traced: TracedModel) -> None:
         indices = {
@@ -303,7 +325,7 @@ class AutoFaithfulGuide(AutoGuide):
         return changing
 
     def _build(self, plan: Plan, traced: TracedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Create ``self.features`` and ``self.networks``, one module a block each."""
+        """Create ``self.features``, ``self.pools`` and ``self.networks``, one module a block each."""
         raise NotImplementedError("a family of guides must build its networks")
 
     @property
@@ -425,13 +447,15 @@ class AutoFaithfulGuide(AutoGuide):
         self, index: int, features: FeatureMap, call: Call, unconstrained: Mapping[str, Tensor]
     ) -> Tensor:
         parts = []
-        for name in self._context[index]:
-            if name in unconstrained:
-                parts.append(unconstrained[name])
+        pools: Any = self.pools[index]
+        dtype = features.shift.dtype
+        for position, name in enumerate(self._context[index]):
+            if str(position) in pools:
+                pool = pools[str(position)]
+                values = {m.name: self._flat_value(m.name, call, unconstrained, dtype) for m in pool.members}
+                parts.append(pool(values, call.plates, call.masks))
             else:
-                parts.append(
-                    self._reader.flat(name, call.values[name], self._event_dims[name], features.shift.dtype)
-                )
+                parts.append(self._flat_value(name, call, unconstrained, dtype))
         flat = concatenate(parts)
         if not bool(torch.isfinite(flat).all()):
             guilty = [
@@ -448,6 +472,13 @@ class AutoFaithfulGuide(AutoGuide):
                 f"Expected {expected} conditioning features in all, as when the guide was set up; got {sizes}."
             )
         return features(flat)
+
+    def _flat_value(
+        self, name: str, call: Call, unconstrained: Mapping[str, Tensor], dtype: torch.dtype | None = None
+    ) -> Tensor:
+        if name in unconstrained:
+            return unconstrained[name]
+        return self._reader.flat(name, call.values[name], self._event_dims[name], dtype)
 
     def _sample_site(self, name: str, factor: dist.TorchDistribution, call: Call) -> tuple[Tensor, Tensor]:
         site = self._sites[name]

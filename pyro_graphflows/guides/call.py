@@ -50,7 +50,8 @@ class Call:
     Attributes:
         values: The values of observed sites and inputs.
         plates: The plates of the model by name.
-        masks: The masks in force at latent sites (those without are left out).
+        masks: The masks in force at latent sites (those without are left out), and at observed sites where the
+            reader was asked to keep them.
         scales: The scales other than the plates' in force at latent sites (those without are left out).
         supports: The supports of the latent sites.
     """
@@ -195,6 +196,7 @@ class CallReader:
         paths = [self.paths[name] for name in self.partly if name in self.paths]
         self._missing = {name for name in self.inputs if self.paths[name] in paths}
         self._known: dict[Hashable, Call] = {}
+        self.keep_masks = False  # whether masks of observed sites are told too
         self.encodings: dict[str, DiscreteEncoding] = {}  # of observed sites whose values are classes
 
     def flat(self, name: str, value: Tensor, event_dim: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -262,7 +264,12 @@ class CallReader:
         for name in self.partly:
             if name in trace:
                 values[name] = self.masked_value(name, values[name], site_mask(trace.nodes[name]))
-        masks, scales, supports = {}, {}, {}
+        masks: dict[str, Tensor | bool] = {}
+        scales, supports = {}, {}
+        for name in self.observed if self.keep_masks else ():
+            mask = site_mask(trace.nodes[name]) if name in trace and name not in self.partly else None
+            if mask is not None:
+                masks[name] = mask
         for name in self.latent:
             site: Any = trace.nodes.get(name)
             if site is None:

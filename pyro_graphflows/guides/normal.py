@@ -16,13 +16,17 @@ from pyro_graphflows.guides.discrete_factors import DiscreteFactor
 from pyro_graphflows.guides.factors import ElementNormalFactor, Factor, NormalFactor
 from pyro_graphflows.guides.features import FeatureMap, flatten_event
 from pyro_graphflows.guides.made import MADEBlock, NetworkOptions
-from pyro_graphflows.guides.plan import Block, Plan
+from pyro_graphflows.guides.plan import Block, Conditioning, Plan
+from pyro_graphflows.guides.pool_plan import outside
+from pyro_graphflows.guides.pooling import DeepSet, DeepSetPool, PoolMember, pooling_orders
 from pyro_graphflows.guides.start import block_loss, regress_, standardize_
 from pyro_graphflows.inspect import TracedModel, get_argument, sample_prior
 
 __all__ = ["AutoFaithfulNormal"]
 
 MOST_ROWS = 200_000  # in the block with the most elements, for a joint sample
+MOST_POOLED_ROWS = 500_000  # the same where plates are pooled: a whole data set is one sample
+TIE = 0.01  # nats by which the regression start may seem worse; without parents both starts are alike
 HELD_OUT = 5  # one in this many samples judges the regression start
 
 
@@ -99,10 +103,23 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
         like = max(
             floats, key=lambda value: value.dtype.itemsize, default=torch.zeros(())
         )  # the first of the widest
-        features, networks = [], []
+        features, pools, networks = [], [], []
         for index, block in enumerate(plan.blocks):
+            summaries = {
+                str(self._context[index].index(node.name)): self._make_pool(
+                    block, node, traced, inputs, samples, like
+                )
+                for node in block.context
+                if node.members
+            }
+            pools.append(nn.ModuleDict(summaries))
             rows = self._rows(index, block, samples)
-            maps = [self._feature_map(name, traced, inputs, rows) for name in self._context[index]]
+            maps = [
+                self._summary_map(summaries[str(i)], name, traced, rows)
+                if str(i) in summaries
+                else self._feature_map(name, traced, inputs, rows)
+                for i, name in enumerate(self._context[index])
+            ]
             sizes = {n: len(m.shift) for n, m in zip(self._context[index], maps, strict=True)}
             known = replace(block, context=tuple(node for node in block.context if node.name in sizes))
             plates = [self._plate_states[name] for name in block.plates]
@@ -120,6 +137,7 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
             features.append(feature)
             networks.append(network)
         self.features = nn.ModuleList(features)
+        self.pools = nn.ModuleList(pools)
         self.networks = nn.ModuleList(networks)
 
     def _factor_of(self, site: str) -> Factor:
@@ -160,7 +178,7 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
         Args:
             site: A latent site.
             weights: For each parent a matrix of shape ``(site's size, parent's size)`` (a number for scalars);
-                parents that are missing get zero.
+                parents that are missing get zero. A pooled parent counts by its mean over the plates.
             intercept: The location where all parents are zero, shape ``(size,)``.
             scale: The scale, or a lower triangular square root of the covariance, shape ``(size, size)``.
 
@@ -177,17 +195,32 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
         feature: Any = self.features[index]
         shift, width = network.standardization(site)
         loc = torch.as_tensor(intercept, dtype=shift.dtype).expand(len(shift)) - shift
-        standard = {}
+        standard: dict[str, Tensor] = {}
+        pooled: set[str] = set()
         start = 0
-        for name in self._context[index]:
+        pools: Any = self.pools[index]
+        for position, name in enumerate(self._context[index]):
             stop = start + len(network.columns[name])
-            if name in weights:
+            if str(position) in pools and name in network.block.parents[site]:
+                pool = pools[str(position)]
+                standard[name] = loc.new_zeros(len(shift), stop - start)
+                for member in pool.members:
+                    if member.name not in weights:
+                        continue
+                    columns, centre, spread = pool.mean_of(member.name)
+                    at = [start + column for column in columns]
+                    matrix = torch.as_tensor(weights[member.name], dtype=shift.dtype)
+                    matrix = matrix.reshape(len(shift), len(columns))
+                    loc = loc + matrix @ (centre + spread * feature.shift[at])
+                    standard[name][:, columns] = matrix * spread * feature.scale[at] / width.unsqueeze(-1)
+                    pooled.add(member.name)
+            elif name in weights:
                 matrix = torch.as_tensor(weights[name], dtype=shift.dtype).reshape(len(shift), stop - start)
                 loc = loc + matrix @ feature.shift[start:stop]
                 standard[name] = matrix * feature.scale[start:stop] / width.unsqueeze(-1)
             start = stop
         for name in weights:
-            if name not in standard:
+            if name not in standard and name not in pooled:
                 parent_shift, parent_width = network.standardization(name)
                 matrix = torch.as_tensor(weights[name], dtype=shift.dtype).reshape(
                     len(shift), len(parent_shift)
@@ -240,6 +273,50 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
         nodes: Any = traced.trace.nodes
         return self._reader.masked_value(name, value, nodes[name]["mask"])
 
+    # ---------------------------------------------------------------- summaries of inner plates
+
+    def _make_pool(
+        self,
+        block: Block,
+        node: Conditioning,
+        traced: TracedModel,
+        inputs: Mapping[str, Tensor],
+        samples: dict[str, Tensor] | None,
+        like: Tensor,
+    ) -> DeepSetPool:
+        """Return the summary of some nodes, standardised; add its values to the joint samples."""
+        plates = {name: frozenset(around) for name, around in traced.graph.plates.items()}
+        over = outside(traced.graph.plates, node.members, block.sites[0])
+        maps = [self._member_map(name, traced, inputs, samples) for name in node.members]
+        members = [
+            PoolMember(name, len(m.shift), plates[name], name in self._reader.partly, name not in inputs)
+            for name, m in zip(node.members, maps, strict=True)
+        ]
+        orders = pooling_orders(over, list(plates.values()))
+        pool = DeepSetPool(members, maps, orders, self._pool or DeepSet()).to(like.device, like.dtype)
+        if samples is not None:
+            depth = max(-self._plate_states[plate].dim for plate in over)
+            depth = max(depth, *(samples[name].dim() - 2 for name in node.members))
+            values = {name: _with_depth(samples[name], depth) for name in node.members}
+            samples[node.name] = pool.of_samples(values, self._plate_states, fit=self._standardize)
+        return pool
+
+    def _member_map(
+        self,
+        name: str,
+        traced: TracedModel,
+        inputs: Mapping[str, Tensor],
+        samples: Mapping[str, Tensor] | None,
+    ) -> FeatureMap:
+        """Return the map of a node that is pooled; of a partly observed one, without the column of the mask."""
+        if name not in self._reader.partly:
+            rows = None if samples is None else {name: samples[name].flatten(0, -2)}
+            return self._feature_map(name, traced, inputs, rows)
+        nodes: Any = traced.trace.nodes
+        value = self._conditioning(name, nodes[name]["value"], traced) if samples is None else samples[name]
+        flat = value.flatten(0, -2)
+        return FeatureMap(None, flat[flat[:, -1] > 0, :-1], self._standardize)
+
     def _number_of_draws(self) -> int:
         """Enough joint samples that each block has its rows, and not so many that the largest block fills memory."""
         copies = []
@@ -248,6 +325,11 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
             for name in block.plates:
                 copies[-1] *= self._plate_states[name].size
         wanted = -(-self._num_start_samples // min(copies))
+        if any(node.members for block in self.plan.blocks for node in block.context):
+            elements = 1
+            for plate in self._plate_states.values():
+                elements *= plate.size
+            return max(2, min(wanted, -(-MOST_POOLED_ROWS // elements)))
         affordable = -(-MOST_ROWS // max(copies))
         return max(2, min(wanted, affordable))
 
@@ -295,20 +377,37 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
             return FeatureMap(support, flat.reshape(-1, flat.shape[-1]), self._standardize)
         return FeatureMap(support, rows[name], self._standardize)
 
+    def _summary_map(
+        self, pool: DeepSetPool, name: str, traced: TracedModel, rows: Mapping[str, Tensor] | None
+    ) -> FeatureMap:
+        if rows is not None:
+            return FeatureMap(None, rows[name], self._standardize)
+        return FeatureMap(None, torch.zeros(0, pool.num_features), self._standardize)
+
     def _start_by_regression(self, network: MADEBlock, context: Tensor, values: dict[str, Tensor]) -> None:
         """Set the factors by regression, and go back if held-out samples like the random start better."""
         held_out = slice(0, None, HELD_OUT)
         test = {site: value[held_out] for site, value in values.items()}
+        rest = torch.arange(len(next(iter(values.values())))) % HELD_OUT != 0
+        fitted = {site: value[rest] for site, value in values.items()}
         random_state = {key: value.clone() for key, value in network.state_dict().items()}
         random_loss = block_loss(network, context[held_out], test)
-        regress_(network, context, values)
+        regress_(network, context[rest] if context.shape[-1] else context, fitted)
         loss = block_loss(network, context[held_out], test)
-        if not (loss <= random_loss or (random_loss != random_loss and loss == loss)):
+        if not (loss <= random_loss + TIE or (random_loss != random_loss and loss == loss)):
             network.load_state_dict(random_state)
             self._notes += (
                 f"the random start was kept for {', '.join(network.block.sites)}: its loss on prior samples is "
                 f"{random_loss:.3g} nats, that of the regression start {loss:.3g}.",
             )
+        else:
+            regress_(network, context, values)
+
+
+def _with_depth(value: Tensor, depth: int) -> Tensor:
+    """Put dimensions of size one behind the first, of the draws, so that all values have ``depth`` others."""
+    missing = depth + 2 - value.dim()
+    return value.reshape(value.shape[:1] + (1,) * missing + value.shape[1:])
 
 
 def _is_float(value: Any) -> bool:

@@ -2,10 +2,11 @@
 
 An inverse graph says which nodes a latent site looks at. The plan turns it into *blocks*: sites in the same
 plates that one network serves, level by level. What a block's sites look at outside of it enters the block's network
-as *context*: elementwise where the plates agree, broadcast from outer plates. What is in a plate that a site is not in
-(the data of a group, for the group's own variable) cannot be an input of that site's factor; the site then has free
-parameters for each element of its plates, beside the network of what it can see. Blocks are made as large as the
-inverse allows, so that the number of network calls is the number of levels and not the number of sites.
+as *context*: elementwise where the plates agree, broadcast from outer plates. What is in a plate that a site is
+not in (the data of a group, for the group's own variable) comes in as a summary over the plate, or cannot be an
+input; the site then has free parameters for each element of its plates, beside the network of what it can see
+(:mod:`~pyro_graphflows.guides.pool_plan`). Blocks are made as large as the inverse allows, so that the number of
+network calls is the number of levels and not the number of sites.
 """
 
 from collections.abc import Callable, Hashable
@@ -15,23 +16,26 @@ import networkx as nx
 
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.guides.pool_plan import PoolPlan
 
-__all__ = ["Block", "Conditioning", "Plan", "make_plan", "mean_field_condition"]
+__all__ = ["Block", "Conditioning", "Plan", "make_plan", "mean_field_condition", "summary_name"]
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """One node outside a block that the block's network sees, and how it comes in.
+    """One node outside a block that the block's network sees, and how it comes in; or a summary of several.
 
     Attributes:
-        name: The node.
-        how: ``"same"`` or ``"broadcast"``.
+        name: The node, or the name of a summary.
+        how: ``"same"``, ``"broadcast"`` or ``"pooled"``.
         observed: Whether it is data (an observed site or an input) rather than a latent site.
+        members: The nodes of a summary.
     """
 
     name: str
     how: str
     observed: bool
+    members: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Block:
         levels: The sites; those of one level depend on context and on earlier levels only.
         context: The nodes outside the block that its network sees, in graph order.
         parents: For each site, the parents in the inverse that its network sees (context and sites of earlier
-            levels); pooled parents are left out.
+            levels); instead of pooled parents, their summary if there is one.
         free: The sites with free parameters for each element of their plates, since some of their parents
             are in plates that they are not in.
     """
@@ -62,13 +66,14 @@ class Block:
 
 @dataclass(frozen=True)
 class Plan:
-    """The blocks in sampling order, for each site whether its KL term may be analytic, and labels of special sites."""
+    """The blocks in sampling order; for each site whether its KL term may be analytic, a label, remarks."""
 
     graph: ModelGraph
     inverse: InverseGraph
     blocks: tuple[Block, ...]
     analytic_kl: dict[str, bool]
     labels: dict[str, str] = field(default_factory=dict)
+    remarks: dict[str, list[str]] = field(default_factory=dict)
 
     def describe(self, notes: tuple[str, ...] = ()) -> str:
         """Return the plan in words: a line for each latent site, in sampling order."""
@@ -93,6 +98,7 @@ class Plan:
                             f"    not faithful: copies of {site} stay dependent across {plates} in the posterior, "
                             "and are independent here"
                         )
+                    lines += [f"    {remark}" for remark in self.remarks.get(site, ())]
         if graph.marginalised:
             lines.append(f"Marginalised (no factor): {', '.join(map(str, graph.marginalised))}.")
         lines += [f"Note: {note}" for note in notes]
@@ -131,12 +137,28 @@ def mean_field_condition(graph: ModelGraph, inverse: InverseGraph) -> dict[str, 
     }
 
 
-def make_plan(inverse: InverseGraph, kind: Callable[[str], Hashable] = lambda _: None) -> Plan:
+def summary_name(members: tuple[str, ...]) -> str:
+    """Return the name of the summary of some nodes.
+
+    Example:
+        >>> summary_name(("w", "y"))
+        'pooled(w, y)'
+    """
+    return f"pooled({', '.join(members)})"
+
+
+def make_plan(
+    inverse: InverseGraph,
+    kind: Callable[[str], Hashable] = lambda _: None,
+    pooling: PoolPlan | None = None,
+) -> Plan:
     """Group the sites of an inverse into blocks.
 
     Args:
         inverse: The guide's factorisation.
         kind: Only sites of the same kind share a block.
+        pooling: How parents in inner and crossed plates come in; by default not at all, and the sites have free
+            parameters.
 
     Returns:
         The plan. Blocks are made greedily in sampling order: a block takes in every site of its plates whose
@@ -144,6 +166,9 @@ def make_plan(inverse: InverseGraph, kind: Callable[[str], Hashable] = lambda _:
     """
     graph = inverse.graph
     latent = set(graph.latent)
+    if pooling is None:
+        wanting = {site for (_, site), how in inverse.how.items() if how == "pooled"}
+        pooling = PoolPlan(free=frozenset(wanting))
     done: set = set()
     blocks = []
     remaining = list(inverse.sampling_order)
@@ -170,18 +195,31 @@ def make_plan(inverse: InverseGraph, kind: Callable[[str], Hashable] = lambda _:
             for parent in parents
             if parent not in depth
         }
+        summaries = {
+            summary_name(pooling.pools[site]): pooling.pools[site] for site in depth if site in pooling.pools
+        }
+        for site in depth:
+            if site in pooling.pools:
+                seen[site] += (summary_name(pooling.pools[site]),)
         blocks.append(
             Block(
                 plates=plates,
                 levels=tuple(map(tuple, levels)),
-                context=tuple(
-                    Conditioning(name, context[name], name not in latent)
-                    for name in sorted(context, key=rank.__getitem__)
+                context=(
+                    *(
+                        Conditioning(name, context[name], name not in latent)
+                        for name in sorted(context, key=rank.__getitem__)
+                    ),
+                    *(
+                        Conditioning(name, "pooled", latent.isdisjoint(members), members)
+                        for name, members in summaries.items()
+                    ),
                 ),
                 parents=seen,
-                free=tuple(site for site in depth if len(seen[site]) < len(inverse.parents[site])),
+                free=tuple(site for site in depth if site in pooling.free),
             )
         )
         done |= set(depth)
         remaining = [site for site in remaining if site not in depth]
-    return Plan(graph, inverse, tuple(blocks), mean_field_condition(graph, inverse))
+    remarks = {site: list(lines) for site, lines in pooling.remarks.items()}
+    return Plan(graph, inverse, tuple(blocks), mean_field_condition(graph, inverse), remarks=remarks)

@@ -1,0 +1,93 @@
+"""What is pooled into which site, and which sites have free parameters instead.
+
+A parent of a site in the inverse may be in a plate that the site is not in. Data there reach the site through a summary
+(``pool="deepset"``, :mod:`~pyro_graphflows.guides.pooling`), or not at all: then the site has free parameters for each
+element of its own plates, which fits one data set and is not amortised. *Latent* parents there (crossed plates: the
+effects of the columns, for those of a row) are always pooled, since free parameters cannot follow what is sampled.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from pyro_graphflows.errors import UnsupportedModelError
+from pyro_graphflows.graphs.inverse_graph import InverseGraph
+from pyro_graphflows.guides.call import PlateState
+from pyro_graphflows.guides.pooling import subsampled_message
+
+__all__ = ["PoolPlan", "plan_pools"]
+
+
+@dataclass(frozen=True)
+class PoolPlan:
+    """The outcome of :func:`plan_pools`.
+
+    Attributes:
+        pools: For each site with a summary, the nodes that are pooled jointly, in graph order.
+        free: The sites with free parameters for each element of their plates.
+        remarks: What is worth saying of a site.
+    """
+
+    pools: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    free: frozenset[str] = frozenset()
+    remarks: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def plan_pools(
+    inverse: InverseGraph,
+    plates: Mapping[str, PlateState],
+    with_data: Collection[str],
+    indices: Collection[str],
+    *,
+    deepset: bool,
+) -> PoolPlan:
+    """Decide how parents in inner and crossed plates come in.
+
+    Args:
+        inverse: The guide's factorisation.
+        plates: The plates at set-up.
+        with_data: The nodes whose data can be network inputs.
+        indices: The inputs of an integer type.
+        deepset: Whether data are pooled.
+
+    Raises:
+        UnsupportedModelError: If data would be pooled over a subsampled plate.
+    """
+    graph = inverse.graph
+    latent = set(graph.latent)
+    pools: dict[str, tuple[str, ...]] = {}
+    free = set()
+    remarks: dict[str, tuple[str, ...]] = {}
+    for site in inverse.sampling_order:
+        pooled = [parent for parent in inverse.parents[site] if inverse.how[parent, site] == "pooled"]
+        if not pooled:
+            continue
+        latents = [parent for parent in pooled if parent in latent]
+        data = [parent for parent in pooled if parent in with_data]
+        looked_up = [parent for parent in pooled if parent in indices]
+        amortise = deepset and not looked_up
+        members = [parent for parent in pooled if parent in latents or (amortise and parent in data)]
+        over = [plate for plate in outside(graph.plates, members, site) if plate in plates]
+        partial = [plate for plate in over if plates[plate].subsampled]
+        if partial and amortise and data:
+            raise UnsupportedModelError(subsampled_message(partial[0], data))
+        if partial and latents:
+            remarks[site] = (
+                f"not faithful: {', '.join(latents)} in the subsampled plate {partial[0]} cannot be inputs of "
+                f"{site}, which is outside of it",
+            )
+        elif members:
+            pools[site] = tuple(members)
+        if deepset and looked_up:
+            remarks[site] = (
+                *remarks.get(site, ()),
+                f"not pooled: which element belongs to which is looked up by {', '.join(looked_up)}",
+            )
+        if not amortise and len(latents) < len(pooled):
+            free.add(site)
+    return PoolPlan(pools, frozenset(free), remarks)
+
+
+def outside(plates: Mapping[str, tuple[str, ...]], members: Collection[str], site: str) -> tuple[str, ...]:
+    """Return the plates around some members that are not around the site, outer to inner as far as they are nested."""
+    found = {plate: None for member in members for plate in plates[member] if plate not in plates[site]}
+    return tuple(found)

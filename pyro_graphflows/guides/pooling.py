@@ -1,0 +1,402 @@
+"""Permutation-invariant summaries of what is inside plates, for sites outside of them.
+
+The data of a group cannot be inputs of the group's own variable one by one: there may be any number of them, in any
+order. They are *pooled*: joint tuples of all that is known of one element, ``(x_n, w_n)``, become features, which are
+averaged over the plate (Zaheer et al. 2017). The features are
+
+- the standardised entries of the tuple, their squares and products (means of products carry slopes, means of squares
+  carry scales, so that a linear regression on the summary can start both), and the logarithm of each entry's variance;
+- a small learned network of the tuple;
+- the logarithm of the number of elements, as the precision of a posterior grows with it.
+
+Nested plates are pooled from the inside out, so that the spread between groups and that within them are told apart.
+Crossed plates have no inner one; they are pooled in one order for each of them.
+
+A summary of a *subsampled* plate is not allowed: with the likelihood scaled by ``N / B`` and a guide that has seen
+the same ``B`` elements, the objective is no bound on the evidence (a guide that fits each batch overstates it).
+
+References:
+    [1] Zaheer et al. (2017), Deep Sets, Theorem 2.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.guides.call import PlateState
+from pyro_graphflows.guides.features import FeatureMap
+from pyro_graphflows.nn.activations import make_activation
+
+__all__ = ["DeepSet", "DeepSetPool", "PoolMember", "pooling_orders"]
+
+MOST_CROSSED = 8  # entries of a tuple up to which all products are taken, and not only squares
+CHUNK_ROWS = 100_000  # of joint samples at set-up
+VARIANCE_FLOOR = 1e-4  # in standardised units; a group of one element has variance zero
+
+
+@dataclass(frozen=True)
+class DeepSet:
+    """The shape of the learned part of a pooled summary.
+
+    Attributes:
+        embedding_dim: The number of learned features that are averaged; 0 leaves moments and group size alone.
+        hidden_dims: The widths of the hidden layers between a tuple and its learned features.
+        activation: The activation function.
+    """
+
+    embedding_dim: int = 16
+    hidden_dims: Sequence[int] = (32,)
+    activation: str = "elu"
+
+
+@dataclass(frozen=True)
+class PoolMember:
+    """One node that is pooled.
+
+    Attributes:
+        name: The node.
+        size: The number of its features.
+        plates: The plates around it.
+        partly: Whether its last column says what is there (a site with ``obs_mask=``) and is no feature.
+        weighs: Whether an element counts only where this node is not masked (data and latent sites, not inputs).
+    """
+
+    name: str
+    size: int
+    plates: frozenset[str]
+    partly: bool = False
+    weighs: bool = True
+
+
+def pooling_orders(plates: Sequence[str], around: Sequence[AbstractSet[str]]) -> tuple[tuple[str, ...], ...]:
+    """Return the orders, outer to inner, in which plates are pooled, one for each innermost plate.
+
+    A plate is inside another if all that is in the first is in the second too; of two plates with the same nodes, the
+    later one.
+
+    Args:
+        plates: The plates to pool over.
+        around: For each node of the model, the plates around it.
+
+    Example:
+        >>> pooling_orders(["pupils", "schools"], [{"pupils", "schools"}, {"schools"}])
+        (('schools', 'pupils'),)
+        >>> pooling_orders(["rows", "columns"], [{"rows", "columns"}, {"rows"}, {"columns"}])
+        (('columns', 'rows'), ('rows', 'columns'))
+    """
+    inside = {
+        (one, other): all(other in each for each in around if one in each)
+        and (any(other in each and one not in each for each in around) or i > j)
+        for i, one in enumerate(plates)
+        for j, other in enumerate(plates)
+        if i != j
+    }
+    depth = {one: sum(inside[one, other] for other in plates if other != one) for one in plates}
+    innermost = [one for one in plates if not any(inside[other, one] for other in plates if other != one)]
+    orders = []
+    for last in innermost:
+        rest = [plate for plate in plates if plate != last]
+        orders.append((*sorted(rest, key=lambda plate: (depth[plate], plates.index(plate))), last))
+    return tuple(orders)
+
+
+class _Stage(nn.Module):
+    """Average over one plate.
+
+    *Core* features get squares and products, *carried* ones are averaged as they are.
+    """
+
+    pairs: Tensor
+
+    def __init__(self, core: int, carried: int, options: DeepSet) -> None:
+        super().__init__()
+        if core <= MOST_CROSSED:
+            pairs = torch.triu_indices(core, core)
+        else:
+            pairs = torch.arange(core).expand(2, core).clone()
+        self.register_buffer("pairs", pairs, persistent=False)
+        self.embedding: nn.Module | None = None
+        if options.embedding_dim:
+            widths = [core + carried, *options.hidden_dims]
+            layers: list[nn.Module] = []
+            for before, after in itertools.pairwise(widths):
+                layers += [nn.Linear(before, after), make_activation(options.activation)]
+            self.embedding = nn.Sequential(*layers, nn.Linear(widths[-1], options.embedding_dim))
+        self.core_size = core
+        self.carried_size = pairs.shape[1] + core + carried + options.embedding_dim + 1
+        # standardisation of what comes out, found at set-up
+        self.core_map = FeatureMap(None, torch.zeros(0, self.core_size), standardize=False)
+        self.carried_map = FeatureMap(None, torch.zeros(0, self.carried_size), standardize=False)
+
+    def forward(
+        self, core: Tensor, carried: Tensor, weight: Tensor | None, dim: int, size: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the core and carried features of the groups, and which groups are not empty.
+
+        Args:
+            core: Shape ``(*batch, core)``.
+            carried: Shape ``(*batch, carried)``.
+            weight: One where an element is there, zero where not, shape ``(*batch, 1)``; None if all are.
+            dim: The dimension of the plate, counted from the right without the feature dimension.
+            size: The size of the plate.
+        """
+        square = core[..., self.pairs[0]] * core[..., self.pairs[1]]
+        parts = [core, square, carried]
+        if self.embedding is not None:
+            parts.append(self.embedding(torch.cat([core, carried], -1)))
+        each = torch.cat(parts, -1)
+        at = dim - 1
+        there = None
+        if weight is None:
+            mean = each.mean(at, keepdim=True)
+            number = each.new_full((1,) * mean.dim(), float(size))
+        else:
+            weight = weight.expand(torch.broadcast_shapes(weight.shape, (*each.shape[:-1], 1)))
+            number = weight.sum(at, keepdim=True)
+            mean = (weight * each).sum(at, keepdim=True) / number.clamp(min=1.0)
+            there = (number > 0).to(each.dtype)
+        sizes = [self.core_size, square.shape[-1], mean.shape[-1] - self.core_size - square.shape[-1]]
+        first, second, rest = mean.split(sizes, -1)
+        own = second[..., self.pairs[0] == self.pairs[1]]
+        log_variance = ((own - first.square()).clamp(min=0.0) + VARIANCE_FLOOR).log()
+        log_number = number.clamp(min=0.5).log().expand(*mean.shape[:-1], 1)
+        return first, torch.cat([second, log_variance, rest, log_number], -1), there
+
+    def fit_(self, core: Tensor, carried: Tensor) -> None:
+        """Find the standardisation of what comes out, from samples of it."""
+        self.core_map = FeatureMap(None, core.reshape(-1, core.shape[-1]))
+        self.carried_map = FeatureMap(None, carried.reshape(-1, carried.shape[-1]))
+
+
+class DeepSetPool(nn.Module):
+    """A summary of what is inside plates.
+
+    Args:
+        members: The nodes that are pooled, jointly.
+        maps: For each of them, the map from values to standardised features.
+        orders: The orders in which the plates are pooled, each outer to inner (:func:`pooling_orders`).
+        options: The shape of the learned part.
+
+    Shape:
+        - values: for each member ``(*batch, size)``, the plates at their own dimensions of the batch shape.
+        - Output: ``(*batch, num_features)`` without the pooled plates; leading dimensions of size one are dropped.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[PoolMember],
+        maps: Sequence[FeatureMap],
+        orders: Sequence[Sequence[str]],
+        options: DeepSet,
+    ) -> None:
+        super().__init__()
+        self.members = tuple(members)
+        self.maps = nn.ModuleList(maps)
+        self.orders = tuple(map(tuple, orders))
+        self._masked = (
+            sum(member.weighs for member in members) > 1
+        )  # then masks may differ: they are features
+        self.branches = nn.ModuleList()
+        self.num_features = 0
+        for order in self.orders:
+            stages = []
+            core = carried = 0
+            for position in reversed(range(len(order))):
+                joining = self._joining(order, position)
+                core += sum(member.size for member in joining)
+                carried += sum(self._masked and member.weighs for member in joining)
+                stages.append(_Stage(core, carried, options))
+                core, carried = stages[-1].core_size, stages[-1].carried_size
+            self.branches.append(nn.ModuleList(stages))
+            self.num_features += core + carried
+
+    def _joining(self, order: Sequence[str], position: int) -> list[PoolMember]:
+        """Return the members whose innermost plate in an order is at a position."""
+        return [
+            member
+            for member in self.members
+            if max((i for i, plate in enumerate(order) if plate in member.plates), default=-1) == position
+        ]
+
+    def forward(
+        self,
+        values: Mapping[str, Tensor],
+        plates: Mapping[str, PlateState],
+        masks: Mapping[str, Tensor | bool],
+    ) -> Tensor:
+        """Return the summary.
+
+        Args:
+            values: For each member its flat values.
+            plates: The plates of the call.
+            masks: Masks by member, of batch shape; those without one are complete.
+
+        Raises:
+            GraphflowsError: If a plate is subsampled in this call.
+        """
+        return _without_leading_ones(self._run(values, plates, masks, fit=False))
+
+    @torch.no_grad()
+    def of_samples(
+        self, values: Mapping[str, Tensor], plates: Mapping[str, PlateState], *, fit: bool
+    ) -> Tensor:
+        """Return the summaries of joint samples.
+
+        Args:
+            values: For each member ``(draws, *batch, size)``, all of the same number of dimensions.
+            plates: The plates.
+            fit: Whether to set the standardisation of all stages, from a first part of the draws.
+
+        Returns:
+            Shape ``(draws, *batch, num_features)``.
+        """
+        draws = max(len(value) for value in values.values())
+        elements = max(value[0, ..., 0].numel() for value in values.values())
+        chunk = max(2, CHUNK_ROWS // elements)
+        found = []
+        for start in range(0, draws, chunk):
+            part = {name: value[start : start + chunk] for name, value in values.items()}
+            summary = self._run(part, plates, {}, fit=fit and start == 0)
+            found.append(summary.expand(len(next(iter(part.values()))), *summary.shape[1:]))
+        return torch.cat(found)
+
+    def _run(
+        self,
+        values: Mapping[str, Tensor],
+        plates: Mapping[str, PlateState],
+        masks: Mapping[str, Tensor | bool],
+        fit: bool,
+    ) -> Tensor:
+        features, weights = self._features(values, masks)
+        parts = []
+        for order, stages in zip(self.orders, self.branches, strict=True):
+            assert isinstance(stages, nn.ModuleList)
+            core: list[Tensor] = []
+            carried: list[Tensor] = []
+            there: Tensor | None = None
+            judged = False  # whether anything that says which elements count has been met
+            for position, stage in zip(reversed(range(len(order))), stages, strict=True):
+                assert isinstance(stage, _Stage)
+                plate = plates[order[position]]
+                if plate.subsampled:
+                    raise GraphflowsError(subsampled_message(plate.name, [m.name for m in self.members]))
+                joining = self._joining(order, position)
+                weighing = [weights[member.name] for member in joining if member.weighs]
+                masked = list(weighing)
+                if judged:
+                    weighing.append(there)
+                judged = judged or bool(weighing)
+                core += [features[member.name] for member in joining]
+                if self._masked:
+                    like = core[0]
+                    carried += [like.new_ones(1) if mask is None else mask for mask in masked]
+                joint = _cat(core)
+                one, other, there = stage(
+                    joint, _cat(carried, like=joint), _any(weighing), plate.dim, plate.size
+                )
+                if fit:
+                    stage.fit_(one, other)
+                core, carried = [stage.core_map(one)], [stage.carried_map(other)]
+            parts += [*core, *carried]
+        return _cat(parts)
+
+    def _features(
+        self, values: Mapping[str, Tensor], masks: Mapping[str, Tensor | bool]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+        """Return the standardised features of each member, and where it is there (None: everywhere)."""
+        features: dict[str, Tensor] = {}
+        weights: dict[str, Tensor | None] = {}
+        for member, feature_map in zip(self.members, self.maps, strict=True):
+            value = values[member.name]
+            mask: Tensor | None = None
+            if member.partly:
+                value, mask = value[..., :-1], value[..., -1:] > 0
+            elif member.name in masks and masks[member.name] is not True:
+                mask = torch.as_tensor(masks[member.name], device=value.device).unsqueeze(-1)
+            if mask is None:
+                features[member.name], weights[member.name] = feature_map(value), None
+                continue
+            zero = torch.zeros((), dtype=value.dtype, device=value.device)
+            features[member.name] = torch.where(mask, feature_map(torch.where(mask, value, zero)), zero)
+            weights[member.name] = mask.to(value.dtype)
+        return features, weights
+
+    def mean_of(self, name: str) -> tuple[list[int], Tensor, Tensor]:
+        """Return the columns of a member's mean, and the shift and scale that turn them into that mean.
+
+        The mean is that over the plates from the inside out: of group means where groups differ in size.
+
+        Raises:
+            GraphflowsError: If a map on the way is not affine.
+        """
+        order, stages = self.orders[0], self.branches[0]
+        assert isinstance(stages, nn.ModuleList)
+        columns: list[int] = []
+        shift, scale = torch.zeros(0), torch.ones(0)
+        for position, stage in zip(reversed(range(len(order))), stages, strict=True):
+            assert isinstance(stage, _Stage)
+            joining = self._joining(order, position)
+            start = 0 if position == len(order) - 1 else self._core_size_before(order, position)
+            for member in joining:
+                if member.name == name:
+                    columns = list(range(start, start + member.size))
+                    feature_map = self.maps[self.members.index(member)]
+                    assert isinstance(feature_map, FeatureMap)
+                    shift, scale = _affine(feature_map, range(member.size), name)
+                start += member.size
+            if columns:
+                more_shift, more_scale = _affine(stage.core_map, columns, name)
+                shift, scale = shift + scale * more_shift, scale * more_scale
+        return columns, shift, scale
+
+    def _core_size_before(self, order: Sequence[str], position: int) -> int:
+        return sum(m.size for p in range(position + 1, len(order)) for m in self._joining(order, p))
+
+
+def subsampled_message(plate: str, names: Sequence[str]) -> str:
+    """Say why a subsampled plate is not pooled, and what to do."""
+    return (
+        f"Expected plate {plate!r} in full, since the guide pools {', '.join(names)} over it (pool='deepset'); it is "
+        "subsampled. With a summary of the same batch that the likelihood is scaled up from, the objective is not a "
+        "bound on the evidence. Use the full data in each call, or pool=None (free parameters for the outer sites, "
+        "which a subsampled plate allows), or train with InferenceCompilation on whole data sets."
+    )
+
+
+def _any(weights: Sequence[Tensor | None]) -> Tensor | None:
+    """Return where anything is there; None if something is there everywhere."""
+    if not weights or any(weight is None for weight in weights):
+        return None
+    total = weights[0]
+    for weight in weights[1:]:
+        assert total is not None
+        assert weight is not None
+        total = torch.maximum(total, weight)
+    return total
+
+
+def _cat(parts: Sequence[Tensor], like: Tensor | None = None) -> Tensor:
+    if not parts:
+        assert like is not None
+        return like.new_zeros(*like.shape[:-1], 0)
+    shapes = [part.shape[:-1] for part in parts] + ([] if like is None else [like.shape[:-1]])
+    shape = torch.broadcast_shapes(*shapes)
+    return torch.cat([part.expand(*shape, part.shape[-1]) for part in parts], -1)
+
+
+def _without_leading_ones(value: Tensor) -> Tensor:
+    first = next((i for i, size in enumerate(value.shape[:-1]) if size != 1), value.dim() - 1)
+    return value.reshape(value.shape[first:])
+
+
+def _affine(feature_map: FeatureMap, columns: Sequence[int] | range, name: str) -> tuple[Tensor, Tensor]:
+    for kind, part in feature_map.kinds:
+        if kind != "identity" and any(part.start <= column < part.stop for column in columns):
+            raise GraphflowsError(f"Expected an affine map of {name} to its pooled mean; got a {kind} map.")
+    chosen = list(columns)
+    return feature_map.shift[chosen], feature_map.scale[chosen]
