@@ -85,9 +85,14 @@ def make_guide(network, structure, seed, init, hidden_dims, num_samples=10_000):
 
 
 def first_rate(run, args):
-    """Return the rate of Adam at the start: large networks get a smaller one, the regression start a still smaller."""
+    """Return the rate of Adam at the start: large networks get a smaller one, the regression start a still smaller.
+
+    The wide fully connected network, in which every unit serves many conditionals, diverges at the others' rate.
+    """
     if run.init == "regression":
         return args.lr_regression
+    if run.structure == "full" and run.hidden_dims == tuple(args.wide_dims):
+        return args.lr_wide
     return args.lr if run.depth < args.deep else args.lr_deep
 
 
@@ -339,6 +344,9 @@ def parser():
         "--lr", type=float, default=1e-2, help="first rate of Adam; divided by ten when converged"
     )
     parse.add_argument("--lr-deep", type=float, default=2e-3, help="first rate for deep trees")
+    parse.add_argument(
+        "--lr-wide", type=float, default=1e-3, help="first rate of the wide fully connected network"
+    )
     parse.add_argument("--deep", type=int, default=8, help="the depth from which a tree is deep")
     parse.add_argument(
         "--lr-regression", type=float, default=1e-4, help="first rate after the regression start"

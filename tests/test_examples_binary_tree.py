@@ -175,6 +175,8 @@ def test_order_of_the_runs(example):
     assert rates == {args.lr}
     assert example.first_rate(example.Run(8, "full", "random", 0), args) == args.lr_deep
     assert example.first_rate(example.Run(8, "minimal", "regression", 0), args) == args.lr_regression
+    wide = example.Run(7, "full", "random", 0, tuple(args.wide_dims))
+    assert example.first_rate(wide, args) == args.lr_wide
     assert {dataclasses.astuple(run)[4] for run in runs if run.depth != 8} == {(200, 200)}
 
 
