@@ -33,17 +33,21 @@ class AutoFaithfulFlow(AutoFaithfulNormal):
     Args:
         model: The model.
         inverse: What the sites are conditioned on; see :func:`~pyro_graphflows.auto_faithful_guide`.
-        flow: ``"faithful"`` (:class:`~pyro_graphflows.FaithfulResidual`).
-        num_blocks: The number of residual blocks of each element.
+        flow: ``"faithful"`` (:class:`~pyro_graphflows.FaithfulResidual`), or ``"graphical"`` for the flow of [1]
+            (:class:`~pyro_graphflows.GraphicalResidual`, and an affine map along the graph for the regression
+            start): its sites depend on all their ancestors, and independences are not enforced.
+        num_blocks: The number of residual blocks of each element. By default 3; in a graphical flow 4, or as many
+            as there are edges on the longest shortest path from an ancestor to a site, which is the least.
         units_per_variable: The hidden units of one block of one element.
         hidden_layers: The number of hidden layers of a block.
         hidden_dims: Widths of the hidden layers over all elements, instead of the two arguments before.
         closed_form: ``"sampling"`` or ``"density"``: the direction without numerical inversion.
-        activation: An activation with known slopes, or its name.
+        activation: An activation with known slopes, or its name; by default ``"elu"`` (graphical: ``"lipmish"``).
         lipschitz: c in (0, 1): a residual map's slope stays above 1 − c.
         conditional_scale: Whether parents act on the log-scale of each block directly.
         conditioner_units: The hidden units, for each distinct set of parents, of the masked network through which
-            parents act nonlinearly on shifts, scales and hidden units; 0 leaves the linear maps alone.
+            parents act nonlinearly on shifts, scales and hidden units; 0 leaves the linear maps alone. By default 32,
+            and 0 in a graphical flow (where it acts on the affine map).
         conditioner_layers: The number of its hidden layers.
         init: ``"regression"`` (see :mod:`~pyro_graphflows.guides.start`) or ``"random"``.
         standardize: Whether inputs and outputs are shifted and scaled by constants found at set-up.
@@ -70,29 +74,34 @@ class AutoFaithfulFlow(AutoFaithfulNormal):
         model: Callable[..., Any],
         *,
         flow: str = "faithful",
-        num_blocks: int = 3,
+        num_blocks: int | None = None,
         units_per_variable: int = 16,
         hidden_layers: int = 1,
         hidden_dims: Sequence[int] | None = None,
         closed_form: str = "sampling",
-        activation: str | nn.Module = "elu",
+        activation: str | nn.Module | None = None,
         lipschitz: float = 0.97,
         conditional_scale: bool = True,
-        conditioner_units: int = 16,
-        conditioner_layers: int = 1,
+        conditioner_units: int | None = None,
+        conditioner_layers: int = 2,
         init: str = "regression",
         standardize: bool = True,
         num_start_samples: int = 10_000,
         solver: Any = None,
         **options: Any,
     ) -> None:
-        if flow != "faithful":
-            raise GraphflowsError(f"Expected flow='faithful'; got {flow!r}.")
+        if flow not in ("faithful", "graphical"):
+            raise GraphflowsError(f"Expected flow='faithful' or 'graphical'; got {flow!r}.")
         if closed_form not in ("sampling", "density"):
             raise GraphflowsError(f"Expected closed_form 'sampling' or 'density'; got {closed_form!r}.")
         super().__init__(
             model, init=init, standardize=standardize, num_start_samples=num_start_samples, **options
         )
+        graphical = flow == "graphical"
+        if activation is None:
+            activation = "lipmish" if graphical else "elu"
+        if conditioner_units is None:
+            conditioner_units = 0 if graphical else 32
         self._flow_options = FlowOptions(
             num_blocks,
             units_per_variable,
@@ -107,6 +116,7 @@ class AutoFaithfulFlow(AutoFaithfulNormal):
                 "conditioner_layers": conditioner_layers,
                 "solver": solver,
             },
+            graphical,
         )
 
     def _check_plan(self, plan: Plan, traced: TracedModel) -> None:

@@ -7,6 +7,10 @@ each site. Each site is emitted on its own, as a distribution over its flat unco
 - knows the density of what it has just drawn, and inverts its part of the flow for any other value;
 - depends on the values of its parents that the trace really has, since the guide hands those in after each level.
 
+In a faithful flow a site's term depends on exactly its parents. In a graphical one it is the density given all
+ancestors, which enter through their noise: where a value is replaced, its noise is found by inversion and all later
+sites are computed again.
+
 The elements of a vector site form a full autoregressive chain inside the site, one *stage* after the other.
 """
 
@@ -26,12 +30,16 @@ from pyro_graphflows.guides.free import FreeTable
 from pyro_graphflows.guides.plan import Block
 from pyro_graphflows.transforms.faithful_evaluation import FaithfulEvaluation
 from pyro_graphflows.transforms.faithful_nn import FaithfulResidualNN
+from pyro_graphflows.transforms.graphical_affine import AffineGraphicalEvaluation, AffineGraphicalNN
 from pyro_graphflows.transforms.structure import FlowStructure
+
+Evaluation = FaithfulEvaluation | AffineGraphicalEvaluation
 
 __all__ = ["FlowBlock", "FlowConditional", "FlowEvaluation", "FlowLevel", "FlowOptions"]
 
 ElementParents = Mapping[str, Sequence[Sequence[tuple[str, int]]]]
 
+DEFAULT_BLOCKS = 3
 HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
 
@@ -40,20 +48,24 @@ class FlowOptions:
     """The shape of the flows.
 
     Attributes:
-        num_blocks: The number of residual blocks of each variable.
+        num_blocks: The number of residual blocks of each variable; None for 3, or in a graphical flow as many as it
+            needs.
         units_per_variable: The hidden units of one block of one variable.
         hidden_layers: The number of hidden layers of a block.
         hidden_dims: The widths of the hidden layers over all variables, instead of the two before.
         closed_form: ``"sampling"`` or ``"density"``, the direction without numerical inversion.
-        options: Further arguments of :class:`~pyro_graphflows.transforms.faithful_nn.FaithfulResidualNN`.
+        options: Further arguments of :class:`~pyro_graphflows.transforms.faithful_nn.FaithfulResidualNN`, or of
+            :class:`~pyro_graphflows.transforms.graphical_affine.AffineGraphicalNN`.
+        graphical: Whether the flow is the latter.
     """
 
-    num_blocks: int = 3
+    num_blocks: int | None = None
     units_per_variable: int = 16
     hidden_layers: int = 1
     hidden_dims: Sequence[int] | None = None
     closed_form: str = "sampling"
     options: Mapping[str, Any] = field(default_factory=dict)
+    graphical: bool = False
 
 
 class FlowBlock(nn.Module):
@@ -102,11 +114,16 @@ class FlowBlock(nn.Module):
         self.network = self._make_network(names, options, element_parents)
         self.reset_free_()
 
-    network: FaithfulResidualNN
+    network: FaithfulResidualNN | AffineGraphicalNN
+
+    @property
+    def affine(self) -> FaithfulResidualNN:
+        """The part of the network that has shifts, scales and the standardisation."""
+        return self.network.affine if isinstance(self.network, AffineGraphicalNN) else self.network
 
     def _make_network(
         self, names: list[str], options: FlowOptions, element_parents: ElementParents
-    ) -> FaithfulResidualNN:
+    ) -> FaithfulResidualNN | AffineGraphicalNN:
         block, parts = self.block, self.parts
         parents: list[list[int]] = []
         context_parents: list[list[int]] = []
@@ -144,29 +161,25 @@ class FlowBlock(nn.Module):
             context_names=(*names[: self.num_features], *free_names),
             stages=tuple(stages),
         )
-        return FaithfulResidualNN(
-            structure,
-            num_blocks=options.num_blocks,
-            hidden_dims=(
-                [options.units_per_variable * len(parents)] * options.hidden_layers
-                if options.hidden_dims is None
-                else options.hidden_dims
-            ),
-            closed_form=options.closed_form,
-            **options.options,
-        )
+        hidden_dims = options.hidden_dims
+        if hidden_dims is None:
+            hidden_dims = [options.units_per_variable * len(parents)] * options.hidden_layers
+        shape = {**options.options, "hidden_dims": hidden_dims, "closed_form": options.closed_form}
+        if options.graphical:
+            return AffineGraphicalNN(structure, num_blocks=options.num_blocks, **shape)
+        return FaithfulResidualNN(structure, num_blocks=options.num_blocks or DEFAULT_BLOCKS, **shape)
 
     # ---------------------------------------------------------------- starting values
 
     @torch.no_grad()
     def set_standardization_(self, site: str, shift: Tensor, scale: Tensor) -> None:
         """Set the shift and scale of a site's unconstrained vector."""
-        self.network.loc[self.parts[site]] = shift.to(self.network.loc)
-        self.network.scale[self.parts[site]] = scale.to(self.network.scale)
+        self.affine.loc[self.parts[site]] = shift.to(self.affine.loc)
+        self.affine.scale[self.parts[site]] = scale.to(self.affine.scale)
 
     def standardization(self, site: str) -> tuple[Tensor, Tensor]:
         """Return the shift and scale of a site's unconstrained vector."""
-        return self.network.loc[self.parts[site]], self.network.scale[self.parts[site]]
+        return self.affine.loc[self.parts[site]], self.affine.scale[self.parts[site]]
 
     @torch.no_grad()
     def set_linear_(self, site: str, weights: Mapping[str, Tensor], loc: Tensor, scale_tril: Tensor) -> None:
@@ -178,7 +191,7 @@ class FlowBlock(nn.Module):
             loc: The location where all parents are zero, shape ``(size,)``.
             scale_tril: The lower triangular square root of the covariance, shape ``(size, size)``.
         """
-        network, part = self.network, self.parts[site]
+        network, part = self.affine, self.parts[site]
         centre, width = network.loc.double(), network.scale.double()
         joint = centre.new_zeros(len(centre), network.context_dim + len(centre))
         for parent, matrix in weights.items():
@@ -200,13 +213,13 @@ class FlowBlock(nn.Module):
         own = slice(network.context_dim + part.start, network.context_dim + part.stop)
         joint[part, own] = torch.eye(len(diagonal)).to(joint) - chain
         scale[part] = diagonal
-        network.init_linear_(joint, shift, scale, variables=range(part.start, part.stop))
+        self.network.init_linear_(joint, shift, scale, variables=range(part.start, part.stop))
         self.reset_free_(site)
 
     @torch.no_grad()
     def reset_free_(self, site: str | None = None) -> None:
         """Let the free parameters of one site, or of all, be a shift and a log-scale of its last affine map."""
-        network, stack = self.network, self.network.stack
+        network, stack = self.affine, self.affine.stack
         place = {int(v): inner for inner, v in enumerate(network._order)}
         edge = {pair: e for e, pair in enumerate(network.edges.edges)}
         first = stack.hidden_units[0]
@@ -240,9 +253,7 @@ class FlowBlock(nn.Module):
 class FlowEvaluation:
     """One evaluation of a block; alternates :meth:`factors` and :meth:`accept`, level by level."""
 
-    def __init__(
-        self, module: FlowBlock, evaluation: FaithfulEvaluation, batches: Sequence[torch.Size]
-    ) -> None:
+    def __init__(self, module: FlowBlock, evaluation: Evaluation, batches: Sequence[torch.Size]) -> None:
         self._module = module
         self._evaluation = evaluation
         self._batch = torch.broadcast_shapes(*batches)
@@ -274,7 +285,7 @@ class FlowLevel:
         evaluation: The flow's evaluation, at this level.
     """
 
-    def __init__(self, module: FlowBlock, depth: int, evaluation: FaithfulEvaluation) -> None:
+    def __init__(self, module: FlowBlock, depth: int, evaluation: Evaluation) -> None:
         sites = module.block.levels[depth]
         start = module.parts[sites[0]].start
         self.parts = {
@@ -282,28 +293,30 @@ class FlowLevel:
         }
         self.size = module.parts[sites[-1]].stop - start
         self.stages = module.level_stages[depth]
-        self.loc = module.network.loc[start : start + self.size]
+        self.loc = module.affine.loc[start : start + self.size]
         self.evaluation = evaluation
         self.given: dict[str, Tensor] = {}
         self._waiting: tuple[Any, dict[str, tuple[Tensor, Tensor]]] = (None, {})
         self._scored: tuple[Any, dict[str, Tensor]] = (None, {})
-        self._after: tuple[dict[str, Tensor], FaithfulEvaluation] | None = None
+        self._after: tuple[dict[str, Tensor], Evaluation] | None = None
 
     def draw(self, site: str, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """Draw the vector of a site; return it and its log-density, of shapes ``(*shape, size)`` and ``shape``."""
         key = (shape, torch.is_grad_enabled())
         if self._waiting[0] != key or site not in self._waiting[1]:
-            eps = torch.randn(*shape, self.size, dtype=self.loc.dtype, device=self.loc.device)
-            self._waiting = (key, self.push(eps))
+            self._waiting = (key, self.push(shape=shape))
         return self._waiting[1].pop(site)
 
-    def push(self, eps: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Map the noise of all sites of the level to their vectors and log-densities."""
+    def push(self, eps: Tensor | None = None, shape: Sequence[int] = ()) -> dict[str, tuple[Tensor, Tensor]]:
+        """Map the noise of all sites of the level, or new noise, to their vectors and log-densities."""
         evaluation = self.evaluation
         z, terms = [], []
         for stage in self.stages:
             evaluation = evaluation.fork()
-            noise = eps if len(self.stages) == 1 else eps[..., stage]
+            if eps is None:
+                noise = evaluation.noise(shape)
+            else:
+                noise = eps if len(self.stages) == 1 else eps[..., stage]
             value, log_diagonal = evaluation.step(noise)
             evaluation.accept(value)
             z.append(value)
@@ -322,7 +335,7 @@ class FlowLevel:
                 columns[column] = value
         return torch.stack([column for column in columns if column is not None], -1)
 
-    def accept(self, values: Mapping[str, Tensor], last: bool) -> FaithfulEvaluation:
+    def accept(self, values: Mapping[str, Tensor], last: bool) -> Evaluation:
         """Take the values of the level's sites; return the evaluation at the next level."""
         self.given = {site: values[site] for site in self.parts}
         if self._after is not None and all(self._after[0][site] is self.given[site] for site in self.parts):

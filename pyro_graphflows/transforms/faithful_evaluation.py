@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -65,6 +66,11 @@ class FaithfulEvaluation:
         other = copy.copy(self)
         other._accepted = list(self._accepted)
         return other
+
+    def noise(self, shape: Sequence[int]) -> Tensor:
+        r"""Draw standard normal noise for the next level, of shape (\*shape, n)."""
+        loc, width = self._network.loc, len(self._network.levels[self.level])
+        return torch.randn(*shape, width, dtype=loc.dtype, device=loc.device)
 
     def step(self, eps: Tensor) -> tuple[Tensor, Tensor]:
         r"""Map the noise of the next level to values.

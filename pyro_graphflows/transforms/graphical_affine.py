@@ -33,6 +33,9 @@ class AffineGraphicalNN(nn.Module):
         num_blocks: The number of residual blocks; by default 4, or as many as information needs to reach every variable
             from all its ancestors.
         conditional_scale: Whether parents act on the scales of the affine map.
+        conditioner_units: The hidden units of a conditioner of the affine map
+            (:class:`~pyro_graphflows.transforms.faithful_nn.FaithfulResidualNN`); 0 for none.
+        conditioner_layers: The number of its hidden layers.
         **options: Further arguments of :class:`~pyro_graphflows.transforms.graphical_nn.GraphicalResidualNN`.
 
     Attributes:
@@ -50,6 +53,8 @@ class AffineGraphicalNN(nn.Module):
         *,
         num_blocks: int | None = None,
         conditional_scale: bool = True,
+        conditioner_units: int = 0,
+        conditioner_layers: int = 1,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -62,6 +67,8 @@ class AffineGraphicalNN(nn.Module):
             units_per_variable=0,
             closed_form="sampling",
             conditional_scale=conditional_scale,
+            conditioner_units=conditioner_units,
+            conditioner_layers=conditioner_layers,
         )
 
     @torch.no_grad()
