@@ -120,10 +120,11 @@ class Data:
 
 
 @torch.no_grad()
-def bound(vae, x, batch_size=500):
+def bound(vae, x, num_samples=1, batch_size=500):
     """Return the mean ELBO and the mean divergence of each node, with hard gates and stored batch statistics."""
     was_training = vae.training
     vae.eval()
+    x = x.repeat(num_samples, *(1 for _ in vae.input_shape))
     elbo, divergences = 0.0, dict.fromkeys(vae.names, 0.0)
     for part in x.split(batch_size):
         guide_trace = poutine.trace(vae.guide).get_trace(part)
@@ -206,7 +207,7 @@ class Recorder:
         if self.run.structure == "learned":
             row["gates"] = [[round(p, 5) for p in line] for line in self.vae.gate_probabilities.tolist()]
         if epoch % args.test_every == 0 or epoch == args.epochs:
-            row["elbo"], row["kl"] = bound(self.vae, self.data.test)
+            row["elbo"], row["kl"] = bound(self.vae, self.data.test, args.bound_samples)
         if epoch % args.ll_every == 0 or epoch == args.epochs:
             row["likelihood"] = likelihood(
                 self.vae, self.data.some_of_test(args.ll_images), args.ll_particles
@@ -278,7 +279,7 @@ def train(run, args, data=None):
             f"{run.name}: {history.stop_reason} after {len(history)} epochs; run again to go on."
         )
     pyro.set_rng_seed(run.seed)
-    elbo, kl = bound(vae, data.test)
+    elbo, kl = bound(vae, data.test, args.bound_samples)
     record["finals"][str(args.epochs)] = {
         "best_epoch": history.best_epoch + 1,
         "elbo": elbo,
@@ -361,6 +362,9 @@ def parser():
     parse.add_argument("--decay", type=float, default=0.25, help="what the rate is multiplied by")
     parse.add_argument("--decay-every", type=int, default=200, help="epochs")
     parse.add_argument("--test-every", type=int, default=1, help="epochs between test bounds")
+    parse.add_argument(
+        "--bound-samples", type=int, default=1, help="samples of the nodes for each test bound"
+    )
     parse.add_argument("--ll-every", type=int, default=5, help="epochs between log-likelihoods of the curve")
     parse.add_argument("--ll-images", type=int, default=200, help="test images of the curve's log-likelihood")
     parse.add_argument("--ll-particles", type=int, default=500)

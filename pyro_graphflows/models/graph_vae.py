@@ -107,6 +107,10 @@ class GraphVAE(PyroModule):
         decoder_dims: Hidden widths of the default decoder.
         match_parameters: Whether the first two hidden layers of the default encoder of ``"independent"`` are made so
             wide that it has as many parameters as ``"full"``.
+        edge_cost: What an open gate costs in the training objective, in nats per datum. The bound alone has nothing
+            against an edge that does no good, once the networks have learned to ignore it: its gate stays anywhere
+            between 0 and 1. A small cost closes it. The cost is not part of the bound; in evaluation mode it is not
+            there.
         name: The prefix of the parameters in Pyro's parameter store; a number is added for a second module of that
             name.
 
@@ -149,12 +153,15 @@ class GraphVAE(PyroModule):
         encoder_dims: Sequence[int] = ENCODER_DIMS,
         decoder_dims: Sequence[int] = DECODER_DIMS,
         match_parameters: bool = True,
+        edge_cost: float = 0.0,
         name: str = "graph_vae",
     ) -> None:
         super().__init__()
         self.input_shape = torch.Size(input_shape)
         sizes = {"node_dim": node_dim, "embedding_dim": embedding_dim, "hidden_dim": hidden_dim or 1}
         sizes |= {"num_nodes": 1 if num_nodes is None else num_nodes}
+        if edge_cost < 0:
+            raise GraphflowsError(f"Expected edge_cost >= 0; got {edge_cost}.")
         wrong = [
             f"{key}={size}" for key, size in {**sizes, "input_shape": min(input_shape)}.items() if size < 1
         ]
@@ -173,6 +180,7 @@ class GraphVAE(PyroModule):
         self._sees_all = decoder_input == "all"
         self.node_dim = node_dim
         self.embedding_dim = embedding_dim
+        self.edge_cost = edge_cost
         self.name = name
 
         num_inputs, num_outputs = self.input_shape.numel(), self.input_shape.numel()
@@ -225,6 +233,8 @@ class GraphVAE(PyroModule):
         self._announce(self.decoder, "decoder")
         data, num_data = (None, num_samples or 1) if x is None else (self._data(x), len(x))
         gates = self._gates()
+        if self.edge_cost and isinstance(gates, Tensor):
+            pyro.factor("edge_cost", -self.edge_cost * num_data * self.gate_logits.sigmoid().sum())
         with pyro.plate("data", num_data, dim=-1):
             values = self._generate(num_data, gates, pyro.sample)
             return pyro.sample(DATA, self._decode(values), obs=data)
