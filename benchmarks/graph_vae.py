@@ -1,8 +1,8 @@
 """Time of a Graph VAE training step at the size of MNIST, and how it grows with the number of nodes.
 
 Processor time of one thread, batch 64, 28 by 28 pixels, 80 latent dimensions in all. Three ways to take a step: Pyro's
-``SVI`` with its Adam (one torch optimiser for each parameter), one torch Adam for all parameters (what ``fit`` does), and the
-loss with its gradient alone. Growth is also measured with a fixed 16 dimensions for each node.
+``SVI`` with its Adam (one torch optimiser for each parameter), one torch Adam for all parameters (what ``fit`` does),
+and the loss with its gradient alone. Growth is also measured with a fixed 16 dimensions for each node.
 
     python benchmarks/graph_vae.py --out docs/results/graph_vae/speed.json
 """

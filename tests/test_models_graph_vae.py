@@ -388,6 +388,26 @@ def test_average_over_gates_is_a_bound():
     assert (weights @ torch.stack(elbos) <= mixture).all()
 
 
+@pytest.mark.parametrize("elbo", [TraceMeanField_ELBO(), Trace_ELBO(), IWAE_ELBO(2)])
+def test_edge_cost_is_in_the_training_loss_only(elbo):
+    x = torch.randint(2, (10, 6)).to(torch.get_default_dtype())
+    losses, gradients, evaluated = [], [], []
+    for cost in (0.0, 0.3):
+        pyro.set_rng_seed(1)
+        vae = GraphVAE((6,), 3, 2, edge_cost=cost, **SMALL)
+        vae.gate_logits.data[:] = torch.tensor([1.0, 0.0, -2.0])
+        loss = elbo.differentiable_loss(vae.model, vae.guide, x)
+        losses.append(loss.item())
+        gradients.append(torch.autograd.grad(loss, vae.gate_logits)[0])
+        pyro.set_rng_seed(2)
+        evaluated.append(elbo.loss(vae.eval().model, vae.guide, x))
+    p = torch.tensor([1.0, 0.0, -2.0]).sigmoid()
+    assert losses[1] - losses[0] == pytest.approx(0.3 * 10 * p.sum().item(), rel=1e-9)
+    torch.testing.assert_close(gradients[1] - gradients[0], 0.3 * 10 * p * (1 - p))
+    # the running statistics are those of one training step, the same for both
+    assert evaluated[0] == evaluated[1]
+
+
 def test_annealing():
     vae = GraphVAE((6,), 3, 2, **SMALL)
     assert vae.temperature == 1
@@ -664,6 +684,7 @@ def test_two_modules_of_one_name_are_told_apart():
         ({"structure": nx.DiGraph([("z1", 1)])}, "distinct node names"),
         ({"likelihood": "poisson"}, "Expected likelihood"),
         ({"decoder_input": "last"}, "Expected decoder_input"),
+        ({"edge_cost": -1.0}, "edge_cost >= 0"),
         ({"node_dim": 0}, "positive sizes; got node_dim=0"),
         ({"num_nodes": 0}, "num_nodes=0"),
     ],

@@ -233,9 +233,10 @@ class GraphVAE(PyroModule):
         self._announce(self.decoder, "decoder")
         data, num_data = (None, num_samples or 1) if x is None else (self._data(x), len(x))
         gates = self._gates()
-        if self.edge_cost and isinstance(gates, Tensor):
-            pyro.factor("edge_cost", -self.edge_cost * num_data * self.gate_logits.sigmoid().sum())
         with pyro.plate("data", num_data, dim=-1):
+            if self.edge_cost and isinstance(gates, Tensor):  # relaxed: in training
+                cost = self.edge_cost * self.gate_logits.sigmoid().sum()
+                pyro.factor("edge_cost", -cost.expand(num_data))
             values = self._generate(num_data, gates, pyro.sample)
             return pyro.sample(DATA, self._decode(values), obs=data)
 
