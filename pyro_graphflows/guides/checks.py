@@ -230,8 +230,8 @@ def _mean_field_without_paths(rough: list[str]) -> list[str]:
         return []
     return [
         f"TraceMeanField_ELBO has no score-function gradient for {_listed(rough)}: it raises an error, or without "
-        "validation leaves that gradient out where it knows a KL divergence. Use TraceGraph_ELBO, or TraceEnum_ELBO with "
-        "enumerated sites."
+        "validation leaves that gradient out where it knows a KL divergence. Use TraceGraph_ELBO, or TraceEnum_ELBO "
+        "with enumerated sites."
     ]
 
 
