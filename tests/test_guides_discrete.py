@@ -470,6 +470,44 @@ def test_enumerated_globals_and_locals():
         assert loss.loss(enumerated_globals, guide, x) == pytest.approx(-of_g.logsumexp(0).item())
 
 
+OF_K = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8]], dtype=torch.double)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("enumerate_sites", [False, True])
+def test_sites_that_the_model_enumerates_beside_those_of_the_guide(enumerate_sites, masked):
+    """k -> z -> x as before, and k -> m -> u with m summed over by the model."""
+    mask = torch.tensor([True, not masked, True, True])
+
+    def model(x, u):
+        with pyro.plate("data", len(x)), poutine.mask(mask=mask):
+            k = pyro.sample("k", dist.Categorical(WEIGHTS))
+            m = pyro.sample("m", dist.Categorical(OF_K[k]), infer={"enumerate": "parallel"})
+            z = pyro.sample("z", dist.Normal(CENTRES[k], 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+            pyro.sample("u", dist.Normal(2.0 * m, 1.0), obs=u)
+
+    x, u = 2 * torch.randn(4), torch.tensor([0.3, 0.3, 2.0, 2.0])
+    guide = auto_faithful_guide(
+        model, x, u, init="random", enumerate_sites=enumerate_sites, units_per_set=8, standardize=False
+    )
+    assert guide.inverse.parents == {"k": ("x", "u"), "z": ("k", "x")}
+    of_u = (OF_K.log() + dist.Normal(torch.tensor([0.0, 2.0]), 1.0).log_prob(u[:, None, None])).logsumexp(-1)
+    exact = (
+        WEIGHTS.log() + dist.Normal(CENTRES, math.sqrt(1.25)).log_prob(x.unsqueeze(-1)) + of_u
+    ).logsumexp(-1)
+    # the logits of k: exact at the two values of u, linear in x
+    slope = (of_u[2] - of_u[0]) / 1.7
+    logits = WEIGHTS.log() - CENTRES**2 / 2.5 + of_u[0] - 0.3 * slope
+    guide.set_linear_("k", {"x": CENTRES.unsqueeze(-1) / 1.25, "u": slope.unsqueeze(-1)}, logits)
+    guide.set_linear_("z", {"k": 0.2 * CENTRES.unsqueeze(0), "x": 0.8}, 0.0, math.sqrt(0.2))
+    for vectorize in (False, True):
+        loss = particles(TraceEnum_ELBO, vectorize)
+        assert loss.loss(model, guide, x, u) == pytest.approx(-exact[mask].sum().item())
+        found = log_evidence(model, guide, x, u, num_particles=3, vectorize=vectorize).log_evidence
+        torch.testing.assert_close(found, torch.where(mask, exact, 0.0))
+
+
 @pytest.mark.parametrize("engine", ["dense", "sparse"])
 @pytest.mark.parametrize("family", ["normal", "flow"])
 def test_influence_of_discrete_values_is_traced(family, engine, monkeypatch):

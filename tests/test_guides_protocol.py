@@ -1,5 +1,6 @@
 """What Pyro does with guides: lists of guides, handlers, partial observations, files, modules."""
 
+import copy
 import math
 
 import pyro
@@ -13,6 +14,7 @@ from pyro.infer.reparam import LocScaleReparam
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides import auto_faithful_guide
+from pyro_graphflows.infer import InferenceCompilation
 
 
 def pair(x):
@@ -140,6 +142,31 @@ def test_guide_list():
     svi = SVI(pair, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
     assert math.isfinite(svi.step(x))
     assert math.isfinite(svi.step(x))
+
+
+@pytest.mark.parametrize("how", ["svi", "compilation", "copy"])
+def test_two_guides_in_one_program(how):
+    """Parameters are stored by name, and guides of one class have the same names: each must train its own."""
+    x = torch.randn(5)
+    first = auto_faithful_guide(pair, x, init="random")
+    second = copy.deepcopy(first) if how == "copy" else auto_faithful_guide(pair, x, init="random")
+
+    def trainer(guide):
+        optim = pyro.optim.Adam({"lr": 1e-2})
+        if how == "compilation":
+            return InferenceCompilation(pair, guide, optim)
+        return SVI(pair, guide, optim, Trace_ELBO())
+
+    trainers = [trainer(first), trainer(second)]
+    for i in (0, 1, 0, 1, 1):
+        before = [[p.detach().clone() for p in guide.parameters()] for guide in (first, second)]
+        trainers[i].step(x)
+        after = [list(guide.parameters()) for guide in (first, second)]
+        moved = [
+            any(not torch.equal(b, a) for b, a in zip(*pair, strict=True))
+            for pair in zip(before, after, strict=True)
+        ]
+        assert moved == [i == 0, i == 1]
 
 
 def test_no_observations():

@@ -410,6 +410,7 @@ class AutoFaithfulGuide(AutoGuide):
         """
         if self._plan is None:
             self.setup(*args, **kwargs)
+        self._claim_parameter_names()
         call = self._read(args, kwargs, observations)
         networks: Any = self.networks
         features: Any = self.features
@@ -428,6 +429,22 @@ class AutoFaithfulGuide(AutoGuide):
                         result[name], unconstrained[name] = self._sample_site(name, factor, call)
                     evaluation.accept({name: unconstrained[name] for name in level})
         return {name: result[name] for name in self.plan.graph.latent}
+
+    def _claim_parameter_names(self) -> None:
+        """Take entries of other guides out of the parameter store where their names are those of this one.
+
+        The store would hand the optimiser of this call the parameters of the guide that came first, and none of this
+        guide's would ever be trained. Names are those of classes, so two guides in one program suffice.
+        """
+        store = pyro.get_param_store()
+        if not len(store):
+            return
+        fullname = self._pyro_get_fullname("networks")
+        networks: Any = self._modules["networks"]
+        for name, parameter in networks.named_parameters():
+            stored = store._params.get(f"{fullname}$$${name}")
+            if stored is not None and stored is not parameter:
+                del store[f"{fullname}$$${name}"]
 
     def _with_supports(
         self,

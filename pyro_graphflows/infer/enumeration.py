@@ -15,7 +15,7 @@ from pyro.ops import packed
 from pyro.ops.contract import contract_to_tensor
 from torch import Tensor
 
-from pyro_graphflows.infer.particles import Program, density_sites, is_enumerated
+from pyro_graphflows.infer.particles import Program, density_sites
 
 __all__ = ["enumerated", "summed_log_density"]
 
@@ -43,7 +43,8 @@ def summed_log_density(trace: poutine.Trace, plates: Sequence[str]) -> Tensor:
     for _, site in density_sites(trace):
         ordinal = frozenset(symbols[frame.name] for frame in site["cond_indep_stack"] if frame.vectorized)
         factor = site["packed"]["unscaled_log_prob"]
-        if is_enumerated(site):  # masked or not, its probabilities add up to one
+        # Enumerated here, rather than drawn by a guide that marks it too. Masked or not, its probabilities add up to one.
+        if site["infer"].get("_enumerate_dim") is not None:
             sum_dims.update(factor._pyro_dims)
         else:
             factor = packed.scale_and_mask(factor, mask=site["packed"]["mask"])
