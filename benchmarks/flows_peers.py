@@ -39,6 +39,7 @@ class FullJacobian(nn.Module):
         self.network, self.batched = network, batched
 
     def inverse_terms(self, y):
+        """Return the noise and minus the log-determinants."""
         total = 0
         for block in self.network.blocks:
             first, second = block.entries()
@@ -68,6 +69,7 @@ class DenseResidual(nn.Module):
         )
 
     def inverse_terms(self, y):
+        """Return the noise and minus the log-determinants."""
         total = 0
         for first, second in self.blocks:
             weight, bias = first.weight, first.bias  # each access of the weight is a power iteration
@@ -96,6 +98,7 @@ class Zuko(nn.Module):
         self.flow = zuko.flows.MAF(dim, transforms=BLOCKS, adjacency=adjacency, hidden_features=[4 * dim])
 
     def inverse_terms(self, y):
+        """Return the noise and minus the log-determinants."""
         eps, ladj = self.flow().transform.call_and_ladj(y)
         return eps, -ladj
 
@@ -120,6 +123,7 @@ class OfPyro(nn.Module):
         self.parts = nn.ModuleList(parts)
 
     def inverse_terms(self, y):
+        """Return the noise and minus the log-determinants."""
         total = 0
         for part in self.parts:
             part.clear_cache()  # or the graph of the last call is found there

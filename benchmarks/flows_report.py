@@ -27,11 +27,15 @@ def bounds(results):
                 growth = np.log10(large[clock] / medium[clock])
                 found.append((f"{method}: growth exponent from 1,000 to 10,000 ({clock})", growth, 1.2, True))
         for dim in sorted({row["variables"] for row in rows if row["variables"] >= 100}):
-            others = {name: by[name, dim]["wall"] for name in METHODS if name not in OURS and (name, dim) in by}
+            others = {
+                name: by[name, dim]["wall"] for name in METHODS if name not in OURS and (name, dim) in by
+            }
             if others and (method, dim) in by:
                 name = min(others, key=others.get)
                 ratio = by[method, dim]["wall"] / others[name]
-                found.append((f"{method} / fastest peer ({name}), {dim:,} variables (wall)", ratio, PEER, True))
+                found.append(
+                    (f"{method} / fastest peer ({name}), {dim:,} variables (wall)", ratio, PEER, True)
+                )
     rows = results.get("inversion", {}).get("rows", [])
     for (case, c), mine in _inversions(rows).items():
         ours = mine["ours"]
@@ -113,7 +117,15 @@ def page(results):
             "Jacobian of each datum formed and its determinant taken, datum by datum (as in the original work) "
             "or for the whole batch at once. All three give the same loss to 1e-10.",
             table(
-                ["network (variables)", "units", "ours", "datum by datum", "batched", "ratio", "ratio to batched"],
+                [
+                    "network (variables)",
+                    "units",
+                    "ours",
+                    "datum by datum",
+                    "batched",
+                    "ratio",
+                    "ratio to batched",
+                ],
                 rows,
             ),
             f"*{_settings(part)}.*",
@@ -124,8 +136,10 @@ def page(results):
         for row in part["rows"]:
             if "wall" in row:
                 rows.append(
-                    [f"{row['variables']:,}", row["method"], _ms(row), f"{row['peak']:.0f}"]
-                    + [f"{row['before']:.0f}", f"{row['build']:.2f}"]
+                    [
+                        *(f"{row['variables']:,}", row["method"], _ms(row)),
+                        *(f"{row['peak']:.0f}", f"{row['before']:.0f}", f"{row['build']:.2f}"),
+                    ]
                 )
             else:
                 rows.append([f"{row['variables']:,}", row["method"], row["left out"], "–", "–", "–"])
@@ -173,7 +187,9 @@ def draw(results, path):
         mine = [row for row in rows if row["method"] == method]
         style = {"marker": "o", "linewidth": 2} if method in OURS else {"marker": "s", "linestyle": "--"}
         for axis, key, unit in ((axes[0], "wall", 1e3), (axes[1], "peak", 1.0)):
-            axis.loglog([row["variables"] for row in mine], [unit * row[key] for row in mine], label=method, **style)
+            axis.loglog(
+                [row["variables"] for row in mine], [unit * row[key] for row in mine], label=method, **style
+            )
     axes[0].set(xlabel="variables", ylabel="ms (wall)", title="log-density and gradient, batch 64")
     axes[1].set(xlabel="variables", ylabel="MiB", title="peak memory of the process")
     if rows:

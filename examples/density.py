@@ -13,11 +13,12 @@ minus that of the truth on the same points, in nats.
 Rows: ``linear`` (the linear Gaussian network, the faithful flow before its first step), ``faithful``,
 ``graphical`` (the published flow), and where zuko is installed ``zuko graph`` (its masked spline flow with the same
 adjacency, one transform, since more would break the graph) and ``zuko maf`` (five affine transforms, no graph).
-Each trained row gets the same number of epochs, or with ``--seconds`` the same time.
+Each trained row gets the same number of epochs, or with ``--seconds`` the same processor time.
 
     python examples/density.py                        # circuit, a minute or two
     python examples/density.py --problem tree
-    python examples/density.py --problem protein --data protein_grf.npz --seconds 120
+    python examples/density.py --problem protein --data protein_grf.npz --seconds 60
+    python examples/density.py --study --out docs/results --data protein_grf.npz    # density.md, restartable
 
 References:
     [1] Mouton and Kroon (2022), Graphical Residual Flows, ICLR workshop.
@@ -32,6 +33,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 
 import matplotlib
@@ -49,6 +51,12 @@ import matplotlib.pyplot as plt
 
 PROTEINS = ("raf", "mek", "plcg", "pip2", "pip3", "erk", "akt", "pka", "pkc", "p38", "jnk")
 HELD_OUT = 0.1  # the share of the training data that chooses the epoch
+BUDGET = 60.0  # seconds of processor time for each row of the study
+STUDY = {
+    "circuit": ("linear", "faithful", "graphical", "zuko graph", "zuko maf"),
+    "tree": ("linear", "faithful", "graphical", "zuko graph"),
+    "protein": ("linear", "faithful", "graphical", "zuko graph", "zuko maf"),
+}
 
 
 @dataclass
@@ -59,7 +67,12 @@ class Problem:
     graph: nx.DiGraph
     train: Tensor
     test: Tensor
-    true_test_nll: float | None
+    true_log_density: Tensor | None
+
+    @property
+    def true_test_nll(self) -> float | None:
+        """The test negative log-likelihood of the truth."""
+        return None if self.true_log_density is None else -self.true_log_density.mean().item()
 
 
 @dataclass
@@ -68,12 +81,13 @@ class Result:
 
     row: str
     test_nll: float
-    standard_error: float
+    standard_error: float  # over test points
     gap: float | None
+    gap_error: float | None  # over test points, of the difference
     parameters: int
-    seconds: float
+    seconds: float  # of processor time
     epochs: int
-    curve: list[tuple[float, float]] = field(default_factory=list)  # (seconds, validation NLL)
+    curve: list[tuple[float, float]] = field(default_factory=list)  # (seconds, held-out NLL)
 
 
 def circuit_samples(n: int, seed: int) -> tuple[dict[str, Tensor], Tensor]:
@@ -106,7 +120,7 @@ def circuit(num_train: int, num_test: int, seed: int) -> Problem:
     train, _ = circuit_samples(num_train, 2 * seed)
     test, log_density = circuit_samples(num_test, 2 * seed + 1)
     columns = [torch.stack([samples[name] for name in graph], -1) for samples in (train, test)]
-    return Problem("circuit", graph, *columns, true_test_nll=-log_density.mean().item())
+    return Problem("circuit", graph, *columns, log_density)
 
 
 def tree(num_train: int, num_test: int, seed: int) -> Problem:
@@ -122,7 +136,7 @@ def tree(num_train: int, num_test: int, seed: int) -> Problem:
     normal = dist.MultivariateNormal(
         torch.tensor(mean[order], dtype=torch.float64), torch.tensor(covariance[np.ix_(order, order)])
     )
-    return Problem("tree", graph, train, test, -normal.log_prob(test.double()).mean().item())
+    return Problem("tree", graph, train, test, normal.log_prob(test.double()))
 
 
 def protein(path: Path) -> Problem:
@@ -174,10 +188,15 @@ def make_linear(problem: Problem) -> nn.Module:
 
 
 def make_faithful(problem: Problem) -> nn.Module:
-    """Two blocks with two hidden layers, 16 units for each variable."""
+    """Two blocks with 16 units for each variable, and a masked network through which the parents act."""
     dim = problem.train.shape[-1]
     flow = faithful_residual(
-        problem.graph, hidden_dims=[16 * dim, 16 * dim], num_blocks=2, conditional_scale=True
+        problem.graph,
+        hidden_dims=[16 * dim],
+        num_blocks=2,
+        conditional_scale=True,
+        conditioner_units=32,
+        conditioner_layers=2,
     )
     flow.initialize_(problem.train)
     return FlowDensity(flow, dim)
@@ -229,13 +248,13 @@ def train_row(row: str, problem: Problem, args: argparse.Namespace) -> Result:
     torch.manual_seed(args.seed)
     held = int(HELD_OUT * len(problem.train))
     data, valid = problem.train[held:], problem.train[:held]
-    density = ROWS[row](Problem(problem.name, problem.graph, data, problem.test, problem.true_test_nll))
+    density = ROWS[row](Problem(problem.name, problem.graph, data, problem.test, problem.true_log_density))
     with torch.no_grad():
         best, best_state = -density(valid).mean().item(), copy.deepcopy(density.state_dict())
-    start, curve, epoch = time.perf_counter(), [], 0
+    start, curve, epoch = time.process_time(), [], 0
     optimizer = torch.optim.Adam(density.parameters(), args.lr)
     while row != "linear":
-        elapsed = time.perf_counter() - start
+        elapsed = time.process_time() - start
         progress = elapsed / args.seconds if args.seconds else epoch / args.epochs
         if progress >= 1:
             break
@@ -250,19 +269,21 @@ def train_row(row: str, problem: Problem, args: argparse.Namespace) -> Result:
         epoch += 1
         with torch.no_grad():
             nll = -density(valid).mean().item()
-        curve.append((time.perf_counter() - start, nll))
+        curve.append((time.process_time() - start, nll))
         if nll < best:
             best, best_state = nll, copy.deepcopy(density.state_dict())
     density.load_state_dict(best_state)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     with torch.no_grad():
         log_density = torch.cat([density(part) for part in problem.test.split(1000)])
-    nll = -log_density.mean().item()
+    difference = None if problem.true_log_density is None else problem.true_log_density - log_density
+    root = math.sqrt(len(log_density))
     return Result(
         row,
-        nll,
-        log_density.std().item() / math.sqrt(len(log_density)),
-        None if problem.true_test_nll is None else nll - problem.true_test_nll,
+        -log_density.mean().item(),
+        log_density.std().item() / root,
+        None if difference is None else difference.mean().item(),
+        None if difference is None else difference.std().item() / root,
         sum(p.numel() for p in density.parameters()),
         seconds,
         epoch,
@@ -274,12 +295,12 @@ def report(problem: Problem, results: list[Result], out: Path) -> None:
     """Print a table; write JSON and the learning curves."""
     truth = "" if problem.true_test_nll is None else f"; the true density has {problem.true_test_nll:.3f}"
     print(f"\n{problem.name}: test negative log-likelihood in nats, {len(problem.test)} points{truth}\n")
-    print(f"{'row':<12}{'test NLL':>12}{'s.e.':>8}{'gap':>8}{'parameters':>12}{'epochs':>8}{'seconds':>9}")
+    print(f"{'row':<12}{'test NLL':>10}{'s.e.':>8}{'gap':>17}{'parameters':>12}{'epochs':>8}{'cpu s':>8}")
     for r in results:
-        gap = "" if r.gap is None else f"{r.gap:.3f}"
+        gap = "" if r.gap is None else f"{r.gap:.3f} ± {r.gap_error:.3f}"
         print(
-            f"{r.row:<12}{r.test_nll:>12.3f}{r.standard_error:>8.3f}{gap:>8}"
-            f"{r.parameters:>12}{r.epochs:>8}{r.seconds:>9.1f}"
+            f"{r.row:<12}{r.test_nll:>10.3f}{r.standard_error:>8.3f}{gap:>17}"
+            f"{r.parameters:>12}{r.epochs:>8}{r.seconds:>8.1f}"
         )
     out.mkdir(parents=True, exist_ok=True)
     summary = {
@@ -298,7 +319,7 @@ def report(problem: Problem, results: list[Result], out: Path) -> None:
             axes.axhline(r.test_nll, color="0.6", label=f"{r.row} (test)")
     if problem.true_test_nll is not None:
         axes.axhline(problem.true_test_nll, color="k", linestyle=":", label="truth (test)")
-    axes.set_xlabel("seconds")
+    axes.set_xlabel("seconds (processor)")
     axes.set_ylabel("held-out negative log-likelihood (nats)")
     axes.legend()
     figure.tight_layout()
@@ -307,15 +328,57 @@ def report(problem: Problem, results: list[Result], out: Path) -> None:
     print(f"\nWritten: {out / problem.name}.json, .png")
 
 
+def load(args: argparse.Namespace) -> Problem:
+    """Return the problem that was asked for."""
+    if args.problem == "protein":
+        return protein(args.data)
+    return (circuit if args.problem == "circuit" else tree)(args.num_train, args.num_test, args.seed)
+
+
+def study(args: argparse.Namespace) -> None:
+    """Run what is not there yet of the study, seed by seed, and draw its page."""
+    import density_report
+
+    folder = args.out / "density"
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed in range(args.seeds):
+        for problem_name, rows in STUDY.items():
+            args.problem, args.seed, args.seconds = problem_name, seed, args.seconds or BUDGET
+            problem = None
+            for row in rows:
+                path = folder / f"{problem_name}-{row.replace(' ', '-')}-s{seed}.json"
+                if path.exists():
+                    continue
+                problem = problem or load(args)
+                result = train_row(row, problem, args)
+                summary = {
+                    "problem": problem_name,
+                    "seed": seed,
+                    "num_train": len(problem.train),
+                    "num_test": len(problem.test),
+                    "true_test_nll": problem.true_test_nll,
+                    "budget": args.seconds,
+                    "lr": args.lr,
+                    "batch_size": args.batch_size,
+                    "threads": torch.get_num_threads(),
+                    "torch": torch.__version__,
+                    "date": date.today().isoformat(),
+                    **vars(result),
+                }
+                path.write_text(json.dumps(summary, indent=1))
+                print(path.name, f"{result.test_nll:.3f}", flush=True)
+    density_report.render(folder, args.out / "density.md")
+
+
 def main(args: argparse.Namespace) -> list[Result]:
     """Train the rows that were asked for and report."""
     torch.set_default_dtype(torch.float64 if args.double else torch.float32)
-    if args.problem == "circuit":
-        problem = circuit(args.num_train, args.num_test, args.seed)
-    elif args.problem == "tree":
-        problem = tree(args.num_train, args.num_test, args.seed)
-    else:
-        problem = protein(args.data)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.study:
+        study(args)
+        return []
+    problem = load(args)
     results = []
     for row in args.rows:
         try:
@@ -338,11 +401,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-test", type=int, default=5_000)
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument(
-        "--seconds", type=float, default=None, help="train each row so long, instead of epochs"
+        "--seconds", type=float, default=None, help="train each row for so much processor time, not epochs"
     )
     parser.add_argument("--batch-size", type=int, default=200)
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--study", action="store_true", help="all problems, rows and seeds; draws density.md")
+    parser.add_argument("--seeds", type=int, default=3, help="of the study")
+    parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--double", action="store_true", help="double precision")
     parser.add_argument("--out", type=Path, default=Path("out/density"))
     return parser.parse_args(argv)

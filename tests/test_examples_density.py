@@ -100,6 +100,26 @@ def test_protein_data(example, tmp_path):
     assert rows["faithful"].test_nll < rows["linear"].test_nll
 
 
+def test_the_study_is_restartable_and_draws_its_page(example, tmp_path, monkeypatch):
+    monkeypatch.setattr(example, "STUDY", {"circuit": ("linear", "faithful"), "tree": ("linear",)})
+    monkeypatch.syspath_prepend(str(PATH.parent))
+    options = ("--study", "--seconds", "0.3", "--seeds", "2", "--num-train", "300", "--num-test", "100")
+    args = example.parse([*options, "--out", str(tmp_path)])
+    assert example.main(args) == []
+    runs = sorted((tmp_path / "density").glob("*.json"))
+    assert len(runs) == 6
+    before = {path: path.stat().st_mtime_ns for path in runs}
+    example.main(example.parse([*options, "--out", str(tmp_path)]))
+    assert {path: path.stat().st_mtime_ns for path in runs} == before
+    assert (tmp_path / "density" / "curves.png").stat().st_size > 0
+    page = (tmp_path / "density.md").read_text()
+    ones = [json.loads((tmp_path / "density" / f"circuit-faithful-s{i}.json").read_text()) for i in (0, 1)]
+    mean, largest = sum(one["gap"] for one in ones) / 2, max(one["gap"] for one in ones)
+    (line,) = (line for line in page.splitlines() if line.startswith("| faithful |"))
+    assert f"| {mean:.3f} ± " in line
+    assert f"| {largest:.3f} | 2 |" in line
+
+
 @pytest.mark.slow
 def test_the_circuit_is_learned_to_a_tenth_of_a_nat(example, tmp_path):
     rows = run(example, tmp_path, "--rows", "faithful")
