@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= out
 
-.PHONY: help demo test test-slow check comi table1 clean
+.PHONY: help demo test test-slow check comi table1 graphvae-table clean
 
 help:
 	@echo "make demo       faithful guide for a gene network against the exact answer (tables, pictures in $(OUT)/)"
@@ -14,6 +14,7 @@ help:
 	@echo "make check      ruff and mypy"
 	@echo "make comi       the study of the CoMI paper (restartable; writes docs/results/comi.md)"
 	@echo "make table1     the study of the SIReN-VAE paper (restartable; writes docs/results/siren_vae.md)"
+	@echo "make graphvae-table  the Graph VAE study (restartable; image files from DATA=...; writes docs/results/graph_vae.md)"
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit('Python >= 3.10 is needed; set PYTHON=...' if sys.version_info < (3, 10) else 0)"
@@ -40,6 +41,9 @@ comi: $(STAMP)
 
 table1: $(STAMP)
 	$(BIN)/python examples/siren_vae.py --study all --out docs/results
+
+graphvae-table: $(STAMP)
+	$(BIN)/python examples/graph_vae.py --study $(if $(DATA),--data $(DATA)) --out docs/results --work $(OUT)/graph_vae
 
 clean:
 	rm -rf $(VENV) $(OUT) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -50,7 +50,7 @@ SMALL_NETWORKS = {
     "hidden_dim": 64,
 }
 DEFAULTS = {  # epochs, nodes, dimensions of a node, networks
-    "digits": (300, 5, 4, SMALL_NETWORKS),
+    "digits": (150, 5, 4, SMALL_NETWORKS),
     "mnist": (50, 5, 16, {}),
     "binarized_mnist": (50, 5, 16, {}),
     "omniglot": (50, 5, 16, {}),
@@ -298,6 +298,18 @@ def train(run, args, data=None):
     return vae, record
 
 
+def draw_pictures(run, vae, data, args):
+    """Draw samples, reconstructions and, where there are labels, the embedding of test images."""
+    from graph_vae_plots import plot_embedding, plot_images
+
+    folder = Path(args.out) / "graph_vae"
+    plot_images(vae, data, folder / f"{run.name}-images.png")
+    if len(data.test_labels):
+        number = min(2000, len(data.test))
+        index = torch.arange(number) * len(data.test) // number
+        plot_embedding(vae, data.test[index], data.test_labels[index], folder / f"{run.name}-embedding.png")
+
+
 def machine(device):
     """Say what it was computed on."""
     if device.type == "cuda":
@@ -320,8 +332,7 @@ def summary(run, record, epochs):
 
 def compare(args):
     """Train the models asked for and print a table."""
-    epochs, _, _, _ = DEFAULTS[args.data_set]
-    args.epochs = args.epochs or epochs
+    args.epochs = args.epochs or DEFAULTS[args.data_set][0]
     data = Data(args.data_set, args.data, torch.device(args.device), args.limit)
     print(
         f"{args.data_set}: {len(data.train_images)} training images {tuple(data.shape)}, {args.epochs} epochs."
@@ -332,6 +343,8 @@ def compare(args):
             run = run_of(args.data_set, structure, seed, args.num_nodes, args.node_dim, args.decoder_input)
             vae, record = train(run, args, data)
             lines.append(summary(run, record, args.epochs))
+            if args.pictures:
+                draw_pictures(run, vae, data, args)
             if structure == "learned":
                 edges = [f"{a} -> {b}" for a, b in vae.learned_graph().edges if b != "x"]
                 print(f"learned edges: {', '.join(edges) or 'none'}")
@@ -339,12 +352,53 @@ def compare(args):
     print("\n".join(lines))
 
 
+def study(args):
+    """Do every run of the page that is not there yet, and draw the page after each."""
+    import graph_vae_faithful
+    import graph_vae_synthetic
+    from graph_vae_report import render
+
+    out = ["--out", args.out]
+    seeds = ["0", "1", "2", "3", "4"]
+    digits = ["--data-set", "digits", "--decay-every", "100", "--test-every", "10", "--bound-samples", "10"]
+    digits += ["--ll-every", "1000", "--ll-images", "50", "--ll-particles", "100", "--final-images", "300"]
+    common = [
+        *out,
+        "--work",
+        args.work,
+        "--device",
+        args.device,
+        "--threads",
+        str(args.threads),
+        "--pictures",
+    ]
+    jobs = [[*digits, "--structures", "learned", "independent", "full", "chain", "--seeds", *seeds]]
+    for nodes, dim in ((2, 10), (4, 5), (10, 2)):
+        sizes = ["--num-nodes", str(nodes), "--node-dim", str(dim)]
+        jobs.append([*digits, *sizes, "--structures", "learned", "--seeds", "0", "1", "2", "--no-pictures"])
+    graph_vae_synthetic.main(graph_vae_synthetic.parser().parse_args([*out, "--seeds", *seeds]))
+    graph_vae_faithful.main(graph_vae_faithful.parser().parse_args(out))
+    if args.data or os.environ.get("PYRO_GRAPHFLOWS_DATA"):
+        common += ["--data", args.data] if args.data else []
+        epochs = str(args.epochs or 50)
+        for structure in ("learned", "independent", "full", "chain"):
+            number = epochs if structure in ("learned", "independent") or args.epochs else "25"
+            jobs.append(["--data-set", "binarized_mnist", "--structures", structure, "--epochs", number])
+        jobs.append(["--data-set", "omniglot", "--structures", "learned", "--epochs", "5"])
+        jobs.append(["--data-set", "cifar10", "--structures", "learned", "--epochs", "20"])
+    else:
+        print("No folder with image files (--data): digits and synthetic data only.")
+    for job in jobs:
+        compare(parser().parse_args([*common, *job]))
+        print(f"Page: {render(args.out)}", flush=True)
+
+
 def main(args):
     torch.set_num_threads(args.threads)
     torch.set_default_dtype(torch.float32)
     torch.set_flush_denormal(True)
     pyro.enable_validation(False)  # costs time in every step
-    compare(args)
+    (study if args.study else compare)(args)
 
 
 def parser():
@@ -375,6 +429,8 @@ def parser():
     parse.add_argument("--threads", type=int, default=1)
     parse.add_argument("--out", default="out", help="folder of graph_vae/ and graph_vae.md")
     parse.add_argument("--work", default="out/graph_vae/work", help="folder of checkpoints and weights")
+    parse.add_argument("--study", action="store_true", help="all runs of the page, restartable")
+    parse.add_argument("--pictures", action=argparse.BooleanOptionalAction, default=False)
     parse.add_argument("--progress", action=argparse.BooleanOptionalAction, default=sys.stderr.isatty())
     parse.add_argument("--verbose", action=argparse.BooleanOptionalAction, default=True)
     return parse

@@ -1,0 +1,194 @@
+"""The Graph VAE study at tiny size: a run that is interrupted is the same run; pages from what is there."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyro
+import pytest
+import torch
+
+from pyro_graphflows import GraphVAE, ModelGraph, is_imap
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+MODULES = ("graph_vae", "graph_vae_faithful", "graph_vae_plots", "graph_vae_report", "graph_vae_synthetic")
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """Return the scripts as modules; they find each other beside themselves, as when they are run."""
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        import graph_vae
+        import graph_vae_faithful
+        import graph_vae_report
+        import graph_vae_synthetic
+
+        yield graph_vae, graph_vae_synthetic, graph_vae_faithful, graph_vae_report
+    finally:
+        sys.path.remove(str(EXAMPLES))
+        for name in MODULES:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def _as_a_script(_clean_slate):
+    """Scripts run in single precision and set global switches; put them back."""
+    threads = torch.get_num_threads()
+    torch.set_default_dtype(torch.float32)
+    yield
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
+    pyro.enable_validation(True)
+
+
+def arguments(module, folder, *flags):
+    tiny = "--limit 60 --ll-images 5 --ll-particles 5 --ll-every 2 --final-images 6 --final-particles 7 --no-progress"
+    tiny += f" --no-verbose --batch-size 32 --out {folder} --work {folder / 'work'}"
+    return module.parser().parse_args([*tiny.split(), *flags])
+
+
+def record_of(folder, name):
+    return json.loads((folder / "graph_vae" / f"{name}.json").read_text())
+
+
+def test_interrupted_run_is_the_same_run(scripts, tmp_path):
+    graph_vae = scripts[0]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    graph_vae.main(
+        arguments(graph_vae, whole, "--structures", "learned", "--epochs", "4", "--decay-every", "2")
+    )
+    for epochs in ("2", "4"):
+        graph_vae.main(
+            arguments(graph_vae, parts, "--structures", "learned", "--epochs", epochs, "--decay-every", "2")
+        )
+    expected, got = (record_of(folder, "digits-learned-s0") for folder in (whole, parts))
+    assert [row["epoch"] for row in got["curve"]] == [1, 2, 3, 4]
+    assert set(got["finals"]) == {"2", "4"}
+    for a, b in zip(expected["curve"], got["curve"], strict=True):
+        for key in ("train_loss", "validation_loss", "gates"):
+            assert a[key] == b[key], (a["epoch"], key)
+    assert expected["finals"]["4"]["elbo"] == got["finals"]["4"]["elbo"]
+    weights = [torch.load(f / "work" / "digits-learned-s0-4.pt", weights_only=True) for f in (whole, parts)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_bound_and_likelihood_are_those_of_the_library(scripts, tmp_path):
+    graph_vae = scripts[0]
+    pyro.set_rng_seed(0)
+    vae = GraphVAE((8, 8), 3, 2, **graph_vae.SMALL_NETWORKS)
+    data = graph_vae.Data("digits", None, torch.device("cpu"), 40)
+    vae.guide(data.test)  # running statistics
+    vae.model(data.test)
+    elbo, kl = graph_vae.bound(vae, data.test, 200)
+    assert vae.training
+    vae.eval()
+    losses = torch.tensor(
+        [graph_vae.TraceMeanField_ELBO().loss(vae.model, vae.guide, data.test) for _ in range(100)]
+    )
+    spread = losses.std() / len(data.test)
+    assert abs(elbo + losses.mean() / len(data.test)) < 4.5 * spread * (1 / 100 + 1 / 200) ** 0.5
+    assert set(kl) == {"z1", "z2", "z3"}
+    assert all(value > 0 for value in kl.values())
+    found = graph_vae.likelihood(vae, data.test, 500)
+    assert found["ll"] > elbo
+    assert (found["images"], found["particles"]) == (40, 500)
+
+
+def test_pages_and_pictures(scripts, tmp_path):
+    graph_vae, synthetic, faithful, report = scripts
+    flags = ["--epochs", "2", "--structures", "learned", "full", "chain", "independent", "--seeds", "0", "1"]
+    graph_vae.main(arguments(graph_vae, tmp_path, *flags))
+    graph_vae.main(arguments(graph_vae, tmp_path, "--epochs", "2", "--structures", "learned", "--pictures"))
+    small = [
+        "--epochs",
+        "2",
+        "--num-data",
+        "200",
+        "--num-test",
+        "50",
+        "--particles",
+        "10",
+        "--out",
+        str(tmp_path),
+    ]
+    synthetic.main(synthetic.parser().parse_args(small))
+    small = [
+        "--epochs",
+        "1",
+        "--guide-epochs",
+        "1",
+        "--limit",
+        "60",
+        "--particles",
+        "10",
+        "--bound-samples",
+        "2",
+        "--seeds",
+        "0",
+        "--hidden-dims",
+        "8",
+    ]
+    faithful.main(faithful.parser().parse_args([*small, "--out", str(tmp_path)]))
+    page = report.render(tmp_path).read_text()
+    for text in (
+        "## Digits",
+        "learned (Graph VAE)",
+        "## A known latent graph",
+        "learned, edge cost",
+        "page of its own",
+    ):
+        assert text in page
+    assert "Fixed binarised MNIST" not in page  # nothing was run
+    rows = [line for line in page.splitlines() if line.startswith("| independent (VAE)")]
+    assert len(rows) == 1
+    elbos = [record_of(tmp_path, f"digits-independent-s{seed}")["finals"]["2"]["elbo"] for seed in (0, 1)]
+    assert f"{np.mean(elbos):.2f} ± {np.std(elbos, ddof=1):.2f}" in rows[0]
+    assert "| faithful |" in (tmp_path / "graph_vae_faithful.md").read_text()
+    pictures = {path.name for path in (tmp_path / "graph_vae").glob("*.png")}
+    assert pictures >= {"digits-gates.png", "digits-learned-s0-images.png", "digits-learned-s0-embedding.png"}
+    named = {
+        part.split(")")[0].removeprefix("graph_vae/") for part in page.split("](")[1:] if ".png" in part[:60]
+    }
+    assert named <= pictures
+
+
+def test_faithful_inverses_of_random_structures(scripts):
+    faithful = scripts[2]
+    rng = np.random.default_rng(1)
+    for _ in range(30):
+        graph = faithful.observed_graph(
+            faithful.random_edges(rng, 5, 0.5), [f"z{i}" for i in range(5, 0, -1)]
+        )
+        inverses = faithful.inverses(graph)
+        assert is_imap(inverses["faithful"])
+        assert inverses["shared gates"].sampling_order == graph.latent
+    collider = ModelGraph([("z3", "z1"), ("z2", "z1"), ("z1", "x")], ["x"])
+    assert not is_imap(faithful.shared_inverse(collider))
+    gaps = faithful.exact_gaps(collider, 3)
+    assert gaps["shared gates"]["gap"] > 0.001
+    assert gaps["faithful"]["gap"] < 1e-9
+
+
+def test_synthetic_data_have_the_graph_they_claim(scripts):
+    """Partial correlations of the latent values follow the edges: the noise of x is small beside them."""
+    synthetic = scripts[1]
+    x = synthetic.sample(200_000, 0).double().numpy()
+    z1, z2, z3, z4, z5 = x.T
+
+    def r(a, b):
+        return np.corrcoef(a, b)[0, 1]
+
+    assert abs(r(z4, z5)) < 0.01
+    assert abs(r(z2, z5)) < 0.01
+    assert min(r(z3, z4), r(z3, z5), r(z2, z4), r(z1, z3)) > 0.4
+
+
+def test_columns_belong_to_nodes(scripts):
+    synthetic = scripts[1]
+    for row in synthetic.ROWS:
+        vae = synthetic.make_vae(row, 0.03)
+        columns = synthetic.decoder_columns(vae)
+        assert sorted(columns) == [0, 1, 2, 3, 4]
+        assert [f"z{c + 1}" for c in columns] == list(vae.names)
