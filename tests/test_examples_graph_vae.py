@@ -114,22 +114,8 @@ def test_pages_and_pictures(scripts, tmp_path):
         str(tmp_path),
     ]
     synthetic.main(synthetic.parser().parse_args(small))
-    small = [
-        "--epochs",
-        "1",
-        "--guide-epochs",
-        "1",
-        "--limit",
-        "60",
-        "--particles",
-        "10",
-        "--bound-samples",
-        "2",
-        "--seeds",
-        "0",
-        "--hidden-dims",
-        "8",
-    ]
+    small = ["--epochs", "1", "--guide-epochs", "1", "--limit", "60", "--particles", "10"]
+    small += ["--bound-samples", "2", "--seeds", "0", "--hidden-dims", "8"]
     faithful.main(faithful.parser().parse_args([*small, "--out", str(tmp_path)]))
     page = report.render(tmp_path).read_text()
     for text in (
