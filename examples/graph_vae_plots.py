@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 COLOURS = {"learned": "#1f6fb2", "full": "#16a085", "chain": "#e08e0b", "independent": "#7f8c8d"}
 LABELS = {
@@ -14,6 +15,9 @@ LABELS = {
 
 
 def finish(ax, xlabel, ylabel):
+    """Label axes and take away what is not needed."""
+    if xlabel == "epochs":
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel(xlabel, fontsize=9)
     ax.set_ylabel(ylabel, fontsize=9)
     ax.tick_params(labelsize=8)
@@ -75,6 +79,7 @@ def plot_gates(record, path, title):
             label, (epochs[-1], place), xytext=(5, -2), textcoords="offset points", fontsize=7, color=f"C{i}"
         )
     ax.set_ylim(-0.03, max(1.03, place + 0.05))
+    ax.set_yticks([0, 0.25, 0.5, 0.75, 1])
     ax.margins(x=0.02)
     finish(ax, "epochs", "probability that the gate is open")
     ax.set_title(title, fontsize=10)

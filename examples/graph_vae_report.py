@@ -312,7 +312,8 @@ def synthetic_section(folder):
             "once the "
             "networks ignore a useless parent, its gate gets no gradient and stays where it is, some above and "
             "some below one "
-            "half. A small price for open gates closes them.",
+            "half. A small price for open gates closes them; that model's gates are frozen for the last fifth "
+            "of the epochs.",
             "",
             "![gates](graph_vae/synthetic-gates.png)",
             "",
