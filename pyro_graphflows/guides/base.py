@@ -27,7 +27,7 @@ from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.graphs.separation import violated_independencies
 from pyro_graphflows.guides.call import Call, CallReader, changing_supports, plates_of
 from pyro_graphflows.guides.discrete import DiscreteDistribution
-from pyro_graphflows.guides.distributions import FactorDistribution
+from pyro_graphflows.guides.distributions import FactorDistribution, SampledNormal, ScalarNormal
 from pyro_graphflows.guides.elements import ElementInverse, invert_elements
 from pyro_graphflows.guides.features import FeatureMap
 from pyro_graphflows.guides.ordering import (
@@ -525,6 +525,9 @@ class AutoFaithfulGuide(AutoGuide):
             discrete = DiscreteDistribution(factor, site.encoding, support, features[0].shift.dtype)
             return discrete, discrete.unconstrained
         transform = site.transform if support is site.support else biject_to(support)
+        if isinstance(factor, ScalarNormal) and not site.event_shape and is_identity(transform):
+            analytic = self.plan.analytic_kl[site.name]
+            return factor.normal if analytic else SampledNormal(factor.normal), _add_event_dim
         if self.plan.analytic_kl[site.name] and is_identity(transform):
             if site.event_shape == factor.event_shape:
                 return factor, _itself

@@ -22,7 +22,7 @@ from torch.distributions import biject_to, constraints
 from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.guides.encodings import DiscreteEncoding
 from pyro_graphflows.guides.features import flatten_event
-from pyro_graphflows.inspect import TracedModel, get_argument, same_tensor
+from pyro_graphflows.inspect import TracedModel, get_argument, get_arguments, same_tensor
 
 __all__ = ["Call", "CallReader", "PlateState", "changing_supports", "partly_observed", "plates_of"]
 
@@ -235,9 +235,8 @@ class CallReader:
         shape = None if indices else _shape_of((args, kwargs))
         known = self._known.get(shape) if shape is not None else None
         if known is not None:
-            values: dict[str, Any] = {
-                name: get_argument(model, self.paths[name], args, kwargs) for name in known.values
-            }
+            paths = {name: self.paths[name] for name in known.values}
+            values: dict[str, Any] = get_arguments(model, paths, args, kwargs)
             return Call({**values, **observations}, known.plates, known.masks, known.scales, known.supports)
 
         trace = self._shadow(model, args, kwargs, indices or {})

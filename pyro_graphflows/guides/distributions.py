@@ -14,7 +14,77 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.transforms import Transform
 
-__all__ = ["FactorDistribution"]
+__all__ = ["FactorDistribution", "SampledNormal", "ScalarNormal"]
+
+
+class ScalarNormal(dist.TorchDistribution):
+    """A normal over vectors of one element, held as a normal over numbers.
+
+    Args:
+        normal: The normal over numbers.
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    has_rsample = True
+
+    def __init__(self, normal: dist.Normal) -> None:
+        self.normal = normal
+        super().__init__(normal.batch_shape, torch.Size([1]), validate_args=False)
+
+    @constraints.dependent_property(is_discrete=False, event_dim=1)
+    def support(self) -> constraints.Constraint:
+        """All real vectors."""
+        return constraints.real_vector
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "ScalarNormal":
+        """Return the same normal at a larger batch shape."""
+        return ScalarNormal(self.normal.expand(batch_shape))
+
+    @property
+    def mean(self) -> Tensor:
+        """The location."""
+        return self.normal.loc.unsqueeze(-1)
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Draw reparametrised values of shape ``sample_shape + batch_shape + (1,)``."""
+        return self.normal.rsample(sample_shape).unsqueeze(-1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log-density of vectors, shape ``batch_shape``."""
+        return self.normal.log_prob(value.squeeze(-1))
+
+
+class SampledNormal(dist.TorchDistribution):
+    """A normal over numbers for which no analytic KL is registered.
+
+    Args:
+        normal: The normal.
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    support = constraints.real
+    has_rsample = True
+
+    def __init__(self, normal: dist.Normal) -> None:
+        self.normal = normal
+        super().__init__(normal.batch_shape, validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "SampledNormal":
+        """Return the same normal at a larger batch shape."""
+        return SampledNormal(self.normal.expand(batch_shape))
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Draw reparametrised values of shape ``sample_shape + batch_shape``."""
+        return self.normal.rsample(sample_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log-density of values, shape ``batch_shape``."""
+        return self.normal.log_prob(value)
+
+    @property
+    def mean(self) -> Tensor:
+        """The location."""
+        return self.normal.loc
 
 
 class FactorDistribution(dist.TorchDistribution):

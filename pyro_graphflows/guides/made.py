@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_graphflows.guides.call import PlateState
-from pyro_graphflows.guides.factors import Factor
+from pyro_graphflows.guides.factors import Factor, NormalFactor, scalar_normals
 from pyro_graphflows.guides.free import FreeTable
 from pyro_graphflows.guides.plan import Block
 from pyro_graphflows.nn.mlp import LevelEvaluation, MaskedMLP
@@ -122,6 +122,11 @@ class MADEBlock(nn.Module):
         for site in block.sites:
             self._parts[site] = slice(start, start + factors[site].size)
             start += factors[site].size
+        self._scalar_levels = {
+            i
+            for i, level in enumerate(block.levels)
+            if all(type(factors[site]) is NormalFactor and factors[site].size == 1 for site in level)
+        }
 
     shift: Tensor
     scale: Tensor
@@ -200,8 +205,12 @@ class MADEEvaluation:
         module = self._module
         level = module.block.levels[self._level]
         outputs = self._network.step(self._new if self._new.shape[-1] else None).squeeze(-1)
+        if self._level in module._scalar_levels and self._free is None:
+            part = slice(module._parts[level[0]].start, module._parts[level[-1]].stop)
+            normals = scalar_normals(outputs, module.shift[part], module.scale[part])
+            return dict(zip(level, normals, strict=True))
         start = module.outputs[level[0]].start
-        result = {}
+        result: dict[str, dist.TorchDistribution] = {}
         for site in level:
             rows, part = module.outputs[site], module._parts[site]
             part_of_level = outputs[..., rows.start - start : rows.stop - start]
@@ -220,7 +229,7 @@ class MADEEvaluation:
         if self._level == len(module.block.levels):
             return
         raw = [values[site] for site in level]
-        if len(raw) > 1:
+        if any(value.shape != raw[0].shape for value in raw):
             shape = torch.broadcast_shapes(*(value.shape[:-1] for value in raw))
             raw = [
                 value if value.shape[:-1] == shape else value.expand(*shape, value.shape[-1]) for value in raw

@@ -1,6 +1,6 @@
 """From a Pyro model to its Bayesian network, and joint samples of its sites."""
 
-from pyro_graphflows.inspect.arguments import ArgumentPath, get_argument, same_tensor
+from pyro_graphflows.inspect.arguments import ArgumentPath, get_argument, get_arguments, same_tensor
 from pyro_graphflows.inspect.model import get_model_graph, trace_model
 from pyro_graphflows.inspect.prior import sample_prior
 from pyro_graphflows.inspect.traced import Leak, TracedModel
@@ -11,6 +11,7 @@ __all__ = [
     "Leak",
     "TracedModel",
     "get_argument",
+    "get_arguments",
     "get_model_graph",
     "non_exchangeable_plates",
     "same_tensor",

@@ -17,7 +17,7 @@ import torch
 from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.inspect.taint import Region, storage_of
 
-__all__ = ["ArgumentPath", "argument_leaves", "argument_name", "get_argument", "same_tensor"]
+__all__ = ["ArgumentPath", "argument_leaves", "argument_name", "get_argument", "get_arguments", "same_tensor"]
 
 ArgumentPath = tuple[Hashable, ...]
 """Name of a parameter of the model, then keys: into nested tuples, lists and dictionaries, and last, for an
@@ -65,9 +65,32 @@ def get_argument(
         >>> get_argument(model, ("batch", "y", 1), (3,), {"batch": {"y": [4, 5]}})
         5
     """
+    return get_arguments(model, {None: path}, args, kwargs)[None]
+
+
+def get_arguments(
+    model: Callable,
+    paths: Mapping[Any, ArgumentPath],
+    args: tuple = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> dict[Any, Any]:
+    """Find several arguments of a call to a model: :func:`get_argument` for each path, by the same keys.
+
+    Example:
+        >>> def model(x, y): ...
+        >>> get_arguments(model, {"a": ("x",), "b": ("y", 0)}, (3, [4]))
+        {'a': 3, 'b': 4}
+    """
     try:
-        value: Any = _bind(model, args, kwargs or {})[path[0]]  # type: ignore[index]
-        for key in path[1:]:
+        arguments = _bind(model, args, kwargs or {})
+    except TypeError:
+        return dict.fromkeys(paths)
+    return {key: _follow(arguments, path) for key, path in paths.items()}
+
+
+def _follow(value: Any, path: ArgumentPath) -> Any:
+    try:
+        for key in path:
             value = value[key]
     except (KeyError, IndexError, TypeError):
         return None
