@@ -716,3 +716,47 @@ def test_one_node_has_no_gates():
     assert "gates" not in poutine.trace(vae.guide).get_trace(x)
     assert vae.gate_probabilities.tolist() == [[0.0]]
     assert isinstance(vae.learned_graph(), ModelGraph)
+
+
+# -------------------------------------------------------------------------------------------------------- devices
+
+
+@pytest.mark.parametrize("structure", ["learned", "full", "independent"])
+@pytest.mark.parametrize("likelihood", ["bernoulli", "normal"])
+def test_every_tensor_is_made_on_the_device_of_the_parameters(structure, likelihood):
+    """On torch's ``meta`` device, which refuses to be mixed with others; it has no values, so gates are given here."""
+    pyro.enable_validation(False)
+    vae = GraphVAE((3, 2), 3, 2, structure, likelihood=likelihood, **SMALL).to("meta")
+    x = torch.empty(10, 3, 2, dtype=torch.uint8, device="meta")
+
+    def gates():
+        with poutine.mask(mask=False):
+            law = dist.RelaxedBernoulli(vae.temperature, logits=vae.gate_logits)
+            return pyro.sample("gates", law.to_event(1))
+
+    for which in ("relaxed", "hard"):
+        if structure == "learned":
+            vae._gates = gates if which == "relaxed" else lambda: [True, False, True]
+        guide_trace = poutine.trace(vae.guide).get_trace(x)
+        model_trace = poutine.trace(poutine.replay(vae.model, guide_trace)).get_trace(x)
+        model_trace.compute_log_prob()
+        for trace in (guide_trace, model_trace):
+            sites = [
+                site for site in trace.nodes.values() if site["type"] == "sample" and site["name"] != "data"
+            ]
+            assert all(site["value"].device.type == "meta" for site in sites)
+        assert model_trace.nodes["x"]["log_prob"].device.type == "meta"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_a_gpu():
+    vae = GraphVAE((6,), 3, 2, **SMALL).to("cuda")
+    x = torch.randint(2, (20, 6), device="cuda")
+    fit(vae.model, vae.guide, x, loss=TraceMeanField_ELBO(), batch_size=10, num_epochs=2, progress=False)
+    SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-2}), TraceMeanField_ELBO()).step(x)
+    assert vae.log_evidence(x, 20).log_evidence.device.type == "cuda"
+    assert vae.sample(3).device.type == vae.reconstruct(x).device.type == "cuda"
+    assert vae.anneal(5) == vae.temperature.item()
+    assert len(vae.freeze_structure().learned_graph().latent) == 3
+    assert vae.gate_probabilities.device.type == "cuda"
