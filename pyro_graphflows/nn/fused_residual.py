@@ -14,7 +14,8 @@ diagonal is :math:`d = u_L`; T holds the weights between units of one owner, and
         + \varphi''(a_{i-1}) \circ \bar \tau_{i-1} \circ u_{i-1} \qquad (u_0 = 1).
 
 A chain of small operations costs several times as much, since each has an overhead and passes all its numbers
-through memory. Second derivatives are taken through the plain operations.
+through memory; for the same reason one operation goes through several blocks after each other. Second derivatives
+are taken through the plain operations.
 """
 
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from pyro_graphflows.nn.activations import Activation, value_and_slope
 from pyro_graphflows.nn.linear import MaskedLinear
 from pyro_graphflows.nn.sparse import SparsePattern, sparse_product, sparse_sample
 
-__all__ = ["FusedResidual", "OwnerPass"]
+__all__ = ["FusedResidual", "OwnerPass", "residual_chain"]
 
 PIECE = 2**16  # so many numbers are activated at a time, so that they stay near the processor
 
@@ -204,64 +205,168 @@ def _activate(activation: type[Activation], x: Tensor, order: int) -> tuple[Tens
     return results
 
 
+def residual_chain(
+    operations: Sequence[FusedResidual],
+    z: Tensor,
+    shifts: Sequence[Tensor | None],
+    weights: Sequence[Sequence[Tensor]],
+) -> tuple[Tensor, Tensor]:
+    r"""Go through residual maps :math:`z \mapsto z + g_t(z)`, as one operation with gradients.
+
+    Args:
+        operations: The networks g.
+        z: Shape (D, N).
+        shifts: What the context adds to the first layer of each, of shape (H, N), or None.
+        weights: Entries and bias of each layer of each network, in turn.
+
+    Returns:
+        The values and the sum of the logs of 1 + d over the maps, with d the diagonals, both of shape (D, N).
+    """
+    flat = [part for shift, own in zip(shifts, weights, strict=True) for part in (shift, *own)]
+    return _Chain.apply(tuple(operations), z, *flat)
+
+
+def _keep(
+    operation: FusedResidual, z: Tensor, shift: Tensor | None, weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Return g, the diagonal, and what the backward pass needs beside the arguments."""
+    owner_pass = operation.owner_pass
+    kept = [entries.view(-1).gather(0, owner_pass.kept(i)) for i, entries in enumerate(weights[2::2])]
+    first = weights[0].view(-1).gather(0, owner_pass.places)
+    tangents = [kept[0] * first, *kept[1:]]
+    g, diagonal, terms, partial = operation._terms(z, shift, weights, tangents, 2)
+    return g, diagonal, [first, kept[0], *tangents, *partial, *sum(terms, ())]
+
+
+def _num_kept(operation: FusedResidual) -> int:
+    return 5 * (len(operation.layers) - 1) + 1
+
+
+def _pull(
+    operation: FusedResidual,
+    z: Tensor,
+    weights: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    grad_g: Tensor,
+    grad_diagonal: Tensor,
+    need_z: bool,
+) -> tuple[Tensor | None, Tensor, list[Tensor]]:
+    """Return the gradients of z (None if not needed), of the shift, and of the weights."""
+    layers, owner_pass, entries = operation.layers, operation.owner_pass, weights[::2]
+    depth = len(layers) - 1
+    first, second, *kept = kept
+    tangents, partial, terms = kept[:depth], kept[depth : 2 * depth - 1], kept[2 * depth - 1 :]
+    results: list[Tensor] = []  # for the weights, from the last
+    grad_a, grad_u = grad_g, grad_diagonal
+    for i in range(depth, 0, -1):
+        value, slope, curve = terms[3 * i - 3 : 3 * i]
+        pattern, places = owner_pass.pattern(i - 1), owner_pass.kept(i - 1)
+        by_tangent = sparse_sample(grad_u, slope if i == 1 else slope * partial[i - 2], pattern)
+        if i == 1:  # its weights are products with the first layer's
+            by_owner = second * by_tangent
+            by_tangent.mul_(first)
+        by_entries = layers[i].sample(grad_a, value)
+        by_entries.view(-1).scatter_add_(0, places, by_tangent)
+        results += [grad_a.sum(1), by_entries]
+        grad_slope = sparse_product(tangents[i - 1], grad_u, pattern, True)
+        if i > 1:
+            grad_u = grad_slope * slope
+            grad_slope.mul_(partial[i - 2])
+        grad_a = layers[i].product(entries[i], grad_a, transposed=True)
+        grad_a.mul_(slope).addcmul_(grad_slope, curve)
+    by_entries = layers[0].sample(grad_a, z)
+    by_entries.view(-1).scatter_add_(0, owner_pass.places, by_owner)
+    results += [grad_a.sum(1), by_entries]
+    grad_z = layers[0].product(entries[0], grad_a, transposed=True) if need_z else None
+    return grad_z, grad_a, results[::-1]
+
+
 class _Residual(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, operation: FusedResidual, z: Tensor, shift: Tensor | None, *weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        owner_pass = operation.owner_pass
-        kept = [entry.view(-1).gather(0, owner_pass.kept(i)) for i, entry in enumerate(weights[2::2])]
-        first = weights[0].view(-1).gather(0, owner_pass.places)
-        tangents = [kept[0] * first, *kept[1:]]
-        g, diagonal, terms, partial = operation._terms(z, shift, weights, tangents, 2)
+        g, diagonal, kept = _keep(operation, z, shift, weights)
         ctx.operation = operation
-        ctx.save_for_backward(z, shift, *weights, first, kept[0], *tangents, *partial, *sum(terms, ()))
+        ctx.save_for_backward(z, shift, *weights, *kept)
         return g, diagonal
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         operation: FusedResidual = ctx.operation
-        layers, owner_pass = operation.layers, operation.owner_pass
-        depth = len(layers) - 1
         z, shift, *saved = ctx.saved_tensors
-        weights, saved = saved[: 2 * depth + 2], saved[2 * depth + 2 :]
+        count = 2 * len(operation.layers)
+        weights, kept = saved[:count], saved[count:]
         if torch.is_grad_enabled():  # create_graph=True
-            return _differentiable(ctx, (z, shift, *weights), grads)
-        entries = weights[::2]
-        (first, second), saved = saved[:2], saved[2:]
-        tangents, partial, terms = saved[:depth], saved[depth : 2 * depth - 1], saved[2 * depth - 1 :]
-        results: list[Tensor] = []  # for the weights, from the last
-        grad_a, grad_u = grads
-        for i in range(depth, 0, -1):
-            value, slope, curve = terms[3 * i - 3 : 3 * i]
-            pattern, kept = owner_pass.pattern(i - 1), owner_pass.kept(i - 1)
-            by_tangent = sparse_sample(grad_u, slope if i == 1 else slope * partial[i - 2], pattern)
-            if i == 1:  # its weights are products with the first layer's
-                by_owner = second * by_tangent
-                by_tangent.mul_(first)
-            by_entries = layers[i].sample(grad_a, value)
-            by_entries.view(-1).scatter_add_(0, kept, by_tangent)
-            results += [grad_a.sum(1), by_entries]
-            grad_slope = sparse_product(tangents[i - 1], grad_u, pattern, True)
-            if i > 1:
-                grad_u = grad_slope * slope
-                grad_slope.mul_(partial[i - 2])
-            grad_a = layers[i].product(entries[i], grad_a, transposed=True)
-            grad_a.mul_(slope).addcmul_(grad_slope, curve)
-        by_entries = layers[0].sample(grad_a, z)
-        by_entries.view(-1).scatter_add_(0, owner_pass.places, by_owner)
-        results += [grad_a.sum(1), by_entries]
-        grad_z = layers[0].product(entries[0], grad_a, transposed=True) if ctx.needs_input_grad[1] else None
-        return (None, grad_z, None if shift is None else grad_a, *reversed(results))
+            outputs = operation.plain(z, shift, weights)
+            return (None, *_differentiable(ctx, outputs, (z, shift, *weights), grads))
+        grad_g, grad_diagonal = grads
+        grad_z, grad_shift, by_weights = _pull(
+            operation, z, weights, kept, grad_g, grad_diagonal, ctx.needs_input_grad[1]
+        )
+        return (None, grad_z, None if shift is None else grad_shift, *by_weights)
+
+
+class _Chain(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, operations: Sequence[FusedResidual], z: Tensor, *parts: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.operations = operations
+        saved: list[Tensor] = []
+        y, total = z, torch.zeros_like(z)
+        for operation, (shift, *weights) in zip(operations, _split(operations, parts), strict=True):
+            g, diagonal, kept = _keep(operation, y, shift, weights)
+            total.add_(diagonal.log1p())
+            saved += [y, diagonal.add_(1), *kept]
+            y = g.add_(y)
+        ctx.save_for_backward(*parts, *saved)
+        return y, total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        operations: Sequence[FusedResidual] = ctx.operations
+        saved = ctx.saved_tensors
+        num_parts = sum(1 + 2 * len(operation.layers) for operation in operations)
+        parts, saved = saved[:num_parts], saved[num_parts:]
+        if torch.is_grad_enabled():  # create_graph=True
+            z = y = saved[0]
+            total = torch.zeros_like(z)
+            for operation, (shift, *weights) in zip(operations, _split(operations, parts), strict=True):
+                g, diagonal = operation.plain(y, shift, weights)
+                y, total = y + g, total + diagonal.log1p()
+            return (None, *_differentiable(ctx, (y, total), (z, *parts), grads))
+        grad_y, grad_total = grads
+        results: list[list[Tensor | None]] = []
+        for i, (operation, own) in reversed(
+            list(enumerate(zip(operations, _split(operations, parts), strict=True)))
+        ):
+            (y, slope, *kept), saved = saved[-_num_kept(operation) - 2 :], saved[: -_num_kept(operation) - 2]
+            need = i > 0 or ctx.needs_input_grad[1]
+            grad_z, grad_shift, by_weights = _pull(
+                operation, y, own[1:], kept, grad_y, grad_total / slope, need
+            )
+            results.append([None if own[0] is None else grad_shift, *by_weights])
+            grad_y = grad_y if grad_z is None else grad_z.add_(grad_y)
+        grad_z = grad_y if ctx.needs_input_grad[1] else None
+        return (None, grad_z, *(grad for own in reversed(results) for grad in own))
+
+
+def _split(operations: Sequence[FusedResidual], parts: Sequence[Any]) -> list[Sequence[Any]]:
+    """Cut the shift and weights of all networks into those of each."""
+    pieces, start = [], 0
+    for operation in operations:
+        stop = start + 1 + 2 * len(operation.layers)
+        pieces.append(parts[start:stop])
+        start = stop
+    return pieces
 
 
 def _differentiable(
-    ctx: Any, arguments: Sequence[Tensor | None], grads: Sequence[Tensor]
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients with a graph of their own."""
-    z, shift, *weights = arguments
-    outputs = ctx.operation.plain(z, shift, weights)
+    ctx: Any, outputs: tuple[Tensor, Tensor], arguments: Sequence[Tensor | None], grads: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Return the gradients of the arguments with a graph of their own."""
     needs = ctx.needs_input_grad[1:]
     needed = [x for x, need in zip(arguments, needs, strict=True) if need and x is not None]
     found = iter(torch.autograd.grad(outputs, needed, grads, create_graph=True, allow_unused=True))
-    return (None, *(next(found) if need else None for need in needs))
+    return [next(found) if need else None for need in needs]

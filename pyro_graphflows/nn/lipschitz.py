@@ -23,7 +23,7 @@ References:
     [3] Zhou and Saad (2007), A Chebyshev-Davidson Algorithm for Large Symmetric Eigenproblems: the filter.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.nn.linear import MaskedLinear
 
-__all__ = ["SpectralBound"]
+__all__ = ["SpectralBound", "bounded_entries"]
 
 EXACT_SIZE = 48  # up to here an eigendecomposition costs no more than tracking
 CERTIFIED_SIZE = 512  # up to here the Gram matrix is formed and the estimate certified
@@ -100,9 +100,7 @@ class SpectralBound(nn.Module):
 
     def entries(self, layer: MaskedLinear) -> Tensor:
         """Return the weights of the layer in its engine's layout, scaled so that the bound holds."""
-        self._refresh(layer)
-        mask = layer.mask if layer.engine == "dense" else None
-        return _Scaled.apply(layer.weight, mask, self.direction, self.bound)
+        return bounded_entries([self], [layer])[0]
 
     @torch.no_grad()
     def _refresh(self, layer: MaskedLinear) -> None:
@@ -178,36 +176,54 @@ class SpectralBound(nn.Module):
         return f"bound={self.bound}, exact={self.exact}"
 
 
+def bounded_entries(bounds: Sequence["SpectralBound"], layers: Sequence[MaskedLinear]) -> list[Tensor]:
+    """Return :meth:`SpectralBound.entries` of several layers, by one operation."""
+    for bound, layer in zip(bounds, layers, strict=True):
+        bound._refresh(layer)
+    masks = [layer.mask if layer.engine == "dense" else None for layer in layers]
+    fixed = [(bound.bound, mask, bound.direction) for bound, mask in zip(bounds, masks, strict=True)]
+    return list(_Scaled.apply(fixed, *(layer.weight for layer in layers)))
+
+
 class _Scaled(torch.autograd.Function):
-    """The scaled entries as one node of the graph.
+    """The scaled entries of some layers as one node of the graph.
 
     The norm u^T W v is the product of the weights with u v^T on the mask.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor | None, direction: Tensor, bound: float) -> Tensor:
-        norm = float(torch.dot(weight.view(-1), direction.view(-1)))
-        ctx.factor = bound / max(norm * (1 + MARGIN), bound)
-        ctx.bound = bound
-        ctx.save_for_backward(weight, mask, direction)
-        entries = weight if mask is None else weight * mask
-        return entries * ctx.factor if mask is None else entries.mul_(ctx.factor)
+    def forward(
+        ctx: Any, fixed: Sequence[tuple[float, Tensor | None, Tensor]], *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.fixed, ctx.factors, results = fixed, [], []
+        for weight, (bound, mask, direction) in zip(weights, fixed, strict=True):
+            norm = float(torch.dot(weight.view(-1), direction.view(-1)))
+            ctx.factors.append(bound / max(norm * (1 + MARGIN), bound))
+            entries = weight if mask is None else weight * mask
+            results.append(entries * ctx.factors[-1] if mask is None else entries.mul_(ctx.factors[-1]))
+        ctx.save_for_backward(*weights)
+        return tuple(results)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        weight, mask, direction = ctx.saved_tensors
-        (grad,) = grads
-        if torch.is_grad_enabled():  # create_graph=True
-            norm = torch.dot(weight.flatten(), direction.flatten())
-            entries = (weight if mask is None else weight * mask) * (
-                ctx.bound / (norm * (1 + MARGIN)).clamp(min=ctx.bound)
-            )
-            return torch.autograd.grad(entries, weight, grad, create_graph=True)[0], None, None, None
-        grad = grad if mask is None else grad * mask
-        if ctx.factor == 1:
-            return grad, None, None, None
-        along = float(torch.dot(grad.flatten(), weight.flatten())) * ctx.factor * (1 + MARGIN) / ctx.bound
-        return torch.sub(grad, direction, alpha=along).mul_(ctx.factor), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        results: list[Tensor | None] = [None]
+        differentiable = torch.is_grad_enabled()  # create_graph=True
+        for weight, factor, (bound, mask, direction), grad in zip(
+            ctx.saved_tensors, ctx.factors, ctx.fixed, grads, strict=True
+        ):
+            if differentiable:
+                norm = torch.dot(weight.flatten(), direction.flatten())
+                entries = (weight if mask is None else weight * mask) * (
+                    bound / (norm * (1 + MARGIN)).clamp(min=bound)
+                )
+                results.append(torch.autograd.grad(entries, weight, grad, create_graph=True)[0])
+                continue
+            grad = grad if mask is None else grad * mask
+            if factor < 1:
+                along = float(torch.dot(grad.flatten(), weight.flatten())) * factor * (1 + MARGIN) / bound
+                grad = torch.sub(grad, direction, alpha=along).mul_(factor)
+            results.append(grad)
+        return tuple(results)
 
 
 def _gram_product(layer: MaskedLinear) -> Callable[[Tensor], Tensor]:

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.masks import SparseMask, label_masks
 from pyro_graphflows.nn.activations import Activation, make_activation
-from pyro_graphflows.nn.fused_residual import FusedResidual, OwnerPass
+from pyro_graphflows.nn.fused_residual import FusedResidual, OwnerPass, residual_chain
 from pyro_graphflows.nn.linear import FUSED_OVERHEAD, MaskedLinear, fastest_engine
-from pyro_graphflows.nn.lipschitz import SpectralBound
+from pyro_graphflows.nn.lipschitz import SpectralBound, bounded_entries
 
-__all__ = ["MaskedResidualNet", "ResidualEvaluation"]
+__all__ = ["MaskedResidualNet", "ResidualEvaluation", "all_entries", "go_through"]
 
 
 class MaskedResidualNet(nn.Module):
@@ -126,13 +126,7 @@ class MaskedResidualNet(nn.Module):
 
     def entries(self) -> list[Tensor]:
         """Return the weights of the layers, masked and bounded, in the layout of their engines."""
-        if self.bound is None:
-            return [layer.entries() for layer in self._masked_layers()]
-        return [
-            bound.entries(layer)
-            for bound, layer in zip(self.bounds, self._masked_layers(), strict=True)
-            if isinstance(bound, SpectralBound)
-        ]
+        return all_entries([self])[0]
 
     def start(self, context: Tensor | None = None) -> "ResidualEvaluation":
         """Mask and bound the weights and take in the context once, for many evaluations at different z."""
@@ -177,27 +171,30 @@ class ResidualEvaluation:
     Args:
         net: The network.
         context: The context, of shape (*batch, C).
+        entries: The weights of the layers, if they are known; see :func:`all_entries`.
     """
 
-    def __init__(self, net: MaskedResidualNet, context: Tensor | None = None) -> None:
+    def __init__(
+        self, net: MaskedResidualNet, context: Tensor | None = None, entries: Sequence[Tensor] | None = None
+    ) -> None:
         got = 0 if context is None else context.shape[-1]
         if got != net.context_dim:
             raise GraphflowsError(f"Expected context.shape[-1] == {net.context_dim}; got {got}.")
         self._net = net
         self._layers = net._masked_layers()
-        self._entries = net.entries()
+        self._entries = net.entries() if entries is None else entries
         self._shift = None if net.context_layer is None else net.context_layer(context)
         self._columns: tuple[torch.Size, Tensor] | None = None  # the shift for a batch shape, features first
         beta = net.activation.input_scale()
         self._weights: list[Tensor] = []
-        for i, (layer, entries) in enumerate(zip(self._layers, self._entries, strict=True)):
+        for i, (layer, weight) in enumerate(zip(self._layers, self._entries, strict=True)):
             bias: Tensor | None = layer.bias
             assert bias is not None
             if beta is not None:  # an activation phi(beta x) / beta is phi between other weights
-                entries = entries * beta if i == 0 else entries
+                weight = weight * beta if i == 0 else weight
                 bias = bias * beta if i < len(self._layers) - 1 else bias
-                entries = entries / beta if i == len(self._layers) - 1 else entries
-            self._weights += [entries, bias]
+                weight = weight / beta if i == len(self._layers) - 1 else weight
+            self._weights += [weight, bias]
         self._beta = beta
         self._tangents: list[Tensor] | None = None
 
@@ -281,6 +278,43 @@ class ResidualEvaluation:
     def _check(self, got: int) -> None:
         if got != self._net.num_variables:
             raise GraphflowsError(f"Expected z.shape[-1] == {self._net.num_variables}; got {got}.")
+
+
+def all_entries(nets: Sequence[MaskedResidualNet]) -> list[list[Tensor]]:
+    """Return :meth:`MaskedResidualNet.entries` of several networks, by one operation where they are bounded."""
+    bounded = [net for net in nets if net.bound is not None]
+    bounds = [bound for net in bounded for bound in net.bounds if isinstance(bound, SpectralBound)]
+    layers = [layer for net in bounded for layer in net._masked_layers()]
+    found = iter(bounded_entries(bounds, layers) if bounds else ())
+    return [
+        [layer.entries() if net.bound is None else next(found) for layer in net._masked_layers()]
+        for net in nets
+    ]
+
+
+def go_through(
+    evaluations: Sequence[ResidualEvaluation], z: Tensor, batch: torch.Size
+) -> tuple[Tensor, Tensor]:
+    r"""Apply :math:`z \mapsto z + g(z)` for each network in turn, features first.
+
+    Args:
+        evaluations: The networks, made ready.
+        z: Shape (D, N).
+        batch: The batch shape of N elements.
+
+    Returns:
+        The values and the sum of the logs of the diagonals of the Jacobians, both of shape (D, N).
+    """
+    if torch.is_grad_enabled():
+        operations = [evaluation._net.operation for evaluation in evaluations]
+        shifts = [evaluation._shift_columns(z, batch) for evaluation in evaluations]
+        return residual_chain(operations, z, shifts, [evaluation._weights for evaluation in evaluations])
+    total = torch.zeros_like(z)
+    for evaluation in evaluations:
+        g, diagonal = evaluation.columns(z, batch)
+        z = g.add_(z)
+        total.add_(diagonal.log1p_())
+    return z, total
 
 
 def _split_columns(mask: SparseMask, size: int) -> tuple[SparseMask, SparseMask]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.nn.activations import Activation
-from pyro_graphflows.nn.residual import MaskedResidualNet, ResidualEvaluation
+from pyro_graphflows.nn.residual import MaskedResidualNet, ResidualEvaluation, all_entries, go_through
 from pyro_graphflows.transforms.flow_nn import FlowNN
 from pyro_graphflows.transforms.solver import Solver, implicit_triangular, solve_triangular
 from pyro_graphflows.transforms.structure import FlowStructure
@@ -122,7 +122,8 @@ class GraphicalResidualNN(FlowNN):
     def prepare(self, *context: Tensor) -> list[ResidualEvaluation]:
         """Mask and bound the weights of all blocks and take in the context, for one or more passes."""
         x = self.standard_context(*context)
-        return [block.start(x) for block in self._nets()]
+        nets = self._nets()
+        return [ResidualEvaluation(net, x, own) for net, own in zip(nets, all_entries(nets), strict=True)]
 
     def sample(self, eps: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         r"""Map noise to variables.
@@ -174,13 +175,7 @@ class GraphicalResidualNN(FlowNN):
     def _forth(self, y: Tensor, evaluations: Sequence[ResidualEvaluation]) -> tuple[Tensor, Tensor]:
         """Go through the blocks; return the values and the sum of the log-diagonals."""
         batch = _joint_batch(y, evaluations)
-        columns = _features_first(y, batch)
-        total: Tensor | None = None
-        for evaluation in evaluations:
-            change, diagonal = evaluation.columns(columns, batch)
-            columns = columns + change
-            total = diagonal.log1p() if total is None else total + diagonal.log1p()
-        assert total is not None
+        columns, total = go_through(evaluations, _features_first(y, batch), batch)
         return _features_last(columns, batch), _features_last(total, batch)
 
     def _back(self, target: Tensor, evaluations: Sequence[ResidualEvaluation]) -> tuple[Tensor, Tensor]:
