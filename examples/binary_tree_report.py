@@ -438,7 +438,7 @@ NOT_YET = "\nRuns with wider layers, the test of this from the random start, are
 
 WIDE = """
 
-With layers of {width} units instead of 200 (everything else equal):
+With layers of {width} units instead of 200 (everything else equal but first rates, in the table):
 
 {curves}
 
