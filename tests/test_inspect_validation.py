@@ -149,6 +149,15 @@ def test_only_one_of_two_plates():
     assert non_exchangeable_plates(model) == {"x": ("rows",)}
 
 
+def test_noise_outside_of_sites_does_not_make_a_plate_uneven():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(torch.nn.functional.dropout(z, 0.5), 1.0), obs=x)
+
+    assert non_exchangeable_plates(model, (torch.zeros(10),)) == {}
+
+
 def test_models_that_cannot_be_changed_are_noted():
     traced = trace_model(PROBES["flow_without_inverse"].model, validate=True)
     assert "not validated (follow gradients)" in traced.notes[0]

@@ -29,6 +29,7 @@ from pyro_graphflows.guides.call import Call, CallReader, changing_supports, pla
 from pyro_graphflows.guides.discrete import DiscreteDistribution
 from pyro_graphflows.guides.distributions import FactorDistribution, SampledNormal, ScalarNormal
 from pyro_graphflows.guides.elements import ElementInverse, invert_elements
+from pyro_graphflows.guides.exchange import Unlike, sites_concerned
 from pyro_graphflows.guides.features import FeatureMap
 from pyro_graphflows.guides.ordering import (
     discrete_sites_first,
@@ -46,7 +47,7 @@ from pyro_graphflows.guides.site import (
     latent_sites,
     observed_encodings,
 )
-from pyro_graphflows.inspect import TracedModel, trace_model
+from pyro_graphflows.inspect import TracedModel, non_exchangeable_plates, trace_model
 
 __all__ = ["AutoFaithfulGuide", "Description", "resolve_inverse"]
 
@@ -196,7 +197,8 @@ class AutoFaithfulGuide(AutoGuide):
                 inverse = self._order_for_discrete_sites(inverse, rough)
             self._plate_states = plates_of(traced.trace)
             self._event_dims = conditioning_event_dims(traced)
-            plan = make_plan(inverse, self._block_kind, self._plan_pools(inverse, traced))
+            unlike = sites_concerned(inverse, self._uneven_plates(traced, args, kwargs))
+            plan = make_plan(inverse, self._block_kind, self._plan_pools(inverse, traced, unlike))
             require_outer_sites_first(plan, rough)
             self.prototype_trace = traced.trace
             self._prototype_frames = {
@@ -235,9 +237,20 @@ class AutoFaithfulGuide(AutoGuide):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         self.setup(*args, **kwargs)
 
-    def _plan_pools(self, inverse: InverseGraph, traced: TracedModel) -> PoolPlan:
+    def _uneven_plates(
+        self, traced: TracedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, tuple[str, ...]]:
+        """Return the plates with unlike elements by site, from one run for each plate."""
+        return non_exchangeable_plates(self.model, args, kwargs, traced=traced) if self._plate_states else {}
+
+    def _plan_pools(self, inverse: InverseGraph, traced: TracedModel, unlike: Unlike) -> PoolPlan:
         return plan_pools(
-            inverse, self._plate_states, self._event_dims, traced.index_inputs, deepset=self._pool is not None
+            inverse,
+            self._plate_states,
+            self._event_dims,
+            traced.index_inputs,
+            deepset=self._pool is not None,
+            unlike=unlike,
         )
 
     def _check_plan(self, plan: Plan, traced: TracedModel) -> None:

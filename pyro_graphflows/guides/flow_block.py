@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_graphflows.guides.call import PlateState
-from pyro_graphflows.guides.free import FreeTable
+from pyro_graphflows.guides.free import FreeTable, IndexMap
 from pyro_graphflows.guides.plan import Block
 from pyro_graphflows.transforms.faithful_evaluation import FaithfulEvaluation
 from pyro_graphflows.transforms.faithful_nn import FaithfulResidualNN
@@ -40,6 +40,7 @@ __all__ = ["FlowBlock", "FlowConditional", "FlowEvaluation", "FlowLevel", "FlowO
 ElementParents = Mapping[str, Sequence[Sequence[tuple[str, int]]]]
 
 DEFAULT_BLOCKS = 3
+MOST_SLOPES = 64  # inputs up to which the elements of a site with free parameters have slopes of their own
 HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
 
@@ -107,10 +108,27 @@ class FlowBlock(nn.Module):
             for site, columns in self.columns.items()
             if site in sizes
         }
-        # A free site has two parameters more for each element, which enter as context of that element alone.
-        free = [v for site in block.free for v in range(self.parts[site].start, self.parts[site].stop)]
-        self.free = FreeTable(plates, 2 * len(free)) if block.free else None
-        self._free_columns = {v: self.num_features + 2 * i for i, v in enumerate(free)}
+        # A free site, or one with maps of its own, has two inputs more for each element, for that element alone.
+        self._own_sites = [*block.free, *(site for site in block.unlike if site not in block.free)]
+        own = [v for site in self._own_sites for v in range(self.parts[site].start, self.parts[site].stop)]
+        self._free_columns = {v: self.num_features + 2 * i for i, v in enumerate(own)}
+        num_free = sum(2 * sizes[site] for site in block.free)
+        self.free = FreeTable(plates, num_free) if block.free else None
+        self.maps = nn.ModuleDict()  # by the position of the site
+        self._map_of: dict[str, tuple[str, list[int]]] = {}  # its key, and the inputs of the map
+        by_name = {plate.name: plate for plate in plates}
+        for site in self._own_sites:
+            seen = [j for p in block.parents[site] for j in self.columns.get(p, ()) if j < self.num_features]
+            around = (
+                block.plates
+                if site in block.free and len(seen) <= MOST_SLOPES
+                else block.unlike.get(site, ())
+            )
+            if around and (seen or site not in block.free):
+                key = str(block.sites.index(site))
+                chosen = [by_name[name] for name in around]
+                self.maps[key] = IndexMap(chosen, len(seen), 2 * sizes[site], offset=site not in block.free)
+                self._map_of[site] = key, seen
         self.network = self._make_network(names, options, element_parents)
         self.reset_free_()
 
@@ -243,11 +261,72 @@ class FlowBlock(nn.Module):
             plates: The plates of the call; without them free parameters are zero.
         """
         parts = [context]
-        if self.free is not None:
-            parts.append(
-                context.new_zeros(2 * len(self._free_columns)) if plates is None else self.free(plates)
-            )
+        if self._own_sites:
+            number = 2 * len(self._free_columns)
+            parts.append(context.new_zeros(number) if plates is None else self._own_inputs(context, plates))
         return FlowEvaluation(self, self.network.start(*parts), [part.shape[:-1] for part in parts])
+
+    def _own_inputs(self, context: Tensor, plates: Mapping[str, PlateState]) -> Tensor:
+        """Return the inputs that elements have of their own."""
+        free = None if self.free is None else self.free(plates)
+        if free is not None and not self._map_of:
+            return free
+        parts = []
+        start = 0
+        for site in self._own_sites:
+            part: Tensor | None = None
+            if site in self.block.free:
+                assert free is not None
+                stop = start + 2 * (self.parts[site].stop - self.parts[site].start)
+                part, start = free[..., start:stop], stop
+            if site in self._map_of:
+                key, columns = self._map_of[site]
+                contribution = self.maps[key](plates, context[..., columns])
+                part = contribution if part is None else part + contribution
+            assert part is not None
+            parts.append(part)
+        shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+        return torch.cat([part.expand(*shape, part.shape[-1]) for part in parts], -1)
+
+    @torch.no_grad()
+    def set_index_linear_(self, site: str, weights: Tensor, locs: Tensor, scale_trils: Tensor) -> bool:
+        """Make the conditional of a scalar site with maps of its own linear-Gaussian for each index.
+
+        Parents within the block keep a slope that the indices share.
+
+        Args:
+            site: The site.
+            weights: Shape ``(indices, size, inputs)``, with a column for each input of the site's parents.
+            locs: Shape ``(indices, size)``.
+            scale_trils: Shape ``(indices, size, size)``.
+
+        Returns:
+            Whether the site has such maps and is scalar.
+        """
+        if site not in self._map_of or weights.shape[1] != 1:
+            return False
+        key, columns = self._map_of[site]
+        index_map = self.maps[key]
+        assert isinstance(index_map, IndexMap)
+        if not index_map.offset or self.affine.closed_form == "density":
+            return False
+        parents = [parent for parent in self.block.parents[site] if parent in self.columns]
+        inputs = [j for parent in parents for j in self.columns[parent]]
+        within = {
+            parent: weights.mean(0)[:, [inputs.index(j) for j in self.columns[parent]]]
+            for parent in parents
+            if parent in self.parts
+        }
+        log_scales = scale_trils[:, 0, 0].log()
+        centre = log_scales.mean()
+        self.set_linear_(site, within, locs.new_zeros(1), centre.exp().reshape(1, 1))
+        most = self.affine.stack.scale_range  # a conditional log-scale is bounded by a tanh
+        ratio = ((log_scales - centre) / most).clamp(-0.999, 0.999)
+        like = index_map.rows.table
+        slopes = torch.zeros(len(weights), 2, len(columns)).to(like)
+        slopes[:, 0] = weights[:, 0, [inputs.index(j) for j in columns]].to(like)
+        index_map.set_(slopes, torch.stack([locs[:, 0], most * ratio.atanh()], -1).to(like))
+        return True
 
 
 class FlowEvaluation:

@@ -1,4 +1,4 @@
-"""Free parameters for sites whose data cannot be network inputs."""
+"""Parameters for each element of a plate: free ones, where data cannot be network inputs, and maps of one's own."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.call import PlateState
 
-__all__ = ["FreeTable"]
+__all__ = ["FreeTable", "IndexMap"]
 
 
 class FreeTable(nn.Module):
@@ -51,3 +51,40 @@ class FreeTable(nn.Module):
             if plate.indices is not None:
                 rows = rows.index_select(plate.dim - 1, plate.indices.to(rows.device))
         return rows
+
+
+class IndexMap(nn.Module):
+    """An affine map from a site's inputs to its factor's parameters for each element of plates, beside the network.
+
+    A shared network cannot give the elements of a plate slopes of their own, as unlike groups need: a large group hears
+    less of what is sampled above it than a small one. All maps are zero in the beginning.
+
+    Shape:
+        - Input: ``(*batch, num_inputs)``.
+        - Output: ``(*batch, num_outputs)``.
+
+    Args:
+        plates: The plates; their full sizes must not change.
+        num_inputs: The number of inputs.
+        num_outputs: The number of outputs.
+        offset: Whether the maps have an offset, or a slope alone.
+    """
+
+    def __init__(
+        self, plates: Sequence[PlateState], num_inputs: int, num_outputs: int, *, offset: bool
+    ) -> None:
+        super().__init__()
+        self.num_inputs, self.num_outputs, self.offset = num_inputs, num_outputs, offset
+        self.rows = FreeTable(plates, num_outputs * (num_inputs + offset))
+
+    def forward(self, plates: Mapping[str, PlateState], inputs: Tensor) -> Tensor:
+        """Return the contribution to the outputs of a call's elements."""
+        rows = self.rows(plates).unflatten(-1, (self.num_outputs, self.num_inputs + self.offset))
+        outputs = (rows[..., : self.num_inputs] @ inputs.unsqueeze(-1)).squeeze(-1)
+        return outputs + rows[..., -1] if self.offset else outputs
+
+    @torch.no_grad()
+    def set_(self, slopes: Tensor, offsets: Tensor | None = None) -> None:
+        """Set the maps of all elements, ``(elements, num_outputs, num_inputs)`` and ``(elements, num_outputs)``."""
+        parts = [slopes] if offsets is None else [slopes, offsets.unsqueeze(-1)]
+        self.rows.table.copy_(torch.cat(parts, -1).reshape(self.rows.table.shape))

@@ -16,11 +16,14 @@ from torch import Tensor, nn
 
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.factors import Factor, NormalFactor, scalar_normals
-from pyro_graphflows.guides.free import FreeTable
+from pyro_graphflows.guides.free import FreeTable, IndexMap
 from pyro_graphflows.guides.plan import Block
 from pyro_graphflows.nn.mlp import LevelEvaluation, MaskedMLP
 
 __all__ = ["MADEBlock", "MADEEvaluation", "NetworkOptions"]
+
+
+MOST_SLOPES = 64  # inputs up to which the elements of a site with free parameters have slopes of their own
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,20 @@ class MADEBlock(nn.Module):
         for site in block.free:
             self._free_columns[site] = slice(start, start + factors[site].num_outputs)
             start += factors[site].num_outputs
+        self.maps = nn.ModuleDict()  # by the position of the site
+        self._map_of: dict[str, tuple[str, list[int]]] = {}  # its key, and the inputs of the map
+        by_name = {plate.name: plate for plate in plates}
+        for position, site in enumerate(block.sites):
+            own = block.unlike.get(site, ())
+            seen = [j for parent in block.parents[site] if parent in columns for j in columns[parent]]
+            if site in block.free and len(seen) <= MOST_SLOPES:
+                own = block.plates
+            if own and (seen or site not in block.free):
+                num_outputs = factors[site].num_outputs
+                chosen = [by_name[name] for name in own]
+                index_map = IndexMap(chosen, len(seen), num_outputs, offset=site not in block.free)
+                self.maps[str(position)] = index_map
+                self._map_of[site] = str(position), seen
         self.register_buffer("shift", torch.zeros(sum(factors[s].size for s in block.sites)))
         self.register_buffer("scale", torch.ones(len(self.shift)))
         self._parts: dict[str, slice] = {}
@@ -179,6 +196,39 @@ class MADEBlock(nn.Module):
             last: Any = self.network.layers[-1]
             last.set_rows_(self.outputs[site], 0.0)
 
+    @torch.no_grad()
+    def set_index_linear_(self, site: str, weights: Tensor, locs: Tensor, scale_trils: Tensor) -> bool:
+        """Make the factor of a site with maps of its own linear-Gaussian for each index, in standardised units.
+
+        Args:
+            site: The site.
+            weights: Shape ``(indices, size, inputs)``, with a column for each input of the site's parents.
+            locs: Shape ``(indices, size)``.
+            scale_trils: Shape ``(indices, size, size)``.
+
+        Returns:
+            Whether the site has such maps and its factor a linear start.
+        """
+        factor = self.factors[site]
+        if site not in self._map_of or not isinstance(factor, NormalFactor):
+            return False
+        key, inputs = self._map_of[site]
+        index_map = self.maps[key]
+        assert isinstance(index_map, IndexMap)
+        like = index_map.rows.table
+        starts = [
+            factor.linear_start(w.to(like), loc.to(like), tril.to(like))
+            for w, loc, tril in zip(weights, locs, scale_trils, strict=True)
+        ]
+        slopes, offsets = (torch.stack(parts) for parts in zip(*starts, strict=True))
+        shared = torch.zeros(factor.num_outputs, self.network.input_dim).to(like)
+        if not index_map.offset:
+            return False
+        shared[:, inputs] = slopes.mean(0)
+        self.set_rows_(site, shared, offsets.mean(0))
+        index_map.set_(slopes - slopes.mean(0), offsets - offsets.mean(0))
+        return True
+
     def start(self, context: Tensor, plates: Mapping[str, PlateState] | None = None) -> "MADEEvaluation":
         """Begin an evaluation.
 
@@ -187,15 +237,23 @@ class MADEBlock(nn.Module):
             plates: The plates of the call; without them free parameters are left out.
         """
         free = self.free(plates) if self.free is not None and plates is not None else None
-        return MADEEvaluation(self, context, free)
+        return MADEEvaluation(self, context, free, plates if self._map_of else None)
 
 
 class MADEEvaluation:
     """One evaluation of a block; alternates :meth:`factors` and :meth:`accept`, level by level."""
 
-    def __init__(self, block: MADEBlock, context: Tensor, free: Tensor | None) -> None:
+    def __init__(
+        self,
+        block: MADEBlock,
+        context: Tensor,
+        free: Tensor | None,
+        plates: Mapping[str, PlateState] | None = None,
+    ) -> None:
         self._module = block
         self._free = free
+        self._plates = plates  # where elements have maps of their own
+        self._known: list[Tensor] = []
         self._network: LevelEvaluation = block.network.start()
         self._level = 0
         self._new: Tensor = context
@@ -205,7 +263,9 @@ class MADEEvaluation:
         module = self._module
         level = module.block.levels[self._level]
         outputs = self._network.step(self._new if self._new.shape[-1] else None).squeeze(-1)
-        if self._level in module._scalar_levels and self._free is None:
+        if self._plates is not None:
+            self._known.append(self._new)
+        if self._level in module._scalar_levels and self._free is None and self._plates is None:
             part = slice(module._parts[level[0]].start, module._parts[level[-1]].stop)
             normals = scalar_normals(outputs, module.shift[part], module.scale[part])
             return dict(zip(level, normals, strict=True))
@@ -216,10 +276,20 @@ class MADEEvaluation:
             part_of_level = outputs[..., rows.start - start : rows.stop - start]
             if self._free is not None and site in module._free_columns:
                 part_of_level = part_of_level + self._free[..., module._free_columns[site]]
+            if self._plates is not None and site in module._map_of:
+                part_of_level = part_of_level + self._own_map(site, self._plates)
             result[site] = module.factors[site].distribution(
                 part_of_level, module.shift[part], module.scale[part]
             )
         return result
+
+    def _own_map(self, site: str, plates: Mapping[str, PlateState]) -> Tensor:
+        key, columns = self._module._map_of[site]
+        shape = torch.broadcast_shapes(*(part.shape[:-1] for part in self._known))
+        known = torch.cat([part.expand(*shape, part.shape[-1]) for part in self._known], -1)
+        index_map: Any = self._module.maps[key]
+        contribution: Tensor = index_map(plates, known[..., columns])
+        return contribution
 
     def accept(self, values: Mapping[str, Tensor]) -> None:
         """Take the unconstrained vectors of the level's sites, each of shape ``(*batch, size)``."""

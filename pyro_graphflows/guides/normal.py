@@ -15,6 +15,7 @@ from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.discrete_factors import DiscreteFactor
 from pyro_graphflows.guides.factors import ElementNormalFactor, Factor, NormalFactor
 from pyro_graphflows.guides.features import FeatureMap, flatten_event
+from pyro_graphflows.guides.index_start import regress_indices_
 from pyro_graphflows.guides.made import MADEBlock, NetworkOptions
 from pyro_graphflows.guides.plan import Block, Conditioning, Plan
 from pyro_graphflows.guides.pool_plan import outside
@@ -133,7 +134,9 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
                     )
                 if self._init == "regression":
                     context = feature(concatenate([rows[name] for name in self._context[index]]))
-                    self._start_by_regression(network, context, latents)
+                    kept = self._start_by_regression(network, context, latents)
+                    if kept and block.unlike and samples is not None:
+                        self._start_indices(index, network, feature, samples)
             features.append(feature)
             networks.append(network)
         self.features = nn.ModuleList(features)
@@ -325,6 +328,8 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
             for name in block.plates:
                 copies[-1] *= self._plate_states[name].size
         wanted = -(-self._num_start_samples // min(copies))
+        if any(block.unlike for block in self.plan.blocks):  # a regression for each index
+            wanted = max(wanted, self._num_start_samples // 10)
         if any(node.members for block in self.plan.blocks for node in block.context):
             elements = 1
             for plate in self._plate_states.values():
@@ -384,7 +389,7 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
             return FeatureMap(None, rows[name], self._standardize)
         return FeatureMap(None, torch.zeros(0, pool.num_features), self._standardize)
 
-    def _start_by_regression(self, network: MADEBlock, context: Tensor, values: dict[str, Tensor]) -> None:
+    def _start_by_regression(self, network: MADEBlock, context: Tensor, values: dict[str, Tensor]) -> bool:
         """Set the factors by regression, and go back if held-out samples like the random start better."""
         held_out = slice(0, None, HELD_OUT)
         test = {site: value[held_out] for site, value in values.items()}
@@ -400,8 +405,27 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
                 f"the random start was kept for {', '.join(network.block.sites)}: its loss on prior samples is "
                 f"{random_loss:.3g} nats, that of the regression start {loss:.3g}.",
             )
-        else:
-            regress_(network, context, values)
+            return False
+        regress_(network, context, values)
+        return True
+
+    def _start_indices(
+        self, index: int, network: Any, feature: FeatureMap, samples: Mapping[str, Tensor]
+    ) -> None:
+        """Start the maps that elements of a plate have of their own."""
+        block = network.block
+        names = [*self._context[index], *block.sites]
+        depth = max(samples[name].dim() for name in names) - 2
+        aligned = {name: _with_depth(samples[name], depth) for name in names}
+        context = feature(concatenate([aligned[name] for name in self._context[index]]))
+        for site in block.unlike:
+            if site in block.free:
+                continue
+            if not regress_indices_(network, site, self._plate_states, context, aligned):
+                self._notes += (
+                    f"the maps of the indices of {', '.join(block.unlike[site])} for {site} start at one that is "
+                    "shared: no regression of each was possible.",
+                )
 
 
 def _with_depth(value: Tensor, depth: int) -> Tensor:

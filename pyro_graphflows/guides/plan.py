@@ -50,6 +50,7 @@ class Block:
             levels); instead of pooled parents, their summary if there is one.
         free: The sites with free parameters for each element of their plates, since some of their parents
             are in plates that they are not in.
+        unlike: For sites that need an affine map of their own for each index of some plates, these plates.
     """
 
     plates: tuple[str, ...]
@@ -57,6 +58,7 @@ class Block:
     context: tuple[Conditioning, ...]
     parents: dict[str, tuple[str, ...]]
     free: tuple[str, ...] = ()
+    unlike: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -217,6 +219,7 @@ def make_plan(
                 ),
                 parents=seen,
                 free=tuple(site for site in depth if site in pooling.free),
+                unlike={site: pooling.unlike[site] for site in depth if site in pooling.unlike},
             )
         )
         done |= set(depth)

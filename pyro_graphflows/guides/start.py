@@ -15,7 +15,7 @@ from pyro_graphflows.guides.factors import ElementNormalFactor, Factor
 from pyro_graphflows.guides.features import location_and_scale
 from pyro_graphflows.guides.made import MADEBlock
 
-__all__ = ["block_loss", "regress_", "standardize_"]
+__all__ = ["block_loss", "fit_normal", "regress_", "standardize_"]
 
 RIDGE = 1e-10  # relative to unit variances; makes rank-deficient sets of parents solvable
 RESIDUAL_FLOOR = 1e-4  # in standardised units; deterministic relations have residual zero
@@ -69,6 +69,16 @@ def regress_(block: MADEBlock, context: Tensor, values: Mapping[str, Tensor]) ->
         loc = mean[own] - weights @ mean[inputs]
         parts = dict(zip(parents, weights.split([len(block.columns[p]) for p in parents], -1), strict=True))
         block.set_linear_(site, parts, loc, _square_root(residual))
+
+
+def fit_normal(rows: Tensor, inputs: Sequence[int], own: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return weights, location and scale of the regression of some columns of a sample on others."""
+    own = list(own)
+    mean, covariance = rows.mean(0), torch.atleast_2d(torch.cov(rows.T))
+    weights = _solve(covariance, inputs, own)
+    residual = covariance[own][:, own] - weights @ covariance[list(inputs)][:, own]
+    residual = residual * (len(rows) - 1) / max(len(rows) - 1 - len(inputs), 1)
+    return weights, mean[own] - weights @ mean[list(inputs)], _square_root(residual)
 
 
 def _solve(covariance: Tensor, inputs: Sequence[int], own: Sequence[int]) -> Tensor:

@@ -25,7 +25,11 @@ _MANY_SITES = 200
 
 
 def non_exchangeable_plates(
-    model: Callable, model_args: tuple = (), model_kwargs: dict[str, Any] | None = None
+    model: Callable,
+    model_args: tuple = (),
+    model_kwargs: dict[str, Any] | None = None,
+    *,
+    traced: TracedModel | None = None,
 ) -> dict[str, tuple[str, ...]]:
     """Find the sites that tell the indices of a plate apart even if all that enters is equal along it.
 
@@ -37,9 +41,11 @@ def non_exchangeable_plates(
         model: A Pyro model.
         model_args: Its positional arguments.
         model_kwargs: Its keyword arguments.
+        traced: The model as traced with these arguments, if that is at hand.
 
     Returns:
-        Names of plates by site.
+        Names of plates by site. Nothing if the model cannot be evaluated at other values than those it drew; sites that
+        random numbers outside of ``pyro.sample`` reach are left out.
 
     Example:
         >>> import pyro, pyro.distributions as dist, torch
@@ -53,7 +59,7 @@ def non_exchangeable_plates(
         {}
     """
     args, kwargs = tuple(model_args), dict(model_kwargs or {})
-    traced = trace_once(model, args, kwargs, strict=False)
+    traced = trace_once(model, args, kwargs, strict=False) if traced is None else traced
     return Validation(model, args, kwargs, traced, strict=False).equalise_plates()
 
 
@@ -259,6 +265,7 @@ class Validation:
         """Make all that enters a plate equal along it: log-densities that vary show constants that do."""
         frames = {frame.name: frame for site in self.sites.values() for frame in vectorized_plates(site)}
         leaves = argument_leaves(self.model, self.args, self.kwargs)
+        noisy: set[str] | None = None
         for plate, frame in frames.items():
             inside = {
                 name: site
@@ -285,12 +292,26 @@ class Validation:
                 if -frame.dim > log_density.dim() or log_density.shape[frame.dim] < 2:
                     continue
                 if not _alike(log_density, _equal_along(log_density, frame.dim)):
+                    noisy = self._noisy_sites() if noisy is None else noisy
+                    if name in noisy:
+                        continue
                     self.non_exchangeable[name] = (*self.non_exchangeable.get(name, ()), plate)
                     self.notes.append(
                         f"at site '{name}', the indices of plate '{plate}' are not alike although everything "
                         "that enters is: the model holds constants or parameters that vary along the plate; pass "
                         "constants as arguments to let a guide condition on them"
                     )
+
+    def _noisy_sites(self) -> set[str]:
+        """Return the sites whose log-densities differ from run to run at the same values."""
+        values = {**self.subsamples, **self.values}
+        traces = [rerun(self.model, self.args, self.kwargs, values, seed=seed) for seed in (0, 1)]
+        with torch.no_grad():
+            return {
+                name
+                for name in self.sites
+                if not _alike(density(traces[0].nodes[name]), density(traces[1].nodes[name]))
+            }
 
 
 def _is_subsample(node: Mapping[str, Any]) -> bool:

@@ -1,0 +1,166 @@
+"""Plates whose elements are not alike: constants in the model, and unlike groups."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+
+from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.graphs.inversion import faithful_inverse, mean_field_inverse
+from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.guides import auto_faithful_guide
+from pyro_graphflows.guides.exchange import sites_concerned
+
+SIGMA = torch.linspace(0.3, 5.0, 8)
+
+
+def schools(y, size=None):
+    """Standard errors are known, and no argument."""
+    with pyro.plate("schools", 8, subsample_size=size) as indices:
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(theta, SIGMA.double()[indices]), obs=y[..., indices])
+
+
+def divergence(guide):
+    """Return E_y KL(posterior || guide) of one school, in nats: exact but for the average over y."""
+    sigma = SIGMA.double()
+    y = dist.Normal(0.0, (1 + sigma.square()).sqrt()).sample((1000,))
+    posterior = dist.Normal(y / (1 + sigma.square()), (sigma.square() / (1 + sigma.square())).sqrt())
+    with torch.no_grad(), pyro.plate("draws", 1000, dim=-2):
+        fn = poutine.trace(guide).get_trace(y).nodes["theta"]["fn"]
+    return float(torch.distributions.kl_divergence(posterior, fn).mean())
+
+
+def test_constants_that_vary_along_a_plate_cost_nothing():
+    guide = auto_faithful_guide(schools, torch.zeros(8))
+    assert divergence(guide) < 0.005  # 3 weights, 1,250 samples for each index
+    assert "a map of its own for each index of schools" in guide.describe()
+    with torch.no_grad():
+        for network in guide.networks:
+            for table in network.maps.parameters():
+                table.zero_()
+    assert divergence(guide) > 0.1  # what one network for all schools leaves
+
+
+def exact_map_(guide):
+    """Give each school its posterior for every y."""
+    sigma = SIGMA.double()
+    slope, scale = 1 / (1 + sigma.square()), (sigma.square() / (1 + sigma.square())).sqrt()
+    network = guide.networks[0]
+    shift, width = network.standardization("theta")
+    feature = guide.features[0]
+    weights = slope * feature.scale / width
+    locs = (slope * feature.shift - shift) / width
+    assert network.set_index_linear_(
+        "theta", weights[:, None, None], locs[:, None], (scale / width)[:, None, None]
+    )
+
+
+@pytest.mark.parametrize("family", ["normal", "flow"])
+def test_maps_of_their_own_are_exact_for_any_data_and_any_subsample(family):
+    guide = auto_faithful_guide(schools, torch.zeros(8), family=family, init="random", num_start_samples=500)
+    exact_map_(guide)
+    for _ in range(2):
+        y = 2 * torch.randn(8)
+        terms = dist.Normal(0.0, (1 + SIGMA.double().square()).sqrt()).log_prob(y)
+        for vectorize in (False, True):
+            options = {"num_particles": 2, "vectorize_particles": vectorize, "max_plate_nesting": 1}
+            assert Trace_ELBO(**options).loss(schools, guide, y) == pytest.approx(-float(terms.sum()))
+        trace = poutine.trace(guide).get_trace(y, 3)
+        replayed = poutine.trace(poutine.replay(schools, trace)).get_trace(y, 3)
+        indices = trace.nodes["schools"]["value"]
+        elbo = replayed.log_prob_sum() - trace.log_prob_sum()
+        assert elbo.item() == pytest.approx(terms[indices].sum().item() * 8 / 3)
+
+
+def test_who_is_concerned():
+    graph = ModelGraph(["mz", "zx", "zp", "mq"], observed=["x"], plates={name: ["data"] for name in "zxp"})
+    observation = sites_concerned(faithful_inverse(graph), {"x": ("data",)})
+    assert observation.own == {"z": ("data",)}  # not p, which sees z and nothing else
+    assert observation.outside == {"m": ("data",)}
+    assert sites_concerned(mean_field_inverse(graph), {"x": ("data",)}).own.keys() == {"z", "p"}
+    assert sites_concerned(faithful_inverse(graph), {"p": ("data",)}).own == {"p": ("data",)}
+    assert sites_concerned(faithful_inverse(graph), {"z": ("data",)}).own == {"z": ("data",)}
+    nested = ModelGraph(["gz", "zx"], observed=["x"], plates={"g": ["a"], "z": ["a", "b"], "x": ["a", "b"]})
+    found = sites_concerned(faithful_inverse(nested), {"x": ("a",)})
+    assert found.own == {"g": ("a",), "z": ("a",)}
+    assert not found.outside
+    found = sites_concerned(faithful_inverse(nested), {"x": ("b",)})
+    assert found.own == {"z": ("b",)}
+    assert found.outside == {"g": ("b",)}
+
+
+def hierarchical_schools(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("schools", 8):
+        theta = pyro.sample("theta", dist.Normal(mu, 1.0))
+        pyro.sample("y", dist.Normal(theta, SIGMA.double()), obs=y)
+
+
+def test_unlike_elements_are_not_pooled():
+    guide = auto_faithful_guide(hierarchical_schools, torch.zeros(8), pool="deepset", num_start_samples=500)
+    assert "mu | y (pooled)  [free parameters" in guide.describe()
+    assert "not pooled: constants or parameters in the model vary along schools" in guide.describe()
+    assert guide.plan.blocks[1].unlike == {"theta": ("schools",)}
+    with pytest.raises(GraphflowsError, match="'schools' to have 8 elements"):
+        auto_faithful_guide(model_of_any_size, torch.zeros(8))(torch.zeros(5))
+
+
+def model_of_any_size(y):
+    with pyro.plate("schools", len(y)):
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(theta, SIGMA.double()[: len(y)]), obs=y)
+
+
+def varying(index, y):
+    """Group effects looked up by an index; groups of different size."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("groups", 3):
+        theta = pyro.sample("theta", dist.Normal(mu, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(theta[..., index], 1.0), obs=y)
+
+
+def test_groups_of_different_size_have_slopes_of_their_own():
+    """theta_g | mu, y hears less of mu the more data there are: no shared slope is right."""
+    index, y = torch.tensor([0, 1, 1, 2, 2, 2, 2, 0, 2]), torch.randn(9) + 1.0
+    guide = auto_faithful_guide(varying, index, y, init="random")
+    count = torch.bincount(index, minlength=3).double()
+    total = torch.zeros(3).index_add(0, index, y)
+    same = (index[:, None] == index[None]).double()
+    evidence = dist.MultivariateNormal(torch.zeros(9), 1.0 + same + torch.eye(9)).log_prob(y).item()
+    weight = count / (1 + count)
+    precision = 1.0 + weight.sum()
+    guide.set_linear_("mu", {}, float((weight * total / count).sum() / precision), float(precision**-0.5))
+    guide.set_linear_("theta", {}, 0.0, 1.0)
+    network = guide.networks[1]
+    width = network.standardization("theta")[1]
+    feature = guide.features[1]  # of mu
+    variance = 1 / (1 + count)
+    with torch.no_grad():
+        network.free.table[..., 0] = variance * (total + feature.shift) / width
+        network.free.table[..., 1] = variance.sqrt().log()
+        key, _ = network._map_of["theta"]
+        network.maps[key].set_(
+            torch.stack([variance * feature.scale / width, torch.zeros(3)], -1).unsqueeze(-1)
+        )
+    for vectorize in (False, True):
+        options = {"num_particles": 3, "vectorize_particles": vectorize, "max_plate_nesting": 1}
+        assert Trace_ELBO(**options).loss(varying, guide, index, y) == pytest.approx(-evidence)
+
+
+def test_parameters_of_the_model_for_each_index_count_as_constants():
+    def model(x):
+        bias = pyro.param("bias", lambda: torch.zeros(5))
+        with pyro.plate("data", 5):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z + bias, 1.0), obs=x)
+
+    guide = auto_faithful_guide(model, torch.randn(5), num_start_samples=2000)
+    assert guide.plan.blocks[0].unlike == {"z": ("data",)}
+    assert "no regression of each was possible" not in guide.describe()
+    assert math.isfinite(Trace_ELBO().loss(model, guide, torch.randn(5)))
