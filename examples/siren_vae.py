@@ -25,15 +25,15 @@ from pathlib import Path
 
 import torch
 from siren_vae_report import render
-from siren_vae_runs import RATES, REMEDIES, ROWS, Run, test, train
+from siren_vae_runs import FEW, RATES, REMEDIES, ROWS, Run, test, train
 
 NETWORKS = ("ecoli70", "magic-irri", "arth150", "magic-niab")
 FIGURE_MULTIPLES = (5, 10, 25, 50)
 
 
-def chosen_rate(cell, folder, args, rates=RATES):
+def chosen_rate(cell, folder, args):
     """Return the best rates of a cell by validation points and by training loss, from runs with seed 0."""
-    results = {lr: train(Run(**cell, seed=0, lr=lr), folder, args) for lr in rates}
+    results = {lr: train(Run(**cell, seed=0, lr=lr), folder, args) for lr in RATES[cell["multiple"] < FEW]}
     by = {}
     for key in ("validation_nll", "train_loss"):
         known = {lr: result[key] for lr, result in results.items() if result[key] is not None}
@@ -43,7 +43,7 @@ def chosen_rate(cell, folder, args, rates=RATES):
 
 def do_cell(job):
     """Do all runs of a cell that are not there yet."""
-    cell, seeds, rate, both, args = job
+    cell, seeds, rate, both, args = job  # rate: a number, the cell that says it, or None for this cell
     torch.set_num_threads(1)
     folder = Path(args.out) / "siren_vae"
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,8 +54,7 @@ def do_cell(job):
         rate, by_loss = chosen_rate(rate, folder, args)
     results = [test(Run(**cell, seed=seed, lr=rate), folder, args) for seed in range(seeds)]
     if both and by_loss != rate:
-        for seed in range(seeds):
-            test(Run(**cell, seed=seed, lr=by_loss), folder, args)
+        test(Run(**cell, seed=0, lr=by_loss), folder, args)
     excess = torch.tensor([result["test"]["excess"] for result in results])
     spread = f" ± {excess.std():.3f}" if seeds > 1 else ""
     name = Run(**cell, seed=0, lr=rate).cell
@@ -108,7 +107,7 @@ def jobs_of(args):
 
 
 def study(args):
-    jobs = jobs_of(args)
+    jobs = [(cell, min(seeds, args.max_seeds), *rest) for cell, seeds, *rest in jobs_of(args)]
     print(f"{len(jobs)} cells, {args.workers} at a time.", flush=True)
     if args.workers == 1:
         for job in jobs:
@@ -150,8 +149,11 @@ def parser():
     parse.add_argument("--lr", type=float, help="rate of Adam; chosen among three if not given")
     parse.add_argument("--data", help="a folder with NAME.json of other networks")
     parse.add_argument("--out", default="out", help="folder of siren_vae.md and siren_vae/")
+    parse.add_argument(
+        "--max-seeds", type=int, default=5, help="at most so many seeds of each cell of the study"
+    )
     parse.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="cells at a time")
-    parse.add_argument("--max-epochs", type=int, default=3000)
+    parse.add_argument("--max-epochs", type=int, help="1,500 with few data and 300 with many if not given")
     parse.add_argument("--num-particles", type=int, default=500, help="importance samples of each test point")
     parse.add_argument("--progress", action="store_true", help="show a bar for each run")
     return parse

@@ -15,7 +15,8 @@ import torch
 
 from pyro_graphflows import VAE, LinearGaussianNetwork, ModelGraph, SIReNVAE, load_network
 
-RATES = (1e-1, 1e-2, 1e-3)
+RATES = {True: (1e-2, 1e-3, 1e-1), False: (1e-2, 1e-3)}  # few data, many data
+FEW = 10  # below so many points for each node data are few: an epoch is one to three steps
 #: Row -> variant of the graph and flow; None for the plain VAE.
 ROWS = {
     "vae": None,
@@ -25,7 +26,8 @@ ROWS = {
     "faithful": ("true", "faithful"),
 }
 REMEDIES = ("warm-up", "iwae", "decay", "early", "average", "small")
-DEFAULT_PATIENCE = {True: 60, False: 10}  # few data (an epoch is one to three steps), many data
+DEFAULT_PATIENCE = {True: 60, False: 10}
+MAX_EPOCHS = {True: 1500, False: 300}
 NUM_TEST, NUM_TEST_PAPER, NUM_VALIDATION = 1000, 100, 200
 
 
@@ -110,10 +112,13 @@ def make_model(run, graph):
     if run.perturbation:
         how, percent = run.perturbation.split("-")
         graph = perturbed(graph, how, int(percent), run.seed)
+    # As many hidden units in each decoder as the network has distinct sets of parents of its leaves.
+    width = len({graph.parents(node) for node in graph.observed})
     if ROWS[run.row] is None:
-        return VAE(graph)
+        return VAE(graph, hidden_dim=max(width, len(graph.latent)))
     variant, flow = ROWS[run.row]
-    size = {"num_blocks": 1, "units_per_variable": 2, "decoder_units": 1} if run.remedy == "small" else {}
+    size = {"num_blocks": 1, "units_per_variable": 2} if run.remedy == "small" else {}
+    size["decoder_units"] = 1 if variant == "true" else width
     return SIReNVAE.from_variant(graph, variant, flow=flow, **size)
 
 
@@ -153,11 +158,10 @@ def train(run, folder, args):
         **({"bound": "iwae", "num_particles": 5} if run.remedy == "iwae" else {}),
         kl_weight=0.01 if run.remedy == "warm-up" else 1.0,
     )
-    few = run.multiple < 10
+    few = run.multiple < FEW
     options = {
         "patience": run.patience or DEFAULT_PATIENCE[few],
-        "num_epochs": args.max_epochs,
-        "validation": None,
+        "num_epochs": args.max_epochs or MAX_EPOCHS[few],
     }
     hooks = []
     train_data = x
@@ -221,6 +225,12 @@ def train(run, folder, args):
     return result
 
 
+def all_weights(vae, x, num_particles, at_once=40):
+    """Return log-weights (num_particles, n), drawn in pieces that stay near the processor."""
+    sizes = [min(at_once, num_particles - start) for start in range(0, num_particles, at_once)]
+    return torch.cat([vae.log_weights(x, num_particles=size) for size in sizes]).double()
+
+
 @torch.no_grad()
 def test(run, folder, args):
     """Measure a trained model on the test points and complete its JSON."""
@@ -234,12 +244,11 @@ def test(run, folder, args):
     x = draw(network, NUM_TEST, 0, 2)
     exact = -torch.tensor(network.log_evidence(x.double().numpy()))
     torch.manual_seed(2)
+    # The first 100 points always get all samples, the others on few data a fifth, as the excess is large there.
+    rest = args.num_particles if run.multiple >= FEW else max(1, args.num_particles // 5)
     evidence, elbos = [], []
-    for part in x.split(250):
-        log_weights = torch.cat(
-            [vae.log_weights(part, num_particles=16) for _ in range(args.num_particles // 16)]
-            + [vae.log_weights(part, num_particles=args.num_particles % 16)] * bool(args.num_particles % 16)
-        ).double()
+    for i, part in enumerate(x.split(NUM_TEST_PAPER)):
+        log_weights = all_weights(vae, part, rest if i else args.num_particles)
         evidence.append(log_weights.logsumexp(0) - np.log(len(log_weights)))
         elbos.append(log_weights.mean(0))
     nll, neg_elbo = -torch.cat(evidence), -torch.cat(elbos)
@@ -247,6 +256,7 @@ def test(run, folder, args):
     few = slice(NUM_TEST_PAPER)
     result["test"] = {
         "num_particles": args.num_particles,
+        "num_particles_rest": rest,
         "nll": float(nll.mean()),
         "excess": float((nll - exact).mean()),
         "excess_error": float((nll - exact).std() / NUM_TEST**0.5),

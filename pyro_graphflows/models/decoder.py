@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs.model_graph import ModelGraph, Node
 from pyro_graphflows.models.observation import Observation
+from pyro_graphflows.nn.linear import MaskedLinear
 from pyro_graphflows.nn.mlp import MaskedMLP
 
 __all__ = ["MaskedDecoder"]
@@ -17,7 +18,7 @@ class MaskedDecoder(nn.Module):
     r"""The parameters of each observed node as a function of its parents.
 
     Nodes without a module of their own share one masked network with a linear part beside its hidden layers. Its
-    hidden units start with small outputs.
+    hidden units start with small outputs, and the log-scales at zero.
 
     Shape:
         - z: (\*batch, latent size), features: (\*batch, features); output: (\*batch, number of parameters).
@@ -84,13 +85,23 @@ class MaskedDecoder(nn.Module):
                 activation=activation,
                 output_names=[str(node) for node in owners],
             )
-            with torch.no_grad():
-                last = self.network.layers[-1]
-                for parameter in last.parameters():
-                    parameter.mul_(0.1)
+            self._start_small(observation, owners)
         if modules:
             position = [*shared, *(i for node in modules for i in observation.own(node))]
             self._order = sorted(range(len(position)), key=position.__getitem__)
+
+    @torch.no_grad()
+    def _start_small(self, observation: Observation, owners: list[Node]) -> None:
+        """Let log-scales not depend on the parents: densities far off would rule the start."""
+        assert self.network is not None
+        scales = {i for node in observation.kinds for i in observation.log_scales(node)}
+        shared = [i for i, node in enumerate(observation.parameter_nodes) if node in set(owners)]
+        factors = torch.tensor([0.0 if i in scales else 1.0 for i in shared])
+        for layer, factor in ((self.network.layers[-1], 0.1 * factors), (self.network.skip, factors)):
+            assert isinstance(layer, MaskedLinear)
+            rows = layer.sparse_mask().indices[0]
+            by_weight = factor.unsqueeze(-1) if layer.engine == "dense" else factor[rows]
+            layer.weight.mul_(by_weight.to(layer.weight))
 
     def forward(self, z: Tensor, features: Tensor) -> Tensor:
         """Return the parameters of all observed nodes."""

@@ -115,6 +115,10 @@ class Observation(nn.Module):
         """Return the numbers of a node's parameters: all locations and then all log-scales, or all logits."""
         return self._own[node]
 
+    def log_scales(self, node: Node) -> list[int]:
+        """Return the numbers of the parameters that are log-scales of a node; none if it is not normal."""
+        return self._own[node][self.sizes[node] :] if self.kinds[node][0] == "normal" else []
+
     @torch.no_grad()
     def standardize_(self, x: Tensor) -> None:
         """Standardise by the moments of data: columns of normal nodes and inputs.
