@@ -16,7 +16,7 @@ SMALL = {
 TESTED_ELSEWHERE = {
     *("binary_tree.py", "binary_tree_measures.py", "binary_tree_report.py"),
     *("density.py", "density_report.py"),
-    *("siren_vae.py", "siren_vae_report.py", "siren_vae_runs.py"),
+    *("siren_vae.py", "siren_vae_digits.py", "siren_vae_report.py", "siren_vae_runs.py"),
     *("graph_vae.py", "graph_vae_faithful.py", "graph_vae_plots.py", "graph_vae_report.py"),
     "graph_vae_synthetic.py",
 }

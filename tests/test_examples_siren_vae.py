@@ -136,3 +136,12 @@ def test_networks_of_a_folder(study, tmp_path):
     (tmp_path / "tiny.json").write_text(json.dumps({"nodes": [{"name": "z", **node}, child]}))
     network = runs.network_of("tiny", tmp_path)
     assert (network.observed, network.scales["z"]) == (("x",), 2.0)
+
+
+def test_digits(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "siren_vae_digits.py"), "--sizes", "60", "--epochs", "2"]
+    command += ["--num-particles", "2", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "ModelGraph(4 latent, 4 observed, 9 edges)" in done.stdout
+    assert (tmp_path / "moved.png").exists()
