@@ -51,7 +51,7 @@ import matplotlib.pyplot as plt
 
 PROTEINS = ("raf", "mek", "plcg", "pip2", "pip3", "erk", "akt", "pka", "pkc", "p38", "jnk")
 HELD_OUT = 0.1  # the share of the training data that chooses the epoch
-BUDGET = 60.0  # seconds of processor time for each row of the study
+BUDGET = 40.0  # seconds of processor time for each row of the study
 STUDY = {
     "circuit": ("linear", "faithful", "graphical", "zuko graph", "zuko maf"),
     "tree": ("linear", "faithful", "graphical", "zuko graph"),

@@ -1,6 +1,7 @@
 """One line per transform, one test per promise: what Pyro's own suite asks of a transform, and what ours adds."""
 
 import copy
+import inspect
 import io
 import pickle
 
@@ -9,8 +10,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.distributions.conditional import ConditionalTransformModule
+from pyro.distributions.torch_transform import TransformModule
 from torch import nn
 
+import pyro_graphflows
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.transforms import (
     FlowStructure,
@@ -199,6 +203,22 @@ def test_three_optimiser_steps_either_side(name, inverse):
 
 
 # What we add
+
+
+def test_public_names_and_signatures():
+    """Classes and helpers are at the top level; helpers take the graph first."""
+    for name in ("FaithfulResidual", "GraphicalResidual"):
+        plain, conditional = getattr(pyro_graphflows, name), getattr(pyro_graphflows, f"Conditional{name}")
+        assert issubclass(plain, TransformModule)
+        assert issubclass(conditional, ConditionalTransformModule)
+    assert issubclass(pyro_graphflows.ActNorm, TransformModule)
+    for name in ("faithful_residual", "graphical_residual"):
+        plain = inspect.signature(getattr(pyro_graphflows, name)).parameters
+        assert list(plain)[:4] == ["graph", "hidden_dims", "num_blocks", "closed_form"]
+        assert [plain[key].default for key in list(plain)[1:4]] == [None, 4, "density"]
+        conditional = inspect.signature(getattr(pyro_graphflows, f"conditional_{name}")).parameters
+        assert list(conditional)[:5] == ["graph", "context", "hidden_dims", "num_blocks", "closed_form"]
+    assert isinstance(pyro_graphflows.actnorm(3), pyro_graphflows.ActNorm)
 
 
 @everywhere

@@ -14,6 +14,7 @@ from pyro_graphflows.transforms import (
     Solver,
     actnorm,
     conditional_graphical_residual,
+    flow_structure,
     graphical_residual,
 )
 
@@ -237,6 +238,42 @@ def test_spectral_norms_stay_bounded_while_training():
         optimizer.zero_grad()
         (-dist.TransformedDistribution(base, [flow]).log_prob(data).mean()).backward()
         optimizer.step()
+
+
+@pytest.mark.parametrize("size", [5, 80])
+def test_spectral_norms_stay_bounded_after_loading(size):
+    """Weights of another flow, with norms far above the bound, with and without what is known of their norms."""
+    structure = FlowStructure(tuple(tuple(range(max(0, v - 2), v)) for v in range(size)))
+    flow, other = (GraphicalResidualNN(structure, num_blocks=2, lipschitz=0.97) for _ in range(2))
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.normal_()
+    state = other.state_dict()
+    bare = {key: value for key, value in state.items() if ".bounds." not in key}
+    for given in (state, bare):
+        flow.load_state_dict(given, strict=False)
+        for block in flow._nets():
+            for layer, entries in zip(block.layers, block.entries(), strict=True):
+                dense = layer.pattern.to_dense(entries) if layer.engine == "sparse" else entries
+                norm = torch.linalg.matrix_norm(dense.detach(), 2)
+                assert 0.97 * (1 - 1e-3) <= norm <= 0.97 * (1 + 1e-3)
+        flow = GraphicalResidualNN(structure, num_blocks=2, lipschitz=0.97)
+
+
+def test_helpers_take_every_kind_of_graph():
+    dag = nx.DiGraph([("a", "b"), ("b", "x")])
+    model = ModelGraph(dag, observed=["x"])
+    inverse = InverseGraph(model, {"a": ["b"], "b": ["x"]})
+    assert graphical_residual(dag).structure.names == ("a", "b", "x")
+    assert graphical_residual(model).structure.names == ("a", "b", "x")
+    assert graphical_residual(flow_structure(dag)).structure.names == ("a", "b", "x")
+    flow = conditional_graphical_residual(inverse, None, [24], 2, "sampling")
+    assert (flow.structure.names, flow.structure.context_names) == (("a", "b"), ("x",))
+    assert flow.network.closed_form == "sampling"
+    assert len(flow.network.blocks) == 2
+    assert flow.condition(torch.randn(3, 1))(torch.randn(3, 2)).shape == (3, 2)
+    shared = conditional_graphical_residual(dag, 2)
+    assert shared.condition(torch.randn(2))(torch.randn(4, 3)).shape == (4, 3)
 
 
 def test_helpers_and_refusals():

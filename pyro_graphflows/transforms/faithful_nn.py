@@ -27,7 +27,7 @@ from pyro_graphflows.nn.activations import Activation, make_activation
 from pyro_graphflows.transforms.conditioner import Conditioner
 from pyro_graphflows.transforms.edge_linear import EdgeLinear, Inputs, RowGroup, expand_batch, padded_count
 from pyro_graphflows.transforms.faithful_evaluation import FaithfulEvaluation
-from pyro_graphflows.transforms.flow_nn import FlowNN, moments
+from pyro_graphflows.transforms.flow_nn import FlowNN, moments, some_names
 from pyro_graphflows.transforms.monotone import BlockWeights, MonotoneStack
 from pyro_graphflows.transforms.regression import regress_on_parents, structure_mask
 from pyro_graphflows.transforms.solver import Solver, implicit_step
@@ -118,8 +118,10 @@ class FaithfulResidualNN(FlowNN):
                 f"{num_blocks}, {conditioner_layers}, {units_per_variable} and {conditioner_units}."
             )
         if hidden_dims is not None and (not hidden_dims or min(hidden_dims) < dim):
+            lost = some_names(structure.names[min(hidden_dims, default=0) :])
             raise GraphflowsError(
-                f"Expected hidden_dims of at least {dim}, one unit for each variable; got {list(hidden_dims)}."
+                f"Expected hidden_dims of at least {dim}, one unit for each variable; got {list(hidden_dims)}. "
+                f"Variables that would be left without: {lost}."
             )
         self.closed_form = closed_form
         self.solver = solver or Solver()
