@@ -29,6 +29,10 @@ def auto_faithful_guide(
 ) -> AutoFaithfulGuide:
     """Compile a Pyro model into an amortised guide that follows the faithful inverse of its Bayesian network.
 
+    Discrete latent sites have Bernoulli and categorical factors in both families, for inference compilation and
+    score-function gradients; ``enumerate_sites=True`` marks them for ``TraceEnum_ELBO`` instead. Sites that the model
+    marks for enumeration have no factor: the model sums over them.
+
     References:
         [1] Webb et al. (2018), Faithful Inversion of Generative Models for Effective Amortized Inference.
 
@@ -38,7 +42,8 @@ def auto_faithful_guide(
             its parameters exist, as optimisers of PyTorch need; if not, on its first call or by ``guide.setup``.
         family: ``"normal"`` (:class:`AutoFaithfulNormal`), ``"flow"`` (:class:`AutoFaithfulFlow`: flexible
             conditionals, at several times the cost of a step), or a subclass of
-            :class:`~pyro_graphflows.guides.factors.Factor`.
+            :class:`~pyro_graphflows.guides.factors.Factor` for all continuous sites. ``factors={site: subclass}``
+            chooses for single sites, with every family.
         inverse: What each site is conditioned on: ``"auto"`` (the faithful inverse with the fewest edges), another
             order of :func:`~pyro_graphflows.faithful_inverse` or an elimination sequence; ``"stochastic"``,
             ``"full"``, ``"mean_field"``; an :class:`~pyro_graphflows.InverseGraph`, or a function that makes one

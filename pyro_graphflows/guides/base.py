@@ -184,9 +184,7 @@ class AutoFaithfulGuide(AutoGuide):
             traced = trace_model(self.model, args, kwargs, strict=self._strict, resolution=self._resolution)
             self._elements: ElementInverse | None = None
             if self._resolution == "element":
-                traced, self._elements = invert_elements(
-                    traced, lambda graph: resolve_inverse(graph, self._inverse_option)
-                )
+                traced, self._elements = invert_elements(traced, lambda graph: self._resolve(graph, traced))
                 inverse = self._elements.sites
             else:
                 inverse = resolve_inverse(traced.graph, self._inverse_option)
@@ -293,6 +291,16 @@ class AutoFaithfulGuide(AutoGuide):
                     "each element a site of its own, or leave this site to score-function gradients."
                 )
         return frozenset(names)
+
+    def _resolve(self, graph: ModelGraph, traced: TracedModel) -> InverseGraph:
+        """Return the inverse of a graph of sites that the user asked for, discrete sites first if it was ``auto``."""
+        inverse = resolve_inverse(graph, self._inverse_option)
+        if self._inverse_option != "auto":
+            return inverse
+        nodes: Any = traced.trace.nodes
+        return discrete_sites_first(
+            inverse, [name for name in graph.latent if nodes[name]["fn"].support.is_discrete]
+        )
 
     def _order_for_discrete_sites(self, inverse: InverseGraph, discrete: Collection[str]) -> InverseGraph:
         """Return an inverse that suits discrete sites: another faithful one only if the user left the choice."""

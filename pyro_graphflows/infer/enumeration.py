@@ -43,7 +43,7 @@ def summed_log_density(trace: poutine.Trace, plates: Sequence[str]) -> Tensor:
     for _, site in density_sites(trace):
         ordinal = frozenset(symbols[frame.name] for frame in site["cond_indep_stack"] if frame.vectorized)
         factor = site["packed"]["unscaled_log_prob"]
-        # Enumerated here, rather than drawn by a guide that marks it too. Masked or not, its probabilities add up to one.
+        # Enumerated here, not drawn by a guide that marks it too. Masked or not, its probabilities add up to one.
         if site["infer"].get("_enumerate_dim") is not None:
             sum_dims.update(factor._pyro_dims)
         else:
