@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.nn.operation import Operation
 
 __all__ = ["ELU", "Activation", "LipMish", "LipSwish", "ReLU", "Tanh", "make_activation"]
 
@@ -247,7 +248,7 @@ def value_and_slope(x: Tensor, activation: type[Activation]) -> tuple[Tensor, Te
     return value, slope
 
 
-class _Value(torch.autograd.Function):
+class _Value(Operation):
     """The value; its gradient is the slope."""
 
     generate_vmap_rule = True
@@ -267,7 +268,7 @@ class _Value(torch.autograd.Function):
         return grads[0] * _ValueAndSlope.apply(x, ctx.activation, False)[1], None
 
 
-class _ValueAndSlope(torch.autograd.Function):
+class _ValueAndSlope(Operation):
     """Value and slope; their gradients are slope and curvature, which is computed on the way if wanted."""
 
     generate_vmap_rule = True

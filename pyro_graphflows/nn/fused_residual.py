@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from pyro_graphflows.masks import LabelledMasks, SparseMask
 from pyro_graphflows.nn.activations import Activation, value_and_slope
 from pyro_graphflows.nn.linear import MaskedLinear
+from pyro_graphflows.nn.operation import Operation
 from pyro_graphflows.nn.sparse import SparsePattern, sparse_product, sparse_sample
 
 __all__ = ["FusedResidual", "OwnerPass", "residual_chain"]
@@ -281,7 +282,7 @@ def _pull(
     return grad_z, grad_a, results[::-1]
 
 
-class _Residual(torch.autograd.Function):
+class _Residual(Operation):
     @staticmethod
     def forward(
         ctx: Any, operation: FusedResidual, z: Tensor, shift: Tensor | None, *weights: Tensor
@@ -307,7 +308,7 @@ class _Residual(torch.autograd.Function):
         return (None, grad_z, None if shift is None else grad_shift, *by_weights)
 
 
-class _Chain(torch.autograd.Function):
+class _Chain(Operation):
     @staticmethod
     def forward(
         ctx: Any, operations: Sequence[FusedResidual], z: Tensor, *parts: Tensor | None

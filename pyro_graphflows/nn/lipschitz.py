@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.nn.linear import MaskedLinear
+from pyro_graphflows.nn.operation import Operation
 
 __all__ = ["SpectralBound", "bounded_entries"]
 
@@ -185,7 +186,7 @@ def bounded_entries(bounds: Sequence["SpectralBound"], layers: Sequence[MaskedLi
     return list(_Scaled.apply(fixed, *(layer.weight for layer in layers)))
 
 
-class _Scaled(torch.autograd.Function):
+class _Scaled(Operation):
     """The scaled entries of some layers as one node of the graph.
 
     The norm u^T W v is the product of the weights with u v^T on the mask.

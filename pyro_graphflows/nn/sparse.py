@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_graphflows.masks import SparseMask
+from pyro_graphflows.nn.operation import Operation
 
 __all__ = ["SparsePattern", "sparse_product", "sparse_sample"]
 
@@ -87,7 +88,7 @@ class SparsePattern(nn.Module):
         return f"shape={self.shape}, nnz={self.nnz}"
 
 
-class _Product(torch.autograd.Function):
+class _Product(Operation):
     """``A x``, or the product with the transpose."""
 
     @staticmethod
@@ -109,7 +110,7 @@ class _Product(torch.autograd.Function):
         return grad_values, grad_x, None, None
 
 
-class _Sampled(torch.autograd.Function):
+class _Sampled(Operation):
     """The entries of ``left @ right.T`` at the places of the pattern."""
 
     @staticmethod
@@ -129,7 +130,7 @@ class _Sampled(torch.autograd.Function):
         return grad_left, grad_right, None
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(Operation):
     """``x A^T + bias`` for x with features last; one node of the graph where its parts would be many."""
 
     @staticmethod

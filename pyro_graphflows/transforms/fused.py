@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pyro_graphflows.nn.activations import Activation
+from pyro_graphflows.nn.operation import Operation
 
 __all__ = ["fused_stack"]
 
@@ -69,7 +70,7 @@ def _log_scale(
     return own.unsqueeze(-1) + scale_range * bounded, 1 - bounded * bounded
 
 
-class _Stack(torch.autograd.Function):
+class _Stack(Operation):
     @staticmethod
     def forward(
         ctx: Any,

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyro_graphflows.nn.activations import Activation
+from pyro_graphflows.nn.operation import Operation
 from pyro_graphflows.transforms.faithful_nn import FaithfulResidualNN
 
 __all__ = ["LevelSampler"]
@@ -57,6 +58,7 @@ class LevelSampler:
             network.closed_form == "sampling"
             and len(stack.hidden_units) == 1
             and not stack.conditional_scale
+            and stack.activation.input_scale() is None
             and type(stack.activation).forward_and_derivative is Activation.forward_and_derivative
             and size * (network.context_dim + network.event_dim) <= MAX_ENTRIES
         )
@@ -140,7 +142,7 @@ class _Plan:
         return self
 
 
-class _Levels(torch.autograd.Function):
+class _Levels(Operation):
     @staticmethod
     def forward(
         ctx: Any,

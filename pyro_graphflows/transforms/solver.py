@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from pyro_graphflows.errors import ConvergenceError, GraphflowsError, GraphflowsWarning
+from pyro_graphflows.nn.operation import Operation
 
 __all__ = ["Solver", "implicit_step", "implicit_triangular", "solve_elementwise", "solve_triangular"]
 
@@ -215,7 +216,7 @@ def _bracketed(
     return y
 
 
-class _Refuse(torch.autograd.Function):
+class _Refuse(Operation):
     """The identity on a first derivative, which must not be differentiated again."""
 
     @staticmethod
@@ -236,7 +237,7 @@ def _first_order(derivative: Tensor, source: Tensor) -> Tensor:
     return derivative
 
 
-class _ImplicitStep(torch.autograd.Function):
+class _ImplicitStep(Operation):
     """One Newton step whose gradient is that of the solution."""
 
     @staticmethod
@@ -374,7 +375,7 @@ def _solve_by_levels(
     return y, function(y, columns)[1]
 
 
-class _ImplicitTriangular(torch.autograd.Function):
+class _ImplicitTriangular(Operation):
     """The identity on a solution, with the gradient of the implicit function theorem."""
 
     @staticmethod
