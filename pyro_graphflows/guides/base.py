@@ -38,7 +38,7 @@ from pyro_graphflows.guides.ordering import (
     require_outer_sites_first,
 )
 from pyro_graphflows.guides.plan import Plan, make_plan
-from pyro_graphflows.guides.pool_plan import PoolPlan, plan_pools
+from pyro_graphflows.guides.pool_plan import PoolOptions, PoolPlan, plan_pools
 from pyro_graphflows.guides.pooling import DeepSet
 from pyro_graphflows.guides.site import (
     LatentSite,
@@ -128,6 +128,8 @@ class AutoFaithfulGuide(AutoGuide):
             :class:`~pyro_graphflows.guides.pooling.DeepSet` that sets its sizes) summarises them, so that these
             sites are amortised too, over data sets of any size; None gives these sites free parameters, which
             fit one data set.
+        chain_rank: Of latents that stay dependent across a plate (:mod:`~pyro_graphflows.guides.coupled`): the rank of
+            the dependence, 0 for a parameter for each pair of elements; None to choose by the size of the plate.
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
             that returns plates that exist already, for subsampling.
         enumerate_sites: Discrete sites that the guide marks ``infer={"enumerate": "parallel"}``, so that
@@ -135,7 +137,7 @@ class AutoFaithfulGuide(AutoGuide):
             latent site then has a network of its own, so that each only meets the values of its own parents.
 
     Raises:
-        GraphflowsError: If ``pool`` is something else.
+        GraphflowsError: If ``pool`` or ``chain_rank`` is something else.
     """
 
     def __init__(
@@ -146,6 +148,7 @@ class AutoFaithfulGuide(AutoGuide):
         strict: bool = True,
         resolution: str = "site",
         pool: str | DeepSet | None = None,
+        chain_rank: int | None = None,
         create_plates: Callable[..., Any] | None = None,
         enumerate_sites: bool | Collection[str] = False,
     ) -> None:
@@ -154,7 +157,10 @@ class AutoFaithfulGuide(AutoGuide):
         self._enumerated: frozenset[str] = frozenset()
         if pool not in (None, "deepset") and not isinstance(pool, DeepSet):
             raise GraphflowsError(f"Expected pool='deepset', a DeepSet or None; got {pool!r}.")
+        if chain_rank is not None and chain_rank < 0:
+            raise GraphflowsError(f"Expected chain_rank >= 0 or None; got {chain_rank}.")
         self._pool = DeepSet() if isinstance(pool, str) else pool
+        self._chain_rank = chain_rank
         self._inverse_option = inverse
         self._strict = strict
         self._resolution = resolution
@@ -222,11 +228,11 @@ class AutoFaithfulGuide(AutoGuide):
                 tuple(
                     node.name
                     for node in block.context
-                    if not node.observed or node.members or node.name in self._event_dims
+                    if not node.observed or node.summary or node.name in self._event_dims
                 )
                 for block in plan.blocks
             ]
-            self._reader.keep_masks = any(node.members for block in plan.blocks for node in block.context)
+            self._reader.keep_masks = any(node.summary for block in plan.blocks for node in block.context)
             self._build(plan, traced, args, kwargs)
         if self.master is not None:
             self.master()._check_prototype(prune_subsample_sites(self.prototype_trace))
@@ -247,9 +253,18 @@ class AutoFaithfulGuide(AutoGuide):
             self._plate_states,
             self._event_dims,
             traced.index_inputs,
-            deepset=self._pool is not None,
-            unlike=unlike,
+            PoolOptions(
+                deepset=self._pool is not None,
+                chained=self._chainable_sites(),
+                rank=self._chain_rank,
+                sizes={name: site.size for name, site in self._sites.items()},
+            ),
+            unlike,
         )
+
+    def _chainable_sites(self) -> dict[str, int]:
+        """Return the sizes of the sites that can have chain-rule terms across a plate."""
+        return {}
 
     def _check_plan(self, plan: Plan, traced: TracedModel) -> None:
         indices = {

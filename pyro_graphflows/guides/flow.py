@@ -119,6 +119,9 @@ class AutoFaithfulFlow(AutoFaithfulNormal):
             graphical,
         )
 
+    def _chainable_sites(self) -> dict[str, int]:
+        return {}  # a flow draws each element of a plate by itself
+
     def _check_plan(self, plan: Plan, traced: TracedModel) -> None:
         super()._check_plan(plan, traced)
         plan.analytic_kl.update(dict.fromkeys(plan.analytic_kl, False))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_graphflows.guides.call import PlateState
+from pyro_graphflows.guides.coupled import Chain, CoupledFactor
 from pyro_graphflows.guides.factors import Factor, NormalFactor, scalar_normals
 from pyro_graphflows.guides.free import FreeTable, IndexMap
 from pyro_graphflows.guides.plan import Block
@@ -132,6 +133,16 @@ class MADEBlock(nn.Module):
                 index_map = IndexMap(chosen, len(seen), num_outputs, offset=site not in block.free)
                 self.maps[str(position)] = index_map
                 self._map_of[site] = str(position), seen
+        self.chains = nn.ModuleDict()  # by the position of the site
+        self._chain_of: dict[str, str] = {}
+        for position, site in enumerate(block.sites):
+            if site in block.chained:
+                coupled = [plate for plate in plates if plate.name in block.chained[site].plates]
+                others = [plate for plate in plates if plate.name not in block.chained[site].plates]
+                factor = factors[site]
+                assert isinstance(factor, CoupledFactor)
+                self.chains[str(position)] = Chain(factor, coupled, others)
+                self._chain_of[site] = str(position)
         self.register_buffer("shift", torch.zeros(sum(factors[s].size for s in block.sites)))
         self.register_buffer("scale", torch.ones(len(self.shift)))
         self._parts: dict[str, slice] = {}
@@ -237,7 +248,7 @@ class MADEBlock(nn.Module):
             plates: The plates of the call; without them free parameters are left out.
         """
         free = self.free(plates) if self.free is not None and plates is not None else None
-        return MADEEvaluation(self, context, free, plates if self._map_of else None)
+        return MADEEvaluation(self, context, free, plates if self._map_of or self._chain_of else None)
 
 
 class MADEEvaluation:
@@ -252,7 +263,7 @@ class MADEEvaluation:
     ) -> None:
         self._module = block
         self._free = free
-        self._plates = plates  # where elements have maps of their own
+        self._plates = plates  # where elements have maps of their own, or are drawn jointly
         self._known: list[Tensor] = []
         self._network: LevelEvaluation = block.network.start()
         self._level = 0
@@ -278,6 +289,12 @@ class MADEEvaluation:
                 part_of_level = part_of_level + self._free[..., module._free_columns[site]]
             if self._plates is not None and site in module._map_of:
                 part_of_level = part_of_level + self._own_map(site, self._plates)
+            if self._plates is not None and site in module._chain_of:
+                chain: Any = module.chains[module._chain_of[site]]
+                result[site] = chain.distribution(
+                    part_of_level, module.shift[part], module.scale[part], self._plates
+                )
+                continue
             result[site] = module.factors[site].distribution(
                 part_of_level, module.shift[part], module.scale[part]
             )

@@ -12,14 +12,16 @@ from torch.distributions import biject_to
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides.base import AutoFaithfulGuide, concatenate
 from pyro_graphflows.guides.call import PlateState
+from pyro_graphflows.guides.coupled import CoupledFactor
+from pyro_graphflows.guides.coupled_start import start_chains_
 from pyro_graphflows.guides.discrete_factors import DiscreteFactor
 from pyro_graphflows.guides.factors import ElementNormalFactor, Factor, NormalFactor
 from pyro_graphflows.guides.features import FeatureMap, flatten_event
 from pyro_graphflows.guides.index_start import regress_indices_
 from pyro_graphflows.guides.made import MADEBlock, NetworkOptions
-from pyro_graphflows.guides.plan import Block, Conditioning, Plan
-from pyro_graphflows.guides.pool_plan import outside
-from pyro_graphflows.guides.pooling import DeepSet, DeepSetPool, PoolMember, pooling_orders
+from pyro_graphflows.guides.plan import Block, Plan
+from pyro_graphflows.guides.pool_plan import Summary
+from pyro_graphflows.guides.pooling import AllElements, DeepSet, DeepSetPool, PoolMember, pooling_orders
 from pyro_graphflows.guides.start import block_loss, regress_, standardize_
 from pyro_graphflows.inspect import TracedModel, get_argument, sample_prior
 
@@ -108,10 +110,10 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
         for index, block in enumerate(plan.blocks):
             summaries = {
                 str(self._context[index].index(node.name)): self._make_pool(
-                    block, node, traced, inputs, samples, like
+                    node.summary, traced, inputs, samples, like
                 )
                 for node in block.context
-                if node.members
+                if node.summary
             }
             pools.append(nn.ModuleDict(summaries))
             rows = self._rows(index, block, samples)
@@ -126,6 +128,7 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
             plates = [self._plate_states[name] for name in block.plates]
             network: Any = self._make_network(known, sizes, plates).to(like.device, like.dtype)
             feature = FeatureMap.join(maps).to(like.device, like.dtype)
+            kept = False
             if rows is not None:
                 latents = {site: rows[site] for site in block.sites}
                 if self._standardize:
@@ -137,13 +140,33 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
                     kept = self._start_by_regression(network, context, latents)
                     if kept and block.unlike and samples is not None:
                         self._start_indices(index, network, feature, samples)
+                    if kept and block.chained and samples is not None:
+                        start_chains_(
+                            network, self._plate_states, *self._aligned(index, network, feature, samples)
+                        )
+            if block.chained and not kept:
+                start_chains_(network, self._plate_states)
             features.append(feature)
             networks.append(network)
         self.features = nn.ModuleList(features)
         self.pools = nn.ModuleList(pools)
         self.networks = nn.ModuleList(networks)
 
+    def _chainable_sites(self) -> dict[str, int]:
+        split = {} if self._elements is None else self._elements.parents
+        return {
+            name: site.size
+            for name, site in self._sites.items()
+            if self._factor is NormalFactor
+            and site.encoding is None
+            and name not in self._factors
+            and name not in split
+        }
+
     def _factor_of(self, site: str) -> Factor:
+        for block in self.plan.blocks:
+            if site in block.chained:
+                return CoupledFactor(self._sites[site].size, block.chained[site].rank)
         if site in self._factors:
             return self._factors[site].for_site(self._sites[site])
         if self._sites[site].encoding is not None:
@@ -167,7 +190,7 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
     def set_linear_(
         self,
         site: str,
-        weights: Mapping[str, Tensor | float],
+        weights: Mapping[str, Any],
         intercept: Tensor | float,
         scale: Tensor | float = 1.0,
     ) -> None:
@@ -181,7 +204,10 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
         Args:
             site: A latent site.
             weights: For each parent a matrix of shape ``(site's size, parent's size)`` (a number for scalars);
-                parents that are missing get zero. A pooled parent counts by its mean over the plates.
+                parents that are missing get zero. A pooled parent counts by its mean over the plates; one whose
+                elements come in one by one has a column for each. Of a parent that comes in both by itself and in a
+                summary, the second is set by the name of the summary and a dict
+                (``{"x": 0.8, "pooled(x; data)": {"x": 0.1}}``).
             intercept: The location where all parents are zero, shape ``(size,)``.
             scale: The scale, or a lower triangular square root of the covariance, shape ``(size, size)``.
 
@@ -191,7 +217,8 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
         index = next((i for i, block in enumerate(self.plan.blocks) if site in block.parents), None)
         if index is None:
             raise GraphflowsError(f"Expected a latent site; got {site!r}.")
-        unknown = [parent for parent in weights if parent not in self.plan.inverse.parents[site]]
+        known = {*self.plan.inverse.parents[site], *self._context[index]}
+        unknown = [parent for parent in weights if parent not in known]
         if unknown:
             raise GraphflowsError(f"Expected parents of {site} in the inverse; got {', '.join(unknown)}.")
         network: Any = self.networks[index]
@@ -200,6 +227,7 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
         loc = torch.as_tensor(intercept, dtype=shift.dtype).expand(len(shift)) - shift
         standard: dict[str, Tensor] = {}
         pooled: set[str] = set()
+        direct = set(network.block.parents[site])
         start = 0
         pools: Any = self.pools[index]
         for position, name in enumerate(self._context[index]):
@@ -207,16 +235,18 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
             if str(position) in pools and name in network.block.parents[site]:
                 pool = pools[str(position)]
                 standard[name] = loc.new_zeros(len(shift), stop - start)
+                mine = weights.get(name, weights)
                 for member in pool.members:
-                    if member.name not in weights:
+                    if member.name not in mine or (mine is weights and member.name in direct | pooled):
                         continue
-                    columns, centre, spread = pool.mean_of(member.name)
+                    columns, centre, spread = pool.columns_of(member.name)
                     at = [start + column for column in columns]
-                    matrix = torch.as_tensor(weights[member.name], dtype=shift.dtype)
+                    matrix = torch.as_tensor(mine[member.name], dtype=shift.dtype)
                     matrix = matrix.reshape(len(shift), len(columns))
                     loc = loc + matrix @ (centre + spread * feature.shift[at])
                     standard[name][:, columns] = matrix * spread * feature.scale[at] / width.unsqueeze(-1)
                     pooled.add(member.name)
+                pooled.add(name)
             elif name in weights:
                 matrix = torch.as_tensor(weights[name], dtype=shift.dtype).reshape(len(shift), stop - start)
                 loc = loc + matrix @ feature.shift[start:stop]
@@ -280,28 +310,31 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
 
     def _make_pool(
         self,
-        block: Block,
-        node: Conditioning,
+        summary: Summary,
         traced: TracedModel,
         inputs: Mapping[str, Tensor],
         samples: dict[str, Tensor] | None,
         like: Tensor,
-    ) -> DeepSetPool:
+    ) -> DeepSetPool | AllElements:
         """Return the summary of some nodes, standardised; add its values to the joint samples."""
         plates = {name: frozenset(around) for name, around in traced.graph.plates.items()}
-        over = outside(traced.graph.plates, node.members, block.sites[0])
-        maps = [self._member_map(name, traced, inputs, samples) for name in node.members]
+        maps = [self._member_map(name, traced, inputs, samples) for name in summary.members]
         members = [
             PoolMember(name, len(m.shift), plates[name], name in self._reader.partly, name not in inputs)
-            for name, m in zip(node.members, maps, strict=True)
+            for name, m in zip(summary.members, maps, strict=True)
         ]
-        orders = pooling_orders(over, list(plates.values()))
-        pool = DeepSetPool(members, maps, orders, self._pool or DeepSet()).to(like.device, like.dtype)
+        pool: DeepSetPool | AllElements
+        if summary.one_by_one:
+            pool = AllElements(members, maps, [self._plate_states[name] for name in summary.over])
+        else:
+            orders = pooling_orders(summary.over, list(plates.values()))
+            pool = DeepSetPool(members, maps, orders, self._pool or DeepSet())
+        pool = pool.to(like.device, like.dtype)
         if samples is not None:
-            depth = max(-self._plate_states[plate].dim for plate in over)
-            depth = max(depth, *(samples[name].dim() - 2 for name in node.members))
-            values = {name: _with_depth(samples[name], depth) for name in node.members}
-            samples[node.name] = pool.of_samples(values, self._plate_states, fit=self._standardize)
+            depth = max(-self._plate_states[plate].dim for plate in summary.over)
+            depth = max(depth, *(samples[name].dim() - 2 for name in summary.members))
+            values = {name: _with_depth(samples[name], depth) for name in summary.members}
+            samples[summary.name] = pool.of_samples(values, self._plate_states, fit=self._standardize)
         return pool
 
     def _member_map(
@@ -330,7 +363,7 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
         wanted = -(-self._num_start_samples // min(copies))
         if any(block.unlike for block in self.plan.blocks):  # a regression for each index
             wanted = max(wanted, self._num_start_samples // 10)
-        if any(node.members for block in self.plan.blocks for node in block.context):
+        if any(node.summary for block in self.plan.blocks for node in block.context):
             elements = 1
             for plate in self._plate_states.values():
                 elements *= plate.size
@@ -383,7 +416,11 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
         return FeatureMap(support, rows[name], self._standardize)
 
     def _summary_map(
-        self, pool: DeepSetPool, name: str, traced: TracedModel, rows: Mapping[str, Tensor] | None
+        self,
+        pool: DeepSetPool | AllElements,
+        name: str,
+        traced: TracedModel,
+        rows: Mapping[str, Tensor] | None,
     ) -> FeatureMap:
         if rows is not None:
             return FeatureMap(None, rows[name], self._standardize)
@@ -414,10 +451,7 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
     ) -> None:
         """Start the maps that elements of a plate have of their own."""
         block = network.block
-        names = [*self._context[index], *block.sites]
-        depth = max(samples[name].dim() for name in names) - 2
-        aligned = {name: _with_depth(samples[name], depth) for name in names}
-        context = feature(concatenate([aligned[name] for name in self._context[index]]))
+        context, aligned = self._aligned(index, network, feature, samples)
         for site in block.unlike:
             if site in block.free:
                 continue
@@ -426,6 +460,16 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
                     f"the maps of the indices of {', '.join(block.unlike[site])} for {site} start at one that is "
                     "shared: no regression of each was possible.",
                 )
+
+    def _aligned(
+        self, index: int, network: Any, feature: FeatureMap, samples: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the features of a block's context and its sites' values in joint samples, plates apart."""
+        names = [*self._context[index], *network.block.sites]
+        depth = max(samples[name].dim() for name in names) - 2
+        aligned = {name: _with_depth(samples[name], depth) for name in names}
+        context = feature(concatenate([aligned[name] for name in self._context[index]]))
+        return context, {site: aligned[site] for site in network.block.sites}
 
 
 def _with_depth(value: Tensor, depth: int) -> Tensor:

@@ -16,9 +16,9 @@ import networkx as nx
 
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph
-from pyro_graphflows.guides.pool_plan import PoolPlan
+from pyro_graphflows.guides.pool_plan import Chaining, PoolPlan, Summary
 
-__all__ = ["Block", "Conditioning", "Plan", "make_plan", "mean_field_condition", "summary_name"]
+__all__ = ["Block", "Conditioning", "Plan", "make_plan", "mean_field_condition"]
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Conditioning:
         name: The node, or the name of a summary.
         how: ``"same"``, ``"broadcast"`` or ``"pooled"``.
         observed: Whether it is data (an observed site or an input) rather than a latent site.
-        members: The nodes of a summary.
+        summary: What a summary is made of.
     """
 
     name: str
     how: str
     observed: bool
-    members: tuple[str, ...] = ()
+    summary: Summary | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Block:
             levels); instead of pooled parents, their summary if there is one.
         free: The sites with free parameters for each element of their plates, since some of their parents
             are in plates that they are not in.
+        chained: The sites whose copies are drawn jointly across plates.
         unlike: For sites that need an affine map of their own for each index of some plates, these plates.
     """
 
@@ -59,6 +60,7 @@ class Block:
     parents: dict[str, tuple[str, ...]]
     free: tuple[str, ...] = ()
     unlike: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    chained: dict[str, Chaining] = field(default_factory=dict)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -94,12 +96,6 @@ class Plan:
                     kind = "free parameters" if site in block.free else "amortised"
                     label = f", {self.labels[site]}" if site in self.labels else ""
                     lines.append(f"  level {depth}: {site} | {looks or 'nothing'}  [{kind}, {term}{label}]")
-                    if site in inverse.coupled:
-                        plates = ", ".join(inverse.coupled[site])
-                        lines.append(
-                            f"    not faithful: copies of {site} stay dependent across {plates} in the posterior, "
-                            "and are independent here"
-                        )
                     lines += [f"    {remark}" for remark in self.remarks.get(site, ())]
         if graph.marginalised:
             lines.append(f"Marginalised (no factor): {', '.join(map(str, graph.marginalised))}.")
@@ -139,16 +135,6 @@ def mean_field_condition(graph: ModelGraph, inverse: InverseGraph) -> dict[str, 
     }
 
 
-def summary_name(members: tuple[str, ...]) -> str:
-    """Return the name of the summary of some nodes.
-
-    Example:
-        >>> summary_name(("w", "y"))
-        'pooled(w, y)'
-    """
-    return f"pooled({', '.join(members)})"
-
-
 def make_plan(
     inverse: InverseGraph,
     kind: Callable[[str], Hashable] = lambda _: None,
@@ -159,8 +145,7 @@ def make_plan(
     Args:
         inverse: The guide's factorisation.
         kind: Only sites of the same kind share a block.
-        pooling: How parents in inner and crossed plates come in; by default not at all, and the sites have free
-            parameters.
+        pooling: How what is in other plates comes in; by default not at all, and the sites have free parameters.
 
     Returns:
         The plan. Blocks are made greedily in sampling order: a block takes in every site of its plates whose
@@ -181,7 +166,8 @@ def make_plan(
         for site in remaining:  # parents come first in the sampling order
             latents = [parent for parent in inverse.parents[site] if parent in latent]
             alike = graph.plates[site] == plates and kind(site) == first
-            if alike and all(p in done or p in depth for p in latents):
+            pooled = {member for summary in pooling.summaries.get(site, ()) for member in summary.members}
+            if alike and pooled & latent <= done and all(p in done or p in depth for p in latents):
                 depth[site] = 1 + max((depth[p] for p in latents if p in depth), default=-1)
         levels: list[list] = [[] for _ in range(1 + max(depth.values()))]
         for site in remaining:
@@ -197,12 +183,9 @@ def make_plan(
             for parent in parents
             if parent not in depth
         }
-        summaries = {
-            summary_name(pooling.pools[site]): pooling.pools[site] for site in depth if site in pooling.pools
-        }
+        summaries = {s.name: s for site in depth for s in pooling.summaries.get(site, ())}
         for site in depth:
-            if site in pooling.pools:
-                seen[site] += (summary_name(pooling.pools[site]),)
+            seen[site] += tuple(summary.name for summary in pooling.summaries.get(site, ()))
         blocks.append(
             Block(
                 plates=plates,
@@ -213,16 +196,19 @@ def make_plan(
                         for name in sorted(context, key=rank.__getitem__)
                     ),
                     *(
-                        Conditioning(name, "pooled", latent.isdisjoint(members), members)
-                        for name, members in summaries.items()
+                        Conditioning(name, "pooled", latent.isdisjoint(summary.members), summary)
+                        for name, summary in summaries.items()
                     ),
                 ),
                 parents=seen,
                 free=tuple(site for site in depth if site in pooling.free),
                 unlike={site: pooling.unlike[site] for site in depth if site in pooling.unlike},
+                chained={site: pooling.chained[site] for site in depth if site in pooling.chained},
             )
         )
         done |= set(depth)
         remaining = [site for site in remaining if site not in depth]
     remarks = {site: list(lines) for site, lines in pooling.remarks.items()}
-    return Plan(graph, inverse, tuple(blocks), mean_field_condition(graph, inverse), remarks=remarks)
+    analytic = mean_field_condition(graph, inverse)
+    analytic.update(dict.fromkeys(pooling.chained, False))
+    return Plan(graph, inverse, tuple(blocks), analytic, remarks=remarks)

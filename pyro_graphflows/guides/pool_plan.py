@@ -1,12 +1,14 @@
-"""What is pooled into which site, and which sites have free parameters instead.
+"""How what is in other plates reaches a site: summaries, free parameters, maps of its own, chain-rule terms.
 
 A parent of a site in the inverse may be in a plate that the site is not in. Data there reach the site through a summary
 (``pool="deepset"``, :mod:`~pyro_graphflows.guides.pooling`), or not at all: then the site has free parameters for each
 element of its own plates, which fits one data set and is not amortised. *Latent* parents there (crossed plates: the
-effects of the columns, for those of a row) are always pooled, since free parameters cannot follow what is sampled.
+effects of the columns, for those of a row) are always inputs, since free parameters cannot follow what is sampled: as
+a summary, or, beside free parameters, one by one where they are few.
 
 Where the elements of a plate are not alike (:mod:`~pyro_graphflows.guides.exchange`), a site in the plate has an affine
-map of its own for each index beside the shared network.
+map of its own for each index beside the shared network. A site whose copies stay dependent across a plate
+(:mod:`~pyro_graphflows.guides.coupled`) looks at the other elements of the plate too.
 """
 
 from collections.abc import Collection, Mapping
@@ -18,7 +20,68 @@ from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.exchange import Unlike
 from pyro_graphflows.guides.pooling import subsampled_message
 
-__all__ = ["PoolPlan", "plan_pools"]
+__all__ = ["Chaining", "PoolOptions", "PoolPlan", "Summary", "plan_pools"]
+
+MOST_ONE_BY_ONE = (
+    64  # latent numbers in other plates up to which they are inputs one by one beside free parameters
+)
+MOST_FREE_CHAIN = 128  # numbers up to which the dependence across a plate has a parameter for each pair
+DEFAULT_RANK = 4
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Nodes that come in together over plates.
+
+    Attributes:
+        members: The nodes, in graph order.
+        over: The plates.
+        one_by_one: Whether every element is an input by itself; else they are pooled.
+    """
+
+    members: tuple[str, ...]
+    over: tuple[str, ...]
+    one_by_one: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name of the summary among the inputs of a block.
+
+        Example:
+            >>> Summary(("w", "y"), ("data",)).name
+            'pooled(w, y; data)'
+        """
+        return f"{'all' if self.one_by_one else 'pooled'}({', '.join(self.members)}; {', '.join(self.over)})"
+
+
+@dataclass(frozen=True)
+class Chaining:
+    """The chain-rule terms of a site.
+
+    Attributes:
+        plates: The plates across which its copies are dependent.
+        rank: The number of columns of the two low-rank parts; 0 for a parameter for each pair.
+    """
+
+    plates: tuple[str, ...]
+    rank: int
+
+
+@dataclass(frozen=True)
+class PoolOptions:
+    """What a guide asks for.
+
+    Attributes:
+        deepset: Whether data are pooled.
+        chained: The sizes of the sites that can have chain-rule terms.
+        rank: The rank of these; None to choose.
+        sizes: The sizes of the latent sites.
+    """
+
+    deepset: bool = False
+    chained: Mapping[str, int] = field(default_factory=dict)
+    rank: int | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -26,15 +89,17 @@ class PoolPlan:
     """The outcome of :func:`plan_pools`.
 
     Attributes:
-        pools: For each site with a summary, the nodes that are pooled jointly, in graph order.
+        summaries: For each site that has some, its summaries.
         free: The sites with free parameters for each element of their plates.
         unlike: The sites with a map of their own for each index of some plates, and these plates.
+        chained: The sites with chain-rule terms.
         remarks: What is worth saying of a site.
     """
 
-    pools: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    summaries: dict[str, tuple[Summary, ...]] = field(default_factory=dict)
     free: frozenset[str] = frozenset()
     unlike: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    chained: dict[str, Chaining] = field(default_factory=dict)
     remarks: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
@@ -43,74 +108,171 @@ def plan_pools(
     plates: Mapping[str, PlateState],
     with_data: Collection[str],
     indices: Collection[str],
-    *,
-    deepset: bool,
+    options: PoolOptions | None = None,
     unlike: Unlike | None = None,
 ) -> PoolPlan:
-    """Decide how parents in inner and crossed plates come in.
+    """Decide how what is in other plates comes in.
 
     Args:
         inverse: The guide's factorisation.
         plates: The plates at set-up.
         with_data: The nodes whose data can be network inputs.
         indices: The inputs of an integer type.
-        deepset: Whether data are pooled.
+        options: What is asked for.
         unlike: The sites that constants in the model concern.
 
     Raises:
         UnsupportedModelError: If data would be pooled over a subsampled plate.
     """
-    graph = inverse.graph
-    latent = set(graph.latent)
-    unlike = unlike or Unlike()
-    pools: dict[str, tuple[str, ...]] = {}
-    free = set()
-    remarks: dict[str, tuple[str, ...]] = {
-        site: (
-            f"a map of its own for each index of {', '.join(around)}, along which constants or parameters in the "
-            "model vary (pass constants as arguments to share one)",
-        )
-        for site, around in unlike.own.items()
-    }
+    options = options or PoolOptions()
+    planner = _Planner(inverse, plates, with_data, indices, options, unlike or Unlike())
     for site in inverse.sampling_order:
-        pooled = [parent for parent in inverse.parents[site] if inverse.how[parent, site] == "pooled"]
-        if not pooled:
-            continue
-        latents = [parent for parent in pooled if parent in latent]
-        data = [parent for parent in pooled if parent in with_data]
-        looked_up = [parent for parent in pooled if parent in indices]
-        beyond = unlike.outside.get(site, ())
-        amortise = deepset and not looked_up and not beyond
-        members = [parent for parent in pooled if parent in latents or (amortise and parent in data)]
-        over = [plate for plate in outside(graph.plates, members, site) if plate in plates]
-        partial = [plate for plate in over if plates[plate].subsampled]
-        if partial and amortise and data:
-            raise UnsupportedModelError(subsampled_message(partial[0], data))
-        if partial and latents:
-            remarks[site] = (
-                *remarks.get(site, ()),
-                f"not faithful: {', '.join(latents)} in the subsampled plate {partial[0]} cannot be inputs of "
-                f"{site}, which is outside of it",
+        planner.visit(site)
+    remarks = {site: tuple(lines) for site, lines in planner.remarks.items() if lines}
+    return PoolPlan(planner.summaries, frozenset(planner.free), planner.unlike.own, planner.chained, remarks)
+
+
+class _Planner:
+    def __init__(
+        self,
+        inverse: InverseGraph,
+        plates: Mapping[str, PlateState],
+        with_data: Collection[str],
+        indices: Collection[str],
+        options: PoolOptions,
+        unlike: Unlike,
+    ) -> None:
+        self.inverse, self.plates, self.options, self.unlike = inverse, plates, options, unlike
+        self.with_data, self.indices = with_data, indices
+        self.around: Mapping[str, tuple[str, ...]] = inverse.graph.plates
+        self.latent = set(inverse.graph.latent)
+        self.summaries: dict[str, tuple[Summary, ...]] = {}
+        self.free: set[str] = set()
+        self.chained: dict[str, Chaining] = {}
+        self.remarks: dict[str, list[str]] = {site: [] for site in inverse.sampling_order}
+
+    def visit(self, site: str) -> None:
+        """Decide for one site."""
+        remarks = self.remarks[site]
+        if site in self.unlike.own:
+            remarks.append(
+                f"a map of its own for each index of {', '.join(self.unlike.own[site])}, along which constants or "
+                "parameters in the model vary (pass constants as arguments to share one)"
             )
-        elif members:
-            pools[site] = tuple(members)
-        if deepset and beyond:
-            remarks[site] = (
-                *remarks.get(site, ()),
+        chain = self._chained_plates(site)
+        parents = self.inverse.parents[site]
+        pooled = [parent for parent in parents if self.inverse.how[parent, site] == "pooled"]
+        along = [parent for parent in parents if parent in pooled or set(self.around[parent]) & set(chain)]
+        amortise = self.options.deepset and self._can_pool(site, along)
+        data = [parent for parent in along if parent in self.with_data]
+        latents = self._latents(site, [parent for parent in along if parent in self.latent], chain)
+        if not amortise and len(data) + sum(parent in self.indices for parent in along):
+            self.free.add(site)
+        elif not amortise and any(parent in pooled and parent not in self.latent for parent in along):
+            self.free.add(site)  # parents without data: a factor's term for each element
+        found = []
+        if amortise:
+            found.append(self._summary(site, pooled, data, latents, ()))
+            if chain:
+                found.append(self._summary(site, along, data, latents, chain))
+        elif site in self.free and self._count(site, latents, chain) <= MOST_ONE_BY_ONE:
+            found.append(self._summary(site, latents, [], latents, chain, one_by_one=True))
+        else:
+            found.append(self._summary(site, latents, [], latents, chain))
+        summaries = tuple(dict.fromkeys(summary for summary in found if summary is not None))
+        if summaries:
+            self.summaries[site] = summaries
+        if chain:
+            self._chain(site, chain, amortise)
+
+    def _chained_plates(self, site: str) -> tuple[str, ...]:
+        """Return the plates across which a site's copies will be drawn jointly."""
+        coupled = self.inverse.coupled.get(site, ())
+        if not coupled:
+            return ()
+        named = ", ".join(coupled)
+        partial = [name for name in coupled if self.plates[name].subsampled]
+        reason = ""
+        if partial:
+            reason = f"{partial[0]} is subsampled"
+        elif site not in self.options.chained:
+            reason = "its factor is not a normal one of a whole site"
+        if not reason:
+            return tuple(name for name in self.around[site] if name in coupled)
+        self.remarks[site].append(
+            f"not faithful: copies of {site} stay dependent across {named} in the posterior, and are independent here "
+            f"({reason})"
+        )
+        return ()
+
+    def _can_pool(self, site: str, along: Collection[str]) -> bool:
+        looked_up = [parent for parent in along if parent in self.indices]
+        beyond = self.unlike.outside.get(site, ())
+        if beyond:
+            self.remarks[site].append(
                 f"not pooled: constants or parameters in the model vary along {', '.join(beyond)} (pass constants as "
-                "arguments to pool them with the data)",
+                "arguments to pool them with the data)"
             )
-        if deepset and looked_up:
-            remarks[site] = (
-                *remarks.get(site, ()),
-                f"not pooled: which element belongs to which is looked up by {', '.join(looked_up)}",
+        if looked_up:
+            self.remarks[site].append(
+                f"not pooled: which element belongs to which is looked up by {', '.join(looked_up)}"
             )
-        if not amortise and len(latents) < len(pooled):
-            free.add(site)
-    return PoolPlan(pools, frozenset(free), unlike.own, remarks)
+        return not looked_up and not beyond
 
+    def _latents(self, site: str, latents: list[str], chain: Collection[str]) -> list[str]:
+        """Return the latent parents that can be inputs: those whose plates are complete."""
+        kept = []
+        for parent in latents:
+            partial = [name for name in self._over(site, [parent], chain) if self.plates[name].subsampled]
+            if not partial:
+                kept.append(parent)
+                continue
+            self.remarks[site].append(
+                f"not faithful: {parent} in the subsampled plate {partial[0]} cannot be an input of {site}, which is "
+                "outside of it"
+            )
+        return kept
 
-def outside(plates: Mapping[str, tuple[str, ...]], members: Collection[str], site: str) -> tuple[str, ...]:
-    """Return the plates around some members that are not around the site, outer to inner as far as they are nested."""
-    found = {plate: None for member in members for plate in plates[member] if plate not in plates[site]}
-    return tuple(found)
+    def _over(self, site: str, members: Collection[str], chain: Collection[str]) -> tuple[str, ...]:
+        """Return the plates over which members are pooled, outer to inner as far as they are nested."""
+        own = [name for name in self.around[site] if name not in chain]
+        return tuple(dict.fromkeys(n for member in members for n in self.around[member] if n not in own))
+
+    def _summary(
+        self,
+        site: str,
+        chosen: Collection[str],
+        data: Collection[str],
+        latents: Collection[str],
+        chain: Collection[str],
+        one_by_one: bool = False,
+    ) -> Summary | None:
+        members = [p for p in self.inverse.parents[site] if p in chosen and (p in data or p in latents)]
+        over = self._over(site, members, chain)
+        partial = [name for name in over if self.plates[name].subsampled]
+        if partial:
+            raise UnsupportedModelError(subsampled_message(partial[0], members))
+        return Summary(tuple(members), over, one_by_one) if members else None
+
+    def _count(self, site: str, latents: Collection[str], chain: Collection[str]) -> int:
+        """Return how many numbers latent parents have in other plates."""
+        total = 0
+        for parent in latents:
+            number = self.options.sizes.get(parent, MOST_ONE_BY_ONE + 1)
+            for name in self._over(site, [parent], chain):
+                number *= self.plates[name].size
+            total += number
+        return total
+
+    def _chain(self, site: str, chain: tuple[str, ...], amortise: bool) -> None:
+        length = self.options.chained[site]
+        for name in chain:
+            length *= self.plates[name].size
+        rank = self.options.rank
+        if rank is None:
+            rank = 0 if site in self.free and length <= MOST_FREE_CHAIN else DEFAULT_RANK
+        self.chained[site] = Chaining(chain, rank)
+        how = f"of rank {rank}" if rank else "with a parameter for each pair"
+        self.remarks[site].append(
+            f"copies are drawn jointly across {', '.join(chain)}, where they stay dependent: a normal {how}"
+        )

@@ -32,7 +32,7 @@ from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.features import FeatureMap
 from pyro_graphflows.nn.activations import make_activation
 
-__all__ = ["DeepSet", "DeepSetPool", "PoolMember", "pooling_orders"]
+__all__ = ["AllElements", "DeepSet", "DeepSetPool", "PoolMember", "pooling_orders"]
 
 MOST_CROSSED = 8  # entries of a tuple up to which all products are taken, and not only squares
 CHUNK_ROWS = 100_000  # of joint samples at set-up
@@ -326,7 +326,7 @@ class DeepSetPool(nn.Module):
             weights[member.name] = mask.to(value.dtype)
         return features, weights
 
-    def mean_of(self, name: str) -> tuple[list[int], Tensor, Tensor]:
+    def columns_of(self, name: str) -> tuple[list[int], Tensor, Tensor]:
         """Return the columns of a member's mean, and the shift and scale that turn them into that mean.
 
         The mean is that over the plates from the inside out: of group means where groups differ in size.
@@ -356,6 +356,90 @@ class DeepSetPool(nn.Module):
 
     def _core_size_before(self, order: Sequence[str], position: int) -> int:
         return sum(m.size for p in range(position + 1, len(order)) for m in self._joining(order, p))
+
+
+class AllElements(nn.Module):
+    """All elements of latent sites in other plates, one by one: for plates that are small and keep their size.
+
+    Args:
+        members: The nodes.
+        maps: For each of them, the map from values to standardised features.
+        over: The plates whose elements become features.
+
+    Shape:
+        - values: for each member ``(*batch, size)``.
+        - Output: ``(*batch, num_features)``, as for :class:`DeepSetPool`.
+    """
+
+    def __init__(
+        self, members: Sequence[PoolMember], maps: Sequence[FeatureMap], over: Sequence[PlateState]
+    ) -> None:
+        super().__init__()
+        self.members = tuple(members)
+        self.maps = nn.ModuleList(maps)
+        self.sizes = {plate.name: plate.size for plate in over}
+        self.counts = []
+        for member in members:
+            self.counts.append(member.size)
+            for plate in over:
+                self.counts[-1] *= plate.size if plate.name in member.plates else 1
+        self.num_features = sum(self.counts)
+
+    def forward(
+        self,
+        values: Mapping[str, Tensor],
+        plates: Mapping[str, PlateState],
+        masks: Mapping[str, Tensor | bool],
+    ) -> Tensor:
+        """Return the elements beside each other.
+
+        Raises:
+            GraphflowsError: If a plate has another size than at set-up.
+        """
+        return _without_leading_ones(self._run(values, plates))
+
+    @torch.no_grad()
+    def of_samples(
+        self, values: Mapping[str, Tensor], plates: Mapping[str, PlateState], *, fit: bool
+    ) -> Tensor:
+        """See :meth:`DeepSetPool.of_samples`."""
+        return self._run(values, plates)
+
+    def _run(self, values: Mapping[str, Tensor], plates: Mapping[str, PlateState]) -> Tensor:
+        parts = []
+        for member, feature_map in zip(self.members, self.maps, strict=True):
+            part = feature_map(values[member.name])
+            for name, size in self.sizes.items():
+                plate = plates[name]
+                if plate.subsampled or plate.size != size:
+                    raise GraphflowsError(
+                        f"Expected plate {name!r} to have {size} elements, all of them in the call, as when the guide "
+                        f"was set up, since {member.name} enters other sites element by element; got {plate.size} of "
+                        f"{plate.full_size}. Set up a guide for the new data, or use pool='deepset'."
+                    )
+                if name in member.plates:
+                    part = _to_features(part, plate.dim - 1, size)
+            parts.append(part)
+        return _cat(parts)
+
+    def columns_of(self, name: str) -> tuple[list[int], Tensor, Tensor]:
+        """Return the columns of a member's elements, and the shift and scale that turn them into values."""
+        position = next(i for i, member in enumerate(self.members) if member.name == name)
+        start, count = sum(self.counts[:position]), self.counts[position]
+        feature_map = self.maps[position]
+        assert isinstance(feature_map, FeatureMap)
+        size = self.members[position].size
+        shift, scale = _affine(feature_map, range(size), name)
+        return list(range(start, start + count)), shift.repeat(count // size), scale.repeat(count // size)
+
+
+def _to_features(value: Tensor, at: int, size: int) -> Tensor:
+    """Move a dimension to the left of the features and join the two; leave one of size one in its place."""
+    value = value.reshape((1,) * (-at - value.dim()) + value.shape)
+    shape = list(value.shape)
+    shape[at] = size
+    moved = value.expand(shape).movedim(at, -2).flatten(-2)
+    return moved.unsqueeze(at)
 
 
 def subsampled_message(plate: str, names: Sequence[str]) -> str:

@@ -1,0 +1,265 @@
+"""Latents that stay dependent across a plate: with the exact posterior inside, the guide gives the exact evidence."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+
+from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.guides import auto_faithful_guide
+from pyro_graphflows.guides.coupled import CoupledNormal
+
+FEW = {"init": "random", "num_start_samples": 500}
+
+
+def tril(*shape):
+    root = torch.randn(*shape, shape[-1])
+    return torch.linalg.cholesky(root @ root.mT + torch.eye(shape[-1]))
+
+
+def test_terms_add_up_to_the_joint_normal():
+    """Two coupled dimensions around one that is not, vectors as elements."""
+    loc, inner, mixing = torch.randn(5, 3, 4, 2), tril(5, 3, 4, 2), tril(3, 40)
+    coupled = CoupledNormal(loc, inner, mixing, (-3, -1))
+    value = coupled.rsample((7,))
+    terms = coupled.log_prob(value)
+    assert terms.shape == (7, 5, 3, 4)
+    for k in range(3):
+        scale = torch.block_diag(*inner[:, k].reshape(-1, 2, 2)) @ mixing[k]
+        joint = dist.MultivariateNormal(loc[:, k].reshape(-1), scale_tril=scale)
+        torch.testing.assert_close(
+            terms[:, :, k].sum((-1, -2)), joint.log_prob(value[:, :, k].reshape(7, -1))
+        )
+    torch.testing.assert_close(coupled.expand((7, 5, 3, 4)).log_prob(value), terms)
+    # each term is that of an element given the elements before it: it does not move with later ones
+    later = value.clone()
+    later[:, 2:, :, 1:] += 1.0
+    later[:, 3:] += 1.0
+    torch.testing.assert_close(coupled.log_prob(later)[:, :2], terms[:, :2])
+    torch.testing.assert_close(coupled.log_prob(later)[:, 2, :, 0], terms[:, 2, :, 0])
+
+
+def total(x, y, size=None):
+    """Only the sum of all latents is observed outside of the plate: z_1, ..., z_n are dependent given the data."""
+    with pyro.plate("data", x.shape[-1], subsample_size=size) as indices:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=x[..., indices])
+    pyro.sample("y", dist.Normal(z.sum(-1, keepdim=z.dim() > 1), 0.5), obs=y)
+
+
+def log_evidence_of_total(x, y):
+    n = len(x)
+    covariance = torch.zeros(n + 1, n + 1)
+    covariance[:n, :n] = 1.25 * torch.eye(n)
+    covariance[:n, n] = covariance[n, :n] = 1.0
+    covariance[n, n] = n + 0.25
+    joint = dist.MultivariateNormal(torch.zeros(n + 1), covariance)
+    return joint.log_prob(torch.cat([x, y.reshape(1)])).item()
+
+
+def set_joint_(guide, site, mean, covariance):
+    """Make a site with free parameters and a free chain the given normal, whatever its inputs are."""
+    guide.set_linear_(site, {}, 0.0, 1.0)
+    index = next(i for i, block in enumerate(guide.plan.blocks) if site in block.sites)
+    network = guide.networks[index]
+    width = network.standardization(site)[1]
+    scale = torch.linalg.cholesky(covariance)
+    with torch.no_grad():
+        first = network._free_columns[site].start
+        table = network.free.table
+        table[..., first] = (mean / width).reshape(table.shape[:-1])
+        table[..., first + 1] = scale.diagonal().log().reshape(table.shape[:-1])
+    network.chains[network._chain_of[site]].set_mixing_(scale / scale.diagonal().unsqueeze(-1))
+
+
+@pytest.mark.parametrize("loss", [Trace_ELBO, TraceMeanField_ELBO])
+def test_an_observed_total_is_exact_with_free_parameters(loss):
+    n = 5
+    x, y = torch.randn(n), torch.randn(())
+    guide = auto_faithful_guide(total, x, y, **FEW)
+    precision = 5.0 * torch.eye(n) + 4.0
+    covariance = torch.linalg.inv(precision)
+    mean = covariance @ (4 * x + 4 * y)
+    set_joint_(guide, "z", mean, covariance)
+    evidence = log_evidence_of_total(x, y)
+    for vectorize in (False, True):
+        options = {"num_particles": 3, "vectorize_particles": vectorize, "max_plate_nesting": 1}
+        assert loss(**options).loss(total, guide, x, y) == pytest.approx(-evidence)
+    assert "drawn jointly across data" in guide.describe()
+    assert "not faithful" not in guide.describe()
+    # the best guide of independent copies has the inverse precisions as variances: what the chain rule is worth
+    set_joint_(guide, "z", mean, torch.diag(1 / precision.diagonal()))
+    options = {"num_particles": 4000, "vectorize_particles": True, "max_plate_nesting": 1}
+    independent = Trace_ELBO(**options).loss(total, guide, x, y) + evidence
+    gap = 0.5 * (torch.logdet(covariance) + precision.diagonal().log().sum())
+    assert independent == pytest.approx(gap.item(), abs=0.1)
+    assert independent > 0.5
+    with pytest.raises(GraphflowsError, match="'data' to have 5 elements"):
+        guide(torch.randn(6), y)
+
+
+def test_an_observed_total_is_exact_and_amortised_with_a_summary():
+    """U is the same for plates of any size; the location is linear for one size."""
+    n = 6
+    guide = auto_faithful_guide(total, torch.randn(n), torch.randn(()), pool="deepset", chain_rank=1, **FEW)
+    weight = 4.0 / (5.0 + 4.0 * n)
+    guide.set_linear_(
+        "z",
+        {"x": 0.8, "pooled(x; data)": {"x": -0.8 * weight * n}, "y": 0.8 * (1 - n * weight)},
+        0.0,
+        math.sqrt(0.2),
+    )
+    network = guide.networks[0]
+    rows = network.outputs["z"]
+    width = network.standardization("z")[1]
+    with torch.no_grad():
+        network.network.skip.bias[rows.stop - 2] = math.sqrt(0.8)
+        network.network.skip.bias[rows.stop - 1] = 0.0
+    assert float(width) == pytest.approx(1.0, abs=0.1)
+    for _ in range(3):
+        x, y = torch.randn(n), 3 * torch.randn(())
+        for vectorize in (False, True):
+            options = {"num_particles": 2, "vectorize_particles": vectorize, "max_plate_nesting": 1}
+            loss = Trace_ELBO(**options).loss(total, guide, x, y)
+            assert loss == pytest.approx(-log_evidence_of_total(x, y))
+    assert guide(torch.randn(9), y)["z"].shape == (9,)
+
+
+def test_the_start_finds_how_elements_vary_together():
+    n = 5
+    guide = auto_faithful_guide(total, torch.randn(n), torch.randn(()), pool="deepset")
+    options = {"num_particles": 200, "vectorize_particles": True, "max_plate_nesting": 1}
+    gaps = []
+    for _ in range(20):
+        z = torch.randn(n)
+        x, y = z + 0.5 * torch.randn(n), z.sum() + 0.5 * torch.randn(())
+        gaps.append(Trace_ELBO(**options).loss(total, guide, x, y) + log_evidence_of_total(x, y))
+    assert abs(sum(gaps) / len(gaps)) < 0.05
+
+
+def crossed(x, there=None):
+    """Effects of rows and columns."""
+    rows = pyro.plate("rows", x.shape[-2], dim=-2)
+    columns = pyro.plate("columns", x.shape[-1], dim=-1)
+    with rows:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    with columns:
+        b = pyro.sample("b", dist.Normal(0.5, 0.7))
+    with rows, columns, poutine.mask(mask=True if there is None else there):
+        pyro.sample("x", dist.Normal(a + b, 0.6), obs=x)
+
+
+@pytest.mark.parametrize("order", [["a", "b"], ["b", "a"]])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_crossed_effects_are_exact(order, ragged):
+    rows, columns = 4, 3
+    x = torch.randn(rows, columns)
+    there = torch.rand(rows, columns) > 0.3 if ragged else torch.ones(rows, columns, dtype=torch.bool)
+    args = (x, there) if ragged else (x,)
+    guide = auto_faithful_guide(crossed, *args, inverse=order, **FEW)
+    # all latents as one normal: rows first
+    design = torch.stack([torch.eye(rows + columns)[i] + torch.eye(rows + columns)[rows + j]
+                          for i in range(rows) for j in range(columns) if there[i, j]])  # fmt: skip
+    data = x[there]
+    prior_mean = torch.cat([torch.zeros(rows), torch.full((columns,), 0.5)])
+    prior = torch.diag(torch.cat([torch.ones(rows), torch.full((columns,), 0.49)]))
+    noise = 0.36 * torch.eye(len(data))
+    marginal = dist.MultivariateNormal(design @ prior_mean, design @ prior @ design.T + noise)
+    evidence = marginal.log_prob(data).item()
+    covariance = torch.linalg.inv(torch.linalg.inv(prior) + design.T @ design / 0.36)
+    mean = covariance @ (torch.linalg.solve(prior, prior_mean) + design.T @ data / 0.36)
+    parts = {"a": slice(0, rows), "b": slice(rows, rows + columns)}
+    second, first = order  # the site eliminated last is sampled first
+    joint, given = parts[first], parts[second]
+    assert guide.inverse.coupled[first] == (("rows",) if first == "a" else ("columns",))
+    set_joint_(guide, first, mean[joint], covariance[joint, joint])
+    slopes = torch.linalg.solve(covariance[joint, joint], covariance[joint, given]).T
+    variances = 1 / (torch.linalg.inv(covariance)[given, given]).diagonal()
+    network = guide.networks[1]
+    feature, width = guide.features[1], network.standardization(second)[1]
+    guide.set_linear_(second, {}, 0.0, 1.0)
+    pool = guide.pools[1]["0"]
+    shift = pool.maps[0].shift + pool.maps[0].scale * feature.shift
+    scale = pool.maps[0].scale * feature.scale
+    with torch.no_grad():
+        table = network.free.table
+        offset = mean[given] - slopes @ mean[joint] + slopes @ shift
+        table[..., 0] = (offset / width).reshape(table.shape[:-1])
+        table[..., 1] = variances.sqrt().log().reshape(table.shape[:-1])
+        key, _ = network._map_of[second]
+        rows_of_map = torch.stack([slopes * scale / width, torch.zeros_like(slopes)], 1)
+        network.maps[key].set_(rows_of_map)
+    for vectorize in (False, True):
+        options = {"num_particles": 3, "vectorize_particles": vectorize, "max_plate_nesting": 2}
+        assert Trace_ELBO(**options).loss(crossed, guide, *args) == pytest.approx(-evidence)
+
+
+def test_a_total_in_the_outer_of_two_plates():
+    """z[inner, outer] is coupled along inner only; each outer element has its own joint normal."""
+
+    x, y = torch.randn(3, 2, 2), torch.randn(2)
+
+    def plain(x, y):
+        with pyro.plate("outer", 2, dim=-1):
+            with pyro.plate("inner", 3, dim=-2):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=x)
+            pyro.sample("y", dist.Normal(z.sum(-1).sum(-2), 0.5), obs=y)
+
+    guide = auto_faithful_guide(plain, x, y, **FEW)
+    assert guide.plan.blocks[0].chained["z"].plates == ("inner",)
+    precision = 5.0 * torch.eye(6) + 4.0
+    covariance = torch.linalg.inv(precision)
+    means = torch.stack([covariance @ (4 * x[:, k].reshape(-1) + 4 * y[k]) for k in range(2)])
+    evidence = 0.0
+    for k in range(2):
+        joint = torch.zeros(7, 7)
+        joint[:6, :6] = 1.25 * torch.eye(6)
+        joint[:6, 6] = joint[6, :6] = 1.0
+        joint[6, 6] = 6.25
+        flat = torch.cat([x[:, k].reshape(-1), y[k : k + 1]])
+        evidence += dist.MultivariateNormal(torch.zeros(7), joint).log_prob(flat).item()
+    guide.set_linear_("z", {}, 0.0, 1.0)
+    network = guide.networks[0]
+    width = network.standardization("z")[1]
+    scale = torch.linalg.cholesky(covariance)  # elements of a vector beside each other
+    with torch.no_grad():
+        table = network.free.table  # (inner, outer, outputs)
+        table[..., :2] = means.reshape(2, 3, 2).transpose(0, 1) / width
+        table[..., 2:4] = scale.diagonal().reshape(3, 1, 2).log()
+    network.chains["0"].set_mixing_(scale / scale.diagonal().unsqueeze(-1))
+    assert Trace_ELBO(num_particles=2).loss(plain, guide, x, y) == pytest.approx(-evidence)
+    with pyro.plate("particles", 4, dim=-3):
+        trace = poutine.trace(guide).get_trace(x, y)
+    assert trace.nodes["z"]["fn"].log_prob(trace.nodes["z"]["value"]).shape == (4, 3, 2)
+
+
+def test_what_is_not_drawn_jointly_is_said():
+    x, y = torch.randn(6), torch.randn(())
+    subsampled = auto_faithful_guide(total, x, y, 3, **FEW)
+    assert "copies of z stay dependent across data in the posterior" in subsampled.describe()
+    assert "data is subsampled" in subsampled.describe()
+    assert subsampled(x, y, 3)["z"].shape == (3,)
+    flow = auto_faithful_guide(total, x, y, family="flow", **FEW)
+    assert "not faithful: copies of z stay dependent across data" in flow.describe()
+    whole = auto_faithful_guide(total, x, y, **FEW)
+    with pytest.raises(GraphflowsError, match="'data' in full: copies of a latent site stay dependent"):
+        whole(x, y, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"pool": "deepset", "init": "random"}, {"chain_rank": 1}])
+def test_training_finds_the_dependence(options):
+    x, y = torch.randn(5), torch.tensor(1.5)
+    guide = auto_faithful_guide(total, x, y, **options)
+    steps = 800
+    loss = Trace_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1)
+    svi = SVI(total, guide, pyro.optim.ClippedAdam({"lr": 0.03, "lrd": 0.02 ** (1 / steps)}), loss)
+    for _ in range(steps):
+        svi.step(x, y)
+    many = Trace_ELBO(num_particles=4000, vectorize_particles=True, max_plate_nesting=1)
+    assert many.loss(total, guide, x, y) + log_evidence_of_total(x, y) < 0.02
