@@ -8,7 +8,7 @@ data they depend on each other, and this encoder cannot say so. The faithful inv
    ``LinearGaussianNetwork.factorization_gap`` of the shared and the faithful factorisation, for a collider, a chain,
    the graphs learned here and random graphs.
 2. *Digits.* A Graph VAE with ``decoder_input="first"`` (with a decoder that sees all nodes they all depend on each
-   other given the data, whatever was learned) is trained with an edge cost, its structure frozen and its parameters
+   other given the data, whatever was learned) is trained, its structure frozen and its parameters
    fixed. Then guides with the same kind of network and three factorisations are trained for this one model: shared
    gates, faithful, full. LL minus ELBO is what is left of the divergence from the posterior.
 
@@ -191,7 +191,7 @@ def digits_part(seed, args):
         pyro.set_rng_seed(100 + seed)
         start = time.process_time()
         guide = auto_faithful_guide(
-            vae.model, data.test, inverse=inverse, hidden_dims=args.hidden_dims, init="random"
+            vae.model, data.test, inverse=inverse, hidden_dims=args.hidden_dims
         )
         history = fit(
             vae.model,
@@ -257,11 +257,11 @@ def main(args):
 def parser():
     parse = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parse.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parse.add_argument("--epochs", type=int, default=200)
-    parse.add_argument("--guide-epochs", type=int, default=150)
-    parse.add_argument("--patience", type=int, default=15)
-    parse.add_argument("--node-dim", type=int, default=4)
-    parse.add_argument("--edge-cost", type=float, default=0.05, help="nats per datum for an open gate")
+    parse.add_argument("--epochs", type=int, default=120)
+    parse.add_argument("--guide-epochs", type=int, default=80)
+    parse.add_argument("--patience", type=int, default=10)
+    parse.add_argument("--node-dim", type=int, default=2)
+    parse.add_argument("--edge-cost", type=float, default=0.0, help="nats per datum for an open gate")
     parse.add_argument("--anneal", type=float, default=0.98)
     parse.add_argument("--lr", type=float, default=1e-3)
     parse.add_argument("--hidden-dims", type=int, nargs="+", default=[256, 256])

@@ -54,6 +54,8 @@ __all__ = [
 VARIABLE = "PYRO_GRAPHFLOWS_DATA"
 INNER_FOLDERS = ("", "images", "MNIST/raw", "mnist", "binarized_mnist", "omniglot", "cifar-10-batches-bin")
 
+MNIST_TEST_COUNTS = (980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009)
+
 # SHA-256 of pixels (row-major bytes, one a pixel; bits packed by numpy.packbits row by row)
 CHECKSUMS = {
     "MNIST training images": "741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757",
@@ -144,6 +146,8 @@ def mnist(folder: str | os.PathLike[str] | None = None, *, verify: bool = True) 
 def binarized_mnist(folder: str | os.PathLike[str] | None = None, *, verify: bool = True) -> Images:
     """Return MNIST in its fixed binarisation, in the parts of 50,000, 10,000 and 10,000 it was published with.
 
+    There are no labels, but the test images are those of MNIST sorted by class, so theirs are known.
+
     Args:
         folder: Where the files are.
         verify: Whether to compare checksums.
@@ -168,7 +172,9 @@ def binarized_mnist(folder: str | os.PathLike[str] | None = None, *, verify: boo
         _verify(array, f"binarised MNIST {kind} images", verify)
         parts.append(torch.as_tensor(np.unpackbits(array, axis=1).reshape(-1, 28, 28)))
     none = torch.zeros(0, dtype=torch.long)
-    return Images("binarized_mnist", parts[0], parts[1], parts[2], 2, none, none)
+    counts = torch.tensor(MNIST_TEST_COUNTS)
+    labels = torch.arange(10).repeat_interleave(counts) if len(parts[2]) == counts.sum() else none
+    return Images("binarized_mnist", parts[0], parts[1], parts[2], 2, none, labels)
 
 
 def omniglot(folder: str | os.PathLike[str] | None = None, *, verify: bool = True) -> Images:

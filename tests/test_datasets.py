@@ -229,6 +229,16 @@ def test_real_files(name, sizes, shape, mean):
         assert data.test.double().mean().item() == pytest.approx(mean, abs=1e-5)
 
 
+@needs_files
+def test_labels_of_binarized_mnist():
+    """No pixel is set where the sorted grey image is black, none unset where it is white: the order is right."""
+    bits, gray = load_images("binarized_mnist", REAL), load_images("mnist", REAL)
+    order = gray.test_labels.sort(stable=True).indices
+    assert torch.equal(bits.test_labels, gray.test_labels[order])
+    assert not ((bits.test == 1) & (gray.test[order] == 0)).any()
+    assert not ((bits.test == 0) & (gray.test[order] == 255)).any()
+
+
 def test_binarize():
     gray = torch.tensor([0, 4, 16]).expand(20_000, 3)
     bits = binarize(gray, 17, torch.Generator().manual_seed(0))
