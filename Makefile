@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= out
 
-.PHONY: help demo test test-slow check comi table1 graphvae-table clean
+.PHONY: help demo test test-slow check comi table1 flows density graphvae-table clean
 
 help:
 	@echo "make demo       faithful guide for a gene network against the exact answer (tables, pictures in $(OUT)/)"
@@ -14,6 +14,8 @@ help:
 	@echo "make check      ruff and mypy"
 	@echo "make comi       the study of the CoMI paper (restartable; writes docs/results/comi.md)"
 	@echo "make table1     the study of the SIReN-VAE paper (restartable; writes docs/results/siren_vae.md)"
+	@echo "make flows      speed, memory and inversion of the flows beside others (writes docs/results/flows.md)"
+	@echo "make density    density-estimation study (DATA=the protein npz; restartable; docs/results/density.md)"
 	@echo "make graphvae-table  the Graph VAE study (restartable; image files from DATA=...; writes docs/results/graph_vae.md)"
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
@@ -44,6 +46,14 @@ table1: $(STAMP)
 
 graphvae-table: $(STAMP)
 	$(BIN)/python examples/graph_vae.py --study $(if $(DATA),--data $(DATA)) --out docs/results --work $(OUT)/graph_vae
+
+flows: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt zuko
+	$(BIN)/python benchmarks/flows.py --out docs/results
+
+density: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt zuko
+	$(BIN)/python examples/density.py --study --threads 1 --data $(or $(DATA),protein_grf.npz) --out docs/results
 
 clean:
 	rm -rf $(VENV) $(OUT) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
