@@ -156,9 +156,15 @@ def test_subsampled_plates_scale_the_terms():
     joint = torch.stack([prior * (1 - rate), prior * rate])  # (y, a)
     log_odds = (joint[:, 1] / joint[:, 0]).log()
     guide.set_linear_("a", {"y": log_odds[1] - log_odds[0]}, log_odds[0])
+    marked = auto_faithful_guide(model, x, y, init="random", enumerate_sites=True)
+    marked.load_state_dict(guide.state_dict())
     for size in (6, 2):
         exact = joint.sum(-1)[y[:size].long()].log().sum().item() * 60 / size
         assert Trace_ELBO().loss(model, guide, x[:size], y[:size]) == pytest.approx(-exact)
+        assert IWAE_ELBO(3).loss(model, guide, x[:size], y[:size]) == pytest.approx(-exact)
+        assert TraceEnum_ELBO(max_plate_nesting=1).loss(model, marked, x[:size], y[:size]) == pytest.approx(
+            -exact
+        )
 
 
 @pytest.mark.parametrize("mode", ["parallel", "sequential"])
@@ -550,6 +556,48 @@ def test_globals_with_discrete_locals(family):
     for vectorize in (False, True):
         for loss in (particles(Trace_ELBO, vectorize), particles(TraceGraph_ELBO, vectorize)):
             assert loss.loss(model, guide, x) == pytest.approx(-exact)
+
+
+@pytest.mark.parametrize("family", ["normal", "flow"])
+def test_pooled_data_and_discrete_sites(family):
+    """An amortised discrete global: close to the posterior at the start, on data sets it has not seen."""
+    shares = torch.tensor([[0.8, 0.1, 0.1], [0.1, 0.2, 0.7]])
+    emission = 0.1 + torch.eye(3)
+
+    def model(x, y):
+        g = pyro.sample("g", dist.Bernoulli(0.4))
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(shares[g.long()]))
+            pyro.sample("y", dist.Categorical(emission[k]), obs=y)
+            pyro.sample("x", dist.Normal(CENTRES[k], 1.0), obs=x)
+
+    args = torch.randn(6), torch.randint(0, 3, (6,))
+    guide = auto_faithful_guide(model, *args, pool="deepset", family=family, num_start_samples=4000)
+    assert "g | y (pooled), x (pooled)  [amortised" in str(guide.describe())
+    compilation = InferenceCompilation(model, guide, pyro.optim.Adam({"lr": 1e-3}), batch_size=1000)
+
+    def divergence():
+        """The mean KL from the posterior, in nats for each data set of six."""
+        (joint,) = compilation.sample_joint(*args)
+        x, y = joint.nodes["x"]["value"], joint.nodes["y"]["value"]
+        of_k = dist.Categorical(emission).log_prob(y.unsqueeze(-1)) + dist.Normal(CENTRES, 1.0).log_prob(
+            x.unsqueeze(-1)
+        )
+        of_g = (shares.log().reshape(2, 1, 1, 3) + of_k).logsumexp(-1).sum(-1)  # (2, samples)
+        evidence = (of_g + torch.tensor([0.6, 0.4]).log().unsqueeze(-1)).logsumexp(0)
+        joint.compute_log_prob()
+        log_p = joint.nodes["g"]["log_prob"].squeeze(-1) - evidence
+        log_p = log_p + sum(joint.nodes[name]["log_prob"].sum(-1) for name in "kxy")
+        return (log_p - compilation._score((joint,), args, {})).mean().item()
+
+    with torch.no_grad():
+        start = divergence()
+    assert -0.02 < start < 0.2
+    for _ in range(20):
+        compilation.step(*args)
+    with torch.no_grad():
+        assert divergence() < start + 0.1
+    assert guide(args[0][:3], args[1][:3])["k"].shape == (3,)
 
 
 def enumerated_globals(x):

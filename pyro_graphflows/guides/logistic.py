@@ -3,7 +3,8 @@ r"""Logistic regression, the start of discrete factors.
 If the inputs are normal given the class, with one covariance matrix for all classes, or if they are discrete and
 conditionally independent given it, then the log-odds are linear in the inputs and logistic regression finds them.
 Fitted to samples of the model, it plays for discrete sites the part of the least-squares regression for continuous
-ones. A weak normal prior on the slopes keeps them finite where classes can be separated.
+ones. A weak normal prior on the slopes keeps them small where classes can be separated or inputs are collinear: large
+slopes that cancel each other would make the first steps of training a mess.
 """
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 __all__ = ["logistic_regression"]
 
 MOST_ROWS = 10_000
-PRIOR_SCALE = 10.0  # of a slope, for inputs of unit scale
+PRIOR_SCALE = 1.0  # of a slope, for inputs of unit scale
 PSEUDO_COUNT = 0.5  # imagined samples of each class, at the mean of the inputs
 
 
