@@ -190,9 +190,7 @@ def digits_part(seed, args):
         pyro.clear_param_store()
         pyro.set_rng_seed(100 + seed)
         start = time.process_time()
-        guide = auto_faithful_guide(
-            vae.model, data.test, inverse=inverse, hidden_dims=args.hidden_dims
-        )
+        guide = auto_faithful_guide(vae.model, data.test, inverse=inverse, hidden_dims=args.hidden_dims)
         history = fit(
             vae.model,
             guide,

@@ -420,7 +420,8 @@ def render(out):
         "Dependency "
         "Structure*. Four models of one class, which differ in the edges between latent nodes. Bounds and "
         "log-likelihoods are "
-        "in nats for each image, with hard gates and stored batch statistics; the divergence is that from the "
+        "in nats for each image, with hard gates and stored batch statistics (in tables: collected anew with "
+        "hard gates after training, `vae.recalibrate`); the divergence is that from the "
         "learned prior, "
         "node by node. Made by `examples/graph_vae.py`, `graph_vae_synthetic.py` and `graph_vae_report.py` "
         "(`make graphvae-table`).",

@@ -388,6 +388,33 @@ def test_average_over_gates_is_a_bound():
     assert (weights @ torch.stack(elbos) <= mixture).all()
 
 
+def test_recalibration_uses_hard_gates():
+    vae = GraphVAE((6,), 3, 2, **SMALL)
+    x = torch.randint(2, (40, 6)).to(torch.get_default_dtype())
+    vae.gate_logits.data[:] = torch.tensor([0.1, -0.1, -0.1])  # z1 <- z2 only
+    for _ in range(5):
+        vae.guide(x)
+        vae.model(x)
+    before = {name: p.detach().clone() for name, p in vae.named_parameters()}
+    pyro.set_rng_seed(3)
+    assert vae.recalibrate(x, batch_size=20) is vae
+    assert vae.training
+    assert all(m.training and m.momentum == 0.1 for m in vae.modules() if isinstance(m, nn.BatchNorm1d))
+    assert all(torch.equal(p, before[name]) for name, p in vae.named_parameters())
+    first = vae.encoder[1](x)
+    parts = first.split(20)
+    torch.testing.assert_close(vae.encoder[2].running_mean, sum(part.mean(0) for part in parts) / 2)
+    torch.testing.assert_close(vae.encoder[2].running_var, sum(part.var(0) for part in parts) / 2)
+    # z2 has no open gate: its prior's hidden layer sees zeros, whose batch variance is none
+    norm, linear = vae.prior["1"].hidden[1], vae.prior["1"].hidden[0]
+    torch.testing.assert_close(norm.running_mean, linear.bias)
+    torch.testing.assert_close(norm.running_var, torch.zeros(6))
+    # the column of z3 is closed in z1's: only z2's values are seen
+    assert (vae.prior["0"].hidden[1].running_var > 0).all()
+    with pytest.raises(GraphflowsError, match="at least two data"):
+        vae.recalibrate(x[:1])
+
+
 @pytest.mark.parametrize("elbo", [TraceMeanField_ELBO(), Trace_ELBO(), IWAE_ELBO(2)])
 def test_edge_cost_is_in_the_training_loss_only(elbo):
     x = torch.randint(2, (10, 6)).to(torch.get_default_dtype())

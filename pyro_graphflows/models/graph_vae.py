@@ -450,6 +450,45 @@ class GraphVAE(PyroModule):
             self.temperature.fill_(temperature)
         return temperature
 
+    @torch.no_grad()
+    def recalibrate(self, x: Tensor, *, batch_size: int = 500) -> "GraphVAE":
+        """Collect the batch statistics anew, with the hard gates that evaluation uses.
+
+        In training they are collected with relaxed gates; while gates are uncertain these are not the statistics of the
+        hard-gated model, and its bound suffers. Parameters do not change.
+
+        Args:
+            x: Training data ``(num_data, *input_shape)``.
+            batch_size: How many data to treat at once; statistics are averages over these batches.
+
+        Returns:
+            This object.
+
+        Raises:
+            GraphflowsError: If there are fewer than two data.
+        """
+        if len(x) < 2:
+            raise GraphflowsError(f"Expected at least two data; got {len(x)}.")
+        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm1d)]
+        momenta = [norm.momentum for norm in norms]
+        with evaluation_mode(self):
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.train()
+                norm.momentum = None  # the plain average
+            try:
+                for part in x.split(batch_size):
+                    if len(part) > 1:
+                        gates = self._gates()
+                        values = self._infer(self._data(part), gates, _sampled)
+                        for i in (i for i in values if self._parents[i]):
+                            on_rows(self.prior[str(i)], self._gated_parents(i, values, gates))
+                        self._decode(values)
+            finally:
+                for norm, momentum in zip(norms, momenta, strict=True):
+                    norm.momentum = momentum
+        return self
+
     # ------------------------------------------------------------------------------------------------------- use
     @torch.no_grad()
     def sample(self, num_samples: int = 1, *, mean: bool = False) -> Tensor:
