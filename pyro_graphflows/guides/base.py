@@ -39,7 +39,7 @@ from pyro_graphflows.guides.ordering import (
 )
 from pyro_graphflows.guides.plan import Plan, make_plan
 from pyro_graphflows.guides.pool_plan import PoolOptions, PoolPlan, plan_pools
-from pyro_graphflows.guides.pooling import DeepSet
+from pyro_graphflows.guides.pooling import DeepSet, LookUp
 from pyro_graphflows.guides.site import (
     LatentSite,
     conditioning_event_dims,
@@ -47,7 +47,14 @@ from pyro_graphflows.guides.site import (
     latent_sites,
     observed_encodings,
 )
-from pyro_graphflows.inspect import TracedModel, non_exchangeable_plates, trace_model
+from pyro_graphflows.inspect import (
+    TracedModel,
+    get_argument,
+    nested_by_index,
+    non_exchangeable_plates,
+    trace_model,
+    with_nested_plates,
+)
 
 __all__ = ["AutoFaithfulGuide", "Description", "resolve_inverse"]
 
@@ -165,6 +172,8 @@ class AutoFaithfulGuide(AutoGuide):
         self._strict = strict
         self._resolution = resolution
         self._plan: Plan | None = None
+        self._nested_inverse: InverseGraph | None = None
+        self._lookups: dict[tuple[str, str], str] = {}
         self._notes: tuple[str, ...] = ()
         self._emit: Callable[..., Tensor] = pyro.sample
         self.features: nn.ModuleList
@@ -193,7 +202,7 @@ class AutoFaithfulGuide(AutoGuide):
                 traced, self._elements = invert_elements(traced, lambda graph: self._resolve(graph, traced))
                 inverse = self._elements.sites
             else:
-                inverse = resolve_inverse(traced.graph, self._inverse_option)
+                inverse = self._invert(traced, args, kwargs)
             self._sites = latent_sites(traced, self._custom_sites)
             rough = {name for name, site in self._sites.items() if site.encoding is not None}
             self._enumerated = self._sites_to_enumerate()
@@ -241,6 +250,51 @@ class AutoFaithfulGuide(AutoGuide):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         self.setup(*args, **kwargs)
 
+    def _invert(self, traced: TracedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> InverseGraph:
+        """Invert the model's graph; plates whose elements look up those of others count as nested in these."""
+        nested = nested_by_index(self.model, args, kwargs, traced=traced)
+        self._lookups = self._indices_of(nested, traced, args, kwargs)
+        if not nested:
+            return resolve_inverse(traced.graph, self._inverse_option)
+        inverse = resolve_inverse(with_nested_plates(traced.graph, nested), self._inverse_option)
+        self._nested_inverse = inverse
+        around = traced.graph.plates
+        coupled = {  # across plates that a site is in by its index alone: across those with the index
+            site: [p for p in around[site] if p in plates or not set(plates) <= set(around[site])]
+            for site, plates in inverse.coupled.items()
+        }
+        return InverseGraph(
+            traced.graph,
+            inverse.parents,
+            order=inverse.order,
+            sampling_order=inverse.sampling_order,
+            coupled=coupled,
+        )
+
+    def _indices_of(
+        self,
+        nested: Mapping[str, Mapping[str, Tensor]],
+        traced: TracedModel,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> dict[tuple[str, str], str]:
+        """Return for pairs (inner, outer) of plates the argument that says which element is looked up."""
+        found = {}
+        plates = plates_of(traced.trace)
+        for inner, outers in nested.items():
+            for outer, groups in outers.items():
+                for name in sorted(traced.index_inputs):
+                    value = (
+                        get_argument(self.model, traced.argument_paths[name], args, kwargs).reshape(-1).cpu()
+                    )
+                    indices = plates[inner].indices
+                    if indices is not None and len(value) == plates[inner].full_size:
+                        value = value[indices.cpu()]
+                    if value.shape == groups.shape and bool(((value == groups) | (groups < 0)).all()):
+                        found[inner, outer] = name
+                        break
+        return found
+
     def _uneven_plates(
         self, traced: TracedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> dict[str, tuple[str, ...]]:
@@ -258,6 +312,7 @@ class AutoFaithfulGuide(AutoGuide):
                 chained=self._chainable_sites(),
                 rank=self._chain_rank,
                 sizes={name: site.size for name, site in self._sites.items()},
+                lookups=self._lookups,
             ),
             unlike,
         )
@@ -267,12 +322,14 @@ class AutoFaithfulGuide(AutoGuide):
         return {}
 
     def _check_plan(self, plan: Plan, traced: TracedModel) -> None:
-        indices = {
-            node.name: block.sites
-            for block in plan.blocks
-            for node in block.context
-            if node.name in traced.index_inputs
-        }
+        indices: dict[str, list[str]] = {}
+        for block in plan.blocks:
+            for site in block.sites:
+                used = {plan.looked_up.get((parent, site)) for parent in plan.inverse.parents[site]}
+                for name in block.parents[site]:
+                    # Sites with parameters for each element need no index beside what it looks up.
+                    if name in traced.index_inputs and name not in used and site not in block.free:
+                        indices.setdefault(name, []).append(site)
         if indices:
             named = "; ".join(f"{name} for {', '.join(sites)}" for name, sites in indices.items())
             raise UnsupportedModelError(
@@ -388,7 +445,10 @@ class AutoFaithfulGuide(AutoGuide):
     def describe(self) -> Description:
         """Return the plan in words: what each latent site is conditioned on, and what is not faithful."""
         notes = list(self._notes)
-        missing = violated_independencies(self.inverse, self.model_graph)
+        nested = self._nested_inverse
+        missing = violated_independencies(
+            *((self.inverse, self.model_graph) if nested is None else (nested,))
+        )
         if missing:
             named = "; ".join(str(statement) for statement in list(missing)[:5])
             notes.append(
@@ -506,6 +566,8 @@ class AutoFaithfulGuide(AutoGuide):
             if str(position) in pools:
                 pool = pools[str(position)]
                 values = {m.name: self._flat_value(m.name, call, unconstrained, dtype) for m in pool.members}
+                if isinstance(pool, LookUp):
+                    values[pool.index] = call.values[pool.index]
                 parts.append(pool(values, call.plates, call.masks))
             else:
                 parts.append(self._flat_value(name, call, unconstrained, dtype))

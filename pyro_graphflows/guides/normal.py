@@ -21,7 +21,14 @@ from pyro_graphflows.guides.index_start import regress_indices_
 from pyro_graphflows.guides.made import MADEBlock, NetworkOptions
 from pyro_graphflows.guides.plan import Block, Plan
 from pyro_graphflows.guides.pool_plan import Summary
-from pyro_graphflows.guides.pooling import AllElements, DeepSet, DeepSetPool, PoolMember, pooling_orders
+from pyro_graphflows.guides.pooling import (
+    AllElements,
+    DeepSet,
+    DeepSetPool,
+    LookUp,
+    PoolMember,
+    pooling_orders,
+)
 from pyro_graphflows.guides.start import block_loss, regress_, standardize_
 from pyro_graphflows.inspect import TracedModel, get_argument, sample_prior
 
@@ -110,7 +117,7 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
         for index, block in enumerate(plan.blocks):
             summaries = {
                 str(self._context[index].index(node.name)): self._make_pool(
-                    node.summary, traced, inputs, samples, like
+                    node.summary, traced, inputs, samples, like, args, kwargs
                 )
                 for node in block.context
                 if node.summary
@@ -315,7 +322,9 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
         inputs: Mapping[str, Tensor],
         samples: dict[str, Tensor] | None,
         like: Tensor,
-    ) -> DeepSetPool | AllElements:
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> DeepSetPool | AllElements | LookUp:
         """Return the summary of some nodes, standardised; add its values to the joint samples."""
         plates = {name: frozenset(around) for name, around in traced.graph.plates.items()}
         maps = [self._member_map(name, traced, inputs, samples) for name in summary.members]
@@ -323,8 +332,11 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
             PoolMember(name, len(m.shift), plates[name], name in self._reader.partly, name not in inputs)
             for name, m in zip(summary.members, maps, strict=True)
         ]
-        pool: DeepSetPool | AllElements
-        if summary.one_by_one:
+        pool: DeepSetPool | AllElements | LookUp
+        if summary.index is not None and summary.inner is not None:
+            outer, inner = self._plate_states[summary.over[0]], self._plate_states[summary.inner]
+            pool = LookUp(members[0], maps[0], summary.index, outer, inner)
+        elif summary.one_by_one:
             pool = AllElements(members, maps, [self._plate_states[name] for name in summary.over])
         else:
             orders = pooling_orders(summary.over, list(plates.values()))
@@ -333,7 +345,12 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
         if samples is not None:
             depth = max(-self._plate_states[plate].dim for plate in summary.over)
             depth = max(depth, *(samples[name].dim() - 2 for name in summary.members))
+            if summary.inner is not None:
+                depth = max(depth, -self._plate_states[summary.inner].dim)
             values = {name: _with_depth(samples[name], depth) for name in summary.members}
+            if summary.index is not None:
+                path = traced.argument_paths[summary.index]
+                values[summary.index] = get_argument(self.model, path, args, kwargs)
             samples[summary.name] = pool.of_samples(values, self._plate_states, fit=self._standardize)
         return pool
 
@@ -417,7 +434,7 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
 
     def _summary_map(
         self,
-        pool: DeepSetPool | AllElements,
+        pool: DeepSetPool | AllElements | LookUp,
         name: str,
         traced: TracedModel,
         rows: Mapping[str, Tensor] | None,

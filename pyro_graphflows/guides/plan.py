@@ -78,6 +78,7 @@ class Plan:
     analytic_kl: dict[str, bool]
     labels: dict[str, str] = field(default_factory=dict)
     remarks: dict[str, list[str]] = field(default_factory=dict)
+    looked_up: dict[tuple[object, object], str] = field(default_factory=dict)
 
     def describe(self, notes: tuple[str, ...] = ()) -> str:
         """Return the plan in words: a line for each latent site, in sampling order."""
@@ -103,6 +104,9 @@ class Plan:
         return "\n".join(lines)
 
     def _input(self, parent: object, site: object) -> str:
+        index = self.looked_up.get((parent, site))
+        if index is not None:
+            return f"{parent} (looked up by {index})"
         how = self.inverse.how[parent, site]
         return str(parent) if how == "same" else f"{parent} ({how})"
 
@@ -211,4 +215,10 @@ def make_plan(
     remarks = {site: list(lines) for site, lines in pooling.remarks.items()}
     analytic = mean_field_condition(graph, inverse)
     analytic.update(dict.fromkeys(pooling.chained, False))
-    return Plan(graph, inverse, tuple(blocks), analytic, remarks=remarks)
+    looked_up: dict[tuple[object, object], str] = {
+        (summary.members[0], site): summary.index
+        for site, summaries in pooling.summaries.items()
+        for summary in summaries
+        if summary.index is not None
+    }
+    return Plan(graph, inverse, tuple(blocks), analytic, remarks=remarks, looked_up=looked_up)

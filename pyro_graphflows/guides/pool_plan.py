@@ -37,11 +37,15 @@ class Summary:
         members: The nodes, in graph order.
         over: The plates.
         one_by_one: Whether every element is an input by itself; else they are pooled.
+        index: The input that tells which element of the one member each element looks up, in plate ``inner``.
+        inner: See ``index``.
     """
 
     members: tuple[str, ...]
     over: tuple[str, ...]
     one_by_one: bool = False
+    index: str | None = None
+    inner: str | None = None
 
     @property
     def name(self) -> str:
@@ -51,6 +55,8 @@ class Summary:
             >>> Summary(("w", "y"), ("data",)).name
             'pooled(w, y; data)'
         """
+        if self.index is not None:
+            return f"{self.members[0]}[{self.index}]"
         return f"{'all' if self.one_by_one else 'pooled'}({', '.join(self.members)}; {', '.join(self.over)})"
 
 
@@ -76,12 +82,15 @@ class PoolOptions:
         chained: The sizes of the sites that can have chain-rule terms.
         rank: The rank of these; None to choose.
         sizes: The sizes of the latent sites.
+        lookups: For pairs (inner, outer) of plates, the index by which each element of the inner one looks up one of
+            the outer.
     """
 
     deepset: bool = False
     chained: Mapping[str, int] = field(default_factory=dict)
     rank: int | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)
+    lookups: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -170,7 +179,8 @@ class _Planner:
             self.free.add(site)
         elif not amortise and any(parent in pooled and parent not in self.latent for parent in along):
             self.free.add(site)  # parents without data: a factor's term for each element
-        found = []
+        found: list[Summary | None] = [s for p in latents if (s := self._look_up(site, p)) is not None]
+        latents = [p for p in latents if self._look_up(site, p) is None]
         if amortise:
             found.append(self._summary(site, pooled, data, latents, ()))
             if chain:
@@ -232,6 +242,17 @@ class _Planner:
                 "outside of it"
             )
         return kept
+
+    def _look_up(self, site: str, parent: str) -> Summary | None:
+        """Return how a latent parent's element is looked up, if it is in one plate only and an index tells."""
+        if len(self.around[parent]) != 1:
+            return None
+        (outer,) = self.around[parent]
+        for inner in self.around[site]:
+            index = self.options.lookups.get((inner, outer))
+            if index is not None and outer not in self.around[site]:
+                return Summary((parent,), (outer,), index=index, inner=inner)
+        return None
 
     def _over(self, site: str, members: Collection[str], chain: Collection[str]) -> tuple[str, ...]:
         """Return the plates over which members are pooled, outer to inner as far as they are nested."""

@@ -32,7 +32,7 @@ from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.features import FeatureMap
 from pyro_graphflows.nn.activations import make_activation
 
-__all__ = ["AllElements", "DeepSet", "DeepSetPool", "PoolMember", "pooling_orders"]
+__all__ = ["AllElements", "DeepSet", "DeepSetPool", "LookUp", "PoolMember", "pooling_orders"]
 
 MOST_CROSSED = 8  # entries of a tuple up to which all products are taken, and not only squares
 CHUNK_ROWS = 100_000  # of joint samples at set-up
@@ -431,6 +431,82 @@ class AllElements(nn.Module):
         size = self.members[position].size
         shift, scale = _affine(feature_map, range(size), name)
         return list(range(start, start + count)), shift.repeat(count // size), scale.repeat(count // size)
+
+
+class LookUp(nn.Module):
+    """The element of a latent site in another plate that an index tells: ``theta[group]`` for each datum.
+
+    Args:
+        member: The node.
+        feature_map: The map from its values to standardised features.
+        index: The name of the index, an argument of an integer type.
+        outer: The plate of the node.
+        inner: The plate of the index.
+
+    Shape:
+        - values: of the node ``(*batch, size)``; of the index any shape with one entry for each element.
+        - Output: ``(*batch, size)``, with the plate of the index in place of the other.
+    """
+
+    def __init__(
+        self, member: PoolMember, feature_map: FeatureMap, index: str, outer: PlateState, inner: PlateState
+    ) -> None:
+        super().__init__()
+        self.members = (member,)
+        self.maps = nn.ModuleList([feature_map])
+        self.index = index
+        self.outer, self.inner = outer.name, inner.name
+        self.num_features = member.size
+
+    def forward(
+        self,
+        values: Mapping[str, Tensor],
+        plates: Mapping[str, PlateState],
+        masks: Mapping[str, Tensor | bool],
+    ) -> Tensor:
+        """Return the elements that are looked up.
+
+        Raises:
+            GraphflowsError: If the outer plate is subsampled, or the index has another number of entries.
+        """
+        return _without_leading_ones(self._run(values, plates))
+
+    @torch.no_grad()
+    def of_samples(
+        self, values: Mapping[str, Tensor], plates: Mapping[str, PlateState], *, fit: bool
+    ) -> Tensor:
+        """See :meth:`DeepSetPool.of_samples`."""
+        return self._run(values, plates)
+
+    def _run(self, values: Mapping[str, Tensor], plates: Mapping[str, PlateState]) -> Tensor:
+        outer, inner = plates[self.outer], plates[self.inner]
+        name = self.members[0].name
+        if outer.subsampled:
+            raise GraphflowsError(
+                f"Expected plate {outer.name!r} in full, since its elements are looked up by {self.index}; it is "
+                "subsampled in this call. Subsample the data only."
+            )
+        index = values[self.index].reshape(-1)
+        if inner.indices is not None and len(index) != inner.size:
+            index = index[inner.indices.to(index.device)]
+        if len(index) != inner.size:
+            raise GraphflowsError(
+                f"Expected {inner.size} entries of {self.index}, one for each element of plate {inner.name!r}; got "
+                f"{len(index)}."
+            )
+        feature_map = self.maps[0]
+        part = feature_map(values[name])
+        depth = 1 - min(outer.dim, inner.dim)
+        part = part.reshape((1,) * (depth - part.dim()) + part.shape)
+        part = part.index_select(outer.dim - 1, index.to(part.device))
+        return part if outer.dim == inner.dim else part.transpose(outer.dim - 1, inner.dim - 1)
+
+    def columns_of(self, name: str) -> tuple[list[int], Tensor, Tensor]:
+        """Return the columns of the member, and the shift and scale that turn them into values."""
+        feature_map = self.maps[0]
+        assert isinstance(feature_map, FeatureMap)
+        columns = list(range(self.num_features))
+        return columns, *_affine(feature_map, columns, name)
 
 
 def _to_features(value: Tensor, at: int, size: int) -> Tensor:

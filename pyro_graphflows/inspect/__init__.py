@@ -1,6 +1,7 @@
 """From a Pyro model to its Bayesian network, and joint samples of its sites."""
 
 from pyro_graphflows.inspect.arguments import ArgumentPath, get_argument, get_arguments, same_tensor
+from pyro_graphflows.inspect.lookups import nested_by_index, with_nested_plates
 from pyro_graphflows.inspect.model import get_model_graph, trace_model
 from pyro_graphflows.inspect.prior import sample_prior
 from pyro_graphflows.inspect.traced import Leak, TracedModel
@@ -13,8 +14,10 @@ __all__ = [
     "get_argument",
     "get_arguments",
     "get_model_graph",
+    "nested_by_index",
     "non_exchangeable_plates",
     "same_tensor",
     "sample_prior",
     "trace_model",
+    "with_nested_plates",
 ]
