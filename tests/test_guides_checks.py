@@ -94,6 +94,32 @@ def test_discrete_sites(x):
     assert check_guide(local, auto_faithful_guide(local, x), IWAE_ELBO(2, gradient="dreg"), x).safe
 
 
+def test_values_that_the_model_excludes(x):
+    """A chain that never goes back: no finite logit excludes a value, so the ELBO is minus infinity sooner or later."""
+    moves = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5], [0.0, 0.0, 1.0]])
+
+    def model(x, moves=moves):
+        with pyro.plate("data", len(x)):
+            z = torch.tensor(0)
+            for t in range(2):
+                z = pyro.sample(f"z{t}", dist.Categorical(logits=moves[z].log()))
+            v = pyro.sample("v", dist.Bernoulli(torch.full((2,), 0.5)).to_event(1))
+            pyro.sample("x", dist.Normal(z + v.sum(-1), 1.0), obs=x)
+
+    guide = auto_faithful_guide(model, x)
+    for loss in (Trace_ELBO, TraceEnum_ELBO):
+        check = check_guide(model, guide, loss, x)
+        assert not check.safe
+        assert "some values of 'z0', 'z1' have probability zero" in str(check)
+    assert "'v'" not in str(check)
+    assert check_guide(model, guide, ReweightedWakeSleep, x).safe
+
+    def possible(x):
+        model(x, 0.9 * moves + 0.1 / 3)
+
+    assert check_guide(possible, auto_faithful_guide(possible, x), Trace_ELBO, x).safe
+
+
 def test_enumerated_sites_of_the_guide(x):
     guide = auto_faithful_guide(discrete, x, enumerate_sites=True)
     check = check_guide(discrete, guide, TraceEnum_ELBO, x)

@@ -30,7 +30,13 @@ from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.guides import Factor, auto_faithful_guide
 from pyro_graphflows.guides.discrete import DiscreteVector
 from pyro_graphflows.guides.logistic import logistic_regression
-from pyro_graphflows.infer import IWAE_ELBO, InferenceCompilation, log_evidence
+from pyro_graphflows.infer import (
+    IWAE_ELBO,
+    InferenceCompilation,
+    log_evidence,
+    sbc_ranks,
+    sbc_uniformity,
+)
 from pyro_graphflows.models.textbook import burglar_alarm
 
 WEIGHTS = torch.tensor([0.2, 0.3, 0.5], dtype=torch.double)
@@ -253,6 +259,18 @@ def test_the_start_is_the_posterior_where_log_odds_are_linear(family):
     assert "k | x  [amortised, sampled KL, 3 classes, score function]" in text
     if family == "flow":
         assert [type(network).__name__ for network in guide.networks] == ["MADEBlock", "FlowBlock"]
+
+
+def test_calibration():
+    """Ranks of the true values among draws are uniform for the exact posterior, and not for one that is too sure."""
+    x = torch.zeros(4)
+    guide = exact_mixture_guide(x)
+    ranks = sbc_ranks(mixture, guide, x, num_simulations=1000, num_draws=9)
+    assert min(sbc_uniformity(ranks[name], 9).min().item() for name in "kz") > 1e-4
+    logits = 3 * (WEIGHTS.log() - CENTRES**2 / 2.5)
+    guide.set_linear_("k", {"x": 3 * CENTRES.unsqueeze(-1) / 1.25}, logits)
+    ranks = sbc_ranks(mixture, guide, x, num_simulations=1000, num_draws=9)
+    assert sbc_uniformity(ranks["k"], 9).min().item() < 1e-4
 
 
 def test_logistic_regression_finds_the_coefficients():

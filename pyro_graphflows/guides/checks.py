@@ -122,6 +122,7 @@ def check_guide(
         reasons += ask_itself(model_trace, guide_trace)
     if not issubclass(kind, ReweightedWakeSleep):
         reasons += _outer_sites_late(latent, rough, marked if enumerates else [])
+        reasons += _impossible_values(sites, latent)
     if marked and not enumerates:
         notes.append(
             f"{_listed(marked)} are marked for enumeration, which {kind.__name__} does not do: they are drawn, and "
@@ -264,6 +265,34 @@ def _outer_sites_late(latent: dict[str, Any], rough: list[str], enumerated: list
                 "plates: the gradient is biased. Sample sites of outer plates first."
             )
     return reasons
+
+
+def _impossible_values(sites: dict[str, Any], latent: dict[str, Any]) -> list[str]:
+    """Return the discrete sites with values that the model excludes, here and now, and the guide does not."""
+    found = []
+    for name, site in latent.items():
+        if name not in sites or not (_can_be_listed(site["fn"]) and _can_be_listed(sites[name]["fn"])):
+            continue
+        values = site["fn"].enumerate_support(expand=False)
+        excluded = sites[name]["fn"].log_prob(values) == -torch.inf
+        if bool((excluded & (site["fn"].log_prob(values) > -torch.inf)).any()):
+            found.append(name)
+    if not found:
+        return []
+    return [
+        f"some values of {_listed(sorted(found))} have probability zero in the model, given the sites before, and not in the "
+        "guide: the ELBO is minus infinity. Give them a small probability in the model, let the model enumerate these "
+        "sites, or train with InferenceCompilation."
+    ]
+
+
+def _can_be_listed(fn: Any) -> bool:
+    inner = fn
+    while hasattr(inner, "base_dist"):
+        if getattr(inner, "reinterpreted_batch_ndims", 0):
+            return False
+        inner = inner.base_dist
+    return bool(getattr(fn, "has_enumerate_support", False))
 
 
 def _listed(names: list[str]) -> str:
