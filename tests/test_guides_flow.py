@@ -371,6 +371,24 @@ def test_free_parameters_of_hierarchical_models(flow):
     assert torch.isfinite(trace.log_prob_sum())
 
 
+@pytest.mark.parametrize("family", ["normal", "flow"])
+def test_sites_with_free_parameters_start_narrow(family):
+    """About a tenth as wide as the prior; what is set by hand is exact nevertheless."""
+    sigma, y = torch.full((8,), 10.0), torch.zeros(8)
+    guide = auto_faithful_guide(schools, sigma, y, family=family, num_start_samples=4000)
+    with pyro.plate("particles", 4000, dim=-2):
+        mu = guide(sigma, y)["mu"]
+    assert 0.3 < float(mu.std()) < 1.0  # the prior has 5
+    guide.set_linear_("tau", {}, 0.3, 0.2)
+    guide.set_linear_("mu", {"tau": 0.0} if "tau" in guide.inverse.parents["mu"] else {}, 1.0, 2.0)
+    latents = {"mu": torch.tensor(1.5), "tau": torch.tensor(1.2), "theta": torch.zeros(8)}
+    trace = poutine.trace(poutine.condition(guide, latents)).get_trace(sigma, y)
+    trace.compute_log_prob()
+    torch.testing.assert_close(trace.nodes["mu"]["log_prob"], dist.Normal(1.0, 2.0).log_prob(latents["mu"]))
+    expected = dist.LogNormal(0.3, 0.2).log_prob(latents["tau"])
+    torch.testing.assert_close(trace.nodes["tau"]["log_prob"], expected)
+
+
 def test_inference_compilation_scores_in_one_go(data):
     """Joint samples of the model are scored by the guide, level by level; the loss falls."""
     network = binary_tree(2, seed=0)

@@ -60,6 +60,11 @@ class Factor(ABC):
         """For each output the element whose parents it may see; None where every output may see all parents."""
         return None
 
+    @property
+    def log_scale_outputs(self) -> tuple[int, ...]:
+        """The outputs that are logarithms of scales; none unless the family says so."""
+        return ()
+
     @abstractmethod
     def distribution(self, outputs: Tensor, shift: Tensor, scale: Tensor) -> dist.TorchDistribution:
         """Return the distribution of the unconstrained vector.
@@ -104,7 +109,16 @@ class Factor(ABC):
         return None
 
 
-class NormalFactor(Factor):
+class _NormalOutputs(Factor):
+    """What normal factors share: locations first, then log-scales."""
+
+    @property
+    def log_scale_outputs(self) -> tuple[int, ...]:
+        """See :attr:`Factor.log_scale_outputs`."""
+        return tuple(range(self.size, 2 * self.size))
+
+
+class NormalFactor(_NormalOutputs):
     r"""A normal conditional, ``u = shift + scale * (loc + D U eps)``, with a full covariance within the site.
 
     ``D`` is diagonal and positive (outputs are its logarithms) and ``U`` is unit lower triangular. This is a full
@@ -162,7 +176,7 @@ def scalar_normals(outputs: Tensor, shift: Tensor, scale: Tensor) -> list[Scalar
     ]
 
 
-class ElementNormalFactor(Factor):
+class ElementNormalFactor(_NormalOutputs):
     r"""A normal conditional in which each element has parents of its own.
 
     ``y_i = loc_i + sum_j A_ij y_j + d_i eps_i`` over the earlier elements ``j`` of the site that element ``i``

@@ -250,6 +250,14 @@ class FlowBlock(nn.Module):
                 rows = by_edge[edge[place[v], column + i]]
                 rows.zero_()
                 rows[last, first + i] = sign
+                if self.free is not None and column - self.num_features + i < self.free.table.shape[-1]:
+                    self.free.table[..., column - self.num_features + i] = 0.0
+
+    @torch.no_grad()
+    def narrow_free_(self, factor: float) -> None:
+        """Multiply the scales of the sites with free parameters by a factor."""
+        if self.free is not None and self.affine.stack.conditional_scale:
+            self.free.table[..., 1::2] += math.log(factor)
 
     # ---------------------------------------------------------------- evaluation
 

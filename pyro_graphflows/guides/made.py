@@ -5,6 +5,7 @@ inverse graph leave to each site exactly its parents (Germain et al. 2015, Webb 
 standardised units, inputs and outputs.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -206,6 +207,16 @@ class MADEBlock(nn.Module):
         if len(self.network.layers):
             last: Any = self.network.layers[-1]
             last.set_rows_(self.outputs[site], 0.0)
+        if self.free is not None and site in self._free_columns:
+            self.free.table[..., self._free_columns[site]] = 0.0
+
+    @torch.no_grad()
+    def narrow_free_(self, factor: float) -> None:
+        """Multiply the scales of the sites with free parameters by a factor."""
+        for site, columns in self._free_columns.items():
+            assert self.free is not None
+            for output in self.factors[site].log_scale_outputs:
+                self.free.table[..., columns.start + output] += math.log(factor)
 
     @torch.no_grad()
     def set_index_linear_(self, site: str, weights: Tensor, locs: Tensor, scale_trils: Tensor) -> bool:

@@ -37,6 +37,7 @@ __all__ = ["AutoFaithfulNormal"]
 MOST_ROWS = 200_000  # in the block with the most elements, for a joint sample
 MOST_POOLED_ROWS = 500_000  # the same where plates are pooled: a whole data set is one sample
 TIE = 0.01  # nats by which the regression start may seem worse; without parents both starts are alike
+FREE_SCALE = 0.1  # sites with free parameters start at their prior, this much narrower
 HELD_OUT = 5  # one in this many samples judges the regression start
 
 
@@ -153,6 +154,8 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
                         )
             if block.chained and not kept:
                 start_chains_(network, self._plate_states)
+            if self._init == "regression":
+                network.narrow_free_(FREE_SCALE)
             features.append(feature)
             networks.append(network)
         self.features = nn.ModuleList(features)

@@ -1,0 +1,218 @@
+"""The problems of the guide benchmarks: a model, data, and what the exact answer is.
+
+``E[-log p(x)]`` is exact for linear-Gaussian networks, and by numerical integration for the arithmetic circuit.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from scipy.ndimage import gaussian_filter1d
+from torch import Tensor
+
+from pyro_graphflows.graphs import load_network
+from pyro_graphflows.graphs.library import binary_tree
+from pyro_graphflows.models.textbook import (
+    EIGHT_SCHOOLS,
+    arithmetic_circuit,
+    eight_schools,
+    hidden_markov_chain,
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model and its data.
+
+    Attributes:
+        name: What it is called.
+        model: The model.
+        draw: A function from a number to the arguments of a call with fresh data from the model; None for problems
+            with one data set.
+        test: The arguments with which guides are evaluated.
+        num_data: The number of data in the test arguments, by which losses are divided.
+        exact: The mean exact log-evidence of the test data, if it is known.
+        options: What our guides are made with.
+    """
+
+    name: str
+    model: Callable[..., Any]
+    draw: Callable[[int], tuple] | None
+    test: tuple
+    num_data: int = 1
+    exact: float | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def gaussian_network(network: Any, name: str, num_test: int = 2000, dtype: Any = torch.float64) -> Problem:
+    """A linear-Gaussian network with its observed nodes as data."""
+    columns = [network.names.index(node) for node in network.observed]
+
+    def draw(n: int) -> tuple:
+        seed = int(torch.randint(2**31, ()))
+        return (torch.as_tensor(network.sample(n, seed)[:, columns], dtype=dtype),)
+
+    test = torch.as_tensor(network.sample(num_test, 12345)[:, columns], dtype=dtype)
+    exact = float(network.log_evidence(test.double().numpy()).mean())
+    return Problem(name, network.pyro_model(), draw, (test,), num_test, exact)
+
+
+def circuit(num_test: int = 2000) -> Problem:
+    """The arithmetic circuit: Laplace priors, a product, and hyperbolic tangents."""
+
+    def draw(n: int) -> tuple:
+        nodes = poutine.trace(arithmetic_circuit).get_trace(None, n).nodes
+        return (torch.stack([nodes["x0"]["value"], nodes["x1"]["value"]], -1),)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(54321)
+        (test,) = draw(num_test)
+    exact = float(circuit_log_evidence(test.double().numpy()).mean())
+    # z1 given z0 and z3 = z0 z1 is z3 / z0 up to noise: smooth, since z0 keeps away from zero, as z1 does not.
+    order = ["z2", "z1", "z0", "z4", "z3", "z5"]
+    return Problem("circuit", arithmetic_circuit, draw, (test,), num_test, exact, {"inverse": order})
+
+
+def circuit_log_evidence(x: np.ndarray) -> np.ndarray:
+    """Return log p(x0, x1) of the arithmetic circuit for each row, by numerical integration.
+
+    The density of w = z0 z1 is an integral over z1, smoothed by the noise of z3; given z3, the density of x1 is an
+    integral over u = z3 + z4; the last integral is over z3 near x0. Grids twice as fine change the mean by less
+    than 1e-4.
+    """
+    half = np.geomspace(1e-4, 500, 2500)
+    w = np.concatenate([-half[::-1], half])
+    z1 = np.geomspace(1e-7, 60, 2500)
+    density = np.zeros_like(w)
+    for sign in (-1, 1):
+        prior = 0.5 * np.exp(-np.abs(sign * z1 + 2))
+        for rows in np.array_split(np.arange(len(w)), 50):
+            ratio = w[rows, None] / (sign * z1)
+            density[rows] += np.trapezoid(prior * 0.5 * np.exp(-np.abs(ratio - 5)) / z1, z1)
+    grid = np.linspace(-200, 200, 400_001)
+    z3_density = gaussian_filter1d(np.interp(grid, w, density), 0.1 / (grid[1] - grid[0]), truncate=8)
+    offsets = np.linspace(-0.6, 0.6, 61)
+    z4 = np.linspace(7 - 12, 7 + 12, 961)
+    prior4 = np.exp(-0.5 * ((z4 - 7) / 2) ** 2) / (2 * np.sqrt(2 * np.pi)) * (z4[1] - z4[0])
+    noise = np.exp(-0.5 * (offsets / 0.1) ** 2) / (0.1 * np.sqrt(2 * np.pi)) * (offsets[1] - offsets[0])
+    width = 0.1 * np.sqrt(2)
+    result = np.zeros(len(x))
+    for i, (x0, x1) in enumerate(x):
+        z3 = x0 + offsets
+        near = np.exp(-0.5 * ((x1 - np.tanh(z3[:, None] + z4)) / width) ** 2) / (width * np.sqrt(2 * np.pi))
+        result[i] = np.log(np.sum(np.interp(z3, grid, z3_density) * noise * (near @ prior4)))
+    return result
+
+
+def schools() -> Problem:
+    """The eight schools, centred."""
+    sigma, y = torch.tensor(EIGHT_SCHOOLS["sigma"]), torch.tensor(EIGHT_SCHOOLS["y"])
+    return Problem("eight schools", eight_schools, None, (sigma, y))
+
+
+def varying_slopes(group: Tensor, w: Tensor, y: Tensor | None = None, num_groups: int = 12) -> None:
+    """Intercepts and slopes that vary between groups, with unknown means and scales."""
+    mean_a = pyro.sample("mean_a", dist.Normal(0.0, 2.0))
+    mean_b = pyro.sample("mean_b", dist.Normal(0.0, 2.0))
+    scale_a = pyro.sample("scale_a", dist.HalfNormal(1.0))
+    scale_b = pyro.sample("scale_b", dist.HalfNormal(1.0))
+    sigma = pyro.sample("sigma", dist.HalfNormal(1.0))
+    with pyro.plate("groups", num_groups):
+        a = pyro.sample("a", dist.Normal(mean_a, scale_a))
+        b = pyro.sample("b", dist.Normal(mean_b, scale_b))
+    with pyro.plate("data", len(w)):
+        pyro.sample("y", dist.Normal(a[..., group] + b[..., group] * w, sigma), obs=y)
+
+
+def slopes(num_groups: int = 12, per_group: int = 4) -> Problem:
+    """Varying intercepts and slopes: few data in each group, so that the scales of the effects are uncertain."""
+    generator = torch.Generator().manual_seed(3)
+    group = torch.arange(num_groups).repeat_interleave(per_group)
+    w = torch.randn(len(group), generator=generator)
+    a = 1.0 + 0.4 * torch.randn(num_groups, generator=generator)
+    b = -0.5 + 0.3 * torch.randn(num_groups, generator=generator)
+    y = a[group] + b[group] * w + 0.7 * torch.randn(len(group), generator=generator)
+    return Problem("varying slopes", varying_slopes, None, (group, w, y))
+
+
+def county_effects(county: Tensor, floor: Tensor, uranium: Tensor, y: Tensor | None = None) -> None:
+    """Radon-like: houses in counties; the county's intercept depends on a county-level covariate."""
+    level = pyro.sample("level", dist.Normal(0.0, 2.0))
+    slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+    effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
+    tau = pyro.sample("tau", dist.HalfNormal(0.5))
+    sigma = pyro.sample("sigma", dist.HalfNormal(1.0))
+    with pyro.plate("counties", len(uranium)):
+        alpha = pyro.sample("alpha", dist.Normal(level + slope * uranium, tau))
+    with pyro.plate("houses", len(floor)):
+        pyro.sample("y", dist.Normal(alpha[..., county] + effect * floor, sigma), obs=y)
+
+
+def radon(num_counties: int = 30, num_houses: int = 300) -> Problem:
+    """The radon-like model with data of its own kind: counties of very different sizes."""
+    generator = torch.Generator().manual_seed(7)
+    shares = torch.rand(num_counties, generator=generator) ** 3 + 0.01
+    county = torch.multinomial(shares, num_houses, replacement=True, generator=generator)
+    floor = (torch.rand(num_houses, generator=generator) < 0.3).to(torch.get_default_dtype())
+    uranium = torch.randn(num_counties, generator=generator)
+    alpha = 1.4 + 0.7 * uranium * 0.4 + 0.2 * torch.randn(num_counties, generator=generator)
+    y = alpha[county] - 0.65 * floor + 0.75 * torch.randn(num_houses, generator=generator)
+    return Problem("radon-like", county_effects, None, (county, floor, uranium, y))
+
+
+def chain(length: int = 20, num_test: int = 1000) -> Problem:
+    """A state-space model written as a python loop: a normal autoregression seen through noise."""
+
+    def draw(n: int) -> tuple:
+        nodes = poutine.trace(hidden_markov_chain).get_trace(None, n, length=length).nodes
+        return (torch.stack([nodes[f"x{t}"]["value"] for t in range(length)], -1),)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        (test,) = draw(num_test)
+    time = torch.arange(length)
+    covariance = 0.9 ** (time[:, None] - time).abs().to(test) + torch.eye(length).to(test)
+    exact = dist.MultivariateNormal(torch.zeros(length).to(test), covariance).log_prob(test).mean()
+    return Problem("state space", hidden_markov_chain, draw, (test,), num_test, float(exact))
+
+
+def volatility(x: Tensor | None = None, num_samples: int = 1, length: int = 20) -> None:
+    """Stochastic volatility: the log-variance of each observation is a normal autoregression."""
+    size = num_samples if x is None else len(x)
+    with pyro.plate("data", size, dim=-1):
+        h = pyro.sample("h0", dist.Normal(torch.zeros(()), 1.0))
+        for t in range(length):
+            if t:
+                h = pyro.sample(f"h{t}", dist.Normal(0.9 * h, (1 - 0.9**2) ** 0.5))
+            pyro.sample(f"x{t}", dist.Normal(0.0, (h / 2).exp()), obs=None if x is None else x[:, t])
+
+
+def stochastic_volatility(length: int = 20, num_test: int = 1000) -> Problem:
+    """The stochastic-volatility model: a nonlinear state space, without an exact answer."""
+
+    def draw(n: int) -> tuple:
+        nodes = poutine.trace(volatility).get_trace(None, n, length).nodes
+        return (torch.stack([nodes[f"x{t}"]["value"] for t in range(length)], -1),)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(13)
+        (test,) = draw(num_test)
+    return Problem("stochastic volatility", volatility, draw, (test,), num_test)
+
+
+PROBLEMS: dict[str, Callable[[], Problem]] = {
+    "tree": lambda: gaussian_network(binary_tree(5, seed=0), "tree", dtype=torch.get_default_dtype()),
+    "ecoli70": lambda: gaussian_network(load_network("ecoli70"), "ecoli70"),
+    "magic-niab": lambda: gaussian_network(load_network("magic-niab"), "magic-niab"),
+    "circuit": circuit,
+    "schools": schools,
+    "slopes": slopes,
+    "radon": radon,
+    "chain": chain,
+    "volatility": stochastic_volatility,
+}

@@ -1,0 +1,336 @@
+"""Our guides beside Pyro's: ELBO and exact KL at equal processor time, and the time of a step.
+
+    python benchmarks/guides.py --out docs/results          # about 7 minutes on one thread
+    python benchmarks/guides.py --steps-only                # the times of a step alone, about a minute
+    python benchmarks/guides.py --render --out docs/results # page and picture from the saved results
+
+One data set per problem (64 data of a binary tree with 31 nodes, of ecoli70 in units of one standard deviation, and of
+the arithmetic circuit; 300 houses of a radon-like hierarchical model). Every guide is trained on all of it for the same
+processor time of one thread, set-up included, with Adam, a rate that falls to a hundredth over that time, and one
+particle. Pyro's guides have parameters for each datum; ours, and a mean-field guide written by hand with a network of
+the same data, are amortised, and are also evaluated on fresh data. KL(q || p(. | x)) is exact where the evidence is.
+
+Times of a step are medians of processor time of one thread, the guides in turns.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from guide_problems import PROBLEMS, Problem
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import (
+    AutoGaussian,
+    AutoIAFNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoStructured,
+)
+from pyro.nn import PyroModule
+from torch import nn
+
+from pyro_graphflows import auto_faithful_guide, get_model_graph
+from pyro_graphflows.graphs.linear_gaussian import LinearGaussianNetwork
+
+NUM_DATA = 64
+RATES = {"AutoNormal": 0.02, "AutoMultivariateNormal": 0.01, "AutoStructured": 0.01, "AutoGaussian": 0.01}
+RATES |= {"AutoIAFNormal": 0.005, "mean field by hand": 0.005, "normal": 0.002, "flow": 0.005}
+
+
+class MeanField(PyroModule):
+    """An amortised guide as one would write it by hand: a network from a datum to location and scale of each latent.
+
+    Args:
+        latents: The latent sites, all real numbers in one data plate.
+        num_features: The number of data columns.
+        shift: The mean of the data.
+        scale: Its standard deviation.
+    """
+
+    def __init__(self, latents: list[str], num_features: int, shift: Any, scale: Any) -> None:
+        super().__init__()
+        self.latents = latents
+        self.shift, self.scale = shift, scale
+        hidden = 64
+        self.net = nn.Sequential(
+            nn.Linear(num_features, hidden), nn.ELU(), nn.Linear(hidden, hidden), nn.ELU(),
+            nn.Linear(hidden, 2 * len(latents)),
+        )  # fmt: skip
+
+    def forward(self, x: Any) -> dict[str, Any]:
+        """Sample the latents."""
+        out = self.net((x - self.shift) / self.scale)
+        locs, scales = out[..., : len(self.latents)], out[..., len(self.latents) :].exp()
+        with pyro.plate("data", len(x), dim=-1):
+            return {
+                name: pyro.sample(name, dist.Normal(locs[..., i], scales[..., i]))
+                for i, name in enumerate(self.latents)
+            }
+
+
+def standardised(network: LinearGaussianNetwork) -> LinearGaussianNetwork:
+    """Return the network in units of one standard deviation: the other guides have no scales of their own."""
+    mean, covariance = network.mean_and_covariance()
+    sd = dict(zip(network.names, covariance.diagonal() ** 0.5, strict=True))
+    parents = network.parents
+    coefficients = {
+        v: [c * sd[p] / sd[v] for p, c in zip(parents[v], network.coefficients[v], strict=True)]
+        for v in network.names
+    }
+    centre = dict(zip(network.names, mean / covariance.diagonal() ** 0.5, strict=True))
+    intercepts = {
+        v: network.intercepts[v] / sd[v]
+        - centre[v]
+        + sum(c * centre[p] for p, c in zip(parents[v], coefficients[v], strict=True))
+        for v in network.names
+    }
+    scales = {v: network.scales[v] / sd[v] for v in network.names}
+    return LinearGaussianNetwork(parents, coefficients, intercepts, scales, observed=network.observed)
+
+
+def make_problem(key: str) -> Problem:
+    """Return a problem with one data set as its test data."""
+    from guide_problems import circuit_log_evidence, gaussian_network
+
+    from pyro_graphflows.graphs import load_network
+
+    if key == "radon":
+        return PROBLEMS[key]()
+    if key == "ecoli70":
+        network = standardised(load_network("ecoli70"))
+        return gaussian_network(network, "ecoli70", NUM_DATA, torch.get_default_dtype())
+    if key == "tree":
+        from pyro_graphflows.graphs.library import binary_tree
+
+        return gaussian_network(binary_tree(5, seed=0), "tree", NUM_DATA, torch.get_default_dtype())
+    problem = PROBLEMS[key]()
+    test = problem.test[0][:NUM_DATA]
+    exact = float(circuit_log_evidence(test.double().numpy()).mean())
+    return Problem(problem.name, problem.model, problem.draw, (test,), NUM_DATA, exact, problem.options)
+
+
+def guides_of(problem: Problem) -> dict[str, Callable[[], Any]]:
+    """Return makers of the guides that take part."""
+    model = problem.model
+
+    def ours(family: str) -> Any:
+        return auto_faithful_guide(model, *problem.test, family=family, **problem.options)
+
+    def by_hand() -> Any:
+        (x,) = problem.test
+        latents = [str(v) for v in get_model_graph(model, problem.test).latent]
+        return MeanField(latents, x.shape[1], x.mean(0), x.std(0))
+
+    makers: dict[str, Callable[[], Any]] = {
+        "normal": lambda: ours("normal"),
+        "flow": lambda: ours("flow"),
+        "AutoNormal": lambda: AutoNormal(model),
+        "AutoMultivariateNormal": lambda: AutoMultivariateNormal(model),
+        "AutoStructured": lambda: AutoStructured(model, conditionals="normal", dependencies="linear"),
+        "AutoGaussian": lambda: AutoGaussian(model),
+        "AutoIAFNormal": lambda: AutoIAFNormal(model),
+    }
+    if problem.draw is not None:
+        makers["mean field by hand"] = by_hand
+    return makers
+
+
+def new_svi(problem: Problem, maker: Callable[[], Any], rate: float) -> tuple[Any, SVI, pyro.optim.PyroOptim]:
+    """Return a guide, and what trains it."""
+    guide = maker()
+    optim = pyro.optim.ClippedAdam({"lr": rate, "betas": (0.9, 0.99), "clip_norm": 100.0})
+    return guide, SVI(problem.model, guide, optim, Trace_ELBO()), optim
+
+
+@torch.no_grad()
+def loss_of(problem: Problem, guide: Any, args: tuple, draws: int) -> float:
+    """Return the loss in nats per datum."""
+    total = sum(Trace_ELBO().loss(problem.model, guide, *args) for _ in range(draws))
+    return total / draws / (1 if problem.draw is None else len(args[0]))
+
+
+def train(problem: Problem, name: str, maker: Callable[[], Any], seconds: float) -> dict[str, Any]:
+    """Train a guide for some processor seconds; return its history."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    rate = 0.01 if problem.draw is None and name in ("normal", "flow") else RATES[name]
+    begin = time.thread_time()
+    guide, svi, optim = new_svi(problem, maker, rate)
+    spent, history, step = time.thread_time() - begin, [], 0
+    mark = 0.0
+    while True:
+        if spent >= mark:
+            history.append([round(spent, 3), loss_of(problem, guide, problem.test, 2)])
+            mark = spent + seconds / 20
+        if spent >= seconds:
+            break
+        for each in optim.optim_objs.values():
+            each.param_groups[0]["lr"] = rate * 0.01 ** min(1.0, spent / seconds)
+        begin = time.thread_time()
+        svi.step(*problem.test)
+        spent += time.thread_time() - begin
+        step += 1
+    result = {"history": history, "steps": step, "loss": loss_of(problem, guide, problem.test, 30)}
+    if name in ("normal", "flow", "mean field by hand") and problem.draw is not None:
+        pyro.set_rng_seed(1)
+        fresh = problem.draw(2000)
+        fresh = tuple(a.to(problem.test[0].dtype) for a in fresh)
+        result["fresh"] = loss_of(problem, guide, fresh, 5)
+    return result
+
+
+def step_times(problem: Problem, makers: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Return the median processor time of a step of each guide, in milliseconds, taken in turns."""
+    pyro.clear_param_store()
+    runs = {}
+    for name, maker in makers.items():
+        pyro.set_rng_seed(0)
+        # Names of parameters would clash in the one store, so each guide has its store put back before its step.
+        pyro.clear_param_store()
+        _, svi, _ = new_svi(problem, maker, 1e-4)
+        for _ in range(3):
+            svi.step(*problem.test)
+        runs[name] = (svi, pyro.get_param_store().get_state())
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, (svi, state) in runs.items():
+            pyro.get_param_store().set_state(state)
+            for _ in range(3):
+                begin = time.thread_time()
+                svi.step(*problem.test)
+                times[name].append(time.thread_time() - begin)
+    return {name: 1e3 * statistics.median(taken) for name, taken in times.items()}
+
+
+# ------------------------------------------------------------------------------------------------------ the page
+
+
+def page(results: dict[str, Any]) -> str:
+    """Return the page."""
+    lines = [
+        "# Guides at equal processor time",
+        "",
+        f"Made by `python benchmarks/guides.py --out docs/results` on {results['date']} ({results['machine']}, one "
+        f"thread). {results['seconds']:.0f} processor seconds of training for each guide; see the script for the "
+        "setting. KL is the exact KL(q || p(. | x)) on the data trained on, *fresh* that on 2,000 new data, which "
+        "only amortised guides have. Nats per datum (radon-like: the ELBO of the data set).",
+    ]
+    for problem in results["problems"].values():
+        exact = problem["exact"]
+        lines += ["", f"## {problem['name']}", ""]
+        head = "KL | fresh" if exact is not None else "ELBO |"
+        lines += [f"| guide | {head} | steps | ms per step |", "|---|---|---|---|---|"]
+        for name, ms in problem["ms"].items():
+            run = problem["runs"].get(name)
+            if run is None:
+                lines.append(f"| {name} | – | – | – | {ms:.1f} |")
+                continue
+            value = f"{run['loss'] + exact:.3f}" if exact is not None else f"{-run['loss']:.2f}"
+            fresh = f"{run['fresh'] + problem['exact_fresh']:.3f}" if "fresh" in run else "–"
+            lines.append(
+                f"| {name} | {value} | {fresh if exact is not None else ''} | {run['steps']} | {ms:.1f} |"
+            )
+    lines += ["", "![Losses over processor time](guides_time/guides.png)"]
+    return "\n".join(lines) + "\n"
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Draw the losses over processor time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    problems = [p for p in results["problems"].values() if p["runs"]]
+    figure, axes = plt.subplots(1, len(problems), figsize=(4.2 * len(problems), 3.6), squeeze=False)
+    for axis, problem in zip(axes[0], problems, strict=True):
+        exact = problem["exact"]
+        best = min(run["loss"] for run in problem["runs"].values())
+        for i, (name, run) in enumerate(problem["runs"].items()):
+            offset = exact if exact is not None else 0.1 - best
+            seconds = [row[0] for row in run["history"]]
+            values = [max(row[1] + offset, 1e-3) for row in run["history"]]
+            own = name in ("normal", "flow")
+            axis.plot(seconds, values, label=name, color=f"C{i}", linewidth=2.2 if own else 1.2)
+        axis.set(yscale="log", xlabel="processor seconds", title=problem["name"])
+        axis.set_ylabel("KL (nats per datum)" if exact is not None else "loss − lowest + 0.1 (nats)")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", default="out", help="guides_time.md and the folder guides_time go there")
+    parser.add_argument("--seconds", type=float, default=10.0, help="processor seconds for each guide")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of three timed steps")
+    parser.add_argument("--problems", nargs="*", default=["tree", "ecoli70", "circuit", "radon"])
+    parser.add_argument("--guides", nargs="*", help="only these")
+    parser.add_argument("--steps-only", action="store_true", help="only the times of a step")
+    parser.add_argument("--render", action="store_true", help="page and picture from the saved results")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    folder = Path(args.out) / "guides_time"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "guides.json"
+    if args.render:
+        results = json.loads(file.read_text())
+    else:
+        results = {
+            "date": str(date.today()), "machine": platform.machine(), "seconds": args.seconds, "problems": {},
+        }  # fmt: skip
+        for key in args.problems:
+            problem = make_problem(key)
+            makers = {n: m for n, m in guides_of(problem).items() if not args.guides or n in args.guides}
+            entry: dict[str, Any] = {"name": problem.name, "exact": problem.exact, "runs": {}}
+            entry["exact_fresh"] = None
+            if problem.exact is not None:
+                entry["exact_fresh"] = exact_of_fresh(key, problem)
+            entry["ms"] = step_times(problem, makers, args.rounds)
+            print(problem.name, {k: round(v, 1) for k, v in entry["ms"].items()}, flush=True)
+            if not args.steps_only:
+                for name, maker in makers.items():
+                    run = entry["runs"][name] = train(problem, name, maker, args.seconds)
+                    print(problem.name, name, run["steps"], run["loss"] + (problem.exact or 0.0), flush=True)
+            results["problems"][key] = entry
+        file.write_text(json.dumps(results, indent=1) + "\n")
+    draw(results, folder / "guides.png") if not args.steps_only else None
+    text = page(results)
+    (Path(args.out) / "guides_time.md").write_text(text)
+    print(text)
+
+
+def exact_of_fresh(key: str, problem: Problem) -> float:
+    """Return the mean exact log-evidence of the fresh data of :func:`train`."""
+    from guide_problems import circuit_log_evidence
+
+    from pyro_graphflows.graphs import load_network
+    from pyro_graphflows.graphs.library import binary_tree
+
+    pyro.set_rng_seed(1)
+    assert problem.draw is not None
+    fresh = problem.draw(2000)[0].double().numpy()
+    if key == "circuit":
+        return float(circuit_log_evidence(fresh).mean())
+    network = binary_tree(5, seed=0) if key == "tree" else standardised(load_network("ecoli70"))
+    return float(network.log_evidence(fresh).mean())
+
+
+if __name__ == "__main__":
+    main()
