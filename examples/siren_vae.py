@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from siren_vae_report import render
-from siren_vae_runs import FEW, RATES, REMEDIES, ROWS, Run, test, train
+from siren_vae_runs import FEW, RATES, REMEDIES, ROWS, Run, pick_rate, test, train
 
 NETWORKS = ("ecoli70", "magic-irri", "arth150", "magic-niab")
 FIGURE_MULTIPLES = (5, 10, 25, 50)
@@ -34,11 +34,8 @@ FIGURE_MULTIPLES = (5, 10, 25, 50)
 def chosen_rate(cell, folder, args):
     """Return the best rates of a cell by validation points and by training loss, from runs with seed 0."""
     results = {lr: train(Run(**cell, seed=0, lr=lr), folder, args) for lr in RATES[cell["multiple"] < FEW]}
-    by = {}
-    for key in ("validation_nll", "train_loss"):
-        known = {lr: result[key] for lr, result in results.items() if result[key] is not None}
-        by[key] = min(known, key=known.get)
-    return by["validation_nll"], by["train_loss"]
+    by = [pick_rate({lr: r[key] for lr, r in results.items()}) for key in ("validation_nll", "train_loss")]
+    return by[0], by[1]
 
 
 def do_cell(job):

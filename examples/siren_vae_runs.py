@@ -56,6 +56,12 @@ class Run:
         return f"{self.cell}-lr{self.lr:g}-s{self.seed}"
 
 
+def pick_rate(scores):
+    """Return the rate with the lowest score; None without scores."""
+    known = {lr: score for lr, score in scores.items() if score is not None}
+    return min(known, key=known.get, default=None)
+
+
 def network_of(name, folder=None):
     """Return a network of the package, or the one in ``folder/NAME.json`` (the format of the packaged ones)."""
     if folder is None:
@@ -231,13 +237,21 @@ def all_weights(vae, x, num_particles, at_once=40):
     return torch.cat([vae.log_weights(x, num_particles=size) for size in sizes]).double()
 
 
-@torch.no_grad()
 def test(run, folder, args):
     """Measure a trained model on the test points and complete its JSON."""
     path, state = Path(folder) / f"{run.name}.json", Path(folder) / ".states" / f"{run.name}.pt"
     result = train(run, folder, args)
     if result["test"]:
         return result
+    with torch.no_grad():
+        result["test"] = test_figures(run, state, args)
+    write_json(path, result)
+    state.unlink()
+    return result
+
+
+def test_figures(run, state, args):
+    """Return what is measured on the test points for a saved state."""
     network = network_of(run.network, args.data)
     vae = make_model(run, network.graph())
     vae.load_state_dict(torch.load(state, weights_only=True))
@@ -254,7 +268,7 @@ def test(run, folder, args):
     nll, neg_elbo = -torch.cat(evidence), -torch.cat(elbos)
     re = (vae.reconstruct(x) - x).norm(dim=-1)
     few = slice(NUM_TEST_PAPER)
-    result["test"] = {
+    return {
         "num_particles": args.num_particles,
         "num_particles_rest": rest,
         "nll": float(nll.mean()),
@@ -268,9 +282,6 @@ def test(run, folder, args):
         "true_nll": float(exact.mean()),
         "entropy": network.entropy(),
     }
-    write_json(path, result)
-    state.unlink()
-    return result
 
 
 def write_whole(path, write):

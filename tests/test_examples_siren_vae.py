@@ -54,14 +54,14 @@ def test_rates_are_chosen_once_and_runs_are_kept(study, tmp_path):
         lr: json.loads((folder / f"magic-niab-vae-2x-lr{lr:g}-s0.json").read_text())
         for lr in runs.RATES[True]
     }
-    best = min(first, key=lambda lr: first[lr]["validation_nll"])
-    loss = min(first, key=lambda lr: first[lr]["train_loss"])
+    best = runs.pick_rate({lr: first[lr]["validation_nll"] for lr in first})
+    loss = runs.pick_rate({lr: first[lr]["train_loss"] for lr in first})
     tested = {
         (r["run"]["lr"], r["run"]["seed"])
         for p in files
         if (r := json.loads((folder / p).read_text()))["test"]
     }
-    assert tested == {(lr, seed) for lr in {best, loss} for seed in (0, 1)}
+    assert tested == {(lr, seed) for lr, seed in [(best, 0), (best, 1), (loss, 0)]}
     siren_vae.do_cell(job)
     assert files == {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json")}
     (folder / ".states" / "nothing.pt").write_text("")  # what an interrupted run leaves does no harm
@@ -91,6 +91,23 @@ def test_remedies_and_wrong_structures(study, tmp_path):
     robustness = (tmp_path / "siren_vae_robustness.md").read_text()
     assert "| reversed | – | – | – | " in robustness
     assert (folder / "robustness.png").exists()
+
+
+def test_testing_a_run_that_is_not_there_trains_it(study, tmp_path):
+    siren_vae, runs, _ = study
+    torch.set_default_dtype(torch.float32)
+    found = {}
+    for epochs in (1, 40):
+        args = siren_vae.parser().parse_args(["--max-epochs", str(epochs), "--num-particles", "10"])
+        result = runs.test(runs.Run("ecoli70", "vae", 2, 0, 1e-2), tmp_path / str(epochs), args)
+        found[epochs] = result["test"]["excess"]
+    assert found[40] < found[1] - 0.5
+
+
+def test_pick_rate(study):
+    pick = study[1].pick_rate
+    assert pick({1e-1: 31.7, 1e-2: 31.86, 1e-3: None}) == 1e-1
+    assert pick({1e-1: None}) is None
 
 
 def test_perturbed_graphs(study):
