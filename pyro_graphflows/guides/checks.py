@@ -280,9 +280,9 @@ def _impossible_values(sites: dict[str, Any], latent: dict[str, Any]) -> list[st
     if not found:
         return []
     return [
-        f"some values of {_listed(sorted(found))} have probability zero in the model, given the sites before, and not in "
-        "the guide: the ELBO is minus infinity. Give them a small probability in the model, let the model enumerate these "
-        "sites, or train with InferenceCompilation."
+        f"some values of {_listed(sorted(found))} have probability zero in the model, given the sites before, and not "
+        "in the guide: the ELBO is minus infinity. Give them a small probability in the model, let the model enumerate "
+        "these sites, or train with InferenceCompilation."
     ]
 
 
