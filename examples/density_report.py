@@ -143,7 +143,9 @@ def render(folder: Path, page: Path) -> None:
             f"{worst:.3f}): {verdict}."
         )
     parts.append("![Learning curves](density/curves.png)")
-    parts.append("Curves are of the held-out points, which are others than the test points of the dotted line.")
+    parts.append(
+        "Curves are of the held-out points, which are others than the test points of the dotted line."
+    )
     for problem, (title, text) in TEXTS.items():
         if problem in runs:
             run = next(iter(runs[problem].values()))[0]
