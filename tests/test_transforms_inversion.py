@@ -108,7 +108,7 @@ def by_levels(network, solution, target):
     st.floats(-2, 4),
     st.sampled_from([(torch.float64, 1e-12), (torch.float32, 1e-5)]),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120, deadline=None, derandomize=True)
 @torch.no_grad()
 def test_inversion_always_converges(network, batch, size, precision):
     """Never an error, and a backward error of rounding size: |f(y) - z| relative to max(1, |y|, |z|) of the datum.
@@ -136,10 +136,16 @@ def test_inversion_always_converges(network, batch, size, precision):
     assert ((image - target).abs() / scale).max() <= limit
 
 
+def condition(jacobian):
+    """How much a backward error can grow; not below one, so that one variable is not always well-conditioned."""
+    values = torch.linalg.svdvals(jacobian)
+    return values.max().clamp(min=1) / values.min()
+
+
 @given(networks())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 def test_forward_error_where_the_problem_is_well_conditioned(network):
-    """Condition number of the Jacobian below 100, |y| <= 10, float64: the solution is right to 1e-10."""
+    """Condition number max(1, |J|) |J^-1| below 100, |y| <= 10, float64: the solution is right to 1e-10."""
     solve, apply = network.sample, network.inverse_terms
     if network.closed_form == "sampling":
         solve, apply = apply, solve
@@ -148,7 +154,7 @@ def test_forward_error_where_the_problem_is_well_conditioned(network):
         error = (solve(apply(truth)[0])[0] - truth).abs().amax(-1)
     for i, point in enumerate(truth):
         jacobian = torch.autograd.functional.jacobian(lambda y: apply(y)[0], point)
-        if torch.linalg.cond(jacobian) < 100 and point.abs().max() <= 10:
+        if condition(jacobian) < 100 and point.abs().max() <= 10:
             assert error[i] <= 1e-10
 
 
@@ -158,4 +164,4 @@ def test_most_fresh_flows_are_well_conditioned(family):
     torch.manual_seed(0)
     network = family(FlowStructure(((), (0,), (0, 1))), lipschitz=0.97)
     jacobian = torch.autograd.functional.jacobian(lambda y: network.inverse_terms(y)[0], torch.randn(3))
-    assert torch.linalg.cond(jacobian) < 100
+    assert condition(jacobian) < 100
