@@ -188,10 +188,12 @@ def recalibration_sentence(records):
     common = max(set.intersection(*(set(values) for values in train.values())))
     losses = ", ".join(f"{LABELS[s]} {values[common]:.2f}" for s, values in train.items())
     return (
-        "The curves are measured with hard gates, while training has relaxed ones: as long as gates are uncertain, the "
+        "The curves are measured with hard gates, while training has relaxed ones: as long as gates are "
+        "uncertain, the "
         "learned model is evaluated as a model it was not trained to be, with batch statistics that are not its own. "
         f"Collecting these anew moves its test bound after {epochs} epochs from "
-        f"{final['elbo_before_recalibration']:.2f} to {final['elbo']:.2f}. Training losses at epoch {common} (relaxed "
+        f"{final['elbo_before_recalibration']:.2f} to {final['elbo']:.2f}. Training losses at epoch {common} "
+        f"(relaxed "
         f"gates, mean over the epoch): {losses}.\n"
     )
 
@@ -500,7 +502,8 @@ def render_faithful(out):
         "",
         table(["structure", "shared gates", "faithful", "full"], rows),
         "",
-        "The faithful inverse has no gap and fewer edges: below a node that sees the data, most nodes need not "
+        "The faithful inverse has no gap and no more edges, mostly fewer: below a node that sees the data, most "
+        "nodes need not "
         "look at them.",
         "",
     ]
@@ -552,7 +555,8 @@ def render_faithful(out):
         if np.mean(list(faithful.values())) < np.mean(list(shared.values())):
             lines += [
                 "So on these data the faithful factorisation does not pay: the guide with all edges, which contains "
-                "the other two, is no better either, so what is left of the divergence is not a matter of missing "
+                "the other two, is no better either. This suggests that what is left of the divergence is not a "
+                "matter of missing "
                 "edges but of normal conditionals and of what can be learned from 1,297 images.",
                 "",
             ]
