@@ -231,7 +231,7 @@ def digits_section(runs, folder):
         f"seeds, which "
         "change the networks, the gates and the draws; differences are paired by seed, mean ± standard error. "
         "Test bound "
-        "with 10 samples of the nodes, log-likelihood with 5,000.",
+        "with 10 samples of the nodes, log-likelihood by importance samples: PARTICLES.",
         "",
         table(
             ["model", "parameters", "seeds", "test bound", "KL", "log-likelihood", "bound − independent's",
@@ -242,6 +242,8 @@ def digits_section(runs, folder):
         ranking(elbo),
         "",
     ]  # fmt: skip
+    particles = sorted({f["likelihood"]["particles"] for by in finals.values() for _, f in by.values()})
+    lines = [line.replace("PARTICLES", ", ".join(f"{p:,}" for p in particles)) for line in lines]
     gates = [f["gates"] for _, f in finals.get("learned", {}).values()]
     if gates:
         number = len(gates[0])
