@@ -252,7 +252,7 @@ def test_what_is_not_drawn_jointly_is_said():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"pool": "deepset", "init": "random"}, {"chain_rank": 1}])
+@pytest.mark.parametrize("options", [{}, {"chain_rank": 1}])
 def test_training_finds_the_dependence(options):
     x, y = torch.randn(5), torch.tensor(1.5)
     guide = auto_faithful_guide(total, x, y, **options)
