@@ -496,6 +496,11 @@ def test_nothing_to_train(x):
         quiet_fit(normal_model, normal_posterior, x, num_epochs=1)
 
 
+def test_disabled_gradients_are_refused(x):
+    with torch.no_grad(), pytest.raises(GraphflowsError, match="Expected gradients to be enabled"):
+        quiet_fit(normal_model, LinearGuide(), x, num_epochs=1)
+
+
 def test_numbers_must_make_sense(x):
     with pytest.raises(GraphflowsError, match="Expected num_epochs >= 0"):
         quiet_fit(normal_model, LinearGuide(), x, num_epochs=-1)

@@ -159,8 +159,8 @@ def fit(
         The history, with the reason of the end.
 
     Raises:
-        GraphflowsError: If the loss of the first batch is not finite before the first step, if there is nothing to
-            train, if the data, the loss or the optimiser is not of these kinds, or the checkpoint
+        GraphflowsError: If gradients are disabled, if the loss of the first batch is not finite before the first
+            step, if there is nothing to train, if the data, the loss or the optimiser is not of these kinds, or the checkpoint
             belongs to another run.
 
     Example:
@@ -182,6 +182,11 @@ def fit(
         raise GraphflowsError(
             "Expected num_epochs >= 0 and positive batch_size, steps_per_epoch and checkpoint_every; got "
             f"{num_epochs}, {batch_size}, {steps_per_epoch} and {checkpoint_every}."
+        )
+    if not torch.is_grad_enabled():
+        raise GraphflowsError(
+            "Expected gradients to be enabled; got a call under torch.no_grad() or inference mode, where nothing would "
+            "be trained. Call fit outside of it."
         )
     with seeded(seed), warnings.catch_warnings():
         # Pyro warns of what is handled here: a loss that is not finite
