@@ -160,8 +160,8 @@ def fit(
 
     Raises:
         GraphflowsError: If gradients are disabled, if the loss of the first batch is not finite before the first
-            step, if there is nothing to train, if the data, the loss or the optimiser is not of these kinds, or the checkpoint
-            belongs to another run.
+            step, if there is nothing to train, if the data, the loss or the optimiser is not of these kinds, or the
+            checkpoint belongs to another run.
 
     Example:
         >>> import pyro, pyro.distributions as dist
