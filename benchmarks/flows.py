@@ -121,15 +121,30 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MIB
 
 
+def profiled(step, repeats=20):
+    """Return the operations of a step, and the share of its time in matrix products of whole layers."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(repeats):
+            step()
+    events = [event for event in profile.key_averages() if event.key.startswith("aten::")]
+    times = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    return {
+        "operations": round(sum(event.count for event in events) / repeats),
+        "products": (times.get("aten::mm", 0) + times.get("aten::addmm", 0)) / sum(times.values()),
+    }
+
+
 def one_case(method, dim, rounds):
-    """Time one method at one size, in this process."""
+    """Time one method at one size, in this process; take a profile at 100 variables."""
     torch.manual_seed(0)
     before = peak()
     start = time.perf_counter()
     network = METHODS[method](dim)
     built = time.perf_counter() - start
-    (spent,) = timed([density_step(network, torch.randn(BATCH, dim))], rounds)
-    return {**spent, "build": built, "peak": peak(), "before": before}
+    step = density_step(network, torch.randn(BATCH, dim))
+    (spent,) = timed([step], rounds)
+    row = {**spent, "build": built, "peak": peak(), "before": before}
+    return {**row, **profiled(step)} if dim == 100 else row
 
 
 def peers(args):

@@ -175,8 +175,10 @@ class EdgeLinear(nn.Module):
         if self.engine == "dense":
             inputs = self.num_context + self.num_variables
             flat = self.weight.new_zeros(inputs * self.num_variables, self.num_outputs)
-            matrix = flat.index_copy(0, self._dense_index(), self.weight).view(inputs, -1)
-            weights = matrix.split([group.size * self.num_outputs for group in groups], 1)
+            matrix = flat.index_copy_(0, self._dense_index(), self.weight).view(inputs, -1)  # no second copy
+            weights: Sequence[Tensor] = (matrix,)
+            if len(groups) > 1 or groups[0].size < self.num_variables:
+                weights = matrix.split([group.size * self.num_outputs for group in groups], 1)
         elif contiguous:
             ranges = [group.edge_range or (0, 0) for group in groups]
             pieces = self.weight.split([stop - start for start, stop in ranges])
@@ -202,7 +204,9 @@ class EdgeLinear(nn.Module):
             if context.shape[1:] != inputs.batch:
                 start = expand_batch(start.view(-1, *context.shape[1:]), inputs.batch)
         if len(known):
-            start = torch.addmm(start, weight[self.num_context : self.num_context + len(known)].t(), known)
+            if len(known) < len(weight):  # a slice costs a matrix of zeros in the backward pass
+                weight = weight[self.num_context : self.num_context + len(known)]
+            start = torch.addmm(start, weight.t(), known)
         return start.expand(-1, inputs.size).reshape(group.size, self.num_outputs, inputs.size)
 
     def _sparse(self, group: RowGroup, weight: Tensor, inputs: Inputs, bias: Tensor) -> Tensor:
