@@ -93,7 +93,7 @@ def _profile(rows):
     if not rows:
         return []
     return [
-        f"**Where the time goes at {rows[0]['variables']} variables.** IAF's affine maps are mostly dense matrix "
+        f"**Where the time goes at {rows[0]['variables']} variables.** Half or more of IAF's time is in dense matrix "
         "products of whole layers, which the threads share. FaithfulResidual does other work: in each block every "
         "variable has a monotone map of its own, with units, slopes and their gradients, so that products are the "
         "smaller part of its time, and its many small operations do not become faster with a second thread. "
