@@ -358,7 +358,30 @@ class DeepSetPool(nn.Module):
         return sum(m.size for p in range(position + 1, len(order)) for m in self._joining(order, p))
 
 
-class AllElements(nn.Module):
+class _SomeElements(nn.Module):
+    """Elements of other plates as they are: nothing is fitted, and masks do not matter."""
+
+    def _run(self, values: Mapping[str, Tensor], plates: Mapping[str, PlateState]) -> Tensor:
+        raise NotImplementedError("a way of taking elements must say which")
+
+    def forward(
+        self,
+        values: Mapping[str, Tensor],
+        plates: Mapping[str, PlateState],
+        masks: Mapping[str, Tensor | bool],
+    ) -> Tensor:
+        """Return the elements that are taken; see the class for what is refused."""
+        return _without_leading_ones(self._run(values, plates))
+
+    @torch.no_grad()
+    def of_samples(
+        self, values: Mapping[str, Tensor], plates: Mapping[str, PlateState], *, fit: bool
+    ) -> Tensor:
+        """See :meth:`DeepSetPool.of_samples`."""
+        return self._run(values, plates)
+
+
+class AllElements(_SomeElements):
     """All elements of latent sites in other plates, one by one: for plates that are small and keep their size.
 
     Args:
@@ -369,6 +392,9 @@ class AllElements(nn.Module):
     Shape:
         - values: for each member ``(*batch, size)``.
         - Output: ``(*batch, num_features)``, as for :class:`DeepSetPool`.
+
+    Raises:
+        GraphflowsError: In a call, if a plate has another size than at set-up.
     """
 
     def __init__(
@@ -384,26 +410,6 @@ class AllElements(nn.Module):
             for plate in over:
                 self.counts[-1] *= plate.size if plate.name in member.plates else 1
         self.num_features = sum(self.counts)
-
-    def forward(
-        self,
-        values: Mapping[str, Tensor],
-        plates: Mapping[str, PlateState],
-        masks: Mapping[str, Tensor | bool],
-    ) -> Tensor:
-        """Return the elements beside each other.
-
-        Raises:
-            GraphflowsError: If a plate has another size than at set-up.
-        """
-        return _without_leading_ones(self._run(values, plates))
-
-    @torch.no_grad()
-    def of_samples(
-        self, values: Mapping[str, Tensor], plates: Mapping[str, PlateState], *, fit: bool
-    ) -> Tensor:
-        """See :meth:`DeepSetPool.of_samples`."""
-        return self._run(values, plates)
 
     def _run(self, values: Mapping[str, Tensor], plates: Mapping[str, PlateState]) -> Tensor:
         parts = []
@@ -433,7 +439,7 @@ class AllElements(nn.Module):
         return list(range(start, start + count)), shift.repeat(count // size), scale.repeat(count // size)
 
 
-class LookUp(nn.Module):
+class LookUp(_SomeElements):
     """The element of a latent site in another plate that an index tells: ``theta[group]`` for each datum.
 
     Args:
@@ -446,6 +452,9 @@ class LookUp(nn.Module):
     Shape:
         - values: of the node ``(*batch, size)``; of the index any shape with one entry for each element.
         - Output: ``(*batch, size)``, with the plate of the index in place of the other.
+
+    Raises:
+        GraphflowsError: In a call, if the outer plate is subsampled, or the index has another number of entries.
     """
 
     def __init__(
@@ -457,26 +466,6 @@ class LookUp(nn.Module):
         self.index = index
         self.outer, self.inner = outer.name, inner.name
         self.num_features = member.size
-
-    def forward(
-        self,
-        values: Mapping[str, Tensor],
-        plates: Mapping[str, PlateState],
-        masks: Mapping[str, Tensor | bool],
-    ) -> Tensor:
-        """Return the elements that are looked up.
-
-        Raises:
-            GraphflowsError: If the outer plate is subsampled, or the index has another number of entries.
-        """
-        return _without_leading_ones(self._run(values, plates))
-
-    @torch.no_grad()
-    def of_samples(
-        self, values: Mapping[str, Tensor], plates: Mapping[str, PlateState], *, fit: bool
-    ) -> Tensor:
-        """See :meth:`DeepSetPool.of_samples`."""
-        return self._run(values, plates)
 
     def _run(self, values: Mapping[str, Tensor], plates: Mapping[str, PlateState]) -> Tensor:
         outer, inner = plates[self.outer], plates[self.inner]
