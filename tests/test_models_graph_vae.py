@@ -52,7 +52,7 @@ def linear_vae(structure="full", num_nodes=3, num_observed=4, **options):
     )
     with torch.no_grad():
         for parameter in vae.parameters():
-            if parameter is not getattr(vae, "gate_logits", None):
+            if vae.gates is None or parameter is not vae.gates.logits:
                 parameter.normal_(0.0, 0.6)
         for network in (*vae.prior.values(), *vae.posterior.values()):
             network.heads.weight[1:] = 0  # the log-variance does not depend on the parents
@@ -66,7 +66,7 @@ def gate_matrix(vae, gates=None):
     if gates is None:
         return (vae.gate_probabilities > 0.5).to(torch.get_default_dtype())
     matrix = torch.zeros(number, number)
-    for (i, j), gate in zip(vae._gate_index, gates, strict=True):
+    for (i, j), gate in zip(vae.gates.index, gates, strict=True):
         matrix = matrix + gate * (torch.eye(number)[i][:, None] * torch.eye(number)[j][None])
     return matrix
 
@@ -186,7 +186,7 @@ def test_losses_are_exact_with_the_exact_posterior_as_guide(elbo):
 def test_evidence_estimate_with_another_guide():
     vae = linear_vae("learned")
     with torch.no_grad():
-        vae.gate_logits[:] = torch.tensor([1.0, -1.0, 1.0])
+        vae.gates.logits[:] = torch.tensor([1.0, -1.0, 1.0])
     x = torch.randn(6, 4)
     exact = exact_evidence(vae, gate_matrix(vae), x)
     with torch.no_grad():  # wide enough for weights of finite variance
@@ -206,7 +206,7 @@ def test_elbo_terms_against_the_closed_form(structure):
     vae = linear_vae(structure).eval()
     if structure == "learned":
         with torch.no_grad():
-            vae.gate_logits[:] = torch.tensor([1.0, -1.0, 1.0])
+            vae.gates.logits[:] = torch.tensor([1.0, -1.0, 1.0])
     x = torch.randn(3, 4)
     expected = exact_elbo(vae, gate_matrix(vae), x)
     # sampled log-ratios: their mean is the ELBO
@@ -222,7 +222,7 @@ def test_elbo_terms_against_the_closed_form(structure):
 def test_divergences_are_from_the_learned_prior_node_by_node():
     vae = GraphVAE((6,), 4, 3, "learned", **SMALL)
     x = torch.randint(2, (10, 6)).to(torch.get_default_dtype())
-    vae.gate_logits.data.normal_()
+    vae.gates.logits.data.normal_()
     for _ in range(3):  # running statistics that are not those at the start
         vae.guide(x)
         vae.model(x)
@@ -235,7 +235,7 @@ def test_divergences_are_from_the_learned_prior_node_by_node():
     embedding = vae.bottom_up(vae.encoder(x))
     expected, from_standard = 0.0, 0.0
     for i in reversed(range(4)):
-        is_open = [float(vae.gate_logits[vae._gate_index[i, j]] > 0) for j in vae._parents[i]]
+        is_open = [float(vae.gates.logits[vae.gates.index[i, j]] > 0) for j in vae._parents[i]]
         mean1, var1 = embedding[i, :, :3], embedding[i, :, 3:].exp()
         if is_open:
             pa = torch.cat([c * z[vae.names[j]] for c, j in zip(is_open, vae._parents[i], strict=True)], -1)
@@ -282,7 +282,7 @@ def relaxed_objective(vae, x, logit, temperature, num_points=4000):
 def test_gate_gradient_is_that_of_the_relaxed_objective(temperature):
     vae = linear_vae("learned", num_nodes=2, num_observed=2)
     vae.temperature.fill_(temperature)
-    vae.gate_logits.data.fill_(0.4)
+    vae.gates.logits.data.fill_(0.4)
     x = torch.randn(3, 2)
     logit = torch.tensor(0.4, requires_grad=True)
     (expected,) = torch.autograd.grad(relaxed_objective(vae, x, logit, temperature), logit)
@@ -290,7 +290,7 @@ def test_gate_gradient_is_that_of_the_relaxed_objective(temperature):
     gradients = []
     for _ in range(100):
         loss = elbo.differentiable_loss(vae.model, vae.guide, x)
-        gradients.append(-torch.autograd.grad(loss, vae.gate_logits)[0].item())
+        gradients.append(-torch.autograd.grad(loss, vae.gates.logits)[0].item())
     error = np.std(gradients, ddof=1) / math.sqrt(len(gradients))
     assert abs(np.mean(gradients) - expected.item()) < 4.5 * error
     assert abs(expected.item()) > 10 * error  # a gradient of zero would be seen
@@ -351,7 +351,7 @@ def test_gates_are_not_kept_between_calls():
 def test_hard_gates_in_evaluation_mode():
     vae = GraphVAE((6,), 3, 2, **SMALL).eval()
     x = torch.randint(2, (10, 6)).to(torch.get_default_dtype())
-    vae.gate_logits.data[:] = torch.tensor([-0.1, 0.1, -0.1])  # z1 <- z2, z1 <- z3, z2 <- z3
+    vae.gates.logits.data[:] = torch.tensor([-0.1, 0.1, -0.1])  # z1 <- z2, z1 <- z3, z2 <- z3
     trace = poutine.trace(vae.model).get_trace(x)
     assert "gates" not in trace
     assert "gates" not in poutine.trace(vae.guide).get_trace(x)
@@ -374,9 +374,9 @@ def test_particles_have_gates_of_their_own():
 def test_average_over_gates_is_a_bound():
     """The average of ELBO(c) over hard gates does not exceed the evidence of the mixture over gates."""
     vae = linear_vae("learned", num_nodes=3)
-    vae.gate_logits.data.normal_()
+    vae.gates.logits.data.normal_()
     x = torch.randn(4, 4)
-    p = vae.gate_logits.detach().sigmoid()
+    p = vae.gates.logits.detach().sigmoid()
     logs, elbos, weights = [], [], []
     for c in itertools.product([0.0, 1.0], repeat=3):
         gates = gate_matrix(vae, [torch.tensor(v) for v in c])
@@ -391,7 +391,7 @@ def test_average_over_gates_is_a_bound():
 def test_recalibration_uses_hard_gates():
     vae = GraphVAE((6,), 3, 2, **SMALL)
     x = torch.randint(2, (40, 6)).to(torch.get_default_dtype())
-    vae.gate_logits.data[:] = torch.tensor([0.1, -0.1, -0.1])  # z1 <- z2 only
+    vae.gates.logits.data[:] = torch.tensor([0.1, -0.1, -0.1])  # z1 <- z2 only
     for _ in range(5):
         vae.guide(x)
         vae.model(x)
@@ -422,10 +422,10 @@ def test_edge_cost_is_in_the_training_loss_only(elbo):
     for cost in (0.0, 0.3):
         pyro.set_rng_seed(1)
         vae = GraphVAE((6,), 3, 2, edge_cost=cost, **SMALL)
-        vae.gate_logits.data[:] = torch.tensor([1.0, 0.0, -2.0])
+        vae.gates.logits.data[:] = torch.tensor([1.0, 0.0, -2.0])
         loss = elbo.differentiable_loss(vae.model, vae.guide, x)
         losses.append(loss.item())
-        gradients.append(torch.autograd.grad(loss, vae.gate_logits)[0])
+        gradients.append(torch.autograd.grad(loss, vae.gates.logits)[0])
         pyro.set_rng_seed(2)
         evaluated.append(elbo.loss(vae.eval().model, vae.guide, x))
     p = torch.tensor([1.0, 0.0, -2.0]).sigmoid()
@@ -496,7 +496,7 @@ def test_structures(structure, expected):
 
 def test_learned_graph_and_freezing():
     vae = GraphVAE((6,), 3, 2, decoder_input="first", **SMALL)
-    vae.gate_logits.data[:] = torch.tensor([2.0, 0.3, -2.0])  # z1 <- z2, z1 <- z3, z2 <- z3
+    vae.gates.logits.data[:] = torch.tensor([2.0, 0.3, -2.0])  # z1 <- z2, z1 <- z3, z2 <- z3
     probabilities = vae.gate_probabilities
     assert probabilities[0, 1] == torch.tensor(2.0).sigmoid()
     assert (probabilities.tril() == 0).all()
@@ -509,10 +509,10 @@ def test_learned_graph_and_freezing():
     x = torch.randint(2, (10, 6)).to(torch.get_default_dtype())
     assert "gates" not in poutine.trace(vae.guide).get_trace(x)
     assert parents_by_gradient(vae, "z1") == {"z2"}
-    before = vae.gate_logits.detach().clone()
+    before = vae.gates.logits.detach().clone()
     svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 0.1}), TraceMeanField_ELBO())
     svi.step(x)
-    assert (vae.gate_logits == before).all()
+    assert (vae.gates.logits == before).all()
     with pytest.raises(GraphflowsError, match="frozen already"):
         GraphVAE((6,), 3, 2, "full", **SMALL).freeze_structure()
 
@@ -520,7 +520,7 @@ def test_learned_graph_and_freezing():
 def test_the_tracer_reads_the_learned_structure():
     """A guide compiled from the frozen model has the faithful inverse of the learned graph."""
     vae = GraphVAE((4,), 3, 1, decoder_input="first", **SMALL)
-    vae.gate_logits.data[:] = torch.tensor([2.0, -1.0, 1.0])
+    vae.gates.logits.data[:] = torch.tensor([2.0, -1.0, 1.0])
     vae.freeze_structure().eval()
     x = torch.randint(2, (10, 4)).to(torch.get_default_dtype())
     guide = auto_faithful_guide(vae.model, x, init="random")
@@ -581,7 +581,7 @@ def test_networks_of_the_paper():
 def test_training_reaches_every_parameter(structure, likelihood):
     vae = GraphVAE((3, 2), 3, 2, structure, likelihood=likelihood, **SMALL)
     x = (torch.arange(6).reshape(3, 2) % 2).expand(40, 3, 2).double() * torch.rand(40, 1, 1).round()
-    x = x + 0.05 * torch.randn(x.shape) if likelihood == "normal" else x
+    x = (x + 0.05 * torch.randn(x.shape)).clamp(0, 1) if likelihood == "normal" else x
     before = {name: p.detach().clone() for name, p in vae.named_parameters()}
     svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 3e-2}), TraceMeanField_ELBO())
     losses = [svi.step(x) for _ in range(40)]
@@ -727,8 +727,16 @@ def test_wrong_calls():
     vae = GraphVAE((6,), 2, 2, **SMALL)
     with pytest.raises(GraphflowsError, match=r"shape \(num_data, 6\); got \(10, 5\)"):
         vae.model(torch.zeros(10, 5))
-    with pytest.raises(GraphflowsError, match="zeros and ones"):
+    with pytest.raises(GraphflowsError, match=r"shape \(num_data, 6\); got \(6,\)"):
+        vae.guide(torch.zeros(6))
+    with pytest.raises(GraphflowsError, match="got a ndarray"):
+        vae.reconstruct(np.zeros((10, 6)))
+    with pytest.raises(GraphflowsError, match=r"zeros and ones .* from 0.3 to 0.3\. Binarise"):
         vae.guide(torch.full((10, 6), 0.3))
+    with pytest.raises(GraphflowsError, match=r"data in \[0, 1\] .* from 0 to 255\. Scale"):
+        GraphVAE((6,), 2, 2, likelihood="normal", **SMALL).model(torch.tensor([[0.0] * 6, [255.0] * 6]))
+    with pytest.raises(GraphflowsError, match="data in"):
+        GraphVAE((6,), 2, 2, likelihood="normal", **SMALL).model(torch.full((2, 6), torch.nan))
     with pytest.raises(GraphflowsError, match="at least two data"):
         vae.guide(torch.zeros(1, 6))
     with pytest.raises(GraphflowsError, match="Expected data x for the guide"):
@@ -758,12 +766,12 @@ def test_every_tensor_is_made_on_the_device_of_the_parameters(structure, likelih
 
     def gates():
         with poutine.mask(mask=False):
-            law = dist.RelaxedBernoulli(vae.temperature, logits=vae.gate_logits)
+            law = dist.RelaxedBernoulli(vae.temperature, logits=vae.gates.logits)
             return pyro.sample("gates", law.to_event(1))
 
     for which in ("relaxed", "hard"):
         if structure == "learned":
-            vae._gates = gates if which == "relaxed" else lambda: [True, False, True]
+            vae._gate_values = gates if which == "relaxed" else lambda: [True, False, True]
         guide_trace = poutine.trace(vae.guide).get_trace(x)
         model_trace = poutine.trace(poutine.replay(vae.model, guide_trace)).get_trace(x)
         model_trace.compute_log_prob()

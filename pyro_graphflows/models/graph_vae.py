@@ -31,7 +31,7 @@ parent of a node descends from it in the guide, which is what its analytic diver
 sampled log-ratios.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import Literal
 
@@ -39,7 +39,6 @@ import networkx as nx
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from pyro.distributions import TorchDistribution
 from pyro.infer.util import is_validation_enabled
 from pyro.nn import PyroModule
@@ -47,25 +46,24 @@ from torch import Tensor, nn
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs import ModelGraph
-from pyro_graphflows.graphs.model_graph import topological_order
 from pyro_graphflows.infer.evidence import Evidence, log_evidence
 from pyro_graphflows.infer.particles import evaluation_mode
+from pyro_graphflows.models.graph_vae_gates import GATES, Gates, GateValues, side_by_side
 from pyro_graphflows.models.graph_vae_networks import (
     DECODER_DIMS,
     ENCODER_DIMS,
     BottomUp,
     TopDown,
+    batch_statistics_anew,
     decoder_network,
     encoder_network,
-    matching_width,
+    fuse,
     on_rows,
-    perceptron_size,
+    widened,
 )
+from pyro_graphflows.models.graph_vae_structure import DATA, nodes_and_parents, structure_graph
 
 __all__ = ["GraphVAE"]
-
-STRUCTURES = ("learned", "full", "chain", "independent")
-GATES, DATA = "gates", "x"
 
 Draw = Callable[[str, TorchDistribution], Tensor]
 Likelihood = Literal["bernoulli", "normal"] | Callable[[Tensor], TorchDistribution]
@@ -133,10 +131,6 @@ class GraphVAE(PyroModule):
         (torch.Size([3, 3]), torch.Size([20]))
     """
 
-    temperature: Tensor
-    _frozen: Tensor
-    _open: Tensor
-
     def __init__(
         self,
         input_shape: Sequence[int],
@@ -173,7 +167,7 @@ class GraphVAE(PyroModule):
             raise GraphflowsError(
                 f"Expected likelihood 'bernoulli', 'normal' or a function; got {likelihood!r}."
             )
-        self.names, self._parents = _nodes_and_parents(structure, num_nodes)
+        self.names, self._parents = nodes_and_parents(structure, num_nodes, (GATES, DATA))
         self.is_learned = isinstance(structure, str) and structure == "learned" and len(self.names) > 1
         self.likelihood = likelihood
         self.decoder_input = decoder_input
@@ -188,10 +182,7 @@ class GraphVAE(PyroModule):
         decoder_size = node_dim * (len(self.names) if decoder_input == "all" else 1)
         dims = tuple(encoder_dims)
         if structure == "independent" and match_parameters and encoder is None and len(dims) == 3:
-            size = perceptron_size([num_inputs, *dims, embedding_dim], 2)
-            size += 2 * _top_down_size(len(self.names), node_dim, hidden_dim)
-            width = matching_width(num_inputs, dims[2], embedding_dim, size)
-            dims = (width, width, dims[2])
+            dims = widened(dims, num_inputs, embedding_dim, len(self.names), node_dim, hidden_dim)
         self.encoder = encoder or encoder_network(num_inputs, dims, embedding_dim)
         self.bottom_up = BottomUp(embedding_dim, len(self.names), node_dim, hidden_dim)
         inner = {child: len(parents) for child, parents in self._parents.items() if parents}
@@ -205,14 +196,7 @@ class GraphVAE(PyroModule):
             for _ in range(2)
         )
         self.decoder = decoder or decoder_network(decoder_size, decoder_dims, num_outputs)
-        if self.is_learned:
-            self._gate_index = {
-                edge: k for k, edge in enumerate((i, j) for i in self._parents for j in self._parents[i])
-            }
-            self.gate_logits = nn.Parameter(torch.zeros(len(self._gate_index)))
-            self.register_buffer("temperature", torch.ones(()))
-            self.register_buffer("_frozen", torch.zeros((), dtype=torch.bool))
-            self.register_buffer("_open", torch.zeros(len(self._gate_index), dtype=torch.bool))
+        self.gates = Gates(self._parents) if self.is_learned else None
 
     # ------------------------------------------------------------------------------------------- model and guide
     def model(self, x: Tensor | None = None, num_samples: int | None = None) -> Tensor:
@@ -226,16 +210,16 @@ class GraphVAE(PyroModule):
             The value of the site ``x``.
 
         Raises:
-            GraphflowsError: If ``x`` has another shape, or (with Pyro's validation on) values that a Bernoulli
-                variable does not take.
+            GraphflowsError: If ``x`` has another shape, or (with Pyro's validation on) values outside of {0, 1} for
+                ``"bernoulli"`` or of [0, 1] for ``"normal"``.
         """
         self._announce(self.prior, "prior")
         self._announce(self.decoder, "decoder")
         data, num_data = (None, num_samples or 1) if x is None else (self._data(x), len(x))
-        gates = self._gates()
+        gates = self._gate_values()
         with pyro.plate("data", num_data, dim=-1):
-            if self.edge_cost and isinstance(gates, Tensor):  # relaxed: in training
-                cost = self.edge_cost * self.gate_logits.sigmoid().sum()
+            if self.edge_cost and self.gates is not None and self.gates.is_relaxed:  # in training
+                cost = self.edge_cost * self.gates.logits.sigmoid().sum()
                 pyro.factor("edge_cost", -cost.expand(num_data))
             values = self._generate(num_data, gates, pyro.sample)
             return pyro.sample(DATA, self._decode(values), obs=data)
@@ -263,12 +247,12 @@ class GraphVAE(PyroModule):
         if x is None:
             raise GraphflowsError("Expected data x for the guide; got None.")
         data = self._data(x)
-        gates = self._gates()
+        gates = self._gate_values()
         with pyro.plate("data", len(data), dim=-1):
             values = self._infer(data, gates, pyro.sample)
         return {self.names[i]: value for i, value in values.items()}
 
-    def _generate(self, num_data: int, gates: Tensor | list[bool] | None, draw: Draw) -> dict[int, Tensor]:
+    def _generate(self, num_data: int, gates: GateValues, draw: Draw) -> dict[int, Tensor]:
         values: dict[int, Tensor] = {}
         zeros = self.bottom_up.bias.new_zeros(num_data, self.node_dim)
         for i in reversed(range(len(self.names))):
@@ -280,7 +264,7 @@ class GraphVAE(PyroModule):
             values[i] = draw(self.names[i], law.to_event(1))
         return values
 
-    def _infer(self, x: Tensor, gates: Tensor | list[bool] | None, draw: Draw) -> dict[int, Tensor]:
+    def _infer(self, x: Tensor, gates: GateValues, draw: Draw) -> dict[int, Tensor]:
         embedding = self.encoder(x)
         if embedding.shape != (len(x), self.embedding_dim):
             raise GraphflowsError(
@@ -293,41 +277,24 @@ class GraphVAE(PyroModule):
             loc, log_var = bottom_up[i].chunk(2, -1)
             if self._parents[i]:
                 top_down = on_rows(self.posterior[str(i)], self._gated_parents(i, values, gates))
-                loc, log_var = _fuse(loc, log_var, *top_down.chunk(2, -1))
+                loc, log_var = fuse(loc, log_var, *top_down.chunk(2, -1))
             values[i] = draw(self.names[i], dist.Normal(loc, (0.5 * log_var).exp()).to_event(1))
         return values
 
-    def _gated_parents(
-        self, child: int, values: dict[int, Tensor], gates: Tensor | list[bool] | None
-    ) -> Tensor:
-        """Return the values of the possible parents side by side, those behind closed gates as zeros."""
+    def _gated_parents(self, child: int, values: dict[int, Tensor], gates: GateValues) -> Tensor:
+        """Return the values of the possible parents side by side, each behind its gate."""
         parents = self._parents[child]
-        if gates is None:
-            return torch.cat([values[j] for j in parents], -1)
-        index = [self._gate_index[child, j] for j in parents]
-        if isinstance(gates, list):  # hard: a closed gate leaves no trace of its parent
-            parts = [
-                values[j] if gates[k] else torch.zeros_like(values[j])
-                for j, k in zip(parents, index, strict=True)
-            ]
-        else:  # (*particles, 1, number of gates) or (number of gates,)
-            parts = [gates[..., k : k + 1] * values[j] for j, k in zip(parents, index, strict=True)]
-        return torch.cat(parts, -1)
+        between = None if gates is None or self.gates is None else self.gates.of(child, parents, gates)
+        return side_by_side([values[j] for j in parents], between)
 
-    def _gates(self) -> Tensor | list[bool] | None:
+    def _gate_values(self) -> GateValues:
         """Return relaxed gates as a sample, hard ones as truth values, or ``None`` where there are none."""
-        if not self.is_learned:
+        if self.gates is None:
             return None
-        if self._frozen or not self.training:
-            return self._hard_gates().tolist()
-        self._announce(self, "", recurse=False)
-        with poutine.mask(mask=False):
-            return pyro.sample(
-                GATES, dist.RelaxedBernoulli(self.temperature, logits=self.gate_logits).to_event(1)
-            )
-
-    def _hard_gates(self) -> Tensor:
-        return self._open if self._frozen else self.gate_logits.detach() > 0
+        if not self.gates.is_relaxed:
+            return self.gates.hard()
+        self._announce(self.gates, "gates")
+        return self.gates.draw()
 
     def _decode(self, values: dict[int, Tensor]) -> TorchDistribution:
         """Return the distribution of the data given the nodes."""
@@ -344,21 +311,33 @@ class GraphVAE(PyroModule):
 
     def _data(self, x: Tensor) -> Tensor:
         """Return the data in the type of the parameters."""
-        if x.dim() != 1 + len(self.input_shape) or x.shape[1:] != self.input_shape:
+        if not isinstance(x, Tensor) or x.shape[1:] != self.input_shape or x.dim() == len(self.input_shape):
+            got = tuple(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
             raise GraphflowsError(
-                f"Expected x of shape (num_data, {', '.join(map(str, self.input_shape))}); got {tuple(x.shape)}."
+                f"Expected x, a tensor of shape (num_data, {', '.join(map(str, self.input_shape))}); got {got}."
             )
         if self.training and len(x) == 1 and any(isinstance(m, nn.BatchNorm1d) for m in self.modules()):
             raise GraphflowsError(
                 "Expected at least two data in training mode, since batch norm needs them; got one. Use another batch "
                 "size, drop the last batch, or call eval()."
             )
-        if self.likelihood == "bernoulli" and is_validation_enabled() and not ((x == 0) | (x == 1)).all():
+        if is_validation_enabled():
+            self._check_values(x)
+        return x.to(self.bottom_up.bias.dtype)
+
+    def _check_values(self, x: Tensor) -> None:
+        if self.likelihood == "bernoulli" and not ((x == 0) | (x == 1)).all():
             raise GraphflowsError(
-                "Expected data of zeros and ones for likelihood='bernoulli'; got other values. Binarise them, or use "
+                "Expected data of zeros and ones for likelihood='bernoulli'; got other values, from "
+                f"{x.min().item():g} to {x.max().item():g}. Binarise them (datasets.binarize), or use "
                 "likelihood='normal'."
             )
-        return x.to(self.bottom_up.bias.dtype)
+        if self.likelihood == "normal" and not ((x >= 0) & (x <= 1)).all():
+            raise GraphflowsError(
+                "Expected data in [0, 1] for likelihood='normal', whose mean is a sigmoid; got values from "
+                f"{x.min().item():g} to {x.max().item():g}. Scale them (datasets.dequantize), or give a likelihood "
+                "of your own."
+            )
 
     def _announce(self, module: nn.Module, prefix: str, *, recurse: bool = True) -> None:
         """Make parameters known to Pyro, which trains what it sees; without gradients nothing is trained."""
@@ -388,11 +367,15 @@ class GraphVAE(PyroModule):
         for i, parents in self._parents.items():
             for j in parents:
                 matrix[i, j] = 1.0
-        if self.is_learned:
-            rows, columns = torch.tensor(list(self._gate_index)).T
-            probabilities = self._open.to(matrix) if self._frozen else self.gate_logits.detach().sigmoid()
-            matrix[rows, columns] = probabilities
+        if self.gates is not None:
+            rows, columns = torch.tensor(list(self.gates.index)).T
+            matrix[rows, columns] = self.gates.probabilities()
         return matrix
+
+    @property
+    def temperature(self) -> Tensor:
+        """The temperature of the relaxed gates; 1 where there are none."""
+        return self.bottom_up.bias.new_ones(()) if self.gates is None else self.gates.temperature
 
     def learned_graph(self, threshold: float = 0.5) -> ModelGraph:
         """Return the structure as a model graph: edges between nodes, and from the decoder's nodes to ``x``.
@@ -405,15 +388,8 @@ class GraphVAE(PyroModule):
             all in the posterior, whatever was learned.
         """
         present = (self.gate_probabilities > threshold).tolist()
-        order = reversed(range(len(self.names)))
-        dag = nx.DiGraph()
-        dag.add_nodes_from(self.names[i] for i in order)
-        dag.add_node(DATA)
-        for i, row in enumerate(present):
-            dag.add_edges_from((self.names[j], self.names[i]) for j, is_edge in enumerate(row) if is_edge)
-        dag.add_edges_from((name, DATA) for name in (self.names if self._sees_all else self.names[:1]))
-        sizes = dict.fromkeys(self.names, self.node_dim) | {DATA: self.input_shape.numel()}
-        return ModelGraph(dag, [DATA], event_sizes=sizes, plates={name: ["data"] for name in dag})
+        seen = self.names if self._sees_all else self.names[:1]
+        return structure_graph(self.names, present, seen, self.node_dim, self.input_shape.numel())
 
     def freeze_structure(self, threshold: float = 0.5) -> "GraphVAE":
         """Make the gates hard for good, in training mode too: there is no site ``gates`` any more.
@@ -427,11 +403,9 @@ class GraphVAE(PyroModule):
         Raises:
             GraphflowsError: If the structure is not a learned one.
         """
-        if not self.is_learned:
+        if self.gates is None:
             raise GraphflowsError("Expected structure='learned'; a given structure is frozen already.")
-        if not self._frozen:
-            self._open.copy_(self.gate_logits.detach().sigmoid() > threshold)
-            self._frozen.fill_(True)
+        self.gates.freeze(threshold)
         return self
 
     def anneal(self, epoch: int, *, rate: float = 0.99, floor: float = 0.1) -> float:
@@ -446,8 +420,8 @@ class GraphVAE(PyroModule):
             The temperature.
         """
         temperature = max(floor, rate**epoch)
-        if self.is_learned:
-            self.temperature.fill_(temperature)
+        if self.gates is not None:
+            self.gates.temperature.fill_(temperature)
         return temperature
 
     @torch.no_grad()
@@ -469,24 +443,13 @@ class GraphVAE(PyroModule):
         """
         if len(x) < 2:
             raise GraphflowsError(f"Expected at least two data; got {len(x)}.")
-        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm1d)]
-        momenta = [norm.momentum for norm in norms]
-        with evaluation_mode(self):
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.train()
-                norm.momentum = None  # the plain average
-            try:
-                for part in x.split(batch_size):
-                    if len(part) > 1:
-                        gates = self._gates()
-                        values = self._infer(self._data(part), gates, _sampled)
-                        for i in (i for i in values if self._parents[i]):
-                            on_rows(self.prior[str(i)], self._gated_parents(i, values, gates))
-                        self._decode(values)
-            finally:
-                for norm, momentum in zip(norms, momenta, strict=True):
-                    norm.momentum = momentum
+        with evaluation_mode(self), batch_statistics_anew(self):
+            for part in x.split(batch_size):
+                if len(part) > 1:
+                    gates = self._gate_values()
+                    values = self._infer(self._data(part), gates, _sampled)
+                    self._generate(len(part), gates, _given({self.names[i]: z for i, z in values.items()}))
+                    self._decode(values)
         return self
 
     # ------------------------------------------------------------------------------------------------------- use
@@ -502,7 +465,7 @@ class GraphVAE(PyroModule):
             A tensor ``(num_samples, *input_shape)``.
         """
         with evaluation_mode(self):
-            values = self._generate(num_samples, self._gates(), _sampled)
+            values = self._generate(num_samples, self._gate_values(), _sampled)
             law = self._decode(values)
         return law.mean if mean else law.sample()
 
@@ -514,7 +477,7 @@ class GraphVAE(PyroModule):
             x: Data ``(num_data, *input_shape)``.
         """
         with evaluation_mode(self):
-            return self._decode(self._infer(self._data(x), self._gates(), _sampled)).mean
+            return self._decode(self._infer(self._data(x), self._gate_values(), _sampled)).mean
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> dict[str, Tensor]:
@@ -524,7 +487,7 @@ class GraphVAE(PyroModule):
             x: Data ``(num_data, *input_shape)``.
         """
         with evaluation_mode(self):
-            values = self._infer(self._data(x), self._gates(), lambda _, law: law.mean)
+            values = self._infer(self._data(x), self._gate_values(), lambda _, law: law.mean)
         return {self.names[i]: value for i, value in values.items()}
 
     def log_evidence(
@@ -567,56 +530,9 @@ class GraphVAE(PyroModule):
         return -log_density / (size * torch.tensor(2.0).log()) + levels.log2()
 
 
-def _fuse(loc1: Tensor, log_var1: Tensor, loc2: Tensor, log_var2: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and log-variance of two normal predictions weighted by their precisions.
-
-    The weight of the first, :math:`s_2^2 / (s_1^2 + s_2^2)`, is a sigmoid of the difference of log-variances, and the
-    fused variance is :math:`s_1^2` times it: nothing overflows.
-    """
-    difference = log_var2 - log_var1
-    weight = difference.sigmoid()
-    return loc2 + weight * (loc1 - loc2), log_var1 + nn.functional.logsigmoid(difference)
+def _given(values: Mapping[str, Tensor]) -> Draw:
+    return lambda name, _: values[name]
 
 
 def _sampled(_: str, law: TorchDistribution) -> Tensor:
     return law.sample()
-
-
-def _top_down_size(num_nodes: int, node_dim: int, hidden_dim: int | None) -> int:
-    """Return the number of parameters of the top-down networks of a fully connected structure, one set."""
-    if hidden_dim is None:
-        return sum(perceptron_size([k * node_dim, 2 * node_dim], 0) for k in range(1, num_nodes))
-    return sum(perceptron_size([k * node_dim, hidden_dim, 2 * node_dim], 1) for k in range(1, num_nodes))
-
-
-def _nodes_and_parents(
-    structure: str | nx.DiGraph | ModelGraph, num_nodes: int | None
-) -> tuple[tuple[str, ...], dict[int, tuple[int, ...]]]:
-    """Return node names, the last sampled first, and the possible parents of each by index."""
-    if isinstance(structure, str):
-        if structure not in STRUCTURES:
-            raise GraphflowsError(
-                f"Expected structure among {', '.join(STRUCTURES)}, or a networkx.DiGraph; got {structure!r}."
-            )
-        number = 5 if num_nodes is None else num_nodes
-        names = tuple(f"z{i + 1}" for i in range(number))
-        reach = {"learned": number, "full": number, "chain": 1, "independent": 0}[structure]
-        return names, {i: tuple(range(i + 1, min(i + 1 + reach, number))) for i in range(number)}
-    if isinstance(structure, ModelGraph):
-        structure = structure.to_networkx().subgraph(structure.latent)
-    if not isinstance(structure, nx.DiGraph):
-        raise GraphflowsError(
-            f"Expected structure among {', '.join(STRUCTURES)}, or a networkx.DiGraph; got a "
-            f"{type(structure).__name__}."
-        )
-    order = tuple(reversed(topological_order(structure)))
-    if num_nodes not in (None, len(order)) or not order:
-        raise GraphflowsError(f"Expected a graph with num_nodes={num_nodes} nodes; it has {len(order)}.")
-    names = tuple(node if isinstance(node, str) else f"z{node}" for node in order)
-    reserved = sorted({GATES, DATA} & set(names))
-    if reserved or len(set(names)) < len(names):
-        raise GraphflowsError(
-            f"Expected distinct node names other than {GATES!r} and {DATA!r}; got {sorted(names)}."
-        )
-    index = {node: i for i, node in enumerate(order)}
-    return names, {i: tuple(sorted(index[p] for p in structure.predecessors(n))) for n, i in index.items()}

@@ -6,7 +6,8 @@ embedding of the data, so they are computed together: one wide first layer, and 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -15,11 +16,14 @@ from torch import Tensor, nn
 __all__ = [
     "BottomUp",
     "TopDown",
+    "batch_statistics_anew",
     "decoder_network",
     "encoder_network",
+    "fuse",
     "matching_width",
     "on_rows",
     "perceptron_size",
+    "widened",
 ]
 
 ENCODER_DIMS = (512, 512, 256)
@@ -80,6 +84,33 @@ def matching_width(num_inputs: int, last_dim: int, num_outputs: int, size: int) 
         middle = (low + high) // 2
         low, high = (middle, high) if excess(middle) < 0 else (low, middle)
     return low if -excess(low) <= excess(high) else high
+
+
+def widened(
+    dims: Sequence[int],
+    num_inputs: int,
+    embedding_dim: int,
+    num_nodes: int,
+    node_dim: int,
+    hidden_dim: int | None,
+) -> tuple[int, ...]:
+    """Return hidden widths of an encoder that make up for the top-down networks of a fully connected structure.
+
+    Args:
+        dims: Three hidden widths, of which the first two are replaced by one that is greater.
+        num_inputs: The size of a datum.
+        embedding_dim: The size of the embedding.
+        num_nodes: The number of nodes.
+        node_dim: The size of a node.
+        hidden_dim: The width of the hidden layer of the top-down networks.
+    """
+    inner = [] if hidden_dim is None else [hidden_dim]
+    top_down = sum(
+        perceptron_size([k * node_dim, *inner, 2 * node_dim], len(inner)) for k in range(1, num_nodes)
+    )
+    size = perceptron_size([num_inputs, *dims, embedding_dim], 2) + 2 * top_down  # prior and posterior
+    width = matching_width(num_inputs, dims[2], embedding_dim, size)
+    return (width, width, dims[2])
 
 
 class TopDown(nn.Module):
@@ -143,6 +174,17 @@ class BottomUp(nn.Module):
         return torch.baddbmm(self.bias, stacked, self.weight)
 
 
+def fuse(loc1: Tensor, log_var1: Tensor, loc2: Tensor, log_var2: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and log-variance of two normal predictions weighted by their precisions.
+
+    The weight of the first, :math:`s_2^2 / (s_1^2 + s_2^2)`, is a sigmoid of the difference of log-variances, and the
+    fused variance is :math:`s_1^2` times it: nothing overflows.
+    """
+    difference = log_var2 - log_var1
+    weight = difference.sigmoid()
+    return loc2 + weight * (loc1 - loc2), log_var1 + nn.functional.logsigmoid(difference)
+
+
 def on_rows(network: nn.Module, inputs: Tensor, event_dim: int = 1) -> Tensor:
     """Apply a network that takes ``(rows, *event)`` to inputs with any number of dimensions on the left.
 
@@ -157,3 +199,24 @@ def on_rows(network: nn.Module, inputs: Tensor, event_dim: int = 1) -> Tensor:
     batch = inputs.shape[: inputs.dim() - event_dim]
     outputs = network(inputs.reshape(-1, *inputs.shape[inputs.dim() - event_dim :]))
     return outputs.reshape(*batch, *outputs.shape[1:])
+
+
+@contextmanager
+def batch_statistics_anew(module: nn.Module) -> Iterator[None]:
+    """Collect the batch statistics of a module in evaluation mode anew, as plain averages over the batches inside.
+
+    Args:
+        module: The module; only its batch norms are in training mode inside.
+    """
+    norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm1d)]
+    before = [(norm.training, norm.momentum) for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.train()
+        norm.momentum = None  # the plain average
+    try:
+        yield
+    finally:
+        for norm, (training, momentum) in zip(norms, before, strict=True):
+            norm.train(training)
+            norm.momentum = momentum
