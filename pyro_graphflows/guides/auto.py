@@ -4,9 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.guides.base import AutoFaithfulGuide, Inverse
+from pyro_graphflows.guides.base import AutoFaithfulGuide
 from pyro_graphflows.guides.factors import Factor
 from pyro_graphflows.guides.flow import AutoFaithfulFlow
+from pyro_graphflows.guides.inverses import Inverse
 from pyro_graphflows.guides.normal import AutoFaithfulNormal
 from pyro_graphflows.guides.pooling import DeepSet
 

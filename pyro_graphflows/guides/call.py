@@ -24,7 +24,7 @@ from pyro_graphflows.guides.encodings import DiscreteEncoding
 from pyro_graphflows.guides.features import flatten_event
 from pyro_graphflows.inspect import TracedModel, get_argument, get_arguments, same_tensor
 
-__all__ = ["Call", "CallReader", "PlateState", "changing_supports", "partly_observed", "plates_of"]
+__all__ = ["Call", "CallReader", "PlateState", "is_constant", "partly_observed", "plates_of"]
 
 
 @dataclass(frozen=True)
@@ -117,47 +117,6 @@ def partly_observed(traced: TracedModel) -> tuple[str, ...]:
     """Return the observed halves of the sites with ``obs_mask=``."""
     halves = [name for name in traced.graph.observed if name.endswith("_observed")]
     return tuple(n for n in halves if n.removesuffix("_observed") + "_unobserved" in traced.graph.latent)
-
-
-def changing_supports(
-    reader: "CallReader",
-    traced: TracedModel,
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    indices: Mapping[str, Tensor],
-) -> dict[str, tuple[str, ...]]:
-    """Return the latent sites whose support changes with the values of others, and these others.
-
-    One run for each latent parent of such a site: the parent keeps its value at set-up, all else is at the feasible
-    point, and the bounds are compared.
-    """
-    nodes: Any = traced.trace.nodes
-    suspects = [name for name in traced.graph.latent if not _is_constant(nodes[name]["fn"].support)]
-    if not suspects:
-        return {}
-    still = reader.supports_given(model, args, kwargs, {}, indices)
-    parents: dict[str, list[str]] = {name: [] for name in suspects}
-    for other in traced.graph.latent:
-        affected = [name for name in suspects if other in traced.graph.parents(name)]
-        if affected:
-            value = {other: nodes[other]["value"]}
-            moved = reader.supports_given(model, args, kwargs, value, indices)
-            for name in affected:
-                if not _same_bounds(still[name], moved[name]):
-                    parents[name].append(other)
-    return {name: tuple(others) for name, others in parents.items() if others}
-
-
-def _same_bounds(one: Any, other: Any) -> bool:
-    mine, theirs = vars(one), vars(other)
-    for key, value in mine.items():
-        if isinstance(value, constraints.Constraint):
-            if not _same_bounds(value, theirs[key]):
-                return False
-        elif torch.is_tensor(value) and not torch.equal(value, theirs[key]):
-            return False
-    return True
 
 
 def plates_of(trace: poutine.Trace) -> dict[str, PlateState]:
@@ -341,7 +300,7 @@ class CallReader:
     def _arguments_tell_all(self, call: Call, model: Callable[..., Any], args: Any, kwargs: Any) -> bool:
         if call.masks or call.scales or any(plate.subsampled for plate in call.plates.values()):
             return False
-        if not all(_is_constant(support) for support in call.supports.values()):
+        if not all(is_constant(support) for support in call.supports.values()):
             return False
         return all(
             name in self.paths and same_tensor(get_argument(model, self.paths[name], args, kwargs), value)
@@ -349,10 +308,10 @@ class CallReader:
         )
 
 
-def _is_constant(support: constraints.Constraint) -> bool:
+def is_constant(support: constraints.Constraint) -> bool:
     """Whether a support holds no tensor (a bound may depend on data or on other sites)."""
     return not any(
-        torch.is_tensor(value) or (isinstance(value, constraints.Constraint) and not _is_constant(value))
+        torch.is_tensor(value) or (isinstance(value, constraints.Constraint) and not is_constant(value))
         for value in vars(support).values()
     )
 

@@ -5,11 +5,13 @@ elementwise map chosen when the guide is set up (identity where it does no harm,
 stay linear), and all get a shift and a scale.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-__all__ = ["FeatureMap", "flatten_event", "location_and_scale"]
+__all__ = ["FeatureMap", "concatenate", "flatten_event", "location_and_scale"]
 
 TINY = 1e-12
 HEAVY_TAIL = 12.0  # a standardised normal sample of 10,000 stays within 5; a heavy-tailed one does not
@@ -27,6 +29,22 @@ def flatten_event(value: Tensor, event_dim: int) -> Tensor:
     """
     flat = value.reshape(*value.shape[: value.dim() - event_dim], -1)
     return flat if flat.is_floating_point() else flat.to(torch.get_default_dtype())
+
+
+def concatenate(parts: Sequence[Tensor], like: Tensor | None = None) -> Tensor:
+    """Concatenate along the last dimension; batch shapes broadcast.
+
+    Args:
+        parts: The tensors, each of shape ``(*batch, size)``.
+        like: A tensor whose batch shape takes part too, and whose type that of no parts is.
+    """
+    if not parts:
+        return torch.zeros(0) if like is None else like.new_zeros(*like.shape[:-1], 0)
+    if len(parts) == 1 and like is None:
+        return parts[0]
+    shapes = [part.shape[:-1] for part in parts] + ([] if like is None else [like.shape[:-1]])
+    shape = torch.broadcast_shapes(*shapes)
+    return torch.cat([part.expand(*shape, part.shape[-1]) for part in parts], -1)
 
 
 def location_and_scale(sample: Tensor) -> tuple[Tensor, Tensor]:

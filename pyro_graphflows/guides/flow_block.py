@@ -1,11 +1,7 @@
 """A block of a guide as one flow: every site keeps its own term.
 
 The flow's Jacobian is triangular in the order of the inverse, so the density of a block is a product of one term for
-each site. Each site is emitted on its own, as a distribution over its flat unconstrained vector that
-
-- draws when it is asked to, so at the batch shape that Pyro gives it (all plates, vectorised particles);
-- knows the density of what it has just drawn, and inverts its part of the flow for any other value;
-- depends on the values of its parents that the trace really has, since the guide hands those in after each level.
+each site, and each site is emitted on its own (:mod:`~pyro_graphflows.guides.flow_level`).
 
 In a faithful flow a site's term depends on exactly its parents. In a graphical one it is the density given all
 ancestors, which enter through their noise: where a value is replaced, its noise is found by inversion and all later
@@ -16,57 +12,23 @@ The elements of a vector site form a full autoregressive chain inside the site, 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.distributions import constraints
 
 from pyro_graphflows.guides.call import PlateState
+from pyro_graphflows.guides.flow_level import FlowEvaluation, FlowLevels
+from pyro_graphflows.guides.flow_structure import ElementParents, FlowOptions, flow_structure
 from pyro_graphflows.guides.free import FreeTable, IndexMap
 from pyro_graphflows.guides.plan import Block
-from pyro_graphflows.transforms.faithful_evaluation import FaithfulEvaluation
 from pyro_graphflows.transforms.faithful_nn import FaithfulResidualNN
-from pyro_graphflows.transforms.graphical_affine import AffineGraphicalEvaluation, AffineGraphicalNN
-from pyro_graphflows.transforms.structure import FlowStructure
+from pyro_graphflows.transforms.graphical_affine import AffineGraphicalNN
 
-Evaluation = FaithfulEvaluation | AffineGraphicalEvaluation
-
-__all__ = ["FlowBlock", "FlowConditional", "FlowEvaluation", "FlowLevel", "FlowOptions"]
-
-ElementParents = Mapping[str, Sequence[Sequence[tuple[str, int]]]]
+__all__ = ["FlowBlock", "FlowOptions"]
 
 DEFAULT_BLOCKS = 3
 MOST_SLOPES = 64  # inputs up to which the elements of a site with free parameters have slopes of their own
-HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
-
-
-@dataclass(frozen=True)
-class FlowOptions:
-    """The shape of the flows.
-
-    Attributes:
-        num_blocks: The number of residual blocks of each variable; None for 3, or in a graphical flow as many as it
-            needs.
-        units_per_variable: The hidden units of one block of one variable.
-        hidden_layers: The number of hidden layers of a block.
-        hidden_dims: The widths of the hidden layers over all variables, instead of the two before.
-        closed_form: ``"sampling"`` or ``"density"``, the direction without numerical inversion.
-        options: Further arguments of :class:`~pyro_graphflows.transforms.faithful_nn.FaithfulResidualNN`, or of
-            :class:`~pyro_graphflows.transforms.graphical_affine.AffineGraphicalNN`.
-        graphical: Whether the flow is the latter.
-    """
-
-    num_blocks: int | None = None
-    units_per_variable: int = 16
-    hidden_layers: int = 1
-    hidden_dims: Sequence[int] | None = None
-    closed_form: str = "sampling"
-    options: Mapping[str, Any] = field(default_factory=dict)
-    graphical: bool = False
 
 
 class FlowBlock(nn.Module):
@@ -142,46 +104,12 @@ class FlowBlock(nn.Module):
     def _make_network(
         self, names: list[str], options: FlowOptions, element_parents: ElementParents
     ) -> FaithfulResidualNN | AffineGraphicalNN:
-        block, parts = self.block, self.parts
-        parents: list[list[int]] = []
-        context_parents: list[list[int]] = []
-        for site in block.sites:
-            outside = [j for p in block.parents[site] if p in self.columns for j in self.columns[p]]
-            for i, own in enumerate(self.columns[site]):
-                seen = [*outside, *range(self.columns[site].start, own)]
-                if site in element_parents:
-                    chosen: set[int] = set()
-                    for name, index in element_parents[site][i]:
-                        columns = self.columns.get(name, range(0))
-                        chosen.update(columns if index < 0 else columns[index : index + 1])
-                    seen = [j for j in seen if j in chosen]
-                parents.append([j - self.num_features for j in seen if j >= self.num_features])
-                column = self._free_columns.get(own - self.num_features)
-                extra = [] if column is None else [column, column + 1]
-                context_parents.append([*(j for j in seen if j < self.num_features), *extra])
-        stages: list[tuple[int, ...]] = []
-        self.level_stages: list[list[list[int]]] = []  # positions within the level
-        for level in block.levels:
-            start = parts[level[0]].start
-            widest = max(parts[site].stop - parts[site].start for site in level)
-            found = [
-                [parts[s].start + k for s in level if parts[s].start + k < parts[s].stop]
-                for k in range(widest)
-            ]
-            stages += map(tuple, found)
-            self.level_stages.append([[v - start for v in stage] for stage in found])
-        free_names = [f"free {names[self.num_features + v]}[{i}]" for v in self._free_columns for i in (0, 1)]
-        structure = FlowStructure(
-            parents=tuple(map(tuple, parents)),
-            context_parents=tuple(map(tuple, context_parents)),
-            context_dim=self.num_features + len(free_names),
-            names=tuple(names[self.num_features :]),
-            context_names=(*names[: self.num_features], *free_names),
-            stages=tuple(stages),
+        structure, self._stages = flow_structure(
+            self.block, self.columns, self.num_features, names, self._free_columns, element_parents
         )
         hidden_dims = options.hidden_dims
         if hidden_dims is None:
-            hidden_dims = [options.units_per_variable * len(parents)] * options.hidden_layers
+            hidden_dims = [options.units_per_variable * len(structure.names)] * options.hidden_layers
         shape = {**options.options, "hidden_dims": hidden_dims, "closed_form": options.closed_form}
         if options.graphical:
             return AffineGraphicalNN(structure, num_blocks=options.num_blocks, **shape)
@@ -261,7 +189,7 @@ class FlowBlock(nn.Module):
 
     # ---------------------------------------------------------------- evaluation
 
-    def start(self, context: Tensor, plates: Mapping[str, PlateState] | None = None) -> "FlowEvaluation":
+    def start(self, context: Tensor, plates: Mapping[str, PlateState] | None = None) -> FlowEvaluation:
         """Begin an evaluation.
 
         Args:
@@ -272,7 +200,8 @@ class FlowBlock(nn.Module):
         if self._own_sites:
             number = 2 * len(self._free_columns)
             parts.append(context.new_zeros(number) if plates is None else self._own_inputs(context, plates))
-        return FlowEvaluation(self, self.network.start(*parts), [part.shape[:-1] for part in parts])
+        levels = FlowLevels(self.block.levels, self.parts, self._stages, self.affine.loc)
+        return FlowEvaluation(levels, self.network.start(*parts), [part.shape[:-1] for part in parts])
 
     def _own_inputs(self, context: Tensor, plates: Mapping[str, PlateState]) -> Tensor:
         """Return the inputs that elements have of their own."""
@@ -335,199 +264,3 @@ class FlowBlock(nn.Module):
         slopes[:, 0] = weights[:, 0, [inputs.index(j) for j in columns]].to(like)
         index_map.set_(slopes, torch.stack([locs[:, 0], most * ratio.atanh()], -1).to(like))
         return True
-
-
-class FlowEvaluation:
-    """One evaluation of a block; alternates :meth:`factors` and :meth:`accept`, level by level."""
-
-    def __init__(self, module: FlowBlock, evaluation: Evaluation, batches: Sequence[torch.Size]) -> None:
-        self._module = module
-        self._evaluation = evaluation
-        self._batch = torch.broadcast_shapes(*batches)
-        self._depth = 0
-        self._level: FlowLevel
-
-    def factors(self) -> dict[str, dist.TorchDistribution]:
-        """Return the conditionals of the next level's sites, over their flat unconstrained vectors."""
-        self._level = FlowLevel(self._module, self._depth, self._evaluation)
-        return {site: FlowConditional(self._level, site, self._batch) for site in self._level.parts}
-
-    def accept(self, values: Mapping[str, Tensor]) -> None:
-        """Take the unconstrained vectors of the level's sites, each of shape ``(*batch, size)``."""
-        self._depth += 1
-        last = self._depth == len(self._module.block.levels)
-        self._evaluation = self._level.accept(values, last)
-        self._batch = torch.broadcast_shapes(self._batch, *(value.shape[:-1] for value in values.values()))
-
-
-class FlowLevel:
-    """The sites of one level given the values of all levels before it.
-
-    Sites of one level are drawn together, the first time that one of them is asked for, and scored together where
-    all their values are known; they are independent given the levels before.
-
-    Args:
-        module: The block.
-        depth: The number of the level.
-        evaluation: The flow's evaluation, at this level.
-    """
-
-    def __init__(self, module: FlowBlock, depth: int, evaluation: Evaluation) -> None:
-        sites = module.block.levels[depth]
-        start = module.parts[sites[0]].start
-        self.parts = {
-            site: slice(module.parts[site].start - start, module.parts[site].stop - start) for site in sites
-        }
-        self.size = module.parts[sites[-1]].stop - start
-        self.stages = module.level_stages[depth]
-        self.loc = module.affine.loc[start : start + self.size]
-        self.evaluation = evaluation
-        self.given: dict[str, Tensor] = {}
-        self._waiting: tuple[Any, dict[str, tuple[Tensor, Tensor]]] = (None, {})
-        self._scored: tuple[Any, dict[str, Tensor]] = (None, {})
-        self._after: tuple[dict[str, Tensor], Evaluation] | None = None
-
-    def draw(self, site: str, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """Draw the vector of a site; return it and its log-density, of shapes ``(*shape, size)`` and ``shape``."""
-        key = (shape, torch.is_grad_enabled())
-        if self._waiting[0] != key or site not in self._waiting[1]:
-            self._waiting = (key, self.push(shape=shape))
-        return self._waiting[1].pop(site)
-
-    def push(self, eps: Tensor | None = None, shape: Sequence[int] = ()) -> dict[str, tuple[Tensor, Tensor]]:
-        """Map the noise of all sites of the level, or new noise, to their vectors and log-densities."""
-        evaluation = self.evaluation
-        z, terms = [], []
-        for stage in self.stages:
-            evaluation = evaluation.fork()
-            if eps is None:
-                noise = evaluation.noise(shape)
-            else:
-                noise = eps if len(self.stages) == 1 else eps[..., stage]
-            value, log_diagonal = evaluation.step(noise)
-            evaluation.accept(value)
-            z.append(value)
-            terms.append(_log_normal(noise) - log_diagonal)
-        value, term = self._in_order(z), self._in_order(terms)
-        drawn = {site: value[..., part] for site, part in self.parts.items()}
-        self._after = (drawn, evaluation)
-        return {site: (drawn[site], term[..., part].sum(-1)) for site, part in self.parts.items()}
-
-    def _in_order(self, stages: list[Tensor]) -> Tensor:
-        if len(stages) == 1:
-            return stages[0]
-        columns: list[Tensor | None] = [None] * self.size
-        for stage, values in zip(self.stages, stages, strict=True):
-            for column, value in zip(stage, values.unbind(-1), strict=True):
-                columns[column] = value
-        return torch.stack([column for column in columns if column is not None], -1)
-
-    def accept(self, values: Mapping[str, Tensor], last: bool) -> Evaluation:
-        """Take the values of the level's sites; return the evaluation at the next level."""
-        self.given = {site: values[site] for site in self.parts}
-        if self._after is not None and all(self._after[0][site] is self.given[site] for site in self.parts):
-            return self._after[1]
-        if last:
-            return self.evaluation
-        joined = self._join(self.given)
-        evaluation = self.evaluation
-        for stage in self.stages:
-            evaluation = evaluation.fork()
-            evaluation.accept(joined if len(self.stages) == 1 else joined[..., stage])
-        return evaluation
-
-    def _join(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Put values beside each other; sites without one get any value, since no other site of the level sees it."""
-        if len(self.parts) == 1:
-            return next(iter(values.values()))
-        batch = torch.broadcast_shapes(*(value.shape[:-1] for value in values.values()))
-        parts = [values.get(site, self.loc[part]) for site, part in self.parts.items()]
-        return torch.cat([part.expand(*batch, -1) for part in parts], -1)
-
-    def score(self, site: str, value: Tensor) -> Tensor:
-        """Return the log-density of a vector of a site."""
-        if self.given.get(site) is not value:
-            return self._score({site: value})[site]
-        key = torch.is_grad_enabled()
-        if self._scored[0] is not key or site not in self._scored[1]:
-            drawn = {} if self._after is None else self._after[0]
-            together = {
-                name: other
-                for name, other in self.given.items()
-                if other is not drawn.get(name) and other.shape[:-1] == value.shape[:-1]
-            }
-            self._scored = (key, self._score({**together, site: value}))
-        return self._scored[1].pop(site)
-
-    def _score(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        joined = self._join(values)
-        evaluation = self.evaluation
-        terms = []
-        for i, stage in enumerate(self.stages):
-            part = joined if len(self.stages) == 1 else joined[..., stage]
-            noise, log_diagonal = evaluation.terms(part)
-            terms.append(_log_normal(noise) - log_diagonal)
-            if i + 1 < len(self.stages):
-                evaluation = evaluation.fork()
-                evaluation.accept(part)
-        term = self._in_order(terms)
-        return {site: term[..., self.parts[site]].sum(-1) for site in values}
-
-
-class FlowConditional(dist.TorchDistribution):
-    """The conditional of one site of a flow, over its flat unconstrained vector.
-
-    Shape:
-        - values: ``batch_shape + (size,)``.
-
-    Args:
-        level: The level of the site.
-        site: The site.
-        batch_shape: The batch shape.
-    """
-
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
-    has_rsample = True
-
-    def __init__(self, level: FlowLevel, site: str, batch_shape: torch.Size) -> None:
-        self.level = level
-        self.site = site
-        self._drawn: list[tuple[Tensor, Tensor, bool]] = []  # shared with expanded copies
-        part = level.parts[site]
-        super().__init__(batch_shape, torch.Size([part.stop - part.start]), validate_args=False)
-
-    @constraints.dependent_property(is_discrete=False, event_dim=1)
-    def support(self) -> constraints.Constraint:
-        """All real vectors."""
-        return constraints.real_vector
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "FlowConditional":
-        """Return the same conditional at a larger batch shape."""
-        new = FlowConditional(self.level, self.site, torch.Size(batch_shape))
-        new._drawn = self._drawn
-        return new
-
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
-        """Draw reparametrised values of shape ``sample_shape + batch_shape + event_shape``."""
-        value, log_prob = self.level.draw(self.site, torch.Size(sample_shape) + self.batch_shape)
-        self._drawn[:] = [(value, log_prob, torch.is_grad_enabled())]
-        return value
-
-    @property
-    def mean(self) -> Tensor:
-        """The image of noise zero (the mean where the flow is linear)."""
-        noise = torch.zeros(*self.batch_shape, self.level.size, dtype=self.level.loc.dtype)
-        return self.level.push(noise.to(self.level.loc.device))[self.site][0]
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Return the log-density of values, shape ``batch_shape``."""
-        if self._drawn:
-            drawn, log_prob, with_gradients = self._drawn[0]
-            if drawn is value and (with_gradients or not torch.is_grad_enabled()):
-                return log_prob
-        log_prob = self.level.score(self.site, value)
-        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
-
-
-def _log_normal(noise: Tensor) -> Tensor:
-    return -0.5 * noise.square() - HALF_LOG_TWO_PI

@@ -18,7 +18,7 @@ References:
     Journal of the American Statistical Association 87, Section 4 (strong elimination orders).
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import networkx as nx
 
@@ -26,12 +26,15 @@ from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.inversion import faithful_inverse
 from pyro_graphflows.guides.plan import Plan
+from pyro_graphflows.guides.site import LatentSite
 
 __all__ = [
     "discrete_sites_first",
     "drawn_after_enumerated",
+    "order_for_discrete_sites",
     "outer_sites_first",
     "require_outer_sites_first",
+    "sites_to_enumerate",
 ]
 
 MOST_EDGES = 2.0  # times those of the sparsest inverse found
@@ -143,3 +146,58 @@ def require_outer_sites_first(plan: Plan, rough: Collection[str]) -> None:
                 f"{site!r}; the inverse {plan.inverse.order!r} samples it after. Score-function gradients would "
                 "be biased without an error, and enumeration would fail. Use a faithful inverse (inverse='auto')."
             )
+
+
+def sites_to_enumerate(option: bool | Collection[str], sites: Mapping[str, LatentSite]) -> frozenset[str]:
+    """Return the sites that the guide is to enumerate.
+
+    Args:
+        option: Names, or True for all discrete sites.
+        sites: The latent sites.
+
+    Raises:
+        UnsupportedModelError: If one of them cannot be enumerated.
+    """
+    if isinstance(option, bool):
+        names = [name for name, site in sites.items() if site.encoding is not None] if option else []
+    else:
+        names = list(option)
+    for name in names:
+        encoding = sites[name].encoding if name in sites else None
+        if encoding is None or encoding.kind == "counts" or encoding.num_elements != 1:
+            raise UnsupportedModelError(
+                f"Expected enumerate_sites to be latent sites with one binary or class variable; {name!r} is "
+                f"{'no discrete latent site' if encoding is None else encoding}. Pyro enumerates no vectors: give "
+                "each element a site of its own, or leave this site to score-function gradients."
+            )
+    return frozenset(names)
+
+
+def order_for_discrete_sites(
+    inverse: InverseGraph, discrete: Collection[str], enumerated: Collection[str], *, free: bool
+) -> InverseGraph:
+    """Return an inverse that suits discrete sites.
+
+    Args:
+        inverse: The inverse.
+        discrete: The discrete latent sites.
+        enumerated: Those that the guide enumerates.
+        free: Whether another faithful inverse may be taken (the user left the choice).
+
+    Raises:
+        UnsupportedModelError: If enumerated sites come before model parents of theirs in each of them.
+    """
+    candidates = [discrete_sites_first(inverse, discrete), inverse] if free else [inverse]
+    if free and enumerated:
+        candidates.append(faithful_inverse(inverse.graph, "reverse"))
+    candidates = [outer_sites_first(candidate) for candidate in candidates]
+    conflicts = [drawn_after_enumerated(candidate, enumerated) for candidate in candidates]
+    for candidate, conflict in zip(candidates, conflicts, strict=True):
+        if not conflict:
+            return candidate
+    named = "; ".join(f"{site}: {', '.join(parents)}" for site, parents in conflicts[0].items())
+    raise UnsupportedModelError(
+        "Expected the model's parents of enumerated sites to be sampled before these, or enumerated as well; the "
+        f"inverse {inverse.order!r} samples some given the enumerated values ({named}), which Pyro cannot do. Use "
+        "inverse='reverse', which follows the model's order, or enumerate_sites=True."
+    )

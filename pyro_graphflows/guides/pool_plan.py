@@ -18,7 +18,7 @@ from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.exchange import Unlike
-from pyro_graphflows.guides.pooling import subsampled_message
+from pyro_graphflows.guides.pool_members import subsampled_message
 
 __all__ = ["Chaining", "PoolOptions", "PoolPlan", "Summary", "plan_pools"]
 

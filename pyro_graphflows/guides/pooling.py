@@ -19,58 +19,26 @@ References:
     [1] Zaheer et al. (2017), Deep Sets, Theorem 2.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.call import PlateState
-from pyro_graphflows.guides.features import FeatureMap
-from pyro_graphflows.nn.activations import make_activation
+from pyro_graphflows.guides.features import FeatureMap, concatenate
+from pyro_graphflows.guides.pool_members import (
+    PoolMember,
+    affine_part,
+    subsampled_message,
+    without_leading_ones,
+)
+from pyro_graphflows.guides.pool_stage import DeepSet, PoolStage
 
-__all__ = ["AllElements", "DeepSet", "DeepSetPool", "LookUp", "PoolMember", "pooling_orders"]
+__all__ = ["DeepSet", "DeepSetPool", "pooling_orders"]
 
-MOST_CROSSED = 8  # entries of a tuple up to which all products are taken, and not only squares
 CHUNK_ROWS = 100_000  # of joint samples at set-up
-VARIANCE_FLOOR = 1e-4  # in standardised units; a group of one element has variance zero
-
-
-@dataclass(frozen=True)
-class DeepSet:
-    """The shape of the learned part of a pooled summary.
-
-    Attributes:
-        embedding_dim: The number of learned features that are averaged; 0 leaves moments and group size alone.
-        hidden_dims: The widths of the hidden layers between a tuple and its learned features.
-        activation: The activation function.
-    """
-
-    embedding_dim: int = 16
-    hidden_dims: Sequence[int] = (32,)
-    activation: str = "elu"
-
-
-@dataclass(frozen=True)
-class PoolMember:
-    """One node that is pooled.
-
-    Attributes:
-        name: The node.
-        size: The number of its features.
-        plates: The plates around it.
-        partly: Whether its last column says what is there (a site with ``obs_mask=``) and is no feature.
-        weighs: Whether an element counts only where this node is not masked (data and latent sites, not inputs).
-    """
-
-    name: str
-    size: int
-    plates: frozenset[str]
-    partly: bool = False
-    weighs: bool = True
 
 
 def pooling_orders(plates: Sequence[str], around: Sequence[AbstractSet[str]]) -> tuple[tuple[str, ...], ...]:
@@ -103,74 +71,6 @@ def pooling_orders(plates: Sequence[str], around: Sequence[AbstractSet[str]]) ->
         rest = [plate for plate in plates if plate != last]
         orders.append((*sorted(rest, key=lambda plate: (depth[plate], plates.index(plate))), last))
     return tuple(orders)
-
-
-class _Stage(nn.Module):
-    """Average over one plate.
-
-    *Core* features get squares and products, *carried* ones are averaged as they are.
-    """
-
-    pairs: Tensor
-
-    def __init__(self, core: int, carried: int, options: DeepSet) -> None:
-        super().__init__()
-        if core <= MOST_CROSSED:
-            pairs = torch.triu_indices(core, core)
-        else:
-            pairs = torch.arange(core).expand(2, core).clone()
-        self.register_buffer("pairs", pairs, persistent=False)
-        self.embedding: nn.Module | None = None
-        if options.embedding_dim:
-            widths = [core + carried, *options.hidden_dims]
-            layers: list[nn.Module] = []
-            for before, after in itertools.pairwise(widths):
-                layers += [nn.Linear(before, after), make_activation(options.activation)]
-            self.embedding = nn.Sequential(*layers, nn.Linear(widths[-1], options.embedding_dim))
-        self.core_size = core
-        self.carried_size = pairs.shape[1] + core + carried + options.embedding_dim + 1
-        # standardisation of what comes out, found at set-up
-        self.core_map = FeatureMap(None, torch.zeros(0, self.core_size), standardize=False)
-        self.carried_map = FeatureMap(None, torch.zeros(0, self.carried_size), standardize=False)
-
-    def forward(
-        self, core: Tensor, carried: Tensor, weight: Tensor | None, dim: int, size: int
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the core and carried features of the groups, and which groups are not empty.
-
-        Args:
-            core: Shape ``(*batch, core)``.
-            carried: Shape ``(*batch, carried)``.
-            weight: One where an element is there, zero where not, shape ``(*batch, 1)``; None if all are.
-            dim: The dimension of the plate, counted from the right without the feature dimension.
-            size: The size of the plate.
-        """
-        square = core[..., self.pairs[0]] * core[..., self.pairs[1]]
-        parts = [core, square, carried]
-        if self.embedding is not None:
-            parts.append(self.embedding(torch.cat([core, carried], -1)))
-        each = torch.cat(parts, -1)
-        at = dim - 1
-        there = None
-        if weight is None:
-            mean = each.mean(at, keepdim=True)
-            number = each.new_full((1,) * mean.dim(), float(size))
-        else:
-            weight = weight.expand(torch.broadcast_shapes(weight.shape, (*each.shape[:-1], 1)))
-            number = weight.sum(at, keepdim=True)
-            mean = (weight * each).sum(at, keepdim=True) / number.clamp(min=1.0)
-            there = (number > 0).to(each.dtype)
-        sizes = [self.core_size, square.shape[-1], mean.shape[-1] - self.core_size - square.shape[-1]]
-        first, second, rest = mean.split(sizes, -1)
-        own = second[..., self.pairs[0] == self.pairs[1]]
-        log_variance = ((own - first.square()).clamp(min=0.0) + VARIANCE_FLOOR).log()
-        log_number = number.clamp(min=0.5).log().expand(*mean.shape[:-1], 1)
-        return first, torch.cat([second, log_variance, rest, log_number], -1), there
-
-    def fit_(self, core: Tensor, carried: Tensor) -> None:
-        """Find the standardisation of what comes out, from samples of it."""
-        self.core_map = FeatureMap(None, core.reshape(-1, core.shape[-1]))
-        self.carried_map = FeatureMap(None, carried.reshape(-1, carried.shape[-1]))
 
 
 class DeepSetPool(nn.Module):
@@ -210,7 +110,7 @@ class DeepSetPool(nn.Module):
                 joining = self._joining(order, position)
                 core += sum(member.size for member in joining)
                 carried += sum(self._masked and member.weighs for member in joining)
-                stages.append(_Stage(core, carried, options))
+                stages.append(PoolStage(core, carried, options))
                 core, carried = stages[-1].core_size, stages[-1].carried_size
             self.branches.append(nn.ModuleList(stages))
             self.num_features += core + carried
@@ -239,7 +139,7 @@ class DeepSetPool(nn.Module):
         Raises:
             GraphflowsError: If a plate is subsampled in this call.
         """
-        return _without_leading_ones(self._run(values, plates, masks, fit=False))
+        return without_leading_ones(self._run(values, plates, masks, fit=False))
 
     @torch.no_grad()
     def of_samples(
@@ -281,7 +181,7 @@ class DeepSetPool(nn.Module):
             there: Tensor | None = None
             judged = False  # whether anything that says which elements count has been met
             for position, stage in zip(reversed(range(len(order))), stages, strict=True):
-                assert isinstance(stage, _Stage)
+                assert isinstance(stage, PoolStage)
                 plate = plates[order[position]]
                 if plate.subsampled:
                     raise GraphflowsError(subsampled_message(plate.name, [m.name for m in self.members]))
@@ -295,15 +195,15 @@ class DeepSetPool(nn.Module):
                 if self._masked:
                     like = core[0]
                     carried += [like.new_ones(1) if mask is None else mask for mask in masked]
-                joint = _cat(core)
+                joint = concatenate(core)
                 one, other, there = stage(
-                    joint, _cat(carried, like=joint), _any(weighing), plate.dim, plate.size
+                    joint, concatenate(carried, like=joint), _any(weighing), plate.dim, plate.size
                 )
                 if fit:
                     stage.fit_(one, other)
                 core, carried = [stage.core_map(one)], [stage.carried_map(other)]
             parts += [*core, *carried]
-        return _cat(parts)
+        return concatenate(parts)
 
     def _features(
         self, values: Mapping[str, Tensor], masks: Mapping[str, Tensor | bool]
@@ -339,7 +239,7 @@ class DeepSetPool(nn.Module):
         columns: list[int] = []
         shift, scale = torch.zeros(0), torch.ones(0)
         for position, stage in zip(reversed(range(len(order))), stages, strict=True):
-            assert isinstance(stage, _Stage)
+            assert isinstance(stage, PoolStage)
             joining = self._joining(order, position)
             start = 0 if position == len(order) - 1 else self._core_size_before(order, position)
             for member in joining:
@@ -347,174 +247,15 @@ class DeepSetPool(nn.Module):
                     columns = list(range(start, start + member.size))
                     feature_map = self.maps[self.members.index(member)]
                     assert isinstance(feature_map, FeatureMap)
-                    shift, scale = _affine(feature_map, range(member.size), name)
+                    shift, scale = affine_part(feature_map, range(member.size), name)
                 start += member.size
             if columns:
-                more_shift, more_scale = _affine(stage.core_map, columns, name)
+                more_shift, more_scale = affine_part(stage.core_map, columns, name)
                 shift, scale = shift + scale * more_shift, scale * more_scale
         return columns, shift, scale
 
     def _core_size_before(self, order: Sequence[str], position: int) -> int:
         return sum(m.size for p in range(position + 1, len(order)) for m in self._joining(order, p))
-
-
-class _SomeElements(nn.Module):
-    """Elements of other plates as they are: nothing is fitted, and masks do not matter."""
-
-    def _run(self, values: Mapping[str, Tensor], plates: Mapping[str, PlateState]) -> Tensor:
-        raise NotImplementedError("a way of taking elements must say which")
-
-    def forward(
-        self,
-        values: Mapping[str, Tensor],
-        plates: Mapping[str, PlateState],
-        masks: Mapping[str, Tensor | bool],
-    ) -> Tensor:
-        """Return the elements that are taken; see the class for what is refused."""
-        return _without_leading_ones(self._run(values, plates))
-
-    @torch.no_grad()
-    def of_samples(
-        self, values: Mapping[str, Tensor], plates: Mapping[str, PlateState], *, fit: bool
-    ) -> Tensor:
-        """See :meth:`DeepSetPool.of_samples`."""
-        return self._run(values, plates)
-
-
-class AllElements(_SomeElements):
-    """All elements of latent sites in other plates, one by one: for plates that are small and keep their size.
-
-    Args:
-        members: The nodes.
-        maps: For each of them, the map from values to standardised features.
-        over: The plates whose elements become features.
-
-    Shape:
-        - values: for each member ``(*batch, size)``.
-        - Output: ``(*batch, num_features)``, as for :class:`DeepSetPool`.
-
-    Raises:
-        GraphflowsError: In a call, if a plate has another size than at set-up.
-    """
-
-    def __init__(
-        self, members: Sequence[PoolMember], maps: Sequence[FeatureMap], over: Sequence[PlateState]
-    ) -> None:
-        super().__init__()
-        self.members = tuple(members)
-        self.maps = nn.ModuleList(maps)
-        self.sizes = {plate.name: plate.size for plate in over}
-        self.counts = []
-        for member in members:
-            self.counts.append(member.size)
-            for plate in over:
-                self.counts[-1] *= plate.size if plate.name in member.plates else 1
-        self.num_features = sum(self.counts)
-
-    def _run(self, values: Mapping[str, Tensor], plates: Mapping[str, PlateState]) -> Tensor:
-        parts = []
-        for member, feature_map in zip(self.members, self.maps, strict=True):
-            part = feature_map(values[member.name])
-            for name, size in self.sizes.items():
-                plate = plates[name]
-                if plate.subsampled or plate.size != size:
-                    raise GraphflowsError(
-                        f"Expected plate {name!r} to have {size} elements, all of them in the call, as when the guide "
-                        f"was set up, since {member.name} enters other sites element by element; got {plate.size} of "
-                        f"{plate.full_size}. Set up a guide for the new data, or use pool='deepset'."
-                    )
-                if name in member.plates:
-                    part = _to_features(part, plate.dim - 1, size)
-            parts.append(part)
-        return _cat(parts)
-
-    def columns_of(self, name: str) -> tuple[list[int], Tensor, Tensor]:
-        """Return the columns of a member's elements, and the shift and scale that turn them into values."""
-        position = next(i for i, member in enumerate(self.members) if member.name == name)
-        start, count = sum(self.counts[:position]), self.counts[position]
-        feature_map = self.maps[position]
-        assert isinstance(feature_map, FeatureMap)
-        size = self.members[position].size
-        shift, scale = _affine(feature_map, range(size), name)
-        return list(range(start, start + count)), shift.repeat(count // size), scale.repeat(count // size)
-
-
-class LookUp(_SomeElements):
-    """The element of a latent site in another plate that an index tells: ``theta[group]`` for each datum.
-
-    Args:
-        member: The node.
-        feature_map: The map from its values to standardised features.
-        index: The name of the index, an argument of an integer type.
-        outer: The plate of the node.
-        inner: The plate of the index.
-
-    Shape:
-        - values: of the node ``(*batch, size)``; of the index any shape with one entry for each element.
-        - Output: ``(*batch, size)``, with the plate of the index in place of the other.
-
-    Raises:
-        GraphflowsError: In a call, if the outer plate is subsampled, or the index has another number of entries.
-    """
-
-    def __init__(
-        self, member: PoolMember, feature_map: FeatureMap, index: str, outer: PlateState, inner: PlateState
-    ) -> None:
-        super().__init__()
-        self.members = (member,)
-        self.maps = nn.ModuleList([feature_map])
-        self.index = index
-        self.outer, self.inner = outer.name, inner.name
-        self.num_features = member.size
-
-    def _run(self, values: Mapping[str, Tensor], plates: Mapping[str, PlateState]) -> Tensor:
-        outer, inner = plates[self.outer], plates[self.inner]
-        name = self.members[0].name
-        if outer.subsampled:
-            raise GraphflowsError(
-                f"Expected plate {outer.name!r} in full, since its elements are looked up by {self.index}; it is "
-                "subsampled in this call. Subsample the data only."
-            )
-        index = values[self.index].reshape(-1)
-        if inner.indices is not None and len(index) != inner.size:
-            index = index[inner.indices.to(index.device)]
-        if len(index) != inner.size:
-            raise GraphflowsError(
-                f"Expected {inner.size} entries of {self.index}, one for each element of plate {inner.name!r}; got "
-                f"{len(index)}."
-            )
-        feature_map = self.maps[0]
-        part = feature_map(values[name])
-        depth = 1 - min(outer.dim, inner.dim)
-        part = part.reshape((1,) * (depth - part.dim()) + part.shape)
-        part = part.index_select(outer.dim - 1, index.to(part.device))
-        return part if outer.dim == inner.dim else part.transpose(outer.dim - 1, inner.dim - 1)
-
-    def columns_of(self, name: str) -> tuple[list[int], Tensor, Tensor]:
-        """Return the columns of the member, and the shift and scale that turn them into values."""
-        feature_map = self.maps[0]
-        assert isinstance(feature_map, FeatureMap)
-        columns = list(range(self.num_features))
-        return columns, *_affine(feature_map, columns, name)
-
-
-def _to_features(value: Tensor, at: int, size: int) -> Tensor:
-    """Move a dimension to the left of the features and join the two; leave one of size one in its place."""
-    value = value.reshape((1,) * (-at - value.dim()) + value.shape)
-    shape = list(value.shape)
-    shape[at] = size
-    moved = value.expand(shape).movedim(at, -2).flatten(-2)
-    return moved.unsqueeze(at)
-
-
-def subsampled_message(plate: str, names: Sequence[str]) -> str:
-    """Say why a subsampled plate is not pooled, and what to do."""
-    return (
-        f"Expected plate {plate!r} in full, since the guide pools {', '.join(names)} over it (pool='deepset'); it is "
-        "subsampled. With a summary of the same batch that the likelihood is scaled up from, the objective is not a "
-        "bound on the evidence. Use the full data in each call, or pool=None (free parameters for the outer sites, "
-        "which a subsampled plate allows), or train with InferenceCompilation on whole data sets."
-    )
 
 
 def _any(weights: Sequence[Tensor | None]) -> Tensor | None:
@@ -527,25 +268,3 @@ def _any(weights: Sequence[Tensor | None]) -> Tensor | None:
         assert weight is not None
         total = torch.maximum(total, weight)
     return total
-
-
-def _cat(parts: Sequence[Tensor], like: Tensor | None = None) -> Tensor:
-    if not parts:
-        assert like is not None
-        return like.new_zeros(*like.shape[:-1], 0)
-    shapes = [part.shape[:-1] for part in parts] + ([] if like is None else [like.shape[:-1]])
-    shape = torch.broadcast_shapes(*shapes)
-    return torch.cat([part.expand(*shape, part.shape[-1]) for part in parts], -1)
-
-
-def _without_leading_ones(value: Tensor) -> Tensor:
-    first = next((i for i, size in enumerate(value.shape[:-1]) if size != 1), value.dim() - 1)
-    return value.reshape(value.shape[first:])
-
-
-def _affine(feature_map: FeatureMap, columns: Sequence[int] | range, name: str) -> tuple[Tensor, Tensor]:
-    for kind, part in feature_map.kinds:
-        if kind != "identity" and any(part.start <= column < part.stop for column in columns):
-            raise GraphflowsError(f"Expected an affine map of {name} to its pooled mean; got a {kind} map.")
-    chosen = list(columns)
-    return feature_map.shift[chosen], feature_map.scale[chosen]
