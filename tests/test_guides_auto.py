@@ -290,7 +290,7 @@ def test_wrong_options_are_named(data):
     guide = auto_faithful_guide(regression, *data)
     with pytest.raises(GraphflowsError, match="missing: noise"):
         guide.log_prob({"slope": torch.zeros(12), "offset.of.it": torch.zeros(12)}, *data)
-    with pytest.raises(GraphflowsError, match="Expected a latent site, one of slope, offset.of.it, noise; got 'y'"):
+    with pytest.raises(GraphflowsError, match=r"Expected a latent site, one of .*; got 'y'"):
         guide.set_linear_("y", {}, 0.0, 1.0)
 
 
