@@ -30,7 +30,7 @@ import networkx as nx
 import numpy as np
 import pyro
 import torch
-from graph_vae import SMALL_NETWORKS, Data, bound
+from graph_vae_runs import SMALL_NETWORKS, Data, bound
 from pyro.infer import TraceMeanField_ELBO
 
 from pyro_graphflows import (

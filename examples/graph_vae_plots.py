@@ -3,11 +3,19 @@
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-COLOURS = {"learned": "#1f6fb2", "full": "#16a085", "chain": "#e08e0b", "independent": "#7f8c8d"}
+COLOURS = {
+    "learned": "#1f6fb2",
+    "decided": "#8e44ad",
+    "full": "#16a085",
+    "chain": "#e08e0b",
+    "independent": "#7f8c8d",
+}
 LABELS = {
     "learned": "learned (Graph VAE)",
+    "decided": "learned, fast gates, then frozen",
     "full": "full (FC-VAE)",
     "chain": "chain (Ladder VAE)",
     "independent": "independent (VAE)",
@@ -86,23 +94,18 @@ def plot_gates(record, path, title):
     figure.savefig(path, dpi=130)
 
 
-def tile(images, columns):
-    """Lay images out in a grid with a line between them."""
-    images = np.asarray(images, dtype=float)
+def tile(images, columns, size=56, gap=3, shade=0.35):
+    """Lay images out in a grid with thin grey lines between them, each blown up to about ``size`` pixels."""
+    images = np.asarray(images, dtype=float).clip(0, 1)
+    factor = max(1, round(size / images.shape[1]))
+    images = images.repeat(factor, 1).repeat(factor, 2)
     rows = -(-len(images) // columns)
     height, width, *colour = images.shape[1:]
-    canvas = np.ones((rows * (height + 1) - 1, columns * (width + 1) - 1, *colour))
+    canvas = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, *colour), shade)
     for k, image in enumerate(images):
-        y, x = k // columns * (height + 1), k % columns * (width + 1)
+        y, x = k // columns * (height + gap), k % columns * (width + gap)
         canvas[y : y + height, x : x + width] = image
     return canvas
-
-
-def show(ax, canvas, title):
-    gray = {} if canvas.ndim == 3 else {"cmap": "gray_r", "vmin": 0, "vmax": 1}
-    ax.imshow(canvas, interpolation="nearest", **gray)
-    ax.set_title(title, fontsize=9)
-    ax.set_axis_off()
 
 
 def plot_images(vae, data, path, seed=0):
@@ -111,11 +114,22 @@ def plot_images(vae, data, path, seed=0):
     chosen = data.some_of_test(16)
     pairs = torch.stack([chosen, vae.reconstruct(chosen)], 1).reshape(-1, *data.shape)
     pairs = torch.cat([pairs[0:16:2], pairs[1:16:2], pairs[16::2], pairs[17::2]])
-    figure = Figure(figsize=(7.6, 2.6), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[1, 1])
-    show(left, tile(vae.sample(32, mean=True).cpu(), 8), "samples (means)")
-    show(right, tile(pairs.cpu(), 8), "test images; below, reconstructions")
-    figure.savefig(path, dpi=130)
+    panels = {
+        "samples (means)": tile(vae.sample(32, mean=True).cpu(), 8),
+        "test images; below each row, reconstructions": tile(pairs.cpu(), 8),
+    }
+    dpi, title, space = 100, 24, 24
+    height, width = next(iter(panels.values())).shape[:2]
+    full = (2 * width + space, height + title)  # in pixels, so that no row of the pictures is drawn twice
+    figure = Figure(figsize=(full[0] / dpi, full[1] / dpi))
+    for k, (text, canvas) in enumerate(panels.items()):
+        place = (k * (width + space) / full[0], 0, width / full[0], height / full[1])
+        ax = figure.add_axes(place)
+        gray = {} if canvas.ndim == 3 else {"cmap": "gray_r", "vmin": 0, "vmax": 1}
+        ax.imshow(canvas, interpolation="nearest", **gray)
+        ax.set_title(text, fontsize=10, pad=5)
+        ax.set_axis_off()
+    figure.savefig(path, dpi=dpi)
 
 
 def plot_embedding(vae, x, labels, path, seed=0):
@@ -132,8 +146,14 @@ def plot_embedding(vae, x, labels, path, seed=0):
         ax.set_axis_off()
     for ax, (title, values) in zip(axes, panels.items(), strict=False):
         points = TSNE(random_state=seed, perplexity=30, init="pca").fit_transform(values)
-        ax.scatter(*points.T, c=labels, cmap="tab10", s=4, linewidths=0)
+        dots = ax.scatter(*points.T, c=labels, cmap="tab10", s=4 if len(points) > 600 else 9, linewidths=0)
         ax.set_title(title, fontsize=9)
+    classes = np.unique(np.asarray(labels))
+    if len(classes) <= 10:
+        marks = [Line2D([], [], linestyle="", marker="o", color=dots.cmap(dots.norm(c))) for c in classes]
+        figure.legend(
+            marks, [str(c) for c in classes], loc="outside lower center", ncols=10, frameon=False, fontsize=8
+        )
     figure.savefig(path, dpi=130)
 
 

@@ -97,14 +97,15 @@ def train(row, seed, args):
     vae = make_vae(row, args.edge_cost)
     columns = decoder_columns(vae)  # a given graph may order the nodes in another way
     x, test = sample(args.num_data, 2 * seed), sample(args.num_test, 2 * seed + 1)
-    x, test = x[:, columns], test[:, columns]
+    x, test = x[: args.limit, columns], test[: args.limit, columns]
     trajectory = []
+    last_free_epoch = max(1, args.epochs * 4 // 5)
 
     def after_epoch(history):
         vae.anneal(len(history), rate=args.anneal)
         if vae.is_learned:
             trajectory.append(gates_by_edge(vae))
-        if row == "learned, edge cost" and len(history) == args.epochs * 4 // 5:
+        if row == "learned, edge cost" and len(history) == last_free_epoch:
             vae.freeze_structure()
 
     start = time.process_time()
@@ -130,7 +131,7 @@ def train(row, seed, args):
     evidence = vae.log_evidence(test[:500], args.particles)
     result = {"elbo": elbo, "ll": evidence.log_evidence.mean().item(), "cpu_seconds": seconds}
     if vae.is_learned:
-        before_freezing = trajectory[: args.epochs * 4 // 5] if row == "learned, edge cost" else trajectory
+        before_freezing = trajectory[:last_free_epoch] if row == "learned, edge cost" else trajectory
         result |= {"gates": before_freezing[-1], "trajectory": before_freezing}
         found = {edge for edge in vae.learned_graph().edges if edge[1] != "x"}
         result |= {"missed": len(set(EDGES) - found), "superfluous": len(found - set(EDGES))}
@@ -168,6 +169,7 @@ def parser():
     parse.add_argument("--epochs", type=int, default=60)
     parse.add_argument("--num-data", type=int, default=2000)
     parse.add_argument("--num-test", type=int, default=5000)
+    parse.add_argument("--limit", type=int, help="use only the first data")
     parse.add_argument("--particles", type=int, default=500)
     parse.add_argument("--lr", type=float, default=1e-2)
     parse.add_argument("--anneal", type=float, default=0.95, help="factor of the temperature in each epoch")

@@ -18,7 +18,7 @@ TESTED_ELSEWHERE = {
     *("density.py", "density_report.py"),
     *("siren_vae.py", "siren_vae_digits.py", "siren_vae_report.py", "siren_vae_runs.py"),
     *("graph_vae.py", "graph_vae_faithful.py", "graph_vae_plots.py", "graph_vae_report.py"),
-    "graph_vae_synthetic.py",
+    *("graph_vae_runs.py", "graph_vae_synthetic.py"),
 }
 
 

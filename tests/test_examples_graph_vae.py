@@ -8,11 +8,12 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from pyro.infer import TraceMeanField_ELBO
 
 from pyro_graphflows import GraphVAE, ModelGraph, is_imap
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-MODULES = ("graph_vae", "graph_vae_faithful", "graph_vae_plots", "graph_vae_report", "graph_vae_synthetic")
+MODULES = [path.stem for path in EXAMPLES.glob("graph_vae*.py")]
 
 
 @pytest.fixture(scope="module")
@@ -74,24 +75,107 @@ def test_interrupted_run_is_the_same_run(scripts, tmp_path):
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
-def test_bound_and_likelihood_are_those_of_the_library(scripts, tmp_path):
+def test_fast_gates_are_frozen_and_found_again(scripts, tmp_path):
     graph_vae = scripts[0]
+    flags = ["--structures", "learned", "--gate-rate", "20", "--freeze-after", "2"]
+    for epochs in ("1", "4"):  # interrupted before the freezing
+        graph_vae.main(arguments(graph_vae, tmp_path, *flags, "--epochs", epochs))
+    record = record_of(tmp_path, "digits-learned-gates20-frozen2-s0")
+    gates = [row["gates"] for row in record["curve"]]
+    moved = max(abs(p - 0.5) for line in gates[0] for p in line if p)
+    assert (
+        0.005 < moved < 2 * 20e-3
+    )  # two steps of 20 times 1e-3 in the logit, a quarter of that in the probability
+    assert {p for line in gates[2] for p in line} <= {0.0, 1.0}
+    final = record["finals"]["4"]["gates"]
+    assert final in gates[record["finals"]["4"]["best_epoch"] - 1 :][:1] or final == gates[3]
+    plain = arguments(graph_vae, tmp_path, "--structures", "learned", "--epochs", "1")
+    graph_vae.main(plain)
+    slow = record_of(tmp_path, "digits-learned-s0")["curve"][0]["gates"]
+    assert 0 < max(abs(p - 0.5) for line in slow for p in line if p) < moved / 5
+
+
+def test_what_is_there_is_not_done_again(scripts, tmp_path, capsys):
+    graph_vae = scripts[0]
+    flags = ["--structures", "full", "--epochs", "1"]
+    graph_vae.main(arguments(graph_vae, tmp_path, *flags))
+    path = tmp_path / "graph_vae" / "digits-full-s0.json"
+    first = path.read_text()
+    graph_vae.main(arguments(graph_vae, tmp_path, *flags))
+    assert path.read_text() == first
+    graph_vae.main(arguments(graph_vae, tmp_path, *flags, "--final-bound-samples", "3"))
+    final, before = json.loads(path.read_text())["finals"]["1"], json.loads(first)["finals"]["1"]
+    assert final["bound_samples"] == 3
+    assert final["elbo"] != before["elbo"]
+    assert final["likelihood"] == before["likelihood"]
+    (tmp_path / "work" / "digits-full-s0-1.pt").unlink()
+    graph_vae.main(arguments(graph_vae, tmp_path, *flags, "--pictures"))
+    assert "the weights are not" in capsys.readouterr().out
+
+
+def test_weights_of_another_architecture(scripts, tmp_path):
+    graph_vae = scripts[0]
+    flags = ["--structures", "full", "--epochs", "1"]
+    graph_vae.main(arguments(graph_vae, tmp_path, *flags))
+    weights = tmp_path / "work" / "digits-full-s0-1.pt"
+    torch.save(GraphVAE((8, 8), 5, 4, "full", hidden_dim=8).state_dict(), weights)
+    with pytest.raises(SystemExit, match=r"weights of this architecture in .*digits-full-s0-1\.pt"):
+        graph_vae.main(arguments(graph_vae, tmp_path, *flags))
+
+
+@pytest.mark.slow
+def test_the_whole_study_at_small_size(scripts, tmp_path, capsys, monkeypatch):
+    """From nothing, with a folder that lacks the image files; a second call goes on where the first was stopped."""
+    graph_vae, _, faithful, _ = scripts
+    runs = sys.modules["graph_vae_runs"]
+    monkeypatch.delenv("PYRO_GRAPHFLOWS_DATA", raising=False)
+    monkeypatch.setattr(
+        faithful, "exact_gaps", lambda graph, num_draws=20, whole=faithful.exact_gaps: whole(graph, 1)
+    )
+    flags = ["--study", "--epochs", "1", "--limit", "40", "--final-particles", "10", "--no-verbose"]
+    flags += ["--out", str(tmp_path), "--work", str(tmp_path / "work"), "--data", str(tmp_path)]
+    args = graph_vae.parser().parse_args(flags)
+    train, done = runs.train, []
+
+    def train_and_stop(run, args, data):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(run.name)
+        return train(run, args, data)
+
+    monkeypatch.setattr(graph_vae, "train", train_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        graph_vae.main(args)
+    stopped = {path.name: path.read_bytes() for path in (tmp_path / "graph_vae").glob("*.json")}
+    assert {f"{name}.json" for name in done} < set(stopped)
+    monkeypatch.setattr(graph_vae, "train", train)
+    graph_vae.main(args)
+    output = capsys.readouterr().out
+    assert "Left out: binarized_mnist, learned. Expected fixed binarised MNIST in" in output
+    for name, content in stopped.items():
+        assert (tmp_path / "graph_vae" / name).read_bytes() == content, name
+    page = (tmp_path / "graph_vae.md").read_text()
+    for heading in ("## Digits", "## A known latent graph", "## Number of nodes"):
+        assert heading in page
+    assert page.count("| 5 |") >= 4  # five seeds of each structure
+
+
+def test_bound_and_likelihood_are_those_of_the_library(scripts, tmp_path):
+    runs = sys.modules["graph_vae_runs"]
     pyro.set_rng_seed(0)
-    vae = GraphVAE((8, 8), 3, 2, **graph_vae.SMALL_NETWORKS)
-    data = graph_vae.Data("digits", None, torch.device("cpu"), 40)
+    vae = GraphVAE((8, 8), 3, 2, **runs.SMALL_NETWORKS)
+    data = runs.Data("digits", None, torch.device("cpu"), 40)
     vae.guide(data.test)  # running statistics
     vae.model(data.test)
-    elbo, kl = graph_vae.bound(vae, data.test, 200)
+    elbo, kl = runs.bound(vae, data.test, 200)
     assert vae.training
     vae.eval()
-    losses = torch.tensor(
-        [graph_vae.TraceMeanField_ELBO().loss(vae.model, vae.guide, data.test) for _ in range(100)]
-    )
+    losses = torch.tensor([TraceMeanField_ELBO().loss(vae.model, vae.guide, data.test) for _ in range(100)])
     spread = losses.std() / len(data.test)
     assert abs(elbo + losses.mean() / len(data.test)) < 4.5 * spread * (1 / 100 + 1 / 200) ** 0.5
     assert set(kl) == {"z1", "z2", "z3"}
     assert all(value > 0 for value in kl.values())
-    found = graph_vae.likelihood(vae, data.test, 500)
+    found = runs.likelihood(vae, data.test, 500)
     assert found["ll"] > elbo
     assert (found["images"], found["particles"]) == (40, 500)
 
