@@ -14,6 +14,7 @@ from torch.distributions import constraints
 __all__ = ["FeatureMap", "concatenate", "flatten_event", "location_and_scale"]
 
 TINY = 1e-12
+MOST_QUANTILE_ROWS = 100_000
 HEAVY_TAIL = 12.0  # a standardised normal sample of 10,000 stays within 5; a heavy-tailed one does not
 
 _POSITIVE = (type(constraints.greater_than(0.0)), type(constraints.greater_than_eq(0.0)))
@@ -50,6 +51,9 @@ def concatenate(parts: Sequence[Tensor], like: Tensor | None = None) -> Tensor:
 def location_and_scale(sample: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of each column; scale one for columns that do not vary.
 
+    The standard deviation of a heavy-tailed column is that of its few largest values, beside which all others are
+    alike; such columns get median and half the range of the middle 68 %, which are the same for a normal one.
+
     Shape:
         - Input: ``(n, size)``. Rows with a non-finite entry are left out.
         - Output: two of ``(size,)``.
@@ -62,7 +66,15 @@ def location_and_scale(sample: Tensor) -> tuple[Tensor, Tensor]:
         return shift, torch.ones_like(shift)
     scale = sample.std(0)
     constant = scale <= 1e-9 * shift.abs().clamp(min=TINY)
-    return shift, torch.where(constant, torch.ones_like(scale), scale)
+    scale = torch.where(constant, torch.ones_like(scale), scale)
+    heavy = ((sample - shift).abs() > HEAVY_TAIL * scale).any(0)
+    if bool(heavy.any()):
+        middle = sample.new_tensor([0.1587, 0.5, 0.8413])
+        lower, centre, upper = torch.quantile(sample[:MOST_QUANTILE_ROWS], middle, dim=0)
+        heavy &= upper > lower
+        shift = torch.where(heavy, centre, shift)
+        scale = torch.where(heavy, (upper - lower) / 2, scale)
+    return shift, scale
 
 
 def _kind(support: constraints.Constraint | None, sample: Tensor) -> str:
@@ -110,7 +122,7 @@ class FeatureMap(nn.Module):
         centre, width = sample.new_zeros(size), sample.new_ones(size)
         if kind == "asinh":
             quartiles = sample.new_tensor([0.25, 0.5, 0.75])
-            lower, centre, upper = torch.quantile(sample[:100_000], quartiles, dim=0)
+            lower, centre, upper = torch.quantile(sample[:MOST_QUANTILE_ROWS], quartiles, dim=0)
             width = torch.where(upper > lower, upper - lower, width)
         self.register_buffer("centre", centre)
         self.register_buffer("width", width)

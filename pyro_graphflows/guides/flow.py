@@ -6,10 +6,13 @@ from typing import Any
 from torch import nn
 
 from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.guides.call import PlateState
+from pyro_graphflows.guides.exchange import Unlike
 from pyro_graphflows.guides.flow_block import FlowBlock, FlowOptions
 from pyro_graphflows.guides.normal import AutoFaithfulNormal
 from pyro_graphflows.guides.plan import Block, Plan
+from pyro_graphflows.guides.pool_plan import PoolPlan
 from pyro_graphflows.inspect import TracedModel
 
 __all__ = ["AutoFaithfulFlow"]
@@ -126,8 +129,17 @@ class AutoFaithfulFlow(AutoFaithfulNormal):
         super()._check_plan(plan, traced)
         plan.analytic_kl.update(dict.fromkeys(plan.analytic_kl, False))
 
+    def _plan_pools(self, inverse: InverseGraph, traced: TracedModel, unlike: Unlike) -> PoolPlan:
+        pooling = super()._plan_pools(inverse, traced, unlike)
+        self._with_maps = frozenset(
+            site for site in pooling.free | set(pooling.unlike) if inverse.graph.plates[site]
+        )
+        return pooling
+
     def _block_kind(self, site: str) -> Hashable:
-        return super()._block_kind(site), self._has_no_flow(site)
+        # A flow's inputs are known before its first level: maps of their own see all parents from another block.
+        alone = site if site in self._with_maps else None
+        return super()._block_kind(site), self._has_no_flow(site), alone
 
     def _has_no_flow(self, site: str) -> bool:
         """Whether a site is discrete or has a factor of the user's own, and so a masked network instead of a flow."""

@@ -10,6 +10,8 @@ from pyro_graphflows.guides.call import PlateState
 
 __all__ = ["FreeTable", "IndexMap"]
 
+SHARED_FEATURES = 16
+
 
 class FreeTable(nn.Module):
     """A row of parameters for each element of a stack of plates.
@@ -54,10 +56,12 @@ class FreeTable(nn.Module):
 
 
 class IndexMap(nn.Module):
-    """An affine map from a site's inputs to its factor's parameters for each element of plates, beside the network.
+    r"""A map from a site's inputs to its factor's parameters for each element of plates, beside the network.
 
     A shared network cannot give the elements of a plate slopes of their own, as unlike groups need: a large group hears
-    less of what is sampled above it than a small one. All maps are zero in the beginning.
+    less of what is sampled above it than a small one, and the more so the smaller the sampled scale of the effects is.
+    Hence every element has an affine map of its own, of the inputs and of nonlinear features of them that all
+    elements share. All maps are zero in the beginning.
 
     Shape:
         - Input: ``(*batch, num_inputs)``.
@@ -67,24 +71,40 @@ class IndexMap(nn.Module):
         plates: The plates; their full sizes must not change.
         num_inputs: The number of inputs.
         num_outputs: The number of outputs.
-        offset: Whether the maps have an offset, or a slope alone.
+        offset: Whether the maps have an offset, or slopes alone.
+        features: The number of shared features.
     """
 
     def __init__(
-        self, plates: Sequence[PlateState], num_inputs: int, num_outputs: int, *, offset: bool
+        self,
+        plates: Sequence[PlateState],
+        num_inputs: int,
+        num_outputs: int,
+        *,
+        offset: bool,
+        features: int = SHARED_FEATURES,
     ) -> None:
         super().__init__()
         self.num_inputs, self.num_outputs, self.offset = num_inputs, num_outputs, offset
-        self.rows = FreeTable(plates, num_outputs * (num_inputs + offset))
+        self.num_features = features if num_inputs else 0
+        self.shared = nn.Sequential()
+        if self.num_features:
+            layers = nn.Linear(num_inputs, features), nn.ELU(), nn.Linear(features, features), nn.ELU()
+            self.shared = nn.Sequential(*layers)
+        self.rows = FreeTable(plates, num_outputs * (num_inputs + self.num_features + offset))
 
     def forward(self, plates: Mapping[str, PlateState], inputs: Tensor) -> Tensor:
         """Return the contribution to the outputs of a call's elements."""
-        rows = self.rows(plates).unflatten(-1, (self.num_outputs, self.num_inputs + self.offset))
-        outputs = (rows[..., : self.num_inputs] @ inputs.unsqueeze(-1)).squeeze(-1)
+        rows = self.rows(plates).unflatten(-1, (self.num_outputs, -1))
+        if self.num_features:
+            inputs = torch.cat([inputs, self.shared(inputs) / self.num_features**0.5], -1)
+        outputs = (rows[..., : inputs.shape[-1]] @ inputs.unsqueeze(-1)).squeeze(-1)
         return outputs + rows[..., -1] if self.offset else outputs
 
     @torch.no_grad()
     def set_(self, slopes: Tensor, offsets: Tensor | None = None) -> None:
-        """Set the maps of all elements, ``(elements, num_outputs, num_inputs)`` and ``(elements, num_outputs)``."""
-        parts = [slopes] if offsets is None else [slopes, offsets.unsqueeze(-1)]
+        """Make the maps affine: ``(elements, num_outputs, num_inputs)`` and ``(elements, num_outputs)``."""
+        parts = [slopes, slopes.new_zeros(*slopes.shape[:2], self.num_features)]
+        if offsets is not None:
+            parts.append(offsets.unsqueeze(-1))
         self.rows.table.copy_(torch.cat(parts, -1).reshape(self.rows.table.shape))
