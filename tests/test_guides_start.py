@@ -1,0 +1,56 @@
+"""The start of guides: what samples of the prior set."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_graphflows import auto_faithful_guide
+from pyro_graphflows.guides.start import standardize_
+
+
+class Recorder:
+    """Takes a standardisation as a block does."""
+
+    def __init__(self, *sites):
+        self.block = type("Names", (), {"sites": sites})
+        self.found = {}
+
+    def set_standardization_(self, site, shift, scale):
+        self.found[site] = (shift, scale)
+
+
+def test_normal_samples_are_standardised_by_their_moments():
+    samples = 3.0 + 2.0 * torch.randn(10_000, 4, dtype=torch.float64)
+    block = Recorder("z")
+    standardize_(block, {"z": samples})
+    shift, scale = block.found["z"]
+    torch.testing.assert_close(shift, samples.mean(0), rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(scale, samples.std(0), rtol=1e-12, atol=0.0)
+
+
+def test_columns_that_hardly_vary_keep_their_moments():
+    spike = torch.zeros(1000, 1, dtype=torch.float64)
+    spike[:50] = 100.0
+    block = Recorder("z")
+    standardize_(block, {"z": spike})
+    torch.testing.assert_close(block.found["z"][1], spike.std(0))
+
+
+@pytest.mark.parametrize("family", ["normal", "flow"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_heavy_tail_does_not_make_the_start_wide(family, seed):
+    # the scale of theta is half-Cauchy: the standard deviation of 10,000 draws is that of the largest
+    def model(y):
+        tau = pyro.sample("tau", dist.HalfCauchy(torch.ones(())))
+        with pyro.plate("data", len(y)):
+            theta = pyro.sample("theta", dist.Normal(0.0, tau))
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+    pyro.set_rng_seed(seed)
+    y = torch.randn(8)
+    guide = auto_faithful_guide(model, y, family=family)
+    network = next(n for n in guide.networks if "theta" in n.block.sites)
+    _, scale = network.standardization("theta")
+    assert (scale > 1.0).all()
+    assert (scale < 10.0).all()
