@@ -9,7 +9,7 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 
-from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
 from pyro_graphflows.guides import auto_faithful_guide
 from pyro_graphflows.guides.coupled import CoupledNormal
 
@@ -76,11 +76,12 @@ def set_joint_(guide, site, mean, covariance):
     network.chains[network._chain_of[site]].set_mixing_(scale / scale.diagonal().unsqueeze(-1))
 
 
+@pytest.mark.parametrize("options", [{}, {"family": "flow"}, {"family": "flow", "flow": "graphical"}], ids=str)
 @pytest.mark.parametrize("loss", [Trace_ELBO, TraceMeanField_ELBO])
-def test_an_observed_total_is_exact_with_free_parameters(loss):
+def test_an_observed_total_is_exact_with_free_parameters(loss, options):
     n = 5
     x, y = torch.randn(n), torch.randn(())
-    guide = auto_faithful_guide(total, x, y, **FEW)
+    guide = auto_faithful_guide(total, x, y, **FEW, **options)
     precision = 5.0 * torch.eye(n) + 4.0
     covariance = torch.linalg.inv(precision)
     mean = covariance @ (4 * x + 4 * y)
@@ -102,10 +103,12 @@ def test_an_observed_total_is_exact_with_free_parameters(loss):
         guide(torch.randn(6), y)
 
 
-def test_an_observed_total_is_exact_and_amortised_with_a_summary():
+@pytest.mark.parametrize("family", ["normal", "flow"])
+def test_an_observed_total_is_exact_and_amortised_with_a_summary(family):
     """U is the same for plates of any size; the location is linear for one size."""
     n = 6
-    guide = auto_faithful_guide(total, torch.randn(n), torch.randn(()), pool="deepset", chain_rank=1, **FEW)
+    options = {"family": family, "pool": "deepset", "chain_rank": 1, **FEW}
+    guide = auto_faithful_guide(total, torch.randn(n), torch.randn(()), **options)
     weight = 4.0 / (5.0 + 4.0 * n)
     guide.set_linear_(
         "z",
@@ -238,17 +241,52 @@ def test_a_total_in_the_outer_of_two_plates():
     assert trace.nodes["z"]["fn"].log_prob(trace.nodes["z"]["value"]).shape == (4, 3, 2)
 
 
-def test_what_is_not_drawn_jointly_is_said():
+@pytest.mark.parametrize("family", ["normal", "flow"])
+def test_flows_beside_sites_that_are_drawn_jointly(family):
+    """Global, coupled and local sites together: every parameter gets a gradient, and densities agree."""
+
+    def model(x, y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            w = pyro.sample("w", dist.Normal(z, 1.0))
+            pyro.sample("x", dist.Normal(w, 0.5), obs=x)
+        pyro.sample("y", dist.Normal(z.sum(-1, keepdim=z.dim() > 1), 0.5), obs=y)
+
+    x, y = torch.randn(4), torch.randn(())
+    guide = auto_faithful_guide(model, x, y, family=family, **FEW)
+    assert "drawn jointly across data" in guide.describe()
+    assert "not faithful" not in guide.describe()
+    guide.zero_grad()
+    Trace_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=1).loss_and_grads(model, guide, x, y)
+    moved = [name for name, p in guide.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+    assert any("chains" in name for name in moved)
+    trace = poutine.trace(guide).get_trace(x, y)
+    values = {name: trace.nodes[name]["value"].detach() for name in ("mu", "z", "w")}
+    torch.testing.assert_close(trace.log_prob_sum(), guide.log_prob(values, x, y))
+
+
+@pytest.mark.parametrize("family", ["normal", "flow"])
+def test_what_is_not_drawn_jointly_is_said(family):
     x, y = torch.randn(6), torch.randn(())
-    subsampled = auto_faithful_guide(total, x, y, 3, **FEW)
-    assert "copies of z stay dependent across data in the posterior" in subsampled.describe()
+    with pytest.warns(GraphflowsWarning, match="copies of z stay dependent.*data is subsampled.*all of plate 'data'"):
+        subsampled = auto_faithful_guide(total, x, y, 3, family=family, **FEW)
+    assert "not faithful: copies of z stay dependent across data in the posterior" in subsampled.describe()
     assert "data is subsampled" in subsampled.describe()
     assert subsampled(x, y, 3)["z"].shape == (3,)
-    flow = auto_faithful_guide(total, x, y, family="flow", **FEW)
-    assert "not faithful: copies of z stay dependent across data" in flow.describe()
-    whole = auto_faithful_guide(total, x, y, **FEW)
+    whole = auto_faithful_guide(total, x, y, family=family, **FEW)
     with pytest.raises(GraphflowsError, match="'data' in full: copies of a latent site stay dependent"):
         whole(x, y, 3)
+
+
+def test_discrete_copies_that_stay_dependent_are_said():
+    def counts(y):
+        with pyro.plate("data", 3):
+            k = pyro.sample("k", dist.Bernoulli(0.4))
+        pyro.sample("y", dist.Normal(k.sum(-1, keepdim=k.dim() > 1), 0.5), obs=y)
+
+    with pytest.warns(GraphflowsWarning, match="copies of k stay dependent across data .*only normal factors"):
+        auto_faithful_guide(counts, torch.tensor(1.0))
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import RenyiELBO, Trace_ELBO
+from pyro.infer import SVI, RenyiELBO, Trace_ELBO
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides import auto_faithful_guide
@@ -275,6 +275,19 @@ def subsampled(x, size=None):
     mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
     with pyro.plate("data", len(x), subsample_size=size) as indices:
         pyro.sample("x", dist.Normal(mu, 1.0), obs=x[indices])
+
+
+def test_two_pooled_guides_train_their_own_encoders():
+    """Parameters are stored by name, and those of summaries have the same names in each guide."""
+    x = torch.randn(6)
+    guides = [auto_faithful_guide(mean_model, x, pool="deepset", **FEW) for _ in range(2)]
+    trainers = [SVI(mean_model, g, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()) for g in guides]
+    for i in (0, 1, 1, 0):
+        before = [[p.detach().clone() for p in guide.pools.parameters()] for guide in guides]
+        trainers[i].step(x)
+        for j, guide in enumerate(guides):
+            pairs = zip(before[j], guide.pools.parameters(), strict=True)
+            assert any(not torch.equal(old, new) for old, new in pairs) == (i == j)
 
 
 def test_subsampled_plates_are_not_pooled():

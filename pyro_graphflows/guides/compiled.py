@@ -1,5 +1,6 @@
 """From a model to a plan: a guide's options, and what it is set up from."""
 
+import warnings
 from collections.abc import Callable, Collection, Hashable
 from typing import Any, TypeVar
 
@@ -9,7 +10,7 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
-from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
+from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.graphs.separation import violated_independencies
@@ -98,6 +99,10 @@ class CompiledGuide(AutoGuide):
 
         Raises:
             UnsupportedModelError: If the model's structure cannot be traced, or the guide cannot represent it.
+
+        Warns:
+            GraphflowsWarning: If latents stay dependent across a plate in the posterior and are independent in the
+                guide. The message names them, and what to do.
         """
         with poutine.block():
             traced = trace_model(self.model, args, kwargs, strict=self._strict, resolution=self._resolution)
@@ -117,7 +122,8 @@ class CompiledGuide(AutoGuide):
             self._plate_states = plates_of(traced.trace)
             self._event_dims = conditioning_event_dims(traced)
             unlike = sites_concerned(inverse, self._uneven_plates(traced, args, kwargs))
-            plan = make_plan(inverse, self._block_kind, self._plan_pools(inverse, traced, unlike))
+            self._pool_plan = self._plan_pools(inverse, traced, unlike)
+            plan = make_plan(inverse, self._block_kind, self._pool_plan)
             require_outer_sites_first(plan, rough)
             self.prototype_trace = traced.trace
             self._prototype_frames = {
@@ -149,6 +155,8 @@ class CompiledGuide(AutoGuide):
             ]
             self._reader.keep_masks = any(node.summary for block in plan.blocks for node in block.context)
             self._build(plan, traced, args, kwargs)
+        if self._pool_plan.missing:
+            warnings.warn("\n".join(self._pool_plan.missing), GraphflowsWarning, stacklevel=2)
         if self.master is not None:
             self.master()._check_prototype(prune_subsample_sites(self.prototype_trace))
         return self

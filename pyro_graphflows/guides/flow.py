@@ -26,7 +26,8 @@ class AutoFaithfulFlow(AutoFaithfulNormal):
     :math:`)` whatever the number of blocks. With hidden units at zero output, as after the regression start, every
     conditional is linear-Gaussian. Sampling, and scoring what was just sampled, need no numerical inversion; scoring
     other values inverts one-dimensional functions (or the other way round with ``closed_form="density"``, for
-    inference compilation). Discrete sites, and those named in ``factors=``, have masked networks as in
+    inference compilation). Discrete sites, those whose copies stay dependent across a plate
+    (:mod:`~pyro_graphflows.guides.coupled`) and those named in ``factors=`` have masked networks as in
     :class:`AutoFaithfulNormal`.
 
     References:
@@ -122,9 +123,6 @@ class AutoFaithfulFlow(AutoFaithfulNormal):
             graphical,
         )
 
-    def _chainable_sites(self) -> dict[str, int]:
-        return {}  # a flow draws each element of a plate by itself
-
     def _check_plan(self, plan: Plan, traced: TracedModel) -> None:
         super()._check_plan(plan, traced)
         plan.analytic_kl.update(dict.fromkeys(plan.analytic_kl, False))
@@ -142,8 +140,9 @@ class AutoFaithfulFlow(AutoFaithfulNormal):
         return super()._block_kind(site), self._has_no_flow(site), alone
 
     def _has_no_flow(self, site: str) -> bool:
-        """Whether a site is discrete or has a factor of the user's own, and so a masked network instead of a flow."""
-        return self._sites[site].encoding is not None or site in self._factors
+        """Whether a site has a masked network: it is discrete, drawn jointly over a plate, or the user gave a factor."""
+        discrete = self._sites[site].encoding is not None
+        return discrete or site in self._factors or site in self._pool_plan.chained
 
     def _make_network(
         self, block: Block, context_sizes: Mapping[str, int], plates: Sequence[PlateState]

@@ -103,6 +103,7 @@ class PoolPlan:
         unlike: The sites with a map of their own for each index of some plates, and these plates.
         chained: The sites with chain-rule terms.
         remarks: What is worth saying of a site.
+        missing: The dependences of the posterior that the guide will not have, each with what to do.
     """
 
     summaries: dict[str, tuple[Summary, ...]] = field(default_factory=dict)
@@ -110,6 +111,7 @@ class PoolPlan:
     unlike: dict[str, tuple[str, ...]] = field(default_factory=dict)
     chained: dict[str, Chaining] = field(default_factory=dict)
     remarks: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
 
 
 def plan_pools(
@@ -138,7 +140,14 @@ def plan_pools(
     for site in inverse.sampling_order:
         planner.visit(site)
     remarks = {site: tuple(lines) for site, lines in planner.remarks.items() if lines}
-    return PoolPlan(planner.summaries, frozenset(planner.free), planner.unlike.own, planner.chained, remarks)
+    return PoolPlan(
+        planner.summaries,
+        frozenset(planner.free),
+        planner.unlike.own,
+        planner.chained,
+        remarks,
+        tuple(planner.missing),
+    )
 
 
 class _Planner:
@@ -159,6 +168,7 @@ class _Planner:
         self.free: set[str] = set()
         self.chained: dict[str, Chaining] = {}
         self.remarks: dict[str, list[str]] = {site: [] for site in inverse.sampling_order}
+        self.missing: list[str] = []
 
     def visit(self, site: str) -> None:
         """Decide for one site."""
@@ -200,20 +210,29 @@ class _Planner:
         coupled = self.inverse.coupled.get(site, ())
         if not coupled:
             return ()
-        named = ", ".join(coupled)
         partial = [name for name in coupled if self.plates[name].subsampled]
-        reason = ""
         if partial:
-            reason = f"{partial[0]} is subsampled"
-        elif site not in self.options.chained:
-            reason = "its factor is not a normal one of a whole site"
-        if not reason:
-            return tuple(name for name in self.around[site] if name in coupled)
-        self.remarks[site].append(
-            f"not faithful: copies of {site} stay dependent across {named} in the posterior, and are independent here "
-            f"({reason})"
-        )
-        return ()
+            self._not_faithful(
+                site,
+                f"copies of {site} stay dependent across {', '.join(coupled)} in the posterior, and are independent "
+                f"here ({partial[0]} is subsampled)",
+                f"Set up and call the guide with all of plate {partial[0]!r}: the copies are then drawn jointly.",
+            )
+            return ()
+        if site not in self.options.chained:
+            self._not_faithful(
+                site,
+                f"copies of {site} stay dependent across {', '.join(coupled)} in the posterior, and are independent "
+                "here (only normal factors of whole continuous sites are drawn jointly)",
+                "Use the normal factor and resolution='site' for it if it is continuous, or let the model sum over "
+                'its values (infer={"enumerate": "parallel"}) if it is discrete and Pyro can.',
+            )
+            return ()
+        return tuple(name for name in self.around[site] if name in coupled)
+
+    def _not_faithful(self, site: str, what: str, remedy: str) -> None:
+        self.remarks[site].append(f"not faithful: {what}")
+        self.missing.append(f"Not faithful: {what}. {remedy}")
 
     def _can_pool(self, site: str, along: Collection[str]) -> bool:
         looked_up = [parent for parent in along if parent in self.indices]
@@ -237,9 +256,11 @@ class _Planner:
             if not partial:
                 kept.append(parent)
                 continue
-            self.remarks[site].append(
-                f"not faithful: {parent} in the subsampled plate {partial[0]} cannot be an input of {site}, which is "
-                "outside of it"
+            self._not_faithful(
+                site,
+                f"{parent} in the subsampled plate {partial[0]} cannot be an input of {site}, which is outside of it",
+                f"Set up and call the guide with all of plate {partial[0]!r}, or take an inverse that samples {site} "
+                "first.",
             )
         return kept
 

@@ -100,12 +100,13 @@ class RunningGuide(CompiledGuide):
         store = pyro.get_param_store()
         if not len(store):
             return
-        fullname = self._pyro_get_fullname("networks")
-        networks: Any = self._modules["networks"]
-        for name, parameter in networks.named_parameters():
-            stored = store._params.get(f"{fullname}$$${name}")
-            if stored is not None and stored is not parameter:
-                del store[f"{fullname}$$${name}"]
+        for part in ("networks", "pools"):
+            fullname = self._pyro_get_fullname(part)
+            module: Any = self._modules[part]
+            for name, parameter in module.named_parameters():
+                stored = store._params.get(f"{fullname}$$${name}")
+                if stored is not None and stored is not parameter:
+                    del store[f"{fullname}$$${name}"]
 
     def _with_supports(
         self,
