@@ -140,7 +140,7 @@ class AutoFaithfulFlow(AutoFaithfulNormal):
         return super()._block_kind(site), self._has_no_flow(site), alone
 
     def _has_no_flow(self, site: str) -> bool:
-        """Whether a site has a masked network: it is discrete, drawn jointly over a plate, or the user gave a factor."""
+        """Whether a site has a masked network: it is discrete, drawn jointly, or the user gave a factor."""
         discrete = self._sites[site].encoding is not None
         return discrete or site in self._factors or site in self._pool_plan.chained
 
