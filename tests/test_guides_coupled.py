@@ -76,7 +76,9 @@ def set_joint_(guide, site, mean, covariance):
     network.chains[network._chain_of[site]].set_mixing_(scale / scale.diagonal().unsqueeze(-1))
 
 
-@pytest.mark.parametrize("options", [{}, {"family": "flow"}, {"family": "flow", "flow": "graphical"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"family": "flow"}, {"family": "flow", "flow": "graphical"}], ids=str
+)
 @pytest.mark.parametrize("loss", [Trace_ELBO, TraceMeanField_ELBO])
 def test_an_observed_total_is_exact_with_free_parameters(loss, options):
     n = 5
@@ -258,7 +260,9 @@ def test_flows_beside_sites_that_are_drawn_jointly(family):
     assert "drawn jointly across data" in guide.describe()
     assert "not faithful" not in guide.describe()
     guide.zero_grad()
-    Trace_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=1).loss_and_grads(model, guide, x, y)
+    Trace_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=1).loss_and_grads(
+        model, guide, x, y
+    )
     moved = [name for name, p in guide.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
     assert any("chains" in name for name in moved)
     trace = poutine.trace(guide).get_trace(x, y)
@@ -269,7 +273,9 @@ def test_flows_beside_sites_that_are_drawn_jointly(family):
 @pytest.mark.parametrize("family", ["normal", "flow"])
 def test_what_is_not_drawn_jointly_is_said(family):
     x, y = torch.randn(6), torch.randn(())
-    with pytest.warns(GraphflowsWarning, match="copies of z stay dependent.*data is subsampled.*all of plate 'data'"):
+    with pytest.warns(
+        GraphflowsWarning, match="copies of z stay dependent.*data is subsampled.*all of plate 'data'"
+    ):
         subsampled = auto_faithful_guide(total, x, y, 3, family=family, **FEW)
     assert "not faithful: copies of z stay dependent across data in the posterior" in subsampled.describe()
     assert "data is subsampled" in subsampled.describe()
@@ -285,7 +291,9 @@ def test_discrete_copies_that_stay_dependent_are_said():
             k = pyro.sample("k", dist.Bernoulli(0.4))
         pyro.sample("y", dist.Normal(k.sum(-1, keepdim=k.dim() > 1), 0.5), obs=y)
 
-    with pytest.warns(GraphflowsWarning, match="copies of k stay dependent across data .*only normal factors"):
+    with pytest.warns(
+        GraphflowsWarning, match="copies of k stay dependent across data .*only normal factors"
+    ):
         auto_faithful_guide(counts, torch.tensor(1.0))
 
 
