@@ -9,9 +9,10 @@ them: without structure (``vae``), with independent (``ind``) or fully connected
     python examples/siren_vae.py --network ecoli70 --variant true --flow faithful --train-multiple 2 --seeds 3
     python examples/siren_vae.py --study all --out docs/results   # everything, restartable; `make table1`
 
-Each run is one JSON file in ``<out>/siren_vae``, written when it is done. The rate of Adam is chosen once for each
-cell, on seed 0, by 200 further points drawn from the network; the results with the rate that the training loss would
-have chosen are shown beside. ``siren_vae_report.py`` draws the page from the files that are there.
+Each run is one JSON file in ``<out>/siren_vae``, written when it is done. The rate of Adam, and on few data the
+patience of its schedule, are chosen once for each cell, on seed 0, by 200 further points drawn from the network; the
+results with what the training loss would have chosen are shown beside. ``siren_vae_report.py`` draws the page from
+the files that are there.
 
 References:
     [1] Mouton and Kroon (2022), SIReN-VAE: Leveraging Flows and Amortized Inference for Bayesian Networks.
@@ -21,52 +22,67 @@ import argparse
 import multiprocessing
 import os
 import time
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from siren_vae_report import render
-from siren_vae_runs import FEW, RATES, REMEDIES, ROWS, Run, pick_rate, test, train
+from siren_vae_runs import REMEDIES, ROWS, Run, pick_setting, robustness_setting, settings_of, test, train
 
 NETWORKS = ("ecoli70", "magic-irri", "arth150", "magic-niab")
 FIGURE_MULTIPLES = (5, 10, 25, 50)
 
 
-def chosen_rate(cell, folder, args):
-    """Return the best rates of a cell by validation points and by training loss, from runs with seed 0."""
-    results = {lr: train(Run(**cell, seed=0, lr=lr), folder, args) for lr in RATES[cell["multiple"] < FEW]}
-    by = [pick_rate({lr: r[key] for lr, r in results.items()}) for key in ("validation_nll", "train_loss")]
-    return by[0], by[1]
+@dataclass(frozen=True)
+class Job:
+    """A cell of the study and how its rate and patience come about: given, or chosen on seed 0 of a cell."""
 
-
-def do_cell(job):
-    """Do all runs of a cell that are not there yet."""
-    cell, seeds, rate, both, args = job  # rate: a number, the cell that says it, or None for this cell
-    torch.set_num_threads(1)
-    folder = Path(args.out) / "siren_vae"
-    folder.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
-    if rate is None:
-        rate, by_loss = (args.lr, args.lr) if args.lr else chosen_rate(cell, folder, args)
-    elif isinstance(rate, dict):  # the rate of another cell
-        rate, by_loss = chosen_rate(rate, folder, args)
-    results = [test(Run(**cell, seed=seed, lr=rate), folder, args) for seed in range(seeds)]
-    if both and by_loss != rate:
-        test(Run(**cell, seed=0, lr=by_loss), folder, args)
-    excess = torch.tensor([result["test"]["excess"] for result in results])
-    spread = f" ± {excess.std():.3f}" if seeds > 1 else ""
-    name = Run(**cell, seed=0, lr=rate).cell
-    return (
-        f"{name}: excess {excess.mean():.3f}{spread} nats over {seeds} seeds at rate {rate:g}, "
-        f"{time.perf_counter() - started:.0f} s"
-    )
+    cell: dict
+    seeds: int
+    setting: tuple | None = None
+    like: dict | None = None  # the cell that says the setting, if it is another one
+    patience: int | None = None  # choose the rate for this patience only
+    by_loss: bool = False  # also test seed 0 with the setting that the training loss would choose
 
 
 def cell_of(network, row, multiple, **more):
     return {"network": network, "row": row, "multiple": multiple, **more}
 
 
-def jobs_of(args):
-    """List the cells of a part of the study, the most wanted first."""
+def run_of(cell, setting, seed):
+    return Run(**cell, seed=seed, lr=setting[0], patience=setting[1])
+
+
+def chosen_settings(cell, patience, folder, args):
+    """Return the best settings of a cell by validation points and by training loss, from runs with seed 0."""
+    settings = settings_of(cell["multiple"], patience)
+    results = {setting: train(run_of(cell, setting, 0), folder, args) for setting in settings}
+    return [pick_setting({s: r[key] for s, r in results.items()}) for key in ("validation_nll", "train_loss")]
+
+
+def do_job(job, args):
+    """Do all runs of a cell that are not there yet; return a line about them."""
+    torch.set_num_threads(1)
+    folder = Path(args.out) / "siren_vae"
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    setting, by_loss = job.setting, job.setting
+    if setting is None:
+        setting, by_loss = chosen_settings(job.like or job.cell, job.patience, folder, args)
+    results = [test(run_of(job.cell, setting, seed), folder, args) for seed in range(job.seeds)]
+    if job.by_loss and by_loss != setting:
+        test(run_of(job.cell, by_loss, 0), folder, args)
+    excess = torch.tensor([result["test"]["excess"] for result in results])
+    spread = f" ± {excess.std():.3f}" if job.seeds > 1 else ""
+    return (
+        f"{run_of(job.cell, setting, 0).cell}: excess {excess.mean():.3f}{spread} nats over {job.seeds} seeds at rate "
+        f"{setting[0]:g}, {time.perf_counter() - started:.0f} s"
+    )
+
+
+def jobs_of(study):
+    """List the jobs of a part of the study, the most wanted first."""
     jobs = []
     wanted = [(n, "faithful", 2) for n in ("ecoli70", "magic-irri", "arth150")]
     wanted += [(n, "faithful", 100) for n in ("ecoli70", "magic-irri")]
@@ -74,45 +90,44 @@ def jobs_of(args):
     wanted += [(n, row, 100) for n in ("ecoli70", "magic-irri", "magic-niab") for row in reversed(ROWS)]
     wanted += [("arth150", row, 100) for row in reversed(ROWS)]
     seeds = {2: 5, 100: 3}
-    if args.study in ("table", "all"):
+    if study in ("table", "all"):
         for network, row, multiple in dict.fromkeys(wanted):
             count = 1 if (network, multiple) == ("arth150", 100) else seeds[multiple]
-            jobs.append((cell_of(network, row, multiple), count, None, multiple == 2, args))
-    if args.study in ("robustness", "all"):
+            jobs.append(Job(cell_of(network, row, multiple), count, by_loss=multiple == 2))
+    if study in ("robustness", "all"):
         for multiple, count in ((2, 5), (20, 3)):
+            setting = robustness_setting(multiple)
+            jobs.append(Job(cell_of("ecoli70", "faithful", multiple), count, setting))
             for how in ("remove", "reverse", "add"):
                 for percent in (10, 25, 50):
                     cell = cell_of("ecoli70", "faithful", multiple, perturbation=f"{how}-{percent}")
-                    jobs.append((cell, count, 1e-2, False, args))
-            jobs.append((cell_of("ecoli70", "faithful", multiple), count, 1e-2, False, args))
-    if args.study in ("remedies", "all"):
+                    jobs.append(Job(cell, count, setting))
+    if study in ("remedies", "all"):
         for network in NETWORKS:
-            for remedy in REMEDIES:
-                cell = cell_of(network, "faithful", 2, remedy=remedy)
-                jobs.append((cell, 5, cell_of(network, "faithful", 2), False, args))
-    if args.study in ("figure", "all"):
+            like = cell_of(network, "faithful", 2)
+            jobs += [Job(cell_of(network, "faithful", 2, remedy=r), 5, like=like) for r in REMEDIES]
+    if study in ("figure", "all"):
         for multiple in FIGURE_MULTIPLES:
             for row in reversed(ROWS):
-                other = cell_of("ecoli70", row, 2 if multiple < 25 else 100)
-                jobs.append((cell_of("ecoli70", row, multiple), 3, other, False, args))
-    if args.study in ("patience", "all"):
+                like = cell_of("ecoli70", row, 2 if multiple < 25 else 100)
+                jobs.append(Job(cell_of("ecoli70", row, multiple), 3, like=like))
+    if study in ("patience", "all"):
         for network in NETWORKS:
             for row in reversed(ROWS):
-                cell = cell_of(network, row, 2, patience=10)
-                jobs.append((cell, 5, cell_of(network, row, 2), False, args))
+                jobs += [Job(cell_of(network, row, 2), 5, patience=patience) for patience in (10, 0)]
     return jobs
 
 
 def study(args):
-    jobs = [(cell, min(seeds, args.max_seeds), *rest) for cell, seeds, *rest in jobs_of(args)]
+    jobs = [replace(job, seeds=min(job.seeds, args.max_seeds)) for job in jobs_of(args.study)]
     print(f"{len(jobs)} cells, {args.workers} at a time.", flush=True)
     if args.workers == 1:
         for job in jobs:
-            print(do_cell(job), flush=True)
+            print(do_job(job, args), flush=True)
             render(args.out)
     else:
         with multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=1) as pool:
-            for line in pool.imap_unordered(do_cell, jobs):
+            for line in pool.imap_unordered(partial(do_job, args=args), jobs):
                 print(line, flush=True)
                 render(args.out)
     print(f"Page: {render(args.out)}")
@@ -130,7 +145,8 @@ def main(args):
         raise SystemExit(f"No row for variant {args.variant} with flow {args.flow}; there are {ROWS}.")
     for row in rows:
         cell = cell_of(args.network, row, args.train_multiple)
-        print(do_cell((cell, args.seeds, None, False, args)))
+        setting = None if args.lr is None else (args.lr, args.patience or 0)
+        print(do_job(Job(cell, args.seeds, setting, patience=args.patience), args))
 
 
 def parser():
@@ -144,6 +160,7 @@ def parser():
     )
     parse.add_argument("--seeds", type=int, default=1, help="number of seeds")
     parse.add_argument("--lr", type=float, help="rate of Adam; chosen among three if not given")
+    parse.add_argument("--patience", type=int, help="epochs without improvement before the rate falls")
     parse.add_argument("--data", help="a folder with NAME.json of other networks")
     parse.add_argument("--out", default="out", help="folder of siren_vae.md and siren_vae/")
     parse.add_argument(

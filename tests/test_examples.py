@@ -17,6 +17,7 @@ TESTED_ELSEWHERE = {
     *("binary_tree.py", "binary_tree_measures.py", "binary_tree_report.py"),
     *("density.py", "density_report.py"),
     *("siren_vae.py", "siren_vae_digits.py", "siren_vae_report.py", "siren_vae_runs.py"),
+    *("siren_vae_results.py", "siren_vae_tables.py", "siren_vae_figures.py"),
     *("graph_vae.py", "graph_vae_faithful.py", "graph_vae_plots.py", "graph_vae_report.py"),
     *("graph_vae_runs.py", "graph_vae_synthetic.py"),
 }

@@ -39,34 +39,32 @@ def test_command_line(tmp_path):
     assert result["test"]["true_nll"] == pytest.approx(load_network("magic-niab").entropy(), abs=0.3)
 
 
-def test_rates_are_chosen_once_and_runs_are_kept(study, tmp_path):
+def test_settings_are_chosen_once_and_runs_are_kept(study, tmp_path):
     siren_vae, runs, report = study
     torch.set_default_dtype(torch.float32)
     args = siren_vae.parser().parse_args(
         ["--out", str(tmp_path), "--max-epochs", "3", "--num-particles", "4", "--study", "table"]
     )
-    cell = {"network": "magic-niab", "row": "vae", "multiple": 2}
-    job = (cell, 2, None, True, args)
-    siren_vae.do_cell(job)
+    job = siren_vae.Job({"network": "magic-niab", "row": "vae", "multiple": 2}, 2, by_loss=True)
+    siren_vae.do_job(job, args)
     folder = tmp_path / "siren_vae"
     files = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json")}
-    first = {
-        lr: json.loads((folder / f"magic-niab-vae-2x-lr{lr:g}-s0.json").read_text())
-        for lr in runs.RATES[True]
+    by_setting = {
+        (r["run"]["lr"], r["run"]["patience"]): r
+        for r in (json.loads((folder / name).read_text()) for name in files)
+        if r["run"]["seed"] == 0
     }
-    best = runs.pick_rate({lr: first[lr]["validation_nll"] for lr in first})
-    loss = runs.pick_rate({lr: first[lr]["train_loss"] for lr in first})
-    tested = {
-        (r["run"]["lr"], r["run"]["seed"])
-        for p in files
-        if (r := json.loads((folder / p).read_text()))["test"]
-    }
-    assert tested == {(lr, seed) for lr, seed in [(best, 0), (best, 1), (loss, 0)]}
-    siren_vae.do_cell(job)
+    assert set(by_setting) == set(runs.settings_of(2))
+    best = runs.pick_setting({s: r["validation_nll"] for s, r in by_setting.items()})
+    loss = runs.pick_setting({s: r["train_loss"] for s, r in by_setting.items()})
+    assert {s for s, r in by_setting.items() if r["test"]} == {best, loss}
+    assert [epoch for epoch, _ in by_setting[best]["validation_curve"]] == [1, 2]
+    siren_vae.do_job(job, args)
     assert files == {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json")}
     (folder / ".states" / "nothing.pt").write_text("")  # what an interrupted run leaves does no harm
-    found, lr = report.Results(folder).cell("magic-niab", "vae", 2)
-    assert (len(found), lr) == (2, best)
+    results = report.Results(folder)
+    found = results.cell("magic-niab", "vae", 2)
+    assert (len(found), results.setting("magic-niab", "vae", 2)) == (2, best)
     page = report.render(tmp_path).read_text()
     assert f"{sum(r['test']['nll_100'] for r in found) / 2:.2f} ± " in page
     assert "| magic-niab | *true network* |" in page
@@ -84,7 +82,7 @@ def test_remedies_and_wrong_structures(study, tmp_path):
             run = runs.Run("magic-niab", "faithful", 2, 0, 1e-2, remedy=remedy)
             assert runs.train(run, folder, args)["epochs"] == 2
     for how in ("reverse-50", "add-10"):
-        run = runs.Run("ecoli70", "faithful", 2, 0, 1e-2, perturbation=how)
+        run = runs.Run("ecoli70", "faithful", 2, 0, 1e-2, patience=10, perturbation=how)
         assert runs.test(run, folder, args)["test"]["excess"] > 0
     page = report.render(tmp_path).read_text()
     assert "## Remedies against few data" in page
@@ -104,10 +102,26 @@ def test_testing_a_run_that_is_not_there_trains_it(study, tmp_path):
     assert found[40] < found[1] - 0.5
 
 
-def test_pick_rate(study):
-    pick = study[1].pick_rate
-    assert pick({1e-1: 31.7, 1e-2: 31.86, 1e-3: None}) == 1e-1
-    assert pick({1e-1: None}) is None
+def test_settings(study):
+    runs = study[1]
+    assert runs.pick_setting({1e-1: 31.7, 1e-2: 31.86, 1e-3: None}) == 1e-1
+    assert runs.pick_setting({1e-1: None}) is None
+    assert {patience for _, patience in runs.settings_of(2)} == {0, 10}
+    assert runs.settings_of(2, 10) == [(1e-2, 10), (1e-3, 10)]
+    assert runs.settings_of(100) == [(1e-2, 0), (1e-3, 0)]
+
+
+def test_jobs_of_the_study(study):
+    siren_vae, runs, _ = study
+    jobs = siren_vae.jobs_of("all")
+    assert siren_vae.jobs_of("table") == jobs[: len(siren_vae.jobs_of("table"))]
+    table = {tuple(job.cell.values()): job.seeds for job in siren_vae.jobs_of("table")}
+    assert len(table) == 4 * 5 * 2
+    assert {table[n, "faithful", 2] for n in siren_vae.NETWORKS} == {5}
+    assert table["arth150", "faithful", 100] == 1
+    wrong = [job for job in siren_vae.jobs_of("robustness") if "perturbation" in job.cell]
+    assert len(wrong) == 2 * 3 * 3
+    assert all(job.setting == runs.robustness_setting(job.cell["multiple"]) for job in wrong)
 
 
 def test_perturbed_graphs(study):

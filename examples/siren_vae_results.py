@@ -1,0 +1,69 @@
+"""Reading the runs of the SIReN-VAE study from their JSON files: cells, chosen settings, means."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from siren_vae_runs import DEFAULT_PATIENCE, FEW, pick_setting, settings_of
+
+NETWORKS = ("ecoli70", "arth150", "magic-irri", "magic-niab")
+SHAPES = {"ecoli70": "24/22/70", "arth150": "67/40/150", "magic-irri": "5/59/102", "magic-niab": "5/39/66"}
+LABELS = {
+    "vae": "VAE",
+    "ind": "SIReN-VAE ind, GRF",
+    "FC": "SIReN-VAE FC, GRF",
+    "true": "SIReN-VAE true, GRF",
+    "faithful": "SIReN-VAE true, faithful flow",
+}
+
+
+class Results:
+    """All runs by cell, setting (rate and patience) and seed."""
+
+    def __init__(self, folder):
+        self.cells = defaultdict(lambda: defaultdict(dict))
+        for path in sorted(Path(folder).glob("*-s*.json")):
+            result = json.loads(path.read_text())
+            run = result["run"]
+            key = tuple(run[k] for k in ("network", "row", "multiple", "remedy", "perturbation"))
+            self.cells[key][run["lr"], run["patience"]][run["seed"]] = result
+
+    def tried(self, network, row, multiple, patience=None):
+        """List the settings that were tried on seed 0."""
+        found = self.cells.get((network, row, multiple, "", ""), {})
+        return [s for s in settings_of(multiple, patience) if 0 in found.get(s, {})]
+
+    def setting(self, network, row, multiple, by="validation_nll", patience=None):
+        """Return the setting of a cell, chosen on seed 0; None if there are no runs."""
+        found = self.cells.get((network, row, multiple, "", ""), {})
+        return pick_setting({s: found[s][0][by] for s in self.tried(network, row, multiple, patience)})
+
+    def runs(self, network, row, multiple, setting, remedy="", perturbation=""):
+        """Return the runs of a cell with a setting that have test figures, by seed."""
+        found = self.cells.get((network, row, multiple, remedy, perturbation), {}).get(setting, {})
+        return {seed: result for seed, result in found.items() if result["test"]}
+
+    def cell(self, network, row, multiple, **how):
+        """Return the runs of a cell at the chosen setting that have test figures, as a list."""
+        return list(self.runs(network, row, multiple, self.setting(network, row, multiple, **how)).values())
+
+
+def words_of(setting, multiple):
+    """Return a setting as words."""
+    return "–" if setting is None else f"{setting[0]:g}, {setting[1] or DEFAULT_PATIENCE[multiple < FEW]}"
+
+
+def mean_sd(results, key, digits=2, count=False):
+    values = np.array([result["test"][key] for result in results], dtype=float)
+    if not len(values):
+        return "–"
+    text = f"{values.mean():.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {values.std(ddof=1):.{digits}f}"
+    return f"{text} ({len(values)})" if count else text
+
+
+def table(head, rows):
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])

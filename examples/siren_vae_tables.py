@@ -1,0 +1,182 @@
+"""The tables of the SIReN-VAE page."""
+
+import numpy as np
+from siren_vae_results import LABELS, NETWORKS, SHAPES, mean_sd, table, words_of
+
+MUST_REACH = {
+    ("ecoli70", 2): 1.5,
+    ("ecoli70", 100): 0.06,
+    ("arth150", 2): 3.2,
+    ("arth150", 100): 0.4,
+    ("magic-irri", 2): 0.15,
+    ("magic-irri", 100): 0.05,
+}
+#: Excess of the paper's best model (its negative log-likelihood minus the entropy of the true network), in nats.
+PAPER_EXCESS = {("arth150", 2): 5.0, ("arth150", 100): 1.8, ("magic-irri", 2): 1.0, ("magic-irri", 100): 0.16}
+
+
+def main_table(results):
+    head = [
+        "network (D/K/E)",
+        *(f"{label}, {m}×" for m in (2, 100) for label in ("VAE", "ind", "FC", "true", "faithful")),
+    ]
+    rows = []
+    for network in NETWORKS:
+        cells = [results.cell(network, row, multiple) for multiple in (2, 100) for row in LABELS]
+        rows.append([f"{network} ({SHAPES[network]})", *(mean_sd(cell, "excess", 3, True) for cell in cells)])
+    return table(head, rows)
+
+
+def reach_table(results):
+    rows = []
+    for (network, multiple), bound in MUST_REACH.items():
+        found = results.cell(network, "faithful", multiple)
+        verdict = "–"
+        if found:
+            wanted = 5 if multiple == 2 else 1 if network == "arth150" else 3
+            verdict = "so far: " if len(found) < wanted else ""
+            verdict += "yes" if np.mean([r["test"]["excess"] for r in found]) <= bound else "no"
+        paper = PAPER_EXCESS.get((network, multiple), "–")
+        rows.append([network, f"{multiple}×", mean_sd(found, "excess", 3, True), bound, verdict, paper])
+    return table(["network", "training points", "excess", "bound", "reached", "paper's excess"], rows)
+
+
+def claim(results):
+    """Say for each network whether true < ind and FC < VAE holds on 2x data, with either flow for the true network."""
+    lines = []
+    for network in NETWORKS:
+        found = {row: results.cell(network, row, 2) for row in LABELS}
+        if not all(found.values()):
+            continue
+        mean = {row: np.mean([r["test"]["excess"] for r in cell]) for row, cell in found.items()}
+        words = [
+            f"{label} {mean[row]:.2f} {'<' if mean[row] < mean[other] else '≥'} {name} {mean[other]:.2f}"
+            for row, other, label, name in (
+                ("true", "ind", "true (GRF)", "ind"),
+                ("true", "FC", "true (GRF)", "FC"),
+                ("faithful", "ind", "true (faithful flow)", "ind"),
+                ("faithful", "FC", "true (faithful flow)", "FC"),
+                ("ind", "vae", "ind", "VAE"),
+                ("FC", "vae", "FC", "VAE"),
+            )
+        ]
+        lines.append(f"- {network}: " + "; ".join(words) + ".")
+    if not lines:
+        return ""
+    return "The paper's claim for 2× data is true < ind and FC < VAE. Mean excess here:\n\n" + "\n".join(
+        lines
+    )
+
+
+def table_1(results):
+    head = ["network", "model", "NLL 2×", "RE 2×", "NLL 2×, 1,000", "NLL 100×", "RE 100×", "NLL 100×, 1,000"]
+    rows = []
+    for network in NETWORKS:
+        true = None
+        for row, label in LABELS.items():
+            line = [network, label]
+            for multiple in (2, 100):
+                found = results.cell(network, row, multiple)
+                line += [mean_sd(found, key) for key in ("nll_100", "re_100", "nll")]
+                true = found[0]["test"] if found else true
+            rows.append(line)
+        if true:
+            text = f"{true['true_nll']:.2f} (entropy {true['entropy']:.2f})"
+            hundred = f"{true['nll_100'] - true['excess_100']:.2f}"
+            rows.append([network, "*true network*", hundred, "", text, hundred, "", text])
+    return table(head, rows)
+
+
+def setting_table(results):
+    """Return the excess by both ways of choosing rate and patience."""
+    rows = []
+    for network in NETWORKS:
+        for row, label in LABELS.items():
+            line = [network, label, len(results.tried(network, row, 2))]
+            for by in ("validation_nll", "train_loss"):
+                found = results.cell(network, row, 2, by=by)
+                setting = results.setting(network, row, 2, by=by)
+                line += [words_of(setting, 2), mean_sd(found, "excess", 3, True)]
+            if line[2]:
+                rows.append(line)
+    head = ["network", "model", "settings tried", "by validation", "excess", "by training loss", "excess"]
+    return table(head, rows)
+
+
+def patience_table(results):
+    """Return the excess at each patience, with the rate that suits it."""
+    rows = []
+    for network in NETWORKS:
+        for row, label in LABELS.items():
+            line = [network, label]
+            for patience in (0, 10):
+                setting = results.setting(network, row, 2, patience=patience)
+                found = list(results.runs(network, row, 2, setting).values())
+                epochs = f"{np.mean([r['epochs'] for r in found]):.0f}" if found else "–"
+                rate = "–" if setting is None else f"{setting[0]:g}"
+                line += [rate, epochs, mean_sd(found, "excess", 3, True)]
+            if set(line[2:]) != {"–"}:
+                rows.append(line)
+    return table(
+        [
+            "network",
+            "model",
+            *("rate, patience 60", "epochs", "excess"),
+            *("rate, patience 10", "epochs", "excess"),
+        ],
+        rows,
+    )
+
+
+REMEDY_LABELS = {
+    "": "none",
+    "warm-up": "warm-up of the KL over 100 epochs",
+    "iwae": "IWAE objective, 5 particles",
+    "decay": "weight decay 0.3 (decoupled)",
+    "early": "early stopping on a fifth of the data",
+    "average": "mean of the weights of epochs 200–400, rate constant",
+    "small": "small networks (1 block, 2 units, decoder 1 unit)",
+}
+
+
+def remedies_table(results):
+    """Return the excess with each remedy, and its paired difference to none."""
+    rows = []
+    for remedy, label in REMEDY_LABELS.items():
+        line = [label]
+        for network in NETWORKS:
+            setting = results.setting(network, "faithful", 2)
+            found = results.runs(network, "faithful", 2, setting, remedy=remedy)
+            base = results.runs(network, "faithful", 2, setting)
+            text = mean_sd(list(found.values()), "excess", 3, True)
+            gains = [
+                found[s]["test"]["excess"] - base[s]["test"]["excess"] for s in sorted(set(found) & set(base))
+            ]
+            if remedy and len(gains) > 1:
+                text += f"; {np.mean(gains):+.3f} ± {np.std(gains, ddof=1) / len(gains) ** 0.5:.3f}"
+            line.append(text)
+        rows.append(line)
+    return table(["remedy", *NETWORKS], rows)
+
+
+def speed_text(speed):
+    head = ["network", "model", "parameters", "ms per step", "seconds per epoch of 10,000", "times the VAE"]
+    rows = []
+    for network, models in speed["models"].items():
+        base = models["VAE"]["ms"]
+        for label, figures in models.items():
+            ms = figures["ms"]
+            rows.append(
+                [
+                    network,
+                    label,
+                    f"{figures['parameters']:,}",
+                    f"{ms:.1f}",
+                    f"{ms / 10:.2f}",
+                    f"{ms / base:.1f}",
+                ]
+            )
+    text = [speed["note"], table(head, rows)]
+    if "profile" in speed:
+        text += ["Where a step of the faithful model on arth150 goes:", "```\n" + speed["profile"] + "\n```"]
+    return text
