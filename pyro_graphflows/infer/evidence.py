@@ -17,7 +17,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.infer.diagnostics import effective_sample_size, psis_khat
 from pyro_graphflows.infer.enumeration import enumerated, summed_log_density
 from pyro_graphflows.infer.particles import (
@@ -36,6 +36,7 @@ from pyro_graphflows.infer.particles import (
     require_inside,
     run_pair,
 )
+from pyro_graphflows.infer.vectorized import difference_to_alone, errors_of_batches
 
 __all__ = ["Evidence", "evidence_from_log_weights", "importance_log_weights", "log_evidence"]
 
@@ -108,7 +109,8 @@ def log_evidence(
     Raises:
         GraphflowsError: If the data plate is ambiguous or unknown, or a number is not positive.
         UnsupportedModelError: If a site is outside the data plate, a plate is subsampled, a site is scaled, a
-            latent site is missing in the guide, or all particles share one draw.
+            latent site is missing in the guide, all particles share one draw, or a particle has another density in
+            the batch than alone (the model is not written for batches: use ``vectorize=False``).
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -223,8 +225,13 @@ def importance_log_weights(
             size = min(chunk_size, num_particles - start)
             many, proposals = particle_plate(model, size, dim), particle_plate(guide, size, dim)
             many = enumerated(many, first.max_plate_nesting + 1) if enumerates else many
-            pair = run_pair(many, proposals, args, kwargs)
+            with errors_of_batches(size):
+                pair = run_pair(many, proposals, args, kwargs)
             require_independent_particles(pair[1], dim, size)
+            if start == 0 and not enumerates:
+                difference = difference_to_alone(model, guide, args, kwargs, pair, traces, [dim])
+                if difference:
+                    raise UnsupportedModelError(difference)
             chunks.append(_log_weights(*pair, {PARTICLES: dim, **data}, enumerates))
         return torch.cat(chunks)
 

@@ -21,6 +21,7 @@ respect to these leaves alone; each leaf's gradient, weighted, is then sent back
 drawn.
 """
 
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -36,8 +37,10 @@ from pyro_graphflows.infer.particle_terms import LocalPlate, PlateLayout, collec
 from pyro_graphflows.infer.particles import (
     OUTER_PARTICLES,
     Program,
+    Prototype,
     Site,
     density_sites,
+    evaluation_mode,
     find_data_plate,
     inside,
     particle_plate,
@@ -46,6 +49,7 @@ from pyro_graphflows.infer.particles import (
     require_independent_particles,
     run_pair,
 )
+from pyro_graphflows.infer.vectorized import difference_to_alone, errors_of_batches
 
 __all__ = ["IWAE_ELBO"]
 
@@ -213,14 +217,17 @@ class IWAE_ELBO(ELBO):
         """Find the plates, once for each pair, without moving the random generators."""
         if self._layout is None or self._layout_of != (model, guide):
             state = random_state()
-            layout = self._find_layout(model, guide, args, kwargs)
-            with torch.no_grad(), poutine.block():
+            layout, first = self._find_layout(model, guide, args, kwargs)
+            with torch.no_grad(), poutine.block(), errors_of_batches(self.num_particles):
                 self._check_guide(layout, self._run(layout, model, guide, args, kwargs)[1])
+            self._warn_of_mixing(layout, first, model, guide, args, kwargs)
             set_random_state(state)
             self._layout, self._layout_of = layout, (model, guide)
         return self._layout
 
-    def _find_layout(self, model: Program, guide: Program, args: Any, kwargs: Any) -> PlateLayout:
+    def _find_layout(
+        self, model: Program, guide: Program, args: Any, kwargs: Any
+    ) -> tuple[PlateLayout, Prototype]:
         first = prototype(model, guide, args, kwargs, self._given_nesting)
         frame = find_data_plate(first.model_trace, self.data_plate)
         dims: tuple[int, ...] = ()
@@ -236,7 +243,20 @@ class IWAE_ELBO(ELBO):
             shared = [dim for name, dim in around[0] if all((name, dim) in stack for stack in around)]
             dims = tuple(sorted(dim for dim in (*shared, frame.dim) if dim is not None))
         nesting = first.max_plate_nesting
-        return PlateLayout(None if frame is None else frame.name, dims, -1 - nesting, -2 - nesting)
+        layout = PlateLayout(None if frame is None else frame.name, dims, -1 - nesting, -2 - nesting)
+        return layout, first
+
+    def _warn_of_mixing(
+        self, layout: PlateLayout, first: Prototype, model: Program, guide: Program, args: Any, kwargs: Any
+    ) -> None:
+        """Warn where a particle has another density among the others than alone, batch norm and dropout apart."""
+        alone = (first.model_trace, first.guide_trace)
+        with torch.no_grad(), poutine.block(), evaluation_mode(model, guide):
+            batch = self._run(layout, model, guide, args, kwargs)
+            dims = [layout.inner, layout.outer]
+            difference = difference_to_alone(model, guide, args, kwargs, batch, alone, dims)
+        if difference:
+            warnings.warn(difference, stacklevel=4)
 
     def _check_guide(self, layout: PlateLayout, guide_trace: poutine.Trace) -> None:
         local = guide_trace.copy()
