@@ -19,21 +19,17 @@ __all__ = ["block_loss", "fit_normal", "regress_", "standardize_"]
 
 RIDGE = 1e-10  # relative to unit variances; makes rank-deficient sets of parents solvable
 RESIDUAL_FLOOR = 1e-4  # in standardised units; deterministic relations have residual zero
-REACH = 20.0  # interquartile ranges; 27 standard deviations of a normal sample
-MOST_QUANTILE_ROWS = 100_000
 WINSOR = 10.0  # standard deviations; keeps one draw of a heavy tail from deciding
 
 
 def standardize_(block: MADEBlock, values: Mapping[str, Tensor], discrete: Collection[str] = ()) -> None:
     """Set the shift and scale of each site from samples of its unconstrained vector, shape ``(n, size)``.
 
-    Discrete sites keep shift 0 and scale 1: their vectors are zeros and ones. Under a prior with heavy tails (effects
-    with a half-Cauchy scale) a few draws would decide the scale, and the guide would start thousands of times too
-    wide: values far out are drawn in first.
+    Discrete sites keep shift 0 and scale 1: their vectors are zeros and ones.
     """
     for site in block.block.sites:
         if site not in discrete:
-            block.set_standardization_(site, *location_and_scale(_within_reach(values[site])))
+            block.set_standardization_(site, *location_and_scale(values[site]))
 
 
 def regress_(block: MADEBlock, context: Tensor, values: Mapping[str, Tensor]) -> None:
@@ -73,17 +69,6 @@ def regress_(block: MADEBlock, context: Tensor, values: Mapping[str, Tensor]) ->
         loc = mean[own] - weights @ mean[inputs]
         parts = dict(zip(parents, weights.split([len(block.columns[p]) for p in parents], -1), strict=True))
         block.set_linear_(site, parts, loc, _square_root(residual))
-
-
-def _within_reach(values: Tensor) -> Tensor:
-    """Clamp each column at some interquartile ranges from its median, if half of it is not one value."""
-    rows = values[torch.isfinite(values).all(-1)]
-    if len(rows) < 4:
-        return values
-    probabilities = rows.new_tensor([0.25, 0.5, 0.75])
-    low, median, high = torch.quantile(rows[:: -(-len(rows) // MOST_QUANTILE_ROWS)], probabilities, dim=0)
-    reach = torch.where(high > low, REACH * (high - low), torch.inf)
-    return values.clamp(median - reach, median + reach)
 
 
 def fit_normal(rows: Tensor, inputs: Sequence[int], own: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
