@@ -78,7 +78,7 @@ class CompiledGuide(AutoGuide):
         self._resolution = resolution
         self._plan: Plan | None = None
         self._nested_inverse: InverseGraph | None = None
-        self._lookups: dict[tuple[str, str], str] = {}
+        self._lookups: dict[tuple[str, str], str | None] = {}
         self._notes: tuple[str, ...] = ()
         self._emit: Callable[..., Tensor] = pyro.sample
         self.features: nn.ModuleList

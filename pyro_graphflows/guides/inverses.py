@@ -76,12 +76,13 @@ class NestedInverse:
     Attributes:
         inverse: The inverse, in the model's plates.
         nested: The same with the plates of the data inside those that they look up; None if nothing is looked up.
-        lookups: For pairs (inner, outer) of plates, the argument that says which element is looked up.
+        lookups: For pairs (inner, outer) of plates, the argument that says which element is looked up; None if no
+            argument does.
     """
 
     inverse: InverseGraph
     nested: InverseGraph | None
-    lookups: dict[tuple[str, str], str]
+    lookups: dict[tuple[str, str], str | None]
 
 
 def invert_nested(
@@ -125,12 +126,13 @@ def _index_arguments(
     kwargs: dict[str, Any],
     traced: TracedModel,
     nested: Mapping[str, Mapping[str, Tensor]],
-) -> dict[tuple[str, str], str]:
+) -> dict[tuple[str, str], str | None]:
     """Return for pairs (inner, outer) of plates the argument that says which element is looked up."""
-    found = {}
+    found: dict[tuple[str, str], str | None] = {}
     plates = plates_of(traced.trace)
     for inner, outers in nested.items():
         for outer, groups in outers.items():
+            found[inner, outer] = None
             for name in sorted(traced.index_inputs):
                 value = get_argument(model, traced.argument_paths[name], args, kwargs).reshape(-1).cpu()
                 indices = plates[inner].indices

@@ -16,7 +16,8 @@ import networkx as nx
 
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph
-from pyro_graphflows.guides.pool_plan import Chaining, PoolPlan, Summary
+from pyro_graphflows.guides.pool_plan import PoolPlan
+from pyro_graphflows.guides.summaries import Chaining, Summary
 
 __all__ = ["Block", "Conditioning", "Plan", "make_plan", "mean_field_condition"]
 
@@ -70,7 +71,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Plan:
-    """The blocks in sampling order; for each site whether its KL term may be analytic, a label, remarks."""
+    """The blocks in sampling order; for each site whether its KL term may be analytic, a label, remarks.
+
+    Of pairs (parent, site): the index by which the parent's element is looked up; how a parent that is pooled by an
+    index comes in, and the index itself.
+    """
 
     graph: ModelGraph
     inverse: InverseGraph
@@ -79,6 +84,7 @@ class Plan:
     labels: dict[str, str] = field(default_factory=dict)
     remarks: dict[str, list[str]] = field(default_factory=dict)
     looked_up: dict[tuple[object, object], str] = field(default_factory=dict)
+    ways: dict[tuple[object, object], str] = field(default_factory=dict)
 
     def describe(self, notes: tuple[str, ...] = ()) -> str:
         """Return the plan in words: a line for each latent site, in sampling order."""
@@ -104,9 +110,10 @@ class Plan:
         return "\n".join(lines)
 
     def _input(self, parent: object, site: object) -> str:
-        index = self.looked_up.get((parent, site))
-        if index is not None:
-            return f"{parent} (looked up by {index})"
+        if (parent, site) in self.looked_up:
+            return f"{parent} (looked up by {self.looked_up[parent, site]})"
+        if (parent, site) in self.ways:
+            return f"{parent} ({self.ways[parent, site]})"
         how = self.inverse.how[parent, site]
         return str(parent) if how == "same" else f"{parent} ({how})"
 
@@ -221,4 +228,12 @@ def make_plan(
         for summary in summaries
         if summary.index is not None
     }
-    return Plan(graph, inverse, tuple(blocks), analytic, remarks=remarks, looked_up=looked_up)
+    ways: dict[tuple[object, object], str] = {}
+    for site, found in pooling.summaries.items():
+        for summary in found:
+            for inner, _, index in summary.segments:
+                ways[index, site] = "index"
+                ways.update(
+                    {(m, site): f"pooled by {index}" for m in summary.members if inner in graph.plates[m]}
+                )
+    return Plan(graph, inverse, tuple(blocks), analytic, remarks=remarks, looked_up=looked_up, ways=ways)

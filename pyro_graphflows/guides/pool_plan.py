@@ -4,7 +4,8 @@ A parent of a site in the inverse may be in a plate that the site is not in. Dat
 (``pool="deepset"``, :mod:`~pyro_graphflows.guides.pooling`), or not at all: then the site has free parameters for each
 element of its own plates, which fits one data set and is not amortised. *Latent* parents there (crossed plates: the
 effects of the columns, for those of a row) are always inputs, since free parameters cannot follow what is sampled: as
-a summary, or, beside free parameters, one by one where they are few.
+a summary, or, beside free parameters, one by one where they are few. Data whose elements look up a group by an index
+(``theta[group]``) are pooled group by group.
 
 Where the elements of a plate are not alike (:mod:`~pyro_graphflows.guides.exchange`), a site in the plate has an affine
 map of its own for each index beside the shared network. A site whose copies stay dependent across a plate
@@ -19,58 +20,15 @@ from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.exchange import Unlike
 from pyro_graphflows.guides.pool_members import subsampled_message
+from pyro_graphflows.guides.summaries import Chaining, Summary
 
-__all__ = ["Chaining", "PoolOptions", "PoolPlan", "Summary", "plan_pools"]
+__all__ = ["PoolOptions", "PoolPlan", "plan_pools"]
 
 MOST_ONE_BY_ONE = (
     64  # latent numbers in other plates up to which they are inputs one by one beside free parameters
 )
 MOST_FREE_CHAIN = 128  # numbers up to which the dependence across a plate has a parameter for each pair
 DEFAULT_RANK = 4
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Nodes that come in together over plates.
-
-    Attributes:
-        members: The nodes, in graph order.
-        over: The plates.
-        one_by_one: Whether every element is an input by itself; else they are pooled.
-        index: The input that tells which element of the one member each element looks up, in plate ``inner``.
-        inner: See ``index``.
-    """
-
-    members: tuple[str, ...]
-    over: tuple[str, ...]
-    one_by_one: bool = False
-    index: str | None = None
-    inner: str | None = None
-
-    @property
-    def name(self) -> str:
-        """The name of the summary among the inputs of a block.
-
-        Example:
-            >>> Summary(("w", "y"), ("data",)).name
-            'pooled(w, y; data)'
-        """
-        if self.index is not None:
-            return f"{self.members[0]}[{self.index}]"
-        return f"{'all' if self.one_by_one else 'pooled'}({', '.join(self.members)}; {', '.join(self.over)})"
-
-
-@dataclass(frozen=True)
-class Chaining:
-    """The chain-rule terms of a site.
-
-    Attributes:
-        plates: The plates across which its copies are dependent.
-        rank: The number of columns of the two low-rank parts; 0 for a parameter for each pair.
-    """
-
-    plates: tuple[str, ...]
-    rank: int
 
 
 @dataclass(frozen=True)
@@ -83,14 +41,14 @@ class PoolOptions:
         rank: The rank of these; None to choose.
         sizes: The sizes of the latent sites.
         lookups: For pairs (inner, outer) of plates, the index by which each element of the inner one looks up one of
-            the outer.
+            the outer; None if it is no argument.
     """
 
     deepset: bool = False
     chained: Mapping[str, int] = field(default_factory=dict)
     rank: int | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)
-    lookups: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    lookups: Mapping[tuple[str, str], str | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -235,18 +193,45 @@ class _Planner:
         self.missing.append(f"Not faithful: {what}. {remedy}")
 
     def _can_pool(self, site: str, along: Collection[str]) -> bool:
-        looked_up = [parent for parent in along if parent in self.indices]
         beyond = self.unlike.outside.get(site, ())
         if beyond:
             self.remarks[site].append(
                 f"not pooled: constants or parameters in the model vary along {', '.join(beyond)} (pass constants as "
                 "arguments to pool them with the data)"
             )
-        if looked_up:
+        inner = dict.fromkeys(plate for parent in along for plate in self.around[parent])
+        outer = {plate: [o for i, o in self.options.lookups if i == plate] for plate in inner}
+        crossed = [plate for plate, others in outer.items() if len(others) > 1]
+        unknown = [
+            p for p, others in outer.items() if any(self.options.lookups[p, o] is None for o in others)
+        ]
+        known = {self.options.lookups[p, o] for p, others in outer.items() for o in others}
+        strange = [parent for parent in along if parent in self.indices and parent not in known]
+        if crossed:
             self.remarks[site].append(
-                f"not pooled: which element belongs to which is looked up by {', '.join(looked_up)}"
+                f"not pooled: elements of {', '.join(crossed)} look up others in several plates at once "
+                f"({', '.join(outer[crossed[0]])})"
             )
-        return not looked_up and not beyond
+        if unknown:
+            self.remarks[site].append(
+                f"not pooled: which element of {', '.join(outer[unknown[0]])} an element of {unknown[0]} looks up is "
+                "told by no argument (pass the index as an argument of an integer type)"
+            )
+        if strange:
+            self.remarks[site].append(
+                f"not pooled: {', '.join(strange)} would be an index, and what it looks up is not known (pass features "
+                "of floating point)"
+            )
+        return not (beyond or crossed or unknown or strange)
+
+    def _segments(self, site: str, over: Collection[str]) -> tuple[tuple[str, str, str], ...]:
+        """Return where pooling over a plate gives a summary for each element of another."""
+        targets = {*over, *self.around[site]}
+        return tuple(
+            (inner, outer, index)
+            for (inner, outer), index in self.options.lookups.items()
+            if inner in over and outer in targets and index is not None
+        )
 
     def _latents(self, site: str, latents: list[str], chain: Collection[str]) -> list[str]:
         """Return the latent parents that can be inputs: those whose plates are complete."""
@@ -280,6 +265,18 @@ class _Planner:
         own = [name for name in self.around[site] if name not in chain]
         return tuple(dict.fromkeys(n for member in members for n in self.around[member] if n not in own))
 
+    def _over_groups(self, site: str, members: Collection[str], chain: Collection[str]) -> tuple[str, ...]:
+        """Return these plates with those that their elements look up: data in groups are pooled group by group."""
+        over = list(self._over(site, members, chain))
+        own = [name for name in self.around[site] if name not in chain]
+        for inner in over:  # grows meanwhile: groups may look up others
+            over += [
+                outer
+                for (one, outer), index in self.options.lookups.items()
+                if one == inner and index is not None and outer not in own and outer not in over
+            ]
+        return tuple(over)
+
     def _summary(
         self,
         site: str,
@@ -290,11 +287,14 @@ class _Planner:
         one_by_one: bool = False,
     ) -> Summary | None:
         members = [p for p in self.inverse.parents[site] if p in chosen and (p in data or p in latents)]
-        over = self._over(site, members, chain)
+        over = self._over(site, members, chain) if one_by_one else self._over_groups(site, members, chain)
         partial = [name for name in over if self.plates[name].subsampled]
         if partial:
             raise UnsupportedModelError(subsampled_message(partial[0], members))
-        return Summary(tuple(members), over, one_by_one) if members else None
+        if not members:
+            return None
+        segments = () if one_by_one else self._segments(site, over)
+        return Summary(tuple(members), over, one_by_one, segments=segments)
 
     def _count(self, site: str, latents: Collection[str], chain: Collection[str]) -> int:
         """Return how many numbers latent parents have in other plates."""

@@ -1,4 +1,4 @@
-"""One step of pooling: the average over one plate, with moments and learned features."""
+"""One step of pooling: the average over one plate, or group by group, with moments and learned features."""
 
 import itertools
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pyro_graphflows.guides.features import FeatureMap
 from pyro_graphflows.nn.activations import make_activation
 
-__all__ = ["DeepSet", "PoolStage"]
+__all__ = ["DeepSet", "PoolStage", "Segments"]
 
 MOST_CROSSED = 8  # entries of a tuple up to which all products are taken, and not only squares
 VARIANCE_FLOOR = 1e-4  # in standardised units; a group of one element has variance zero
@@ -29,6 +29,41 @@ class DeepSet:
     embedding_dim: int = 16
     hidden_dims: Sequence[int] = (32,)
     activation: str = "elu"
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Groups of the elements of a plate, by an index.
+
+    Attributes:
+        index: For each element of the plate the number of its group.
+        dim: The dimension of the plate of the groups.
+        size: The number of groups.
+    """
+
+    index: Tensor
+    dim: int
+    size: int
+
+    def add(self, value: Tensor, dim: int, size: int) -> Tensor:
+        """Sum over the elements of each group.
+
+        Args:
+            value: Shape ``(*batch, features)``.
+            dim: The dimension of the plate of the elements, of the batch shape.
+            size: The number of elements.
+
+        Returns:
+            The same with the groups in their own dimension, and size one in that of the elements if it is another.
+        """
+        depth = 1 - min(dim, self.dim)
+        value = value.reshape((1,) * (depth - value.dim()) + value.shape)
+        shape = list(value.shape)
+        shape[dim - 1] = size
+        value = value.expand(shape)
+        shape[dim - 1] = self.size
+        total = value.new_zeros(shape).index_add(dim - 1, self.index, value)
+        return total if dim == self.dim else total.transpose(dim - 1, self.dim - 1)
 
 
 class PoolStage(nn.Module):
@@ -60,7 +95,13 @@ class PoolStage(nn.Module):
         self.carried_map = FeatureMap(None, torch.zeros(0, self.carried_size), standardize=False)
 
     def forward(
-        self, core: Tensor, carried: Tensor, weight: Tensor | None, dim: int, size: int
+        self,
+        core: Tensor,
+        carried: Tensor,
+        weight: Tensor | None,
+        dim: int,
+        size: int,
+        segments: Segments | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the core and carried features of the groups, and which groups are not empty.
 
@@ -70,21 +111,26 @@ class PoolStage(nn.Module):
             weight: One where an element is there, zero where not, shape ``(*batch, 1)``; None if all are.
             dim: The dimension of the plate, counted from the right without the feature dimension.
             size: The size of the plate.
+            segments: The groups, if the elements are averaged group by group; all of them are one group otherwise.
         """
         square = core[..., self.pairs[0]] * core[..., self.pairs[1]]
         parts = [core, square, carried]
         if self.embedding is not None:
             parts.append(self.embedding(torch.cat([core, carried], -1)))
         each = torch.cat(parts, -1)
-        at = dim - 1
-        there = None
-        if weight is None:
-            mean = each.mean(at, keepdim=True)
-            number = each.new_full((1,) * mean.dim(), float(size))
-        else:
+        if segments is not None or weight is not None:
+            weight = each.new_ones(1) if weight is None else weight
             weight = weight.expand(torch.broadcast_shapes(weight.shape, (*each.shape[:-1], 1)))
-            number = weight.sum(at, keepdim=True)
-            mean = (weight * each).sum(at, keepdim=True) / number.clamp(min=1.0)
+        if weight is None:
+            mean = each.mean(dim - 1, keepdim=True)
+            number = each.new_full((1,) * mean.dim(), float(size))
+            there = None
+        else:
+            total, number = (
+                part.sum(dim - 1, keepdim=True) if segments is None else segments.add(part, dim, size)
+                for part in (weight * each, weight)
+            )
+            mean = total / number.clamp(min=1.0)
             there = (number > 0).to(each.dtype)
         sizes = [self.core_size, square.shape[-1], mean.shape[-1] - self.core_size - square.shape[-1]]
         first, second, rest = mean.split(sizes, -1)

@@ -10,7 +10,8 @@ averaged over the plate (Zaheer et al. 2017). The features are
 - the logarithm of the number of elements, as the precision of a posterior grows with it.
 
 Nested plates are pooled from the inside out, so that the spread between groups and that within them are told apart.
-Crossed plates have no inner one; they are pooled in one order for each of them.
+Crossed plates have no inner one; they are pooled in one order for each of them. Data that look up a group by an index
+(``theta[group]``) count as nested in the groups: they are pooled group by group.
 
 A summary of a *subsampled* plate is not allowed: with the likelihood scaled by ``N / B`` and a guide that has seen
 the same ``B`` elements, the objective is no bound on the evidence (a guide that fits each batch overstates it).
@@ -34,7 +35,7 @@ from pyro_graphflows.guides.pool_members import (
     subsampled_message,
     without_leading_ones,
 )
-from pyro_graphflows.guides.pool_stage import DeepSet, PoolStage
+from pyro_graphflows.guides.pool_stage import DeepSet, PoolStage, Segments
 
 __all__ = ["DeepSet", "DeepSetPool", "pooling_orders"]
 
@@ -81,9 +82,11 @@ class DeepSetPool(nn.Module):
         maps: For each of them, the map from values to standardised features.
         orders: The orders in which the plates are pooled, each outer to inner (:func:`pooling_orders`).
         options: The shape of the learned part.
+        segments: Triples (inner, outer, index) of plates whose elements are pooled group by group, by an index.
 
     Shape:
-        - values: for each member ``(*batch, size)``, the plates at their own dimensions of the batch shape.
+        - values: for each member ``(*batch, size)``, the plates at their own dimensions of the batch shape; of an index
+          any shape with one entry for each element.
         - Output: ``(*batch, num_features)`` without the pooled plates; leading dimensions of size one are dropped.
     """
 
@@ -93,9 +96,12 @@ class DeepSetPool(nn.Module):
         maps: Sequence[FeatureMap],
         orders: Sequence[Sequence[str]],
         options: DeepSet,
+        segments: Sequence[tuple[str, str, str]] = (),
     ) -> None:
         super().__init__()
         self.members = tuple(members)
+        self.segments = tuple(segments)
+        self.indices = tuple(dict.fromkeys(index for _, _, index in segments))
         self.maps = nn.ModuleList(maps)
         self.orders = tuple(map(tuple, orders))
         self._masked = (
@@ -132,12 +138,12 @@ class DeepSetPool(nn.Module):
         """Return the summary.
 
         Args:
-            values: For each member its flat values.
+            values: For each member its flat values; the indices as they are.
             plates: The plates of the call.
             masks: Masks by member, of batch shape; those without one are complete.
 
         Raises:
-            GraphflowsError: If a plate is subsampled in this call.
+            GraphflowsError: If a plate is subsampled in this call, or an index is not one of its groups.
         """
         return without_leading_ones(self._run(values, plates, masks, fit=False))
 
@@ -155,13 +161,15 @@ class DeepSetPool(nn.Module):
         Returns:
             Shape ``(draws, *batch, num_features)``.
         """
-        draws = max(len(value) for value in values.values())
-        elements = max(value[0, ..., 0].numel() for value in values.values())
+        of_members = [values[member.name] for member in self.members]
+        draws = max(len(value) for value in of_members)
+        elements = max(value[0, ..., 0].numel() for value in of_members)
         chunk = max(2, CHUNK_ROWS // elements)
         found = []
         for start in range(0, draws, chunk):
-            part = {name: value[start : start + chunk] for name, value in values.items()}
-            summary = self._run(part, plates, {}, fit=fit and start == 0)
+            part = {m.name: values[m.name][start : start + chunk] for m in self.members}
+            indices = {name: values[name] for name in self.indices}
+            summary = self._run({**part, **indices}, plates, {}, fit=fit and start == 0)
             found.append(summary.expand(len(next(iter(part.values()))), *summary.shape[1:]))
         return torch.cat(found)
 
@@ -197,13 +205,40 @@ class DeepSetPool(nn.Module):
                     carried += [like.new_ones(1) if mask is None else mask for mask in masked]
                 joint = concatenate(core)
                 one, other, there = stage(
-                    joint, concatenate(carried, like=joint), _any(weighing), plate.dim, plate.size
+                    joint,
+                    concatenate(carried, like=joint),
+                    _any(weighing),
+                    plate.dim,
+                    plate.size,
+                    self._segments_of(plate, values, plates),
                 )
                 if fit:
                     stage.fit_(one, other)
                 core, carried = [stage.core_map(one)], [stage.carried_map(other)]
             parts += [*core, *carried]
         return concatenate(parts)
+
+    def _segments_of(
+        self, plate: PlateState, values: Mapping[str, Tensor], plates: Mapping[str, PlateState]
+    ) -> Segments | None:
+        """Return the groups of a plate's elements, if there are groups."""
+        for inner, outer, name in self.segments:
+            if inner != plate.name:
+                continue
+            groups, index = plates[outer], values[name].reshape(-1)
+            if groups.subsampled:
+                raise GraphflowsError(
+                    f"Expected plate {outer!r} in full, since elements of {inner!r} are pooled by {name}, which "
+                    "tells their element there; it is subsampled in this call. Use the full data."
+                )
+            if len(index) != plate.size or bool(((index < 0) | (index >= groups.size)).any()):
+                raise GraphflowsError(
+                    f"Expected {plate.size} entries of {name} between 0 and {groups.size - 1}, one for each element of "
+                    f"plate {inner!r}, which say which element of {outer!r} it belongs to; got {len(index)} between "
+                    f"{index.min()} and {index.max()}."
+                )
+            return Segments(index.to(values[self.members[0].name].device).long(), groups.dim, groups.size)
+        return None
 
     def _features(
         self, values: Mapping[str, Tensor], masks: Mapping[str, Tensor | bool]

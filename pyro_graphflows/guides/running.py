@@ -16,7 +16,6 @@ from pyro_graphflows.guides.call import Call
 from pyro_graphflows.guides.compiled import CompiledGuide
 from pyro_graphflows.guides.emission import site_distribution
 from pyro_graphflows.guides.features import FeatureMap, concatenate
-from pyro_graphflows.guides.taken import LookUp
 
 __all__ = ["RunningGuide"]
 
@@ -132,8 +131,7 @@ class RunningGuide(CompiledGuide):
             if str(position) in pools:
                 pool = pools[str(position)]
                 values = {m.name: self._flat_value(m.name, call, unconstrained, dtype) for m in pool.members}
-                if isinstance(pool, LookUp):
-                    values[pool.index] = call.values[pool.index]
+                values.update({name: call.values[name] for name in pool.indices})
                 parts.append(pool(values, call.plates, call.masks))
             else:
                 parts.append(self._flat_value(name, call, unconstrained, dtype))

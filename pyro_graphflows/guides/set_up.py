@@ -16,9 +16,9 @@ from pyro_graphflows.guides.call import CallReader, PlateState
 from pyro_graphflows.guides.features import FeatureMap, concatenate, flatten_event
 from pyro_graphflows.guides.plan import Block
 from pyro_graphflows.guides.pool_members import PoolMember
-from pyro_graphflows.guides.pool_plan import Summary
 from pyro_graphflows.guides.pooling import DeepSet, DeepSetPool, pooling_orders
 from pyro_graphflows.guides.site import LatentSite
+from pyro_graphflows.guides.summaries import Summary
 from pyro_graphflows.guides.taken import AllElements, LookUp
 from pyro_graphflows.inspect import TracedModel, get_argument, sample_prior
 
@@ -172,7 +172,7 @@ class SetUp:
 
     def make_pool(self, summary: Summary, deepset: DeepSet) -> Pool:
         """Return the summary of some nodes, standardised; add its values to the joint samples."""
-        around = {name: frozenset(plates) for name, plates in self.traced.graph.plates.items()}
+        around = {name: summary.inside(plates) for name, plates in self.traced.graph.plates.items()}
         maps = [self._member_map(name) for name in summary.members]
         members = [
             PoolMember(name, len(m.shift), around[name], name in self.reader.partly, name not in self.inputs)
@@ -185,17 +185,18 @@ class SetUp:
         elif summary.one_by_one:
             pool = AllElements(members, maps, [self.plates[name] for name in summary.over])
         else:
-            pool = DeepSetPool(members, maps, pooling_orders(summary.over, list(around.values())), deepset)
+            orders = pooling_orders(summary.over, list(around.values()))
+            pool = DeepSetPool(members, maps, orders, deepset, summary.segments)
         pool = pool.to(self.like.device, self.like.dtype)
         samples = self.samples
         if samples is not None:
-            depth = max(-self.plates[plate].dim for plate in summary.over)
+            plates = [*summary.over, *(outer for _, outer, _ in summary.segments)]
+            depth = max(-self.plates[plate].dim for plate in plates)
             depth = max(depth, *(samples[name].dim() - 2 for name in summary.members))
             if summary.inner is not None:
                 depth = max(depth, -self.plates[summary.inner].dim)
             values = {name: _with_depth(samples[name], depth) for name in summary.members}
-            if summary.index is not None:
-                values[summary.index] = self._argument(summary.index)
+            values.update({name: self._argument(name) for name in pool.indices})
             samples[summary.name] = pool.of_samples(values, self.plates, fit=self.standardize)
         return pool
 

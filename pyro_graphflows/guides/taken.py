@@ -16,6 +16,8 @@ __all__ = ["AllElements", "LookUp"]
 class _SomeElements(nn.Module):
     """Elements of other plates as they are: nothing is fitted, and masks do not matter."""
 
+    indices: tuple[str, ...] = ()
+
     def _run(self, values: Mapping[str, Tensor], plates: Mapping[str, PlateState]) -> Tensor:
         raise NotImplementedError("a way of taking elements must say which")
 
@@ -119,6 +121,7 @@ class LookUp(_SomeElements):
         self.members = (member,)
         self.maps = nn.ModuleList([feature_map])
         self.index = index
+        self.indices = (index,)
         self.outer, self.inner = outer.name, inner.name
         self.num_features = member.size
 
