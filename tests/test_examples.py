@@ -19,7 +19,13 @@ TESTED_ELSEWHERE = {
     *("siren_vae.py", "siren_vae_digits.py", "siren_vae_report.py", "siren_vae_runs.py"),
     *("siren_vae_results.py", "siren_vae_tables.py", "siren_vae_figures.py"),
     *("graph_vae.py", "graph_vae_faithful.py", "graph_vae_plots.py", "graph_vae_report.py"),
-    *("graph_vae_runs.py", "graph_vae_synthetic.py"),
+    *(
+        "graph_vae_report_faithful.py",
+        "graph_vae_report_images.py",
+        "graph_vae_runs.py",
+        "graph_vae_synthetic.py",
+    ),
+    "graph_vae_tables.py",
 }
 
 

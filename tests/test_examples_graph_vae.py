@@ -199,7 +199,18 @@ def test_pages_and_pictures(scripts, tmp_path):
     ]
     synthetic.main(synthetic.parser().parse_args(small))
     small = ["--epochs", "1", "--guide-epochs", "1", "--limit", "60", "--particles", "10"]
-    small += ["--bound-samples", "2", "--seeds", "0", "--hidden-dims", "8"]
+    small += [
+        "--bound-samples",
+        "2",
+        "--seeds",
+        "0",
+        "--hidden-dims",
+        "32",
+        "--flow-seeds",
+        "--sample-epochs",
+        "1",
+    ]
+    small += ["--sample-steps", "2", "--model-samples", "20"]
     faithful.main(faithful.parser().parse_args([*small, "--out", str(tmp_path)]))
     page = report.render(tmp_path).read_text()
     for text in (
@@ -214,8 +225,12 @@ def test_pages_and_pictures(scripts, tmp_path):
     rows = [line for line in page.splitlines() if line.startswith("| independent (VAE)")]
     assert len(rows) == 1
     elbos = [record_of(tmp_path, f"digits-independent-s{seed}")["finals"]["2"]["elbo"] for seed in (0, 1)]
-    assert f"{np.mean(elbos):.2f} ± {np.std(elbos, ddof=1):.2f}" in rows[0]
-    assert "| faithful |" in (tmp_path / "graph_vae_faithful.md").read_text()
+    assert f"{np.mean(elbos):.3f} ± {np.std(elbos, ddof=1):.3f}" in rows[0]
+    others = [record_of(tmp_path, f"digits-full-s{seed}")["finals"]["2"]["elbo"] for seed in (0, 1)]
+    difference = np.subtract(others, elbos)
+    row = next(line for line in page.splitlines() if line.startswith("| full (FC-VAE)"))
+    assert f"{difference.mean():+.3f} ± {difference.std(ddof=1) / 2**0.5:.3f}" in row
+    assert "| faithful, fewest edges | 1 |" in (tmp_path / "graph_vae_faithful.md").read_text()
     pictures = {path.name for path in (tmp_path / "graph_vae").glob("*.png")}
     assert pictures >= {"digits-gates.png", "digits-learned-s0-images.png", "digits-learned-s0-embedding.png"}
     named = {
@@ -232,13 +247,19 @@ def test_faithful_inverses_of_random_structures(scripts):
             faithful.random_edges(rng, 5, 0.5), [f"z{i}" for i in range(5, 0, -1)]
         )
         inverses = faithful.inverses(graph)
-        assert is_imap(inverses["faithful"])
+        assert is_imap(inverses["faithful, fewest edges"])
         assert inverses["shared gates"].sampling_order == graph.latent
+        assert is_imap(inverses["faithful, model's order"])
+        edges = [
+            {(a, b) for b, above in inverses[name].parents.items() for a in above}
+            for name in ("shared gates", "faithful, model's order", "full")
+        ]
+        assert edges[0] <= edges[1] <= edges[2]  # what is said of them
     collider = ModelGraph([("z3", "z1"), ("z2", "z1"), ("z1", "x")], ["x"])
     assert not is_imap(faithful.shared_inverse(collider))
     gaps = faithful.exact_gaps(collider, 3)
     assert gaps["shared gates"]["gap"] > 0.001
-    assert gaps["faithful"]["gap"] < 1e-9
+    assert gaps["faithful, fewest edges"]["gap"] < 1e-9
 
 
 def test_synthetic_data_have_the_graph_they_claim(scripts):
