@@ -203,8 +203,8 @@ def gates_of_digits(found, finals, elbo, folder):
         f"Of the {len(pairs)} gates of the learned models, {mean_sd((learned > 0.5).sum(1), 1)} are open at the end, "
         f"but {mean_sd(sure, 1)} have a probability below 0.1 or above 0.9; the mean is {learned.mean():.2f}, the "
         f"greatest {learned.max():.2f}. The published schedule is made for thousands of epochs of 50,000 images. "
-        "Here a logit makes some 3,000 steps of at most 0.001, and the temperature is still 0.22: the model is trained with "
-        "gates that are half open and evaluated with nearly all of them wide open.",
+        "Here a logit makes some 3,000 steps of at most 0.001, and the temperature is still 0.22: the model is "
+        "trained with gates that are half open and evaluated with nearly all of them wide open.",
         "",
     ]
     if "full" in elbo:
