@@ -20,10 +20,9 @@ References:
     [2] Webb et al. (2018), Faithful Inversion of Generative Models for Effective Amortized Inference.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import networkx as nx
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
@@ -34,9 +33,10 @@ from pyro_graphflows.graphs.inversion import faithful_inverse
 from pyro_graphflows.graphs.linear_gaussian import LinearGaussianNetwork
 from pyro_graphflows.graphs.model_graph import ModelGraph, Node
 from pyro_graphflows.models.decoder import MaskedDecoder
+from pyro_graphflows.models.latent_model import LatentModel
 from pyro_graphflows.models.linear_start import put_linear_gaussian_
 from pyro_graphflows.models.observation import HALF_LOG_TWO_PI, Likelihood
-from pyro_graphflows.models.vae import LatentModel
+from pyro_graphflows.models.variants import variant_graph
 from pyro_graphflows.transforms.base import GraphTransform
 from pyro_graphflows.transforms.faithful_nn import FaithfulResidualNN
 from pyro_graphflows.transforms.faithful_residual import FaithfulResidual
@@ -46,7 +46,7 @@ from pyro_graphflows.transforms.graphical_nn import GraphicalResidualNN
 from pyro_graphflows.transforms.graphical_residual import GraphicalResidual
 from pyro_graphflows.transforms.structure import FlowStructure
 
-__all__ = ["SIReNVAE", "variant_graph"]
+__all__ = ["SIReNVAE"]
 
 _FLOWS: dict[str, tuple[type[Any], type[GraphTransform]]] = {
     "faithful": (FaithfulResidualNN, FaithfulResidual),
@@ -265,53 +265,3 @@ def _log_density(eps: Tensor, log_diag: Tensor) -> Tensor:
 
 def _ends(part: slice) -> tuple[int, int]:
     return part.start, part.stop
-
-
-def variant_graph(graph: ModelGraph, variant: str) -> ModelGraph:
-    """Return a network over the same nodes that knows less of the structure, as compared in [1].
-
-    - ``"true"``: the network itself;
-    - ``"ind"``: independent latent nodes, all of them parents of every observed node;
-    - ``"FC"``: latent nodes fully connected in the network's topological order, all parents of every observed node.
-
-    In the last two, edges from observed nodes and inputs are those of the network.
-
-    Args:
-        graph: The true network.
-        variant: One of the three words.
-
-    Returns:
-        The network of the variant.
-
-    Raises:
-        GraphflowsError: If ``variant`` is another word.
-
-    Example:
-        >>> graph = ModelGraph([("a", "b"), ("b", "x"), ("a", "y")], observed=["x", "y"])
-        >>> variant_graph(graph, "ind").edges
-        (('a', 'x'), ('b', 'x'), ('a', 'y'), ('b', 'y'))
-    """
-    if variant == "true":
-        return graph
-    if variant not in ("ind", "FC"):
-        raise GraphflowsError(f"Expected variant to be 'true', 'ind' or 'FC'; got {variant!r}.")
-    latent = graph.latent
-    edges: list[tuple[Node, Node]] = [(p, c) for p, c in graph.edges if p not in set(latent)]
-    if variant == "FC":
-        edges += [(p, c) for i, c in enumerate(latent) for p in latent[:i]]
-    edges += [(p, c) for c in graph.observed for p in latent]
-    dag = nx.DiGraph()
-    dag.add_nodes_from(graph.nodes)
-    dag.add_edges_from(edges)
-    return _with_edges(graph, dag)
-
-
-def _with_edges(graph: ModelGraph, edges: nx.DiGraph | Iterable[tuple[Node, Node]]) -> ModelGraph:
-    return ModelGraph(
-        edges,
-        graph.observed,
-        inputs=graph.inputs,
-        marginalised=graph.marginalised,
-        event_sizes=graph.event_sizes,
-        plates=graph.plates,
-    )

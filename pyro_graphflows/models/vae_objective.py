@@ -9,7 +9,7 @@ from torch import Tensor
 from pyro_graphflows.errors import GraphflowsError
 
 if TYPE_CHECKING:
-    from pyro_graphflows.models.vae import LatentModel
+    from pyro_graphflows.models.latent_model import LatentModel
 
 __all__ = ["VAEObjective"]
 

@@ -1,0 +1,353 @@
+r"""What the variational autoencoders of this package share.
+
+A VAE is a prior :math:`p(z)`, a decoder :math:`p(x|z)` and an encoder :math:`q(z|x)` trained together by the evidence
+lower bound. :class:`LatentModel` has everything that does not depend on how these three are made: the bound, the
+evidence, Pyro's model and guide, reconstructions, samples. Subclasses write three methods in terms of the
+data's features. Training uses the bound directly, :meth:`LatentModel.objective`, which computes what
+``Trace_ELBO`` with ``model`` and ``guide`` would, without a trace.
+"""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
+from pyro_graphflows.graphs.model_graph import ModelGraph, Node, listed
+from pyro_graphflows.infer.evidence import Evidence, evidence_from_log_weights
+from pyro_graphflows.infer.particles import evaluation_mode
+from pyro_graphflows.infer.training import History, fit
+from pyro_graphflows.models.observation import Likelihood, Observation
+from pyro_graphflows.models.vae_objective import VAEObjective
+
+__all__ = ["LatentModel"]
+
+_PARTICLES_TIMES_DATA = 2**13
+_NUMBER = itertools.count()
+
+
+class LatentModel(PyroModule):
+    r"""A model of data with latent variables, beside an amortised posterior. Base class.
+
+    ``x`` always holds the columns of all observed nodes in graph order, ``inputs`` those of all inputs (covariates), if
+    there are any.
+
+    Args:
+        graph: The model graph. Its plates, if any, must be the same for all nodes.
+        likelihood: The likelihood of all observed nodes, or of each.
+        latent_name: The name of the one latent site of ``model`` and ``guide``, a vector with all latent nodes.
+
+    Raises:
+        GraphflowsError: If there is nothing latent or nothing observed, or a likelihood is not known.
+        UnsupportedModelError: If nodes are marginalised or in different plates.
+    """
+
+    def __init__(
+        self,
+        graph: ModelGraph,
+        *,
+        likelihood: Likelihood | Mapping[Node, Likelihood] = "normal",
+        latent_name: str = "z",
+    ) -> None:
+        super().__init__()
+        if not graph.latent or not graph.observed:
+            raise GraphflowsError(f"Expected latent and observed nodes; got {graph}.")
+        if graph.marginalised:
+            raise UnsupportedModelError(
+                f"Expected no marginalised nodes; got {listed(graph.marginalised)}. Make them latent."
+            )
+        if len(set(graph.plates.values())) > 1:
+            raise UnsupportedModelError(
+                "Expected all nodes in the same plates; a VAE has one latent vector for each datum."
+            )
+        if latent_name in map(str, graph.observed):
+            raise GraphflowsError(
+                f"Expected no observed node with the name of the latent site, {latent_name!r}. "
+                "Give another latent_name."
+            )
+        given = likelihood if isinstance(likelihood, Mapping) else dict.fromkeys(graph.observed, likelihood)
+        if set(given) != set(graph.observed):
+            wrong = set(given) ^ set(graph.observed)
+            raise GraphflowsError(
+                f"Expected a likelihood for each observed node; missing or unknown: {listed(wrong)}."
+            )
+        sizes = {node: graph.event_sizes[node] for node in (*graph.observed, *graph.inputs)}
+        self.graph = graph
+        self.latent_name = latent_name
+        self.observation = Observation(sizes, {node: given[node] for node in graph.observed})
+        self.num_observed = sum(graph.event_sizes[node] for node in graph.observed)
+        self.latents: dict[Node, slice] = {}
+        start = 0
+        for node in graph.latent:
+            self.latents[node] = slice(start, start + graph.event_sizes[node])
+            start += graph.event_sizes[node]
+        self.latent_dim = start
+        self._store_name = f"{type(self).__name__.lower()}_{next(_NUMBER)}"
+
+    # ------------------------------------------------------------------------------------ what subclasses write
+
+    def encode(self, features: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Map noise to latent values given features of known nodes.
+
+        Args:
+            features: Shape (\*batch, features).
+            eps: Standard normal noise of shape (\*batch, latent size).
+
+        Returns:
+            z, of the shape of the noise, and its log-density :math:`\log q(z|x)`, of shape (\*batch).
+        """
+        raise NotImplementedError
+
+    def log_prior(self, z: Tensor, features: Tensor) -> Tensor:
+        r"""Return :math:`\log p(z)` (given observed parents and inputs), of shape (\*batch)."""
+        raise NotImplementedError
+
+    def decode(self, z: Tensor, features: Tensor) -> Tensor:
+        r"""Return the parameters of all observed nodes, of shape (\*batch, number of parameters)."""
+        raise NotImplementedError
+
+    def draw_prior(self, eps: Tensor, features: Tensor) -> Tensor:
+        r"""Map standard normal noise of shape (\*batch, latent size) to values of the prior."""
+        raise NotImplementedError
+
+    def prior(self, features: Tensor) -> dist.TorchDistribution:
+        """Return the distribution of the latent vector given features, of which only those of its parents count."""
+        raise NotImplementedError
+
+    def posterior(self, features: Tensor) -> dist.TorchDistribution:
+        """Return the encoder's distribution of the latent vector given features."""
+        raise NotImplementedError
+
+    # --------------------------------------------------------------------------------------------------- bounds
+
+    def known(self, x: Tensor, inputs: Tensor | None = None) -> Tensor:
+        """Return all known columns: the data, and the inputs behind them."""
+        if self.graph.inputs:
+            if inputs is None:
+                raise GraphflowsError(
+                    f"Expected inputs, the columns of {listed(self.graph.inputs)}; got none."
+                )
+            x = torch.cat([x, inputs], -1)
+        elif inputs is not None:
+            raise GraphflowsError("Expected no inputs: the graph has none.")
+        return self.observation.check(x)
+
+    def log_weights(
+        self, x: Tensor, inputs: Tensor | None = None, *, num_particles: int = 1, kl_weight: float = 1.0
+    ) -> Tensor:
+        r"""Return :math:`\log p(x_n, z_{kn}) - \log q(z_{kn} | x_n)` for draws from the encoder, differentiable.
+
+        Args:
+            x: Data (n, columns).
+            inputs: The inputs.
+            num_particles: The number of draws K for each datum.
+            kl_weight: What the terms of the latent vector, log p(z) − log q(z | x), are multiplied by.
+
+        Returns:
+            Shape (K, n).
+        """
+        data = self.known(x, inputs)
+        features = self.observation.to_features(data)
+        eps = torch.randn(num_particles, len(data), self.latent_dim, dtype=data.dtype, device=data.device)
+        z, log_q = self.encode(features, eps)
+        latent = self.log_prior(z, features) - log_q
+        if kl_weight != 1.0:
+            latent = kl_weight * latent
+        return self.observation.log_prob(self.decode(z, features), data) + latent
+
+    def elbo(self, x: Tensor, inputs: Tensor | None = None, *, num_particles: int = 1) -> Tensor:
+        """Return an unbiased estimate of the evidence lower bound of each datum, of shape (n,), differentiable."""
+        return self.log_weights(x, inputs, num_particles=num_particles).mean(0)
+
+    @torch.no_grad()
+    def log_evidence(
+        self,
+        x: Tensor,
+        inputs: Tensor | None = None,
+        *,
+        num_particles: int = 500,
+        chunk_size: int | None = None,
+    ) -> Evidence:
+        """Estimate the log-evidence of each datum by importance sampling from the encoder.
+
+        Args:
+            x: Data (n, columns).
+            inputs: The inputs.
+            num_particles: The number of importance samples of each datum.
+            chunk_size: How many particles to draw at a time, which bounds the memory.
+
+        Returns:
+            The estimates with effective sample sizes, Pareto shapes and standard errors.
+
+        Raises:
+            GraphflowsError: If a number is not positive.
+        """
+        if num_particles < 1 or (chunk_size is not None and chunk_size < 1):
+            raise GraphflowsError(
+                f"Expected positive num_particles and chunk_size; got {num_particles} and {chunk_size}."
+            )
+        step = chunk_size or max(1, _PARTICLES_TIMES_DATA // max(1, len(x)))
+        sizes = [min(step, num_particles - start) for start in range(0, num_particles, step)]
+        with evaluation_mode(self):
+            log_weights = torch.cat([self.log_weights(x, inputs, num_particles=size) for size in sizes])
+        return evidence_from_log_weights(log_weights)
+
+    def objective(self, **options: Any) -> VAEObjective:
+        """Return the loss for :func:`pyro_graphflows.fit`; see :class:`VAEObjective`."""
+        return VAEObjective(self, **options)
+
+    def standardize_(self, x: Tensor, inputs: Tensor | None = None) -> None:
+        """Work in standard units of the data's normal columns; to be called before training.
+
+        Args:
+            x: Data (n, columns).
+            inputs: The inputs.
+        """
+        self.observation.standardize_(self.known(x, inputs))
+
+    def fit(
+        self,
+        x: Tensor,
+        inputs: Tensor | None = None,
+        *,
+        standardize: bool = True,
+        loss: Any = None,
+        **options: Any,
+    ) -> History:
+        """Standardise and train by the evidence lower bound.
+
+        Args:
+            x: Data (n, columns).
+            inputs: The inputs.
+            standardize: Whether to call :meth:`standardize_` first.
+            loss: Another loss than ``self.objective()``.
+            options: Further arguments of :func:`pyro_graphflows.fit`, as ``num_epochs`` or ``optimizer``.
+
+        Returns:
+            The history.
+        """
+        if standardize:
+            self.standardize_(x, inputs)
+        data = x if inputs is None else (x, inputs)
+        return fit(self.model, self.guide, data, loss=loss or self.objective(), **options)
+
+    # ------------------------------------------------------------------------------------------- samples and Pyro
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor, inputs: Tensor | None = None) -> Tensor:
+        """Return the decoder's mean for one draw of z from the encoder, in the units of the data: (n, columns)."""
+        data = self.known(x, inputs)
+        features = self.observation.to_features(data)
+        eps = torch.randn(*data.shape[:-1], self.latent_dim, dtype=data.dtype, device=data.device)
+        with evaluation_mode(self):
+            z, _ = self.encode(features, eps)
+            return self.observation.mean(self.decode(z, features))[..., : self.num_observed]
+
+    @torch.no_grad()
+    def sample(self, num_samples: int, inputs: Tensor | None = None) -> Tensor:
+        """Draw data from the model.
+
+        Nodes are drawn parents first, so that the latent nodes may depend on observed ones and these on each other.
+
+        Args:
+            num_samples: The number of samples n.
+            inputs: The inputs, (n, columns).
+
+        Returns:
+            Shape (n, columns).
+        """
+        with evaluation_mode(self):
+            return self._draw(num_samples, inputs)[0]
+
+    def _draw(self, num_samples: int, inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Draw data and latent vectors; what depends on data drawn later is drawn again from the same noise."""
+        graph, observation = self.graph, self.observation
+        data = self.known(observation.loc.new_zeros(num_samples, self.num_observed), inputs)
+        eps = torch.randn(num_samples, self.latent_dim, dtype=data.dtype, device=data.device)
+        observed = set(graph.observed)
+        latent_below = any(observed & set(graph.parents(node)) for node in graph.latent)
+        features = observation.to_features(data)
+        z = self.draw_prior(eps, features)
+        parameters = self.decode(z, features)
+        for node in graph.observed:
+            if latent_below or observed & set(graph.parents(node)):
+                features = observation.to_features(data)
+                z = self.draw_prior(eps, features) if latent_below else z
+                parameters = self.decode(z, features)
+            value = observation.distribution(parameters, node).sample()
+            data[:, observation.columns[node]] = value.reshape(num_samples, -1).to(data.dtype)
+        if latent_below:
+            z = self.draw_prior(eps, observation.to_features(data))
+        return data[:, : self.num_observed], z
+
+    def model(self, x: Tensor | None = None, inputs: Tensor | None = None, *, num_samples: int = 1) -> Tensor:
+        """The model as a Pyro program: a plate ``"data"``, the latent vector, and a site for each observed node.
+
+        Args:
+            x: Data (n, columns); None to draw them.
+            inputs: The inputs.
+            num_samples: The size of the plate without data.
+
+        Returns:
+            The latent vectors.
+
+        Raises:
+            UnsupportedModelError: Without data, if latent nodes depend on observed ones: use :meth:`sample`.
+        """
+        pyro.module(self._store_name, self)
+        observed = set(self.graph.observed)
+        if x is None:
+            below = [node for node in self.graph.latent if observed & set(self.graph.parents(node))]
+            if below:
+                raise UnsupportedModelError(
+                    f"Expected data: the latent nodes {listed(below)} depend on observed ones. Use sample(num_samples)."
+                )
+        data = self.known(
+            self.observation.loc.new_zeros(num_samples, self.num_observed) if x is None else x, inputs
+        )
+        with pyro.plate("data", len(data), dim=-1):
+            features = self.observation.to_features(data)
+            z = pyro.sample(self.latent_name, self.prior(features))
+            parameters = self.decode(z, features)
+            for node in self.graph.observed:
+                if x is None and observed & set(self.graph.parents(node)):
+                    parameters = self.decode(z, self.observation.to_features(data))
+                part = self.observation.columns[node]
+                column: slice | int = part if part.stop - part.start > 1 else part.start
+                found = self.observation.distribution(parameters, node)
+                value = pyro.sample(str(node), found, obs=None if x is None else data[..., column])
+                if x is None:
+                    data = data.expand(*z.shape[:-1], -1).clone()
+                    data[..., column] = value.to(data.dtype)
+        return z
+
+    def guide(self, x: Tensor | None = None, inputs: Tensor | None = None, **_: Any) -> Tensor:
+        """The encoder as a Pyro guide.
+
+        Args:
+            x: Data (n, columns).
+            inputs: The inputs.
+
+        Returns:
+            The latent vectors.
+
+        Raises:
+            GraphflowsError: Without data.
+        """
+        pyro.module(self._store_name, self)
+        if x is None:
+            raise GraphflowsError(
+                "Expected data x: the guide is the posterior given data. Use model() or sample(n)."
+            )
+        data = self.known(x, inputs)
+        with pyro.plate("data", len(data), dim=-1):
+            return pyro.sample(self.latent_name, self.posterior(self.observation.to_features(data)))
+
+    def split(self, z: Tensor) -> dict[Node, Tensor]:
+        r"""Return the part of each latent node of a latent vector, each of shape (\*batch, event size)."""
+        return {node: z[..., part] for node, part in self.latents.items()}

@@ -1,0 +1,58 @@
+"""Networks that know less of the structure than the true one, to compare with.
+
+References:
+    [1] Mouton and Kroon (2022), SIReN-VAE: Leveraging Flows and Amortized Inference for Bayesian Networks.
+"""
+
+import networkx as nx
+
+from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.graphs.model_graph import ModelGraph, Node
+
+__all__ = ["variant_graph"]
+
+
+def variant_graph(graph: ModelGraph, variant: str) -> ModelGraph:
+    """Return a network over the same nodes that knows less of the structure, as compared in [1].
+
+    - ``"true"``: the network itself;
+    - ``"ind"``: independent latent nodes, all of them parents of every observed node;
+    - ``"FC"``: latent nodes fully connected in the network's topological order, all parents of every observed node.
+
+    In the last two, edges from observed nodes and inputs are those of the network.
+
+    Args:
+        graph: The true network.
+        variant: One of the three words.
+
+    Returns:
+        The network of the variant.
+
+    Raises:
+        GraphflowsError: If ``variant`` is another word.
+
+    Example:
+        >>> graph = ModelGraph([("a", "b"), ("b", "x"), ("a", "y")], observed=["x", "y"])
+        >>> variant_graph(graph, "ind").edges
+        (('a', 'x'), ('b', 'x'), ('a', 'y'), ('b', 'y'))
+    """
+    if variant == "true":
+        return graph
+    if variant not in ("ind", "FC"):
+        raise GraphflowsError(f"Expected variant to be 'true', 'ind' or 'FC'; got {variant!r}.")
+    latent = graph.latent
+    edges: list[tuple[Node, Node]] = [(p, c) for p, c in graph.edges if p not in set(latent)]
+    if variant == "FC":
+        edges += [(p, c) for i, c in enumerate(latent) for p in latent[:i]]
+    edges += [(p, c) for c in graph.observed for p in latent]
+    dag = nx.DiGraph()
+    dag.add_nodes_from(graph.nodes)
+    dag.add_edges_from(edges)
+    return ModelGraph(
+        dag,
+        graph.observed,
+        inputs=graph.inputs,
+        marginalised=graph.marginalised,
+        event_sizes=graph.event_sizes,
+        plates=graph.plates,
+    )
