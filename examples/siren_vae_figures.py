@@ -73,7 +73,7 @@ def training_length(results, path):
     for axes, title in zip(panels, ("training loss (negative ELBO)", "NLL of 200 new points"), strict=True):
         if true is not None:
             axes.axhline(true, color="k", ls="--", lw=1, label="entropy of the true network")
-        axes.set(xscale="log", xlabel="epochs", title=title, ylim=(20, 50))
+        axes.set(xscale="log", xlabel="epochs", title=title, ylim=(17, 50))
         axes.grid(alpha=0.3)
     if not there:
         plt.close(figure)
