@@ -77,6 +77,27 @@ def test_maps_of_their_own_are_exact_for_any_data_and_any_subsample(family):
         assert elbo.item() == pytest.approx(terms[indices].sum().item() * 8 / 3)
 
 
+def two_effects(y):
+    """The second effect of a school hears of the first as much as the school's standard error leaves open."""
+    with pyro.plate("schools", 8):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(a + b, SIGMA.double()), obs=y)
+
+
+@pytest.mark.parametrize("family", ["normal", "flow"])
+def test_slopes_of_their_own_on_parents_in_the_same_plates(family):
+    guide = auto_faithful_guide(two_effects, torch.zeros(8), family=family)
+    many = Trace_ELBO(num_particles=50, vectorize_particles=True, max_plate_nesting=1)
+    marginal = dist.Normal(0.0, (2 + SIGMA.double().square()).sqrt())
+    gaps = []
+    for _ in range(20):
+        y = marginal.sample()
+        gaps.append(many.loss(two_effects, guide, y) + marginal.log_prob(y).sum().item())
+    # 8 schools with 7 weights each, 1,250 samples for each: 0.02; one slope for all schools leaves much more
+    assert sum(gaps) / len(gaps) < 0.06
+
+
 def test_who_is_concerned():
     graph = ModelGraph(["mz", "zx", "zp", "mq"], observed=["x"], plates={name: ["data"] for name in "zxp"})
     observation = sites_concerned(faithful_inverse(graph), {"x": ("data",)})

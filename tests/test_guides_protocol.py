@@ -16,6 +16,16 @@ from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides import auto_faithful_guide
 from pyro_graphflows.infer import InferenceCompilation
 
+everywhere = pytest.mark.parametrize(
+    "options",
+    [
+        {"family": "normal"},
+        {"family": "flow", "units_per_variable": 3, "conditioner_units": 3},
+        {"family": "flow", "flow": "graphical", "units_per_variable": 3},
+    ],
+    ids=["normal", "flow", "graphical"],
+)
+
 
 def pair(x):
     with pyro.plate("data", len(x)):
@@ -30,10 +40,11 @@ def half_observed(y, mask):
         pyro.sample("y", dist.Normal(z, 1.0), obs=y, obs_mask=mask)
 
 
-def test_partially_observed_sites():
+@everywhere
+def test_partially_observed_sites(options):
     """What is under the mask must not matter, and the guide must know what is missing."""
     y, mask = torch.randn(6), torch.tensor([True, False, True, True, False, True])
-    guide = auto_faithful_guide(half_observed, y, mask)
+    guide = auto_faithful_guide(half_observed, y, mask, num_start_samples=1000, **options)
     latents = guide(y, mask)
     expected = guide.log_prob(latents, y, mask)
     other = torch.where(mask, y, 5.0)
@@ -41,17 +52,18 @@ def test_partially_observed_sites():
     torch.testing.assert_close(guide.log_prob(latents, torch.where(mask, y, math.nan), mask), expected)
     assert not torch.allclose(guide.log_prob(latents, y, ~mask), expected)
     assert math.isfinite(Trace_ELBO().loss(half_observed, guide, y, mask))
-    twice = auto_faithful_guide(half_observed, y, mask, init="random")
+    twice = auto_faithful_guide(half_observed, y, mask, init="random", num_start_samples=100, **options)
     assert math.isfinite(Trace_ELBO().loss(half_observed, twice, y, mask))
 
 
-def test_missing_entries_found_by_the_model():
+@everywhere
+def test_missing_entries_found_by_the_model(options):
     def model(y):
         seen = ~torch.isnan(y)
         half_observed(torch.where(seen, y, 0.0), seen)
 
     y = torch.tensor([0.3, math.nan, 1.0, -1.0])
-    guide = auto_faithful_guide(model, y)
+    guide = auto_faithful_guide(model, y, num_start_samples=100, **options)
     assert math.isfinite(Trace_ELBO().loss(model, guide, y))
 
 
@@ -62,17 +74,18 @@ def dependent(x):
         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
 
+@everywhere
 @pytest.mark.parametrize("vectorize", [False, True])
-def test_supports_that_depend_on_other_latents(vectorize):
+def test_supports_that_depend_on_other_latents(vectorize, options):
     """The support in force is the one given the values sampled; gradients flow through it."""
     x = torch.randn(5)
     order = ["z", "low"]  # eliminated in this order: sampled low first
-    guide = auto_faithful_guide(dependent, x, inverse=order)
+    guide = auto_faithful_guide(dependent, x, inverse=order, **options)
     assert guide.inverse.sampling_order == ("low", "z")
     values = guide(x)
     assert ((values["z"] > values["low"]) & (values["z"] < values["low"] + 2)).all()
-    options = {"num_particles": 4, "vectorize_particles": vectorize, "max_plate_nesting": 1}
-    assert math.isfinite(Trace_ELBO(**options).loss(dependent, guide, x))
+    particles = {"num_particles": 4, "vectorize_particles": vectorize, "max_plate_nesting": 1}
+    assert math.isfinite(Trace_ELBO(**particles).loss(dependent, guide, x))
     # q(z | low) is uniform where the unconstrained factor is: by change of variables
     unit = (values["z"] - values["low"]) / 2
     trace = poutine.trace(poutine.condition(guide, values)).get_trace(x)
@@ -81,9 +94,10 @@ def test_supports_that_depend_on_other_latents(vectorize):
     torch.testing.assert_close(fn.log_prob(values["z"]), by_hand)
 
 
-def test_a_support_that_is_not_known_yet_is_refused():
+@everywhere
+def test_a_support_that_is_not_known_yet_is_refused(options):
     with pytest.raises(UnsupportedModelError, match="'z' to be sampled after low"):
-        auto_faithful_guide(dependent, torch.randn(5), inverse=["low", "z"])
+        auto_faithful_guide(dependent, torch.randn(5), inverse=["low", "z"], **options)
 
 
 def test_enumerated_assignments_give_exact_evidence():
@@ -122,9 +136,10 @@ def test_quantiles_are_those_of_the_draws():
     assert guide.quantiles([0.5], x)["a"].shape == (1, 3)
 
 
-def test_given_fixes_observations():
+@everywhere
+def test_given_fixes_observations(options):
     x, other = torch.randn(3), torch.randn(3)
-    guide = auto_faithful_guide(pair, x)
+    guide = auto_faithful_guide(pair, x, num_start_samples=100, **options)
     pyro.set_rng_seed(1)
     expected = guide(other)
     pyro.set_rng_seed(1)
@@ -134,10 +149,11 @@ def test_given_fixes_observations():
         guide.given(y=x)
 
 
-def test_guide_list():
+@everywhere
+def test_guide_list(options):
     x = torch.randn(5)
     guide = AutoGuideList(pair)
-    guide.append(auto_faithful_guide(poutine.block(pair, hide=["b"])))
+    guide.append(auto_faithful_guide(poutine.block(pair, hide=["b"]), num_start_samples=100, **options))
     guide.append(AutoNormal(poutine.block(pair, expose=["b"])))
     svi = SVI(pair, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
     assert math.isfinite(svi.step(x))
@@ -169,21 +185,23 @@ def test_two_guides_in_one_program(how):
         assert moved == [i == 0, i == 1]
 
 
-def test_no_observations():
+@everywhere
+def test_no_observations(options):
     def model():
         a = pyro.sample("a", dist.Normal(0.0, 1.0))
         pyro.sample("b", dist.LogNormal(a, 1.0))
 
-    guide = auto_faithful_guide(model)
+    guide = auto_faithful_guide(model, num_start_samples=100, **options)
     guide.setup()
     values = guide()
     assert set(values) == {"a", "b"}
     assert math.isfinite(Trace_ELBO().loss(model, guide))
 
 
-def test_handlers():
+@everywhere
+def test_handlers(options):
     x = torch.randn(5)
-    guide = auto_faithful_guide(pair, x)
+    guide = auto_faithful_guide(pair, x, num_start_samples=100, **options)
     a = torch.randn(5)
     trace = poutine.trace(poutine.condition(guide, {"a": a})).get_trace(x)
     assert trace.nodes["a"]["value"] is a
@@ -203,11 +221,11 @@ def test_handlers():
         masked.log_prob_sum(), guide.log_prob({n: whole.nodes[n]["value"] for n in ("a", "b")}, x)[mask].sum()
     )
     model = poutine.reparam(pair, {"b": LocScaleReparam(0.0)})
-    guide = auto_faithful_guide(model, x)
+    guide = auto_faithful_guide(model, x, num_start_samples=100, **options)
     assert set(guide(x)) == {"a", "b_decentered"}
     assert math.isfinite(Trace_ELBO().loss(model, guide, x))
     model = poutine.condition(pair, {"a": a})
-    guide = auto_faithful_guide(model, x)
+    guide = auto_faithful_guide(model, x, num_start_samples=100, **options)
     assert set(guide(x)) == {"b"}
     assert math.isfinite(Trace_ELBO().loss(model, guide, x))
 
@@ -224,14 +242,16 @@ def test_module_local_params():
         assert any(not torch.equal(b, p) for b, p in zip(before, guide.parameters(), strict=True))
 
 
-def test_dtype():
+@everywhere
+def test_dtype(options):
     x = torch.randn(5)
-    guide = auto_faithful_guide(pair, x).to(torch.float32)
+    guide = auto_faithful_guide(pair, x, num_start_samples=100, **options).to(torch.float32)
     assert guide(x.float())["a"].dtype == torch.float32
     assert guide.to("cpu", torch.float64)(x)["a"].dtype == torch.float64
 
 
-def test_replay_plates_and_subsample():
+@everywhere
+def test_replay_plates_and_subsample(options):
     x = torch.randn(20)
 
     def model(x):
@@ -242,7 +262,7 @@ def test_replay_plates_and_subsample():
     def create_plates(x):
         return pyro.plate("data", len(x), subsample_size=4)
 
-    guide = auto_faithful_guide(model, x, create_plates=create_plates)
+    guide = auto_faithful_guide(model, x, create_plates=create_plates, num_start_samples=100, **options)
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
     assert math.isfinite(svi.step(x))
     assert guide(x)["z"].shape == (4,)
