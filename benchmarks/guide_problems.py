@@ -1,18 +1,18 @@
 """The problems of the guide benchmarks: a model, data, and what the exact answer is.
 
-``E[-log p(x)]`` is exact for linear-Gaussian networks, and by numerical integration for the arithmetic circuit.
+``E[-log p(x)]`` is exact for linear-Gaussian networks, and by numerical integration for the arithmetic circuit and the
+group effects (``exact_evidence.py``).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from exact_evidence import circuit_log_evidence, schools_log_evidence, slopes_log_evidence
 from pyro import poutine
-from scipy.ndimage import gaussian_filter1d
 from torch import Tensor
 
 from pyro_graphflows.graphs import load_network
@@ -78,41 +78,11 @@ def circuit(num_test: int = 2000) -> Problem:
     return Problem("circuit", arithmetic_circuit, draw, (test,), num_test, exact, {"inverse": order})
 
 
-def circuit_log_evidence(x: np.ndarray) -> np.ndarray:
-    """Return log p(x0, x1) of the arithmetic circuit for each row, by numerical integration.
-
-    The density of w = z0 z1 is an integral over z1, smoothed by the noise of z3; given z3, the density of x1 is an
-    integral over u = z3 + z4; the last integral is over z3 near x0. Grids twice as fine change the mean by less
-    than 1e-4.
-    """
-    half = np.geomspace(1e-4, 500, 2500)
-    w = np.concatenate([-half[::-1], half])
-    z1 = np.geomspace(1e-7, 60, 2500)
-    density = np.zeros_like(w)
-    for sign in (-1, 1):
-        prior = 0.5 * np.exp(-np.abs(sign * z1 + 2))
-        for rows in np.array_split(np.arange(len(w)), 50):
-            ratio = w[rows, None] / (sign * z1)
-            density[rows] += np.trapezoid(prior * 0.5 * np.exp(-np.abs(ratio - 5)) / z1, z1)
-    grid = np.linspace(-200, 200, 400_001)
-    z3_density = gaussian_filter1d(np.interp(grid, w, density), 0.1 / (grid[1] - grid[0]), truncate=8)
-    offsets = np.linspace(-0.6, 0.6, 61)
-    z4 = np.linspace(7 - 12, 7 + 12, 961)
-    prior4 = np.exp(-0.5 * ((z4 - 7) / 2) ** 2) / (2 * np.sqrt(2 * np.pi)) * (z4[1] - z4[0])
-    noise = np.exp(-0.5 * (offsets / 0.1) ** 2) / (0.1 * np.sqrt(2 * np.pi)) * (offsets[1] - offsets[0])
-    width = 0.1 * np.sqrt(2)
-    result = np.zeros(len(x))
-    for i, (x0, x1) in enumerate(x):
-        z3 = x0 + offsets
-        near = np.exp(-0.5 * ((x1 - np.tanh(z3[:, None] + z4)) / width) ** 2) / (width * np.sqrt(2 * np.pi))
-        result[i] = np.log(np.sum(np.interp(z3, grid, z3_density) * noise * (near @ prior4)))
-    return result
-
-
 def schools() -> Problem:
     """The eight schools, centred."""
     sigma, y = torch.tensor(EIGHT_SCHOOLS["sigma"]), torch.tensor(EIGHT_SCHOOLS["y"])
-    return Problem("eight schools", eight_schools, None, (sigma, y))
+    exact = schools_log_evidence(sigma.double(), y.double())
+    return Problem("eight schools", eight_schools, None, (sigma, y), exact=exact)
 
 
 def varying_slopes(group: Tensor, w: Tensor, y: Tensor | None = None, num_groups: int = 12) -> None:
@@ -137,7 +107,8 @@ def slopes(num_groups: int = 12, per_group: int = 4) -> Problem:
     a = 1.0 + 0.4 * torch.randn(num_groups, generator=generator)
     b = -0.5 + 0.3 * torch.randn(num_groups, generator=generator)
     y = a[group] + b[group] * w + 0.7 * torch.randn(len(group), generator=generator)
-    return Problem("varying slopes", varying_slopes, None, (group, w, y))
+    exact = slopes_log_evidence(group, w.double(), y.double(), num_groups)
+    return Problem("varying slopes", varying_slopes, None, (group, w, y), exact=exact)
 
 
 def county_effects(county: Tensor, floor: Tensor, uranium: Tensor, y: Tensor | None = None) -> None:
