@@ -45,8 +45,9 @@ def auto_faithful_guide(
             conditionals, at several times the cost of a step), or a subclass of
             :class:`~pyro_graphflows.guides.factors.Factor` for all continuous sites. ``factors={site: subclass}``
             chooses for single sites, with every family.
-        inverse: What each site is conditioned on: ``"auto"`` (the faithful inverse with the fewest edges, discrete
-            sites sampled before the continuous ones of their plates unless that doubles the edges), another order
+        inverse: What each site is conditioned on: ``"auto"`` (the faithful inverse with the fewest edges and, among
+            these, smooth conditionals (:mod:`~pyro_graphflows.guides.smooth_order`); discrete sites sampled before
+            the continuous ones of their plates unless that doubles the edges), another order
             of :func:`~pyro_graphflows.faithful_inverse` or an elimination sequence; ``"stochastic"``, ``"full"``,
             ``"mean_field"``; an :class:`~pyro_graphflows.InverseGraph`, or a function that makes one from the
             :class:`~pyro_graphflows.ModelGraph`.

@@ -28,6 +28,7 @@ from pyro_graphflows.guides.plan import Plan, make_plan
 from pyro_graphflows.guides.pool_plan import PoolOptions, PoolPlan, plan_pools
 from pyro_graphflows.guides.pooling import DeepSet
 from pyro_graphflows.guides.site import conditioning_event_dims, latent_sites, observed_encodings
+from pyro_graphflows.guides.smooth_order import joint_rows, smooth_order
 from pyro_graphflows.guides.supports import changing_supports, require_known_supports
 from pyro_graphflows.inspect import TracedModel, non_exchangeable_plates, trace_model
 
@@ -121,6 +122,8 @@ class CompiledGuide(AutoGuide):
                 inverse = order_for_discrete_sites(inverse, rough, self._enumerated, free=free)
             self._plate_states = plates_of(traced.trace)
             self._event_dims = conditioning_event_dims(traced)
+            if self._inverse_option == "auto" and self._elements is None and not rough and not self._lookups:
+                inverse = self._smooth(inverse, traced, args, kwargs)
             unlike = sites_concerned(inverse, self._uneven_plates(traced, args, kwargs))
             self._pool_plan = self._plan_pools(inverse, traced, unlike)
             plan = make_plan(inverse, self._block_kind, self._pool_plan)
@@ -224,6 +227,13 @@ class CompiledGuide(AutoGuide):
         return discrete_sites_first(
             inverse, [name for name in graph.latent if nodes[name]["fn"].support.is_discrete]
         )
+
+    def _smooth(
+        self, inverse: InverseGraph, traced: TracedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> InverseGraph:
+        """Return an inverse as sparse whose conditionals are smoother, where samples of the model tell."""
+        samples = joint_rows(self.model, args, kwargs, traced, self._sites, self._event_dims)
+        return inverse if samples is None else smooth_order(inverse, samples)
 
     def _changing_supports(
         self, plan: Plan, traced: TracedModel, args: tuple[Any, ...], kwargs: dict[str, Any]

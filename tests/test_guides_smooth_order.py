@@ -1,0 +1,106 @@
+"""Among equally sparse inverses, the one whose conditionals are smooth."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_graphflows.graphs import faithful_inverse, is_imap
+from pyro_graphflows.graphs.library import binary_tree
+from pyro_graphflows.guides import auto_faithful_guide
+from pyro_graphflows.guides.site import conditioning_event_dims, latent_sites
+from pyro_graphflows.guides.smooth_order import joint_rows, smooth_order
+from pyro_graphflows.inspect import trace_model
+from pyro_graphflows.models.textbook import arithmetic_circuit
+
+
+def product(x, loc=(5.0, 0.0), size=()):
+    """The product of two factors, seen through noise: dividing by the one away from zero is smooth."""
+    zero = torch.zeros(size)
+    with pyro.plate("data", len(x)):
+        a = pyro.sample("a", dist.Normal(zero + loc[0], 1.0).to_event(len(size)))
+        b = pyro.sample("b", dist.Normal(zero + loc[1], 1.0).to_event(len(size)))
+        c = pyro.sample("c", dist.Normal(a * b, 0.1).to_event(len(size)))
+        pyro.sample("x", dist.Normal(c, 0.1).to_event(len(size)), obs=x)
+
+
+@pytest.mark.parametrize("loc", [(5.0, 0.0), (0.0, 5.0)])
+@pytest.mark.parametrize("size", [(), (2,)])
+def test_the_factor_near_zero_is_sampled_last(loc, size):
+    def model(x):
+        product(x, loc, size)
+
+    guide = auto_faithful_guide(model, torch.zeros(20, *size), num_start_samples=100)
+    near, far = ("b", "a") if loc[1] == 0 else ("a", "b")
+    assert set(guide.inverse.parents[near]) == {far, "c"}
+    assert guide.inverse.parents[far] == ("c",)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_arithmetic_circuit_divides_by_what_keeps_away_from_zero(seed):
+    pyro.set_rng_seed(seed)
+    guide = auto_faithful_guide(arithmetic_circuit, torch.randn(50, 2), num_start_samples=100)
+    sparsest = faithful_inverse(guide.model_graph)
+    assert guide.inverse.order == "smooth"
+    assert set(guide.inverse.parents["z1"]) == {"z0", "z3"}
+    assert guide.inverse.num_edges <= sparsest.num_edges
+    assert len(guide.inverse.levels) <= len(sparsest.levels)
+    assert is_imap(guide.inverse, guide.model_graph)
+
+
+def test_linear_models_and_chosen_inverses_are_left_alone():
+    network = binary_tree(3, seed=0)
+    model = network.pyro_model()
+    x = torch.zeros(20, len(network.observed))
+    guide = auto_faithful_guide(model, x, num_start_samples=100)
+    assert dict(guide.inverse.parents) == dict(faithful_inverse(guide.model_graph).parents)
+    for order in ("min_fill", ["z2", "z0", "z1", "z4", "z3", "z5"]):
+        guide = auto_faithful_guide(
+            arithmetic_circuit, torch.randn(50, 2), inverse=order, num_start_samples=100
+        )
+        assert set(guide.inverse.parents["z0"]) == {"z1", "z3"}
+
+
+def rows_of(model, *args):
+    traced = trace_model(model, args, {})
+    return traced, joint_rows(model, args, {}, traced, latent_sites(traced), conditioning_event_dims(traced))
+
+
+def test_rows_are_joint_samples_and_leave_the_random_state_alone():
+    def model(w, x):
+        with pyro.plate("data", 4):
+            z = pyro.sample("z", dist.LogNormal(w, 0.1))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    w = torch.arange(4.0)
+    before = torch.get_rng_state()
+    _, rows = rows_of(model, w, torch.zeros(4))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert {name: value.shape for name, value in rows.items()} == dict.fromkeys("zxw", (5000, 1))
+    # log z - w is normal with deviation 0.1, whose estimate has a standard error of 0.001
+    assert (rows["z"] - rows["w"]).std().item() == pytest.approx(0.1, abs=0.005)
+    assert (rows["x"] - rows["z"].exp()).std().item() == pytest.approx(1.0, abs=0.05)
+
+
+def test_no_rows_where_latents_are_in_different_plates_or_samples_are_not_the_model():
+    def hierarchical(x):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 4):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(m, 1.0)), 1.0), obs=x)
+
+    def weighed(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("weight", -z.square())
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    assert rows_of(hierarchical, torch.zeros(4))[1] is None
+    assert rows_of(weighed, torch.tensor(0.0))[1] is None
+
+
+def test_rows_that_are_not_finite_do_not_count():
+    graph = trace_model(arithmetic_circuit, (torch.zeros(5, 2),), {}).graph
+    inverse = faithful_inverse(graph)
+    samples = {name: torch.randn(600, 1) for name in graph.nodes}
+    samples["z3"] = samples["z0"] * samples["z1"]
+    samples["z3"][:200] = float("nan")
+    assert smooth_order(inverse, samples) is inverse  # 400 rows are too few
