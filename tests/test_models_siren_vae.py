@@ -387,9 +387,7 @@ def test_messages():
     with pytest.raises(GraphflowsError, match="missing or unknown: x"):
         SIReNVAE(CHAIN, likelihood={})
     vae = SIReNVAE(CHAIN)
-    with pytest.raises(
-        GraphflowsError, match=r"Expected x.shape\[-1\] == 1, the columns of x; got shape \(5, 2\)"
-    ):
+    with pytest.raises(GraphflowsError, match=r"x.shape\[-1\] == 1, the columns of x; got shape \(5, 2\)"):
         vae.elbo(torch.zeros(5, 2))
     with pytest.raises(GraphflowsError, match="Expected no inputs"):
         vae.elbo(torch.zeros(5, 1), torch.zeros(5, 1))
@@ -416,3 +414,42 @@ def test_messages():
     more = ModelGraph(nx.DiGraph([("a", "b"), ("b", "x"), ("a", "x")]), ["x"])
     with pytest.raises(GraphflowsError, match="parents of x that are its parents in the graph; got a"):
         vae.put_linear_gaussian_(LinearGaussianNetwork.random(more, 0))
+
+
+@pytest.mark.parametrize(
+    ("x", "match"),
+    [
+        (torch.zeros(2), r"Expected x of shape \(n, columns\), n >= 1; got shape \(2,\)"),
+        (torch.zeros(0, 2), r"n >= 1; got shape \(0, 2\)"),
+        ([[0.0, 1.0]], "Expected a tensor .* got list"),
+        (torch.zeros(3, 2, dtype=torch.float16), "model's dtype torch.float64; got torch.float16"),
+        (torch.tensor([[0.0, 3.0]]), "Expected class numbers 0 to 2 in the columns of y"),
+        (torch.tensor([[0.0, 0.5]]), "whose likelihood is categorical; got 0.5"),
+        (torch.tensor([[-1.0, 0.0]]), "Expected numbers from 0 to 1 in the columns of x, .* got -1"),
+    ],
+)
+def test_data_that_are_none_of_the_model(x, match):
+    graph = ModelGraph([("a", "x"), ("a", "y")], ["x", "y"])
+    vae = SIReNVAE(graph, likelihood={"x": "bernoulli", "y": ("categorical", 3)})
+    if isinstance(x, torch.Tensor) and x.dtype == torch.float32:
+        x = x.double()
+    for use in (vae.elbo, vae.log_evidence, vae.reconstruct, vae.fit, vae.model, vae.guide):
+        with pytest.raises(GraphflowsError, match=match):
+            use(x)
+
+
+def test_numbers_out_of_range():
+    graph = ModelGraph([("w", "x"), ("a", "x")], ["x"], inputs=["w"])
+    vae = VAE(graph)
+    with pytest.raises(GraphflowsError, match="Expected a ModelGraph; got list"):
+        SIReNVAE([("a", "x")])
+    with pytest.raises(GraphflowsError, match="Expected hidden_dim >= 1; got 0"):
+        VAE(graph, hidden_dim=0)
+    with pytest.raises(GraphflowsError, match="Expected num_samples >= 1; got 0"):
+        vae.sample(0, torch.zeros(0, 1))
+    with pytest.raises(GraphflowsError, match="Expected num_particles >= 1; got 0"):
+        vae.elbo(torch.zeros(3, 1), torch.zeros(3, 1), num_particles=0)
+    with pytest.raises(GraphflowsError, match=r"with the same n; got shapes \(3, 1\) and \(4, 1\)"):
+        vae.elbo(torch.zeros(3, 1), torch.zeros(4, 1))
+    with pytest.raises(GraphflowsError, match="Expected finite data; the columns of x are not"):
+        vae.standardize_(torch.full((3, 1), torch.nan), torch.zeros(3, 1))

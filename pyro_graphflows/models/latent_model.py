@@ -55,6 +55,8 @@ class LatentModel(PyroModule):
         latent_name: str = "z",
     ) -> None:
         super().__init__()
+        if not isinstance(graph, ModelGraph):
+            raise GraphflowsError(f"Expected a ModelGraph; got {type(graph).__name__}.")
         if not graph.latent or not graph.observed:
             raise GraphflowsError(f"Expected latent and observed nodes; got {graph}.")
         if graph.marginalised:
@@ -126,16 +128,32 @@ class LatentModel(PyroModule):
     # --------------------------------------------------------------------------------------------------- bounds
 
     def known(self, x: Tensor, inputs: Tensor | None = None) -> Tensor:
-        """Return all known columns: the data, and the inputs behind them."""
+        """Return all known columns: the data, and the inputs behind them.
+
+        Args:
+            x: Data (n, columns).
+            inputs: The inputs (n, columns).
+
+        Raises:
+            GraphflowsError: If these are not the shapes, dtypes or values that the nodes have.
+        """
         if self.graph.inputs:
             if inputs is None:
                 raise GraphflowsError(
                     f"Expected inputs, the columns of {listed(self.graph.inputs)}; got none."
                 )
+            if x.dim() != 2 or inputs.dim() != 2 or len(x) != len(inputs):
+                raise GraphflowsError(
+                    "Expected x and inputs of shape (n, columns), with the same n; got shapes "
+                    f"{tuple(x.shape)} and {tuple(inputs.shape)}."
+                )
             x = torch.cat([x, inputs], -1)
         elif inputs is not None:
             raise GraphflowsError("Expected no inputs: the graph has none.")
-        return self.observation.check(x)
+        x = self.observation.check(x)
+        if x.dim() != 2 or not len(x):
+            raise GraphflowsError(f"Expected x of shape (n, columns), n >= 1; got shape {tuple(x.shape)}.")
+        return x
 
     def log_weights(
         self, x: Tensor, inputs: Tensor | None = None, *, num_particles: int = 1, kl_weight: float = 1.0
@@ -151,6 +169,8 @@ class LatentModel(PyroModule):
         Returns:
             Shape (K, n).
         """
+        if num_particles < 1:
+            raise GraphflowsError(f"Expected num_particles >= 1; got {num_particles}.")
         data = self.known(x, inputs)
         features = self.observation.to_features(data)
         eps = torch.randn(num_particles, len(data), self.latent_dim, dtype=data.dtype, device=data.device)
@@ -260,7 +280,12 @@ class LatentModel(PyroModule):
 
         Returns:
             Shape (n, columns).
+
+        Raises:
+            GraphflowsError: If ``num_samples`` is not positive.
         """
+        if num_samples < 1:
+            raise GraphflowsError(f"Expected num_samples >= 1; got {num_samples}.")
         with evaluation_mode(self):
             return self._draw(num_samples, inputs)[0]
 

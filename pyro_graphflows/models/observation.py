@@ -130,8 +130,11 @@ class Observation(nn.Module):
             GraphflowsError: If there are fewer than two rows or a value is not finite.
         """
         rows = self.check(x).reshape(-1, self.num_columns)
-        if len(rows) < 2 or not bool(rows.isfinite().all()):
-            raise GraphflowsError(f"Expected at least two rows of data, all finite; got {len(rows)}.")
+        if len(rows) < 2:
+            raise GraphflowsError(f"Expected at least two rows of data; got {len(rows)}.")
+        if not bool(rows.isfinite().all()):
+            bad = [str(n) for n, part in self.columns.items() if not bool(rows[:, part].isfinite().all())]
+            raise GraphflowsError(f"Expected finite data; the columns of {', '.join(bad)} are not.")
         loc, scale = moments(rows)
         number = torch.tensor(self._is_number, device=rows.device)
         self.loc.copy_(torch.where(number, loc, torch.zeros_like(loc)))
@@ -141,16 +144,41 @@ class Observation(nn.Module):
         """Return the data.
 
         Raises:
-            GraphflowsError: If the number of columns is wrong.
+            GraphflowsError: If the number of columns or the type of the numbers is wrong, or a value is none of its
+                likelihood's.
         """
-        if x.shape[-1:] != (self.num_columns,):
+        if not isinstance(x, Tensor) or x.shape[-1:] != (self.num_columns,):
             names = ", ".join(
                 f"{n} ({size})" if size > 1 else str(n) for n, size in list(self.sizes.items())[:20]
             )
+            got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise GraphflowsError(
-                f"Expected x.shape[-1] == {self.num_columns}, the columns of {names}; got shape {tuple(x.shape)}."
+                f"Expected a tensor with x.shape[-1] == {self.num_columns}, the columns of {names}; got {got}."
             )
+        if x.dtype != self.loc.dtype:
+            raise GraphflowsError(
+                f"Expected data of the model's dtype {self.loc.dtype}; got {x.dtype}. Convert the one or the other: "
+                "x.to(dtype) or model.to(dtype)."
+            )
+        if not self._all_normal:
+            self._check_values(x.detach())
         return x
+
+    def _check_values(self, x: Tensor) -> None:
+        """Check the columns of Bernoulli and categorical nodes."""
+        for node, (kind, classes) in self.kinds.items():
+            if kind == "normal":
+                continue
+            values = x[..., self.columns[node]]
+            if kind == "bernoulli":
+                good, wanted = (values >= 0) & (values <= 1), "numbers from 0 to 1"
+            else:
+                good = (values >= 0) & (values < classes) & (values == values.floor())
+                wanted = f"class numbers 0 to {classes - 1}"
+            if not bool(good.all()):
+                raise GraphflowsError(
+                    f"Expected {wanted} in the columns of {node}, whose likelihood is {kind}; got {values[~good][0]:g}."
+                )
 
     def to_features(self, x: Tensor) -> Tensor:
         """Return what networks see of data, (*batch, features) of (*batch, columns)."""

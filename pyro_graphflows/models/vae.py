@@ -6,6 +6,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs.model_graph import ModelGraph, Node
 from pyro_graphflows.models.latent_model import LatentModel
 from pyro_graphflows.models.observation import HALF_LOG_TWO_PI, Likelihood
@@ -28,6 +29,9 @@ class VAE(LatentModel):
         likelihood: As in :class:`LatentModel`.
         latent_name: As in :class:`LatentModel`.
 
+    Raises:
+        GraphflowsError: If ``hidden_dim`` is not positive.
+
     Example:
         >>> vae = VAE(ModelGraph([("a", "x"), ("b", "x")], observed=["x"]))
         >>> vae.elbo(torch.zeros(5, 1)).shape
@@ -45,6 +49,8 @@ class VAE(LatentModel):
         super().__init__(graph, likelihood=likelihood, latent_name=latent_name)
         if hidden_dim is None:
             hidden_dim = 8 * len({graph.parents(node) for node in graph.observed})
+        if hidden_dim < 1:
+            raise GraphflowsError(f"Expected hidden_dim >= 1; got {hidden_dim}.")
         num_features = self.observation.num_features
         num_inputs = sum(
             self.observation.features[n].stop - self.observation.features[n].start for n in graph.inputs
