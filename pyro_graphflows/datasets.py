@@ -27,6 +27,8 @@ import gzip
 import hashlib
 import os
 import struct
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -404,24 +406,33 @@ def _wanted(archives: Sequence[str], files: Sequence[Sequence[str]]) -> str:
 
 
 def _archive(path: Path) -> np.lib.npyio.NpzFile:
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    if not zipfile.is_zipfile(path):  # np.load would not close what it cannot read
         raise GraphflowsError(
-            f"Expected {path} to be a NumPy archive; it cannot be read ({error}). Get it anew."
-        ) from error
+            f"Expected {path} to be a NumPy archive; it cannot be read, or its end is missing. Get it anew."
+        )
+    return np.load(path, allow_pickle=False)
 
 
 def _array(arrays: np.lib.npyio.NpzFile, key: str, path: Path) -> np.ndarray:
     if key not in arrays:
         raise GraphflowsError(f"Expected the array {key!r} in {path}; it has {sorted(arrays.files)}.")
-    return arrays[key]
+    try:
+        return arrays[key]
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise GraphflowsError(
+            f"Expected the array {key!r} in {path}; it cannot be read ({error}). The file is damaged: get it anew."
+        ) from error
 
 
 def _read_idx(path: Path) -> np.ndarray:
     """Read an IDX file of bytes: a magic number, the sizes of all dimensions, the bytes."""
     raw = path.read_bytes()
-    content = gzip.decompress(raw) if path.suffix == ".gz" else raw
+    try:
+        content = gzip.decompress(raw) if path.suffix == ".gz" else raw
+    except (OSError, EOFError, zlib.error) as error:
+        raise GraphflowsError(
+            f"Expected a file packed by gzip in {path}; it cannot be unpacked ({error}). Get it anew."
+        ) from error
     zero, kind, dim = struct.unpack(">HBB", content[:4]) if len(content) >= 4 else (1, 0, 0)
     if zero != 0 or kind != 8 or len(content) < 4 + 4 * dim:
         raise GraphflowsError(f"Expected an IDX file of bytes in {path}; it does not begin like one.")

@@ -95,6 +95,27 @@ def test_damaged_idx(tmp_path):
         mnist(tmp_path)
 
 
+def test_damaged_archives(tmp_path):
+    """Each kind of damage is told as such, with the file: a cut-off end, a changed byte, a packed file cut off."""
+    path = tmp_path / "mnist.npz"
+    arrays = {"train_images": pixels(30, 28, 28), "train_labels": pixels(30, top=10)}
+    arrays |= {"test_images": pixels(20, 28, 28), "test_labels": pixels(20, top=10)}
+    np.savez(path, **arrays)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(GraphflowsError, match=r"mnist\.npz to be a NumPy archive; it cannot be read"):
+        mnist(tmp_path)
+    place = whole.index(arrays["test_images"].tobytes()[:40])
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(GraphflowsError, match=r"'test_images' in .*mnist\.npz; it cannot be read .* damaged"):
+        mnist(tmp_path)
+    path.unlink()
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (tmp_path / f"{name}-ubyte.gz").write_bytes(gzip.compress(bytes(range(100)))[:-20])
+    with pytest.raises(GraphflowsError, match=r"train-images-idx3-ubyte\.gz; it cannot be unpacked"):
+        mnist(tmp_path)
+
+
 def test_mnist_from_archive(tmp_path):
     arrays = {
         "train_images": pixels(50_010, 2, 2),
