@@ -558,7 +558,7 @@ def test_globals_with_discrete_locals(family):
     x = torch.randn(4)
     guide = auto_faithful_guide(model, x, init="random", family=family)
     assert guide.plan.blocks[0].free == ("g",)
-    assert "g | x (pooled)  [free parameters, sampled KL, binary, score function]" in str(guide.describe())
+    assert "g | x (not read)  [free parameters, sampled KL, binary, score function]" in str(guide.describe())
     # (2, N, 2): log p(k, x_n | g)
     terms = shares.log().unsqueeze(1) + dist.Normal(centres, math.sqrt(1.25)).log_prob(x.unsqueeze(-1))
     of_g = torch.tensor([0.6, 0.4]).log() + terms.logsumexp(-1).sum(-1)

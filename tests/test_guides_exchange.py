@@ -124,7 +124,7 @@ def hierarchical_schools(y):
 
 def test_unlike_elements_are_not_pooled():
     guide = auto_faithful_guide(hierarchical_schools, torch.zeros(8), pool="deepset", num_start_samples=500)
-    assert "mu | y (pooled)  [free parameters" in guide.describe()
+    assert "mu | y (not read)  [free parameters" in guide.describe()
     assert "not pooled: constants or parameters in the model vary along schools" in guide.describe()
     assert guide.plan.blocks[1].unlike == {"theta": ("schools",)}
     with pytest.raises(GraphflowsError, match="'schools' to have 8 elements"):

@@ -227,3 +227,25 @@ def test_eight_schools_is_better_than_the_guides_of_pyro():
         bounds[name] = -many.loss(eight_schools, guide, sigma, y)
     assert bounds["faithful"] > bounds["normal"] + 1.0
     assert bounds["faithful"] > bounds["multivariate"] + 0.5
+
+
+def test_what_describe_says_of_parents():
+    """How each comes in: elementwise, broadcast, one by one, pooled, by an index, or not at all."""
+
+    def model(group, y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("groups", 3):
+            theta = pyro.sample("theta", dist.Normal(mu, 1.0))
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(theta[..., group], 1.0))
+            pyro.factor("tilt", -z.abs())
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    group = torch.tensor([0, 1, 2, 0])
+    for pool, how, label in ((None, "not read", "free parameters"), ("deepset", "pooled by group", "amortised")):
+        text = auto_faithful_guide(model, group, torch.randn(4), pool=pool, init="random").describe()
+        index = "not read" if pool is None else "index"
+        assert f"mu | group ({index}), tilt (no data to read), y ({how})  [{label}, analytic KL]" in text
+        assert "z | group (index), theta (looked up by group), tilt (no data to read), y  [amortised" in text
+        assert ("sites with free parameters fit one data set" in text) == (pool is None)
+        assert "Block 1 (plate groups, 1 level)" in text

@@ -141,6 +141,9 @@ class CompiledGuide(AutoGuide):
                 if site.encoding is not None:
                     how = "enumerated" if name in self._enumerated else "score function"
                     plan.labels[name] = f"{site.encoding}, {how}"
+                for parent in inverse.parents[name]:
+                    if parent in traced.without_data:
+                        plan.ways[parent, name] = "no data to read"
             self._check_plan(plan, traced)
             self._reader = CallReader(self.model, traced)
             self._reader.look_for_missing(self.model, args, kwargs)
@@ -279,10 +282,18 @@ class CompiledGuide(AutoGuide):
             *((self.inverse, self.model_graph) if nested is None else (nested,))
         )
         if missing:
-            named = "; ".join(str(statement) for statement in list(missing)[:5])
+            named = "; ".join(
+                f"{statement.node} of {statement.other} given {', '.join(map(str, statement.given)) or 'nothing'}"
+                for statement in list(missing)[:3]
+            )
             notes.append(
-                f"not faithful: the inverse asserts {len(missing)} independencies that the posterior does not have, "
-                f"among them {named}."
+                f"not faithful: the inverse asserts {len(missing)} independencies that the posterior does not have: "
+                f"{named}{'; ...' if len(missing) > 3 else ''}. Use inverse='auto'."
+            )
+        if self._pool is None and self._pool_plan.free:
+            notes.append(
+                "sites with free parameters fit one data set and read none in a call; pool='deepset' amortises them, "
+                "where plates are not subsampled and no constants of the model vary along them."
             )
         return Description(self.plan.describe(tuple(notes)))
 

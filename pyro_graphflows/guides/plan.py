@@ -9,7 +9,7 @@ input; the site then has free parameters for each element of its plates, beside 
 network calls is the number of levels and not the number of sites.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import networkx as nx
@@ -73,8 +73,8 @@ class Block:
 class Plan:
     """The blocks in sampling order; for each site whether its KL term may be analytic, a label, remarks.
 
-    Of pairs (parent, site): the index by which the parent's element is looked up; how a parent that is pooled by an
-    index comes in, and the index itself.
+    Of pairs (parent, site): the index by which the parent's element is looked up; how a parent comes in where that is
+    not elementwise.
     """
 
     graph: ModelGraph
@@ -90,12 +90,16 @@ class Plan:
         """Return the plan in words: a line for each latent site, in sampling order."""
         inverse, graph = self.inverse, self.graph
         lines = [
-            f"Inverse: order {inverse.order!r}, {inverse.num_edges} edges, {len(inverse.levels)} sampling levels, "
-            f"{len(self.blocks)} block{'s' if len(self.blocks) != 1 else ''}."
+            f"Inverse: order {inverse.order!r}, {_number(inverse.num_edges, 'edge')}, "
+            f"{_number(len(inverse.levels), 'sampling level')}, {_number(len(self.blocks), 'block')}."
         ]
         for index, block in enumerate(self.blocks):
-            where = f"plates {', '.join(block.plates)}" if block.plates else "no plate"
-            lines.append(f"Block {index} ({where}, {len(block.levels)} levels):")
+            where = (
+                f"plate{'s' * (len(block.plates) > 1)} {', '.join(block.plates)}"
+                if block.plates
+                else "no plate"
+            )
+            lines.append(f"Block {index} ({where}, {_number(len(block.levels), 'level')}):")
             for depth, level in enumerate(block.levels):
                 for site in level:
                     looks = ", ".join(self._input(parent, site) for parent in inverse.parents[site])
@@ -115,7 +119,13 @@ class Plan:
         if (parent, site) in self.ways:
             return f"{parent} ({self.ways[parent, site]})"
         how = self.inverse.how[parent, site]
+        if how == "pooled":  # and no summary has it
+            how = "not read"
         return str(parent) if how == "same" else f"{parent} ({how})"
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def mean_field_condition(graph: ModelGraph, inverse: InverseGraph) -> dict[str, bool]:
@@ -228,12 +238,23 @@ def make_plan(
         for summary in summaries
         if summary.index is not None
     }
+    ways = _ways_in(inverse, pooling.summaries)
+    return Plan(graph, inverse, tuple(blocks), analytic, remarks=remarks, looked_up=looked_up, ways=ways)
+
+
+def _ways_in(
+    inverse: InverseGraph, summaries: Mapping[str, Sequence[Summary]]
+) -> dict[tuple[object, object], str]:
+    """Return for pairs (parent, site) how the parent comes in, where a summary or an index has to do with it."""
     ways: dict[tuple[object, object], str] = {}
-    for site, found in pooling.summaries.items():
+    for site, found in summaries.items():
         for summary in found:
+            how = "one by one" if summary.one_by_one else "pooled"
+            ways.update({(m, site): how for m in summary.members if inverse.how[m, site] == "pooled"})
+            if summary.index is not None:
+                ways[summary.index, site] = "index"
             for inner, _, index in summary.segments:
                 ways[index, site] = "index"
-                ways.update(
-                    {(m, site): f"pooled by {index}" for m in summary.members if inner in graph.plates[m]}
-                )
-    return Plan(graph, inverse, tuple(blocks), analytic, remarks=remarks, looked_up=looked_up, ways=ways)
+                inside = [m for m in summary.members if inner in inverse.graph.plates[m]]
+                ways.update({(m, site): f"pooled by {index}" for m in inside})
+    return ways
