@@ -242,7 +242,10 @@ def test_what_describe_says_of_parents():
             pyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
     group = torch.tensor([0, 1, 2, 0])
-    for pool, how, label in ((None, "not read", "free parameters"), ("deepset", "pooled by group", "amortised")):
+    for pool, how, label in (
+        (None, "not read", "free parameters"),
+        ("deepset", "pooled by group", "amortised"),
+    ):
         text = auto_faithful_guide(model, group, torch.randn(4), pool=pool, init="random").describe()
         index = "not read" if pool is None else "index"
         assert f"mu | group ({index}), tilt (no data to read), y ({how})  [{label}, analytic KL]" in text
