@@ -27,7 +27,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from siren_vae_report import render
 from siren_vae_runs import REMEDIES, ROWS, Run, pick_setting, robustness_setting, settings_of, test, train
 
 NETWORKS = ("ecoli70", "magic-irri", "arth150", "magic-niab")
@@ -119,6 +118,8 @@ def jobs_of(study):
 
 
 def study(args):
+    from siren_vae_report import render  # draws; the workers do not
+
     jobs = [replace(job, seeds=min(job.seeds, args.max_seeds)) for job in jobs_of(args.study)]
     print(f"{len(jobs)} cells, {args.workers} at a time.", flush=True)
     if args.workers == 1:
@@ -126,7 +127,7 @@ def study(args):
             print(do_job(job, args), flush=True)
             render(args.out)
     else:
-        with multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=1) as pool:
+        with multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=10) as pool:
             for line in pool.imap_unordered(partial(do_job, args=args), jobs):
                 print(line, flush=True)
                 render(args.out)

@@ -10,7 +10,8 @@ style, which may depend on the digit. Leaves that can be measured on the image o
 
 The model is compared with a plain VAE of the same latent size on few and on many images: log-density of
 the image and the measured leaves. Then one latent variable at a time is moved, which shows whether it does what its
-name says.
+name says. A guessed network does not save data by itself: with seed 0 and 100, 300 and 1,000 images the log-densities
+are -20.9, -16.8 and -13.7 against -19.8, -16.5 and -14.0 of the plain VAE (each ± 0.3). What it gives is the names.
 
     python examples/siren_vae_digits.py                    # a few minutes; tables, and pictures in out/digits
 
@@ -45,16 +46,21 @@ def hypothesis():
     return ModelGraph(edges, ["image", "label", "ink", "lean"], event_sizes=sizes)
 
 
+def leaning(images):
+    """Return how much images of shape (..., rows, columns) lean: the slope of column on row, by brightness."""
+    height, width = images.shape[-2:]
+    weight = images / images.sum((-2, -1), keepdim=True)
+    row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    row, column = (grid - (weight * grid).sum((-2, -1), keepdim=True) for grid in (row, column))
+    return (weight * row * column).sum((-2, -1)) / (weight * row**2).sum((-2, -1))
+
+
 def data(graph):
     """Return the rows of data in the order of the graph's observed nodes."""
     images, labels = load_digits(return_X_y=True)
     pixels = images / 16.0
     ink = pixels.mean(1)
-    rows, columns = np.mgrid[0:8, 0:8]
-    weight = pixels.reshape(-1, 8, 8) / pixels.sum(1)[:, None, None]
-    centre_row, centre_column = ((weight * grid).sum((1, 2), keepdims=True) for grid in (rows, columns))
-    spread = weight * (rows - centre_row)
-    lean = (spread * (columns - centre_column)).sum((1, 2)) / (spread * (rows - centre_row)).sum((1, 2))
+    lean = leaning(torch.tensor(pixels).view(-1, 8, 8)).numpy()
     parts = {"image": pixels > 0.5, "label": labels[:, None], "ink": ink[:, None], "lean": lean[:, None]}
     joined = np.concatenate([parts[node] for node in graph.observed], 1).astype(np.float32)
     return torch.tensor(joined[np.random.default_rng(0).permutation(len(joined))])
@@ -100,21 +106,25 @@ def draw(vae, x, out):
     shifts = (-2, -1, 0, 1, 2)
     labels = x[:, vae.observation.columns["label"]].squeeze(1)
     chosen = torch.stack([x[labels == digit][0] for digit in (0, 1, 3, 5, 8)])
-    figure, panels = plt.subplots(1, 3, figsize=(9, 3.6), layout="constrained")
+    figure, panels = plt.subplots(1, 3, figsize=(10, 4.2), layout="constrained")
+    colours = plt.get_cmap("gray_r").with_extremes(bad="lightsteelblue")
     strengths = {}
     for axes, node in zip(panels, ("thickness", "slant", "style"), strict=True):
         torch.manual_seed(1)
         images = move(vae, x[:500], node, shifts).view(500, len(shifts), 8, 8)
-        strengths[node] = images.mean((2, 3)).mean(0)
+        strengths[node] = images
         torch.manual_seed(1)
         grid = move(vae, chosen, node, shifts) if len(chosen) > 1 else images
-        grid = grid.view(len(chosen), len(shifts), 8, 8).permute(0, 2, 1, 3).reshape(8 * len(chosen), -1)
-        axes.imshow(grid, cmap="gray_r", vmin=0, vmax=1)
+        tiles = torch.nn.functional.pad(
+            grid.view(len(chosen), len(shifts), 8, 8), (1, 1, 1, 1), value=torch.nan
+        )
+        axes.imshow(tiles.permute(0, 2, 1, 3).reshape(10 * len(chosen), -1), cmap=colours, vmin=0, vmax=1)
         axes.set(
             title=node,
-            xticks=[3.5 + 8 * i for i in range(5)],
+            xticks=[4.5 + 10 * i for i in range(5)],
             xticklabels=[f"{s:+d}" for s in shifts],
-            yticks=[],
+            yticks=[4.5 + 10 * i for i in range(len(chosen))],
+            yticklabels=[str(int(label)) for label in chosen[:, vae.observation.columns["label"]]],
         )
     figure.supxlabel("shift in standard deviations")
     figure.savefig(out / "moved.png", dpi=130)
@@ -150,8 +160,13 @@ def main(args):
                 flush=True,
             )
     strengths = draw(vae, test, out)
-    ink = ", ".join(f"{value:.3f}" for value in strengths["thickness"].tolist())
-    print(f"Mean brightness of the decoded images as thickness moves from -2 to 2 standard deviations: {ink}")
+    print("Decoded images as one node moves from -2 to 2 standard deviations:")
+    for node, name, measure in (
+        ("thickness", "mean brightness", lambda images: images.mean((-2, -1))),
+        ("slant", "lean", leaning),
+    ):
+        values = measure(strengths[node]).mean(0).tolist()
+        print(f"{node + ':':>10} {name} {', '.join(f'{value:.3f}' for value in values)}")
     print(f"Pictures in {out}")
 
 
