@@ -124,20 +124,20 @@ def study(args):
 
     common = ["--out", args.out, "--work", args.work, "--device", args.device, "--threads", str(args.threads)]
     common += ["--final-particles", str(args.final_particles), *([] if args.verbose else ["--no-verbose"])]
-    small = [] if args.epochs is None else ["--epochs", str(args.epochs)]
-    particles = []
+    small, synthetic, faithful = [], [], []  # flags of a study that only tries whether all goes through
+    if args.epochs is not None:
+        small += ["--epochs", str(args.epochs)]
+        faithful += ["--guide-epochs", str(args.epochs), "--sample-epochs", str(args.epochs)]
     if args.limit is not None:
         small += ["--limit", str(args.limit)]
-        particles += ["--particles", str(args.final_particles)]
+        synthetic += ["--particles", str(args.final_particles)]
+        faithful += [*synthetic, "--model-samples", str(args.limit)]
     jobs = study_jobs(args)
-    seeds = ["--seeds", "0", "1", "2", "3", "4"]
-    graph_vae_synthetic.main(
-        graph_vae_synthetic.parser().parse_args(["--out", args.out, *seeds, *small, *particles]),
-    )
-    guides = [] if args.epochs is None else ["--guide-epochs", str(args.epochs)]
-    graph_vae_faithful.main(
-        graph_vae_faithful.parser().parse_args(["--out", args.out, *small, *particles, *guides])
-    )
+    for module, flags in (
+        (graph_vae_synthetic, ["--seeds", "0", "1", "2", "3", "4", *synthetic]),
+        (graph_vae_faithful, faithful),
+    ):
+        module.main(module.parser().parse_args(["--out", args.out, *small, *flags]))
     for job in jobs:
         given = parser().parse_args([*common, *job, *small])
         if args.limit is not None:
