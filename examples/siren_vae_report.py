@@ -12,6 +12,7 @@ from siren_vae_tables import (
     reach_table,
     remedies_table,
     setting_table,
+    single_rate_note,
     speed_text,
     table_1,
 )
@@ -50,11 +51,12 @@ are those of the raw data. Encoders invert the row's own graph (`faithful_invers
 """
 
 LENGTH = """
-On 2× data an epoch is one to three steps. A model that can follow 92 points closely keeps lowering its training loss
-for as long as it is trained, so with patience 60 the rate never falls and the training goes on to the limit of 1,500
-epochs, long after new data have become less likely; patience 10, the paper's setting, ends it after some 200 epochs
-and so works as early stopping. Rows whose decoder and encoder see everything (VAE, ind, FC) need that; the true
-network, where few weights are free, does not. Each patience with the rate that is best for it.
+On 2× data an epoch is one to three steps. A model with many free weights keeps lowering its training loss for as long
+as it is trained, so with patience 60 the rate falls late or never (the limit is 1,500 epochs), long after new data
+have become less likely; patience 10, the paper's setting, ends the training after some 200 epochs and so works as
+early stopping. The rows whose decoder and encoder see everything (VAE, ind, FC) need that. The masks of the true
+network leave few weights, and it can be trained to the end. Each patience with the rate that is best for it; free
+weights are those that no mask closes.
 """
 
 ROBUSTNESS = """
@@ -104,6 +106,7 @@ def render(out):
         "1,000 points, 2× data; rate, patience. Five settings are to be tried on seed 0; where there are fewer the "
         "choice may change.",
         setting_table(results),
+        single_rate_note(results),
     ]
     if any(key[3] for key in results.cells):
         parts += [

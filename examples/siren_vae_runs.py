@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import time
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -146,6 +147,16 @@ def make_model(run, graph):
     return SIReNVAE.from_variant(graph, variant, flow=flow, **size)
 
 
+def free_parameters(vae, x):
+    """Return how many parameters have an influence: those that no mask closes."""
+    vae = deepcopy(vae)
+    with torch.no_grad(), torch.random.fork_rng():
+        for parameter in vae.parameters():  # some start at zero, and hide those before them
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    vae.elbo(x).sum().backward()
+    return sum(int((p.grad != 0).sum()) for p in vae.parameters() if p.grad is not None)
+
+
 class Average:
     """The mean of the parameters over the epochs from some epoch on."""
 
@@ -199,6 +210,7 @@ def train(run, folder, args):
     curve, held_out = [], []
     validation = draw(network, NUM_VALIDATION, 0, 1)
     vae.standardize_(x)
+    free = free_parameters(vae, x)
     decay = 0.3 if run.remedy == "decay" else 0.0
 
     def each_epoch(history):
@@ -248,6 +260,7 @@ def train(run, folder, args):
         "cpu_seconds": round(seconds, 1),
         "stop_reason": history.stop_reason,
         "parameters": sum(p.numel() for p in vae.parameters()),
+        "free_parameters": free,
         "curve": curve,
         "validation_curve": held_out,
         "test": None,

@@ -103,29 +103,36 @@ def setting_table(results):
     return table(head, rows)
 
 
+def single_rate_note(results):
+    """Name the cells on many data whose rate was not chosen, as only one was tried."""
+    cells = [(network, row, 100) for network in NETWORKS for row in LABELS]
+    single = [(cell, tried[0][0]) for cell in cells if len(tried := results.tried(*cell)) == 1]
+    if not single:
+        return ""
+    names = ", ".join(f"{network} {row} ({rate:g})" for (network, row, _), rate in single)
+    return f"At 100× only one rate has been tried so far for: {names}."
+
+
 def patience_table(results):
     """Return the excess at each patience, with the rate that suits it."""
     rows = []
     for network in NETWORKS:
         for row, label in LABELS.items():
-            line = [network, label]
+            line, free = [network, label, "–"], set()
             for patience in (0, 10):
                 setting = results.setting(network, row, 2, patience=patience)
                 found = list(results.runs(network, row, 2, setting).values())
+                free |= {r["free_parameters"] for r in found if "free_parameters" in r}
                 epochs = f"{np.mean([r['epochs'] for r in found]):.0f}" if found else "–"
                 rate = "–" if setting is None else f"{setting[0]:g}"
                 line += [rate, epochs, mean_sd(found, "excess", 3, True)]
-            if set(line[2:]) != {"–"}:
+            if set(line[3:]) != {"–"}:
+                line[2] = f"{max(free):,}" if free else "–"
                 rows.append(line)
-    return table(
-        [
-            "network",
-            "model",
-            *("rate, patience 60", "epochs", "excess"),
-            *("rate, patience 10", "epochs", "excess"),
-        ],
-        rows,
-    )
+    by_patience = [
+        f"{word}patience {patience}" for patience in (60, 10) for word in ("rate, ", "epochs, ", "")
+    ]
+    return table(["network", "model", "free weights", *by_patience], rows)
 
 
 REMEDY_LABELS = {

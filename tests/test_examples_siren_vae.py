@@ -9,7 +9,7 @@ import networkx as nx
 import pytest
 import torch
 
-from pyro_graphflows import ModelGraph, load_network
+from pyro_graphflows import VAE, ModelGraph, SIReNVAE, load_network
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -147,6 +147,21 @@ def test_perturbed_graphs(study):
     assert runs.perturbed(graph, "add", 10, 1).edges != runs.perturbed(graph, "add", 10, 2).edges
     assert runs.perturbed(graph, "add", 10, 1) == runs.perturbed(graph, "add", 10, 1)
     assert ModelGraph(graph.to_networkx(), graph.observed) == graph
+
+
+def test_free_parameters(study):
+    runs = study[1]
+    graph = ModelGraph([("a", "x"), ("b", "y")], ["x", "y"])
+    x = torch.randn(20, 2)
+    plain = VAE(graph, hidden_dim=3)
+    assert runs.free_parameters(plain, x) == sum(p.numel() for p in plain.parameters())
+    masked = SIReNVAE(graph, decoder_units=1)
+    before = [p.clone() for p in masked.parameters()]
+    # Each of two unconnected pairs has the parameters that a model of one pair has.
+    one = SIReNVAE(ModelGraph([("a", "x")], ["x"]), decoder_units=1)
+    assert runs.free_parameters(masked, x) == 2 * runs.free_parameters(one, x[:, :1])
+    assert runs.free_parameters(masked, x) < sum(p.numel() for p in masked.parameters())
+    assert all(p.equal(old) for p, old in zip(masked.parameters(), before, strict=True))
 
 
 def test_mean_of_weights(study):
