@@ -285,7 +285,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", default="out", help="guides.md and the folder guides go there")
-    parser.add_argument("--only", nargs="*", help="parts, problems or guides")
+    parser.add_argument("--only", nargs="*", help="parts, problems, guides or starts")
+    parser.add_argument("--guides", nargs="*", help="of these, only some guides")
     parser.add_argument("--seeds", type=int, help="the number of seeds")
     parser.add_argument("--page", action="store_true", help="only write the page")
     args = parser.parse_args()
@@ -302,6 +303,7 @@ def main() -> None:
         for guide in plan["guides"]
         for start in plan["starts"]
         if not args.only or {part, problem, guide, start} & set(args.only)
+        if not args.guides or guide in args.guides
     ]
     for seed, part, key, guide, start in [] if args.page else sorted(jobs, key=lambda job: job[0]):
         file = folder / f"{part}-{key}-{guide}-{start}-{seed}.json"
