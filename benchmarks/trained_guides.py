@@ -64,8 +64,9 @@ PARTS: dict[str, dict[str, Any]] = {
         "guides": ["normal", "flow"],
         "starts": ["regression"],
         "seeds": 2,
-        "steps": 6000,
+        "steps": 12_000,
         "lr": 5e-3,
+        "last": 0.03,  # of the rate; much is learned late
         "bounds": 0.15,
         "seconds": 600.0,
     },
@@ -125,7 +126,7 @@ def run(problem: Problem, name: str, start: str, seed: int, part: dict[str, Any]
     guide = make_guide(problem, name, start, batch)
     spent = time.process_time() - begin
     size = 1 if problem.draw is None else batch
-    options = {"lr": lr, "lrd": 0.01 ** (1 / steps), "betas": (0.9, 0.99), "clip_norm": 10.0 * size}
+    options = {"lr": lr, "lrd": part.get("last", 0.01) ** (1 / steps), "betas": (0.9, 0.99), "clip_norm": 10.0 * size}
     vectorize = {"num_particles": particles, "vectorize_particles": True, "max_plate_nesting": 1}
     loss = Trace_ELBO(**vectorize) if particles > 1 else Trace_ELBO()
     svi = SVI(problem.model, guide, pyro.optim.ClippedAdam(options), loss)
