@@ -100,3 +100,16 @@ def slopes_log_evidence(group: Tensor, w: Tensor, y: Tensor, num_groups: int) ->
         totals.append(torch.logsumexp((constant + means + scales).flatten(), 0))
     cell = (effects[1] - effects[0]) ** 2 * (noises[1] - noises[0])
     return float(torch.logsumexp(torch.stack(totals), 0) + math.log(cell))
+
+
+def mixture_log_evidence(x: Tensor, weight: float, scale: float) -> float:
+    """Return log p(x) of the mixture of two normal components, on a grid of the two centres."""
+    grid = torch.linspace(-4.0, 4.0, 401, dtype=torch.double)
+    first, second = torch.meshgrid(grid, grid, indexing="ij")
+    log_p = dist.Normal(-1.0, 1.0).log_prob(first) + dist.Normal(1.0, 1.0).log_prob(second)
+    for datum in x:
+        log_p = log_p + torch.logaddexp(
+            math.log(1 - weight) + dist.Normal(first, scale).log_prob(datum),
+            math.log(weight) + dist.Normal(second, scale).log_prob(datum),
+        )
+    return float(log_p.flatten().logsumexp(0) + 2 * math.log(grid[1] - grid[0]))

@@ -11,7 +11,12 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from exact_evidence import circuit_log_evidence, schools_log_evidence, slopes_log_evidence
+from exact_evidence import (
+    circuit_log_evidence,
+    mixture_log_evidence,
+    schools_log_evidence,
+    slopes_log_evidence,
+)
 from pyro import poutine
 from torch import Tensor
 
@@ -174,6 +179,23 @@ def stochastic_volatility(length: int = 20, num_test: int = 1000) -> Problem:
     return Problem("stochastic volatility", volatility, draw, (test,), num_test)
 
 
+def two_components(x: Tensor) -> None:
+    """A mixture of two normal components with unknown centres; the model sums over the assignments."""
+    first = pyro.sample("first", dist.Normal(-1.0, 1.0))
+    second = pyro.sample("second", dist.Normal(1.0, 1.0))
+    with pyro.plate("data", len(x)):
+        k = pyro.sample("k", dist.Bernoulli(0.6), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(torch.where(k > 0, second, first), 0.7), obs=x)
+
+
+def mixture(num_data: int = 30) -> Problem:
+    """The mixture, with data of its own kind."""
+    generator = torch.Generator().manual_seed(5)
+    centres = torch.where(torch.rand(num_data, generator=generator) < 0.6, 1.3, -0.8)
+    x = centres + 0.7 * torch.randn(num_data, generator=generator)
+    return Problem("mixture", two_components, None, (x,), exact=mixture_log_evidence(x.double(), 0.6, 0.7))
+
+
 PROBLEMS: dict[str, Callable[[], Problem]] = {
     "tree": lambda: gaussian_network(binary_tree(5, seed=0), "tree", dtype=torch.get_default_dtype()),
     "ecoli70": lambda: gaussian_network(load_network("ecoli70"), "ecoli70"),
@@ -182,6 +204,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "schools": schools,
     "slopes": slopes,
     "radon": radon,
+    "mixture": mixture,
     "chain": chain,
     "volatility": stochastic_volatility,
 }

@@ -4,21 +4,21 @@
     python benchmarks/trained_guides.py --only ecoli70 circuit --seeds 1 --out /tmp/results
     python benchmarks/trained_guides.py --page --out docs/results     # the page from the saved runs
 
-Four parts; each run is a JSON file in OUT/guides, so that an interrupted study goes on where it stopped:
+Five parts; each run is a JSON file in OUT/guides, so that an interrupted study goes on where it stopped:
 
 - *networks*: ecoli70 and magic-niab, raw scale, leaves observed, fresh batches of 100, SVI with one particle: the exact
   mean of KL(q || p(. | x)) over data, for every family and start, and the time at which it first was below its bound.
 - *circuit*: the arithmetic circuit (products, tanh, Laplace priors): ELBO beside E[-log p(x)] by numerical integration.
 - *groups*: eight schools (centred), varying intercepts and slopes: ELBO and Pareto k-hat on one data set, beside Pyro's
   automatic guides, all with the same optimiser, steps and particles.
+- *mixture*: two components with unknown centres, assignments enumerated by the model; the evidence by integration.
 - *chains*: state-space models of length 20 (normal, and stochastic volatility): ELBO, exact or by importance sampling.
 
-Times are processor seconds of one thread, evaluation left out.
+The page is made by ``trained_report.py``. Times are processor seconds of one thread, evaluation left out.
 """
 
 import argparse
 import json
-import math
 import platform
 import time
 import warnings
@@ -30,8 +30,9 @@ from typing import Any
 import pyro
 import torch
 from guide_problems import PROBLEMS, Problem
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoIAFNormal, AutoMultivariateNormal, AutoNormal, AutoStructured
+from trained_report import page
 
 from pyro_graphflows import auto_faithful_guide, log_evidence
 
@@ -80,6 +81,17 @@ PARTS: dict[str, dict[str, Any]] = {
         "particles": 16,
         "seconds": 600.0,
     },
+    "mixture": {
+        "problems": ["mixture"],
+        "guides": ["normal", "flow"],
+        "starts": ["regression"],
+        "seeds": 3,
+        "steps": 1000,
+        "lr": 0.02,
+        "particles": 4,
+        "loss": TraceEnum_ELBO,
+        "seconds": 300.0,
+    },
     "chains": {
         "problems": ["chain", "volatility"],
         "guides": ["normal", "flow"],
@@ -107,10 +119,12 @@ def make_guide(problem: Problem, name: str, start: str, batch: int) -> Any:
 
 
 @torch.no_grad()
-def evaluate(problem: Problem, guide: Any, draws: int) -> tuple[float, float]:
+def evaluate(
+    problem: Problem, guide: Any, draws: int, estimator: Callable[..., Any] = Trace_ELBO
+) -> tuple[float, float]:
     """Return the loss on the test data in nats per datum, and its standard error over draws of the guide."""
     options = {"num_particles": 100, "vectorize_particles": True, "max_plate_nesting": 1}
-    elbo = Trace_ELBO(**options) if problem.draw is None else Trace_ELBO()
+    elbo = estimator(**options) if problem.draw is None else estimator()
     losses = torch.tensor([elbo.loss(problem.model, guide, *problem.test) for _ in range(draws)])
     losses = losses / problem.num_data
     return float(losses.mean()), float(losses.std() / len(losses) ** 0.5)
@@ -126,15 +140,21 @@ def run(problem: Problem, name: str, start: str, seed: int, part: dict[str, Any]
     guide = make_guide(problem, name, start, batch)
     spent = time.process_time() - begin
     size = 1 if problem.draw is None else batch
-    options = {"lr": lr, "lrd": part.get("last", 0.01) ** (1 / steps), "betas": (0.9, 0.99), "clip_norm": 10.0 * size}
+    options = {
+        "lr": lr,
+        "lrd": part.get("last", 0.01) ** (1 / steps),
+        "betas": (0.9, 0.99),
+        "clip_norm": 10.0 * size,
+    }
     vectorize = {"num_particles": particles, "vectorize_particles": True, "max_plate_nesting": 1}
-    loss = Trace_ELBO(**vectorize) if particles > 1 else Trace_ELBO()
+    estimator = part.get("loss", Trace_ELBO)
+    loss = estimator(**vectorize) if particles > 1 else estimator()
     svi = SVI(problem.model, guide, pyro.optim.ClippedAdam(options), loss)
     history = []
     for step in range(steps + 1):
         done = step == steps or spent > part["seconds"]
         if done or step % (steps // 20) == 0:
-            value, error = evaluate(problem, guide, 10 if problem.draw is None else 3)
+            value, error = evaluate(problem, guide, 10 if problem.draw is None else 3, estimator)
             history.append({"step": step, "seconds": round(spent, 2), "loss": value, "error": error})
         if done:
             break
@@ -142,13 +162,13 @@ def run(problem: Problem, name: str, start: str, seed: int, part: dict[str, Any]
         begin = time.process_time()
         svi.step(*args)
         spent += time.process_time() - begin
-    value, error = evaluate(problem, guide, 200 if problem.draw is None else 10)
+    value, error = evaluate(problem, guide, 200 if problem.draw is None else 10, estimator)
     result = {
         "problem": problem.name, "guide": name, "start": start, "seed": seed, "steps": step, "lr": lr,
         "seconds": round(spent, 1), "loss": value, "error": error, "exact": problem.exact, "history": history,
         "date": str(date.today()), "machine": platform.machine(),
     }  # fmt: skip
-    if problem.draw is None:
+    if problem.draw is None and estimator is Trace_ELBO:
         evidence = log_evidence(
             problem.model, guide, *problem.test, num_particles=20_000, data_plate=False, max_plate_nesting=1
         )
@@ -168,116 +188,6 @@ def run(problem: Problem, name: str, start: str, seed: int, part: dict[str, Any]
         result["latent_parents"] = max(len(latents.intersection(p)) for p in parents)
         result["levels"] = len(guide.inverse.levels)
     return result
-
-
-# ------------------------------------------------------------------------------------------------------ the page
-
-
-def mean_and_error(values: list[float]) -> str:
-    """Return the mean over seeds with its standard error, or with the range for fewer than three."""
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return f"{mean:.4f}"
-    deviation = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5
-    return f"{mean:.4f} ± {deviation / math.sqrt(len(values)):.4f}"
-
-
-def page(results: list[dict[str, Any]]) -> str:
-    """Return the page of all runs."""
-    by: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
-    for result in results:
-        by.setdefault((result["part"], result["problem"], result["guide"], result["start"]), []).append(
-            result
-        )
-    lines = [
-        "# Trained guides",
-        "",
-        "Made by `python benchmarks/trained_guides.py --out docs/results` (one thread, 2 CPU cores, shared; processor "
-        f"seconds; last run {max(r['date'] for r in results)}). Means over seeds ± standard error of the mean. Nats.",
-    ]
-    titles = {
-        "networks": (
-            "Gene and wheat networks",
-            "Raw scale, leaves observed, fresh batches of 100, SVI with one particle. KL is the exact "
-            "E_x KL(q || p(. | x)), on 2,000 test data; *reached* is the longest time over seeds until it first was "
-            "below the bound.",
-        ),
-        "circuit": (
-            "Arithmetic circuit",
-            "Gap is the loss minus E[-log p(x)] by numerical integration, on the same 2,000 data.",
-        ),
-        "groups": (
-            "Group effects",
-            "One data set; ELBO after training, Pareto k-hat of 20,000 joint importance weights (the largest of the "
-            "seeds), and the importance-sampling estimate of the log-evidence.",
-        ),
-        "chains": (
-            "State-space models of length 20",
-            "Gap is the loss minus the exact mean of -log p(x), or minus its estimate by 2,000 importance samples "
-            "(then with the 90 % quantile of k-hat over data).",
-        ),
-    }
-    for part, (title, text) in titles.items():
-        rows = {key[1:]: runs for key, runs in by.items() if key[0] == part}
-        if not rows:
-            continue
-        lines += ["", f"## {title}", "", text, ""]
-        lines += TABLES[part](rows)
-    return "\n".join(lines) + "\n"
-
-
-def gaps(runs: list[dict[str, Any]]) -> list[float]:
-    """Return the final gaps of some runs."""
-    return [r["loss"] + r["exact"] if r["exact"] is not None else r["gap"] for r in runs]
-
-
-def exact_table(rows: dict[tuple[str, str, str], list[dict[str, Any]]]) -> list[str]:
-    """Return the table of parts with exact answers."""
-    lines = [
-        "| problem | guide | start | gap or KL | bound | reached after (s) | trained (s) | seeds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for (problem, guide, start), runs in rows.items():
-        reached = [r["reached"] for r in runs if r.get("bound")]
-        when = "–" if not reached else "not" if None in reached else f"{max(reached):.0f}"
-        lines.append(
-            f"| {problem} | {guide} | {start} | {mean_and_error(gaps(runs))} | {runs[0].get('bound') or '–'} | "
-            f"{when} | {max(r['seconds'] for r in runs):.0f} | {len(runs)} |"
-        )
-    return lines
-
-
-def group_table(rows: dict[tuple[str, str, str], list[dict[str, Any]]]) -> list[str]:
-    """Return the table of the group effects."""
-    lines = [
-        "| problem | guide | ELBO | k-hat | log-evidence by importance sampling | trained (s) | seeds |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for (problem, guide, _), runs in rows.items():
-        lines.append(
-            f"| {problem} | {guide} | {mean_and_error([-r['loss'] for r in runs])} | "
-            f"{max(r['khat'] for r in runs):.2f} | {mean_and_error([r['log_evidence'] for r in runs])} | "
-            f"{max(r['seconds'] for r in runs):.0f} | {len(runs)} |"
-        )
-    return lines
-
-
-def chain_table(rows: dict[tuple[str, str, str], list[dict[str, Any]]]) -> list[str]:
-    """Return the table of the state-space models."""
-    lines = [
-        "| problem | guide | gap | k-hat | most latent parents | sampling levels | trained (s) | seeds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for (problem, guide, _), runs in rows.items():
-        khat = f"{max(r['khat'] for r in runs):.2f}" if "khat" in runs[0] else "–"
-        lines.append(
-            f"| {problem} | {guide} | {mean_and_error(gaps(runs))} | {khat} | {runs[0]['latent_parents']} | "
-            f"{runs[0]['levels']} | {max(r['seconds'] for r in runs):.0f} | {len(runs)} |"
-        )
-    return lines
-
-
-TABLES = {"networks": exact_table, "circuit": exact_table, "groups": group_table, "chains": chain_table}
 
 
 def main() -> None:
@@ -310,7 +220,7 @@ def main() -> None:
         file = folder / f"{part}-{key}-{guide}-{start}-{seed}.json"
         if file.exists():
             continue
-        torch.set_default_dtype(torch.float64 if part in ("networks", "groups") else torch.float32)
+        torch.set_default_dtype(torch.float64 if part in ("networks", "groups", "mixture") else torch.float32)
         if key not in problems:
             problems[key] = PROBLEMS[key]()
         result = {"part": part, **run(problems[key], guide, start, seed, PARTS[part])}

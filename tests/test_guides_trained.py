@@ -80,7 +80,10 @@ def test_training_on_ecoli70(family, init):
 
 @pytest.mark.slow
 def test_flow_on_the_arithmetic_circuit():
-    """Products and Laplace priors: the loss comes within 0.15 nats of E[-log p(x)] = 3.31 (numerical integration)."""
+    """Products and Laplace priors: the loss comes within 0.15 nats of E[-log p(x)] = 3.31 (numerical integration).
+
+    With the inverse that ``auto`` finds, whose conditionals are smooth.
+    """
     torch.set_default_dtype(torch.float32)
 
     def draw(n):
@@ -88,8 +91,7 @@ def test_flow_on_the_arithmetic_circuit():
         return torch.stack([nodes["x0"]["value"], nodes["x1"]["value"]], -1)
 
     pyro.set_rng_seed(0)
-    order = ["z2", "z1", "z0", "z4", "z3", "z5"]
-    guide = auto_faithful_guide(arithmetic_circuit, draw(100), family="flow", inverse=order)
+    guide = auto_faithful_guide(arithmetic_circuit, draw(100), family="flow")
     steps = 6000
     optim = torch.optim.Adam(guide.parameters(), lr=5e-3, betas=(0.9, 0.99))
     for step in range(steps):
@@ -104,15 +106,20 @@ def test_flow_on_the_arithmetic_circuit():
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_eight_schools_beside_the_guides_of_pyro(family):
-    """Centred: locations and scales must follow the sampled hyperparameters."""
+    """Centred: locations and scales must follow the sampled hyperparameters.
+
+    The normal family has normal conditionals of the hyperparameters themselves, which are skew: 0.2 nats, about what
+    the autoregressive flow leaves. It is held against the other three.
+    """
     args = torch.tensor(EIGHT_SCHOOLS["sigma"]), torch.tensor(EIGHT_SCHOOLS["y"])
     makers = {
         "ours": lambda: auto_faithful_guide(eight_schools, *args, family=family),
         "normal": lambda: AutoNormal(eight_schools),
         "multivariate": lambda: AutoMultivariateNormal(eight_schools),
         "structured": lambda: AutoStructured(eight_schools, conditionals="mvn", dependencies="linear"),
-        "autoregressive": lambda: AutoIAFNormal(eight_schools, num_transforms=2),
     }
+    if family == "flow":
+        makers["autoregressive"] = lambda: AutoIAFNormal(eight_schools, num_transforms=2)
     losses = {}
     for name, maker in makers.items():
         pyro.clear_param_store()
@@ -126,7 +133,8 @@ def test_eight_schools_beside_the_guides_of_pyro(family):
             svi.step(*args)
         with torch.no_grad():
             losses[name] = sum(elbo.loss(eight_schools, guide, *args) for _ in range(500)) / 500
-        if name == "ours":
+        if name == "ours":  # exact: -31.3113 by integration
+            assert losses[name] < 31.3113 + {"normal": 0.4, "flow": 0.2}[family]
             evidence = log_evidence(
                 eight_schools, guide, *args, num_particles=5000, data_plate=False, max_plate_nesting=1
             )
