@@ -26,7 +26,28 @@ from pyro_graphflows.transforms.structure import FlowStructure
 __all__ = ["ConditionalGraphTransform", "GraphTransform"]
 
 
-class GraphTransform(TransformModule):
+class _OfNetwork:
+    """What transforms with and without a context hand on to their network."""
+
+    network: FlowNN
+
+    @property
+    def structure(self) -> FlowStructure:
+        """Who depends on whom."""
+        return self.network.structure
+
+    def standardize_(
+        self,
+        loc: Tensor,
+        scale: Tensor,
+        context_loc: Tensor | None = None,
+        context_scale: Tensor | None = None,
+    ) -> None:
+        """Work in standardised coordinates; see :meth:`FlowNN.standardize_`."""
+        self.network.standardize_(loc, scale, context_loc, context_scale)
+
+
+class GraphTransform(_OfNetwork, TransformModule):
     r"""A bijection of :math:`\mathbb{R}^D` from noise to variables whose Jacobian follows a graph.
 
     Calling it samples; its inverse is the density direction. Subclasses only add names and documentation.
@@ -71,15 +92,14 @@ class GraphTransform(TransformModule):
         return state
 
     @property
-    def structure(self) -> FlowStructure:
-        """Who depends on whom."""
-        return self.network.structure
-
-    @property
     def _parts(self) -> tuple[Tensor, ...]:
         return () if self._context is None else (self._context,)
 
     # Values
+
+    def inverse_terms(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Return the noise and the log of each dz/deps, both of shape (\*batch, D)."""
+        return self.network.inverse_terms(z, *self._parts)
 
     def _call(self, x: Tensor) -> Tensor:
         return self._sample(x)[0]
@@ -176,7 +196,7 @@ class GraphTransform(TransformModule):
         self.__dict__["_entry"] = None
 
 
-class ConditionalGraphTransform(ConditionalTransformModule):
+class ConditionalGraphTransform(_OfNetwork, ConditionalTransformModule):
     r"""A :class:`GraphTransform` whose network takes a context.
 
     Args:
@@ -190,10 +210,9 @@ class ConditionalGraphTransform(ConditionalTransformModule):
         super().__init__()
         self.network = network
 
-    @property
-    def structure(self) -> FlowStructure:
-        """Who depends on whom."""
-        return self.network.structure
+    def inverse_terms(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Return the noise and the log of each dz/deps, both of shape (\*batch, D)."""
+        return self.network.inverse_terms(z, *context)
 
     def condition(self, context: Tensor) -> GraphTransform:
         r"""Return the transform for a context of shape (\*batch, C)."""

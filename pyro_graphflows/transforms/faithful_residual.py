@@ -30,16 +30,6 @@ class _Delegate:
         """The variables by level, in the order of sampling."""
         return self.network.levels
 
-    def standardize_(
-        self,
-        loc: Tensor,
-        scale: Tensor,
-        context_loc: Tensor | None = None,
-        context_scale: Tensor | None = None,
-    ) -> None:
-        """Work in standardised coordinates; see :meth:`FaithfulResidualNN.standardize_`."""
-        self.network.standardize_(loc, scale, context_loc, context_scale)
-
     def init_linear_(self, weights: Tensor, shift: Tensor, scale: Tensor) -> None:
         """Make the flow linear-Gaussian; see :meth:`FaithfulResidualNN.init_linear_`."""
         self.network.init_linear_(weights, shift, scale)
@@ -83,10 +73,6 @@ class FaithfulResidual(_Delegate, GraphTransform):
         """Begin a pass through the levels; see :class:`FaithfulEvaluation`."""
         return self.network.start(*self._parts)
 
-    def inverse_terms(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Return the noise and the log of each dz/deps, both of shape (\*batch, D)."""
-        return self.network.inverse_terms(z, *self._parts)
-
 
 class ConditionalFaithfulResidual(_Delegate, ConditionalGraphTransform):
     r"""A :class:`FaithfulResidual` with context: ``.condition(context)`` is the transform.
@@ -108,10 +94,6 @@ class ConditionalFaithfulResidual(_Delegate, ConditionalGraphTransform):
     def start(self, *context: Tensor) -> FaithfulEvaluation:
         """Begin a pass through the levels with a context in parts; see :class:`FaithfulEvaluation`."""
         return self.network.start(*context)
-
-    def inverse_terms(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Return the noise and the log of each dz/deps, both of shape (\*batch, D)."""
-        return self.network.inverse_terms(z, *context)
 
 
 def faithful_residual(

@@ -30,16 +30,6 @@ class _Delegate:
         """The variables by level, in topological order."""
         return self.network.levels
 
-    def standardize_(
-        self,
-        loc: Tensor,
-        scale: Tensor,
-        context_loc: Tensor | None = None,
-        context_scale: Tensor | None = None,
-    ) -> None:
-        """Work in standardised coordinates; see :meth:`FlowNN.standardize_`."""
-        self.network.standardize_(loc, scale, context_loc, context_scale)
-
 
 class GraphicalResidual(_Delegate, GraphTransform):
     r"""The residual flow of Mouton and Kroon: :math:`y \mapsto y + g_t(y; x)` with masks and bounded spectral norms.
@@ -80,10 +70,6 @@ class GraphicalResidual(_Delegate, GraphTransform):
         """Begin a pass through the levels; see :class:`GraphicalEvaluation`."""
         return self.network.start(*self._parts)
 
-    def inverse_terms(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Return the noise and the log of each dz/deps, both of shape (\*batch, D)."""
-        return self.network.inverse_terms(z, *self._parts)
-
 
 class ConditionalGraphicalResidual(_Delegate, ConditionalGraphTransform):
     r"""A :class:`GraphicalResidual` with context: ``.condition(context)`` is the transform.
@@ -107,10 +93,6 @@ class ConditionalGraphicalResidual(_Delegate, ConditionalGraphTransform):
     def start(self, *context: Tensor) -> GraphicalEvaluation:
         """Begin a pass through the levels with a context in parts; see :class:`GraphicalEvaluation`."""
         return self.network.start(*context)
-
-    def inverse_terms(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Return the noise and the log of each dz/deps, both of shape (\*batch, D)."""
-        return self.network.inverse_terms(z, *context)
 
 
 def graphical_residual(
