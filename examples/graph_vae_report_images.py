@@ -72,7 +72,8 @@ def mnist_section(runs, folder):
     if "learned" in records:
         plot_gates(records["learned"], folder / "mnist-gates.png", "fixed binarised MNIST")
         lines += [
-            "The gates of the learned model (Figure 3 of the paper); they start at one half.",
+            "The gates of the learned model (Figure 3 of the paper); they start at one half. "
+            + gates_sentence(records["learned"]),
             "",
             "![gates](graph_vae/mnist-gates.png)",
             "",
@@ -81,7 +82,8 @@ def mnist_section(runs, folder):
         ("images", "Samples and reconstructions of"),
         (
             "embedding",
-            "t-SNE of the posterior means of 2,000 test images (colours: digits, where labels are known) of",
+            "t-SNE of the posterior means of 2,000 test images (Figure 6 of the paper; colours are the classes, in the "
+            "order of the legend of the digits' pictures below) of",
         ),
     ):
         for structure, record in records.items():
@@ -89,6 +91,17 @@ def mnist_section(runs, folder):
             if path.exists():
                 lines += [f"{text} {LABELS[structure]}:", "", f"![{kind}](graph_vae/{path.name})", ""]
     return "\n".join(lines)
+
+
+def gates_sentence(record):
+    """Say which gates are open and which are closed at the end of what was trained."""
+    row = [row for row in record["curve"] if "gates" in row][-1]
+    number = len(row["gates"])
+    edges = {f"z{j + 1} → z{i + 1}": row["gates"][i][j] for i in range(number) for j in range(i + 1, number)}
+    closed = ", ".join(f"{edge} ({p:.2f})" for edge, p in edges.items() if p <= 0.5)
+    is_open = [p for p in edges.values() if p > 0.5]
+    least = f", with probabilities from {min(is_open):.2f}" if is_open else ""
+    return f"After {row['epoch']} epochs {len(is_open)} of {len(edges)} are open{least}; closed: {closed or 'none'}."
 
 
 def order_sentence(records):
