@@ -294,6 +294,77 @@ def test_wrong_options_are_named(data):
         guide.set_linear_("y", {}, 0.0, 1.0)
 
 
+def test_what_a_user_may_get_wrong_is_named(data):
+    def wrong(match, **options):
+        with pytest.raises(GraphflowsError, match=match):
+            auto_faithful_guide(regression, *data, **options)
+
+    wrong(r"options of AutoFaithfulNormal .*got hidden_layer\..*example_kwargs", hidden_layer=2)
+    wrong("options of AutoFaithfulNormal .*got num_blocks", num_blocks=2)
+    wrong("num_blocks >= 1 or None; got 0", family="flow", num_blocks=0)
+    wrong("num_start_samples >= 1; got 0", num_start_samples=0)
+    wrong(r"widths, \[5\]; got 5", hidden_dims=5)
+    wrong("subclass of Factor}; got 3 for 'slope'", factors={"slope": 3})
+    wrong("factors= of latent sites, slope, .*; got q", factors={"q": NormalFactor})
+    guide = auto_faithful_guide(regression, *data, num_start_samples=100)
+    with pytest.raises(GraphflowsError, match=r"Expected observations of y.*; got q"):
+        guide(*data, observations={"q": data[0]})
+    for levels, draws in (([1.5], 10), ([0.5], 0)):
+        with pytest.raises(GraphflowsError, match=r"probabilities in \[0, 1\] and num_draws >= 1"):
+            guide.quantiles(levels, *data, num_draws=draws)
+    with pytest.raises(GraphflowsError, match=r"weights of 'y' for 'slope' of shape \(1, 1\); got \(3,\)"):
+        guide.set_linear_("slope", {"y": torch.ones(3)}, 0.0)
+    with pytest.raises(GraphflowsError, match="positive scale of 'slope'"):
+        guide.set_linear_("slope", {}, 0.0, -1.0)
+
+
+def test_models_without_latent_sites_or_with_others_in_a_later_call_are_refused():
+    def sites(number, x):
+        for i in range(number):
+            pyro.sample(f"z{i}", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    x = torch.tensor(1.0)
+    with pytest.raises(UnsupportedModelError, match="Expected a model with latent sites"):
+        auto_faithful_guide(sites, 0, x)
+    guide = auto_faithful_guide(sites, 2, x, num_start_samples=100)
+    with pytest.raises(UnsupportedModelError, match="this call has z2 as well"):
+        guide(3, x)
+    with pytest.raises(UnsupportedModelError, match="Expected the latent site 'z1'"):
+        guide(1, x)
+
+
+@pytest.mark.parametrize("family", ["normal", "flow"])
+def test_improper_priors(family):
+    """They cannot be drawn, and guides do not need that."""
+
+    def model(x):
+        mu = pyro.sample("mu", dist.ImproperUniform(dist.constraints.real, (), ()))
+        scale = pyro.sample("scale", dist.ImproperUniform(dist.constraints.positive, (), ()))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu, scale), obs=x)
+
+    x = torch.randn(6)
+    guide = auto_faithful_guide(model, x, family=family)
+    assert "site 'mu': its prior is improper" in guide.describe()
+    for loss in (Trace_ELBO, TraceMeanField_ELBO):
+        assert math.isfinite(SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), loss()).step(x))
+    assert guide(x)["scale"] > 0
+
+
+def test_too_few_finite_samples_of_the_model_are_said():
+    """Most draws of this prior overflow: no regression, instead of one that never ends."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1e4))
+            pyro.sample("x", dist.Normal(z.exp(), 1.0), obs=x)
+
+    guide = auto_faithful_guide(model, torch.randn(3), num_start_samples=20)
+    assert "a regression needs 20" in guide.describe()
+    assert torch.isfinite(guide(torch.randn(3))["z"]).all()
+
+
 def test_integer_covariates_are_refused():
     def model(group, y):
         with pyro.plate("data", len(y)):

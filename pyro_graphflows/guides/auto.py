@@ -1,10 +1,12 @@
 """The one function most users need."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.base import AutoFaithfulGuide
+from pyro_graphflows.guides.compiled import CompiledGuide
 from pyro_graphflows.guides.factors import Factor
 from pyro_graphflows.guides.flow import AutoFaithfulFlow
 from pyro_graphflows.guides.inverses import Inverse
@@ -71,7 +73,7 @@ def auto_faithful_guide(
         ``RenyiELBO``, ``Predictive``, and inference compilation.
 
     Raises:
-        GraphflowsError: If the family is unknown.
+        GraphflowsError: If the family or an option is unknown.
         UnsupportedModelError: If the model cannot be compiled (on set-up).
 
     Example:
@@ -96,6 +98,18 @@ def auto_faithful_guide(
     if resolution == "element" and family not in ("normal", "flow"):
         raise GraphflowsError(
             f"Expected family='normal' or 'flow' with resolution='element'; got {family!r}."
+        )
+    known = {
+        name: None
+        for base in (kind, AutoFaithfulNormal, CompiledGuide)
+        for name, parameter in inspect.signature(base.__init__).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise GraphflowsError(
+            f"Expected options of {kind.__name__} ({', '.join(known)}); got {', '.join(unknown)}. Keyword arguments of "
+            "the model belong in example_kwargs={...}."
         )
     guide = kind(
         model,

@@ -109,7 +109,15 @@ class AutoFaithfulGuide(RunningGuide):
 
         Returns:
             A dict from site to tensor of shape ``(len(quantiles), *shape of the site's value)``.
+
+        Raises:
+            GraphflowsError: If a probability is not in [0, 1], or ``num_draws`` is not positive.
         """
+        probabilities = torch.as_tensor(quantiles, dtype=torch.double)
+        if num_draws < 1 or not bool(((probabilities >= 0) & (probabilities <= 1)).all()):
+            raise GraphflowsError(
+                f"Expected probabilities in [0, 1] and num_draws >= 1; got {probabilities.tolist()} and {num_draws}."
+            )
         if self._plan is None:
             self.setup(*args, **{key: value for key, value in kwargs.items() if key != "observations"})
         depth = max((-state.dim for state in self._plate_states.values()), default=0)
@@ -123,10 +131,10 @@ class AutoFaithfulGuide(RunningGuide):
             if (
                 self._sites[name].encoding is not None
             ):  # the least value with that share of the draws up to it
-                place = (torch.as_tensor(quantiles, dtype=torch.double) * num_draws).ceil().long() - 1
+                place = (probabilities * num_draws).ceil().long() - 1
                 result[name] = value.sort(0).values[place.clamp(0, num_draws - 1).to(value.device)]
                 continue
-            levels = torch.as_tensor(quantiles, dtype=value.dtype, device=value.device)
+            levels = probabilities.to(value)
             result[name] = torch.quantile(value, levels, dim=0)
         return result
 

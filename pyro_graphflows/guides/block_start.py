@@ -18,6 +18,7 @@ __all__ = ["start_block_"]
 TIE = 0.01  # nats by which the regression start may seem worse; without parents both starts are alike
 FREE_SCALE = 0.1  # sites with free parameters start at their prior, this much narrower
 HELD_OUT = 5  # one in this many samples judges the regression start
+LEAST_ROWS = 20  # finite ones, without which there is no regression
 
 
 def start_block_(
@@ -52,7 +53,9 @@ def start_block_(
             standardize_(network, latents, discrete)
         if regression:
             features = feature(concatenate([rows[name] for name in context]))
-            note = _regress_if_better_(network, features, latents)
+            finite = torch.isfinite(torch.cat([features, *latents.values()], -1)).all(-1)
+            features = features[finite] if features.shape[-1] else features
+            note = _regress_if_better_(network, features, {n: v[finite] for n, v in latents.items()})
             kept = note is None
             notes += [] if note is None else [note]
             if kept and (block.unlike or block.chained):
@@ -69,9 +72,15 @@ def start_block_(
 
 def _regress_if_better_(network: MADEBlock, context: Tensor, values: dict[str, Tensor]) -> str | None:
     """Set the factors by regression, or go back, and say so, if held-out samples like the random start better."""
+    number = len(next(iter(values.values())))
+    if number < LEAST_ROWS:
+        return (
+            f"the random start was kept for {', '.join(network.block.sites)}: of the joint samples only {number} are "
+            f"finite there, and a regression needs {LEAST_ROWS} (num_start_samples=)."
+        )
     held_out = slice(0, None, HELD_OUT)
     test = {site: value[held_out] for site, value in values.items()}
-    rest = torch.arange(len(next(iter(values.values())))) % HELD_OUT != 0
+    rest = torch.arange(number) % HELD_OUT != 0
     fitted = {site: value[rest] for site, value in values.items()}
     random_state = {key: value.clone() for key, value in network.state_dict().items()}
     random_loss = block_loss(network, context[held_out], test)

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
-from pyro_graphflows.errors import UnsupportedModelError
+from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides.encodings import DiscreteEncoding
 from pyro_graphflows.guides.features import flatten_event
 from pyro_graphflows.inspect import TracedModel, get_argument, get_arguments, same_tensor
@@ -148,6 +149,7 @@ class CallReader:
         sites = traced.trace.nodes
         self.observed = tuple(name for name in graph.observed if name not in traced.without_data)
         self.inputs: tuple[str, ...] = graph.inputs
+        self.known = frozenset(traced.trace.nodes)
         self.paths = dict(traced.argument_paths)
         values = {name: sites[name]["value"] for name in self.latent}
         self.like = {name: value for name, value in values.items() if torch.is_tensor(value)}
@@ -188,9 +190,17 @@ class CallReader:
             indices: Indices of subsampled plates that exist already.
 
         Raises:
-            UnsupportedModelError: If an observed site has no value in this call. The message names the site.
+            UnsupportedModelError: If an observed site has no value in this call, or the model has other latent sites
+                than at set-up. The message names the site.
+            GraphflowsError: If ``observations`` has something else.
         """
         observations = observations or {}
+        unknown = [name for name in observations if name not in self.observed]
+        if unknown:
+            raise GraphflowsError(
+                f"Expected observations of {', '.join(self.observed) or 'nothing'}, the sites with data when the guide "
+                f"was set up; got {', '.join(unknown)}."
+            )
         shape = None if indices else _shape_of((args, kwargs))
         known = self._known.get(shape) if shape is not None else None
         if known is not None:
@@ -212,6 +222,17 @@ class CallReader:
                     "data first: posterior = Predictive(guide, num_samples=S)(data), then "
                     "Predictive(model, posterior_samples=posterior)(None)."
                 )
+        more = [
+            name
+            for name, site in trace.nodes.items()
+            if site["type"] == "sample"
+            and not (site["is_observed"] or site_is_subsample(site) or name in self.known)
+        ]
+        if more:
+            raise UnsupportedModelError(
+                "Expected the latent sites that the model had when the guide was set up; this call has "
+                f"{', '.join(more)} as well. Models whose sites come and go need one guide for each set of sites."
+            )
         for name in self.inputs:
             value = get_argument(model, self.paths[name], args, kwargs)
             if value is None:

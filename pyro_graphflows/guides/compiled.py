@@ -107,6 +107,11 @@ class CompiledGuide(AutoGuide):
         """
         with poutine.block():
             traced = trace_model(self.model, args, kwargs, strict=self._strict, resolution=self._resolution)
+            if not traced.graph.latent:
+                raise UnsupportedModelError(
+                    "Expected a model with latent sites; all its sites are observed"
+                    f"{' or enumerated by the model' if traced.graph.marginalised else ''}: a guide has no site."
+                )
             self._elements: ElementInverse | None = None
             if self._resolution == "element":
                 traced, self._elements = invert_elements(traced, lambda graph: self._resolve(graph, traced))

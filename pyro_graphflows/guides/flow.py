@@ -98,6 +98,8 @@ class AutoFaithfulFlow(AutoFaithfulNormal):
             raise GraphflowsError(f"Expected flow='faithful' or 'graphical'; got {flow!r}.")
         if closed_form not in ("sampling", "density"):
             raise GraphflowsError(f"Expected closed_form 'sampling' or 'density'; got {closed_form!r}.")
+        if num_blocks is not None and num_blocks < 1:
+            raise GraphflowsError(f"Expected num_blocks >= 1 or None; got {num_blocks}.")
         super().__init__(
             model, init=init, standardize=standardize, num_start_samples=num_start_samples, **options
         )

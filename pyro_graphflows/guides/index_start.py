@@ -42,11 +42,10 @@ def regress_indices_(
     joint = _by_index(block, [plates[name] for name in block.block.unlike[site]], context, values)
     if site in block.element_columns or len(joint) > MOST_INDICES:
         return False
-    if joint.shape[1] < ROWS_PER_WEIGHT * (len(inputs) + 1):
+    each = [rows[torch.isfinite(rows).all(-1)] for rows in joint]
+    if min(map(len, each)) < ROWS_PER_WEIGHT * (len(inputs) + 1):
         return False
-    fitted = []
-    for rows in joint.clamp(-WINSOR, WINSOR):
-        fitted.append(fit_normal(rows[torch.isfinite(rows).all(-1)], inputs, own))
+    fitted = [fit_normal(rows.clamp(-WINSOR, WINSOR), inputs, own) for rows in each]
     weights, locs, trils = zip(*fitted, strict=True)
     return block.set_index_linear_(site, torch.stack(weights), torch.stack(locs), torch.stack(trils))
 

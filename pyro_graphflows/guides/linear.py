@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.features import FeatureMap
 
 __all__ = ["make_linear_"]
@@ -43,6 +44,16 @@ def make_linear_(
     standard: dict[str, Tensor] = {}
     pooled: set[str] = set()
     direct = set(network.block.parents[site])
+
+    def matrix_of(value: Any, columns: int, parent: str) -> Tensor:
+        matrix = torch.as_tensor(value, dtype=shift.dtype)
+        if matrix.numel() != len(shift) * columns:
+            raise GraphflowsError(
+                f"Expected weights of {parent!r} for {site!r} of shape ({len(shift)}, {columns}); got "
+                f"{tuple(matrix.shape)}."
+            )
+        return matrix.reshape(len(shift), columns)
+
     start = 0
     for position, name in enumerate(context):
         stop = start + len(network.columns[name])
@@ -55,23 +66,27 @@ def make_linear_(
                     continue
                 columns, centre, spread = pool.columns_of(member.name)
                 at = [start + column for column in columns]
-                matrix = torch.as_tensor(mine[member.name], dtype=shift.dtype)
-                matrix = matrix.reshape(len(shift), len(columns))
+                matrix = matrix_of(mine[member.name], len(columns), member.name)
                 loc = loc + matrix @ (centre + spread * feature.shift[at])
                 standard[name][:, columns] = matrix * spread * feature.scale[at] / width.unsqueeze(-1)
                 pooled.add(member.name)
             pooled.add(name)
         elif name in weights:
-            matrix = torch.as_tensor(weights[name], dtype=shift.dtype).reshape(len(shift), stop - start)
+            matrix = matrix_of(weights[name], stop - start, name)
             loc = loc + matrix @ feature.shift[start:stop]
             standard[name] = matrix * feature.scale[start:stop] / width.unsqueeze(-1)
         start = stop
     for name in weights:
         if name not in standard and name not in pooled:
             parent_shift, parent_width = network.standardization(name)
-            matrix = torch.as_tensor(weights[name], dtype=shift.dtype).reshape(len(shift), len(parent_shift))
+            matrix = matrix_of(weights[name], len(parent_shift), name)
             loc = loc + matrix @ parent_shift
             standard[name] = matrix * parent_width / width.unsqueeze(-1)
     tril = torch.as_tensor(scale, dtype=shift.dtype)
     tril = tril if tril.dim() == 2 else tril.expand(len(shift)).diag_embed()
+    if tril.shape != (len(shift), len(shift)) or not bool((tril.diagonal() > 0).all()):
+        raise GraphflowsError(
+            f"Expected a positive scale of {site!r}, or a lower triangular matrix ({len(shift)}, {len(shift)}) "
+            f"with a positive diagonal; got {torch.as_tensor(scale).tolist()}."
+        )
     network.set_linear_(site, standard, loc / width, tril / width.unsqueeze(-1))

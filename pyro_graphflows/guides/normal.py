@@ -69,10 +69,21 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
     ) -> None:
         if init not in ("regression", "random"):
             raise GraphflowsError(f"Expected init='regression' or 'random'; got {init!r}.")
+        if num_start_samples < 1:
+            raise GraphflowsError(f"Expected num_start_samples >= 1; got {num_start_samples}.")
+        if isinstance(hidden_dims, int):
+            raise GraphflowsError(
+                f"Expected hidden_dims a sequence of widths, [{hidden_dims}]; got {hidden_dims}."
+            )
         if init == "regression" and not skip:
             raise GraphflowsError(
                 "Expected skip=True with init='regression', which sets the linear maps; got False."
             )
+        for name, kind in factors.items():
+            if not (isinstance(kind, type) and issubclass(kind, Factor)):
+                raise GraphflowsError(
+                    f"Expected factors={{site: subclass of Factor}}; got {kind!r} for {name!r}."
+                )
         super().__init__(model, **options)
         self._network_options = NetworkOptions(hidden_dims, units_per_set, hidden_layers, activation, skip)
         self._init = init
@@ -86,6 +97,11 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
         return self._factors
 
     def _build(self, plan: Plan, traced: TracedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        strange = [name for name in self._factors if name not in self._sites]
+        if strange:
+            raise GraphflowsError(
+                f"Expected factors= of latent sites, {', '.join(self._sites)}; got {', '.join(strange)}."
+            )
         set_up = SetUp(
             self.model,
             args,

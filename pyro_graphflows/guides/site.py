@@ -68,6 +68,7 @@ def latent_sites(traced: TracedModel, custom: Collection[str] = ()) -> dict[str,
     for name in traced.graph.latent:
         site: Any = traced.trace.nodes[name]
         fn = site["fn"]
+        event_shape = torch.Size(fn.event_shape)
         if fn.support.is_discrete:
             encoding = DiscreteEncoding.of(fn, site["value"].dtype)
             if encoding.kind == "counts" and name not in custom:
@@ -78,13 +79,13 @@ def latent_sites(traced: TracedModel, custom: Collection[str] = ()) -> dict[str,
                     "finitely many values."
                 )
             sites[name] = LatentSite(
-                name, fn.event_shape, torch.Size([encoding.size]), fn.support, identity_transform, encoding
+                name, event_shape, torch.Size([encoding.size]), fn.support, identity_transform, encoding
             )
             continue
         transform = biject_to(fn.support)
-        unconstrained = transform.inverse_shape(fn.batch_shape + fn.event_shape)
+        unconstrained = transform.inverse_shape(torch.Size(fn.batch_shape) + event_shape)
         sites[name] = LatentSite(
-            name, fn.event_shape, torch.Size(unconstrained[len(fn.batch_shape) :]), fn.support, transform
+            name, event_shape, torch.Size(unconstrained[len(fn.batch_shape) :]), fn.support, transform
         )
     return sites
 

@@ -124,7 +124,7 @@ def joint_rows(
         return None
     around = set(graph.plates[next(iter(sites))])
     nodes: Any = traced.trace.nodes
-    copies = nodes[next(iter(sites))]["fn"].batch_shape.numel()
+    copies = torch.Size(nodes[next(iter(sites))]["fn"].batch_shape).numel()
     draws = max(2, -(-NUM_ROWS // copies))
     try:
         with torch.random.fork_rng(devices=[]):

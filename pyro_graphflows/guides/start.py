@@ -82,6 +82,7 @@ def fit_normal(rows: Tensor, inputs: Sequence[int], own: Sequence[int]) -> tuple
 
 
 def _solve(covariance: Tensor, inputs: Sequence[int], own: Sequence[int]) -> Tensor:
+    _require_finite(covariance)
     if not inputs:
         return covariance.new_zeros(len(own), 0)
     among = covariance[inputs][:, inputs]
@@ -119,6 +120,7 @@ def _solve_elements(
 
 def _square_root(residual: Tensor) -> Tensor:
     """Return a lower triangular square root whose diagonal is at least the floor."""
+    _require_finite(residual)
     eye = torch.eye(len(residual), dtype=residual.dtype, device=residual.device)
     jitter = 0.0
     while True:
@@ -128,6 +130,11 @@ def _square_root(residual: Tensor) -> Tensor:
         jitter = max(10 * jitter, RESIDUAL_FLOOR**2)
     diagonal = factor.diagonal()
     return factor * (diagonal.clamp(min=RESIDUAL_FLOOR) / diagonal).unsqueeze(-1)
+
+
+def _require_finite(covariance: Tensor) -> None:
+    if not bool(torch.isfinite(covariance).all()):  # no ridge would help
+        raise RuntimeError("Expected finite covariances; there are too few finite joint samples.")
 
 
 @torch.no_grad()

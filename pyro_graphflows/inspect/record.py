@@ -227,10 +227,24 @@ def quiet_run(model: Callable) -> Iterator[None]:
         yield
 
 
+class _ImproperPoint(Messenger):
+    """Give sites with an improper prior, which cannot be drawn, some value in their support."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        while isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+            fn = fn.base_dist
+        if isinstance(fn, dist.ImproperUniform) and msg["value"] is None and not msg["is_observed"]:
+            transform = torch.distributions.biject_to(msg["fn"].support)
+            msg["value"] = transform(torch.randn(transform.inverse_shape(msg["fn"].shape())))
+            msg["done"] = True
+
+
 def run_model(model: Callable, args: tuple, kwargs: dict[str, Any], *handlers: Any) -> Trace:
     """Trace a model inside handlers, outermost first."""
     traced = pyro.poutine.trace(model)
     with ExitStack() as stack:
+        stack.enter_context(_ImproperPoint())
         for handler in handlers:
             stack.enter_context(handler)
         return traced.get_trace(*args, **kwargs)
