@@ -27,7 +27,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from siren_vae_runs import REMEDIES, ROWS, Run, pick_setting, robustness_setting, settings_of, test, train
+from siren_vae_runs import (
+    FEW,
+    REMEDIES,
+    ROWS,
+    Run,
+    pick_setting,
+    robustness_setting,
+    settings_of,
+    test,
+    train,
+)
 
 NETWORKS = ("ecoli70", "magic-irri", "arth150", "magic-niab")
 FIGURE_MULTIPLES = (5, 10, 25, 50)
@@ -108,7 +118,7 @@ def jobs_of(study):
     if study in ("figure", "all"):
         for multiple in FIGURE_MULTIPLES:
             for row in reversed(ROWS):
-                like = cell_of("ecoli70", row, 2 if multiple < 25 else 100)
+                like = cell_of("ecoli70", row, 2 if multiple < FEW else 100)
                 jobs.append(Job(cell_of("ecoli70", row, multiple), 3, like=like))
     if study in ("patience", "all"):
         for network in NETWORKS:

@@ -3,7 +3,7 @@
 import matplotlib
 import numpy as np
 from siren_vae_results import LABELS
-from siren_vae_runs import robustness_setting
+from siren_vae_runs import FEW, robustness_setting
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -49,7 +49,7 @@ def figure_2(results, path):
 
 def imitated(results, row, multiple):
     """Return the runs of a cell of Figure 2 at the setting of the cell that it takes it from."""
-    setting = results.setting("ecoli70", row, 2 if multiple < 25 else 100)
+    setting = results.setting("ecoli70", row, 2 if multiple < FEW else 100)
     return list(results.runs("ecoli70", row, multiple, setting).values())
 
 
