@@ -106,7 +106,8 @@ def digits_part(records):
         ),
         "",
         f"*Trained on endless samples of the model* ({settings['sample_epochs']} × {settings['sample_steps']} steps of "
-        f"64) and measured on {settings['model_samples']:,} others: nothing has to be carried over from few images.",
+        f"64) and measured on {settings['model_samples']:,} others: nothing has to be carried over from few images. LL "
+        "is that of the model's own encoder here.",
         "",
         table(head, lines_of("sample_elbo", "sample_ll", lambda name: [])),
         "",
