@@ -179,43 +179,31 @@ class Average:
             parameter.copy_(mean)
 
 
-def train(run, folder, args):
-    """Train one model; write its JSON without test figures, and its state beside it."""
-    path, state = Path(folder) / f"{run.name}.json", Path(folder) / ".states" / f"{run.name}.pt"
-    if path.exists() and (state.exists() or json.loads(path.read_text())["test"]):
-        return json.loads(path.read_text())
-    state.parent.mkdir(parents=True, exist_ok=True)
-    network = network_of(run.network, args.data)
-    num = run.multiple * len(network.names)
-    x = draw(network, num, run.seed, 0)
-    vae = make_model(run, network.graph())
-    objective = vae.objective(
-        **({"bound": "iwae", "num_particles": 5} if run.remedy == "iwae" else {}),
-    )
+def fit_run(run, vae, x, validation, args):
+    """Train a model as the run says.
+
+    Returns:
+        The history, a few epochs with their training loss and rate, and on few data the loss of new data at some.
+    """
     few = run.multiple < FEW
+    objective = vae.objective(**({"bound": "iwae", "num_particles": 5} if run.remedy == "iwae" else {}))
     options = {
         "patience": run.patience or DEFAULT_PATIENCE[few],
         "num_epochs": args.max_epochs or MAX_EPOCHS[few],
     }
-    hooks = []
-    train_data = x
+    train_data, average = x, None
     if run.remedy == "early":
-        options["validation"] = x[: num // 5]
-        train_data = x[num // 5 :]
-    average = None
+        options["validation"] = x[: len(x) // 5]
+        train_data = x[len(x) // 5 :]
     if run.remedy == "average":
         options |= {"patience": None, "num_epochs": 2 * AVERAGED}
         average = Average(vae, AVERAGED)
-        hooks.append(average)
-    curve, held_out = [], []
-    validation = draw(network, NUM_VALIDATION, 0, 1)
-    vae.standardize_(x)
-    free = free_parameters(vae, x)
     decay = 0.3 if run.remedy == "decay" else 0.0
+    curve, held_out = [], []
 
     def each_epoch(history):
-        for hook in hooks:
-            hook(history)
+        if average is not None:
+            average(history)
         if len(history) in (1, 2, 5) or len(history) % 10 == 0:
             curve.append([len(history), round(history.loss[-1], 4), history.learning_rate[-1]])
         if few and len(history) in CURVE:
@@ -232,7 +220,6 @@ def train(run, folder, args):
         seed=run.seed,
         progress=args.progress,
     )
-    start = time.process_time()
     if (
         run.remedy == "warm-up"
     ):  # before and apart: the loss rises while the weight does, and so the rate would fall
@@ -246,6 +233,24 @@ def train(run, folder, args):
     history = fit(on_epoch=each_epoch, **options)
     if average is not None and average.count:
         average.load()
+    return history, curve, held_out
+
+
+def train(run, folder, args):
+    """Train one model; write its JSON without test figures, and its state beside it."""
+    path, state = Path(folder) / f"{run.name}.json", Path(folder) / ".states" / f"{run.name}.pt"
+    if path.exists() and (state.exists() or json.loads(path.read_text())["test"]):
+        return json.loads(path.read_text())
+    state.parent.mkdir(parents=True, exist_ok=True)
+    network = network_of(run.network, args.data)
+    num = run.multiple * len(network.names)
+    x = draw(network, num, run.seed, 0)
+    validation = draw(network, NUM_VALIDATION, 0, 1)
+    vae = make_model(run, network.graph())
+    vae.standardize_(x)
+    free = free_parameters(vae, x)
+    start = time.process_time()
+    history, curve, held_out = fit_run(run, vae, x, validation, args)
     seconds = time.process_time() - start
     torch.manual_seed(1)
     nll = validation_nll(vae, validation, 100)
