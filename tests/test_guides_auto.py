@@ -376,7 +376,7 @@ def test_integer_covariates_are_refused():
 
 
 def test_regression_start_is_right_before_the_first_step():
-    """Expected KL of a linear-Gaussian model: number of weights / (2 samples); see DESIGN's measurements."""
+    """Expected KL of a linear-Gaussian model: number of weights / (2 samples)."""
     network = load_network("ecoli70")
     x = torch.tensor(network.sample(500, 1)[:, [network.names.index(n) for n in network.observed]])
     guide = auto_faithful_guide(network.pyro_model(), x[:100])

@@ -293,7 +293,7 @@ class TestGlobalLatents:
         assert sum(halves) / 2 == pytest.approx(exact.item(), abs=0.05)
 
     def test_what_is_no_bound(self):
-        """MATH E3: q = prior, x = (-2, 2), data directly on u. Weights per datum with u of their own exceed log p(x)
+        """q = prior, x = (-2, 2), data directly on u. Weights per datum with u of their own exceed log p(x)
         by 1.86 nats; the nested bound does not.
         """
 

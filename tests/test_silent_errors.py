@@ -26,6 +26,7 @@ from pyro.infer import (
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal, AutoStructured
 from test_guides_exact import chain, four_cycle
 
+from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.guides import auto_faithful_guide, check_guide
 from pyro_graphflows.infer import IWAE_ELBO, InferenceCompilation
@@ -170,6 +171,35 @@ def test_scales_inside_the_logarithm():
     assert IWAE_ELBO(3).loss(pair, ours, x, 20) == pytest.approx(exact)
     assert IWAE_ELBO(200).loss(pair, wide, x, 20) > exact - 1.0
     assert not check_guide(pair, ours, RenyiELBO, x, 20).safe
+
+
+def test_summaries_of_a_batch():
+    """A guide of a global site that looks at the batch which the likelihood is scaled up from: above the evidence."""
+    x = torch.randn(20)
+
+    def model(x, size=None):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", size or len(x), subsample_size=len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    def amortised(x, size=None):
+        size = size or len(x)
+        precision = 1.0 + size
+        pyro.sample("mu", dist.Normal(size * x.mean() / precision, precision**-0.5))
+
+    exact = -dist.MultivariateNormal(torch.zeros(20), 1.0 + torch.eye(20)).log_prob(x).item()
+    assert Trace_ELBO().loss(model, amortised, x) == pytest.approx(exact)
+    batches = torch.tensor([Trace_ELBO().loss(model, amortised, one, 20) for one in x.split(1)])
+    assert batches.mean() < exact - 3.0  # without variance: each batch is fitted as if it were all data
+    with pytest.raises(UnsupportedModelError, match="not a bound"):
+        auto_faithful_guide(model, x[:1], 20, pool="deepset")
+    ours = auto_faithful_guide(model, x[:1], 20, init="random")  # free parameters, the same for all batches
+    ours.set_linear_("mu", {}, x.sum().item() / 21, 21**-0.5)
+    losses = torch.tensor(
+        [[Trace_ELBO().loss(model, ours, one, 20) for one in x.split(1)] for _ in range(40)]
+    )
+    error = losses.mean(1).std().item() / math.sqrt(40)
+    assert abs(losses.mean().item() - exact) < 5 * error
 
 
 def test_masks_of_the_model():
