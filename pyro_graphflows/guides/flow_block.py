@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.flow_level import FlowEvaluation, FlowLevels
 from pyro_graphflows.guides.flow_structure import ElementParents, FlowOptions, flow_structure
-from pyro_graphflows.guides.free import FreeTable, IndexMap
+from pyro_graphflows.guides.free import FreeTable, IndexMap, index_maps
 from pyro_graphflows.guides.plan import Block
 from pyro_graphflows.transforms.faithful_nn import FaithfulResidualNN
 from pyro_graphflows.transforms.graphical_affine import AffineGraphicalNN
@@ -28,7 +28,6 @@ from pyro_graphflows.transforms.graphical_affine import AffineGraphicalNN
 __all__ = ["FlowBlock", "FlowOptions"]
 
 DEFAULT_BLOCKS = 3
-MOST_SLOPES = 64  # inputs up to which the elements of a site with free parameters have slopes of their own
 
 
 class FlowBlock(nn.Module):
@@ -76,21 +75,11 @@ class FlowBlock(nn.Module):
         self._free_columns = {v: self.num_features + 2 * i for i, v in enumerate(own)}
         num_free = sum(2 * sizes[site] for site in block.free)
         self.free = FreeTable(plates, num_free) if block.free else None
-        self.maps = nn.ModuleDict()  # by the position of the site
-        self._map_of: dict[str, tuple[str, list[int]]] = {}  # its key, and the inputs of the map
-        by_name = {plate.name: plate for plate in plates}
-        for site in self._own_sites:
-            seen = [j for p in block.parents[site] for j in self.columns.get(p, ()) if j < self.num_features]
-            around = (
-                block.plates
-                if site in block.free and len(seen) <= MOST_SLOPES
-                else block.unlike.get(site, ())
-            )
-            if around and (seen or site not in block.free):
-                key = str(block.sites.index(site))
-                chosen = [by_name[name] for name in around]
-                self.maps[key] = IndexMap(chosen, len(seen), 2 * sizes[site], offset=site not in block.free)
-                self._map_of[site] = key, seen
+        seen = {
+            site: [j for p in block.parents[site] for j in self.columns.get(p, ()) if j < self.num_features]
+            for site in self._own_sites
+        }
+        self.maps, self._map_of = index_maps(block, seen, {s: 2 * n for s, n in sizes.items()}, plates)
         self.network = self._make_network(names, options, element_parents)
         self.reset_free_()
 

@@ -7,8 +7,11 @@ from torch import Tensor, nn
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.call import PlateState
+from pyro_graphflows.guides.plan import Block
 
-__all__ = ["FreeTable", "IndexMap"]
+__all__ = ["FreeTable", "IndexMap", "index_maps"]
+
+MOST_SLOPES = 64  # inputs up to which the elements of a site with free parameters have slopes of their own
 
 SHARED_FEATURES = 16
 
@@ -108,3 +111,32 @@ class IndexMap(nn.Module):
         if offsets is not None:
             parts.append(offsets.unsqueeze(-1))
         self.rows.table.copy_(torch.cat(parts, -1).reshape(self.rows.table.shape))
+
+
+def index_maps(
+    block: Block,
+    seen: Mapping[str, list[int]],
+    num_outputs: Mapping[str, int],
+    plates: Sequence[PlateState],
+) -> tuple[nn.ModuleDict, dict[str, tuple[str, list[int]]]]:
+    """Return the maps of a block's sites that have some, for the indices of unlike plates and for free parameters.
+
+    Args:
+        block: The block of the plan.
+        seen: For each site the inputs of its map, in the order in which maps are made.
+        num_outputs: For each site the number of parameters that its map adds to.
+        plates: The plates of the block.
+
+    Returns:
+        The maps by the position of their site in the block, and for each site with a map its key and inputs.
+    """
+    maps, found = nn.ModuleDict(), {}
+    for site, inputs in seen.items():
+        free = site in block.free
+        around = block.plates if free and len(inputs) <= MOST_SLOPES else block.unlike.get(site, ())
+        if around and (inputs or not free):
+            key = str(block.sites.index(site))
+            chosen = [plate for name in around for plate in plates if plate.name == name]
+            maps[key] = IndexMap(chosen, len(inputs), num_outputs[site], offset=not free)
+            found[site] = key, inputs
+    return maps, found

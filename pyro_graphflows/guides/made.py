@@ -18,14 +18,11 @@ from torch import Tensor, nn
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.coupled import Chain, CoupledFactor
 from pyro_graphflows.guides.factors import Factor, NormalFactor, scalar_normals
-from pyro_graphflows.guides.free import FreeTable, IndexMap
+from pyro_graphflows.guides.free import FreeTable, IndexMap, index_maps
 from pyro_graphflows.guides.plan import Block
 from pyro_graphflows.nn.mlp import LevelEvaluation, MaskedMLP
 
 __all__ = ["MADEBlock", "MADEEvaluation", "NetworkOptions"]
-
-
-MOST_SLOPES = 64  # inputs up to which the elements of a site with free parameters have slopes of their own
 
 
 @dataclass(frozen=True)
@@ -120,20 +117,9 @@ class MADEBlock(nn.Module):
         for site in block.free:
             self._free_columns[site] = slice(start, start + factors[site].num_outputs)
             start += factors[site].num_outputs
-        self.maps = nn.ModuleDict()  # by the position of the site
-        self._map_of: dict[str, tuple[str, list[int]]] = {}  # its key, and the inputs of the map
-        by_name = {plate.name: plate for plate in plates}
-        for position, site in enumerate(block.sites):
-            own = block.unlike.get(site, ())
-            seen = [j for parent in block.parents[site] if parent in columns for j in columns[parent]]
-            if site in block.free and len(seen) <= MOST_SLOPES:
-                own = block.plates
-            if own and (seen or site not in block.free):
-                num_outputs = factors[site].num_outputs
-                chosen = [by_name[name] for name in own]
-                index_map = IndexMap(chosen, len(seen), num_outputs, offset=site not in block.free)
-                self.maps[str(position)] = index_map
-                self._map_of[site] = str(position), seen
+        inputs = {s: [j for p in block.parents[s] for j in columns.get(p, ())] for s in block.sites}
+        num_outputs = {site: factor.num_outputs for site, factor in factors.items()}
+        self.maps, self._map_of = index_maps(block, inputs, num_outputs, plates)
         self.chains = nn.ModuleDict()  # by the position of the site
         self._chain_of: dict[str, str] = {}
         for position, site in enumerate(block.sites):
