@@ -192,3 +192,8 @@ def test_sites_and_plates_must_be_the_model_s(x):
 def test_unknown_losses_are_named(x):
     with pytest.raises(GraphflowsError, match=r"Expected a loss among Trace_ELBO.*got int"):
         check_guide(local, auto_faithful_guide(local, x), 3, x)
+
+
+def test_a_loss_with_options_is_asked_as_an_object(x):
+    with pytest.raises(GraphflowsError, match=r"an object of the loss, IWAE_ELBO\(\.\.\.\)"):
+        check_guide(local, auto_faithful_guide(local, x), IWAE_ELBO, x)

@@ -215,7 +215,10 @@ def test_masks_of_the_model():
     theirs = pyros_exact_guide(AutoNormal, x)
     wrong, error = mean_and_error(Trace_ELBO(), masked, theirs, x, batches=40)
     assert wrong < exact - 1.0 - 5 * error
+    assert "'z' have another mask" in str(check_guide(masked, theirs, Trace_ELBO, x))
+    assert check_guide(pair, theirs, Trace_ELBO, x).safe
     ours = exact_guide(masked, x)
+    assert check_guide(masked, ours, Trace_ELBO, x).safe
     for loss in (Trace_ELBO(), vectorized(RenyiELBO, 3, alpha=0.0)):
         assert loss.loss(masked, ours, x) == pytest.approx(exact)
     right, error = mean_and_error(vectorized(TraceMeanField_ELBO, 200), masked, ours, x)

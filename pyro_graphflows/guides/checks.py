@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer import (
@@ -22,6 +23,7 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.base import AutoFaithfulGuide
+from pyro_graphflows.guides.call import site_mask
 
 __all__ = ["GuideCheck", "check_guide"]
 
@@ -89,6 +91,10 @@ def check_guide(
         Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, RenyiELBO, ReweightedWakeSleep,
     )  # fmt: skip
     ask_itself = getattr(loss, "reasons_against", None) if loss is not kind else None
+    if loss is kind and not issubclass(kind, known) and hasattr(kind, "reasons_against"):
+        raise GraphflowsError(
+            f"Expected an object of the loss, {kind.__name__}(...), since it depends on its options."
+        )
     if not issubclass(kind, known) and ask_itself is None:
         raise GraphflowsError(
             f"Expected a loss among {', '.join(k.__name__ for k in known)}; got {kind.__name__}."
@@ -100,7 +106,7 @@ def check_guide(
     latent = {name: site for name, site in drawn.items() if not site["is_observed"]}
     reasons: list[str] = []
     notes: list[str] = []
-    reasons += _different_sites(sites, latent, kind)
+    reasons += _different_sites(sites, latent, kind) + _other_masks(sites, latent)
     enumerates = issubclass(kind, TraceEnum_ELBO)
     marked = [name for name, site in latent.items() if site["infer"].get("enumerate") is not None]
     rough = [
@@ -162,6 +168,33 @@ def _different_sites(sites: dict[str, Any], latent: dict[str, Any], kind: type) 
     if moved:
         reasons.append(f"{_listed(moved)} are in other plates in the guide than in the model.")
     return reasons
+
+
+def _other_masks(sites: dict[str, Any], latent: dict[str, Any]) -> list[str]:
+    """Return the sites that the model masks and the guide does not, so that what is masked adds its entropy."""
+    auxiliary = any(name not in sites for name in latent)
+    found = []
+    for name, site in latent.items():
+        if name not in sites:
+            continue
+        mine, theirs = (_as_mask(site_mask(one)) for one in (site, sites[name]))
+        if bool((mine == theirs).all()):
+            continue
+        elsewhere = auxiliary and isinstance(
+            site["fn"], dist.Delta
+        )  # where the density is, at an auxiliary site
+        if elsewhere or bool((site["fn"].log_prob(site["value"]) != 0).any()):
+            found.append(name)
+    if not found:
+        return []
+    return [
+        f"{_listed(found)} have another mask in the guide than in the model: what only one of them masks adds its "
+        "log-density to the loss. Guides of this package repeat the model's mask."
+    ]
+
+
+def _as_mask(mask: torch.Tensor | bool | None) -> torch.Tensor:
+    return torch.as_tensor(True if mask is None else mask)
 
 
 def _wake_sleep(latent: dict[str, Any]) -> list[str]:
