@@ -68,6 +68,9 @@ class AutoFaithfulGuide(RunningGuide):
         Returns:
             ``log q(latents | data)``: summed over the sites, per element of the plates where all sites are in the same
             plates (a vector over the data for the common single data plate), and summed over plates otherwise.
+
+        Raises:
+            GraphflowsError: If a latent site has no value.
         """
         if self._plan is None:
             self.setup(*args, **{key: value for key, value in kwargs.items() if key != "observations"})

@@ -60,7 +60,7 @@ class AutoFaithfulFlow(AutoFaithfulNormal):
         **options: See :class:`~pyro_graphflows.guides.base.AutoFaithfulGuide`.
 
     Raises:
-        GraphflowsError: If ``flow`` or ``closed_form`` is unknown.
+        GraphflowsError: If ``flow`` or ``closed_form`` is unknown, or ``num_blocks`` is not positive.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist

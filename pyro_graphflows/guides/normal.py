@@ -49,6 +49,20 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
         factor: The factor family of the continuous sites. Discrete ones have Bernoulli and categorical factors.
         factors: Factor classes of single sites, by name.
         **options: See :class:`~pyro_graphflows.guides.base.AutoFaithfulGuide`.
+
+    Raises:
+        GraphflowsError: If ``init`` is unknown, the regression start has no linear maps to set (``skip=False``), or
+            ``factors`` has something else than subclasses of :class:`~pyro_graphflows.guides.factors.Factor`.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> guide = AutoFaithfulNormal(model, hidden_dims=[]).setup(torch.zeros(10))
+        >>> guide.median(torch.zeros(7))["z"].shape
+        torch.Size([7])
     """
 
     def __init__(
@@ -218,7 +232,7 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
             scale: The scale, or a lower triangular square root of the covariance, shape ``(size, size)``.
 
         Raises:
-            GraphflowsError: If the site or a parent is unknown.
+            GraphflowsError: If the site or a parent is unknown, weights have another shape, or the scale is not positive.
         """
         index = next((i for i, block in enumerate(self.plan.blocks) if site in block.parents), None)
         if index is None:
