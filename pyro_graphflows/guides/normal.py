@@ -232,7 +232,8 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
             scale: The scale, or a lower triangular square root of the covariance, shape ``(size, size)``.
 
         Raises:
-            GraphflowsError: If the site or a parent is unknown, weights have another shape, or the scale is not positive.
+            GraphflowsError: If the site or a parent is unknown, weights have another shape or the scale is not
+                positive.
         """
         index = next((i for i, block in enumerate(self.plan.blocks) if site in block.parents), None)
         if index is None:

@@ -66,8 +66,8 @@ class RunningGuide(CompiledGuide):
 
         Raises:
             UnsupportedModelError: If an observed site has no value in this call.
-            GraphflowsError: If an observed value is not finite, or ``observations`` has a site that is not observed. The
-                message names the site.
+            GraphflowsError: If an observed value is not finite, or ``observations`` has a site that is not observed.
+                The message names the site.
         """
         if self._plan is None:
             self.setup(*args, **kwargs)
