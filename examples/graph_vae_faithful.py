@@ -287,9 +287,10 @@ def digits_part(seed, args):
 
 
 def main(args):
-    """Do the seeds that are not there yet; in double precision, since a guide may become nearly singular.
+    """Do the seeds that are not there yet; in double precision.
 
-    In single precision the sampled log-density of such a guide loses its digits, and its bound is wrong (too high).
+    In single precision a bound came out above the log-likelihood: a sampled log-density loses its digits where a normal
+    conditional is nearly singular.
     """
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
