@@ -192,10 +192,12 @@ class CallReader:
         Raises:
             UnsupportedModelError: If an observed site has no value in this call, or the model has other latent sites
                 than at set-up. The message names the site.
-            GraphflowsError: If ``observations`` has something else.
+            GraphflowsError: If ``observations`` has a site that the model has not.
         """
         observations = observations or {}
-        unknown = [name for name in observations if name not in self.observed]
+        unknown = [
+            name for name in observations if name not in self.known
+        ]  # values of latent sites do no harm
         if unknown:
             raise GraphflowsError(
                 f"Expected observations of {', '.join(self.observed) or 'nothing'}, the sites with data when the guide "

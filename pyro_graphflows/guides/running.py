@@ -66,7 +66,7 @@ class RunningGuide(CompiledGuide):
 
         Raises:
             UnsupportedModelError: If an observed site has no value in this call.
-            GraphflowsError: If an observed value is not finite, or ``observations`` has a site that is not observed.
+            GraphflowsError: If an observed value is not finite, or ``observations`` has a site that the model has not.
                 The message names the site.
         """
         if self._plan is None:
