@@ -26,7 +26,7 @@ from torch.distributions import constraints
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.call import PlateState
-from pyro_graphflows.guides.factors import LOG_SCALE_BOUND, NormalFactor
+from pyro_graphflows.guides.factors import NormalFactor, positive_scale
 from pyro_graphflows.guides.free import FreeTable
 
 __all__ = ["Chain", "CoupledFactor", "CoupledNormal"]
@@ -211,7 +211,7 @@ class Chain(nn.Module):
         outputs = outputs.expand(*torch.broadcast_shapes(outputs.shape[:-1], batch), outputs.shape[-1])
         n = factor.size
         loc = torch.addcmul(shift, scale, outputs[..., :n])
-        diagonal = scale * outputs[..., n : 2 * n].clamp(-LOG_SCALE_BOUND, LOG_SCALE_BOUND).exp()
+        diagonal = scale * positive_scale(outputs[..., n : 2 * n], shift, scale)
         rows, columns = torch.tril_indices(n, n, -1, device=outputs.device)
         unit = torch.eye(n, dtype=outputs.dtype, device=outputs.device)
         unit = unit.expand(*outputs.shape[:-1], n, n).clone()

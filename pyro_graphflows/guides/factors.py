@@ -25,10 +25,26 @@ from pyro_graphflows.guides.distributions import ScalarNormal
 if TYPE_CHECKING:
     from pyro_graphflows.guides.site import LatentSite
 
-__all__ = ["ElementNormalFactor", "Factor", "NormalFactor", "scalar_normals"]
+__all__ = ["ElementNormalFactor", "Factor", "NormalFactor", "positive_scale", "scalar_normals"]
 
-# exp() of a log-scale stays finite and positive in float32 and is far outside of any standardised scale.
-LOG_SCALE_BOUND = 20.0
+LOG_SCALE_BOUND = 20.0  # exp() of it is far outside of any standardised scale
+ROUNDINGS = 400.0  # a scale is at least so many times the rounding error of a value of the standardised size
+
+
+def positive_scale(outputs: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Return scales from their logarithms, not so small that a value cannot be told from its location.
+
+    The density of a draw is computed from the draw. Where the scale is below the rounding error of a draw, that density
+    is far too small and the bound on the evidence far too high, and training is drawn there.
+
+    Args:
+        outputs: Logarithms in standardised units.
+        shift: The shift of the standardisation.
+        scale: Its scale.
+    """
+    rounding = torch.finfo(outputs.dtype).eps * (1.0 + (shift / scale).abs())
+    smallest = (ROUNDINGS * rounding).log().clamp(-LOG_SCALE_BOUND, 0.0)
+    return outputs.clamp(max=LOG_SCALE_BOUND).maximum(smallest).exp()
 
 
 class Factor(ABC):
@@ -135,7 +151,7 @@ class NormalFactor(_NormalOutputs):
         """See :meth:`Factor.distribution`."""
         n = self.size
         loc = torch.addcmul(shift, scale, outputs[..., :n])
-        diagonal = scale * outputs[..., n : 2 * n].clamp(-LOG_SCALE_BOUND, LOG_SCALE_BOUND).exp()
+        diagonal = scale * positive_scale(outputs[..., n : 2 * n], shift, scale)
         if n == 1:
             normal = dist.Normal(loc.squeeze(-1), diagonal.squeeze(-1), validate_args=False)
             return ScalarNormal(normal)
@@ -169,7 +185,7 @@ def scalar_normals(outputs: Tensor, shift: Tensor, scale: Tensor) -> list[Scalar
         scale: Its scales, shape ``(n,)``.
     """
     locs = torch.addcmul(shift, scale, outputs[..., 0::2])
-    scales = scale * outputs[..., 1::2].clamp(-LOG_SCALE_BOUND, LOG_SCALE_BOUND).exp()
+    scales = scale * positive_scale(outputs[..., 1::2], shift, scale)
     return [
         ScalarNormal(dist.Normal(loc, width, validate_args=False))
         for loc, width in zip(locs.unbind(-1), scales.unbind(-1), strict=True)
@@ -205,7 +221,7 @@ class ElementNormalFactor(_NormalOutputs):
         """See :meth:`Factor.distribution`."""
         n = self.size
         loc = outputs[..., :n]
-        diagonal = outputs[..., n : 2 * n].clamp(-LOG_SCALE_BOUND, LOG_SCALE_BOUND).exp()
+        diagonal = positive_scale(outputs[..., n : 2 * n], shift, scale)
         if not self.rows:
             return dist.Normal(shift + scale * loc, scale * diagonal, validate_args=False).to_event(1)
         eye = torch.eye(n, dtype=outputs.dtype, device=outputs.device)
