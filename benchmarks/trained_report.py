@@ -80,6 +80,11 @@ SECTIONS: dict[str, tuple[str, str, list[Column]]] = {
         "these. All guides with the same optimiser, steps and particles (16).",
         [*WHO, ELBO, GAP, NOISE, KHAT, EVIDENCE, *COST],
     ),
+    "groups-long": (
+        "Group effects, three times as long",
+        "The same with 18,000 steps: have the guides above converged?",
+        [*WHO, ELBO, GAP, NOISE, KHAT, EVIDENCE, *COST],
+    ),
     "mixture": (
         "Mixture with enumerated assignments",
         "Two components with unknown centres, 30 data, `TraceEnum_ELBO`; the gap is to the exact log-evidence by "

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 from siren_vae_runs import (
+    DEEPER,
     FEW,
     REMEDIES,
     ROWS,
@@ -115,6 +116,10 @@ def jobs_of(study):
         for network in NETWORKS:
             like = cell_of(network, "faithful", 2)
             jobs += [Job(cell_of(network, "faithful", 2, remedy=r), 5, like=like) for r in REMEDIES]
+    if study in ("blocks", "all"):
+        for multiple in (2, 100):
+            like = cell_of("ecoli70", "true", multiple)
+            jobs += [Job(cell_of("ecoli70", "true", multiple, remedy=r), 3, like=like) for r in DEEPER]
     if study in ("figure", "all"):
         for multiple in FIGURE_MULTIPLES:
             for row in reversed(ROWS):
@@ -162,7 +167,9 @@ def main(args):
 
 def parser():
     parse = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parse.add_argument("--study", choices=["table", "robustness", "remedies", "figure", "patience", "all"])
+    parse.add_argument(
+        "--study", choices=["table", "robustness", "remedies", "blocks", "figure", "patience", "all"]
+    )
     parse.add_argument("--network", default="magic-niab")
     parse.add_argument("--variant", choices=["true", "FC", "ind", "vae"], default="true")
     parse.add_argument("--flow", choices=["faithful", "graphical"], default="faithful")

@@ -34,6 +34,7 @@ ROWS = {
     "faithful": ("true", "faithful"),
 }
 REMEDIES = ("warm-up", "iwae", "decay", "early", "average", "small")
+DEEPER = {"8-blocks": 8, "16-blocks": 16}  # of the flow, instead of 4: is it the bounded norm of a block?
 MAX_EPOCHS = {True: 1500, False: 300}
 NUM_TEST, NUM_TEST_PAPER, NUM_VALIDATION = 1000, 100, 200
 WARM_UP, AVERAGED = 100, 200  # epochs of two of the remedies
@@ -143,6 +144,8 @@ def make_model(run, graph):
         return VAE(graph, hidden_dim=max(width, len(graph.latent)))
     variant, flow = ROWS[run.row]
     size = {"num_blocks": 1, "units_per_variable": 2} if run.remedy == "small" else {}
+    if run.remedy in DEEPER:
+        size["num_blocks"] = DEEPER[run.remedy]
     size["decoder_units"] = 1 if variant == "true" else width
     return SIReNVAE.from_variant(graph, variant, flow=flow, **size)
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 from siren_vae_results import LABELS, NETWORKS, SHAPES, mean_sd, table, words_of
+from siren_vae_runs import DEEPER
 
 MUST_REACH = {
     ("ecoli70", 2): 1.5,
@@ -164,6 +165,19 @@ def remedies_table(results):
             line.append(text)
         rows.append(line)
     return table(["remedy", *NETWORKS], rows)
+
+
+def blocks_table(results):
+    """Return the excess of the true network with more blocks of the GRF."""
+    rows = []
+    for remedy, blocks in {"": 4, **DEEPER}.items():
+        row = [blocks]
+        for multiple in (2, 100):
+            setting = results.setting("ecoli70", "true", multiple)
+            found = results.runs("ecoli70", "true", multiple, setting, remedy=remedy).values()
+            row.append(mean_sd(list(found), "excess", 3, True))
+        rows.append(row)
+    return table(["blocks of the GRF", "excess, ecoli70, 2×", "100×"], rows)
 
 
 def speed_text(speed):
