@@ -232,6 +232,32 @@ class ModelGraph:
         dag.add_edges_from(self.edges)
         return dag
 
+    def with_edges(self, edges: Iterable[tuple[Node, Node]]) -> "ModelGraph":
+        """Return a graph over the same nodes, with their roles, sizes and plates, and these edges instead.
+
+        Args:
+            edges: All edges of the new graph.
+
+        Raises:
+            NotADAGError: If the edges form a cycle.
+            GraphflowsError: If roles and edges do not go together; see the class.
+
+        Example:
+            >>> ModelGraph([("a", "x"), ("b", "x")], observed=["x"]).with_edges([("a", "b"), ("b", "x")]).edges
+            (('a', 'b'), ('b', 'x'))
+        """
+        dag = nx.DiGraph()
+        dag.add_nodes_from(self.nodes)
+        dag.add_edges_from(edges)
+        return ModelGraph(
+            dag,
+            self.observed,
+            inputs=self.inputs,
+            marginalised=self.marginalised,
+            event_sizes=self.event_sizes,
+            plates=self.plates,
+        )
+
     def __contains__(self, name: object) -> bool:
         return name in self._roles
 

@@ -218,9 +218,16 @@ class IWAE_ELBO(ELBO):
         if self._layout is None or self._layout_of != (model, guide):
             state = random_state()
             layout, first = self._find_layout(model, guide, args, kwargs)
-            with torch.no_grad(), poutine.block(), errors_of_batches(self.num_particles):
-                self._check_guide(layout, self._run(layout, model, guide, args, kwargs)[1])
-            self._warn_of_mixing(layout, first, model, guide, args, kwargs)
+            # evaluation mode: batch norm and dropout do mix the particles, and are meant to
+            with torch.no_grad(), poutine.block(), evaluation_mode(model, guide):
+                with errors_of_batches(self.num_particles):
+                    batch = self._run(layout, model, guide, args, kwargs)
+                self._check_guide(layout, batch[1])
+                alone = (first.model_trace, first.guide_trace)
+                dims = [layout.inner, layout.outer]
+                difference = difference_to_alone(model, guide, args, kwargs, batch, alone, dims)
+            if difference:
+                warnings.warn(difference, stacklevel=3)
             set_random_state(state)
             self._layout, self._layout_of = layout, (model, guide)
         return self._layout
@@ -245,18 +252,6 @@ class IWAE_ELBO(ELBO):
         nesting = first.max_plate_nesting
         layout = PlateLayout(None if frame is None else frame.name, dims, -1 - nesting, -2 - nesting)
         return layout, first
-
-    def _warn_of_mixing(
-        self, layout: PlateLayout, first: Prototype, model: Program, guide: Program, args: Any, kwargs: Any
-    ) -> None:
-        """Warn where a particle has another density among the others than alone, batch norm and dropout apart."""
-        alone = (first.model_trace, first.guide_trace)
-        with torch.no_grad(), poutine.block(), evaluation_mode(model, guide):
-            batch = self._run(layout, model, guide, args, kwargs)
-            dims = [layout.inner, layout.outer]
-            difference = difference_to_alone(model, guide, args, kwargs, batch, alone, dims)
-        if difference:
-            warnings.warn(difference, stacklevel=4)
 
     def _check_guide(self, layout: PlateLayout, guide_trace: poutine.Trace) -> None:
         local = guide_trace.copy()

@@ -117,16 +117,7 @@ def trace_model(
 def _validated(traced: TracedModel, validation: Validation) -> TracedModel:
     graph = traced.graph
     if validation.missed:
-        dag = graph.to_networkx()
-        dag.add_edges_from(validation.missed)
-        graph = ModelGraph(
-            dag,
-            graph.observed,
-            inputs=graph.inputs,
-            marginalised=graph.marginalised,
-            event_sizes=graph.event_sizes,
-            plates=graph.plates,
-        )
+        graph = graph.with_edges([*graph.edges, *validation.missed])
     return replace(
         traced,
         graph=graph,

@@ -4,8 +4,6 @@ References:
     [1] Mouton and Kroon (2022), SIReN-VAE: Leveraging Flows and Amortized Inference for Bayesian Networks.
 """
 
-import networkx as nx
-
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs.model_graph import ModelGraph, Node
 
@@ -45,14 +43,4 @@ def variant_graph(graph: ModelGraph, variant: str) -> ModelGraph:
     if variant == "FC":
         edges += [(p, c) for i, c in enumerate(latent) for p in latent[:i]]
     edges += [(p, c) for c in graph.observed for p in latent]
-    dag = nx.DiGraph()
-    dag.add_nodes_from(graph.nodes)
-    dag.add_edges_from(edges)
-    return ModelGraph(
-        dag,
-        graph.observed,
-        inputs=graph.inputs,
-        marginalised=graph.marginalised,
-        event_sizes=graph.event_sizes,
-        plates=graph.plates,
-    )
+    return graph.with_edges(edges)
