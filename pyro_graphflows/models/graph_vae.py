@@ -1,54 +1,23 @@
 r"""The Graph VAE: a variational autoencoder that learns how its latent variables depend on each other.
 
-The latent vector is cut into :math:`N` *nodes* :math:`z_N, \dots, z_1`, sampled in this order. The possible parents of
-node :math:`i` are all nodes before it, each behind a *gate* :math:`c_{ij} \in \{0, 1\}` that multiplies the parent's
-value:
-
-.. math:: p(x, z \mid c) = p(x \mid z) \prod_i \mathcal N\bigl(z_i \mid \mu_i, \sigma_i^2\bigr), \qquad
-          (\mu_i, \log\sigma_i^2) = f_i\bigl(c_{ij} z_j : j > i\bigr), \qquad c_{ij} \sim \text{Bernoulli}(m_{ij}).
-
-The guide has the same graph and the same gates. It fuses two predictions of each node by their precisions, one from
-the data (bottom up, :math:`\mu_1, s_1`) and one from the sampled parents (top down, :math:`\mu_2, s_2`):
-
-.. math:: \sigma^2 = \frac{s_1^2 s_2^2}{s_1^2 + s_2^2}, \qquad \mu = \frac{\mu_1 s_2^2 + \mu_2 s_1^2}{s_1^2 + s_2^2}.
-
-The objective is :math:`E_c\,\text{ELBO}(c)`, a bound because it is an average of bounds, with
-
-.. math:: \text{ELBO}(c) = E_q \log p(x \mid z) - \sum_i E_q\,
-          \text{KL}\bigl(q(z_i \mid z_{>i}, x) \,\|\, p(z_i \mid z_{>i})\bigr) :
-
-each term is a divergence from the *learned* conditional prior, not from a standard normal.
-
-**Gates are one global site**, ``gates``, drawn once for each call of the guide, with the same relaxed Bernoulli law in
-the model and the guide and ``mask(False)`` on both sides: it carries a gradient to the gate probabilities and adds
-nothing to the bound. The gradient is unbiased for the *relaxed* objective at the present temperature. In evaluation
-mode (``module.eval()``; :func:`~pyro_graphflows.log_evidence` and the validation of :func:`~pyro_graphflows.fit`
-switch to it) there is no such site: gates are hard, open where their probability is above one half.
-
-**Which loss.** :class:`~pyro.infer.TraceMeanField_ELBO` is right here, and better than
-:class:`~pyro.infer.Trace_ELBO`: guide and model sample the nodes in the same order with the same parents, so no model
-parent of a node descends from it in the guide, which is what its analytic divergences need; they have less noise than
-sampled log-ratios.
+The class here has the choices and what one does with the model: its structure, samples, reconstructions, the evidence.
+The mathematics is next to it: the two Pyro programs and the bound in ``graph_vae_programs.py``, gates, likelihoods,
+networks and structures each in a module of their own.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import count
-from typing import Literal
+from collections.abc import Mapping, Sequence
 
 import networkx as nx
-import pyro
-import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
-from pyro.infer.util import is_validation_enabled
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs import ModelGraph
 from pyro_graphflows.infer.evidence import Evidence, log_evidence
 from pyro_graphflows.infer.particles import evaluation_mode
-from pyro_graphflows.models.graph_vae_gates import GATES, Gates, GateValues, side_by_side
+from pyro_graphflows.models.graph_vae_gates import GATES, Gates
+from pyro_graphflows.models.graph_vae_likelihood import Likelihood, check_likelihood, outputs_per_element
 from pyro_graphflows.models.graph_vae_networks import (
     DECODER_DIMS,
     ENCODER_DIMS,
@@ -57,19 +26,15 @@ from pyro_graphflows.models.graph_vae_networks import (
     batch_statistics_anew,
     decoder_network,
     encoder_network,
-    fuse,
-    on_rows,
     widened,
 )
+from pyro_graphflows.models.graph_vae_programs import Draw, GraphPrograms
 from pyro_graphflows.models.graph_vae_structure import DATA, nodes_and_parents, structure_graph
 
 __all__ = ["GraphVAE"]
 
-Draw = Callable[[str, TorchDistribution], Tensor]
-Likelihood = Literal["bernoulli", "normal"] | Callable[[Tensor], TorchDistribution]
 
-
-class GraphVAE(PyroModule):
+class GraphVAE(GraphPrograms):
     r"""A variational autoencoder over a graph of latent nodes that is learned, or given.
 
     ``vae.model`` and ``vae.guide`` take data ``(num_data, *input_shape)`` and train with Pyro's ``SVI`` or with
@@ -121,6 +86,7 @@ class GraphVAE(PyroModule):
         NotADAGError: If a given graph has a directed cycle.
 
     Example:
+        >>> import pyro
         >>> vae = GraphVAE((8, 8), num_nodes=3, node_dim=2)
         >>> x = torch.randint(2, (20, 8, 8)).float()
         >>> svi = pyro.infer.SVI(
@@ -163,10 +129,7 @@ class GraphVAE(PyroModule):
             raise GraphflowsError(f"Expected positive sizes; got {', '.join(wrong)}.")
         if decoder_input not in ("all", "first"):
             raise GraphflowsError(f"Expected decoder_input 'all' or 'first'; got {decoder_input!r}.")
-        if not callable(likelihood) and likelihood not in ("bernoulli", "normal"):
-            raise GraphflowsError(
-                f"Expected likelihood 'bernoulli', 'normal' or a function; got {likelihood!r}."
-            )
+        check_likelihood(likelihood)
         self.names, self._parents = nodes_and_parents(structure, num_nodes, (GATES, DATA))
         self.is_learned = isinstance(structure, str) and structure == "learned" and len(self.names) > 1
         self.likelihood = likelihood
@@ -177,8 +140,8 @@ class GraphVAE(PyroModule):
         self.edge_cost = edge_cost
         self.name = name
 
-        num_inputs, num_outputs = self.input_shape.numel(), self.input_shape.numel()
-        num_outputs *= 2 if likelihood == "normal" else 1
+        num_inputs = self.input_shape.numel()
+        num_outputs = num_inputs * outputs_per_element(likelihood)
         decoder_size = node_dim * (len(self.names) if decoder_input == "all" else 1)
         dims = tuple(encoder_dims)
         if structure == "independent" and match_parameters and encoder is None and len(dims) == 3:
@@ -197,166 +160,6 @@ class GraphVAE(PyroModule):
         )
         self.decoder = decoder or decoder_network(decoder_size, decoder_dims, num_outputs)
         self.gates = Gates(self._parents) if self.is_learned else None
-
-    # ------------------------------------------------------------------------------------------- model and guide
-    def model(self, x: Tensor | None = None, num_samples: int | None = None) -> Tensor:
-        """The generative model: nodes from the last to the first, then the data.
-
-        Args:
-            x: Data ``(num_data, *input_shape)``; without data ``x`` is sampled.
-            num_samples: The size of the data plate without data.
-
-        Returns:
-            The value of the site ``x``.
-
-        Raises:
-            GraphflowsError: If ``x`` has another shape, or (with Pyro's validation on) values outside of {0, 1} for
-                ``"bernoulli"`` or of [0, 1] for ``"normal"``.
-        """
-        self._announce(self.prior, "prior")
-        self._announce(self.decoder, "decoder")
-        data, num_data = (None, num_samples or 1) if x is None else (self._data(x), len(x))
-        gates = self._gate_values()
-        with pyro.plate("data", num_data, dim=-1):
-            if self.edge_cost and self.gates is not None and self.gates.is_relaxed:  # in training
-                cost = self.edge_cost * self.gates.logits.sigmoid().sum()
-                pyro.factor("edge_cost", -cost.expand(num_data))
-            values = self._generate(num_data, gates, pyro.sample)
-            return pyro.sample(DATA, self._decode(values), obs=data)
-
-    def guide(self, x: Tensor | None = None, num_samples: int | None = None) -> dict[str, Tensor]:
-        """The amortised posterior, with the graph and the gates of the model.
-
-        Args:
-            x: Data ``(num_data, *input_shape)``.
-            num_samples: Not used; the model has it.
-
-        Returns:
-            The sampled value of each node by its name.
-
-        Raises:
-            GraphflowsError: If there are no data, they have another shape, there is a single datum in training mode
-                (batch norm needs two), or an encoder of the user's has another output size than ``embedding_dim``.
-        """
-        for part, prefix in (
-            (self.encoder, "encoder"),
-            (self.bottom_up, "bottom_up"),
-            (self.posterior, "posterior"),
-        ):
-            self._announce(part, prefix)
-        if x is None:
-            raise GraphflowsError("Expected data x for the guide; got None.")
-        data = self._data(x)
-        gates = self._gate_values()
-        with pyro.plate("data", len(data), dim=-1):
-            values = self._infer(data, gates, pyro.sample)
-        return {self.names[i]: value for i, value in values.items()}
-
-    def _generate(self, num_data: int, gates: GateValues, draw: Draw) -> dict[int, Tensor]:
-        values: dict[int, Tensor] = {}
-        zeros = self.bottom_up.bias.new_zeros(num_data, self.node_dim)
-        for i in reversed(range(len(self.names))):
-            if self._parents[i]:
-                loc, log_var = on_rows(self.prior[str(i)], self._gated_parents(i, values, gates)).chunk(2, -1)
-                law = dist.Normal(loc, (0.5 * log_var).exp())
-            else:
-                law = dist.Normal(zeros, torch.ones_like(zeros))
-            values[i] = draw(self.names[i], law.to_event(1))
-        return values
-
-    def _infer(self, x: Tensor, gates: GateValues, draw: Draw) -> dict[int, Tensor]:
-        embedding = self.encoder(x)
-        if embedding.shape != (len(x), self.embedding_dim):
-            raise GraphflowsError(
-                f"Expected the encoder to return the shape {(len(x), self.embedding_dim)}; got "
-                f"{tuple(embedding.shape)}. Give its output size as embedding_dim."
-            )
-        bottom_up = self.bottom_up(embedding)
-        values: dict[int, Tensor] = {}
-        for i in reversed(range(len(self.names))):
-            loc, log_var = bottom_up[i].chunk(2, -1)
-            if self._parents[i]:
-                top_down = on_rows(self.posterior[str(i)], self._gated_parents(i, values, gates))
-                loc, log_var = fuse(loc, log_var, *top_down.chunk(2, -1))
-            values[i] = draw(self.names[i], dist.Normal(loc, (0.5 * log_var).exp()).to_event(1))
-        return values
-
-    def _gated_parents(self, child: int, values: dict[int, Tensor], gates: GateValues) -> Tensor:
-        """Return the values of the possible parents side by side, each behind its gate."""
-        parents = self._parents[child]
-        between = None if gates is None or self.gates is None else self.gates.of(child, parents, gates)
-        return side_by_side([values[j] for j in parents], between)
-
-    def _gate_values(self) -> GateValues:
-        """Return relaxed gates as a sample, hard ones as truth values, or ``None`` where there are none."""
-        if self.gates is None:
-            return None
-        if not self.gates.is_relaxed:
-            return self.gates.hard()
-        self._announce(self.gates, "gates")
-        return self.gates.draw()
-
-    def _decode(self, values: dict[int, Tensor]) -> TorchDistribution:
-        """Return the distribution of the data given the nodes."""
-        inputs = torch.cat([values[i] for i in sorted(values)], -1) if self._sees_all else values[0]
-        outputs = on_rows(self.decoder, inputs)
-        if callable(self.likelihood):
-            return self.likelihood(outputs)
-        event_dim, shape = len(self.input_shape), (*outputs.shape[:-1], *self.input_shape)
-        if self.likelihood == "bernoulli":
-            return dist.Bernoulli(logits=outputs.reshape(shape)).to_event(event_dim)
-        loc, log_var = outputs.chunk(2, -1)
-        scale = (0.5 * log_var).exp()
-        return dist.Normal(loc.sigmoid().reshape(shape), scale.reshape(shape)).to_event(event_dim)
-
-    def _data(self, x: Tensor) -> Tensor:
-        """Return the data in the type of the parameters."""
-        if not isinstance(x, Tensor) or x.shape[1:] != self.input_shape or x.dim() == len(self.input_shape):
-            got = tuple(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
-            raise GraphflowsError(
-                f"Expected x, a tensor of shape (num_data, {', '.join(map(str, self.input_shape))}); got {got}."
-            )
-        if self.training and len(x) == 1 and any(isinstance(m, nn.BatchNorm1d) for m in self.modules()):
-            raise GraphflowsError(
-                "Expected at least two data in training mode, since batch norm needs them; got one. Use another batch "
-                "size, drop the last batch, or call eval()."
-            )
-        if is_validation_enabled():
-            self._check_values(x)
-        return x.to(self.bottom_up.bias.dtype)
-
-    def _check_values(self, x: Tensor) -> None:
-        if self.likelihood == "bernoulli" and not ((x == 0) | (x == 1)).all():
-            raise GraphflowsError(
-                "Expected data of zeros and ones for likelihood='bernoulli'; got other values, from "
-                f"{x.min().item():g} to {x.max().item():g}. Binarise them (datasets.binarize), or use "
-                "likelihood='normal'."
-            )
-        if self.likelihood == "normal" and not ((x >= 0) & (x <= 1)).all():
-            raise GraphflowsError(
-                "Expected data in [0, 1] for likelihood='normal', whose mean is a sigmoid; got values from "
-                f"{x.min().item():g} to {x.max().item():g}. Scale them (datasets.dequantize), or give a likelihood "
-                "of your own."
-            )
-
-    def _announce(self, module: nn.Module, prefix: str, *, recurse: bool = True) -> None:
-        """Make parameters known to Pyro, which trains what it sees; without gradients nothing is trained."""
-        if not torch.is_grad_enabled():
-            return
-        name = self._store_name()
-        for key, parameter in module.named_parameters(prefix, recurse=recurse):
-            if parameter.requires_grad:
-                pyro.param(f"{name}$$${key}", parameter)
-
-    def _store_name(self) -> str:
-        """Return a name under which Pyro's store holds no other module: ``name``, or with a number after it."""
-        store, name = pyro.get_param_store(), self.name
-        for number in count(1):
-            key = f"{name}$$$bottom_up.bias"
-            if store.setdefault(key, self.bottom_up.bias) is self.bottom_up.bias:
-                break
-            name = f"{self.name}_{number}"
-        return name
 
     # ------------------------------------------------------------------------------------------------- structure
     @property
