@@ -1,0 +1,261 @@
+"""The data sets: which files each is made of, and how it is split into training, validation and test images."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_graphflows.datasets.checksums import compare
+from pyro_graphflows.datasets.files import (
+    MNIST_FILES,
+    find_files,
+    idx_names,
+    open_archive,
+    read_amat,
+    read_array,
+    read_cifar,
+    read_idx,
+)
+from pyro_graphflows.errors import GraphflowsError
+
+__all__ = [
+    "DATA_SETS",
+    "MNIST_TEST_COUNTS",
+    "Images",
+    "binarized_mnist",
+    "cifar10",
+    "digits",
+    "load_images",
+    "mnist",
+    "omniglot",
+]
+
+MNIST_TEST_COUNTS = (980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009)
+
+
+@dataclass(frozen=True)
+class Images:
+    """A data set of images in three parts.
+
+    Attributes:
+        name: Its name.
+        train: Training images ``(n, *shape)`` in whole numbers from 0 to ``num_levels - 1``.
+        validation: Images to choose by.
+        test: Test images.
+        num_levels: The number of values a pixel can have; 2 for binary images.
+        train_labels: Labels of the training images; empty where there are none.
+        test_labels: Labels of the test images; empty where there are none.
+    """
+
+    name: str
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+    num_levels: int
+    train_labels: Tensor
+    test_labels: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of one image."""
+        return self.train.shape[1:]
+
+
+def digits() -> Images:
+    """Return the 1,797 digits of scikit-learn, 8 by 8 pixels of 17 levels, in a fixed random order.
+
+    They are split into 1,297, 200 and 300.
+    """
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(images))
+    pixels = torch.as_tensor(images[order].astype(np.uint8).reshape(-1, 8, 8))
+    classes = torch.as_tensor(labels[order].astype(np.int64))
+    return Images(
+        "digits", pixels[:1297], pixels[1297:1497], pixels[1497:], 17, classes[:1297], classes[1497:]
+    )
+
+
+def mnist(folder: str | os.PathLike[str] | None = None, *, verify: bool = True) -> Images:
+    """Return MNIST with grey levels; the last 10,000 training images are for validation.
+
+    Args:
+        folder: Where the files are.
+        verify: Whether to compare checksums.
+
+    Raises:
+        GraphflowsError: If files are missing, damaged, or not what they should be.
+    """
+    found = find_files("MNIST", folder, ["mnist.npz"], [idx_names(name) for name in MNIST_FILES])
+    if isinstance(found, Path):
+        with open_archive(found) as arrays:
+            parts = [
+                read_array(arrays, key, found)
+                for key in ("train_images", "train_labels", "test_images", "test_labels")
+            ]
+    else:
+        parts = [read_idx(path) for path in found]
+    kinds = ("training images", "training labels", "test images", "test labels")
+    for array, kind in zip(parts, kinds, strict=True):
+        if verify:
+            compare(array, f"MNIST {kind}")
+    images, labels, test, test_labels = map(torch.as_tensor, parts)
+    return Images(
+        "mnist", images[:50_000], images[50_000:], test, 256, labels[:50_000].long(), test_labels.long()
+    )
+
+
+def binarized_mnist(folder: str | os.PathLike[str] | None = None, *, verify: bool = True) -> Images:
+    """Return MNIST in its fixed binarisation, in the parts of 50,000, 10,000 and 10,000 it was published with.
+
+    There are no labels, but the test images are those of MNIST sorted by class, so theirs are known.
+
+    Args:
+        folder: Where the files are.
+        verify: Whether to compare checksums.
+
+    Raises:
+        GraphflowsError: If files are missing, damaged, or not what they should be.
+    """
+    kinds = ("train", "valid", "test")
+    found = find_files(
+        "fixed binarised MNIST",
+        folder,
+        ["binarized_mnist_larochelle.npz"],
+        [[f"binarized_mnist_{kind}.amat"] for kind in kinds],
+    )
+    if isinstance(found, Path):
+        with open_archive(found) as arrays:
+            packed = [read_array(arrays, f"{kind}_bits", found) for kind in kinds]
+    else:
+        packed = [read_amat(path) for path in found]
+    parts = []
+    for array, kind in zip(packed, ("training", "validation", "test"), strict=True):
+        if verify:
+            compare(array, f"binarised MNIST {kind} images")
+        parts.append(torch.as_tensor(np.unpackbits(array, axis=1).reshape(-1, 28, 28)))
+    none = torch.zeros(0, dtype=torch.long)
+    counts = torch.tensor(MNIST_TEST_COUNTS)
+    labels = torch.arange(10).repeat_interleave(counts) if len(parts[2]) == counts.sum() else none
+    return Images("binarized_mnist", parts[0], parts[1], parts[2], 2, none, labels)
+
+
+def omniglot(folder: str | os.PathLike[str] | None = None, *, verify: bool = True) -> Images:
+    """Return Omniglot in 28 by 28 pixels; 1,345 training images, taken at random once, are for validation.
+
+    ``omniglot28.npz`` has a split of the sizes of Burda et al. (24,345 and 8,070) of its own, and ``chardata.mat``
+    theirs, so likelihoods of the two are not comparable to the decimal.
+
+    Args:
+        folder: Where the files are.
+        verify: Whether to compare checksums (there is none for ``chardata.mat``).
+
+    Raises:
+        GraphflowsError: If files are missing, damaged, or not what they should be.
+    """
+    found = find_files("Omniglot", folder, ["chardata.mat", "omniglot28.npz"], [])
+    assert isinstance(found, Path)
+    if found.suffix == ".mat":
+        from scipy.io import loadmat
+
+        content = loadmat(found)
+        keys = ("data", "testdata", "target", "testtarget")
+        missing = [key for key in keys if key not in content]
+        if missing:
+            raise GraphflowsError(f"Expected the arrays {keys} in {found}; it lacks {missing}.")
+        images, test = (  # one image a column, itself column by column
+            np.rint(255 * content[key].T.reshape(-1, 28, 28).transpose(0, 2, 1)).astype(np.uint8)
+            for key in keys[:2]
+        )
+        labels, test_labels = (content[key].argmax(0).astype(np.int64) for key in keys[2:])
+    else:
+        with open_archive(found) as arrays:
+            pixels, split, alphabet = (
+                read_array(arrays, key, found) for key in ("images", "split", "alphabet")
+            )
+        if verify:
+            compare(pixels, "Omniglot images (omniglot28.npz)")
+        images, test = pixels[split == 0], pixels[split == 1]
+        labels, test_labels = (alphabet[split == part].astype(np.int64) for part in (0, 1))
+    order = np.random.default_rng(0).permutation(len(images))
+    kept, held_out = np.sort(order[1345:]), np.sort(order[:1345])
+    return Images(
+        "omniglot",
+        torch.as_tensor(images[kept]),
+        torch.as_tensor(images[held_out]),
+        torch.as_tensor(test),
+        256,
+        torch.as_tensor(labels[kept]),
+        torch.as_tensor(test_labels),
+    )
+
+
+def cifar10(folder: str | os.PathLike[str] | None = None, *, verify: bool = True) -> Images:
+    """Return CIFAR-10, ``(height, width, colour)``; the last tenth of the training images is for validation.
+
+    Args:
+        folder: Where the files are.
+        verify: Whether to compare the checksums of the first images.
+
+    Raises:
+        GraphflowsError: If files are missing, damaged, or not what they should be.
+    """
+    names = [[f"data_batch_{i}.bin"] for i in range(1, 6)] + [["test_batch.bin"]]
+    found = find_files("CIFAR-10", folder, ["cifar10_subset.npz"], names, files_first=True)
+    if isinstance(found, Path):
+        with open_archive(found) as arrays:
+            images, labels, test, test_labels = (
+                read_array(arrays, key, found)
+                for key in ("train_images", "train_labels", "test_images", "test_labels")
+            )
+    else:
+        batches = [read_cifar(path) for path in found]
+        images, labels = (np.concatenate([batch[k] for batch in batches[:-1]]) for k in (0, 1))
+        test, test_labels = batches[-1]
+    if verify:
+        compare(images[:4000], "first 4,000 CIFAR-10 training images")
+        compare(test[:1000], "first 1,000 CIFAR-10 test images")
+    split = len(images) - len(images) // 10
+    return Images(
+        "cifar10",
+        torch.as_tensor(images[:split]),
+        torch.as_tensor(images[split:]),
+        torch.as_tensor(test),
+        256,
+        torch.as_tensor(labels[:split]).long(),
+        torch.as_tensor(test_labels).long(),
+    )
+
+
+DATA_SETS: dict[str, Callable[..., Images]] = {
+    "digits": lambda folder=None: digits(),
+    "mnist": mnist,
+    "binarized_mnist": binarized_mnist,
+    "omniglot": omniglot,
+    "cifar10": cifar10,
+}
+
+
+def load_images(name: str, folder: str | os.PathLike[str] | None = None) -> Images:
+    """Return a data set by its name.
+
+    Args:
+        name: ``"digits"``, ``"mnist"``, ``"binarized_mnist"``, ``"omniglot"`` or ``"cifar10"``.
+        folder: Where the files are; by default what ``PYRO_GRAPHFLOWS_DATA`` names. The digits need none.
+
+    Raises:
+        GraphflowsError: If the name is unknown, or files are missing, damaged, or not what they should be.
+
+    Example:
+        >>> data = load_images("digits")
+        >>> data.train.shape, data.num_levels, data.shape
+        (torch.Size([1297, 8, 8]), 17, torch.Size([8, 8]))
+    """
+    if name not in DATA_SETS:
+        raise GraphflowsError(f"Expected a data set among {', '.join(DATA_SETS)}; got {name!r}.")
+    return DATA_SETS[name](folder)
