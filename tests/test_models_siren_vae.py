@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import networkx as nx
 import pyro
@@ -144,6 +145,26 @@ def test_two_models_do_not_share_parameters_in_the_store():
     before = second.prior_network.edges.weight.detach().clone()
     second.model(x)
     assert torch.equal(second.prior_network.edges.weight, before)
+
+
+@pytest.mark.parametrize("maker", [SIReNVAE, VAE])
+def test_copies_are_trained_by_svi(maker):
+    """A copy has the name of the first in Pyro's store, which would hand the optimiser the first one's parameters."""
+    first, x = maker(CHAIN), torch.randn(20, 1)
+
+    def train(vae):
+        svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+        before = [p.detach().clone() for p in vae.parameters()]
+        for _ in range(2):
+            svi.step(x)
+        return all(p.numel() == 0 or not torch.equal(p, b) for p, b in zip(vae.parameters(), before, strict=True))
+
+    assert train(first)
+    kept = [p.detach().clone() for p in first.parameters()]
+    for copied in (copy.deepcopy(first), pickle.loads(pickle.dumps(first))):
+        assert train(copied)
+    assert all(torch.equal(p, b) for p, b in zip(first.parameters(), kept, strict=True))
+    assert train(first)
 
 
 def test_bound_is_below_the_evidence_and_rises_with_particles():

@@ -23,6 +23,7 @@ from pyro_graphflows.infer.evidence import Evidence, evidence_from_log_weights
 from pyro_graphflows.infer.particles import evaluation_mode
 from pyro_graphflows.infer.training import History, fit
 from pyro_graphflows.models.observation import Likelihood, Observation
+from pyro_graphflows.models.parameter_store import free_name
 from pyro_graphflows.models.vae_objective import VAEObjective
 
 __all__ = ["LatentModel"]
@@ -324,7 +325,7 @@ class LatentModel(PyroModule):
         Raises:
             UnsupportedModelError: Without data, if latent nodes depend on observed ones: use :meth:`sample`.
         """
-        pyro.module(self._store_name, self)
+        self._announce()
         observed = set(self.graph.observed)
         if x is None:
             below = [node for node in self.graph.latent if observed & set(self.graph.parents(node))]
@@ -364,7 +365,7 @@ class LatentModel(PyroModule):
         Raises:
             GraphflowsError: Without data.
         """
-        pyro.module(self._store_name, self)
+        self._announce()
         if x is None:
             raise GraphflowsError(
                 "Expected data x: the guide is the posterior given data. Use model() or sample(n)."
@@ -372,6 +373,10 @@ class LatentModel(PyroModule):
         data = self.known(x, inputs)
         with pyro.plate("data", len(data), dim=-1):
             return pyro.sample(self.latent_name, self.posterior(self.observation.to_features(data)))
+
+    def _announce(self) -> None:
+        """Make the parameters known to Pyro; a copy of a module takes another name there, or the first were trained."""
+        pyro.module(free_name(self._store_name, *next(self.named_parameters())), self)
 
     def split(self, z: Tensor) -> dict[Node, Tensor]:
         r"""Return the part of each latent node of a latent vector, each of shape (\*batch, event size)."""
