@@ -157,7 +157,9 @@ def test_copies_are_trained_by_svi(maker):
         before = [p.detach().clone() for p in vae.parameters()]
         for _ in range(2):
             svi.step(x)
-        return all(p.numel() == 0 or not torch.equal(p, b) for p, b in zip(vae.parameters(), before, strict=True))
+        return all(
+            p.numel() == 0 or not torch.equal(p, b) for p, b in zip(vae.parameters(), before, strict=True)
+        )
 
     assert train(first)
     kept = [p.detach().clone() for p in first.parameters()]
