@@ -281,15 +281,52 @@ def test_vector_leaf_with_modules():
     )
     x = torch.cat([torch.randint(2, (20, 12)), torch.randint(3, (20, 1))], 1).double()
     assert vae.elbo(x).shape == (20,)
-    assert shapes == [(1, 20, 1)]  # b alone
+    assert shapes == [(20, 1)]  # b alone
     assert vae.encoder_network.context_dim == 5 + 3
     vae.elbo(x).sum().backward()
     assert all(p.grad is not None and bool(p.grad.any()) for p in vae.decoder.modules_by_node.parameters())
     assert all(p.grad is not None and bool(p.grad.any()) for p in vae.feature_modules.parameters())
     assert vae.model(num_samples=4).shape == (4, 2)
-    with pytest.raises(GraphflowsError, match="Expected 15 parameters from the decoders; got 14"):
-        SIReNVAE(graph, likelihood=vae.observation.kinds and {"image": "bernoulli", "label": ("categorical", 3)},
+    with pytest.raises(
+        GraphflowsError, match=r"decoder of image to return 12 parameters in each of 20 rows; .* 11"
+    ):
+        SIReNVAE(graph, likelihood={"image": "bernoulli", "label": ("categorical", 3)},
                  decoder={"image": nn.Linear(1, 11)}).elbo(x)  # fmt: skip
+    # as many parameters in all, but not those of each node
+    swapped = {"image": nn.Linear(1, 11), "label": nn.Linear(1, 4)}
+    with pytest.raises(GraphflowsError, match="decoder of image to return 12 parameters"):
+        SIReNVAE(graph, likelihood={"image": "bernoulli", "label": ("categorical", 3)}, decoder=swapped).elbo(
+            x
+        )
+
+
+def test_convolutions_and_batch_norm_in_modules():
+    """Modules see rows with any number of particles: else convolutions fail, and batch norm takes data for channels."""
+    graph = ModelGraph([("a", "b"), ("a", "image"), ("b", "image")], ["image"], event_sizes={"image": 16})
+    decoder = nn.Sequential(
+        nn.Linear(2, 8),
+        nn.BatchNorm1d(8),
+        nn.ELU(),
+        nn.Unflatten(1, (2, 2, 2)),
+        nn.ConvTranspose2d(2, 1, 2, 2),
+        nn.Flatten(),
+    )
+    encoder = nn.Sequential(
+        nn.Unflatten(1, (1, 4, 4)), nn.Conv2d(1, 2, 2, 2), nn.BatchNorm2d(2), nn.ELU(), nn.Flatten()
+    )
+    vae = SIReNVAE(graph, likelihood="bernoulli", decoder=decoder, encoder=encoder)
+    assert int(encoder[2].num_batches_tracked) == 0
+    x = torch.randint(2, (8, 16)).double()  # as many data as units
+    assert all(math.isfinite(loss) for loss in vae.fit(x, num_epochs=3, progress=False).loss)
+    vae.eval()
+    features, eps = vae.observation.to_features(x), torch.randn(3, 8, 2)
+    z, _ = vae.encode(features, eps)
+    one_by_one = torch.stack([vae.decode(part, features) for part in z])
+    torch.testing.assert_close(vae.decode(z, features), one_by_one)
+    ours = vae.log_evidence(x, num_particles=2000).log_evidence
+    by_traces = log_evidence(vae.model, vae.guide, x, num_particles=2000)
+    assert ((ours - by_traces.log_evidence).abs() < 6 * by_traces.standard_error).all()
+    assert vae.sample(5).shape == (5, 16)
 
 
 def test_learns_a_small_network():
@@ -389,14 +426,23 @@ def test_messages():
         variant_graph(CHAIN, "both")
     with pytest.raises(GraphflowsError, match="an inverse of the given graph"):
         SIReNVAE(CHAIN, inverse=faithful_inverse(GRAPHS["collider"]))
-    with pytest.raises(GraphflowsError, match="a single module"):
-        SIReNVAE(GRAPHS["collider"], decoder=nn.Linear(2, 2))
-    with pytest.raises(GraphflowsError, match="Expected decoders for observed nodes; got them for a"):
+    for given in (nn.Linear(2, 2), {"x": torch.tanh}):
+        with pytest.raises(
+            GraphflowsError, match=r"modules for the decoder by node, {node: torch.nn.Module}, of x, y"
+        ):
+            SIReNVAE(GRAPHS["collider"], decoder=given)
+        with pytest.raises(
+            GraphflowsError, match=r"modules for the encoder by node, {node: torch.nn.Module}, of x, y"
+        ):
+            SIReNVAE(GRAPHS["collider"], encoder=given)
+    with pytest.raises(GraphflowsError, match="Expected decoder modules for x; got them for a"):
         SIReNVAE(CHAIN, decoder={"a": nn.Linear(2, 2)})
-    with pytest.raises(
-        GraphflowsError, match=r"Expected encoder modules for observed nodes or inputs; .* for a"
-    ):
+    with pytest.raises(GraphflowsError, match="Expected encoder modules for x; got them for a"):
         SIReNVAE(CHAIN, encoder={"a": nn.Linear(2, 2)})
+    with pytest.raises(
+        GraphflowsError, match=r"encoder of x to return the shape \(rows, features\) .* got \(2,\)"
+    ):
+        SIReNVAE(CHAIN, encoder=nn.Flatten(0))
     with pytest.raises(GraphflowsError, match="Expected latent and observed nodes"):
         SIReNVAE(ModelGraph([("a", "b")], []))
     with pytest.raises(UnsupportedModelError, match="Expected no marginalised nodes; got b"):

@@ -1,17 +1,46 @@
 """A decoder in which each observed node sees its parents only."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.graphs.model_graph import ModelGraph, Node
+from pyro_graphflows.graphs.model_graph import ModelGraph, Node, listed
 from pyro_graphflows.models.observation import Observation
 from pyro_graphflows.nn.linear import MaskedLinear
 from pyro_graphflows.nn.mlp import MaskedMLP
 
-__all__ = ["MaskedDecoder"]
+__all__ = ["MaskedDecoder", "modules_by_node"]
+
+
+def modules_by_node(
+    given: nn.Module | Mapping[Node, nn.Module] | None, nodes: Sequence[Node], what: str
+) -> dict[Node, nn.Module]:
+    """Return the modules that a user gave for some nodes, by node.
+
+    Args:
+        given: The modules by node, or a single one where there is one node.
+        nodes: The nodes that may have one.
+        what: What the modules are, for messages.
+
+    Raises:
+        GraphflowsError: If it is something else, or a module is for another node.
+    """
+    if isinstance(given, nn.Module) and len(nodes) == 1:
+        return {nodes[0]: given}
+    modules = dict(given) if isinstance(given, Mapping) else {}
+    if (given is not None and not isinstance(given, Mapping)) or not all(
+        isinstance(module, nn.Module) for module in modules.values()
+    ):
+        names = ", ".join(map(str, nodes[:20]))
+        raise GraphflowsError(
+            f"Expected modules for the {what} by node, {{node: torch.nn.Module}}, of {names}; got {given!r}."
+        )
+    unknown = listed(node for node in modules if node not in nodes)
+    if unknown:
+        raise GraphflowsError(f"Expected {what} modules for {listed(nodes)}; got them for {unknown}.")
+    return modules
 
 
 class MaskedDecoder(nn.Module):
@@ -27,15 +56,16 @@ class MaskedDecoder(nn.Module):
         graph: The model graph.
         latents: Where the scalars of each latent node are in z.
         observation: The likelihoods, and where features of known nodes are.
-        modules: Modules for some of the nodes. Each maps the values of the node's parents beside each other (in graph
-            order: scalars of latent nodes, features of known ones) to the node's parameters (for a normal node of
-            size n, n locations in standard units and then n log-scales; for others the logits).
+        modules: Modules for some of the nodes, or one for the only one. Each maps the values of the node's parents
+            beside each other (in graph order: scalars of latent nodes, features of known ones), as rows (rows, size of
+            the parents), to the node's parameters (rows, number of parameters): for a normal node of size n, n
+            locations in standard units and then n log-scales; for others the logits.
         units_per_set: The number of hidden units for each distinct set of parents.
         hidden_layers: The number of hidden layers.
         activation: The activation.
 
     Raises:
-        GraphflowsError: If ``modules`` names a node that is not observed.
+        GraphflowsError: If ``modules`` names a node that is not observed, or is something else.
     """
 
     def __init__(
@@ -44,20 +74,14 @@ class MaskedDecoder(nn.Module):
         latents: Mapping[Node, slice],
         observation: Observation,
         *,
-        modules: Mapping[Node, nn.Module] | None = None,
+        modules: nn.Module | Mapping[Node, nn.Module] | None = None,
         units_per_set: int = 8,
         hidden_layers: int = 1,
         activation: str = "elu",
     ) -> None:
         super().__init__()
-        modules = dict(modules or {})
-        unknown = [str(node) for node in modules if node not in observation.kinds]
-        if unknown:
-            raise GraphflowsError(
-                f"Expected decoders for observed nodes; got them for {', '.join(sorted(unknown))}."
-            )
+        modules = modules_by_node(modules, tuple(observation.kinds), "decoder")
         num_latent = sum(part.stop - part.start for part in latents.values())
-        self.num_parameters = observation.num_parameters
         sources: dict[Node, list[int]] = {}
         for node in observation.kinds:
             sources[node] = []
@@ -69,6 +93,7 @@ class MaskedDecoder(nn.Module):
                 sources[node] += range(part.start + shift, part.stop + shift)
         self._sources = sources
         self._nodes = list(modules)
+        self._sizes = [len(observation.own(node)) for node in modules]
         self.modules_by_node = nn.ModuleList(modules.values())
         shared = [i for i, node in enumerate(observation.parameter_nodes) if node not in modules]
         self._needs_features = any(max(s, default=0) >= num_latent for s in sources.values())
@@ -110,14 +135,14 @@ class MaskedDecoder(nn.Module):
             batch = torch.broadcast_shapes(z.shape[:-1], features.shape[:-1])
             inputs = torch.cat([z.expand(*batch, -1), features.expand(*batch, -1)], -1)
         parts = [] if self.network is None else [self.network(inputs).squeeze(-1)]
-        for node, module in zip(self._nodes, self.modules_by_node, strict=True):
-            parts.append(module(inputs[..., self._sources[node]]))
-        if self._order is None:
-            return parts[0]
-        found = torch.cat(parts, -1)
-        if found.shape[-1] != self.num_parameters:
-            raise GraphflowsError(
-                f"Expected {self.num_parameters} parameters from the decoders; got {found.shape[-1]}. A normal node of "
-                "size n needs 2 n (locations, log-scales), a Bernoulli node n, a categorical one n times its classes."
-            )
-        return found[..., self._order]
+        for node, size, module in zip(self._nodes, self._sizes, self.modules_by_node, strict=True):
+            rows = inputs[..., self._sources[node]].reshape(-1, len(self._sources[node]))
+            found = module(rows)
+            if found.shape != (len(rows), size):
+                raise GraphflowsError(
+                    f"Expected the decoder of {node} to return {size} parameters in each of {len(rows)} rows; got the "
+                    f"shape {tuple(found.shape)}. A normal node of size n needs 2 n parameters (locations, then "
+                    "log-scales), a Bernoulli node n, a categorical one n times its classes."
+                )
+            parts.append(found.reshape(*inputs.shape[:-1], size))
+        return parts[0] if self._order is None else torch.cat(parts, -1)[..., self._order]

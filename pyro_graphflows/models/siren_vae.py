@@ -32,7 +32,8 @@ from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.inversion import faithful_inverse
 from pyro_graphflows.graphs.linear_gaussian import LinearGaussianNetwork
 from pyro_graphflows.graphs.model_graph import ModelGraph, Node
-from pyro_graphflows.models.decoder import MaskedDecoder
+from pyro_graphflows.infer.particles import evaluation_mode
+from pyro_graphflows.models.decoder import MaskedDecoder, modules_by_node
 from pyro_graphflows.models.latent_model import LatentModel
 from pyro_graphflows.models.linear_start import put_linear_gaussian_
 from pyro_graphflows.models.observation import HALF_LOG_TWO_PI, Likelihood
@@ -67,7 +68,8 @@ class SIReNVAE(LatentModel):
         decoder: None for masked networks, or modules for some observed nodes, as
             :class:`~pyro_graphflows.models.decoder.MaskedDecoder` takes them (a single module if there is one observed
             node). For images and the like.
-        encoder: Modules for some known nodes, which turn the node's features into those that the encoder sees instead.
+        encoder: Modules for some known nodes, which turn the node's features (rows, size) into those that the encoder
+            sees instead (a single module if there is one known node).
         likelihood: The likelihood of all observed nodes or of each: ``"normal"``, ``"bernoulli"`` or
             ``("categorical", classes)``.
         units_per_variable: The hidden units of each variable in a block of a flow.
@@ -102,7 +104,7 @@ class SIReNVAE(LatentModel):
         num_blocks: int = 4,
         inverse: str | InverseGraph | Sequence[Node] = "auto",
         decoder: nn.Module | Mapping[Node, nn.Module] | None = None,
-        encoder: Mapping[Node, nn.Module] | None = None,
+        encoder: nn.Module | Mapping[Node, nn.Module] | None = None,
         likelihood: Likelihood | Mapping[Node, Likelihood] = "normal",
         units_per_variable: int = 8,
         decoder_units: int = 8,
@@ -116,19 +118,12 @@ class SIReNVAE(LatentModel):
             inverse = faithful_inverse(graph, inverse)
         elif inverse.graph != graph:
             raise GraphflowsError("Expected an inverse of the given graph; got one of another graph.")
-        if isinstance(decoder, nn.Module):
-            if len(graph.observed) != 1:
-                raise GraphflowsError(
-                    f"Expected decoders by observed node, {{node: module}}, as there are {len(graph.observed)}; "
-                    "got a single module."
-                )
-            decoder = {graph.observed[0]: decoder}
         self.inverse = inverse
         network, self._transform = _FLOWS[flow]
         features = self.observation.features
         self.feature_modules = nn.ModuleList()
         self._feature_nodes: list[Node] = []
-        seen = self._seen_by_encoder(encoder or {})
+        seen = self._seen_by_encoder(encoder)
         common = {"num_blocks": num_blocks, "units_per_variable": units_per_variable, **options}
         prior, self._prior_columns = self._structure(graph.parents, features)
         posterior, self._columns = self._structure(inverse.parents.__getitem__, seen)
@@ -163,21 +158,23 @@ class SIReNVAE(LatentModel):
 
     # ------------------------------------------------------------------------------------------------- structure
 
-    def _seen_by_encoder(self, modules: Mapping[Node, nn.Module]) -> dict[Node, slice]:
+    def _seen_by_encoder(self, given: nn.Module | Mapping[Node, nn.Module] | None) -> dict[Node, slice]:
         """Register the modules that summarise known nodes; return where each node's summary is."""
-        unknown = [str(node) for node in modules if node not in self.observation.sizes]
-        if unknown:
-            raise GraphflowsError(
-                f"Expected encoder modules for observed nodes or inputs; got them for {', '.join(sorted(unknown))}."
-            )
+        modules = modules_by_node(given, tuple(self.observation.sizes), "encoder")
         seen, start = {}, 0
         for node, part in self.observation.features.items():
             size = part.stop - part.start
             if node in modules:
                 self._feature_nodes.append(node)
                 self.feature_modules.append(modules[node])
-                with torch.no_grad():
-                    size = modules[node](self.observation.loc.new_zeros(2, size)).shape[-1]
+                with torch.no_grad(), evaluation_mode(modules[node]):  # batch statistics stay as they are
+                    summary = modules[node](self.observation.loc.new_zeros(2, size))
+                if summary.dim() != 2 or len(summary) != 2:
+                    raise GraphflowsError(
+                        f"Expected the encoder of {node} to return the shape (rows, features) for (rows, {size}); got "
+                        f"{tuple(summary.shape)} for 2 rows."
+                    )
+                size = summary.shape[-1]
             seen[node] = slice(start, start + size)
             start += size
         return seen
@@ -219,7 +216,8 @@ class SIReNVAE(LatentModel):
         if self._feature_nodes:
             parts = {node: features[..., part] for node, part in self.observation.features.items()}
             for node, module in zip(self._feature_nodes, self.feature_modules, strict=True):
-                parts[node] = module(parts[node])
+                rows = parts[node]
+                parts[node] = module(rows.reshape(-1, rows.shape[-1])).reshape(*rows.shape[:-1], -1)
             features = torch.cat(list(parts.values()), -1)
         return (features if self._columns is None else features[..., self._columns],)
 
