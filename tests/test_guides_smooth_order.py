@@ -8,9 +8,11 @@ import torch
 from pyro_graphflows.graphs import faithful_inverse, is_imap
 from pyro_graphflows.graphs.library import binary_tree
 from pyro_graphflows.guides import auto_faithful_guide
+from pyro_graphflows.guides.call import CallReader
+from pyro_graphflows.guides.joint_samples import JointSamples
 from pyro_graphflows.guides.site import conditioning_event_dims, latent_sites
 from pyro_graphflows.guides.smooth_order import joint_rows, smooth_order
-from pyro_graphflows.inspect import trace_model
+from pyro_graphflows.inspect import sample_prior, trace_model
 from pyro_graphflows.models.textbook import arithmetic_circuit
 
 
@@ -61,9 +63,17 @@ def test_linear_models_and_chosen_inverses_are_left_alone():
         assert set(guide.inverse.parents["z0"]) == {"z1", "z3"}
 
 
-def rows_of(model, *args):
+def joint_samples(model, *args):
     traced = trace_model(model, args, {})
-    return traced, joint_rows(model, args, {}, traced, latent_sites(traced), conditioning_event_dims(traced))
+    return JointSamples(
+        model,
+        args,
+        {},
+        traced=traced,
+        reader=CallReader(model, traced),
+        sites=latent_sites(traced),
+        event_dims=conditioning_event_dims(traced),
+    )
 
 
 def test_rows_are_joint_samples_and_leave_the_random_state_alone():
@@ -74,7 +84,7 @@ def test_rows_are_joint_samples_and_leave_the_random_state_alone():
 
     w = torch.arange(4.0)
     before = torch.get_rng_state()
-    _, rows = rows_of(model, w, torch.zeros(4))
+    rows = joint_rows(joint_samples(model, w, torch.zeros(4)))
     assert torch.equal(torch.get_rng_state(), before)
     assert {name: value.shape for name, value in rows.items()} == dict.fromkeys("zxw", (5000, 1))
     # log z - w is normal with deviation 0.1, whose estimate has a standard error of 0.001
@@ -93,8 +103,70 @@ def test_no_rows_where_latents_are_in_different_plates_or_samples_are_not_the_mo
         pyro.factor("weight", -z.square())
         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
-    assert rows_of(hierarchical, torch.zeros(4))[1] is None
-    assert rows_of(weighed, torch.tensor(0.0))[1] is None
+    assert joint_rows(joint_samples(hierarchical, torch.zeros(4))) is None
+    assert joint_rows(joint_samples(weighed, torch.tensor(0.0))) is None
+
+
+def test_rows_of_a_partly_observed_site_are_its_elements_with_the_mask():
+    def model(x, seen):
+        with pyro.plate("data", 4):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x, obs_mask=seen)
+
+    seen = torch.tensor([True, False, True, True])
+    rows = joint_rows(joint_samples(model, torch.ones(4), seen))
+    assert rows["x_observed"].shape == (5000, 2)  # draw by draw, in each the four elements
+    value, mask = rows["x_observed"].reshape(-1, 4, 2).unbind(-1)
+    assert torch.equal(mask, seen.to(mask).expand(1250, 4))
+    assert torch.equal(value[:, 1], torch.zeros(1250))
+
+
+def test_fewer_draws_are_the_first_of_those_kept():
+    joint = joint_samples(product, torch.zeros(3))
+    joint.draw(20, keep=False)
+    many = joint.draw(10)
+    state = torch.get_rng_state()
+    few = joint.draw(4)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(few[name], value[:4]) for name, value in many.items())
+    assert joint.draw(11)["a"].shape == (11, 3, 1)
+
+
+@pytest.fixture
+def numbers(monkeypatch):
+    """How many joint samples are drawn, each time that some are."""
+    found = []
+
+    def counting(*args, num_samples, **kwargs):
+        found.append(num_samples)
+        return sample_prior(*args, num_samples=num_samples, **kwargs)
+
+    monkeypatch.setattr("pyro_graphflows.guides.joint_samples.sample_prior", counting)
+    return found
+
+
+@pytest.mark.parametrize(("wanted", "drawn"), [(10_000, [500]), (5000, [250]), (1000, [250, 50])])
+@pytest.mark.parametrize("make", [lambda: binary_tree(3, seed=0).pyro_model(), lambda: arithmetic_circuit])
+def test_the_order_and_the_start_share_one_draw(make, wanted, drawn, numbers):
+    """So that a guide starts as it would if its inverse had been given."""
+    model = make()
+    x = torch.randn(20, 2 if model is arithmetic_circuit else 4)
+    pyro.set_rng_seed(0)
+    guide = auto_faithful_guide(model, x, num_start_samples=wanted)
+    assert numbers == drawn
+    pyro.set_rng_seed(0)
+    other = auto_faithful_guide(model, x, inverse=guide.inverse, num_start_samples=wanted)
+    assert numbers == drawn + drawn[-1:]
+    for mine, theirs in zip(guide.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_nothing_is_drawn_where_there_is_one_order(numbers):
+    def model(x):
+        pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+
+    auto_faithful_guide(model, torch.tensor(0.0), init="random", standardize=False)
+    assert numbers == []
 
 
 def test_rows_that_are_not_finite_do_not_count():

@@ -18,6 +18,7 @@ from pyro_graphflows.guides.call import CallReader, plates_of
 from pyro_graphflows.guides.elements import ElementInverse, invert_elements
 from pyro_graphflows.guides.exchange import Unlike, sites_concerned
 from pyro_graphflows.guides.inverses import Inverse, invert_nested, resolve_inverse
+from pyro_graphflows.guides.joint_samples import JointSamples
 from pyro_graphflows.guides.ordering import (
     discrete_sites_first,
     order_for_discrete_sites,
@@ -28,7 +29,7 @@ from pyro_graphflows.guides.plan import Plan, make_plan
 from pyro_graphflows.guides.pool_plan import PoolOptions, PoolPlan, plan_pools
 from pyro_graphflows.guides.pooling import DeepSet
 from pyro_graphflows.guides.site import conditioning_event_dims, latent_sites, observed_encodings
-from pyro_graphflows.guides.smooth_order import joint_rows, smooth_order
+from pyro_graphflows.guides.smooth_order import is_worth_a_search, joint_rows, smooth_order
 from pyro_graphflows.guides.supports import changing_supports, require_known_supports
 from pyro_graphflows.inspect import TracedModel, non_exchangeable_plates, trace_model
 
@@ -127,8 +128,20 @@ class CompiledGuide(AutoGuide):
                 inverse = order_for_discrete_sites(inverse, rough, self._enumerated, free=free)
             self._plate_states = plates_of(traced.trace)
             self._event_dims = conditioning_event_dims(traced)
+            self._reader = CallReader(self.model, traced)
+            self._reader.look_for_missing(self.model, args, kwargs)
+            self._reader.encodings = observed_encodings(traced)
+            joint = JointSamples(
+                self.model,
+                args,
+                kwargs,
+                traced=traced,
+                reader=self._reader,
+                sites=self._sites,
+                event_dims=self._event_dims,
+            )
             if self._inverse_option == "auto" and self._elements is None and not rough and not self._lookups:
-                inverse = self._smooth(inverse, traced, args, kwargs)
+                inverse = self._smooth(inverse, joint)
             unlike = sites_concerned(inverse, self._uneven_plates(traced, args, kwargs))
             self._pool_plan = self._plan_pools(inverse, traced, unlike)
             plan = make_plan(inverse, self._block_kind, self._pool_plan)
@@ -150,11 +163,8 @@ class CompiledGuide(AutoGuide):
                     if parent in traced.without_data:
                         plan.ways[parent, name] = "no data to read"
             self._check_plan(plan, traced)
-            self._reader = CallReader(self.model, traced)
-            self._reader.look_for_missing(self.model, args, kwargs)
             self._changing = self._changing_supports(plan, traced, args, kwargs)
             self._plan = plan
-            self._reader.encodings = observed_encodings(traced)
             self._notes = tuple(traced.notes)
             self._context = [
                 tuple(
@@ -165,7 +175,7 @@ class CompiledGuide(AutoGuide):
                 for block in plan.blocks
             ]
             self._reader.keep_masks = any(node.summary for block in plan.blocks for node in block.context)
-            self._build(plan, traced, args, kwargs)
+            self._build(plan, joint)
         if self._pool_plan.missing:
             warnings.warn("\n".join(self._pool_plan.missing), GraphflowsWarning, stacklevel=2)
         if self.master is not None:
@@ -236,12 +246,15 @@ class CompiledGuide(AutoGuide):
             inverse, [name for name in graph.latent if nodes[name]["fn"].support.is_discrete]
         )
 
-    def _smooth(
-        self, inverse: InverseGraph, traced: TracedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> InverseGraph:
+    def _smooth(self, inverse: InverseGraph, joint: JointSamples) -> InverseGraph:
         """Return an inverse as sparse whose conditionals are smoother, where samples of the model tell."""
-        samples = joint_rows(self.model, args, kwargs, traced, self._sites, self._event_dims)
-        return inverse if samples is None else smooth_order(inverse, samples)
+        rows = joint_rows(joint, self._rows_to_start) if is_worth_a_search(inverse) else None
+        return inverse if rows is None else smooth_order(inverse, rows)
+
+    @property
+    def _rows_to_start(self) -> int:
+        """How many rows of joint samples the networks start with."""
+        return 0
 
     def _changing_supports(
         self, plan: Plan, traced: TracedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -254,7 +267,7 @@ class CompiledGuide(AutoGuide):
         require_known_supports(changing, order, plan.inverse.order, self._sites)
         return changing
 
-    def _build(self, plan: Plan, traced: TracedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _build(self, plan: Plan, joint: JointSamples) -> None:
         """Create ``self.features``, ``self.pools`` and ``self.networks``, one module a block each."""
         raise NotImplementedError("a family of guides must build its networks")
 

@@ -15,12 +15,12 @@ from pyro_graphflows.guides.coupled import CoupledFactor
 from pyro_graphflows.guides.discrete_factors import DiscreteFactor
 from pyro_graphflows.guides.factors import ElementNormalFactor, Factor, NormalFactor
 from pyro_graphflows.guides.features import FeatureMap
+from pyro_graphflows.guides.joint_samples import JointSamples
 from pyro_graphflows.guides.linear import make_linear_
 from pyro_graphflows.guides.made import MADEBlock, NetworkOptions
 from pyro_graphflows.guides.plan import Block, Plan
 from pyro_graphflows.guides.pooling import DeepSet
 from pyro_graphflows.guides.set_up import SetUp, number_of_draws
-from pyro_graphflows.inspect import TracedModel
 
 __all__ = ["AutoFaithfulNormal"]
 
@@ -110,23 +110,13 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
     def _custom_sites(self) -> Collection[str]:
         return self._factors
 
-    def _build(self, plan: Plan, traced: TracedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _build(self, plan: Plan, joint: JointSamples) -> None:
         strange = [name for name in self._factors if name not in self._sites]
         if strange:
             raise GraphflowsError(
                 f"Expected factors= of latent sites, {', '.join(self._sites)}; got {', '.join(strange)}."
             )
-        set_up = SetUp(
-            self.model,
-            args,
-            kwargs,
-            traced=traced,
-            reader=self._reader,
-            sites=self._sites,
-            plates=self._plate_states,
-            event_dims=self._event_dims,
-            standardize=self._standardize,
-        )
+        set_up = SetUp(joint, self._plate_states, standardize=self._standardize)
         self._draw_joint_samples(set_up)
         features, pools, networks = [], [], []
         for index, block in enumerate(plan.blocks):
@@ -160,9 +150,13 @@ class AutoFaithfulNormal(AutoFaithfulGuide):
         self.pools = nn.ModuleList(pools)
         self.networks = nn.ModuleList(networks)
 
+    @property
+    def _rows_to_start(self) -> int:
+        return self._num_start_samples if self._standardize or self._init != "random" else 0
+
     def _draw_joint_samples(self, set_up: SetUp) -> None:
         """Draw joint samples of the model, or say why there are none."""
-        if not self._standardize and self._init == "random":
+        if not self._rows_to_start:
             return
         if self._changing:
             named = ", ".join(self._changing)

@@ -1,30 +1,33 @@
-"""What is known of a model when a guide is set up: the data of that call, and joint samples of the model.
+"""What is known of a model when a guide is set up, and what the guide's inputs are made of.
 
-Joint samples are flat vectors, unconstrained where a site is latent, ``(draws, *batch, size)``. From them, or from the
-data of the call where the model cannot be sampled, come the standardisations of all that is a network input, and the
-regression start. Summaries of other plates are made here, and their values join the samples.
+From joint samples of the model, or from the data of the call where the model cannot be sampled, come the
+standardisations of all that is a network input, and the regression start. Summaries of other plates are made here, and
+their values join the samples.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import biject_to
 
-from pyro_graphflows.guides.call import CallReader, PlateState
-from pyro_graphflows.guides.features import FeatureMap, concatenate, flatten_event
+from pyro_graphflows.guides.call import PlateState
+from pyro_graphflows.guides.features import FeatureMap, concatenate
+from pyro_graphflows.guides.joint_samples import (
+    MOST_ROWS,
+    JointSamples,
+    at_one_depth,
+    side_by_side,
+    with_depth,
+)
 from pyro_graphflows.guides.plan import Block
 from pyro_graphflows.guides.pool_members import PoolMember
 from pyro_graphflows.guides.pooling import DeepSet, DeepSetPool, pooling_orders
-from pyro_graphflows.guides.site import LatentSite
 from pyro_graphflows.guides.summaries import Summary
 from pyro_graphflows.guides.taken import AllElements, LookUp
-from pyro_graphflows.inspect import TracedModel, get_argument, sample_prior
 
 __all__ = ["Pool", "SetUp", "number_of_draws"]
 
-MOST_ROWS = 200_000  # in the block with the most elements, for a joint sample
 MOST_POOLED_ROWS = 500_000  # the same where plates are pooled: a whole data set is one sample
 
 Pool = DeepSetPool | AllElements | LookUp
@@ -59,78 +62,37 @@ class SetUp:
     """The data of one call, joint samples, and the maps from values to network inputs that are found from them.
 
     Args:
-        model: The model.
-        args: The positional arguments of the call.
-        kwargs: Its keyword arguments.
-        traced: The model as traced with them.
-        reader: The reader of the guide's calls.
-        sites: The latent sites.
+        joint: The model's joint samples with the arguments of the call.
         plates: The plates of the call.
-        event_dims: The nodes that can be network inputs, with their numbers of event dimensions.
         standardize: Whether inputs are standardised.
 
     Attributes:
+        sites: The latent sites.
         samples: The joint samples, by site, conditioning node and summary; None where there are none.
         like: A tensor of the type and on the device that parameters should have.
     """
 
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        *,
-        traced: TracedModel,
-        reader: CallReader,
-        sites: Mapping[str, LatentSite],
-        plates: Mapping[str, PlateState],
-        event_dims: Mapping[str, int],
-        standardize: bool,
-    ) -> None:
-        self.model, self.args, self.kwargs = model, args, kwargs
-        self.traced, self.reader, self.sites, self.plates = traced, reader, sites, plates
-        self.event_dims, self.standardize = event_dims, standardize
+    def __init__(self, joint: JointSamples, plates: Mapping[str, PlateState], *, standardize: bool) -> None:
+        self.joint, self.plates, self.standardize = joint, plates, standardize
+        self.traced, self.reader, self.sites, self.inputs = (
+            joint.traced,
+            joint.reader,
+            joint.sites,
+            joint.inputs,
+        )
         self.samples: dict[str, Tensor] | None = None
-        self.inputs = {name: reader.input_value(name, self._argument(name)) for name in traced.event_dims}
-        found: list[Any] = [site.get("value") for site in traced.trace.nodes.values()]
+        found: list[Any] = [site.get("value") for site in self.traced.trace.nodes.values()]
         floats = [value for value in found if _is_float(value)]
         # the first of the widest
         self.like = max(floats, key=lambda value: value.dtype.itemsize, default=torch.zeros(()))
 
-    def _argument(self, name: str) -> Tensor:
-        return get_argument(self.model, self.traced.argument_paths[name], self.args, self.kwargs)
-
     def draw(self, num_samples: int) -> None:
-        """Draw joint samples of the model.
+        """Take joint samples of the model.
 
         Raises:
             UnsupportedModelError: If samples of the model would not be what the model's density says.
         """
-        samples = sample_prior(
-            self.model, self.args, self.kwargs, num_samples=num_samples, traced=self.traced
-        )
-        flat = {}
-        for name, site in self.sites.items():
-            if site.encoding is not None:
-                flat[name] = site.encoding.encode(samples[name], torch.get_default_dtype())
-                continue
-            raw = biject_to(site.support).inv(samples[name])
-            flat[name] = flatten_event(raw, len(site.unconstrained_shape))
-        for name, event_dim in self.event_dims.items():
-            if name in samples:
-                flat[name] = self.reader.flat(name, self._conditioning(name, samples[name]), event_dim)
-            else:
-                value = self.inputs[name]
-                flat[name] = flatten_event(value, event_dim).expand(
-                    num_samples, *value.shape[: value.dim() - event_dim], -1
-                )
-        self.samples = flat
-
-    def _conditioning(self, name: str, value: Tensor) -> Tensor:
-        if name not in self.reader.partly:
-            return value
-        nodes: Any = self.traced.trace.nodes
-        return self.reader.masked_value(name, value, nodes[name]["mask"])
+        self.samples = self.joint.draw(num_samples)
 
     # ---------------------------------------------------------------- maps to network inputs
 
@@ -147,7 +109,7 @@ class SetUp:
             support = nodes[name]["fn"].support
         if rows is None:  # the data of this call are all that is known
             value = self.inputs[name] if name in self.inputs else nodes[name]["value"]
-            flat = self.reader.flat(name, self._conditioning(name, value), self.event_dims[name])
+            flat = self.reader.flat(name, self.joint.conditioning(name, value), self.joint.event_dims[name])
             return FeatureMap(support, flat.reshape(-1, flat.shape[-1]), self.standardize)
         return FeatureMap(support, rows[name], self.standardize)
 
@@ -164,7 +126,7 @@ class SetUp:
             return self.feature_map(name, rows)
         nodes: Any = self.traced.trace.nodes
         samples = self.samples
-        value = self._conditioning(name, nodes[name]["value"]) if samples is None else samples[name]
+        value = self.joint.conditioning(name, nodes[name]["value"]) if samples is None else samples[name]
         flat = value.flatten(0, -2)
         return FeatureMap(None, flat[flat[:, -1] > 0, :-1], self.standardize)
 
@@ -195,8 +157,8 @@ class SetUp:
             depth = max(depth, *(samples[name].dim() - 2 for name in summary.members))
             if summary.inner is not None:
                 depth = max(depth, -self.plates[summary.inner].dim)
-            values = {name: _with_depth(samples[name], depth) for name in summary.members}
-            values.update({name: self._argument(name) for name in pool.indices})
+            values = {name: with_depth(samples[name], depth) for name in summary.members}
+            values.update({name: self.joint.argument(name) for name in pool.indices})
             samples[summary.name] = pool.of_samples(values, self.plates, fit=self.standardize)
         return pool
 
@@ -206,35 +168,20 @@ class SetUp:
         """Return one row for each draw and each element of the plates; a random part where there are many more."""
         if self.samples is None:
             return None
-        aligned = self._at_one_depth(names)
-        shape = torch.broadcast_shapes(*(value.shape[:-1] for value in aligned.values()))
-        rows = {
-            name: value.expand(*shape, value.shape[-1]).reshape(-1, value.shape[-1])
-            for name, value in aligned.items()
-        }
-        if shape.numel() <= 2 * number:
+        rows = side_by_side(self.samples, names)
+        found = len(next(iter(rows.values())))
+        if found <= 2 * number:
             return rows
-        chosen = torch.randperm(shape.numel())[:number]
+        chosen = torch.randperm(found)[:number]
         return {name: value[chosen] for name, value in rows.items()}
 
     def aligned(
         self, context: Sequence[str], sites: Sequence[str], feature: FeatureMap
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the features of a block's context and its sites' values in joint samples, plates apart."""
-        values = self._at_one_depth([*context, *sites])
+        values = at_one_depth(self.samples or {}, [*context, *sites])
         features = feature(concatenate([values[name] for name in context]))
         return features, {site: values[site] for site in sites}
-
-    def _at_one_depth(self, names: Sequence[str]) -> dict[str, Tensor]:
-        samples = self.samples or {}
-        depth = max(samples[name].dim() for name in names) - 2
-        return {name: _with_depth(samples[name], depth) for name in names}
-
-
-def _with_depth(value: Tensor, depth: int) -> Tensor:
-    """Put dimensions of size one behind the first, of the draws, so that all values have ``depth`` others."""
-    missing = depth + 2 - value.dim()
-    return value.reshape(value.shape[:1] + (1,) * missing + value.shape[1:])
 
 
 def _is_float(value: Any) -> bool:

@@ -16,22 +16,21 @@ not decide. Starting from the sparsest inverse found, neighbours in the eliminat
 lowers the score and adds no edge and no sampling level. Models whose own conditionals are linear are left alone.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import biject_to
 
 from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.inversion import faithful_inverse
 from pyro_graphflows.graphs.model_graph import ModelGraph
-from pyro_graphflows.guides.features import flatten_event, location_and_scale
-from pyro_graphflows.guides.site import LatentSite
-from pyro_graphflows.inspect import TracedModel, get_argument, sample_prior
+from pyro_graphflows.guides.features import location_and_scale
+from pyro_graphflows.guides.joint_samples import MOST_ROWS, JointSamples, side_by_side
 
-__all__ = ["joint_rows", "smooth_order"]
+__all__ = ["is_worth_a_search", "joint_rows", "smooth_order"]
 
 NUM_ROWS = 5000
 FEWEST_ROWS = 500
@@ -42,6 +41,11 @@ WINSOR = 6.0  # standard deviations
 RIDGE = 1e-6  # relative to unit variances
 HELD_OUT = 5  # one in this many samples judges the regressions
 MOST_SWEEPS = 10
+
+
+def is_worth_a_search(inverse: InverseGraph) -> bool:
+    """Whether there are several orders, and so few sites that the search ends soon."""
+    return 1 < len(inverse.sampling_order) <= MOST_SITES
 
 
 def smooth_order(inverse: InverseGraph, samples: Mapping[str, Tensor]) -> InverseGraph:
@@ -64,7 +68,7 @@ def smooth_order(inverse: InverseGraph, samples: Mapping[str, Tensor]) -> Invers
         >>> dict(smooth_order(faithful_inverse(graph, ["a", "b", "c"]), sample).parents)
         {'a': ('c',), 'b': ('a', 'c'), 'c': ('x',)}
     """
-    if not 1 < len(inverse.sampling_order) <= MOST_SITES:
+    if not is_worth_a_search(inverse):
         return inverse
     judge = _Judge(samples)
     if judge.num_rows < FEWEST_ROWS or judge.nonlinearity(inverse.graph) < GAIN:
@@ -98,58 +102,32 @@ def smooth_order(inverse: InverseGraph, samples: Mapping[str, Tensor]) -> Invers
     )
 
 
-def joint_rows(
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    traced: TracedModel,
-    sites: Mapping[str, LatentSite],
-    event_dims: Mapping[str, int],
-) -> dict[str, Tensor] | None:
+def joint_rows(joint: JointSamples, wanted: int = 0) -> dict[str, Tensor] | None:
     """Return joint samples of latent sites and data in rows; None where rows do not show what depends on what.
 
     That is so where latent sites are in different plates, and where samples of the model are not what its density says.
-    The random state is left as it is.
 
     Args:
-        model: The model.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-        traced: The model as traced with them.
-        sites: The latent sites.
-        event_dims: The nodes with data, and their numbers of event dimensions.
+        joint: The model's joint samples.
+        wanted: How many rows the guide's start will ask for. If they are enough here they are drawn now, once for
+            both; otherwise the random state is left as it is.
     """
-    graph = traced.graph
+    graph, sites = joint.traced.graph, joint.sites
     if not sites or len({graph.plates[site] for site in sites}) > 1:
         return None
-    around = set(graph.plates[next(iter(sites))])
-    nodes: Any = traced.trace.nodes
-    copies = torch.Size(nodes[next(iter(sites))]["fn"].batch_shape).numel()
-    draws = max(2, -(-NUM_ROWS // copies))
+    one = next(iter(sites))
+    around = set(graph.plates[one])
+    nodes: Any = joint.traced.trace.nodes
+    copies = torch.Size(nodes[one]["fn"].batch_shape).numel()
+    shared = wanted >= NUM_ROWS
+    draws = max(2, -(-(min(wanted, MOST_ROWS) if shared else NUM_ROWS) // copies))
     try:
-        with torch.random.fork_rng(devices=[]):
-            samples = sample_prior(model, args, kwargs, num_samples=draws, traced=traced)
+        with nullcontext() if shared else torch.random.fork_rng(devices=[]):
+            samples = joint.draw(draws, keep=shared)
     except UnsupportedModelError:
         return None
-    flat = {}
-    for name, site in sites.items():
-        raw = biject_to(site.support).inv(samples[name])
-        flat[name] = flatten_event(raw, len(site.unconstrained_shape))
-    for name, event_dim in event_dims.items():
-        if name in samples and set(graph.plates[name]) <= around:
-            flat[name] = flatten_event(samples[name], event_dim)
-        elif name in traced.argument_paths and set(graph.plates.get(name, ())) <= around:
-            value = get_argument(model, traced.argument_paths[name], args, kwargs)
-            flat[name] = flatten_event(value, event_dim).unsqueeze(0)
-    depth = max(value.dim() for value in flat.values())
-    for name, value in flat.items():
-        missing = depth - value.dim()
-        flat[name] = value.reshape(value.shape[:1] + (1,) * missing + value.shape[1:])
-    shape = torch.broadcast_shapes(*(value.shape[:-1] for value in flat.values()))
-    return {
-        name: value.expand(*shape, value.shape[-1]).reshape(-1, value.shape[-1])[:NUM_ROWS]
-        for name, value in flat.items()
-    }
+    data = [name for name in joint.event_dims if set(graph.plates.get(name, ())) <= around]
+    return {name: value[:NUM_ROWS] for name, value in side_by_side(samples, [*sites, *data]).items()}
 
 
 class _Judge:
