@@ -713,13 +713,19 @@ def test_two_modules_of_one_name_are_told_apart():
         ({"structure": "tree"}, "Expected structure among learned, full, chain, independent"),
         ({"structure": 3}, "got a int"),
         ({"structure": nx.DiGraph([("a", "b")]), "num_nodes": 3}, "it has 2"),
-        ({"structure": nx.DiGraph([("a", "x")])}, "other than 'gates' and 'x'"),
+        ({"structure": nx.DiGraph([("a", "x")])}, "other than 'gates', 'x', 'data'"),
+        ({"structure": nx.DiGraph([("a", "data")])}, "other than 'gates', 'x', 'data'"),
         ({"structure": nx.DiGraph([("z1", 1)])}, "distinct node names"),
         ({"likelihood": "poisson"}, "Expected likelihood"),
         ({"decoder_input": "last"}, "Expected decoder_input"),
         ({"edge_cost": -1.0}, "edge_cost >= 0"),
-        ({"node_dim": 0}, "positive sizes; got node_dim=0"),
+        ({"node_dim": 0}, "positive whole numbers for sizes; got node_dim=0"),
         ({"num_nodes": 0}, "num_nodes=0"),
+        ({"num_nodes": 2.0}, "num_nodes=2.0"),
+        ({"hidden_dim": 0}, "hidden_dim=0"),
+        ({"encoder_dims": (3, 0)}, "encoder_dims="),
+        ({"encoder": torch.flatten}, "encoder to be a torch.nn.Module"),
+        ({"decoder": torch.sigmoid}, "decoder to be a torch.nn.Module"),
     ],
 )
 def test_wrong_options(options, message):
@@ -749,6 +755,52 @@ def test_wrong_calls():
         vae.guide()
     with pytest.raises(GraphflowsError, match="embedding_dim"):
         GraphVAE((6,), 2, 2, encoder=nn.Flatten(), embedding_dim=5).guide(torch.zeros(3, 6))
+    for likelihood, number in (("bernoulli", 6), ("normal", 12)):
+        wrong = GraphVAE((6,), 2, 2, decoder=nn.Linear(4, 10), likelihood=likelihood)
+        with pytest.raises(GraphflowsError, match=rf"decoder to return {number} numbers .* got 10"):
+            wrong.sample(3)
+    with pytest.raises(GraphflowsError, match="likelihood to return a distribution"):
+        GraphVAE((6,), 2, 2, likelihood=torch.exp).sample(3)
+    for empty in (lambda: vae.model(torch.zeros(0, 6)), lambda: vae.log_evidence(torch.zeros(0, 6))):
+        with pytest.raises(GraphflowsError, match=r"at least one datum; got the shape \(0, 6\)"):
+            empty()
+    with pytest.raises(GraphflowsError, match="got a ndarray"):
+        vae.log_evidence(np.zeros((10, 6)))
+    with pytest.raises(GraphflowsError, match="batch_size=0"):
+        vae.log_evidence(torch.zeros(3, 6), batch_size=0)
+    for number in (0, -1, 2.5):
+        with pytest.raises(GraphflowsError, match=f"num_samples={number}"):
+            vae.sample(number)
+
+
+def test_modules_for_images():
+    """Convolutions with batch norm as encoder and decoder; the decoder may return images."""
+    encoder = nn.Sequential(nn.Conv2d(1, 2, 2, 2), nn.BatchNorm2d(2), nn.ELU(), nn.Flatten(), nn.Linear(8, 5))
+    decoder = nn.Sequential(nn.Linear(6, 8), nn.Unflatten(1, (2, 2, 2)), nn.ConvTranspose2d(2, 1, 2, 2))
+    vae = GraphVAE((1, 4, 4), 3, 2, encoder=encoder, decoder=decoder, embedding_dim=5, hidden_dim=6)
+    x = torch.randint(2, (10, 1, 4, 4)).double()
+    for elbo in (TraceMeanField_ELBO(), Trace_ELBO(num_particles=2, vectorize_particles=True)):
+        assert math.isfinite(SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), elbo).step(x))
+    assert vae.sample(3).shape == (3, 1, 4, 4)
+    assert vae.log_evidence(x, 3).log_evidence.shape == (10,)
+    vae.recalibrate(x)  # the statistics of every batch norm
+    first, norm = encoder[0](x), encoder[1]
+    torch.testing.assert_close(norm.running_mean, first.mean((0, 2, 3)).detach())
+    torch.testing.assert_close(norm.running_var, first.transpose(0, 1).flatten(1).var(1).detach())
+
+
+def test_a_likelihood_with_parameters_is_trained():
+    class WithNoise(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.log_scale = nn.Parameter(torch.zeros(()))
+
+        def forward(self, outputs):
+            return dist.Normal(outputs, self.log_scale.exp()).to_event(1)
+
+    vae = GraphVAE((6,), 2, 2, likelihood=WithNoise(), **SMALL)
+    SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO()).step(torch.randn(10, 6))
+    assert vae.likelihood.log_scale != 0
 
 
 def test_one_node_has_no_gates():

@@ -5,7 +5,9 @@ The mathematics is next to it: the two Pyro programs and the bound in ``graph_va
 networks and structures each in a module of their own.
 """
 
+import operator
 from collections.abc import Mapping, Sequence
+from typing import SupportsIndex
 
 import networkx as nx
 import torch
@@ -29,7 +31,7 @@ from pyro_graphflows.models.graph_vae_networks import (
     widened,
 )
 from pyro_graphflows.models.graph_vae_programs import Draw, GraphPrograms
-from pyro_graphflows.models.graph_vae_structure import DATA, nodes_and_parents, structure_graph
+from pyro_graphflows.models.graph_vae_structure import DATA, PLATE, nodes_and_parents, structure_graph
 
 __all__ = ["GraphVAE"]
 
@@ -51,7 +53,7 @@ class GraphVAE(GraphPrograms):
         two predictions).
 
     Args:
-        input_shape: The shape of one datum.
+        input_shape: The shape of one datum; a number for vectors.
         num_nodes: The number of nodes :math:`N`; 5, or as many as a given graph has.
         node_dim: The number of dimensions of a node.
         structure: ``"learned"`` (gates); ``"full"``, all possible edges (FC-VAE); ``"chain"``, each node given the
@@ -62,7 +64,8 @@ class GraphVAE(GraphPrograms):
             ``(..., num_outputs)`` to a distribution with event shape ``input_shape``.
         encoder: A module from ``(rows, *input_shape)`` to ``(rows, embedding_dim)``.
         decoder: A module from ``(rows, size of its nodes)`` to what the likelihood takes: logits for ``"bernoulli"``,
-            means (before the sigmoid) followed by log-variances for ``"normal"``.
+            means (before the sigmoid) followed by log-variances for ``"normal"``. Named likelihoods take outputs of
+            any shape, as ``(rows, 1, height, width)``, whose elements in each row are these in order.
         decoder_input: What the decoder sees: ``"all"`` nodes, or the ``"first"``, ``z1``.
         embedding_dim: The size of the encoder's output.
         hidden_dim: The width of the hidden layer of the nodes' networks; ``None`` for linear maps.
@@ -99,7 +102,7 @@ class GraphVAE(GraphPrograms):
 
     def __init__(
         self,
-        input_shape: Sequence[int],
+        input_shape: int | Sequence[int],
         num_nodes: int | None = None,
         node_dim: int = 16,
         structure: str | nx.DiGraph | ModelGraph = "learned",
@@ -117,20 +120,28 @@ class GraphVAE(GraphPrograms):
         name: str = "graph_vae",
     ) -> None:
         super().__init__()
-        self.input_shape = torch.Size(input_shape)
-        sizes = {"node_dim": node_dim, "embedding_dim": embedding_dim, "hidden_dim": hidden_dim or 1}
-        sizes |= {"num_nodes": 1 if num_nodes is None else num_nodes}
+        shape = (input_shape,) if isinstance(input_shape, int) else tuple(input_shape)
+        _require_sizes(
+            input_shape=shape,
+            num_nodes=1 if num_nodes is None else num_nodes,
+            node_dim=node_dim,
+            embedding_dim=embedding_dim,
+            hidden_dim=1 if hidden_dim is None else hidden_dim,
+            encoder_dims=encoder_dims,
+            decoder_dims=decoder_dims,
+        )
         if edge_cost < 0:
             raise GraphflowsError(f"Expected edge_cost >= 0; got {edge_cost}.")
-        wrong = [
-            f"{key}={size}" for key, size in {**sizes, "input_shape": min(input_shape)}.items() if size < 1
-        ]
-        if wrong:
-            raise GraphflowsError(f"Expected positive sizes; got {', '.join(wrong)}.")
+        for key, module in {"encoder": encoder, "decoder": decoder}.items():
+            if module is not None and not isinstance(module, nn.Module):
+                raise GraphflowsError(
+                    f"Expected {key} to be a torch.nn.Module, whose parameters can be trained; got {module!r}."
+                )
+        self.input_shape = torch.Size(shape)
         if decoder_input not in ("all", "first"):
             raise GraphflowsError(f"Expected decoder_input 'all' or 'first'; got {decoder_input!r}.")
         check_likelihood(likelihood)
-        self.names, self._parents = nodes_and_parents(structure, num_nodes, (GATES, DATA))
+        self.names, self._parents = nodes_and_parents(structure, num_nodes, (GATES, DATA, PLATE))
         self.is_learned = isinstance(structure, str) and structure == "learned" and len(self.names) > 1
         self.likelihood = likelihood
         self.decoder_input = decoder_input
@@ -266,7 +277,11 @@ class GraphVAE(GraphPrograms):
 
         Returns:
             A tensor ``(num_samples, *input_shape)``.
+
+        Raises:
+            GraphflowsError: If ``num_samples`` is no positive number.
         """
+        _require_sizes(num_samples=num_samples)
         with evaluation_mode(self):
             values = self._generate(num_samples, self._gate_values(), _sampled)
             law = self._decode(values)
@@ -306,7 +321,13 @@ class GraphVAE(GraphPrograms):
 
         Returns:
             The estimates with effective sample sizes, Pareto shapes and standard errors.
+
+        Raises:
+            GraphflowsError: If a number is not positive, or ``x`` has no data or another shape.
         """
+        _require_sizes(num_particles=num_particles, batch_size=batch_size)
+        with evaluation_mode(self):
+            data = self._data(x)
         parts = [
             log_evidence(
                 self.model,
@@ -316,7 +337,7 @@ class GraphVAE(GraphPrograms):
                 chunk_size=chunk_size,
                 max_plate_nesting=1,
             )
-            for part in x.split(batch_size)
+            for part in data.split(batch_size)
         ]
         return Evidence(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
@@ -331,6 +352,18 @@ class GraphVAE(GraphPrograms):
         """
         size, levels = self.input_shape.numel(), torch.tensor(float(num_levels))
         return -log_density / (size * torch.tensor(2.0).log()) + levels.log2()
+
+
+def _require_sizes(**sizes: int | Sequence[int]) -> None:
+    """Refuse what is no positive whole number, or sequence of such.
+
+    Raises:
+        GraphflowsError: If there is such a size.
+    """
+    for name, given in sizes.items():
+        for size in given if isinstance(given, Sequence) else (given,):
+            if not isinstance(size, SupportsIndex) or operator.index(size) < 1:
+                raise GraphflowsError(f"Expected positive whole numbers for sizes; got {name}={given!r}.")
 
 
 def _given(values: Mapping[str, Tensor]) -> Draw:

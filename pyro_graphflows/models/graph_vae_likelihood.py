@@ -45,9 +45,24 @@ def data_distribution(outputs: Tensor, likelihood: Likelihood, shape: torch.Size
 
     Returns:
         A distribution with that event shape.
+
+    Raises:
+        GraphflowsError: If there are too many or too few outputs for a likelihood by name, or a function returns no
+            distribution.
     """
     if callable(likelihood):
-        return likelihood(outputs)
+        law = likelihood(outputs)
+        if not isinstance(law, dist.Distribution):
+            raise GraphflowsError(
+                f"Expected the likelihood to return a distribution of pyro.distributions; got a {type(law).__name__}."
+            )
+        return law
+    number = outputs_per_element(likelihood) * shape.numel()
+    if outputs.shape[-1] != number:
+        raise GraphflowsError(
+            f"Expected the decoder to return {number} numbers for each datum of shape {tuple(shape)} and "
+            f"likelihood={likelihood!r}; got {outputs.shape[-1]}."
+        )
     event_dim, full = len(shape), (*outputs.shape[:-1], *shape)
     if likelihood == "bernoulli":
         return dist.Bernoulli(logits=outputs.reshape(full)).to_event(event_dim)

@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = [
     "BottomUp",
@@ -208,7 +209,9 @@ def batch_statistics_anew(module: nn.Module) -> Iterator[None]:
     Args:
         module: The module; only its batch norms are in training mode inside.
     """
-    norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm1d)]
+    norms = [
+        part for part in module.modules() if isinstance(part, _BatchNorm) and part.running_mean is not None
+    ]
     before = [(norm.training, norm.momentum) for norm in norms]
     for norm in norms:
         norm.reset_running_stats()

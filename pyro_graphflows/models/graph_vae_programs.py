@@ -45,7 +45,7 @@ from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.models.graph_vae_gates import Gates, GateValues, side_by_side
 from pyro_graphflows.models.graph_vae_likelihood import Likelihood, check_values, data_distribution
 from pyro_graphflows.models.graph_vae_networks import BottomUp, fuse, on_rows
-from pyro_graphflows.models.graph_vae_structure import DATA
+from pyro_graphflows.models.graph_vae_structure import DATA, PLATE
 from pyro_graphflows.models.parameter_store import announce, free_name
 
 __all__ = ["Draw", "GraphPrograms"]
@@ -100,14 +100,17 @@ class GraphPrograms(PyroModule):
             The value of the site ``x``.
 
         Raises:
-            GraphflowsError: If ``x`` has another shape, or (with Pyro's validation on) values outside of {0, 1} for
+            GraphflowsError: If ``x`` is empty or has another shape, a decoder of the user's returns too many or too few
+                numbers, or (with Pyro's validation on) values outside of {0, 1} for
                 ``"bernoulli"`` or of [0, 1] for ``"normal"``.
         """
         self._announce(self.prior, "prior")
         self._announce(self.decoder, "decoder")
+        if isinstance(self.likelihood, nn.Module):
+            self._announce(self.likelihood, "likelihood")
         data, num_data = (None, num_samples or 1) if x is None else (self._data(x), len(x))
         gates = self._gate_values()
-        with pyro.plate("data", num_data, dim=-1):
+        with pyro.plate(PLATE, num_data, dim=-1):
             if self.edge_cost and self.gates is not None and self.gates.is_relaxed:  # in training
                 cost = self.edge_cost * self.gates.logits.sigmoid().sum()
                 pyro.factor("edge_cost", -cost.expand(num_data))
@@ -125,7 +128,7 @@ class GraphPrograms(PyroModule):
             The sampled value of each node by its name.
 
         Raises:
-            GraphflowsError: If there are no data, they have another shape, there is a single datum in training mode
+            GraphflowsError: If there are no data or they have another shape, there is a single datum in training mode
                 (batch norm needs two), or an encoder of the user's has another output size than ``embedding_dim``.
         """
         for part, prefix in (
@@ -138,7 +141,7 @@ class GraphPrograms(PyroModule):
             raise GraphflowsError("Expected data x for the guide; got None.")
         data = self._data(x)
         gates = self._gate_values()
-        with pyro.plate("data", len(data), dim=-1):
+        with pyro.plate(PLATE, len(data), dim=-1):
             values = self._infer(data, gates, pyro.sample)
         return {self.names[i]: value for i, value in values.items()}
 
@@ -189,15 +192,24 @@ class GraphPrograms(PyroModule):
     def _decode(self, values: dict[int, Tensor]) -> TorchDistribution:
         """Return the distribution of the data given the nodes."""
         inputs = torch.cat([values[i] for i in sorted(values)], -1) if self._sees_all else values[0]
-        return data_distribution(on_rows(self.decoder, inputs), self.likelihood, self.input_shape)
+        outputs = on_rows(self.decoder, inputs)
+        if not callable(self.likelihood):
+            outputs = outputs.flatten(inputs.dim() - 1)
+        return data_distribution(outputs, self.likelihood, self.input_shape)
 
     def _data(self, x: Tensor) -> Tensor:
         """Return the data in the type of the parameters."""
-        if not isinstance(x, Tensor) or x.shape[1:] != self.input_shape or x.dim() == len(self.input_shape):
+        if (
+            not isinstance(x, Tensor)
+            or x.dim() != 1 + len(self.input_shape)
+            or x.shape[1:] != self.input_shape
+        ):
             got = tuple(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
             raise GraphflowsError(
                 f"Expected x, a tensor of shape (num_data, {', '.join(map(str, self.input_shape))}); got {got}."
             )
+        if not len(x):
+            raise GraphflowsError(f"Expected at least one datum; got the shape {tuple(x.shape)}.")
         if self.training and len(x) == 1 and any(isinstance(m, nn.BatchNorm1d) for m in self.modules()):
             raise GraphflowsError(
                 "Expected at least two data in training mode, since batch norm needs them; got one. Use another batch "

@@ -11,12 +11,15 @@ from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs import ModelGraph
 from pyro_graphflows.graphs.model_graph import topological_order
 
-__all__ = ["DATA", "STRUCTURES", "nodes_and_parents", "structure_graph"]
+__all__ = ["DATA", "PLATE", "STRUCTURES", "nodes_and_parents", "structure_graph"]
 
 STRUCTURES = ("learned", "full", "chain", "independent")
 
 #: The name of the site of the data.
 DATA = "x"
+
+#: The name of the plate of the data.
+PLATE = "data"
 
 
 def nodes_and_parents(
@@ -55,7 +58,7 @@ def nodes_and_parents(
     names = tuple(node if isinstance(node, str) else f"z{node}" for node in order)
     if set(reserved) & set(names) or len(set(names)) < len(names):
         raise GraphflowsError(
-            f"Expected distinct node names other than {' and '.join(map(repr, reserved))}; got {sorted(names)}."
+            f"Expected distinct node names other than {', '.join(map(repr, reserved))}; got {sorted(names)}."
         )
     index = {node: i for i, node in enumerate(order)}
     return names, {i: tuple(sorted(index[p] for p in structure.predecessors(n))) for n, i in index.items()}
@@ -84,4 +87,4 @@ def structure_graph(
         dag.add_edges_from((parent, child) for parent, present in zip(names, row, strict=True) if present)
     dag.add_edges_from((name, DATA) for name in seen)
     sizes = dict.fromkeys(names, node_dim) | {DATA: data_size}
-    return ModelGraph(dag, [DATA], event_sizes=sizes, plates={name: ["data"] for name in dag})
+    return ModelGraph(dag, [DATA], event_sizes=sizes, plates={name: [PLATE] for name in dag})
