@@ -82,8 +82,7 @@ def mnist_section(runs, folder):
         ("images", "Samples and reconstructions of"),
         (
             "embedding",
-            "t-SNE of the posterior means of 2,000 test images (Figure 6 of the paper; colours are the classes, in the "
-            "order of the legend of the digits' pictures below) of",
+            "t-SNE of the posterior means of 2,000 test images (Figure 6 of the paper; colours are the classes) of",
         ),
     ):
         for structure, record in records.items():
