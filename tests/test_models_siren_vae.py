@@ -453,6 +453,22 @@ def test_messages():
         SIReNVAE(ModelGraph([("a", "z")], ["z"]))
     with pytest.raises(GraphflowsError, match="likelihood of x to be 'normal'"):
         SIReNVAE(CHAIN, likelihood="poisson")
+    for classes in (1, 2.5, "3"):
+        with pytest.raises(GraphflowsError, match="likelihood of x to be 'normal', 'bernoulli' or"):
+            SIReNVAE(CHAIN, likelihood=("categorical", classes))
+    for flow, option in (
+        ("faithful", "allow_short"),
+        ("graphical", "conditional_scale"),
+        ("faithful", "num_block"),
+    ):
+        with pytest.raises(
+            GraphflowsError, match=rf"options of the {flow} flow \(activation, .*\); got {option}\."
+        ):
+            SIReNVAE.from_variant(CHAIN, "true", flow=flow, **{option: True})
+    with pytest.raises(GraphflowsError, match="no site with the name of the plate of the data, 'data'"):
+        SIReNVAE(ModelGraph([("a", "data")], ["data"]))
+    with pytest.raises(GraphflowsError, match="no site with the name of the plate of the data, 'data'"):
+        VAE(CHAIN, latent_name="data")
     with pytest.raises(GraphflowsError, match="missing or unknown: x"):
         SIReNVAE(CHAIN, likelihood={})
     vae = SIReNVAE(CHAIN)
@@ -494,7 +510,9 @@ def test_messages():
         (torch.zeros(3, 2, dtype=torch.float16), "model's dtype torch.float64; got torch.float16"),
         (torch.tensor([[0.0, 3.0]]), "Expected class numbers 0 to 2 in the columns of y"),
         (torch.tensor([[0.0, 0.5]]), "whose likelihood is categorical; got 0.5"),
-        (torch.tensor([[-1.0, 0.0]]), "Expected numbers from 0 to 1 in the columns of x, .* got -1"),
+        (torch.tensor([[-1.0, 0.0]]), r"Expected zeros and ones in the columns of x \(0 to 0\), .* got -1"),
+        (torch.tensor([[0.5, 0.0]]), "whose likelihood is bernoulli; got 0.5"),
+        (torch.tensor([[torch.nan, 0.0]]), "whose likelihood is bernoulli; got nan"),
     ],
 )
 def test_data_that_are_none_of_the_model(x, match):
@@ -514,8 +532,10 @@ def test_numbers_out_of_range():
         SIReNVAE([("a", "x")])
     with pytest.raises(GraphflowsError, match="Expected hidden_dim >= 1; got 0"):
         VAE(graph, hidden_dim=0)
-    with pytest.raises(GraphflowsError, match="Expected num_samples >= 1; got 0"):
+    with pytest.raises(GraphflowsError, match="num_samples >= 1; got 0"):
         vae.sample(0, torch.zeros(0, 1))
+    with pytest.raises(GraphflowsError, match=r"whole number num_samples >= 1; got 2\.5"):
+        vae.sample(2.5, torch.zeros(2, 1))
     with pytest.raises(GraphflowsError, match="Expected num_particles >= 1; got 0"):
         vae.elbo(torch.zeros(3, 1), torch.zeros(3, 1), num_particles=0)
     with pytest.raises(GraphflowsError, match=r"with the same n; got shapes \(3, 1\) and \(4, 1\)"):

@@ -9,7 +9,7 @@ data's features. Training uses the bound directly, :meth:`LatentModel.objective`
 
 import itertools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, SupportsIndex
 
 import pyro
 import pyro.distributions as dist
@@ -29,6 +29,8 @@ from pyro_graphflows.models.vae_objective import VAEObjective
 __all__ = ["LatentModel"]
 
 _PARTICLES_TIMES_DATA = 2**13
+#: The name of the plate of the data.
+PLATE = "data"
 _NUMBER = itertools.count()
 
 
@@ -72,6 +74,10 @@ class LatentModel(PyroModule):
             raise GraphflowsError(
                 f"Expected no observed node with the name of the latent site, {latent_name!r}. "
                 "Give another latent_name."
+            )
+        if PLATE in (latent_name, *map(str, graph.observed)):
+            raise GraphflowsError(
+                f"Expected no site with the name of the plate of the data, {PLATE!r}. Give another name."
             )
         given = likelihood if isinstance(likelihood, Mapping) else dict.fromkeys(graph.observed, likelihood)
         if set(given) != set(graph.observed):
@@ -285,8 +291,8 @@ class LatentModel(PyroModule):
         Raises:
             GraphflowsError: If ``num_samples`` is not positive.
         """
-        if num_samples < 1:
-            raise GraphflowsError(f"Expected num_samples >= 1; got {num_samples}.")
+        if not isinstance(num_samples, SupportsIndex) or num_samples < 1:
+            raise GraphflowsError(f"Expected a whole number num_samples >= 1; got {num_samples!r}.")
         with evaluation_mode(self):
             return self._draw(num_samples, inputs)[0]
 
@@ -336,7 +342,7 @@ class LatentModel(PyroModule):
         data = self.known(
             self.observation.loc.new_zeros(num_samples, self.num_observed) if x is None else x, inputs
         )
-        with pyro.plate("data", len(data), dim=-1):
+        with pyro.plate(PLATE, len(data), dim=-1):
             features = self.observation.to_features(data)
             z = pyro.sample(self.latent_name, self.prior(features))
             parameters = self.decode(z, features)
@@ -371,7 +377,7 @@ class LatentModel(PyroModule):
                 "Expected data x: the guide is the posterior given data. Use model() or sample(n)."
             )
         data = self.known(x, inputs)
-        with pyro.plate("data", len(data), dim=-1):
+        with pyro.plate(PLATE, len(data), dim=-1):
             return pyro.sample(self.latent_name, self.posterior(self.observation.to_features(data)))
 
     def _announce(self) -> None:

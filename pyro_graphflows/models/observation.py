@@ -9,8 +9,9 @@ logits of all classes (categorical, whose column holds the number of the class).
 *Features* are what networks see of known nodes: standardised numbers, zeros and ones, one column per class.
 """
 
+import operator
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import SupportsIndex, TypeAlias
 
 import pyro.distributions as dist
 import torch
@@ -169,15 +170,17 @@ class Observation(nn.Module):
         for node, (kind, classes) in self.kinds.items():
             if kind == "normal":
                 continue
-            values = x[..., self.columns[node]]
+            part = self.columns[node]
+            values = x[..., part]
             if kind == "bernoulli":
-                good, wanted = (values >= 0) & (values <= 1), "numbers from 0 to 1"
+                good, wanted = (values == 0) | (values == 1), "zeros and ones"
             else:
                 good = (values >= 0) & (values < classes) & (values == values.floor())
                 wanted = f"class numbers 0 to {classes - 1}"
             if not bool(good.all()):
                 raise GraphflowsError(
-                    f"Expected {wanted} in the columns of {node}, whose likelihood is {kind}; got {values[~good][0]:g}."
+                    f"Expected {wanted} in the columns of {node} ({part.start} to {part.stop - 1}), whose likelihood "
+                    f"is {kind}; got {values[~good][0]:g}."
                 )
 
     def to_features(self, x: Tensor) -> Tensor:
@@ -277,8 +280,10 @@ def _repeated(nodes: Sequence[Node], sizes: Mapping[Node, int]) -> list[Node]:
 def _parse(node: Node, given: Likelihood) -> tuple[str, int]:
     if given in ("normal", "bernoulli"):
         return str(given), 0
-    if isinstance(given, tuple) and len(given) == 2 and given[0] == "categorical" and given[1] >= 2:
-        return "categorical", int(given[1])
+    if isinstance(given, tuple) and len(given) == 2 and given[0] == "categorical":
+        classes = operator.index(given[1]) if isinstance(given[1], SupportsIndex) else 0
+        if classes >= 2:
+            return "categorical", classes
     raise GraphflowsError(
         f"Expected the likelihood of {node} to be 'normal', 'bernoulli' or ('categorical', number of classes); "
         f"got {given!r}."

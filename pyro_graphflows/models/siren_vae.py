@@ -20,6 +20,7 @@ References:
     [2] Webb et al. (2018), Faithful Inversion of Generative Models for Effective Amortized Inference.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.inversion import faithful_inverse
 from pyro_graphflows.graphs.linear_gaussian import LinearGaussianNetwork
-from pyro_graphflows.graphs.model_graph import ModelGraph, Node
+from pyro_graphflows.graphs.model_graph import ModelGraph, Node, listed
 from pyro_graphflows.infer.particles import evaluation_mode
 from pyro_graphflows.models.decoder import MaskedDecoder, modules_by_node
 from pyro_graphflows.models.latent_model import LatentModel
@@ -83,8 +84,8 @@ class SIReNVAE(LatentModel):
         encoder_network: The flow of the encoder.
 
     Raises:
-        GraphflowsError: If ``flow`` is another word, the inverse is one of another graph, or an argument is out of
-            range.
+        GraphflowsError: If ``flow`` is another word, the inverse is one of another graph, or an argument is unknown or
+            out of range.
         UnsupportedModelError: If nodes are marginalised or in different plates.
 
     Example:
@@ -120,6 +121,13 @@ class SIReNVAE(LatentModel):
             raise GraphflowsError("Expected an inverse of the given graph; got one of another graph.")
         self.inverse = inverse
         network, self._transform = _FLOWS[flow]
+        known_options = set(inspect.signature(network).parameters) - {"structure", "closed_form"}
+        unknown = listed(set(options) - known_options)
+        if unknown:
+            raise GraphflowsError(
+                f"Expected arguments of SIReNVAE or options of the {flow} flow ({listed(known_options)}); got "
+                f"{unknown}."
+            )
         features = self.observation.features
         self.feature_modules = nn.ModuleList()
         self._feature_nodes: list[Node] = []
