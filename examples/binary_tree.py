@@ -40,6 +40,7 @@ import pyro
 import torch
 from binary_tree_measures import DTYPE, Exact, JointDensity, Judge, compare_densities
 from binary_tree_report import render
+from whole_files import write_whole
 
 from pyro_graphflows import auto_faithful_guide, binary_tree
 
@@ -222,16 +223,6 @@ def provenance(args):
         "date": datetime.date.today().isoformat(),
         "machine": f"{os.cpu_count()} CPU cores, float32, torch {torch.__version__.split('+')[0]}, one thread a run",
     }
-
-
-def write_whole(path, write):
-    """Write a file so that it is there complete or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def write_json(path, result):

@@ -2,7 +2,7 @@
 
 import numpy as np
 from graph_vae_plots import LABELS, plot_curves, plot_gates
-from graph_vae_tables import difference, last_final, mean_sd, ranking, run_name, seeds_of, table
+from graph_vae_tables import difference, last_final, mean_sd, picture, ranking, run_name, seeds_of, table
 
 #: Table 1 of the paper for fixed binarised MNIST, after 2,000 epochs: log-likelihood and bound in nats.
 PAPER = {
@@ -86,9 +86,7 @@ def mnist_section(runs, folder):
         ),
     ):
         for structure, record in records.items():
-            path = folder / f"{run_name(record)}-{kind}.png"
-            if path.exists():
-                lines += [f"{text} {LABELS[structure]}:", "", f"![{kind}](graph_vae/{path.name})", ""]
+            lines += picture(folder, f"{run_name(record)}-{kind}.png", f"{text} {LABELS[structure]}:", kind)
     return "\n".join(lines)
 
 
@@ -229,9 +227,7 @@ def digits_section(runs, folder):
     ]  # fmt: skip
     for kind in ("images", "embedding"):
         for s in finals:
-            path = folder / f"digits-{s}-s0-{kind}.png"
-            if path.exists():
-                lines += [f"{LABELS[s]}, seed 0:", "", f"![{kind}](graph_vae/{path.name})", ""]
+            lines += picture(folder, f"digits-{s}-s0-{kind}.png", f"{LABELS[s]}, seed 0:", kind)
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ import torch
 from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
 from torch.distributions import kl_divergence
+from whole_files import write_whole
 
 from pyro_graphflows import GraphflowsError, GraphVAE, fit
 from pyro_graphflows.datasets import BinarizedBatches, binarize, dequantize, load_images
@@ -209,9 +210,7 @@ class Recorder:
     def write(self):
         """Write the record so that the file is there complete or not at all."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(self.record, indent=1))
-        os.replace(temporary, self.path)
+        write_whole(self.path, lambda file: file.write(json.dumps(self.record, indent=1).encode()))
 
 
 def train(run, args, data=None):

@@ -33,6 +33,13 @@ def last_final(record):
     return int(epochs), record["finals"][epochs]
 
 
+def picture(folder, name, text, alt="images"):
+    """Return the lines that show a picture below a text; none where there is no such picture."""
+    if not (folder / name).exists():
+        return []
+    return [text, "", f"![{alt}]({folder.name}/{name})", ""]
+
+
 def table(header, rows):
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from whole_files import write_whole
 
 from pyro_graphflows import VAE, LinearGaussianNetwork, ModelGraph, SIReNVAE, load_network
 
@@ -336,16 +337,6 @@ def test_figures(run, state, args):
         "true_nll": float(exact.mean()),
         "entropy": network.entropy(),
     }
-
-
-def write_whole(path, write):
-    """Write a file so that it is there complete or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def write_json(path, result):

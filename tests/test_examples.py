@@ -26,6 +26,7 @@ TESTED_ELSEWHERE = {
         "graph_vae_synthetic.py",
     ),
     "graph_vae_tables.py",
+    "whole_files.py",
 }
 
 
