@@ -8,22 +8,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from guide_families import everywhere
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoGuideList
 from pyro.nn import PyroModule, PyroSample
 
 from pyro_graphflows.guides import auto_faithful_guide
-
-everywhere = pytest.mark.parametrize(
-    "options",
-    [
-        {"family": "normal"},
-        {"family": "flow", "units_per_variable": 3, "conditioner_units": 3},
-        {"family": "flow", "flow": "graphical", "units_per_variable": 3},
-    ],
-    ids=["normal", "flow", "graphical"],
-)
 
 
 def shapes(x):
@@ -238,6 +229,8 @@ def test_a_model_that_enumerates_beside_the_guide(options):
 
     x = torch.randn(5, 2)
     guide = auto_faithful_guide(model, x, init="random", **options)
+    assert guide.model_graph.marginalised == ("k",)
+    assert guide.inverse.parents == {"z": ("x",)}
     guide.set_linear_("z", {"x": 0.5}, 0.0, math.sqrt(0.5))
     mixture = (weights.log() + dist.Normal(centres, 1.0).log_prob(x[:, :1])).logsumexp(-1)
     exact = (mixture + dist.Normal(0.0, math.sqrt(2.0)).log_prob(x[:, 1])).sum().item()

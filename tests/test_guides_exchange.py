@@ -8,6 +8,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
+from test_guides_plates import varying
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs.inversion import faithful_inverse, mean_field_inverse
@@ -135,15 +136,6 @@ def model_of_any_size(y):
     with pyro.plate("schools", len(y)):
         theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
         pyro.sample("y", dist.Normal(theta, SIGMA.double()[: len(y)]), obs=y)
-
-
-def varying(index, y):
-    """Group effects looked up by an index; groups of different size."""
-    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-    with pyro.plate("groups", 3):
-        theta = pyro.sample("theta", dist.Normal(mu, 1.0))
-    with pyro.plate("data", len(y)):
-        pyro.sample("y", dist.Normal(theta[..., index], 1.0), obs=y)
 
 
 def test_groups_of_different_size_have_slopes_of_their_own():

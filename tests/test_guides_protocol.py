@@ -7,24 +7,15 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from guide_families import everywhere
 from pyro import poutine
-from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
+from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from pyro.infer.reparam import LocScaleReparam
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides import auto_faithful_guide
 from pyro_graphflows.infer import InferenceCompilation
-
-everywhere = pytest.mark.parametrize(
-    "options",
-    [
-        {"family": "normal"},
-        {"family": "flow", "units_per_variable": 3, "conditioner_units": 3},
-        {"family": "flow", "flow": "graphical", "units_per_variable": 3},
-    ],
-    ids=["normal", "flow", "graphical"],
-)
 
 
 def pair(x):
@@ -98,29 +89,6 @@ def test_supports_that_depend_on_other_latents(vectorize, options):
 def test_a_support_that_is_not_known_yet_is_refused(options):
     with pytest.raises(UnsupportedModelError, match="'z' to be sampled after low"):
         auto_faithful_guide(dependent, torch.randn(5), inverse=["low", "z"], **options)
-
-
-def test_enumerated_assignments_give_exact_evidence():
-    """A mixture: the model sums over the assignments, the guide has the means; exact for known assignments."""
-    weights, centres = torch.tensor([0.3, 0.7]), torch.tensor([-2.0, 3.0])
-
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            k = pyro.sample("k", dist.Categorical(weights), infer={"enumerate": "parallel"})
-            pyro.sample("u", dist.Normal(centres[k], 1.0), obs=x[:, 0])
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 1])
-
-    x = torch.randn(5, 2)
-    guide = auto_faithful_guide(model, x, init="random")
-    assert guide.model_graph.marginalised == ("k",)
-    assert guide.inverse.parents == {"z": ("x",)}
-    guide.set_linear_("z", {"x": 0.5}, 0.0, math.sqrt(0.5))
-    mixture = (weights.log() + dist.Normal(centres, 1.0).log_prob(x[:, :1])).logsumexp(-1)
-    exact = (mixture + dist.Normal(0.0, math.sqrt(2.0)).log_prob(x[:, 1])).sum().item()
-    for vectorize in (False, True):
-        loss = TraceEnum_ELBO(num_particles=2, vectorize_particles=vectorize, max_plate_nesting=1)
-        assert loss.loss(model, guide, x) == pytest.approx(-exact)
 
 
 def test_quantiles_are_those_of_the_draws():
