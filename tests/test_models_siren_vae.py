@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, RenyiELBO, Trace_ELBO
+from pyro.infer import SVI, Predictive, RenyiELBO, Trace_ELBO
 from torch import nn
 
 from pyro_graphflows import (
@@ -217,6 +217,25 @@ def test_variants():
             "true": len([e for e in graph.edges if e[1] in graph.latent]),
             "ind": 0,
         }.get(variant, k * (k - 1) // 2)
+
+
+def test_variants_need_latents_without_observed_parents():
+    graph = GRAPHS["observed parent of latent"]
+    assert variant_graph(graph, "true") is graph
+    for variant in ("ind", "FC"):
+        with pytest.raises(
+            UnsupportedModelError, match=rf"observed parents for variant '{variant}', .* b have some"
+        ):
+            SIReNVAE.from_variant(graph, variant)
+
+
+def test_without_data_the_plate_is_that_of_the_inputs():
+    vae = SIReNVAE(GRAPHS["inputs"])
+    inputs = torch.randn(5, 1)
+    assert vae.model(None, inputs).shape == (5, 1)
+    drawn = Predictive(vae.model, num_samples=3)(None, inputs)
+    assert drawn["x"].shape == (3, 5)
+    assert SIReNVAE(CHAIN).model().shape == (1, 2)
 
 
 def test_decoder_sees_parents_only():
@@ -538,7 +557,17 @@ def test_numbers_out_of_range():
         vae.sample(2.5, torch.zeros(2, 1))
     with pytest.raises(GraphflowsError, match="Expected num_particles >= 1; got 0"):
         vae.elbo(torch.zeros(3, 1), torch.zeros(3, 1), num_particles=0)
-    with pytest.raises(GraphflowsError, match=r"with the same n; got shapes \(3, 1\) and \(4, 1\)"):
+    with pytest.raises(
+        GraphflowsError, match=r"same n, the columns of x and of w; got \(3, 1\) and \(4, 1\)"
+    ):
         vae.elbo(torch.zeros(3, 1), torch.zeros(4, 1))
+    # as many columns in all, but not those of each
+    two = VAE(ModelGraph([("w", "x"), ("a", "x"), ("a", "y")], ["x", "y"], inputs=["w"]))
+    with pytest.raises(
+        GraphflowsError, match=r"\(n, 2\) and \(n, 1\), with the same n, .* got \(3, 1\) and \(3, 2\)"
+    ):
+        two.elbo(torch.zeros(3, 1), torch.zeros(3, 2))
+    with pytest.raises(GraphflowsError, match=r"with the same n, .* got \(3, 2\) and ndarray"):
+        two.elbo(torch.zeros(3, 2), torch.zeros(3, 1).numpy())
     with pytest.raises(GraphflowsError, match="Expected finite data; the columns of x are not"):
         vae.standardize_(torch.full((3, 1), torch.nan), torch.zeros(3, 1))

@@ -149,10 +149,17 @@ class LatentModel(PyroModule):
                 raise GraphflowsError(
                     f"Expected inputs, the columns of {listed(self.graph.inputs)}; got none."
                 )
-            if x.dim() != 2 or inputs.dim() != 2 or len(x) != len(inputs):
+            num_inputs = self.observation.num_columns - self.num_observed
+            columns = [part.shape[1:] if isinstance(part, Tensor) else None for part in (x, inputs)]
+            if columns != [(self.num_observed,), (num_inputs,)] or len(x) != len(inputs):
+                got = [
+                    tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
+                    for part in (x, inputs)
+                ]
                 raise GraphflowsError(
-                    "Expected x and inputs of shape (n, columns), with the same n; got shapes "
-                    f"{tuple(x.shape)} and {tuple(inputs.shape)}."
+                    f"Expected tensors x and inputs of shapes (n, {self.num_observed}) and (n, {num_inputs}), with the "
+                    f"same n, the columns of {listed(self.graph.observed)} and of {listed(self.graph.inputs)}; got "
+                    f"{got[0]} and {got[1]}."
                 )
             x = torch.cat([x, inputs], -1)
         elif inputs is not None:
@@ -317,13 +324,15 @@ class LatentModel(PyroModule):
             z = self.draw_prior(eps, observation.to_features(data))
         return data[:, : self.num_observed], z
 
-    def model(self, x: Tensor | None = None, inputs: Tensor | None = None, *, num_samples: int = 1) -> Tensor:
+    def model(
+        self, x: Tensor | None = None, inputs: Tensor | None = None, *, num_samples: int | None = None
+    ) -> Tensor:
         """The model as a Pyro program: a plate ``"data"``, the latent vector, and a site for each observed node.
 
         Args:
             x: Data (n, columns); None to draw them.
             inputs: The inputs.
-            num_samples: The size of the plate without data.
+            num_samples: The size of the plate without data; by default the number of inputs, or 1.
 
         Returns:
             The latent vectors.
@@ -339,9 +348,10 @@ class LatentModel(PyroModule):
                 raise UnsupportedModelError(
                     f"Expected data: the latent nodes {listed(below)} depend on observed ones. Use sample(num_samples)."
                 )
-        data = self.known(
-            self.observation.loc.new_zeros(num_samples, self.num_observed) if x is None else x, inputs
-        )
+            size = num_samples if num_samples is not None else 1 if inputs is None else len(inputs)
+            data = self.known(self.observation.loc.new_zeros(size, self.num_observed), inputs)
+        else:
+            data = self.known(x, inputs)
         with pyro.plate(PLATE, len(data), dim=-1):
             features = self.observation.to_features(data)
             z = pyro.sample(self.latent_name, self.prior(features))

@@ -4,8 +4,8 @@ References:
     [1] Mouton and Kroon (2022), SIReN-VAE: Leveraging Flows and Amortized Inference for Bayesian Networks.
 """
 
-from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.graphs.model_graph import ModelGraph, Node
+from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
+from pyro_graphflows.graphs.model_graph import ModelGraph, Node, listed
 
 __all__ = ["variant_graph"]
 
@@ -17,7 +17,8 @@ def variant_graph(graph: ModelGraph, variant: str) -> ModelGraph:
     - ``"ind"``: independent latent nodes, all of them parents of every observed node;
     - ``"FC"``: latent nodes fully connected in the network's topological order, all parents of every observed node.
 
-    In the last two, edges from observed nodes and inputs are those of the network.
+    In the last two, edges from observed nodes and inputs are those of the network; observed parents of latent nodes
+    would make cycles.
 
     Args:
         graph: The true network.
@@ -28,6 +29,7 @@ def variant_graph(graph: ModelGraph, variant: str) -> ModelGraph:
 
     Raises:
         GraphflowsError: If ``variant`` is another word.
+        UnsupportedModelError: If latent nodes have observed parents, and the variant is not ``"true"``.
 
     Example:
         >>> graph = ModelGraph([("a", "b"), ("b", "x"), ("a", "y")], observed=["x", "y"])
@@ -39,6 +41,12 @@ def variant_graph(graph: ModelGraph, variant: str) -> ModelGraph:
     if variant not in ("ind", "FC"):
         raise GraphflowsError(f"Expected variant to be 'true', 'ind' or 'FC'; got {variant!r}.")
     latent = graph.latent
+    below = [node for node in latent if set(graph.observed) & set(graph.parents(node))]
+    if below:
+        raise UnsupportedModelError(
+            f"Expected latent nodes without observed parents for variant {variant!r}, in which all latent nodes are "
+            f"parents of every observed node; {listed(below)} have some."
+        )
     edges: list[tuple[Node, Node]] = [(p, c) for p, c in graph.edges if p not in set(latent)]
     if variant == "FC":
         edges += [(p, c) for i, c in enumerate(latent) for p in latent[:i]]
