@@ -5,9 +5,7 @@ The mathematics is next to it: the two Pyro programs and the bound in ``graph_va
 networks and structures each in a module of their own.
 """
 
-import operator
 from collections.abc import Mapping, Sequence
-from typing import SupportsIndex
 
 import networkx as nx
 import torch
@@ -18,6 +16,7 @@ from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs import ModelGraph
 from pyro_graphflows.infer.evidence import Evidence, log_evidence
 from pyro_graphflows.infer.particles import evaluation_mode
+from pyro_graphflows.models.graph_vae_arguments import check_options, require_sizes
 from pyro_graphflows.models.graph_vae_gates import GATES, Gates
 from pyro_graphflows.models.graph_vae_likelihood import Likelihood, check_likelihood, outputs_per_element
 from pyro_graphflows.models.graph_vae_networks import (
@@ -121,7 +120,7 @@ class GraphVAE(GraphPrograms):
     ) -> None:
         super().__init__()
         shape = (input_shape,) if isinstance(input_shape, int) else tuple(input_shape)
-        _require_sizes(
+        require_sizes(
             input_shape=shape,
             num_nodes=1 if num_nodes is None else num_nodes,
             node_dim=node_dim,
@@ -130,17 +129,9 @@ class GraphVAE(GraphPrograms):
             encoder_dims=encoder_dims,
             decoder_dims=decoder_dims,
         )
-        if edge_cost < 0:
-            raise GraphflowsError(f"Expected edge_cost >= 0; got {edge_cost}.")
-        for key, module in {"encoder": encoder, "decoder": decoder}.items():
-            if module is not None and not isinstance(module, nn.Module):
-                raise GraphflowsError(
-                    f"Expected {key} to be a torch.nn.Module, whose parameters can be trained; got {module!r}."
-                )
-        self.input_shape = torch.Size(shape)
-        if decoder_input not in ("all", "first"):
-            raise GraphflowsError(f"Expected decoder_input 'all' or 'first'; got {decoder_input!r}.")
+        check_options(edge_cost, decoder_input, encoder=encoder, decoder=decoder)
         check_likelihood(likelihood)
+        self.input_shape = torch.Size(shape)
         self.names, self._parents = nodes_and_parents(structure, num_nodes, (GATES, DATA, PLATE))
         self.is_learned = isinstance(structure, str) and structure == "learned" and len(self.names) > 1
         self.likelihood = likelihood
@@ -281,7 +272,7 @@ class GraphVAE(GraphPrograms):
         Raises:
             GraphflowsError: If ``num_samples`` is no positive number.
         """
-        _require_sizes(num_samples=num_samples)
+        require_sizes(num_samples=num_samples)
         with evaluation_mode(self):
             values = self._generate(num_samples, self._gate_values(), _sampled)
             law = self._decode(values)
@@ -325,7 +316,7 @@ class GraphVAE(GraphPrograms):
         Raises:
             GraphflowsError: If a number is not positive, or ``x`` has no data or another shape.
         """
-        _require_sizes(num_particles=num_particles, batch_size=batch_size)
+        require_sizes(num_particles=num_particles, batch_size=batch_size)
         with evaluation_mode(self):
             data = self._data(x)
         parts = [
@@ -352,18 +343,6 @@ class GraphVAE(GraphPrograms):
         """
         size, levels = self.input_shape.numel(), torch.tensor(float(num_levels))
         return -log_density / (size * torch.tensor(2.0).log()) + levels.log2()
-
-
-def _require_sizes(**sizes: int | Sequence[int]) -> None:
-    """Refuse what is no positive whole number, or sequence of such.
-
-    Raises:
-        GraphflowsError: If there is such a size.
-    """
-    for name, given in sizes.items():
-        for size in given if isinstance(given, Sequence) else (given,):
-            if not isinstance(size, SupportsIndex) or operator.index(size) < 1:
-                raise GraphflowsError(f"Expected positive whole numbers for sizes; got {name}={given!r}.")
 
 
 def _given(values: Mapping[str, Tensor]) -> Draw:
