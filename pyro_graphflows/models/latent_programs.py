@@ -1,0 +1,291 @@
+r"""A model with one latent vector for each datum, as something that draws: Pyro's model and guide, samples.
+
+A prior :math:`p(z)`, a decoder :math:`p(x|z)` and an encoder :math:`q(z|x)`, however they are made: subclasses write
+them in terms of the data's features.
+"""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any, SupportsIndex
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
+from pyro_graphflows.graphs.model_graph import ModelGraph, Node, listed
+from pyro_graphflows.infer.particles import evaluation_mode
+from pyro_graphflows.models.observation import Likelihood, Observation
+from pyro_graphflows.models.parameter_store import free_name
+
+__all__ = ["LatentPrograms"]
+
+#: The name of the plate of the data.
+PLATE = "data"
+_NUMBER = itertools.count()
+
+
+class LatentPrograms(PyroModule):
+    r"""A model of data with latent variables, beside an amortised posterior. Base class.
+
+    ``x`` always holds the columns of all observed nodes in graph order, ``inputs`` those of all inputs (covariates), if
+    there are any.
+
+    Args:
+        graph: The model graph. Its plates, if any, must be the same for all nodes.
+        likelihood: The likelihood of all observed nodes, or of each.
+        latent_name: The name of the one latent site of ``model`` and ``guide``, a vector with all latent nodes.
+
+    Raises:
+        GraphflowsError: If there is nothing latent or nothing observed, or a likelihood is not known.
+        UnsupportedModelError: If nodes are marginalised or in different plates.
+    """
+
+    def __init__(
+        self,
+        graph: ModelGraph,
+        *,
+        likelihood: Likelihood | Mapping[Node, Likelihood] = "normal",
+        latent_name: str = "z",
+    ) -> None:
+        super().__init__()
+        if not isinstance(graph, ModelGraph):
+            raise GraphflowsError(f"Expected a ModelGraph; got {type(graph).__name__}.")
+        if not graph.latent or not graph.observed:
+            raise GraphflowsError(f"Expected latent and observed nodes; got {graph}.")
+        if graph.marginalised:
+            raise UnsupportedModelError(
+                f"Expected no marginalised nodes; got {listed(graph.marginalised)}. Make them latent."
+            )
+        if len(set(graph.plates.values())) > 1:
+            raise UnsupportedModelError(
+                "Expected all nodes in the same plates; a VAE has one latent vector for each datum."
+            )
+        if latent_name in map(str, graph.observed):
+            raise GraphflowsError(
+                f"Expected no observed node with the name of the latent site, {latent_name!r}. "
+                "Give another latent_name."
+            )
+        if PLATE in (latent_name, *map(str, graph.observed)):
+            raise GraphflowsError(
+                f"Expected no site with the name of the plate of the data, {PLATE!r}. Give another name."
+            )
+        given = likelihood if isinstance(likelihood, Mapping) else dict.fromkeys(graph.observed, likelihood)
+        if set(given) != set(graph.observed):
+            wrong = set(given) ^ set(graph.observed)
+            raise GraphflowsError(
+                f"Expected a likelihood for each observed node; missing or unknown: {listed(wrong)}."
+            )
+        sizes = {node: graph.event_sizes[node] for node in (*graph.observed, *graph.inputs)}
+        self.graph = graph
+        self.latent_name = latent_name
+        self.observation = Observation(sizes, {node: given[node] for node in graph.observed})
+        self.num_observed = sum(graph.event_sizes[node] for node in graph.observed)
+        self.latents: dict[Node, slice] = {}
+        start = 0
+        for node in graph.latent:
+            self.latents[node] = slice(start, start + graph.event_sizes[node])
+            start += graph.event_sizes[node]
+        self.latent_dim = start
+        self._store_name = f"{type(self).__name__.lower()}_{next(_NUMBER)}"
+
+    # ------------------------------------------------------------------------------------ what subclasses write
+
+    def encode(self, features: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Map noise to latent values given features of known nodes.
+
+        Args:
+            features: Shape (\*batch, features).
+            eps: Standard normal noise of shape (\*batch, latent size).
+
+        Returns:
+            z, of the shape of the noise, and its log-density :math:`\log q(z|x)`, of shape (\*batch).
+        """
+        raise NotImplementedError
+
+    def log_prior(self, z: Tensor, features: Tensor) -> Tensor:
+        r"""Return :math:`\log p(z)` (given observed parents and inputs), of shape (\*batch)."""
+        raise NotImplementedError
+
+    def decode(self, z: Tensor, features: Tensor) -> Tensor:
+        r"""Return the parameters of all observed nodes, of shape (\*batch, number of parameters)."""
+        raise NotImplementedError
+
+    def draw_prior(self, eps: Tensor, features: Tensor) -> Tensor:
+        r"""Map standard normal noise of shape (\*batch, latent size) to values of the prior."""
+        raise NotImplementedError
+
+    def prior(self, features: Tensor) -> dist.TorchDistribution:
+        """Return the distribution of the latent vector given features, of which only those of its parents count."""
+        raise NotImplementedError
+
+    def posterior(self, features: Tensor) -> dist.TorchDistribution:
+        """Return the encoder's distribution of the latent vector given features."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------------------------------------------ data
+
+    def known(self, x: Tensor, inputs: Tensor | None = None) -> Tensor:
+        """Return all known columns: the data, and the inputs behind them.
+
+        Args:
+            x: Data (n, columns).
+            inputs: The inputs (n, columns).
+
+        Raises:
+            GraphflowsError: If these are not the shapes, dtypes or values that the nodes have.
+        """
+        if self.graph.inputs:
+            if inputs is None:
+                raise GraphflowsError(
+                    f"Expected inputs, the columns of {listed(self.graph.inputs)}; got none."
+                )
+            num_inputs = self.observation.num_columns - self.num_observed
+            columns = [part.shape[1:] if isinstance(part, Tensor) else None for part in (x, inputs)]
+            if columns != [(self.num_observed,), (num_inputs,)] or len(x) != len(inputs):
+                got = [
+                    tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
+                    for part in (x, inputs)
+                ]
+                raise GraphflowsError(
+                    f"Expected tensors x and inputs of shapes (n, {self.num_observed}) and (n, {num_inputs}), with the "
+                    f"same n, the columns of {listed(self.graph.observed)} and of {listed(self.graph.inputs)}; got "
+                    f"{got[0]} and {got[1]}."
+                )
+            x = torch.cat([x, inputs], -1)
+        elif inputs is not None:
+            raise GraphflowsError("Expected no inputs: the graph has none.")
+        x = self.observation.check(x)
+        if x.dim() != 2 or not len(x):
+            raise GraphflowsError(f"Expected x of shape (n, columns), n >= 1; got shape {tuple(x.shape)}.")
+        return x
+
+    # ------------------------------------------------------------------------------------------- samples and Pyro
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor, inputs: Tensor | None = None) -> Tensor:
+        """Return the decoder's mean for one draw of z from the encoder, in the units of the data: (n, columns)."""
+        data = self.known(x, inputs)
+        features = self.observation.to_features(data)
+        eps = torch.randn(*data.shape[:-1], self.latent_dim, dtype=data.dtype, device=data.device)
+        with evaluation_mode(self):
+            z, _ = self.encode(features, eps)
+            return self.observation.mean(self.decode(z, features))[..., : self.num_observed]
+
+    @torch.no_grad()
+    def sample(self, num_samples: int, inputs: Tensor | None = None) -> Tensor:
+        """Draw data from the model.
+
+        Nodes are drawn parents first, so that the latent nodes may depend on observed ones and these on each other.
+
+        Args:
+            num_samples: The number of samples n.
+            inputs: The inputs, (n, columns).
+
+        Returns:
+            Shape (n, columns).
+
+        Raises:
+            GraphflowsError: If ``num_samples`` is not positive.
+        """
+        if not isinstance(num_samples, SupportsIndex) or num_samples < 1:
+            raise GraphflowsError(f"Expected a whole number num_samples >= 1; got {num_samples!r}.")
+        with evaluation_mode(self):
+            return self._draw(num_samples, inputs)[0]
+
+    def _draw(self, num_samples: int, inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Draw data and latent vectors; what depends on data drawn later is drawn again from the same noise."""
+        graph, observation = self.graph, self.observation
+        data = self.known(observation.loc.new_zeros(num_samples, self.num_observed), inputs)
+        eps = torch.randn(num_samples, self.latent_dim, dtype=data.dtype, device=data.device)
+        observed = set(graph.observed)
+        latent_below = any(observed & set(graph.parents(node)) for node in graph.latent)
+        features = observation.to_features(data)
+        z = self.draw_prior(eps, features)
+        parameters = self.decode(z, features)
+        for node in graph.observed:
+            if latent_below or observed & set(graph.parents(node)):
+                features = observation.to_features(data)
+                z = self.draw_prior(eps, features) if latent_below else z
+                parameters = self.decode(z, features)
+            value = observation.distribution(parameters, node).sample()
+            data[:, observation.columns[node]] = value.reshape(num_samples, -1).to(data.dtype)
+        if latent_below:
+            z = self.draw_prior(eps, observation.to_features(data))
+        return data[:, : self.num_observed], z
+
+    def model(
+        self, x: Tensor | None = None, inputs: Tensor | None = None, *, num_samples: int | None = None
+    ) -> Tensor:
+        """The model as a Pyro program: a plate ``"data"``, the latent vector, and a site for each observed node.
+
+        Args:
+            x: Data (n, columns); None to draw them.
+            inputs: The inputs.
+            num_samples: The size of the plate without data; by default the number of inputs, or 1.
+
+        Returns:
+            The latent vectors.
+
+        Raises:
+            UnsupportedModelError: Without data, if latent nodes depend on observed ones: use :meth:`sample`.
+        """
+        self._announce()
+        observed = set(self.graph.observed)
+        if x is None:
+            below = [node for node in self.graph.latent if observed & set(self.graph.parents(node))]
+            if below:
+                raise UnsupportedModelError(
+                    f"Expected data: the latent nodes {listed(below)} depend on observed ones. Use sample(num_samples)."
+                )
+            size = num_samples if num_samples is not None else 1 if inputs is None else len(inputs)
+            data = self.known(self.observation.loc.new_zeros(size, self.num_observed), inputs)
+        else:
+            data = self.known(x, inputs)
+        with pyro.plate(PLATE, len(data), dim=-1):
+            features = self.observation.to_features(data)
+            z = pyro.sample(self.latent_name, self.prior(features))
+            parameters = self.decode(z, features)
+            for node in self.graph.observed:
+                if x is None and observed & set(self.graph.parents(node)):
+                    parameters = self.decode(z, self.observation.to_features(data))
+                part = self.observation.columns[node]
+                column: slice | int = part if part.stop - part.start > 1 else part.start
+                found = self.observation.distribution(parameters, node)
+                value = pyro.sample(str(node), found, obs=None if x is None else data[..., column])
+                if x is None:
+                    data = data.expand(*z.shape[:-1], -1).clone()
+                    data[..., column] = value.to(data.dtype)
+        return z
+
+    def guide(self, x: Tensor | None = None, inputs: Tensor | None = None, **_: Any) -> Tensor:
+        """The encoder as a Pyro guide.
+
+        Args:
+            x: Data (n, columns).
+            inputs: The inputs.
+
+        Returns:
+            The latent vectors.
+
+        Raises:
+            GraphflowsError: Without data.
+        """
+        self._announce()
+        if x is None:
+            raise GraphflowsError(
+                "Expected data x: the guide is the posterior given data. Use model() or sample(n)."
+            )
+        data = self.known(x, inputs)
+        with pyro.plate(PLATE, len(data), dim=-1):
+            return pyro.sample(self.latent_name, self.posterior(self.observation.to_features(data)))
+
+    def _announce(self) -> None:
+        """Make the parameters known to Pyro; a copy of a module takes another name there, or the first were trained."""
+        pyro.module(free_name(self._store_name, *next(self.named_parameters())), self)
+
+    def split(self, z: Tensor) -> dict[Node, Tensor]:
+        r"""Return the part of each latent node of a latent vector, each of shape (\*batch, event size)."""
+        return {node: z[..., part] for node, part in self.latents.items()}
