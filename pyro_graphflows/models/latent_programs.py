@@ -28,18 +28,10 @@ _NUMBER = itertools.count()
 
 
 class LatentPrograms(PyroModule):
-    r"""A model of data with latent variables, beside an amortised posterior. Base class.
-
-    ``x`` always holds the columns of all observed nodes in graph order, ``inputs`` those of all inputs (covariates), if
-    there are any.
-
-    Args:
-        graph: The model graph. Its plates, if any, must be the same for all nodes.
-        likelihood: The likelihood of all observed nodes, or of each.
-        latent_name: The name of the one latent site of ``model`` and ``guide``, a vector with all latent nodes.
+    """The Pyro programs of a :class:`~pyro_graphflows.models.LatentModel`, which has its arguments. Base class.
 
     Raises:
-        GraphflowsError: If there is nothing latent or nothing observed, or a likelihood is not known.
+        GraphflowsError: If there is nothing latent or nothing observed, or a likelihood or name is not fit.
         UnsupportedModelError: If nodes are marginalised or in different plates.
     """
 
