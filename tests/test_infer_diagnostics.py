@@ -69,6 +69,7 @@ def test_khat_of_equal_weights_and_of_too_few():
     assert psis_khat(torch.full((100,), -7.0)).item() == -math.inf
     assert psis_khat(-7.0 + 1e-16 * torch.randn(100)).item() == -math.inf
     assert psis_khat(torch.randn(10)).item() == math.inf  # a tail of two
+    assert psis_khat(torch.randn(1)).item() == math.inf  # a single weight tells nothing
     assert psis_khat(torch.full((100,), -math.inf)).item() == math.inf
 
 

@@ -117,7 +117,7 @@ def psis_khat(log_weights: Tensor, dim: int = 0) -> Tensor:
 
     span = weights[-1] - weights[0]
     rounding = 64 * torch.finfo(weights.dtype).eps * weights[-1].abs().clamp(min=1.0)
-    equal = (span <= rounding) & (weights[-1] > -math.inf)
+    equal = (span <= rounding) & (weights[-1] > -math.inf) & (num > 1)  # a single weight tells nothing
     result[equal] = -math.inf
     if tail_size < _MIN_TAIL or tail_size >= num:
         return result.reshape(batch)
