@@ -1,6 +1,7 @@
 """Image data from every file format; the real files are read where they are at hand."""
 
 import gzip
+import hashlib
 import struct
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from pyro_graphflows.datasets import (
     mnist,
     omniglot,
 )
+from pyro_graphflows.datasets.checksums import CHECKSUMS
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 needs_files = pytest.mark.skipif(not (REAL / "images").is_dir(), reason="no image files at hand")
@@ -34,6 +36,13 @@ def _no_folder(monkeypatch):
 
 def pixels(*shape, top=256):
     return RNG.integers(top, size=shape).astype(np.uint8)
+
+
+def mostly_black(number):
+    """Images of the size of MNIST that are packed fast."""
+    images = np.zeros((number, 28, 28), np.uint8)
+    images[:, 3:5, 6:8] = pixels(number, 2, 2)
+    return images
 
 
 def idx(array):
@@ -62,7 +71,7 @@ def test_digits():
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("separator", ["-", "."])
 def test_mnist_from_idx(tmp_path, packed, separator):
-    arrays = [pixels(50_100, 2, 2), pixels(50_100), pixels(30, 2, 2), pixels(30)]
+    arrays = [mostly_black(50_100), pixels(50_100, top=10), mostly_black(30), pixels(30, top=10)]
     names = ["train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"]
     folder = tmp_path / "MNIST" / "raw"
     folder.mkdir(parents=True)
@@ -118,10 +127,10 @@ def test_damaged_archives(tmp_path):
 
 def test_mnist_from_archive(tmp_path):
     arrays = {
-        "train_images": pixels(50_010, 2, 2),
-        "train_labels": pixels(50_010),
-        "test_images": pixels(20, 2, 2),
-        "test_labels": pixels(20),
+        "train_images": mostly_black(50_010),
+        "train_labels": pixels(50_010, top=10),
+        "test_images": pixels(20, 28, 28),
+        "test_labels": pixels(20, top=10),
     }
     np.savez(tmp_path / "mnist.npz", **arrays)
     data = mnist(tmp_path, verify=False)
@@ -132,6 +141,28 @@ def test_mnist_from_archive(tmp_path):
     (tmp_path / "mnist.npz").write_bytes(b"no archive")
     with pytest.raises(GraphflowsError, match="cannot be read"):
         mnist(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        (
+            {"train_images": pixels(30, 784)},
+            r"training images .* shape \(n, 28, 28\); got uint8 and \(30, 784\)",
+        ),
+        ({"test_images": np.zeros((20, 28, 28))}, "test images as numbers of type uint8 .* got float64"),
+        ({"train_labels": pixels(29, top=10)}, r"a label, a whole number, for each of 30 .* shape \(29,\)"),
+        ({"test_labels": np.zeros(20)}, "a label, a whole number, .* type float64"),
+        ({"test_labels": np.arange(20)}, "labels from 0 to 9 of MNIST test images; got 0 to 19"),
+    ],
+)
+def test_arrays_of_another_kind(tmp_path, changed, match):
+    """What the checksum of the bytes does not tell, and what is there without one."""
+    arrays = {"train_images": pixels(30, 28, 28), "train_labels": pixels(30, top=10)}
+    arrays |= {"test_images": pixels(20, 28, 28), "test_labels": pixels(20, top=10)}
+    np.savez(tmp_path / "mnist.npz", **(arrays | changed))
+    with pytest.raises(GraphflowsError, match=match):
+        mnist(tmp_path, verify=False)
 
 
 def test_binarized_mnist(tmp_path):
@@ -185,9 +216,20 @@ def test_omniglot(tmp_path):
     savemat(tmp_path / "chardata.mat", {"data": columns})
     with pytest.raises(GraphflowsError, match=r"it lacks \['testdata', 'target', 'testtarget'\]"):
         omniglot(tmp_path)
+    for data in (255 * columns, columns[:700]):
+        savemat(tmp_path / "chardata.mat", matrices | {"data": data})
+        with pytest.raises(GraphflowsError, match="images of 784 numbers from 0 to 1 as the columns"):
+            omniglot(tmp_path)
+    whole = (tmp_path / "chardata.mat").read_bytes()
+    for damaged in (b"", b"<html>" * 100, whole[: len(whole) // 2]):
+        (tmp_path / "chardata.mat").write_bytes(damaged)
+        with pytest.raises(
+            GraphflowsError, match=r"Expected a MATLAB file .*chardata\.mat; it cannot be read"
+        ):
+            omniglot(tmp_path)
 
 
-def test_cifar10(tmp_path):
+def test_cifar10(tmp_path, monkeypatch):
     images, labels = pixels(60, 32, 32, 3), pixels(60, top=10)
     folder = tmp_path / "cifar-10-batches-bin"
     folder.mkdir()
@@ -204,6 +246,19 @@ def test_cifar10(tmp_path):
     same(data.test_labels, labels[50:])
     with pytest.raises(GraphflowsError, match="SHA-256"):
         cifar10(tmp_path)
+    checksums = {
+        "first 4,000 CIFAR-10 training images": images[:50],
+        "first 1,000 CIFAR-10 test images": images[50:],
+    }
+    for name, part in checksums.items():
+        monkeypatch.setitem(CHECKSUMS, name, hashlib.sha256(part.tobytes()).hexdigest())
+    with pytest.raises(
+        GraphflowsError, match=r"50,000 images for training and 10,000 for testing .* got 50 and 10"
+    ):
+        cifar10(tmp_path)  # batches cut off between records
+    (folder / "data_batch_2.bin").write_bytes(bytes(3073) + b"\xff" * 3073)
+    with pytest.raises(GraphflowsError, match="labels from 0 to 9 of CIFAR-10 training images; got 0 to 255"):
+        cifar10(tmp_path, verify=False)
     (folder / "test_batch.bin").write_bytes(b"123")
     with pytest.raises(GraphflowsError, match="records of 3,073 bytes"):
         cifar10(tmp_path)
@@ -216,6 +271,9 @@ def test_no_files(tmp_path, monkeypatch):
         mnist()
     with pytest.raises(GraphflowsError, match="is not a folder"):
         omniglot(tmp_path / "nowhere")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(GraphflowsError, match=f"Expected MNIST in '{tmp_path}'"):
+        mnist("~")
     monkeypatch.setenv(datasets.VARIABLE, str(tmp_path))
     with pytest.raises(
         GraphflowsError, match=r"Expected CIFAR-10 in .*Folders looked at: \., images.*Nothing is downl"

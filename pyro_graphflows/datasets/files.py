@@ -16,6 +16,7 @@ __all__ = [
     "INNER_FOLDERS",
     "MNIST_FILES",
     "VARIABLE",
+    "check_images",
     "find_files",
     "idx_names",
     "open_archive",
@@ -23,6 +24,7 @@ __all__ = [
     "read_array",
     "read_cifar",
     "read_idx",
+    "read_mat",
 ]
 
 VARIABLE = "PYRO_GRAPHFLOWS_DATA"
@@ -57,15 +59,16 @@ def find_files(
     Raises:
         GraphflowsError: If there is no such folder, or not all that is needed in it.
     """
-    root = folder if folder is not None else os.environ.get(VARIABLE)
-    if root is None:
+    given = folder if folder is not None else os.environ.get(VARIABLE)
+    if given is None:
         raise GraphflowsError(
             f"Expected a folder with {what}; none was given. Pass it (--data in the examples) or set the environment "
             f"variable {VARIABLE}. {_wanted(archives, files)}"
         )
-    if not Path(root).is_dir():
+    root = Path(given).expanduser()
+    if not root.is_dir():
         raise GraphflowsError(f"Expected a folder with {what}; {str(root)!r} is not a folder.")
-    folders = [Path(root) / inner for inner in INNER_FOLDERS]
+    folders = [root / inner for inner in INNER_FOLDERS]
     archive = next((f / name for f in folders for name in archives if (f / name).is_file()), None)
     if archive is not None and not files_first:
         return archive
@@ -110,6 +113,60 @@ def read_array(arrays: np.lib.npyio.NpzFile, key: str, path: Path) -> np.ndarray
         raise GraphflowsError(
             f"Expected the array {key!r} in {path}; it cannot be read ({error}). The file is damaged: get it anew."
         ) from error
+
+
+def read_mat(path: Path, keys: Sequence[str]) -> list[np.ndarray]:
+    """Return arrays of a MATLAB file, or say what is wrong with it."""
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
+    try:
+        content = loadmat(path)
+    except (OSError, EOFError, ValueError, TypeError, NotImplementedError, MatReadError, zlib.error) as error:
+        raise GraphflowsError(
+            f"Expected a MATLAB file (version 4 to 7.2) in {path}; it cannot be read ({error}). Get it anew."
+        ) from error
+    missing = [key for key in keys if key not in content]
+    if missing:
+        raise GraphflowsError(f"Expected the arrays {tuple(keys)} in {path}; it lacks {missing}.")
+    return [np.asarray(content[key]) for key in keys]
+
+
+def check_images(
+    what: str,
+    images: np.ndarray,
+    shape: tuple[int, ...],
+    labels: np.ndarray | None = None,
+    num_classes: int = 10,
+) -> None:
+    """Refuse images or labels of another kind than they should be, which a checksum of bytes does not see.
+
+    Args:
+        what: What they are, for messages.
+        images: The images, whole numbers of 8 bits.
+        shape: The shape of one image.
+        labels: Their labels, from 0.
+        num_classes: The number of classes.
+
+    Raises:
+        GraphflowsError: If the type or the shape is another, or there are not as many labels as images, or a label is
+            none.
+    """
+    if images.dtype != np.uint8 or images.shape[1:] != shape:
+        raise GraphflowsError(
+            f"Expected {what} as numbers of type uint8 and of shape (n, {', '.join(map(str, shape))}); got "
+            f"{images.dtype} and {images.shape}."
+        )
+    if labels is not None and (labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer)):
+        raise GraphflowsError(
+            f"Expected a label, a whole number, for each of {len(images)} {what}; got the type {labels.dtype} and the "
+            f"shape {labels.shape}."
+        )
+    if labels is not None and len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+        raise GraphflowsError(
+            f"Expected labels from 0 to {num_classes - 1} of {what}; got {labels.min()} to {labels.max()}. The file is "
+            "another one, or damaged."
+        )
 
 
 def read_idx(path: Path) -> np.ndarray:

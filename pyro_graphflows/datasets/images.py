@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_graphflows.datasets.checksums import compare
 from pyro_graphflows.datasets.files import (
     MNIST_FILES,
+    check_images,
     find_files,
     idx_names,
     open_archive,
@@ -19,6 +20,7 @@ from pyro_graphflows.datasets.files import (
     read_array,
     read_cifar,
     read_idx,
+    read_mat,
 )
 from pyro_graphflows.errors import GraphflowsError
 
@@ -104,6 +106,8 @@ def mnist(folder: str | os.PathLike[str] | None = None, *, verify: bool = True) 
     for array, kind in zip(parts, kinds, strict=True):
         if verify:
             compare(array, f"MNIST {kind}")
+    for i in (0, 2):
+        check_images(f"MNIST {kinds[i]}", parts[i], (28, 28), parts[i + 1])
     images, labels, test, test_labels = map(torch.as_tensor, parts)
     return Images(
         "mnist", images[:50_000], images[50_000:], test, 256, labels[:50_000].long(), test_labels.long()
@@ -138,6 +142,7 @@ def binarized_mnist(folder: str | os.PathLike[str] | None = None, *, verify: boo
     for array, kind in zip(packed, ("training", "validation", "test"), strict=True):
         if verify:
             compare(array, f"binarised MNIST {kind} images")
+        check_images(f"binarised MNIST {kind} images, packed,", array, (98,))
         parts.append(torch.as_tensor(np.unpackbits(array, axis=1).reshape(-1, 28, 28)))
     none = torch.zeros(0, dtype=torch.long)
     counts = torch.tensor(MNIST_TEST_COUNTS)
@@ -161,18 +166,18 @@ def omniglot(folder: str | os.PathLike[str] | None = None, *, verify: bool = Tru
     found = find_files("Omniglot", folder, ["chardata.mat", "omniglot28.npz"], [])
     assert isinstance(found, Path)
     if found.suffix == ".mat":
-        from scipy.io import loadmat
-
-        content = loadmat(found)
-        keys = ("data", "testdata", "target", "testtarget")
-        missing = [key for key in keys if key not in content]
-        if missing:
-            raise GraphflowsError(f"Expected the arrays {keys} in {found}; it lacks {missing}.")
+        *columns, target, test_target = read_mat(found, ("data", "testdata", "target", "testtarget"))
+        for array in columns:
+            if array.shape[:1] != (784,) or array.ndim != 2 or not ((array >= 0) & (array <= 1)).all():
+                raise GraphflowsError(
+                    f"Expected images of 784 numbers from 0 to 1 as the columns of matrices in {found}; got the shape "
+                    f"{array.shape}, with numbers from {array.min():g} to {array.max():g}."
+                )
         images, test = (  # one image a column, itself column by column
-            np.rint(255 * content[key].T.reshape(-1, 28, 28).transpose(0, 2, 1)).astype(np.uint8)
-            for key in keys[:2]
+            np.rint(255 * array.T.reshape(-1, 28, 28).transpose(0, 2, 1)).astype(np.uint8)
+            for array in columns
         )
-        labels, test_labels = (content[key].argmax(0).astype(np.int64) for key in keys[2:])
+        labels, test_labels = (one_hot.argmax(0).astype(np.int64) for one_hot in (target, test_target))
     else:
         with open_archive(found) as arrays:
             pixels, split, alphabet = (
@@ -180,6 +185,7 @@ def omniglot(folder: str | os.PathLike[str] | None = None, *, verify: bool = Tru
             )
         if verify:
             compare(pixels, "Omniglot images (omniglot28.npz)")
+        check_images("Omniglot images", pixels, (28, 28), alphabet, 50)
         images, test = pixels[split == 0], pixels[split == 1]
         labels, test_labels = (alphabet[split == part].astype(np.int64) for part in (0, 1))
     order = np.random.default_rng(0).permutation(len(images))
@@ -220,6 +226,13 @@ def cifar10(folder: str | os.PathLike[str] | None = None, *, verify: bool = True
     if verify:
         compare(images[:4000], "first 4,000 CIFAR-10 training images")
         compare(test[:1000], "first 1,000 CIFAR-10 test images")
+        if not isinstance(found, Path) and (len(images), len(test)) != (50_000, 10_000):
+            raise GraphflowsError(
+                f"Expected 50,000 images for training and 10,000 for testing in {found[0].parent}; got {len(images):,} "
+                f"and {len(test):,}. A file is cut off: get it anew, or pass verify=False to take it as it is."
+            )
+    check_images("CIFAR-10 training images", images, (32, 32, 3), labels)
+    check_images("CIFAR-10 test images", test, (32, 32, 3), test_labels)
     split = len(images) - len(images) // 10
     return Images(
         "cifar10",
