@@ -54,3 +54,21 @@ def test_a_heavy_tail_does_not_make_the_start_wide(family, seed):
     _, scale = network.standardization("theta")
     assert (scale > 1.0).all()
     assert (scale < 10.0).all()
+
+
+def test_data_in_large_numbers_are_not_drawn_thousands_of_times(monkeypatch):
+    # with the default of 10,000 joint samples, 20,000 data would be 200 million numbers
+    drawn = []
+
+    def model(x, y=None):
+        slope = pyro.sample("slope", dist.Normal(torch.zeros(()), 1.0))
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
+            drawn.append(y.numel())
+
+    monkeypatch.setattr("pyro_graphflows.guides.joint_samples.MOST_NUMBERS", 300_000)
+    x = torch.randn(1000)
+    guide = auto_faithful_guide(model, x, torch.randn(1000))
+    assert max(drawn) <= 300_000
+    assert max(drawn) > 100_000  # and there still are samples to start from
+    assert guide(x, torch.randn(1000))["slope"].isfinite()

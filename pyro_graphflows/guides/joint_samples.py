@@ -20,6 +20,8 @@ from pyro_graphflows.inspect import TracedModel, get_argument, sample_prior
 __all__ = ["MOST_ROWS", "JointSamples", "at_one_depth", "side_by_side", "with_depth"]
 
 MOST_ROWS = 200_000  # in the block with the most elements, for a joint sample
+MOST_NUMBERS = 20_000_000  # in all joint samples together, as the data of one can be many
+FEWEST_DRAWS = 200  # even so
 
 
 class JointSamples:
@@ -54,6 +56,9 @@ class JointSamples:
         self.inputs = {name: reader.input_value(name, self.argument(name)) for name in traced.event_dims}
         self._kept: dict[str, Tensor] = {}
         self._num_kept = 0
+        nodes: Any = traced.trace.nodes
+        size = sum(site["value"].numel() for site in nodes.values() if torch.is_tensor(site.get("value")))
+        self._most_draws = max(FEWEST_DRAWS, MOST_NUMBERS // max(1, size))
 
     def argument(self, name: str) -> Tensor:
         """Return the value of an input as the model got it."""
@@ -72,13 +77,14 @@ class JointSamples:
         They are drawn if fewer are kept from before; the random state is then used and advanced.
 
         Args:
-            num_samples: How many.
+            num_samples: How many; fewer are drawn where so many would fill the memory, as data are drawn with them.
             keep: Whether they are kept for whoever asks next.
 
         Raises:
             UnsupportedModelError: If samples of the model would not be what the model's density says.
         """
         samples = self._kept
+        num_samples = min(num_samples, self._most_draws)
         if num_samples > self._num_kept:
             samples = sample_prior(
                 self.model, self.args, self.kwargs, num_samples=num_samples, traced=self.traced
