@@ -158,11 +158,28 @@ def main(args):
     if args.variant == "vae":
         rows = ["vae"]
     if not rows:
-        raise SystemExit(f"No row for variant {args.variant} with flow {args.flow}; there are {ROWS}.")
+        known = ", ".join(f"--variant {kind[0]} --flow {kind[1]}" for kind in ROWS.values() if kind)
+        raise SystemExit(
+            f"No row for --variant {args.variant} --flow {args.flow}; there are --variant vae, {known}."
+        )
+    if args.lr is None and not settings_of(args.train_multiple, args.patience):
+        patience = sorted({patience for _, patience in settings_of(args.train_multiple)})
+        raise SystemExit(
+            f"Rates are tried with --patience {' or '.join(map(str, patience))} (0 for the default); got "
+            f"{args.patience}. Give --lr as well."
+        )
     for row in rows:
         cell = cell_of(args.network, row, args.train_multiple)
         setting = None if args.lr is None else (args.lr, args.patience or 0)
         print(do_job(Job(cell, args.seeds, setting, patience=args.patience), args))
+
+
+def positive(text):
+    """Read a positive whole number."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number; got {number}")
+    return number
 
 
 def parser():
@@ -174,19 +191,23 @@ def parser():
     parse.add_argument("--variant", choices=["true", "FC", "ind", "vae"], default="true")
     parse.add_argument("--flow", choices=["faithful", "graphical"], default="faithful")
     parse.add_argument(
-        "--train-multiple", type=int, default=2, help="training points for each node of the network"
+        "--train-multiple", type=positive, default=2, help="training points for each node of the network"
     )
-    parse.add_argument("--seeds", type=int, default=1, help="number of seeds")
+    parse.add_argument("--seeds", type=positive, default=1, help="number of seeds")
     parse.add_argument("--lr", type=float, help="rate of Adam; chosen among three if not given")
     parse.add_argument("--patience", type=int, help="epochs without improvement before the rate falls")
     parse.add_argument("--data", help="a folder with NAME.json of other networks")
     parse.add_argument("--out", default="out", help="folder of siren_vae.md and siren_vae/")
     parse.add_argument(
-        "--max-seeds", type=int, default=5, help="at most so many seeds of each cell of the study"
+        "--max-seeds", type=positive, default=5, help="at most so many seeds of each cell of the study"
     )
-    parse.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="cells at a time")
-    parse.add_argument("--max-epochs", type=int, help="1,500 with few data and 300 with many if not given")
-    parse.add_argument("--num-particles", type=int, default=500, help="importance samples of each test point")
+    parse.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="cells at a time")
+    parse.add_argument(
+        "--max-epochs", type=positive, help="1,500 with few data and 300 with many if not given"
+    )
+    parse.add_argument(
+        "--num-particles", type=positive, default=500, help="importance samples of each test point"
+    )
     parse.add_argument("--progress", action="store_true", help="show a bar for each run")
     return parse
 

@@ -139,6 +139,10 @@ def main(args):
     graph = hypothesis()
     x = data(graph)
     test, pool = x[:500], x[500:]
+    if not 30 <= min(args.sizes) <= max(args.sizes) <= len(pool):
+        raise SystemExit(
+            f"Expected sizes from 30, of which 20 are for validation, to {len(pool)}; got {args.sizes}."
+        )
     print(
         f"{graph}; mean log p of 500 test rows (image, label, ink, lean) in nats, {args.num_particles} particles"
     )

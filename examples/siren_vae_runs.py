@@ -243,8 +243,10 @@ def fit_run(run, vae, x, validation, args):
 def train(run, folder, args):
     """Train one model; write its JSON without test figures, and its state beside it."""
     path, state = Path(folder) / f"{run.name}.json", Path(folder) / ".states" / f"{run.name}.pt"
-    if path.exists() and (state.exists() or json.loads(path.read_text())["test"]):
-        return json.loads(path.read_text())
+    found = json.loads(path.read_text()) if path.exists() else None
+    if found and (state.exists() or found["test"]):
+        require_same(found, path, args)
+        return found
     state.parent.mkdir(parents=True, exist_ok=True)
     network = network_of(run.network, args.data)
     num = run.multiple * len(network.names)
@@ -265,6 +267,7 @@ def train(run, folder, args):
         "validation_nll": nll if np.isfinite(nll) else None,
         "train_loss": float(np.mean(tail)) if tail else None,
         "epochs": len(history),
+        "max_epochs": args.max_epochs,
         "steps": history.num_steps,
         "cpu_seconds": round(seconds, 1),
         "stop_reason": history.stop_reason,
@@ -279,6 +282,17 @@ def train(run, folder, args):
     write_whole(state, lambda file: torch.save(vae.state_dict(), file))
     write_json(path, result)
     return result
+
+
+def require_same(found, path, args):
+    """Refuse to take the result of a trial run for that of a run of full length."""
+    particles = found["test"]["num_particles"] if found["test"] else args.num_particles
+    if found.get("max_epochs") != args.max_epochs or particles < args.num_particles:
+        epochs = found.get("max_epochs") or "the default"
+        raise SystemExit(
+            f"{path} is the result of at most {epochs} epochs and {particles} importance samples, not of what is asked "
+            "for now. Move it away, or name another folder with --out."
+        )
 
 
 def validation_nll(vae, x, num_particles):

@@ -9,7 +9,7 @@ import networkx as nx
 import pytest
 import torch
 
-from pyro_graphflows import VAE, ModelGraph, SIReNVAE, load_network
+from pyro_graphflows import VAE, GraphflowsError, ModelGraph, SIReNVAE, load_network
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -37,6 +37,30 @@ def test_command_line(tmp_path):
     assert result["epochs"] == 2
     assert result["num_train"] == 88
     assert result["test"]["true_nll"] == pytest.approx(load_network("magic-niab").entropy(), abs=0.3)
+    done = subprocess.run([*command, "--max-epochs", "3"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"{path} is the result of at most 2 epochs and 3 importance samples" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--variant", "ind"], "there are --variant vae, --variant ind --flow graphical, "),
+        (["--patience", "33"], r"Rates are tried with --patience 0 or 10 .* got 33\. Give --lr"),
+        (["--network", "magic"], "one of ecoli70, arth150"),
+    ],
+)
+def test_flags_that_do_not_go_together(study, tmp_path, flags, message):
+    siren_vae = study[0]
+    with pytest.raises((SystemExit, GraphflowsError), match=message):
+        siren_vae.main(siren_vae.parser().parse_args([*flags, "--max-epochs", "1", "--out", str(tmp_path)]))
+
+
+def test_numbers_of_flags_are_positive(study, capsys):
+    for flag in ("--seeds", "--train-multiple", "--max-epochs", "--num-particles", "--workers"):
+        with pytest.raises(SystemExit):
+            study[0].parser().parse_args([flag, "0"])
+        assert f"{flag}: expected a positive number; got 0" in capsys.readouterr().err
 
 
 def test_settings_are_chosen_once_and_runs_are_kept(study, tmp_path):
@@ -191,3 +215,15 @@ def test_digits(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "ModelGraph(4 latent, 4 observed, 9 edges)" in done.stdout
     assert (tmp_path / "moved.png").exists()
+
+
+@pytest.mark.parametrize("sizes", [["10"], ["100", "2000"]])
+def test_numbers_of_digits_there_are(tmp_path, sizes):
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        import siren_vae_digits
+    finally:
+        sys.path.remove(str(EXAMPLES))
+    args = siren_vae_digits.parser().parse_args(["--sizes", *sizes, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"Expected sizes from 30, .* to 1297"):
+        siren_vae_digits.main(args)
