@@ -159,6 +159,14 @@ def main(args):
         raise SystemExit(f"{type(error).__name__}: {error}") from error
 
 
+def positive(text):
+    """Read a positive whole number."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number; got {number}")
+    return number
+
+
 def parser():
     parse = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parse.add_argument("--data-set", choices=list(DEFAULTS), default="digits")
@@ -166,35 +174,39 @@ def parser():
     parse.add_argument("--structures", nargs="+", choices=STRUCTURES, default=["learned", "independent"])
     parse.add_argument("--seeds", nargs="+", type=int, default=[0])
     parse.add_argument(
-        "--epochs", type=int, help="by default as many as suit the data set; of all runs of a study"
+        "--epochs", type=positive, help="by default as many as suit the data set; of all runs of a study"
     )
-    parse.add_argument("--num-nodes", type=int)
-    parse.add_argument("--node-dim", type=int)
+    parse.add_argument("--num-nodes", type=positive)
+    parse.add_argument("--node-dim", type=positive)
     parse.add_argument("--decoder-input", choices=["all", "first"], default="all")
     parse.add_argument(
         "--gate-rate", type=float, default=1.0, help="learning rate of gates, times the others'"
     )
     parse.add_argument("--freeze-after", type=int, help="epochs after which gates are hard in training too")
-    parse.add_argument("--batch-size", type=int, default=64)
+    parse.add_argument("--batch-size", type=positive, default=64)
     parse.add_argument("--lr", type=float, default=1e-3)
     parse.add_argument("--decay", type=float, default=0.25, help="what the rate is multiplied by")
-    parse.add_argument("--decay-every", type=int, default=200, help="epochs")
-    parse.add_argument("--test-every", type=int, default=1, help="epochs between test bounds")
+    parse.add_argument("--decay-every", type=positive, default=200, help="epochs")
+    parse.add_argument("--test-every", type=positive, default=1, help="epochs between test bounds")
     parse.add_argument(
-        "--bound-samples", type=int, default=1, help="samples of the nodes for each test bound"
+        "--bound-samples", type=positive, default=1, help="samples of the nodes for each test bound"
     )
-    parse.add_argument("--final-bound-samples", type=int, help="the same for the final figures")
-    parse.add_argument("--ll-every", type=int, default=5, help="epochs between log-likelihoods of the curve")
-    parse.add_argument("--ll-images", type=int, default=200, help="test images of the curve's log-likelihood")
-    parse.add_argument("--ll-particles", type=int, default=500)
-    parse.add_argument("--final-images", type=int, default=1000)
-    parse.add_argument("--final-particles", type=int, default=5000)
+    parse.add_argument("--final-bound-samples", type=positive, help="the same for the final figures")
     parse.add_argument(
-        "--recalibrate", type=int, default=50_000, help="training images for the batch statistics"
+        "--ll-every", type=positive, default=5, help="epochs between log-likelihoods of the curve"
     )
-    parse.add_argument("--limit", type=int, help="use only the first images of each part")
+    parse.add_argument(
+        "--ll-images", type=positive, default=200, help="test images of the curve's log-likelihood"
+    )
+    parse.add_argument("--ll-particles", type=positive, default=500)
+    parse.add_argument("--final-images", type=positive, default=1000)
+    parse.add_argument("--final-particles", type=positive, default=5000)
+    parse.add_argument(
+        "--recalibrate", type=positive, default=50_000, help="training images for the batch statistics"
+    )
+    parse.add_argument("--limit", type=positive, help="use only the first images of each part")
     parse.add_argument("--device", default="cpu")
-    parse.add_argument("--threads", type=int, default=1)
+    parse.add_argument("--threads", type=positive, default=1)
     parse.add_argument("--out", default="out", help="folder of graph_vae/ and graph_vae.md")
     parse.add_argument("--work", default="out/graph_vae/work", help="folder of checkpoints and weights")
     parse.add_argument("--study", action="store_true", help="all runs of the page, restartable")

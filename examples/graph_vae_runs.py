@@ -32,6 +32,9 @@ DEFAULTS = {  # epochs, nodes, dimensions of a node, networks
     "cifar10": (20, 8, 16, {}),
 }
 
+#: Flags that a run has from its first epoch to its last figures.
+SAME = ("limit", "batch_size", "lr", "decay", "decay_every")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -235,6 +238,7 @@ def train(run, args, data=None):
 
     recorder = Recorder(run, vae, data, args, optimizer, path)
     record = recorder.record
+    require_same(record, path, args)
     weights = work / f"{run.name}-{args.epochs}.pt"
     final = record["finals"].get(str(args.epochs))
     if final and not weights.exists():
@@ -250,8 +254,7 @@ def train(run, args, data=None):
     record |= {
         "run": asdict(run),
         "parameters": sum(p.numel() for p in vae.parameters()),
-        "batch_size": args.batch_size,
-        "lr": args.lr,
+        **{key: getattr(args, key) for key in SAME},
         "machine": machine(device),
         "date": datetime.date.today().isoformat(),
     }
@@ -274,6 +277,11 @@ def train(run, args, data=None):
         raise SystemExit(
             f"{run.name}: {history.stop_reason} after {len(history)} epochs; run again to go on."
         )
+    if len(history) > args.epochs:
+        raise SystemExit(
+            f"{run.name}: the checkpoint in {work} is of {len(history)} epochs, more than the {args.epochs} asked for. "
+            "Ask for as many, or name other folders with --out and --work."
+        )
     final = {
         "best_epoch": history.best_epoch + 1,
         "validation_loss": min(history.validation_loss),
@@ -285,6 +293,20 @@ def train(run, args, data=None):
     torch.save(vae.state_dict(), weights)
     recorder.write()
     return vae, record
+
+
+def require_same(record, path, args):
+    """Refuse to take the figures of a run with other settings for those that are asked for."""
+    other = [
+        f"{key}={record[key]}, not {getattr(args, key)}"
+        for key in SAME
+        if record.get(key, getattr(args, key)) != getattr(args, key)
+    ]
+    if other:
+        raise SystemExit(
+            f"{path} is of a run with {'; '.join(other)}. Move it and its checkpoint away, or name other folders with "
+            "--out and --work."
+        )
 
 
 def load_weights(vae, path, device):

@@ -113,6 +113,31 @@ def test_what_is_there_is_not_done_again(scripts, tmp_path, capsys):
     assert "the weights are not" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--limit", "50"], r"digits-full-s0\.json is of a run with limit=60, not 50\. Move it"),
+        (["--lr", "0.01", "--decay-every", "7"], "lr=0.001, not 0.01; decay_every=200, not 7"),
+        (["--epochs", "1"], "is of 2 epochs, more than the 1 asked for"),
+    ],
+)
+def test_figures_of_other_settings_are_not_taken(scripts, tmp_path, flags, message):
+    graph_vae = scripts[0]
+    common = ["--structures", "full", "--epochs", "2"]
+    graph_vae.main(arguments(graph_vae, tmp_path, *common))
+    first = (tmp_path / "graph_vae" / "digits-full-s0.json").read_text()
+    with pytest.raises(SystemExit, match=message):
+        graph_vae.main(arguments(graph_vae, tmp_path, *common, *flags))
+    assert (tmp_path / "graph_vae" / "digits-full-s0.json").read_text() == first
+
+
+def test_numbers_of_flags_are_positive(scripts, capsys):
+    for flag in ("--epochs", "--num-nodes", "--limit", "--batch-size", "--threads"):
+        with pytest.raises(SystemExit):
+            scripts[0].parser().parse_args([flag, "0"])
+        assert f"{flag}: expected a positive number; got 0" in capsys.readouterr().err
+
+
 def test_weights_of_another_architecture(scripts, tmp_path):
     graph_vae = scripts[0]
     flags = ["--structures", "full", "--epochs", "1"]
