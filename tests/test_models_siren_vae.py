@@ -253,6 +253,34 @@ def test_decoder_sees_parents_only():
             assert bool((by_features[rows][:, part] != 0).all()) == (known in allowed[1])
 
 
+def test_fit_keeps_units_that_parameters_were_made_for():
+    network = LinearGaussianNetwork.random(CHAIN, 0)
+    x = 5 + 3 * torch.tensor(network.sample(30, 1, ["x"]))
+    exact = torch.tensor(network.log_evidence(x.numpy()))
+    for standardize_first in (False, True):
+        vae = SIReNVAE(CHAIN)
+        if standardize_first:
+            vae.standardize_(x)
+        vae.put_linear_gaussian_(network)
+        vae.fit(x, num_epochs=0, progress=False)
+        torch.testing.assert_close(vae.elbo(x), exact, rtol=1e-8, atol=1e-8)
+    again = SIReNVAE(CHAIN)
+    again.load_state_dict(vae.state_dict())
+    again.fit(10 * x, num_epochs=0, progress=False)  # other data
+    torch.testing.assert_close(again.elbo(x), exact, rtol=1e-8, atol=1e-8)
+    again.fit(10 * x, num_epochs=0, standardize=True, progress=False)
+    torch.testing.assert_close(again.observation.loc, 10 * x.mean(0))
+    fresh = VAE(CHAIN)
+    fresh.fit(x, num_epochs=0, progress=False)
+    torch.testing.assert_close(fresh.observation.scale, x.std(0))
+
+
+def test_objective_is_that_of_one_model():
+    first, second, x = SIReNVAE(CHAIN), SIReNVAE(CHAIN), torch.randn(10, 1)
+    with pytest.raises(GraphflowsError, match="objective was made for; got those of another one"):
+        first.fit(x, loss=second.objective(), num_epochs=1, progress=False)
+
+
 def test_likelihoods_are_those_of_the_distributions():
     graph = ModelGraph([("a", n) for n in "uvwx"], list("uvwx"), event_sizes={"a": 2, "u": 2, "v": 3, "w": 2})
     likelihood = {"u": "bernoulli", "v": "normal", "w": ("categorical", 4), "x": "normal"}

@@ -120,7 +120,7 @@ class LatentModel(LatentPrograms):
         x: Tensor,
         inputs: Tensor | None = None,
         *,
-        standardize: bool = True,
+        standardize: bool | None = None,
         loss: Any = None,
         **options: Any,
     ) -> History:
@@ -129,14 +129,15 @@ class LatentModel(LatentPrograms):
         Args:
             x: Data (n, columns).
             inputs: The inputs.
-            standardize: Whether to call :meth:`standardize_` first.
+            standardize: Whether to call :meth:`standardize_` first; by default where the model has no units yet. In
+                other units parameters that were trained, or set to a known network, mean something else.
             loss: Another loss than ``self.objective()``.
             options: Further arguments of :func:`pyro_graphflows.fit`, as ``num_epochs`` or ``optimizer``.
 
         Returns:
             The history.
         """
-        if standardize:
+        if not self.observation.has_units if standardize is None else standardize:
             self.standardize_(x, inputs)
         data = x if inputs is None else (x, inputs)
         return fit(self.model, self.guide, data, loss=loss or self.objective(), **options)

@@ -118,6 +118,7 @@ def put_linear_gaussian_(vae: "SIReNVAE", network: LinearGaussianNetwork) -> Non
         bias[row_scale] = bound * math.atanh(log_scale / bound)
     _set(skip, matrix)
     skip.bias.copy_(bias)
+    observation.units_are_kept = True
 
 
 def _set(layer: Any, matrix: Tensor) -> None:

@@ -45,6 +45,7 @@ class Observation(nn.Module):
         parameter_nodes: The node that each parameter belongs to.
         loc: The location of each column, zero where it is not a normal number.
         scale: The scale of each column.
+        units_are_kept: Whether the parameters were set for the present units.
 
     Raises:
         GraphflowsError: If a likelihood is not known.
@@ -101,6 +102,7 @@ class Observation(nn.Module):
         self.register_buffer(
             "_bernoulli", torch.tensor(self._of(bernoulli), dtype=torch.long), persistent=False
         )
+        self.units_are_kept = False
         self.register_buffer("loc", torch.zeros(self.num_columns))
         self.register_buffer("scale", torch.ones(self.num_columns))
 
@@ -119,6 +121,11 @@ class Observation(nn.Module):
     def log_scales(self, node: Node) -> list[int]:
         """Return the numbers of the parameters that are log-scales of a node; none if it is not normal."""
         return self._own[node][self.sizes[node] :] if self.kinds[node][0] == "normal" else []
+
+    @property
+    def has_units(self) -> bool:
+        """Whether data were standardised by moments, here or in a loaded state, or the units they have are to stay."""
+        return self.units_are_kept or bool(self.loc.any()) or bool((self.scale != 1).any())
 
     @torch.no_grad()
     def standardize_(self, x: Tensor) -> None:

@@ -50,7 +50,17 @@ class VAEObjective:
         self.kl_weight = kl_weight
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Tensor, **kwargs: Any) -> Tensor:
-        """Return the loss, summed over the data, with its graph. The programs are those of the VAE itself."""
+        """Return the loss, summed over the data, with its graph. The programs are those of the VAE itself.
+
+        Raises:
+            GraphflowsError: If they are those of another module.
+        """
+        other = getattr(model, "__self__", self.vae)  # what watches a program hides the module
+        if other is not self.vae:
+            raise GraphflowsError(
+                "Expected the model and guide of the VAE that this objective was made for; got those of another one, "
+                "which would not be trained."
+            )
         log_weights = self.vae.log_weights(
             *args, num_particles=self.num_particles, kl_weight=self.kl_weight, **kwargs
         )
