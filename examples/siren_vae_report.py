@@ -1,5 +1,9 @@
-"""The pages of the SIReN-VAE study, written from the JSON files that are there."""
+"""The pages of the SIReN-VAE study, written from the JSON files that are there.
 
+python examples/siren_vae_report.py --out docs/results
+"""
+
+import argparse
 import json
 from pathlib import Path
 
@@ -177,3 +181,9 @@ def render_robustness(results, out):
 def text(paragraphs):
     """Return paragraphs, each as one line."""
     return "\n\n".join(" ".join(part.split()) for part in paragraphs.strip().split("\n\n"))
+
+
+if __name__ == "__main__":
+    parse = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parse.add_argument("--out", default="docs/results", help="folder of siren_vae.md and siren_vae/")
+    print(render(parse.parse_args().out))

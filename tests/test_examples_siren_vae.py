@@ -37,6 +37,10 @@ def test_command_line(tmp_path):
     assert result["epochs"] == 2
     assert result["num_train"] == 88
     assert result["test"]["true_nll"] == pytest.approx(load_network("magic-niab").entropy(), abs=0.3)
+    report = [sys.executable, str(EXAMPLES / "siren_vae_report.py"), "--out", str(tmp_path)]
+    done = subprocess.run(report, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "siren_vae.md").read_text().startswith("# SIReN-VAE on Bayesian networks")
     done = subprocess.run([*command, "--max-epochs", "3"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert f"{path} is the result of at most 2 epochs and 3 importance samples" in done.stderr
