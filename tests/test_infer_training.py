@@ -657,14 +657,15 @@ class TestNotFinite:
         def blind(x=None):
             guide(torch.nan_to_num(x))
 
-        expected = "first the value of site 'x' in the model (1 of 50 elements)"
+        expected = "first the value of site 'x' in the model (1 of 50 elements; 1 of the data)"
         history, _, _ = self.run(lenient_model, blind, x, expected)
         assert len(history) == 0
 
     def test_before_the_first_step_it_is_an_error(self, x):
         x[:] = math.nan
         with pytest.raises(
-            GraphflowsError, match=r"before the first step, .* 'z' in the guide .* is not finite"
+            GraphflowsError,
+            match=r"before the first step, .* 'z' in the guide .*; 100 of the data\) is not finite",
         ):
             quiet_fit(normal_model, LinearGuide(), x, num_epochs=1)
         guide = LinearGuide()

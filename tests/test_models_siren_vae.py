@@ -392,6 +392,20 @@ def test_learns_a_small_network():
     assert vae.sample(3).shape == (3, 5)
 
 
+def test_fit_looks_at_all_data_first():
+    x = torch.randn(50, 1)
+    x[30] = math.nan
+    for vae in (SIReNVAE(CHAIN), VAE(CHAIN)):
+        vae.standardize_(x[:30])
+        with pytest.raises(
+            GraphflowsError, match=r"Expected finite data; the columns of x are not\. Missing values"
+        ):
+            vae.fit(x, num_epochs=1, batch_size=10, progress=False)
+        for use in (vae.elbo, vae.log_evidence, vae.reconstruct):
+            with pytest.raises(GraphflowsError, match="Expected finite data"):
+                use(x)
+
+
 def test_training_stops_with_the_last_good_state():
     vae = SIReNVAE(CHAIN)
     x = torch.randn(50, 1)
@@ -559,7 +573,7 @@ def test_messages():
         (torch.tensor([[0.0, 0.5]]), "whose likelihood is categorical; got 0.5"),
         (torch.tensor([[-1.0, 0.0]]), r"Expected zeros and ones in the columns of x \(0 to 0\), .* got -1"),
         (torch.tensor([[0.5, 0.0]]), "whose likelihood is bernoulli; got 0.5"),
-        (torch.tensor([[torch.nan, 0.0]]), "whose likelihood is bernoulli; got nan"),
+        (torch.tensor([[torch.nan, 0.0]]), "Expected finite data; the columns of x are not"),
     ],
 )
 def test_data_that_are_none_of_the_model(x, match):

@@ -223,9 +223,14 @@ class Trainer:
         now = random_state()
         set_random_state(state)
         try:
-            return self.objective.first_not_finite(batch.args, self._kwargs(batch))
+            guilty = self.objective.first_not_finite(batch.args, self._kwargs(batch))
         finally:
             set_random_state(now)
+        given = (value for value in (*batch.args, *batch.kwargs.values()) if isinstance(value, torch.Tensor))
+        bad = sum(int((~value.isfinite()).sum()) for value in given)
+        if guilty and bad:
+            guilty = f"{guilty.removesuffix(')')}; {bad} of the data)"
+        return guilty
 
 
 def make_optimizer(optimizer: Any, parameters: ParameterSet) -> torch.optim.Optimizer:

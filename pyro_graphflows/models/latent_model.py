@@ -136,7 +136,11 @@ class LatentModel(LatentPrograms):
 
         Returns:
             The history.
+
+        Raises:
+            GraphflowsError: If the data are not those of the model, as :meth:`known` says, or of :func:`fit`.
         """
+        self.known(x, inputs)  # all rows, before any is trained on
         if not self.observation.has_units if standardize is None else standardize:
             self.standardize_(x, inputs)
         data = x if inputs is None else (x, inputs)

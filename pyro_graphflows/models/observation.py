@@ -140,9 +140,6 @@ class Observation(nn.Module):
         rows = self.check(x).reshape(-1, self.num_columns)
         if len(rows) < 2:
             raise GraphflowsError(f"Expected at least two rows of data; got {len(rows)}.")
-        if not bool(rows.isfinite().all()):
-            bad = [str(n) for n, part in self.columns.items() if not bool(rows[:, part].isfinite().all())]
-            raise GraphflowsError(f"Expected finite data; the columns of {', '.join(bad)} are not.")
         loc, scale = moments(rows)
         number = torch.tensor(self._is_number, device=rows.device)
         self.loc.copy_(torch.where(number, loc, torch.zeros_like(loc)))
@@ -152,8 +149,8 @@ class Observation(nn.Module):
         """Return the data.
 
         Raises:
-            GraphflowsError: If the number of columns or the type of the numbers is wrong, or a value is none of its
-                likelihood's.
+            GraphflowsError: If the number of columns or the type of the numbers is wrong, or a value is not finite or
+                none of its likelihood's.
         """
         if not isinstance(x, Tensor) or x.shape[-1:] != (self.num_columns,):
             names = ", ".join(
@@ -167,6 +164,12 @@ class Observation(nn.Module):
             raise GraphflowsError(
                 f"Expected data of the model's dtype {self.loc.dtype}; got {x.dtype}. Convert the one or the other: "
                 "x.to(dtype) or model.to(dtype)."
+            )
+        if not bool(x.isfinite().all()):
+            bad = [str(n) for n, part in self.columns.items() if not bool(x[..., part].isfinite().all())]
+            raise GraphflowsError(
+                f"Expected finite data; the columns of {', '.join(bad)} are not. Missing values are not handled: leave "
+                "such rows out, or fill them in."
             )
         if not self._all_normal:
             self._check_values(x.detach())
