@@ -101,6 +101,11 @@ def draw(network, num, *seed):
     return torch.tensor(network.sample(num, np.random.default_rng(seed), network.observed)).float()
 
 
+def in_order_of(vae, x, network):
+    """Return data, drawn in the network's order of nodes, in that of the model's graph, which other arcs may change."""
+    return x[:, [network.observed.index(node) for node in vae.graph.observed]]
+
+
 def perturbed(graph, how, percent, seed):
     """Return a graph in which a share of the arcs was added, removed or reversed at random.
 
@@ -253,6 +258,7 @@ def train(run, folder, args):
     x = draw(network, num, run.seed, 0)
     validation = draw(network, NUM_VALIDATION, 0, 1)
     vae = make_model(run, network.graph())
+    x, validation = (in_order_of(vae, part, network) for part in (x, validation))
     vae.standardize_(x)
     free = free_parameters(vae, x)
     start = time.process_time()
@@ -326,6 +332,7 @@ def test_figures(run, state, args):
     vae.load_state_dict(torch.load(state, weights_only=True))
     x = draw(network, NUM_TEST, 0, 2)
     exact = -torch.tensor(network.log_evidence(x.double().numpy()))
+    x = in_order_of(vae, x, network)
     torch.manual_seed(2)
     # The first 100 points always get all samples, the others on few data a fifth, as the excess is large there.
     rest = args.num_particles if run.multiple >= FEW else max(1, args.num_particles // 5)

@@ -177,6 +177,25 @@ def test_perturbed_graphs(study):
     assert ModelGraph(graph.to_networkx(), graph.observed) == graph
 
 
+@pytest.mark.parametrize("how", ["reverse-50", "add-50", "remove-50"])
+def test_columns_of_data_are_those_of_the_nodes(study, tmp_path, how):
+    """Reversed arcs change the order of the graph's observed nodes, and so that of the columns of data."""
+    runs = study[1]
+    torch.set_default_dtype(torch.float32)
+    args = study[0].parser().parse_args(["--max-epochs", "1"])
+    run = runs.Run("ecoli70", "faithful", 2, 0, 1e-2, perturbation=how)
+    runs.train(run, tmp_path, args)
+    state = torch.load(tmp_path / ".states" / f"{run.name}.pt", weights_only=True)
+    network = load_network("ecoli70")
+    graph = runs.make_model(run, network.graph()).graph
+    assert (graph.observed != network.graph().observed) == how.startswith("reverse")
+    x = runs.draw(network, 92, 0, 0)
+    means = {node: float(x[:, i].mean()) for i, node in enumerate(network.observed)}
+    torch.testing.assert_close(
+        state["observation.loc"], torch.tensor([means[node] for node in graph.observed])
+    )
+
+
 def test_free_parameters(study):
     runs = study[1]
     graph = ModelGraph([("a", "x"), ("b", "y")], ["x", "y"])
