@@ -118,3 +118,20 @@ def test_bad_inverse_is_named(parents, kwargs, message):
     graph = ModelGraph([("a", "x"), ("b", "x")], observed=["x"])
     with pytest.raises(GraphflowsError, match=message):
         InverseGraph(graph, parents, **kwargs)
+
+
+class Backwards(set):
+    """A set that happens to be walked in the other order, as sets of strings are in another run of Python."""
+
+    def __iter__(self):
+        return iter(sorted(super().__iter__(), reverse=True))
+
+
+def test_sets_are_sorted():
+    """Columns of data follow the graph's order, so it must not be another one in each run."""
+    edges = [("a", "x"), ("a", "y"), ("b", "y"), ("b", "z"), ("c", "x"), ("a", "c")]
+    expected = ModelGraph(sorted(edges), list("uxyz"), inputs=["v", "w"])
+    for kind in (set, frozenset, Backwards):
+        graph = ModelGraph(kind(edges), kind("xyzu"), inputs=kind("vw"))
+        assert (graph.nodes, graph.edges) == (expected.nodes, expected.edges)
+    assert ModelGraph([], dict.fromkeys("yx").keys()).nodes == ("y", "x")  # these have an order

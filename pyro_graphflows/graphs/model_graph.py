@@ -14,7 +14,7 @@ scalars of one copy). As an example, the regression ``w ~ N(0, 1)``, ``y_n ~ N(w
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import networkx as nx
 
@@ -23,6 +23,7 @@ from pyro_graphflows.errors import GraphflowsError, NotADAGError
 __all__ = ["ModelGraph", "Node"]
 
 Node: TypeAlias = Any  # any hashable; sites of Pyro models are strings
+_Item = TypeVar("_Item")
 
 ROLES = ("latent", "observed", "input", "marginalised")
 
@@ -36,7 +37,12 @@ def _as_names(names: Iterable[Node] | str, what: str) -> tuple[Node, ...]:
         raise GraphflowsError(
             f"Expected a collection of node names for {what}; got the string {names!r}. Use [{names!r}]."
         )
-    return tuple(dict.fromkeys(names))
+    return tuple(dict.fromkeys(_in_fixed_order(names)))
+
+
+def _in_fixed_order(items: Iterable[_Item]) -> Iterable[_Item]:
+    """Return what is in a set sorted by its text: Python's own order changes from one run to the next."""
+    return sorted(items, key=str) if isinstance(items, set | frozenset) else items
 
 
 def topological_order(graph: nx.DiGraph) -> tuple[Node, ...]:
@@ -69,7 +75,7 @@ class ModelGraph:
 
     Args:
         graph: A directed graph, or an iterable of edges (parent, child). Nodes without an edge may be given
-            in a digraph, or by naming them in any of the other arguments.
+            in a digraph, or by naming them in any of the other arguments. Edges and names in sets are sorted.
         observed: The names of the observed nodes.
         inputs: The names of the covariates: roots without a density that are always known.
         marginalised: The names of the unobserved nodes that are summed or integrated out.
@@ -125,7 +131,7 @@ class ModelGraph:
                     f"The nodes are {listed(dag)}."
                 )
         else:
-            dag.add_edges_from((parent, child) for parent, child in graph)
+            dag.add_edges_from((parent, child) for parent, child in _in_fixed_order(graph))
             for names in (*named.values(), event_sizes, plate_names):
                 dag.add_nodes_from(names)
 
