@@ -20,9 +20,11 @@ from pyro_graphflows import (
     ModelGraph,
     UnsupportedModelError,
     faithful_inverse,
+    fully_connected_inverse,
     is_imap,
     load_network,
     log_evidence,
+    mean_field_inverse,
 )
 from pyro_graphflows.models import VAE, SIReNVAE, variant_graph
 
@@ -456,6 +458,51 @@ def test_copies_and_saved_states(maker, tmp_path):
             parameter.zero_()
     torch.manual_seed(3)
     torch.testing.assert_close(vae.elbo(x), found[0])
+
+
+@pytest.mark.parametrize("maker", [SIReNVAE, VAE])
+def test_states_of_other_layouts(maker, tmp_path):
+    """The same graph made in another order is equal, but its columns and latent nodes have other places."""
+    graph = ModelGraph([("a", "b"), ("b", "x"), ("a", "y")], ["x", "y"])
+    other = ModelGraph([("a", "y"), ("a", "b"), ("b", "x")], ["y", "x"])
+    assert graph == other
+    assert graph.observed != other.observed
+    vae = maker(graph)
+    torch.save(vae.state_dict(), tmp_path / "vae.pt")
+    state = torch.load(tmp_path / "vae.pt", weights_only=True)
+    maker(graph).load_state_dict(state)
+    for outer in (lambda module: module, lambda module: nn.ModuleList([module])):
+        with pytest.raises(RuntimeError, match="same nodes in the same order; it has x for y"):
+            outer(maker(other)).load_state_dict(outer(vae).state_dict())
+    maker(other).load_state_dict(dict(state))  # says nothing about nodes
+    if maker is SIReNVAE:
+        again = SIReNVAE(graph, inverse=fully_connected_inverse(graph))
+        with pytest.raises(
+            RuntimeError, match="the same arcs of the inverse in the same order; it has a -> b for x -> a"
+        ):
+            SIReNVAE(graph, inverse=mean_field_inverse(graph)).load_state_dict(
+                again.state_dict(), strict=False
+            )
+
+
+def test_values_by_name():
+    graph = ModelGraph(
+        [("a", "y"), ("a", "x"), ("a", "image")], ["x", "y", "image"], event_sizes={"image": 4}
+    )
+    vae = VAE(graph, likelihood={"x": "normal", "y": "bernoulli", "image": "normal"})
+    values = {"x": torch.randn(5), "image": torch.randn(5, 4), "y": torch.randint(2, (5, 1))}
+    x = vae.join(values)
+    assert graph.observed == ("y", "x", "image")
+    assert x.dtype == torch.float64
+    for node, part in vae.observation.columns.items():
+        torch.testing.assert_close(x[:, part], values[node].reshape(5, -1).double())
+    assert vae.elbo(x).shape == (5,)
+    with pytest.raises(GraphflowsError, match="missing or unknown: w, y"):
+        vae.join({"x": values["x"], "image": values["image"], "w": values["y"]})
+    with pytest.raises(GraphflowsError, match=r"same n; got image: \(4, 5\)"):
+        vae.join(values | {"image": torch.zeros(4, 5)})
+    with pytest.raises(GraphflowsError, match=r"same n; got y: \(3,\)"):
+        vae.join(values | {"y": torch.zeros(3)})
 
 
 def test_plain_vae_is_exact_for_a_factor_model():

@@ -27,8 +27,9 @@ _PARTICLES_TIMES_DATA = 2**13
 class LatentModel(LatentPrograms):
     r"""A model of data with latent variables, beside an amortised posterior. Base class.
 
-    ``x`` always holds the columns of all observed nodes in graph order, ``inputs`` those of all inputs (covariates), if
-    there are any.
+    ``x`` always holds the columns of all observed nodes in graph order (``graph.observed``, which need not be the order
+    in which they were given; :meth:`join` puts values by name in place), ``inputs`` those of all inputs (covariates),
+    if there are any.
 
     Args:
         graph: The model graph. Its plates, if any, must be the same for all nodes.

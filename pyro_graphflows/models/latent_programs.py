@@ -278,6 +278,72 @@ class LatentPrograms(PyroModule):
         """Make the parameters known to Pyro; a copy of a module takes another name there, or the first were trained."""
         pyro.module(free_name(self._store_name, *next(self.named_parameters())), self)
 
+    # ------------------------------------------------------------------------------------------- states and columns
+
+    def _layout(self) -> dict[str, list[str]]:
+        """Return what the rows and columns of parameters belong to, in words."""
+        return {
+            "nodes": [str(node) for node in (*self.graph.observed, *self.graph.inputs, *self.graph.latent)]
+        }
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the state, as of any module; its metadata say which nodes the parameters belong to."""
+        state = super().state_dict(*args, **kwargs)
+        state._metadata[kwargs.get("prefix", "")[:-1]]["layout"] = self._layout()
+        return state
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        layout = local_metadata.get("layout", {})  # states without one are taken as they are
+        for what, own in self._layout().items():
+            given = layout.get(what, own)
+            if given != own:
+                pairs = itertools.zip_longest(own, given, fillvalue="none")
+                mine, other = next(pair for pair in pairs if pair[0] != pair[1])
+                args[-1].append(
+                    f"Expected a state of a model with the same {what} in the same order; it has {other} for {mine}. "
+                    "Make the graph from nodes and edges in the order it was made from."
+                )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def join(self, values: Mapping[Node, Tensor]) -> Tensor:
+        """Return values of the observed nodes side by side, in the order of the columns of ``x``.
+
+        Args:
+            values: One tensor for each observed node, of shape (n,) or (n, event size).
+
+        Returns:
+            Shape (n, columns), in the dtype of the model.
+
+        Raises:
+            GraphflowsError: If a node is missing or unknown, or a shape is another.
+
+        Example:
+            >>> from pyro_graphflows import VAE
+            >>> vae = VAE(ModelGraph([("a", "y"), ("a", "x")], observed=["x", "y"]))
+            >>> vae.graph.observed, vae.join({"x": torch.zeros(3), "y": torch.ones(3)})[0].tolist()
+            (('y', 'x'), [1.0, 0.0])
+        """
+        wrong = set(values) ^ set(self.graph.observed)
+        if wrong:
+            raise GraphflowsError(
+                f"Expected values of each observed node; missing or unknown: {listed(wrong)}."
+            )
+        parts = {n: torch.as_tensor(v, device=self.observation.loc.device) for n, v in values.items()}
+        parts = {n: v.unsqueeze(-1) if v.dim() == 1 else v for n, v in parts.items()}
+        number = max(len(v) if v.dim() else 0 for v in parts.values())
+        other = [
+            f"{n}: {tuple(values[n].shape)}"
+            for n, v in parts.items()
+            if v.shape != (number, self.graph.event_sizes[n])
+        ]
+        if other:
+            raise GraphflowsError(
+                f"Expected values of shape (n, event size), or (n,), with the same n; got {', '.join(sorted(other))}."
+            )
+        return torch.cat([parts[n].to(self.observation.loc.dtype) for n in self.graph.observed], -1)
+
     def split(self, z: Tensor) -> dict[Node, Tensor]:
         r"""Return the part of each latent node of a latent vector, each of shape (\*batch, event size)."""
         return {node: z[..., part] for node, part in self.latents.items()}

@@ -156,6 +156,14 @@ class SIReNVAE(LatentModel):
         """
         return cls(variant_graph(graph, variant), **options)
 
+    def _layout(self) -> dict[str, list[str]]:
+        inverse = [f"{p} -> {node}" for node in self.graph.latent for p in self.inverse.parents[node]]
+        return {
+            **super()._layout(),
+            "arcs": sorted(f"{p} -> {c}" for p, c in self.graph.edges),
+            "arcs of the inverse": sorted(inverse),
+        }
+
     def put_linear_gaussian_(self, network: LinearGaussianNetwork) -> None:
         """Become a linear-Gaussian network with its exact posterior; see :func:`put_linear_gaussian_`.
 
