@@ -655,6 +655,22 @@ def test_copies_and_files():
         assert torch.equal(other.gate_probabilities, vae.gate_probabilities)
 
 
+def test_states_of_other_structures():
+    """As many parents everywhere, but not the same ones: all shapes agree, and every result would be wrong."""
+    given = GraphVAE((6,), None, 2, nx.DiGraph([("a", "b"), ("a", "c"), ("c", "d")]), **SMALL)
+    other = GraphVAE((6,), None, 2, nx.DiGraph([("a", "b"), ("b", "c"), ("a", "d")]), **SMALL)
+    file = io.BytesIO()
+    torch.save(given.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in other.state_dict().items()}
+    with pytest.raises(
+        RuntimeError, match="the same possible arcs in the same order; it has c -> d for a -> d"
+    ):
+        other.load_state_dict(state)
+    GraphVAE((6,), None, 2, nx.DiGraph([("a", "b"), ("a", "c"), ("c", "d")]), **SMALL).load_state_dict(state)
+
+
 def test_fit_resumes_with_the_temperature(tmp_path):
     x = torch.randint(2, (30, 6)).to(torch.get_default_dtype())
 

@@ -47,6 +47,7 @@ from pyro_graphflows.models.graph_vae_likelihood import Likelihood, check_values
 from pyro_graphflows.models.graph_vae_networks import BottomUp, fuse, on_rows
 from pyro_graphflows.models.graph_vae_structure import DATA, PLATE
 from pyro_graphflows.models.parameter_store import announce, free_name
+from pyro_graphflows.models.state_layout import WithLayout
 
 __all__ = ["Draw", "GraphPrograms"]
 
@@ -54,7 +55,7 @@ __all__ = ["Draw", "GraphPrograms"]
 Draw = Callable[[str, TorchDistribution], Tensor]
 
 
-class GraphPrograms(PyroModule):
+class GraphPrograms(WithLayout, PyroModule):
     """The two Pyro programs over a graph of latent nodes. Base class; a subclass sets the attributes.
 
     Attributes:
@@ -144,6 +145,12 @@ class GraphPrograms(PyroModule):
         with pyro.plate(PLATE, len(data), dim=-1):
             values = self._infer(data, gates, pyro.sample)
         return {self.names[i]: value for i, value in values.items()}
+
+    def _layout(self) -> dict[str, list[str]]:
+        arcs = [
+            f"{self.names[j]} -> {self.names[i]}" for i, parents in self._parents.items() for j in parents
+        ]
+        return {"nodes": list(self.names), "possible arcs": arcs}
 
     def _generate(self, num_data: int, gates: GateValues, draw: Draw) -> dict[int, Tensor]:
         values: dict[int, Tensor] = {}

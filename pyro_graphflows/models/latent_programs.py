@@ -19,6 +19,7 @@ from pyro_graphflows.graphs.model_graph import ModelGraph, Node, listed
 from pyro_graphflows.infer.particles import evaluation_mode
 from pyro_graphflows.models.observation import Likelihood, Observation
 from pyro_graphflows.models.parameter_store import free_name
+from pyro_graphflows.models.state_layout import WithLayout
 
 __all__ = ["LatentPrograms"]
 
@@ -27,7 +28,7 @@ PLATE = "data"
 _NUMBER = itertools.count()
 
 
-class LatentPrograms(PyroModule):
+class LatentPrograms(WithLayout, PyroModule):
     """The Pyro programs of a :class:`~pyro_graphflows.models.LatentModel`, which has its arguments. Base class.
 
     Raises:
@@ -285,27 +286,6 @@ class LatentPrograms(PyroModule):
         return {
             "nodes": [str(node) for node in (*self.graph.observed, *self.graph.inputs, *self.graph.latent)]
         }
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the state, as of any module; its metadata say which nodes the parameters belong to."""
-        state = super().state_dict(*args, **kwargs)
-        state._metadata[kwargs.get("prefix", "")[:-1]]["layout"] = self._layout()
-        return state
-
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *args: Any
-    ) -> None:
-        layout = local_metadata.get("layout", {})  # states without one are taken as they are
-        for what, own in self._layout().items():
-            given = layout.get(what, own)
-            if given != own:
-                pairs = itertools.zip_longest(own, given, fillvalue="none")
-                mine, other = next(pair for pair in pairs if pair[0] != pair[1])
-                args[-1].append(
-                    f"Expected a state of a model with the same {what} in the same order; it has {other} for {mine}. "
-                    "Make the graph from nodes and edges in the order it was made from."
-                )
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def join(self, values: Mapping[Node, Tensor]) -> Tensor:
         """Return values of the observed nodes side by side, in the order of the columns of ``x``.
