@@ -40,6 +40,8 @@ from siren_vae_runs import (
     train,
 )
 
+from pyro_graphflows import GraphflowsError
+
 NETWORKS = ("ecoli70", "magic-irri", "arth150", "magic-niab")
 FIGURE_MULTIPLES = (5, 10, 25, 50)
 
@@ -213,4 +215,7 @@ def parser():
 
 
 if __name__ == "__main__":
-    main(parser().parse_args())
+    try:
+        main(parser().parse_args())
+    except GraphflowsError as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from whole_files import write_whole
 
-from pyro_graphflows import VAE, LinearGaussianNetwork, ModelGraph, SIReNVAE, load_network
+from pyro_graphflows import VAE, GraphflowsError, LinearGaussianNetwork, ModelGraph, SIReNVAE, load_network
 
 FEW = 10  # below so many points for each node data are few: an epoch is one to three steps
 DEFAULT_PATIENCE = {True: 60, False: 10}
@@ -294,9 +294,9 @@ def require_same(found, path, args):
     """Refuse to take the result of a trial run for that of a run of full length."""
     particles = found["test"]["num_particles"] if found["test"] else args.num_particles
     if found.get("max_epochs") != args.max_epochs or particles < args.num_particles:
-        epochs = found.get("max_epochs") or "the default"
-        raise SystemExit(
-            f"{path} is the result of at most {epochs} epochs and {particles} importance samples, not of what is asked "
+        epochs = f"at most {found['max_epochs']}" if found.get("max_epochs") else "the usual number of"
+        raise GraphflowsError(  # no SystemExit: a pool of workers would wait for ever
+            f"{path} is the result of {epochs} epochs and {particles} importance samples, not of what is asked "
             "for now. Move it away, or name another folder with --out."
         )
 
