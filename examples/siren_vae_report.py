@@ -91,9 +91,9 @@ Excess NLL in nats over the true network on 1,000 test points, mean ± standard 
 bars in the figure are standard errors.
 
 **What comes out.** Superfluous arcs cost little: the model learns not to use them. Missing and reversed arcs cost
-much, since the model then asserts independences that the data do not have, removed ones more than reversed ones; in
-the mean a quarter of the arcs removed or reversed is already worse than having no structure at all (VAE, dotted), a
-tenth is not. In doubt, add arcs.
+much, since the model then asserts independences that the data do not have: with a tenth of the arcs removed, or a
+quarter reversed, the model is in the mean no better than one without any structure (VAE, dotted), and beyond that it
+is worse. In doubt, add arcs.
 """
 
 
