@@ -214,6 +214,7 @@ def train_guide(vae, inverse, example, batches, validation, num_epochs, seed, ar
         patience=args.patience,
         lr_factor=0.3,
         min_lr=args.lr / 50,
+        max_grad_norm=args.max_grad_norm,
         progress=False,
         seed=seed,
     )
@@ -339,6 +340,7 @@ def parser():
     parse.add_argument("--hidden-dims", type=int, nargs="+", default=[256, 256])
     parse.add_argument("--bound-samples", type=int, default=20)
     parse.add_argument("--particles", type=int, default=1000)
+    parse.add_argument("--max-grad-norm", type=float, default=10.0, help="of a step of a guide, per datum")
     parse.add_argument("--limit", type=int)
     parse.add_argument("--out", default="out")
     return parse

@@ -869,3 +869,27 @@ def test_on_a_gpu():
     assert vae.anneal(5) == vae.temperature.item()
     assert len(vae.freeze_structure().learned_graph().latent) == 3
     assert vae.gate_probabilities.device.type == "cuda"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_density_far_out_is_a_number(dtype):
+    """Networks have no bounds: far out a scale would round to zero or infinity, and the density be no number."""
+    pyro.set_rng_seed(0)
+    vae = GraphVAE((4,), 2, 1, "chain", encoder_dims=[4], decoder_dims=[4], embedding_dim=4, hidden_dim=4)
+    vae = vae.to(dtype).eval()
+    with torch.no_grad():
+        head = vae.prior["0"]
+        for parameter in head.parameters():
+            parameter.fill_(1.0)  # mean and log-variance of z1 grow with z2
+    for value in (1e4, -1e4):
+        z2 = torch.full((3, 1), value, dtype=dtype, requires_grad=True)
+        z1 = torch.zeros(3, 1, dtype=dtype, requires_grad=True)
+        trace = poutine.trace(poutine.condition(vae.model, {"z2": z2, "z1": z1})).get_trace(
+            torch.ones(3, 4, dtype=dtype)
+        )
+        law = trace.nodes["z1"]["fn"]
+        assert (law.base_dist.scale > 0).all() and law.base_dist.scale.isfinite().all()
+        log_prob = law.log_prob(z1)
+        assert log_prob.isfinite().all()
+        for gradient in torch.autograd.grad(log_prob.sum(), [z1, z2], allow_unused=True):
+            assert gradient.isfinite().all()

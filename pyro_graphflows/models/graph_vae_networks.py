@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -22,6 +23,7 @@ __all__ = [
     "encoder_network",
     "fuse",
     "matching_width",
+    "normal",
     "on_rows",
     "perceptron_size",
     "widened",
@@ -29,6 +31,7 @@ __all__ = [
 
 ENCODER_DIMS = (512, 512, 256)
 DECODER_DIMS = (256, 512, 512)
+MOST_LOG_VAR = 20.0  # standard deviations of nodes from 5e-5 to 2e4
 
 
 def encoder_network(num_inputs: int, hidden_dims: Sequence[int], num_outputs: int) -> nn.Sequential:
@@ -173,6 +176,16 @@ class BottomUp(nn.Module):
         else:
             stacked = hidden.expand(self.num_nodes, *hidden.shape)
         return torch.baddbmm(self.bias, stacked, self.weight)
+
+
+def normal(loc: Tensor, log_var: Tensor) -> dist.Normal:
+    """Return the normal distribution of a node.
+
+    The log-variance is used up to ``MOST_LOG_VAR`` in size. The networks have no bounds, and far from the values they
+    were trained on a scale would round to zero or infinity and the density be no number: a guide that puts one sample
+    in a thousand there could not be trained.
+    """
+    return dist.Normal(loc, (0.5 * log_var.clamp(-MOST_LOG_VAR, MOST_LOG_VAR)).exp())
 
 
 def fuse(loc1: Tensor, log_var1: Tensor, loc2: Tensor, log_var2: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.models.graph_vae_gates import Gates, GateValues, side_by_side
 from pyro_graphflows.models.graph_vae_likelihood import Likelihood, check_values, data_distribution
-from pyro_graphflows.models.graph_vae_networks import BottomUp, fuse, on_rows
+from pyro_graphflows.models.graph_vae_networks import BottomUp, fuse, normal, on_rows
 from pyro_graphflows.models.graph_vae_structure import DATA, PLATE
 from pyro_graphflows.models.parameter_store import announce, free_name
 from pyro_graphflows.models.state_layout import WithLayout
@@ -158,7 +158,7 @@ class GraphPrograms(WithLayout, PyroModule):
         for i in reversed(range(len(self.names))):
             if self._parents[i]:
                 loc, log_var = on_rows(self.prior[str(i)], self._gated_parents(i, values, gates)).chunk(2, -1)
-                law = dist.Normal(loc, (0.5 * log_var).exp())
+                law = normal(loc, log_var)
             else:
                 law = dist.Normal(zeros, torch.ones_like(zeros))
             values[i] = draw(self.names[i], law.to_event(1))
@@ -178,7 +178,7 @@ class GraphPrograms(WithLayout, PyroModule):
             if self._parents[i]:
                 top_down = on_rows(self.posterior[str(i)], self._gated_parents(i, values, gates))
                 loc, log_var = fuse(loc, log_var, *top_down.chunk(2, -1))
-            values[i] = draw(self.names[i], dist.Normal(loc, (0.5 * log_var).exp()).to_event(1))
+            values[i] = draw(self.names[i], normal(loc, log_var).to_event(1))
         return values
 
     def _gated_parents(self, child: int, values: dict[int, Tensor], gates: GateValues) -> Tensor:
