@@ -888,7 +888,8 @@ def test_density_far_out_is_a_number(dtype):
             torch.ones(3, 4, dtype=dtype)
         )
         law = trace.nodes["z1"]["fn"]
-        assert (law.base_dist.scale > 0).all() and law.base_dist.scale.isfinite().all()
+        assert (law.base_dist.scale > 0).all()
+        assert law.base_dist.scale.isfinite().all()
         log_prob = law.log_prob(z1)
         assert log_prob.isfinite().all()
         for gradient in torch.autograd.grad(log_prob.sum(), [z1, z2], allow_unused=True):
