@@ -163,9 +163,9 @@ def on_endless(values):
     )
     return (
         f"Against shared gates trained in the same way, the bound changes by {order} nats with the missing edges, by "
-        f"{fewest} with the fewest edges and by {own} with the encoder that the model was trained with. What the exact "
-        "gaps above would lead to expect is the size of the first; the last says how much a better trained encoder is "
-        "worth."
+        f"{fewest} with the fewest edges and by {own} with the encoder that the model was trained with. The first is "
+        "to be compared with the exact gaps above, of random linear-Gaussian models: in a trained model dependences "
+        "can be far weaker. The last says how much a better trained encoder is worth."
     )
 
 
