@@ -31,6 +31,7 @@ from pathlib import Path
 
 import pyro
 import torch
+from flags import positive
 from graph_vae_runs import DEFAULTS, STRUCTURES, Data, run_of, train
 
 from pyro_graphflows import GraphflowsError
@@ -157,14 +158,6 @@ def main(args):
         (study if args.study else compare)(args)
     except GraphflowsError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
-
-
-def positive(text):
-    """Read a positive whole number."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive number; got {number}")
-    return number
 
 
 def parser():

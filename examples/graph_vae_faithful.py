@@ -37,6 +37,7 @@ import pyro
 import torch
 from graph_vae_runs import SMALL_NETWORKS, Data, bound
 from pyro.infer import TraceMeanField_ELBO
+from whole_files import write_whole
 
 from pyro_graphflows import (
     GraphVAE,
@@ -305,8 +306,10 @@ def main(args):
     learned = {}
     for seed in args.seeds:
         path = folder / f"faithful-s{seed}.json"
-        record = json.loads(path.read_text()) if path.exists() else digits_part(seed, args)
-        path.write_text(json.dumps(record, indent=1))
+        if not path.exists():
+            record = json.dumps(digits_part(seed, args), indent=1)
+            write_whole(path, lambda file, text=record: file.write(text.encode()))
+        record = json.loads(path.read_text())
         dag = nx.DiGraph()
         dag.add_nodes_from([f"z{i}" for i in range(5, 0, -1)])
         dag.add_edges_from(map(tuple, record["graph"]))

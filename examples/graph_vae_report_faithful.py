@@ -133,7 +133,7 @@ def digits_part(records):
 
 def broke_off(row, key):
     """Whether the training that a figure is from ended where loss or gradient were not finite."""
-    about = row.get("on_samples", {}) if key == "sample_elbo" else row
+    about = row.get("on_samples", {}) if key in ("sample_elbo", "sample_ll") else row
     return "not finite" in about.get("stop_reason", "")
 
 

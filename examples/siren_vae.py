@@ -27,6 +27,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from flags import positive
 from siren_vae_runs import (
     DEEPER,
     FEW,
@@ -174,14 +175,6 @@ def main(args):
         cell = cell_of(args.network, row, args.train_multiple)
         setting = None if args.lr is None else (args.lr, args.patience or 0)
         print(do_job(Job(cell, args.seeds, setting, patience=args.patience), args))
-
-
-def positive(text):
-    """Read a positive whole number."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive number; got {number}")
-    return number
 
 
 def parser():

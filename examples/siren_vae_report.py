@@ -43,18 +43,18 @@ shape, so the published network is used and the paper's figures for EColi70 (35.
 
 CLAIM = """
 So the true network beats ind and FC on all four networks with the faithful flow, and with the GRF on three, not on
-ecoli70; on magic-irri by 0.03 to 0.04 nats, some three standard errors of the differences paired by seed, on magic-
-niab by 0.002 to 0.02, for the faithful flow within two. That ind and FC beat the VAE holds on ecoli70 only for 2×;
-with 100× on arth150, too. Two things lie behind that. *How long the training is*: ind and FC have ten times as many
-free weights as the VAE, and on arth150 they learn the 214 training points by heart in fewer epochs than any of the
-schedules lasts (see "How long to train" below); with patience 60 both fall behind the VAE on ecoli70 as well. *What
-the GRF can express*: on ecoli70 the true network with the GRF is still more than a nat off with fifty times as many
-data (last column but one above; see also Figure 2), where the faithful flow is right up to some hundredths of a nat.
-In a GRF the weights of the parents count towards the bounded norm of each block, so that strong dependence among
-latent nodes is out of reach of a few blocks; ind and FC get around it, as their decoders see all latent nodes. If
-that is the reason, more blocks must help where there are many data, and they do: with sixteen the GRF is as good as
-the faithful flow with four. On 2× data they do not help; there the length of the training decides (rate and patience
-are those chosen for four blocks).
+ecoli70; on magic-irri by 0.03 to 0.04 nats, some three standard errors of the differences paired by seed, on
+magic-niab by 0.002 to 0.02, hardly beyond the errors with the faithful flow. That ind and FC beat the VAE holds on
+ecoli70 only for 2×; with 100× on arth150, too. Two things lie behind that. *How long the training is*: ind and FC
+have ten times as many free weights as the VAE, and on arth150 they learn the 214 training points by heart in fewer
+epochs than any of the schedules lasts (see "How long to train" below); with patience 60 both fall behind the VAE on
+ecoli70 as well. *What the GRF can express*: on ecoli70 the true network with the GRF is still more than a nat off
+with fifty times as many data (last column but one above; see also Figure 2), where the faithful flow is right up to
+some hundredths of a nat. In a GRF the weights of the parents count towards the bounded norm of each block, so that
+strong dependence among latent nodes is out of reach of a few blocks; ind and FC get around it, as their decoders see
+all latent nodes. If that is the reason, more blocks must help where there are many data, and they do: with sixteen
+the GRF is as good as the faithful flow with four. On 2× data they do not help; there the length of the training
+decides (rate and patience are those chosen for four blocks).
 """
 
 PROTOCOL = """

@@ -26,7 +26,7 @@ TESTED_ELSEWHERE = {
         "graph_vae_synthetic.py",
     ),
     "graph_vae_tables.py",
-    "whole_files.py",
+    *("flags.py", "whole_files.py"),
 }
 
 
