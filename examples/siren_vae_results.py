@@ -36,8 +36,12 @@ class Results:
 
     def setting(self, network, row, multiple, by="validation_nll", patience=None):
         """Return the setting of a cell, chosen on seed 0; None if there are no runs."""
-        found = self.cells.get((network, row, multiple, "", ""), {})
-        return pick_setting({s: found[s][0][by] for s in self.tried(network, row, multiple, patience)})
+        tried = self.tried(network, row, multiple, patience)
+        return pick_setting({s: self.first(network, row, multiple, s)[by] for s in tried})
+
+    def first(self, network, row, multiple, setting):
+        """Return the run of a cell with seed 0 at a setting."""
+        return self.cells[network, row, multiple, "", ""][setting][0]
 
     def runs(self, network, row, multiple, setting, remedy="", perturbation=""):
         """Return the runs of a cell with a setting that have test figures, by seed."""

@@ -2,7 +2,7 @@
 
 import numpy as np
 from siren_vae_results import LABELS, NETWORKS, SHAPES, mean_sd, table, words_of
-from siren_vae_runs import DEEPER
+from siren_vae_runs import DEEPER, settings_of
 
 MUST_REACH = {
     ("ecoli70", 2): 1.5,
@@ -114,14 +114,18 @@ def setting_table(results):
     return table(head, rows)
 
 
-def single_rate_note(results):
-    """Name the cells on many data whose rate was not chosen, as only one was tried."""
-    cells = [(network, row, 100) for network in NETWORKS for row in LABELS]
-    single = [(cell, tried[0][0]) for cell in cells if len(tried := results.tried(*cell)) == 1]
-    if not single:
-        return ""
-    names = ", ".join(f"{network} {row} ({rate:g})" for (network, row, _), rate in single)
-    return f"At 100× only one rate has been tried so far for: {names}."
+def rate_table(results):
+    """Return the NLL of the validation points at each rate on many data, which the choice goes by."""
+    rates = sorted({rate for rate, _ in settings_of(100)}, reverse=True)
+    rows = []
+    for network in NETWORKS:
+        for row, label in LABELS.items():
+            tried = results.tried(network, row, 100)
+            if tried:
+                nll = {s[0]: results.first(network, row, 100, s)["validation_nll"] for s in tried}
+                texts = ["–" if nll.get(rate) is None else f"{nll[rate]:.3f}" for rate in rates]
+                rows.append([network, label, *texts, f"{results.setting(network, row, 100)[0]:g}"])
+    return table(["network", "model", *(f"rate {rate:g}" for rate in rates), "chosen"], rows)
 
 
 def patience_table(results):

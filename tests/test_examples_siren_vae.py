@@ -87,6 +87,8 @@ def test_settings_are_chosen_once_and_runs_are_kept(study, tmp_path):
     loss = runs.pick_setting({s: r["train_loss"] for s, r in by_setting.items()})
     assert {s for s, r in by_setting.items() if r["test"]} == {best, loss}
     assert [epoch for epoch, _ in by_setting[best]["validation_curve"]] == [1, 2]
+    for state in (folder / ".states").iterdir():  # results are kept, states are not: nothing is trained anew
+        state.unlink()
     siren_vae.do_job(job, args)
     assert files == {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json")}
     (folder / ".states" / "nothing.pt").write_text("")  # what an interrupted run leaves does no harm
@@ -136,7 +138,7 @@ def test_settings(study):
     assert runs.pick_setting({1e-1: None}) is None
     assert {patience for _, patience in runs.settings_of(2)} == {0, 10}
     assert runs.settings_of(2, 10) == [(1e-2, 10), (1e-3, 10)]
-    assert runs.settings_of(100) == [(1e-2, 0), (1e-3, 0)]
+    assert {rate for rate, _ in runs.settings_of(100)} == {1e-1, 1e-2, 1e-3}
 
 
 def test_jobs_of_the_study(study):
