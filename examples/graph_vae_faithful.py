@@ -14,8 +14,8 @@ data they depend on each other, and this encoder cannot say so. The faithful inv
    order, which matters to conditionals that are normal; full. LL minus ELBO is what is left of the divergence from the
    posterior, and for one model and the same data the difference of two guides' bounds is that of their divergences.
    Guides are trained twice: on the training images, where what they learn must also carry over to other images, and on
-   endless samples of the model itself, where nothing but the factorisation and the networks limits them. There, flow
-   conditionals are tried as well.
+   endless samples of the model itself, where nothing but the factorisation and the networks limits them
+   (``--flow-seeds``: there with flow conditionals, too).
 
     python examples/graph_vae_faithful.py --out docs/results
 
@@ -294,6 +294,19 @@ def digits_part(seed, args):
     }
 
 
+def require_same(settings, path, args):
+    """Refuse to take the figures of a run with other settings for those that are asked for."""
+    other = [
+        f"--{key.replace('_', '-')} {value}, not {getattr(args, key)}"
+        for key, value in settings.items()
+        if not key.endswith("seeds") and value != getattr(args, key)
+    ]
+    if other:
+        raise SystemExit(
+            f"{path} is of a run with {'; '.join(other)}. Move it away, or name another folder with --out."
+        )
+
+
 def main(args):
     """Do the seeds that are not there yet; in double precision, as conditionals can be nearly singular."""
     torch.set_num_threads(1)
@@ -310,6 +323,7 @@ def main(args):
             record = json.dumps(digits_part(seed, args), indent=1)
             write_whole(path, lambda file, text=record: file.write(text.encode()))
         record = json.loads(path.read_text())
+        require_same(record["settings"], path, args)
         dag = nx.DiGraph()
         dag.add_nodes_from([f"z{i}" for i in range(5, 0, -1)])
         dag.add_edges_from(map(tuple, record["graph"]))
@@ -335,7 +349,7 @@ def parser():
     parse.add_argument(
         "--sample-seeds", nargs="*", type=int, default=[0, 1, 2], help="seeds with guides trained on samples"
     )
-    parse.add_argument("--flow-seeds", nargs="*", type=int, default=[0], help="seeds with flow guides, too")
+    parse.add_argument("--flow-seeds", nargs="*", type=int, default=[], help="seeds with flow guides, too")
     parse.add_argument("--node-dim", type=int, default=2)
     parse.add_argument("--edge-cost", type=float, default=0.0, help="nats per datum for an open gate")
     parse.add_argument("--anneal", type=float, default=0.98)

@@ -236,7 +236,12 @@ def test_pages_and_pictures(scripts, tmp_path):
         "1",
     ]
     small += ["--sample-steps", "2", "--model-samples", "20"]
-    faithful.main(faithful.parser().parse_args([*small, "--out", str(tmp_path)]))
+    small += ["--out", str(tmp_path)]
+    faithful.main(faithful.parser().parse_args(small))
+    with pytest.raises(
+        SystemExit, match=r"faithful-s0\.json is of a run with --sample-steps 2, not 3\. Move it"
+    ):
+        faithful.main(faithful.parser().parse_args([*small, "--sample-steps", "3"]))
     page = report.render(tmp_path).read_text()
     for text in (
         "## Digits",
