@@ -30,6 +30,7 @@ import torch
 from flags import positive
 from siren_vae_runs import (
     DEEPER,
+    DEEPER_SETTINGS,
     FEW,
     REMEDIES,
     ROWS,
@@ -119,10 +120,13 @@ def jobs_of(study):
         for network in NETWORKS:
             like = cell_of(network, "faithful", 2)
             jobs += [Job(cell_of(network, "faithful", 2, remedy=r), 5, like=like) for r in REMEDIES]
+        for row in ROWS:
+            cell = cell_of("ecoli70", row, 2)
+            jobs.append(Job({**cell, "remedy": "warm-up"}, 5, like=cell))
     if study in ("blocks", "all"):
-        for multiple in (2, 100):
-            like = cell_of("ecoli70", "true", multiple)
-            jobs += [Job(cell_of("ecoli70", "true", multiple, remedy=r), 3, like=like) for r in DEEPER]
+        for multiple, setting in DEEPER_SETTINGS:
+            remedies = ("", "warm-up", *DEEPER)
+            jobs += [Job(cell_of("ecoli70", "true", multiple, remedy=r), 3, setting) for r in remedies]
     if study in ("figure", "all"):
         for multiple in FIGURE_MULTIPLES:
             for row in reversed(ROWS):

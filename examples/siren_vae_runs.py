@@ -37,6 +37,11 @@ ROWS = {
 }
 REMEDIES = ("warm-up", "iwae", "decay", "early", "average", "small")
 DEEPER = {"8-blocks": 8, "16-blocks": 16}  # of the flow, instead of 4: is it the bounded norm of a block?
+DEEPER_SETTINGS = (
+    (2, (1e-2, 10)),
+    (100, (1e-2, 0)),
+    (100, (1e-3, 0)),
+)  # or is it the way that training takes?
 MAX_EPOCHS = {True: 1500, False: 300}
 NUM_TEST, NUM_TEST_PAPER, NUM_VALIDATION = 1000, 100, 200
 WARM_UP, AVERAGED = 100, 200  # epochs of two of the remedies

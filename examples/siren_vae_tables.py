@@ -2,7 +2,7 @@
 
 import numpy as np
 from siren_vae_results import LABELS, NETWORKS, SHAPES, mean_sd, table, words_of
-from siren_vae_runs import DEEPER, settings_of
+from siren_vae_runs import DEEPER, DEEPER_SETTINGS, settings_of
 
 MUST_REACH = {
     ("ecoli70", 2): 1.5,
@@ -179,16 +179,33 @@ def remedies_table(results):
 
 
 def blocks_table(results):
-    """Return the excess of the true network with more blocks of the GRF."""
+    """Return the excess of the true network with more blocks of the GRF, and with a warm-up of the KL."""
     rows = []
-    for remedy, blocks in {"": 4, **DEEPER}.items():
-        row = [blocks]
-        for multiple in (2, 100):
-            setting = results.setting("ecoli70", "true", multiple)
+    labels = {"": "4", "warm-up": "4, warm-up of the KL"} | {
+        key: str(blocks) for key, blocks in DEEPER.items()
+    }
+    for remedy, label in labels.items():
+        row = [label]
+        for multiple, setting in DEEPER_SETTINGS:
             found = results.runs("ecoli70", "true", multiple, setting, remedy=remedy).values()
             row.append(mean_sd(list(found), "excess", 3, True))
         rows.append(row)
-    return table(["blocks of the GRF", "excess, ecoli70, 2×", "100×"], rows)
+    head = [f"{multiple}×, rate {rate:g}" for multiple, (rate, _) in DEEPER_SETTINGS]
+    return table(["blocks of the GRF", *head], rows)
+
+
+def warm_up_table(results):
+    """Return the excess of every row on ecoli70, few data, without and with a warm-up of the KL."""
+    rows = []
+    for row, label in LABELS.items():
+        setting = results.setting("ecoli70", row, 2)
+        without, warm = (
+            list(results.runs("ecoli70", row, 2, setting, remedy=remedy).values())
+            for remedy in ("", "warm-up")
+        )
+        difference = paired(warm, without) if warm and without else "–"
+        rows.append([label, *(mean_sd(found, "excess", 3, True) for found in (without, warm)), difference])
+    return table(["model", "without", "with warm-up", "difference"], rows)
 
 
 def speed_text(speed):
