@@ -53,14 +53,15 @@ ecoli70 only for 2×; with 100× on arth150, too. Two things lie behind that.
 patience 60 both fall behind the VAE on ecoli70 as well.
 
 *Latent nodes that stay unused.* On ecoli70 the true network with the GRF is far off with fifty times as many data,
-too (last column but one above; see also Figure 2), where all other rows with structure are right up to some hundredths
-of a nat. It ends in optima where latent nodes in the middle of the graph carry nothing (in samples of such a model
-aceB, ftsJ and tnaA are uncorrelated with all other leaves, which they are not in the network): at the start a node that is far from the data costs divergence before it is of use
-(posterior collapse). It happens at every rate, on one seed of three not at 0.001. With a warm-up of the divergence over
-the first 100 epochs it is rarer: then four blocks suffice for 100× data up to 0.06 nats on two seeds of three (the
-third ends at 0.47), and on 2× data the true network with the GRF beats ind and FC, with and without warm-up of theirs
-(see "Warm-up for every model"). Sixteen blocks get around it as well where there are many data. ind and FC need
-neither, as their decoders see all latent nodes, so that no node is far from the data.
+too (last column but one above; see also Figure 2), where all other rows with structure are right up to some
+hundredths of a nat. It ends in optima where latent nodes in the middle of the graph carry nothing (in samples of such
+a model aceB, ftsJ and tnaA are uncorrelated with all other leaves, which they are not in the network): at the start a
+node that is far from the data costs divergence before it is of use (posterior collapse). It happens at every rate, on
+one seed of three not at 0.001. With a warm-up of the divergence over the first 100 epochs it is rarer: then four
+blocks suffice for 100× data up to 0.06 nats on two seeds of three (the third ends at 0.47), and on 2× data the true
+network with the GRF beats ind and FC, with and without warm-up of theirs (see "Warm-up for every model"). Sixteen
+blocks get around it as well where there are many data. ind and FC need neither, as their decoders see all latent
+nodes, so that no node is far from the data.
 """
 
 PROTOCOL = """
