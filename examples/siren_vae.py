@@ -34,6 +34,7 @@ from siren_vae_runs import (
     FEW,
     REMEDIES,
     ROWS,
+    WARM_UP_SETTING,
     Run,
     pick_setting,
     robustness_setting,
@@ -132,6 +133,9 @@ def jobs_of(study):
             for row in reversed(ROWS):
                 like = cell_of("ecoli70", row, 2 if multiple < FEW else 100)
                 jobs.append(Job(cell_of("ecoli70", row, multiple), 3, like=like))
+            warm = cell_of("ecoli70", "true", multiple, remedy="warm-up")
+            like = cell_of("ecoli70", "true", 2)
+            jobs.append(Job(warm, 3, like=like) if multiple < FEW else Job(warm, 3, WARM_UP_SETTING))
     if study in ("patience", "all"):
         for network in NETWORKS:
             for row in reversed(ROWS):

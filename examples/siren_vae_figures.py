@@ -3,7 +3,7 @@
 import matplotlib
 import numpy as np
 from siren_vae_results import LABELS
-from siren_vae_runs import FEW, robustness_setting
+from siren_vae_runs import FEW, WARM_UP_SETTING, robustness_setting
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -18,24 +18,24 @@ def figure_2(results, path):
     """Draw the negative ELBO against the number of training points; return whether there is something."""
     multiples = sorted({key[2] for key in results.cells if key[0] == "ecoli70" and not any(key[3:])})
     lines, true = {}, None
-    for row in LABELS:
+    for line in (*((row, "") for row in LABELS), ("true", "warm-up")):
         points = []
         for multiple in multiples:
-            found = results.cell("ecoli70", row, multiple) or imitated(results, row, multiple)
+            found = imitated(results, *line, multiple)
             values = [r["test"]["negative_elbo"] for r in found]
             if values:
                 spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
                 points.append((multiple * 46, np.mean(values), spread))
                 true = found[0]["test"]["true_nll"]
-        lines[row] = np.array(points)
+        lines[line] = np.array(points)
     if sum(len(points) for points in lines.values()) < 2 or len(multiples) < 2 or true is None:
         return False
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for row, points in lines.items():
+    for (row, remedy), points in lines.items():
         if len(points):
-            axes.errorbar(
-                *points.T, label=LABELS[row], color=COLOURS[row], marker=MARKERS[row], ms=5, capsize=3, lw=1.2
-            )
+            label, style = (f"{LABELS[row]}, {remedy}", ":") if remedy else (LABELS[row], "-")
+            look = {"color": COLOURS[row], "marker": MARKERS[row], "ls": style}
+            axes.errorbar(*points.T, label=label, ms=5, capsize=3, lw=1.2, **look)
     axes.axhline(true, color="k", ls="--", lw=1, label="NLL of the true network")
     axes.set(xscale="log", xlabel="training points", ylabel="negative ELBO of test data (nats)")
     ticks = [multiple * 46 for multiple in multiples]
@@ -47,10 +47,12 @@ def figure_2(results, path):
     return _save(figure, path)
 
 
-def imitated(results, row, multiple):
+def imitated(results, row, remedy, multiple):
     """Return the runs of a cell of Figure 2 at the setting of the cell that it takes it from."""
     setting = results.setting("ecoli70", row, 2 if multiple < FEW else 100)
-    return list(results.runs("ecoli70", row, multiple, setting).values())
+    if remedy and multiple >= FEW:
+        setting = WARM_UP_SETTING
+    return list(results.runs("ecoli70", row, multiple, setting, remedy).values())
 
 
 def training_length(results, path):

@@ -45,6 +45,7 @@ DEEPER_SETTINGS = (
 MAX_EPOCHS = {True: 1500, False: 300}
 NUM_TEST, NUM_TEST_PAPER, NUM_VALIDATION = 1000, 100, 200
 WARM_UP, AVERAGED = 100, 200  # epochs of two of the remedies
+WARM_UP_SETTING = (1e-2, 0)  # of the true network with the GRF, many data
 CURVE = (1, 2, 5, 10, 20, 35, 50, 75, 100, 150, 200, 300, 400, 600, 800, 1100, 1500)  # epochs
 
 
