@@ -123,9 +123,14 @@ def rate_table(results):
             tried = results.tried(network, row, 100)
             if tried:
                 nll = {s[0]: results.first(network, row, 100, s)["validation_nll"] for s in tried}
-                texts = ["–" if nll.get(rate) is None else f"{nll[rate]:.3f}" for rate in rates]
+                texts = [nll_text(nll.get(rate)) for rate in rates]
                 rows.append([network, label, *texts, f"{results.setting(network, row, 100)[0]:g}"])
     return table(["network", "model", *(f"rate {rate:g}" for rate in rates), "chosen"], rows)
+
+
+def nll_text(nll):
+    """Return an NLL with three digits, fewer where the training went astray."""
+    return "–" if nll is None else f"{nll:.3f}" if nll < 1e4 else f"{nll:,.0f}"
 
 
 def patience_table(results):
