@@ -36,12 +36,9 @@ ROWS = {
     "faithful": ("true", "faithful"),
 }
 REMEDIES = ("warm-up", "iwae", "decay", "early", "average", "small")
-DEEPER = {"8-blocks": 8, "16-blocks": 16}  # of the flow, instead of 4: is it the bounded norm of a block?
-DEEPER_SETTINGS = (
-    (2, (1e-2, 10)),
-    (100, (1e-2, 0)),
-    (100, (1e-3, 0)),
-)  # or is it the way that training takes?
+#: More blocks of the GRF than 4, and the settings at which they are tried: blocks, or the way that training takes?
+DEEPER = {"8-blocks": 8, "16-blocks": 16}
+DEEPER_SETTINGS = ((2, (1e-2, 10)), (100, (1e-2, 0)), (100, (1e-3, 0)))
 MAX_EPOCHS = {True: 1500, False: 300}
 NUM_TEST, NUM_TEST_PAPER, NUM_VALIDATION = 1000, 100, 200
 WARM_UP, AVERAGED = 100, 200  # epochs of two of the remedies
