@@ -152,6 +152,9 @@ def test_jobs_of_the_study(study):
     wrong = [job for job in siren_vae.jobs_of("robustness") if "perturbation" in job.cell]
     assert len(wrong) == 2 * 3 * 3
     assert all(job.setting == runs.robustness_setting(job.cell["multiple"]) for job in wrong)
+    for part in ("table", "robustness", "remedies", "blocks", "figure", "patience"):  # workers share no run
+        asked = [(*job.cell.items(), job.setting, job.patience) for job in siren_vae.jobs_of(part)]
+        assert len(asked) == len(set(asked))
 
 
 def test_perturbed_graphs(study):
