@@ -106,13 +106,13 @@ def test_crossed_effects_by_index_are_exact(order):
     set_joint_(guide, first, mean[joint], covariance[joint, joint])
     slope = torch.linalg.solve(covariance[joint, joint], covariance[joint, given]).T
     guide.set_linear_(second, {}, 0.0, 1.0)
-    network, feature = guide.networks[1], guide.features[1]
-    width = network.standardization(second)[1]
-    feature_map = guide.pools[1]["0"].maps[0]
+    network, feature = guide.blocks[1].conditionals, guide.blocks[1].inputs.features
+    width = network.output_units(second)[1]
+    feature_map = guide.blocks[1].inputs.pools["0"].maps[0]
     shift = feature_map.shift + feature_map.scale * feature.shift
     scale = feature_map.scale * feature.scale
     with torch.no_grad():
-        table = network.free.table
+        table = network.table.table
         table[..., 0] = (mean[given] - slope @ mean[joint] + slope @ shift) / width
         table[..., 1] = -0.5 * precision[given, given].diagonal().log()
         key, _ = network._map_of[second]
@@ -143,11 +143,11 @@ def test_local_latents_look_up_their_group():
     total = torch.zeros(3).index_add(0, group, x)
     precision = 1 + count / 0.61
     guide.set_linear_("theta", {}, 0.0, 1.0)
-    network = guide.networks[0]
-    width = network.standardization("theta")[1]
+    network = guide.blocks[0].conditionals
+    width = network.output_units("theta")[1]
     with torch.no_grad():
-        network.free.table[..., 0] = total / 0.61 / precision / width
-        network.free.table[..., 1] = -0.5 * precision.log()
+        network.table.table[..., 0] = total / 0.61 / precision / width
+        network.table.table[..., 1] = -0.5 * precision.log()
     same = (group[:, None] == group[None]).double()
     evidence = dist.MultivariateNormal(torch.zeros(7), same + 0.61 * torch.eye(7)).log_prob(x).item()
     for vectorize in (False, True):

@@ -9,11 +9,19 @@ needs the whole plate in each call (no subsampling) and reparametrised draws.
 In standardised units, with :math:`m_n, D_n` a location and a scale (a lower triangular matrix for vectors) that the
 network gives for each element, :math:`z = m + D\,T\,\varepsilon`, where T is lower triangular over all elements:
 
-- *free*: the entries of T below the diagonal are parameters. With a location and scale of its own for each element, any
-  normal is possible; the size of the plate is fixed.
+- *a parameter for each pair*: the entries of T below the diagonal are parameters. With a location and scale of its
+  own for each element, any normal is possible; the size of the plate is fixed.
 - *rank r*: T is the Cholesky factor of :math:`I - U (I + U^\top U)^{-1} U^\top + V V^\top`, where the network gives r
   columns of U and V for each element. U alone is a normal with precision :math:`I + U U^\top`, as r observed totals
   make it; V alone is what r common causes make. Amortised, for plates of any size.
+
+Start. After the regression each element has a location; what is left over, the residual, has some variance :math:`v`
+and, between any two elements, some covariance :math:`c`, both averaged over elements. A constant column of U (for
+:math:`c < 0`) or of V (for :math:`c > 0`) makes just these: with :math:`d^2 = v - c` and :math:`k = |c| / d^2`,
+
+.. math:: U_n = \sqrt{k / (1 - N k)}, \qquad V_n = \sqrt{k}.
+
+That is exact for exchangeable elements, as with an observed total of a plate (:func:`exchangeable_start`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,13 +34,14 @@ from torch.distributions import constraints
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.call import PlateState
-from pyro_graphflows.guides.factors import NormalFactor, positive_scale
-from pyro_graphflows.guides.free import FreeTable
+from pyro_graphflows.guides.conditionals.elements import ElementTable
+from pyro_graphflows.guides.conditionals.factors import NormalFactor, positive_scale
 
-__all__ = ["Chain", "CoupledFactor", "CoupledNormal"]
+__all__ = ["CoupledFactor", "CoupledNormal", "CouplingTerms", "exchangeable_start"]
 
 HALF_LOG_TWO_PI = 0.9189385332046727
 WAKE = 0.02  # columns of U and V start near, not at, zero, where they have no gradient
+MOST_COUPLING = 0.99  # of 1 / N: beyond it the covariance of exchangeable elements is singular
 
 
 class CoupledNormal(dist.TorchDistribution):
@@ -118,11 +127,11 @@ class CoupledNormal(dist.TorchDistribution):
 
 
 class CoupledFactor(NormalFactor):
-    """The factor of a site with chain-rule terms: that of a normal, and the columns of U and V.
+    """The factor of a site whose copies are drawn jointly: that of a normal, and the columns of U and V.
 
     Args:
         size: The length of the site's flat unconstrained vector.
-        rank: The number of columns of U and of V; 0 if T is free.
+        rank: The number of columns of U and of V; 0 if T has a parameter for each pair.
     """
 
     def __init__(self, size: int, rank: int) -> None:
@@ -152,7 +161,7 @@ class CoupledFactor(NormalFactor):
         )
 
 
-class Chain(nn.Module):
+class CouplingTerms(nn.Module):
     """What turns a site's outputs into a joint normal over plates.
 
     Args:
@@ -168,13 +177,13 @@ class Chain(nn.Module):
         self.factor = factor
         self.names = tuple(plate.name for plate in sorted(coupled, key=lambda plate: plate.dim))
         self.sizes = {plate.name: plate.full_size for plate in coupled}
-        self.free: FreeTable | None = None
+        self.table: ElementTable | None = None
         if factor.rank == 0:
             length = factor.size
             for plate in coupled:
                 length *= plate.full_size
             self.length = length
-            self.free = FreeTable(others, length * (length - 1) // 2)
+            self.table = ElementTable(others, length * (length - 1) // 2)
 
     def distribution(
         self, outputs: Tensor, shift: Tensor, scale: Tensor, plates: Mapping[str, PlateState]
@@ -188,7 +197,8 @@ class Chain(nn.Module):
             plates: The plates of the call.
 
         Raises:
-            GraphflowsError: If a coupled plate is subsampled in this call, or T is free and its size has changed.
+            GraphflowsError: If a coupled plate is subsampled in this call, or T has a parameter for each pair and
+                its size has changed.
         """
         factor = self.factor
         coupled = [plates[name] for name in self.names]
@@ -199,7 +209,7 @@ class Chain(nn.Module):
                     "drawn jointly; it is subsampled in this call. Set up the guide with a subsampled plate to have "
                     "independent copies, which is said by guide.describe()."
                 )
-            if self.free is not None and plate.size != self.sizes[plate.name]:
+            if self.table is not None and plate.size != self.sizes[plate.name]:
                 raise GraphflowsError(
                     f"Expected plate {plate.name!r} to have {self.sizes[plate.name]} elements, as when the guide was "
                     f"set up: the dependence of its elements is given by parameters; got {plate.size}. Set up a guide "
@@ -218,13 +228,13 @@ class Chain(nn.Module):
         unit[..., rows, columns] = outputs[..., 2 * n : factor.num_inner]
         dims = tuple(plate.dim for plate in coupled)
         mixing = (
-            self._free_mixing(plates, dims) if self.free is not None else self._ranked_mixing(outputs, dims)
+            self._table_mixing(plates, dims) if self.table is not None else self._ranked_mixing(outputs, dims)
         )
         return CoupledNormal(loc, diagonal.unsqueeze(-1) * unit, mixing, dims)
 
-    def _free_mixing(self, plates: Mapping[str, PlateState], dims: tuple[int, ...]) -> Tensor:
-        assert self.free is not None
-        entries = self.free(plates)  # the coupled plates have size one, or are beyond the left end
+    def _table_mixing(self, plates: Mapping[str, PlateState], dims: tuple[int, ...]) -> Tensor:
+        assert self.table is not None
+        entries = self.table(plates)  # the coupled plates have size one, or are beyond the left end
         for dim in dims:  # left to right: what is taken out does not move those that follow
             if -dim < entries.dim():
                 entries = entries.squeeze(dim - 1)
@@ -248,7 +258,32 @@ class Chain(nn.Module):
 
     @torch.no_grad()
     def set_mixing_(self, mixing: Tensor) -> None:
-        """Set a free T, for all elements of the other plates."""
-        assert self.free is not None
+        """Set a T of parameters, for all elements of the other plates."""
+        assert self.table is not None
         rows, columns = torch.tril_indices(self.length, self.length, -1, device=mixing.device)
-        self.free.table.copy_(mixing[..., rows, columns].expand_as(self.free.table))
+        self.table.table.copy_(mixing[..., rows, columns].expand_as(self.table.table))
+
+
+def exchangeable_start(residual: Tensor, dims: Sequence[int]) -> tuple[Tensor, bool, Tensor]:
+    """Return the column that makes residuals vary together as samples do, and what it does to the scale.
+
+    Args:
+        residual: What values of a scalar site are off their locations, ``(draws, *batch, 1)``.
+        dims: The dimensions of the coupled plates.
+
+    Returns:
+        The entry of the column; whether it is one of U; the change of the logarithm of the scale.
+    """
+    number = torch.Size(residual.shape[dim] for dim in dims).numel()
+    variance = residual.square().mean()
+    total = residual.sum(list(dims)).square().mean() / number
+    covariance = (total - variance) / max(number - 1, 1)
+    inner = (variance - covariance).clamp(min=1e-8)
+    share = covariance.abs() / inner
+    negative = bool(covariance < 0)
+    if negative:
+        share = share.clamp(max=MOST_COUPLING / number)
+        entry = (share / (1 - number * share)).sqrt()
+    else:
+        entry = share.sqrt()
+    return entry, negative, 0.5 * (inner / variance).log()

@@ -3,29 +3,35 @@ r"""Factor families: the conditional distribution of one latent site given what 
 A factor takes the outputs that a network computed for its site and returns a distribution over the site's flat
 unconstrained vector. This is the hook for further families: subclass :class:`Factor`, and pass the class as
 ``family=`` to :func:`~pyro_graphflows.guides.auto_faithful_guide` (for all continuous sites), or in
-``factors={site: class}`` for single sites, continuous or discrete, with either family. A class for a single site may
-read the site in :meth:`Factor.for_site`.
+``factors={site: class}`` for single sites, continuous or discrete, with any family. A class for a single site may
+read the site in :meth:`Factor.for_site`. The distribution that a factor returns is the one that is emitted, pushed to
+the support of the site.
 
 Coordinates. The vector ``u`` of a continuous site is standardised, ``u = shift + scale * y``, with constants fixed when
 the guide is set up; factors are parametrised in the natural units of ``y`` and return a distribution of ``u``. The
-vector of a discrete site is :class:`~pyro_graphflows.guides.encodings.DiscreteEncoding`'s, and its shift is 0, its
+vector of a discrete site is :class:`~pyro_graphflows.guides.sites.DiscreteEncoding`'s, and its shift is 0, its
 scale 1.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_graphflows.guides.distributions import ScalarNormal
+from pyro_graphflows.guides.conditionals.distributions import DiscreteVector, ScalarNormal
+from pyro_graphflows.guides.sites import LatentSite
+from pyro_graphflows.regression import logistic_regression
 
-if TYPE_CHECKING:
-    from pyro_graphflows.guides.site import LatentSite
-
-__all__ = ["ElementNormalFactor", "Factor", "NormalFactor", "positive_scale", "scalar_normals"]
+__all__ = [
+    "DiscreteFactor",
+    "ElementNormalFactor",
+    "Factor",
+    "NormalFactor",
+    "positive_scale",
+    "scalar_normals",
+]
 
 LOG_SCALE_BOUND = 20.0  # exp() of it is far outside of any standardised scale
 ROUNDINGS = 400.0  # a scale is at least so many times the rounding error of a value of the standardised size
@@ -58,7 +64,7 @@ class Factor(ABC):
         self.size = size
 
     @classmethod
-    def for_site(cls, site: "LatentSite") -> "Factor":
+    def for_site(cls, site: LatentSite) -> "Factor":
         """Return the factor of a site; override where more than its size is needed.
 
         Args:
@@ -241,3 +247,68 @@ class ElementNormalFactor(_NormalOutputs):
         all_weights = weights.new_zeros(self.num_outputs, weights.shape[-1])
         all_weights[:n] = unit @ weights
         return all_weights, torch.cat([unit @ loc, diagonal.log(), -unit[self.rows, self.columns]])
+
+
+class DiscreteFactor(Factor):
+    """Bernoulli and categorical conditionals, of one variable or of several in a row.
+
+    A site with a single binary or class variable can represent any table of probabilities that its network can; in a
+    site with several, the logits of each are linear in the earlier ones, with coefficients that depend on the parents.
+    Continuous outputs have coordinates with a shift and a scale; these have none.
+
+    Args:
+        num_variables: The number of binary or class variables of the site.
+        num_classes: The number of classes of each; 1 for binary variables.
+    """
+
+    def __init__(self, num_variables: int, num_classes: int) -> None:
+        super().__init__(num_variables * num_classes)
+        self.num_variables, self.num_classes = num_variables, num_classes
+
+    @classmethod
+    def for_site(cls, site: LatentSite) -> "DiscreteFactor":
+        """See :meth:`Factor.for_site`."""
+        assert site.encoding is not None
+        return cls(site.encoding.num_elements, site.encoding.num_classes)
+
+    @property
+    def _num_pairs(self) -> int:
+        return self.num_variables * (self.num_variables - 1) // 2
+
+    @property
+    def num_outputs(self) -> int:
+        """Logits, and for each pair of variables a matrix by which the earlier one moves the later one's."""
+        return self.size + self._num_pairs * self.num_classes**2
+
+    def distribution(self, outputs: Tensor, shift: Tensor, scale: Tensor) -> dist.TorchDistribution:
+        """See :meth:`Factor.distribution`; shift and scale are not used."""
+        n, c = self.num_variables, self.num_classes
+        logits = outputs[..., : self.size].unflatten(-1, (n, c))
+        if n == 1:
+            return DiscreteVector(logits)
+        return DiscreteVector(logits, outputs[..., self.size :].unflatten(-1, (self._num_pairs, c, c)))
+
+    def linear_start(self, weights: Tensor, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
+        """Return weights and biases for which the logits are ``loc + weights @ inputs``, without couplings."""
+        extra = self.num_outputs - self.size
+        return (
+            torch.cat([weights, weights.new_zeros(extra, weights.shape[-1])]),
+            torch.cat([loc, loc.new_zeros(extra)]),
+        )
+
+    def start_from_samples(self, inputs: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logistic regression of each variable on the inputs and the earlier variables."""
+        n, c = self.num_variables, self.num_classes
+        y = values.unflatten(-1, (n, c))
+        num_inputs = inputs.shape[-1]
+        weights = inputs.new_zeros(self.num_outputs, num_inputs)
+        biases = inputs.new_zeros(self.num_outputs)
+        start = self.size
+        for i in range(n):
+            slopes, intercepts = logistic_regression(torch.cat([inputs, y[:, :i].flatten(-2)], -1), y[:, i])
+            weights[i * c : (i + 1) * c] = slopes[:, :num_inputs]
+            biases[i * c : (i + 1) * c] = intercepts
+            couplings = slopes[:, num_inputs:].unflatten(-1, (i, c)).movedim(1, 0)  # (i, C, C)
+            biases[start : start + couplings.numel()] = couplings.reshape(-1)
+            start += couplings.numel()
+        return weights, biases

@@ -1,4 +1,4 @@
-"""Parameters for each element of a plate: free ones, where data cannot be network inputs, and maps of one's own."""
+"""Parameters for each element of a plate, and maps: for data that no network reads, and non-exchangeable elements."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,16 +7,16 @@ from torch import Tensor, nn
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.call import PlateState
-from pyro_graphflows.guides.plan import Block
+from pyro_graphflows.guides.plan import BlockPlan
 
-__all__ = ["FreeTable", "IndexMap", "index_maps"]
+__all__ = ["ElementMap", "ElementTable", "element_maps"]
 
-MOST_SLOPES = 64  # inputs up to which the elements of a site with free parameters have slopes of their own
+MOST_SLOPES = 64  # inputs up to which elements with parameters have slopes too
 
 SHARED_FEATURES = 16
 
 
-class FreeTable(nn.Module):
+class ElementTable(nn.Module):
     """A row of parameters for each element of a stack of plates.
 
     The rows are added to the outputs of the block's network, so that a site's factor moves with the sampled sites
@@ -58,11 +58,12 @@ class FreeTable(nn.Module):
         return rows
 
 
-class IndexMap(nn.Module):
+class ElementMap(nn.Module):
     r"""A map from a site's inputs to its factor's parameters for each element of plates, beside the network.
 
-    A shared network cannot give the elements of a plate slopes of their own, as unlike groups need: a large group hears
-    less of what is sampled above it than a small one, and the more so the smaller the sampled scale of the effects is.
+    A shared network cannot give the elements of a plate slopes of their own, as groups of unequal sizes need: a large
+    group hears less of what is sampled above it than a small one, and the more so the smaller the sampled scale of the
+    effects is.
     Hence every element has an affine map of its own, of the inputs and of nonlinear features of them that all
     elements share. All maps are zero in the beginning.
 
@@ -94,7 +95,7 @@ class IndexMap(nn.Module):
         if self.num_features:
             layers = nn.Linear(num_inputs, features), nn.ELU(), nn.Linear(features, features), nn.ELU()
             self.shared = nn.Sequential(*layers)
-        self.rows = FreeTable(plates, num_outputs * (num_inputs + self.num_features + offset))
+        self.rows = ElementTable(plates, num_outputs * (num_inputs + self.num_features + offset))
 
     def forward(self, plates: Mapping[str, PlateState], inputs: Tensor) -> Tensor:
         """Return the contribution to the outputs of a call's elements."""
@@ -113,13 +114,13 @@ class IndexMap(nn.Module):
         self.rows.table.copy_(torch.cat(parts, -1).reshape(self.rows.table.shape))
 
 
-def index_maps(
-    block: Block,
+def element_maps(
+    block: BlockPlan,
     seen: Mapping[str, list[int]],
     num_outputs: Mapping[str, int],
     plates: Sequence[PlateState],
 ) -> tuple[nn.ModuleDict, dict[str, tuple[str, list[int]]]]:
-    """Return the maps of a block's sites that have some, for the indices of unlike plates and for free parameters.
+    """Return the maps of a block's sites: for non-exchangeable plates, and beside per-element parameters.
 
     Args:
         block: The block of the plan.
@@ -132,11 +133,15 @@ def index_maps(
     """
     maps, found = nn.ModuleDict(), {}
     for site, inputs in seen.items():
-        free = site in block.free
-        around = block.plates if free and len(inputs) <= MOST_SLOPES else block.unlike.get(site, ())
-        if around and (inputs or not free):
+        per_element = site in block.per_element
+        around = (
+            block.plates
+            if per_element and len(inputs) <= MOST_SLOPES
+            else block.non_exchangeable.get(site, ())
+        )
+        if around and (inputs or not per_element):
             key = str(block.sites.index(site))
             chosen = [plate for name in around for plate in plates if plate.name == name]
-            maps[key] = IndexMap(chosen, len(inputs), num_outputs[site], offset=not free)
+            maps[key] = ElementMap(chosen, len(inputs), num_outputs[site], offset=not per_element)
             found[site] = key, inputs
     return maps, found
