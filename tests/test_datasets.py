@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from scipy.io import savemat
 
-from pyro_graphflows import GraphflowsError, datasets
+from pyro_graphflows import GraphflowsError, MissingExtraError, datasets
 from pyro_graphflows.datasets import (
     BinarizedBatches,
     binarize,
@@ -66,6 +67,16 @@ def test_digits():
     for image, label in zip(data.test.reshape(-1, 64).numpy(), data.test_labels.tolist(), strict=True):
         assert rows[image.tobytes()] == label
     assert torch.equal(digits().train, data.train)
+
+
+def test_digits_without_scikit_learn(monkeypatch):
+    monkeypatch.setitem(
+        sys.modules, "sklearn.datasets", None
+    )  # what Python does for a module that is not there
+    with pytest.raises(MissingExtraError, match=r"pip install 'pyro-graphflows\[datasets\]'") as caught:
+        load_images("digits")
+    assert isinstance(caught.value, GraphflowsError)
+    assert isinstance(caught.value, ImportError)
 
 
 @pytest.mark.parametrize("packed", [False, True])
