@@ -10,7 +10,7 @@ from probes import PROBES
 
 from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.inspect import non_exchangeable_plates, trace_model
-from pyro_graphflows.inspect.rerun import RerunError, density, rerun
+from pyro_graphflows.inspect.probes import Rerun, RerunError, density
 
 N = dist.Normal
 FOLLOWED = [probe for probe in PROBES.values() if probe.refused is None]
@@ -179,11 +179,12 @@ def test_reruns_say_what_went_wrong():
             raise KeyError("too large")
 
     with pytest.raises(RerunError, match="cannot be evaluated at other values: 'too large'"):
-        rerun(model, (), {}, {"z": torch.tensor(101.0)})
+        Rerun(model, (), {}, trace_model(model, strict=False)).at({"z": torch.tensor(101.0)})
 
 
 def test_densities_say_what_went_wrong():
-    trace = rerun(PROBES["flow_without_inverse"].model, (), {}, {})
+    model = PROBES["flow_without_inverse"].model
+    trace = Rerun(model, (), {}, trace_model(model)).at({})
     site = {**trace.nodes["z"], "value": torch.zeros(2)}
     with pytest.raises(RerunError, match="expected to find key in intermediates cache"):
         density(site)
