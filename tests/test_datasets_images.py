@@ -113,7 +113,7 @@ def test_damaged_idx(tmp_path):
 
 
 def test_damaged_archives(tmp_path):
-    """Each kind of damage is told as such, with the file: a cut-off end, a changed byte, a packed file cut off."""
+    """Each kind of damage is reported as such, with the file: a cut-off end, a changed byte, a packed file cut off."""
     path = tmp_path / "mnist.npz"
     arrays = {"train_images": pixels(30, 28, 28), "train_labels": pixels(30, top=10)}
     arrays |= {"test_images": pixels(20, 28, 28), "test_labels": pixels(20, top=10)}
@@ -165,7 +165,7 @@ def test_mnist_from_archive(tmp_path):
     ],
 )
 def test_arrays_of_another_kind(tmp_path, changed, match):
-    """What the checksum of the bytes does not tell, and what is there without one."""
+    """What the checksum of the bytes does not show, and what is there without one."""
     arrays = {"train_images": pixels(30, 28, 28), "train_labels": pixels(30, top=10)}
     arrays |= {"test_images": pixels(20, 28, 28), "test_labels": pixels(20, top=10)}
     np.savez(tmp_path / "mnist.npz", **(arrays | changed))

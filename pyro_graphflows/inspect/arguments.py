@@ -278,7 +278,7 @@ def alignment_of(shape: torch.Size, plates: Mapping[int, tuple[str, set[int]]]) 
     The rightmost ``event_dim`` dimensions belong to one datum; those left of them are matched, from the
     right, with the plates' dimensions -1, -2, ... A dimension matches if it has the plate's size (or
     subsample size), and is broadcast if it has size one. Among the event dims for which everything matches,
-    the one with most plates is taken, then the smallest. Where nothing matches, the whole tensor is one event
+    the one with most plates is chosen, then the smallest. Where nothing matches, the whole tensor is one event
     shared by the plates.
 
     Args:

@@ -12,7 +12,7 @@ dependent in the posterior whatever is known. If each datum looks up *one* group
 in the groups. That is found by changing the values of some groups and seeing which log-densities change:
 group g is changed in run b if bit b of its number is set, and in a second run if it is not. A datum that
 depends on one group changes in just one of the two runs, for every bit; one that depends on two groups
-changes in both, for a bit in which their numbers differ. So some ``2 log2(groups)`` runs tell all. They are
+changes in both, for a bit in which their numbers differ. So some ``2 log2(groups)`` runs are enough. They are
 made at two sets of values, since an index that is itself a latent value looks up other groups at the second.
 """
 
@@ -232,7 +232,7 @@ def non_exchangeable_plates(
     *,
     traced: TracedModel | None = None,
 ) -> dict[str, tuple[str, ...]]:
-    """Find the sites that tell the indices of a plate apart even if all that enters is equal along it.
+    """Find the sites for which the indices of a plate differ even if all that enters is equal along it.
 
     That is so where constants or parameters in the model vary along the plate, or a mask does. A network that
     is shared by the indices cannot know: such constants should be arguments. This is a part of
@@ -274,7 +274,7 @@ class Validation:
     Attributes:
         notes: What was found, in words.
         missed: Pairs (parent, child) that the graph does not have as edges.
-        non_exchangeable: For sites whose plates' indices are not alike: those plates.
+        non_exchangeable: For sites whose plates' indices are non-exchangeable: those plates.
     """
 
     def __init__(self, rerun: Rerun, strict: bool) -> None:
@@ -301,7 +301,7 @@ class Validation:
         return self
 
     def equalise_plates(self) -> dict[str, tuple[str, ...]]:
-        """Return for which sites the indices of which plates are not alike."""
+        """Return for which sites the indices of which plates are non-exchangeable."""
         try:
             self._equalise_plates()
         except RerunError as error:

@@ -61,7 +61,7 @@ _REMEDIES = {
 class Leak:
     """A value that left the tensors (``float(z)``, ``if z > 0``), so that it cannot be followed further.
 
-    ``sites`` and ``arguments`` tell what it depends on, ``operation`` how it left, ``filename``, ``line`` and
+    ``sites`` and ``arguments`` say what it depends on, ``operation`` how it left, ``filename``, ``line`` and
     ``code`` where, and ``affects`` which sites come after it.
     """
 
@@ -98,9 +98,9 @@ class TracedModel:
         not_generative: Why samples of the unconditioned model are not the model, by site (factors, masks,
             scales); empty where they are.
         leaks: Values that left the tensors.
-        notes: What is worth telling the user.
-        non_exchangeable: For sites whose plates' indices are not alike (constants that vary along the plate,
-            not given as arguments): those plates. Known only after ``validate=True``.
+        notes: What the user should know, in words.
+        non_exchangeable: For sites whose plates' indices are non-exchangeable (constants that vary along the
+            plate, not given as arguments): those plates. Known only after ``validate=True``.
         elements: For graphs of elements: the site and the flat event index of each node.
     """
 

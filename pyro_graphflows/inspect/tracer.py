@@ -78,7 +78,7 @@ Known = tuple[int, int, int | None]
 class Escape(NamedTuple):
     """A tainted tensor that became something else than a tensor.
 
-    ``taint`` tells the sources, ``moment`` how many sites had been sampled by then.
+    ``taint`` holds the sources, ``moment`` says how many sites had been sampled by then.
     """
 
     taint: int
@@ -145,7 +145,7 @@ class TaintTracker:
         self.escapes: list[Escape] = []
         self.moment = 0
         self.paused = False
-        self.sized: dict[int, tuple[torch.Tensor, int]] = {}  # tensors whose size tells values
+        self.sized: dict[int, tuple[torch.Tensor, int]] = {}  # tensors whose size depends on values
         self.size_inside = 0  # taints of sizes made inside the present call
         self.depth = 0  # of calls that the function mode has under way
         self.hidden = 0  # taints of scalars read inside the present call
@@ -317,7 +317,7 @@ _FIRST_ONLY = _names("expand_as view_as reshape_as type_as sum_to_size")
 _NOT_FIRST = _names("full_like new_full new_tensor")
 # Calls with one result for each argument: the dispatch mode keeps these apart, a union would not.
 _SIDE_BY_SIDE = _names("broadcast_tensors meshgrid atleast_1d atleast_2d atleast_3d align_tensors")
-# Calls whose result is no tensor and tells nothing about values (attributes appear under their own names).
+# Calls whose result is no tensor and says nothing about values (attributes appear under their own names).
 _METADATA = _names(
     """dim ndim ndimension numel nelement size shape stride storage_offset element_size itemsize nbytes dtype
     device layout requires_grad is_leaf grad_fn names has_names output_nr _version __len__ __hash__ __repr__
