@@ -42,9 +42,9 @@ References:
 from collections.abc import Iterable
 
 from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.graphs.elimination import Draft, SiteElimination
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph, Node
-from pyro_graphflows.graphs.site_elimination import Draft, SiteElimination
 
 __all__ = ["faithful_inverse", "fully_connected_inverse", "mean_field_inverse", "stochastic_inverse"]
 

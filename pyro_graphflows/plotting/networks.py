@@ -8,9 +8,9 @@ import numpy as np
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
-from pyro_graphflows.graphs.layout import Layout, layered_layout
 from pyro_graphflows.graphs.model_graph import ModelGraph, Node
 from pyro_graphflows.plotting.figures import INK, new_axes, saved
+from pyro_graphflows.plotting.layout import Layout, layered_layout
 
 __all__ = ["plot_inverse", "plot_model_and_inverse", "plot_model_graph"]
 

@@ -1,88 +1,32 @@
-"""Plates that an index nests in others are found; crossed ones, and indices that are latent, are told apart."""
+"""Guides of models in which data look up their groups: crossed, nested and plain ones."""
 
-import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from lookup_models import DISTRICT, GROUP, crossed, districts, members, slopes, two_groups
 from pyro.infer import Trace_ELBO
 from test_guides_coupled import set_joint_
 
 from pyro_graphflows.guides import auto_faithful_guide
-from pyro_graphflows.inspect import nested_by_index, trace_model
-
-N = dist.Normal
-GROUP = torch.tensor([0, 4, 1, 2, 2, 3, 0])
-
-
-def found(model, *args):
-    nested = nested_by_index(model, args, traced=trace_model(model, args))
-    return {inner: tuple(outers) for inner, outers in nested.items()}
-
-
-def slopes(group, w, y):
-    mu = pyro.sample("mu", N(0.0, 1.0))
-    with pyro.plate("groups", 5):
-        a = pyro.sample("a", N(mu, 1.0))
-        b = pyro.sample("b", dist.LogNormal(0.0, 1.0))
-    with pyro.plate("data", len(y)):
-        pyro.sample("y", N(a[..., group] + b[..., group] * w, 1.0), obs=y)
 
 
 def test_intercepts_and_slopes():
-    assert found(slopes, GROUP, torch.randn(7), torch.randn(7)) == {"data": ("groups",)}
     guide = auto_faithful_guide(slopes, GROUP, torch.randn(7), torch.randn(7), num_start_samples=500)
     assert not guide.inverse.coupled
     assert "not faithful" not in guide.describe()
     assert "mu (broadcast)" in guide.describe()
 
 
-def test_two_groups_for_each_datum_are_no_nesting():
-    def model(one, two, y):
-        with pyro.plate("groups", 5):
-            a = pyro.sample("a", N(0.0, 1.0))
-        with pyro.plate("data", len(y)):
-            pyro.sample("y", N(a[one] + a[two], 1.0), obs=y)
-
-    assert found(model, GROUP, GROUP.flip(0), torch.randn(7)) == {}
-    assert found(model, GROUP, GROUP, torch.randn(7)) == {"data": ("groups",)}
-    guide = auto_faithful_guide(model, GROUP, GROUP.flip(0), torch.randn(7), num_start_samples=500)
+def test_two_groups_for_each_datum_are_coupled():
+    guide = auto_faithful_guide(two_groups, GROUP, GROUP.flip(0), torch.randn(7), num_start_samples=500)
     assert guide.inverse.coupled == {"a": ("groups",)}
 
 
-def test_a_latent_index_is_no_nesting():
-    def model(y):
-        with pyro.plate("components", 4):
-            a = pyro.sample("a", N(0.0, 1.0))
-        with pyro.plate("data", len(y)):
-            k = pyro.sample("k", dist.Categorical(torch.ones(4) / 4), infer={"enumerate": "parallel"})
-            pyro.sample("y", N(a[k], 1.0), obs=y)
-
-    assert found(model, torch.randn(12)) == {}
-
-
 def test_groups_of_groups():
-    def model(school, district, y):
-        with pyro.plate("districts", 2):
-            d = pyro.sample("d", N(0.0, 1.0))
-        with pyro.plate("schools", 5):
-            s = pyro.sample("s", N(d[district], 1.0))
-        with pyro.plate("pupils", len(y)):
-            pyro.sample("y", N(s[school], 1.0), obs=y)
-
-    args = GROUP, torch.tensor([0, 1, 1, 0, 0]), torch.randn(7)
-    assert found(model, *args) == {"schools": ("districts",), "pupils": ("schools",)}
-    guide = auto_faithful_guide(model, *args, num_start_samples=500)
+    args = GROUP, DISTRICT, torch.randn(7)
+    guide = auto_faithful_guide(districts, *args, num_start_samples=500)
     assert not guide.inverse.coupled
     assert "d (looked up by district)" in guide.describe()
-
-
-def crossed(i, j, y):
-    with pyro.plate("rows", 4):
-        a = pyro.sample("a", N(0.0, 1.0))
-    with pyro.plate("columns", 3):
-        b = pyro.sample("b", N(0.0, 0.7))
-    with pyro.plate("data", len(y)):
-        pyro.sample("y", N(a[..., i] + b[..., j], 0.6), obs=y)
 
 
 @pytest.mark.parametrize("order", [["a", "b"], ["b", "a"]])
@@ -90,7 +34,6 @@ def test_crossed_effects_by_index_are_exact(order):
     """Only those sampled first are dependent across their plate; with the exact posterior inside, the evidence."""
     i, j = torch.randint(0, 4, (15,)), torch.randint(0, 3, (15,))
     y = torch.randn(15)
-    assert found(crossed, i, j, y) == {"data": ("rows", "columns")}
     guide = auto_faithful_guide(crossed, i, j, y, inverse=order, init="random", num_start_samples=500)
     second, first = order
     assert guide.inverse.coupled == {first: ("rows",) if first == "a" else ("columns",)}
@@ -121,15 +64,6 @@ def test_crossed_effects_by_index_are_exact(order):
         options = {"num_particles": 3, "vectorize_particles": vectorize, "max_plate_nesting": 1}
         loss = Trace_ELBO(**options).loss(crossed, guide, i, j, y)
         assert loss == pytest.approx(-evidence.log_prob(y).item())
-
-
-def members(group, x):
-    """A latent variable for each datum below the effect of its group."""
-    with pyro.plate("groups", 3):
-        theta = pyro.sample("theta", N(0.0, 1.0))
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", N(theta[..., group], 0.5))
-        pyro.sample("x", N(z, 0.6), obs=x)
 
 
 def test_local_latents_look_up_their_group():

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 
 from pyro_graphflows.errors import NotADAGError
-from pyro_graphflows.graphs.layout import layered_layout
 from pyro_graphflows.graphs.library import binary_tree, list_networks, load_network
+from pyro_graphflows.plotting.layout import layered_layout
 
 
 @st.composite

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,10 @@ import pytest
 import torch
 from scipy.io import savemat
 
-from pyro_graphflows import GraphflowsError, datasets
+from pyro_graphflows import GraphflowsError, MissingExtraError, datasets
 from pyro_graphflows.datasets import (
-    BinarizedBatches,
-    binarize,
     binarized_mnist,
     cifar10,
-    dequantize,
     digits,
     load_images,
     mnist,
@@ -68,6 +66,16 @@ def test_digits():
     assert torch.equal(digits().train, data.train)
 
 
+def test_digits_without_scikit_learn(monkeypatch):
+    monkeypatch.setitem(
+        sys.modules, "sklearn.datasets", None
+    )  # what Python does for a module that is not there
+    with pytest.raises(MissingExtraError, match=r"pip install 'pyro-graphflows\[datasets\]'") as caught:
+        load_images("digits")
+    assert isinstance(caught.value, GraphflowsError)
+    assert isinstance(caught.value, ImportError)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("separator", ["-", "."])
 def test_mnist_from_idx(tmp_path, packed, separator):
@@ -105,7 +113,7 @@ def test_damaged_idx(tmp_path):
 
 
 def test_damaged_archives(tmp_path):
-    """Each kind of damage is told as such, with the file: a cut-off end, a changed byte, a packed file cut off."""
+    """Each kind of damage is reported as such, with the file: a cut-off end, a changed byte, a packed file cut off."""
     path = tmp_path / "mnist.npz"
     arrays = {"train_images": pixels(30, 28, 28), "train_labels": pixels(30, top=10)}
     arrays |= {"test_images": pixels(20, 28, 28), "test_labels": pixels(20, top=10)}
@@ -157,7 +165,7 @@ def test_mnist_from_archive(tmp_path):
     ],
 )
 def test_arrays_of_another_kind(tmp_path, changed, match):
-    """What the checksum of the bytes does not tell, and what is there without one."""
+    """What the checksum of the bytes does not show, and what is there without one."""
     arrays = {"train_images": pixels(30, 28, 28), "train_labels": pixels(30, top=10)}
     arrays |= {"test_images": pixels(20, 28, 28), "test_labels": pixels(20, top=10)}
     np.savez(tmp_path / "mnist.npz", **(arrays | changed))
@@ -316,36 +324,3 @@ def test_labels_of_binarized_mnist():
     assert torch.equal(bits.test_labels, gray.test_labels[order])
     assert not ((bits.test == 1) & (gray.test[order] == 0)).any()
     assert not ((bits.test == 0) & (gray.test[order] == 255)).any()
-
-
-def test_binarize():
-    gray = torch.tensor([0, 4, 16]).expand(20_000, 3)
-    bits = binarize(gray, 17, torch.Generator().manual_seed(0))
-    assert set(bits.unique().tolist()) == {0.0, 1.0}
-    means = bits.mean(0)
-    assert means[0] == 0
-    assert means[2] == 1
-    assert abs(means[1] - 0.25) < 4.5 * (0.25 * 0.75 / 20_000) ** 0.5
-    assert torch.equal(binarize(torch.tensor([0, 1]), 2), torch.tensor([0.0, 1.0]))
-
-
-def test_dequantize():
-    values = dequantize(torch.arange(4).repeat(1000), 4, torch.Generator().manual_seed(0))
-    assert torch.equal((values * 4).floor().long(), torch.arange(4).repeat(1000))
-    assert (values * 4 % 1).mean().item() == pytest.approx(0.5, abs=4.5 / (12 * 4000) ** 0.5)
-
-
-def test_batches_are_drawn_anew():
-    images = torch.full((10, 2, 2), 8)
-    images[:, 0, 0] = torch.arange(10) % 2 * 16
-    batches = BinarizedBatches(images, 17, 4)
-    assert len(batches) == 3
-    epochs = [torch.cat([batch[0] for batch in batches]) for _ in range(2)]
-    assert [len(batch[0]) for batch in batches] == [4, 4, 2]
-    for epoch in epochs:
-        assert epoch[:, 0, 0].sum() == 5  # each image once
-    assert not torch.equal(*epochs)
-    torch.manual_seed(1)
-    first = torch.cat([batch[0] for batch in batches])
-    torch.manual_seed(1)
-    assert torch.equal(torch.cat([batch[0] for batch in batches]), first)
