@@ -1,8 +1,8 @@
 """Checks for those who extend the package: whether a family of conditionals keeps the contract of a guide.
 
 A new family is one file, with a subclass of :class:`~pyro_graphflows.guides.Family` and one of
-:class:`~pyro_graphflows.guides.conditionals.contract.Conditionals`. :func:`check_family` runs all that a guide asks of them on a
-small block; call it in a test.
+:class:`~pyro_graphflows.guides.conditionals.contract.Conditionals`. :func:`check_family` runs all that a guide asks
+of them on a small block; call it in a test.
 """
 
 import copy
@@ -31,9 +31,9 @@ NUM_ROWS = 4000
 def check_family(family: Family, *, gaussian: bool = True) -> None:
     """Run a family through the contract of conditionals, in double precision.
 
-    The block has a site ``a`` given two features, and then, in one level, a vector ``b`` given both and a site ``c`` given
-    ``a``. Checked are levels and shapes, batches of particles, values that others replace, linear conditionals in the
-    units of inputs and of outputs, regressions, gradients, states, copies and types. The random state is used.
+    The block has a site ``a`` given two features, and then, in one level, a vector ``b`` given both and a site ``c``
+    given ``a``. Checked are levels and shapes, batches of particles, values that others replace, linear conditionals
+    in the units of inputs and of outputs, regressions, gradients, states, copies and types. The random state is used.
 
     Args:
         family: The family.
@@ -203,7 +203,7 @@ def _check_regression(conditionals: Conditionals, gaussian: bool) -> None:
     regress_(conditionals, x, values)
     for site, conditional in _run(conditionals, x, values).items():
         spread = float(linear[site].scale_tril.norm())
-        error = float((conditional.mean - means[site]).square().mean().sqrt())
+        error = float((conditional.mean.detach() - means[site]).square().mean().sqrt())
         # a regression on at most four inputs and a constant is off by the root of 5 / NUM_ROWS of the residual's spread
         assert error < 5 * spread * (5 / NUM_ROWS) ** 0.5, (
             f"Expected the regression at {site!r}; off by {error:.3g}."
@@ -212,7 +212,7 @@ def _check_regression(conditionals: Conditionals, gaussian: bool) -> None:
             exact = dist.MultivariateNormal(means[site], scale_tril=linear[site].scale_tril).log_prob(
                 values[site]
             )
-            gap = float((exact - conditional.log_prob(values[site])).mean())
+            gap = float((exact - conditional.log_prob(values[site]).detach()).mean())
             assert abs(gap) < 0.02, f"Expected the residual covariance at {site!r}; {gap:.3g} nats off."
 
 

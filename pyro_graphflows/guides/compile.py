@@ -237,7 +237,7 @@ def _check_factors(options: GuideOptions, sites: Mapping[str, LatentSite]) -> No
         ):
             raise GraphflowsError(
                 f"Expected a family in factors= that serves discrete sites, as Normal() does, for {name!r} "
-                f"({encoding}); got {type(kind).__name__}. The continuous sites are {', '.join(_continuous(sites)) or 'none'}."
+                f"({encoding}); got {type(kind).__name__}. Continuous sites: {', '.join(_continuous(sites)) or 'none'}."
             )
 
 
