@@ -18,12 +18,13 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
-from pyro_graphflows.infer.diagnostics import effective_sample_size, psis_khat
 from pyro_graphflows.infer.enumeration import enumerated, summed_log_density
 from pyro_graphflows.infer.particles import (
     PARTICLES,
     Program,
     density_sites,
+    difference_to_alone,
+    errors_of_batches,
     evaluation_mode,
     find_data_plate,
     is_enumerated,
@@ -36,7 +37,7 @@ from pyro_graphflows.infer.particles import (
     require_inside,
     run_pair,
 )
-from pyro_graphflows.infer.vectorized import difference_to_alone, errors_of_batches
+from pyro_graphflows.infer.psis import effective_sample_size, psis_khat
 
 __all__ = ["Evidence", "evidence_from_log_weights", "importance_log_weights", "log_evidence"]
 

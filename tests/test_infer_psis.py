@@ -8,7 +8,7 @@ from pyro.ops.stats import fit_generalized_pareto as pyro_fit
 from scipy.stats import genpareto
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.infer.diagnostics import effective_sample_size, fit_generalized_pareto, psis_khat
+from pyro_graphflows.infer.psis import effective_sample_size, fit_generalized_pareto, psis_khat
 
 
 def test_effective_sample_size_of_equal_and_of_one_weight():
