@@ -59,6 +59,17 @@ class Evidence(NamedTuple):
     khat: Tensor
     standard_error: Tensor
 
+    def __repr__(self) -> str:
+        """Return a line: the sum over the data with its standard error, and the worst diagnostics."""
+        if self.log_evidence.numel() == 0:
+            return "Evidence(no data)"
+        data = "all data together" if self.log_evidence.dim() == 0 else f"{self.log_evidence.numel()} data"
+        error = self.standard_error.square().sum().sqrt()
+        return (
+            f"Evidence({self.log_evidence.sum():.6g} ± {error:.2g} nats for {data}; ESS >= {self.ess.min():.3g}, "
+            f"khat <= {self.khat.max():.2f})"
+        )
+
 
 def log_evidence(
     model: Program,

@@ -14,7 +14,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -265,7 +265,8 @@ def fit(
             compilation, which draws its own, or for a model that holds its data.
         loss: An ELBO object, an :class:`InferenceCompilation` object of this pair, or that class itself for one
             with its defaults; ``Trace_ELBO()`` by default.
-        optimizer: A learning rate for Adam, a function from a list of parameters to a torch optimiser
+        optimizer: A learning rate for Adam (in torch's fused form, where there is one), a function from a list of
+            parameters to a torch optimiser
             (``torch.optim.AdamW``, ``functools.partial(torch.optim.Adam, lr=1e-2)``), a
             :class:`torch.optim.Optimizer`, or a :class:`pyro.optim.PyroOptim`, whose options per parameter
             are kept. One torch optimiser holds all parameters in every case.
@@ -734,7 +735,9 @@ def make_optimizer(optimizer: Any, parameters: ParameterSet) -> torch.optim.Opti
     if isinstance(optimizer, torch.optim.Optimizer):
         return optimizer
     if isinstance(optimizer, int | float):
-        return torch.optim.Adam(list(trainable.values()), lr=float(optimizer))
+        return torch.optim.Adam(
+            list(trainable.values()), lr=float(optimizer), fused=_can_fuse(trainable.values())
+        )
     if isinstance(optimizer, PyroOptim):
         if isinstance(optimizer, PyroLRScheduler) or optimizer.pt_clip_args:
             raise GraphflowsError(
@@ -754,6 +757,12 @@ def make_optimizer(optimizer: Any, parameters: ParameterSet) -> torch.optim.Opti
             f"torch optimiser; got {optimizer!r}."
         )
     return made
+
+
+def _can_fuse(parameters: Iterable[Tensor]) -> bool | None:
+    """Return True where torch has Adam's step as one kernel, several times cheaper, for these parameters; else None."""
+    devices = {"cuda", "cpu"} if torch.__version__ >= "2.4" else {"cuda"}
+    return all(p.is_floating_point() and p.device.type in devices for p in parameters) or None
 
 
 def _warn_of_globals(watch: SiteWatch, size: int) -> None:
