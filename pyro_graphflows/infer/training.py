@@ -603,7 +603,9 @@ class _Trainer:
             if not math.isfinite(norm):
                 bad = sorted(name for name, value in gradients.items() if not value.isfinite().all())
                 raise NotFiniteError(
-                    f"the loss is finite, but not the gradient of {bad[:5] or 'all parameters'}"
+                    f"the loss is finite, but not the gradient of {bad[:5]}"
+                    if bad
+                    else f"the loss is finite ({loss:.3g}), but the norm of the gradient is too large to compute"
                 )
             if self.max_grad_norm is not None and norm > self.max_grad_norm:
                 for gradient in gradients.values():
