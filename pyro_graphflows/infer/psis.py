@@ -17,9 +17,18 @@ from torch import Tensor
 
 from pyro_graphflows.errors import GraphflowsError
 
-__all__ = ["effective_sample_size", "fit_generalized_pareto", "psis_khat"]
+__all__ = [
+    "effective_sample_size",
+    "fit_generalized_pareto",
+    "judged_without_tail",
+    "psis_khat",
+    "smoothed_log_weights",
+    "smoothed_tail",
+    "tail_size",
+]
 
 _MIN_TAIL = 5  # fewer points than this cannot show the shape of a tail
+_TIMES = 10  # a value seen less often than this is rare
 
 
 def effective_sample_size(log_weights: Tensor, dim: int = 0) -> Tensor:
@@ -91,51 +100,129 @@ def psis_khat(log_weights: Tensor, dim: int = 0) -> Tensor:
     :math:`K` weights over the next smaller one; the estimate is drawn towards 0.5 with the weight of 10
     observations, as in [1].
 
+    *Few distinct weights*, as discrete latents have: no tail is there to extrapolate, and all moments are finite. The
+    question is whether the values that matter have been seen often enough to know their frequency. If values seen
+    fewer than ten times carry less than a twentieth of the sum, the answer is ``-inf``, else ``inf``.
+
     References:
         [1] Vehtari, Simpson, Gelman, Yao and Gabry (2024), Pareto smoothed importance sampling, JMLR 25,
-        Section 2.4 and appendix.
+        Section 2.4 and appendix. Weights of finite support are not treated there.
 
     Args:
         log_weights: Logarithms of the weights, up to a constant; :math:`K` of them in dimension ``dim``.
         dim: The dimension of the samples.
 
     Returns:
-        A tensor without that dimension. ``inf`` where too few distinct weights are in the tail to judge it
-        (also where all weights are zero); ``-inf`` where all weights are equal up to rounding: a perfect
-        proposal.
+        A tensor without that dimension. ``inf`` where too few weights are in the tail to judge it (also where all
+        weights are zero); ``-inf`` where all weights are equal up to rounding (a perfect proposal), or few and well
+        known.
 
     Example:
         >>> psis_khat(torch.zeros(100, 2)).tolist()
         [-inf, -inf]
     """
+    return smoothed_log_weights(log_weights, dim)[1]
+
+
+def smoothed_log_weights(log_weights: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    r"""Replace the largest importance weights by what the generalised Pareto law expects of them.
+
+    The :math:`M` largest become its quantiles at :math:`(i - \tfrac12) / M`, in the order of the weights, none of them
+    above the largest. Where :math:`\hat k` is not finite nothing is changed.
+
+    References:
+        [1] Vehtari, Simpson, Gelman, Yao and Gabry (2024), Pareto smoothed importance sampling, JMLR 25, Algorithm 1.
+
+    Args:
+        log_weights: Logarithms of the weights, up to a constant.
+        dim: The dimension of the samples.
+
+    Returns:
+        The smoothed logarithms, of the shape of ``log_weights``, and :math:`\hat k` as :func:`psis_khat` returns it.
+
+    Example:
+        >>> smoothed, khat = smoothed_log_weights(torch.randn(1000, 3).mul(2))
+        >>> smoothed.shape, khat.shape
+        (torch.Size([1000, 3]), torch.Size([3]))
+    """
     weights = log_weights.detach().movedim(dim, 0)
-    batch = weights.shape[1:]
-    weights = weights.reshape(weights.shape[0], -1).sort(dim=0).values  # (K, B), ascending
-    num = weights.shape[0]
-    tail_size = math.ceil(min(num / 5, 3 * math.sqrt(num)))
-    result = torch.full((weights.shape[1],), math.inf, dtype=weights.dtype, device=weights.device)
+    batch, num = weights.shape[1:], weights.shape[0]
+    values, order = weights.reshape(num, -1).sort(dim=0)  # (K, B), ascending
+    khat = judged_without_tail(values)
+    size = tail_size(num)
+    if size >= _MIN_TAIL:
+        tail, shape = smoothed_tail(values[-size:], values[-size - 1])
+        open_ = khat.isnan()
+        khat = torch.where(open_, shape, khat)
+        values[-size:] = torch.where(open_ & shape.isfinite(), tail, values[-size:])
+    khat = khat.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+    result = torch.empty_like(values).scatter_(0, order, values)
+    return result.reshape(num, *batch).movedim(0, dim), khat.reshape(batch)
 
-    span = weights[-1] - weights[0]
-    rounding = 64 * torch.finfo(weights.dtype).eps * weights[-1].abs().clamp(min=1.0)
-    equal = (span <= rounding) & (weights[-1] > -math.inf) & (num > 1)  # a single weight tells nothing
+
+def tail_size(num: int) -> int:
+    """Return how many of ``num`` weights are taken for the tail; fewer than five show nothing."""
+    size = math.ceil(min(num / 5, 3 * math.sqrt(num)))
+    return size if size < num else 0
+
+
+def judged_without_tail(values: Tensor) -> Tensor:
+    """Return the shape where it follows without a fit: equal weights, few distinct ones, none; else ``nan``.
+
+    Args:
+        values: Logarithms of all weights (K, B), ascending.
+    """
+    num, largest = values.shape[0], values[-1]
+    result = torch.full_like(largest, math.nan)
+    rounding = 64 * torch.finfo(values.dtype).eps * largest.abs().clamp(min=1.0)
+    group = torch.zeros_like(values, dtype=torch.long)
+    group[1:] = (values[1:] - values[:-1] > rounding).cumsum(0)  # (-inf) - (-inf) is nan: not a new value
+    few = (group[-1] + 1) * _TIMES <= num
+    if bool(few.any()):
+        chosen = group[:, few]
+        counts = torch.zeros_like(chosen).scatter_add_(0, chosen, torch.ones_like(chosen))
+        rare = counts.gather(0, chosen) < _TIMES
+        share = (torch.softmax(values[:, few], 0) * rare).sum(0)
+        result[few] = torch.where(share < 0.05, -math.inf, math.inf).to(values.dtype)
+    equal = (values[-1] - values[0] <= rounding) & (num > 1)  # a single weight tells nothing
     result[equal] = -math.inf
-    if tail_size < _MIN_TAIL or tail_size >= num:
-        return result.reshape(batch)
-
-    relative = weights - weights[-1]
-    threshold = relative[-tail_size - 1].exp()
-    excess = relative[-tail_size:].exp() - threshold  # (M, B)
-    positive = excess > 0
-    whole = positive.all(0) & ~equal
-    if whole.any():
-        result[whole] = _shrunk_shape(excess[:, whole])
-    # weights tied with the threshold (discrete latents) carry no information on the tail
-    for column in torch.nonzero(~whole & ~equal & (positive.sum(0) >= _MIN_TAIL)).flatten().tolist():
-        result[column] = _shrunk_shape(excess[positive[:, column], column])
-    return result.reshape(batch)
+    result[largest == -math.inf] = math.inf
+    return result
 
 
-def _shrunk_shape(excess: Tensor) -> Tensor:
+def smoothed_tail(tail: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """Smooth the largest weights; return their new logarithms and the Pareto shapes.
+
+    Args:
+        tail: Logarithms of the largest weights (M, B), ascending.
+        threshold: The logarithms of the next smaller ones (B).
+
+    Returns:
+        The tail, changed where there is a shape, and the shapes: ``inf`` where too few weights exceed the threshold.
+    """
+    size, largest = tail.shape[0], tail[-1]
+    base = (threshold - largest).exp()
+    excess = (tail - largest).exp() - base  # (M, B)
+    shape = torch.full_like(largest, math.inf)
+    scale = torch.ones_like(largest)
+    whole = (excess > 0).all(0)
+    if bool(whole.any()):
+        shape[whole], scale[whole] = _fitted(excess[:, whole])
+    # weights tied with the threshold carry no information on the tail
+    for column in torch.nonzero(~whole & ((excess > 0).sum(0) >= _MIN_TAIL)).flatten().tolist():
+        shape[column], scale[column] = _fitted(excess[excess[:, column] > 0, column])
+    place = (torch.arange(size, dtype=tail.dtype, device=tail.device) + 0.5) / size
+    power = -torch.log1p(-place).reshape(
+        -1, 1
+    )  # F^-1(p) = scale (exp(k power) - 1) / k, whose limit is scale power
+    small = shape.abs() < 1e-6
+    safe = torch.where(small | ~shape.isfinite(), torch.ones_like(shape), shape)
+    quantile = scale * torch.where(small, power, torch.expm1(safe * power) / safe)
+    smoothed = torch.log(quantile + base).clamp(max=0.0) + largest
+    return torch.where(shape.isfinite(), smoothed, tail), shape
+
+
+def _fitted(excess: Tensor) -> tuple[Tensor, Tensor]:
     num = excess.shape[0]
-    shape, _ = fit_generalized_pareto(excess)
-    return (num * shape + 10 * 0.5) / (num + 10)
+    shape, scale = fit_generalized_pareto(excess)
+    return (num * shape + 10 * 0.5) / (num + 10), scale
