@@ -175,11 +175,11 @@ def judged_without_tail(values: Tensor) -> Tensor:
     num, largest = values.shape[0], values[-1]
     result = torch.full_like(largest, math.nan)
     rounding = 64 * torch.finfo(values.dtype).eps * largest.abs().clamp(min=1.0)
-    group = torch.zeros_like(values, dtype=torch.long)
-    group[1:] = (values[1:] - values[:-1] > rounding).cumsum(0)  # (-inf) - (-inf) is nan: not a new value
-    few = (group[-1] + 1) * _TIMES <= num
+    new = values[1:] - values[:-1] > rounding  # (-inf) - (-inf) is nan: not a new value
+    few = (new.sum(0) + 1) * _TIMES <= num
     if bool(few.any()):
-        chosen = group[:, few]
+        chosen = torch.zeros(num, int(few.sum()), dtype=torch.long, device=values.device)
+        chosen[1:] = new[:, few].cumsum(0)  # which of the distinct values each weight has
         counts = torch.zeros_like(chosen).scatter_add_(0, chosen, torch.ones_like(chosen))
         rare = counts.gather(0, chosen) < _TIMES
         share = (torch.softmax(values[:, few], 0) * rare).sum(0)
