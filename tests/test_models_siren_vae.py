@@ -18,6 +18,9 @@ from pyro_graphflows import (
     GraphflowsWarning,
     LinearGaussianNetwork,
     ModelGraph,
+    Progress,
+    Schedule,
+    TrainingData,
     UnsupportedModelError,
     faithful_inverse,
     fully_connected_inverse,
@@ -264,23 +267,23 @@ def test_fit_keeps_units_that_parameters_were_made_for():
         if standardize_first:
             vae.standardize_(x)
         vae.put_linear_gaussian_(network)
-        vae.fit(x, num_epochs=0, progress=False)
+        vae.fit(x, schedule=0, progress=False)
         torch.testing.assert_close(vae.elbo(x), exact, rtol=1e-8, atol=1e-8)
     again = SIReNVAE(CHAIN)
     again.load_state_dict(vae.state_dict())
-    again.fit(10 * x, num_epochs=0, progress=False)  # other data
+    again.fit(10 * x, schedule=0, progress=False)  # other data
     torch.testing.assert_close(again.elbo(x), exact, rtol=1e-8, atol=1e-8)
-    again.fit(10 * x, num_epochs=0, standardize=True, progress=False)
+    again.fit(10 * x, standardize=True, schedule=0, progress=False)
     torch.testing.assert_close(again.observation.loc, 10 * x.mean(0))
     fresh = VAE(CHAIN)
-    fresh.fit(x, num_epochs=0, progress=False)
+    fresh.fit(x, schedule=0, progress=False)
     torch.testing.assert_close(fresh.observation.scale, x.std(0))
 
 
 def test_objective_is_that_of_one_model():
     first, second, x = SIReNVAE(CHAIN), SIReNVAE(CHAIN), torch.randn(10, 1)
     with pytest.raises(GraphflowsError, match="objective was made for; got those of another one"):
-        first.fit(x, loss=second.objective(), num_epochs=1, progress=False)
+        first.fit(x, loss=second.objective(), schedule=1, progress=False)
 
 
 def test_likelihoods_are_those_of_the_distributions():
@@ -366,7 +369,7 @@ def test_convolutions_and_batch_norm_in_modules():
     vae = SIReNVAE(graph, likelihood="bernoulli", decoder=decoder, encoder=encoder)
     assert int(encoder[2].num_batches_tracked) == 0
     x = torch.randint(2, (8, 16)).double()  # as many data as units
-    assert all(math.isfinite(loss) for loss in vae.fit(x, num_epochs=3, progress=False).loss)
+    assert all(math.isfinite(loss) for loss in vae.fit(x, schedule=3, progress=False).loss)
     vae.eval()
     features, eps = vae.observation.to_features(x), torch.randn(3, 8, 2)
     z, _ = vae.encode(features, eps)
@@ -384,7 +387,7 @@ def test_learns_a_small_network():
     x = torch.tensor(network.sample(500, 1, graph.observed))
     test = torch.tensor(network.sample(500, 2, graph.observed))
     vae = SIReNVAE(graph, num_blocks=1)
-    vae.fit(x, num_epochs=25, optimizer=1e-2, progress=False)
+    vae.fit(x, optimizer=1e-2, schedule=25, progress=False)
     excess = (
         torch.tensor(network.log_evidence(test.numpy()))
         - vae.log_evidence(test, num_particles=100).log_evidence
@@ -402,7 +405,7 @@ def test_fit_looks_at_all_data_first():
         with pytest.raises(
             GraphflowsError, match=r"Expected finite data; the columns of x are not\. Missing values"
         ):
-            vae.fit(x, num_epochs=1, batch_size=10, progress=False)
+            vae.fit(TrainingData(x, batch_size=10), schedule=1, progress=False)
         for use in (vae.elbo, vae.log_evidence, vae.reconstruct):
             with pytest.raises(GraphflowsError, match="Expected finite data"):
                 use(x)
@@ -421,7 +424,7 @@ def test_training_stops_with_the_last_good_state():
                 next(iter(vae.encoder_network.parameters())).fill_(math.nan)
 
     with pytest.warns(GraphflowsWarning, match="Training stopped"):
-        history = vae.fit(x_bad, num_epochs=9, optimizer=1e-2, progress=False, on_epoch=spoil)
+        history = vae.fit(x_bad, optimizer=1e-2, schedule=9, progress=Progress(bar=False, on_epoch=spoil))
     assert history.stop_reason.startswith("not finite in epoch 3")
     assert all(bool(p.isfinite().all()) for p in vae.parameters())
 
@@ -431,7 +434,7 @@ def test_finite_at_every_rate_of_the_study(rate):
     network = load_network("magic-niab")
     x = torch.tensor(network.sample(100, 1, network.observed)).float()
     vae = SIReNVAE(network.graph()).float()
-    history = vae.fit(x, num_epochs=40, optimizer=rate, max_grad_norm=50.0, progress=False)
+    history = vae.fit(x, optimizer=rate, schedule=Schedule(40, max_grad_norm=50.0), progress=False)
     assert history.stop_reason == "all 40 epochs done"
     assert bool(vae.log_evidence(x, num_particles=10).log_evidence.isfinite().all())
 

@@ -14,7 +14,6 @@ from scipy.special import chdtrc
 from torch import Tensor
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.infer.joint_samples import joint_layout, run_guide, sample_joint
 from pyro_graphflows.infer.particles import (
     OUTER_PARTICLES,
     Program,
@@ -23,6 +22,7 @@ from pyro_graphflows.infer.particles import (
     particle_plate,
     require_independent_particles,
 )
+from pyro_graphflows.infer.simulations import joint_layout, run_guide, sample_joint
 
 __all__ = ["sbc_ranks", "sbc_uniformity"]
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.infer.batches import TrainingData
 from pyro_graphflows.infer.evidence import Evidence, evidence_from_log_weights
 from pyro_graphflows.infer.particles import evaluation_mode
 from pyro_graphflows.infer.training import History, fit
@@ -118,7 +119,7 @@ class LatentModel(LatentPrograms):
 
     def fit(
         self,
-        x: Tensor,
+        x: Tensor | TrainingData,
         inputs: Tensor | None = None,
         *,
         standardize: bool | None = None,
@@ -128,12 +129,12 @@ class LatentModel(LatentPrograms):
         """Standardise and train by the evidence lower bound.
 
         Args:
-            x: Data (n, columns).
+            x: Data (n, columns), or a :class:`~pyro_graphflows.infer.TrainingData` of them (and the inputs).
             inputs: The inputs.
             standardize: Whether to call :meth:`standardize_` first; by default where the model has no units yet. In
                 other units parameters that were trained, or set to a known network, mean something else.
             loss: Another loss than ``self.objective()``.
-            options: Further arguments of :func:`pyro_graphflows.fit`, as ``num_epochs`` or ``optimizer``.
+            options: Further arguments of :func:`pyro_graphflows.fit`, as ``schedule`` or ``optimizer``.
 
         Returns:
             The history.
@@ -141,8 +142,18 @@ class LatentModel(LatentPrograms):
         Raises:
             GraphflowsError: If the data are not those of the model, as :meth:`known` says, or of :func:`fit`.
         """
-        self.known(x, inputs)  # all rows, before any is trained on
+        data = x if isinstance(x, TrainingData) else TrainingData(x if inputs is None else (x, inputs))
+        given = data.data if isinstance(data.data, tuple) else (data.data,)
+        if (
+            len(given) > 2
+            or not all(isinstance(part, Tensor) for part in given)
+            or (x is data and inputs is not None)
+        ):
+            raise GraphflowsError(
+                f"Expected a tensor x, or TrainingData of x or (x, inputs) and nothing else; got {x}."
+            )
+        rows, covariates = given if len(given) == 2 else (given[0], None)
+        self.known(rows, covariates)  # all rows, before any is trained on
         if not self.observation.has_units if standardize is None else standardize:
-            self.standardize_(x, inputs)
-        data = x if inputs is None else (x, inputs)
+            self.standardize_(rows, covariates)
         return fit(self.model, self.guide, data, loss=loss or self.objective(), **options)

@@ -92,7 +92,7 @@ class SIReNVAE(LatentModel):
         >>> graph = ModelGraph([("a", "b"), ("b", "x"), ("b", "y")], observed=["x", "y"])
         >>> vae = SIReNVAE(graph)
         >>> x = torch.randn(50, 2)
-        >>> history = vae.fit(x, num_epochs=2, progress=False)
+        >>> history = vae.fit(x, schedule=2, progress=False)
         >>> vae.log_evidence(x, num_particles=10).log_evidence.shape, vae.sample(7).shape
         (torch.Size([50]), torch.Size([7, 2]))
     """

@@ -41,15 +41,17 @@ class VAEObjective:
 
     Example:
         >>> from pyro_graphflows import SIReNVAE, load_network
+        >>> from pyro_graphflows.infer import Progress, Schedule
         >>> network = load_network("magic-niab")
         >>> vae = SIReNVAE(network.graph(), num_blocks=1)
         >>> x = torch.tensor(network.sample(50, 0, network.observed), dtype=torch.get_default_dtype())
         >>> objective = vae.objective(kl_weight=0.1)
         >>> def raise_weight(history):
         ...     objective.kl_weight = min(1.0, 0.1 * (len(history) + 1))
-        >>> options = {"loss": objective, "progress": False}
-        >>> history = vae.fit(x, num_epochs=10, patience=None, on_epoch=raise_weight, **options)
-        >>> history = vae.fit(x, num_epochs=20, **options)
+        >>> constant = Schedule(10, patience=None)
+        >>> progress = Progress(bar=False, on_epoch=raise_weight)
+        >>> history = vae.fit(x, loss=objective, schedule=constant, progress=progress)
+        >>> history = vae.fit(x, loss=objective, schedule=20, progress=False)
     """
 
     def __init__(

@@ -8,7 +8,13 @@ from pyro.ops.stats import fit_generalized_pareto as pyro_fit
 from scipy.stats import genpareto
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.infer.diagnostics import effective_sample_size, fit_generalized_pareto, psis_khat
+from pyro_graphflows.infer.psis import (
+    effective_sample_size,
+    fit_generalized_pareto,
+    psis_khat,
+    smoothed_log_weights,
+    tail_size,
+)
 
 
 def test_effective_sample_size_of_equal_and_of_one_weight():
@@ -74,12 +80,56 @@ def test_khat_of_equal_weights_and_of_too_few():
 
 
 def test_khat_with_ties_at_the_threshold():
-    """Discrete latents: few distinct weights. Ties are left out; too few distinct ones are not judged."""
+    """Ties with the threshold are left out."""
     log_weights = torch.zeros(1000)
-    log_weights[:3] = 1.0
-    assert psis_khat(log_weights).item() == math.inf
     log_weights[:20] = torch.linspace(1, 2, 20)
+    log_weights[20:200] = 0.01 * torch.randn(180)  # not few distinct values
     assert psis_khat(log_weights).isfinite().item()
+
+
+def test_khat_of_few_distinct_weights():
+    """Discrete latents: what matters is whether the values that make up the sum have been seen often."""
+    often = torch.zeros(1000)
+    often[:300] = 1.0
+    rare_and_small = often.clone()
+    rare_and_small[0] = 2.0  # seen once, less than a hundredth of the sum
+    rare_and_large = often.clone()
+    rare_and_large[:3] = 6.0  # seen three times, more than half of it
+    log_weights = torch.stack([often, rare_and_small, rare_and_large, torch.full((1000,), -math.inf)], 1)
+    log_weights += 1e-15 * torch.randn(1000, 4)  # equal up to rounding
+    assert psis_khat(log_weights).tolist() == [-math.inf, -math.inf, math.inf, math.inf]
+    zero_or_one = torch.zeros(1000)
+    zero_or_one[:400] = -math.inf  # draws outside the support
+    assert psis_khat(zero_or_one).item() == -math.inf
+
+
+def test_smoothed_weights_against_arviz():
+    psislw = pytest.importorskip("arviz_stats.base").array_stats.psislw
+    # 900: there the paper's ceil(3 sqrt(S)) and their floor agree
+    log_weights = torch.randn(900, 4) * torch.tensor([0.5, 1.0, 2.0, 4.0])
+    smoothed, khat = smoothed_log_weights(log_weights)
+    theirs, their_khat = psislw(-log_weights.T.numpy())  # their argument is a log-likelihood
+    assert khat.tolist() == pytest.approx(their_khat.tolist(), abs=1e-6)
+    ours = torch.log_softmax(smoothed, 0)
+    theirs = torch.as_tensor(theirs).T
+    assert torch.allclose(ours, theirs - theirs.logsumexp(0), atol=1e-6)
+
+
+def test_smoothing_keeps_what_is_no_tail():
+    log_weights = torch.randn(1000, 2)
+    log_weights[:, 1] = 0.0
+    smoothed, khat = smoothed_log_weights(log_weights.T, dim=1)
+    assert khat.tolist()[1] == -math.inf
+    assert torch.equal(smoothed[1], log_weights[:, 1])
+    order = log_weights[:, 0].argsort()
+    size = tail_size(1000)
+    assert torch.equal(smoothed[0, order[:-size]], log_weights[order[:-size], 0])
+    tail = smoothed[0, order[-size:]]
+    assert (tail.diff() > 0).all()
+    assert (tail > log_weights[order[-size - 1], 0]).all()
+    assert tail.max() <= log_weights[:, 0].max()
+    few = torch.randn(8)
+    assert torch.equal(smoothed_log_weights(few)[0], few)  # too few to judge
 
 
 @settings(max_examples=25, deadline=None)
