@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs.model_graph import ModelGraph, Node, listed
 from pyro_graphflows.models.observation import Observation
-from pyro_graphflows.nn.linear import MaskedLinear
+from pyro_graphflows.nn.masked import MaskedLinear
 from pyro_graphflows.nn.mlp import MaskedMLP
 
 __all__ = ["MaskedDecoder", "modules_by_node"]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyro_graphflows.nn.linear import MaskedLinear
+from pyro_graphflows.nn.masked import MaskedLinear
 from pyro_graphflows.nn.mlp import LevelEvaluation, MaskedMLP
 
 __all__ = ["Conditioner", "Supply"]
@@ -30,7 +30,7 @@ class Conditioner(nn.Module):
         units_per_set: The hidden units of one layer for each distinct set of parents.
         hidden_layers: The number of hidden layers.
         activation: An activation or its name.
-        engine: The engine of the layers; see :class:`~pyro_graphflows.nn.linear.MaskedLinear`.
+        engine: The engine of the layers; see :class:`~pyro_graphflows.nn.masked.MaskedLinear`.
 
     Shape:
         - Values are features-first: context :math:`(C, *batch)`, variables :math:`(n, *batch)`; batch shapes broadcast.
