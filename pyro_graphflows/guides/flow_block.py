@@ -22,8 +22,8 @@ from pyro_graphflows.guides.flow_level import FlowEvaluation, FlowLevels
 from pyro_graphflows.guides.flow_structure import ElementParents, FlowOptions, flow_structure
 from pyro_graphflows.guides.free import FreeTable, IndexMap, index_maps
 from pyro_graphflows.guides.plan import Block
-from pyro_graphflows.transforms.faithful_nn import FaithfulResidualNN
-from pyro_graphflows.transforms.graphical_affine import AffineGraphicalNN
+from pyro_graphflows.transforms.faithful import FaithfulResidualNN
+from pyro_graphflows.transforms.graphical import AffineGraphicalNN
 
 __all__ = ["FlowBlock", "FlowOptions"]
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_graphflows.transforms.faithful_evaluation import FaithfulEvaluation
-from pyro_graphflows.transforms.graphical_affine import AffineGraphicalEvaluation
+from pyro_graphflows.transforms.faithful import FaithfulEvaluation
+from pyro_graphflows.transforms.graphical import AffineGraphicalEvaluation
 
 __all__ = ["Evaluation", "FlowConditional", "FlowEvaluation", "FlowLevel", "FlowLevels"]
 
