@@ -12,7 +12,8 @@ from pyro_graphflows.guides import auto_faithful_guide
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.features import location_and_scale
 from pyro_graphflows.guides.free import IndexMap
-from pyro_graphflows.models.textbook import EIGHT_SCHOOLS, eight_schools
+from pyro_graphflows.models.textbook import EIGHT_SCHOOLS
+from pyro_graphflows.models.textbook import eight_schools_model as eight_schools
 
 FAMILIES = ["normal", "flow"]
 

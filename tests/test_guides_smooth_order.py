@@ -13,7 +13,7 @@ from pyro_graphflows.guides.joint_samples import JointSamples
 from pyro_graphflows.guides.site import conditioning_event_dims, latent_sites
 from pyro_graphflows.guides.smooth_order import joint_rows, smooth_order
 from pyro_graphflows.inspect import sample_prior, trace_model
-from pyro_graphflows.models.textbook import arithmetic_circuit
+from pyro_graphflows.models.textbook import arithmetic_circuit_model as arithmetic_circuit
 
 
 def product(x, loc=(5.0, 0.0), size=()):

@@ -46,7 +46,7 @@ def modules_by_node(
 class MaskedDecoder(nn.Module):
     r"""The parameters of each observed node as a function of its parents.
 
-    Nodes without a module of their own share one masked network with a linear part beside its hidden layers. Its
+    Nodes without a module share one masked network with a linear part beside its hidden layers. Its
     hidden units start with small outputs, and the log-scales at zero.
 
     Shape:

@@ -104,7 +104,7 @@ class GraphVAE(WithLayout, PyroModule):
             one before (Ladder VAE); ``"independent"``, no edges (VAE); or a DAG over the nodes (of a
             :class:`~pyro_graphflows.ModelGraph` its latent nodes).
         likelihood: ``"bernoulli"`` for data of zeros and ones; ``"normal"`` for data in [0, 1], with a sigmoid mean
-            and a log-variance of its own for each element; or a function from the decoder's outputs
+            and one log-variance for each element; or a function from the decoder's outputs
             ``(..., num_outputs)`` to a distribution with event shape ``input_shape``.
         encoder: A module from ``(rows, *input_shape)`` to ``(rows, embedding_dim)``.
         decoder: A module from ``(rows, size of its nodes)`` to what the likelihood takes: logits for ``"bernoulli"``,

@@ -66,7 +66,7 @@ class WithLayout(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
-        layout = local_metadata.get("layout", {})  # states without one are taken as they are
+        layout = local_metadata.get("layout", {})  # states without one are accepted as they are
         for what, own in self._layout().items():
             given = layout.get(what, own)
             if given != own:

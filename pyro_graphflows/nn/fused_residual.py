@@ -364,7 +364,7 @@ def _split(operations: Sequence[FusedResidual], parts: Sequence[Any]) -> list[Se
 def _differentiable(
     ctx: Any, outputs: tuple[Tensor, Tensor], arguments: Sequence[Tensor | None], grads: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """Return the gradients of the arguments with a graph of their own."""
+    """Return the gradients of the arguments, differentiable themselves."""
     needs = ctx.needs_input_grad[1:]
     needed = [x for x, need in zip(arguments, needs, strict=True) if need and x is not None]
     found = iter(torch.autograd.grad(outputs, needed, grads, create_graph=True, allow_unused=True))

@@ -181,7 +181,7 @@ class MaskedLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew and set the biases to zero."""
+        """Draw new weights and set the biases to zero."""
         with torch.no_grad():
             self.weight.uniform_(-1, 1)
             if self.engine == "dense":

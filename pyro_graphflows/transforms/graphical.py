@@ -11,7 +11,7 @@ one extra pass over the weights between units of the same owner (:mod:`pyro_grap
 .. math:: z_v = b_v + \sum_{p \in Pa(v)} W_{vp}\, (x, z)_p + e^{\lambda_v(x, z_{Pa(v)})}\, u_v,
 
 level by level. With blocks that start at zero output the whole is exactly linear-Gaussian. The map's Jacobian is
-triangular in the order of the graph as that of the blocks is, so each variable keeps a term of its own.
+triangular in the order of the graph as that of the blocks is, so each variable keeps its own term.
 """
 
 import copy

@@ -404,7 +404,7 @@ class _Stack(Operation):
 def _stack_gradients(
     ctx: Any, tensors: tuple[Tensor, ...], grads: tuple[Tensor, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the arguments with a graph of their own."""
+    """Return the gradients of the arguments, differentiable themselves."""
     needed = [tensor for tensor, needs in zip(tensors, ctx.needs_input_grad, strict=False) if needs]
     results = iter(
         torch.autograd.grad(ctx.options[2](*tensors), needed, grads, create_graph=True, allow_unused=True)

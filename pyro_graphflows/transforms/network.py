@@ -43,7 +43,7 @@ class FlowEvaluation:
     r"""A pass through the levels of a flow, in which the caller may replace values: what every flow's pass owes.
 
     Level after level: :meth:`step` maps the level's noise to values, or :meth:`terms` maps given values to noise; then
-    :meth:`accept` hands in the values that were really taken, on which the later levels depend. Each level may have a
+    :meth:`accept` hands in the values that are used, on which the later levels depend. Each level may have a
     larger batch shape than those before it, and shapes are broadcast from the right. Columns are always those of
     ``network.levels[level]``.
 
