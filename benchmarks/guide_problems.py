@@ -24,9 +24,15 @@ from pyro_graphflows.graphs import load_network
 from pyro_graphflows.graphs.library import binary_tree
 from pyro_graphflows.models.textbook import (
     EIGHT_SCHOOLS,
-    arithmetic_circuit,
-    eight_schools,
-    hidden_markov_chain,
+)
+from pyro_graphflows.models.textbook import (
+    arithmetic_circuit_model as arithmetic_circuit,
+)
+from pyro_graphflows.models.textbook import (
+    eight_schools_model as eight_schools,
+)
+from pyro_graphflows.models.textbook import (
+    hidden_markov_chain_model as hidden_markov_chain,
 )
 
 

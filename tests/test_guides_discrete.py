@@ -36,7 +36,7 @@ from pyro_graphflows.infer import (
     sbc_ranks,
     sbc_uniformity,
 )
-from pyro_graphflows.models.textbook import burglar_alarm
+from pyro_graphflows.models.textbook import burglar_alarm_model as burglar_alarm
 from pyro_graphflows.regression import logistic_regression
 
 WEIGHTS = torch.tensor([0.2, 0.3, 0.5], dtype=torch.double)

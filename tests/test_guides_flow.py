@@ -20,8 +20,8 @@ from pyro_graphflows.graphs.library import binary_tree
 from pyro_graphflows.graphs.linear_gaussian import LinearGaussianNetwork
 from pyro_graphflows.guides import Flow, Normal, auto_faithful_guide
 from pyro_graphflows.infer import IWAE_ELBO, InferenceCompilation, log_evidence
-from pyro_graphflows.models.textbook import arithmetic_circuit
-from pyro_graphflows.transforms.graphical_nn import GraphicalResidualNN
+from pyro_graphflows.models.textbook import arithmetic_circuit_model as arithmetic_circuit
+from pyro_graphflows.transforms.graphical import GraphicalResidualNN
 
 ELBOS = [Trace_ELBO, TraceMeanField_ELBO, RenyiELBO]
 

@@ -11,7 +11,8 @@ from pyro.infer import Trace_ELBO
 from pyro_graphflows.guides import auto_faithful_guide
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.conditionals.elements import ElementMap
-from pyro_graphflows.models.textbook import EIGHT_SCHOOLS, eight_schools
+from pyro_graphflows.models.textbook import EIGHT_SCHOOLS
+from pyro_graphflows.models.textbook import eight_schools_model as eight_schools
 from pyro_graphflows.regression import location_and_scale
 
 FAMILIES = ["normal", "flow"]

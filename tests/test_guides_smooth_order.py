@@ -12,7 +12,7 @@ from pyro_graphflows.guides.orders import joint_rows, smooth_order
 from pyro_graphflows.guides.samples import ModelDraws
 from pyro_graphflows.guides.sites import input_encodings, latent_sites
 from pyro_graphflows.inspect import sample_prior, trace_model
-from pyro_graphflows.models.textbook import arithmetic_circuit
+from pyro_graphflows.models.textbook import arithmetic_circuit_model as arithmetic_circuit
 
 
 def product(x, loc=(5.0, 0.0), size=()):

@@ -1,22 +1,19 @@
 """Residual flows whose Jacobians follow a graph."""
 
 from pyro_graphflows.transforms.actnorm import ActNorm, actnorm
-from pyro_graphflows.transforms.faithful_evaluation import FaithfulEvaluation
-from pyro_graphflows.transforms.faithful_nn import FaithfulResidualNN
-from pyro_graphflows.transforms.faithful_residual import (
+from pyro_graphflows.transforms.faithful import FaithfulEvaluation, FaithfulResidualNN
+from pyro_graphflows.transforms.graphical import GraphicalEvaluation, GraphicalResidualNN
+from pyro_graphflows.transforms.priors import GraphicalFlowPrior
+from pyro_graphflows.transforms.residual import (
     ConditionalFaithfulResidual,
-    FaithfulResidual,
-    conditional_faithful_residual,
-    faithful_residual,
-)
-from pyro_graphflows.transforms.graphical_nn import GraphicalEvaluation, GraphicalResidualNN
-from pyro_graphflows.transforms.graphical_residual import (
     ConditionalGraphicalResidual,
+    FaithfulResidual,
     GraphicalResidual,
+    conditional_faithful_residual,
     conditional_graphical_residual,
+    faithful_residual,
     graphical_residual,
 )
-from pyro_graphflows.transforms.priors import GraphicalFlowPrior
 from pyro_graphflows.transforms.solver import Solver
 from pyro_graphflows.transforms.structure import FlowStructure, flow_structure
 

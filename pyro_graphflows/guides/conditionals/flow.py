@@ -29,9 +29,8 @@ from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.conditionals.contract import BlockSpec, Conditionals, LinearConditional, Pass
 from pyro_graphflows.guides.conditionals.elements import ElementMap, ElementTable, element_maps
 from pyro_graphflows.guides.features import concatenate
-from pyro_graphflows.transforms.faithful_evaluation import FaithfulEvaluation
-from pyro_graphflows.transforms.faithful_nn import FaithfulResidualNN
-from pyro_graphflows.transforms.graphical_affine import AffineGraphicalEvaluation, AffineGraphicalNN
+from pyro_graphflows.transforms.faithful import FaithfulEvaluation, FaithfulResidualNN
+from pyro_graphflows.transforms.graphical import AffineGraphicalEvaluation, AffineGraphicalNN
 from pyro_graphflows.transforms.structure import FlowStructure
 
 __all__ = ["FlowConditional", "FlowConditionals"]

@@ -4,8 +4,8 @@ Going through the levels one small step after another costs more in overhead tha
 variables has some fifteen levels of four blocks each, and every block is a dozen operations on a few thousand numbers.
 Here only what truly depends on the level before is done level by level, about six operations in a block on the way
 forth and one on the way back; slopes, log-derivatives and the gradients of all weights are computed for all levels at
-once. With the notation of :mod:`pyro_graphflows.transforms.fused` (affine map after the residual map) and the gradients
-:math:`\bar y` of a block's output and :math:`\bar\ell` of its log-slope, the way back through a block is
+once. With the notation of :mod:`pyro_graphflows.transforms.monotone` (affine map after the residual map) and the
+gradients :math:`\bar y` of a block's output and :math:`\bar\ell` of its log-slope, the way back through a block is
 
 .. math::
     \bar a_h = \bar y\, e^\lambda w_h \varphi'(a_h) + \frac{\bar\ell}{1 + \rho} w_h u_h \varphi''(a_h), \qquad
@@ -24,9 +24,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pyro_graphflows.nn.activations import Activation
 from pyro_graphflows.nn.operation import Operation
-from pyro_graphflows.transforms.faithful_nn import FaithfulResidualNN
+from pyro_graphflows.transforms.faithful import FaithfulResidualNN
 
 __all__ = ["LevelSampler"]
 
@@ -56,10 +55,8 @@ class LevelSampler:
         size = network.edges.num_variables * network.edges.num_outputs
         self.applies = (
             network.closed_form == "sampling"
-            and len(stack.hidden_units) == 1
+            and stack.is_one_operation
             and not stack.conditional_scale
-            and stack.activation.input_scale() is None
-            and type(stack.activation).forward_and_derivative is Activation.forward_and_derivative
             and size * (network.context_dim + network.event_dim) <= MAX_ENTRIES
         )
         if self.applies:
@@ -90,6 +87,7 @@ class LevelSampler:
             given = x.expand(*batch, -1).reshape(-1, network.context_dim).t()
         weights = network.stack.weights()
         z, log_diag = _Levels.apply(
+            plan,
             noise,
             given,
             network.edges.weight,
@@ -97,8 +95,6 @@ class LevelSampler:
             weights.inner,
             weights.outer,
             weights.log_scale,
-            plan,
-            type(network.stack.activation),
         )
         scale = network.scale
         z = z.index_select(0, plan.place).t().reshape(*batch, -1) * scale + network.loc
@@ -113,6 +109,7 @@ class _Plan:
         dim, blocks, hidden = edges.num_variables, stack.num_blocks, stack.hidden_units[0]
         self.dim, self.blocks, self.hidden = dim, blocks, hidden
         self.num_context = edges.num_context
+        self.activation = type(stack.activation)
         self.num_cells = dim * blocks
         self.levels: list[tuple[int, int]] = []
         cells: list[tuple[int, int]] = []  # (block, variable) of each cell
@@ -143,19 +140,15 @@ class _Plan:
 
 
 class _Levels(Operation):
+    """All levels, from seven tensors (in inner order, with H hidden units, T blocks and E edges).
+
+    They are the noise (D, N); the context (C, M), N a multiple of M; the weights (E, T (H + 1)) and biases
+    (D, T (H + 1)) of the edges; u and w of the residual maps, both (T, D, H); and the log-scales (T, D).
+    """
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        eps: Tensor,  # (D, N), inner order
-        context: Tensor,  # (C, M), N a multiple of M
-        weight: Tensor,  # (E, T (H + 1))
-        bias: Tensor,  # (D, T (H + 1))
-        inner: Tensor,  # (T, D, H)
-        outer: Tensor,  # (T, D, H)
-        log_scale: Tensor,  # (T, D)
-        plan: _Plan,
-        activation: type[Activation],
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, plan: _Plan, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        eps, context, weight, bias, inner, outer, log_scale = tensors
         cells, hidden, units = plan.num_cells, plan.hidden, plan.hidden + 1
         num_context, blocks = plan.num_context, plan.blocks
         size = eps.shape[1]
@@ -173,7 +166,7 @@ class _Levels(Operation):
         column_u, row_w = u.unsqueeze(-1), w.unsqueeze(1)
         entering, middle = torch.empty_like(eps).new_empty(2, cells, size)
         z = torch.empty_like(eps)
-        value_of = activation.terms
+        value_of = plan.activation.terms
         for start, stop in plan.levels:
             first, last, n = start * blocks, stop * blocks, stop - start
             if start:
@@ -191,7 +184,7 @@ class _Levels(Operation):
             z[start:stop] = y
 
         grads = any(ctx.needs_input_grad)
-        terms = activation.terms(by_cell, 2 if grads else 1)
+        terms = plan.activation.terms(by_cell, 2 if grads else 1)
         # A zero for the shift's row: it takes no part in the slope.
         w, u = (torch.nn.functional.pad(part, (0, 1)) for part in (w, u))
         rho = torch.bmm((w * u).unsqueeze(1), terms[1]).squeeze(1)
@@ -245,7 +238,7 @@ class _Levels(Operation):
         if num_context:
             from_context = flat.view(cells * units, -1, context.shape[1]).sum(1)
             torch.mm(context, from_context.t(), out=grad_matrix[:num_context])
-            if ctx.needs_input_grad[1]:
+            if ctx.needs_input_grad[2]:
                 grad_context = matrix[:num_context] @ from_context
         torch.mm(z, flat.t(), out=grad_matrix[num_context:])
         grad_weight = grad_matrix.view(-1, units).index_select(0, plan.positions).view(weight_shape)
@@ -257,6 +250,7 @@ class _Levels(Operation):
         grad_scale = grad_mid.mul_(middle).add_(grad_cell).sum(1)
         back = plan.from_block_major
         return (
+            None,
             grad_eps,
             grad_context,
             grad_weight,
@@ -264,6 +258,4 @@ class _Levels(Operation):
             grad_u[:, :hidden].index_select(0, back).view(inner_shape),
             grad_w[:, :hidden].index_select(0, back).view(inner_shape),
             grad_scale.index_select(0, back).view(scale_shape),
-            None,
-            None,
         )

@@ -1,6 +1,5 @@
-"""The density of a FaithfulResidual: structure, exact bound, both directions, levels, starts, gradients."""
+"""The network of faithful flows: structure, both directions, inversion, levels, starts, gradients."""
 
-import networkx as nx
 import pyro.distributions as dist
 import pytest
 import torch
@@ -8,19 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyro_graphflows.errors import ConvergenceError, GraphflowsError
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
-from pyro_graphflows.graphs.model_graph import ModelGraph
-from pyro_graphflows.transforms import (
-    FaithfulResidual,
-    FlowStructure,
-    Solver,
-    conditional_faithful_residual,
-    faithful_residual,
+from pyro_graphflows.nn import mlp
+from pyro_graphflows.transforms import FlowStructure, Solver, conditional_faithful_residual, faithful
+from pyro_graphflows.transforms.edge_linear import Inputs, expand_batch
+from pyro_graphflows.transforms.faithful import (
+    FaithfulResidualNN,
+    regress_on_parents,
+    structure_mask,
 )
-from pyro_graphflows.transforms import faithful_nn as faithful_nn_module
-from pyro_graphflows.transforms.conditioner import Conditioner
-from pyro_graphflows.transforms.faithful_nn import FaithfulResidualNN
-from pyro_graphflows.transforms.regression import regress_on_parents, structure_mask
 
 FORMS = ("density", "sampling")
 
@@ -125,8 +119,8 @@ def test_engines_and_pieces_give_the_same_numbers(form, options, monkeypatch):
     x, eps = torch.randn(40, 2), torch.randn(3, 40, 5)
     results = []
     for piece in (2**20, 6000):
-        monkeypatch.setattr(faithful_nn_module, "PIECE", piece)
-        monkeypatch.setattr(faithful_nn_module, "RECOMPUTE", piece)
+        monkeypatch.setattr(faithful, "PIECE", piece)
+        monkeypatch.setattr(faithful, "RECOMPUTE", piece)
         for network in networks.values():
             network.zero_grad()
             z, log_diag = network.sample(eps, x[:, :1], x[:, 1:])
@@ -138,44 +132,6 @@ def test_engines_and_pieces_give_the_same_numbers(form, options, monkeypatch):
     for other in results[1:]:
         for first, second in zip(results[0], other, strict=True):
             torch.testing.assert_close(second, first, atol=1e-10, rtol=1e-9)
-
-
-@pytest.mark.parametrize("activation", ["elu", "tanh", "lipswish", "lipmish"])
-@pytest.mark.parametrize("hidden_dims", [None, [3, 3], [2, 3, 2]])
-@pytest.mark.parametrize("c", [0.9, 0.999])
-def test_slopes_stay_in_the_interval(activation, hidden_dims, c):
-    """The promised interval holds every slope of every block, for weights of any size."""
-    torch.manual_seed(1)
-    dims = hidden_dims or [8]
-    for size in (0.3, 3.0, 30.0):
-        network = excited(ONE, size, hidden_dims=dims, num_blocks=3, lipschitz=c, activation=activation)
-        weights = network.stack.weights()
-        assert (weights.slope_min >= 1 - c).all()
-        y = torch.linspace(-50, 50, 20001).unsqueeze(0)
-        for t in range(3):
-            start = torch.randn(1, dims[0], 1).expand(-1, -1, y.shape[-1])
-            _, slope, _ = network.stack._residual(y, start, weights, t)
-            assert (1 + slope).min() >= weights.slope_min[t] - 1e-12
-            assert (1 + slope).max() <= weights.slope_max[t] + 1e-12
-
-
-@pytest.mark.parametrize("activation", ["elu", "tanh"])
-def test_the_bound_is_attained_and_positive_products_are_free(activation):
-    """One hidden layer: the least slope 1 − c is reached, and a block may stretch by 100."""
-    network = FaithfulResidualNN(
-        ONE, num_blocks=1, activation=activation, lipschitz=0.97, units_per_variable=4
-    )
-    stack = network.stack
-    with torch.no_grad():
-        stack.inner.copy_(torch.tensor([20.0, 30.0, 1.0, 2.0]))
-        stack.outer.copy_(torch.tensor([-10.0, -5.0, 0.0, 0.0]))
-    y, start = torch.linspace(0.0, 1.0, 1001).unsqueeze(0), torch.zeros(1, 4, 1).expand(-1, -1, 1001)
-    _, slope, _ = stack._residual(y, start, stack.weights(), 0)
-    assert abs(slope.min().item() + 0.97) < 1e-9
-    with torch.no_grad():
-        stack.outer.copy_(torch.tensor([0.0, 0.0, 60.0, 20.0]))
-    _, slope, _ = stack._residual(y, start, stack.weights(), 0)
-    assert slope.max() > 99.0
 
 
 def adversarial(structure, c, dtype, form, blocks=4, **options):
@@ -253,8 +209,6 @@ def test_inversion_always_converges(dtype, c, form, weights):
 
 def contribution(network, z, x):
     """The size of the terms that parents add, for each variable."""
-    from pyro_graphflows.transforms.edge_linear import Inputs, expand_batch
-
     known = expand_batch(z[..., network._order].movedim(-1, 0).abs(), z.shape[:-1])
     context = None if not x else x[0].movedim(-1, 0).abs()
     edges = network.edges
@@ -414,17 +368,14 @@ def test_init_linear_makes_the_flow_linear_gaussian(form, conditional_scale, con
 
 
 @pytest.mark.parametrize("engine", ["dense", "sparse"])
-def test_init_linear_of_some_variables_leaves_the_others(engine):
+def test_init_linear_of_some_variables_leaves_the_others(engine, monkeypatch):
     network = excited(STRUCTURE, 0.5, closed_form="sampling", **CONDITIONED)
-    for layer in (*network.conditioner.mlp.layers,):
-        assert layer.engine == "dense"
     if engine == "sparse":
-        sparse = Conditioner(
-            network.edges.parents, 2, network.edges.level_sizes, network.edges.num_outputs,
-            units_per_set=4, hidden_layers=2, engine="sparse",
-        )  # fmt: skip
-        sparse.load_state_dict(network.conditioner.state_dict())
-        network.conditioner = sparse
+        monkeypatch.setattr(mlp, "fastest_engine", lambda *_: "sparse")  # as it is for large networks
+        sparse = excited(STRUCTURE, 0.5, closed_form="sampling", **CONDITIONED)
+        sparse.load_state_dict(network.state_dict())
+        network = sparse
+    assert {layer.engine for layer in network.conditioner.mlp.layers} == {engine}
     x, z = torch.randn(7, 2), torch.randn(7, 5)
     before, _ = network.inverse_terms(z, x)
     network.init_linear_(torch.zeros(5, 7), torch.zeros(5), torch.ones(5), variables=[1, 4])
@@ -519,24 +470,6 @@ def test_going_through_the_levels_evaluates_each_variable_once(monkeypatch):
         network.sample(torch.randn(3, 5), torch.randn(3, 2))
         assert sum(evaluated) == 5
         assert len(evaluated) >= len(network.levels) > 1
-
-
-def test_helpers_take_every_kind_of_graph():
-    dag = nx.DiGraph([("a", "b"), ("b", "x")])
-    model = ModelGraph(dag, observed=["x"])
-    inverse = InverseGraph(model, {"a": ["b"], "b": ["x"]})
-    assert faithful_residual(dag).structure.names == ("a", "b", "x")
-    assert faithful_residual(model).structure.names == ("a", "b", "x")
-    flow = conditional_faithful_residual(inverse, closed_form="sampling", num_blocks=2)
-    assert flow.structure.names == ("a", "b")
-    assert flow.structure.context_names == ("x",)
-    assert flow.levels == ((1,), (0,))
-    assert flow.condition(torch.randn(3, 1))(torch.randn(3, 2)).shape == (3, 2)
-    assert isinstance(flow.condition(torch.randn(1)), FaithfulResidual)
-    with pytest.raises(GraphflowsError, match="Use conditional_faithful_residual"):
-        faithful_residual(inverse)
-    with pytest.raises(GraphflowsError, match="Use the Conditional form"):
-        FaithfulResidual(flow.network)
 
 
 @pytest.mark.parametrize(

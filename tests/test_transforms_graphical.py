@@ -1,4 +1,4 @@
-"""GraphicalResidual: what it sees, its two limits, inversion and gradients; ActNorm."""
+"""The network of graphical flows: what it sees, its two limits, inversion, levels and gradients."""
 
 import networkx as nx
 import pyro.distributions as dist
@@ -12,9 +12,7 @@ from pyro_graphflows.transforms import (
     FlowStructure,
     GraphicalResidualNN,
     Solver,
-    actnorm,
     conditional_graphical_residual,
-    flow_structure,
     graphical_residual,
 )
 
@@ -260,30 +258,7 @@ def test_spectral_norms_stay_bounded_after_loading(size):
         flow = GraphicalResidualNN(structure, num_blocks=2, lipschitz=0.97)
 
 
-def test_helpers_take_every_kind_of_graph():
-    dag = nx.DiGraph([("a", "b"), ("b", "x")])
-    model = ModelGraph(dag, observed=["x"])
-    inverse = InverseGraph(model, {"a": ["b"], "b": ["x"]})
-    assert graphical_residual(dag).structure.names == ("a", "b", "x")
-    assert graphical_residual(model).structure.names == ("a", "b", "x")
-    assert graphical_residual(flow_structure(dag)).structure.names == ("a", "b", "x")
-    flow = conditional_graphical_residual(inverse, None, [24], 2, "sampling")
-    assert (flow.structure.names, flow.structure.context_names) == (("a", "b"), ("x",))
-    assert flow.network.closed_form == "sampling"
-    assert len(flow.network.blocks) == 2
-    assert flow.condition(torch.randn(3, 1))(torch.randn(3, 2)).shape == (3, 2)
-    shared = conditional_graphical_residual(dag, 2)
-    assert shared.condition(torch.randn(2))(torch.randn(4, 3)).shape == (4, 3)
-
-
-def test_helpers_and_refusals():
-    dag = nx.DiGraph([("x", "a"), ("a", "b")])
-    assert graphical_residual(dag).structure.names == ("x", "a", "b")
-    flow = conditional_graphical_residual(dag, ["x"])
-    assert flow.structure.context_names == ("x",)
-    assert flow.levels == ((0,), (1,))
-    with pytest.raises(GraphflowsError, match="Use conditional_graphical_residual"):
-        graphical_residual(FlowStructure(((),), ((0,),), 1))
+def test_construction_checks_its_arguments():
     for options, match in (
         ({"closed_form": "both"}, "closed_form"),
         ({"lipschitz": 1.0}, "lipschitz"),
@@ -298,29 +273,3 @@ def test_failure_of_the_inversion_is_named():
     network = excited(STRUCTURE, lipschitz=0.999, solver=Solver(max_iterations=1))
     with pytest.raises(ConvergenceError, match="GraphicalResidual .*max_iterations"):  # noqa: RUF043
         network.sample(5 * torch.randn(50, 5), torch.randn(50, 2))
-
-
-# ActNorm
-
-
-def test_actnorm_starts_from_the_first_batch_only_in_training():
-    z = torch.randn(1000, 3) * torch.tensor([1.0, 100.0, 0.01]) + torch.tensor([0.0, 5.0, -3.0])
-    layer = actnorm(3, data_dependent=True).eval()
-    assert torch.equal(layer.inv(z), z)
-    layer.train()
-    eps = layer.inv(z)
-    torch.testing.assert_close(eps.mean(0), torch.zeros(3), atol=1e-9, rtol=0)
-    torch.testing.assert_close(eps.std(0), torch.ones(3))
-    before = layer.loc.clone()
-    layer.inv(z + 1)
-    assert torch.equal(layer.loc, before)
-    assert torch.equal(actnorm(3).inv(z), z)
-
-
-def test_actnorm_refuses():
-    with pytest.raises(GraphflowsError, match="input_dim >= 1"):
-        actnorm(0)
-    with pytest.raises(GraphflowsError, match="at least two samples"):
-        actnorm(2).initialize_(torch.zeros(1, 2))
-    with pytest.raises(GraphflowsError, match="all finite"):
-        actnorm(2).initialize_(torch.full((3, 2), torch.inf))

@@ -5,7 +5,7 @@ import torch
 
 from pyro_graphflows import faithful_inverse, load_network
 from pyro_graphflows.transforms import FaithfulResidualNN, FlowStructure, flow_structure
-from pyro_graphflows.transforms.fused_levels import LevelSampler
+from pyro_graphflows.transforms.level_sampler import LevelSampler
 
 STRUCTURES = {
     "one": FlowStructure([()]),

@@ -4,12 +4,21 @@ Block t maps :math:`y \mapsto y + g_t(y; x)`, where output v of :math:`g_t` depe
 its context columns, and the spectral norm of each masked weight is bounded, so that :math:`g_t` is a
 contraction in y. The Jacobian is triangular in the order of the graph; the log-determinant comes from
 one extra pass over the weights between units of the same owner (:mod:`pyro_graphflows.nn.residual`).
+
+**An affine map behind the blocks.** Spectral norms bound the blocks, so that they cannot hold a regression. In guides
+(:class:`AffineGraphicalNN`) what comes out of the blocks, u, therefore goes through an affine map along the same graph,
+
+.. math:: z_v = b_v + \sum_{p \in Pa(v)} W_{vp}\, (x, z)_p + e^{\lambda_v(x, z_{Pa(v)})}\, u_v,
+
+level by level. With blocks that start at zero output the whole is exactly linear-Gaussian. The map's Jacobian is
+triangular in the order of the graph as that of the blocks is, so each variable keeps its own term.
 """
 
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +26,12 @@ from torch import Tensor, nn
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.nn.activations import Activation
 from pyro_graphflows.nn.residual import MaskedResidualNet, ResidualEvaluation, all_entries, go_through
-from pyro_graphflows.transforms.flow_nn import FlowNN
+from pyro_graphflows.transforms.faithful import FaithfulEvaluation, FaithfulResidualNN
+from pyro_graphflows.transforms.network import FlowEvaluation, FlowNN
 from pyro_graphflows.transforms.solver import Solver, implicit_triangular, solve_triangular
 from pyro_graphflows.transforms.structure import FlowStructure
 
-__all__ = ["GraphicalEvaluation", "GraphicalResidualNN"]
+__all__ = ["AffineGraphicalEvaluation", "AffineGraphicalNN", "GraphicalEvaluation", "GraphicalResidualNN"]
 
 
 class GraphicalResidualNN(FlowNN):
@@ -77,7 +87,6 @@ class GraphicalResidualNN(FlowNN):
             )
         self.closed_form = closed_form
         self.solver = solver or Solver()
-        self.levels = structure.levels
         dim = structure.event_dim
         allowed = [
             {v, *own, *(dim + c for c in given)}
@@ -109,14 +118,7 @@ class GraphicalResidualNN(FlowNN):
             block.zero_output_(chosen)
 
     def start(self, *context: Tensor) -> "GraphicalEvaluation":
-        """Begin a pass through the levels.
-
-        Args:
-            context: The context, in parts that are broadcast and concatenated along the last dimension.
-
-        Returns:
-            The evaluation; see :class:`GraphicalEvaluation`.
-        """
+        """Begin a pass through the levels; see :class:`GraphicalEvaluation`."""
         return GraphicalEvaluation(self, *context)
 
     def prepare(self, *context: Tensor) -> list[ResidualEvaluation]:
@@ -175,19 +177,19 @@ class GraphicalResidualNN(FlowNN):
     def _forth(self, y: Tensor, evaluations: Sequence[ResidualEvaluation]) -> tuple[Tensor, Tensor]:
         """Go through the blocks; return the values and the sum of the log-diagonals."""
         batch = _joint_batch(y, evaluations)
-        columns, total = go_through(evaluations, _features_first(y, batch), batch)
-        return _features_last(columns, batch), _features_last(total, batch)
+        columns, total = go_through(evaluations, _to_columns(y, batch), batch)
+        return _from_columns(columns, batch), _from_columns(total, batch)
 
     def _back(self, target: Tensor, evaluations: Sequence[ResidualEvaluation]) -> tuple[Tensor, Tensor]:
         """Go back through the blocks; return the values and the log-diagonals of the way forth."""
         batch = _joint_batch(target, evaluations)
-        columns = _features_first(target, batch)
+        columns = _to_columns(target, batch)
         total: Tensor | None = None
         for block, evaluation in zip(self._nets()[::-1], evaluations[::-1], strict=True):
             columns, log_slope = self._invert_block(block, evaluation, columns, batch)
             total = log_slope if total is None else total + log_slope
         assert total is not None
-        return _features_last(columns, batch), _features_last(total, batch)
+        return _from_columns(columns, batch), _from_columns(total, batch)
 
     def _invert_block(
         self, block: MaskedResidualNet, evaluation: ResidualEvaluation, target: Tensor, batch: torch.Size
@@ -233,11 +235,11 @@ def _joint_batch(y: Tensor, evaluations: Sequence[ResidualEvaluation]) -> torch.
     return torch.broadcast_shapes(batch, context) if context else batch
 
 
-def _features_first(y: Tensor, batch: torch.Size) -> Tensor:
+def _to_columns(y: Tensor, batch: torch.Size) -> Tensor:
     return y.expand(*batch, -1).reshape(batch.numel(), -1).T.contiguous()
 
 
-def _features_last(columns: Tensor, batch: torch.Size) -> Tensor:
+def _from_columns(columns: Tensor, batch: torch.Size) -> Tensor:
     return columns.view(-1, *batch).movedim(0, -1)
 
 
@@ -256,11 +258,10 @@ class _Ahead:
         return self.noise[level - self.first]
 
 
-class GraphicalEvaluation:
-    """A pass through the levels of a :class:`GraphicalResidualNN`, in which the caller may replace values.
+class GraphicalEvaluation(FlowEvaluation):
+    """A pass through the levels of a graphical flow; see :class:`~pyro_graphflows.transforms.network.FlowEvaluation`.
 
-    It has the methods of :class:`~pyro_graphflows.transforms.faithful_evaluation.FaithfulEvaluation`. In this flow
-    a variable depends on the noise of its ancestors and not on their values, so when values are replaced
+    In this flow a variable depends on the noise of its ancestors and not on their values, so when values are replaced
     their noise is found by inverting the flow. Each step is a whole pass through the network, but with noise from
     :meth:`noise` one pass serves all levels for as long as values are accepted as they were drawn.
 
@@ -269,8 +270,10 @@ class GraphicalEvaluation:
         context: The context, in parts.
     """
 
+    _network: GraphicalResidualNN
+
     def __init__(self, network: GraphicalResidualNN, *context: Tensor) -> None:
-        self._network = network
+        super().__init__(network)
         self._blocks = network.prepare(*context)
         self._eps: list[Tensor] = []
         self._values: list[Tensor] = []
@@ -291,7 +294,7 @@ class GraphicalEvaluation:
     def noise(self, shape: Sequence[int]) -> Tensor:
         r"""Draw standard normal noise for the next level, such that :meth:`step` need not pass through the network.
 
-        Noise for all later levels is drawn with it, and what it is mapped to is kept. Each call draws anew.
+        Noise for all later levels is drawn with it, and what it is mapped to is kept. Each call draws other noise.
 
         Args:
             shape: The batch shape.
@@ -313,18 +316,8 @@ class GraphicalEvaluation:
         return ahead.at(self.level)
 
     def step(self, eps: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Map the noise of the next level to values.
-
-        Args:
-            eps: Shape (\*batch, n), columns as in ``network.levels[level]``.
-
-        Returns:
-            z and the log of each dz/deps, both of shape (\*batch, n).
-
-        Raises:
-            GraphflowsError: If the number of columns is wrong or all levels are done.
-        """
-        columns = self._columns(eps)
+        """Map the noise of the next level to values."""
+        columns = list(self.check_level(eps))
         if self._ahead is not None and self._ahead.at(self.level) is eps:
             z, log_diag = self._ahead.z[..., columns], self._ahead.log_diag[..., columns]
         else:
@@ -334,32 +327,15 @@ class GraphicalEvaluation:
         return z, log_diag
 
     def terms(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Map given values of the next level to noise.
-
-        Args:
-            z: Shape (\*batch, n), columns as in ``network.levels[level]``.
-
-        Returns:
-            eps and the log of each dz/deps, both of shape (\*batch, n).
-
-        Raises:
-            GraphflowsError: If the number of columns is wrong or all levels are done.
-        """
-        columns = self._columns(z)
+        """Map given values of the next level to noise."""
+        columns = list(self.check_level(z))
         full = self._joined([*self._values, z], self._network.loc)
         eps, log_diag = self._network.inverse_terms_with(self._blocks, full)
         return eps[..., columns], log_diag[..., columns]
 
     def accept(self, z: Tensor) -> None:
-        r"""Hand in the values of the next level, and go on to the level after it.
-
-        Args:
-            z: Shape (\*batch, n), columns as in ``network.levels[level]``.
-
-        Raises:
-            GraphflowsError: If the number of columns is wrong or all levels are done.
-        """
-        self._columns(z)
+        """Hand in the values of the next level, and go on to the level after it."""
+        self.check_level(z)
         if self._drawn is not None and self._drawn[1] is z:
             eps = self._drawn[0]
         else:
@@ -370,19 +346,6 @@ class GraphicalEvaluation:
         self._values.append(z)
         self._drawn = None
 
-    def _columns(self, values: Tensor) -> list[int]:
-        levels = self._network.levels
-        if self.level >= len(levels):
-            raise GraphflowsError(f"Expected at most {len(levels)} levels; all have been accepted.")
-        columns = list(levels[self.level])
-        if values.shape[-1:] != (len(columns),):
-            names = ", ".join(self._network.structure.names[v] for v in columns)
-            raise GraphflowsError(
-                f"Expected a last dimension of {len(columns)} for level {self.level} ({names}); "
-                f"got shape {tuple(values.shape)}."
-            )
-        return columns
-
     def _joined(self, parts: list[Tensor], rest: Tensor) -> Tensor:
         """Put the levels known so far in their places; the others do not matter, since they come later."""
         network = self._network
@@ -391,3 +354,125 @@ class GraphicalEvaluation:
         later = rest[network.level_order[known:]]
         full = torch.cat([part.expand(*batch, -1) for part in (*parts, later)], -1)
         return full.index_select(-1, network.level_place)
+
+
+class AffineGraphicalNN(nn.Module):
+    """Residual blocks over a graph and an affine map along it.
+
+    Args:
+        structure: Who depends on whom.
+        num_blocks: The number of residual blocks; by default 4, or as many as information needs to reach every variable
+            from all its ancestors.
+        conditional_scale: Whether parents act on the scales of the affine map.
+        conditioner_units: The hidden units of a conditioner of the affine map
+            (:class:`~pyro_graphflows.transforms.faithful.FaithfulResidualNN`); 0 for none.
+        conditioner_layers: The number of its hidden layers.
+        **options: Further arguments of :class:`GraphicalResidualNN`.
+
+    Attributes:
+        blocks: The residual flow.
+        affine: The affine map: a :class:`~pyro_graphflows.transforms.faithful.FaithfulResidualNN` without
+            hidden units.
+
+    Raises:
+        GraphflowsError: If an argument is out of range, or there are fewer blocks than hops.
+    """
+
+    def __init__(
+        self,
+        structure: FlowStructure,
+        *,
+        num_blocks: int | None = None,
+        conditional_scale: bool = True,
+        conditioner_units: int = 0,
+        conditioner_layers: int = 1,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if num_blocks is None:
+            num_blocks = max(4, structure.max_hops)
+        self.blocks = GraphicalResidualNN(structure, num_blocks=num_blocks, **options)
+        self.affine = FaithfulResidualNN(
+            structure,
+            num_blocks=1,
+            units_per_variable=0,
+            closed_form="sampling",
+            conditional_scale=conditional_scale,
+            conditioner_units=conditioner_units,
+            conditioner_layers=conditioner_layers,
+        )
+
+    @torch.no_grad()
+    def init_linear_(
+        self, weights: Tensor, shift: Tensor, scale: Tensor, *, variables: Sequence[int] | None = None
+    ) -> None:
+        """Make the flow linear-Gaussian; see :meth:`FaithfulResidualNN.init_linear_`.
+
+        The residual blocks keep their hidden units but get zero output.
+
+        Args:
+            weights: Shape (D, C + D); columns are the context and then the variables.
+            shift: Shape (D,).
+            scale: Shape (D,), positive.
+            variables: The variables to set; all by default.
+        """
+        self.affine.init_linear_(weights, shift, scale, variables=variables)
+        self.blocks.zero_output_(variables)
+
+    def start(self, *context: Tensor) -> "AffineGraphicalEvaluation":
+        """Begin a pass through the levels.
+
+        Args:
+            context: The context, in parts.
+        """
+        return AffineGraphicalEvaluation(self.blocks.start(*context), self.affine.start(*context))
+
+
+class AffineGraphicalEvaluation(FlowEvaluation):
+    """A pass through the levels of both; see :class:`~pyro_graphflows.transforms.network.FlowEvaluation`.
+
+    Args:
+        blocks: The pass through the residual flow, noise to u.
+        affine: The pass through the affine map, u to z.
+    """
+
+    def __init__(self, blocks: GraphicalEvaluation, affine: FaithfulEvaluation) -> None:
+        super().__init__(affine._network)
+        self._blocks = blocks
+        self._affine = affine
+        self._drawn: tuple[Tensor, Tensor] | None = None  # z and u of the last step
+
+    @property
+    def level(self) -> int:
+        """The number of the level whose values are wanted next."""
+        return self._affine.level
+
+    def fork(self) -> "AffineGraphicalEvaluation":
+        """Return an evaluation at the same place that goes its own way from here."""
+        other = copy.copy(self)
+        other._blocks, other._affine = self._blocks.fork(), self._affine.fork()
+        return other
+
+    def noise(self, shape: Sequence[int]) -> Tensor:
+        r"""Draw the noise of the next level, (\*shape, n); see :meth:`GraphicalEvaluation.noise`."""
+        return self._blocks.noise(shape)
+
+    def step(self, eps: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Map the noise of the next level to values; return these and the log of each dz/deps, (\*batch, n)."""
+        u, log_diag = self._blocks.step(eps)
+        z, log_scale = self._affine.step(u)
+        self._drawn = (z, u)
+        return z, log_diag + log_scale
+
+    def terms(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Map given values of the next level to noise; return it and the log of each dz/deps, (\*batch, n)."""
+        u, log_scale = self._affine.terms(z)
+        eps, log_diag = self._blocks.terms(u)
+        return eps, log_diag + log_scale
+
+    def accept(self, z: Tensor) -> None:
+        """Hand in the values of the next level, and go on to the level after it."""
+        drawn = self._drawn is not None and self._drawn[0] is z
+        self._blocks.accept(self._drawn[1] if drawn and self._drawn else self._affine.terms(z)[0])
+        self._affine.accept(z)
+        self._drawn = None

@@ -11,8 +11,15 @@ given values inverts in one dimension, for all variables in parallel. Either way
 
 for any number of blocks, and going through the levels costs one pass in all, since each level evaluates its own
 slice of the network.
+
+What the maps take from the parents (the pre-activations of hidden units, shifts and log-scales) is linear in them
+(:mod:`~pyro_graphflows.transforms.edge_linear`), so that a location which is a nonlinear function of the parents can
+only come out of the bounded residual maps. A *conditioner* adds an arbitrary function of the parents. Its hidden units
+have label sets and no owner, and see final values alone, as those of a MADE network, so that variable v still depends
+on exactly its parents and both directions of its map stay one-dimensional.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,16 +31,15 @@ from torch.utils.checkpoint import checkpoint
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.nn.activations import Activation, make_activation
-from pyro_graphflows.transforms.conditioner import Conditioner
+from pyro_graphflows.nn.masked import MaskedLinear
+from pyro_graphflows.nn.mlp import LevelEvaluation, MaskedMLP
 from pyro_graphflows.transforms.edge_linear import EdgeLinear, Inputs, RowGroup, expand_batch, padded_count
-from pyro_graphflows.transforms.faithful_evaluation import FaithfulEvaluation
-from pyro_graphflows.transforms.flow_nn import FlowNN, moments, some_names
-from pyro_graphflows.transforms.monotone import BlockWeights, MonotoneStack
-from pyro_graphflows.transforms.regression import regress_on_parents, structure_mask
+from pyro_graphflows.transforms.monotone import BlockForm, BlockWeights, MonotoneStack
+from pyro_graphflows.transforms.network import FlowEvaluation, FlowNN, moments, some_names
 from pyro_graphflows.transforms.solver import Solver, implicit_step
 from pyro_graphflows.transforms.structure import FlowStructure
 
-__all__ = ["FaithfulResidualNN"]
+__all__ = ["Conditioner", "FaithfulEvaluation", "FaithfulResidualNN", "regress_on_parents", "structure_mask"]
 
 # At most so many numbers are computed at a time, so that they stay near the processor; and if there are more than
 # so many in all, pieces are computed again in the backward pass, so that memory stays bounded.
@@ -58,6 +64,94 @@ class Prepared:
         return Prepared(self.group.piece(part), self.weight[part], self.bias[part], self.rows.piece(part))
 
 
+class Conditioner(nn.Module):
+    r"""Numbers for each variable as functions of its parents, evaluated at once or level by level.
+
+    Args:
+        parents: For each variable, the inputs it depends on; inputs are numbered with the context first and then the
+            variables.
+        num_context: The number of context columns, C.
+        level_sizes: The number of variables of each level; variables are numbered by level.
+        num_outputs: K.
+        units_per_set: The hidden units of one layer for each distinct set of parents.
+        hidden_layers: The number of hidden layers.
+
+    Shape:
+        - Values are features-first: context :math:`(C, *batch)`, variables :math:`(n, *batch)`; batch shapes broadcast.
+        - Output: :math:`(n, K, *batch)`.
+    """
+
+    def __init__(
+        self,
+        parents: Sequence[Sequence[int]],
+        num_context: int,
+        level_sizes: Sequence[int],
+        num_outputs: int,
+        *,
+        units_per_set: int,
+        hidden_layers: int,
+    ) -> None:
+        super().__init__()
+        levels = [level for level, size in enumerate(level_sizes) for _ in range(size)]
+        self.num_levels = len(level_sizes)
+        self.mlp = MaskedMLP(
+            parents,
+            num_context + len(parents),
+            num_params=num_outputs,
+            units_per_set=units_per_set,
+            hidden_layers=hidden_layers,
+            input_levels=[0] * num_context + [level + 1 for level in levels],
+            output_levels=levels,
+            skip=False,
+        )
+        # The linear map of the flow has a bias.
+        self._last.bias = None
+
+    @property
+    def _last(self) -> MaskedLinear:
+        last = self.mlp.layers[-1]
+        assert isinstance(last, MaskedLinear)
+        return last
+
+    @torch.no_grad()
+    def scale_output_(self, factor: float, variables: Sequence[int] | None = None) -> None:
+        """Multiply the last layer's weights of some variables, or of all, by a number."""
+        last, count = self._last, self.mlp.num_params
+        chosen = torch.ones(last.out_features, dtype=torch.bool, device=last.weight.device)
+        if variables is not None:
+            chosen.fill_(False)
+            chosen.view(-1, count)[list(variables)] = True
+        rows = chosen if last.engine == "dense" else chosen[last.pattern.row]
+        last.weight[rows] *= factor
+
+    def forward(self, context: Tensor | None, values: Tensor) -> Tensor:
+        """Return the numbers of all variables, (D, K, N), for context and values of equal batch size N."""
+        inputs = values if context is None else torch.cat([context, values])
+        return self.mlp(inputs.t()).permute(1, 2, 0)
+
+    def start(self, context: Tensor | None) -> "Supply":
+        """Begin an evaluation level by level."""
+        return Supply(self.mlp.start(), context)
+
+
+class Supply:
+    """The numbers of one level, and the way to those of the next; never changed once made.
+
+    Args:
+        evaluation: The network's evaluation at this level.
+        new: The values that became known, features-first; None if there are none.
+    """
+
+    def __init__(self, evaluation: LevelEvaluation, new: Tensor | None) -> None:
+        self._evaluation = evaluation.fork()
+        out = self._evaluation.step(None if new is None else new.movedim(0, -1))
+        self.values = out.movedim((-2, -1), (0, 1))  # (n, K, *batch)
+
+    def accept(self, values: Tensor) -> "Supply":
+        """Return the numbers of the next level, given this level's values, features-first."""
+        return Supply(self._evaluation, values)
+
+
 class FaithfulResidualNN(FlowNN):
     """Monotone maps of all variables, with their parents, scales and standardisation.
 
@@ -71,8 +165,8 @@ class FaithfulResidualNN(FlowNN):
         activation: An activation with known slopes, or its name.
         lipschitz: c in (0, 1); a residual map's slope stays above 1 − c.
         conditional_scale: Whether parents also act on the log-scale of each block, linearly and bounded.
-        conditioner_units: The hidden units, for each distinct set of parents, of a network through which parents act
-            nonlinearly on shifts, scales and hidden units (:mod:`~pyro_graphflows.transforms.conditioner`); 0 for none.
+        conditioner_units: The hidden units, for each distinct set of parents, of a :class:`Conditioner` through which
+            parents act nonlinearly on shifts, scales and hidden units; 0 for none.
         conditioner_layers: The number of its hidden layers.
         engine: ``"auto"``, ``"dense"`` or ``"sparse"``; they give the same numbers.
         solver: How to invert numerically.
@@ -125,18 +219,16 @@ class FaithfulResidualNN(FlowNN):
             )
         self.closed_form = closed_form
         self.solver = solver or Solver()
-        self.levels = structure.levels
         order = _order(structure)
         place = sorted(range(dim), key=order.__getitem__)
-        self.stack = MonotoneStack(
-            dim,
+        widths = [units_per_variable * dim] if hidden_dims is None else hidden_dims
+        form = BlockForm(
             num_blocks,
-            [units_per_variable] if hidden_dims is None else [width // dim for width in hidden_dims],
-            activation,
-            lipschitz,
+            tuple(width // dim for width in widths),
             affine_first=closed_form == "density",
             conditional_scale=conditional_scale,
         )
+        self.stack = MonotoneStack(dim, form, activation, lipschitz)
         inputs = [
             [*structure.context_parents[v], *sorted(num_context + place[p] for p in structure.parents[v])]
             for v in order
@@ -252,15 +344,8 @@ class FaithfulResidualNN(FlowNN):
 
     # Evaluation
 
-    def start(self, *context: Tensor) -> FaithfulEvaluation:
-        """Begin a pass through the levels.
-
-        Args:
-            context: The context, in parts that are broadcast and concatenated along the last dimension.
-
-        Returns:
-            The evaluation; see :class:`FaithfulEvaluation`.
-        """
+    def start(self, *context: Tensor) -> "FaithfulEvaluation":
+        """Begin a pass through the levels; see :class:`FaithfulEvaluation`."""
         return FaithfulEvaluation(self, self.standard_context(*context))
 
     def sample(self, eps: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
@@ -355,7 +440,7 @@ class FaithfulResidualNN(FlowNN):
             inputs: What they may depend on.
             values: What to map, of shape (n, N), in the order of the variables' inner numbers.
             direction: ``"density"`` (variables to noise) or ``"sampling"`` (noise to variables).
-            supplied: What the conditioner says, of shape (n, K, N), in the same order; None without one.
+            supplied: The conditioner's numbers, of shape (n, K, N), in the same order; None without one.
 
         Returns:
             The result and the log of the derivative of variable by noise, both of shape (n, N), in the order of
@@ -369,20 +454,20 @@ class FaithfulResidualNN(FlowNN):
         jobs: list[tuple[Prepared, Inputs, Tensor, Tensor | None]]
         for part in prepared:
             own = part.group.take(values, first_row)
-            told = None if supplied is None else part.group.take(supplied, first_row)
+            extra = None if supplied is None else part.group.take(supplied, first_row)
             count = -(-part.group.size * per_row // PIECE)
             if self.edges.engine == "sparse":
                 count = min(count, part.group.size)
                 ends = [part.group.size * i // count for i in range(count + 1)]
                 jobs = [
-                    (part.piece(slice(i, j)), inputs, own[i:j], None if told is None else told[i:j])
+                    (part.piece(slice(i, j)), inputs, own[i:j], None if extra is None else extra[i:j])
                     for i, j in pairwise(ends)
                 ]
                 dim = 0
             else:
                 count = min(count, max(1, inputs.size // 32))
                 jobs = [
-                    (part, narrow, own[:, columns], None if told is None else told[..., columns])
+                    (part, narrow, own[:, columns], None if extra is None else extra[..., columns])
                     for columns, narrow in inputs.pieces(count)
                 ]
                 dim = 1
@@ -418,6 +503,108 @@ class FaithfulResidualNN(FlowNN):
         return out, log_slope if self.closed_form == "sampling" else -log_slope
 
 
+class FaithfulEvaluation(FlowEvaluation):
+    r"""A pass through the levels of a faithful flow; see :class:`~pyro_graphflows.transforms.network.FlowEvaluation`.
+
+    The weights are prepared once, when the pass starts.
+
+    Args:
+        network: The network of the flow.
+        context: The joined and standardised context, of shape (\*batch, C), or None.
+
+    Example:
+        >>> network = FaithfulResidualNN(FlowStructure([(), (0,)]), closed_form="sampling")
+        >>> evaluation = network.start()
+        >>> for level in network.levels:
+        ...     z, log_diag = evaluation.step(torch.randn(5, len(level)))
+        ...     evaluation.accept(z)
+        >>> z.shape
+        torch.Size([5, 1])
+    """
+
+    _network: FaithfulResidualNN
+
+    def __init__(self, network: FaithfulResidualNN, context: Tensor | None) -> None:
+        super().__init__(network)
+        self._batch: tuple[int, ...] = () if context is None else context.shape[:-1]
+        self._context = None if context is None else context.movedim(-1, 0)
+        groups = [network.edges.level_rows(level) for level in range(len(network.levels))]
+        prepared = iter(network.prepare([group for level in groups for group in level]))
+        self._prepared = [[next(prepared) for _ in level] for level in groups]
+        self._accepted: list[Tensor] = []  # standardised, (n, *batch) in inner order
+        self._known: tuple[tuple[int, ...], Tensor] | None = None
+        conditioner = network.conditioner
+        self._supply = None if conditioner is None else conditioner.start(self._context)
+
+    @property
+    def level(self) -> int:
+        """The number of the level whose values are wanted next."""
+        return len(self._accepted)
+
+    def fork(self) -> "FaithfulEvaluation":
+        """Return an evaluation at the same place that goes its own way from here."""
+        other = copy.copy(self)
+        other._accepted = list(self._accepted)
+        return other
+
+    def step(self, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """Map the noise of the next level to values."""
+        return self._map(eps, "sampling")
+
+    def terms(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Map given values of the next level to noise."""
+        return self._map(z, "density")
+
+    def accept(self, z: Tensor) -> None:
+        """Hand in the values of the next level, and go on to the level after it."""
+        self.check_level(z)
+        positions, inner, _ = self._network.level_columns(self.level)
+        standard = (z - self._network.loc[positions]) / self._network.scale[positions]
+        if inner is not None:
+            standard = standard.index_select(-1, inner)
+        self._accepted.append(standard.movedim(-1, 0))
+        if self._supply is not None and self.level < len(self._network.levels):
+            self._supply = self._supply.accept(self._accepted[-1])
+
+    def _map(self, values: Tensor, direction: str) -> tuple[Tensor, Tensor]:
+        network = self._network
+        self.check_level(values)
+        positions, order, back = network.level_columns(self.level)
+        loc, scale = network.loc[positions], network.scale[positions]
+        shapes = [self._batch, values.shape[:-1], *(z.shape[1:] for z in self._accepted)]
+        batch = torch.broadcast_shapes(*shapes)
+        if direction == "density":
+            values = (values - loc) / scale
+        if order is not None:
+            values = values.index_select(-1, order)
+        own = expand_batch(values.movedim(-1, 0), batch)
+        inputs = Inputs(batch, self._context, self._values(batch, own))
+        supplied = None
+        if self._supply is not None:
+            given = self._supply.values
+            supplied = expand_batch(given.flatten(0, 1), batch).view(*given.shape[:2], -1)
+        results = network.run(self._prepared[self.level], inputs, own, direction, supplied)
+        out, log_diag = (result.view(-1, *batch).movedim(0, -1) for result in results)
+        if back is not None:
+            out, log_diag = out.index_select(-1, back), log_diag.index_select(-1, back)
+        return out * scale + loc if direction == "sampling" else out, log_diag + scale.log()
+
+    def _values(self, batch: tuple[int, ...], like: Tensor) -> Tensor:
+        """Return all accepted values, of shape (number known, N); kept while the batch shape stays the same."""
+        parts = self._accepted
+        known = like.new_zeros(0, like.shape[-1])
+        if self._known is not None and self._known[0] == batch:
+            known = self._known[1]
+            done = len(known)
+            while done:
+                done -= len(parts[0])
+                parts = parts[1:]
+        if parts:
+            known = torch.cat([known, *(expand_batch(part, batch) for part in parts)])
+        self._known = (batch, known)
+        return known
+
+
 def _order(structure: FlowStructure) -> list[int]:
     """Return the positions by level, then by rounded number of parents, as EdgeLinear wants them."""
     count = [
@@ -425,3 +612,65 @@ def _order(structure: FlowStructure) -> list[int]:
         for own, given in zip(structure.parents, structure.context_parents, strict=True)
     ]
     return [v for level in structure.levels for v in sorted(level, key=lambda v: (count[v], v))]
+
+
+def structure_mask(structure: FlowStructure) -> Tensor:
+    """Return the boolean matrix of direct dependencies, (D, C + D), columns context first.
+
+    Example:
+        >>> structure_mask(FlowStructure([(), (0,)], [(0,), ()], 1)).int().tolist()
+        [[1, 0, 0], [0, 1, 0]]
+    """
+    mask = torch.zeros(structure.event_dim, structure.context_dim + structure.event_dim, dtype=torch.bool)
+    for v, (own, given) in enumerate(zip(structure.parents, structure.context_parents, strict=True)):
+        mask[v, [*given, *(structure.context_dim + p for p in own)]] = True
+    return mask
+
+
+def regress_on_parents(
+    structure: FlowStructure, z: Tensor, context: Tensor | None = None, *, ridge: float = 1e-8
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Return the linear-Gaussian fit :math:`z_v = \sum_j W_{vj} (x, z)_j + b_v + s_v \varepsilon_v`.
+
+    All regressions are solved from one sample covariance, in float64 and standardised coordinates.
+
+    Args:
+        structure: Who may depend on whom.
+        z: Samples of the variables, of shape (n, D).
+        context: Samples of the context, of shape (n, C).
+        ridge: Added to the variances of the standardised inputs. Residual variances are at least this
+            share of a variable's own.
+
+    Returns:
+        W of shape (D, C + D), b of shape (D,) and s of shape (D,), in float64.
+
+    Raises:
+        GraphflowsError: If there are fewer than two samples, or a value is not finite.
+    """
+    values = (z if context is None else torch.cat([context, z], -1)).double()
+    num_context, dim = structure.context_dim, structure.event_dim
+    if len(values) < 2 or values.shape[-1] != num_context + dim or not bool(values.isfinite().all()):
+        raise GraphflowsError(
+            f"Expected at least two samples of {dim} variables and {num_context} context columns, all finite; "
+            f"got shape {tuple(values.shape)}."
+        )
+    loc, scale = values.mean(0), values.std(0)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    standard = (values - loc) / scale
+    covariance = standard.t() @ standard / len(values)
+    weights = covariance.new_zeros(dim, num_context + dim)
+    variance = covariance.new_ones(dim)
+    for v in range(dim):
+        inputs = [*structure.context_parents[v], *(num_context + p for p in structure.parents[v])]
+        gram, column = covariance[inputs][:, inputs], covariance[inputs, num_context + v]
+        solution = torch.linalg.solve(gram + ridge * torch.eye(len(inputs)).to(gram), column)
+        weights[v, inputs] = solution
+        variance[v] = (
+            covariance[num_context + v, num_context + v] - 2 * solution @ column + solution @ gram @ solution
+        )
+    weights = weights * scale[num_context:].unsqueeze(-1) / scale
+    return (
+        weights,
+        loc[num_context:] - weights @ loc,
+        variance.clamp(min=ridge).sqrt() * scale[num_context:],
+    )

@@ -1,16 +1,20 @@
-r"""Likelihoods of the observed nodes of a VAE: from outputs of a decoder to log-densities, from data to features.
+r"""Likelihoods: from outputs of a decoder to log-densities, and which data they take.
 
-Data are one row of numbers, the columns of each observed node after those of the node before. Columns of normal
-nodes are standardised inside, with the log-density corrected for it, so that scales that differ by 10⁴ do not matter.
-The parameters of a node are, for each of its scalars, location and log-scale (normal), a logit (Bernoulli), or
-logits of all classes (categorical, whose column holds the number of the class). Log-scales are bounded smoothly:
-:math:`\log \sigma = B \tanh(r / B)` in standard units, so that no rate of learning makes a density overflow.
+**Of the nodes of a network** (:class:`Observation`). Data are one row of numbers, the columns of each observed node
+after those of the node before. Columns of normal nodes are standardised inside, with the log-density corrected for it,
+so that scales that differ by 10⁴ do not matter. The parameters of a node are, for each of its scalars, location and
+log-scale (normal), a logit (Bernoulli), or logits of all classes (categorical, whose column holds the number of the
+class). Log-scales are bounded smoothly: :math:`\log \sigma = B \tanh(r / B)` in standard units, so that no rate of
+learning makes a density overflow. *Features* are what networks see of known nodes: standardised numbers, zeros and
+ones, one column per class.
 
-*Features* are what networks see of known nodes: standardised numbers, zeros and ones, one column per class.
+**Of a whole datum** (:class:`DatumLikelihood`), as an image. A normal one is for data in [0, 1]: its mean is a sigmoid,
+and each element has a log-variance.
 """
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import SupportsIndex, TypeAlias
 
 import pyro.distributions as dist
@@ -20,15 +24,16 @@ from torch import Tensor, nn
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs.model_graph import Node
-from pyro_graphflows.transforms.flow_nn import moments
+from pyro_graphflows.transforms.network import moments
+from pyro_graphflows.transforms.structure import slices_of
 
-__all__ = ["Likelihood", "Observation"]
+__all__ = ["HALF_LOG_TWO_PI", "DatumLikelihood", "Likelihood", "Observation"]
 
-#: "normal", "bernoulli" or ("categorical", number of classes)
-Likelihood: TypeAlias = str | tuple[str, int]
+#: A likelihood: "normal", "bernoulli", ("categorical", number of classes), or a function from a decoder's outputs to a
+#: distribution of the data. Nodes of a network take the first three; a Graph VAE takes the first two and functions.
+Likelihood: TypeAlias = str | tuple[str, int] | Callable[[Tensor], dist.TorchDistribution]
 
 HALF_LOG_TWO_PI = 0.9189385332046727
-LOG_SCALE_BOUND = 7.0
 
 
 class Observation(nn.Module):
@@ -37,7 +42,6 @@ class Observation(nn.Module):
     Args:
         sizes: The number of columns of each node, in order.
         likelihoods: The likelihood of each node that has one; nodes without are inputs, whose columns are numbers.
-        log_scale_bound: B, in nats.
 
     Attributes:
         columns: Where each node's columns are in the data.
@@ -56,25 +60,21 @@ class Observation(nn.Module):
         (('a', 'a', 'b', 'b'), slice(1, 3, None))
     """
 
+    log_scale_bound = 7.0  # B, in nats
     loc: Tensor
     scale: Tensor
     _normal: Tensor
     _bernoulli: Tensor
 
-    def __init__(
-        self,
-        sizes: Mapping[Node, int],
-        likelihoods: Mapping[Node, Likelihood],
-        *,
-        log_scale_bound: float = LOG_SCALE_BOUND,
-    ) -> None:
+    def __init__(self, sizes: Mapping[Node, int], likelihoods: Mapping[Node, Likelihood]) -> None:
         super().__init__()
         kinds = {node: _parse(node, given) for node, given in likelihoods.items()}
         self.sizes = dict(sizes)
         self.kinds = kinds
-        self.log_scale_bound = log_scale_bound
-        self.columns = _slices(sizes)
-        self.features = _slices({n: size * max(1, kinds.get(n, ("", 0))[1]) for n, size in sizes.items()})
+        self.columns = dict(slices_of(sizes))
+        self.features = dict(
+            slices_of({n: size * max(1, kinds.get(n, ("", 0))[1]) for n, size in sizes.items()})
+        )
         self.num_columns = sum(sizes.values())
         self.num_features = max((part.stop for part in self.features.values()), default=0)
         normal = [node for node in kinds if kinds[node][0] == "normal"]
@@ -275,12 +275,85 @@ class Observation(nn.Module):
         return x
 
 
-def _slices(sizes: Mapping[Node, int]) -> dict[Node, slice]:
-    found, start = {}, 0
-    for node, size in sizes.items():
-        found[node] = slice(start, start + size)
-        start += size
-    return found
+@dataclass(frozen=True)
+class DatumLikelihood:
+    """The likelihood of a whole datum of some shape.
+
+    Args:
+        likelihood: ``"bernoulli"``, ``"normal"`` or a function from a decoder's outputs ``(*batch, number of outputs)``
+            to a distribution whose event shape is ``shape``.
+        shape: The shape of one datum.
+
+    Raises:
+        GraphflowsError: If the likelihood is neither a known name nor a function.
+    """
+
+    likelihood: Likelihood
+    shape: torch.Size
+
+    def __post_init__(self) -> None:
+        if not callable(self.likelihood) and self.likelihood not in ("bernoulli", "normal"):
+            raise GraphflowsError(
+                f"Expected likelihood 'bernoulli', 'normal' or a function; got {self.likelihood!r}."
+            )
+
+    @property
+    def num_outputs(self) -> int:
+        """How many outputs the default decoder has."""
+        return self.shape.numel() * (2 if self.likelihood == "normal" else 1)
+
+    def distribution(self, outputs: Tensor) -> dist.TorchDistribution:
+        """Return the distribution of the data given the decoder's outputs.
+
+        Args:
+            outputs: The outputs ``(*batch, number of outputs)``: logits for ``"bernoulli"``, means (before the sigmoid)
+                followed by log-variances for ``"normal"``.
+
+        Returns:
+            A distribution with that event shape.
+
+        Raises:
+            GraphflowsError: If there are too many or too few outputs for a likelihood by name, or a function returns no
+                distribution.
+        """
+        if callable(self.likelihood):
+            found = self.likelihood(outputs)
+            if not isinstance(found, dist.Distribution):
+                raise GraphflowsError(
+                    "Expected the likelihood to return a distribution of pyro.distributions; got a "
+                    f"{type(found).__name__}."
+                )
+            return found
+        if outputs.shape[-1] != self.num_outputs:
+            raise GraphflowsError(
+                f"Expected the decoder to return {self.num_outputs} numbers for each datum of shape "
+                f"{tuple(self.shape)} and likelihood={self.likelihood!r}; got {outputs.shape[-1]}."
+            )
+        event_dim, full = len(self.shape), (*outputs.shape[:-1], *self.shape)
+        if self.likelihood == "bernoulli":
+            return dist.Bernoulli(logits=outputs.reshape(full)).to_event(event_dim)
+        loc, log_var = outputs.chunk(2, -1)
+        scale = (0.5 * log_var).exp()
+        return dist.Normal(loc.sigmoid().reshape(full), scale.reshape(full)).to_event(event_dim)
+
+    def check(self, x: Tensor) -> None:
+        """Refuse data that the likelihood cannot have made; a function takes all values.
+
+        Raises:
+            GraphflowsError: If there are values outside of {0, 1} for ``"bernoulli"``, or of [0, 1] for ``"normal"``.
+        """
+        if self.likelihood == "bernoulli" and not ((x == 0) | (x == 1)).all():
+            raise GraphflowsError(
+                "Expected data of zeros and ones for likelihood='bernoulli'; got other values, from "
+                f"{x.min().item():g} to {x.max().item():g}. Binarise them (datasets.binarize), or use "
+                "likelihood='normal'."
+            )
+        if self.likelihood == "normal" and not ((x >= 0) & (x <= 1)).all():
+            raise GraphflowsError(
+                "Expected data in [0, 1] for likelihood='normal', whose mean is a sigmoid; got values from "
+                f"{x.min().item():g} to {x.max().item():g}. Scale them (datasets.dequantize), or give a likelihood "
+                "of your own."
+            )
 
 
 def _repeated(nodes: Sequence[Node], sizes: Mapping[Node, int]) -> list[Node]:
