@@ -323,7 +323,7 @@ def test_gradient_of_a_learnable_prior_scale():
 
 
 def test_fused_with_the_priors_of_the_model_a_conjugate_hierarchy_is_exact():
-    """Coordinate, run and fusion together: log p(theta, y | mu, tau) - log q(theta) = log p(y | mu, tau), at any tau."""
+    """All parts together: log p(theta, y | mu, tau) - log q(theta) = log p(y | mu, tau), whatever tau."""
     priors = ModelConditionals(Schools())
     mu = torch.randn(200, 1)
     tau = torch.exp(torch.linspace(-20.0, 10.0, 200)).unsqueeze(-1)

@@ -28,8 +28,8 @@ BASES = ("normal", "student", "logistic")
 class SplineDistribution(dist.TorchDistribution):
     """Independent splines of noise, one for each element of a vector.
 
-    The noise of the value drawn last is kept, so that scoring that value needs no inversion and has no rounding of its
-    own. Any other value is inverted, in closed form.
+    The noise of the value drawn last is kept, and the slope there, so that scoring that value needs no inversion and
+    has no rounding of its own. Any other value is inverted, in closed form.
 
     Shape:
         - values: ``(*batch, n)``, with the batch shape to which the arguments broadcast.
@@ -86,7 +86,7 @@ class SplineDistribution(dist.TorchDistribution):
             None if df is None else torch.as_tensor(df, dtype=loc.dtype, device=loc.device).expand(shape)
         )
         # Shared with expanded copies: Pyro expands a distribution before it draws, and the guide asks the original.
-        self._drawn: list[tuple[Tensor, Tensor]] = []
+        self._drawn: list[tuple[Tensor, Tensor, Tensor]] = []
         super().__init__(shape[:-1], shape[-1:], validate_args=False)
 
     @constraints.dependent_property(is_discrete=False, event_dim=1)
@@ -134,8 +134,9 @@ class SplineDistribution(dist.TorchDistribution):
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draw reparametrised values of shape ``sample_shape + batch_shape + (n,)``."""
         noise = self._noise(self._extended_shape(sample_shape))
-        value = self.from_noise(noise)
-        self._drawn[:] = [(value, noise)]
+        splined, log_slope = self.spline(noise)
+        value = self.loc + self.scale * splined
+        self._drawn[:] = [(value, noise, log_slope)]
         return value
 
     def _noise(self, shape: torch.Size) -> Tensor:
@@ -160,13 +161,10 @@ class SplineDistribution(dist.TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density of vectors, shape ``batch_shape``."""
-        noise = self._drawn[0][1] if self._drawn and self._drawn[0][0] is value else None
-        if noise is not None and self._depends_otherwise(value):
-            noise = None
-        if noise is None:
-            noise, log_slope = self.spline.inverse((value - self.loc) / self.scale)
+        if self._drawn and self._drawn[0][0] is value and not self._depends_otherwise(value):
+            _, noise, log_slope = self._drawn[0]
         else:
-            log_slope = self.spline(noise)[1]
+            noise, log_slope = self.spline.inverse((value - self.loc) / self.scale)
         return (self._log_base(noise) - self.scale.log() - log_slope).sum(-1)
 
     def _depends_otherwise(self, value: Tensor) -> bool:
