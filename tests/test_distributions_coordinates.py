@@ -13,6 +13,7 @@ from pyro.distributions.transforms import OrderedTransform
 from torch.distributions import biject_to
 from torch.distributions.transforms import AffineTransform, ExpTransform, SigmoidTransform
 
+from pyro_graphflows.distributions import skewed_scores
 from pyro_graphflows.distributions.coordinates import (
     QUANTILES,
     gaussian_coordinate,
@@ -20,7 +21,6 @@ from pyro_graphflows.distributions.coordinates import (
 )
 from pyro_graphflows.distributions.normal_tails import log1mexp, ndtri_exp
 from pyro_graphflows.distributions.skewed_scores import LogGamma, LogitBeta, score, unscore
-from pyro_graphflows.guides.conditionals import skewed_scores
 
 
 class _SoftLaplace:
