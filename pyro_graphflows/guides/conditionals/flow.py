@@ -212,7 +212,8 @@ class FlowConditionals(Conditionals):
                 rows.zero_()
                 rows[last, first + i] = sign
                 if self.table is not None and column - self.num_features + i < self.table.table.shape[-1]:
-                    self.table.table[..., column - self.num_features + i] = 0.0
+                    at = column - self.num_features + i
+                    self.table.set_(slice(at, at + 1), 0.0)
 
     def _set_maps_(self, site: str, linear: LinearConditional) -> bool:
         """Make the maps of a scalar site linear-Gaussian; parents within the block keep a slope that all share."""
