@@ -121,7 +121,7 @@ def _num_parameters(node: ast.FunctionDef) -> int:
 def report(name: str, work: Callable[[], Any], pairs: bool) -> None:
     files, crossings = walk(work)
     print(f"{name}: {len(files)} files, {sum(crossings.values())} crossings")
-    for (caller, callee), count in crossings.most_common(12 if pairs else 0):
+    for (caller, callee), count in crossings.most_common(40 if pairs else 0):
         print(f"    {count:5d}  {caller} -> {callee}")
 
 

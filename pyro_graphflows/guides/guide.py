@@ -257,31 +257,32 @@ class AutoFaithfulGuide(AutoGuide):
         call = self._read(args, kwargs, observations)
         values: dict[str, Tensor] = {}
         unconstrained: dict[str, Tensor] = {}
-        for block in self.blocks:
-            assert isinstance(block, GuideBlock)
+        blocks: Any = self.blocks
+        for block, block_plan in zip(blocks, plan.blocks, strict=True):
             conditionals = block.begin(call, unconstrained)
-            for level in block.plan.levels:
+            for level in block_plan.levels:
                 if plan.changing and any(name in plan.changing for name in level):
                     call = self._with_supports(call, args, kwargs, values, level)
                 with ExitStack() as stack:
-                    for name in block.plan.plates:
+                    for name in block_plan.plates:
                         stack.enter_context(self.plates[name])
                     for name, conditional in conditionals.next().items():
                         values[name], unconstrained[name] = self._emit_site(name, conditional, call, emit)
                     conditionals.accept({name: unconstrained[name] for name in level})
-        return {name: values[name] for name in plan.graph.latent}
+        return {name: values[name] for name in self._sites}
 
     def _emit_site(
         self, name: str, conditional: dist.TorchDistribution, call: Call, emit: Emit
     ) -> tuple[Tensor, Tensor]:
         """Emit a site; return its value and the flat vector of that value."""
-        plan = self.plan
+        plan, site = self.plan, self._sites[name]
+        first: Any = self.blocks[0]
         fn, read_back = site_distribution(
-            self._sites[name],
+            site,
             conditional,
             call.supports[name],
             analytic_kl=plan.analytic_kl[name],
-            dtype=self.blocks[0].dtype,  # type: ignore[arg-type]
+            dtype=None if site.encoding is None else first.dtype,
         )
         if name in call.masks:
             fn = fn.mask(call.masks[name])

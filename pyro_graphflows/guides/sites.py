@@ -144,6 +144,8 @@ class LatentSite:
         support: The support.
         transform: The bijection from the unconstrained space to the support (of no use for discrete sites).
         encoding: For discrete sites, how values are written as vectors.
+        size: The length of the flat unconstrained vector.
+        is_real: Whether values are unconstrained as they are.
     """
 
     name: str
@@ -152,16 +154,12 @@ class LatentSite:
     support: constraints.Constraint
     transform: Transform
     encoding: DiscreteEncoding | None = None
+    size: int = field(init=False)
+    is_real: bool = field(init=False)
 
-    @property
-    def size(self) -> int:
-        """The length of the flat unconstrained vector."""
-        return self.unconstrained_shape.numel()
-
-    @property
-    def is_real(self) -> bool:
-        """Whether values are unconstrained as they are."""
-        return self.encoding is None and is_identity(self.transform)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", self.unconstrained_shape.numel())
+        object.__setattr__(self, "is_real", self.encoding is None and is_identity(self.transform))
 
 
 def is_identity(transform: Transform) -> bool:

@@ -85,7 +85,10 @@ class MaskedConditionals(Conditionals):
             start += num_rows[site]
         self.table = ElementTable(spec.plates, start) if block.per_element else None
         seen = {site: self.inputs_of(site) for site in block.sites}
-        self.maps, self._map_of = element_maps(block, seen, num_rows, spec.plates)
+        self.maps = nn.ModuleDict()
+        self._map_of: dict[str, tuple[str, list[int]]] = {}
+        if block.per_element or block.non_exchangeable:
+            self.maps, self._map_of = element_maps(block, seen, num_rows, spec.plates)
         self.couplings = nn.ModuleDict()  # by the position of the site
         self._coupling_of: dict[str, str] = {}
         for position, site in enumerate(block.sites):
