@@ -411,7 +411,7 @@ class IWAE_ELBO(ELBO):
                 self._check_guide(layout, batch[1])
                 alone = (first.model_trace, first.guide_trace)
                 dims = [layout.inner, layout.outer]
-                difference = difference_to_alone(model, guide, args, kwargs, batch, alone, dims)
+                difference = difference_to_alone((model, guide), (args, kwargs), batch, alone, dims)
             if difference:
                 warnings.warn(difference, stacklevel=3)
             set_random_state(state)

@@ -393,10 +393,8 @@ def errors_of_batches(size: int) -> Iterator[None]:
 
 
 def difference_to_alone(
-    model: Program,
-    guide: Program,
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
+    pair: tuple[Program, Program],
+    arguments: tuple[Sequence[Any], dict[str, Any]],
     batch: tuple[poutine.Trace, poutine.Trace],
     alone: tuple[poutine.Trace, poutine.Trace],
     dims: Sequence[int],
@@ -407,10 +405,8 @@ def difference_to_alone(
     guides that are effect handlers and cannot run with given values.
 
     Args:
-        model: The model.
-        guide: The guide.
-        args: Their positional arguments.
-        kwargs: Their keyword arguments.
+        pair: The model and the guide.
+        arguments: Their positional and their keyword arguments.
         batch: The traces of both with a plate of particles.
         alone: The traces of a run without, which tell the shapes.
         dims: The dimensions of the particles, negative.
@@ -420,6 +416,7 @@ def difference_to_alone(
     """
     if any(_is_subsampled(site) for trace in alone for _, site in density_sites(trace)):
         return None
+    (model, guide), (args, kwargs) = pair, arguments
     values = poutine.Trace()
     for together, single in zip(reversed(batch), reversed(alone), strict=True):
         for name, site in density_sites(together):
