@@ -11,6 +11,7 @@ from pyro_graphflows.errors import (
     UnsupportedModelError,
 )
 from pyro_graphflows.graphs import (
+    AutoOrder,
     InverseGraph,
     LinearGaussianNetwork,
     ModelGraph,
@@ -75,6 +76,7 @@ __all__ = [
     "AutoFaithfulFlow",
     "AutoFaithfulGuide",
     "AutoFaithfulNormal",
+    "AutoOrder",
     "ConditionalFaithfulResidual",
     "ConditionalGraphicalResidual",
     "ConvergenceError",
