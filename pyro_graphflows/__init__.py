@@ -11,6 +11,7 @@ from pyro_graphflows.errors import (
     UnsupportedModelError,
 )
 from pyro_graphflows.graphs import (
+    AutoOrder,
     InverseGraph,
     LinearGaussianNetwork,
     ModelGraph,
@@ -77,6 +78,7 @@ __all__ = [
     "VAE",
     "ActNorm",
     "AutoFaithfulGuide",
+    "AutoOrder",
     "Checkpoint",
     "ConditionalFaithfulResidual",
     "ConditionalGraphicalResidual",
