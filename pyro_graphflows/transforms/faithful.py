@@ -35,7 +35,7 @@ from pyro_graphflows.nn.masked import MaskedLinear
 from pyro_graphflows.nn.mlp import LevelEvaluation, MaskedMLP
 from pyro_graphflows.transforms.edge_linear import EdgeLinear, Inputs, RowGroup, expand_batch, padded_count
 from pyro_graphflows.transforms.monotone import BlockForm, BlockWeights, MonotoneStack
-from pyro_graphflows.transforms.network import FlowEvaluation, LinearStartNN
+from pyro_graphflows.transforms.network import FlowPass, LinearStartNN
 from pyro_graphflows.transforms.solver import Solver, implicit_step
 from pyro_graphflows.transforms.structure import FlowStructure, some_names
 
@@ -467,8 +467,8 @@ class FaithfulResidualNN(LinearStartNN):
         return out, log_slope if self.closed_form == "sampling" else -log_slope
 
 
-class FaithfulEvaluation(FlowEvaluation):
-    r"""A pass through the levels of a faithful flow; see :class:`~pyro_graphflows.transforms.network.FlowEvaluation`.
+class FaithfulEvaluation(FlowPass):
+    r"""A pass through the levels of a faithful flow; see :class:`~pyro_graphflows.transforms.network.FlowPass`.
 
     The weights are prepared once, when the pass starts.
 

@@ -6,7 +6,7 @@ both return with the values the log-derivative of each variable by its own noise
 .. math:: \log q(z_v \mid \text{earlier } z, x) = \log \mathcal{N}(\varepsilon_v)
     - \log \frac{\partial z_v}{\partial \varepsilon_v}.
 
-It can also be gone through level by level (:class:`FlowEvaluation`). The transform (:class:`GraphTransform`) adds
+It can also be gone through level by level (:class:`FlowPass`). The transform (:class:`GraphTransform`) adds
 Pyro's protocol. Two differences from other transforms of Pyro, both for safety:
 
 - The cache holds a pair of values together with its log-determinant, and forgets both when a parameter has changed,
@@ -31,8 +31,8 @@ from pyro_graphflows.transforms.structure import FlowStructure, some_names
 
 __all__ = [
     "ConditionalGraphTransform",
-    "FlowEvaluation",
     "FlowNN",
+    "FlowPass",
     "GraphTransform",
     "LinearStart",
     "LinearStartNN",
@@ -47,7 +47,7 @@ __all__ = [
 RIDGE = 1e-8
 
 
-class FlowEvaluation:
+class FlowPass:
     r"""A pass through the levels of a flow, in which the caller may replace values: what every flow's pass owes.
 
     Level after level: :meth:`step` maps the level's noise to values, or :meth:`terms` maps given values to noise; then
@@ -67,7 +67,7 @@ class FlowEvaluation:
         """The number of the level whose values are wanted next."""
         raise NotImplementedError
 
-    def fork(self) -> "FlowEvaluation":
+    def fork(self) -> "FlowPass":
         """Return an evaluation at the same place that goes its own way from here."""
         raise NotImplementedError
 
@@ -162,7 +162,7 @@ class FlowNN(nn.Module):
         r"""Map variables to noise; return it and the log of each dz/deps, both of shape (\*batch, D)."""
         raise NotImplementedError
 
-    def start(self, *context: Tensor) -> FlowEvaluation:
+    def start(self, *context: Tensor) -> FlowPass:
         """Begin a pass through the levels.
 
         Args:
@@ -390,8 +390,8 @@ class GraphTransform(_OfNetwork, TransformModule):
 
     # Values
 
-    def start(self) -> FlowEvaluation:
-        """Begin a pass through the levels; see :class:`FlowEvaluation`."""
+    def start(self) -> FlowPass:
+        """Begin a pass through the levels; see :class:`FlowPass`."""
         return self.network.start(*self._parts)
 
     def inverse_terms(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -507,8 +507,8 @@ class ConditionalGraphTransform(_OfNetwork, ConditionalTransformModule):
         super().__init__()
         self.network = network
 
-    def start(self, *context: Tensor) -> FlowEvaluation:
-        """Begin a pass through the levels with a context in parts; see :class:`FlowEvaluation`."""
+    def start(self, *context: Tensor) -> FlowPass:
+        """Begin a pass through the levels with a context in parts; see :class:`FlowPass`."""
         return self.network.start(*context)
 
     def inverse_terms(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:

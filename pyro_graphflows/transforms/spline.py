@@ -31,7 +31,7 @@ from pyro_graphflows.nn.masked import MaskedLinear
 from pyro_graphflows.nn.mlp import LevelEvaluation, MaskedMLP
 from pyro_graphflows.transforms.network import (
     ConditionalGraphTransform,
-    FlowEvaluation,
+    FlowPass,
     GraphTransform,
     LinearStart,
     LinearStartNN,
@@ -247,8 +247,8 @@ class GraphicalSplineNN(LinearStartNN):
         )
 
 
-class SplineEvaluation(FlowEvaluation):
-    r"""A pass through the levels of a spline flow; see :class:`~pyro_graphflows.transforms.network.FlowEvaluation`.
+class SplineEvaluation(FlowPass):
+    r"""A pass through the levels of a spline flow; see :class:`~pyro_graphflows.transforms.network.FlowPass`.
 
     Args:
         network: The network of the flow.
