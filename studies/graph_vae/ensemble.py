@@ -95,7 +95,7 @@ class Ensemble:
         parameters: What is trained, each ``(E, ...)``.
         statistics: Running means (without the layer's bias) and variances of the batch norms.
         gates_open: Hard gates of frozen members ``(E, G)``.
-        is_frozen: Whether gates are hard in training ``()``.
+        is_frozen: Whether a member's gates are hard in training ``(E, 1)``.
         temperature: The temperature of relaxed gates ``()``.
 
     Raises:
@@ -144,7 +144,7 @@ class Ensemble:
         like = self.parameters["bottom_up.bias"]
         self.num_gates = sum(map(len, self.parents)) if vae.gates is not None else 0
         self.temperature = like.new_ones(())
-        self.is_frozen = torch.zeros((), dtype=torch.bool, device=like.device)
+        self.is_frozen = torch.zeros(self.size, 1, dtype=torch.bool, device=like.device)
         self.gates_open = like.new_zeros(self.size, self.num_gates)
         places = like.new_zeros(sum(map(len, self.parents)), self.num_nodes, self.num_children)
         edges = [(i, j) for i in range(self.num_children) for j in self.parents[i]]
@@ -231,7 +231,7 @@ class Ensemble:
         if self.num_gates:
             packed |= {
                 "gates.temperature": tensors["temperature"],
-                "gates.is_frozen": tensors["is_frozen"],
+                "gates.is_frozen": tensors["is_frozen"][number, 0],
                 "gates.is_open": tensors["gates_open"][number],
             }
         state = self.template.state_dict()
@@ -424,7 +424,7 @@ class Ensemble:
         loss = divergences.sum(1).mean(1) - log_likelihood(logits, x).mean(1)
         if self.edge_cost and self.num_gates:
             cost = self.edge_cost * self.parameters["gates.logits"].sigmoid().sum(1)
-            loss = loss + torch.where(self.is_frozen, torch.zeros_like(cost), cost)
+            loss = loss + torch.where(self.is_frozen[:, 0], torch.zeros_like(cost), cost)
         return loss
 
 
@@ -441,5 +441,5 @@ PRIOR_STATE = (
 
 
 def log_likelihood(logits: Tensor, x: Tensor) -> Tensor:
-    """Return the log-probability of zeros and ones ``(E, B)`` by their logits ``(E, B, size of a datum)``."""
+    """Return the log-probability ``(...)`` of data of zeros and ones by their logits ``(..., size of a datum)``."""
     return (logits * x - functional.softplus(logits)).sum(-1)
