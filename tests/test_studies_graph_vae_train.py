@@ -27,6 +27,7 @@ sys.path.insert(0, str(STUDY))
 try:
     import checkpoint
     import evaluation
+    import remedies
     import train
     from ensemble import Ensemble, log_likelihood
     from epochs import EpochData
@@ -276,6 +277,36 @@ def test_paper_schedule_fast_gates_and_freezing():
     torch.testing.assert_close(vae.gates.probabilities(), probabilities[1])
 
 
+def test_straight_through_gates_are_hard_with_the_gradient_of_relaxed_ones():
+    images = tiny_images()
+    rounded, relaxed = (
+        Trainer(tiny("learned", estimator=e, gate_start=0.8), images, torch.device("cpu"))
+        for e in ("straight-through", "relaxed")
+    )
+    torch.testing.assert_close(relaxed.ensemble.gate_probabilities(), torch.full((3, 3), 0.8))
+    noise = 3 * torch.randn(3, 3)
+    values, gradients = [], []
+    for trainer in (rounded, relaxed):
+        gates = trainer.ensemble.relaxed_gates(noise)
+        values.append(gates.detach())
+        gradients.append(torch.autograd.grad(gates.sum(), trainer.ensemble.parameters["gates.logits"])[0])
+    assert torch.equal(values[0], (values[1] > 0.5).double())
+    assert set(values[0].unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(*gradients)
+    with pytest.raises(GraphflowsError, match="estimator among relaxed, straight-through; got 'rebar'"):
+        Trainer(tiny("learned", estimator="rebar"), images, torch.device("cpu"))
+
+
+def test_evaluation_has_exact_products():
+    trainer = Trainer(tiny("full", precision="bfloat16"), tiny_images(), torch.device("cpu"))
+    exact = Trainer(tiny("full"), tiny_images(), torch.device("cpu"))
+    bounds = [evaluation.bound(t.ensemble, t.test)[0] for t in (exact, trainer)]
+    assert not torch.equal(*bounds)
+    with trainer.exact_products():
+        assert torch.equal(bounds[0], evaluation.bound(trainer.ensemble, trainer.test)[0])
+    assert trainer.ensemble.multiply_in == torch.bfloat16
+
+
 def test_each_epoch_sees_each_image_once_and_draws_grey_ones_anew():
     trainer = Trainer(tiny("chain", batch_size=10), tiny_images(levels=2), torch.device("cpu"))
     data, first = trainer.data, None
@@ -467,7 +498,7 @@ def script(monkeypatch, tmp_path):
 
     def run(*flags, out="out"):
         few = "--data-set digits --device cpu --num-nodes 3 --node-dim 2 --batch-size 8 --measure-seconds 0"
-        few += f" --ll-particles 20 --images-at-once 4 --out {tmp_path / out}"
+        few += f" --ll-particles 20 --images-at-once 4 --recalibrate 50 --out {tmp_path / out}"
         return train.main(train.read([*few.split(), *flags]))
 
     yield run
@@ -640,3 +671,36 @@ train.main(train.read(["--data", {str(tmp_path)!r}, "--epochs", "1", "--ll-image
     assert done.returncode == 0, done.stderr
     assert "LL" in done.stdout
     assert (tmp_path / "out" / "binarized_mnist-learned-5x16-s0.jsonl").exists()
+
+
+def test_remedies_are_compared_with_the_full_structure(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(remedies, "load_images", lambda name: tiny_images(200, levels=5))
+    monkeypatch.setattr(train, "SMALL_NETWORKS", SIZES)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    monkeypatch.setattr(torch, "set_flush_denormal", lambda on: None)
+    flags = ["--out", str(tmp_path), "--epochs", "2", "--ll-particles", "20", "--ways", "full"]
+    remedies.main(remedies.parser().parse_args(flags))
+    remedies.main(remedies.parser().parse_args([*flags, "gates 10, frozen 60", "published"]))
+    lines = lines_of(tmp_path / "remedies.jsonl")
+    assert [line["way"] for line in lines] == ["full", "gates 10, frozen 60", "published"]
+    d = torch.tensor(lines[2]["best"]["elbo"]) - torch.tensor(lines[0]["best"]["elbo"])
+    mean, error = remedies.paired(lines[2], lines[0])
+    assert mean == pytest.approx(d.mean().item())
+    assert error == pytest.approx(d.std().item() / 5**0.5)
+    assert f"{mean:+8.3f} ± {error:.3f}" in capsys.readouterr().out
+    assert lines[2]["checked"][0]["gradient_mean_over_sd"]["median"] > 0
+
+
+def test_what_is_measured_on_the_way_leaves_no_trace():
+    images, settings = tiny_images(levels=5), tiny("learned")
+    plain, rows = trained(settings, images, 4)
+    watched, _ = trained(settings, images, 2)
+    found = remedies.evidence(watched)
+    later = [watched.run_epoch() for _ in range(2)]
+    for key, value in plain.tensors().items():
+        assert torch.equal(value, watched.tensors()[key]), key
+    assert later[-1]["loss"] == rows[-1]["loss"]
+    assert found["epoch"] == 2
+    assert found["training_bound"] != found["training_bound_hard_gates"]
+    assert found["validation"] != found["validation_recalibrated"]

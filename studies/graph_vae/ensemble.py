@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from pyro_graphflows import GraphflowsError, GraphVAE
 
+ESTIMATORS = ("relaxed", "straight-through")
 MOST_LOG_VAR = 20.0  # as in the class: standard deviations of nodes from 5e-5 to 2e4
 
 
@@ -88,6 +89,8 @@ class Ensemble:
 
     Args:
         members: The models; their parameters are copied.
+        estimator: ``"relaxed"``, the class's own gates in training, or ``"straight-through"``: gates rounded on
+            the way forward, with the gradient of the relaxed ones.
         multiply_in: The type that matrix products are done in, as ``torch.bfloat16``; everything else, the loss above
             all, keeps the type of the parameters. ``None`` for that type.
 
@@ -102,14 +105,18 @@ class Ensemble:
         GraphflowsError: If the models are no ensemble.
     """
 
-    def __init__(self, members: Sequence[GraphVAE], multiply_in: torch.dtype | None = None) -> None:
+    def __init__(
+        self, members: Sequence[GraphVAE], multiply_in: torch.dtype | None = None, estimator: str = "relaxed"
+    ) -> None:
+        if estimator not in ESTIMATORS:
+            raise GraphflowsError(f"Expected estimator among {', '.join(ESTIMATORS)}; got {estimator!r}.")
         require_same_kind(members)
         vae = members[0]
         self.size, self.num_nodes, self.node_dim = len(members), len(vae.names), vae.node_dim
         self.input_size = vae.input_shape.numel()
         self.sees_all = vae.decoder_input == "all"
         self.edge_cost = vae.edge_cost
-        self.multiply_in = multiply_in
+        self.multiply_in, self.estimator = multiply_in, estimator
         self.template = vae
         possible = vae.gate_probabilities > 0
         self.parents = [[j for j in range(self.num_nodes) if possible[i, j]] for i in range(self.num_nodes)]
@@ -250,6 +257,8 @@ class Ensemble:
         if not self.num_gates:
             return None
         relaxed = ((noise + self.parameters["gates.logits"]) / self.temperature).sigmoid()
+        if self.estimator == "straight-through":
+            relaxed = (relaxed > 0.5).to(relaxed) + (relaxed - relaxed.detach())
         return torch.where(self.is_frozen, self.gates_open, relaxed)
 
     def hard_gates(self) -> Tensor | None:

@@ -35,6 +35,7 @@ import checkpoint  # noqa: E402
 import evaluation  # noqa: E402
 import pyro  # noqa: E402
 import torch  # noqa: E402
+from ensemble import ESTIMATORS  # noqa: E402
 from png import grid, png  # noqa: E402
 from record import Record  # noqa: E402
 from trainer import SMALL_NETWORKS, STRUCTURES, Settings, Trainer  # noqa: E402
@@ -74,7 +75,8 @@ def evaluation_seconds(trainer, args, validation_seconds):
     for _ in range(2):  # the second is measured
         trainer.synchronize()
         begin = time.monotonic()
-        evaluation.log_weights(trainer.ensemble, trainer.test[:at_once], samples, args.rows, source)
+        with trainer.exact_products():
+            evaluation.log_weights(trainer.ensemble, trainer.test[:at_once], samples, args.rows, source)
         trainer.synchronize()
         piece = time.monotonic() - begin
     passes = 2 * len(trainer.test) * args.bound_samples + 2 * recalibrated(trainer, args)
@@ -82,8 +84,13 @@ def evaluation_seconds(trainer, args, validation_seconds):
 
 
 def recalibrated(trainer, args):
-    """Return with how many training images batch statistics are collected anew."""
-    return min(args.recalibrate, len(trainer.data.images))
+    """Return with how many training images batch statistics are collected anew.
+
+    Of small data sets that are binarised anew these are many draws: their noise moves the bound by some hundredths.
+    """
+    images = min(args.recalibrate, len(trainer.data.images))
+    draws = math.ceil(min(20_000, args.recalibrate) / images) if trainer.data.num_levels > 2 else 1
+    return images * draws
 
 
 def plan(trainer, args, begin, deadline, times):
@@ -98,7 +105,7 @@ def plan(trainer, args, begin, deadline, times):
     left = deadline - time.monotonic()
     fits = math.floor((left - evaluating) / times["epoch"]) if math.isfinite(left) else args.epochs
     epochs = min(args.epochs, trainer.epoch + max(0, fits))
-    if epochs == 0 or left < evaluating:
+    if epochs == 0 or left < evaluating:  # 0 epochs more are enough where there were some before
         spent = time.monotonic() - begin
         needed = 1 + spent + evaluating + (MARGIN * times["epoch"] if trainer.epoch == 0 else 0.0)
         raise GraphflowsError(
@@ -158,7 +165,8 @@ def train(settings, images, args, begin, deadline):
         flush=True,
     )
     stopped = run_epochs(trainer, record, args, planned, deadline, path)
-    figures = evaluate(trainer, args, deadline)
+    with trainer.exact_products():
+        figures = evaluate(trainer, args, deadline)
     figures["stopped_by_the_budget"] = stopped
     record.add({"kind": "final", "epoch": trainer.epoch, **figures})
     write_pictures(trainer, record, out / name)
@@ -203,7 +211,8 @@ def evaluate(trainer, args, deadline):
     figures = {"best_epoch": trainer.take_best(), "validation": trainer.best_bound.tolist()}
     before, _ = evaluation.bound(ensemble, test, args.bound_samples, trainer.rows)
     figures["elbo_before_recalibration"] = before.tolist()
-    training = evaluation.spread(trainer.data.images)[: recalibrated(trainer, args)]
+    number, training = recalibrated(trainer, args), evaluation.spread(trainer.data.images)
+    training = training.repeat(math.ceil(number / len(training)), 1)[:number]
     if trainer.data.num_levels > 2:
         grey = training.to(torch.float32) / (trainer.data.num_levels - 1)
         source = evaluation.fixed_source(trainer.device, 2)
@@ -347,6 +356,8 @@ def settings_of(structure, args):
         floor=args.floor,
         gate_rate=args.gate_rate if learned else 1.0,
         freeze_after=args.freeze_after if learned else None,
+        gate_start=args.gate_start if learned else 0.5,
+        estimator=args.estimator if learned else "relaxed",
         validate_every=args.validate_every,
         precision=args.precision,
     )
@@ -402,6 +413,8 @@ def parser():
     add("--anneal", type=float, default=0.99, help="what the temperature is multiplied by after each epoch")
     add("--floor", type=float, default=0.1, help="the lowest temperature")
     add("--gate-rate", type=float, default=1.0, help="learning rate of gates, times the others'")
+    add("--gate-start", type=float, default=0.5, help="probability that a gate is open at the start")
+    add("--estimator", choices=ESTIMATORS, default="relaxed", help="of the gates' gradient")
     add("--freeze-after", type=int, help="epochs after which gates are hard in training too")
     add("--edge-cost", type=float, default=0.0, help="nats per datum of an open gate in training")
     add("--precision", choices=["float32", "tf32", "bfloat16"], default="float32", help="of matrix products")

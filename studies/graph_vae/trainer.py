@@ -1,7 +1,9 @@
 """Training an ensemble by the paper's schedule: epochs without a stop, validation, states that go on bit by bit."""
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -45,6 +47,8 @@ class Settings:
     floor: float = 0.1  # the lowest temperature
     gate_rate: float = 1.0  # the rate of the gates as a multiple of the others'
     freeze_after: int | None = None  # epochs after which gates are hard in training too
+    gate_start: float = 0.5  # the probability that a gate is open at the start
+    estimator: str = "relaxed"  # of the gates' gradient: relaxed or straight-through
     validate_every: int = 1  # epochs
     precision: str = "float32"  # of matrix products: float32, tf32 or bfloat16
 
@@ -53,6 +57,8 @@ class Settings:
         """The name of the run's files."""
         gates = f"-gates{self.gate_rate:g}" if self.gate_rate != 1 else ""
         gates += f"-frozen{self.freeze_after}" if self.freeze_after is not None else ""
+        gates += f"-start{self.gate_start:g}" if self.gate_start != 0.5 else ""
+        gates += f"-{self.estimator}" if self.estimator != "relaxed" else ""
         cost = f"-cost{self.edge_cost:g}" if self.edge_cost else ""
         precision = f"-{self.precision}" if self.precision != "float32" else ""
         first = "-first" if self.decoder_input == "first" else ""
@@ -96,6 +102,7 @@ class Trainer:
         self.ensemble = Ensemble(
             [self.make_vae(seed, images.shape).to(device) for seed in settings.seeds],
             torch.bfloat16 if settings.precision == "bfloat16" else None,
+            settings.estimator,
         )
         ensemble = self.ensemble
         dtype = ensemble.parameters["bottom_up.bias"].dtype
@@ -147,7 +154,7 @@ class Trainer:
         settings = self.settings
         pyro.clear_param_store()
         pyro.set_rng_seed(seed)
-        return GraphVAE(
+        vae = GraphVAE(
             tuple(shape),
             settings.num_nodes,
             settings.node_dim,
@@ -156,6 +163,10 @@ class Trainer:
             edge_cost=settings.edge_cost,
             **settings.networks,
         )
+        if vae.gates is not None:
+            with torch.no_grad():
+                vae.gates.logits.fill_(math.log(settings.gate_start / (1 - settings.gate_start)))
+        return vae
 
     def vae_of(self, number: int) -> GraphVAE:
         """Return a member as a model of its own, as it is now."""
@@ -259,6 +270,18 @@ class Trainer:
         return found
 
     # ------------------------------------------------------------------------------------------------ measurements
+    @contextmanager
+    def exact_products(self) -> Iterator[None]:
+        """Do matrix products in full precision inside, whatever they are done in while training."""
+        before = torch.get_float32_matmul_precision(), self.ensemble.multiply_in
+        torch.set_float32_matmul_precision("highest")
+        self.ensemble.multiply_in = None
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before[0])
+            self.ensemble.multiply_in = before[1]
+
     def synchronize(self) -> None:
         """Wait for the device."""
         if self.device.type == "cuda":
