@@ -126,6 +126,28 @@ def test_bound_and_gradients_are_those_of_the_class(structure, options):
                 torch.testing.assert_close(after[key], buffer)
 
 
+@pytest.mark.parametrize("estimator", ["relaxed", "straight-through"])
+def test_gates_of_each_datum(estimator):
+    """The same gates for all data are those of the batch; with others for each the class agrees."""
+    vae = make_vae("learned", 3)
+    ensemble = Ensemble([vae], estimator=estimator)
+    x, noise, gate_noise = make_noise(1)
+    expected = ensemble.losses(x, noise, gate_noise)
+    gradients = torch.autograd.grad(expected.sum(), list(ensemble.parameters.values()))
+    same = ensemble.losses(x, noise, gate_noise[:, None].expand(-1, x.shape[1], -1))
+    torch.testing.assert_close(same, expected)
+    for a, b in zip(
+        gradients, torch.autograd.grad(same.sum(), list(ensemble.parameters.values())), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+    if estimator == "relaxed":
+        each = torch.randn(1, x.shape[1], 6)
+        pyro.enable_validation(False)  # the site of the gates has no plate; it adds nothing to the bound
+        loss = reference_loss(vae, x[0].reshape(-1, 3, 4), noise[:, 0], each[0])
+        torch.testing.assert_close(ensemble.losses(x, noise, each)[0], loss)
+        assert abs(loss - expected[0]) > 1e-3
+
+
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_evaluation_is_that_of_the_class(structure):
     members = [make_vae(structure, seed) for seed in range(2)]
@@ -253,6 +275,15 @@ def test_five_steps_are_those_of_the_class_and_adam():
     exact = [key for key in own if "num_batches" not in key and key != "gates.temperature"]
     for key in exact:
         torch.testing.assert_close(own[key], vae.state_dict()[key], rtol=1e-6, atol=1e-8)
+
+
+def test_gates_of_each_datum_are_trained_and_refused_otherwise():
+    trainer, _ = trained(tiny("learned", gates_of="datum", freeze_after=1), tiny_images(), 2)
+    assert trainer.data.gate_noise.shape == (6, 3, 8, 3)
+    assert (trainer.ensemble.parameters["gates.logits"] != 0).all()
+    assert trainer.ensemble.is_frozen.all()
+    with pytest.raises(GraphflowsError, match="gates_of 'batch' or 'datum'; got 'pixel'"):
+        trained(tiny("learned", gates_of="pixel"), tiny_images())
 
 
 def test_paper_schedule_fast_gates_and_freezing():

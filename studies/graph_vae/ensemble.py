@@ -249,17 +249,23 @@ class Ensemble:
 
     # ------------------------------------------------------------------------------------------------------ gates
     def relaxed_gates(self, noise: Tensor | None) -> Tensor | None:
-        """Return gates for training ``(E, G)``: a sample of the relaxed ones, until they are frozen.
+        """Return gates for training: a sample of the relaxed ones, until they are frozen.
 
         Args:
-            noise: Standard logistic noise ``(E, G)``.
+            noise: Standard logistic noise ``(E, G)``, or ``(E, B, G)`` for gates of each datum.
+
+        Returns:
+            Gates of the shape of the noise.
         """
         if not self.num_gates:
             return None
-        relaxed = ((noise + self.parameters["gates.logits"]) / self.temperature).sigmoid()
+        logits, is_frozen, is_open = self.parameters["gates.logits"], self.is_frozen, self.gates_open
+        if noise.dim() == 3:
+            logits, is_frozen, is_open = logits[:, None], is_frozen[:, None], is_open[:, None]
+        relaxed = ((noise + logits) / self.temperature).sigmoid()
         if self.estimator == "straight-through":
             relaxed = (relaxed > 0.5).to(relaxed) + (relaxed - relaxed.detach())
-        return torch.where(self.is_frozen, self.gates_open, relaxed)
+        return torch.where(is_frozen, is_open, relaxed)
 
     def hard_gates(self) -> Tensor | None:
         """Return gates for evaluation ``(E, G)``: open where their probability is above one half."""
@@ -304,20 +310,25 @@ class Ensemble:
             scale, shift = (self.parameters[f"{layer.norm}.{key}"] for key in ("weight", "bias"))
             mean, variance = (self.statistics[f"{layer.norm}.running_{key}"] for key in ("mean", "var"))
             if training:
-                x = self._product(x, weight)
-                size, rows, width = x.shape
-                x = functional.batch_norm(
-                    x.transpose(0, 1).reshape(rows, size * width),
-                    *(part.view(-1) for part in (mean, variance, scale, shift)),
-                    training=True,
-                    momentum=self.momentum,
-                    eps=self.eps,
-                )
-                x = x.view(rows, size, width).transpose(0, 1)
+                x = self._batch_norm(self._product(x, weight), layer)
             else:
                 factor = scale * (variance + self.eps).rsqrt()
                 x = self._affine(x, weight * factor[:, None], (shift - mean * factor)[:, None])
         return functional.elu(x) if layer.has_elu else x
+
+    def _batch_norm(self, x: Tensor, layer: Layer) -> Tensor:
+        """Apply the batch norm of a layer to ``x`` (E, B, width) by the statistics of the batch, and keep these."""
+        size, rows, width = x.shape
+        parts = [self.statistics[f"{layer.norm}.running_{key}"] for key in ("mean", "var")]
+        parts += [self.parameters[f"{layer.norm}.{key}"] for key in ("weight", "bias")]
+        x = functional.batch_norm(
+            x.transpose(0, 1).reshape(rows, size * width),
+            *(part.view(-1) for part in parts),
+            training=True,
+            momentum=self.momentum,
+            eps=self.eps,
+        )
+        return x.view(rows, size, width).transpose(0, 1)
 
     def bottom_up(self, x: Tensor, training: bool) -> Tensor:
         """Return the predictions of all nodes from the data alone.
@@ -345,7 +356,7 @@ class Ensemble:
         Args:
             bottom_up: What :meth:`bottom_up` returned ``(E, N, B, 2 d)``.
             noise: Standard normal noise ``(N, E, B, d)``.
-            gates: Gates ``(E, G)``; ``None`` where there are none.
+            gates: Gates ``(E, G)``, in training also ``(E, B, G)``; ``None`` where there are none.
             training: As in :meth:`bottom_up`.
             sampled: Whether to return differences of log-densities at the sampled values instead of divergences.
 
@@ -367,13 +378,13 @@ class Ensemble:
         if not C:
             nodes = torch.cat(values, -1)
             return self._decode(nodes, training), root_terms.sum(-1), nodes
-        between = None if gates is None else gates.split([len(parents) for parents in self.parents[:C]], 1)
+        between = None if gates is None else gates.split([len(parents) for parents in self.parents[:C]], -1)
         predictions = bottom_up[:, :C].unbind(1)
         locs, log_vars = [None] * C, [None] * C
         for i in reversed(range(C)):
             parents = torch.cat([values[j] for j in self.parents[i]], -1)
             if between is not None:
-                gate = between[i][:, None, :, None]
+                gate = between[i][..., None] if between[i].dim() == 3 else between[i][:, None, :, None]
                 parents = (parents.unflatten(-1, (-1, d)) * gate).flatten(-2)
             hidden = self._layer(parents, self.posterior[i], training)
             heads = f"posterior.{i}.heads"
@@ -403,12 +414,25 @@ class Ensemble:
         """Return the priors' means and log-variances of all nodes with parents ``(E, C, B, 2 d)``."""
         C, N = self.num_children, self.num_nodes
         weight = self.parameters["prior.hidden.weight"]
+        if gates is not None and gates.dim() == 3:  # gates of each datum multiply the parents
+            size, rows, _ = nodes.shape
+            between = (gates @ self._places).view(size, rows, N, C).permute(0, 3, 1, 2)[..., None]
+            parents = (nodes.view(size, 1, rows, N, -1) * between).reshape(size * C, rows, -1)
+            blocks = (
+                weight.view(size, weight.shape[1], C, -1).transpose(1, 2).flatten(0, 1)
+            )  # (E C, N d, hidden)
+            hidden = self._product(parents, blocks).view(size, C, rows, -1).transpose(1, 2).flatten(2)
+            hidden = functional.elu(self._batch_norm(hidden, self.prior))
+            return self._prior_heads(hidden)
         if gates is None:
             matrix = self._places.sum(0).view(1, N, 1, C, 1)
         else:
             matrix = (gates @ self._places).view(-1, N, 1, C, 1)
         gated = (weight.view(self.size, N, self.node_dim, C, -1) * matrix).view_as(weight)
-        hidden = self._layer(nodes, self.prior, training, gated)
+        return self._prior_heads(self._layer(nodes, self.prior, training, gated))
+
+    def _prior_heads(self, hidden: Tensor) -> Tensor:
+        C = self.num_children
         hidden = hidden.reshape(*hidden.shape[:2], C, -1).transpose(1, 2).flatten(0, 1)  # (E C, B, hidden)
         weight, bias = (self.parameters[f"prior.heads.{key}"].flatten(0, 1) for key in ("weight", "bias"))
         return self._affine(hidden, weight, bias).unflatten(0, (self.size, C))
@@ -426,7 +450,8 @@ class Ensemble:
         Args:
             x: Data of zeros and ones ``(E, B, size of a datum)``.
             noise: Standard normal noise ``(N, E, B, d)``.
-            gate_noise: Standard logistic noise ``(E, G)``; ``None`` where there are no gates.
+            gate_noise: Standard logistic noise ``(E, G)``, or ``(E, B, G)`` for gates of each datum; ``None`` where
+                there are no gates.
         """
         gates = self.relaxed_gates(gate_noise)
         logits, divergences, _ = self.terms(self.bottom_up(x, True), noise, gates, True)

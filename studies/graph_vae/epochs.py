@@ -22,6 +22,7 @@ class EpochData:
         batch_size: The number of images of a step.
         noise_shape: Number and dimensions of the nodes.
         num_gates: The number of gates.
+        gates_of: Whether gates are drawn anew for each ``"batch"``, as in the class, or for each ``"datum"``.
         dtype: The type of the noise.
 
     Attributes:
@@ -41,7 +42,10 @@ class EpochData:
         noise_shape: tuple[int, int],
         num_gates: int,
         dtype: torch.dtype,
+        gates_of: str = "batch",
     ) -> None:
+        if gates_of not in ("batch", "datum"):
+            raise GraphflowsError(f"Expected gates_of 'batch' or 'datum'; got {gates_of!r}.")
         self.num_steps = len(images) // batch_size
         if not self.num_steps:
             raise GraphflowsError(
@@ -61,7 +65,8 @@ class EpochData:
         self.noise = torch.zeros(
             steps, self.num_nodes, size, batch_size, self.node_dim, dtype=dtype, device=device
         )
-        self.gate_noise = torch.zeros(steps, size, num_gates, dtype=dtype, device=device)
+        rows = (batch_size,) if gates_of == "datum" else ()
+        self.gate_noise = torch.zeros(steps, size, *rows, num_gates, dtype=dtype, device=device)
         self.place = torch.zeros(1, dtype=torch.long, device=device)
 
     def draw(self) -> None:

@@ -358,6 +358,7 @@ def settings_of(structure, args):
         freeze_after=args.freeze_after if learned else None,
         gate_start=args.gate_start if learned else 0.5,
         estimator=args.estimator if learned else "relaxed",
+        gates_of=args.gates_of if learned else "batch",
         validate_every=args.validate_every,
         precision=args.precision,
     )
@@ -415,6 +416,12 @@ def parser():
     add("--gate-rate", type=float, default=1.0, help="learning rate of gates, times the others'")
     add("--gate-start", type=float, default=0.5, help="probability that a gate is open at the start")
     add("--estimator", choices=ESTIMATORS, default="relaxed", help="of the gates' gradient")
+    add(
+        "--gates-of",
+        choices=["batch", "datum"],
+        default="batch",
+        help="what has gates of its own in training",
+    )
     add("--freeze-after", type=int, help="epochs after which gates are hard in training too")
     add("--edge-cost", type=float, default=0.0, help="nats per datum of an open gate in training")
     add("--precision", choices=["float32", "tf32", "bfloat16"], default="float32", help="of matrix products")

@@ -49,6 +49,7 @@ class Settings:
     freeze_after: int | None = None  # epochs after which gates are hard in training too
     gate_start: float = 0.5  # the probability that a gate is open at the start
     estimator: str = "relaxed"  # of the gates' gradient: relaxed or straight-through
+    gates_of: str = "batch"  # what has gates of its own in training: each batch, or each datum
     validate_every: int = 1  # epochs
     precision: str = "float32"  # of matrix products: float32, tf32 or bfloat16
 
@@ -59,6 +60,7 @@ class Settings:
         gates += f"-frozen{self.freeze_after}" if self.freeze_after is not None else ""
         gates += f"-start{self.gate_start:g}" if self.gate_start != 0.5 else ""
         gates += f"-{self.estimator}" if self.estimator != "relaxed" else ""
+        gates += "-datum" if self.gates_of != "batch" else ""
         cost = f"-cost{self.edge_cost:g}" if self.edge_cost else ""
         precision = f"-{self.precision}" if self.precision != "float32" else ""
         first = "-first" if self.decoder_input == "first" else ""
@@ -114,6 +116,7 @@ class Trainer:
             (ensemble.num_nodes, ensemble.node_dim),
             ensemble.num_gates,
             dtype,
+            settings.gates_of,
         )
         drawn = torch.Generator().manual_seed(2019)
         self.validation, self.test = (
