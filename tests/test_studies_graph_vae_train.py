@@ -17,26 +17,15 @@ from pyro.poutine.messenger import Messenger
 
 from pyro_graphflows import GraphflowsError, GraphVAE
 from pyro_graphflows.datasets import Images
+from studies.graph_vae import checkpoint, evaluation, remedies, train
+from studies.graph_vae.ensemble import Ensemble, log_likelihood
+from studies.graph_vae.epochs import EpochData
+from studies.graph_vae.json_lines import Record
+from studies.graph_vae.trainer import Settings, Trainer
 
-STUDY = Path(__file__).parent.parent / "studies" / "graph_vae"
+ROOT = Path(__file__).parent.parent
 STRUCTURES = ("learned", "full", "chain", "independent")
 SIZES = {"encoder_dims": [12, 11, 7], "decoder_dims": [6, 9, 8], "embedding_dim": 5, "hidden_dim": 6}
-MODULES = [path.stem for path in STUDY.glob("*.py")]
-
-sys.path.insert(0, str(STUDY))
-try:
-    import checkpoint
-    import evaluation
-    import remedies
-    import train
-    from ensemble import Ensemble, log_likelihood
-    from epochs import EpochData
-    from record import Record
-    from trainer import Settings, Trainer
-finally:
-    sys.path.remove(str(STUDY))
-    for _name in MODULES:  # other studies have modules of such names, too
-        sys.modules.pop(_name, None)
 
 
 class GivenNoise(Messenger):
@@ -686,10 +675,8 @@ def test_script_needs_only_torch_pyro_numpy_and_the_package(tmp_path):
 import sys
 for name in ("matplotlib", "sklearn", "pandas", "PIL", "zuko", "pgmpy"):
     sys.modules[name] = None
-sys.path.insert(0, {str(STUDY)!r})
-sys.argv = ["train.py"]
 import numpy as np
-import train
+from studies.graph_vae import train
 import pyro_graphflows.datasets.images as images
 images.compare = lambda *_: None  # the bits are random
 bits = np.random.default_rng(0).integers(0, 256, (3, 130, 98), dtype=np.uint8)
@@ -698,7 +685,7 @@ np.savez_compressed({str(tmp_path / "binarized_mnist_larochelle.npz")!r}, train_
 train.main(train.read(["--data", {str(tmp_path)!r}, "--epochs", "1", "--ll-images", "4", "--ll-particles", "10",
                        "--device", "cpu", "--measure-seconds", "0", "--out", {str(tmp_path / "out")!r}]))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "LL" in done.stdout
     assert (tmp_path / "out" / "binarized_mnist-learned-5x16-s0.jsonl").exists()

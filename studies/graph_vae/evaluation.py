@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable
 
 import torch
-from ensemble import Ensemble, log_likelihood
 from torch import Tensor
 
 from pyro_graphflows.infer import effective_sample_size, psis_khat
+from studies.graph_vae.ensemble import Ensemble, log_likelihood
 
 
 def fixed_source(device: torch.device, seed: int = 0) -> torch.Generator:

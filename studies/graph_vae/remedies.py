@@ -9,7 +9,7 @@ on the way
   evaluation has;
 - the *validation bound* with stored statistics, as they are and collected anew with hard gates.
 
-    nice -n 19 python studies/graph_vae/remedies.py --out studies/graph_vae
+    nice -n 19 python -m studies.graph_vae.remedies --out studies/graph_vae
 """
 
 import argparse
@@ -18,13 +18,12 @@ import math
 import time
 from pathlib import Path
 
-import evaluation
 import pyro
 import torch
-import train
-from trainer import Trainer
 
 from pyro_graphflows.datasets import load_images
+from studies.graph_vae import evaluation, train
+from studies.graph_vae.trainer import Trainer
 
 COMMON = "--data-set digits --device cpu --seeds 0 1 2 3 4 --decay-every 100 --validate-every 5 --bound-samples 200"
 COMMON += " --ll-particles 1000"

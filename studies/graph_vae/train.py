@@ -1,12 +1,13 @@
+# ruff: noqa: E402 (the clock starts before the imports)
 r"""Train Graph VAEs of one structure side by side, for as long as there is time, and evaluate them.
 
 All members of an ensemble go through the device together, each with its own start, order of images, noise, gates and
 batch statistics. The data are on the device as bytes, a step is recorded once and replayed (on a GPU), and the host
 waits once an epoch.
 
-    python studies/graph_vae/train.py --data DIR --seeds 0 1 2 3 4 --budget-seconds 560 --out out/graph_vae
-    python studies/graph_vae/train.py --data DIR --structures full --epochs 50          # on a CPU, eager
-    python studies/graph_vae/train.py --data-set digits --epochs 150 --seeds 0 1 2      # minutes
+    python -m studies.graph_vae.train --data DIR --seeds 0 1 2 3 4 --budget-seconds 560 --out out/graph_vae
+    python -m studies.graph_vae.train --data DIR --structures full --epochs 50          # on a CPU, eager
+    python -m studies.graph_vae.train --data-set digits --epochs 150 --seeds 0 1 2      # minutes
 
 It needs torch, Pyro, NumPy and what this package imports, and the file of the data set (``pyro_graphflows.datasets``);
 only the digits come with scikit-learn. Into ``--out`` go, by structure, ``NAME.jsonl`` (what was run, every epoch,
@@ -21,27 +22,25 @@ References:
 
 import time
 
-STARTED = time.monotonic()  # before the imports, which take their part of a budget
+STARTED = time.monotonic()  # the imports take their part of a budget
 
-import argparse  # noqa: E402
-import datetime  # noqa: E402
-import io  # noqa: E402
-import math  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
-from pathlib import Path  # noqa: E402
+import argparse
+import datetime
+import io
+import math
+from dataclasses import dataclass
+from pathlib import Path
 
-import capture  # noqa: E402
-import checkpoint  # noqa: E402
-import evaluation  # noqa: E402
-import pyro  # noqa: E402
-import torch  # noqa: E402
-from ensemble import ESTIMATORS  # noqa: E402
-from png import grid, png  # noqa: E402
-from record import Record  # noqa: E402
-from trainer import SMALL_NETWORKS, STRUCTURES, Settings, Trainer  # noqa: E402
+import pyro
+import torch
 
-from pyro_graphflows import GraphflowsError  # noqa: E402
-from pyro_graphflows.datasets import load_images  # noqa: E402
+from pyro_graphflows import GraphflowsError
+from pyro_graphflows.datasets import load_images
+from studies.graph_vae import capture, checkpoint, evaluation
+from studies.graph_vae.ensemble import ESTIMATORS
+from studies.graph_vae.json_lines import Record
+from studies.graph_vae.png import grid, png
+from studies.graph_vae.trainer import SMALL_NETWORKS, STRUCTURES, Settings, Trainer
 
 DATA_SETS = ("binarized_mnist", "omniglot", "mnist", "digits")
 PAPER_EPOCHS = 2000

@@ -7,16 +7,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import capture
-import evaluation
 import pyro
 import torch
-from ensemble import Ensemble
-from epochs import EpochData
 from torch import Tensor
 
 from pyro_graphflows import GraphVAE
 from pyro_graphflows.datasets import Images, binarize
+from studies.graph_vae import capture, evaluation
+from studies.graph_vae.ensemble import Ensemble
+from studies.graph_vae.epochs import EpochData
 
 STRUCTURES = ("learned", "full", "chain", "independent")
 SMALL_NETWORKS = {

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from checkpoint import write_whole
+from studies.graph_vae.checkpoint import write_whole
 
 
 class Record:
