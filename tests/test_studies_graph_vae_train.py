@@ -633,13 +633,22 @@ def test_slower_epochs_than_measured_are_stopped_in_time(script, clock, monkeypa
 
 
 def test_budget_that_is_too_small_is_refused(script, clock, tmp_path):
-    message = r"Expected a budget of at least \d+ seconds for learned: .* are left"
+    message = r"Expected a budget of at least \d+ seconds: .* for learned .* are left of its share"
     with pytest.raises(SystemExit, match=message) as error:
         script("--budget-seconds", "20")
     assert not (tmp_path / "out" / "digits-learned-3x2-s0-weights0.pt").exists()
     needed = re.search(r"at least (\d+) seconds", str(error.value))[1]
     clock[0] = 0.0
     assert script("--budget-seconds", needed)["learned"]["epoch"] == 1
+    assert clock[0] < int(needed)
+    clock[0] = 0.0
+    both = ["--structures", "full", "chain", "--budget-seconds"]
+    with pytest.raises(SystemExit, match=r"at least \d+ seconds: .* for full") as error:
+        script(*both, needed, out="both")
+    needed = re.search(r"at least (\d+) seconds", str(error.value))[1]
+    clock[0] = 0.0
+    finals = script(*both, needed, out="both")
+    assert finals["full"]["epoch"] == 1 <= finals["chain"]["epoch"]
     assert clock[0] < int(needed)
 
 

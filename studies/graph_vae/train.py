@@ -45,9 +45,20 @@ from studies.graph_vae.trainer import SMALL_NETWORKS, STRUCTURES, Settings, Trai
 DATA_SETS = ("binarized_mnist", "omniglot", "mnist", "digits")
 PAPER_EPOCHS = 2000
 MARGIN = 1.15  # measured times are exceeded by less than this
+WRITING = 3.0  # seconds for files and the end of the program
 
 
 # ------------------------------------------------------------------------------------------------------------ time
+
+
+@dataclass(frozen=True)
+class Share:
+    """A structure's share of a budget: from the start of the program, its own begin and end, how many such shares."""
+
+    started: float
+    begin: float
+    deadline: float
+    number: int
 
 
 @dataclass(frozen=True)
@@ -92,26 +103,28 @@ def recalibrated(trainer, args):
     return images * draws
 
 
-def plan(trainer, args, begin, deadline, times):
+def plan(trainer, args, share, times):
     """Choose the number of epochs that leaves time for the evaluation.
 
     Raises:
         GraphflowsError: If not even one epoch does.
     """
-    evaluating = (
-        MARGIN * evaluation_seconds(trainer, args, times["validation"]) + 2.0
-    )  # seconds to write files
-    left = deadline - time.monotonic()
-    fits = math.floor((left - evaluating) / times["epoch"]) if math.isfinite(left) else args.epochs
+    evaluating = MARGIN * evaluation_seconds(trainer, args, times["validation"]) + WRITING
+    left = share.deadline - time.monotonic()
+    # the last epoch is begun only if it may take longer than measured
+    fits = (
+        math.floor((left - evaluating) / times["epoch"] + 1 - MARGIN) if math.isfinite(left) else args.epochs
+    )
     epochs = min(args.epochs, trainer.epoch + max(0, fits))
-    if epochs == 0 or left < evaluating:  # 0 epochs more are enough where there were some before
-        spent = time.monotonic() - begin
-        needed = 1 + spent + evaluating + (MARGIN * times["epoch"] if trainer.epoch == 0 else 0.0)
+    if epochs == 0 or left < evaluating:  # no more epochs are enough where there were some before
+        before, spent = share.begin - share.started, time.monotonic() - share.begin
+        one = spent + evaluating + (MARGIN * times["epoch"] if trainer.epoch == 0 else 0.0)
         raise GraphflowsError(
-            f"Expected a budget of at least {math.ceil(needed)} seconds for {trainer.settings.structure}: {spent:.0f} "
-            f"until now, {times['epoch']:.1f} an epoch, {evaluating:.0f} to evaluate "
-            f"{min(args.ll_images, len(trainer.test)):,} images with {args.ll_particles:,} samples; {left:.0f} are "
-            "left. Give more (several structures share it), or lower --ll-images or --ll-particles."
+            f"Expected a budget of at least {math.ceil(1 + before + share.number * one)} seconds: {before:.0f} went by "
+            f"before, and for {trainer.settings.structure} {spent:.0f} to start, {times['epoch']:.1f} an epoch, "
+            f"{evaluating:.0f} to evaluate {min(args.ll_images, len(trainer.test)):,} images with "
+            f"{args.ll_particles:,} samples; {left:.0f} are left of its share. Give more, or lower --ll-images or "
+            "--ll-particles."
         )
     return Plan(times["epoch"], evaluating, epochs)
 
@@ -119,7 +132,7 @@ def plan(trainer, args, begin, deadline, times):
 # -------------------------------------------------------------------------------------------------------- one run
 
 
-def train(settings, images, args, begin, deadline):
+def train(settings, images, args, share):
     """Train, go on with or only evaluate an ensemble; return its last figures."""
     device = torch.device(args.device)
     out, work = Path(args.out), Path(args.work or Path(args.out) / "work")
@@ -136,7 +149,7 @@ def train(settings, images, args, begin, deadline):
         print(f"{name}: the figures of {args.epochs} epochs are there.", flush=True)
         return done[-1]
     times = trainer.measure(args.measure_seconds)
-    planned = plan(trainer, args, begin, deadline, times)
+    planned = plan(trainer, args, share, times)
     projected = PAPER_EPOCHS * times["epoch"]
     record.add(
         {
@@ -163,9 +176,9 @@ def train(settings, images, args, begin, deadline):
         f"{trainer.epoch} to {planned.epochs}, then evaluation, about {duration(planned.evaluation_seconds)}.",
         flush=True,
     )
-    stopped = run_epochs(trainer, record, args, planned, deadline, path)
+    stopped = run_epochs(trainer, record, args, planned, share.deadline, path)
     with trainer.exact_products():
-        figures = evaluate(trainer, args, deadline)
+        figures = evaluate(trainer, args, share.deadline - WRITING)
     figures["stopped_by_the_budget"] = stopped
     record.add({"kind": "final", "epoch": trainer.epoch, **figures})
     write_pictures(trainer, record, out / name)
@@ -227,7 +240,7 @@ def evaluate(trainer, args, deadline):
     if ensemble.num_gates:
         figures["gates"] = ensemble.gate_probabilities().tolist()
     evidence = evaluation.log_evidence(
-        ensemble, test[: args.ll_images], args.ll_particles, args.rows, args.images_at_once, deadline - 1.0
+        ensemble, test[: args.ll_images], args.ll_particles, args.rows, args.images_at_once, deadline
     )
     ll = evidence["log_evidence"].double()
     count = ll.shape[1]
@@ -377,9 +390,9 @@ def main(args):
             images = type(images)(**{**vars(images), **parts})
         finals = {}
         for number, structure in enumerate(args.structures):
-            begin = time.monotonic() if number else started
-            deadline = begin + (end - begin) / (len(args.structures) - number)
-            finals[structure] = train(settings_of(structure, args), images, args, begin, deadline)
+            begin, shares = time.monotonic(), len(args.structures) - number
+            share = Share(started, begin, begin + (end - begin) / shares, shares)
+            finals[structure] = train(settings_of(structure, args), images, args, share)
         return finals
     except GraphflowsError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
