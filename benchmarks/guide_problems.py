@@ -11,15 +11,15 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from exact_evidence import (
+from pyro import poutine
+from torch import Tensor
+
+from benchmarks.exact_evidence import (
     circuit_log_evidence,
     mixture_log_evidence,
     schools_log_evidence,
     slopes_log_evidence,
 )
-from pyro import poutine
-from torch import Tensor
-
 from pyro_graphflows.graphs import load_network
 from pyro_graphflows.graphs.library import binary_tree
 from pyro_graphflows.models.textbook import (
