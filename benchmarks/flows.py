@@ -48,7 +48,7 @@ from benchmarks.flows_peers import (
     slow_flow,
     whole_network,
 )
-from pyro_graphflows.transforms import faithful_residual, graphical_residual
+from pyro_graphflows import faithful_residual, graphical_residual
 from studies.results import Results
 
 BATCH = 64

@@ -20,8 +20,7 @@ from benchmarks.exact_evidence import (
     schools_log_evidence,
     slopes_log_evidence,
 )
-from pyro_graphflows.graphs import load_network
-from pyro_graphflows.graphs.library import binary_tree
+from pyro_graphflows import binary_tree, load_network
 from pyro_graphflows.models.textbook import (
     EIGHT_SCHOOLS,
     arithmetic_circuit,

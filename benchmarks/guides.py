@@ -41,8 +41,13 @@ from pyro.nn import PyroModule
 from torch import nn
 
 from benchmarks.guide_problems import PROBLEMS, Problem, circuit_log_evidence, gaussian_network
-from pyro_graphflows import auto_faithful_guide, get_model_graph
-from pyro_graphflows.graphs import LinearGaussianNetwork
+from pyro_graphflows import (
+    LinearGaussianNetwork,
+    auto_faithful_guide,
+    binary_tree,
+    get_model_graph,
+    load_network,
+)
 from studies.results import Results
 
 NUM_DATA = 64
@@ -104,16 +109,12 @@ def standardised(network: LinearGaussianNetwork) -> LinearGaussianNetwork:
 
 def make_problem(key: str) -> Problem:
     """Return a problem with one data set as its test data."""
-    from pyro_graphflows.graphs import load_network
-
     if key == "radon":
         return PROBLEMS[key]()
     if key == "ecoli70":
         network = standardised(load_network("ecoli70"))
         return gaussian_network(network, "ecoli70", NUM_DATA, torch.get_default_dtype())
     if key == "tree":
-        from pyro_graphflows.graphs.library import binary_tree
-
         return gaussian_network(binary_tree(5, seed=0), "tree", NUM_DATA, torch.get_default_dtype())
     problem = PROBLEMS[key]()
     test = problem.test[0][:NUM_DATA]
@@ -334,9 +335,6 @@ def measure(key: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def exact_of_fresh(key: str, problem: Problem) -> float:
     """Return the mean exact log-evidence of the fresh data of :func:`train`."""
-    from pyro_graphflows.graphs import load_network
-    from pyro_graphflows.graphs.library import binary_tree
-
     pyro.set_rng_seed(1)
     assert problem.draw is not None
     fresh = problem.draw(2000)[0].double().numpy()

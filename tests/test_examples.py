@@ -1,6 +1,7 @@
 """Every script in examples/ runs, is short and imports what is public; a script that is in no list fails the test."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 import pyro_graphflows
 from pyro_graphflows import datasets, infer, plotting
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
 PUBLIC = {module.__name__: module.__all__ for module in (pyro_graphflows, datasets, infer, plotting)}
 # script -> flags that make it small (OUT is a folder), words of its output, pictures in OUT
 SCRIPTS = {
@@ -42,6 +44,13 @@ SCRIPTS = {
 }
 
 
+def call(name, *flags):
+    """Run a script as a user does, with the package that is beside it."""
+    command = [sys.executable, str(EXAMPLES / name), *flags]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
 def test_every_script_is_in_the_list():
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(SCRIPTS)
 
@@ -64,8 +73,7 @@ def test_scripts_are_short_and_use_what_is_public(name):
 @pytest.mark.parametrize("name", sorted(SCRIPTS))
 def test_script_runs(name, tmp_path):
     flags, words, pictures = SCRIPTS[name]
-    command = [sys.executable, str(EXAMPLES / name), *flags.replace("OUT", str(tmp_path)).split()]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = call(name, *flags.replace("OUT", str(tmp_path)).split())
     assert done.returncode == 0, done.stderr
     for part in words:
         assert part in done.stdout
@@ -74,14 +82,6 @@ def test_script_runs(name, tmp_path):
 
 @pytest.mark.parametrize("sizes", [["10"], ["100", "2000"]])
 def test_numbers_of_digits_there_are(tmp_path, sizes):
-    command = [
-        sys.executable,
-        str(EXAMPLES / "siren_vae_digits.py"),
-        "--sizes",
-        *sizes,
-        "--out",
-        str(tmp_path),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = call("siren_vae_digits.py", "--sizes", *sizes, "--out", str(tmp_path))
     assert done.returncode == 1
     assert "Expected sizes from 30, of which 20 are for validation, to 1297" in done.stderr
