@@ -23,9 +23,9 @@ from benchmarks.exact_evidence import (
 from pyro_graphflows import binary_tree, load_network
 from pyro_graphflows.models.textbook import (
     EIGHT_SCHOOLS,
-    arithmetic_circuit,
-    eight_schools,
-    hidden_markov_chain,
+    arithmetic_circuit_model,
+    eight_schools_model,
+    hidden_markov_chain_model,
 )
 
 
@@ -70,21 +70,21 @@ def circuit(num_test: int = 2000) -> Problem:
     """The arithmetic circuit: Laplace priors, a product, and hyperbolic tangents."""
 
     def draw(n: int) -> tuple:
-        nodes = poutine.trace(arithmetic_circuit).get_trace(None, n).nodes
+        nodes = poutine.trace(arithmetic_circuit_model).get_trace(None, n).nodes
         return (torch.stack([nodes["x0"]["value"], nodes["x1"]["value"]], -1),)
 
     with torch.random.fork_rng():
         torch.manual_seed(54321)
         (test,) = draw(num_test)
     exact = float(circuit_log_evidence(test.double().numpy()).mean())
-    return Problem("circuit", arithmetic_circuit, draw, (test,), num_test, exact)
+    return Problem("circuit", arithmetic_circuit_model, draw, (test,), num_test, exact)
 
 
 def schools() -> Problem:
     """The eight schools, centred."""
     sigma, y = torch.tensor(EIGHT_SCHOOLS["sigma"]), torch.tensor(EIGHT_SCHOOLS["y"])
     exact = schools_log_evidence(sigma.double(), y.double())
-    return Problem("eight schools", eight_schools, None, (sigma, y), exact=exact)
+    return Problem("eight schools", eight_schools_model, None, (sigma, y), exact=exact)
 
 
 def varying_slopes(group: Tensor, w: Tensor, y: Tensor | None = None, num_groups: int = 12) -> None:
@@ -142,7 +142,7 @@ def chain(length: int = 20, num_test: int = 1000) -> Problem:
     """A state-space model written as a python loop: a normal autoregression seen through noise."""
 
     def draw(n: int) -> tuple:
-        nodes = poutine.trace(hidden_markov_chain).get_trace(None, n, length=length).nodes
+        nodes = poutine.trace(hidden_markov_chain_model).get_trace(None, n, length=length).nodes
         return (torch.stack([nodes[f"x{t}"]["value"] for t in range(length)], -1),)
 
     with torch.random.fork_rng():
@@ -151,7 +151,7 @@ def chain(length: int = 20, num_test: int = 1000) -> Problem:
     time = torch.arange(length)
     covariance = 0.9 ** (time[:, None] - time).abs().to(test) + torch.eye(length).to(test)
     exact = dist.MultivariateNormal(torch.zeros(length).to(test), covariance).log_prob(test).mean()
-    return Problem("state space", hidden_markov_chain, draw, (test,), num_test, float(exact))
+    return Problem("state space", hidden_markov_chain_model, draw, (test,), num_test, float(exact))
 
 
 def volatility(x: Tensor | None = None, num_samples: int = 1, length: int = 20) -> None:

@@ -67,7 +67,7 @@ def timed(function, *args, repeats=1):
     return result, best
 
 
-def binary_tree(depth):
+def tree_graph(depth):
     """Return the binary tree with ``2 ** depth - 1`` nodes, leaves observed."""
     size = 2**depth - 1
     return ModelGraph([((i - 1) // 2, i) for i in range(1, size)], observed=range(2 ** (depth - 1) - 1, size))
@@ -119,7 +119,7 @@ def time_trees(depths, patience):
     points = {}
     worn_out = set()
     for depth in depths:
-        graph = binary_tree(depth)
+        graph = tree_graph(depth)
         for rule in ("reverse", "min_fill"):
             inverse, seconds = timed(faithful_inverse, graph, rule, repeats=3)
             edges, naive = (None, None) if rule in worn_out else timed(naive_inverse, graph, rule, patience)

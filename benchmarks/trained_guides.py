@@ -34,14 +34,11 @@ from pyro.infer.autoguide import AutoIAFNormal, AutoMultivariateNormal, AutoNorm
 
 from benchmarks.guide_problems import PROBLEMS, Problem
 from benchmarks.trained_report import page
-from pyro_graphflows import auto_faithful_guide, log_evidence
+from pyro_graphflows import Flow, Normal, auto_faithful_guide, log_evidence
+from pyro_graphflows.guides import Family
 from studies.results import Results
 
-FAMILIES: dict[str, dict[str, Any]] = {
-    "normal": {"family": "normal"},
-    "flow": {"family": "flow"},
-    "graphical": {"family": "flow", "flow": "graphical"},
-}
+FAMILIES: dict[str, Family] = {"normal": Normal(), "flow": Flow(), "graphical": Flow(form="graphical")}
 PYRO_GUIDES: dict[str, Callable[..., Any]] = {
     "AutoNormal": AutoNormal,
     "AutoMultivariateNormal": AutoMultivariateNormal,
@@ -122,7 +119,7 @@ def make_guide(problem: Problem, name: str, start: str, batch: int) -> Any:
     if name in PYRO_GUIDES:
         return PYRO_GUIDES[name](problem.model)
     args = problem.test if problem.draw is None else problem.draw(batch)
-    return auto_faithful_guide(problem.model, *args, init=start, **FAMILIES[name], **problem.options)
+    return auto_faithful_guide(problem.model, *args, family=FAMILIES[name], init=start, **problem.options)
 
 
 @torch.no_grad()

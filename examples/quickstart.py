@@ -15,7 +15,6 @@ the divergence below which no guide with a given factorisation can fall (its *ga
 
 import argparse
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +22,7 @@ import pyro
 import torch
 from pyro.infer import Trace_ELBO
 
-from pyro_graphflows import auto_faithful_guide, load_network, log_evidence
-from pyro_graphflows.infer import fit
+from pyro_graphflows import Schedule, TrainingData, auto_faithful_guide, fit, load_network, log_evidence
 from pyro_graphflows.plotting import plot_learning_curves, plot_marginals, plot_model_and_inverse
 
 GUIDES = {"faithful": "auto", "heuristic": "stochastic", "mean_field": "mean_field"}
@@ -80,13 +78,10 @@ def main(args):
         histories[label] = fit(
             model,
             guide,
-            train,
-            optimizer=partial(torch.optim.Adam, lr=args.lr),
-            num_epochs=args.epochs,
-            validation=observations(network, 500, seed=args.seed + 3),
-            patience=2,  # the rate falls once two epochs bring less than a hundredth of a nat
-            min_improvement=0.01,
-            lr_factor=0.2,
+            TrainingData(train, validation=observations(network, 500, seed=args.seed + 3)),
+            optimizer=args.lr,
+            # the rate falls once two epochs bring less than a hundredth of a nat
+            schedule=Schedule(args.epochs, patience=2, min_improvement=0.01, lr_factor=0.2),
             seed=args.seed,
         )
         at_end, error = divergence(network, guide, test)

@@ -17,7 +17,7 @@ import argparse
 
 import torch
 
-from pyro_graphflows import VAE, SIReNVAE, load_network
+from pyro_graphflows import VAE, Schedule, SIReNVAE, TrainingData, load_network
 
 
 def draw(network, num, seed):
@@ -38,11 +38,9 @@ def main(args):
         torch.manual_seed(args.seed)
         vae = make(graph)
         history = vae.fit(
-            train,
-            num_epochs=args.epochs,
-            validation=validation,
+            TrainingData(train, validation=validation),
             optimizer=args.lr,
-            max_grad_norm=50.0,
+            schedule=Schedule(args.epochs, max_grad_norm=50.0),
             seed=args.seed,
             progress=False,
         )

@@ -26,7 +26,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from pyro_graphflows import VAE, ModelGraph, SIReNVAE
+from pyro_graphflows import VAE, ModelGraph, Schedule, SIReNVAE, TrainingData
 
 PIXELS = 64
 LIKELIHOOD = {"image": "bernoulli", "label": ("categorical", 10), "ink": "normal", "lean": "normal"}
@@ -153,8 +153,8 @@ def main(args):
             held = max(20, size // 5)
             train, validation = pool[: size - held], pool[size - held : size]
             history = vae.fit(
-                train, num_epochs=args.epochs, validation=validation, optimizer=5e-3, patience=15, lr_factor=0.3,
-                min_lr=1e-4, max_grad_norm=50.0, seed=args.seed, progress=args.progress,
+                TrainingData(train, validation=validation), optimizer=5e-3, seed=args.seed, progress=args.progress,
+                schedule=Schedule(args.epochs, patience=15, lr_factor=0.3, min_lr=1e-4, max_grad_norm=50.0),
             )  # fmt: skip
             evidence = vae.log_evidence(test, num_particles=args.num_particles).log_evidence
             elbo = torch.stack([vae.elbo(test).detach() for _ in range(5)]).mean()

@@ -8,6 +8,7 @@ __all__ = [
     "ConvergenceError",
     "GraphflowsError",
     "GraphflowsWarning",
+    "MissingExtraError",
     "NotADAGError",
     "UnfaithfulInverseError",
     "UnsupportedModelError",
@@ -32,6 +33,10 @@ class UnfaithfulInverseError(GraphflowsError):
 
 class ConvergenceError(GraphflowsError, RuntimeError):
     """An iterative computation did not reach its tolerance; the message names the knob."""
+
+
+class MissingExtraError(GraphflowsError, ImportError):
+    """A function needs a package that only an extra of this one installs; the message names the extra."""
 
 
 class GraphflowsWarning(UserWarning):

@@ -57,7 +57,7 @@ def set_tables_(guide, model):
 
 
 def _set_table_(guide, index, site, values, log_joint):
-    block = guide.networks[index]
+    block = guide.blocks[index].conditionals
     encoding = guide._sites[site].encoding
     parents = list(guide.plan.blocks[index].parents[site])
     first = keys(values, parents)
@@ -74,13 +74,13 @@ def _set_table_(guide, index, site, values, log_joint):
     targets = log_p[:, 1:] - log_p[:, :1] if encoding.num_classes == 1 else log_p
     inputs = torch.zeros(len(rows), block.network.input_dim)
     parts = []
-    for name in guide._context[index]:
+    for name in guide.blocks[index].inputs.names:
         if name in guide._sites:
             parts.append(guide._sites[name].encoding.encode(given[name], torch.double))
         else:
-            parts.append(guide._reader.flat(name, given[name], guide._event_dims[name]))
+            parts.append(guide.blocks[index].inputs.encodings.flat(name, given[name]))
     if parts:
-        context = guide.features[index](torch.cat(parts, -1))
+        context = guide.blocks[index].inputs.features(torch.cat(parts, -1))
         inputs[:, : context.shape[-1]] = context
     for name in block.block.sites:
         if name in parents:

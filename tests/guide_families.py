@@ -2,12 +2,14 @@
 
 import pytest
 
+from pyro_graphflows.guides import Flow
+
 everywhere = pytest.mark.parametrize(
     "options",
     [
         {"family": "normal"},
-        {"family": "flow", "units_per_variable": 3, "conditioner_units": 3},
-        {"family": "flow", "flow": "graphical", "units_per_variable": 3},
+        {"family": Flow(units_per_variable=3, conditioner_units=3)},
+        {"family": Flow(form="graphical", units_per_variable=3)},
     ],
     ids=["normal", "flow", "graphical"],
 )

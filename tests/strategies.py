@@ -13,6 +13,7 @@ __all__ = [
     "examples",
     "labelled_dags",
     "model_graphs",
+    "parent_sets",
     "plated_model_graphs",
     "role_assignments",
 ]
@@ -82,3 +83,16 @@ def plated_model_graphs(draw, max_nodes=5, plate_sets=PLATE_SETS, roles=("latent
     num_nodes, edges = draw(dag_edges(max_nodes=max_nodes, min_nodes=2))
     plates = {node: draw(st.sampled_from(plate_sets)) for node in range(num_nodes)}
     return _with_roles(draw, num_nodes, edges, roles, plates)
+
+
+@st.composite
+def parent_sets(draw, max_nodes=7):
+    """Random parents in a random topological order, with some context inputs after the variables."""
+    size = draw(st.integers(1, max_nodes))
+    context = draw(st.integers(0, 2))
+    order = draw(st.permutations(range(size)))
+    parents = {}
+    for i, v in enumerate(order):
+        pool = [*order[:i], *range(size, size + context)]
+        parents[v] = draw(st.sets(st.sampled_from(pool))) if pool else set()
+    return [parents[v] for v in range(size)], size + context

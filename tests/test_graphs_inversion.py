@@ -162,7 +162,7 @@ def test_published_modes_without_barren_nodes(graph):
 STUDENT = ["DG", "IG", "IS", "GH", "GL", "SJ", "LJ", "JH"]
 
 
-def binary_tree(depth):
+def tree_graph(depth):
     size = 2**depth - 1
     return ModelGraph([((i - 1) // 2, i) for i in range(1, size)], observed=range(2 ** (depth - 1) - 1, size))
 
@@ -199,8 +199,8 @@ def test_small_tree_has_the_two_legitimate_answers():
 
 # edges / levels; fewer edges and levels are welcome
 TABLE = [
-    (lambda: binary_tree(5), 345, {"forward": (135, 15), "reverse": (78, 4), "min_fill": (70, 5)}),
-    (lambda: binary_tree(8), 24257, {"forward": (8255, 127), "reverse": (1022, 7), "min_fill": (952, 9)}),
+    (lambda: tree_graph(5), 345, {"forward": (135, 15), "reverse": (78, 4), "min_fill": (70, 5)}),
+    (lambda: tree_graph(8), 24257, {"forward": (8255, 127), "reverse": (1022, 7), "min_fill": (952, 9)}),
     (
         lambda: ModelGraph([tuple(edge.split()) for edge in ARITHMETIC], observed=["x0", "x1"]),
         27,
@@ -319,7 +319,7 @@ print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, inver
 
 
 def test_stochastic_inverse_turns_arrows_round():
-    tree = stochastic_inverse(binary_tree(3))
+    tree = stochastic_inverse(tree_graph(3))
     assert dict(tree.parents) == {0: (1, 2), 1: (3, 4), 2: (5, 6)}
     assert tree.order == "stochastic"
     mid = ModelGraph(["xz", "zy", "am", "mz"], observed=["x", "y"], marginalised=["m"])

@@ -16,7 +16,7 @@ from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.inversion import faithful_inverse
 from pyro_graphflows.graphs.library import binary_tree, load_network
-from pyro_graphflows.guides import AutoFaithfulNormal, Factor, NormalFactor, auto_faithful_guide
+from pyro_graphflows.guides import AutoFaithfulGuide, Factor, Normal, NormalFactor, auto_faithful_guide
 
 
 def regression(w, y=None):
@@ -68,7 +68,7 @@ def test_any_support_and_shape_trains(data, elbo):
 
 def test_densities_of_pushed_forward_values(data):
     """log q of a value in any support: by hand from the unconstrained normal and the bijection."""
-    guide = auto_faithful_guide(many_supports, *data, hidden_dims=[])
+    guide = auto_faithful_guide(many_supports, *data, family=Normal(hidden_dims=[]))
     values = guide(*data)
     trace = poutine.trace(poutine.condition(guide, values)).get_trace(*data)
     for name in ("s", "b", "p"):
@@ -270,7 +270,7 @@ def test_inverse_in_every_form(data):
     ):
         guide = auto_faithful_guide(regression, *data, inverse=inverse)
         assert isinstance(guide.inverse, InverseGraph)
-        assert isinstance(guide, AutoFaithfulNormal)
+        assert isinstance(guide, AutoFaithfulGuide)
     assert auto_faithful_guide(regression, *data, inverse=elimination).inverse.sampling_order == tuple(
         elimination[::-1]
     )
@@ -281,12 +281,12 @@ def test_inverse_in_every_form(data):
 
 
 def test_wrong_options_are_named(data):
-    with pytest.raises(GraphflowsError, match="Expected family='normal'"):
+    with pytest.raises(GraphflowsError, match="Expected family= 'normal', 'flow', a family object"):
         auto_faithful_guide(regression, *data, family="gaussian")
     with pytest.raises(GraphflowsError, match="Expected init='regression' or 'random'"):
         auto_faithful_guide(regression, *data, init="zero")
     with pytest.raises(GraphflowsError, match="skip=True"):
-        auto_faithful_guide(regression, *data, skip=False)
+        auto_faithful_guide(regression, *data, family=Normal(skip=False))
     guide = auto_faithful_guide(regression, *data)
     with pytest.raises(GraphflowsError, match="missing: noise"):
         guide.log_prob({"slope": torch.zeros(12), "offset.of.it": torch.zeros(12)}, *data)
@@ -299,12 +299,10 @@ def test_what_a_user_may_get_wrong_is_named(data):
         with pytest.raises(GraphflowsError, match=match):
             auto_faithful_guide(regression, *data, **options)
 
-    wrong(r"options of AutoFaithfulNormal .*got hidden_layer\..*example_kwargs", hidden_layer=2)
-    wrong("options of AutoFaithfulNormal .*got num_blocks", num_blocks=2)
-    wrong("num_blocks >= 1 or None; got 0", family="flow", num_blocks=0)
+    with pytest.raises(TypeError, match="hidden_layer"):
+        auto_faithful_guide(regression, *data, hidden_layer=2)
     wrong("num_start_samples >= 1; got 0", num_start_samples=0)
-    wrong(r"widths, \[5\]; got 5", hidden_dims=5)
-    wrong("subclass of Factor}; got 3 for 'slope'", factors={"slope": 3})
+    wrong("subclass of Factor, or family object}; got 3 for 'slope'", factors={"slope": 3})
     wrong("factors= of latent sites, slope, .*; got q", factors={"q": NormalFactor})
     guide = auto_faithful_guide(regression, *data, num_start_samples=100)
     with pytest.raises(GraphflowsError, match=r"Expected observations of y.*; got q"):

@@ -10,8 +10,8 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
-from pyro_graphflows.guides import auto_faithful_guide
-from pyro_graphflows.guides.coupled import CoupledNormal
+from pyro_graphflows.guides import Flow, auto_faithful_guide
+from pyro_graphflows.guides.conditionals.coupled import CoupledNormal
 
 FEW = {"init": "random", "num_start_samples": 500}
 
@@ -62,28 +62,28 @@ def log_evidence_of_total(x, y):
 
 
 def set_joint_(guide, site, mean, covariance):
-    """Make a site with free parameters and a free chain the given normal, whatever its inputs are."""
+    """Make a site with per-element parameters and a free chain the given normal, whatever its inputs are."""
     guide.set_linear_(site, {}, 0.0, 1.0)
     index = next(i for i, block in enumerate(guide.plan.blocks) if site in block.sites)
-    network = guide.networks[index]
-    width = network.standardization(site)[1]
+    network = guide.blocks[index].conditionals
+    width = network.output_units(site)[1]
     scale = torch.linalg.cholesky(covariance)
     with torch.no_grad():
-        first = network._free_columns[site].start
-        table = network.free.table
+        first = network._table_columns[site].start
+        table = network.table.table
         table[..., first] = (mean / width).reshape(table.shape[:-1])
         table[..., first + 1] = scale.diagonal().log().reshape(table.shape[:-1])
-    network.chains[network._chain_of[site]].set_mixing_(scale / scale.diagonal().unsqueeze(-1))
+    network.couplings[network._coupling_of[site]].set_mixing_(scale / scale.diagonal().unsqueeze(-1))
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"family": "flow"}, {"family": "flow", "flow": "graphical"}], ids=str
+    "family", ["normal", "flow", Flow(form="graphical")], ids=["normal", "flow", "graphical"]
 )
 @pytest.mark.parametrize("loss", [Trace_ELBO, TraceMeanField_ELBO])
-def test_an_observed_total_is_exact_with_free_parameters(loss, options):
+def test_an_observed_total_is_exact_with_per_element_parameters(loss, family):
     n = 5
     x, y = torch.randn(n), torch.randn(())
-    guide = auto_faithful_guide(total, x, y, **FEW, **options)
+    guide = auto_faithful_guide(total, x, y, **FEW, family=family)
     precision = 5.0 * torch.eye(n) + 4.0
     covariance = torch.linalg.inv(precision)
     mean = covariance @ (4 * x + 4 * y)
@@ -109,7 +109,7 @@ def test_an_observed_total_is_exact_with_free_parameters(loss, options):
 def test_an_observed_total_is_exact_and_amortised_with_a_summary(family):
     """U is the same for plates of any size; the location is linear for one size."""
     n = 6
-    options = {"family": family, "pool": "deepset", "chain_rank": 1, **FEW}
+    options = {"family": family, "pool": "deepset", "coupled_rank": 1, **FEW}
     guide = auto_faithful_guide(total, torch.randn(n), torch.randn(()), **options)
     weight = 4.0 / (5.0 + 4.0 * n)
     guide.set_linear_(
@@ -118,9 +118,9 @@ def test_an_observed_total_is_exact_and_amortised_with_a_summary(family):
         0.0,
         math.sqrt(0.2),
     )
-    network = guide.networks[0]
+    network = guide.blocks[0].conditionals
     rows = network.outputs["z"]
-    width = network.standardization("z")[1]
+    width = network.output_units("z")[1]
     with torch.no_grad():
         network.network.skip.bias[rows.stop - 2] = math.sqrt(0.8)
         network.network.skip.bias[rows.stop - 1] = 0.0
@@ -184,14 +184,14 @@ def test_crossed_effects_are_exact(order, ragged):
     set_joint_(guide, first, mean[joint], covariance[joint, joint])
     slopes = torch.linalg.solve(covariance[joint, joint], covariance[joint, given]).T
     variances = 1 / (torch.linalg.inv(covariance)[given, given]).diagonal()
-    network = guide.networks[1]
-    feature, width = guide.features[1], network.standardization(second)[1]
+    network = guide.blocks[1].conditionals
+    feature, width = guide.blocks[1].inputs.features, network.output_units(second)[1]
     guide.set_linear_(second, {}, 0.0, 1.0)
-    pool = guide.pools[1]["0"]
+    pool = guide.blocks[1].inputs.pools["0"]
     shift = pool.maps[0].shift + pool.maps[0].scale * feature.shift
     scale = pool.maps[0].scale * feature.scale
     with torch.no_grad():
-        table = network.free.table
+        table = network.table.table
         offset = mean[given] - slopes @ mean[joint] + slopes @ shift
         table[..., 0] = (offset / width).reshape(table.shape[:-1])
         table[..., 1] = variances.sqrt().log().reshape(table.shape[:-1])
@@ -216,7 +216,7 @@ def test_a_total_in_the_outer_of_two_plates():
             pyro.sample("y", dist.Normal(z.sum(-1).sum(-2), 0.5), obs=y)
 
     guide = auto_faithful_guide(plain, x, y, **FEW)
-    assert guide.plan.blocks[0].chained["z"].plates == ("inner",)
+    assert guide.plan.blocks[0].coupled["z"].plates == ("inner",)
     precision = 5.0 * torch.eye(6) + 4.0
     covariance = torch.linalg.inv(precision)
     means = torch.stack([covariance @ (4 * x[:, k].reshape(-1) + 4 * y[k]) for k in range(2)])
@@ -229,14 +229,14 @@ def test_a_total_in_the_outer_of_two_plates():
         flat = torch.cat([x[:, k].reshape(-1), y[k : k + 1]])
         evidence += dist.MultivariateNormal(torch.zeros(7), joint).log_prob(flat).item()
     guide.set_linear_("z", {}, 0.0, 1.0)
-    network = guide.networks[0]
-    width = network.standardization("z")[1]
+    network = guide.blocks[0].conditionals
+    width = network.output_units("z")[1]
     scale = torch.linalg.cholesky(covariance)  # elements of a vector beside each other
     with torch.no_grad():
-        table = network.free.table  # (inner, outer, outputs)
+        table = network.table.table  # (inner, outer, outputs)
         table[..., :2] = means.reshape(2, 3, 2).transpose(0, 1) / width
         table[..., 2:4] = scale.diagonal().reshape(3, 1, 2).log()
-    network.chains["0"].set_mixing_(scale / scale.diagonal().unsqueeze(-1))
+    network.couplings["0"].set_mixing_(scale / scale.diagonal().unsqueeze(-1))
     assert Trace_ELBO(num_particles=2).loss(plain, guide, x, y) == pytest.approx(-evidence)
     with pyro.plate("particles", 4, dim=-3):
         trace = poutine.trace(guide).get_trace(x, y)
@@ -264,7 +264,7 @@ def test_flows_beside_sites_that_are_drawn_jointly(family):
         model, guide, x, y
     )
     moved = [name for name, p in guide.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
-    assert any("chains" in name for name in moved)
+    assert any("couplings" in name for name in moved)
     trace = poutine.trace(guide).get_trace(x, y)
     values = {name: trace.nodes[name]["value"].detach() for name in ("mu", "z", "w")}
     torch.testing.assert_close(trace.log_prob_sum(), guide.log_prob(values, x, y))
@@ -302,7 +302,7 @@ def test_discrete_copies_that_stay_dependent_are_said():
     ("options", "rate", "steps", "bound"),
     [
         ({}, 0.03, 800, 0.02),
-        ({"chain_rank": 1}, 0.03, 800, 0.02),
+        ({"coupled_rank": 1}, 0.03, 800, 0.02),
         ({"pool": "deepset", "init": "random"}, 0.002, 2000, 0.06),
     ],
     ids=str,

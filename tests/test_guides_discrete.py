@@ -27,9 +27,8 @@ from pyro.ops.provenance import get_provenance
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
-from pyro_graphflows.guides import Factor, auto_faithful_guide
-from pyro_graphflows.guides.discrete import DiscreteVector
-from pyro_graphflows.guides.logistic import logistic_regression
+from pyro_graphflows.guides import Factor, Normal, auto_faithful_guide
+from pyro_graphflows.guides.conditionals.distributions import DiscreteVector
 from pyro_graphflows.infer import (
     IWAE_ELBO,
     InferenceCompilation,
@@ -37,7 +36,8 @@ from pyro_graphflows.infer import (
     sbc_ranks,
     sbc_uniformity,
 )
-from pyro_graphflows.models.textbook import burglar_alarm
+from pyro_graphflows.models.textbook import burglar_alarm_model as burglar_alarm
+from pyro_graphflows.regression import logistic_regression
 
 WEIGHTS = torch.tensor([0.2, 0.3, 0.5], dtype=torch.double)
 CENTRES = torch.tensor([-2.0, 0.0, 3.0], dtype=torch.double)
@@ -113,7 +113,9 @@ def elbos(vectorize):
 def test_exact_tables_give_exact_evidence(order):
     """Zero variance: each single draw gives the evidence, under each estimator, vectorised or not."""
     x, y = network_data()
-    guide = auto_faithful_guide(network, 6, x, y, inverse=order, init="random", units_per_set=120)
+    guide = auto_faithful_guide(
+        network, 6, x, y, inverse=order, init="random", family=Normal(units_per_set=120)
+    )
     set_tables_(guide, network)
     exact = network_evidence(x, y).sum().item()
     for vectorize in (False, True):
@@ -140,7 +142,14 @@ def test_exact_tables_enumerated_in_the_guide(order, sites):
             auto_faithful_guide(network, 6, x, y, inverse=order, enumerate_sites=sites)
         return
     guide = auto_faithful_guide(
-        network, 6, x, y, inverse=order, init="random", units_per_set=120, enumerate_sites=sites
+        network,
+        6,
+        x,
+        y,
+        inverse=order,
+        init="random",
+        family=Normal(units_per_set=120),
+        enumerate_sites=sites,
     )
     set_tables_(guide, network)
     exact = network_evidence(x, y).sum().item()
@@ -177,7 +186,9 @@ def test_subsampled_plates_scale_the_terms():
 def test_pyros_own_mark_for_enumeration(mode):
     """config_enumerate works on any guide; without a network for each site, the values of all sites meet."""
     x, y = network_data()
-    guide = auto_faithful_guide(network, 6, x, y, inverse="reverse", init="random", units_per_set=120)
+    guide = auto_faithful_guide(
+        network, 6, x, y, inverse="reverse", init="random", family=Normal(units_per_set=120)
+    )
     marked = config_enumerate(set_tables_(guide, network), mode)
     for vectorize in (False, True):
         loss = particles(TraceEnum_ELBO, vectorize, 2)
@@ -258,7 +269,10 @@ def test_the_start_is_the_posterior_where_log_odds_are_linear(family):
     text = str(guide.describe())
     assert "k | x  [amortised, sampled KL, 3 classes, score function]" in text
     if family == "flow":
-        assert [type(network).__name__ for network in guide.networks] == ["MADEBlock", "FlowBlock"]
+        assert [type(b.conditionals).__name__ for b in guide.blocks] == [
+            "MaskedConditionals",
+            "FlowConditionals",
+        ]
 
 
 def test_calibration():
@@ -544,7 +558,7 @@ def test_inference_compilation_approaches_the_tables():
 
 @pytest.mark.parametrize("family", ["normal", "flow"])
 def test_globals_with_discrete_locals(family):
-    """A discrete global, free parameters for it, discrete and continuous locals: exact by hand."""
+    """A discrete global, per-element parameters for it, discrete and continuous locals: exact by hand."""
     shares = torch.tensor([[0.8, 0.2], [0.3, 0.7]])
     centres = torch.tensor([-1.0, 1.5])
 
@@ -557,8 +571,10 @@ def test_globals_with_discrete_locals(family):
 
     x = torch.randn(4)
     guide = auto_faithful_guide(model, x, init="random", family=family)
-    assert guide.plan.blocks[0].free == ("g",)
-    assert "g | x (not read)  [free parameters, sampled KL, binary, score function]" in str(guide.describe())
+    assert guide.plan.blocks[0].per_element == ("g",)
+    assert "g | x (not read)  [per-element parameters, sampled KL, binary, score function]" in str(
+        guide.describe()
+    )
     # (2, N, 2): log p(k, x_n | g)
     terms = shares.log().unsqueeze(1) + dist.Normal(centres, math.sqrt(1.25)).log_prob(x.unsqueeze(-1))
     of_g = torch.tensor([0.6, 0.4]).log() + terms.logsumexp(-1).sum(-1)
@@ -660,7 +676,13 @@ def test_sites_that_the_model_enumerates_beside_those_of_the_guide(enumerate_sit
 
     x, u = 2 * torch.randn(4), torch.tensor([0.3, 0.3, 2.0, 2.0])
     guide = auto_faithful_guide(
-        model, x, u, init="random", enumerate_sites=enumerate_sites, units_per_set=8, standardize=False
+        model,
+        x,
+        u,
+        init="random",
+        enumerate_sites=enumerate_sites,
+        family=Normal(units_per_set=8),
+        standardize=False,
     )
     assert guide.inverse.parents == {"k": ("x", "u"), "z": ("k", "x")}
     of_u = (OF_K.log() + dist.Normal(torch.tensor([0.0, 2.0]), 1.0).log_prob(u[:, None, None])).logsumexp(-1)
@@ -695,7 +717,7 @@ def test_influence_of_discrete_values_is_traced(family, engine, monkeypatch):
     monkeypatch.setattr("pyro_graphflows.nn.mlp.fastest_engine", lambda *_: engine)
     x = torch.randn(3)
     guide = auto_faithful_guide(model, x, family=family)
-    assert guide.networks[0].network.skip.engine == engine
+    assert guide.blocks[0].conditionals.network.skip.engine == engine
     with TrackNonReparam():
         drawn = poutine.trace(guide).get_trace(x)
         replayed = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(x)
@@ -709,7 +731,7 @@ def test_influence_of_discrete_values_is_traced(family, engine, monkeypatch):
         guide.zero_grad()
         pyro.set_rng_seed(1)
         loss().loss_and_grads(model, guide, x)
-        found.append([p.grad for p in guide.networks[-1].parameters()])
+        found.append([p.grad for p in guide.blocks[-1].conditionals.parameters()])
     if family == "flow":
         for plain, marked in zip(*found, strict=True):
             torch.testing.assert_close(plain, marked)
@@ -815,7 +837,7 @@ def test_observed_classes_are_indicators():
             pyro.sample("x", dist.Categorical(table[k.long()]), obs=x)
 
     x = torch.tensor([0, 1, 2])
-    guide = auto_faithful_guide(model, x, num_start_samples=50_000, hidden_dims=[])
+    guide = auto_faithful_guide(model, x, num_start_samples=50_000, family=Normal(hidden_dims=[]))
     exact = table[1] / table.sum(0)
     found = guide.log_prob({"k": torch.ones(3)}, x).exp()
     assert (found - exact).abs().max() < 0.03  # a standard error of about 0.008

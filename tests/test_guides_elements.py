@@ -11,7 +11,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs.separation import is_imap
 from pyro_graphflows.guides import ElementNormalFactor, auto_faithful_guide
-from pyro_graphflows.guides.factors import NormalFactor
+from pyro_graphflows.guides.conditionals.factors import NormalFactor
 
 DEPTH = 4
 
@@ -95,12 +95,15 @@ def test_element_factor_is_its_autoregression():
 
 
 def test_what_elements_cannot_do_is_refused():
+    class Own(NormalFactor):
+        """A factor of a user."""
+
     x = torch.randn(3, DEPTH)
     with pytest.raises(
         GraphflowsError, match="an elimination order with resolution='element'; got 'mean_field'"
     ):
         auto_faithful_guide(chains, x, resolution="element", inverse="mean_field")
-    with pytest.raises(GraphflowsError, match="Expected family='normal' or 'flow' with resolution='element'"):
-        auto_faithful_guide(chains, x, resolution="element", family=NormalFactor)
+    with pytest.raises(GraphflowsError, match=r"give each element parents .* with resolution='element'"):
+        auto_faithful_guide(chains, x, resolution="element", family=Own)
     with pytest.raises(GraphflowsError, match="Expected resolution"):
         auto_faithful_guide(chains, x, resolution="pixel")

@@ -5,6 +5,7 @@ so, which is tested here), the sum over a batch of a model with a global site (i
 ``test_guides_plate_calls.py``). A mixture is exact with its discrete site first, whatever order is asked of the rest.
 """
 
+import dataclasses
 import math
 
 import pyro
@@ -19,12 +20,12 @@ from test_guides_plates import exact_hierarchical, hierarchical, set_hierarchica
 
 from pyro_graphflows.graphs.library import binary_tree
 from pyro_graphflows.graphs.linear_gaussian import LinearGaussianNetwork
-from pyro_graphflows.guides import auto_faithful_guide, check_guide
+from pyro_graphflows.guides import Flow, auto_faithful_guide, check_guide
 from pyro_graphflows.infer import IWAE_ELBO, log_evidence
 
 pytestmark = pytest.mark.filterwarnings("ignore:TraceEnum_ELBO found no sample sites:UserWarning")
 
-FLOW = {"family": "flow", "units_per_variable": 2, "conditioner_units": 2}
+FLOW = Flow(units_per_variable=2, conditioner_units=2)
 FULL_SIZE = 40
 
 
@@ -120,7 +121,8 @@ def test_normal_guides(name, order):
 def test_flow_guides(order, flow):
     """The other networks are in test_guides_flow.py."""
     network, model, data, exact = problem("regression")
-    options = {**FLOW, "flow": flow, "inverse": order, "init": "random"}
+    family = dataclasses.replace(FLOW, form=flow)
+    options = {"family": family, "inverse": order, "init": "random"}
     check_all(model, set_exact_(auto_faithful_guide(model, data, **options), network), data, exact)
 
 
@@ -147,7 +149,7 @@ def test_a_mixture(family):
 @pytest.mark.parametrize("order", ["forward", "reverse", "min_fill"])
 def test_a_hierarchical_model(order, family):
     x = torch.randn(5) + 1.0
-    options = FLOW if family == "flow" else {}
+    options = {"family": FLOW} if family == "flow" else {}
     guide = auto_faithful_guide(hierarchical, x, inverse=order, init="random", **options)
     if family == "flow":
         exact = set_hierarchical_flow_(guide, x)
@@ -165,7 +167,7 @@ def test_a_hierarchical_model(order, family):
 
 
 def set_hierarchical_flow_(guide, x):
-    """As for normals; the free parameters of a flow shift its last affine map."""
+    """As for normals; the per-element parameters of a flow shift its last affine map."""
     mean, scale, evidence = exact_hierarchical(x)
     guide.set_linear_("mu", {}, float(mean), float(scale))
     guide.set_linear_("z", {"mu": 0.2, "x": 0.8}, 0.0, math.sqrt(0.2))

@@ -14,7 +14,8 @@ from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs.inversion import faithful_inverse, mean_field_inverse
 from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.guides import auto_faithful_guide
-from pyro_graphflows.guides.exchange import sites_concerned
+from pyro_graphflows.guides.conditionals.contract import LinearConditional
+from pyro_graphflows.guides.inputs import sites_concerned
 
 SIGMA = torch.linspace(0.3, 5.0, 8)
 
@@ -41,7 +42,7 @@ def test_constants_that_vary_along_a_plate_cost_nothing():
     assert divergence(guide) < 0.005  # 3 weights, 1,250 samples for each index
     assert "a map of its own for each index of schools" in guide.describe()
     with torch.no_grad():
-        for network in guide.networks:
+        for network in (block.conditionals for block in guide.blocks):
             for table in network.maps.parameters():
                 table.zero_()
     assert divergence(guide) > 0.1  # what one network for all schools leaves
@@ -51,13 +52,14 @@ def exact_map_(guide):
     """Give each school its posterior for every y."""
     sigma = SIGMA.double()
     slope, scale = 1 / (1 + sigma.square()), (sigma.square() / (1 + sigma.square())).sqrt()
-    network = guide.networks[0]
-    shift, width = network.standardization("theta")
-    feature = guide.features[0]
+    network = guide.blocks[0].conditionals
+    shift, width = network.output_units("theta")
+    feature = guide.blocks[0].inputs.features
     weights = slope * feature.scale / width
     locs = (slope * feature.shift - shift) / width
-    assert network.set_index_linear_(
-        "theta", weights[:, None, None], locs[:, None], (scale / width)[:, None, None]
+    assert network.set_linear_(
+        "theta",
+        LinearConditional({"y": weights[:, None, None]}, locs[:, None], (scale / width)[:, None, None]),
     )
 
 
@@ -125,9 +127,9 @@ def hierarchical_schools(y):
 
 def test_unlike_elements_are_not_pooled():
     guide = auto_faithful_guide(hierarchical_schools, torch.zeros(8), pool="deepset", num_start_samples=500)
-    assert "mu | y (not read)  [free parameters" in guide.describe()
+    assert "mu | y (not read)  [per-element parameters" in guide.describe()
     assert "not pooled: constants or parameters in the model vary along schools" in guide.describe()
-    assert guide.plan.blocks[1].unlike == {"theta": ("schools",)}
+    assert guide.plan.blocks[1].non_exchangeable == {"theta": ("schools",)}
     with pytest.raises(GraphflowsError, match="'schools' to have 8 elements"):
         auto_faithful_guide(model_of_any_size, torch.zeros(8))(torch.zeros(5))
 
@@ -150,13 +152,13 @@ def test_groups_of_different_size_have_slopes_of_their_own():
     precision = 1.0 + weight.sum()
     guide.set_linear_("mu", {}, float((weight * total / count).sum() / precision), float(precision**-0.5))
     guide.set_linear_("theta", {}, 0.0, 1.0)
-    network = guide.networks[1]
-    width = network.standardization("theta")[1]
-    feature = guide.features[1]  # of mu
+    network = guide.blocks[1].conditionals
+    width = network.output_units("theta")[1]
+    feature = guide.blocks[1].inputs.features  # of mu
     variance = 1 / (1 + count)
     with torch.no_grad():
-        network.free.table[..., 0] = variance * (total + feature.shift) / width
-        network.free.table[..., 1] = variance.sqrt().log()
+        network.table.table[..., 0] = variance * (total + feature.shift) / width
+        network.table.table[..., 1] = variance.sqrt().log()
         key, _ = network._map_of["theta"]
         network.maps[key].set_(
             torch.stack([variance * feature.scale / width, torch.zeros(3)], -1).unsqueeze(-1)
@@ -174,6 +176,6 @@ def test_parameters_of_the_model_for_each_index_count_as_constants():
             pyro.sample("x", dist.Normal(z + bias, 1.0), obs=x)
 
     guide = auto_faithful_guide(model, torch.randn(5), num_start_samples=2000)
-    assert guide.plan.blocks[0].unlike == {"z": ("data",)}
+    assert guide.plan.blocks[0].non_exchangeable == {"z": ("data",)}
     assert "no regression of each was possible" not in guide.describe()
     assert math.isfinite(Trace_ELBO().loss(model, guide, torch.randn(5)))

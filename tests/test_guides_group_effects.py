@@ -1,4 +1,4 @@
-"""Group effects on one data set: free parameters, maps of their own, and starts that heavy tails do not spoil."""
+"""Group effects on one data set: per-element parameters, maps, and starts that heavy tails do not spoil."""
 
 import math
 
@@ -10,9 +10,10 @@ from pyro.infer import Trace_ELBO
 
 from pyro_graphflows.guides import auto_faithful_guide
 from pyro_graphflows.guides.call import PlateState
-from pyro_graphflows.guides.features import location_and_scale
-from pyro_graphflows.guides.free import IndexMap
-from pyro_graphflows.models.textbook import EIGHT_SCHOOLS, eight_schools
+from pyro_graphflows.guides.conditionals.elements import ElementMap
+from pyro_graphflows.models.textbook import EIGHT_SCHOOLS
+from pyro_graphflows.models.textbook import eight_schools_model as eight_schools
+from pyro_graphflows.regression import location_and_scale
 
 FAMILIES = ["normal", "flow"]
 
@@ -36,7 +37,7 @@ def test_eight_schools_start_near_the_data(family):
     """The half-Cauchy scale draws effects of many thousands, a hundred times what the data are like."""
     args = torch.tensor(EIGHT_SCHOOLS["sigma"]), torch.tensor(EIGHT_SCHOOLS["y"])
     guide = auto_faithful_guide(eight_schools, *args, family=family)
-    scale = guide.networks[1].standardization("theta")[1].item()
+    scale = guide.blocks[1].conditionals.output_units("theta")[1].item()
     assert 3 < scale < 30
     elbo = Trace_ELBO(num_particles=1000, vectorize_particles=True, max_plate_nesting=1)
     with torch.no_grad():
@@ -76,22 +77,24 @@ def test_dependence_of_effects_within_a_group_has_slopes_of_its_own(family):
     for site, (loc, scale, slope) in found.items():
         i = next(i for i, block in enumerate(guide.plan.blocks) if site in block.sites)
         guide.set_linear_(site, {}, 0.0, 1.0)
-        network = guide.networks[i]
-        width = network.standardization(site)[1]
+        network = guide.blocks[i].conditionals
+        width = network.output_units(site)[1]
         unit = {"shift": 0.0, "scale": 1.0}
         if site == second:
             inside = first in guide.plan.blocks[i].sites
-            feature = guide.features[i]
-            moments = network.standardization(first) if inside else (feature.shift, feature.scale)
+            feature = guide.blocks[i].inputs.features
+            moments = network.output_units(first) if inside else (feature.shift, feature.scale)
             unit = {"shift": moments[0], "scale": moments[1]}
-        column = 2 * [s for s in guide.plan.blocks[i].sites if s in guide.plan.blocks[i].free].index(site)
+        column = 2 * [s for s in guide.plan.blocks[i].sites if s in guide.plan.blocks[i].per_element].index(
+            site
+        )
         with torch.no_grad():
             # the location where the standardised parent is zero; set_linear_ has put it at zero and the scale at one
-            network.free.table[..., column] = (loc + slope * unit["shift"]) / width
+            network.table.table[..., column] = (loc + slope * unit["shift"]) / width
             log_scale = scale.log()
             if family == "flow":  # which bounds it
                 log_scale = 4 * (log_scale / 4).atanh()
-            network.free.table[..., column + 1] = log_scale
+            network.table.table[..., column + 1] = log_scale
         if site == second:
             key, _ = network._map_of[site]
             slopes = torch.stack([slope * unit["scale"] / width, torch.zeros(3)], -1)
@@ -112,7 +115,7 @@ def test_maps_of_their_own_are_nonlinear_with_few_numbers_for_each_element():
     errors = {}
     for features in (0, 16):
         torch.manual_seed(0)
-        index_map = IndexMap([plate], 1, 1, offset=True, features=features)
+        index_map = ElementMap([plate], 1, 1, offset=True, features=features)
         assert index_map({"groups": plate}, x).eq(0).all()
         optim = torch.optim.Adam(index_map.parameters(), lr=0.02)
         for _ in range(500):

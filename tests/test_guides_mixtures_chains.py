@@ -10,7 +10,7 @@ from discrete_guides import set_tables_
 from pyro import poutine
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 
-from pyro_graphflows.guides import auto_faithful_guide, check_guide
+from pyro_graphflows.guides import Normal, auto_faithful_guide, check_guide
 from pyro_graphflows.infer import IWAE_ELBO, InferenceCompilation, log_evidence
 
 SCALE = 0.7
@@ -114,7 +114,7 @@ def test_exact_tables_of_a_hidden_markov_model(markov, enumerate_sites):
     length, model = 3, binary_chain(3, markov)
     xs = torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, 1.0], [1.0, 0.0, 1.0]])  # by time, then sequence
     guide = auto_faithful_guide(
-        model, 3, *xs, init="random", units_per_set=60, enumerate_sites=enumerate_sites
+        model, 3, *xs, init="random", family=Normal(units_per_set=60), enumerate_sites=enumerate_sites
     )
     latents = {f"z_{t}" for t in range(length)}
     assert set(guide.plan.graph.latent) == latents
@@ -214,7 +214,7 @@ def test_chains_that_the_model_enumerates():
     x = 2 * torch.randn(3, length)
     guide = auto_faithful_guide(model, x, init="random")
     assert len(guide.model_graph.marginalised) == length
-    assert guide.plan.blocks[0].free == ("which",)
+    assert guide.plan.blocks[0].per_element == ("which",)
     seen = dist.Normal(LEVELS, 1.0).log_prob(x.T.unsqueeze(-1))
     each = torch.stack([forward_algorithm(seen, table).sum() for table in choices])
     joint = torch.tensor([0.7, 0.3]).log() + each

@@ -85,7 +85,7 @@ def test_the_mean_over_all_batches_is_the_full_bound():
     mean = x.sum() / 1.25 / precision
     guide.set_linear_("mu", {}, float(mean), precision**-0.5)
     with torch.no_grad():
-        for parameter in guide.networks[0].free.parameters():
+        for parameter in guide.blocks[0].conditionals.table.parameters():
             parameter.zero_()
     guide.set_linear_("z", {"mu": 0.2, "x": 0.8}, 0.0, math.sqrt(0.2))
     evidence = dist.MultivariateNormal(torch.zeros(6), 4.0 + 1.25 * torch.eye(6)).log_prob(x).item()
@@ -135,10 +135,10 @@ def test_latents_of_crossed_plates_are_broadcast_into_cells(order):
     weights = {first: slope[:1]}
     guide.set_linear_(second, weights, 0.0, float(variance[0].sqrt()))
     index = next(i for i, block in enumerate(guide.plan.blocks) if second in block.sites)
-    network = guide.networks[index]
-    width = network.standardization(second)[1]
+    network = guide.blocks[index].conditionals
+    width = network.output_units(second)[1]
     with torch.no_grad():
-        table = network.free.table
+        table = network.table.table
         table.zero_()
         offset = mean[given] - slope @ mean[joint]
         table[..., 0] = (offset / width).reshape(table.shape[:-1])

@@ -18,16 +18,18 @@ ORDERS = ["auto", "forward", "reverse", "min_fill"]
 
 def network_of(guide, site):
     """Return the network that serves a site."""
-    return guide.networks[next(i for i, block in enumerate(guide.plan.blocks) if site in block.sites)]
+    return guide.blocks[
+        next(i for i, block in enumerate(guide.plan.blocks) if site in block.sites)
+    ].conditionals
 
 
 def add_rows_(guide, site, locs, scales=None):
-    """Add to the location, and multiply the scale, of each element of a site's plates by its free parameters."""
+    """Add to the location, and multiply the scale, of each element of a site's plates by its per-element parameters."""
     network = network_of(guide, site)
-    width = network.standardization(site)[1]
-    first = network._free_columns[site].start
+    width = network.output_units(site)[1]
+    first = network._table_columns[site].start
     with torch.no_grad():
-        table = network.free.table
+        table = network.table.table
         table.zero_()
         table[..., first] = (locs / width).reshape(table.shape[:-1])
         if scales is not None:
@@ -117,7 +119,7 @@ def test_effects_looked_up_by_an_index_are_exact():
     exact = dist.Normal(centre, precision**-0.5)
     torch.testing.assert_close(posterior, exact.log_prob(mu) - exact.log_prob(mu + 1))
     assert (joint + given_mu - exact.log_prob(mu)).item() == pytest.approx(evidence)
-    assert "free" in guide.describe()
+    assert "per-element parameters" in guide.describe()
 
 
 def test_equal_groups_looked_up_by_an_index_give_the_evidence():
@@ -243,12 +245,12 @@ def test_what_describe_says_of_parents():
 
     group = torch.tensor([0, 1, 2, 0])
     for pool, how, label in (
-        (None, "not read", "free parameters"),
+        (None, "not read", "per-element parameters"),
         ("deepset", "pooled by group", "amortised"),
     ):
         text = auto_faithful_guide(model, group, torch.randn(4), pool=pool, init="random").describe()
         index = "not read" if pool is None else "index"
         assert f"mu | group ({index}), tilt (no data to read), y ({how})  [{label}, analytic KL]" in text
         assert "z | group (index), theta (looked up by group), tilt (no data to read), y  [amortised" in text
-        assert ("sites with free parameters fit one data set" in text) == (pool is None)
+        assert ("sites with per-element parameters fit one data set" in text) == (pool is None)
         assert "Block 1 (plate groups, 1 level)" in text

@@ -13,7 +13,7 @@ from pyro.infer import SVI, RenyiELBO, Trace_ELBO
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides import auto_faithful_guide
-from pyro_graphflows.guides.pooling import DeepSet, pooling_orders
+from pyro_graphflows.guides.conditionals.pooling import DeepSet, pooling_orders
 from pyro_graphflows.infer import InferenceCompilation
 from pyro_graphflows.inspect import sample_prior
 
@@ -42,7 +42,7 @@ def log_evidence(x, between, within):
 
 @pytest.mark.parametrize("order", ["auto", "forward", "reverse"])
 def test_a_pooled_global_site_is_exact_for_any_data(order):
-    """One set of weights is the posterior of every data set of a size: free parameters cannot do that."""
+    """One set of weights is the posterior of every data set of a size: per-element parameters cannot do that."""
     n = 6
     guide = auto_faithful_guide(hierarchical, torch.randn(n), inverse=order, pool="deepset", **FEW)
     precision = 1 / 4.0 + n / 1.25
@@ -101,12 +101,17 @@ def test_any_number_of_groups_and_members():
         assert values["theta"].shape == (5, 1, groups)
 
 
+def pool_parameters(guide):
+    return [p for block in guide.blocks for p in block.inputs.pools.parameters()]
+
+
 def summary(guide, site, *args):
     """Return the summary that a site's block sees in one call."""
-    index = next(i for i, block in enumerate(guide.plan.blocks) if site in block.sites)
-    (pool,) = guide.pools[index].values()
+    inputs = guide.block_of(site).inputs
+    (pool,) = inputs.pools.values()
     call = guide._read(args, {}, None)
-    return pool({m.name: guide._flat_value(m.name, call, {}) for m in pool.members}, call.plates, call.masks)
+    values = {m.name: inputs.encodings.flat(m.name, call.values[m.name]) for m in pool.members}
+    return pool(values, call.plates, call.masks)
 
 
 def test_summaries_do_not_depend_on_the_order_of_elements():
@@ -257,7 +262,7 @@ def test_gradients_reach_the_encoder_and_files_keep_it():
     optimizer = torch.optim.Adam(guide.parameters(), 0.01)
     loss = Trace_ELBO()(nested, guide)(x)
     loss.backward()
-    gradients = [p.grad for p in guide.pools.parameters()]
+    gradients = [p.grad for p in pool_parameters(guide)]
     assert gradients
     assert all(g is not None and bool((g != 0).any()) for g in gradients)
     optimizer.step()
@@ -283,10 +288,10 @@ def test_two_pooled_guides_train_their_own_encoders():
     guides = [auto_faithful_guide(mean_model, x, pool="deepset", **FEW) for _ in range(2)]
     trainers = [SVI(mean_model, g, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()) for g in guides]
     for i in (0, 1, 1, 0):
-        before = [[p.detach().clone() for p in guide.pools.parameters()] for guide in guides]
+        before = [[p.detach().clone() for p in pool_parameters(guide)] for guide in guides]
         trainers[i].step(x)
         for j, guide in enumerate(guides):
-            pairs = zip(before[j], guide.pools.parameters(), strict=True)
+            pairs = zip(before[j], pool_parameters(guide), strict=True)
             assert any(not torch.equal(old, new) for old, new in pairs) == (i == j)
 
 
@@ -294,7 +299,7 @@ def test_subsampled_plates_are_not_pooled():
     x = torch.randn(6)
     with pytest.raises(UnsupportedModelError, match=r"'data' in full.*not a bound.*pool=None"):
         auto_faithful_guide(subsampled, x, 2, pool="deepset")
-    assert "free parameters" in auto_faithful_guide(subsampled, x, 2).describe()
+    assert "per-element parameters" in auto_faithful_guide(subsampled, x, 2).describe()
     guide = auto_faithful_guide(subsampled, x, pool="deepset", **FEW)
     guide(x)
     with pytest.raises(GraphflowsError, match="'data' in full"):
@@ -382,7 +387,7 @@ def test_groups_that_look_up_others_are_pooled_from_the_inside_out():
 
     pupil, school = torch.tensor([0, 1, 2, 3, 3, 2, 1, 0]), torch.tensor([0, 1, 1, 0])
     guide = auto_faithful_guide(model, pupil, school, torch.randn(8), pool="deepset", num_start_samples=2000)
-    assert "free" not in guide.describe()
+    assert "per-element parameters" not in guide.describe()
     (summary,) = guide.plan.blocks[0].context[-1:]
     assert summary.summary.over == ("pupils", "schools")
     y = torch.zeros(8)
@@ -423,9 +428,9 @@ def test_what_cannot_be_pooled_by_an_index_is_said():
 
     w = torch.tensor([-1.0, 1.0, 2.0, -0.5])
     guide = auto_faithful_guide(computed, w, torch.randn(4), pool="deepset")
-    assert "is told by no argument (pass the index as an argument of an integer type)" in guide.describe()
+    assert "is reported by no argument (pass the index as an argument of an integer type)" in guide.describe()
     assert "theta | " in guide.describe()
-    assert "free parameters" in guide.describe()
+    assert "per-element parameters" in guide.describe()
 
 
 def test_orders_of_pooling():

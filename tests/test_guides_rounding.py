@@ -6,7 +6,7 @@ import pyro
 import pytest
 import torch
 
-from pyro_graphflows.guides.factors import ElementNormalFactor, NormalFactor, scalar_normals
+from pyro_graphflows.guides.conditionals.factors import ElementNormalFactor, NormalFactor, scalar_normals
 
 N = 20_000
 

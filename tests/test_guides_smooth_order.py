@@ -8,12 +8,11 @@ import torch
 from pyro_graphflows.graphs import faithful_inverse, is_imap
 from pyro_graphflows.graphs.library import binary_tree
 from pyro_graphflows.guides import auto_faithful_guide
-from pyro_graphflows.guides.call import CallReader
-from pyro_graphflows.guides.joint_samples import JointSamples
-from pyro_graphflows.guides.site import conditioning_event_dims, latent_sites
-from pyro_graphflows.guides.smooth_order import joint_rows, smooth_order
+from pyro_graphflows.guides.orders import joint_rows, smooth_order
+from pyro_graphflows.guides.samples import ModelDraws
+from pyro_graphflows.guides.sites import input_encodings, latent_sites
 from pyro_graphflows.inspect import sample_prior, trace_model
-from pyro_graphflows.models.textbook import arithmetic_circuit
+from pyro_graphflows.models.textbook import arithmetic_circuit_model as arithmetic_circuit
 
 
 def product(x, loc=(5.0, 0.0), size=()):
@@ -63,17 +62,13 @@ def test_linear_models_and_chosen_inverses_are_left_alone():
         assert set(guide.inverse.parents["z0"]) == {"z1", "z3"}
 
 
-def joint_samples(model, *args):
+def model_draws(model, *args):
     traced = trace_model(model, args, {})
-    return JointSamples(
-        model,
-        args,
-        {},
-        traced=traced,
-        reader=CallReader(model, traced),
-        sites=latent_sites(traced),
-        event_dims=conditioning_event_dims(traced),
-    )
+    return ModelDraws(model, args, {}, traced, latent_sites(traced), input_encodings(model, args, {}, traced))
+
+
+def rows_of(model, *args):
+    return joint_rows(model_draws(model, *args))
 
 
 def test_rows_are_joint_samples_and_leave_the_random_state_alone():
@@ -84,7 +79,7 @@ def test_rows_are_joint_samples_and_leave_the_random_state_alone():
 
     w = torch.arange(4.0)
     before = torch.get_rng_state()
-    rows = joint_rows(joint_samples(model, w, torch.zeros(4)))
+    rows = rows_of(model, w, torch.zeros(4))
     assert torch.equal(torch.get_rng_state(), before)
     assert {name: value.shape for name, value in rows.items()} == dict.fromkeys("zxw", (5000, 1))
     # log z - w is normal with deviation 0.1, whose estimate has a standard error of 0.001
@@ -103,8 +98,8 @@ def test_no_rows_where_latents_are_in_different_plates_or_samples_are_not_the_mo
         pyro.factor("weight", -z.square())
         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
-    assert joint_rows(joint_samples(hierarchical, torch.zeros(4))) is None
-    assert joint_rows(joint_samples(weighed, torch.tensor(0.0))) is None
+    assert rows_of(hierarchical, torch.zeros(4)) is None
+    assert rows_of(weighed, torch.tensor(0.0)) is None
 
 
 def test_rows_of_a_partly_observed_site_are_its_elements_with_the_mask():
@@ -114,7 +109,7 @@ def test_rows_of_a_partly_observed_site_are_its_elements_with_the_mask():
             pyro.sample("x", dist.Normal(z, 1.0), obs=x, obs_mask=seen)
 
     seen = torch.tensor([True, False, True, True])
-    rows = joint_rows(joint_samples(model, torch.ones(4), seen))
+    rows = rows_of(model, torch.ones(4), seen)
     assert rows["x_observed"].shape == (5000, 2)  # draw by draw, in each the four elements
     value, mask = rows["x_observed"].reshape(-1, 4, 2).unbind(-1)
     assert torch.equal(mask, seen.to(mask).expand(1250, 4))
@@ -122,7 +117,7 @@ def test_rows_of_a_partly_observed_site_are_its_elements_with_the_mask():
 
 
 def test_fewer_draws_are_the_first_of_those_kept():
-    joint = joint_samples(product, torch.zeros(3))
+    joint = model_draws(product, torch.zeros(3))
     joint.draw(20, keep=False)
     many = joint.draw(10)
     state = torch.get_rng_state()
@@ -141,7 +136,7 @@ def numbers(monkeypatch):
         found.append(num_samples)
         return sample_prior(*args, num_samples=num_samples, **kwargs)
 
-    monkeypatch.setattr("pyro_graphflows.guides.joint_samples.sample_prior", counting)
+    monkeypatch.setattr("pyro_graphflows.guides.samples.sample_prior", counting)
     return found
 
 

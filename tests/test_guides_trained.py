@@ -15,9 +15,15 @@ from pyro_graphflows.guides import auto_faithful_guide
 from pyro_graphflows.infer import log_evidence
 from pyro_graphflows.models.textbook import (
     EIGHT_SCHOOLS,
-    arithmetic_circuit,
-    eight_schools,
-    hidden_markov_chain,
+)
+from pyro_graphflows.models.textbook import (
+    arithmetic_circuit_model as arithmetic_circuit,
+)
+from pyro_graphflows.models.textbook import (
+    eight_schools_model as eight_schools,
+)
+from pyro_graphflows.models.textbook import (
+    hidden_markov_chain_model as hidden_markov_chain,
 )
 
 FAMILIES = ["normal", "flow"]

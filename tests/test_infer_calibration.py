@@ -3,6 +3,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from infer_models import Chain
+from scipy.stats import chi2
 from torch import nn
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
@@ -105,6 +106,11 @@ class TestUniformity:
         p = sbc_uniformity(ranks, 99)
         assert p.shape == (500,)
         assert abs(p.mean().item() - 0.5) < 5 * (1 / 12 / 500) ** 0.5
+
+    def test_p_value_is_that_of_the_chi_square_distribution(self):
+        """Counts 30, 10, 15, 45 where 25 each are expected: a statistic of 30 with 3 degrees of freedom."""
+        ranks = torch.arange(4).repeat_interleave(torch.tensor([30, 10, 15, 45]))
+        assert sbc_uniformity(ranks, 3, num_bins=4).item() == pytest.approx(chi2.sf(30.0, 3), rel=1e-12)
 
     def test_bins_of_unequal_width_are_allowed_for(self):
         """101 ranks in 7 bins: the expected counts are those of the bins, not a seventh each."""

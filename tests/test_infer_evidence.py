@@ -12,7 +12,7 @@ from pyro.nn import PyroModule
 from torch import nn
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
-from pyro_graphflows.infer.evidence import importance_log_weights, log_evidence
+from pyro_graphflows.infer.evidence import evidence_from_log_weights, importance_log_weights, log_evidence
 
 
 def too_narrow(x):
@@ -431,3 +431,10 @@ class TestEnumeration:
 
         alone = log_evidence(model, nothing, x, num_particles=3)
         assert torch.allclose(alone.log_evidence, exact)
+
+
+def test_an_evidence_says_itself_in_a_line():
+    evidence = evidence_from_log_weights(torch.randn(100, 3))
+    assert repr(evidence).startswith(f"Evidence({evidence.log_evidence.sum():.6g} ± ")
+    assert "nats for 3 data; ESS >= " in repr(evidence)
+    assert "nats for all data together" in repr(evidence_from_log_weights(torch.randn(100)))

@@ -13,7 +13,7 @@ from pyro.nn import PyroModule, PyroParam
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
 from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.infer.inference_compilation import InferenceCompilation
-from pyro_graphflows.infer.joint_samples import joint_layout, run_guide, sample_joint
+from pyro_graphflows.infer.simulations import joint_layout, run_guide, sample_joint
 
 
 def normal(x=None, num_data=1):

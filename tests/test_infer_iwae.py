@@ -494,7 +494,7 @@ class TestInterfaces:
             self.x,
             loss=IWAE_ELBO(4, gradient="dreg"),
             optimizer=0.03,
-            num_epochs=40,
+            schedule=40,
             progress=False,
         )
         self.check(guide)

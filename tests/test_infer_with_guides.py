@@ -12,6 +12,8 @@ from pyro_graphflows.guides import auto_faithful_guide
 from pyro_graphflows.infer import (
     IWAE_ELBO,
     InferenceCompilation,
+    Schedule,
+    TrainingData,
     fit,
     log_evidence,
     sbc_ranks,
@@ -106,9 +108,14 @@ def test_fit_by_an_elbo(tree, tmp_path):
         pyro.set_rng_seed(7)
         guide = auto_faithful_guide(model, x, init="random")
         history = fit(
-            model, guide, x[:150], validation=x[150:], optimizer=0.02, batch_size=50, num_epochs=num_epochs,
-            checkpoint=tmp_path / name, progress=False, max_grad_norm=50.0,
-        )  # fmt: skip
+            model,
+            guide,
+            TrainingData(x[:150], batch_size=50, validation=x[150:]),
+            optimizer=0.02,
+            schedule=Schedule(num_epochs, max_grad_norm=50.0),
+            checkpoint=tmp_path / name,
+            progress=False,
+        )
         return history, ParameterSet(guide=guide).state()
 
     history, state = train("whole.pt", 30)
@@ -123,9 +130,14 @@ def test_fit_by_inference_compilation(tree):
     network, model, x = tree
     guide = auto_faithful_guide(model, x, init="random")
     history = fit(
-        model, guide, loss=InferenceCompilation, batch_size=200, num_epochs=4, steps_per_epoch=30, optimizer=0.02,
-        validation=5, progress=False,
-    )  # fmt: skip
+        model,
+        guide,
+        TrainingData(validation=5),
+        loss=InferenceCompilation(model, guide, batch_size=200),
+        optimizer=0.02,
+        schedule=Schedule(4, steps_per_epoch=30),
+        progress=False,
+    )
     assert history.validation_loss[-1] < history.validation_loss[0] - 0.2
     assert history.validation_loss[-1] > conditional_entropy(network) - 0.3
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.masks import SparseMask, allowed_mask, label_masks
+from tests.strategies import parent_sets
 
 
 def product(masks):
@@ -31,19 +32,6 @@ def families(draw, max_inputs=7, max_outputs=8):
     element = st.integers(0, num_inputs - 1) if num_inputs else st.nothing()
     members = st.sets(element) if num_inputs else st.just(set())
     return draw(st.lists(members, min_size=1, max_size=max_outputs)), num_inputs
-
-
-@st.composite
-def parent_sets(draw, max_nodes=7):
-    """Random parents in a random topological order, with some context inputs after the variables."""
-    size = draw(st.integers(1, max_nodes))
-    context = draw(st.integers(0, 2))
-    order = draw(st.permutations(range(size)))
-    parents = {}
-    for i, v in enumerate(order):
-        pool = [*order[:i], *range(size, size + context)]
-        parents[v] = draw(st.sets(st.sampled_from(pool))) if pool else set()
-    return [parents[v] for v in range(size)], size + context
 
 
 def test_chain_and_complete_graph_as_text():

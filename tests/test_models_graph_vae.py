@@ -22,6 +22,9 @@ from pyro_graphflows import (
     GraphVAE,
     ModelGraph,
     NotADAGError,
+    Progress,
+    Schedule,
+    TrainingData,
     auto_faithful_guide,
     faithful_inverse,
     fit,
@@ -683,14 +686,11 @@ def test_fit_resumes_with_the_temperature(tmp_path):
             history = fit(
                 vae.model,
                 vae.guide,
-                x,
+                TrainingData(x, batch_size=10),
                 loss=TraceMeanField_ELBO(),
-                batch_size=10,
-                num_epochs=epochs,
-                patience=None,
-                progress=False,
+                schedule=Schedule(epochs, patience=None),
                 checkpoint=checkpoint,
-                on_epoch=lambda done: vae.anneal(len(done)) and None,
+                progress=Progress(bar=False, on_epoch=lambda done: vae.anneal(len(done)) and None),
             )
         return vae, history
 
@@ -862,7 +862,14 @@ def test_every_tensor_is_made_on_the_device_of_the_parameters(structure, likelih
 def test_on_a_gpu():
     vae = GraphVAE((6,), 3, 2, **SMALL).to("cuda")
     x = torch.randint(2, (20, 6), device="cuda")
-    fit(vae.model, vae.guide, x, loss=TraceMeanField_ELBO(), batch_size=10, num_epochs=2, progress=False)
+    fit(
+        vae.model,
+        vae.guide,
+        TrainingData(x, batch_size=10),
+        loss=TraceMeanField_ELBO(),
+        schedule=2,
+        progress=False,
+    )
     SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-2}), TraceMeanField_ELBO()).step(x)
     assert vae.log_evidence(x, 20).log_evidence.device.type == "cuda"
     assert vae.sample(3).device.type == vae.reconstruct(x).device.type == "cuda"

@@ -7,7 +7,7 @@ import torch
 from pyro.infer import TraceMeanField_ELBO
 from torch import nn
 
-from pyro_graphflows import GraphVAE, fit
+from pyro_graphflows import GraphVAE, Progress, Schedule, TrainingData, fit
 
 NOISE = 0.3
 
@@ -57,14 +57,11 @@ def trained(structure, x, num_epochs, **options):
     fit(
         vae.model,
         vae.guide,
-        x,
+        TrainingData(x, batch_size=100),
         loss=TraceMeanField_ELBO(),
         optimizer=1e-2,
-        batch_size=100,
-        num_epochs=num_epochs,
-        patience=None,
-        progress=False,
-        on_epoch=after_epoch,
+        schedule=Schedule(num_epochs, patience=None),
+        progress=Progress(bar=False, on_epoch=after_epoch),
     )
     return vae, gates
 

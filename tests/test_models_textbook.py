@@ -15,17 +15,17 @@ from pyro_graphflows.models import textbook
 
 # model and its graph, for models of data in one plate
 PER_DATUM = {
-    "arithmetic_circuit": (textbook.arithmetic_circuit, library.arithmetic_circuit()),
-    "four_cycle": (textbook.four_cycle, library.four_cycle()),
+    "arithmetic_circuit": (textbook.arithmetic_circuit_model, library.arithmetic_circuit()),
+    "four_cycle": (textbook.four_cycle_model, library.four_cycle()),
     "hidden_markov_chain": (
-        partial(textbook.hidden_markov_chain, length=4),
+        partial(textbook.hidden_markov_chain_model, length=4),
         library.hidden_markov_chain(4),
     ),
     "factorial_hidden_markov_chain": (
-        partial(textbook.factorial_hidden_markov_chain, length=3, num_chains=3),
+        partial(textbook.factorial_hidden_markov_chain_model, length=3, num_chains=3),
         library.factorial_hidden_markov_chain(3, 3),
     ),
-    "burglar_alarm": (textbook.burglar_alarm, library.burglar_alarm()),
+    "burglar_alarm": (textbook.burglar_alarm_model, library.burglar_alarm()),
 }
 SIGMA, Y = (torch.tensor(textbook.EIGHT_SCHOOLS[name], dtype=torch.float64) for name in ("sigma", "y"))
 
@@ -47,15 +47,15 @@ def test_graph_of_asia():
     dag.add_edges_from([(a, b) for a in ("tub", "lung") for b in ("xray", "dysp")])
     dag.remove_node("either")
     expected = in_plate(ModelGraph(dag, ["xray", "dysp"]))
-    assert get_model_graph(textbook.asia, (torch.zeros(3, 2),)) == expected
+    assert get_model_graph(textbook.asia_model, (torch.zeros(3, 2),)) == expected
 
 
 @pytest.mark.parametrize(
     ("model", "arguments", "graph"),
     [
-        (textbook.eight_schools, (SIGMA, Y), library.eight_schools()),
-        (textbook.eight_schools_non_centred, (SIGMA, Y), library.eight_schools(centred=False)),
-        (textbook.linear_regression, (torch.arange(4.0), torch.zeros(4)), library.linear_regression()),
+        (textbook.eight_schools_model, (SIGMA, Y), library.eight_schools()),
+        (textbook.eight_schools_non_centred_model, (SIGMA, Y), library.eight_schools(centred=False)),
+        (textbook.linear_regression_model, (torch.arange(4.0), torch.zeros(4)), library.linear_regression()),
     ],
 )
 def test_graph_with_an_input(model, arguments, graph):
@@ -72,7 +72,7 @@ def test_graph_of_a_published_network(name):
 @pytest.mark.parametrize("name", [*PER_DATUM, "asia"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_samples_and_types(name, dtype):
-    model = PER_DATUM[name][0] if name in PER_DATUM else textbook.asia
+    model = PER_DATUM[name][0] if name in PER_DATUM else textbook.asia_model
     trace = poutine.trace(model).get_trace(num_samples=6)
     sites = [site for site in trace.stochastic_nodes if site != "data"]
     assert all(trace.nodes[site]["value"].shape == (6,) for site in sites)
@@ -107,7 +107,7 @@ def posterior_by_enumeration(model, x, names):
 def test_burglar_alarm_by_enumeration():
     """The published answer: 0.284 for a burglary when both neighbours call."""
     posterior, _ = posterior_by_enumeration(
-        textbook.burglar_alarm, torch.ones(1, 2), ["burglary", "earthquake", "alarm"]
+        textbook.burglar_alarm_model, torch.ones(1, 2), ["burglary", "earthquake", "alarm"]
     )
     assert posterior["burglary"] == pytest.approx(0.284, abs=5e-4)
     assert posterior["earthquake"] == pytest.approx(0.176, abs=5e-4)
@@ -117,12 +117,12 @@ def test_asia_by_enumeration():
     names = ["asia", "tub", "smoke", "lung", "bronc"]
     total = 0.0
     for data in product([0.0, 1.0], repeat=2):
-        posterior, evidence = posterior_by_enumeration(textbook.asia, torch.tensor([data]), names)
+        posterior, evidence = posterior_by_enumeration(textbook.asia_model, torch.tensor([data]), names)
         total += evidence
     assert total == pytest.approx(1.0, abs=1e-12)
     # By hand: P(xray) = .05 + .93 P(either), P(either) = 1 - (1 - .0104) (1 - .055) = .064828
-    _, with_dysp = posterior_by_enumeration(textbook.asia, torch.tensor([[1.0, 1.0]]), names)
-    _, without = posterior_by_enumeration(textbook.asia, torch.tensor([[1.0, 0.0]]), names)
+    _, with_dysp = posterior_by_enumeration(textbook.asia_model, torch.tensor([[1.0, 1.0]]), names)
+    _, without = posterior_by_enumeration(textbook.asia_model, torch.tensor([[1.0, 0.0]]), names)
     assert with_dysp + without == pytest.approx(0.05 + 0.93 * 0.064828, abs=1e-9)
     assert posterior["lung"] > 0.055  # both signs make cancer likelier than a priori
 
@@ -151,7 +151,7 @@ def test_linear_models_against_exact_networks(name):
 
 
 def test_factorial_chain_is_stationary():
-    trace = poutine.trace(textbook.factorial_hidden_markov_chain).get_trace(
+    trace = poutine.trace(textbook.factorial_hidden_markov_chain_model).get_trace(
         num_samples=40_000, length=4, num_chains=2
     )
     # Standard error of a variance of 1 is sqrt(2 / n): the bound is 5 of them.
@@ -167,22 +167,22 @@ def test_parametrisations_of_the_eight_schools_agree():
         conditioned = poutine.condition(model, latent)
         return poutine.trace(conditioned).get_trace(SIGMA, Y).log_prob_sum()
 
-    centred = total(textbook.eight_schools, mu=mu, tau=tau, theta=mu + tau * eta)
-    non_centred = total(textbook.eight_schools_non_centred, mu=mu, tau=tau, eta=eta)
+    centred = total(textbook.eight_schools_model, mu=mu, tau=tau, theta=mu + tau * eta)
+    non_centred = total(textbook.eight_schools_non_centred_model, mu=mu, tau=tau, eta=eta)
     assert torch.allclose(centred + 8 * tau.log(), non_centred)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: textbook.arithmetic_circuit(torch.zeros(3)), r"shape \(n, 2\); got \(3,\)"),
-        (lambda: textbook.four_cycle(torch.zeros(3, 2)), r"shape \(n, 4\); got \(3, 2\)"),
-        (lambda: textbook.burglar_alarm(torch.zeros(3, 1)), r"shape \(n, 2\); got \(3, 1\)"),
-        (lambda: textbook.asia(torch.zeros(3, 1)), r"shape \(n, 2\); got \(3, 1\)"),
-        (lambda: textbook.hidden_markov_chain(), "data x or a length; got neither"),
-        (lambda: textbook.factorial_hidden_markov_chain(), "data x or a length; got neither"),
-        (lambda: textbook.hidden_markov_chain(torch.zeros(3, 2), length=4), r"\(n, 4\); got \(3, 2\)"),
-        (lambda: textbook.factorial_hidden_markov_chain(torch.zeros(3, 2), length=4), r"\(n, 4\); got"),
+        (lambda: textbook.arithmetic_circuit_model(torch.zeros(3)), r"shape \(n, 2\); got \(3,\)"),
+        (lambda: textbook.four_cycle_model(torch.zeros(3, 2)), r"shape \(n, 4\); got \(3, 2\)"),
+        (lambda: textbook.burglar_alarm_model(torch.zeros(3, 1)), r"shape \(n, 2\); got \(3, 1\)"),
+        (lambda: textbook.asia_model(torch.zeros(3, 1)), r"shape \(n, 2\); got \(3, 1\)"),
+        (lambda: textbook.hidden_markov_chain_model(), "data x or a length; got neither"),
+        (lambda: textbook.factorial_hidden_markov_chain_model(), "data x or a length; got neither"),
+        (lambda: textbook.hidden_markov_chain_model(torch.zeros(3, 2), length=4), r"\(n, 4\); got \(3, 2\)"),
+        (lambda: textbook.factorial_hidden_markov_chain_model(torch.zeros(3, 2), length=4), r"\(n, 4\); got"),
     ],
 )
 def test_wrong_data(call, message):

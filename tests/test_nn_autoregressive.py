@@ -9,7 +9,7 @@ from pyro_graphflows.errors import GraphflowsError, NotADAGError
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.nn.autoregressive import ConditionalGraphicalAutoRegressiveNN, GraphicalAutoRegressiveNN
-from tests.test_nn_mlp import randomise
+from tests.networks import randomise
 
 EDGES = [("c", "b"), ("c", "d"), ("b", "a"), ("d", "a")]
 

@@ -5,7 +5,7 @@ import torch
 
 from pyro_graphflows.nn import fused_residual
 from pyro_graphflows.nn.residual import MaskedResidualNet, ResidualEvaluation, all_entries, go_through
-from tests.test_nn_mlp import randomise
+from tests.networks import randomise
 
 ALLOWED = [{0, 5}, {0, 1}, {2, 5, 6}, {1, 2, 3}, {0, 4}]
 CASES = [

@@ -7,8 +7,8 @@ import torch
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.masks import label_masks
 from pyro_graphflows.nn import lipschitz
-from pyro_graphflows.nn.linear import MaskedLinear
 from pyro_graphflows.nn.lipschitz import SpectralBound
+from pyro_graphflows.nn.masked import MaskedLinear
 
 
 def norm(layer, entries):

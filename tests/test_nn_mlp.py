@@ -8,14 +8,7 @@ from hypothesis import strategies as st
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.nn.mlp import MaskedMLP
-
-
-def randomise(module, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
-    return module
+from tests.networks import randomise
 
 
 def autoregressive(num_observed, parents, **kwargs):

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.masks import label_masks
 from pyro_graphflows.nn.residual import MaskedResidualNet
-from tests.test_masks import parent_sets
-from tests.test_nn_mlp import randomise
+from tests.networks import randomise
+from tests.strategies import parent_sets
 
 
 def jacobian(net, z, *context):

@@ -28,7 +28,7 @@ from test_guides_exact import chain, four_cycle
 
 from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
-from pyro_graphflows.guides import auto_faithful_guide, check_guide
+from pyro_graphflows.guides import Normal, auto_faithful_guide, check_guide
 from pyro_graphflows.infer import IWAE_ELBO, InferenceCompilation
 
 
@@ -193,7 +193,9 @@ def test_summaries_of_a_batch():
     assert batches.mean() < exact - 3.0  # without variance: each batch is fitted as if it were all data
     with pytest.raises(UnsupportedModelError, match="not a bound"):
         auto_faithful_guide(model, x[:1], 20, pool="deepset")
-    ours = auto_faithful_guide(model, x[:1], 20, init="random")  # free parameters, the same for all batches
+    ours = auto_faithful_guide(
+        model, x[:1], 20, init="random"
+    )  # per-element parameters, the same for all batches
     ours.set_linear_("mu", {}, x.sum().item() / 21, 21**-0.5)
     losses = torch.tensor(
         [[Trace_ELBO().loss(model, ours, one, 20) for one in x.split(1)] for _ in range(40)]
@@ -310,7 +312,7 @@ def gradients(guide):
 def test_wake_sleep_detaches_too_late():
     """The gradient of log q at fixed values, by ReweightedWakeSleep and by hand, for the same draws."""
     x = torch.randn(3)
-    guide = auto_faithful_guide(structured, x, hidden_dims=[])
+    guide = auto_faithful_guide(structured, x, family=Normal(hidden_dims=[]))
     with torch.no_grad():
         for parameter in guide.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -379,7 +381,7 @@ def sampled_gradient(loss, guide, parameters, x, batches=20):
 
 def our_guide_of_clusters(x):
     """A guide away from the optimum, and its exact gradient."""
-    guide = auto_faithful_guide(clusters, x, hidden_dims=[])
+    guide = auto_faithful_guide(clusters, x, family=Normal(hidden_dims=[]))
     with torch.no_grad():
         for parameter in guide.parameters():
             parameter += 0.5 * torch.randn_like(parameter)
@@ -439,7 +441,7 @@ def test_losses_without_score_function_gradients():
     for loss in (RenyiELBO, TraceMeanField_ELBO):
         assert not check_guide(clusters, guide, loss, x).safe
     # summed over in the guide: exact, in one run
-    guide = auto_faithful_guide(clusters, x, hidden_dims=[], enumerate_sites=True)
+    guide = auto_faithful_guide(clusters, x, family=Normal(hidden_dims=[]), enumerate_sites=True)
     parameters = list(guide.parameters())
     exact = exact_gradient(lambda g, k: guide.log_prob({"g": g.unsqueeze(-1), "k": k}, x), parameters, x)
     found, _ = sampled_gradient(TraceEnum_ELBO(max_plate_nesting=1), guide, parameters, x, batches=2)

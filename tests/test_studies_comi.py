@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_graphflows import auto_faithful_guide, binary_tree, stochastic_inverse
+from pyro_graphflows import Normal, auto_faithful_guide, binary_tree, stochastic_inverse
 from studies.comi import run as study
 from studies.comi.measures import Exact, JointDensity, Judge, compare_densities
 from studies.comi.report import render
@@ -22,7 +22,8 @@ def _single_precision(_clean_slate):
 def best_guide(network, inverse):
     """Compile the best guide with a factorisation: the exact conditional of each latent given its parents."""
     x = torch.zeros(10, len(network.observed), dtype=torch.float32)
-    guide = auto_faithful_guide(network.pyro_model(), x, inverse=inverse, hidden_dims=[], init="random")
+    family = Normal(hidden_dims=[])
+    guide = auto_faithful_guide(network.pyro_model(), x, family=family, inverse=inverse, init="random")
     for name, parents in guide.inverse.parents.items():
         weights, intercept, scale = network.conditional(name, parents)
         guide.set_linear_(name, dict(zip(parents, weights.tolist(), strict=True)), intercept, scale)
@@ -100,7 +101,7 @@ def test_a_blind_conditional_is_counted():
     joint = Judge(Exact(network), 50, seed=0).joint
     alive = density.num_constant(joint)
     with torch.no_grad():
-        for layer in guide.networks[0].network.layers[:-1]:
+        for layer in guide.blocks[0].conditionals.network.layers[:-1]:
             layer.bias.fill_(-1e3)
     assert alive < density.num_constant(joint) == 3
 

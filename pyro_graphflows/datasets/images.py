@@ -22,7 +22,7 @@ from pyro_graphflows.datasets.files import (
     read_idx,
     read_mat,
 )
-from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.errors import GraphflowsError, MissingExtraError
 
 __all__ = [
     "DATA_SETS",
@@ -71,8 +71,17 @@ def digits() -> Images:
     """Return the 1,797 digits of scikit-learn, 8 by 8 pixels of 17 levels, in a fixed random order.
 
     They are split into 1,297, 200 and 300.
+
+    Raises:
+        MissingExtraError: If scikit-learn is not installed.
     """
-    from sklearn.datasets import load_digits
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise MissingExtraError(
+            f"Expected scikit-learn, which holds the digits; it cannot be imported ({error}). "
+            "Install it with the extra 'datasets': pip install 'pyro-graphflows[datasets]'."
+        ) from error
 
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(images))

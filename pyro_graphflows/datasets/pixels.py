@@ -38,7 +38,7 @@ def dequantize(images: Tensor, num_levels: int, generator: torch.Generator | Non
 
 
 class BinarizedBatches:
-    """Batches of images for :func:`~pyro_graphflows.fit`, binarised or dequantised anew each time (global generator).
+    """Batches of images for :func:`~pyro_graphflows.fit`, binarised or dequantised afresh each time (global generator).
 
     Args:
         images: Whole numbers ``(n, *shape)``.

@@ -73,7 +73,7 @@ def to_pgmpy(model: ModelGraph | LinearGaussianNetwork) -> Any:
     """Return a graph as a pgmpy ``DAG``, or a network as a ``LinearGaussianBayesianNetwork``.
 
     Latent and marginalised nodes are in its ``latents``; the roles ``"observed"``, ``"inputs"`` and
-    ``"marginalised"`` tell the rest, so that :func:`from_pgmpy` gives back the same graph or network. Event
+    ``"marginalised"`` say the rest, so that :func:`from_pgmpy` gives back the same graph or network. Event
     sizes and plates have no counterpart and are dropped.
 
     Args:

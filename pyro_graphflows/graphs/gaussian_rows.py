@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import qr, solve_triangular
 
-__all__ = ["half_log_det", "regress", "triangle"]
+__all__ = ["Array", "half_log_det", "regress", "triangle"]
 
 Array = NDArray[np.float64]
 

@@ -3,7 +3,7 @@
 :func:`load_network` and :func:`binary_tree` return a
 :class:`~pyro_graphflows.graphs.linear_gaussian.LinearGaussianNetwork`, with numbers and exact answers; the
 others return a :class:`~pyro_graphflows.graphs.model_graph.ModelGraph`. Pyro models of the textbook graphs
-are in :mod:`pyro_graphflows.models.textbook`, under the same names.
+are in :mod:`pyro_graphflows.models.textbook`, under the same names with ``_model``.
 """
 
 import json

@@ -11,6 +11,8 @@ that would square the condition number, and published networks mix scales that d
 
 The worked example is ``z ~ N(0, 1)``, ``x ~ N(z, 1)``: the rows are (1, 0) and (1, 1), the projection of the
 first on the second is half of it, and what is left has squared length 1/2. So ``z | x ~ N(x / 2, 1 / 2)``.
+
+:class:`LinearGaussianModel`, the network as a Pyro model, is the only place in ``graphs`` that calls torch and Pyro.
 """
 
 import math
@@ -21,18 +23,16 @@ from typing import Any
 
 import networkx as nx
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy.linalg import solve_triangular
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.graphs.gaussian_rows import half_log_det, regress, triangle
+from pyro_graphflows.graphs.gaussian_rows import Array, half_log_det, regress, triangle
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
-from pyro_graphflows.graphs.linear_gaussian_model import LinearGaussianModel
 from pyro_graphflows.graphs.model_graph import ModelGraph, listed, topological_order
 
-__all__ = ["LinearGaussianNetwork"]
+__all__ = ["LinearGaussianModel", "LinearGaussianNetwork"]
 
-Array = NDArray[np.float64]
 LOG_TWO_PI = math.log(2 * math.pi)
 
 
@@ -392,6 +392,57 @@ class LinearGaussianNetwork:
         return (
             f"LinearGaussianNetwork({len(self.latent)} latent, {len(self._observed)} observed, {edges} edges)"
         )
+
+
+class LinearGaussianModel:
+    """A linear-Gaussian network as a Pyro model; see :meth:`LinearGaussianNetwork.pyro_model`."""
+
+    def __init__(self, network: LinearGaussianNetwork) -> None:
+        self.observed = network.observed
+        columns = {name: i for i, name in enumerate(network.observed)}
+        self._sites = tuple(
+            (
+                name,
+                tuple(zip(network.parents[name], network.coefficients[name], strict=True)),
+                network.intercepts[name],
+                network.scales[name],
+                columns.get(name),
+            )
+            for name in network.names
+        )
+
+    def __call__(self, x: Any = None, num_samples: int = 1) -> dict[str, Any]:
+        """Run the model and return the value of each site.
+
+        Args:
+            x: Data, a tensor (n, D) in the order of :attr:`observed`, or ``None`` to sample these sites too.
+            num_samples: The size of the data plate when ``x`` is not given.
+
+        Raises:
+            GraphflowsError: If the shape of ``x`` is not (n, D).
+        """
+        import pyro
+        import pyro.distributions as dist
+        import torch
+
+        if x is None:
+            new, size = torch.tensor, num_samples
+        elif x.dim() == 2 and x.shape[1] == len(self.observed):
+            new, size = x.new_tensor, x.shape[0]
+        else:
+            raise GraphflowsError(
+                f"Expected x of shape (n, {len(self.observed)}), one column for each of "
+                f"{', '.join(self.observed)}; got {tuple(x.shape)}."
+            )
+        values: dict[str, Any] = {}
+        with pyro.plate("data", size, dim=-1):
+            for name, terms, intercept, scale, column in self._sites:
+                loc = new(intercept)
+                for parent, coefficient in terms:
+                    loc = loc + coefficient * values[parent]
+                data = None if x is None or column is None else x[:, column]
+                values[name] = pyro.sample(name, dist.Normal(loc, new(scale)), obs=data)
+        return values
 
 
 def _check_known(names: Iterable[str], known: Mapping[str, Any], what: str) -> None:

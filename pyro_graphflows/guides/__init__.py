@@ -1,20 +1,26 @@
 """Guides compiled from the faithful inverse of a model."""
 
-from pyro_graphflows.guides.auto import auto_faithful_guide
-from pyro_graphflows.guides.base import AutoFaithfulGuide
-from pyro_graphflows.guides.checks import check_guide
-from pyro_graphflows.guides.discrete_factors import DiscreteFactor
-from pyro_graphflows.guides.factors import ElementNormalFactor, Factor, NormalFactor
-from pyro_graphflows.guides.flow import AutoFaithfulFlow
-from pyro_graphflows.guides.normal import AutoFaithfulNormal
+from pyro_graphflows.guides.checks import GuideCheck, check_guide
+from pyro_graphflows.guides.conditionals.factors import (
+    DiscreteFactor,
+    ElementNormalFactor,
+    Factor,
+    NormalFactor,
+)
+from pyro_graphflows.guides.conditionals.pooling import DeepSet
+from pyro_graphflows.guides.families import Family, Flow, Normal
+from pyro_graphflows.guides.guide import AutoFaithfulGuide, auto_faithful_guide
 
 __all__ = [
-    "AutoFaithfulFlow",
     "AutoFaithfulGuide",
-    "AutoFaithfulNormal",
+    "DeepSet",
     "DiscreteFactor",
     "ElementNormalFactor",
     "Factor",
+    "Family",
+    "Flow",
+    "GuideCheck",
+    "Normal",
     "NormalFactor",
     "auto_faithful_guide",
     "check_guide",

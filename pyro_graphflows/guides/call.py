@@ -4,9 +4,9 @@ A guide is called with the model's arguments and sees no data otherwise. :class:
 order: values in the ``observations`` keyword (the convention of inference compilation); values that *are*
 arguments, at the place where they were when the guide was set up; and otherwise a *shadow run* of the model
 (hidden from Pyro's handlers, without gradients, latents at a feasible point and without random numbers). The
-shadow run also tells plates, sizes, indices, masks and supports, which may change from call to call. It is
-skipped for calls that look like an earlier one in which it told nothing that the arguments do not tell: full
-plates, no masks, every observed value an argument.
+shadow run also reports plates, sizes, indices, masks and supports, which may change from call to call. It is
+skipped for calls that look like an earlier one in which it reported nothing beyond the arguments: full plates, no
+masks, every observed value an argument.
 """
 
 from collections.abc import Callable, Hashable, Mapping
@@ -21,11 +21,10 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
-from pyro_graphflows.guides.encodings import DiscreteEncoding
-from pyro_graphflows.guides.features import flatten_event
+from pyro_graphflows.guides.sites import InputEncodings
 from pyro_graphflows.inspect import TracedModel, get_argument, get_arguments, same_tensor
 
-__all__ = ["Call", "CallReader", "PlateState", "is_constant", "partly_observed", "plates_of"]
+__all__ = ["Call", "CallReader", "PlateState", "is_constant", "plates_of", "site_mask"]
 
 
 @dataclass(frozen=True)
@@ -103,21 +102,11 @@ def site_mask(site: Mapping[str, Any]) -> Tensor | bool | None:
     return own if mask is None else own & mask
 
 
-def _event_shape(site: Any) -> torch.Size:
-    return site["fn"].event_shape
-
-
 def _own_scale(site: Mapping[str, Any]) -> float | Tensor:
     scale = site["scale"]
     for frame in site["cond_indep_stack"]:
         scale = scale * frame.size / (frame.full_size or frame.size)
     return scale
-
-
-def partly_observed(traced: TracedModel) -> tuple[str, ...]:
-    """Return the observed halves of the sites with ``obs_mask=``."""
-    halves = [name for name in traced.graph.observed if name.endswith("_observed")]
-    return tuple(n for n in halves if n.removesuffix("_observed") + "_unobserved" in traced.graph.latent)
 
 
 def plates_of(trace: poutine.Trace) -> dict[str, PlateState]:
@@ -139,38 +128,22 @@ class CallReader:
     """Reads calls of a guide; see the module's docstring.
 
     Args:
-        model: The model.
-        traced: Its trace at set-up.
+        traced: The model's trace at set-up.
+        encodings: How conditioning values are written.
+        keep_masks: Whether masks of observed sites are reported too.
     """
 
-    def __init__(self, model: Callable[..., Any], traced: TracedModel) -> None:
+    def __init__(self, traced: TracedModel, encodings: InputEncodings, *, keep_masks: bool = False) -> None:
         graph = traced.graph
+        self.encodings, self.keep_masks = encodings, keep_masks
         self.latent: tuple[str, ...] = graph.latent
-        sites = traced.trace.nodes
         self.observed = tuple(name for name in graph.observed if name not in traced.without_data)
         self.inputs: tuple[str, ...] = graph.inputs
         self.known = frozenset(traced.trace.nodes)
         self.paths = dict(traced.argument_paths)
-        values = {name: sites[name]["value"] for name in self.latent}
+        values = {name: traced.trace.nodes[name]["value"] for name in self.latent}
         self.like = {name: value for name, value in values.items() if torch.is_tensor(value)}
-        self.partly = {name: len(_event_shape(sites[name])) for name in partly_observed(traced)}
-        paths = [self.paths[name] for name in self.partly if name in self.paths]
-        self._missing = {name for name in self.inputs if self.paths[name] in paths}
         self._known: dict[Hashable, Call] = {}
-        self.keep_masks = False  # whether masks of observed sites are told too
-        self.encodings: dict[str, DiscreteEncoding] = {}  # of observed sites whose values are classes
-
-    def flat(self, name: str, value: Tensor, event_dim: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the value of an observed site or an input as a flat vector; classes as indicators.
-
-        Shape:
-            - Output: ``(*batch, n)``, of the given type (the default type) unless the value has a floating-point type.
-        """
-        dtype = dtype or torch.get_default_dtype()
-        if name in self.encodings and name not in self.partly:
-            return self.encodings[name].encode(value, dtype)
-        flat = flatten_event(value, event_dim)
-        return flat if value.is_floating_point() else flat.to(dtype)
 
     def read(
         self,
@@ -180,7 +153,7 @@ class CallReader:
         observations: Mapping[str, Tensor] | None = None,
         indices: Mapping[str, Tensor] | None = None,
     ) -> Call:
-        """Return what one call says.
+        """Return one call as values, plates, masks and supports.
 
         Args:
             model: The model.
@@ -241,14 +214,15 @@ class CallReader:
                 raise UnsupportedModelError(
                     f"Expected the argument {name!r}, a covariate on which the guide conditions; got none."
                 )
-            values[name] = self.input_value(name, value)
-        for name in self.partly:
+            values[name] = self.encodings.input_value(name, value)
+        partly = self.encodings.partly
+        for name in partly:
             if name in trace:
-                values[name] = self.masked_value(name, values[name], site_mask(trace.nodes[name]))
+                values[name] = self.encodings.masked_value(name, values[name], site_mask(trace.nodes[name]))
         masks: dict[str, Tensor | bool] = {}
         scales, supports = {}, {}
         for name in self.observed if self.keep_masks else ():
-            mask = site_mask(trace.nodes[name]) if name in trace and name not in self.partly else None
+            mask = site_mask(trace.nodes[name]) if name in trace and name not in partly else None
             if mask is not None:
                 masks[name] = mask
         for name in self.latent:
@@ -270,36 +244,9 @@ class CallReader:
                 scales[name] = scale
             supports[name] = site["fn"].support
         call = Call(values, plates_of(trace), masks, scales, supports)
-        if shape is not None and self._arguments_tell_all(call, model, args, kwargs):
+        if shape is not None and self._arguments_say_all(call, model, args, kwargs):
             self._known[shape] = call
         return call
-
-    def look_for_missing(
-        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Take inputs with NaN, beside partly observed sites, as data of which only the missing pattern counts."""
-        for name in self.inputs if self.partly else ():
-            value = get_argument(model, self.paths[name], args, kwargs)
-            if value.is_floating_point() and bool(torch.isnan(value).any()):
-                self._missing.add(name)
-
-    def input_value(self, name: str, value: Tensor) -> Tensor:
-        """Return the conditioning value of an input: of data with missing entries, only where they are."""
-        return torch.isfinite(value).to(value.dtype) if name in self._missing else value
-
-    def masked_value(self, name: str, value: Tensor, mask: Tensor | bool | None) -> Tensor:
-        """Return the conditioning value of a partly observed site: its elements, zero where missing, and the mask.
-
-        Shape:
-            - Output: ``(*batch, n + 1)`` for values of ``n`` elements.
-        """
-        if name in self.encodings:
-            flat = self.encodings[name].encode(value, torch.get_default_dtype())
-        else:
-            flat = flatten_event(value, self.partly[name])
-        seen = torch.as_tensor(True if mask is None else mask, device=flat.device)
-        seen = seen.expand(flat.shape[:-1]).unsqueeze(-1)
-        return torch.cat([torch.where(seen, flat, torch.zeros_like(flat)), seen.to(flat.dtype)], -1)
 
     def supports_given(
         self,
@@ -320,7 +267,7 @@ class CallReader:
         with torch.no_grad(), poutine.block(), _FeasiblePoint(indices, self.like):
             return poutine.trace(model).get_trace(*args, **kwargs)
 
-    def _arguments_tell_all(self, call: Call, model: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    def _arguments_say_all(self, call: Call, model: Callable[..., Any], args: Any, kwargs: Any) -> bool:
         if call.masks or call.scales or any(plate.subsampled for plate in call.plates.values()):
             return False
         if not all(is_constant(support) for support in call.supports.values()):

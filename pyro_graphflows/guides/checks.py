@@ -22,8 +22,8 @@ from pyro.infer import (
 from pyro.poutine.util import site_is_factor, site_is_subsample
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.guides.base import AutoFaithfulGuide
 from pyro_graphflows.guides.call import site_mask
+from pyro_graphflows.guides.guide import AutoFaithfulGuide
 
 __all__ = ["GuideCheck", "check_guide"]
 

@@ -11,25 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-__all__ = ["FeatureMap", "concatenate", "flatten_event", "location_and_scale"]
+from pyro_graphflows.regression import HEAVY_TAIL, MOST_QUANTILE_ROWS, TINY, location_and_scale
 
-TINY = 1e-12
-MOST_QUANTILE_ROWS = 100_000
-HEAVY_TAIL = 12.0  # a standardised normal sample of 10,000 stays within 5; a heavy-tailed one does not
+__all__ = ["FeatureMap", "concatenate"]
 
 _POSITIVE = (type(constraints.greater_than(0.0)), type(constraints.greater_than_eq(0.0)))
 _COUNT = (type(constraints.nonnegative_integer), type(constraints.positive_integer))
-
-
-def flatten_event(value: Tensor, event_dim: int) -> Tensor:
-    """Return a value with its event dimensions flattened to one, as floating point.
-
-    Shape:
-        - Input: ``(*batch, *event)`` with ``event_dim`` event dimensions.
-        - Output: ``(*batch, n)``.
-    """
-    flat = value.reshape(*value.shape[: value.dim() - event_dim], -1)
-    return flat if flat.is_floating_point() else flat.to(torch.get_default_dtype())
 
 
 def concatenate(parts: Sequence[Tensor], like: Tensor | None = None) -> Tensor:
@@ -46,35 +33,6 @@ def concatenate(parts: Sequence[Tensor], like: Tensor | None = None) -> Tensor:
     shapes = [part.shape[:-1] for part in parts] + ([] if like is None else [like.shape[:-1]])
     shape = torch.broadcast_shapes(*shapes)
     return torch.cat([part.expand(*shape, part.shape[-1]) for part in parts], -1)
-
-
-def location_and_scale(sample: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of each column; scale one for columns that do not vary.
-
-    The standard deviation of a heavy-tailed column is that of its few largest values, beside which all others are
-    alike; such columns get median and half the range of the middle 68 %, which are the same for a normal one.
-
-    Shape:
-        - Input: ``(n, size)``. Rows with a non-finite entry are left out.
-        - Output: two of ``(size,)``.
-    """
-    sample = sample[torch.isfinite(sample).all(-1)]
-    if sample.shape[0] == 0:
-        return sample.new_zeros(sample.shape[1:]), sample.new_ones(sample.shape[1:])
-    shift = sample.mean(0)
-    if sample.shape[0] == 1:
-        return shift, torch.ones_like(shift)
-    scale = sample.std(0)
-    constant = scale <= 1e-9 * shift.abs().clamp(min=TINY)
-    scale = torch.where(constant, torch.ones_like(scale), scale)
-    heavy = ((sample - shift).abs() > HEAVY_TAIL * scale).any(0)
-    if bool(heavy.any()):
-        middle = sample.new_tensor([0.1587, 0.5, 0.8413])
-        lower, centre, upper = torch.quantile(sample[:MOST_QUANTILE_ROWS], middle, dim=0)
-        heavy &= upper > lower
-        shift = torch.where(heavy, centre, shift)
-        scale = torch.where(heavy, (upper - lower) / 2, scale)
-    return shift, scale
 
 
 def _kind(support: constraints.Constraint | None, sample: Tensor) -> str:

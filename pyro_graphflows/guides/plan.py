@@ -4,22 +4,41 @@ An inverse graph says which nodes a latent site looks at. The plan turns it into
 plates that one network serves, level by level. What a block's sites look at outside of it enters the block's network
 as *context*: elementwise where the plates agree, broadcast from outer plates. What is in a plate that a site is
 not in (the data of a group, for the group's own variable) comes in as a summary over the plate, or cannot be an
-input; the site then has free parameters for each element of its plates, beside the network of what it can see
-(:mod:`~pyro_graphflows.guides.pool_plan`). Blocks are made as large as the inverse allows, so that the number of
+input; the site then has parameters for each element of its plates, beside the network of what it can see
+(:mod:`~pyro_graphflows.guides.inputs`). Blocks are made as large as the inverse allows, so that the number of
 network calls is the number of levels and not the number of sites.
+
+A plan is complete when it is made, and nothing changes it.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import networkx as nx
 
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph
-from pyro_graphflows.guides.pool_plan import PoolPlan
-from pyro_graphflows.guides.summaries import Chaining, Summary
+from pyro_graphflows.graphs.separation import violated_independencies
+from pyro_graphflows.guides.inputs import Coupling, InputPlan, Summary
 
-__all__ = ["Block", "Conditioning", "Plan", "make_plan", "mean_field_condition"]
+__all__ = [
+    "BlockPlan",
+    "Conditioning",
+    "Description",
+    "Plan",
+    "make_blocks",
+    "mean_field_condition",
+    "ways_in",
+]
+
+
+class Description(str):
+    """Text that prints itself at the interactive prompt."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 @dataclass(frozen=True)
@@ -29,39 +48,37 @@ class Conditioning:
     Attributes:
         name: The node, or the name of a summary.
         how: ``"same"``, ``"broadcast"`` or ``"pooled"``.
-        observed: Whether it is data (an observed site or an input) rather than a latent site.
         summary: What a summary is made of.
     """
 
     name: str
     how: str
-    observed: bool
     summary: Summary | None = None
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockPlan:
     """Latent sites in the same plates that are sampled together, level by level.
 
     Attributes:
         plates: The plates around every site of the block, outer to inner.
         levels: The sites; those of one level depend on context and on earlier levels only.
-        context: The nodes outside the block that its network sees, in graph order.
+        context: The nodes outside the block that its network reads, in graph order, and summaries.
         parents: For each site, the parents in the inverse that its network sees (context and sites of earlier
             levels); instead of pooled parents, their summary if there is one.
-        free: The sites with free parameters for each element of their plates, since some of their parents
+        per_element: The sites with parameters for each element of their plates, since some of their parents
             are in plates that they are not in.
-        chained: The sites whose copies are drawn jointly across plates.
-        unlike: For sites that need an affine map of their own for each index of some plates, these plates.
+        non_exchangeable: For sites that need an affine map for each index of some plates, these plates.
+        coupled: The sites whose copies are drawn jointly across plates.
     """
 
     plates: tuple[str, ...]
     levels: tuple[tuple[str, ...], ...]
     context: tuple[Conditioning, ...]
-    parents: dict[str, tuple[str, ...]]
-    free: tuple[str, ...] = ()
-    unlike: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    chained: dict[str, Chaining] = field(default_factory=dict)
+    parents: Mapping[str, tuple[str, ...]]
+    per_element: tuple[str, ...] = ()
+    non_exchangeable: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    coupled: Mapping[str, Coupling] = field(default_factory=dict)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -71,23 +88,43 @@ class Block:
 
 @dataclass(frozen=True)
 class Plan:
-    """The blocks in sampling order; for each site whether its KL term may be analytic, a label, remarks.
+    """What a guide does at each call, and why.
 
-    Of pairs (parent, site): the index by which the parent's element is looked up; how a parent comes in where that is
-    not elementwise.
+    Attributes:
+        graph: The graph of the model's sites.
+        inverse: The factorisation, over sites.
+        inputs: How what is in other plates comes in.
+        blocks: The blocks in sampling order.
+        analytic_kl: For each site whether its KL term may be analytic.
+        labels: What is said of a site beside its inputs.
+        ways: For pairs (parent, site), how the parent comes in where that is not elementwise.
+        changing: The sites whose support depends on other latent sites, and these.
+        enumerated: The sites that the guide marks for enumeration.
+        notes: Notes on the model as it was traced.
+        hints: What else could be asked for.
+        judged: The inverse whose faithfulness counts, where it is another than ``inverse``: of elements, or with plates
+            nested by an index.
     """
 
     graph: ModelGraph
     inverse: InverseGraph
-    blocks: tuple[Block, ...]
-    analytic_kl: dict[str, bool]
-    labels: dict[str, str] = field(default_factory=dict)
-    remarks: dict[str, list[str]] = field(default_factory=dict)
-    looked_up: dict[tuple[object, object], str] = field(default_factory=dict)
-    ways: dict[tuple[object, object], str] = field(default_factory=dict)
+    inputs: InputPlan
+    blocks: tuple[BlockPlan, ...]
+    analytic_kl: Mapping[str, bool]
+    labels: Mapping[str, str] = field(default_factory=dict)
+    ways: Mapping[tuple[object, object], str] = field(default_factory=dict)
+    changing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    enumerated: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
+    judged: InverseGraph | None = None
 
-    def describe(self, notes: tuple[str, ...] = ()) -> str:
-        """Return the plan in words: a line for each latent site, in sampling order."""
+    def describe(self, notes: Sequence[str] = ()) -> Description:
+        """Return the plan in words: a line for each latent site, in sampling order, and what is not faithful.
+
+        Args:
+            notes: Further notes, of the start.
+        """
         inverse, graph = self.inverse, self.graph
         lines = [
             f"Inverse: order {inverse.order!r}, {_number(inverse.num_edges, 'edge')}, "
@@ -104,18 +141,31 @@ class Plan:
                 for site in level:
                     looks = ", ".join(self._input(parent, site) for parent in inverse.parents[site])
                     term = "analytic KL" if self.analytic_kl[site] else "sampled KL"
-                    kind = "free parameters" if site in block.free else "amortised"
+                    kind = "per-element parameters" if site in block.per_element else "amortised"
                     label = f", {self.labels[site]}" if site in self.labels else ""
                     lines.append(f"  level {depth}: {site} | {looks or 'nothing'}  [{kind}, {term}{label}]")
-                    lines += [f"    {remark}" for remark in self.remarks.get(site, ())]
+                    lines += [f"    {remark}" for remark in self.inputs.remarks.get(site, ())]
         if graph.marginalised:
             lines.append(f"Marginalised (no factor): {', '.join(map(str, graph.marginalised))}.")
-        lines += [f"Note: {note}" for note in notes]
-        return "\n".join(lines)
+        lines += [
+            f"Note: {note}" for note in (*self.notes, *notes, *self._missing_dependences(), *self.hints)
+        ]
+        return Description("\n".join(lines))
+
+    def _missing_dependences(self) -> list[str]:
+        missing = list(violated_independencies(self.judged or self.inverse))
+        if not missing:
+            return []
+        named = "; ".join(
+            f"{statement.node} of {statement.other} given {', '.join(map(str, statement.given)) or 'nothing'}"
+            for statement in missing[:3]
+        )
+        return [
+            f"not faithful: the inverse asserts {len(missing)} independencies that the posterior does not have: "
+            f"{named}{'; ...' if len(missing) > 3 else ''}. Use inverse='auto'."
+        ]
 
     def _input(self, parent: object, site: object) -> str:
-        if (parent, site) in self.looked_up:
-            return f"{parent} (looked up by {self.looked_up[parent, site]})"
         if (parent, site) in self.ways:
             return f"{parent} ({self.ways[parent, site]})"
         how = self.inverse.how[parent, site]
@@ -156,41 +206,37 @@ def mean_field_condition(graph: ModelGraph, inverse: InverseGraph) -> dict[str, 
     }
 
 
-def make_plan(
-    inverse: InverseGraph,
-    kind: Callable[[str], Hashable] = lambda _: None,
-    pooling: PoolPlan | None = None,
-) -> Plan:
+def make_blocks(
+    inverse: InverseGraph, inputs: InputPlan, readable: Collection[str], kinds: Mapping[str, Hashable]
+) -> tuple[BlockPlan, ...]:
     """Group the sites of an inverse into blocks.
 
     Args:
         inverse: The guide's factorisation.
-        kind: Only sites of the same kind share a block.
-        pooling: How what is in other plates comes in; by default not at all, and the sites have free parameters.
+        inputs: How what is in other plates comes in.
+        readable: The nodes whose values can be network inputs; others are left out of the context.
+        kinds: For each site its kind. Only sites of the same kind share a block.
 
     Returns:
-        The plan. Blocks are made greedily in sampling order: a block takes in every site of its plates whose
+        The blocks, made greedily in sampling order: a block takes in every site of its plates whose
         parents are in earlier blocks or in the block itself.
     """
     graph = inverse.graph
     latent = set(graph.latent)
-    if pooling is None:
-        wanting = {site for (_, site), how in inverse.how.items() if how == "pooled"}
-        pooling = PoolPlan(free=frozenset(wanting))
-    done: set = set()
+    done: set[str] = set()
     blocks = []
     remaining = list(inverse.sampling_order)
     rank = {node: i for i, node in enumerate(graph.nodes)}
     while remaining:
-        plates, first = graph.plates[remaining[0]], kind(remaining[0])
-        depth: dict = {}
+        plates, first = graph.plates[remaining[0]], kinds[remaining[0]]
+        depth: dict[str, int] = {}
         for site in remaining:  # parents come first in the sampling order
             latents = [parent for parent in inverse.parents[site] if parent in latent]
-            alike = graph.plates[site] == plates and kind(site) == first
-            pooled = {member for summary in pooling.summaries.get(site, ()) for member in summary.members}
+            alike = graph.plates[site] == plates and kinds[site] == first
+            pooled = {member for summary in inputs.summaries.get(site, ()) for member in summary.members}
             if alike and pooled & latent <= done and all(p in done or p in depth for p in latents):
                 depth[site] = 1 + max((depth[p] for p in latents if p in depth), default=-1)
-        levels: list[list] = [[] for _ in range(1 + max(depth.values()))]
+        levels: list[list[str]] = [[] for _ in range(1 + max(depth.values()))]
         for site in remaining:
             if site in depth:
                 levels[depth[site]].append(site)
@@ -202,52 +248,38 @@ def make_plan(
             parent: inverse.how[parent, site]
             for site, parents in seen.items()
             for parent in parents
-            if parent not in depth
+            if parent not in depth and (parent in latent or parent in readable)
         }
-        summaries = {s.name: s for site in depth for s in pooling.summaries.get(site, ())}
+        summaries = {s.name: s for site in depth for s in inputs.summaries.get(site, ())}
         for site in depth:
-            seen[site] += tuple(summary.name for summary in pooling.summaries.get(site, ()))
+            seen[site] += tuple(summary.name for summary in inputs.summaries.get(site, ()))
         blocks.append(
-            Block(
+            BlockPlan(
                 plates=plates,
                 levels=tuple(map(tuple, levels)),
                 context=(
-                    *(
-                        Conditioning(name, context[name], name not in latent)
-                        for name in sorted(context, key=rank.__getitem__)
-                    ),
-                    *(
-                        Conditioning(name, "pooled", latent.isdisjoint(summary.members), summary)
-                        for name, summary in summaries.items()
-                    ),
+                    *(Conditioning(name, context[name]) for name in sorted(context, key=rank.__getitem__)),
+                    *(Conditioning(name, "pooled", summary) for name, summary in summaries.items()),
                 ),
                 parents=seen,
-                free=tuple(site for site in depth if site in pooling.free),
-                unlike={site: pooling.unlike[site] for site in depth if site in pooling.unlike},
-                chained={site: pooling.chained[site] for site in depth if site in pooling.chained},
+                per_element=tuple(site for site in depth if site in inputs.per_element),
+                non_exchangeable={
+                    site: inputs.non_exchangeable[site] for site in depth if site in inputs.non_exchangeable
+                },
+                coupled={site: inputs.coupled[site] for site in depth if site in inputs.coupled},
             )
         )
         done |= set(depth)
         remaining = [site for site in remaining if site not in depth]
-    remarks = {site: list(lines) for site, lines in pooling.remarks.items()}
-    analytic = mean_field_condition(graph, inverse)
-    analytic.update(dict.fromkeys(pooling.chained, False))
-    looked_up: dict[tuple[object, object], str] = {
-        (summary.members[0], site): summary.index
-        for site, summaries in pooling.summaries.items()
-        for summary in summaries
-        if summary.index is not None
-    }
-    ways = _ways_in(inverse, pooling.summaries)
-    return Plan(graph, inverse, tuple(blocks), analytic, remarks=remarks, looked_up=looked_up, ways=ways)
+    return tuple(blocks)
 
 
-def _ways_in(
-    inverse: InverseGraph, summaries: Mapping[str, Sequence[Summary]]
+def ways_in(
+    inverse: InverseGraph, inputs: InputPlan, without_data: Collection[str]
 ) -> dict[tuple[object, object], str]:
     """Return for pairs (parent, site) how the parent comes in, where a summary or an index has to do with it."""
     ways: dict[tuple[object, object], str] = {}
-    for site, found in summaries.items():
+    for site, found in inputs.summaries.items():
         for summary in found:
             how = "one by one" if summary.one_by_one else "pooled"
             ways.update({(m, site): how for m in summary.members if inverse.how[m, site] == "pooled"})
@@ -257,4 +289,9 @@ def _ways_in(
                 ways[index, site] = "index"
                 inside = [m for m in summary.members if inner in inverse.graph.plates[m]]
                 ways.update({(m, site): f"pooled by {index}" for m in inside})
+    for site, parents in inverse.parents.items():
+        ways.update({(parent, site): "no data to read" for parent in parents if parent in without_data})
+        for summary in inputs.summaries.get(site, ()):
+            if summary.index is not None:
+                ways[summary.members[0], site] = f"looked up by {summary.index}"
     return ways

@@ -1,150 +1,199 @@
-r"""The regression start: a guide that is right for linear-Gaussian models before the first step.
+r"""The start of a block: standardised, by regression if that is better than at random.
 
-Joint samples of the model are turned into one covariance matrix per block; each site's factor is set to the
+Joint samples of the model are turned into one covariance matrix per block; each site's conditional is set to the
 least-squares regression of its unconstrained vector on its parents in the inverse, with the residual covariance
 as scale. For a linear-Gaussian model with a faithful inverse the expected KL divergence from the posterior is
 then about (number of weights) / (2 number of samples) nats, so that a sparse inverse also needs fewer samples.
+
+Sites whose elements have maps of their own get one regression for each index of the plate.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from pyro_graphflows.guides.factors import ElementNormalFactor, Factor
-from pyro_graphflows.guides.features import location_and_scale
-from pyro_graphflows.guides.made import MADEBlock
+from pyro_graphflows.guides.block import GuideBlock
+from pyro_graphflows.guides.call import PlateState
+from pyro_graphflows.guides.conditionals.contract import Conditionals, LinearConditional
+from pyro_graphflows.guides.features import concatenate
+from pyro_graphflows.guides.samples import Samples
+from pyro_graphflows.regression import WINSOR, Moments, location_and_scale
 
-__all__ = ["block_loss", "fit_normal", "regress_", "standardize_"]
+__all__ = ["conditionals_loss", "regress_", "start_block_"]
 
-RIDGE = 1e-10  # relative to unit variances; makes rank-deficient sets of parents solvable
-RESIDUAL_FLOOR = 1e-4  # in standardised units; deterministic relations have residual zero
-WINSOR = 10.0  # standard deviations; keeps one draw of a heavy tail from deciding
+TIE = 0.01  # nats by which the regression start may seem worse; without parents both starts are alike
+ELEMENT_SCALE = 0.1  # sites with per-element parameters start at their prior, this much narrower
+HELD_OUT = 5  # one in this many samples judges the regression start
+LEAST_ROWS = 20  # finite ones, without which there is no regression
 
-
-def standardize_(block: MADEBlock, values: Mapping[str, Tensor], discrete: Collection[str] = ()) -> None:
-    """Set the shift and scale of each site from samples of its unconstrained vector, shape ``(n, size)``.
-
-    Discrete sites keep shift 0 and scale 1: their vectors are zeros and ones.
-    """
-    for site in block.block.sites:
-        if site not in discrete:
-            block.set_standardization_(site, *location_and_scale(values[site]))
+ROWS_PER_WEIGHT = 20  # with fewer joint samples of an index for each weight its map stays at the shared one
+MOST_INDICES = 2000
 
 
-def regress_(block: MADEBlock, context: Tensor, values: Mapping[str, Tensor]) -> None:
-    """Set each factor of a block to the linear regression on its parents.
-
-    Factors that fit themselves to samples (:meth:`~pyro_graphflows.guides.factors.Factor.start_from_samples`) do so.
+def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> list[str]:
+    """Give a block its starting values.
 
     Args:
-        block: The block; its standardisation is used and not changed.
-        context: Features of the context nodes in rows, shape ``(n, columns)``.
+        block: The block.
+        samples: Its samples.
+        regression: Whether to start by regression.
+
+    Returns:
+        Notes for the user.
+    """
+    conditionals, plan = block.conditionals, block.plan
+    notes: list[str] = []
+    kept = False
+    if samples.rows is not None:
+        latents = {site: samples.rows[site] for site in plan.sites}
+        for site, values in latents.items():
+            # Vectors of discrete sites are zeros and ones, and stay so.
+            if samples.standardize and samples.draws.sites[site].encoding is None:
+                conditionals.set_units_(site, location_and_scale(values))
+        if regression:
+            features = block.inputs.features(concatenate([samples.rows[n] for n in block.inputs.names]))
+            finite = torch.isfinite(torch.cat([features, *latents.values()], -1)).all(-1)
+            features = features[finite] if features.shape[-1] else features
+            note = _regress_if_better_(conditionals, features, {n: v[finite] for n, v in latents.items()})
+            kept = note is None
+            notes += [] if note is None else [note]
+            if kept and (plan.non_exchangeable or plan.coupled):
+                aligned = samples.aligned([*block.inputs.names, *plan.sites])
+                context = block.inputs.features(concatenate([aligned[n] for n in block.inputs.names]))
+                of_sites = {site: aligned[site] for site in plan.sites}
+                notes += _start_indices_(conditionals, samples.plates, context, of_sites)
+                if plan.coupled:
+                    conditionals.start_couplings_(samples.plates, context, of_sites)
+    if plan.coupled and not kept:
+        conditionals.start_couplings_(samples.plates)
+    if regression:
+        conditionals.narrow_elements_(ELEMENT_SCALE)
+    return notes
+
+
+def _regress_if_better_(conditionals: Conditionals, context: Tensor, values: dict[str, Tensor]) -> str | None:
+    """Set the conditionals by regression, or go back, and say so, if held-out samples like the random start better."""
+    number = len(next(iter(values.values())))
+    sites = ", ".join(conditionals.block.sites)
+    if number < LEAST_ROWS:
+        return (
+            f"the random start was kept for {sites}: of the joint samples only {number} are "
+            f"finite there, and a regression needs {LEAST_ROWS} (num_start_samples=)."
+        )
+    held_out = slice(0, None, HELD_OUT)
+    test = {site: value[held_out] for site, value in values.items()}
+    rest = torch.arange(number) % HELD_OUT != 0
+    fitted = {site: value[rest] for site, value in values.items()}
+    random_state = {key: value.clone() for key, value in conditionals.state_dict().items()}
+    random_loss = conditionals_loss(conditionals, context[held_out], test)
+    regress_(conditionals, context[rest] if context.shape[-1] else context, fitted)
+    loss = conditionals_loss(conditionals, context[held_out], test)
+    if not (loss <= random_loss + TIE or (random_loss != random_loss and loss == loss)):
+        conditionals.load_state_dict(random_state)
+        return (
+            f"the random start was kept for {sites}: its loss on prior samples is "
+            f"{random_loss:.3g} nats, that of the regression start {loss:.3g}."
+        )
+    regress_(conditionals, context, values)
+    return None
+
+
+def regress_(conditionals: Conditionals, context: Tensor, values: Mapping[str, Tensor]) -> None:
+    """Set each conditional of a block to the regression on its parents.
+
+    Args:
+        conditionals: The conditionals; their units are used and not changed.
+        context: Features of the context nodes in rows, shape ``(n, num_features)``.
         values: Unconstrained vectors of the sites in rows, each of shape ``(n, size)``.
     """
     columns = [context.double()]
-    for site in block.block.sites:
-        shift, scale = block.standardization(site)
+    for site in conditionals.block.sites:
+        shift, scale = conditionals.output_units(site)
         columns.append(((values[site] - shift) / scale).double())
-    joint = torch.cat(columns, -1)
-    joint = joint[torch.isfinite(joint).all(-1)].clamp(-WINSOR, WINSOR)
-    mean, covariance = joint.mean(0), torch.atleast_2d(torch.cov(joint.T))
-    for site in block.block.sites:
-        parents = [parent for parent in block.block.parents[site] if parent in block.columns]
-        inputs = [j for parent in parents for j in block.columns[parent]]
-        own = list(block.columns[site])
-        factor: Factor | None = getattr(block, "factors", {}).get(site)  # flows have none
-        fitted = None if factor is None else factor.start_from_samples(joint[:, inputs], joint[:, own])
-        if factor is not None and fitted is not None:
-            rows = joint.new_zeros(factor.num_outputs, block.network.input_dim)
-            rows[:, inputs] = fitted[0]
-            block.set_rows_(site, rows, fitted[1])
-            continue
-        if site in block.element_columns:
-            weights, residual = _solve_elements(block, site, covariance, inputs, len(joint))
-        else:
-            weights = _solve(covariance, inputs, own)
-            residual = covariance[own][:, own] - weights @ covariance[inputs][:, own]
-            residual = residual * (len(joint) - 1) / max(len(joint) - 1 - len(inputs), 1)
-        loc = mean[own] - weights @ mean[inputs]
-        parts = dict(zip(parents, weights.split([len(block.columns[p]) for p in parents], -1), strict=True))
-        block.set_linear_(site, parts, loc, _square_root(residual))
-
-
-def fit_normal(rows: Tensor, inputs: Sequence[int], own: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return weights, location and scale of the regression of some columns of a sample on others."""
-    own = list(own)
-    mean, covariance = rows.mean(0), torch.atleast_2d(torch.cov(rows.T))
-    weights = _solve(covariance, inputs, own)
-    residual = covariance[own][:, own] - weights @ covariance[list(inputs)][:, own]
-    residual = residual * (len(rows) - 1) / max(len(rows) - 1 - len(inputs), 1)
-    return weights, mean[own] - weights @ mean[list(inputs)], _square_root(residual)
-
-
-def _solve(covariance: Tensor, inputs: Sequence[int], own: Sequence[int]) -> Tensor:
-    _require_finite(covariance)
-    if not inputs:
-        return covariance.new_zeros(len(own), 0)
-    among = covariance[inputs][:, inputs]
-    ridge = RIDGE * torch.eye(len(inputs), dtype=among.dtype, device=among.device)
-    while True:
-        factor, failed = torch.linalg.cholesky_ex(among + ridge)
-        if not failed:
-            return torch.cholesky_solve(covariance[inputs][:, own], factor).T
-        ridge = ridge * 100
-
-
-def _solve_elements(
-    block: MADEBlock, site: str, covariance: Tensor, inputs: Sequence[int], num_rows: int
-) -> tuple[Tensor, Tensor]:
-    """Regress each element on its own parents; return the weights on the inputs and the residual covariance."""
-    own = list(block.columns[site])
-    factor = block.factors[site]
-    assert isinstance(factor, ElementNormalFactor)
-    direct = covariance.new_zeros(len(own), len(inputs))
-    unit = torch.eye(len(own), dtype=covariance.dtype, device=covariance.device)  # I - A
-    variances = covariance.new_zeros(len(own))
-    place = {column: k for k, column in enumerate(inputs)}
-    for i, column in enumerate(own):
-        outer = block.element_columns[site][i]
-        inner = [j for row, j in zip(factor.rows, factor.columns, strict=True) if row == i]
-        given = [*outer, *(own[j] for j in inner)]
-        weights = _solve(covariance, given, [column])[0]
-        residual = covariance[column, column] - weights @ covariance[given, column]
-        variances[i] = residual * (num_rows - 1) / max(num_rows - 1 - len(given), 1)
-        direct[i, [place[c] for c in outer]] = weights[: len(outer)]
-        unit[i, inner] = -weights[len(outer) :]
-    mixing = torch.linalg.inv(unit)
-    return mixing @ direct, mixing @ variances.clamp(min=RESIDUAL_FLOOR**2).diag_embed() @ mixing.T
-
-
-def _square_root(residual: Tensor) -> Tensor:
-    """Return a lower triangular square root whose diagonal is at least the floor."""
-    _require_finite(residual)
-    eye = torch.eye(len(residual), dtype=residual.dtype, device=residual.device)
-    jitter = 0.0
-    while True:
-        factor, failed = torch.linalg.cholesky_ex(residual + jitter * eye)
-        if not failed and bool(torch.isfinite(factor).all()):
-            break
-        jitter = max(10 * jitter, RESIDUAL_FLOOR**2)
-    diagonal = factor.diagonal()
-    return factor * (diagonal.clamp(min=RESIDUAL_FLOOR) / diagonal).unsqueeze(-1)
-
-
-def _require_finite(covariance: Tensor) -> None:
-    if not bool(torch.isfinite(covariance).all()):  # no ridge would help
-        raise RuntimeError("Expected finite covariances; there are too few finite joint samples.")
+    rows = torch.cat(columns, -1)
+    rows = rows[torch.isfinite(rows).all(-1)].clamp(-WINSOR, WINSOR)
+    moments = Moments(rows)
+    for site in conditionals.block.sites:
+        conditionals.regress_(site, rows, moments)
 
 
 @torch.no_grad()
-def block_loss(block: MADEBlock, context: Tensor, values: Mapping[str, Tensor]) -> float:
+def conditionals_loss(conditionals: Conditionals, context: Tensor, values: Mapping[str, Tensor]) -> float:
     """Return the mean of ``-log q`` of the sites' unconstrained vectors given context, in nats."""
-    evaluation = block.start(context)
+    evaluation = conditionals.begin(context)
     total = 0.0
-    for level in block.block.levels:
-        factors = evaluation.factors()
+    for level in conditionals.block.levels:
+        of_level = evaluation.next()
         evaluation.accept({site: values[site] for site in level})
-        for site, factor in factors.items():
-            total -= float(factor.log_prob(values[site]).mean())
+        for site, conditional in of_level.items():
+            total -= float(conditional.log_prob(values[site]).mean())
     return total
+
+
+# ---------------------------------------------------------------- one regression for each index
+
+
+def _start_indices_(
+    conditionals: Conditionals,
+    plates: Mapping[str, PlateState],
+    context: Tensor,
+    values: Mapping[str, Tensor],
+) -> list[str]:
+    """Start the maps that elements of a plate have of their own; say where that was not possible."""
+    plan = conditionals.block
+    return [
+        f"the maps of the indices of {', '.join(plan.non_exchangeable[site])} for {site} start at one that is shared: "
+        "no regression of each was possible."
+        for site in plan.non_exchangeable
+        if site not in plan.per_element and not _regress_indices_(conditionals, site, plates, context, values)
+    ]
+
+
+@torch.no_grad()
+def _regress_indices_(
+    conditionals: Conditionals,
+    site: str,
+    plates: Mapping[str, PlateState],
+    context: Tensor,
+    values: Mapping[str, Tensor],
+) -> bool:
+    """Set the maps of one site to the regressions within the indices; return whether that was possible."""
+    own, inputs = list(conditionals.columns[site]), conditionals.inputs_of(site)
+    around = [plates[name] for name in conditionals.block.non_exchangeable[site]]
+    joint = _by_index(conditionals, around, context, values)
+    if site in conditionals.element_columns or len(joint) > MOST_INDICES:
+        return False
+    each = [rows[torch.isfinite(rows).all(-1)] for rows in joint]
+    if min(map(len, each)) < ROWS_PER_WEIGHT * (len(inputs) + 1):
+        return False
+    fits = [
+        conditionals.linear_of(site, Moments(rows.clamp(-WINSOR, WINSOR)).regress(inputs, own))
+        for rows in each
+    ]
+    return conditionals.set_linear_(
+        site,
+        LinearConditional(
+            {parent: torch.stack([fit.weights[parent] for fit in fits]) for parent in fits[0].weights},
+            torch.stack([fit.loc for fit in fits]),
+            torch.stack([fit.scale_tril for fit in fits]),
+        ),
+    )
+
+
+def _by_index(
+    conditionals: Conditionals, own: Sequence[PlateState], context: Tensor, values: Mapping[str, Tensor]
+) -> Tensor:
+    """Return the joint samples as ``(indices, rows, columns)``, in standardised units."""
+    parts = [context]
+    for site in conditionals.block.sites:
+        shift, scale = conditionals.output_units(site)
+        parts.append((values[site] - shift) / scale)
+    depth = max(part.dim() for part in parts)
+    parts = [p.reshape(p.shape[:1] + (1,) * (depth - p.dim()) + p.shape[1:]) for p in parts if p.shape[-1]]
+    joint = concatenate(parts).double()
+    # the table of an element map is laid out by dimension, left to right
+    dims = sorted(plate.dim - 1 for plate in own)
+    joint = joint.movedim(dims, list(range(len(dims))))
+    indices = joint.shape[: len(dims)].numel()
+    return joint.reshape(indices, -1, joint.shape[-1])

@@ -1,17 +1,23 @@
-"""Training and evaluation of guides."""
+"""Training and evaluation of guides; works with any Pyro guide."""
 
+from pyro_graphflows.infer.batches import TrainingData
 from pyro_graphflows.infer.calibration import sbc_ranks, sbc_uniformity
-from pyro_graphflows.infer.diagnostics import effective_sample_size, psis_khat
+from pyro_graphflows.infer.checkpoints import Checkpoint
 from pyro_graphflows.infer.evidence import Evidence, importance_log_weights, log_evidence
 from pyro_graphflows.infer.inference_compilation import InferenceCompilation
 from pyro_graphflows.infer.iwae import IWAE_ELBO
-from pyro_graphflows.infer.training import History, fit
+from pyro_graphflows.infer.psis import effective_sample_size, psis_khat
+from pyro_graphflows.infer.training import History, Progress, Schedule, fit
 
 __all__ = [
     "IWAE_ELBO",
+    "Checkpoint",
     "Evidence",
     "History",
     "InferenceCompilation",
+    "Progress",
+    "Schedule",
+    "TrainingData",
     "effective_sample_size",
     "fit",
     "importance_log_weights",

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from scipy.stats import chi2
+from scipy.special import chdtrc
 from torch import Tensor
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.infer.joint_samples import joint_layout, run_guide, sample_joint
 from pyro_graphflows.infer.particles import (
     OUTER_PARTICLES,
     Program,
@@ -23,6 +22,7 @@ from pyro_graphflows.infer.particles import (
     particle_plate,
     require_independent_particles,
 )
+from pyro_graphflows.infer.simulations import joint_layout, run_guide, sample_joint
 
 __all__ = ["sbc_ranks", "sbc_uniformity"]
 
@@ -129,7 +129,7 @@ def sbc_uniformity(ranks: Tensor, num_draws: int, *, num_bins: int | None = None
     counts = torch.zeros(num_bins, flat.shape[1], dtype=torch.double)
     counts.scatter_add_(0, bins[flat.cpu()], torch.ones(flat.shape, dtype=torch.double))
     statistic = ((counts - expected[:, None]) ** 2 / expected[:, None]).sum(0)
-    return torch.as_tensor(chi2.sf(statistic.numpy(), num_bins - 1)).reshape(ranks.shape[1:])
+    return torch.as_tensor(chdtrc(num_bins - 1, statistic.numpy())).reshape(ranks.shape[1:])
 
 
 def _ranks(truth: Tensor, draws: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, and random states that can be put back.
+"""When checkpoints are written, files that are whole or absent, and random states that can be put back.
 
 A checkpoint is a dictionary of tensors, numbers, strings and containers of them, so that it is read with
 ``torch.load(weights_only=True)``: loading one runs no code.
@@ -9,6 +9,7 @@ import random
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,39 @@ import numpy as np
 import pyro
 import torch
 
-__all__ = ["load_checkpoint", "random_state", "save_checkpoint", "seeded", "set_random_state"]
+from pyro_graphflows.errors import GraphflowsError
+
+__all__ = ["Checkpoint", "load_checkpoint", "random_state", "save_checkpoint", "seeded", "set_random_state"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where and how often :func:`~pyro_graphflows.infer.fit` writes the state of a training run.
+
+    ``fit(..., checkpoint=path)`` is short for ``Checkpoint(path)``.
+
+    Args:
+        path: The file; its folder is made if need be.
+        every: Write it after this many epochs, and at the end.
+        resume: Whether to continue from the file if it exists; else it is overwritten.
+
+    Raises:
+        GraphflowsError: If ``path`` is no path or is a folder, or ``every`` is not positive.
+
+    Example:
+        >>> Checkpoint("run.pt", every=10).every
+        10
+    """
+
+    path: str | os.PathLike[str]
+    every: int = field(default=1, kw_only=True)
+    resume: bool = field(default=True, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str | os.PathLike) or not str(self.path) or Path(self.path).is_dir():
+            raise GraphflowsError(f"Expected the path of a checkpoint file; got {self.path!r}.")
+        if not isinstance(self.every, int) or self.every < 1:
+            raise GraphflowsError(f"Expected a checkpoint every 1 or more epochs; got every={self.every!r}.")
 
 
 def save_checkpoint(state: dict[str, Any], path: str | os.PathLike[str]) -> None:

@@ -17,26 +17,16 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
-from pyro_graphflows.infer.diagnostics import effective_sample_size, psis_khat
-from pyro_graphflows.infer.enumeration import enumerated, summed_log_density
+from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.infer.importance import ImportanceSampler
 from pyro_graphflows.infer.particles import (
-    PARTICLES,
     Program,
-    density_sites,
     evaluation_mode,
     find_data_plate,
-    is_enumerated,
-    keep_dims,
-    log_density,
-    particle_plate,
     prototype,
-    require_full_plates,
-    require_independent_particles,
     require_inside,
-    run_pair,
 )
-from pyro_graphflows.infer.vectorized import difference_to_alone, errors_of_batches
+from pyro_graphflows.infer.psis import effective_sample_size, psis_khat
 
 __all__ = ["Evidence", "evidence_from_log_weights", "importance_log_weights", "log_evidence"]
 
@@ -57,6 +47,17 @@ class Evidence(NamedTuple):
     ess: Tensor
     khat: Tensor
     standard_error: Tensor
+
+    def __repr__(self) -> str:
+        """Return a line: the sum over the data with its standard error, and the worst diagnostics."""
+        if self.log_evidence.numel() == 0:
+            return "Evidence(no data)"
+        data = "all data together" if self.log_evidence.dim() == 0 else f"{self.log_evidence.numel()} data"
+        error = self.standard_error.square().sum().sqrt()
+        return (
+            f"Evidence({self.log_evidence.sum():.6g} ± {error:.2g} nats for {data}; ESS >= {self.ess.min():.3g}, "
+            f"khat <= {self.khat.max():.2f})"
+        )
 
 
 def log_evidence(
@@ -201,52 +202,17 @@ def importance_log_weights(
         )
     with evaluation_mode(model, guide), torch.no_grad(), poutine.block():
         first = prototype(model, guide, args, kwargs, max_plate_nesting, allow_enumeration=True)
-        traces = (first.model_trace, first.guide_trace)
         plate = find_data_plate(first.model_trace, data_plate)
-        require_full_plates(traces)
-        data = {}
         if plate is not None:
-            require_inside(plate.name, traces)
-            assert plate.dim is not None
-            data = {plate.name: plate.dim}
-        enumerates = any(
-            is_enumerated(site) and name not in first.guide_trace
-            for name, site in density_sites(first.model_trace)
-        )
+            require_inside(plate.name, (first.model_trace, first.guide_trace))
+        sampler = ImportanceSampler(model, guide, args, kwargs, first, plate, vectorize)
         if not vectorize:
-            model = enumerated(model, first.max_plate_nesting) if enumerates else model
-            pairs = (run_pair(model, guide, args, kwargs) for _ in range(num_particles))
-            return torch.stack([_log_weights(*pair, data, enumerates) for pair in pairs])
-
-        dim = -1 - first.max_plate_nesting
+            return torch.cat([sampler.log_weights(sampler.run(1)) for _ in range(num_particles)])
         chunk_size = chunk_size or max(1, _PARTICLES_TIMES_DATA // (plate.size if plate is not None else 1))
         chunks = []
         for start in range(0, num_particles, chunk_size):
-            size = min(chunk_size, num_particles - start)
-            many, proposals = particle_plate(model, size, dim), particle_plate(guide, size, dim)
-            many = enumerated(many, first.max_plate_nesting + 1) if enumerates else many
-            with errors_of_batches(size):
-                pair = run_pair(many, proposals, args, kwargs)
-            require_independent_particles(pair[1], dim, size)
-            if start == 0 and not enumerates:
-                difference = difference_to_alone(model, guide, args, kwargs, pair, traces, [dim])
-                if difference:
-                    raise UnsupportedModelError(difference)
-            chunks.append(_log_weights(*pair, {PARTICLES: dim, **data}, enumerates))
+            pair = sampler.run(min(chunk_size, num_particles - start))
+            if start == 0:
+                sampler.require_same_alone(pair)
+            chunks.append(sampler.log_weights(pair))
         return torch.cat(chunks)
-
-
-def _log_weights(
-    model_trace: poutine.Trace, guide_trace: poutine.Trace, plates: dict[str, int], enumerates: bool
-) -> Tensor:
-    """Return the model's log-density minus the guide's, one for each element of some plates (name: dimension)."""
-    dims = tuple(plates.values())
-    if enumerates:
-        plus = summed_log_density(model_trace, list(plates))
-    else:
-        plus = _total(model_trace, dims)
-    return plus - _total(guide_trace, dims)
-
-
-def _total(trace: poutine.Trace, dims: tuple[int, ...]) -> Tensor:
-    return sum((keep_dims(log_density(site), dims) for _, site in density_sites(trace)), torch.zeros(()))

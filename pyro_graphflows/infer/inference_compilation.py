@@ -21,8 +21,8 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.infer.joint_samples import JointLayout, joint_layout, run_guide, sample_joint
 from pyro_graphflows.infer.particles import Program, density_sites, keep_dims, particle_plate
+from pyro_graphflows.infer.simulations import JointLayout, joint_layout, run_guide, sample_joint
 
 __all__ = ["InferenceCompilation"]
 

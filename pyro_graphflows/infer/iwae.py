@@ -21,41 +21,227 @@ respect to these leaves alone; each leaf's gradient, weighted, is then sent back
 drawn.
 """
 
+import math
 import warnings
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pyro import poutine
 from pyro.infer import ELBO
 from pyro.poutine.messenger import Messenger, unwrap
+from pyro.poutine.plate_messenger import PlateMessenger
 from pyro.util import warn_if_nan
 from torch import Tensor
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.infer.checkpoints import random_state, set_random_state
-from pyro_graphflows.infer.particle_terms import LocalPlate, PlateLayout, collect_terms, is_reparametrised
 from pyro_graphflows.infer.particles import (
     OUTER_PARTICLES,
+    PARTICLES,
     Program,
     Prototype,
     Site,
     density_sites,
+    difference_to_alone,
+    errors_of_batches,
     evaluation_mode,
     find_data_plate,
     inside,
+    keep_dims,
+    log_density,
     particle_plate,
     plates_of,
     prototype,
     require_independent_particles,
     run_pair,
 )
-from pyro_graphflows.infer.vectorized import difference_to_alone, errors_of_batches
 
 __all__ = ["IWAE_ELBO"]
 
 _GRADIENTS = ("plain", "dreg", "stl")
 
 
+# ------------------------------------------------------------------------------------- what belongs to which datum
+# Draws of the globals take the leftmost dimension, local particles the next one, and every tensor keeps all dimensions
+# in their places, so that sums broadcast.
+class _PlateLayout(NamedTuple):
+    """Which dimensions mean what.
+
+    Attributes:
+        plate: The data plate; ``None`` where the whole data set has one weight.
+        dims: The dimensions of the data: of the data plate and of plates around it at all its sites.
+        inner: The dimension of local particles.
+        outer: The dimension of draws of the globals.
+    """
+
+    plate: str | None
+    dims: tuple[int, ...]
+    inner: int
+    outer: int
+
+    @property
+    def local_dims(self) -> tuple[int, ...]:
+        """The dimensions that local terms keep."""
+        return (self.outer, self.inner, *self.dims)
+
+    def is_local(self, site: Site) -> bool:
+        """Return whether a site belongs to single data."""
+        return self.plate is None or inside(site, self.plate)
+
+
+class _LocalPlate(PlateMessenger):
+    """A plate of particles that only holds what is inside the data plate.
+
+    Args:
+        data_plate: The name of the data plate; ``None`` to hold everything.
+        size: The number of particles.
+        dim: Their dimension.
+    """
+
+    def __init__(self, data_plate: str | None, size: int, dim: int) -> None:
+        super().__init__(PARTICLES, size, dim=dim)
+        self._data_plate = data_plate
+
+    def _process_message(self, msg: Any) -> None:
+        # messages reach the outermost plate last: the data plate has put its mark on them by then
+        if self._data_plate is None or inside(msg, self._data_plate):
+            super()._process_message(msg)
+
+
+class _ParticleTerms(NamedTuple):
+    """Log-densities summed per particle and datum, all dimensions in their places.
+
+    Attributes:
+        local_p: Of the model, inside the data plate, ``(S, K, *data)``.
+        local_q: Of the guide, inside the data plate.
+        global_p: Of the model, outside, ``(S, 1, ..., 1)``, scaled.
+        global_q: Of the guide, outside, scaled.
+        score: Of those local sites of the guide that are not reparametrised.
+        scale: The scale of the local sites.
+        inner: The dimension of local particles.
+        num_outer: The number of draws of the globals.
+    """
+
+    local_p: Tensor
+    local_q: Tensor
+    global_p: Tensor
+    global_q: Tensor
+    score: Tensor
+    scale: float | Tensor
+    inner: int
+    num_outer: int
+
+    @property
+    def log_weights(self) -> Tensor:
+        """Logarithms of the importance weights of local particles."""
+        return self.local_p - self.local_q
+
+    def normalised_weights(self) -> Tensor:
+        """Return weights that add up to 1 over the particles, held fixed."""
+        log_weights = self.log_weights.detach()
+        return torch.softmax(log_weights, self.inner) if log_weights.dim() else torch.ones(())
+
+    def bound(self) -> Tensor:
+        """Return the bound, averaged over draws of the globals."""
+        local = torch.zeros(())
+        if self.log_weights.dim():
+            mean = torch.logsumexp(self.log_weights, self.inner) - math.log(
+                self.log_weights.shape[self.inner]
+            )
+            local = mean.sum() * self.scale
+        return (local + (self.global_p - self.global_q).sum()) / self.num_outer
+
+    def weighted(self, local: Tensor, over_all: Tensor, weights: Tensor) -> Tensor:
+        """Return the weighted sum of local terms and the sum of global ones, averaged over draws of the globals."""
+        return ((weights * local).sum() * self.scale + over_all.sum()) / self.num_outer
+
+    def score_surrogate(self) -> Tensor:
+        """Return a term whose gradient is the score-function part, that of sites without reparametrisation.
+
+        A particle's gain is the bound minus the bound with its weight replaced by the geometric mean of the others.
+        """
+        if not self.score.dim():
+            return torch.zeros(())
+        log_weights = self.log_weights.detach().movedim(self.inner, 0)  # (K, ...)
+        num = log_weights.shape[0]
+        total = torch.logsumexp(log_weights, 0, keepdim=True)
+        gain = total
+        if num > 1:
+            own = torch.eye(num, dtype=torch.bool, device=total.device)
+            own = own.reshape(num, num, *[1] * (log_weights.dim() - 1))  # row k: all weights, the k-th marked
+            others = torch.where(own, 0.0, log_weights).sum(1, keepdim=True) / (num - 1)
+            baseline = torch.logsumexp(torch.where(own, others, log_weights), 1)
+            gain = total - baseline.nan_to_num(neginf=0.0)  # any function of the others will do
+        return (gain.movedim(0, self.inner) * self.score).sum() * self.scale / self.num_outer
+
+
+def _collect_terms(
+    layout: _PlateLayout, num_outer: int, model_trace: poutine.Trace, guide_trace: poutine.Trace
+) -> _ParticleTerms:
+    """Sum the log-densities of the model and the guide, local ones per particle and datum.
+
+    Args:
+        layout: Which dimensions mean what.
+        num_outer: The number of draws of the globals.
+        model_trace: A run of the model in the plates of particles.
+        guide_trace: A run of the guide in them.
+
+    Returns:
+        The sums.
+
+    Raises:
+        UnsupportedModelError: If local sites are scaled differently, or a site outside the data plate depends on
+            local ones.
+    """
+    local = {"p": torch.zeros(()), "q": torch.zeros(())}
+    over_all = {"p": torch.zeros(()), "q": torch.zeros(())}
+    score = torch.zeros(())
+    scale: float | Tensor | None = None
+    for kind, trace in (("p", model_trace), ("q", guide_trace)):
+        for name, site in density_sites(trace):
+            log_prob = log_density(site)
+            if layout.is_local(site):
+                if scale is not None and not _same(scale, site["scale"]):
+                    raise UnsupportedModelError(
+                        f"Site {name!r} is scaled by {site['scale']}, others in the data plate by {scale}: a plate "
+                        "subsampled within a datum, or poutine.scale, would put the scale inside the logarithm, where "
+                        "it is no bound. Subsample the data plate only."
+                    )
+                scale = site["scale"]
+                term = keep_dims(log_prob, layout.local_dims, keepdim=True)
+                local[kind] = local[kind] + term
+                if kind == "q" and not _is_reparametrised(site):
+                    score = score + term
+            else:
+                if log_prob.dim() >= -layout.inner and log_prob.shape[layout.inner] != 1:
+                    raise UnsupportedModelError(
+                        f"Site {name!r} is outside the data plate {layout.plate!r} and depends on sites inside it. "
+                        "Sample global sites first, or give data_plate=False."
+                    )
+                term = keep_dims(log_prob * site["scale"], (layout.outer,), keepdim=True)
+                over_all[kind] = over_all[kind] + term
+    return _ParticleTerms(
+        local["p"],
+        local["q"],
+        over_all["p"],
+        over_all["q"],
+        score,
+        1.0 if scale is None else scale,
+        layout.inner,
+        num_outer,
+    )
+
+
+def _is_reparametrised(site: Site) -> bool:
+    """Return whether gradients pass through the draws of a site."""
+    return bool(getattr(site["fn"], "has_rsample", False))
+
+
+def _same(first: float | Tensor, second: float | Tensor) -> bool:
+    return bool((torch.as_tensor(first) == torch.as_tensor(second)).all())
+
+
+# ---------------------------------------------------------------------------------------------------- the loss
 class IWAE_ELBO(ELBO):
     r"""The importance-weighted evidence lower bound of each datum, summed over the data.
 
@@ -131,7 +317,7 @@ class IWAE_ELBO(ELBO):
         self.num_outer_particles = num_outer_particles
         self.gradient = gradient
         self._given_nesting = max_plate_nesting
-        self._layout: PlateLayout | None = None
+        self._layout: _PlateLayout | None = None
         self._layout_of: tuple[Program, Program] | None = None
 
     # ---------------------------------------------------------------------------------------------------- interface
@@ -147,7 +333,7 @@ class IWAE_ELBO(ELBO):
         with torch.no_grad():
             layout = self._prepare(model, guide, args, kwargs)
             traces = self._run(layout, model, guide, args, kwargs)
-            return self._checked(-collect_terms(layout, self.num_outer_particles, *traces).bound()).item()
+            return self._checked(-_collect_terms(layout, self.num_outer_particles, *traces).bound()).item()
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """Return an estimate of the negative bound whose gradient is the chosen estimator's.
@@ -161,7 +347,7 @@ class IWAE_ELBO(ELBO):
         layout = self._prepare(model, guide, args, kwargs)
         if self.gradient == "plain":
             traces = self._run(layout, model, guide, args, kwargs)
-            terms = collect_terms(layout, self.num_outer_particles, *traces)
+            terms = _collect_terms(layout, self.num_outer_particles, *traces)
             bound = terms.bound()
             surrogate = bound + terms.score_surrogate()
         else:
@@ -192,7 +378,7 @@ class IWAE_ELBO(ELBO):
         frame = find_data_plate(model_trace, self.data_plate)
         reasons = []
         for name, site in density_sites(guide_trace):
-            if site["is_observed"] or is_reparametrised(site):
+            if site["is_observed"] or _is_reparametrised(site):
                 continue
             if frame is not None and not inside(site, frame.name):
                 reasons.append(
@@ -213,7 +399,7 @@ class IWAE_ELBO(ELBO):
         return loss
 
     # ---------------------------------------------------------------------------------------------------------- runs
-    def _prepare(self, model: Program, guide: Program, args: Any, kwargs: Any) -> PlateLayout:
+    def _prepare(self, model: Program, guide: Program, args: Any, kwargs: Any) -> _PlateLayout:
         """Find the plates, once for each pair, without moving the random generators."""
         if self._layout is None or self._layout_of != (model, guide):
             state = random_state()
@@ -225,7 +411,7 @@ class IWAE_ELBO(ELBO):
                 self._check_guide(layout, batch[1])
                 alone = (first.model_trace, first.guide_trace)
                 dims = [layout.inner, layout.outer]
-                difference = difference_to_alone(model, guide, args, kwargs, batch, alone, dims)
+                difference = difference_to_alone((model, guide), (args, kwargs), batch, alone, dims)
             if difference:
                 warnings.warn(difference, stacklevel=3)
             set_random_state(state)
@@ -234,7 +420,7 @@ class IWAE_ELBO(ELBO):
 
     def _find_layout(
         self, model: Program, guide: Program, args: Any, kwargs: Any
-    ) -> tuple[PlateLayout, Prototype]:
+    ) -> tuple[_PlateLayout, Prototype]:
         first = prototype(model, guide, args, kwargs, self._given_nesting)
         frame = find_data_plate(first.model_trace, self.data_plate)
         dims: tuple[int, ...] = ()
@@ -250,17 +436,17 @@ class IWAE_ELBO(ELBO):
             shared = [dim for name, dim in around[0] if all((name, dim) in stack for stack in around)]
             dims = tuple(sorted(dim for dim in (*shared, frame.dim) if dim is not None))
         nesting = first.max_plate_nesting
-        layout = PlateLayout(None if frame is None else frame.name, dims, -1 - nesting, -2 - nesting)
+        layout = _PlateLayout(None if frame is None else frame.name, dims, -1 - nesting, -2 - nesting)
         return layout, first
 
-    def _check_guide(self, layout: PlateLayout, guide_trace: poutine.Trace) -> None:
+    def _check_guide(self, layout: _PlateLayout, guide_trace: poutine.Trace) -> None:
         local = guide_trace.copy()
         rough: list[str] = []
         rough_globals: list[str] = []
         for name, site in density_sites(guide_trace):
             if not layout.is_local(site):
                 local.remove_node(name)
-            if not site["is_observed"] and not is_reparametrised(site):
+            if not site["is_observed"] and not _is_reparametrised(site):
                 (rough if layout.is_local(site) else rough_globals).append(name)
         require_independent_particles(local, layout.inner, self.num_particles)
         require_independent_particles(guide_trace, layout.outer, self.num_outer_particles)
@@ -271,18 +457,18 @@ class IWAE_ELBO(ELBO):
             )
 
     def _run(
-        self, layout: PlateLayout, model: Program, guide: Program, args: Any, kwargs: Any
+        self, layout: _PlateLayout, model: Program, guide: Program, args: Any, kwargs: Any
     ) -> tuple[poutine.Trace, poutine.Trace]:
         return run_pair(self._in_plates(layout, model), self._in_plates(layout, guide), args, kwargs)
 
-    def _in_plates(self, layout: PlateLayout, program: Program) -> Program:
-        program = LocalPlate(layout.plate, self.num_particles, layout.inner)(program)
+    def _in_plates(self, layout: _PlateLayout, program: Program) -> Program:
+        program = _LocalPlate(layout.plate, self.num_particles, layout.inner)(program)
         if self.num_outer_particles > 1:
             program = particle_plate(program, self.num_outer_particles, layout.outer, OUTER_PARTICLES)
         return program
 
     def _doubly_reparametrised(
-        self, layout: PlateLayout, model: Program, guide: Program, args: Any, kwargs: Any
+        self, layout: _PlateLayout, model: Program, guide: Program, args: Any, kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Return the bound and a surrogate of its gradient (see the module's text)."""
         if isinstance(unwrap(guide), Messenger):
@@ -302,7 +488,7 @@ class IWAE_ELBO(ELBO):
                 at_leaves.nodes[name] = copied
         guide_trace = poutine.trace(poutine.replay(guide, trace=at_leaves)).get_trace(*args, **kwargs)
         model_trace = poutine.trace(poutine.replay(model, trace=at_leaves)).get_trace(*args, **kwargs)
-        terms = collect_terms(layout, self.num_outer_particles, model_trace, guide_trace)
+        terms = _collect_terms(layout, self.num_outer_particles, model_trace, guide_trace)
         weights = terms.normalised_weights()
 
         # the model's part, live in the model's parameters; the guide's, of which only gradients at the leaves are used

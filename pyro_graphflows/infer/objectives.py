@@ -88,17 +88,16 @@ class Objective:
         loss: An ELBO of Pyro or of this package (an object with ``loss_and_grads(model, guide, *args)``; its
             ``differentiable_loss`` is preferred where there is one), an :class:`InferenceCompilation` of this
             model and guide, or that class itself; ``None`` for ``Trace_ELBO()``.
-        batch_size: The number of joint samples, if ``loss`` is the class :class:`InferenceCompilation`.
 
     Raises:
         GraphflowsError: If ``loss`` is none of these, or compiles another pair.
     """
 
-    def __init__(self, model: Program, guide: Program, loss: Any, batch_size: int) -> None:
+    def __init__(self, model: Program, guide: Program, loss: Any) -> None:
         if loss is None:
             loss = Trace_ELBO()
         elif loss is InferenceCompilation:
-            loss = InferenceCompilation(model, guide, batch_size=batch_size)
+            loss = InferenceCompilation(model, guide)
         self.compiles = isinstance(loss, InferenceCompilation)
         if self.compiles and (loss.model != model or loss.guide != guide):
             raise GraphflowsError(

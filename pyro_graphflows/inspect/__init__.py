@@ -1,11 +1,10 @@
 """From a Pyro model to its Bayesian network, and joint samples of its sites."""
 
 from pyro_graphflows.inspect.arguments import ArgumentPath, get_argument, get_arguments, same_tensor
-from pyro_graphflows.inspect.lookups import nested_by_index, with_nested_plates
-from pyro_graphflows.inspect.model import get_model_graph, trace_model
+from pyro_graphflows.inspect.graph import get_model_graph, trace_model
 from pyro_graphflows.inspect.prior import sample_prior
-from pyro_graphflows.inspect.traced import Leak, TracedModel
-from pyro_graphflows.inspect.validation import non_exchangeable_plates
+from pyro_graphflows.inspect.probes import nested_by_index, non_exchangeable_plates, with_nested_plates
+from pyro_graphflows.inspect.trace import Leak, TracedModel
 
 __all__ = [
     "ArgumentPath",

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from pyro_graphflows.errors import UnsupportedModelError
-from pyro_graphflows.inspect.taint import Region, storage_of
+from pyro_graphflows.inspect.tracer import Region, storage_of
 
 __all__ = ["ArgumentPath", "argument_leaves", "argument_name", "get_argument", "get_arguments", "same_tensor"]
 
@@ -179,7 +179,7 @@ def not_followed(model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> lis
 
 
 @lru_cache(maxsize=4096)
-def _positions(region: Region) -> np.ndarray:
+def _offsets(region: Region) -> np.ndarray:
     """Return the offsets of the elements of a region within its storage, sorted."""
     positions = np.array([region.offset])
     for size, stride in zip(region.size, region.stride, strict=True):
@@ -252,11 +252,11 @@ def covering(region: Region, candidates: Iterable[tuple[Hashable, Region]]) -> l
     equal = [name for name, other in candidates if other == region]
     if equal or not candidates:
         return equal
-    wanted = _positions(region)
+    wanted = _offsets(region)
     missing = np.ones(len(wanted), dtype=bool)
     found = []
     for name, other in candidates:
-        inside = np.isin(wanted, _positions(other), assume_unique=True)
+        inside = np.isin(wanted, _offsets(other), assume_unique=True)
         if inside.any():
             found.append(name)
             missing &= ~inside
@@ -264,7 +264,7 @@ def covering(region: Region, candidates: Iterable[tuple[Hashable, Region]]) -> l
 
 
 @dataclass(frozen=True)
-class Layout:
+class Alignment:
     """How the dimensions of an argument relate to plates: ``plates`` outer to inner, then ``event_dim``."""
 
     plates: tuple[str, ...]
@@ -272,13 +272,13 @@ class Layout:
     event_size: int
 
 
-def layout_of(shape: torch.Size, plates: Mapping[int, tuple[str, set[int]]]) -> Layout:
+def alignment_of(shape: torch.Size, plates: Mapping[int, tuple[str, set[int]]]) -> Alignment:
     """Match the shape of an argument against the plates of a site that uses it.
 
     The rightmost ``event_dim`` dimensions belong to one datum; those left of them are matched, from the
     right, with the plates' dimensions -1, -2, ... A dimension matches if it has the plate's size (or
     subsample size), and is broadcast if it has size one. Among the event dims for which everything matches,
-    the one with most plates is taken, then the smallest. Where nothing matches, the whole tensor is one event
+    the one with most plates is chosen, then the smallest. Where nothing matches, the whole tensor is one event
     shared by the plates.
 
     Args:
@@ -286,13 +286,13 @@ def layout_of(shape: torch.Size, plates: Mapping[int, tuple[str, set[int]]]) -> 
         plates: For each plate's dimension (negative), its name and the sizes that it may have.
 
     Returns:
-        The layout.
+        The alignment.
 
     Example:
-        >>> layout_of(torch.Size([10, 3]), {-1: ("data", {10})})
-        Layout(plates=('data',), event_dim=1, event_size=3)
+        >>> alignment_of(torch.Size([10, 3]), {-1: ("data", {10})})
+        Alignment(plates=('data',), event_dim=1, event_size=3)
     """
-    best = Layout((), len(shape), shape.numel())
+    best = Alignment((), len(shape), shape.numel())
     for event_dim in range(len(shape), -1, -1):
         batch = shape[: len(shape) - event_dim]
         matched = []
@@ -305,5 +305,5 @@ def layout_of(shape: torch.Size, plates: Mapping[int, tuple[str, set[int]]]) -> 
         else:
             size = shape[len(shape) - event_dim :].numel()
             if len(matched) > len(best.plates) or (matched and len(matched) == len(best.plates)):
-                best = Layout(tuple(matched), event_dim, size)
+                best = Alignment(tuple(matched), event_dim, size)
     return best

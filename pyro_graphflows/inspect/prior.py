@@ -16,9 +16,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
-from pyro_graphflows.inspect.model import trace_model
-from pyro_graphflows.inspect.record import is_transparent, kept_buffers, quiet_run
-from pyro_graphflows.inspect.traced import TracedModel
+from pyro_graphflows.inspect.graph import trace_model
+from pyro_graphflows.inspect.trace import TracedModel, is_transparent, kept_buffers, quiet_run
 
 __all__ = ["sample_prior"]
 

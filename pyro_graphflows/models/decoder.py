@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs.model_graph import ModelGraph, Node, listed
-from pyro_graphflows.models.observation import Observation
-from pyro_graphflows.nn.linear import MaskedLinear
+from pyro_graphflows.models.likelihood import Observation
+from pyro_graphflows.nn.masked import MaskedLinear
 from pyro_graphflows.nn.mlp import MaskedMLP
 
 __all__ = ["MaskedDecoder", "modules_by_node"]
@@ -46,7 +46,7 @@ def modules_by_node(
 class MaskedDecoder(nn.Module):
     r"""The parameters of each observed node as a function of its parents.
 
-    Nodes without a module of their own share one masked network with a linear part beside its hidden layers. Its
+    Nodes without a module share one masked network with a linear part beside its hidden layers. Its
     hidden units start with small outputs, and the log-scales at zero.
 
     Shape:
@@ -61,8 +61,6 @@ class MaskedDecoder(nn.Module):
             the parents), to the node's parameters (rows, number of parameters): for a normal node of size n, n
             locations in standard units and then n log-scales; for others the logits.
         units_per_set: The number of hidden units for each distinct set of parents.
-        hidden_layers: The number of hidden layers.
-        activation: The activation.
 
     Raises:
         GraphflowsError: If ``modules`` names a node that is not observed, or is something else.
@@ -76,8 +74,6 @@ class MaskedDecoder(nn.Module):
         *,
         modules: nn.Module | Mapping[Node, nn.Module] | None = None,
         units_per_set: int = 8,
-        hidden_layers: int = 1,
-        activation: str = "elu",
     ) -> None:
         super().__init__()
         modules = modules_by_node(modules, tuple(observation.kinds), "decoder")
@@ -106,8 +102,6 @@ class MaskedDecoder(nn.Module):
                 num_latent + (observation.num_features if self._needs_features else 0),
                 num_params=1,
                 units_per_set=units_per_set,
-                hidden_layers=hidden_layers,
-                activation=activation,
                 output_names=[str(node) for node in owners],
             )
             self._start_small(observation, owners)

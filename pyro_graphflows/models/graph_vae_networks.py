@@ -18,9 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 __all__ = [
     "BottomUp",
     "TopDown",
-    "batch_statistics_anew",
     "decoder_network",
     "encoder_network",
+    "fresh_batch_statistics",
     "fuse",
     "matching_width",
     "normal",
@@ -216,8 +216,8 @@ def on_rows(network: nn.Module, inputs: Tensor, event_dim: int = 1) -> Tensor:
 
 
 @contextmanager
-def batch_statistics_anew(module: nn.Module) -> Iterator[None]:
-    """Collect the batch statistics of a module in evaluation mode anew, as plain averages over the batches inside.
+def fresh_batch_statistics(module: nn.Module) -> Iterator[None]:
+    """Replace the batch statistics of a module in evaluation mode by plain averages over the batches inside.
 
     Args:
         module: The module; only its batch norms are in training mode inside.

@@ -21,14 +21,15 @@ References:
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.inversion import faithful_inverse
 from pyro_graphflows.graphs.linear_gaussian import LinearGaussianNetwork
@@ -36,24 +37,14 @@ from pyro_graphflows.graphs.model_graph import ModelGraph, Node, listed
 from pyro_graphflows.infer.particles import evaluation_mode
 from pyro_graphflows.models.decoder import MaskedDecoder, modules_by_node
 from pyro_graphflows.models.latent_model import LatentModel
-from pyro_graphflows.models.linear_start import put_linear_gaussian_
-from pyro_graphflows.models.observation import HALF_LOG_TWO_PI, Likelihood
-from pyro_graphflows.models.variants import variant_graph
-from pyro_graphflows.transforms.base import GraphTransform
-from pyro_graphflows.transforms.faithful_nn import FaithfulResidualNN
-from pyro_graphflows.transforms.faithful_residual import FaithfulResidual
-from pyro_graphflows.transforms.flow_nn import FlowNN
-from pyro_graphflows.transforms.fused_levels import LevelSampler
-from pyro_graphflows.transforms.graphical_nn import GraphicalResidualNN
-from pyro_graphflows.transforms.graphical_residual import GraphicalResidual
+from pyro_graphflows.models.likelihood import HALF_LOG_TWO_PI, Likelihood
+from pyro_graphflows.transforms.faithful import FaithfulResidualNN
+from pyro_graphflows.transforms.level_sampler import LevelSampler
+from pyro_graphflows.transforms.network import FlowNN
+from pyro_graphflows.transforms.priors import flow_classes
 from pyro_graphflows.transforms.structure import FlowStructure
 
-__all__ = ["SIReNVAE"]
-
-_FLOWS: dict[str, tuple[type[Any], type[GraphTransform]]] = {
-    "faithful": (FaithfulResidualNN, FaithfulResidual),
-    "graphical": (GraphicalResidualNN, GraphicalResidual),
-}
+__all__ = ["SIReNVAE", "variant_graph"]
 
 
 class SIReNVAE(LatentModel):
@@ -92,7 +83,7 @@ class SIReNVAE(LatentModel):
         >>> graph = ModelGraph([("a", "b"), ("b", "x"), ("b", "y")], observed=["x", "y"])
         >>> vae = SIReNVAE(graph)
         >>> x = torch.randn(50, 2)
-        >>> history = vae.fit(x, num_epochs=2, progress=False)
+        >>> history = vae.fit(x, schedule=2, progress=False)
         >>> vae.log_evidence(x, num_particles=10).log_evidence.shape, vae.sample(7).shape
         (torch.Size([50]), torch.Size([7, 2]))
     """
@@ -113,14 +104,13 @@ class SIReNVAE(LatentModel):
         **options: Any,
     ) -> None:
         super().__init__(graph, likelihood=likelihood, latent_name=latent_name)
-        if flow not in _FLOWS:
-            raise GraphflowsError(f"Expected flow to be one of {', '.join(map(repr, _FLOWS))}; got {flow!r}.")
+        classes = flow_classes(flow)
         if not isinstance(inverse, InverseGraph):
             inverse = faithful_inverse(graph, inverse)
         elif inverse.graph != graph:
             raise GraphflowsError("Expected an inverse of the given graph; got one of another graph.")
         self.inverse = inverse
-        network, self._transform = _FLOWS[flow]
+        network, self._transform = classes.network, classes.plain
         known_options = set(inspect.signature(network).parameters) - {"structure", "closed_form"}
         unknown = listed(set(options) - known_options)
         if unknown:
@@ -140,7 +130,8 @@ class SIReNVAE(LatentModel):
         self.decoder = MaskedDecoder(
             graph, self.latents, self.observation, modules=decoder, units_per_set=decoder_units
         )
-        self._sampler = LevelSampler(self.encoder_network) if flow == "faithful" else None
+        encoder_net = self.encoder_network
+        self._sampler = LevelSampler(encoder_net) if isinstance(encoder_net, FaithfulResidualNN) else None
 
     @classmethod
     def from_variant(cls, graph: ModelGraph, variant: str, **options: Any) -> "SIReNVAE":
@@ -165,12 +156,20 @@ class SIReNVAE(LatentModel):
         }
 
     def put_linear_gaussian_(self, network: LinearGaussianNetwork) -> None:
-        """Become a linear-Gaussian network with its exact posterior; see :func:`put_linear_gaussian_`.
+        """Set all parameters so that the model is a linear-Gaussian network and the encoder its posterior.
+
+        Every importance weight of a datum then equals its exact evidence. Hidden units get zero output and stay
+        trainable: this is also a start from a network that is known approximately. The standardisation is kept.
 
         Args:
-            network: A network over the nodes of the graph.
+            network: A network whose nodes are those of the model's graph, and whose parents are among the graph's.
+
+        Raises:
+            GraphflowsError: If the nodes differ, or a parent in the network is none in the graph.
+            UnsupportedModelError: If the flow is the graphical one, a node is a vector or not normal, or a decoder or
+                encoder module was given.
         """
-        put_linear_gaussian_(self, network)
+        _put_linear_gaussian_(self, network)
 
     # ------------------------------------------------------------------------------------------------- structure
 
@@ -271,6 +270,147 @@ class SIReNVAE(LatentModel):
             zeros = zeros.expand(*context[0].shape[:-1], -1)
         base = dist.Normal(zeros, torch.ones_like(zeros)).to_event(1)
         return dist.TransformedDistribution(base, [self._transform(network, *context)])
+
+
+def variant_graph(graph: ModelGraph, variant: str) -> ModelGraph:
+    """Return a network over the same nodes that knows less of the structure, as compared in [1].
+
+    - ``"true"``: the network itself;
+    - ``"ind"``: independent latent nodes, all of them parents of every observed node;
+    - ``"FC"``: latent nodes fully connected in the network's topological order, all parents of every observed node.
+
+    In the last two, edges from observed nodes and inputs are those of the network; observed parents of latent nodes
+    would make cycles.
+
+    Args:
+        graph: The true network.
+        variant: One of the three words.
+
+    Returns:
+        The network of the variant.
+
+    Raises:
+        GraphflowsError: If ``variant`` is another word.
+        UnsupportedModelError: If latent nodes have observed parents, and the variant is not ``"true"``.
+
+    Example:
+        >>> graph = ModelGraph([("a", "b"), ("b", "x"), ("a", "y")], observed=["x", "y"])
+        >>> variant_graph(graph, "ind").edges
+        (('a', 'x'), ('b', 'x'), ('a', 'y'), ('b', 'y'))
+    """
+    if variant == "true":
+        return graph
+    if variant not in ("ind", "FC"):
+        raise GraphflowsError(f"Expected variant to be 'true', 'ind' or 'FC'; got {variant!r}.")
+    latent = graph.latent
+    below = [node for node in latent if set(graph.observed) & set(graph.parents(node))]
+    if below:
+        raise UnsupportedModelError(
+            f"Expected latent nodes without observed parents for variant {variant!r}, in which all latent nodes are "
+            f"parents of every observed node; {listed(below)} have some."
+        )
+    edges: list[tuple[Node, Node]] = [(p, c) for p, c in graph.edges if p not in set(latent)]
+    if variant == "FC":
+        edges += [(p, c) for i, c in enumerate(latent) for p in latent[:i]]
+    edges += [(p, c) for c in graph.observed for p in latent]
+    return graph.with_edges(edges)
+
+
+@torch.no_grad()
+def _put_linear_gaussian_(vae: SIReNVAE, network: LinearGaussianNetwork) -> None:
+    """Do as :meth:`SIReNVAE.put_linear_gaussian_` says."""
+    graph, observation = vae.graph, vae.observation
+    prior, encoder, decoder = vae.prior_network, vae.encoder_network, vae.decoder
+    plain = all(kind == "normal" for kind, _ in observation.kinds.values()) and decoder.network is not None
+    scalar = all(size == 1 for size in graph.event_sizes.values())
+    faithful = isinstance(prior, FaithfulResidualNN) and isinstance(encoder, FaithfulResidualNN)
+    if not (plain and scalar and faithful) or len(decoder.modules_by_node) or len(vae.feature_modules):
+        raise UnsupportedModelError(
+            "Expected a faithful flow over scalar normal nodes, without modules for decoder or encoder."
+        )
+    if set(network.names) != set(graph.nodes):
+        raise GraphflowsError("Expected a network over the nodes of the graph; got other nodes.")
+    for node in (*graph.latent, *graph.observed):
+        more = sorted(set(network.parents[node]) - set(graph.parents(node)))
+        if more:
+            raise GraphflowsError(
+                f"Expected parents of {node} that are its parents in the graph; got {', '.join(more)}."
+            )
+
+    def law(node: Any) -> tuple[Sequence[Any], Any, float, float]:
+        return (
+            network.parents[node],
+            network.coefficients[node],
+            network.intercepts[node],
+            network.scales[node],
+        )
+
+    def posterior(node: Any) -> tuple[Sequence[Any], Any, float, float]:
+        given: Any = vae.inverse.parents[node]
+        return given, *network.conditional(node, given)
+
+    columns = {node: part.start for node, part in observation.columns.items()}
+    centre = {node: float(observation.loc[i]) for node, i in columns.items()}
+    width = {node: float(observation.scale[i]) for node, i in columns.items()}
+
+    def in_units(given: Sequence[Any], coefficients: Any, intercept: float) -> tuple[list[float], float]:
+        """Return coefficients and intercept for known parents in standard units."""
+        slopes = [float(b) * width.get(p, 1.0) for p, b in zip(given, coefficients, strict=True)]
+        return slopes, intercept + sum(
+            b * centre.get(p, 0.0) for p, b in zip(given, coefficients, strict=True)
+        )
+
+    def put(
+        flow: Any, kept: list[int] | None, of: Callable[[Any], tuple[Sequence[Any], Any, float, float]]
+    ) -> None:
+        place = {column: i for i, column in enumerate(range(flow.context_dim) if kept is None else kept)}
+        weights = torch.zeros(flow.event_dim, flow.context_dim + flow.event_dim, dtype=torch.float64)
+        shift, scale = torch.zeros(2, flow.event_dim, dtype=torch.float64)
+        for node, part in vae.latents.items():
+            given, coefficients, intercept, sd = of(node)
+            slopes, shift[part.start] = in_units(given, coefficients, intercept)
+            scale[part.start] = sd
+            for parent, slope in zip(given, slopes, strict=True):
+                latent = parent in vae.latents
+                j = flow.context_dim + vae.latents[parent].start if latent else place[columns[parent]]
+                weights[part.start, j] = slope
+        device = flow.loc.device
+        flow.init_linear_(weights.to(device), shift.to(device), scale.to(device))
+
+    put(prior, vae._prior_columns, law)
+    put(encoder, vae._columns, posterior)
+
+    assert decoder.network is not None
+    decoder.network.zero_output_()
+    skip: Any = decoder.network.skip
+    matrix, bias = (
+        torch.zeros_like(skip.masked_weight(), dtype=torch.float64),
+        torch.zeros(len(skip.bias)).double(),
+    )
+    bound = observation.log_scale_bound
+    for node in graph.observed:
+        slopes, intercept = in_units(*law(node)[:3])
+        row, row_scale = observation.own(node)
+        for parent, slope in zip(network.parents[node], slopes, strict=True):
+            latent = parent in vae.latents
+            j = vae.latents[parent].start if latent else vae.latent_dim + columns[parent]
+            matrix[row, j] = slope / width[node]
+        bias[row] = (intercept - centre[node]) / width[node]
+        log_scale = math.log(network.scales[node] / width[node])
+        if abs(log_scale) >= bound:
+            raise GraphflowsError(
+                f"Expected log-scales within {bound:g} in standard units; {node} has {log_scale:g}."
+            )
+        bias[row_scale] = bound * math.atanh(log_scale / bound)
+    _set(skip, matrix)
+    skip.bias.copy_(bias)
+    observation.units_are_kept = True
+
+
+def _set(layer: Any, matrix: Tensor) -> None:
+    """Write a dense matrix into a masked layer of either engine."""
+    rows, columns = layer.sparse_mask().indices
+    layer.weight.copy_(matrix if layer.engine == "dense" else matrix[rows, columns])
 
 
 def _log_density(eps: Tensor, log_diag: Tensor) -> Tensor:

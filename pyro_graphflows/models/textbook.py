@@ -1,4 +1,4 @@
-"""Pyro models of the textbook graphs in :mod:`pyro_graphflows.graphs.library`, under the same names.
+"""Pyro models of the textbook graphs in :mod:`pyro_graphflows.graphs.library`, under the same names with ``_model``.
 
 Each takes its data first, as a tensor with one column per observed site (in the order of the graph's
 ``observed``), and ``num_samples``: the size of the plate ``"data"`` when there are no data. The regression models
@@ -15,15 +15,15 @@ from pyro_graphflows.errors import GraphflowsError
 
 __all__ = [
     "EIGHT_SCHOOLS",
-    "arithmetic_circuit",
-    "asia",
-    "burglar_alarm",
-    "eight_schools",
-    "eight_schools_non_centred",
-    "factorial_hidden_markov_chain",
-    "four_cycle",
-    "hidden_markov_chain",
-    "linear_regression",
+    "arithmetic_circuit_model",
+    "asia_model",
+    "burglar_alarm_model",
+    "eight_schools_model",
+    "eight_schools_non_centred_model",
+    "factorial_hidden_markov_chain_model",
+    "four_cycle_model",
+    "hidden_markov_chain_model",
+    "linear_regression_model",
 ]
 
 #: Estimated effects and standard errors of the eight coaching experiments (Rubin 1981, Table 1).
@@ -33,7 +33,7 @@ EIGHT_SCHOOLS = {
 }
 
 
-def arithmetic_circuit(x: Tensor | None = None, num_samples: int = 1) -> None:
+def arithmetic_circuit_model(x: Tensor | None = None, num_samples: int = 1) -> None:
     """The arithmetic circuit: nonlinear, with a Laplace prior and products of latent variables.
 
     References:
@@ -59,7 +59,7 @@ def arithmetic_circuit(x: Tensor | None = None, num_samples: int = 1) -> None:
         pyro.sample("x1", dist.Normal(z5, 0.1), obs=columns[1])
 
 
-def four_cycle(x: Tensor | None = None, num_samples: int = 1, *, scale: float = 0.5) -> None:
+def four_cycle_model(x: Tensor | None = None, num_samples: int = 1, *, scale: float = 0.5) -> None:
     """Four standard normal causes in a ring; each effect is the sum of two neighbours plus noise.
 
     Args:
@@ -77,7 +77,7 @@ def four_cycle(x: Tensor | None = None, num_samples: int = 1, *, scale: float = 
             pyro.sample(f"x{a}{b}", dist.Normal(z[a - 1] + z[b - 1], scale), obs=column)
 
 
-def hidden_markov_chain(
+def hidden_markov_chain_model(
     x: Tensor | None = None,
     num_samples: int = 1,
     *,
@@ -107,7 +107,7 @@ def hidden_markov_chain(
             pyro.sample(f"x{t}", dist.Normal(z, scale), obs=column)
 
 
-def factorial_hidden_markov_chain(
+def factorial_hidden_markov_chain_model(
     x: Tensor | None = None,
     num_samples: int = 1,
     *,
@@ -146,7 +146,7 @@ def factorial_hidden_markov_chain(
             pyro.sample(f"x{t}", dist.Normal(sum(z), scale), obs=column)
 
 
-def burglar_alarm(x: Tensor | None = None, num_samples: int = 1) -> None:
+def burglar_alarm_model(x: Tensor | None = None, num_samples: int = 1) -> None:
     """The burglar alarm, all sites Bernoulli.
 
     References:
@@ -170,7 +170,7 @@ def burglar_alarm(x: Tensor | None = None, num_samples: int = 1) -> None:
         pyro.sample("mary_calls", dist.Bernoulli(_rate(alarm, 0.01, 0.7)), obs=columns[1])
 
 
-def asia(x: Tensor | None = None, num_samples: int = 1) -> None:
+def asia_model(x: Tensor | None = None, num_samples: int = 1) -> None:
     """The chest clinic, all sites Bernoulli; ``either`` is a deterministic site (tuberculosis or cancer).
 
     References:
@@ -197,7 +197,7 @@ def asia(x: Tensor | None = None, num_samples: int = 1) -> None:
         pyro.sample("dysp", dist.Bernoulli(rates[bronc.long(), either.long()]), obs=columns[1])
 
 
-def linear_regression(x: Tensor, y: Tensor | None = None) -> None:
+def linear_regression_model(x: Tensor, y: Tensor | None = None) -> None:
     """Bayesian linear regression with unknown noise scale, data in the plate ``"data"``.
 
     Args:
@@ -212,7 +212,7 @@ def linear_regression(x: Tensor, y: Tensor | None = None) -> None:
         pyro.sample("y", dist.Normal(intercept + slope * x, sigma), obs=y)
 
 
-def eight_schools(sigma: Tensor, y: Tensor | None = None) -> None:
+def eight_schools_model(sigma: Tensor, y: Tensor | None = None) -> None:
     """The eight schools with effects ``theta`` as sites.
 
     References:
@@ -231,10 +231,10 @@ def eight_schools(sigma: Tensor, y: Tensor | None = None) -> None:
         pyro.sample("y", dist.Normal(theta, sigma), obs=y)
 
 
-def eight_schools_non_centred(sigma: Tensor, y: Tensor | None = None) -> None:
+def eight_schools_non_centred_model(sigma: Tensor, y: Tensor | None = None) -> None:
     """The eight schools with standard normal ``eta`` as sites, and ``theta = mu + tau * eta``.
 
-    The posterior of ``theta`` is that of :func:`eight_schools`.
+    The posterior of ``theta`` is that of :func:`eight_schools_model`.
 
     Args:
         sigma: The known standard errors (J,).

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs.model_graph import ModelGraph, Node
 from pyro_graphflows.models.latent_model import LatentModel
-from pyro_graphflows.models.observation import HALF_LOG_TWO_PI, Likelihood
+from pyro_graphflows.models.likelihood import HALF_LOG_TWO_PI, Likelihood
 
 __all__ = ["VAE"]
 

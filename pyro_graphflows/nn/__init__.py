@@ -5,8 +5,8 @@ from pyro_graphflows.nn.autoregressive import (
     ConditionalGraphicalAutoRegressiveNN,
     GraphicalAutoRegressiveNN,
 )
-from pyro_graphflows.nn.linear import MaskedLinear
 from pyro_graphflows.nn.lipschitz import SpectralBound
+from pyro_graphflows.nn.masked import MaskedLinear
 from pyro_graphflows.nn.mlp import LevelEvaluation, MaskedMLP
 from pyro_graphflows.nn.residual import MaskedResidualNet, ResidualEvaluation
 

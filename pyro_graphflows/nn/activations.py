@@ -2,7 +2,7 @@ r"""Activations with known slopes.
 
 A residual block :math:`z + g(z)` is invertible when every diagonal entry of the Jacobian of g is above −1, and
 the bound on g needs the range of the activation's derivative. So each activation here knows it: for every x
-and every value of its own parameters,
+and every value of its parameters,
 
 .. math:: \texttt{slope\_min} \le \varphi'(x) \le \texttt{slope\_max}, \qquad |\varphi'(x)| \le 1.
 

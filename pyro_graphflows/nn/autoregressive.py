@@ -43,7 +43,7 @@ class ConditionalGraphicalAutoRegressiveNN(nn.Module):
         units_per_set: The number of units for each distinct set of parents, without ``hidden_dims``.
         skip_connections: Whether there is a linear map beside the hidden layers.
         activation: A name or a module.
-        engine: The engine of the layers; see :class:`~pyro_graphflows.nn.linear.MaskedLinear`.
+        engine: The engine of the layers; see :class:`~pyro_graphflows.nn.masked.MaskedLinear`.
 
     Attributes:
         input_dim: D.
@@ -81,7 +81,7 @@ class ConditionalGraphicalAutoRegressiveNN(nn.Module):
         super().__init__()
         if not param_dims or min(param_dims) < 1:
             raise GraphflowsError(f"Expected positive param_dims; got {list(param_dims)}.")
-        variables, parents, sizes = _read(graph)
+        variables, parents, sizes = _variables_and_parents(graph)
         chosen = set(variables)
         outside = {p for node in variables for p in parents[node]} - chosen
         order = list(graph.graph.nodes if isinstance(graph, InverseGraph) else graph.nodes)
@@ -197,7 +197,7 @@ class GraphicalAutoRegressiveNN(ConditionalGraphicalAutoRegressiveNN):
         return super().forward(x, context)
 
 
-def _read(
+def _variables_and_parents(
     graph: nx.DiGraph | ModelGraph | InverseGraph,
 ) -> tuple[list[Node], dict[Node, tuple[Node, ...]], dict[Node, int]]:
     """Return the variables, their parents and the event sizes of all nodes."""

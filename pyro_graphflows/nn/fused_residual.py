@@ -26,9 +26,8 @@ from torch import Tensor, nn
 
 from pyro_graphflows.masks import LabelledMasks, SparseMask
 from pyro_graphflows.nn.activations import Activation, value_and_slope
-from pyro_graphflows.nn.linear import MaskedLinear
+from pyro_graphflows.nn.masked import MaskedLinear, SparsePattern, sparse_product, sparse_sample
 from pyro_graphflows.nn.operation import Operation
-from pyro_graphflows.nn.sparse import SparsePattern, sparse_product, sparse_sample
 
 __all__ = ["FusedResidual", "OwnerPass", "residual_chain"]
 
@@ -248,17 +247,16 @@ def _pull(
     z: Tensor,
     weights: Sequence[Tensor],
     kept: Sequence[Tensor],
-    grad_g: Tensor,
-    grad_diagonal: Tensor,
+    grads: tuple[Tensor, Tensor],
     need_z: bool,
 ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
-    """Return the gradients of z (None if not needed), of the shift, and of the weights."""
+    """Return the gradients of z (None if not needed), of the shift, and of the weights, from those of g and d."""
     layers, owner_pass, entries = operation.layers, operation.owner_pass, weights[::2]
     depth = len(layers) - 1
     first, second, *kept = kept
     tangents, partial, terms = kept[:depth], kept[depth : 2 * depth - 1], kept[2 * depth - 1 :]
     results: list[Tensor] = []  # for the weights, from the last
-    grad_a, grad_u = grad_g, grad_diagonal
+    grad_a, grad_u = grads
     for i in range(depth, 0, -1):
         value, slope, curve = terms[3 * i - 3 : 3 * i]
         pattern, places = owner_pass.pattern(i - 1), owner_pass.kept(i - 1)
@@ -301,9 +299,9 @@ class _Residual(Operation):
         if torch.is_grad_enabled():  # create_graph=True
             outputs = operation.plain(z, shift, weights)
             return (None, *_differentiable(ctx, outputs, (z, shift, *weights), grads))
-        grad_g, grad_diagonal = grads
+        by_output = (grads[0], grads[1])
         grad_z, grad_shift, by_weights = _pull(
-            operation, z, weights, kept, grad_g, grad_diagonal, ctx.needs_input_grad[1]
+            operation, z, weights, kept, by_output, ctx.needs_input_grad[1]
         )
         return (None, grad_z, None if shift is None else grad_shift, *by_weights)
 
@@ -345,7 +343,7 @@ class _Chain(Operation):
             (y, slope, *kept), saved = saved[-_num_kept(operation) - 2 :], saved[: -_num_kept(operation) - 2]
             need = i > 0 or ctx.needs_input_grad[1]
             grad_z, grad_shift, by_weights = _pull(
-                operation, y, own[1:], kept, grad_y, grad_total / slope, need
+                operation, y, own[1:], kept, (grad_y, grad_total / slope), need
             )
             results.append([None if own[0] is None else grad_shift, *by_weights])
             grad_y = grad_y if grad_z is None else grad_z.add_(grad_y)
@@ -366,7 +364,7 @@ def _split(operations: Sequence[FusedResidual], parts: Sequence[Any]) -> list[Se
 def _differentiable(
     ctx: Any, outputs: tuple[Tensor, Tensor], arguments: Sequence[Tensor | None], grads: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """Return the gradients of the arguments with a graph of their own."""
+    """Return the gradients of the arguments, differentiable themselves."""
     needs = ctx.needs_input_grad[1:]
     needed = [x for x, need in zip(arguments, needs, strict=True) if need and x is not None]
     found = iter(torch.autograd.grad(outputs, needed, grads, create_graph=True, allow_unused=True))

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.nn.linear import MaskedLinear
+from pyro_graphflows.nn.masked import MaskedLinear
 from pyro_graphflows.nn.operation import Operation
 
 __all__ = ["SpectralBound", "bounded_entries"]
@@ -121,7 +121,7 @@ class SpectralBound(nn.Module):
             small, basis = self._track(layer)
         wide = layer.in_features > layer.out_features
         large = layer.product(layer.entries(), small[:, None], transposed=wide)[:, 0]
-        large = large / _length(large)
+        large = large / _norms(large)
         left, right = (small, large) if wide else (large, small)
         self.left.copy_(left)
         self.right.copy_(right)
@@ -266,10 +266,10 @@ def _filter(multiply: Callable[[Tensor], Tensor], x: Tensor, top: Tensor, degree
     before, now = x, multiply(x) / half - x
     for _ in range(degree - 1):
         before, now = now, 2 * (multiply(now) / half - now) - before
-    return now / _length(now)
+    return now / _norms(now)
 
 
-def _length(x: Tensor) -> Tensor:
+def _norms(x: Tensor) -> Tensor:
     """The norms of the columns, or of a vector, never zero."""
     return torch.linalg.vector_norm(x, dim=0).clamp(min=torch.finfo(x.dtype).tiny)
 

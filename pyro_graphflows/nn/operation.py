@@ -22,7 +22,7 @@ class Operation(torch.autograd.Function):
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        """Apply the function, by way of ``__torch_function__`` where an argument's class has one of its own."""
+        """Apply the function, by way of ``__torch_function__`` where the class of an argument defines it."""
         special = [arg for arg in args if isinstance(arg, Tensor) and type(arg) not in _PLAIN]
         if special:
             return handle_torch_function(cls.apply, special, *args)

@@ -18,8 +18,8 @@ from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.masks import SparseMask, label_masks
 from pyro_graphflows.nn.activations import Activation, make_activation
 from pyro_graphflows.nn.fused_residual import FusedResidual, OwnerPass, residual_chain
-from pyro_graphflows.nn.linear import FUSED_OVERHEAD, MaskedLinear, fastest_engine
 from pyro_graphflows.nn.lipschitz import SpectralBound, bounded_entries
+from pyro_graphflows.nn.masked import FUSED_OVERHEAD, MaskedLinear, fastest_engine
 
 __all__ = ["MaskedResidualNet", "ResidualEvaluation", "all_entries", "go_through"]
 

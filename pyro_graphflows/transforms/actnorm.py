@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.transforms.flow_nn import moments
+from pyro_graphflows.transforms.network import moments
 
 __all__ = ["ActNorm", "actnorm"]
 

@@ -1,6 +1,7 @@
 """Priors over a latent vector with the structure of a Bayesian network."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pyro.distributions as dist
@@ -10,19 +11,53 @@ from torch import Tensor
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs.model_graph import ModelGraph, Node
-from pyro_graphflows.transforms.base import GraphTransform
-from pyro_graphflows.transforms.faithful_nn import FaithfulResidualNN
-from pyro_graphflows.transforms.faithful_residual import ConditionalFaithfulResidual, FaithfulResidual
-from pyro_graphflows.transforms.graphical_nn import GraphicalResidualNN
-from pyro_graphflows.transforms.graphical_residual import ConditionalGraphicalResidual, GraphicalResidual
+from pyro_graphflows.transforms.faithful import FaithfulResidualNN
+from pyro_graphflows.transforms.graphical import GraphicalResidualNN
+from pyro_graphflows.transforms.network import ConditionalGraphTransform, FlowNN, GraphTransform
+from pyro_graphflows.transforms.residual import (
+    ConditionalFaithfulResidual,
+    ConditionalGraphicalResidual,
+    FaithfulResidual,
+    GraphicalResidual,
+)
 from pyro_graphflows.transforms.structure import FlowStructure, GraphLike, flow_structure
 
-__all__ = ["GraphicalFlowPrior"]
+__all__ = ["GraphicalFlowPrior", "flow_classes"]
 
-_FAMILIES: dict[str, tuple[Any, Any, Any]] = {
-    "faithful": (FaithfulResidualNN, FaithfulResidual, ConditionalFaithfulResidual),
-    "graphical": (GraphicalResidualNN, GraphicalResidual, ConditionalGraphicalResidual),
+
+@dataclass(frozen=True)
+class FlowClasses:
+    """The classes of one family of flows.
+
+    Args:
+        network: From a structure and options to a network.
+        plain: From a network to a transform.
+        conditional: From a network to a conditional transform.
+    """
+
+    network: Callable[..., FlowNN]
+    plain: Callable[..., GraphTransform]
+    conditional: Callable[[Any], ConditionalGraphTransform]
+
+
+_FLOWS = {
+    "faithful": FlowClasses(FaithfulResidualNN, FaithfulResidual, ConditionalFaithfulResidual),
+    "graphical": FlowClasses(GraphicalResidualNN, GraphicalResidual, ConditionalGraphicalResidual),
 }
+
+
+def flow_classes(flow: str) -> FlowClasses:
+    """Return the classes of a family of flows.
+
+    Args:
+        flow: ``"faithful"`` or ``"graphical"``.
+
+    Raises:
+        GraphflowsError: If it is another word.
+    """
+    if flow not in _FLOWS:
+        raise GraphflowsError(f"Expected flow to be one of {', '.join(map(repr, _FLOWS))}; got {flow!r}.")
+    return _FLOWS[flow]
 
 
 class GraphicalFlowPrior(PyroModule):
@@ -73,15 +108,11 @@ class GraphicalFlowPrior(PyroModule):
         **options: Any,
     ) -> None:
         super().__init__()
-        if flow not in _FAMILIES:
-            raise GraphflowsError(
-                f"Expected flow to be one of {', '.join(map(repr, _FAMILIES))}; got {flow!r}."
-            )
+        classes = flow_classes(flow)
         variables = graph.latent if isinstance(graph, ModelGraph) else None
         structure = flow_structure(graph, context, variables=variables)
-        network, plain, conditional = _FAMILIES[flow]
-        built = network(structure, closed_form=closed_form, **options)
-        self.flow = conditional(built) if structure.context_dim else plain(built)
+        network = classes.network(structure, closed_form=closed_form, **options)
+        self.flow = classes.conditional(network) if structure.context_dim else classes.plain(network)
 
     @property
     def structure(self) -> FlowStructure:

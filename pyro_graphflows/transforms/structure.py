@@ -19,7 +19,7 @@ from pyro_graphflows.errors import GraphflowsError, NotADAGError
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph, Node, topological_order
 
-__all__ = ["FlowStructure", "GraphLike", "flow_structure"]
+__all__ = ["FlowStructure", "GraphLike", "flow_structure", "slices_of", "some_names", "without_context"]
 
 GraphLike: TypeAlias = nx.DiGraph | ModelGraph | InverseGraph
 
@@ -190,15 +190,16 @@ class FlowStructure:
     @property
     def slices(self) -> Mapping[Node, slice]:
         """Where each node's scalars are among the variables."""
-        return _slices(self.nodes)
+        return slices_of(self.nodes)
 
     @property
     def context_slices(self) -> Mapping[Node, slice]:
         """Where each context node's scalars are among the context columns."""
-        return _slices(self.context_nodes)
+        return slices_of(self.context_nodes)
 
 
-def _slices(sizes: Mapping[Node, int]) -> Mapping[Node, slice]:
+def slices_of(sizes: Mapping[Node, int]) -> Mapping[Node, slice]:
+    """Return where each node is in a row of numbers, from the number that each has."""
     slices, start = {}, 0
     for node, size in sizes.items():
         slices[node] = slice(start, start + size)
@@ -266,8 +267,8 @@ def flow_structure(
         outside |= set(given)
     columns = [node for node in nodes if node in outside]
     _check_context(graph, columns, parents, chosen)
-    position = _positions(event, sizes)
-    column = _positions(columns, sizes)
+    position = _node_ranges(event, sizes)
+    column = _node_ranges(columns, sizes)
     rows, context_rows, names = [], [], []
     for node in event:
         own = [i for p in parents[node] if p in chosen for i in position[p]]
@@ -292,8 +293,31 @@ def flow_structure(
     )
 
 
-def _positions(nodes: Sequence[Node], sizes: Mapping[Node, int]) -> dict[Node, range]:
-    return {node: range(s.start, s.stop) for node, s in _slices({n: sizes[n] for n in nodes}).items()}
+def without_context(graph: GraphLike | FlowStructure, conditional: str) -> FlowStructure:
+    """Return the structure of a flow over a graph without context nodes.
+
+    Args:
+        graph: The graph.
+        conditional: The name of the helper for graphs with context, for the message.
+
+    Raises:
+        GraphflowsError: If there are context nodes.
+    """
+    structure = flow_structure(graph)
+    if structure.context_dim:
+        raise GraphflowsError(
+            f"Expected a graph without context; got {some_names(structure.context_names)}. Use {conditional}."
+        )
+    return structure
+
+
+def some_names(names: tuple[str, ...]) -> str:
+    """Return up to twenty names in one line."""
+    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+
+
+def _node_ranges(nodes: Sequence[Node], sizes: Mapping[Node, int]) -> dict[Node, range]:
+    return {node: range(s.start, s.stop) for node, s in slices_of({n: sizes[n] for n in nodes}).items()}
 
 
 def _read(

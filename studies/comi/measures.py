@@ -71,14 +71,16 @@ class JointDensity:
     """
 
     def __init__(self, guide, network):
-        (self.block,), (self.features,) = guide.networks, guide.features
-        sites = list(self.block.outputs)
+        (block,) = guide.blocks
+        conditionals = block.conditionals
+        self.network, self.features = conditionals.network, block.inputs.features
+        sites = list(conditionals.outputs)
         columns = {name: i for i, name in enumerate(network.names)}
-        self.context = [columns[node.name] for node in self.block.block.context]
+        self.context = [columns[name] for name in block.inputs.names]
         self.latent = [columns[name] for name in sites]
-        self.loc = [self.block.outputs[name].start for name in sites]
+        self.loc = [conditionals.outputs[name].start for name in sites]
         self.log_scale = [i + 1 for i in self.loc]
-        parts = zip(*map(self.block.standardization, sites), strict=True)
+        parts = zip(*map(conditionals.output_units, sites), strict=True)
         self.shift, self.scale = (torch.cat(part) for part in parts)
         self.constant = float(self.scale.log().sum()) + 0.5 * len(sites) * math.log(2 * math.pi)
 
@@ -90,7 +92,7 @@ class JointDensity:
 
     def parameters(self, joint, u):
         """Return location and log-scale of all standardised latents, in sampling order."""
-        outputs = self.block.network(torch.cat([self.features(joint[:, self.context]), u], -1)).squeeze(-1)
+        outputs = self.network(torch.cat([self.features(joint[:, self.context]), u], -1)).squeeze(-1)
         return outputs[:, self.loc], outputs[:, self.log_scale]
 
     def conditionals(self, joint):

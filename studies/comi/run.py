@@ -38,7 +38,7 @@ import numpy as np
 import pyro
 import torch
 
-from pyro_graphflows import auto_faithful_guide, binary_tree
+from pyro_graphflows import Normal, auto_faithful_guide, binary_tree
 from studies.comi.measures import DTYPE, Exact, JointDensity, Judge, compare_densities
 from studies.comi.report import render
 from studies.flags import add_places
@@ -77,11 +77,9 @@ def make_guide(network, structure, seed, init, hidden_dims, num_samples=10_000):
     return auto_faithful_guide(
         network.pyro_model(),
         example,
+        family=Normal(hidden_dims=hidden_dims, activation="relu", skip=init == "regression"),
         inverse=INVERSES[structure],
-        hidden_dims=hidden_dims,
-        activation="relu",
         init=init,
-        skip=init == "regression",
         num_start_samples=num_samples,
     )
 

@@ -38,10 +38,15 @@ import torch
 from pyro.infer import TraceMeanField_ELBO
 
 from pyro_graphflows import (
+    Flow,
     GraphVAE,
     InverseGraph,
     LinearGaussianNetwork,
     ModelGraph,
+    Normal,
+    Progress,
+    Schedule,
+    TrainingData,
     auto_faithful_guide,
     faithful_inverse,
     fit,
@@ -166,12 +171,9 @@ def train_model(data, seed, args):
         data.batches(64),
         loss=TraceMeanField_ELBO(),
         optimizer=args.lr,
-        batch_size=64,
-        num_epochs=args.epochs,
-        patience=None,
-        progress=False,
+        schedule=Schedule(args.epochs, patience=None),
+        progress=Progress(bar=False, on_epoch=after_epoch),
         seed=seed,
-        on_epoch=after_epoch,
     )
     vae.freeze_structure()
     passes = -(-20_000 // len(data.train_images))
@@ -205,26 +207,26 @@ def mean_ll(model, guide, x, num_particles):
     return {"ll": evidence.log_evidence.mean().item(), "median_ess": evidence.ess.median().item()}
 
 
-def train_guide(vae, inverse, example, batches, validation, num_epochs, seed, args, family="normal"):
+def train_guide(vae, inverse, example, batches, validation, num_epochs, seed, args, family=Normal):
     """Train a guide with a factorisation for a model that stays as it is."""
     pyro.clear_param_store()
     pyro.set_rng_seed(100 + seed)
     start = time.process_time()
-    options = {"inverse": inverse, "hidden_dims": args.hidden_dims, "family": family}
-    guide = auto_faithful_guide(vae.model, example, **options)
+    conditionals = family(hidden_dims=args.hidden_dims)
+    guide = auto_faithful_guide(vae.model, example, family=conditionals, inverse=inverse)
     history = fit(
         vae.model,
         guide,
-        batches,
+        TrainingData(batches, batch_size=64, validation=validation),
         loss=TraceMeanField_ELBO(),
         optimizer=args.lr,
-        batch_size=64,
-        num_epochs=num_epochs,
-        validation=validation,
-        patience=args.patience,
-        lr_factor=0.3,
-        min_lr=args.lr / 50,
-        max_grad_norm=args.max_grad_norm,
+        schedule=Schedule(
+            num_epochs,
+            patience=args.patience,
+            lr_factor=0.3,
+            min_lr=args.lr / 50,
+            max_grad_norm=args.max_grad_norm,
+        ),
         progress=False,
         seed=seed,
     )
@@ -286,11 +288,11 @@ def digits_part(seed, args):
         row |= {key: mean_elbo(vae.model, guide, x, args.bound_samples) for key, x in images.items()}
         row |= mean_ll(vae.model, guide, data.test, args.particles)
         if seed in args.sample_seeds:
-            row |= on_samples(vae, inverse, samples, "normal", seed, args) | {"sample_ll": own["sample_ll"]}
+            row |= on_samples(vae, inverse, samples, Normal, seed, args) | {"sample_ll": own["sample_ll"]}
         rows[name] = row
         print(f"seed {seed} {name}: {rows[name]}", flush=True)
     for name in ("shared gates", "faithful, fewest edges") if seed in args.flow_seeds else ():
-        flow = on_samples(vae, inverses(graph)[name], samples, "flow", seed, args)
+        flow = on_samples(vae, inverses(graph)[name], samples, Flow, seed, args)
         rows[f"{name}, flows"] = flow | {"sample_ll": own["sample_ll"]}
         print(f"seed {seed} {name}, flows: {rows[f'{name}, flows']}", flush=True)
     return {

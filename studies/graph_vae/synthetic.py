@@ -30,7 +30,7 @@ import torch
 from pyro.infer import TraceMeanField_ELBO
 from torch import nn
 
-from pyro_graphflows import GraphVAE, fit
+from pyro_graphflows import GraphVAE, Progress, Schedule, fit
 from studies.flags import add_places
 from studies.results import Results
 
@@ -117,12 +117,9 @@ def train(row, seed, args):
         x,
         loss=TraceMeanField_ELBO(),
         optimizer=args.lr,
-        batch_size=100,
-        num_epochs=args.epochs,
-        patience=None,
-        progress=False,
+        schedule=Schedule(args.epochs, patience=None),
+        progress=Progress(bar=False, on_epoch=after_epoch),
         seed=seed,
-        on_epoch=after_epoch,
     )
     seconds = time.process_time() - start
     pyro.set_rng_seed(seed)

@@ -12,7 +12,7 @@ from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
 from torch.distributions import kl_divergence
 
-from pyro_graphflows import GraphflowsError, GraphVAE, fit
+from pyro_graphflows import GraphflowsError, GraphVAE, Progress, Schedule, TrainingData, fit
 from pyro_graphflows.datasets import BinarizedBatches, binarize, dequantize, load_images
 from studies.results import Results
 from studies.whole_files import write_whole
@@ -261,17 +261,13 @@ def train(run, args, data=None):
     history = fit(
         vae.model,
         vae.guide,
-        data.batches(args.batch_size),
+        TrainingData(data.batches(args.batch_size), batch_size=args.batch_size, validation=data.validation),
         loss=TraceMeanField_ELBO(),
         optimizer=make_optimizer,
-        batch_size=args.batch_size,
-        num_epochs=args.epochs,
-        validation=data.validation,
-        patience=None,
+        schedule=Schedule(args.epochs, patience=None),
         checkpoint=work / f"{run.name}.ckpt",
-        progress=args.progress,
+        progress=Progress(bar=args.progress, on_epoch=recorder),
         seed=run.seed,
-        on_epoch=recorder,
     )
     if len(history) < args.epochs:
         raise SystemExit(

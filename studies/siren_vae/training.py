@@ -9,13 +9,22 @@ import os
 import time
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from pyro_graphflows import VAE, GraphflowsError, LinearGaussianNetwork, ModelGraph, SIReNVAE, load_network
+from pyro_graphflows import (
+    VAE,
+    GraphflowsError,
+    LinearGaussianNetwork,
+    ModelGraph,
+    Progress,
+    Schedule,
+    SIReNVAE,
+    TrainingData,
+    load_network,
+)
 from studies.whole_files import write_whole
 
 FEW = 10  # below so many points for each node data are few: an epoch is one to three steps
@@ -200,16 +209,13 @@ def fit_run(run, vae, x, validation, args):
     """
     few = run.multiple < FEW
     objective = vae.objective(**({"bound": "iwae", "num_particles": 5} if run.remedy == "iwae" else {}))
-    options = {
-        "patience": run.patience or DEFAULT_PATIENCE[few],
-        "num_epochs": args.max_epochs or MAX_EPOCHS[few],
-    }
-    train_data, average = x, None
+    patience = run.patience or DEFAULT_PATIENCE[few]
+    num_epochs = args.max_epochs or MAX_EPOCHS[few]
+    train_data, early, average = x, None, None
     if run.remedy == "early":
-        options["validation"] = x[: len(x) // 5]
-        train_data = x[len(x) // 5 :]
+        early, train_data = x[: len(x) // 5], x[len(x) // 5 :]
     if run.remedy == "average":
-        options |= {"patience": None, "num_epochs": 2 * AVERAGED}
+        patience, num_epochs = None, 2 * AVERAGED
         average = Average(vae, AVERAGED)
     decay = 0.3 if run.remedy == "decay" else 0.0
     curve, held_out = [], []
@@ -222,28 +228,28 @@ def fit_run(run, vae, x, validation, args):
         if few and len(history) in CURVE:
             held_out.append([len(history), round(validation_nll(vae, validation, 25), 4)])
 
-    fit = partial(
-        vae.fit,
-        train_data,
-        standardize=False,
-        loss=objective,
-        batch_size=min(100, len(train_data)),
-        optimizer=lambda p: torch.optim.AdamW(p, lr=run.lr, weight_decay=decay, fused=True),
-        max_grad_norm=50.0,
-        seed=run.seed,
-        progress=args.progress,
-    )
+    def fit(num_epochs, patience, on_epoch, validation=None):
+        return vae.fit(
+            TrainingData(train_data, batch_size=min(100, len(train_data)), validation=validation),
+            standardize=False,
+            loss=objective,
+            optimizer=lambda p: torch.optim.AdamW(p, lr=run.lr, weight_decay=decay, fused=True),
+            schedule=Schedule(num_epochs, patience=patience, max_grad_norm=50.0),
+            progress=Progress(bar=args.progress, on_epoch=on_epoch),
+            seed=run.seed,
+        )
+
     if (
         run.remedy == "warm-up"
     ):  # before and apart: the loss rises while the weight does, and so the rate would fall
-        epochs = min(WARM_UP, options["num_epochs"])
+        epochs = min(WARM_UP, num_epochs)
         objective.kl_weight = 1 / epochs
 
         def raise_weight(history):
             objective.kl_weight = min(1.0, (len(history) + 1) / epochs)
 
-        fit(patience=None, num_epochs=epochs, on_epoch=raise_weight)
-    history = fit(on_epoch=each_epoch, **options)
+        fit(epochs, None, raise_weight)
+    history = fit(num_epochs, patience, each_epoch, early)
     if average is not None and average.count:
         average.load()
     return history, curve, held_out

@@ -1,0 +1,115 @@
+r"""The standard normal's distribution function and its inverse, accurate in both tails.
+
+A value far in a tail is given by the logarithm of that tail's probability: of :math:`\Phi(u)` on the left, of
+:math:`\Phi(-u)` on the right. Probabilities near one are never formed. All functions are elementwise and
+differentiable twice.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "log1mexp",
+    "ndtri_exp",
+    "normal_log_density",
+    "normal_score",
+    "tail_probability",
+    "tail_score",
+    "two_sided",
+]
+
+HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
+
+
+def normal_log_density(u: Tensor) -> Tensor:
+    """Return the log-density of the standard normal distribution."""
+    return -0.5 * u.square() - HALF_LOG_TWO_PI
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    r"""Return :math:`\log(1 - e^x)` for ``x < 0``.
+
+    Args:
+        x: Negative numbers; zero counts as the closest of them.
+    """
+    x = x.clamp(max=-torch.finfo(x.dtype).tiny)
+    near = x > -math.log(2.0)
+    close, far = torch.where(near, x, -1.0), torch.where(near, -1.0, x)
+    return torch.where(near, (-torch.expm1(close)).log(), torch.log1p(-far.exp()))
+
+
+class _NdtriExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        log_lower = y.clamp(max=-math.log(2.0))
+        log_upper = torch.log(-torch.expm1(y.clamp(min=-math.log(2.0))))
+        upper = y > -math.log(2.0)
+        tail = torch.where(upper, log_upper, log_lower)  # of the smaller side
+        deep = tail < 0.95 * math.log(torch.finfo(y.dtype).tiny)
+        u = torch.special.ndtri(tail.exp())
+        if bool(deep.any()):
+            far = tail.clamp(max=-50.0)
+            v = -torch.sqrt(-2.0 * far - torch.log(-2.0 * far) - 2.0 * HALF_LOG_TWO_PI)
+            for _ in range(3):
+                v = v - (torch.special.log_ndtr(v) - far) * _inverse_hazard(v)
+            u = torch.where(deep & torch.isfinite(v), v, u)
+        u = torch.where(upper, -u, u)
+        ctx.save_for_backward(u)
+        return u
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (u,) = ctx.saved_tensors
+        return gradients[0] * _inverse_hazard(u)
+
+
+def _inverse_hazard(u: Tensor) -> Tensor:
+    """Return the derivative of ``ndtri_exp``, Phi / phi."""
+    return math.sqrt(0.5 * math.pi) * torch.special.erfcx(-u * math.sqrt(0.5))
+
+
+def ndtri_exp(y: Tensor) -> Tensor:
+    r"""Return :math:`\Phi^{-1}(e^y)`, the inverse of :func:`torch.special.log_ndtr`.
+
+    Args:
+        y: Logarithms of probabilities, however small.
+
+    Example:
+        >>> ndtri_exp(torch.special.log_ndtr(torch.tensor([-100.0, -1.0, 1.0]))).round().tolist()
+        [-100.0, -1.0, 1.0]
+    """
+    return _NdtriExp.apply(y)
+
+
+def normal_score(log_cdf: Tensor, log_sf: Tensor) -> Tensor:
+    r"""Return :math:`\Phi^{-1}(F)` from :math:`\log F` and :math:`\log(1 - F)`; each counts where it is the smaller.
+
+    Scores end where probabilities do: at 37 in double and 13 in single precision.
+
+    Args:
+        log_cdf: Logarithm of the probability to the left.
+        log_sf: Logarithm of the probability to the right.
+    """
+    lower = log_cdf < log_sf
+    tail = torch.where(lower, log_cdf, log_sf)
+    u = ndtri_exp(tail.clamp(min=math.log(torch.finfo(tail.dtype).tiny)))
+    return torch.where(lower, u, -u)
+
+
+def tail_score(probability: Tensor) -> Tensor:
+    r"""Return :math:`\Phi^{-1}(p)` of a probability up to one half, finite for zero."""
+    return torch.special.ndtri(probability.clamp(min=torch.finfo(probability.dtype).tiny))
+
+
+def two_sided(u: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where ``u`` is negative, and its magnitude (with the right derivative at zero)."""
+    lower = u < 0
+    return lower, torch.where(lower, -u, u)
+
+
+def tail_probability(magnitude: Tensor) -> Tensor:
+    r"""Return :math:`\Phi(-m)` for ``m >= 0``."""
+    return 0.5 * torch.erfc(magnitude * math.sqrt(0.5))

@@ -1,0 +1,327 @@
+"""A block of a guide at work: what its sites look at, turned into features, and their conditionals.
+
+Data, sampled values of other blocks and summaries of other plates become one vector of standardised features
+(:class:`BlockInputs`), from which the conditionals of the block's family go on
+(:mod:`~pyro_graphflows.guides.conditionals`).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.guides.call import Call
+from pyro_graphflows.guides.conditionals.contract import (
+    BlockSpec,
+    Conditionals,
+    Family,
+    LinearConditional,
+    Pass,
+)
+from pyro_graphflows.guides.conditionals.pooling import (
+    AllElements,
+    DeepSet,
+    DeepSetPool,
+    LookedUp,
+    Pool,
+    PoolMember,
+    pooling_orders,
+)
+from pyro_graphflows.guides.features import FeatureMap, concatenate
+from pyro_graphflows.guides.inputs import Summary
+from pyro_graphflows.guides.plan import BlockPlan
+from pyro_graphflows.guides.samples import Samples, with_depth
+from pyro_graphflows.guides.sites import InputEncodings
+
+__all__ = ["BlockInputs", "GuideBlock", "make_inputs"]
+
+
+class BlockInputs(nn.Module):
+    """From a call and the values sampled so far to the features of a block's context.
+
+    Args:
+        maps: For each context node, the map from its values to features.
+        pools: The summaries among them.
+        encodings: How conditioning values are written.
+
+    Attributes:
+        names: The context nodes.
+        sizes: The number of features of each.
+        features: The map of all of them.
+    """
+
+    def __init__(
+        self, maps: Mapping[str, FeatureMap], pools: Mapping[str, Pool], encodings: InputEncodings
+    ) -> None:
+        super().__init__()
+        self.names = tuple(maps)
+        self.sizes = {name: len(each.shift) for name, each in maps.items()}
+        self.features = FeatureMap.join(list(maps.values()))
+        self.pools = nn.ModuleDict({str(self.names.index(name)): pool for name, pool in pools.items()})
+        self.encodings = encodings
+
+    def pool(self, name: str) -> Pool | None:
+        """Return the summary of a name; None for nodes."""
+        pools: Any = self.pools
+        key = str(self.names.index(name))
+        return pools[key] if key in pools else None  # noqa: SIM401
+
+    def forward(self, call: Call, unconstrained: Mapping[str, Tensor]) -> Tensor:
+        """Return the features, ``(*batch, num_features)``.
+
+        Args:
+            call: The call.
+            unconstrained: The flat vectors of the sites sampled so far.
+
+        Raises:
+            GraphflowsError: If a value is not finite, or has another size than at set-up. The message names the node.
+        """
+        parts = []
+        dtype = self.features.shift.dtype
+        for position, name in enumerate(self.names):
+            if str(position) in self.pools:
+                pool: Any = self.pools[str(position)]
+                values = {m.name: self._flat(m.name, call, unconstrained, dtype) for m in pool.members}
+                values.update({index: call.values[index] for index in pool.indices})
+                parts.append(pool(values, call.plates, call.masks))
+            else:
+                parts.append(self._flat(name, call, unconstrained, dtype))
+        flat = concatenate(parts)
+        if not bool(torch.isfinite(flat).all()):
+            guilty = [n for n, part in zip(self.names, parts, strict=True) if not torch.isfinite(part).all()]
+            raise GraphflowsError(
+                f"Expected finite values of the data the guide conditions on; {', '.join(guilty)} have NaN or "
+                "infinite entries. Remove them, or model them as missing with pyro.sample(..., obs_mask=...)."
+            )
+        expected = self.features.shift.shape[0]
+        if flat.shape[-1] != expected:
+            sizes = ", ".join(f"{n}: {part.shape[-1]}" for n, part in zip(self.names, parts, strict=True))
+            raise GraphflowsError(
+                f"Expected {expected} conditioning features in all, as when the guide was set up; got {sizes}."
+            )
+        features: Tensor = self.features(flat)
+        return features
+
+    def _flat(self, name: str, call: Call, unconstrained: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        if name in unconstrained:
+            return unconstrained[name]
+        return self.encodings.flat(name, call.values[name], dtype)
+
+
+class GuideBlock(nn.Module):
+    """A block of a guide: its inputs and its conditionals.
+
+    Args:
+        inputs: What its sites look at.
+        conditionals: Their conditionals.
+    """
+
+    def __init__(self, inputs: BlockInputs, conditionals: Conditionals) -> None:
+        super().__init__()
+        self.inputs = inputs
+        self.conditionals = conditionals
+
+    @classmethod
+    def make(
+        cls,
+        plan: BlockPlan,
+        family: Family,
+        inputs: BlockInputs,
+        samples: Samples,
+        options: Mapping[str, Any],
+    ) -> "GuideBlock":
+        """Return a block with new conditionals, in the type and on the device of the data.
+
+        Args:
+            plan: The block of the plan.
+            family: The family that serves its sites.
+            inputs: What its sites look at.
+            samples: What the block is made from.
+            options: Further fields of the specification (element parents, factors).
+        """
+        spec = BlockSpec(
+            plan,
+            inputs.sizes,
+            {site: samples.draws.sites[site] for site in plan.sites},
+            [samples.plates[name] for name in plan.plates],
+            **options,
+        )
+        like = samples.draws.like
+        return cls(inputs.to(like.device, like.dtype), family.conditionals(spec).to(like.device, like.dtype))
+
+    @property
+    def plan(self) -> BlockPlan:
+        """The block of the plan."""
+        return self.conditionals.block
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of its features."""
+        return self.inputs.features.shift.dtype
+
+    def begin(self, call: Call, unconstrained: Mapping[str, Tensor]) -> Pass:
+        """Begin a pass through the levels.
+
+        Args:
+            call: The call.
+            unconstrained: The flat vectors of the sites sampled so far.
+        """
+        return self.conditionals.begin(self.inputs(call, unconstrained), call.plates)
+
+    @torch.no_grad()
+    def set_linear_(
+        self,
+        site: str,
+        weights: Mapping[str, Any],
+        intercept: Tensor | float,
+        scale: Tensor | float,
+    ) -> None:
+        """Make one site's conditional linear-Gaussian, in the units of the data and of unconstrained latents.
+
+        The shifts and scales on the way, of data, of parents, of summaries of other plates and of the site itself, are
+        worked into weights and location. See :meth:`~pyro_graphflows.guides.AutoFaithfulGuide.set_linear_`.
+        """
+        conditionals, parents = self.conditionals, self.plan.parents[site]
+        shift, width = conditionals.output_units(site)
+        loc = torch.as_tensor(intercept, dtype=shift.dtype).expand(len(shift)) - shift
+        standard: dict[str, Tensor] = {}
+        pooled: set[str] = set()
+
+        def matrix_of(value: Any, columns: int, parent: str) -> Tensor:
+            matrix = torch.as_tensor(value, dtype=shift.dtype)
+            if matrix.numel() != len(shift) * columns:
+                raise GraphflowsError(
+                    f"Expected weights of {parent!r} for {site!r} of shape ({len(shift)}, {columns}); got "
+                    f"{tuple(matrix.shape)}."
+                )
+            return matrix.reshape(len(shift), columns)
+
+        features = self.inputs.features
+        for name in self.inputs.names:
+            columns = conditionals.columns[name]
+            pool = self.inputs.pool(name)
+            if pool is not None and name in parents:
+                standard[name] = loc.new_zeros(len(shift), len(columns))
+                mine = weights.get(name, weights)
+                for member in pool.members:
+                    direct = mine is weights and (member.name in parents or member.name in pooled)
+                    if member.name not in mine or direct:
+                        continue
+                    at, centre, spread = pool.columns_of(member.name)
+                    there = [columns.start + column for column in at]
+                    matrix = matrix_of(mine[member.name], len(at), member.name)
+                    loc = loc + matrix @ (centre + spread * features.shift[there])
+                    standard[name][:, at] = matrix * spread * features.scale[there] / width.unsqueeze(-1)
+                    pooled.add(member.name)
+                pooled.add(name)
+            elif name in weights:
+                part = slice(columns.start, columns.stop)
+                matrix = matrix_of(weights[name], len(columns), name)
+                loc = loc + matrix @ features.shift[part]
+                standard[name] = matrix * features.scale[part] / width.unsqueeze(-1)
+        for name in weights:
+            if name not in standard and name not in pooled:
+                parent_shift, parent_width = conditionals.input_units(name)
+                matrix = matrix_of(weights[name], len(parent_shift), name)
+                loc = loc + matrix @ parent_shift
+                standard[name] = matrix * parent_width / width.unsqueeze(-1)
+        tril = torch.as_tensor(scale, dtype=shift.dtype)
+        tril = tril if tril.dim() == 2 else tril.expand(len(shift)).diag_embed()
+        if tril.shape != (len(shift), len(shift)) or not bool((tril.diagonal() > 0).all()):
+            raise GraphflowsError(
+                f"Expected a positive scale of {site!r}, or a lower triangular matrix ({len(shift)}, {len(shift)}) "
+                f"with a positive diagonal; got {torch.as_tensor(scale).tolist()}."
+            )
+        linear = LinearConditional(standard, loc / width, tril / width.unsqueeze(-1))
+        conditionals.set_linear_(site, linear)
+
+
+# ---------------------------------------------------------------- inputs from samples
+
+
+def make_inputs(plan: BlockPlan, samples: Samples, deepset: DeepSet) -> tuple[BlockInputs, Samples]:
+    """Return the inputs of a block, standardised, and the samples of the block with the values of its summaries.
+
+    Args:
+        plan: The block of the plan.
+        samples: Joint samples.
+        deepset: The shape of the learned parts of pooled summaries.
+    """
+    pools: dict[str, Pool] = {}
+    for node in plan.context:
+        if node.summary is not None:
+            pools[node.name], values = _make_pool(node.summary, samples, deepset)
+            samples = samples.with_values({} if values is None else {node.name: values})
+    names = [node.name for node in plan.context]
+    samples = samples.for_block([*plan.sites, *names])
+    rows = samples.rows
+    maps = {}
+    for name in names:
+        if name in pools:
+            seen = torch.zeros(0, pools[name].num_features) if rows is None else rows[name]
+            maps[name] = FeatureMap(None, seen, samples.standardize)
+        else:
+            maps[name] = _feature_map(name, samples, rows)
+    return BlockInputs(maps, pools, samples.draws.encodings), samples
+
+
+def _feature_map(name: str, samples: Samples, rows: Mapping[str, Tensor] | None) -> FeatureMap:
+    """Return the map of a node, from rows of joint samples or from this call's data."""
+    draws = samples.draws
+    nodes: Any = draws.traced.trace.nodes
+    support = None
+    if name in draws.sites:
+        discrete = draws.sites[name].encoding is not None
+        if rows is None or discrete:
+            standardize = samples.standardize and not discrete
+            return FeatureMap(None, torch.zeros(0, draws.sites[name].size), standardize)
+    elif name not in draws.traced.event_dims and name not in draws.encodings.partly:
+        support = nodes[name]["fn"].support
+    if rows is None:  # the data of this call are all that is known
+        flat = draws.encodings.flat(name, draws.data(name))
+        return FeatureMap(support, flat.reshape(-1, flat.shape[-1]), samples.standardize)
+    return FeatureMap(support, rows[name], samples.standardize)
+
+
+def _member_map(name: str, samples: Samples) -> FeatureMap:
+    """Return the map of a node that is pooled; of a partly observed one, without the column of the mask."""
+    values = samples.values
+    if name not in samples.draws.encodings.partly:
+        return _feature_map(name, samples, None if values is None else {name: values[name].flatten(0, -2)})
+    value = samples.draws.data(name) if values is None else values[name]
+    flat = value.flatten(0, -2)
+    return FeatureMap(None, flat[flat[:, -1] > 0, :-1], samples.standardize)
+
+
+def _make_pool(summary: Summary, samples: Samples, deepset: DeepSet) -> tuple[Pool, Tensor | None]:
+    """Return the summary of some nodes, standardised, and its values in joint samples."""
+    draws = samples.draws
+    graph, inputs = draws.traced.graph, draws.traced.event_dims
+    around = {name: summary.inside(plates) for name, plates in graph.plates.items()}
+    maps = [_member_map(name, samples) for name in summary.members]
+    members = [
+        PoolMember(name, len(m.shift), around[name], name in draws.encodings.partly, name not in inputs)
+        for name, m in zip(summary.members, maps, strict=True)
+    ]
+    pool: Pool
+    if summary.index is not None and summary.inner is not None:
+        outer, inner = samples.plates[summary.over[0]], samples.plates[summary.inner]
+        pool = LookedUp(members[0], maps[0], summary.index, outer, inner)
+    elif summary.one_by_one:
+        pool = AllElements(members, maps, [samples.plates[name] for name in summary.over])
+    else:
+        orders = pooling_orders(summary.over, list(around.values()))
+        pool = DeepSetPool(members, maps, orders, deepset, summary.segments)
+    pool = pool.to(draws.like.device, draws.like.dtype)
+    if samples.values is None:
+        return pool, None
+    plates = [*summary.over, *(outer for _, outer, _ in summary.segments)]
+    depth = max(-samples.plates[plate].dim for plate in plates)
+    depth = max(depth, *(samples.values[name].dim() - 2 for name in summary.members))
+    if summary.inner is not None:
+        depth = max(depth, -samples.plates[summary.inner].dim)
+    values = {name: with_depth(samples.values[name], depth) for name in summary.members}
+    values.update({name: draws.argument(name) for name in pool.indices})
+    return pool, pool.of_samples(values, samples.plates, fit=samples.standardize)

@@ -1,0 +1,391 @@
+"""From a model to a plan: trace, inverse, ways in, blocks, in named steps; what cannot be compiled is refused here.
+
+Each step takes values and returns new ones; none edits an earlier step's result.
+"""
+
+from collections.abc import Callable, Collection, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
+from pyro_graphflows.guides.call import CallReader, PlateState, is_constant, plates_of
+from pyro_graphflows.guides.conditionals.contract import ElementParents, Family, SiteRole
+from pyro_graphflows.guides.conditionals.factors import ElementNormalFactor, Factor, NormalFactor
+from pyro_graphflows.guides.conditionals.pooling import DeepSet
+from pyro_graphflows.guides.families import Normal
+from pyro_graphflows.guides.inputs import InputOptions, InputPlan, plan_inputs, sites_concerned
+from pyro_graphflows.guides.orders import (
+    FoundInverse,
+    Inverse,
+    find_inverse,
+    order_for_discrete_sites,
+    require_outer_sites_first,
+    sites_to_enumerate,
+    smoothest_inverse,
+)
+from pyro_graphflows.guides.plan import BlockPlan, Plan, make_blocks, mean_field_condition, ways_in
+from pyro_graphflows.guides.samples import ModelDraws
+from pyro_graphflows.guides.sites import LatentSite, input_encodings, latent_sites
+from pyro_graphflows.inspect import TracedModel, non_exchangeable_plates, trace_model
+
+__all__ = ["Compiled", "GuideOptions", "compile_guide"]
+
+EXACT_KL = (NormalFactor, ElementNormalFactor)  # factors for which a KL is registered, before any bijection
+
+
+@dataclass(frozen=True)
+class GuideOptions:
+    """The options of a guide; see :func:`~pyro_graphflows.guides.auto_faithful_guide`."""
+
+    family: Family
+    inverse: Inverse = "auto"
+    pool: str | DeepSet | None = None
+    init: str = "regression"
+    factors: Mapping[str, type[Factor] | Family] = field(default_factory=dict)
+    standardize: bool = True
+    num_start_samples: int = 10_000
+    strict: bool = True
+    resolution: str = "site"
+    coupled_rank: int | None = None
+    enumerate_sites: bool | Collection[str] = False
+
+    def __post_init__(self) -> None:
+        if self.init not in ("regression", "random"):
+            raise GraphflowsError(f"Expected init='regression' or 'random'; got {self.init!r}.")
+        if self.num_start_samples < 1:
+            raise GraphflowsError(f"Expected num_start_samples >= 1; got {self.num_start_samples}.")
+        if self.resolution not in ("site", "element"):
+            raise GraphflowsError(f"Expected resolution='site' or 'element'; got {self.resolution!r}.")
+        if self.pool not in (None, "deepset") and not isinstance(self.pool, DeepSet):
+            raise GraphflowsError(f"Expected pool='deepset', a DeepSet or None; got {self.pool!r}.")
+        if self.coupled_rank is not None and self.coupled_rank < 0:
+            raise GraphflowsError(f"Expected coupled_rank >= 0 or None; got {self.coupled_rank}.")
+        if self.init == "regression" and not self.family.can_regress:
+            raise GraphflowsError(
+                f"Expected skip=True with init='regression', which sets the linear maps; got {self.family!r}."
+            )
+        for name, kind in self.factors.items():
+            if not (isinstance(kind, Family) or (isinstance(kind, type) and issubclass(kind, Factor))):
+                raise GraphflowsError(
+                    f"Expected factors={{site: subclass of Factor, or family object}}; got {kind!r} for {name!r}."
+                )
+        if self.resolution == "element" and not self.family.can_split:
+            raise GraphflowsError(
+                "Expected a family that can give each element parents of its own, 'normal' or 'flow', with "
+                f"resolution='element'; got {self.family!r}."
+            )
+
+    @property
+    def deepset(self) -> DeepSet | None:
+        """The shape of pooled summaries; None where nothing is pooled."""
+        return DeepSet() if self.pool == "deepset" else self.pool  # type: ignore[return-value]
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows of joint samples the blocks start with."""
+        return self.num_start_samples if self.standardize or self.init != "random" else 0
+
+    def factor_classes(self) -> dict[str, type[Factor]]:
+        """Return the factor classes that the user gave for single sites."""
+        return {name: kind for name, kind in self.factors.items() if not isinstance(kind, Family)}
+
+    def family_of(self, role: SiteRole) -> Family:
+        """Return the family that serves a site."""
+        own = self.factors.get(role.site.name)
+        return (own if isinstance(own, Family) else self.family).serving(role)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a guide is made from.
+
+    Attributes:
+        plan: What the guide does at each call.
+        traced: The traced model, with the graph of its sites.
+        sites: The latent sites.
+        reader: The reader of its calls.
+        plates: The plates of the call at set-up.
+        families: For each site the family that serves it.
+        element_parents: For sites whose elements are told apart, the parents of each element.
+        draws: The model's draws.
+    """
+
+    plan: Plan
+    traced: TracedModel
+    sites: dict[str, LatentSite]
+    reader: CallReader
+    plates: dict[str, PlateState]
+    families: dict[str, Family]
+    element_parents: ElementParents
+    draws: ModelDraws
+
+
+def compile_guide(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: GuideOptions
+) -> Compiled:
+    """Compile a model for the arguments of a typical call.
+
+    Args:
+        model: The model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        options: The options of the guide.
+
+    Raises:
+        UnsupportedModelError: If the model's structure cannot be traced, or a guide cannot represent it.
+        GraphflowsError: If an option names a site that the model has not, or one that it does not fit.
+    """
+    traced = _trace(model, args, kwargs, options)
+    elements = options.resolution == "element"
+    found = find_inverse(model, args, kwargs, traced, options.inverse, elements=elements)
+    traced = found.traced
+    sites = latent_sites(traced, options.factor_classes())
+    _check_factors(options, sites)
+    discrete = [name for name, site in sites.items() if site.encoding is not None]
+    enumerated = sites_to_enumerate(options.enumerate_sites, sites)
+    encodings = input_encodings(model, args, kwargs, traced)
+    draws = ModelDraws(model, args, kwargs, traced, sites, encodings)
+    inverse = found.inverse
+    is_free = options.inverse == "auto" and not elements
+    if discrete:
+        inverse = order_for_discrete_sites(inverse, discrete, enumerated, free=is_free)
+    elif is_free and not found.lookups:
+        inverse = smoothest_inverse(inverse, draws, options.num_rows)
+    plates = plates_of(traced.trace)
+    uneven = non_exchangeable_plates(model, args, kwargs, traced=traced) if plates else {}
+    inputs = plan_inputs(
+        inverse,
+        plates,
+        encodings.event_dims,
+        traced.index_inputs,
+        _input_options(options, found, sites),
+        sites_concerned(inverse, uneven),
+    )
+    families, keys = _families(options, sites, inputs, inverse.graph.plates)
+    blocks = make_blocks(inverse, inputs, encodings.event_dims, keys)
+    require_outer_sites_first(blocks, inverse, discrete)
+    _require_known_indices(blocks, inputs, traced)
+    keep_masks = any(node.summary for block in blocks for node in block.context)
+    reader = CallReader(traced, encodings, keep_masks=keep_masks)
+    indices = {name: plate.indices for name, plate in plates.items() if plate.indices is not None}
+    changing = _changing_supports(reader, traced, model, args, kwargs, indices)
+    order = [site for block in blocks for site in block.sites]
+    _require_known_supports(changing, order, inverse.order, sites)
+    hints: tuple[str, ...] = ()
+    if options.pool is None and inputs.per_element:
+        hints = (
+            "sites with per-element parameters fit one data set and read none in a call; pool='deepset' amortises "
+            "them, where plates are not subsampled and no constants of the model vary along them.",
+        )
+    plan = Plan(
+        graph=inverse.graph,
+        inverse=inverse,
+        inputs=inputs,
+        blocks=blocks,
+        analytic_kl=_analytic_kl(
+            options, inputs, families, sites, mean_field_condition(inverse.graph, inverse)
+        ),
+        labels={
+            name: f"{sites[name].encoding}, {'enumerated' if name in enumerated else 'score function'}"
+            for name in discrete
+        },
+        ways=ways_in(inverse, inputs, traced.without_data),
+        changing=changing,
+        enumerated=enumerated,
+        notes=tuple(traced.notes),
+        hints=hints,
+        judged=None if found.judged is found.inverse else found.judged,
+    )
+    split = {} if found.elements is None else found.elements.parents
+    element_parents = {
+        name: parents for name, parents in split.items() if name not in options.factor_classes()
+    }
+    return Compiled(plan, traced, sites, reader, plates, families, element_parents, draws)
+
+
+# ---------------------------------------------------------------- steps
+
+
+def _trace(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: GuideOptions
+) -> TracedModel:
+    traced = trace_model(model, args, kwargs, strict=options.strict, resolution=options.resolution)
+    if not traced.graph.latent:
+        raise UnsupportedModelError(
+            "Expected a model with latent sites; all its sites are observed"
+            f"{' or enumerated by the model' if traced.graph.marginalised else ''}: a guide has no site."
+        )
+    return traced
+
+
+def _check_factors(options: GuideOptions, sites: Mapping[str, LatentSite]) -> None:
+    strange = [name for name in options.factors if name not in sites]
+    if strange:
+        raise GraphflowsError(
+            f"Expected factors= of latent sites, {', '.join(sites)}; got {', '.join(strange)}."
+        )
+    for name, kind in options.factors.items():
+        encoding = sites[name].encoding
+        if (
+            isinstance(kind, Family)
+            and encoding is not None
+            and kind.serving(SiteRole(sites[name])) is not kind
+        ):
+            raise GraphflowsError(
+                f"Expected a family in factors= that serves discrete sites, as Normal() does, for {name!r} "
+                f"({encoding}); got {type(kind).__name__}. Continuous sites: {', '.join(_continuous(sites)) or 'none'}."
+            )
+
+
+def _continuous(sites: Mapping[str, LatentSite]) -> list[str]:
+    return [name for name, site in sites.items() if site.encoding is None]
+
+
+def _input_options(
+    options: GuideOptions, found: FoundInverse, sites: Mapping[str, LatentSite]
+) -> InputOptions:
+    split = {} if found.elements is None else found.elements.parents
+    classes = options.factor_classes()
+    can_couple = {
+        name: site.size
+        for name, site in sites.items()
+        if options.family_of(SiteRole(site, coupled=True)).can_couple
+        and site.encoding is None
+        and name not in classes
+        and name not in split
+    }
+    return InputOptions(
+        deepset=options.pool is not None,
+        can_couple=can_couple,
+        rank=options.coupled_rank,
+        sizes={name: site.size for name, site in sites.items()},
+        lookups=found.lookups,
+    )
+
+
+def _families(
+    options: GuideOptions,
+    sites: Mapping[str, LatentSite],
+    inputs: InputPlan,
+    plates: Mapping[str, tuple[str, ...]],
+) -> tuple[dict[str, Family], dict[str, Hashable]]:
+    """Return for each site the family that serves it, and what the sites of one block have in common."""
+    families: dict[str, Family] = {}
+    keys: dict[str, Hashable] = {}
+    classes = options.factor_classes()
+    for name, site in sites.items():
+        has_maps = name in inputs.per_element or name in inputs.non_exchangeable
+        own_maps = has_maps and bool(plates[name])
+        role = SiteRole(site, name in inputs.coupled, own_maps, classes.get(name))
+        families[name] = options.family_of(role)
+        alone = (
+            name if options.enumerate_sites else None
+        )  # only then it meets the values of its parents alone
+        keys[name] = families[name], families[name].block_key(role), alone
+    return families, keys
+
+
+def _analytic_kl(
+    options: GuideOptions,
+    inputs: InputPlan,
+    families: Mapping[str, Family],
+    sites: Mapping[str, LatentSite],
+    condition: Mapping[str, bool],
+) -> dict[str, bool]:
+    """Return for each site whether its KL term may be analytic: the condition holds, and its factor has one."""
+    classes = options.factor_classes()
+    found = {}
+    for name, site in sites.items():
+        family = families[name]
+        factor = classes.get(name, family.factor if isinstance(family, Normal) else None)
+        normal = site.is_real and len(site.event_shape) < 2 and factor in EXACT_KL
+        found[name] = condition[name] and normal and name not in inputs.coupled
+    return found
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def _require_known_indices(blocks: Collection[BlockPlan], inputs: InputPlan, traced: TracedModel) -> None:
+    indices: dict[str, list[str]] = {}
+    for block in blocks:
+        for site in block.sites:
+            used = {summary.index for summary in inputs.summaries.get(site, ())}
+            for name in block.parents[site]:
+                # Sites with parameters for each element need no index beside what it looks up.
+                if name in traced.index_inputs and name not in used and site not in block.per_element:
+                    indices.setdefault(name, []).append(site)
+    if indices:
+        named = "; ".join(f"{name} for {', '.join(sites)}" for name, sites in indices.items())
+        raise UnsupportedModelError(
+            f"Expected covariates of floating point; integers are taken as indices, and here the guide would "
+            f"have to condition on some: {named}. Pass features of floating point (one-hot, an embedding)."
+        )
+
+
+def _changing_supports(
+    reader: CallReader,
+    traced: TracedModel,
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    indices: Mapping[str, Tensor],
+) -> dict[str, tuple[str, ...]]:
+    """Return the latent sites whose support changes with the values of others, and these others.
+
+    One run for each latent parent of such a site: the parent keeps its value at set-up, all else is at the feasible
+    point, and the bounds are compared.
+    """
+    nodes: Any = traced.trace.nodes
+    suspects = [name for name in traced.graph.latent if not is_constant(nodes[name]["fn"].support)]
+    if not suspects:
+        return {}
+    still = reader.supports_given(model, args, kwargs, {}, indices)
+    parents: dict[str, list[str]] = {name: [] for name in suspects}
+    for other in traced.graph.latent:
+        affected = [name for name in suspects if other in traced.graph.parents(name)]
+        if affected:
+            value = {other: nodes[other]["value"]}
+            moved = reader.supports_given(model, args, kwargs, value, indices)
+            for name in affected:
+                if not _same_bounds(still[name], moved[name]):
+                    parents[name].append(other)
+    return {name: tuple(others) for name, others in parents.items() if others}
+
+
+def _require_known_supports(
+    changing: Mapping[str, tuple[str, ...]],
+    sampling_order: list[str],
+    order: object,
+    sites: Mapping[str, LatentSite],
+) -> None:
+    """Refuse plans that sample a site before its support is known, and classes that come and go."""
+    for name, others in changing.items():
+        encoding = sites[name].encoding
+        if encoding is not None and encoding.kind == "classes":
+            raise UnsupportedModelError(
+                f"Expected discrete latent sites with the same values at every call; those of {name!r} depend on "
+                f"{', '.join(others)}. Use a range that holds them all, with probability zero for some."
+            )
+    for name, others in changing.items():
+        late = [other for other in others if sampling_order.index(other) > sampling_order.index(name)]
+        if late:
+            raise UnsupportedModelError(
+                f"Expected {name!r} to be sampled after {', '.join(late)}, on which its support depends; the "
+                f"inverse {order!r} samples it before. Use inverse='reverse', which follows the model's order."
+            )
+
+
+def _same_bounds(one: Any, other: Any) -> bool:
+    mine, theirs = vars(one), vars(other)
+    for key, value in mine.items():
+        if isinstance(value, constraints.Constraint):
+            if not _same_bounds(value, theirs[key]):
+                return False
+        elif torch.is_tensor(value) and not torch.equal(value, theirs[key]):
+            return False
+    return True

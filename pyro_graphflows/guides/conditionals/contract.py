@@ -1,0 +1,274 @@
+r"""What the conditionals of a block owe to the rest of a guide: the main loop, the starts, and saving.
+
+A block of a guide holds latent sites in the same plates. Its *conditionals* are a module that gives each site a
+distribution over its flat unconstrained vector, level by level, from features of the block's context and the values
+of earlier levels. Callers use nothing beyond this page; a family is a maker of conditionals (:class:`Family`), and a
+third family is one file with one subclass of each.
+
+Units. Features of the context come standardised. A site has two standardisations of its flat vector ``u``: that of
+what the network gives for it (``u = shift + scale * y``) and that of its value as an input of later sites. Densities
+are of ``u``, in nats.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import pyro.distributions as dist
+from torch import Tensor, nn
+
+from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.guides.call import PlateState
+from pyro_graphflows.guides.conditionals.factors import Factor
+from pyro_graphflows.guides.plan import BlockPlan
+from pyro_graphflows.guides.sites import LatentSite
+from pyro_graphflows.regression import Moments, Regression
+
+__all__ = ["BlockSpec", "Conditionals", "ElementParents", "Family", "LinearConditional", "Pass", "SiteRole"]
+
+ElementParents = Mapping[str, Sequence[Sequence[tuple[str, int]]]]
+
+
+@dataclass(frozen=True)
+class SiteRole:
+    """What a family is asked about a site before blocks are made.
+
+    Attributes:
+        site: The site.
+        coupled: Whether its copies are drawn jointly across a plate.
+        own_maps: Whether elements of its plates have parameters or maps of their own.
+        factor: The factor class that the user gave for it.
+    """
+
+    site: LatentSite
+    coupled: bool = False
+    own_maps: bool = False
+    factor: type[Factor] | None = None
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """What conditionals are made from.
+
+    Attributes:
+        block: The block of the plan.
+        context_sizes: For each context node, the number of its features.
+        sites: The sites of the block.
+        plates: The plates of the block.
+        element_parents: For sites whose elements are told apart, the parents of each element, as (node, index in the
+            node), -1 for the whole node.
+        factors: The factor classes that the user gave for single sites.
+    """
+
+    block: BlockPlan
+    context_sizes: Mapping[str, int]
+    sites: Mapping[str, LatentSite]
+    plates: Sequence[PlateState] = ()
+    element_parents: ElementParents = field(default_factory=dict)
+    factors: Mapping[str, type[Factor]] = field(default_factory=dict)
+
+
+class Family(ABC):
+    """A kind of conditionals with its options. Subclasses are frozen dataclasses; equal families share blocks."""
+
+    @abstractmethod
+    def conditionals(self, spec: BlockSpec) -> "Conditionals":
+        """Return new conditionals for a block, in float32 on the CPU, at a random start."""
+
+    @abstractmethod
+    def serving(self, role: SiteRole) -> "Family":
+        """Return the family that serves a site: this one, or another where this one cannot."""
+
+    def block_key(self, role: SiteRole) -> Hashable:
+        """Return what the sites of one block have in common, beside plates and family."""
+        return None
+
+    @property
+    def can_regress(self) -> bool:
+        """Whether its conditionals can become linear-Gaussian."""
+        return True
+
+    @property
+    def can_split(self) -> bool:
+        """Whether each element of a vector site can have parents of its own (``resolution="element"``)."""
+        return True
+
+    @property
+    def can_couple(self) -> bool:
+        """Whether continuous sites without a factor of the user's can be drawn jointly across a plate."""
+        return True
+
+
+@dataclass(frozen=True)
+class LinearConditional:
+    r"""One site's conditional, ``y | inputs ~ Normal(loc + sum_p weights[p] @ inputs_p, scale_tril @ scale_tril.T)``.
+
+    In standardised units of parents and site. With a leading dimension of elements everywhere, one for each element
+    of the plates along which the site has maps of its own. Of a discrete site, these are logits, and there is no scale.
+
+    Shape:
+        - ``weights[p]``: ``(size, parent's features)``; parents that are missing have none.
+        - ``loc``: ``(size,)``; ``scale_tril``: ``(size, size)``, lower triangular.
+    """
+
+    weights: Mapping[str, Tensor]
+    loc: Tensor
+    scale_tril: Tensor
+
+    @property
+    def by_element(self) -> bool:
+        """Whether there is one for each element."""
+        return self.loc.dim() > 1
+
+
+class Pass(ABC):
+    """One evaluation of a block's conditionals; alternates :meth:`next` and :meth:`accept`, level by level."""
+
+    @abstractmethod
+    def next(
+        self, priors: Mapping[str, dist.TorchDistribution] | None = None
+    ) -> dict[str, dist.TorchDistribution]:
+        """Return the conditionals of the next level's sites.
+
+        Args:
+            priors: The model's own distributions of these sites at the sampled values of their parents, for families
+                that use them.
+
+        Returns:
+            For each site a distribution with batch shape ``batch`` and event shape ``(size,)``.
+        """
+
+    @abstractmethod
+    def accept(self, values: Mapping[str, Tensor]) -> None:
+        """Take the flat vectors that the level's sites really have, ``(*batch, size)``: drawn or replaced."""
+
+
+class Conditionals(nn.Module, ABC):
+    """The conditionals of the sites of one block.
+
+    Args:
+        spec: What they are made from.
+
+    Attributes:
+        block: The block of the plan.
+        columns: Where each context node and each site is among context features and sites in sampling order.
+        element_columns: For sites whose elements are told apart, the columns that each element may see.
+        inner: For these sites, the positions of the earlier elements of the site that each element looks at.
+    """
+
+    def __init__(self, spec: BlockSpec) -> None:
+        super().__init__()
+        self.block = spec.block
+        self.columns: dict[str, range] = {}
+        total = 0
+        sizes = [(node.name, spec.context_sizes[node.name]) for node in spec.block.context]
+        for name, size in [*sizes, *((site, spec.sites[site].size) for site in spec.block.sites)]:
+            self.columns[name] = range(total, total + size)
+            total += size
+        self.num_features = sum(size for _, size in sizes)
+        self.num_columns = total
+        self.element_columns: dict[str, list[list[int]]] = {}
+        self.inner: dict[str, list[list[int]]] = {}
+        for site in spec.block.sites:
+            if site not in spec.element_parents:
+                continue
+            seen = set(self.inputs_of(site))
+            chosen: list[list[int]] = []
+            for parents in spec.element_parents[site]:
+                found: set[int] = set()
+                for name, index in parents:
+                    entries = self.columns.get(name, range(0)) if name != site else range(0)
+                    found.update(entries if index < 0 else entries[index : index + 1])
+                chosen.append(sorted(found & seen))
+            self.element_columns[site] = chosen
+            self.inner[site] = [
+                [j for name, j in parents if name == site] for parents in spec.element_parents[site]
+            ]
+
+    def inputs_of(self, site: str) -> list[int]:
+        """Return the columns of a site's parents."""
+        return [j for parent in self.block.parents[site] for j in self.columns.get(parent, ())]
+
+    @abstractmethod
+    def begin(self, context: Tensor, plates: Mapping[str, PlateState] | None = None) -> Pass:
+        """Begin a pass.
+
+        Args:
+            context: The features of the context nodes, in the block's order, ``(*batch, num_features)``.
+            plates: The plates of the call; without them per-element parameters and couplings are left out.
+        """
+
+    # ---------------------------------------------------------------- units and starts
+
+    @abstractmethod
+    def output_units(self, site: str) -> tuple[Tensor, Tensor]:
+        """Return shift and scale of what the network gives for a site, ``(size,)`` each."""
+
+    @abstractmethod
+    def input_units(self, site: str) -> tuple[Tensor, Tensor]:
+        """Return shift and scale of a site's values as inputs of later sites, ``(size,)`` each."""
+
+    @abstractmethod
+    def set_units_(
+        self, site: str, outputs: tuple[Tensor, Tensor], inputs: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        """Set the standardisations of a site; that of inputs is the same as that of outputs by default."""
+
+    @abstractmethod
+    def set_linear_(self, site: str, linear: LinearConditional) -> bool:
+        """Make one site's conditional linear-Gaussian, the closest member for families that are not Gaussian.
+
+        Parameters for elements become zero, or, where ``linear`` has one conditional for each element, make these.
+
+        Returns:
+            Whether the family can do that (it always can without a dimension of elements).
+        """
+
+    def regress_(self, site: str, rows: Tensor, moments: Moments) -> None:
+        """Make one site's conditional the regression on its parents.
+
+        Args:
+            site: The site.
+            rows: Joint samples of context features and of the sites' vectors in units of outputs, ``(n, num_columns)``.
+            moments: Their moments.
+        """
+        inputs, own = self.inputs_of(site), list(self.columns[site])
+        if site in self.element_columns:
+            fit = moments.regress_in_turn(inputs, own, self.element_columns[site], self.inner[site])
+        else:
+            fit = moments.regress(inputs, own)
+        self.set_linear_(site, self.linear_of(site, fit))
+
+    def linear_of(self, site: str, fit: Regression) -> LinearConditional:
+        """Return a regression on all inputs of a site (parents in units of outputs) as a conditional by parents."""
+        parents = [parent for parent in self.block.parents[site] if parent in self.columns]
+        sizes = [len(self.columns[parent]) for parent in parents]
+        weights, loc = dict(zip(parents, fit.weights.split(sizes, -1), strict=True)), fit.loc
+        for parent, matrix in weights.items():
+            if parent in self.block.parents:  # a site of the block
+                shift, scale = (part.to(matrix) for part in self.output_units(parent))
+                input_shift, input_scale = (part.to(matrix) for part in self.input_units(parent))
+                loc = loc + matrix @ ((input_shift - shift) / scale)
+                weights[parent] = matrix * (input_scale / scale)
+        return LinearConditional(weights, loc, fit.scale_tril)
+
+    def narrow_elements_(self, factor: float) -> None:
+        """Multiply the scales of the sites with per-element parameters; nothing without such sites."""
+        if self.block.per_element:
+            raise GraphflowsError(f"{type(self).__name__} has no per-element parameters.")
+
+    def start_couplings_(
+        self,
+        plates: Mapping[str, PlateState],
+        context: Tensor | None = None,
+        values: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Start the dependence of sites that are drawn jointly: from joint samples, or near none.
+
+        Args:
+            plates: The plates at set-up.
+            context: Features of the context in joint samples, ``(draws, *batch, num_features)``.
+            values: Vectors of the sites in joint samples, ``(draws, *batch, size)``.
+        """
+        if self.block.coupled:
+            raise GraphflowsError(f"{type(self).__name__} cannot draw copies jointly.")

@@ -1,0 +1,289 @@
+r"""Latents whose copies stay dependent across a plate: chain-rule terms on the site inside its plate.
+
+Where something outside of a plate depends on all that is in it (an observed total, crossed effects), the copies
+:math:`z_1, \dots, z_N` of a latent site are dependent in the posterior, whatever is known. Their conditional is then a
+joint normal over the whole plate, sampled at once, and the site keeps its plate: element n has the term
+:math:`\log q(z_n \mid z_{<n})`, so that the terms have the batch shape of the plate and sum to the joint density. That
+needs the whole plate in each call (no subsampling) and reparametrised draws.
+
+In standardised units, with :math:`m_n, D_n` a location and a scale (a lower triangular matrix for vectors) that the
+network gives for each element, :math:`z = m + D\,T\,\varepsilon`, where T is lower triangular over all elements:
+
+- *a parameter for each pair*: the entries of T below the diagonal are parameters. With a location and scale of its
+  own for each element, any normal is possible; the size of the plate is fixed.
+- *rank r*: T is the Cholesky factor of :math:`I - U (I + U^\top U)^{-1} U^\top + V V^\top`, where the network gives r
+  columns of U and V for each element. U alone is a normal with precision :math:`I + U U^\top`, as r observed totals
+  make it; V alone is what r common causes make. Amortised, for plates of any size.
+
+Start. After the regression each element has a location; what is left over, the residual, has some variance :math:`v`
+and, between any two elements, some covariance :math:`c`, both averaged over elements. A constant column of U (for
+:math:`c < 0`) or of V (for :math:`c > 0`) makes just these: with :math:`d^2 = v - c` and :math:`k = |c| / d^2`,
+
+.. math:: U_n = \sqrt{k / (1 - N k)}, \qquad V_n = \sqrt{k}.
+
+That is exact for exchangeable elements, as with an observed total of a plate (:func:`exchangeable_start`).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.guides.call import PlateState
+from pyro_graphflows.guides.conditionals.elements import ElementTable
+from pyro_graphflows.guides.conditionals.factors import NormalFactor, positive_scale
+
+__all__ = ["CoupledFactor", "CoupledNormal", "CouplingTerms", "exchangeable_start"]
+
+HALF_LOG_TWO_PI = 0.9189385332046727
+WAKE = 0.02  # columns of U and V start near, not at, zero, where they have no gradient
+MOST_COUPLING = 0.99  # of 1 / N: beyond it the covariance of exchangeable elements is singular
+
+
+class CoupledNormal(dist.TorchDistribution):
+    """A joint normal over the elements of plates, with one chain-rule term for each element.
+
+    Shape:
+        - values: ``batch_shape + (size,)``, the coupled plates among the batch dimensions.
+        - log-density: ``batch_shape``: the term of each element given those before it.
+
+    Args:
+        loc: Locations, ``(*batch, size)``.
+        scale_tril: The lower triangular scale of each element, ``(*batch, size, size)``.
+        mixing: Lower triangular matrices over all elements (all dimensions of one element beside each other), ``(*rest,
+            n * size, n * size)``, where ``rest`` is the batch shape without the coupled dimensions.
+        dims: The coupled dimensions of the batch shape, negative, increasing.
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    has_rsample = True
+
+    def __init__(self, loc: Tensor, scale_tril: Tensor, mixing: Tensor, dims: Sequence[int]) -> None:
+        self.loc = loc
+        self.scale_tril = scale_tril
+        self.mixing = mixing
+        self.dims = tuple(dims)
+        super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=False)
+
+    @constraints.dependent_property(is_discrete=False, event_dim=1)
+    def support(self) -> constraints.Constraint:
+        """All real vectors."""
+        return constraints.real_vector
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "CoupledNormal":
+        """Return the same distribution at a larger batch shape; the coupled dimensions stay as they are."""
+        batch_shape = torch.Size(batch_shape)
+        size = self.event_shape[0]
+        return CoupledNormal(
+            self.loc.expand(*batch_shape, size),
+            self.scale_tril.expand(*batch_shape, size, size),
+            self.mixing,
+            self.dims,
+        )
+
+    def _gather(self, value: Tensor) -> Tensor:
+        """Bring the elements of the coupled plates beside each other: ``(*rest, n * size)``."""
+        places = [dim - 1 for dim in self.dims]
+        moved = value.movedim(places, [i - 1 - len(places) for i in range(len(places))])
+        return moved.flatten(-1 - len(places))
+
+    def _scatter(self, flat: Tensor, shape: torch.Size) -> Tensor:
+        """Undo :meth:`_gather`."""
+        places = [dim - 1 for dim in self.dims]
+        sizes = [shape[place] for place in places]
+        parts = flat.unflatten(-1, (*sizes, self.event_shape[0]))
+        return parts.movedim([i - 1 - len(places) for i in range(len(places))], places)
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Draw reparametrised values of shape ``sample_shape + batch_shape + event_shape``."""
+        shape = torch.Size(sample_shape) + self.batch_shape + self.event_shape
+        noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+        mixed = (self.mixing @ self._gather(noise).unsqueeze(-1)).squeeze(-1)
+        scattered = self._scatter(mixed, shape)
+        return self.loc + (self.scale_tril @ scattered.unsqueeze(-1)).squeeze(-1)
+
+    @property
+    def mean(self) -> Tensor:
+        """The location."""
+        return self.loc
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the term of each element given the elements before it, shape ``batch_shape``."""
+        residual = (value - self.loc).unsqueeze(-1)
+        shape = residual.shape[:-1]
+        scaled = torch.linalg.solve_triangular(
+            self.scale_tril.expand(*shape[:-1], -1, -1), residual, upper=False
+        ).squeeze(-1)
+        flat = self._gather(scaled)
+        mixing = self.mixing.expand(*flat.shape[:-1], -1, -1)
+        noise = torch.linalg.solve_triangular(mixing, flat.unsqueeze(-1), upper=False).squeeze(-1)
+        terms = -0.5 * noise.square() - HALF_LOG_TWO_PI - mixing.diagonal(dim1=-2, dim2=-1).log()
+        inner = self.scale_tril.diagonal(dim1=-2, dim2=-1).log()
+        return (self._scatter(terms, shape) - inner).sum(-1)
+
+
+class CoupledFactor(NormalFactor):
+    """The factor of a site whose copies are drawn jointly: that of a normal, and the columns of U and V.
+
+    Args:
+        size: The length of the site's flat unconstrained vector.
+        rank: The number of columns of U and of V; 0 if T has a parameter for each pair.
+    """
+
+    def __init__(self, size: int, rank: int) -> None:
+        super().__init__(size)
+        self.rank = rank
+
+    @property
+    def num_outputs(self) -> int:
+        """The outputs of a normal, and ``2 * rank`` for each dimension."""
+        return super().num_outputs + 2 * self.rank * self.size
+
+    @property
+    def num_inner(self) -> int:
+        """The number of the outputs of a normal."""
+        return super().num_outputs
+
+    def distribution(self, outputs: Tensor, shift: Tensor, scale: Tensor) -> dist.TorchDistribution:
+        """Return the normal without the coupling."""
+        return super().distribution(outputs[..., : self.num_inner], shift, scale)
+
+    def linear_start(self, weights: Tensor, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`Factor.linear_start`; without coupling."""
+        rows, biases = NormalFactor(self.size).linear_start(weights, loc, scale_tril)
+        more = self.num_outputs - self.num_inner
+        return torch.cat([rows, rows.new_zeros(more, rows.shape[-1])]), torch.cat(
+            [biases, biases.new_zeros(more)]
+        )
+
+
+class CouplingTerms(nn.Module):
+    """What turns a site's outputs into a joint normal over plates.
+
+    Args:
+        factor: The site's factor.
+        coupled: The plates across which its copies are dependent.
+        others: The other plates around it.
+    """
+
+    def __init__(
+        self, factor: CoupledFactor, coupled: Sequence[PlateState], others: Sequence[PlateState]
+    ) -> None:
+        super().__init__()
+        self.factor = factor
+        self.names = tuple(plate.name for plate in sorted(coupled, key=lambda plate: plate.dim))
+        self.sizes = {plate.name: plate.full_size for plate in coupled}
+        self.table: ElementTable | None = None
+        if factor.rank == 0:
+            length = factor.size
+            for plate in coupled:
+                length *= plate.full_size
+            self.length = length
+            self.table = ElementTable(others, length * (length - 1) // 2)
+
+    def distribution(
+        self, outputs: Tensor, shift: Tensor, scale: Tensor, plates: Mapping[str, PlateState]
+    ) -> CoupledNormal:
+        """Return the joint normal.
+
+        Args:
+            outputs: The outputs of the network, ``(*batch, num_outputs)``.
+            shift: The shift of the standardisation.
+            scale: Its scale.
+            plates: The plates of the call.
+
+        Raises:
+            GraphflowsError: If a coupled plate is subsampled in this call, or T has a parameter for each pair and
+                its size has changed.
+        """
+        factor = self.factor
+        coupled = [plates[name] for name in self.names]
+        for plate in coupled:
+            if plate.subsampled:
+                raise GraphflowsError(
+                    f"Expected plate {plate.name!r} in full: copies of a latent site stay dependent across it and are "
+                    "drawn jointly; it is subsampled in this call. Set up the guide with a subsampled plate to have "
+                    "independent copies, which is said by guide.describe()."
+                )
+            if self.table is not None and plate.size != self.sizes[plate.name]:
+                raise GraphflowsError(
+                    f"Expected plate {plate.name!r} to have {self.sizes[plate.name]} elements, as when the guide was "
+                    f"set up: the dependence of its elements is given by parameters; got {plate.size}. Set up a guide "
+                    "for the new data, or use pool='deepset'."
+                )
+        batch = [1] * max(outputs.dim() - 1, *(-plate.dim for plate in coupled))
+        for plate in coupled:
+            batch[plate.dim] = plate.size
+        outputs = outputs.expand(*torch.broadcast_shapes(outputs.shape[:-1], batch), outputs.shape[-1])
+        n = factor.size
+        loc = torch.addcmul(shift, scale, outputs[..., :n])
+        diagonal = scale * positive_scale(outputs[..., n : 2 * n], shift, scale)
+        rows, columns = torch.tril_indices(n, n, -1, device=outputs.device)
+        unit = torch.eye(n, dtype=outputs.dtype, device=outputs.device)
+        unit = unit.expand(*outputs.shape[:-1], n, n).clone()
+        unit[..., rows, columns] = outputs[..., 2 * n : factor.num_inner]
+        dims = tuple(plate.dim for plate in coupled)
+        mixing = (
+            self._table_mixing(plates, dims) if self.table is not None else self._ranked_mixing(outputs, dims)
+        )
+        return CoupledNormal(loc, diagonal.unsqueeze(-1) * unit, mixing, dims)
+
+    def _table_mixing(self, plates: Mapping[str, PlateState], dims: tuple[int, ...]) -> Tensor:
+        assert self.table is not None
+        entries = self.table(plates)  # the coupled plates have size one, or are beyond the left end
+        for dim in dims:  # left to right: what is taken out does not move those that follow
+            if -dim < entries.dim():
+                entries = entries.squeeze(dim - 1)
+        rows, columns = torch.tril_indices(self.length, self.length, -1, device=entries.device)
+        unit = torch.eye(self.length, dtype=entries.dtype, device=entries.device)
+        unit = unit.expand(*entries.shape[:-1], self.length, self.length).clone()
+        unit[..., rows, columns] = entries
+        return unit
+
+    def _ranked_mixing(self, outputs: Tensor, dims: tuple[int, ...]) -> Tensor:
+        n, rank = self.factor.size, self.factor.rank
+        both = outputs[..., self.factor.num_inner :].unflatten(-1, (n, 2 * rank))
+        places = [dim - 2 for dim in dims]
+        moved = both.movedim(places, [i - 2 - len(places) for i in range(len(places))])
+        negative, positive = moved.flatten(-2 - len(places), -2).split(rank, -1)  # (*rest, N * n, rank)
+        eye = torch.eye(rank, dtype=outputs.dtype, device=outputs.device)
+        inner = torch.linalg.cholesky(eye + negative.mT @ negative)
+        reduced = torch.linalg.solve_triangular(inner, negative.mT, upper=False)
+        total = torch.eye(negative.shape[-2], dtype=outputs.dtype, device=outputs.device)
+        return torch.linalg.cholesky(total - reduced.mT @ reduced + positive @ positive.mT)
+
+    @torch.no_grad()
+    def set_mixing_(self, mixing: Tensor) -> None:
+        """Set a T of parameters, for all elements of the other plates."""
+        assert self.table is not None
+        rows, columns = torch.tril_indices(self.length, self.length, -1, device=mixing.device)
+        self.table.table.copy_(mixing[..., rows, columns].expand_as(self.table.table))
+
+
+def exchangeable_start(residual: Tensor, dims: Sequence[int]) -> tuple[Tensor, bool, Tensor]:
+    """Return the column that makes residuals vary together as samples do, and what it does to the scale.
+
+    Args:
+        residual: What values of a scalar site are off their locations, ``(draws, *batch, 1)``.
+        dims: The dimensions of the coupled plates.
+
+    Returns:
+        The entry of the column; whether it is one of U; the change of the logarithm of the scale.
+    """
+    number = torch.Size(residual.shape[dim] for dim in dims).numel()
+    variance = residual.square().mean()
+    total = residual.sum(list(dims)).square().mean() / number
+    covariance = (total - variance) / max(number - 1, 1)
+    inner = (variance - covariance).clamp(min=1e-8)
+    share = covariance.abs() / inner
+    negative = bool(covariance < 0)
+    if negative:
+        share = share.clamp(max=MOST_COUPLING / number)
+        entry = (share / (1 - number * share)).sqrt()
+    else:
+        entry = share.sqrt()
+    return entry, negative, 0.5 * (inner / variance).log()

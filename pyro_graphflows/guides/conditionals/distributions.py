@@ -1,0 +1,419 @@
+"""The distributions that a guide emits at latent sites.
+
+A conditional is a distribution over a flat, unconstrained vector; a site wants a value of its own shape in its own
+support. :class:`FactorDistribution` and, for discrete sites, :class:`DiscreteDistribution` join the two
+(:func:`site_distribution` chooses). They derive directly from :class:`~pyro.distributions.TorchDistribution`, so
+that no analytic KL is registered for them: where a guide may not use one
+(:func:`~pyro_graphflows.guides.plan.mean_field_condition`), every estimator falls back to sampling. Discrete ones
+have no reparametrised draws: gradients of ELBOs are of the score-function kind, unless the site is enumerated.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributions import biject_to, constraints
+from torch.distributions.transforms import Transform
+
+from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.guides.sites import DiscreteEncoding, LatentSite, is_identity
+
+__all__ = [
+    "DiscreteDistribution",
+    "DiscreteVector",
+    "FactorDistribution",
+    "SampledNormal",
+    "ScalarNormal",
+    "site_distribution",
+]
+
+
+class ScalarNormal(dist.TorchDistribution):
+    """A normal over vectors of one element, held as a normal over numbers.
+
+    Args:
+        normal: The normal over numbers.
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    has_rsample = True
+
+    def __init__(self, normal: dist.Normal) -> None:
+        self.normal = normal
+        super().__init__(normal.batch_shape, torch.Size([1]), validate_args=False)
+
+    @constraints.dependent_property(is_discrete=False, event_dim=1)
+    def support(self) -> constraints.Constraint:
+        """All real vectors."""
+        return constraints.real_vector
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "ScalarNormal":
+        """Return the same normal at a larger batch shape."""
+        return ScalarNormal(self.normal.expand(batch_shape))
+
+    @property
+    def mean(self) -> Tensor:
+        """The location."""
+        return self.normal.loc.unsqueeze(-1)
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Draw reparametrised values of shape ``sample_shape + batch_shape + (1,)``."""
+        return self.normal.rsample(sample_shape).unsqueeze(-1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log-density of vectors, shape ``batch_shape``."""
+        return self.normal.log_prob(value.squeeze(-1))
+
+
+class SampledNormal(dist.TorchDistribution):
+    """A normal over numbers for which no analytic KL is registered.
+
+    Args:
+        normal: The normal.
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    support = constraints.real
+    has_rsample = True
+
+    def __init__(self, normal: dist.Normal) -> None:
+        self.normal = normal
+        super().__init__(normal.batch_shape, validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "SampledNormal":
+        """Return the same normal at a larger batch shape."""
+        return SampledNormal(self.normal.expand(batch_shape))
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Draw reparametrised values of shape ``sample_shape + batch_shape``."""
+        return self.normal.rsample(sample_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log-density of values, shape ``batch_shape``."""
+        return self.normal.log_prob(value)
+
+    @property
+    def mean(self) -> Tensor:
+        """The location."""
+        return self.normal.loc
+
+
+class FactorDistribution(dist.TorchDistribution):
+    """A factor over a flat unconstrained vector, pushed to the shape and support of a site.
+
+    The unconstrained vector of the value drawn or read last is kept, so that scoring that value needs no inversion,
+    and so that the guide can read it (:meth:`unconstrained`). Any other value is inverted.
+
+    Shape:
+        - ``base``: batch shape of the site, event shape ``(n,)``.
+        - values: ``batch_shape + event_shape`` of the site.
+
+    Args:
+        base: The distribution over the flat unconstrained vector.
+        transform: The bijection from the unconstrained shape to the support of the site.
+        unconstrained_shape: The event shape before the vector is flattened.
+        event_shape: The event shape of the site.
+        support: The support of the site.
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+
+    def __init__(
+        self,
+        base: dist.TorchDistribution,
+        transform: Transform,
+        unconstrained_shape: torch.Size,
+        event_shape: torch.Size,
+        support: constraints.Constraint,
+    ) -> None:
+        self.base = base
+        self.has_rsample = base.has_rsample
+        self.transform = transform
+        self.unconstrained_shape = unconstrained_shape
+        self._support = support
+        # Shared with expanded copies: Pyro expands a factor before it draws, and the guide asks the original.
+        self._drawn: list[tuple[Tensor, Tensor]] = []
+        super().__init__(base.batch_shape, event_shape, validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """The support of the site, over its event dimensions."""
+        missing = len(self.event_shape) - self._support.event_dim
+        return constraints.independent(self._support, missing) if missing > 0 else self._support
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "FactorDistribution":
+        """Return the same factor at a larger batch shape."""
+        batch_shape = torch.Size(batch_shape)
+        if batch_shape == self.batch_shape:
+            return self
+        new = FactorDistribution(
+            self.base.expand(batch_shape),
+            self.transform,
+            self.unconstrained_shape,
+            self.event_shape,
+            self._support,
+        )
+        new._drawn = self._drawn
+        return new
+
+    def _constrain(self, flat: Tensor) -> Tensor:
+        return self.transform(flat.reshape(flat.shape[:-1] + self.unconstrained_shape))
+
+    def _draw(self, flat: Tensor) -> Tensor:
+        value = self._constrain(flat)
+        self._drawn[:] = [(value, flat)]
+        return value
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Draw reparametrised values of shape ``sample_shape + batch_shape + event_shape``."""
+        return self._draw(self.base.rsample(sample_shape))
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Draw values of shape ``sample_shape + batch_shape + event_shape`` without gradients."""
+        with torch.no_grad():
+            return self._draw(self.base.sample(sample_shape))
+
+    def centre(self) -> Tensor:
+        """Return the image of the base's median (its mean where that is the same)."""
+        return self._draw(self.base.mean)
+
+    def unconstrained(self, value: Tensor) -> Tensor:
+        """Return the flat unconstrained vector of a value, shape ``(*batch, n)``."""
+        if self._drawn and self._drawn[0][0] is value:
+            flat = self._drawn[0][1]
+            if flat.requires_grad or not (value.requires_grad and torch.is_grad_enabled()):
+                return flat
+        raw = self.transform.inv(value)
+        dims = len(self.unconstrained_shape)
+        flat = raw.reshape(*raw.shape[: raw.dim() - dims], -1)
+        self._drawn[:] = [(value, flat)]
+        return flat
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log-density of values, shape ``batch_shape``."""
+        flat = self.unconstrained(value)
+        raw = flat.reshape(flat.shape[:-1] + self.unconstrained_shape)
+        ladj = self.transform.log_abs_det_jacobian(raw, value)
+        batch_dims = raw.dim() - len(self.unconstrained_shape)
+        if ladj.dim() > batch_dims:
+            ladj = ladj.flatten(batch_dims).sum(-1)
+        return self.base.log_prob(flat) - ladj
+
+
+class DiscreteVector(dist.TorchDistribution):
+    r"""Binary or class variables, each with logits that are linear in the earlier ones.
+
+    Variable ``i`` has the logits ``logits[i] + sum_j<i couplings[i, j] @ y[j]``, where ``y[j]`` is 0 or 1 for binary
+    variables and a vector of indicators for classes. Values are the ``y`` beside each other.
+
+    Shape:
+        - ``logits``: ``(*batch, n, C)`` with ``C = 1`` for binary variables, otherwise the number of classes.
+        - ``couplings``: ``(*batch, n (n - 1) / 2, C, C)``, pairs ``(i, j)`` in the order of
+          :func:`torch.tril_indices`; None where ``n = 1``.
+        - values: ``(*batch, n * C)``.
+
+    Args:
+        logits: The logits.
+        couplings: How earlier variables act on later ones.
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    has_rsample = False
+
+    def __init__(self, logits: Tensor, couplings: Tensor | None = None) -> None:
+        self.logits, self.couplings = logits, couplings
+        n, self.num_classes = logits.shape[-2:]
+        self.has_enumerate_support = n == 1
+        super().__init__(logits.shape[:-2], torch.Size([n * self.num_classes]), validate_args=False)
+
+    @constraints.dependent_property(is_discrete=True, event_dim=1)
+    def support(self) -> constraints.Constraint:
+        """Zeros and ones."""
+        return constraints.independent(constraints.boolean, 1)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "DiscreteVector":
+        """Return the same distribution at a larger batch shape."""
+        batch = torch.Size(batch_shape)
+        logits = self.logits.expand(batch + self.logits.shape[-2:])
+        couplings = self.couplings
+        return DiscreteVector(
+            logits, None if couplings is None else couplings.expand(batch + couplings.shape[-3:])
+        )
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Draw values of shape ``sample_shape + batch_shape + event_shape``."""
+        with torch.no_grad():
+            return self._choose(self._draw_one, torch.Size(sample_shape))
+
+    @property
+    def mode(self) -> Tensor:
+        """Each variable at its most probable value given those chosen before it (for one variable: the mode)."""
+        return self._choose(self._best_one, torch.Size())
+
+    def _choose(self, choose: Any, sample_shape: torch.Size) -> Tensor:
+        logits = self.logits.expand(sample_shape + self.logits.shape)
+        chosen: list[Tensor] = []
+        start = 0
+        for i in range(logits.shape[-2]):
+            own = logits[..., i, :]
+            if i and self.couplings is not None:
+                earlier = torch.stack(chosen, -2)  # (*batch, i, C)
+                coupling = self.couplings[..., start : start + i, :, :]
+                own = own + (coupling @ earlier.unsqueeze(-1)).squeeze(-1).sum(-2)
+                start += i
+            chosen.append(choose(own))
+        return torch.cat(chosen, -1)
+
+    def _draw_one(self, logits: Tensor) -> Tensor:
+        if self.num_classes == 1:
+            return torch.bernoulli(logits.sigmoid())
+        index = torch.distributions.Categorical(logits=logits, validate_args=False).sample()
+        return F.one_hot(index, self.num_classes).to(logits.dtype)
+
+    def _best_one(self, logits: Tensor) -> Tensor:
+        if self.num_classes == 1:
+            return (logits > 0).to(logits.dtype)
+        return F.one_hot(logits.argmax(-1), self.num_classes).to(logits.dtype)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the logarithm of the probability of values, in nats."""
+        n, c = self.logits.shape[-2:]
+        y = value.reshape(*value.shape[:-1], n, c).to(self.logits.dtype)
+        logits = self.logits
+        if self.couplings is not None:
+            rows, columns = torch.tril_indices(n, n, -1, device=logits.device)
+            effects = (self.couplings @ y[..., columns, :].unsqueeze(-1)).squeeze(-1)  # (*batch, pairs, C)
+            of_pair = F.one_hot(rows, n).to(logits.dtype)  # (pairs, n)
+            logits = logits + of_pair.T @ effects
+        if c == 1:
+            return (y * logits - F.softplus(logits)).sum((-2, -1))
+        return (y * logits.log_softmax(-1)).sum((-2, -1))
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """Return all values of a single variable, of shape ``(number of values, *batch, C)``."""
+        if not self.has_enumerate_support:
+            raise NotImplementedError("only a single binary or class variable can be enumerated")
+        logits = self.logits
+        if self.num_classes == 1:
+            values = logits.new_tensor([[0.0], [1.0]])
+        else:
+            values = torch.eye(self.num_classes, dtype=logits.dtype, device=logits.device)
+        values = values.reshape(len(values), *(1,) * len(self.batch_shape), -1)
+        return values.expand(-1, *self.batch_shape, -1) if expand else values
+
+
+class DiscreteDistribution(dist.TorchDistribution):
+    """A factor over flat vectors as a distribution over the values of a discrete site.
+
+    Like :class:`FactorDistribution`, of which it is the discrete counterpart.
+
+    Args:
+        base: The distribution over the flat vectors.
+        encoding: How values and flat vectors belong together.
+        support: The support of the site.
+        dtype: The type of the flat vectors.
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    has_rsample = False
+
+    def __init__(
+        self,
+        base: dist.TorchDistribution,
+        encoding: DiscreteEncoding,
+        support: constraints.Constraint,
+        dtype: torch.dtype,
+    ) -> None:
+        self.base, self.encoding = base, encoding
+        self.has_enumerate_support = base.has_enumerate_support
+        self._support, self._dtype = support, dtype
+        super().__init__(base.batch_shape, encoding.event_shape, validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """The support of the site, over its event dimensions."""
+        missing = len(self.event_shape) - self._support.event_dim
+        return constraints.independent(self._support, missing) if missing > 0 else self._support
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "DiscreteDistribution":
+        """Return the same factor at a larger batch shape."""
+        batch_shape = torch.Size(batch_shape)
+        if batch_shape == self.batch_shape:
+            return self
+        return DiscreteDistribution(self.base.expand(batch_shape), self.encoding, self._support, self._dtype)
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Draw values of shape ``sample_shape + batch_shape + event_shape``."""
+        with torch.no_grad():
+            return self.encoding.decode(self.base.sample(sample_shape))
+
+    def centre(self) -> Tensor:
+        """Return the most probable value."""
+        return self.encoding.decode(self.base.mode)
+
+    def unconstrained(self, value: Tensor) -> Tensor:
+        """Return the flat vector of a value, shape ``(*batch, n)``."""
+        return self.encoding.encode(value, self._dtype)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the logarithm of the probability of values, shape ``batch_shape``."""
+        return self.base.log_prob(self.unconstrained(value))
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """Return all values of the site, of shape ``(number of values, *batch, *event)``."""
+        return self.encoding.decode(self.base.enumerate_support(expand=expand))
+
+
+def site_distribution(
+    site: LatentSite,
+    factor: dist.TorchDistribution,
+    support: constraints.Constraint,
+    *,
+    analytic_kl: bool,
+    dtype: torch.dtype | None = None,
+) -> tuple[dist.TorchDistribution, Callable[[Tensor], Tensor]]:
+    """Return the distribution to emit at a site and the map from its value to the unconstrained vector.
+
+    Args:
+        site: The site as it was at set-up.
+        factor: The distribution over its flat unconstrained vector.
+        support: The support in this call.
+        analytic_kl: Whether the distribution may be one for which a KL divergence is registered.
+        dtype: The type of the vectors of discrete sites; the default type if not given.
+
+    Raises:
+        GraphflowsError: If a discrete site has other values than at set-up, or a factor another event shape.
+    """
+    if site.encoding is not None:
+        if not site.encoding.fits(support):
+            raise GraphflowsError(
+                f"Expected the values of {site.name!r} to be as when the guide was set up ({site.encoding}); this "
+                f"call has {support}. Set up a guide for the new values."
+            )
+        discrete = DiscreteDistribution(factor, site.encoding, support, dtype or torch.get_default_dtype())
+        return discrete, discrete.unconstrained
+    if tuple(factor.event_shape) != (site.size,):
+        raise GraphflowsError(
+            f"Expected a factor of {site.name!r} whose distribution has event shape ({site.size},), that of the flat "
+            f"vector of the site; got {tuple(factor.event_shape)} ({type(factor).__name__}). Use .to_event(1)."
+        )
+    as_at_set_up = support is site.support
+    transform = site.transform if as_at_set_up else biject_to(support)
+    is_real = site.is_real if as_at_set_up else is_identity(transform)
+    if is_real and isinstance(factor, ScalarNormal) and not site.event_shape:
+        return factor.normal if analytic_kl else SampledNormal(factor.normal), _add_event_dim
+    if is_real and analytic_kl and site.event_shape == factor.event_shape:
+        return factor, _itself
+    emitted = FactorDistribution(factor, transform, site.unconstrained_shape, site.event_shape, support)
+    return emitted, emitted.unconstrained
+
+
+def _itself(value: Tensor) -> Tensor:
+    return value
+
+
+def _add_event_dim(value: Tensor) -> Tensor:
+    return value.unsqueeze(-1)

@@ -1,0 +1,147 @@
+"""Parameters for each element of a plate, and maps: for data that no network reads, and non-exchangeable elements."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.guides.call import PlateState
+from pyro_graphflows.guides.plan import BlockPlan
+
+__all__ = ["ElementMap", "ElementTable", "element_maps"]
+
+MOST_SLOPES = 64  # inputs up to which elements with parameters have slopes too
+
+SHARED_FEATURES = 16
+
+
+class ElementTable(nn.Module):
+    """A row of parameters for each element of a stack of plates.
+
+    The rows are added to the outputs of the block's network, so that a site's factor moves with the sampled sites
+    above it, and differs between the elements of its plates by what their data say.
+
+    Shape:
+        - Output: ``(*batch, num_outputs)``, with the batch shape of the plates in the call.
+
+    Args:
+        plates: The plates; their full sizes must not change.
+        num_outputs: The length of a row.
+    """
+
+    def __init__(self, plates: Sequence[PlateState], num_outputs: int) -> None:
+        super().__init__()
+        depth = max((-plate.dim for plate in plates), default=0)
+        shape = [1] * depth
+        for plate in plates:
+            shape[depth + plate.dim] = plate.full_size
+        self.sizes = {plate.name: plate.full_size for plate in plates}
+        self.table = nn.Parameter(torch.zeros(*shape, num_outputs))
+
+    def forward(self, plates: Mapping[str, PlateState]) -> Tensor:
+        """Return the rows of a call's elements.
+
+        Raises:
+            GraphflowsError: If the full size of a plate is not that at set-up.
+        """
+        rows: Tensor = self.table
+        for name, size in self.sizes.items():
+            plate = plates[name]
+            if plate.full_size != size:
+                raise GraphflowsError(
+                    f"Expected plate {name!r} to have {size} elements, each with its own parameters, as when the guide "
+                    f"was set up; got {plate.full_size}. Set up a guide for the new data."
+                )
+            if plate.indices is not None:
+                rows = rows.index_select(plate.dim - 1, plate.indices.to(rows.device))
+        return rows
+
+
+class ElementMap(nn.Module):
+    r"""A map from a site's inputs to its factor's parameters for each element of plates, beside the network.
+
+    A shared network cannot give the elements of a plate slopes of their own, as groups of unequal sizes need: a large
+    group hears less of what is sampled above it than a small one, and the more so the smaller the sampled scale of the
+    effects is.
+    Hence every element has an affine map of its own, of the inputs and of nonlinear features of them that all
+    elements share. All maps are zero in the beginning.
+
+    Shape:
+        - Input: ``(*batch, num_inputs)``.
+        - Output: ``(*batch, num_outputs)``.
+
+    Args:
+        plates: The plates; their full sizes must not change.
+        num_inputs: The number of inputs.
+        num_outputs: The number of outputs.
+        offset: Whether the maps have an offset, or slopes alone.
+        features: The number of shared features.
+    """
+
+    def __init__(
+        self,
+        plates: Sequence[PlateState],
+        num_inputs: int,
+        num_outputs: int,
+        *,
+        offset: bool,
+        features: int = SHARED_FEATURES,
+    ) -> None:
+        super().__init__()
+        self.num_inputs, self.num_outputs, self.offset = num_inputs, num_outputs, offset
+        self.num_features = features if num_inputs else 0
+        self.shared = nn.Sequential()
+        if self.num_features:
+            layers = nn.Linear(num_inputs, features), nn.ELU(), nn.Linear(features, features), nn.ELU()
+            self.shared = nn.Sequential(*layers)
+        self.rows = ElementTable(plates, num_outputs * (num_inputs + self.num_features + offset))
+
+    def forward(self, plates: Mapping[str, PlateState], inputs: Tensor) -> Tensor:
+        """Return the contribution to the outputs of a call's elements."""
+        rows = self.rows(plates).unflatten(-1, (self.num_outputs, -1))
+        if self.num_features:
+            inputs = torch.cat([inputs, self.shared(inputs) / self.num_features**0.5], -1)
+        outputs = (rows[..., : inputs.shape[-1]] @ inputs.unsqueeze(-1)).squeeze(-1)
+        return outputs + rows[..., -1] if self.offset else outputs
+
+    @torch.no_grad()
+    def set_(self, slopes: Tensor, offsets: Tensor | None = None) -> None:
+        """Make the maps affine: ``(elements, num_outputs, num_inputs)`` and ``(elements, num_outputs)``."""
+        parts = [slopes, slopes.new_zeros(*slopes.shape[:2], self.num_features)]
+        if offsets is not None:
+            parts.append(offsets.unsqueeze(-1))
+        self.rows.table.copy_(torch.cat(parts, -1).reshape(self.rows.table.shape))
+
+
+def element_maps(
+    block: BlockPlan,
+    seen: Mapping[str, list[int]],
+    num_outputs: Mapping[str, int],
+    plates: Sequence[PlateState],
+) -> tuple[nn.ModuleDict, dict[str, tuple[str, list[int]]]]:
+    """Return the maps of a block's sites: for non-exchangeable plates, and beside per-element parameters.
+
+    Args:
+        block: The block of the plan.
+        seen: For each site the inputs of its map, in the order in which maps are made.
+        num_outputs: For each site the number of parameters that its map adds to.
+        plates: The plates of the block.
+
+    Returns:
+        The maps by the position of their site in the block, and for each site with a map its key and inputs.
+    """
+    maps, found = nn.ModuleDict(), {}
+    for site, inputs in seen.items():
+        per_element = site in block.per_element
+        around = (
+            block.plates
+            if per_element and len(inputs) <= MOST_SLOPES
+            else block.non_exchangeable.get(site, ())
+        )
+        if around and (inputs or not per_element):
+            key = str(block.sites.index(site))
+            chosen = [plate for name in around for plate in plates if plate.name == name]
+            maps[key] = ElementMap(chosen, len(inputs), num_outputs[site], offset=not per_element)
+            found[site] = key, inputs
+    return maps, found

@@ -1,0 +1,314 @@
+r"""Factor families: the conditional distribution of one latent site given what the guide conditions it on.
+
+A factor takes the outputs that a network computed for its site and returns a distribution over the site's flat
+unconstrained vector. This is the hook for further families: subclass :class:`Factor`, and pass the class as
+``family=`` to :func:`~pyro_graphflows.guides.auto_faithful_guide` (for all continuous sites), or in
+``factors={site: class}`` for single sites, continuous or discrete, with any family. A class for a single site may
+read the site in :meth:`Factor.for_site`. The distribution that a factor returns is the one that is emitted, pushed to
+the support of the site.
+
+Coordinates. The vector ``u`` of a continuous site is standardised, ``u = shift + scale * y``, with constants fixed when
+the guide is set up; factors are parametrised in the natural units of ``y`` and return a distribution of ``u``. The
+vector of a discrete site is :class:`~pyro_graphflows.guides.sites.DiscreteEncoding`'s, and its shift is 0, its
+scale 1.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_graphflows.guides.conditionals.distributions import DiscreteVector, ScalarNormal
+from pyro_graphflows.guides.sites import LatentSite
+from pyro_graphflows.regression import logistic_regression
+
+__all__ = [
+    "DiscreteFactor",
+    "ElementNormalFactor",
+    "Factor",
+    "NormalFactor",
+    "positive_scale",
+    "scalar_normals",
+]
+
+LOG_SCALE_BOUND = 20.0  # exp() of it is far outside of any standardised scale
+ROUNDINGS = 400.0  # a scale is at least so many times the rounding error of a value of the standardised size
+
+
+def positive_scale(outputs: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Return scales from their logarithms, not so small that a value cannot be told from its location.
+
+    The density of a draw is computed from the draw. Where the scale is below the rounding error of a draw, that density
+    is far too small and the bound on the evidence far too high, and training is drawn there.
+
+    Args:
+        outputs: Logarithms in standardised units.
+        shift: The shift of the standardisation.
+        scale: Its scale.
+    """
+    rounding = torch.finfo(outputs.dtype).eps * (1.0 + (shift / scale).abs())
+    smallest = (ROUNDINGS * rounding).log().clamp(-LOG_SCALE_BOUND, 0.0)
+    return outputs.clamp(max=LOG_SCALE_BOUND).maximum(smallest).exp()
+
+
+class Factor(ABC):
+    """The conditional family of one latent site.
+
+    Args:
+        size: The length of the site's flat unconstrained vector.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    @classmethod
+    def for_site(cls, site: LatentSite) -> "Factor":
+        """Return the factor of a site; override where more than its size is needed.
+
+        Args:
+            site: The site: name, shapes, support, and for discrete ones the encoding.
+        """
+        return cls(site.size)
+
+    @property
+    @abstractmethod
+    def num_outputs(self) -> int:
+        """The number of network outputs that the factor needs."""
+
+    @property
+    def output_elements(self) -> tuple[int, ...] | None:
+        """For each output the element whose parents it may see; None where every output may see all parents."""
+        return None
+
+    @property
+    def log_scale_outputs(self) -> tuple[int, ...]:
+        """The outputs that are logarithms of scales; none unless the family says so."""
+        return ()
+
+    @abstractmethod
+    def distribution(self, outputs: Tensor, shift: Tensor, scale: Tensor) -> dist.TorchDistribution:
+        """Return the distribution of the unconstrained vector.
+
+        Args:
+            outputs: The network's outputs, shape ``(*batch, num_outputs)``.
+            shift: The shift of the standardisation, shape ``(size,)``.
+            scale: Its scale, shape ``(size,)``.
+
+        Returns:
+            A distribution with batch shape ``batch`` and event shape ``(size,)``.
+        """
+
+    @abstractmethod
+    def linear_start(self, weights: Tensor, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Return the skip weights and biases for which the factor is a linear-Gaussian conditional.
+
+        In standardised units, ``y | inputs ~ Normal(loc + weights @ inputs, scale_tril @ scale_tril.T)``; a family
+        that is not Gaussian returns its closest member.
+
+        Args:
+            weights: Shape ``(size, num_inputs)``.
+            loc: Shape ``(size,)``.
+            scale_tril: Lower triangular, shape ``(size, size)``.
+
+        Returns:
+            Weights of shape ``(num_outputs, num_inputs)`` and biases of shape ``(num_outputs,)``.
+        """
+
+    def start_from_samples(self, inputs: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return skip weights and biases fitted to joint samples, or None to use :meth:`linear_start`.
+
+        Where this returns None, as it does unless overridden, ``linear_start`` gets the least-squares regression.
+
+        Args:
+            inputs: Features of the parents in rows, shape ``(n, num_inputs)``.
+            values: Standardised vectors of the site, shape ``(n, size)``.
+
+        Returns:
+            Weights of shape ``(num_outputs, num_inputs)`` and biases of shape ``(num_outputs,)``, or None.
+        """
+        return None
+
+
+class _NormalOutputs(Factor):
+    """What normal factors share: locations first, then log-scales."""
+
+    @property
+    def log_scale_outputs(self) -> tuple[int, ...]:
+        """See :attr:`Factor.log_scale_outputs`."""
+        return tuple(range(self.size, 2 * self.size))
+
+
+class NormalFactor(_NormalOutputs):
+    r"""A normal conditional, ``u = shift + scale * (loc + D U eps)``, with a full covariance within the site.
+
+    ``D`` is diagonal and positive (outputs are its logarithms) and ``U`` is unit lower triangular. This is a full
+    autoregressive block over the elements of the site, linear in the elements, with coefficients that depend on
+    the parents.
+    """
+
+    @property
+    def num_outputs(self) -> int:
+        """Location and log-scale of each element, and the entries of ``U`` below the diagonal."""
+        return 2 * self.size + self.size * (self.size - 1) // 2
+
+    def distribution(self, outputs: Tensor, shift: Tensor, scale: Tensor) -> dist.TorchDistribution:
+        """See :meth:`Factor.distribution`."""
+        n = self.size
+        loc = torch.addcmul(shift, scale, outputs[..., :n])
+        diagonal = scale * positive_scale(outputs[..., n : 2 * n], shift, scale)
+        if n == 1:
+            normal = dist.Normal(loc.squeeze(-1), diagonal.squeeze(-1), validate_args=False)
+            return ScalarNormal(normal)
+        rows, columns = torch.tril_indices(n, n, -1, device=outputs.device)
+        unit = (
+            torch.eye(n, dtype=outputs.dtype, device=outputs.device)
+            .expand((*outputs.shape[:-1], n, n))
+            .clone()
+        )
+        unit[..., rows, columns] = outputs[..., 2 * n :]
+        scale_tril = diagonal.unsqueeze(-1) * unit
+        return dist.MultivariateNormal(loc, scale_tril=scale_tril, validate_args=False)
+
+    def linear_start(self, weights: Tensor, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`Factor.linear_start`."""
+        n = self.size
+        all_weights = weights.new_zeros(self.num_outputs, weights.shape[-1])
+        all_weights[:n] = weights
+        diagonal = scale_tril.diagonal()
+        unit = scale_tril / diagonal.unsqueeze(-1)
+        rows, columns = torch.tril_indices(n, n, -1, device=weights.device)
+        return all_weights, torch.cat([loc, diagonal.log(), unit[rows, columns]])
+
+
+def scalar_normals(outputs: Tensor, shift: Tensor, scale: Tensor) -> list[ScalarNormal]:
+    """Return what :class:`NormalFactor` returns for several sites of size one, by one computation for all.
+
+    Args:
+        outputs: The outputs for all sites, one site after the other, shape ``(*batch, 2 n)``.
+        shift: The shifts of the standardisation, shape ``(n,)``.
+        scale: Its scales, shape ``(n,)``.
+    """
+    locs = torch.addcmul(shift, scale, outputs[..., 0::2])
+    scales = scale * positive_scale(outputs[..., 1::2], shift, scale)
+    return [
+        ScalarNormal(dist.Normal(loc, width, validate_args=False))
+        for loc, width in zip(locs.unbind(-1), scales.unbind(-1), strict=True)
+    ]
+
+
+class ElementNormalFactor(_NormalOutputs):
+    r"""A normal conditional in which each element has parents of its own.
+
+    ``y_i = loc_i + sum_j A_ij y_j + d_i eps_i`` over the earlier elements ``j`` of the site that element ``i``
+    looks at; ``loc_i``, ``log d_i`` and ``A_ij`` depend on the parents of element ``i`` alone.
+
+    Args:
+        inner: For each element, the earlier elements of the site that are among its parents.
+    """
+
+    def __init__(self, inner: Sequence[Sequence[int]]) -> None:
+        super().__init__(len(inner))
+        self.rows = [i for i, earlier in enumerate(inner) for _ in earlier]
+        self.columns = [j for earlier in inner for j in earlier]
+
+    @property
+    def num_outputs(self) -> int:
+        """Location and log-scale of each element, and a coefficient for each pair of elements."""
+        return 2 * self.size + len(self.rows)
+
+    @property
+    def output_elements(self) -> tuple[int, ...]:
+        """See :attr:`Factor.output_elements`."""
+        return (*range(self.size), *range(self.size), *self.rows)
+
+    def distribution(self, outputs: Tensor, shift: Tensor, scale: Tensor) -> dist.TorchDistribution:
+        """See :meth:`Factor.distribution`."""
+        n = self.size
+        loc = outputs[..., :n]
+        diagonal = positive_scale(outputs[..., n : 2 * n], shift, scale)
+        if not self.rows:
+            return dist.Normal(shift + scale * loc, scale * diagonal, validate_args=False).to_event(1)
+        eye = torch.eye(n, dtype=outputs.dtype, device=outputs.device)
+        unit = eye.expand((*outputs.shape[:-1], n, n)).clone()
+        unit[..., self.rows, self.columns] = -outputs[..., 2 * n :]
+        solved = torch.linalg.solve_triangular(
+            unit, torch.cat([loc.unsqueeze(-1), diagonal.diag_embed()], -1), upper=False, unitriangular=True
+        )
+        mean, scale_tril = shift + scale * solved[..., 0], scale.unsqueeze(-1) * solved[..., 1:]
+        return dist.MultivariateNormal(mean, scale_tril=scale_tril, validate_args=False)
+
+    def linear_start(self, weights: Tensor, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`Factor.linear_start`."""
+        n = self.size
+        diagonal = scale_tril.diagonal()
+        unit = diagonal.unsqueeze(-1) * torch.linalg.inv(scale_tril)  # I - A
+        all_weights = weights.new_zeros(self.num_outputs, weights.shape[-1])
+        all_weights[:n] = unit @ weights
+        return all_weights, torch.cat([unit @ loc, diagonal.log(), -unit[self.rows, self.columns]])
+
+
+class DiscreteFactor(Factor):
+    """Bernoulli and categorical conditionals, of one variable or of several in a row.
+
+    A site with a single binary or class variable can represent any table of probabilities that its network can; in a
+    site with several, the logits of each are linear in the earlier ones, with coefficients that depend on the parents.
+    Continuous outputs have coordinates with a shift and a scale; these have none.
+
+    Args:
+        num_variables: The number of binary or class variables of the site.
+        num_classes: The number of classes of each; 1 for binary variables.
+    """
+
+    def __init__(self, num_variables: int, num_classes: int) -> None:
+        super().__init__(num_variables * num_classes)
+        self.num_variables, self.num_classes = num_variables, num_classes
+
+    @classmethod
+    def for_site(cls, site: LatentSite) -> "DiscreteFactor":
+        """See :meth:`Factor.for_site`."""
+        assert site.encoding is not None
+        return cls(site.encoding.num_elements, site.encoding.num_classes)
+
+    @property
+    def _num_pairs(self) -> int:
+        return self.num_variables * (self.num_variables - 1) // 2
+
+    @property
+    def num_outputs(self) -> int:
+        """Logits, and for each pair of variables a matrix by which the earlier one moves the later one's."""
+        return self.size + self._num_pairs * self.num_classes**2
+
+    def distribution(self, outputs: Tensor, shift: Tensor, scale: Tensor) -> dist.TorchDistribution:
+        """See :meth:`Factor.distribution`; shift and scale are not used."""
+        n, c = self.num_variables, self.num_classes
+        logits = outputs[..., : self.size].unflatten(-1, (n, c))
+        if n == 1:
+            return DiscreteVector(logits)
+        return DiscreteVector(logits, outputs[..., self.size :].unflatten(-1, (self._num_pairs, c, c)))
+
+    def linear_start(self, weights: Tensor, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
+        """Return weights and biases for which the logits are ``loc + weights @ inputs``, without couplings."""
+        extra = self.num_outputs - self.size
+        return (
+            torch.cat([weights, weights.new_zeros(extra, weights.shape[-1])]),
+            torch.cat([loc, loc.new_zeros(extra)]),
+        )
+
+    def start_from_samples(self, inputs: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logistic regression of each variable on the inputs and the earlier variables."""
+        n, c = self.num_variables, self.num_classes
+        y = values.unflatten(-1, (n, c))
+        num_inputs = inputs.shape[-1]
+        weights = inputs.new_zeros(self.num_outputs, num_inputs)
+        biases = inputs.new_zeros(self.num_outputs)
+        start = self.size
+        for i in range(n):
+            slopes, intercepts = logistic_regression(torch.cat([inputs, y[:, :i].flatten(-2)], -1), y[:, i])
+            weights[i * c : (i + 1) * c] = slopes[:, :num_inputs]
+            biases[i * c : (i + 1) * c] = intercepts
+            couplings = slopes[:, num_inputs:].unflatten(-1, (i, c)).movedim(1, 0)  # (i, C, C)
+            biases[start : start + couplings.numel()] = couplings.reshape(-1)
+            start += couplings.numel()
+        return weights, biases

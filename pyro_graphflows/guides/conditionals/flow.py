@@ -1,0 +1,491 @@
+"""Conditionals by one flow over a block: every site keeps its own term.
+
+The flow's Jacobian is triangular in the order of the inverse, so the density of a block is a product of one term for
+each site, and each site is emitted on its own. It is emitted as a distribution over its flat unconstrained vector that
+
+- draws when it is asked to, so at the batch shape that Pyro gives it (all plates, vectorised particles);
+- knows the density of what it has just drawn, and inverts its part of the flow for any other value;
+- depends on the values of its parents that the trace really has, since the guide hands those in after each level.
+
+In a faithful flow a site's term depends on exactly its parents. In a graphical one it is the density given all
+ancestors, which enter through their noise: where a value is replaced, its noise is found by inversion and all later
+sites are computed again.
+
+The elements of a vector site form a full autoregressive chain inside the site, one *stage* after the other.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.guides.call import PlateState
+from pyro_graphflows.guides.conditionals.contract import BlockSpec, Conditionals, LinearConditional, Pass
+from pyro_graphflows.guides.conditionals.elements import ElementMap, ElementTable, element_maps
+from pyro_graphflows.guides.features import concatenate
+from pyro_graphflows.transforms.faithful import FaithfulEvaluation, FaithfulResidualNN
+from pyro_graphflows.transforms.graphical import AffineGraphicalEvaluation, AffineGraphicalNN
+from pyro_graphflows.transforms.structure import FlowStructure
+
+__all__ = ["FlowConditional", "FlowConditionals"]
+
+HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
+
+Network = FaithfulResidualNN | AffineGraphicalNN
+Evaluation = FaithfulEvaluation | AffineGraphicalEvaluation
+
+
+class FlowConditionals(Conditionals):
+    """The conditionals of the sites of one block, by one flow over all their elements.
+
+    Args:
+        spec: What they are made from.
+        graphical: Whether the flow is the graphical one, whose sites depend on all ancestors.
+        hidden_dims: The widths of the hidden layers over all elements; None for ``units_per_variable`` a layer.
+        units_per_variable: The hidden units of one block of one element.
+        hidden_layers: The number of hidden layers of a block.
+        network_options: Further options of :class:`~pyro_graphflows.transforms.faithful_nn.FaithfulResidualNN`, or of
+            :class:`~pyro_graphflows.transforms.graphical_affine.AffineGraphicalNN`.
+    """
+
+    def __init__(
+        self,
+        spec: BlockSpec,
+        *,
+        graphical: bool,
+        hidden_dims: Sequence[int] | None,
+        units_per_variable: int,
+        hidden_layers: int,
+        network_options: Mapping[str, Any],
+    ) -> None:
+        super().__init__(spec)
+        block = spec.block
+        self.parts = {
+            site: slice(columns.start - self.num_features, columns.stop - self.num_features)
+            for site, columns in self.columns.items()
+            if site in block.parents
+        }
+        # A site with per-element parameters or maps has two inputs more for each element, for that element alone.
+        self._own_sites = [
+            *block.per_element,
+            *(site for site in block.non_exchangeable if site not in block.per_element),
+        ]
+        own = [v for site in self._own_sites for v in range(self.parts[site].start, self.parts[site].stop)]
+        self._table_columns = {v: self.num_features + 2 * i for i, v in enumerate(own)}
+        sizes = {site: part.stop - part.start for site, part in self.parts.items()}
+        num_rows = sum(2 * sizes[site] for site in block.per_element)
+        self.table = ElementTable(spec.plates, num_rows) if block.per_element else None
+        seen = {site: [j for j in self.inputs_of(site) if j < self.num_features] for site in self._own_sites}
+        self.maps, self._map_of = element_maps(block, seen, {s: 2 * n for s, n in sizes.items()}, spec.plates)
+        structure, self._stages = self._structure()
+        if hidden_dims is None:
+            hidden_dims = [units_per_variable * len(structure.names)] * hidden_layers
+        kind = AffineGraphicalNN if graphical else FaithfulResidualNN
+        self.network: Network = kind(structure, hidden_dims=hidden_dims, **network_options)
+        self._reset_table_()
+
+    @property
+    def affine(self) -> FaithfulResidualNN:
+        """The part of the network that has shifts, scales and the standardisation."""
+        return self.network.affine if isinstance(self.network, AffineGraphicalNN) else self.network
+
+    def _structure(self) -> tuple[FlowStructure, list[list[list[int]]]]:
+        """Return which variable looks at which, and the stages of each level as positions within the level.
+
+        The elements of a vector site form a chain inside the site; those at one position in the sites of one level make
+        a stage, and are drawn at once.
+        """
+        names = [
+            name if len(columns) == 1 else f"{name}[{i}]"
+            for name, columns in self.columns.items()
+            for i in range(len(columns))
+        ]
+        first = self.num_features
+        parents: list[list[int]] = []
+        context_parents: list[list[int]] = []
+        for site in self.block.sites:
+            columns = self.columns[site]
+            for i, own in enumerate(columns):
+                if site in self.element_columns:
+                    seen = [
+                        *self.element_columns[site][i],
+                        *(columns[j] for j in sorted(self.inner[site][i])),
+                    ]
+                else:
+                    seen = [*self.inputs_of(site), *range(columns.start, own)]
+                parents.append([j - first for j in seen if j >= first])
+                column = self._table_columns.get(own - first)
+                extra = [] if column is None else [column, column + 1]
+                context_parents.append([*(j for j in seen if j < first), *extra])
+        stages: list[tuple[int, ...]] = []
+        level_stages: list[list[list[int]]] = []
+        for level in self.block.levels:
+            parts = [self.parts[site] for site in level]
+            widest = max(part.stop - part.start for part in parts)
+            found = [[p.start + k for p in parts if p.start + k < p.stop] for k in range(widest)]
+            stages += map(tuple, found)
+            level_stages.append([[v - parts[0].start for v in stage] for stage in found])
+        own_names = [f"element {names[first + v]}[{i}]" for v in self._table_columns for i in (0, 1)]
+        structure = FlowStructure(
+            parents=tuple(map(tuple, parents)),
+            context_parents=tuple(map(tuple, context_parents)),
+            context_dim=first + len(own_names),
+            names=tuple(names[first:]),
+            context_names=(*names[:first], *own_names),
+            stages=tuple(stages),
+        )
+        return structure, level_stages
+
+    # ---------------------------------------------------------------- units
+
+    def output_units(self, site: str) -> tuple[Tensor, Tensor]:
+        """See :meth:`Conditionals.output_units`."""
+        return self.affine.loc[self.parts[site]], self.affine.scale[self.parts[site]]
+
+    def input_units(self, site: str) -> tuple[Tensor, Tensor]:
+        """See :meth:`Conditionals.input_units`."""
+        return self.output_units(site)
+
+    @torch.no_grad()
+    def set_units_(
+        self, site: str, outputs: tuple[Tensor, Tensor], inputs: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        """See :meth:`Conditionals.set_units_`."""
+        part, affine = self.parts[site], self.affine
+        affine.loc[part], affine.scale[part] = outputs
+        if inputs is not None:
+            raise GraphflowsError("TODO separate units of inputs in flows")
+
+    # ---------------------------------------------------------------- becoming linear
+
+    @torch.no_grad()
+    def set_linear_(self, site: str, linear: LinearConditional) -> bool:
+        """See :meth:`Conditionals.set_linear_`."""
+        if linear.by_element:
+            return self._set_maps_(site, linear)
+        network, part = self.affine, self.parts[site]
+        centre, width = network.loc.double(), network.scale.double()
+        joint = centre.new_zeros(len(centre), network.context_dim + len(centre))
+        shift = centre[part] + width[part] * linear.loc.to(joint)
+        for parent, matrix in linear.weights.items():
+            columns = list(self.columns[parent])
+            scaled = width[part].unsqueeze(-1) * matrix.to(joint)
+            if parent in self.parts:
+                columns = [network.context_dim + j - self.num_features for j in columns]
+                input_shift, input_scale = (unit.to(joint) for unit in self.input_units(parent))
+                scaled = scaled / input_scale
+                shift = shift - scaled @ input_shift
+            joint[part, columns] = scaled
+        # u = m + L eps  <=>  u = A m + (1 - A) u + D eps with D the diagonal of L and A = D L^-1
+        tril = width[part].unsqueeze(-1) * linear.scale_tril.to(joint)
+        diagonal = tril.diagonal()
+        chain = torch.linalg.solve_triangular(tril, diagonal.diag(), upper=False, left=False)
+        shifts, scales = torch.zeros_like(centre), torch.ones_like(centre)
+        shifts[part], scales[part] = chain @ shift, diagonal
+        joint[part] = chain @ joint[part]
+        own = slice(network.context_dim + part.start, network.context_dim + part.stop)
+        joint[part, own] = torch.eye(len(diagonal)).to(joint) - chain
+        self.network.init_linear_(joint, shifts, scales, variables=range(part.start, part.stop))
+        self._reset_table_(site)
+        return True
+
+    @torch.no_grad()
+    def _reset_table_(self, site: str | None = None) -> None:
+        """Let the per-element inputs of one site, or of all, be a shift and a log-scale of its last affine map."""
+        network, stack = self.affine, self.affine.stack
+        place = {int(v): inner for inner, v in enumerate(network._order)}
+        edge = {pair: e for e, pair in enumerate(network.edges.edges)}
+        first = stack.hidden_units[0]
+        by_edge = network.edges.weight.view(-1, stack.num_blocks, stack.num_inputs)
+        sign, last = (-1, 0) if network.closed_form == "density" else (1, stack.num_blocks - 1)
+        for v, column in self._table_columns.items():
+            if site is not None and not self.parts[site].start <= v < self.parts[site].stop:
+                continue
+            for i in range(stack.num_inputs - first):
+                rows = by_edge[edge[place[v], column + i]]
+                rows.zero_()
+                rows[last, first + i] = sign
+                if self.table is not None and column - self.num_features + i < self.table.table.shape[-1]:
+                    self.table.table[..., column - self.num_features + i] = 0.0
+
+    def _set_maps_(self, site: str, linear: LinearConditional) -> bool:
+        """Make the maps of a scalar site linear-Gaussian; parents within the block keep a slope that all share."""
+        if site not in self._map_of or linear.loc.shape[1] != 1:
+            return False
+        key, columns = self._map_of[site]
+        element_map = self.maps[key]
+        assert isinstance(element_map, ElementMap)
+        if not element_map.offset or self.affine.closed_form == "density":
+            return False
+        within = {p: matrix.mean(0) for p, matrix in linear.weights.items() if p in self.parts}
+        log_scales = linear.scale_tril[:, 0, 0].log()
+        centre = log_scales.mean()
+        shared = LinearConditional(within, linear.loc.new_zeros(1), centre.exp().reshape(1, 1))
+        self.set_linear_(site, shared)
+        most = self.affine.stack.scale_range  # a conditional log-scale is bounded by a tanh
+        ratio = ((log_scales - centre) / most).clamp(-0.999, 0.999)
+        like = element_map.rows.table
+        slopes = torch.zeros(len(linear.loc), 2, len(columns)).to(like)
+        for parent, matrix in linear.weights.items():
+            if parent not in self.parts:
+                at = [columns.index(j) for j in self.columns[parent]]
+                slopes[:, 0, at] = matrix[:, 0].to(like)
+        element_map.set_(slopes, torch.stack([linear.loc[:, 0], most * ratio.atanh()], -1).to(like))
+        return True
+
+    @torch.no_grad()
+    def narrow_elements_(self, factor: float) -> None:
+        """See :meth:`Conditionals.narrow_elements_`."""
+        if self.table is not None and self.affine.stack.conditional_scale:
+            self.table.table[..., 1::2] += math.log(factor)
+
+    # ---------------------------------------------------------------- evaluation
+
+    def begin(self, context: Tensor, plates: Mapping[str, PlateState] | None = None) -> "FlowPass":
+        """See :meth:`Conditionals.begin`."""
+        parts = [context]
+        if self._own_sites:
+            number = 2 * len(self._table_columns)
+            parts.append(context.new_zeros(number) if plates is None else self._own_inputs(context, plates))
+        levels = FlowLevels(self.block.levels, self.parts, self._stages, self.affine.loc)
+        return FlowPass(levels, self.network.start(*parts), [part.shape[:-1] for part in parts])
+
+    def _own_inputs(self, context: Tensor, plates: Mapping[str, PlateState]) -> Tensor:
+        """Return the inputs that elements have of their own."""
+        rows = None if self.table is None else self.table(plates)
+        if rows is not None and not self._map_of:
+            return rows
+        parts = []
+        start = 0
+        for site in self._own_sites:
+            part: Tensor | None = None
+            if site in self.block.per_element:
+                assert rows is not None
+                stop = start + 2 * (self.parts[site].stop - self.parts[site].start)
+                part, start = rows[..., start:stop], stop
+            if site in self._map_of:
+                key, columns = self._map_of[site]
+                contribution = self.maps[key](plates, context[..., columns])
+                part = contribution if part is None else part + contribution
+            assert part is not None
+            parts.append(part)
+        return concatenate(parts)
+
+
+@dataclass(frozen=True)
+class FlowLevels:
+    """Where the sites of a flow are.
+
+    Attributes:
+        levels: The sites, level by level.
+        parts: For each site, its variables.
+        stages: For each level, its stages: variables, counted from the first of the level, that are drawn at once.
+        loc: The shifts of the variables, for sites of which no value is known.
+    """
+
+    levels: Sequence[Sequence[str]]
+    parts: Mapping[str, slice]
+    stages: Sequence[Sequence[Sequence[int]]]
+    loc: Tensor
+
+
+class FlowPass(Pass):
+    """One pass of :class:`FlowConditionals`."""
+
+    def __init__(self, levels: FlowLevels, evaluation: Evaluation, batches: Sequence[torch.Size]) -> None:
+        self._levels = levels
+        self._evaluation = evaluation
+        self._batch = torch.broadcast_shapes(*batches)
+        self._depth = 0
+        self._level: FlowLevel
+
+    def next(
+        self, priors: Mapping[str, dist.TorchDistribution] | None = None
+    ) -> dict[str, dist.TorchDistribution]:
+        """See :meth:`Pass.next`."""
+        self._level = FlowLevel(self._levels, self._depth, self._evaluation)
+        return {site: FlowConditional(self._level, site, self._batch) for site in self._level.parts}
+
+    def accept(self, values: Mapping[str, Tensor]) -> None:
+        """See :meth:`Pass.accept`."""
+        self._depth += 1
+        last = self._depth == len(self._levels.levels)
+        self._evaluation = self._level.accept(values, last)
+        self._batch = torch.broadcast_shapes(self._batch, *(value.shape[:-1] for value in values.values()))
+
+
+class FlowLevel:
+    """The sites of one level given the values of all levels before it.
+
+    Sites of one level are drawn together, the first time that one of them is asked for, and scored together where
+    all their values are known; they are independent given the levels before.
+
+    Args:
+        levels: Where the sites are.
+        depth: The number of the level.
+        evaluation: The flow's evaluation, at this level.
+    """
+
+    def __init__(self, levels: FlowLevels, depth: int, evaluation: Evaluation) -> None:
+        sites, parts = levels.levels[depth], levels.parts
+        start = parts[sites[0]].start
+        self.parts = {site: slice(parts[site].start - start, parts[site].stop - start) for site in sites}
+        self.size = parts[sites[-1]].stop - start
+        self.stages = levels.stages[depth]
+        self.loc = levels.loc[start : start + self.size]
+        self.evaluation = evaluation
+        self.given: dict[str, Tensor] = {}
+        self._waiting: tuple[Any, dict[str, tuple[Tensor, Tensor]]] = (None, {})
+        self._scored: tuple[Any, dict[str, Tensor]] = (None, {})
+        self._after: tuple[dict[str, Tensor], Evaluation] | None = None
+
+    def draw(self, site: str, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """Draw the vector of a site; return it and its log-density, of shapes ``(*shape, size)`` and ``shape``."""
+        key = (shape, torch.is_grad_enabled())
+        if self._waiting[0] != key or site not in self._waiting[1]:
+            self._waiting = (key, self.push(shape=shape))
+        return self._waiting[1].pop(site)
+
+    def push(self, eps: Tensor | None = None, shape: Sequence[int] = ()) -> dict[str, tuple[Tensor, Tensor]]:
+        """Map the noise of all sites of the level, or new noise, to their vectors and log-densities."""
+        evaluation = self.evaluation
+        z, terms = [], []
+        for stage in self.stages:
+            evaluation = evaluation.fork()
+            if eps is None:
+                noise = evaluation.noise(shape)
+            else:
+                noise = eps if len(self.stages) == 1 else eps[..., stage]
+            value, log_diagonal = evaluation.step(noise)
+            evaluation.accept(value)
+            z.append(value)
+            terms.append(_log_normal(noise) - log_diagonal)
+        value, term = self._in_order(z), self._in_order(terms)
+        drawn = {site: value[..., part] for site, part in self.parts.items()}
+        self._after = (drawn, evaluation)
+        return {site: (drawn[site], term[..., part].sum(-1)) for site, part in self.parts.items()}
+
+    def _in_order(self, stages: list[Tensor]) -> Tensor:
+        if len(stages) == 1:
+            return stages[0]
+        columns: list[Tensor | None] = [None] * self.size
+        for stage, values in zip(self.stages, stages, strict=True):
+            for column, value in zip(stage, values.unbind(-1), strict=True):
+                columns[column] = value
+        return torch.stack([column for column in columns if column is not None], -1)
+
+    def accept(self, values: Mapping[str, Tensor], last: bool) -> Evaluation:
+        """Take the values of the level's sites; return the evaluation at the next level."""
+        self.given = {site: values[site] for site in self.parts}
+        if self._after is not None and all(self._after[0][site] is self.given[site] for site in self.parts):
+            return self._after[1]
+        if last:
+            return self.evaluation
+        joined = self._join(self.given)
+        evaluation = self.evaluation
+        for stage in self.stages:
+            evaluation = evaluation.fork()
+            evaluation.accept(joined if len(self.stages) == 1 else joined[..., stage])
+        return evaluation
+
+    def _join(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Put values beside each other; sites without one get any value, since no other site of the level sees it."""
+        if len(self.parts) == 1:
+            return next(iter(values.values()))
+        batch = torch.broadcast_shapes(*(value.shape[:-1] for value in values.values()))
+        parts = [values.get(site, self.loc[part]) for site, part in self.parts.items()]
+        return torch.cat([part.expand(*batch, -1) for part in parts], -1)
+
+    def score(self, site: str, value: Tensor) -> Tensor:
+        """Return the log-density of a vector of a site."""
+        if self.given.get(site) is not value:
+            return self._score({site: value})[site]
+        key = torch.is_grad_enabled()
+        if self._scored[0] is not key or site not in self._scored[1]:
+            drawn = {} if self._after is None else self._after[0]
+            together = {
+                name: other
+                for name, other in self.given.items()
+                if other is not drawn.get(name) and other.shape[:-1] == value.shape[:-1]
+            }
+            self._scored = (key, self._score({**together, site: value}))
+        return self._scored[1].pop(site)
+
+    def _score(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        joined = self._join(values)
+        evaluation = self.evaluation
+        terms = []
+        for i, stage in enumerate(self.stages):
+            part = joined if len(self.stages) == 1 else joined[..., stage]
+            noise, log_diagonal = evaluation.terms(part)
+            terms.append(_log_normal(noise) - log_diagonal)
+            if i + 1 < len(self.stages):
+                evaluation = evaluation.fork()
+                evaluation.accept(part)
+        term = self._in_order(terms)
+        return {site: term[..., self.parts[site]].sum(-1) for site in values}
+
+
+class FlowConditional(dist.TorchDistribution):
+    """The conditional of one site of a flow, over its flat unconstrained vector.
+
+    Shape:
+        - values: ``batch_shape + (size,)``.
+
+    Args:
+        level: The level of the site.
+        site: The site.
+        batch_shape: The batch shape.
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    has_rsample = True
+
+    def __init__(self, level: FlowLevel, site: str, batch_shape: torch.Size) -> None:
+        self.level = level
+        self.site = site
+        self._drawn: list[tuple[Tensor, Tensor, bool]] = []  # shared with expanded copies
+        part = level.parts[site]
+        super().__init__(batch_shape, torch.Size([part.stop - part.start]), validate_args=False)
+
+    @constraints.dependent_property(is_discrete=False, event_dim=1)
+    def support(self) -> constraints.Constraint:
+        """All real vectors."""
+        return constraints.real_vector
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "FlowConditional":
+        """Return the same conditional at a larger batch shape."""
+        new = FlowConditional(self.level, self.site, torch.Size(batch_shape))
+        new._drawn = self._drawn
+        return new
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Draw reparametrised values of shape ``sample_shape + batch_shape + event_shape``."""
+        value, log_prob = self.level.draw(self.site, torch.Size(sample_shape) + self.batch_shape)
+        self._drawn[:] = [(value, log_prob, torch.is_grad_enabled())]
+        return value
+
+    @property
+    def mean(self) -> Tensor:
+        """The image of noise zero (the mean where the flow is linear)."""
+        noise = torch.zeros(*self.batch_shape, self.level.size, dtype=self.level.loc.dtype)
+        return self.level.push(noise.to(self.level.loc.device))[self.site][0]
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log-density of values, shape ``batch_shape``."""
+        if self._drawn:
+            drawn, log_prob, with_gradients = self._drawn[0]
+            if drawn is value and (with_gradients or not torch.is_grad_enabled()):
+                return log_prob
+        log_prob = self.level.score(self.site, value)
+        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+
+
+def _log_normal(noise: Tensor) -> Tensor:
+    return -0.5 * noise.square() - HALF_LOG_TWO_PI

@@ -1,0 +1,340 @@
+"""Conditionals by one masked network (MADE): the factors of a block's sites, level by level.
+
+The network of a block sees the block's context and, level by level, the sites drawn so far; masks from the
+inverse graph leave to each site exactly its parents (Germain et al. 2015, Webb et al. 2018). Everything is in
+standardised units, inputs and outputs.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyro_graphflows.guides.call import PlateState
+from pyro_graphflows.guides.conditionals.contract import BlockSpec, Conditionals, LinearConditional, Pass
+from pyro_graphflows.guides.conditionals.coupled import WAKE, CoupledFactor, CouplingTerms, exchangeable_start
+from pyro_graphflows.guides.conditionals.elements import ElementMap, ElementTable, element_maps
+from pyro_graphflows.guides.conditionals.factors import (
+    DiscreteFactor,
+    ElementNormalFactor,
+    Factor,
+    NormalFactor,
+    scalar_normals,
+)
+from pyro_graphflows.nn.mlp import LevelEvaluation, MaskedMLP
+from pyro_graphflows.regression import Moments
+
+__all__ = ["MaskedConditionals"]
+
+
+class MaskedConditionals(Conditionals):
+    """The conditionals of the sites of one block, by one masked network.
+
+    Args:
+        spec: What they are made from.
+        factor: The factor class of the continuous sites for which the user gave none.
+        network_options: Options of :class:`~pyro_graphflows.nn.mlp.MaskedMLP`.
+    """
+
+    shift: Tensor
+    scale: Tensor
+    input_shift: Tensor
+    input_scale: Tensor
+
+    def __init__(self, spec: BlockSpec, factor: type[Factor], network_options: Mapping[str, Any]) -> None:
+        super().__init__(spec)
+        block = spec.block
+        self.factors = {site: self._factor_of(site, spec, factor) for site in block.sites}
+        levels = [0] * self.num_features
+        names = [node.name for node in block.context for _ in self.columns[node.name]]
+        for depth, level in enumerate(block.levels):
+            for site in level:
+                levels += [depth + 1] * self.factors[site].size
+                names += [site] * self.factors[site].size
+        allowed: list[list[int]] = []
+        output_names: list[str] = []
+        self.outputs: dict[str, slice] = {}  # rows of the network, in sampling order
+        self._parts: dict[str, slice] = {}  # entries of the units
+        for site in block.sites:
+            own, start, size = self.factors[site], len(allowed), self.factors[site].size
+            if site in self.element_columns and own.output_elements is not None:
+                allowed += [self.element_columns[site][i] for i in own.output_elements]
+            else:
+                allowed += [self.inputs_of(site)] * own.num_outputs
+            output_names += [site] * own.num_outputs
+            self.outputs[site] = slice(start, len(allowed))
+            first = self.columns[site].start - self.num_features
+            self._parts[site] = slice(first, first + size)
+        self.network = MaskedMLP(
+            allowed,
+            self.num_columns,
+            num_params=1,
+            input_levels=levels,
+            input_names=names,
+            output_names=output_names,
+            **network_options,
+        )
+        num_rows = {site: own.num_outputs for site, own in self.factors.items()}
+        self._table_columns: dict[str, slice] = {}
+        start = 0
+        for site in block.per_element:
+            self._table_columns[site] = slice(start, start + num_rows[site])
+            start += num_rows[site]
+        self.table = ElementTable(spec.plates, start) if block.per_element else None
+        seen = {site: self.inputs_of(site) for site in block.sites}
+        self.maps = nn.ModuleDict()
+        self._map_of: dict[str, tuple[str, list[int]]] = {}
+        if block.per_element or block.non_exchangeable:
+            self.maps, self._map_of = element_maps(block, seen, num_rows, spec.plates)
+        self.couplings = nn.ModuleDict()  # by the position of the site
+        self._coupling_of: dict[str, str] = {}
+        for position, site in enumerate(block.sites):
+            coupled = self.factors[site]
+            if isinstance(coupled, CoupledFactor):
+                across = [plate for plate in spec.plates if plate.name in block.coupled[site].plates]
+                others = [plate for plate in spec.plates if plate.name not in block.coupled[site].plates]
+                self.couplings[str(position)] = CouplingTerms(coupled, across, others)
+                self._coupling_of[site] = str(position)
+        total = self.num_columns - self.num_features
+        for name in ("shift", "input_shift"):
+            self.register_buffer(name, torch.zeros(total))
+        for name in ("scale", "input_scale"):
+            self.register_buffer(name, torch.ones(total))
+        self._scalar_levels = {
+            i
+            for i, level in enumerate(block.levels)
+            if all(
+                type(self.factors[site]) is NormalFactor and self.factors[site].size == 1 for site in level
+            )
+        }
+
+    def _factor_of(self, name: str, spec: BlockSpec, default: type[Factor]) -> Factor:
+        site = spec.sites[name]
+        if name in spec.block.coupled:
+            return CoupledFactor(site.size, spec.block.coupled[name].rank)
+        if name in spec.factors:
+            return spec.factors[name].for_site(site)
+        if site.encoding is not None:
+            return DiscreteFactor.for_site(site)
+        if name in spec.element_parents:
+            return ElementNormalFactor(self.inner[name])
+        return default.for_site(site)
+
+    # ---------------------------------------------------------------- units
+
+    def output_units(self, site: str) -> tuple[Tensor, Tensor]:
+        """See :meth:`Conditionals.output_units`."""
+        return self.shift[self._parts[site]], self.scale[self._parts[site]]
+
+    def input_units(self, site: str) -> tuple[Tensor, Tensor]:
+        """See :meth:`Conditionals.input_units`."""
+        return self.input_shift[self._parts[site]], self.input_scale[self._parts[site]]
+
+    @torch.no_grad()
+    def set_units_(
+        self, site: str, outputs: tuple[Tensor, Tensor], inputs: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        """See :meth:`Conditionals.set_units_`."""
+        part = self._parts[site]
+        self.shift[part], self.scale[part] = outputs
+        self.input_shift[part], self.input_scale[part] = outputs if inputs is None else inputs
+
+    # ---------------------------------------------------------------- becoming linear
+
+    @torch.no_grad()
+    def set_linear_(self, site: str, linear: LinearConditional) -> bool:
+        """See :meth:`Conditionals.set_linear_`."""
+        factor = self.factors[site]
+        if linear.by_element:
+            return self._set_maps_(site, factor, linear)
+        joint = self.shift.new_zeros(factor.size, self.num_columns)
+        for parent, matrix in linear.weights.items():
+            joint[:, list(self.columns[parent])] = matrix.to(joint)
+        self._set_rows_(site, *factor.linear_start(joint, linear.loc.to(joint), linear.scale_tril.to(joint)))
+        return True
+
+    def _set_rows_(self, site: str, weights: Tensor, biases: Tensor) -> None:
+        """Make the outputs of one site linear: ``biases + weights @ inputs``, with columns for all inputs."""
+        skip: Any = self.network.skip
+        if skip is None:
+            raise RuntimeError(
+                "Expected a network with a linear map beside its hidden layers; this one has none."
+            )
+        skip.set_rows_(self.outputs[site], weights, biases)
+        if len(self.network.layers):
+            last: Any = self.network.layers[-1]
+            last.set_rows_(self.outputs[site], 0.0)
+        if self.table is not None and site in self._table_columns:
+            self.table.table[..., self._table_columns[site]] = 0.0
+
+    def _set_maps_(self, site: str, factor: Factor, linear: LinearConditional) -> bool:
+        if site not in self._map_of or not isinstance(factor, NormalFactor):
+            return False
+        key, inputs = self._map_of[site]
+        element_map = self.maps[key]
+        assert isinstance(element_map, ElementMap)
+        if not element_map.offset:
+            return False
+        like = element_map.rows.table
+        joint = torch.zeros(len(linear.loc), factor.size, self.num_columns).to(like)
+        for parent, matrix in linear.weights.items():
+            joint[..., list(self.columns[parent])] = matrix.to(like)
+        starts = [
+            factor.linear_start(w[:, inputs], loc.to(like), tril.to(like))
+            for w, loc, tril in zip(joint, linear.loc, linear.scale_tril, strict=True)
+        ]
+        slopes, offsets = (torch.stack(parts) for parts in zip(*starts, strict=True))
+        shared = torch.zeros(factor.num_outputs, self.num_columns).to(like)
+        shared[:, inputs] = slopes.mean(0)
+        self._set_rows_(site, shared, offsets.mean(0))
+        element_map.set_(slopes - slopes.mean(0), offsets - offsets.mean(0))
+        return True
+
+    @torch.no_grad()
+    def regress_(self, site: str, rows: Tensor, moments: Moments) -> None:
+        """See :meth:`Conditionals.regress_`; factors that fit themselves to samples do so."""
+        inputs, own = self.inputs_of(site), list(self.columns[site])
+        factor = self.factors[site]
+        fitted = factor.start_from_samples(rows[:, inputs], rows[:, own])
+        if fitted is None:
+            super().regress_(site, rows, moments)
+            return
+        weights = rows.new_zeros(factor.num_outputs, self.num_columns)
+        weights[:, inputs] = fitted[0]
+        self._set_rows_(site, weights, fitted[1])
+
+    @torch.no_grad()
+    def narrow_elements_(self, factor: float) -> None:
+        """See :meth:`Conditionals.narrow_elements_`."""
+        for site, columns in self._table_columns.items():
+            assert self.table is not None
+            for output in self.factors[site].log_scale_outputs:
+                self.table.table[..., columns.start + output] += math.log(factor)
+
+    @torch.no_grad()
+    def start_couplings_(
+        self,
+        plates: Mapping[str, PlateState],
+        context: Tensor | None = None,
+        values: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """See :meth:`Conditionals.start_couplings_`: low-rank parts from samples, or small random columns."""
+        if self.network.skip is None:
+            return
+        residuals = {} if context is None or values is None else self._residuals(context, values)
+        for site, key in self._coupling_of.items():
+            terms, factor = self.couplings[key], self.factors[site]
+            assert isinstance(terms, CouplingTerms)
+            assert isinstance(factor, CoupledFactor)
+            if factor.rank == 0:
+                continue
+            bias = self.network.skip.bias
+            assert bias is not None
+            rows = self.outputs[site]
+            columns = bias[rows.start + factor.num_inner : rows.stop].view(factor.size, 2 * factor.rank)
+            columns.copy_(WAKE * torch.randn_like(columns))
+            if site in residuals and factor.size == 1:
+                dims = [plates[name].dim - 1 for name in terms.names]
+                entry, negative, log_scale = exchangeable_start(residuals[site], dims)
+                columns[0, 0 if negative else factor.rank] = entry
+                bias[rows.start + factor.size] += log_scale
+
+    def _residuals(self, context: Tensor, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what the value of each site that is drawn jointly is off its location, in standardised units."""
+        evaluation = self.begin(context)
+        found = {}
+        for level in self.block.levels:
+            conditionals = evaluation.next()
+            evaluation.accept({site: values[site] for site in level})
+            for site in level:
+                if site in self._coupling_of:
+                    found[site] = (values[site] - conditionals[site].mean) / self.output_units(site)[1]
+        return found
+
+    # ---------------------------------------------------------------- evaluation
+
+    def begin(self, context: Tensor, plates: Mapping[str, PlateState] | None = None) -> "MaskedPass":
+        """See :meth:`Conditionals.begin`."""
+        rows = self.table(plates) if self.table is not None and plates is not None else None
+        return MaskedPass(self, context, rows, plates if self._map_of or self._coupling_of else None)
+
+
+class MaskedPass(Pass):
+    """One pass of :class:`MaskedConditionals`."""
+
+    def __init__(
+        self,
+        conditionals: MaskedConditionals,
+        context: Tensor,
+        rows: Tensor | None,
+        plates: Mapping[str, PlateState] | None,
+    ) -> None:
+        self._module = conditionals
+        self._rows = rows
+        self._plates = plates  # where elements have maps of their own, or are drawn jointly
+        self._known: list[Tensor] = []
+        self._network: LevelEvaluation = conditionals.network.start()
+        self._level = 0
+        self._new: Tensor = context
+
+    def next(
+        self, priors: Mapping[str, dist.TorchDistribution] | None = None
+    ) -> dict[str, dist.TorchDistribution]:
+        """See :meth:`Pass.next`."""
+        module = self._module
+        level = module.block.levels[self._level]
+        outputs = self._network.step(self._new if self._new.shape[-1] else None).squeeze(-1)
+        if self._plates is not None:
+            self._known.append(self._new)
+        if self._level in module._scalar_levels and self._rows is None and self._plates is None:
+            part = self._part_of(level)
+            normals = scalar_normals(outputs, module.shift[part], module.scale[part])
+            return dict(zip(level, normals, strict=True))
+        start = module.outputs[level[0]].start
+        result: dict[str, dist.TorchDistribution] = {}
+        for site in level:
+            rows, part = module.outputs[site], module._parts[site]
+            own = outputs[..., rows.start - start : rows.stop - start]
+            if self._rows is not None and site in module._table_columns:
+                own = own + self._rows[..., module._table_columns[site]]
+            if self._plates is not None and site in module._map_of:
+                own = own + self._own_map(site, self._plates)
+            shift, scale = module.shift[part], module.scale[part]
+            if self._plates is not None and site in module._coupling_of:
+                terms: Any = module.couplings[module._coupling_of[site]]
+                result[site] = terms.distribution(own, shift, scale, self._plates)
+            else:
+                result[site] = module.factors[site].distribution(own, shift, scale)
+        return result
+
+    def _part_of(self, level: Sequence[str]) -> slice:
+        parts = self._module._parts
+        return slice(parts[level[0]].start, parts[level[-1]].stop)
+
+    def _own_map(self, site: str, plates: Mapping[str, PlateState]) -> Tensor:
+        key, columns = self._module._map_of[site]
+        shape = torch.broadcast_shapes(*(part.shape[:-1] for part in self._known))
+        known = torch.cat([part.expand(*shape, part.shape[-1]) for part in self._known], -1)
+        element_map: Any = self._module.maps[key]
+        contribution: Tensor = element_map(plates, known[..., columns])
+        return contribution
+
+    def accept(self, values: Mapping[str, Tensor]) -> None:
+        """See :meth:`Pass.accept`."""
+        module = self._module
+        level = module.block.levels[self._level]
+        self._level += 1
+        if self._level == len(module.block.levels):
+            return
+        raw = [values[site] for site in level]
+        if any(value.shape != raw[0].shape for value in raw):
+            shape = torch.broadcast_shapes(*(value.shape[:-1] for value in raw))
+            raw = [
+                value if value.shape[:-1] == shape else value.expand(*shape, value.shape[-1]) for value in raw
+            ]
+        flat = torch.cat(raw, -1) if len(raw) > 1 else raw[0]
+        part = self._part_of(level)
+        self._new = (flat - module.input_shift[part]) / module.input_scale[part]

@@ -1,0 +1,629 @@
+"""Permutation-invariant summaries of what is inside plates, for sites outside of them.
+
+The data of a group cannot be inputs of the group's own variable one by one: there may be any number of them, in any
+order. They are *pooled*: joint tuples of all that is known of one element, ``(x_n, w_n)``, become features, which are
+averaged over the plate (Zaheer et al. 2017). The features are
+
+- the standardised entries of the tuple, their squares and products (means of products carry slopes, means of squares
+  carry scales, so that a linear regression on the summary can start both), and the logarithm of each entry's variance;
+- a small learned network of the tuple;
+- the logarithm of the number of elements, as the precision of a posterior grows with it.
+
+Nested plates are pooled from the inside out, so that the spread between groups and that within them are told apart.
+Crossed plates have no inner one; they are pooled in one order for each of them. Data that look up a group by an index
+(``theta[group]``) count as nested in the groups: they are pooled group by group.
+
+A summary of a *subsampled* plate is not allowed: with the likelihood scaled by ``N / B`` and a guide that has seen
+the same ``B`` elements, the objective is no bound on the evidence (a guide that fits each batch overstates it).
+
+Latent sites in other plates can come in one by one where they are few (:class:`AllElements`), or looked up by an index
+(:class:`LookedUp`). All three are summaries for a block's inputs, with the same three methods.
+
+References:
+    [1] Zaheer et al. (2017), Deep Sets, Theorem 2.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.guides.call import PlateState
+from pyro_graphflows.guides.features import FeatureMap, concatenate
+from pyro_graphflows.guides.inputs import subsampled_message
+from pyro_graphflows.nn.activations import make_activation
+
+__all__ = ["AllElements", "DeepSet", "DeepSetPool", "LookedUp", "Pool", "PoolMember", "pooling_orders"]
+
+MOST_CROSSED = 8  # entries of a tuple up to which all products are taken, and not only squares
+VARIANCE_FLOOR = 1e-4  # in standardised units; a group of one element has variance zero
+CHUNK_ROWS = 100_000  # of joint samples at set-up
+
+
+@dataclass(frozen=True)
+class PoolMember:
+    """One node that is pooled.
+
+    Attributes:
+        name: The node.
+        size: The number of its features.
+        plates: The plates around it.
+        partly: Whether its last column says what is there (a site with ``obs_mask=``) and is no feature.
+        weighs: Whether an element counts only where this node is not masked (data and latent sites, not inputs).
+    """
+
+    name: str
+    size: int
+    plates: frozenset[str]
+    partly: bool = False
+    weighs: bool = True
+
+
+def without_leading_ones(value: Tensor) -> Tensor:
+    """Drop leading dimensions of size one."""
+    first = next((i for i, size in enumerate(value.shape[:-1]) if size != 1), value.dim() - 1)
+    return value.reshape(value.shape[first:])
+
+
+def affine_part(feature_map: FeatureMap, columns: Sequence[int] | range, name: str) -> tuple[Tensor, Tensor]:
+    """Return the shift and scale of some columns of a feature map.
+
+    Raises:
+        GraphflowsError: If the map is not affine there.
+    """
+    for kind, part in feature_map.kinds:
+        if kind != "identity" and any(part.start <= column < part.stop for column in columns):
+            raise GraphflowsError(f"Expected an affine map of {name} to its pooled mean; got a {kind} map.")
+    chosen = list(columns)
+    return feature_map.shift[chosen], feature_map.scale[chosen]
+
+
+@dataclass(frozen=True)
+class DeepSet:
+    """The shape of the learned part of a pooled summary.
+
+    Attributes:
+        embedding_dim: The number of learned features that are averaged; 0 leaves moments and group size alone.
+        hidden_dims: The widths of the hidden layers between a tuple and its learned features.
+        activation: The activation function.
+    """
+
+    embedding_dim: int = 16
+    hidden_dims: Sequence[int] = (32,)
+    activation: str = "elu"
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Groups of the elements of a plate, by an index.
+
+    Attributes:
+        index: For each element of the plate the number of its group.
+        dim: The dimension of the plate of the groups.
+        size: The number of groups.
+    """
+
+    index: Tensor
+    dim: int
+    size: int
+
+    def add(self, value: Tensor, dim: int, size: int) -> Tensor:
+        """Sum over the elements of each group.
+
+        Args:
+            value: Shape ``(*batch, features)``.
+            dim: The dimension of the plate of the elements, of the batch shape.
+            size: The number of elements.
+
+        Returns:
+            The same with the groups in their own dimension, and size one in that of the elements if it is another.
+        """
+        depth = 1 - min(dim, self.dim)
+        value = value.reshape((1,) * (depth - value.dim()) + value.shape)
+        shape = list(value.shape)
+        shape[dim - 1] = size
+        value = value.expand(shape)
+        shape[dim - 1] = self.size
+        total = value.new_zeros(shape).index_add(dim - 1, self.index, value)
+        return total if dim == self.dim else total.transpose(dim - 1, self.dim - 1)
+
+
+class PoolStage(nn.Module):
+    """Average over one plate.
+
+    *Core* features get squares and products, *carried* ones are averaged as they are.
+    """
+
+    pairs: Tensor
+
+    def __init__(self, core: int, carried: int, options: DeepSet) -> None:
+        super().__init__()
+        if core <= MOST_CROSSED:
+            pairs = torch.triu_indices(core, core)
+        else:
+            pairs = torch.arange(core).expand(2, core).clone()
+        self.register_buffer("pairs", pairs, persistent=False)
+        self.embedding: nn.Module | None = None
+        if options.embedding_dim:
+            widths = [core + carried, *options.hidden_dims]
+            layers: list[nn.Module] = []
+            for before, after in itertools.pairwise(widths):
+                layers += [nn.Linear(before, after), make_activation(options.activation)]
+            self.embedding = nn.Sequential(*layers, nn.Linear(widths[-1], options.embedding_dim))
+        self.core_size = core
+        self.carried_size = pairs.shape[1] + core + carried + options.embedding_dim + 1
+        # standardisation of what comes out, found at set-up
+        self.core_map = FeatureMap(None, torch.zeros(0, self.core_size), standardize=False)
+        self.carried_map = FeatureMap(None, torch.zeros(0, self.carried_size), standardize=False)
+
+    def forward(
+        self,
+        core: Tensor,
+        carried: Tensor,
+        weight: Tensor | None,
+        dim: int,
+        size: int,
+        segments: Segments | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the core and carried features of the groups, and which groups are not empty.
+
+        Args:
+            core: Shape ``(*batch, core)``.
+            carried: Shape ``(*batch, carried)``.
+            weight: One where an element is there, zero where not, shape ``(*batch, 1)``; None if all are.
+            dim: The dimension of the plate, counted from the right without the feature dimension.
+            size: The size of the plate.
+            segments: The groups, if the elements are averaged group by group; all of them are one group otherwise.
+        """
+        square = core[..., self.pairs[0]] * core[..., self.pairs[1]]
+        parts = [core, square, carried]
+        if self.embedding is not None:
+            parts.append(self.embedding(torch.cat([core, carried], -1)))
+        each = torch.cat(parts, -1)
+        if segments is not None or weight is not None:
+            weight = each.new_ones(1) if weight is None else weight
+            weight = weight.expand(torch.broadcast_shapes(weight.shape, (*each.shape[:-1], 1)))
+        if weight is None:
+            mean = each.mean(dim - 1, keepdim=True)
+            number = each.new_full((1,) * mean.dim(), float(size))
+            there = None
+        else:
+            total, number = (
+                part.sum(dim - 1, keepdim=True) if segments is None else segments.add(part, dim, size)
+                for part in (weight * each, weight)
+            )
+            mean = total / number.clamp(min=1.0)
+            there = (number > 0).to(each.dtype)
+        sizes = [self.core_size, square.shape[-1], mean.shape[-1] - self.core_size - square.shape[-1]]
+        first, second, rest = mean.split(sizes, -1)
+        own = second[..., self.pairs[0] == self.pairs[1]]
+        log_variance = ((own - first.square()).clamp(min=0.0) + VARIANCE_FLOOR).log()
+        log_number = number.clamp(min=0.5).log().expand(*mean.shape[:-1], 1)
+        return first, torch.cat([second, log_variance, rest, log_number], -1), there
+
+    def fit_(self, core: Tensor, carried: Tensor) -> None:
+        """Find the standardisation of what comes out, from samples of it."""
+        self.core_map = FeatureMap(None, core.reshape(-1, core.shape[-1]))
+        self.carried_map = FeatureMap(None, carried.reshape(-1, carried.shape[-1]))
+
+
+def pooling_orders(plates: Sequence[str], around: Sequence[AbstractSet[str]]) -> tuple[tuple[str, ...], ...]:
+    """Return the orders, outer to inner, in which plates are pooled, one for each innermost plate.
+
+    A plate is inside another if all that is in the first is in the second too; of two plates with the same nodes, the
+    later one.
+
+    Args:
+        plates: The plates to pool over.
+        around: For each node of the model, the plates around it.
+
+    Example:
+        >>> pooling_orders(["pupils", "schools"], [{"pupils", "schools"}, {"schools"}])
+        (('schools', 'pupils'),)
+        >>> pooling_orders(["rows", "columns"], [{"rows", "columns"}, {"rows"}, {"columns"}])
+        (('columns', 'rows'), ('rows', 'columns'))
+    """
+    inside = {
+        (one, other): all(other in each for each in around if one in each)
+        and (any(other in each and one not in each for each in around) or i > j)
+        for i, one in enumerate(plates)
+        for j, other in enumerate(plates)
+        if i != j
+    }
+    depth = {one: sum(inside[one, other] for other in plates if other != one) for one in plates}
+    innermost = [one for one in plates if not any(inside[other, one] for other in plates if other != one)]
+    orders = []
+    for last in innermost:
+        rest = [plate for plate in plates if plate != last]
+        orders.append((*sorted(rest, key=lambda plate: (depth[plate], plates.index(plate))), last))
+    return tuple(orders)
+
+
+class DeepSetPool(nn.Module):
+    """A summary of what is inside plates.
+
+    Args:
+        members: The nodes that are pooled, jointly.
+        maps: For each of them, the map from values to standardised features.
+        orders: The orders in which the plates are pooled, each outer to inner (:func:`pooling_orders`).
+        options: The shape of the learned part.
+        segments: Triples (inner, outer, index) of plates whose elements are pooled group by group, by an index.
+
+    Shape:
+        - values: for each member ``(*batch, size)``, the plates at their own dimensions of the batch shape; of an index
+          any shape with one entry for each element.
+        - Output: ``(*batch, num_features)`` without the pooled plates; leading dimensions of size one are dropped.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[PoolMember],
+        maps: Sequence[FeatureMap],
+        orders: Sequence[Sequence[str]],
+        options: DeepSet,
+        segments: Sequence[tuple[str, str, str]] = (),
+    ) -> None:
+        super().__init__()
+        self.members = tuple(members)
+        self.segments = tuple(segments)
+        self.indices = tuple(dict.fromkeys(index for _, _, index in segments))
+        self.maps = nn.ModuleList(maps)
+        self.orders = tuple(map(tuple, orders))
+        self._masked = (
+            sum(member.weighs for member in members) > 1
+        )  # then masks may differ: they are features
+        self.branches = nn.ModuleList()
+        self.num_features = 0
+        for order in self.orders:
+            stages = []
+            core = carried = 0
+            for position in reversed(range(len(order))):
+                joining = self._joining(order, position)
+                core += sum(member.size for member in joining)
+                carried += sum(self._masked and member.weighs for member in joining)
+                stages.append(PoolStage(core, carried, options))
+                core, carried = stages[-1].core_size, stages[-1].carried_size
+            self.branches.append(nn.ModuleList(stages))
+            self.num_features += core + carried
+
+    def _joining(self, order: Sequence[str], position: int) -> list[PoolMember]:
+        """Return the members whose innermost plate in an order is at a position."""
+        return [
+            member
+            for member in self.members
+            if max((i for i, plate in enumerate(order) if plate in member.plates), default=-1) == position
+        ]
+
+    def forward(
+        self,
+        values: Mapping[str, Tensor],
+        plates: Mapping[str, PlateState],
+        masks: Mapping[str, Tensor | bool],
+    ) -> Tensor:
+        """Return the summary.
+
+        Args:
+            values: For each member its flat values; the indices as they are.
+            plates: The plates of the call.
+            masks: Masks by member, of batch shape; those without one are complete.
+
+        Raises:
+            GraphflowsError: If a plate is subsampled in this call, or an index is not one of its groups.
+        """
+        return without_leading_ones(self._run(values, plates, masks, fit=False))
+
+    @torch.no_grad()
+    def of_samples(
+        self, values: Mapping[str, Tensor], plates: Mapping[str, PlateState], *, fit: bool
+    ) -> Tensor:
+        """Return the summaries of joint samples.
+
+        Args:
+            values: For each member ``(draws, *batch, size)``, all of the same number of dimensions.
+            plates: The plates.
+            fit: Whether to set the standardisation of all stages, from a first part of the draws.
+
+        Returns:
+            Shape ``(draws, *batch, num_features)``.
+        """
+        of_members = [values[member.name] for member in self.members]
+        draws = max(len(value) for value in of_members)
+        elements = max(value[0, ..., 0].numel() for value in of_members)
+        chunk = max(2, CHUNK_ROWS // elements)
+        found = []
+        for start in range(0, draws, chunk):
+            part = {m.name: values[m.name][start : start + chunk] for m in self.members}
+            indices = {name: values[name] for name in self.indices}
+            summary = self._run({**part, **indices}, plates, {}, fit=fit and start == 0)
+            found.append(summary.expand(len(next(iter(part.values()))), *summary.shape[1:]))
+        return torch.cat(found)
+
+    def _run(
+        self,
+        values: Mapping[str, Tensor],
+        plates: Mapping[str, PlateState],
+        masks: Mapping[str, Tensor | bool],
+        fit: bool,
+    ) -> Tensor:
+        features, weights = self._features(values, masks)
+        parts = []
+        for order, stages in zip(self.orders, self.branches, strict=True):
+            assert isinstance(stages, nn.ModuleList)
+            core: list[Tensor] = []
+            carried: list[Tensor] = []
+            there: Tensor | None = None
+            judged = False  # whether anything that says which elements count has been met
+            for position, stage in zip(reversed(range(len(order))), stages, strict=True):
+                assert isinstance(stage, PoolStage)
+                plate = plates[order[position]]
+                if plate.subsampled:
+                    raise GraphflowsError(subsampled_message(plate.name, [m.name for m in self.members]))
+                joining = self._joining(order, position)
+                weighing = [weights[member.name] for member in joining if member.weighs]
+                masked = list(weighing)
+                if judged:
+                    weighing.append(there)
+                judged = judged or bool(weighing)
+                core += [features[member.name] for member in joining]
+                if self._masked:
+                    like = core[0]
+                    carried += [like.new_ones(1) if mask is None else mask for mask in masked]
+                joint = concatenate(core)
+                one, other, there = stage(
+                    joint,
+                    concatenate(carried, like=joint),
+                    _any(weighing),
+                    plate.dim,
+                    plate.size,
+                    self._segments_of(plate, values, plates),
+                )
+                if fit:
+                    stage.fit_(one, other)
+                core, carried = [stage.core_map(one)], [stage.carried_map(other)]
+            parts += [*core, *carried]
+        return concatenate(parts)
+
+    def _segments_of(
+        self, plate: PlateState, values: Mapping[str, Tensor], plates: Mapping[str, PlateState]
+    ) -> Segments | None:
+        """Return the groups of a plate's elements, if there are groups."""
+        for inner, outer, name in self.segments:
+            if inner != plate.name:
+                continue
+            groups, index = plates[outer], values[name].reshape(-1)
+            if groups.subsampled:
+                raise GraphflowsError(
+                    f"Expected plate {outer!r} in full, since elements of {inner!r} are pooled by {name}, which "
+                    "tells their element there; it is subsampled in this call. Use the full data."
+                )
+            if len(index) != plate.size or bool(((index < 0) | (index >= groups.size)).any()):
+                raise GraphflowsError(
+                    f"Expected {plate.size} entries of {name} between 0 and {groups.size - 1}, one for each element of "
+                    f"plate {inner!r}, which say which element of {outer!r} it belongs to; got {len(index)} between "
+                    f"{index.min()} and {index.max()}."
+                )
+            return Segments(index.to(values[self.members[0].name].device).long(), groups.dim, groups.size)
+        return None
+
+    def _features(
+        self, values: Mapping[str, Tensor], masks: Mapping[str, Tensor | bool]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+        """Return the standardised features of each member, and where it is there (None: everywhere)."""
+        features: dict[str, Tensor] = {}
+        weights: dict[str, Tensor | None] = {}
+        for member, feature_map in zip(self.members, self.maps, strict=True):
+            value = values[member.name]
+            mask: Tensor | None = None
+            if member.partly:
+                value, mask = value[..., :-1], value[..., -1:] > 0
+            elif member.name in masks and masks[member.name] is not True:
+                mask = torch.as_tensor(masks[member.name], device=value.device).unsqueeze(-1)
+            if mask is None:
+                features[member.name], weights[member.name] = feature_map(value), None
+                continue
+            zero = torch.zeros((), dtype=value.dtype, device=value.device)
+            features[member.name] = torch.where(mask, feature_map(torch.where(mask, value, zero)), zero)
+            weights[member.name] = mask.to(value.dtype)
+        return features, weights
+
+    def columns_of(self, name: str) -> tuple[list[int], Tensor, Tensor]:
+        """Return the columns of a member's mean, and the shift and scale that turn them into that mean.
+
+        The mean is that over the plates from the inside out: of group means where groups differ in size.
+
+        Raises:
+            GraphflowsError: If a map on the way is not affine.
+        """
+        order, stages = self.orders[0], self.branches[0]
+        assert isinstance(stages, nn.ModuleList)
+        columns: list[int] = []
+        shift, scale = torch.zeros(0), torch.ones(0)
+        for position, stage in zip(reversed(range(len(order))), stages, strict=True):
+            assert isinstance(stage, PoolStage)
+            joining = self._joining(order, position)
+            start = 0 if position == len(order) - 1 else self._core_size_before(order, position)
+            for member in joining:
+                if member.name == name:
+                    columns = list(range(start, start + member.size))
+                    feature_map = self.maps[self.members.index(member)]
+                    assert isinstance(feature_map, FeatureMap)
+                    shift, scale = affine_part(feature_map, range(member.size), name)
+                start += member.size
+            if columns:
+                more_shift, more_scale = affine_part(stage.core_map, columns, name)
+                shift, scale = shift + scale * more_shift, scale * more_scale
+        return columns, shift, scale
+
+    def _core_size_before(self, order: Sequence[str], position: int) -> int:
+        return sum(m.size for p in range(position + 1, len(order)) for m in self._joining(order, p))
+
+
+def _any(weights: Sequence[Tensor | None]) -> Tensor | None:
+    """Return where anything is there; None if something is there everywhere."""
+    if not weights or any(weight is None for weight in weights):
+        return None
+    total = weights[0]
+    for weight in weights[1:]:
+        assert total is not None
+        assert weight is not None
+        total = torch.maximum(total, weight)
+    return total
+
+
+class _SomeElements(nn.Module):
+    """Elements of other plates as they are: nothing is fitted, and masks do not matter."""
+
+    indices: tuple[str, ...] = ()
+
+    def _run(self, values: Mapping[str, Tensor], plates: Mapping[str, PlateState]) -> Tensor:
+        raise NotImplementedError("a subclass must say which elements")
+
+    def forward(
+        self,
+        values: Mapping[str, Tensor],
+        plates: Mapping[str, PlateState],
+        masks: Mapping[str, Tensor | bool],
+    ) -> Tensor:
+        """Return the elements; see the class for what is refused."""
+        return without_leading_ones(self._run(values, plates))
+
+    @torch.no_grad()
+    def of_samples(
+        self, values: Mapping[str, Tensor], plates: Mapping[str, PlateState], *, fit: bool
+    ) -> Tensor:
+        """See :meth:`DeepSetPool.of_samples`."""
+        return self._run(values, plates)
+
+
+class AllElements(_SomeElements):
+    """All elements of latent sites in other plates, one by one: for plates that are small and keep their size.
+
+    Args:
+        members: The nodes.
+        maps: For each of them, the map from values to standardised features.
+        over: The plates whose elements become features.
+
+    Shape:
+        - values: for each member ``(*batch, size)``.
+        - Output: ``(*batch, num_features)``, as for :class:`DeepSetPool`.
+
+    Raises:
+        GraphflowsError: In a call, if a plate has another size than at set-up.
+    """
+
+    def __init__(
+        self, members: Sequence[PoolMember], maps: Sequence[FeatureMap], over: Sequence[PlateState]
+    ) -> None:
+        super().__init__()
+        self.members = tuple(members)
+        self.maps = nn.ModuleList(maps)
+        self.sizes = {plate.name: plate.size for plate in over}
+        self.counts = []
+        for member in members:
+            self.counts.append(member.size)
+            for plate in over:
+                self.counts[-1] *= plate.size if plate.name in member.plates else 1
+        self.num_features = sum(self.counts)
+
+    def _run(self, values: Mapping[str, Tensor], plates: Mapping[str, PlateState]) -> Tensor:
+        parts = []
+        for member, feature_map in zip(self.members, self.maps, strict=True):
+            part = feature_map(values[member.name])
+            for name, size in self.sizes.items():
+                plate = plates[name]
+                if plate.subsampled or plate.size != size:
+                    raise GraphflowsError(
+                        f"Expected plate {name!r} to have {size} elements, all of them in the call, as when the guide "
+                        f"was set up, since {member.name} enters other sites element by element; got {plate.size} of "
+                        f"{plate.full_size}. Set up a guide for the new data, or use pool='deepset'."
+                    )
+                if name in member.plates:
+                    part = _to_features(part, plate.dim - 1, size)
+            parts.append(part)
+        return concatenate(parts)
+
+    def columns_of(self, name: str) -> tuple[list[int], Tensor, Tensor]:
+        """Return the columns of a member's elements, and the shift and scale that turn them into values."""
+        position = next(i for i, member in enumerate(self.members) if member.name == name)
+        start, count = sum(self.counts[:position]), self.counts[position]
+        feature_map = self.maps[position]
+        assert isinstance(feature_map, FeatureMap)
+        size = self.members[position].size
+        shift, scale = affine_part(feature_map, range(size), name)
+        return list(range(start, start + count)), shift.repeat(count // size), scale.repeat(count // size)
+
+
+class LookedUp(_SomeElements):
+    """The element of a latent site in another plate that an index names: ``theta[group]`` for each datum.
+
+    Args:
+        member: The node.
+        feature_map: The map from its values to standardised features.
+        index: The name of the index, an argument of an integer type.
+        outer: The plate of the node.
+        inner: The plate of the index.
+
+    Shape:
+        - values: of the node ``(*batch, size)``; of the index any shape with one entry for each element.
+        - Output: ``(*batch, size)``, with the plate of the index in place of the other.
+
+    Raises:
+        GraphflowsError: In a call, if the outer plate is subsampled, or the index has another number of entries.
+    """
+
+    def __init__(
+        self, member: PoolMember, feature_map: FeatureMap, index: str, outer: PlateState, inner: PlateState
+    ) -> None:
+        super().__init__()
+        self.members = (member,)
+        self.maps = nn.ModuleList([feature_map])
+        self.index = index
+        self.indices = (index,)
+        self.outer, self.inner = outer.name, inner.name
+        self.num_features = member.size
+
+    def _run(self, values: Mapping[str, Tensor], plates: Mapping[str, PlateState]) -> Tensor:
+        outer, inner = plates[self.outer], plates[self.inner]
+        name = self.members[0].name
+        if outer.subsampled:
+            raise GraphflowsError(
+                f"Expected plate {outer.name!r} in full, since its elements are looked up by {self.index}; it is "
+                "subsampled in this call. Subsample the data only."
+            )
+        index = values[self.index].reshape(-1)
+        if inner.indices is not None and len(index) != inner.size:
+            index = index[inner.indices.to(index.device)]
+        if len(index) != inner.size:
+            raise GraphflowsError(
+                f"Expected {inner.size} entries of {self.index}, one for each element of plate {inner.name!r}; got "
+                f"{len(index)}."
+            )
+        feature_map = self.maps[0]
+        part = feature_map(values[name])
+        depth = 1 - min(outer.dim, inner.dim)
+        part = part.reshape((1,) * (depth - part.dim()) + part.shape)
+        part = part.index_select(outer.dim - 1, index.to(part.device))
+        return part if outer.dim == inner.dim else part.transpose(outer.dim - 1, inner.dim - 1)
+
+    def columns_of(self, name: str) -> tuple[list[int], Tensor, Tensor]:
+        """Return the columns of the member, and the shift and scale that turn them into values."""
+        feature_map = self.maps[0]
+        assert isinstance(feature_map, FeatureMap)
+        columns = list(range(self.num_features))
+        return columns, *affine_part(feature_map, columns, name)
+
+
+def _to_features(value: Tensor, at: int, size: int) -> Tensor:
+    """Move a dimension to the left of the features and join the two; leave one of size one in its place."""
+    value = value.reshape((1,) * (-at - value.dim()) + value.shape)
+    shape = list(value.shape)
+    shape[at] = size
+    moved = value.expand(shape).movedim(at, -2).flatten(-2)
+    return moved.unsqueeze(at)
+
+
+Pool = DeepSetPool | AllElements | LookedUp

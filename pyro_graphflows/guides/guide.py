@@ -1,0 +1,693 @@
+"""The guide: an AutoGuide whose conditionals follow a faithful inverse of the model's Bayesian network.
+
+set-up:  compile_guide(model, *args)  →  plan  →  joint samples  →  blocks, each with its start
+a call:  read it; for each block, level by level: conditionals, emitted at their sites
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor, nn
+
+from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
+from pyro_graphflows.graphs.inverse_graph import InverseGraph
+from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.guides.block import GuideBlock, make_inputs
+from pyro_graphflows.guides.call import Call, CallReader, PlateState
+from pyro_graphflows.guides.compile import Compiled, GuideOptions, compile_guide
+from pyro_graphflows.guides.conditionals.contract import Family
+from pyro_graphflows.guides.conditionals.distributions import site_distribution
+from pyro_graphflows.guides.conditionals.factors import Factor
+from pyro_graphflows.guides.conditionals.pooling import DeepSet
+from pyro_graphflows.guides.families import make_family
+from pyro_graphflows.guides.orders import Inverse
+from pyro_graphflows.guides.plan import Description, Plan
+from pyro_graphflows.guides.samples import Samples
+from pyro_graphflows.guides.sites import LatentSite
+from pyro_graphflows.guides.start import start_block_
+
+__all__ = ["AutoFaithfulGuide", "auto_faithful_guide"]
+
+Emit = Callable[..., Tensor]
+
+
+class AutoFaithfulGuide(AutoGuide):
+    """A guide whose conditionals follow an inverse of the model's Bayesian network.
+
+    The guide is compiled on its first call or by :meth:`setup`: the model's trace becomes a graph, the graph is
+    inverted, and the inverse becomes blocks of sites with conditionals each
+    (:mod:`~pyro_graphflows.guides.plan`). Called with the model's arguments, it reads the observed values and
+    samples every latent site on its own name, in the model's plates, level by level.
+
+    Args:
+        model: The model.
+        family: See :func:`~pyro_graphflows.guides.auto_faithful_guide`, also for all other options.
+        inverse: What each site is conditioned on.
+        pool: How data in inner plates reach the sites outside of them.
+        init: ``"regression"`` or ``"random"``.
+        factors: Factor classes and families of single sites.
+        standardize: Whether inputs and outputs of the networks are standardised.
+        num_start_samples: The number of joint samples of the model that are drawn at set-up.
+        strict: Whether to refuse models whose dependencies cannot be traced in full.
+        resolution: ``"site"`` or ``"element"``.
+        coupled_rank: The rank of the dependence of copies that are drawn jointly.
+        enumerate_sites: Discrete sites that are marked for ``TraceEnum_ELBO``.
+        create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
+            that returns plates that exist already, for subsampling.
+
+    Raises:
+        GraphflowsError: If an option has an unknown value.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> guide = AutoFaithfulGuide(model, family="flow").setup(torch.zeros(10))
+        >>> guide.median(torch.zeros(7))["z"].shape
+        torch.Size([7])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        family: str | Family | type[Factor] = "normal",
+        inverse: Inverse = "auto",
+        pool: str | DeepSet | None = None,
+        init: str = "regression",
+        factors: Mapping[str, type[Factor] | Family] = MappingProxyType({}),
+        standardize: bool = True,
+        num_start_samples: int = 10_000,
+        strict: bool = True,
+        resolution: str = "site",
+        coupled_rank: int | None = None,
+        enumerate_sites: bool | Collection[str] = False,
+        create_plates: Callable[..., Any] | None = None,
+    ) -> None:
+        super().__init__(model, create_plates=create_plates)
+        self._options = GuideOptions(
+            family=make_family(family),
+            inverse=inverse,
+            pool=pool,
+            init=init,
+            factors=dict(factors),
+            standardize=standardize,
+            num_start_samples=num_start_samples,
+            strict=strict,
+            resolution=resolution,
+            coupled_rank=coupled_rank,
+            enumerate_sites=enumerate_sites,
+        )
+        self._plan: Plan | None = None
+        self._start_notes: tuple[str, ...] = ()
+        self._sites: dict[str, LatentSite]
+        self._reader: CallReader
+        self._plate_states: dict[str, PlateState]
+        self.blocks: nn.ModuleList
+
+    # ---------------------------------------------------------------- set-up
+
+    def setup(self, *args: Any, **kwargs: Any) -> "AutoFaithfulGuide":
+        """Compile the guide with the arguments of a typical call, and create its parameters.
+
+        Args:
+            *args: Positional arguments of the model.
+            **kwargs: Keyword arguments of the model.
+
+        Returns:
+            The guide itself.
+
+        Raises:
+            UnsupportedModelError: If the model's structure cannot be traced, or the guide cannot represent it.
+
+        Warns:
+            GraphflowsWarning: If latents stay dependent across a plate in the posterior and are independent in the
+                guide. The message names them, and what to do.
+        """
+        options = self._options
+        with poutine.block():
+            compiled = compile_guide(self.model, args, kwargs, options)
+            samples = Samples.for_plan(
+                compiled.draws,
+                compiled.plan,
+                compiled.plates,
+                standardize=options.standardize,
+                num_rows=options.num_rows,
+            )
+            blocks, notes = self._make_blocks(compiled, samples)
+        self._plan, self._sites, self._reader = compiled.plan, compiled.sites, compiled.reader
+        self._plate_states = compiled.plates
+        self._start_notes = tuple(notes)
+        self.blocks = nn.ModuleList(blocks)
+        self.prototype_trace = compiled.traced.trace
+        self._prototype_frames = {
+            frame.name: frame
+            for name in compiled.sites
+            for frame in compiled.traced.trace.nodes[name]["cond_indep_stack"]
+            if frame.vectorized
+        }
+        if compiled.plan.inputs.missing:
+            warnings.warn("\n".join(compiled.plan.inputs.missing), GraphflowsWarning, stacklevel=2)
+        if self.master is not None:
+            self.master()._check_prototype(prune_subsample_sites(self.prototype_trace))
+        return self
+
+    def _make_blocks(self, compiled: Compiled, samples: Samples) -> tuple[list[GuideBlock], list[str]]:
+        """Return the blocks at their starts, and notes on these."""
+        options = self._options
+        notes = [] if samples.note is None else [samples.note]
+        further = {"element_parents": compiled.element_parents, "factors": options.factor_classes()}
+        blocks = []
+        for plan in compiled.plan.blocks:
+            inputs, of_block = make_inputs(plan, samples, options.deepset or DeepSet())
+            block = GuideBlock.make(plan, compiled.families[plan.sites[0]], inputs, of_block, further)
+            notes += start_block_(block, of_block, regression=options.init == "regression")
+            blocks.append(block)
+        return blocks, notes
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        self.setup(*args, **kwargs)
+
+    # ---------------------------------------------------------------- what it is
+
+    @property
+    def model(self) -> Callable[..., Any]:
+        """The model of the guide."""
+        if self._model is None:
+            raise GraphflowsError("Expected a guide with its model; a loaded guide needs guide.bind(model).")
+        return self._model[0]
+
+    @property
+    def family(self) -> Family:
+        """The family of its conditionals."""
+        return self._options.family
+
+    @property
+    def plan(self) -> Plan:
+        """The compiled plan."""
+        if self._plan is None:
+            raise GraphflowsError(
+                "Expected a guide that is set up; call guide.setup(*args) with the model's arguments."
+            )
+        return self._plan
+
+    @property
+    def inverse(self) -> InverseGraph:
+        """The factorisation of the guide: over sites, or over elements with ``resolution="element"``."""
+        plan = self.plan
+        is_of_elements = self._options.resolution == "element" and plan.judged is not None
+        return plan.judged if is_of_elements and plan.judged is not None else plan.inverse
+
+    @property
+    def model_graph(self) -> ModelGraph:
+        """The graph that was read from the model: of sites, or of elements with ``resolution="element"``."""
+        return self.inverse.graph
+
+    def describe(self) -> Description:
+        """Return the plan in words: what each latent site is conditioned on, and what is not faithful."""
+        return self.plan.describe(self._start_notes)
+
+    # ---------------------------------------------------------------- a call
+
+    def forward(
+        self, *args: Any, observations: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Sample every latent site given the observed values of this call.
+
+        Args:
+            *args: Positional arguments of the model.
+            observations: Values of observed sites that replace those of the model (the convention of
+                :class:`~pyro.infer.CSIS`).
+            **kwargs: Keyword arguments of the model.
+
+        Returns:
+            A dict from site to sampled value.
+
+        Raises:
+            UnsupportedModelError: If an observed site has no value in this call.
+            GraphflowsError: If an observed value is not finite, or ``observations`` has a site that the model has not.
+                The message names the site.
+        """
+        self._ensure_set_up(args, kwargs)
+        self._claim_parameter_names()
+        return self._run(args, kwargs, observations, pyro.sample)
+
+    def _run(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        observations: Mapping[str, Tensor] | None,
+        emit: Emit,
+    ) -> dict[str, Tensor]:
+        """Read a call, and emit every latent site."""
+        plan = self.plan
+        call = self._read(args, kwargs, observations)
+        values: dict[str, Tensor] = {}
+        unconstrained: dict[str, Tensor] = {}
+        blocks: Any = self.blocks
+        for block, block_plan in zip(blocks, plan.blocks, strict=True):
+            conditionals = block.begin(call, unconstrained)
+            for level in block_plan.levels:
+                if plan.changing and any(name in plan.changing for name in level):
+                    call = self._with_supports(call, args, kwargs, values, level)
+                with ExitStack() as stack:
+                    for name in block_plan.plates:
+                        stack.enter_context(self.plates[name])
+                    for name, conditional in conditionals.next().items():
+                        values[name], unconstrained[name] = self._emit_site(name, conditional, call, emit)
+                    conditionals.accept({name: unconstrained[name] for name in level})
+        return {name: values[name] for name in self._sites}
+
+    def _emit_site(
+        self, name: str, conditional: dist.TorchDistribution, call: Call, emit: Emit
+    ) -> tuple[Tensor, Tensor]:
+        """Emit a site; return its value and the flat vector of that value."""
+        plan, site = self.plan, self._sites[name]
+        first: Any = self.blocks[0]
+        fn, read_back = site_distribution(
+            site,
+            conditional,
+            call.supports[name],
+            analytic_kl=plan.analytic_kl[name],
+            dtype=None if site.encoding is None else first.dtype,
+        )
+        if name in call.masks:
+            fn = fn.mask(call.masks[name])
+        infer = {"infer": {"enumerate": "parallel"}} if name in plan.enumerated else {}
+        if name in call.scales:
+            with poutine.scale(scale=call.scales[name]):
+                value = emit(name, fn, **infer)
+        else:
+            value = emit(name, fn, **infer)
+        return value, read_back(value)
+
+    def _read(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], observations: Mapping[str, Tensor] | None
+    ) -> Call:
+        """Read the call, and create its plates."""
+        if self.master is not None:
+            existing = self.master().plates
+        elif self.create_plates is not None:
+            plates = self.create_plates(*args, **kwargs)
+            plates = [plates] if isinstance(plates, pyro.plate) else plates
+            existing = {plate.name: plate for plate in plates}
+        else:
+            existing = {}
+        indices = {
+            name: plate._indices for name, plate in existing.items() if plate.subsample_size < plate.size
+        }
+        call = self._reader.read(self.model, args, kwargs, observations, indices)
+        self.plates = dict(existing)
+        for name, state in sorted(call.plates.items()):
+            if name not in self.plates:
+                if state.indices is None:
+                    self.plates[name] = pyro.plate(name, state.full_size, dim=state.dim)
+                else:
+                    self.plates[name] = pyro.plate(
+                        name, state.full_size, subsample=state.indices, dim=state.dim
+                    )
+        return call
+
+    def _with_supports(
+        self,
+        call: Call,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        latents: Mapping[str, Tensor],
+        level: Sequence[str],
+    ) -> Call:
+        """Return the call with the supports of a level's sites as they are given the values sampled so far."""
+        indices = {name: plate.indices for name, plate in call.plates.items() if plate.indices is not None}
+        supports = self._reader.supports_given(self.model, args, kwargs, latents, indices)
+        changed = {name: supports[name] for name in level if name in self.plan.changing}
+        return replace(call, supports={**call.supports, **changed})
+
+    def _claim_parameter_names(self) -> None:
+        """Take entries of other guides out of the parameter store where their names are those of this one.
+
+        The store would hand the optimiser of this call the parameters of the guide that came first, and none of this
+        guide's would ever be trained. Names are those of classes, so two guides in one program suffice.
+        """
+        store = pyro.get_param_store()
+        if not len(store):
+            return
+        fullname = self._pyro_get_fullname("blocks")
+        for name, parameter in self._modules["blocks"].named_parameters():  # type: ignore[union-attr]
+            stored = store._params.get(f"{fullname}$$${name}")
+            if stored is not None and stored is not parameter:
+                del store[f"{fullname}$$${name}"]
+
+    # ---------------------------------------------------------------- what users ask of it
+
+    def log_prob(self, latents: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Return the log-density of latent values given the data of a call, in nats.
+
+        Args:
+            latents: A value for every latent site. Extra batch dimensions on the left are kept.
+            *args: Positional arguments of the model.
+            **kwargs: Keyword arguments of the model, and ``observations``.
+
+        Returns:
+            ``log q(latents | data)``: summed over the sites, per element of the plates where all sites are in the same
+            plates (a vector over the data for the common single data plate), and summed over plates otherwise.
+
+        Raises:
+            GraphflowsError: If a latent site has no value.
+        """
+        self._ensure_set_up(args, kwargs)
+        names = self.plan.graph.latent
+        missing = [name for name in names if name not in latents]
+        if missing:
+            raise GraphflowsError(f"Expected a value for every latent site; missing: {', '.join(missing)}.")
+        given = {name: latents[name] for name in names}
+        with poutine.block():
+            trace = poutine.trace(poutine.condition(self, data=given)).get_trace(*args, **kwargs)
+        nodes: Any = trace.nodes
+        terms = [nodes[name]["fn"].log_prob(nodes[name]["value"]) for name in names]
+        plates = [self.plan.graph.plates[name] for name in names]
+        if any(each != plates[0] for each in plates):
+            depth = max(len(each) for each in plates)
+            depth = max((-frame.dim for frame in self._prototype_frames.values()), default=depth)
+            terms = [_sum_rightmost(term, depth) for term in terms]
+        total = terms[0]
+        for term in terms[1:]:
+            total = total + term
+        return total
+
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return the latents at base noise zero: each site at its factor's centre given the centres before it.
+
+        Args:
+            *args: Positional arguments of the model.
+            **kwargs: Keyword arguments of the model, and ``observations``.
+        """
+        observations = kwargs.pop("observations", None)
+        self._ensure_set_up(args, kwargs)
+        with torch.no_grad(), poutine.block():
+            return self._run(args, kwargs, observations, _centre)
+
+    def quantiles(
+        self, quantiles: Sequence[float] | Tensor, *args: Any, num_draws: int = 1000, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Return quantiles of each latent element, estimated from draws of the guide.
+
+        Args:
+            quantiles: Probabilities.
+            *args: Positional arguments of the model.
+            num_draws: The number of draws. The error of a quantile falls with its square root.
+            **kwargs: Keyword arguments of the model.
+
+        Returns:
+            A dict from site to tensor of shape ``(len(quantiles), *shape of the site's value)``.
+
+        Raises:
+            GraphflowsError: If a probability is not in [0, 1], or ``num_draws`` is not positive.
+        """
+        probabilities = torch.as_tensor(quantiles, dtype=torch.double)
+        if num_draws < 1 or not bool(((probabilities >= 0) & (probabilities <= 1)).all()):
+            raise GraphflowsError(
+                f"Expected probabilities in [0, 1] and num_draws >= 1; got {probabilities.tolist()} and {num_draws}."
+            )
+        self._ensure_set_up(args, kwargs)
+        depth = max((-state.dim for state in self._plate_states.values()), default=0)
+        with torch.no_grad(), poutine.block():
+            shapes = {name: value.shape for name, value in self(*args, **kwargs).items()}
+            with pyro.plate("_pyro_graphflows_draws", num_draws, dim=-1 - depth):
+                draws = self(*args, **kwargs)
+        result = {}
+        for name, value in draws.items():
+            value = value.reshape(num_draws, *shapes[name])
+            if self._sites[name].encoding is None:
+                result[name] = torch.quantile(value, probabilities.to(value), dim=0)
+                continue
+            # the least value with that share of the draws up to it
+            place = (probabilities * num_draws).ceil().long() - 1
+            result[name] = value.sort(0).values[place.clamp(0, num_draws - 1).to(value.device)]
+        return result
+
+    def given(self, **observations: Tensor) -> Callable[..., dict[str, Tensor]]:
+        """Return a callable guide with some observed values fixed.
+
+        Args:
+            **observations: Values by observed site; they replace those of each later call. Dots in names: pass a
+                dict with ``**``.
+
+        Returns:
+            A function of the model's arguments that runs this guide.
+
+        Raises:
+            GraphflowsError: If a name is not an observed site.
+
+        Example:
+            >>> import pyro, torch, pyro.distributions as dist
+            >>> from pyro_graphflows.guides import auto_faithful_guide
+            >>> def model(x):
+            ...     with pyro.plate("data", len(x)):
+            ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            >>> posterior = auto_faithful_guide(model, torch.zeros(3)).given(x=torch.ones(3))
+            >>> posterior(torch.zeros(3))["z"].shape
+            torch.Size([3])
+        """
+        unknown = [name for name in observations if name not in self.plan.graph.observed]
+        if unknown:
+            raise GraphflowsError(
+                f"Expected observed sites ({', '.join(map(str, self.plan.graph.observed))}); "
+                f"got {', '.join(unknown)}."
+            )
+        fixed = dict(observations)
+
+        def guide(
+            *args: Any, observations: Mapping[str, Tensor] | None = None, **kwargs: Any
+        ) -> dict[str, Tensor]:
+            return self(*args, observations={**(observations or {}), **fixed}, **kwargs)
+
+        return guide
+
+    def set_linear_(
+        self,
+        site: str,
+        weights: Mapping[str, Any],
+        intercept: Tensor | float,
+        scale: Tensor | float = 1.0,
+    ) -> None:
+        r"""Make one site's conditional linear-Gaussian, in the units of the data and of unconstrained latents.
+
+        ``u_site | parents ~ Normal(intercept + sum_p weights[p] @ u_p, scale)``; the hidden layers' outputs for the
+        site are set to zero. With the exact posterior conditionals the guide is the exact posterior. Of a discrete
+        site these are the logits, without a scale. The vector of a binary value is the value itself, that of one among
+        ``K`` classes its ``K`` indicators, as a site and as a parent.
+
+        Args:
+            site: A latent site.
+            weights: For each parent a matrix of shape ``(site's size, parent's size)`` (a number for scalars);
+                parents that are missing get zero. A pooled parent counts by its mean over the plates; one whose
+                elements come in one by one has a column for each. Of a parent that comes in both by itself and in a
+                summary, the second is set by the name of the summary and a dict
+                (``{"x": 0.8, "pooled(x; data)": {"x": 0.1}}``).
+            intercept: The location where all parents are zero, shape ``(size,)``.
+            scale: The scale, or a lower triangular square root of the covariance, shape ``(size, size)``.
+
+        Raises:
+            GraphflowsError: If the site or a parent is unknown, weights have another shape or the scale is not
+                positive.
+        """
+        plan = self.plan
+        block = self.block_of(site)
+        known = {*plan.inverse.parents[site], *block.inputs.names}
+        unknown = [parent for parent in weights if parent not in known]
+        if unknown:
+            raise GraphflowsError(
+                f"Expected weights of the parents of {site!r} in the inverse "
+                f"({', '.join(map(str, plan.inverse.parents[site])) or 'there are none'}); got "
+                f"{', '.join(unknown)}."
+            )
+        block.set_linear_(site, weights, intercept, scale)
+
+    def block_of(self, site: str) -> GuideBlock:
+        """Return the block of a latent site.
+
+        Raises:
+            GraphflowsError: If there is no such site.
+        """
+        for block, plan in zip(self.blocks, self.plan.blocks, strict=True):
+            if site in plan.parents:
+                assert isinstance(block, GuideBlock)
+                return block
+        raise GraphflowsError(
+            f"Expected a latent site, one of {', '.join(map(str, self.plan.graph.latent))}; got {site!r}."
+        )
+
+    def _ensure_set_up(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Set the guide up by the arguments of a call if it has not been."""
+        if self._plan is None:
+            self.setup(*args, **{key: value for key, value in kwargs.items() if key != "observations"})
+
+    # ---------------------------------------------------------------- copies and files
+
+    def bind(self, model: Callable[..., Any]) -> "AutoFaithfulGuide":
+        """Give a loaded guide its model back (models are not saved with guides)."""
+        self._model = (model,)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Unlike Pyro's own guides, leave the live object as it is. The parameter store hangs a weak reference on
+        # each parameter that it has seen, which cannot be pickled; it is set anew on the next use.
+        for parameter in self.parameters():
+            vars(parameter).pop("unconstrained", None)
+        state = self.__dict__.copy()
+        state["_model"] = None
+        state["master"] = None
+        state["plates"] = {}
+        state["create_plates"] = None
+        if self._plan is not None:  # a function that makes inverses cannot be pickled
+            state["_options"] = replace(self._options, inverse=self._plan.inverse)
+        state["prototype_trace"] = None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AutoFaithfulGuide":
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        for part in (self._model, self.create_plates, self.master):
+            memo[id(part)] = part
+        state = self.__dict__.copy()
+        shared = {key: state.pop(key) for key in ("_model", "create_plates", "master", "prototype_trace")}
+        state["plates"] = {}
+        new.__dict__.update(shared)
+        new.__dict__.update(copy.deepcopy(state, memo))
+        return new
+
+
+def auto_faithful_guide(
+    model: Callable[..., Any],
+    *example_args: Any,
+    family: str | Family | type[Factor] = "normal",
+    inverse: Inverse = "auto",
+    pool: str | DeepSet | None = None,
+    init: str = "regression",
+    factors: Mapping[str, type[Factor] | Family] = MappingProxyType({}),
+    standardize: bool = True,
+    num_start_samples: int = 10_000,
+    strict: bool = True,
+    resolution: str = "site",
+    coupled_rank: int | None = None,
+    enumerate_sites: bool | Collection[str] = False,
+    create_plates: Callable[..., Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> AutoFaithfulGuide:
+    """Compile a Pyro model into an amortised guide that follows the faithful inverse of its Bayesian network.
+
+    Discrete latent sites have Bernoulli and categorical factors in all families, for inference compilation and
+    score-function gradients; ``enumerate_sites=True`` marks them for ``TraceEnum_ELBO`` instead. Sites that the model
+    marks for enumeration have no factor: the model sums over them.
+
+    References:
+        [1] Webb et al. (2018), Faithful Inversion of Generative Models for Effective Amortized Inference.
+
+    Args:
+        model: The model.
+        *example_args: Arguments of a typical call. If given (or ``example_kwargs``), the guide is set up at once and
+            its parameters exist, as optimisers of PyTorch need; if not, on its first call or by ``guide.setup``.
+        family: The kind of conditionals, an object with options of its own: :class:`~pyro_graphflows.guides.Normal`
+            or :class:`~pyro_graphflows.guides.Flow` (flexible conditionals, at several times the cost of a step);
+            ``"normal"`` and ``"flow"`` abbreviate their defaults; or a subclass of
+            :class:`~pyro_graphflows.guides.Factor` for all continuous sites.
+        inverse: What each site is conditioned on: ``"auto"`` (the faithful inverse with the fewest edges and, among
+            these, smooth conditionals (:mod:`~pyro_graphflows.guides.orders`); discrete sites sampled before
+            the continuous ones of their plates unless that doubles the edges), another order
+            of :func:`~pyro_graphflows.faithful_inverse` or an elimination sequence; ``"stochastic"``, ``"full"``,
+            ``"mean_field"``; an :class:`~pyro_graphflows.InverseGraph`, or a function that makes one from the
+            :class:`~pyro_graphflows.ModelGraph`.
+        pool: How the data in inner plates reach the sites outside of them (a group's data its own variable, all data
+            the global variables): None gives such sites per-element parameters for the data set at hand; ``"deepset"``
+            (or a :class:`~pyro_graphflows.guides.DeepSet` that sets its sizes) summarises the data by a
+            permutation-invariant network, so that they are amortised over data sets of any
+            size (:mod:`~pyro_graphflows.guides.conditionals.pooling`; not over subsampled plates).
+        init: ``"regression"``: start from the least-squares regression of each site on its parents over joint samples
+            of the model (exact for linear-Gaussian models up to sampling error), or ``"random"``.
+        factors: For single sites, by name, a factor class or a family object.
+        standardize: Whether inputs and outputs of the networks are standardised by constants found at set-up.
+        num_start_samples: The number of joint samples of the model that are drawn at set-up.
+        strict: Whether to refuse models whose dependencies cannot be traced in full; if not, what cannot be
+            followed counts as a dependency on all earlier sites.
+        resolution: ``"site"``, or ``"element"`` to give each element of a vector site its own parents (not with
+            a factor class; see :func:`~pyro_graphflows.get_model_graph` for when that is sound).
+        coupled_rank: Of latents that stay dependent across a plate
+            (:mod:`~pyro_graphflows.guides.conditionals.coupled`): the rank of the dependence, 0 for a parameter for
+            each pair of elements; None to choose by the size of the plate.
+        enumerate_sites: Discrete sites that the guide marks ``infer={"enumerate": "parallel"}``, so that
+            ``TraceEnum_ELBO`` sums over their values instead of drawing them: their names, or True for all. Every
+            latent site then has a network of its own, so that each only meets the values of its own parents.
+        create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
+            that returns plates that exist already, for subsampling.
+        example_kwargs: Keyword arguments of a typical call.
+
+    Returns:
+        An :class:`~pyro.infer.autoguide.AutoGuide`, for ``SVI``, ``Trace_ELBO``, ``TraceMeanField_ELBO``,
+        ``RenyiELBO``, ``Predictive``, and inference compilation.
+
+    Raises:
+        GraphflowsError: If the family or the value of an option is unknown, or ``factors`` names a site that the
+            model has not.
+        UnsupportedModelError: If the model cannot be compiled (on set-up).
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> guide = auto_faithful_guide(model, torch.zeros(10))
+        >>> guide.inverse.parents["z"]
+        ('x',)
+        >>> guide(torch.zeros(7))["z"].shape
+        torch.Size([7])
+    """
+    guide = AutoFaithfulGuide(
+        model,
+        family=family,
+        inverse=inverse,
+        pool=pool,
+        init=init,
+        factors=factors,
+        standardize=standardize,
+        num_start_samples=num_start_samples,
+        strict=strict,
+        resolution=resolution,
+        coupled_rank=coupled_rank,
+        enumerate_sites=enumerate_sites,
+        create_plates=create_plates,
+    )
+    if example_args or example_kwargs:
+        guide.setup(*example_args, **(example_kwargs or {}))
+    return guide
+
+
+def _centre(name: str, fn: Any, **_: Any) -> Tensor:
+    while hasattr(fn, "base_dist") and not hasattr(fn, "centre"):
+        if isinstance(fn, dist.Independent):
+            break
+        fn = fn.base_dist
+    centre: Tensor = fn.centre() if hasattr(fn, "centre") else fn.mean
+    return centre
+
+
+def _sum_rightmost(term: Tensor, depth: int) -> Tensor:
+    depth = min(depth, term.dim())
+    return term.flatten(term.dim() - depth).sum(-1) if depth else term

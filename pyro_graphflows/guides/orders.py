@@ -1,0 +1,648 @@
+r"""Which inverse a guide follows: what the user asked for, and what suits discrete sites, elements and smoothness.
+
+Every elimination order gives a faithful inverse, and often several have the fewest edges. Which one is chosen
+depends on more.
+
+**Outer sites before inner ones**, which gradients of the score-function kind need. Such a gradient of Pyro's ELBOs
+weighs the score of each element of a plate with the terms of that element and those outside of the plate. If a
+site outside were sampled later and looked at the elements, it would carry the influence of one element to the terms of
+the others, which are left out: the gradient would be biased, without an error. Enumeration has the same need: an
+enumerated value may not leave its plate.
+
+**Discrete sites before continuous ones** in the same plates, which the families need. In ``k -> z -> x`` the
+factorisation ``q(z | x) q(k | z)`` asks for a mixture at ``z``, and ``q(k | x) q(z | k, x)`` only
+for what families can do (as conditional Gaussian networks eliminate continuous variables first [1]).
+
+**Model parents before enumerated sites**, which Pyro needs: a site drawn once for each value of an enumerated one may
+not be a parent of that one in the model.
+
+**Smooth conditionals.** With :math:`z_3 = z_0 z_1` up to noise, :math:`z_1` given :math:`z_0, z_3` is normal about
+:math:`z_3 / z_0`: tame where :math:`z_0` keeps away from zero, and a pole where it does not. Which it is, samples of
+the model show. A joint density is the product of its conditionals whatever the order, so that the sum over the sites
+of the entropies of their conditionals is the same for every order; with regressions in place of the true conditionals
+it is larger, by what the regressions miss (the mean KL divergence from the posterior of the guide that they make).
+Linear regressions miss the same in every order with the same cliques, so regressions on squares and products
+are taken:
+
+.. math:: \text{score} = \sum_v \operatorname{E}\bigl[-\log t_4\bigl(z_v - \hat z_v(z_{Pa(v)}, x_{Pa(v)})\bigr)\bigr]
+
+on held-out samples, with Student's t of four degrees of freedom at its best scale, so that a few samples near a pole do
+not decide. Starting from the sparsest inverse found, neighbours in the elimination order change places as long as that
+lowers the score and adds no edge and no sampling level. Models whose own conditionals are linear are left alone.
+
+**Elements.** A graph of elements says which entries of vector sites depend on which; its inverse is sparser than
+that of the sites. A site is emitted as one value, so the elements of a site must be sampled one after the other,
+with no element of another site between them. Hence the order of *sites* is found first, by inverting the graph that
+the elements make of the sites, and the elements are then eliminated in that order.
+
+References:
+    [1] Lauritzen (1992), Propagation of probabilities, means and variances in mixed graphical association models,
+    Journal of the American Statistical Association 87, Section 4 (strong elimination orders).
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import Tensor
+
+from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
+from pyro_graphflows.graphs.inverse_graph import InverseGraph
+from pyro_graphflows.graphs.inversion import (
+    faithful_inverse,
+    fully_connected_inverse,
+    mean_field_inverse,
+    stochastic_inverse,
+)
+from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.guides.call import plates_of
+from pyro_graphflows.guides.plan import BlockPlan
+from pyro_graphflows.guides.samples import MOST_ROWS, ModelDraws, side_by_side
+from pyro_graphflows.guides.sites import LatentSite
+from pyro_graphflows.inspect import TracedModel, get_argument, nested_by_index, with_nested_plates
+from pyro_graphflows.regression import Moments, location_and_scale, square_root
+
+__all__ = [
+    "ElementInverse",
+    "FoundInverse",
+    "Inverse",
+    "discrete_sites_first",
+    "drawn_after_enumerated",
+    "find_inverse",
+    "joint_rows",
+    "order_for_discrete_sites",
+    "outer_sites_first",
+    "require_outer_sites_first",
+    "resolve_inverse",
+    "sites_to_enumerate",
+    "smooth_order",
+    "smoothest_inverse",
+]
+
+MOST_EDGES = 2.0  # times those of the sparsest inverse found, for discrete sites first
+
+NUM_ROWS = 5000  # of joint samples that judge smoothness
+FEWEST_ROWS = 500
+MOST_SITES = 64
+MOST_PRODUCTS = 12  # inputs up to which products of two are taken, and not squares alone
+GAIN = 0.1  # nats; less cannot be told from noise in the samples
+JUDGE_WINSOR = 6.0  # standard deviations: squares of columns are inputs here
+HELD_OUT = 5  # one in this many samples judges the regressions
+MOST_SWEEPS = 10
+
+
+# ---------------------------------------------------------------- what the user asked for
+
+
+NAMED_INVERSES: dict[str, Callable[[ModelGraph], InverseGraph]] = {
+    "stochastic": stochastic_inverse,
+    "full": fully_connected_inverse,
+    "mean_field": mean_field_inverse,
+}
+
+Inverse = str | Sequence[str] | InverseGraph | Callable[[ModelGraph], InverseGraph]
+
+
+def resolve_inverse(graph: ModelGraph, inverse: Inverse) -> InverseGraph:
+    """Return the inverse that a user asked for.
+
+    Args:
+        graph: The model graph.
+        inverse: The name of an elimination order of :func:`~pyro_graphflows.faithful_inverse`, an elimination
+            sequence, ``"stochastic"``, ``"full"``, ``"mean_field"``, an inverse, or a function that makes one.
+
+    Raises:
+        GraphflowsError: If the inverse is not of the model's latent nodes or is of another type.
+    """
+    if isinstance(inverse, str):
+        return (
+            NAMED_INVERSES[inverse](graph) if inverse in NAMED_INVERSES else faithful_inverse(graph, inverse)
+        )
+    if callable(inverse):
+        inverse = inverse(graph)
+    if isinstance(inverse, InverseGraph):
+        if set(inverse.parents) != set(graph.latent):
+            raise GraphflowsError(
+                f"Expected an inverse of the model's latent sites {', '.join(map(str, graph.latent))}; "
+                f"got one of {', '.join(map(str, inverse.parents))}."
+            )
+        if inverse.graph == graph:
+            return inverse
+        return InverseGraph(
+            graph,
+            inverse.parents,
+            order=inverse.order,
+            sampling_order=inverse.sampling_order,
+            coupled=inverse.coupled,
+        )
+    if isinstance(inverse, Sequence):
+        return faithful_inverse(graph, inverse)
+    raise GraphflowsError(
+        "Expected inverse= the name of an order, a sequence of latent sites, an InverseGraph or a function from "
+        f"ModelGraph to InverseGraph; got {type(inverse).__name__}."
+    )
+
+
+@dataclass(frozen=True)
+class ElementInverse:
+    """The inverse of a graph of elements, and what it means for sites.
+
+    Attributes:
+        inverse: The inverse over elements.
+        parents: For each split site, for each of its elements, the parents as (node, index in the node);
+            earlier elements of the site itself among them. The index of nodes that are not split is -1.
+    """
+
+    inverse: InverseGraph
+    parents: dict[str, tuple[tuple[tuple[str, int], ...], ...]]
+
+
+@dataclass(frozen=True)
+class FoundInverse:
+    """An inverse over sites, and what it was found from.
+
+    Attributes:
+        traced: The traced model, with the graph of its sites.
+        inverse: The inverse, in the model's plates.
+        elements: The inverse of the elements, where these are told apart.
+        nested: The inverse with the plates of the data inside those that they look up; None if nothing is looked up.
+        lookups: For pairs (inner, outer) of plates, the argument that says which element is looked up; None if no
+            argument does.
+    """
+
+    traced: TracedModel
+    inverse: InverseGraph
+    elements: ElementInverse | None = None
+    nested: InverseGraph | None = None
+    lookups: Mapping[tuple[str, str], str | None] = field(default_factory=dict)
+
+    @property
+    def judged(self) -> InverseGraph:
+        """The inverse whose faithfulness counts."""
+        if self.elements is not None:
+            return self.elements.inverse
+        return self.nested or self.inverse
+
+
+def find_inverse(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    traced: TracedModel,
+    option: Inverse,
+    *,
+    elements: bool,
+) -> FoundInverse:
+    """Invert a model's graph; plates whose elements look up those of others count as nested in these.
+
+    Args:
+        model: The model.
+        args: The positional arguments of a call.
+        kwargs: Its keyword arguments.
+        traced: The model as traced with them.
+        option: See :func:`resolve_inverse`.
+        elements: Whether the graph is one of elements.
+
+    Raises:
+        GraphflowsError: If the inverse of elements is not faithful: it has no elimination order.
+    """
+    if elements:
+        return _invert_elements(traced, option)
+    graph = traced.graph
+    nested = nested_by_index(model, args, kwargs, traced=traced)
+    if not nested:
+        return FoundInverse(traced, resolve_inverse(graph, option))
+    inside = resolve_inverse(with_nested_plates(graph, nested), option)
+    coupled = {  # across plates that a site is in by its index alone: across those with the index
+        site: [p for p in graph.plates[site] if p in plates or not set(plates) <= set(graph.plates[site])]
+        for site, plates in inside.coupled.items()
+    }
+    inverse = InverseGraph(
+        graph,
+        inside.parents,
+        order=inside.order,
+        sampling_order=inside.sampling_order,
+        coupled=coupled,
+    )
+    return FoundInverse(
+        traced, inverse, nested=inside, lookups=_index_arguments(model, args, kwargs, traced, nested)
+    )
+
+
+def _index_arguments(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    traced: TracedModel,
+    nested: Mapping[str, Mapping[str, Tensor]],
+) -> dict[tuple[str, str], str | None]:
+    """Return for pairs (inner, outer) of plates the argument that says which element is looked up."""
+    found: dict[tuple[str, str], str | None] = {}
+    plates = plates_of(traced.trace)
+    for inner, outers in nested.items():
+        for outer, groups in outers.items():
+            found[inner, outer] = None
+            for name in sorted(traced.index_inputs):
+                value = get_argument(model, traced.argument_paths[name], args, kwargs).reshape(-1).cpu()
+                indices = plates[inner].indices
+                if indices is not None and len(value) == plates[inner].full_size:
+                    value = value[indices.cpu()]
+                if value.shape == groups.shape and bool(((value == groups) | (groups < 0)).all()):
+                    found[inner, outer] = name
+                    break
+    return found
+
+
+# ---------------------------------------------------------------- elements
+
+
+def _graph_of_sites(graph: ModelGraph, elements: Mapping[str, tuple[str, int]]) -> ModelGraph:
+    def site(node: str) -> str:
+        return elements[node][0] if node in elements else node
+
+    edges = {
+        (site(parent), site(child)): None for parent, child in graph.edges if site(parent) != site(child)
+    }
+    sizes: dict[str, int] = {}
+    plates = {}
+    for node in graph.nodes:
+        sizes[site(node)] = sizes.get(site(node), 0) + graph.event_sizes[node]
+        plates[site(node)] = graph.plates[node]
+    return ModelGraph(
+        list(edges),
+        [site(node) for node in graph.observed],
+        inputs=[site(node) for node in graph.inputs],
+        marginalised=[site(node) for node in graph.marginalised],
+        event_sizes=sizes,
+        plates=plates,
+    )
+
+
+def _invert_elements(traced: TracedModel, option: Inverse) -> FoundInverse:
+    elements = traced.elements
+    graph = _graph_of_sites(traced.graph, elements)
+    of_sites = resolve_inverse(graph, option)
+    if option == "auto":
+        nodes: Any = traced.trace.nodes
+        discrete = [name for name in graph.latent if nodes[name]["fn"].support.is_discrete]
+        of_sites = discrete_sites_first(of_sites, discrete)
+    if of_sites.order in ("stochastic", "mean_field"):
+        raise GraphflowsError(
+            f"Expected an inverse that is an elimination order with resolution='element'; got {of_sites.order!r}."
+        )
+    members: dict[str, list[str]] = {}
+    for node, (site, index) in elements.items():
+        members.setdefault(site, []).insert(index, node)
+    sampling = [node for site in of_sites.sampling_order for node in members.get(site, [site])]
+    inverse = faithful_inverse(traced.graph, sampling[::-1])
+
+    def place(node: str) -> tuple[str, int]:
+        return elements[node] if node in elements and len(members[elements[node][0]]) > 1 else (node, -1)
+
+    split: dict[str, tuple[tuple[tuple[str, int], ...], ...]] = {}
+    collapsed = {}
+    coupled = {}
+    for site in graph.latent:
+        nodes = members.get(site, [site])
+        own = tuple(tuple(place(parent) for parent in inverse.parents[node]) for node in nodes)
+        if len(nodes) > 1:
+            split[site] = own
+        collapsed[site] = {elements.get(p, (p, 0))[0] for node in nodes for p in inverse.parents[node]} - {
+            site
+        }
+        coupled[site] = tuple(dict.fromkeys(p for node in nodes for p in inverse.coupled.get(node, ())))
+    sites = InverseGraph(
+        graph, collapsed, order=of_sites.order, sampling_order=of_sites.sampling_order, coupled=coupled
+    )
+    return FoundInverse(replace(traced, graph=graph), sites, ElementInverse(inverse, split))
+
+
+# ---------------------------------------------------------------- discrete sites
+
+
+def discrete_sites_first(inverse: InverseGraph, discrete: Collection[str]) -> InverseGraph:
+    """Return a faithful inverse that samples discrete sites before the continuous ones in the same plates.
+
+    Args:
+        inverse: A faithful inverse, whose order is kept otherwise.
+        discrete: The discrete latent sites.
+
+    Returns:
+        The new inverse, of order ``"discrete_first"``; the given one where it has the property already, or where the
+        new one has more than twice its edges (long chains with a discrete and a continuous part).
+    """
+    graph = inverse.graph
+    if set(graph.latent) <= set(discrete) or set(graph.latent).isdisjoint(discrete):
+        return inverse
+    given = inverse.sampling_order
+    rank = {site: i for i, site in enumerate(given)}
+    wanted = sorted(given, key=lambda site: (len(graph.plates[site]), site not in discrete, rank[site]))
+    if wanted == list(given):
+        return inverse
+    found = faithful_inverse(graph, wanted[::-1])
+    if found.num_edges > MOST_EDGES * inverse.num_edges:
+        return inverse
+    return InverseGraph(
+        graph,
+        found.parents,
+        order="discrete_first",
+        sampling_order=found.sampling_order,
+        coupled=found.coupled,
+        how=found.how,
+    )
+
+
+def outer_sites_first(inverse: InverseGraph) -> InverseGraph:
+    """Return the same factorisation, sampled outer sites first as far as parents allow it.
+
+    Args:
+        inverse: The factorisation.
+
+    Returns:
+        An inverse in which each next site is the one in the fewest plates among those whose parents are sampled.
+        Ties keep their order.
+    """
+    plates, rank = inverse.graph.plates, {site: i for i, site in enumerate(inverse.sampling_order)}
+    order = nx.lexicographical_topological_sort(
+        inverse.to_networkx().subgraph(rank), key=lambda site: (len(plates[site]), rank[site])
+    )
+    return InverseGraph(
+        inverse.graph,
+        inverse.parents,
+        order=inverse.order,
+        sampling_order=order,
+        coupled=inverse.coupled,
+        how=inverse.how,
+    )
+
+
+def drawn_after_enumerated(inverse: InverseGraph, enumerated: Collection[str]) -> dict[str, list[str]]:
+    """Return the enumerated sites with model parents that the guide draws given their values, and these parents.
+
+    Pyro's enumeration has no place for them: the parent's value would vary along the dimension of its child's values.
+
+    Args:
+        inverse: The guide's factorisation.
+        enumerated: The sites that the guide enumerates.
+    """
+    dag = inverse.to_networkx()
+    found = {}
+    for site in sorted(enumerated):
+        below = nx.descendants(dag, site) - set(enumerated)
+        wrong = [parent for parent in inverse.graph.parents(site) if parent in below]
+        if wrong:
+            found[site] = wrong
+    return found
+
+
+def require_outer_sites_first(
+    blocks: Sequence[BlockPlan], inverse: InverseGraph, rough: Collection[str]
+) -> None:
+    """Refuse plans that sample a site with score-function gradients before one in fewer plates.
+
+    A site that depends on the earlier one in the model itself, without data below it, cannot come first, and does no
+    harm: nothing else depends on it.
+
+    Args:
+        blocks: The blocks of the plan, in sampling order.
+        inverse: The guide's factorisation.
+        rough: The sites whose draws are not reparametrised.
+
+    Raises:
+        UnsupportedModelError: If there is one. The message names the sites.
+    """
+    graph = inverse.graph
+    order = [site for block in blocks for site in block.sites]
+    dag = graph.to_networkx()
+    for i, site in enumerate(order):
+        if site not in rough:
+            continue
+        below = nx.descendants(dag, site)
+        late = [
+            other
+            for other in order[i + 1 :]
+            if set(graph.plates[other]) < set(graph.plates[site]) and other not in below
+        ]
+        if late:
+            raise UnsupportedModelError(
+                f"Expected {', '.join(map(repr, late))}, in fewer plates, to be sampled before the discrete site "
+                f"{site!r}; the inverse {inverse.order!r} samples it after. Score-function gradients would "
+                "be biased without an error, and enumeration would fail. Use a faithful inverse (inverse='auto')."
+            )
+
+
+def sites_to_enumerate(option: bool | Collection[str], sites: Mapping[str, LatentSite]) -> frozenset[str]:
+    """Return the sites that the guide is to enumerate.
+
+    Args:
+        option: Names, or True for all discrete sites.
+        sites: The latent sites.
+
+    Raises:
+        UnsupportedModelError: If one of them cannot be enumerated.
+    """
+    if isinstance(option, bool):
+        names = [name for name, site in sites.items() if site.encoding is not None] if option else []
+    else:
+        names = list(option)
+    for name in names:
+        encoding = sites[name].encoding if name in sites else None
+        if encoding is None or encoding.kind == "counts" or encoding.num_elements != 1:
+            raise UnsupportedModelError(
+                f"Expected enumerate_sites to be latent sites with one binary or class variable; {name!r} is "
+                f"{'no discrete latent site' if encoding is None else encoding}. Pyro enumerates no vectors: give "
+                "each element a site of its own, or leave this site to score-function gradients."
+            )
+    return frozenset(names)
+
+
+def order_for_discrete_sites(
+    inverse: InverseGraph, discrete: Collection[str], enumerated: Collection[str], *, free: bool
+) -> InverseGraph:
+    """Return an inverse that suits discrete sites.
+
+    Args:
+        inverse: The inverse.
+        discrete: The discrete latent sites.
+        enumerated: Those that the guide enumerates.
+        free: Whether another faithful inverse may be taken (the user left the choice).
+
+    Raises:
+        UnsupportedModelError: If enumerated sites come before model parents of theirs in each of them.
+    """
+    candidates = [discrete_sites_first(inverse, discrete), inverse] if free else [inverse]
+    if free and enumerated:
+        candidates.append(faithful_inverse(inverse.graph, "reverse"))
+    candidates = [outer_sites_first(candidate) for candidate in candidates]
+    conflicts = [drawn_after_enumerated(candidate, enumerated) for candidate in candidates]
+    for candidate, conflict in zip(candidates, conflicts, strict=True):
+        if not conflict:
+            return candidate
+    named = "; ".join(f"{site}: {', '.join(parents)}" for site, parents in conflicts[0].items())
+    raise UnsupportedModelError(
+        "Expected the model's parents of enumerated sites to be sampled before these, or enumerated as well; the "
+        f"inverse {inverse.order!r} samples some given the enumerated values ({named}), which Pyro cannot do. Use "
+        "inverse='reverse', which follows the model's order, or enumerate_sites=True."
+    )
+
+
+# ---------------------------------------------------------------- smooth conditionals
+
+
+def smoothest_inverse(inverse: InverseGraph, draws: ModelDraws, wanted: int) -> InverseGraph:
+    """Return an inverse as sparse whose conditionals are smoother, where samples of the model show one.
+
+    Args:
+        inverse: A faithful inverse that is an elimination order.
+        draws: The model and its draws.
+        wanted: How many rows the guide's start will ask for.
+    """
+    rows = joint_rows(draws, wanted) if _is_worth_a_search(inverse) else None
+    return inverse if rows is None else smooth_order(inverse, rows)
+
+
+def _is_worth_a_search(inverse: InverseGraph) -> bool:
+    """Whether there are several orders, and so few sites that the search ends soon."""
+    return 1 < len(inverse.sampling_order) <= MOST_SITES
+
+
+def smooth_order(inverse: InverseGraph, samples: Mapping[str, Tensor]) -> InverseGraph:
+    """Return a faithful inverse with no more edges and levels, and smoother conditionals if samples show any.
+
+    Args:
+        inverse: A faithful inverse that is an elimination order.
+        samples: Joint samples of all nodes with data and all latent sites (unconstrained), ``(n, size)`` each. Nodes
+            that are missing are not taken as inputs.
+
+    Returns:
+        The new inverse, of order ``"smooth"``; the given one where nothing is gained.
+
+    Example:
+        >>> from pyro_graphflows.graphs.model_graph import ModelGraph
+        >>> graph = ModelGraph(["ac", "bc", "cx"], observed=["x"])
+        >>> a, b, noise = 5 + torch.randn(5000, 1), torch.randn(5000, 1), 0.1 * torch.randn(2, 5000, 1)
+        >>> c = a * b + noise[0]
+        >>> sample = {"a": a, "b": b, "c": c, "x": c + noise[1]}
+        >>> dict(smooth_order(faithful_inverse(graph, ["a", "b", "c"]), sample).parents)
+        {'a': ('c',), 'b': ('a', 'c'), 'c': ('x',)}
+    """
+    if not _is_worth_a_search(inverse):
+        return inverse
+    judge = _Judge(samples)
+    if judge.num_rows < FEWEST_ROWS or judge.nonlinearity(inverse.graph) < GAIN:
+        return inverse
+    best, score = inverse, judge.score(inverse)
+    for _ in range(MOST_SWEEPS):
+        before = score
+        for i in range(len(inverse.sampling_order) - 1):
+            order = list(best.sampling_order[::-1])
+            first, second = order[i : i + 2]
+            if second not in best.parents[first]:
+                continue  # changing places would change nothing
+            order[i : i + 2] = second, first
+            other = faithful_inverse(best.graph, order)
+            if other.num_edges > best.num_edges or len(other.levels) > len(best.levels):
+                continue
+            found = judge.score(other)
+            if found < score - GAIN:
+                best, score = other, found
+        if score == before:
+            break
+    if best is inverse:
+        return inverse
+    return InverseGraph(
+        best.graph,
+        best.parents,
+        order="smooth",
+        sampling_order=best.sampling_order,
+        coupled=best.coupled,
+        how=best.how,
+    )
+
+
+def joint_rows(joint: ModelDraws, wanted: int = 0) -> dict[str, Tensor] | None:
+    """Return joint samples of latent sites and data in rows; None where rows do not show what depends on what.
+
+    That is so where latent sites are in different plates, and where samples of the model are not what its density says.
+
+    Args:
+        joint: The model and its draws.
+        wanted: How many rows the guide's start will ask for. If they are enough here they are drawn now, once for
+            both; otherwise the random state is left as it is.
+    """
+    graph, sites = joint.traced.graph, joint.sites
+    if not sites or len({graph.plates[site] for site in sites}) > 1:
+        return None
+    one = next(iter(sites))
+    around = set(graph.plates[one])
+    nodes: Any = joint.traced.trace.nodes
+    copies = torch.Size(nodes[one]["fn"].batch_shape).numel()
+    shared = wanted >= NUM_ROWS
+    draws = max(2, -(-(min(wanted, MOST_ROWS) if shared else NUM_ROWS) // copies))
+    try:
+        with nullcontext() if shared else torch.random.fork_rng(devices=[]):
+            samples = joint.draw(draws, keep=shared)
+    except UnsupportedModelError:
+        return None
+    data = [name for name in joint.encodings.event_dims if set(graph.plates.get(name, ())) <= around]
+    return {name: value[:NUM_ROWS] for name, value in side_by_side(samples, [*sites, *data]).items()}
+
+
+class _Judge:
+    """Scores of conditionals, each found once."""
+
+    def __init__(self, samples: Mapping[str, Tensor]) -> None:
+        finite = torch.stack([torch.isfinite(value).all(-1) for value in samples.values()]).all(0)
+        self.num_rows = int(finite.sum())
+        self.samples = {}
+        for name, value in samples.items():
+            shift, scale = location_and_scale(value[finite].double())
+            self.samples[name] = ((value[finite] - shift) / scale).clamp(-JUDGE_WINSOR, JUDGE_WINSOR)
+        self.known: dict[tuple[str, tuple[str, ...], bool], float] = {}
+
+    def nonlinearity(self, graph: ModelGraph) -> float:
+        """Return by how much squares and products lower the score of the model's own conditionals."""
+        total = 0.0
+        for node in (*graph.latent, *graph.observed):
+            parents = tuple(parent for parent in graph.parents(node) if parent in self.samples)
+            if parents and node in self.samples:
+                total += self._of(node, parents, True) - self._of(node, parents, False)
+        return total
+
+    def score(self, inverse: InverseGraph) -> float:
+        """Return the sum over the sites of the mean negative log-densities of residuals."""
+        return sum(self._of(site, tuple(parents), False) for site, parents in inverse.parents.items())
+
+    def _of(self, site: str, parents: tuple[str, ...], linear: bool) -> float:
+        key = site, parents, linear
+        if key not in self.known:
+            self.known[key] = self._regress(site, parents, linear)
+        return self.known[key]
+
+    def _regress(self, site: str, parents: tuple[str, ...], linear: bool) -> float:
+        own = self.samples[site]
+        columns = [self.samples[parent] for parent in parents if parent in self.samples]
+        inputs = torch.cat(columns, -1) if columns else own.new_zeros(len(own), 0)
+        if not linear and inputs.shape[-1] <= MOST_PRODUCTS:
+            i, j = torch.triu_indices(inputs.shape[-1], inputs.shape[-1])
+            inputs = torch.cat([inputs, inputs[:, i] * inputs[:, j]], -1)
+        elif not linear:
+            inputs = torch.cat([inputs, inputs.square()], -1)
+        judging = torch.arange(len(own)) % HELD_OUT == 0
+        joint = torch.cat([inputs, own], -1)
+        number = inputs.shape[-1]
+        fit = Moments(joint[~judging]).regress(range(number), range(number, joint.shape[-1]))
+        residual = own[judging] - fit.loc - inputs[judging] @ fit.weights.T
+        root = square_root(residual.T @ residual / len(residual))
+        white = torch.linalg.solve_triangular(root, residual.T, upper=False)
+        return float(root.diagonal().log().sum() + _log_scales(white).sum())
+
+
+def _log_scales(rows: Tensor) -> Tensor:
+    """Return for each row the least mean of -log t_4(r / s) + log s over scales s, less a constant."""
+    log_scales = torch.linspace(-6.0, 1.0, 141).to(rows).view(-1, 1, 1)
+    ratio = rows / log_scales.exp()
+    return (log_scales.squeeze(-1) + 2.5 * (ratio.square() / 4).log1p().mean(-1)).amin(0)

@@ -1,0 +1,238 @@
+"""Joint samples of the model when a guide is set up, drawn once whoever asks, and put side by side.
+
+They are flat vectors, unconstrained where a site is latent, classes as indicators, ``(draws, *batch, size)``, as the
+guide's networks see them. The search for a smooth order (:mod:`~pyro_graphflows.guides.orders`) and the start of
+the networks (:mod:`~pyro_graphflows.guides.start`) use the same ones. Where the model cannot be sampled, the data of
+the call are all that is known.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyro_graphflows.errors import UnsupportedModelError
+from pyro_graphflows.guides.call import PlateState
+from pyro_graphflows.guides.plan import BlockPlan, Plan
+from pyro_graphflows.guides.sites import InputEncodings, LatentSite, flatten_event
+from pyro_graphflows.inspect import TracedModel, get_argument, sample_prior
+
+__all__ = ["MOST_ROWS", "ModelDraws", "Samples", "side_by_side", "with_depth"]
+
+MOST_ROWS = 200_000  # in the block with the most elements, for a joint sample
+MOST_POOLED_ROWS = 500_000  # the same where plates are pooled: a whole data set is one sample
+MOST_NUMBERS = 20_000_000  # in all joint samples together, as the data of one can be many
+FEWEST_DRAWS = 200  # even so
+
+
+class ModelDraws:
+    """The data of one call, and joint samples of the model of that call, kept for whoever asks next.
+
+    Args:
+        model: The model.
+        args: The positional arguments of the call.
+        kwargs: Its keyword arguments.
+        traced: The model as traced with them.
+        sites: The latent sites.
+        encodings: How conditioning values are written.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        traced: TracedModel,
+        sites: Mapping[str, LatentSite],
+        encodings: InputEncodings,
+    ) -> None:
+        self.model, self.args, self.kwargs = model, args, kwargs
+        self.traced, self.sites, self.encodings = traced, sites, encodings
+        self._kept: dict[str, Tensor] = {}
+        self._num_kept = 0
+        nodes: Any = traced.trace.nodes
+        size = sum(site["value"].numel() for site in nodes.values() if torch.is_tensor(site.get("value")))
+        self._most_draws = max(FEWEST_DRAWS, MOST_NUMBERS // max(1, size))
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the type and on the device that parameters should have: the first of the widest type."""
+        found: list[Any] = [site.get("value") for site in self.traced.trace.nodes.values()]
+        floats = [value for value in found if _is_float(value)]
+        return max(floats, key=lambda value: value.dtype.itemsize, default=torch.zeros(()))
+
+    def argument(self, name: str) -> Tensor:
+        """Return the value of an input as the model got it."""
+        return get_argument(self.model, self.traced.argument_paths[name], self.args, self.kwargs)
+
+    def data(self, name: str) -> Tensor:
+        """Return the conditioning value of an observed site or an input in this call."""
+        if name in self.traced.event_dims:
+            return self.encodings.input_value(name, self.argument(name))
+        nodes: Any = self.traced.trace.nodes
+        return self._conditioning(name, nodes[name]["value"])
+
+    def _conditioning(self, name: str, value: Tensor) -> Tensor:
+        """Return a value of a node as the guide conditions on it: of partly observed sites with the mask."""
+        if name not in self.encodings.partly:
+            return value
+        nodes: Any = self.traced.trace.nodes
+        return self.encodings.masked_value(name, value, nodes[name]["mask"])
+
+    def draw(self, num_samples: int, *, keep: bool = True) -> dict[str, Tensor]:
+        """Return joint samples of all latent sites and of the nodes that can be network inputs.
+
+        They are drawn if fewer are kept from before; the random state is then used and advanced.
+
+        Args:
+            num_samples: How many; fewer are drawn where so many would fill the memory, as data are drawn with them.
+            keep: Whether they are kept for whoever asks next.
+
+        Raises:
+            UnsupportedModelError: If samples of the model would not be what the model's density says.
+        """
+        samples = self._kept
+        num_samples = min(num_samples, self._most_draws)
+        if num_samples > self._num_kept:
+            samples = sample_prior(
+                self.model, self.args, self.kwargs, num_samples=num_samples, traced=self.traced
+            )
+            if keep:
+                self._kept, self._num_kept = samples, num_samples
+        samples = {name: value[:num_samples] for name, value in samples.items()}
+        flat = {}
+        for name, site in self.sites.items():
+            if site.encoding is not None:
+                flat[name] = site.encoding.encode(samples[name], torch.get_default_dtype())
+                continue
+            raw = biject_to(site.support).inv(samples[name])
+            flat[name] = flatten_event(raw, len(site.unconstrained_shape))
+        for name, event_dim in self.encodings.event_dims.items():
+            if name in samples:
+                flat[name] = self.encodings.flat(name, self._conditioning(name, samples[name]))
+            else:
+                value = self.data(name)
+                flat[name] = flatten_event(value, event_dim).expand(
+                    num_samples, *value.shape[: value.dim() - event_dim], -1
+                )
+        return flat
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What blocks are made from: joint samples in numbers that suit a plan, or the data of one call alone.
+
+    Attributes:
+        draws: The model, its call, and its draws.
+        plates: The plates of the call.
+        standardize: Whether network inputs and outputs are standardised.
+        num_rows: The number of rows that each block should have.
+        values: Joint samples by site, conditioning node and summary; None where there are none.
+        rows: Of the nodes of one block, one row for each draw and each element of the plates.
+        note: Why there are none.
+    """
+
+    draws: ModelDraws
+    plates: Mapping[str, PlateState]
+    standardize: bool
+    num_rows: int
+    values: Mapping[str, Tensor] | None = None
+    rows: Mapping[str, Tensor] | None = None
+    note: str | None = None
+
+    @classmethod
+    def for_plan(
+        cls,
+        draws: ModelDraws,
+        plan: Plan,
+        plates: Mapping[str, PlateState],
+        *,
+        standardize: bool,
+        num_rows: int,
+    ) -> "Samples":
+        """Draw joint samples for a plan, or say why there are none.
+
+        Args:
+            draws: The model and its call.
+            plan: The plan.
+            plates: The plates of the call.
+            standardize: Whether network inputs and outputs are standardised.
+            num_rows: The number of rows that each block should have; none are drawn for 0.
+        """
+        values, note = None, None
+        if num_rows and plan.changing:
+            note = f"no regression start: the supports of {', '.join(plan.changing)} depend on other latent sites."
+        elif num_rows:
+            try:
+                values = draws.draw(_number_of_draws(plan.blocks, plates, num_rows))
+            except UnsupportedModelError as error:
+                note = f"no regression start and no standardisation of latents: {error}"
+        return cls(draws, plates, standardize, num_rows, values, note=note)
+
+    def with_values(self, more: Mapping[str, Tensor]) -> "Samples":
+        """Return the same with the values of summaries."""
+        return self if self.values is None else replace(self, values={**self.values, **more})
+
+    def for_block(self, names: Sequence[str]) -> "Samples":
+        """Return the same with rows of some nodes, a random part where there are many more than are wanted."""
+        if self.values is None:
+            return self
+        rows = side_by_side(self.values, names)
+        found = len(next(iter(rows.values())))
+        if found > 2 * self.num_rows:
+            chosen = torch.randperm(found)[: self.num_rows]
+            rows = {name: value[chosen] for name, value in rows.items()}
+        return replace(self, rows=rows)
+
+    def aligned(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return joint samples of some nodes, plates apart, with as many batch dimensions each."""
+        return _at_one_depth(self.values or {}, names)
+
+
+def _number_of_draws(blocks: Sequence[BlockPlan], plates: Mapping[str, PlateState], wanted_rows: int) -> int:
+    """Return enough joint samples that each block has its rows, and not so many that the largest block fills memory."""
+    copies = []
+    for block in blocks:
+        copies.append(1)
+        for name in block.plates:
+            copies[-1] *= plates[name].size
+    wanted = -(-wanted_rows // min(copies))
+    if any(block.non_exchangeable for block in blocks):  # a regression for each index
+        wanted = max(wanted, wanted_rows // 10)
+    if any(node.summary for block in blocks for node in block.context):
+        elements = 1
+        for plate in plates.values():
+            elements *= plate.size
+        return max(2, min(wanted, -(-MOST_POOLED_ROWS // elements)))
+    affordable = -(-MOST_ROWS // max(copies))
+    return max(2, min(wanted, affordable))
+
+
+def side_by_side(samples: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Return one row for each draw and each element of the plates of some nodes, ``(rows, size)`` each."""
+    aligned = _at_one_depth(samples, names)
+    shape = torch.broadcast_shapes(*(value.shape[:-1] for value in aligned.values()))
+    return {
+        name: value.expand(*shape, value.shape[-1]).reshape(-1, value.shape[-1])
+        for name, value in aligned.items()
+    }
+
+
+def _at_one_depth(samples: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Return samples of some nodes with as many batch dimensions each, so that they broadcast."""
+    chosen = {name: samples[name] for name in names}
+    depth = max(value.dim() for value in chosen.values()) - 2
+    return {name: with_depth(value, depth) for name, value in chosen.items()}
+
+
+def with_depth(value: Tensor, depth: int) -> Tensor:
+    """Put dimensions of size one behind the first, of the draws, so that there are ``depth`` others before the last."""
+    missing = depth + 2 - value.dim()
+    return value.reshape(value.shape[:1] + (1,) * missing + value.shape[1:])
+
+
+def _is_float(value: Any) -> bool:
+    return torch.is_tensor(value) and value.is_floating_point() and value.numel() > 0

@@ -1,0 +1,295 @@
+"""The sites of a model as a guide sees them: values as flat vectors, and back.
+
+A latent site has a flat vector on the unconstrained real line; networks and regressions want numbers whose distances
+mean something. A binary value is 0 or 1 as it is; a value among ``K`` classes becomes ``K`` indicators. Counts
+without a bound stay numbers. Of data with missing entries, it counts what is there and where.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import biject_to, constraints
+from torch.distributions.transforms import IndependentTransform, Transform, identity_transform
+
+from pyro_graphflows.errors import UnsupportedModelError
+from pyro_graphflows.inspect import TracedModel, get_argument
+
+__all__ = [
+    "DiscreteEncoding",
+    "InputEncodings",
+    "LatentSite",
+    "flatten_event",
+    "input_encodings",
+    "is_identity",
+    "latent_sites",
+    "partly_observed",
+]
+
+
+def flatten_event(value: Tensor, event_dim: int) -> Tensor:
+    """Return a value with its event dimensions flattened to one, as floating point.
+
+    Shape:
+        - Input: ``(*batch, *event)`` with ``event_dim`` event dimensions.
+        - Output: ``(*batch, n)``.
+    """
+    flat = value.reshape(*value.shape[: value.dim() - event_dim], -1)
+    return flat if flat.is_floating_point() else flat.to(torch.get_default_dtype())
+
+
+@dataclass(frozen=True)
+class DiscreteEncoding:
+    """How the value of one discrete site is written as a flat vector.
+
+    Attributes:
+        kind: ``"binary"``; ``"classes"`` (an index among classes); ``"one_hot"`` (indicators already); or
+            ``"counts"`` (integers without a finite range, for which only a factor of the user's own will do).
+        event_shape: The shape of one value.
+        num_classes: The number of classes of an element; 1 where the flat vector has one entry for each element.
+        lowest: The value of the first class.
+        dtype: The type of the site's values.
+    """
+
+    kind: str
+    event_shape: torch.Size
+    num_classes: int
+    lowest: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, fn: Any, dtype: torch.dtype) -> "DiscreteEncoding":
+        """Return the encoding of the values of a distribution.
+
+        Args:
+            fn: A distribution with discrete support.
+            dtype: The type of its values.
+        """
+        support, shape = _base(fn.support), fn.event_shape
+        if support is constraints.boolean:
+            return cls("binary", shape, 1, 0, dtype)
+        if support is constraints.one_hot:
+            return cls("one_hot", shape, shape[-1], 0, dtype)
+        bounds = _bounds(support)
+        if bounds is not None:
+            return cls("classes", shape, bounds[1] - bounds[0] + 1, bounds[0], dtype)
+        return cls("counts", shape, 1, 0, dtype)
+
+    @property
+    def size(self) -> int:
+        """The length of the flat vector."""
+        return self.event_shape.numel() * (self.num_classes if self.kind == "classes" else 1)
+
+    @property
+    def num_elements(self) -> int:
+        """The number of binary or class variables that one value holds."""
+        return self.size // self.num_classes
+
+    def fits(self, support: constraints.Constraint) -> bool:
+        """Return whether a support, as it is in some call, is the one at set-up."""
+        base = _base(support)
+        if self.kind == "classes":
+            return _bounds(base) == (self.lowest, self.lowest + self.num_classes - 1)
+        kinds = {"binary": constraints.boolean, "one_hot": constraints.one_hot}
+        return self.kind == "counts" or base is kinds[self.kind]
+
+    def encode(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the flat vectors of values, of shape ``(*batch, size)`` for values ``(*batch, *event)``."""
+        flat = value.reshape(*value.shape[: value.dim() - len(self.event_shape)], -1)
+        if self.kind != "classes":
+            return flat.to(dtype)
+        classes = torch.arange(self.lowest, self.lowest + self.num_classes, device=flat.device)
+        return (flat.unsqueeze(-1) == classes).flatten(-2).to(dtype)
+
+    def decode(self, flat: Tensor) -> Tensor:
+        """Return the values, of shape ``(*batch, *event)``, of flat vectors ``(*batch, size)``."""
+        if self.kind == "classes":
+            flat = flat.unflatten(-1, (-1, self.num_classes)).argmax(-1) + self.lowest
+        return flat.reshape(flat.shape[:-1] + self.event_shape).to(self.dtype)
+
+    def __str__(self) -> str:
+        many = "" if self.num_elements == 1 else f"{self.num_elements} x "
+        if self.kind in ("binary", "counts"):
+            return many + self.kind
+        return f"{many}{self.num_classes} classes"
+
+
+def _base(support: Any) -> Any:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support
+
+
+def _bounds(support: Any) -> tuple[int, int] | None:
+    """Return the bounds of a finite range that is the same for every element; None if there is none."""
+    if not isinstance(support, type(constraints.integer_interval(0, 1))):
+        return None
+    lower = torch.as_tensor(support.lower_bound).unique()
+    upper = torch.as_tensor(support.upper_bound).unique()
+    if lower.numel() != 1 or upper.numel() != 1:
+        return None
+    return int(lower), int(upper)
+
+
+@dataclass(frozen=True)
+class LatentSite:
+    """A latent site as it was at set-up.
+
+    Attributes:
+        name: The site.
+        event_shape: The shape of one value.
+        unconstrained_shape: The shape of one value before the bijection to the support.
+        support: The support.
+        transform: The bijection from the unconstrained space to the support (of no use for discrete sites).
+        encoding: For discrete sites, how values are written as vectors.
+        size: The length of the flat unconstrained vector.
+        is_real: Whether values are unconstrained as they are.
+    """
+
+    name: str
+    event_shape: torch.Size
+    unconstrained_shape: torch.Size
+    support: constraints.Constraint
+    transform: Transform
+    encoding: DiscreteEncoding | None = None
+    size: int = field(init=False)
+    is_real: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", self.unconstrained_shape.numel())
+        object.__setattr__(self, "is_real", self.encoding is None and is_identity(self.transform))
+
+
+def is_identity(transform: Transform) -> bool:
+    """Return whether a transform leaves values as they are."""
+    while isinstance(transform, IndependentTransform):
+        transform = transform.base_transform
+    return transform is identity_transform
+
+
+def latent_sites(traced: TracedModel, custom: Collection[str] = ()) -> dict[str, LatentSite]:
+    """Return the latent sites of a traced model that get a factor.
+
+    Args:
+        traced: The traced model.
+        custom: The sites for which the user gave a factor.
+
+    Raises:
+        UnsupportedModelError: If one of the others is discrete and its values are not among finitely many classes.
+    """
+    sites = {}
+    for name in traced.graph.latent:
+        site: Any = traced.trace.nodes[name]
+        fn = site["fn"]
+        event_shape = torch.Size(fn.event_shape)
+        if fn.support.is_discrete:
+            encoding = DiscreteEncoding.of(fn, site["value"].dtype)
+            if encoding.kind == "counts" and name not in custom:
+                raise UnsupportedModelError(
+                    f"Expected discrete latent sites with values among finitely many classes; site {name!r} is "
+                    f"{type(fn).__name__} with support {fn.support}. Give a factor for it, factors={{{name!r}: ...}} "
+                    "(a subclass of Factor whose distribution is one over counts), or replace it by a site with "
+                    "finitely many values."
+                )
+            sites[name] = LatentSite(
+                name, event_shape, torch.Size([encoding.size]), fn.support, identity_transform, encoding
+            )
+            continue
+        transform = biject_to(fn.support)
+        unconstrained = transform.inverse_shape(torch.Size(fn.batch_shape) + event_shape)
+        sites[name] = LatentSite(
+            name, event_shape, torch.Size(unconstrained[len(fn.batch_shape) :]), fn.support, transform
+        )
+    return sites
+
+
+def partly_observed(traced: TracedModel) -> tuple[str, ...]:
+    """Return the observed halves of the sites with ``obs_mask=``."""
+    halves = [name for name in traced.graph.observed if name.endswith("_observed")]
+    return tuple(n for n in halves if n.removesuffix("_observed") + "_unobserved" in traced.graph.latent)
+
+
+@dataclass(frozen=True)
+class InputEncodings:
+    """How values of the nodes that a guide conditions on are written as flat vectors; made by :func:`input_encodings`.
+
+    Attributes:
+        event_dims: The nodes that can be network inputs, with their numbers of event dimensions.
+        classes: The encodings of observed sites whose values are classes: numbers that only tell them apart.
+        partly: The partly observed sites, with their numbers of event dimensions.
+        patterns: The inputs of which only the pattern of missing entries counts.
+    """
+
+    event_dims: Mapping[str, int]
+    classes: Mapping[str, DiscreteEncoding] = field(default_factory=dict)
+    partly: Mapping[str, int] = field(default_factory=dict)
+    patterns: frozenset[str] = frozenset()
+
+    def flat(self, name: str, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the value of an observed site or an input as a flat vector; classes as indicators.
+
+        Shape:
+            - Output: ``(*batch, n)``, of the given type (the default type) unless the value has a floating-point type.
+        """
+        dtype = dtype or torch.get_default_dtype()
+        if name in self.classes and name not in self.partly:
+            return self.classes[name].encode(value, dtype)
+        flat = value.reshape(*value.shape[: value.dim() - self.event_dims[name]], -1)
+        return flat if flat.is_floating_point() else flat.to(dtype)
+
+    def input_value(self, name: str, value: Tensor) -> Tensor:
+        """Return the conditioning value of an input: of data with missing entries, only where they are."""
+        return torch.isfinite(value).to(value.dtype) if name in self.patterns else value
+
+    def masked_value(self, name: str, value: Tensor, mask: Tensor | bool | None) -> Tensor:
+        """Return the conditioning value of a partly observed site: its elements, zero where missing, and the mask.
+
+        Shape:
+            - Output: ``(*batch, n + 1)`` for values of ``n`` elements.
+        """
+        if name in self.classes:
+            flat = self.classes[name].encode(value, torch.get_default_dtype())
+        else:
+            flat = flatten_event(value, self.partly[name])
+        seen = torch.as_tensor(True if mask is None else mask, device=flat.device)
+        seen = seen.expand(flat.shape[:-1]).unsqueeze(-1)
+        return torch.cat([torch.where(seen, flat, torch.zeros_like(flat)), seen.to(flat.dtype)], -1)
+
+
+def input_encodings(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], traced: TracedModel
+) -> InputEncodings:
+    """Return how the conditioning values of a traced model are written.
+
+    Factors and observed values that are computed from latent sites have no data and are left out, and so are
+    integer inputs: they are indices. Inputs with NaN, beside partly observed sites, are data of which only the
+    pattern of missing entries counts.
+
+    Args:
+        model: The model.
+        args: The positional arguments that it was traced with.
+        kwargs: Its keyword arguments.
+        traced: The traced model.
+    """
+    nodes: Any = traced.trace.nodes
+    with_data = [name for name in traced.graph.observed if name not in traced.without_data]
+    classes = {}
+    for name in with_data:
+        if nodes[name]["fn"].support.is_discrete:
+            encoding = DiscreteEncoding.of(nodes[name]["fn"], nodes[name]["value"].dtype)
+            if encoding.kind == "classes" and not encoding.dtype.is_floating_point:
+                classes[name] = encoding
+    partly = {name: len(nodes[name]["fn"].event_shape) for name in partly_observed(traced)}
+    dims = {name: len(nodes[name]["fn"].event_shape) for name in with_data}
+    dims.update(dict.fromkeys(partly, 1))
+    dims.update((name, dim) for name, dim in traced.event_dims.items() if name not in traced.index_inputs)
+    paths = traced.argument_paths
+    of_partly = [paths[name] for name in partly if name in paths]
+    patterns = set()
+    for name in traced.graph.inputs if partly else ():
+        value = get_argument(model, paths[name], args, kwargs)
+        if paths[name] in of_partly or (value.is_floating_point() and bool(torch.isnan(value).any())):
+            patterns.add(name)
+    return InputEncodings(dims, classes, partly, frozenset(patterns))

@@ -1,0 +1,282 @@
+"""From a Pyro model to a model graph: run it once, watch where its random values go.
+
+The graph has one node for each sample site and for each tensor argument that reaches a site's distribution.
+``z -> x`` is an edge if the value of ``z`` enters the density of ``x``: through its parameters, through a
+mask or a scale in force at ``x``, or because the observed value of ``x`` is computed from ``z``. As an
+example::
+
+    def model(w, x=None):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3):
+            pyro.sample("x", dist.Normal(a * w, 1.0), obs=x)
+
+has the edges ``a -> x`` and ``w -> x``: ``w`` is an input. That ``x`` is also an argument is data, not an
+edge.
+
+**Elements** (``resolution="element"``). At the level of sites the tracer is sound but coarse: after
+``torch.stack([a, b])[0]`` everything depends on everything. Here the log-density of each element is
+differentiated with respect to each element of the site's parents, at several random points; an edge stays if
+it is seen anywhere. This is not sound for gates that were closed at every point, hence it is done on request
+only. Where no gradient is seen at all (discrete parents, ``z > 0``), every element keeps every element of the
+parent.
+
+Elements of one site are joined by edges only where its distribution joins them: a multivariate normal becomes
+a chain in which each element has all earlier ones as parents; ``Normal(...).to_event(1)`` has no such edges.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import torch
+
+from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.graphs.model_graph import ModelGraph, Node
+from pyro_graphflows.inspect.probes import Rerun, RerunError, Validation, density, differentiable
+from pyro_graphflows.inspect.trace import TracedModel, trace_once, undressed
+
+__all__ = ["get_model_graph", "trace_model"]
+
+_POINTS = 8
+
+
+def get_model_graph(
+    model: Callable,
+    model_args: tuple = (),
+    model_kwargs: dict[str, Any] | None = None,
+    *,
+    strict: bool = True,
+    resolution: str = "site",
+    validate: bool = False,
+) -> ModelGraph:
+    """Find the Bayesian network that a Pyro model defines.
+
+    The model runs once, without gradients and without touching the random state. Parameters that it creates
+    stay.
+
+    Args:
+        model: A Pyro model.
+        model_args: Its positional arguments: example data.
+        model_kwargs: Its keyword arguments.
+        strict: What to do where a random value turns into a Python value, so that it cannot be followed:
+            raise (True), or make all earlier sites parents of the sites after it (False).
+        resolution: ``"site"``, or ``"element"`` to split vector sites into their elements.
+        validate: Whether to compare with gradients, and with the log-densities at other values, which takes
+            about two more runs for each site and plate.
+
+    Returns:
+        Sites as latent, observed or marginalised nodes (those enumerated in parallel), and tensor arguments
+        that reach a distribution as inputs; event sizes and plates.
+
+    Raises:
+        UnsupportedModelError: If a random value turns into a Python value (with ``strict``), a site has
+            dimensions outside of plates, or a log-density cannot be evaluated. The message names the site,
+            and what to do.
+        GraphflowsError: If ``resolution`` is unknown.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, torch
+        >>> def model(w, x=None):
+        ...     a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", 3):
+        ...         pyro.sample("x", dist.Normal(a * w, 1.0), obs=x)
+        >>> graph = get_model_graph(model, (torch.ones(3),), {"x": torch.zeros(3)})
+        >>> graph.edges, graph.inputs, graph.plates["w"]
+        ((('w', 'x'), ('a', 'x')), ('w',), ('data',))
+    """
+    return trace_model(
+        model, model_args, model_kwargs, strict=strict, resolution=resolution, validate=validate
+    ).graph
+
+
+def trace_model(
+    model: Callable,
+    model_args: tuple = (),
+    model_kwargs: dict[str, Any] | None = None,
+    *,
+    strict: bool = True,
+    resolution: str = "site",
+    validate: bool = False,
+) -> TracedModel:
+    """Like :func:`get_model_graph`, with everything else that the run shows.
+
+    Args:
+        model: A Pyro model.
+        model_args: Its positional arguments: example data.
+        model_kwargs: Its keyword arguments.
+        strict: Whether to raise where a random value cannot be followed.
+        resolution: ``"site"`` or ``"element"``.
+        validate: Whether to compare with the model's behaviour.
+
+    Returns:
+        The graph, the trace, paths of arguments, leaks and notes.
+
+    Raises:
+        UnsupportedModelError: As :func:`get_model_graph`.
+        GraphflowsError: If ``resolution`` is unknown.
+    """
+    if resolution not in ("site", "element"):
+        raise GraphflowsError(f"Expected resolution 'site' or 'element'; got {resolution!r}.")
+    args, kwargs = tuple(model_args), dict(model_kwargs or {})
+    traced = trace_once(model, args, kwargs, strict=strict)
+    if validate:
+        traced = _validated(traced, Validation(Rerun(model, args, kwargs, traced), strict).run())
+    if resolution == "element":
+        traced = split_elements(Rerun(model, args, kwargs, traced))
+    return traced
+
+
+def _validated(traced: TracedModel, validation: Validation) -> TracedModel:
+    graph = traced.graph
+    if validation.missed:
+        graph = graph.with_edges([*graph.edges, *validation.missed])
+    return replace(
+        traced,
+        graph=graph,
+        notes=tuple(dict.fromkeys((*traced.notes, *validation.notes))),
+        non_exchangeable=validation.non_exchangeable,
+    )
+
+
+def split_elements(rerun: Rerun, *, num_points: int = _POINTS) -> TracedModel:
+    """Refine a graph of sites to one of elements.
+
+    Split are latent sites whose elements are constrained one by one (not simplices or matrices), and
+    observed sites with independent elements. Element (0, 1) of site ``z`` is the node ``"z[0,1]"``. Other
+    sites, and inputs, stay whole under their own names.
+
+    Args:
+        rerun: The traced model.
+        num_points: At how many random points to differentiate.
+
+    Returns:
+        What was traced, with the refined graph and ``elements``; everything else is by site as before.
+    """
+    traced, graph, nodes = rerun.traced, rerun.graph, rerun.sites
+    sites = list(nodes)
+    split = {name for name in sites if _can_split(nodes[name], name in graph.observed)}
+    notes = traced.notes
+    try:
+        patterns = _patterns(rerun, num_points)
+    except RerunError as error:
+        patterns = {}
+        notes = (*notes, f"elements were not told apart: {error}")
+
+    names: dict[str, list[str]] = {}
+    taken = set(graph.nodes)
+    for name in sites:
+        names[name] = _element_names(name, nodes[name]["fn"].event_shape, taken) if name in split else [name]
+    dag = nx.DiGraph()
+    dag.add_nodes_from(graph.inputs)
+    for name in sites:
+        dag.add_nodes_from(names[name])
+        for parent in graph.parents(name):
+            dag.add_edges_from(_edges(str(parent), name, names, patterns.get((str(parent), name))))
+        dag.add_edges_from(_inner_edges(nodes[name], names[name]))
+
+    sizes: dict[Node, int] = {name: graph.event_sizes[name] for name in graph.inputs}
+    plates: dict[Node, Iterable[str]] = {name: graph.plates[name] for name in graph.inputs}
+    elements = {}
+    for name in sites:
+        for i, element in enumerate(names[name]):
+            sizes[element] = 1 if name in split else graph.event_sizes[name]
+            plates[element] = graph.plates[name]
+            elements[element] = (name, i)
+    refined = ModelGraph(
+        dag,
+        [element for name in sites if name in graph.observed for element in names[name]],
+        inputs=graph.inputs,
+        marginalised=[element for name in sites if name in graph.marginalised for element in names[name]],
+        event_sizes=sizes,
+        plates=plates,
+    )
+    return replace(traced, graph=refined, elements=elements, notes=notes)
+
+
+def _can_split(site: Any, observed: bool) -> bool:
+    fn = site["fn"]
+    if torch.Size(fn.event_shape).numel() < 2:
+        return False
+    if observed:
+        return len(undressed(fn).event_shape) == 0
+    support = fn.support
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return not support.is_discrete and support.event_dim == 0
+
+
+def _element_names(name: str, shape: torch.Size, taken: set[Node]) -> list[str]:
+    suffix = ""
+    while True:
+        names = [f"{name}{suffix}[{','.join(map(str, index))}]" for index in np.ndindex(*shape)]
+        if not taken & set(names):
+            return names
+        suffix += "_"
+
+
+def _edges(parent: str, child: str, names: dict[str, list[str]], pattern: Any) -> list[tuple[str, str]]:
+    sources, targets = names.get(parent, [parent]), names[child]
+    if pattern is None:
+        return [(source, target) for source in sources for target in targets]
+    if len(targets) == 1:
+        pattern = np.any(pattern, axis=0, keepdims=True)
+    if len(sources) == 1:
+        pattern = np.any(pattern, axis=1, keepdims=True)
+    return [(sources[j], targets[i]) for i, j in zip(*np.nonzero(pattern), strict=True)]
+
+
+def _inner_edges(site: Any, names: list[str]) -> list[tuple[str, str]]:
+    block = torch.Size(undressed(site["fn"]).event_shape).numel() if len(names) > 1 else 1
+    return [
+        (names[start + i], names[start + j])
+        for start in range(0, len(names), block)
+        for j in range(block)
+        for i in range(j)
+    ]
+
+
+def _patterns(rerun: Rerun, num_points: int) -> dict[tuple[str, str], np.ndarray]:
+    """Return which elements (rows) depend on which elements of a parent, where gradients show it."""
+    traced, sites = rerun.traced, rerun.sites
+    found: dict[tuple[str, str], np.ndarray] = {}
+    given = {name: value for name, value in rerun.values.items() if name in traced.graph.observed}
+    for point in range(num_points):
+        drawn = rerun.at(given, seed=point + 1)
+        leaves = {}
+        for name in sites:
+            value = drawn.nodes[name]["value"]
+            if name not in traced.without_data and isinstance(value, torch.Tensor) and differentiable(value):
+                leaves[name] = value.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            values = {name: drawn.nodes[name]["value"] for name in sites if name not in traced.without_data}
+            values.update({name: leaf.clone() for name, leaf in leaves.items()})
+            trace = rerun.at(values, gradients=True, seed=point + 1)
+            for child in sites:
+                parents = {
+                    str(name): leaves[str(name)] for name in traced.graph.parents(child) if name in leaves
+                }
+                for parent, pattern in _jacobian(trace.nodes[child], parents, sites).items():
+                    found[parent, child] = found.get((parent, child), False) | pattern
+    return {pair: pattern for pair, pattern in found.items() if pattern.any()}
+
+
+def _jacobian(child: Any, parents: dict[str, torch.Tensor], nodes: Any) -> dict[str, np.ndarray]:
+    """Return where the Jacobian of elementwise log-densities is not zero at a point."""
+    log_density = density(child, elementwise=True)
+    if not parents or not log_density.requires_grad:
+        return {}
+    batch_dim = len(child["fn"].batch_shape)
+    entries = log_density.sum(tuple(range(batch_dim))) if batch_dim else log_density
+    block = max(1, undressed(child["fn"]).event_shape.numel())  # 0 at a factor
+    rows: dict[str, list[np.ndarray]] = {name: [] for name in parents}
+    for entry in entries.reshape(-1):
+        gradients = torch.autograd.grad(entry, list(parents.values()), retain_graph=True, allow_unused=True)
+        for (name, value), gradient in zip(parents.items(), gradients, strict=True):
+            size = torch.Size(nodes[name]["fn"].event_shape).numel()
+            if gradient is None:
+                gradient = torch.zeros_like(value)
+            seen = (gradient.reshape(-1, size) != 0).any(0).numpy(force=True)
+            rows[name] += [seen] * block
+    return {name: np.stack(pattern) for name, pattern in rows.items()}

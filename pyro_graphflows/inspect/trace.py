@@ -1,0 +1,631 @@
+"""One run of a model inside the tracer: what reaches each site, and the graph that this shows.
+
+The run is quiet (random state, gradients, buffers and handlers outside are as before). A recorder notes for
+each site which sources reach its distribution and its value; then sources become parents, and regions of
+arguments become inputs.
+"""
+
+import inspect
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import networkx as nx
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+
+from pyro_graphflows.errors import UnsupportedModelError
+from pyro_graphflows.graphs.model_graph import ModelGraph, Node
+from pyro_graphflows.inspect.arguments import (
+    Alignment,
+    ArgumentPath,
+    alignment_of,
+    argument_leaves,
+    argument_name,
+    covering,
+    not_followed,
+    part_of,
+)
+from pyro_graphflows.inspect.tracer import Escape, Noise, Region, TaintTracker, storage_of, watching
+
+__all__ = [
+    "Leak",
+    "TracedModel",
+    "is_transparent",
+    "kept_buffers",
+    "quiet_run",
+    "run_model",
+    "trace_once",
+    "undressed",
+    "vectorized_plates",
+]
+
+_REMEDIES = {
+    "bool": "Choose between tensors with torch.where(condition, a, b) instead of a Python condition.",
+    "item": "Keep the value as a tensor: leave out .item().",
+    "float": "Keep the value as a tensor: leave out float(), and use torch functions.",
+    "int": "Keep the value as a tensor: leave out int(); index with the tensor itself.",
+    "index": "Index a tensor (torch.stack(items)[k]) instead of a Python list, and mask instead of range(k).",
+    "numpy": "Use torch functions instead of those of NumPy.",
+    "array": "Use torch functions instead of those of NumPy.",
+    "tolist": "Keep the values as a tensor: leave out .tolist().",
+}
+
+
+@dataclass(frozen=True)
+class Leak:
+    """A value that left the tensors (``float(z)``, ``if z > 0``), so that it cannot be followed further.
+
+    ``sites`` and ``arguments`` say what it depends on, ``operation`` how it left, ``filename``, ``line`` and
+    ``code`` where, and ``affects`` which sites come after it.
+    """
+
+    sites: tuple[str, ...]
+    arguments: tuple[str, ...]
+    operation: str
+    filename: str
+    line: int
+    code: str
+    affects: tuple[str, ...]
+
+    def __str__(self) -> str:
+        what = " and ".join(
+            [f"site '{name}'" for name in self.sites] + [f"argument '{name}'" for name in self.arguments]
+        )
+        return (
+            f"{self.filename}:{self.line}: `{self.code}` turns {what} into a Python value ({self.operation})"
+        )
+
+
+@dataclass(frozen=True)
+class TracedModel:
+    """A model's graph, with what the tracing found beside it.
+
+    Attributes:
+        graph: The model graph.
+        trace: The prototype trace.
+        argument_paths: Where to find the value of each input, and of each observed site whose value is an
+            argument itself or a row or column of one, on a later call; see :func:`get_argument`.
+        event_dims: For each input, how many of its rightmost dimensions belong to one datum.
+        index_inputs: The inputs of an integer type: indices, never network inputs.
+        without_data: The observed nodes whose value is no data: factors, and observed values that are
+            computed from latent sites. They take part in the inversion but are no network inputs.
+        not_generative: Why samples of the unconditioned model are not the model, by site (factors, masks,
+            scales); empty where they are.
+        leaks: Values that left the tensors.
+        notes: What the user should know, in words.
+        non_exchangeable: For sites whose plates' indices are non-exchangeable (constants that vary along the
+            plate, not given as arguments): those plates. Known only after ``validate=True``.
+        elements: For graphs of elements: the site and the flat event index of each node.
+    """
+
+    graph: ModelGraph
+    trace: Trace = field(repr=False)
+    argument_paths: Mapping[str, ArgumentPath]
+    event_dims: Mapping[str, int]
+    index_inputs: frozenset[str] = frozenset()
+    without_data: frozenset[str] = frozenset()
+    not_generative: Mapping[str, str] = field(default_factory=dict)
+    leaks: tuple[Leak, ...] = ()
+    notes: tuple[str, ...] = ()
+    non_exchangeable: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    elements: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+
+
+def trace_once(model: Callable, args: tuple, kwargs: dict[str, Any], *, strict: bool) -> TracedModel:
+    """Run a model inside the tracer and assemble what it shows."""
+    leaves = argument_leaves(model, args, kwargs)
+    tracker = TaintTracker()
+    for leaf in leaves.values():
+        tracker.watch_argument(leaf)
+    recorder = Recorder(tracker)
+    with quiet_run(model):
+        trace = run_model(model, args, kwargs, recorder, watching(tracker))
+    return _Assembly(recorder, trace, leaves, not_followed(model, args, kwargs), strict).finish()
+
+
+def undressed(fn: Any) -> Any:
+    """Strip what only changes the shape or the mask of a distribution."""
+    while isinstance(fn, (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)):
+        fn = fn.base_dist
+    return fn
+
+
+def is_transparent(msg: Mapping[str, Any]) -> bool:
+    """Whether a site passes values on without randomness or data of its own.
+
+    True for :class:`~pyro.distributions.Delta` (also as ``pyro.deterministic`` and ``poutine.reparam`` write
+    it, as an observation of itself) and for observations masked out entirely.
+    """
+    fn = undressed(msg["fn"])
+    if isinstance(fn, dist.Delta):
+        value = msg["value"]
+        return (
+            not msg["is_observed"]
+            or msg["infer"].get("_deterministic", False)
+            or fn.v is value
+            or (isinstance(value, torch.Tensor) and _same_memory(fn.v, value))
+        )
+    return bool(msg["is_observed"] and msg["mask"] is False)
+
+
+def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    mine, theirs = storage_of(one), storage_of(other)
+    return mine is not None and theirs is not None and mine._cdata == theirs._cdata
+
+
+def vectorized_plates(msg: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return the vectorised plates around a site, outer to inner."""
+    frames = [frame for frame in msg["cond_indep_stack"] if frame.vectorized]
+    return tuple(sorted(frames, key=lambda frame: frame.dim))
+
+
+def _module_of(model: Callable) -> torch.nn.Module | None:
+    inner = inspect.unwrap(model)  # poutine.condition(module, ...) and the like
+    owner = getattr(inner, "__self__", inner)
+    return owner if isinstance(owner, torch.nn.Module) else None
+
+
+@contextmanager
+def kept_buffers(model: Callable) -> Iterator[None]:
+    """Put the buffers of a model that is a module, or a method of one, back as they were (running statistics)."""
+    module = _module_of(model)
+    before = {} if module is None else {name: buffer.clone() for name, buffer in module.named_buffers()}
+    try:
+        yield
+    finally:
+        current = {} if module is None else dict(module.named_buffers())
+        with torch.no_grad():
+            for name, value in before.items():
+                if name in current and current[name].shape == value.shape:
+                    current[name].copy_(value)
+
+
+@contextmanager
+def quiet_run(model: Callable) -> Iterator[None]:
+    """Run a model without traces elsewhere.
+
+    The random state, gradients, Pyro's handlers outside and the buffers of the model are as before; parameters
+    that the model creates stay.
+    """
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with (
+        kept_buffers(model),
+        torch.random.fork_rng(devices=devices),
+        torch.no_grad(),
+        pyro.poutine.block(),
+        pyro.validation_enabled(False),
+    ):
+        yield
+
+
+class _ImproperPoint(Messenger):
+    """Give sites with an improper prior, which cannot be drawn, some value in their support."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        improper = isinstance(undressed(msg["fn"]), dist.ImproperUniform)
+        if improper and msg["value"] is None and not msg["is_observed"]:
+            transform = torch.distributions.biject_to(msg["fn"].support)
+            msg["value"] = transform(torch.randn(transform.inverse_shape(msg["fn"].shape())))
+            msg["done"] = True
+
+
+def run_model(model: Callable, args: tuple, kwargs: dict[str, Any], *handlers: Any) -> Trace:
+    """Trace a model inside handlers, outermost first."""
+    traced = pyro.poutine.trace(model)
+    with ExitStack() as stack:
+        stack.enter_context(_ImproperPoint())
+        for handler in handlers:
+            stack.enter_context(handler)
+        return traced.get_trace(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """What one run shows about a sample site.
+
+    ``reaches_distribution`` and ``reaches_value`` are taints; ``region`` is the piece of an argument that an
+    observed value is, ``holds_data`` says whether an observed value is data rather than computed from latent
+    variables (or absent, as at a factor).
+    """
+
+    name: str
+    observed: bool
+    enumerated: bool
+    holds_data: bool
+    reaches_distribution: int
+    reaches_value: int
+    region: Region | None
+    value_id: int
+    plates: tuple[Any, ...]
+    event_size: int
+    event_shape: torch.Size
+    batch_shape: torch.Size
+
+
+def _parameters(fn: Any) -> list[torch.Tensor]:
+    found = []
+    while fn is not None:
+        found += [value for value in vars(fn).values() if isinstance(value, torch.Tensor)]
+        fn = vars(fn).get("base_dist")
+    return found
+
+
+class Recorder(Messenger):
+    """Notes the taints at each sample site and starts the site's own taint.
+
+    It must be outside all other handlers: then it sees each site as the model leaves it, and nothing else
+    happens between its two methods but the drawing of a value.
+    """
+
+    def __init__(self, tracker: TaintTracker) -> None:
+        super().__init__()
+        self.tracker = tracker
+        self.records: list[SiteRecord] = []
+
+    def _pyro_sample(self, msg: Any) -> None:
+        self.tracker.absorb()
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        drawing = self.tracker.absorbed()
+        if site_is_subsample(msg):
+            return
+        fn, value = msg["fn"], msg["value"]
+        with self.tracker.pause():
+            transparent = is_transparent(msg)
+        factor = isinstance(fn, dist.Unit)
+        if transparent:
+            log_density = self._log_density(fn)
+            if log_density is None:
+                return
+            factor, density = True, self.tracker.quietly_of(log_density)
+        elif isinstance(value, torch.Tensor):
+            density = self._density_taint(msg["name"], fn, value, msg["is_observed"])
+        elif msg["is_observed"]:  # a Python number
+            density = self._density_taint(msg["name"], fn, torch.as_tensor(value), False)
+        else:
+            raise UnsupportedModelError(
+                f"At site '{msg['name']}', expected a tensor; {type(fn).__name__} gave a {type(value).__name__}. "
+                "Sample tensors only."
+            )
+        with self.tracker.pause():
+            self._note(msg, density | drawing, transparent, factor)
+
+    def _note(self, msg: Any, reaches: int, transparent: bool, factor: bool) -> None:
+        tracker, fn, value, name = self.tracker, msg["fn"], msg["value"], msg["name"]
+        is_data = msg["is_observed"] and isinstance(value, torch.Tensor)
+        region = Region.of(value) if is_data and tracker.is_argument(value) else None
+        from_value = 0 if transparent else tracker.of(value)
+        # A log-density may leave out a parameter at some values (missing data); the distribution holds it.
+        reaches |= tracker.of((msg["mask"], msg["scale"], _parameters(fn)))
+        self.records.append(
+            SiteRecord(
+                name=name,
+                observed=msg["is_observed"] or factor,
+                enumerated=msg["infer"].get("enumerate") == "parallel" and not msg["is_observed"],
+                holds_data=msg["is_observed"] and not factor,
+                reaches_distribution=reaches if msg["is_observed"] else reaches | from_value,
+                reaches_value=from_value if msg["is_observed"] else 0,
+                region=region,
+                value_id=id(value),
+                plates=vectorized_plates(msg),
+                event_size=1 if factor else max(1, torch.Size(fn.event_shape).numel()),
+                event_shape=fn.event_shape,
+                batch_shape=fn.batch_shape,
+            )
+        )
+        tracker.moment += 1
+        if not transparent and region is None and isinstance(value, torch.Tensor):
+            msg["value"] = value.detach().clone()
+            tracker.set(msg["value"], tracker.bit(name))
+
+    def _log_density(self, fn: Any) -> torch.Tensor | None:
+        """Return the log-density that a Delta carries: a factor of the model; None if there is none."""
+        if not isinstance(undressed(fn), dist.Delta) or getattr(fn, "_mask", None) is False:
+            return None
+        log_density = undressed(fn).log_density
+        with self.tracker.pause():
+            used = isinstance(log_density, torch.Tensor) and bool((log_density != 0).any())
+        return log_density if used else None
+
+    def _density_taint(self, name: str, fn: Any, value: torch.Tensor, clean: bool) -> int:
+        """Return what reaches the log-density of a site; with ``clean``, other than through its value."""
+        tracker = self.tracker
+        if clean:
+            with tracker.pause():
+                value = value.detach().clone()
+        tracker.absorb()
+        try:
+            log_prob = fn.log_prob(value)
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"At site '{name}', the log-density of {type(fn).__name__} cannot be evaluated "
+                f"({type(error).__name__}: {error}). Give the distribution a log_prob() for such values."
+            ) from error
+        finally:
+            absorbed = tracker.absorbed()
+        return tracker.quietly_of(log_prob) | absorbed
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        # A parameter may be initialised from data, or from samples; from then on it is on its own.
+        if isinstance(msg["value"], torch.Tensor):
+            with self.tracker.pause():
+                self.tracker.set(msg["value"], 0)
+
+
+class _Assembly:
+    """Turns the records of one run into a graph."""
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        trace: Trace,
+        leaves: Mapping[ArgumentPath, torch.Tensor],
+        notes: list[str],
+        strict: bool,
+    ) -> None:
+        self.trace, self.leaves, self.notes, self.strict = trace, leaves, notes, strict
+        self.tracker, self.records = recorder.tracker, recorder.records
+        records = self.records
+        self.site_names = {record.name for record in records}
+        self.observed = {record.name for record in records if record.observed}
+        self.by_id = {id(leaf): path for path, leaf in leaves.items()}
+        self.parents: dict[str, dict[Hashable, None]] = {record.name: {} for record in records}
+        self.input_paths: dict[str, ArgumentPath] = {}
+        self.alignments: dict[str, Alignment] = {}
+        self.without_data = {r.name for r in records if r.observed and not r.holds_data}
+        self.not_generative: dict[str, str] = {}
+
+    def finish(self) -> TracedModel:
+        """Return everything that the run shows."""
+        for record in self.records:
+            self._check_dims(record)
+        leaks = self._leaks()
+        for i, record in enumerate(self.records):
+            self._connect(i, record)
+        for leak in leaks:
+            self._spread(leak)
+        argument_paths = dict(self.input_paths)
+        for record in self.records:
+            path = self._path_of_value(record)
+            if path is not None:
+                argument_paths[record.name] = path
+        for name, path in self.input_paths.items():
+            self._note_unmatched(name, self.leaves[path])
+        self._look_for_improper()
+        return TracedModel(
+            graph=self._graph(),
+            trace=self.trace,
+            argument_paths=argument_paths,
+            event_dims={name: alignment.event_dim for name, alignment in self.alignments.items()},
+            index_inputs=frozenset(
+                name for name, path in self.input_paths.items() if _is_integer(self.leaves[path])
+            ),
+            without_data=frozenset(self.without_data),
+            not_generative=self.not_generative,
+            leaks=leaks,
+            notes=tuple(dict.fromkeys(self.notes)),
+        )
+
+    def _path_of_value(self, record: SiteRecord) -> ArgumentPath | None:
+        """Return where an observed value is among the arguments: a whole one, a row or a column."""
+        if record.value_id in self.by_id:
+            return self.by_id[record.value_id]
+        if record.region is None or record.name in self.without_data:
+            return None
+        for path, leaf in self._leaves_at(record.region):
+            key = part_of(leaf, record.region)
+            if key is not None:
+                return (*path, key)
+        return None
+
+    def _check_dims(self, record: SiteRecord) -> None:
+        declared = {frame.dim for frame in record.plates}
+        extra = [
+            dim
+            for dim in range(-len(record.batch_shape), 0)
+            if record.batch_shape[dim] != 1 and dim not in declared
+        ]
+        if not extra:
+            return
+        message = (
+            f"At site '{record.name}', dimension {extra[-1]} of the batch shape {tuple(record.batch_shape)} is "
+            f"in no plate: use .to_event({-extra[0]}) if its elements are one value, or "
+            f"pyro.plate(..., dim={extra[-1]}) if they are repetitions."
+        )
+        if self.strict:
+            raise UnsupportedModelError(message)
+        self.notes.append(message)
+
+    def _leaks(self) -> tuple[Leak, ...]:
+        leaks = [self._leak(escape) for escape in self.tracker.escapes]
+        leaks = [leak for leak in dict.fromkeys(leaks) if leak.affects and (leak.sites or leak.arguments)]
+        wrong = [leak for leak in leaks if leak.sites]
+        if wrong and self.strict:
+            leak = wrong[0]
+            names = ", ".join(f"'{name}'" for name in leak.affects[:5])
+            names += ", ..." if len(leak.affects) > 5 else ""
+            more = f" ({len(wrong) - 1} more such places.)" if len(wrong) > 1 else ""
+            remedy = _REMEDIES.get(leak.operation, "Keep the value as a tensor.")
+            raise UnsupportedModelError(
+                f"{leak}, so that it is unknown whether {names} after it depend on it. {remedy} Or pass "
+                f"strict=False: then every site after this line has all sites before it as parents.{more}"
+            )
+        return tuple(leaks)
+
+    def _leak(self, escape: Escape) -> Leak:
+        sites, arguments = [], []
+        for source in self.tracker.sources(escape.taint):
+            if isinstance(source, Noise):
+                continue
+            before = [source] if isinstance(source, str) else self._observed_before(source, escape.moment)
+            sites += before
+            if not before:
+                arguments += [argument_name(path) for path in self._leaves_of(source)]
+        affects = tuple(record.name for record in self.records[escape.moment :])
+        place = (escape.filename, escape.line, escape.code)
+        return Leak(tuple(sites), tuple(dict.fromkeys(arguments)), escape.operation, *place, affects)
+
+    def _spread(self, leak: Leak) -> None:
+        """Let a Python value reach every site after it.
+
+        Numbers read from integer arguments, and conditions on whole arguments, are sizes and checks: no
+        inputs.
+        """
+        records = {record.name: record for record in self.records}
+        for name in leak.affects if leak.sites else ():
+            for earlier in self.records:
+                if earlier.name == name:
+                    break
+                if earlier.holds_data or not earlier.observed:  # a factor has no value
+                    self.parents[name][earlier.name] = None
+        for path, leaf in self.leaves.items():
+            if argument_name(path) not in leak.arguments:
+                continue
+            if not _is_integer(leaf) and (leaf.numel() == 1 or leak.operation != "bool"):
+                for name in leak.affects:
+                    self.parents[name][self._input(path, records[name])] = None
+            else:
+                self.notes.append(f"{leak}; its value is taken as fixed")
+
+    def _leaves_of(self, source: Region | tuple[str, int]) -> list[ArgumentPath]:
+        """Return the arguments that a region belongs to: one, unless arguments overlap in memory."""
+        if not isinstance(source, Region):
+            return [self.by_id[source[1]]]
+        here = sorted(self._leaves_at(source), key=lambda item: item[1].numel())
+        for path, leaf in here if len(here) > 1 else ():
+            if covering(source, [(path, Region.of(leaf))]):
+                return [path]
+        return [path for path, _ in here]
+
+    def _leaves_at(self, region: Region) -> list[tuple[ArgumentPath, torch.Tensor]]:
+        return [
+            (path, leaf)
+            for path, leaf in self.leaves.items()
+            if leaf.layout is torch.strided and leaf.untyped_storage()._cdata == region.storage
+        ]
+
+    def _connect(self, i: int, record: SiteRecord) -> None:
+        parents = self.parents[record.name]
+        for source in self.tracker.sources(record.reaches_value):
+            if isinstance(source, str):
+                parents[source] = None
+                if source not in self.observed:
+                    self.without_data.add(record.name)
+        for source in self.tracker.sources(record.reaches_distribution):
+            if isinstance(source, str):
+                parents[source] = None
+                continue
+            if isinstance(source, Noise):
+                self.notes.append(
+                    f"{source.filename}:{source.line}: `{source.code}` draws random numbers outside of "
+                    f"pyro.sample; they reach site '{record.name}', and the graph does not know them"
+                )
+                continue
+            if isinstance(source, Region) and 0 in source.size:
+                continue
+            sites = self._observed_before(source, i)
+            if sites:
+                parents.update(dict.fromkeys(sites))
+                self.not_generative.setdefault(
+                    record.name,
+                    "its distribution uses observed data directly; use the value that pyro.sample returns",
+                )
+                continue
+            for path in self._leaves_of(source):
+                parents[self._input(path, record)] = None
+
+    def _observed_before(self, source: Region | tuple[str, int], moment: int) -> list[str]:
+        """Return the observed sites, among the first ones, whose values together hold a region."""
+        if not isinstance(source, Region) or 0 in source.size:
+            return []
+        earlier = self.records[:moment]
+        return covering(source, [(r.name, r.region) for r in earlier if r.region is not None])
+
+    def _input(self, path: ArgumentPath, record: SiteRecord) -> str:
+        name = argument_name(path)
+        while name in self.site_names:
+            name += "_"
+        self.input_paths[name] = path
+        plates = {frame.dim: (frame.name, {frame.size, frame.full_size}) for frame in record.plates}
+        alignment = alignment_of(self.leaves[path].shape, plates)
+        if name not in self.alignments or len(alignment.plates) > len(self.alignments[name].plates):
+            self.alignments[name] = alignment
+        return name
+
+    def _note_unmatched(self, name: str, leaf: torch.Tensor) -> None:
+        """Say so if an input seems to vary along a plate but its shape does not show it."""
+        alignment = self.alignments[name]
+        for record in self.records:
+            if name not in self.parents[record.name]:
+                continue
+            for frame in record.plates:
+                if frame.name not in alignment.plates and frame.size > 1 and frame.size in leaf.shape:
+                    self.notes.append(
+                        f"input '{name}' of shape {tuple(leaf.shape)} is taken as one value for all of plate "
+                        f"'{frame.name}' (dim {frame.dim}, size {frame.size}); if it has one entry for each "
+                        "index, give it a shape whose dimensions align with the plates from the right"
+                    )
+                    return
+
+    def _look_for_improper(self) -> None:
+        """Note why samples of the unconditioned model are not the model."""
+        for record in self.records:
+            site = self.trace.nodes[record.name]
+            if record.name in self.without_data:
+                self.not_generative.setdefault(record.name, "it is a factor, not data")
+                continue
+            plain = record.name.removesuffix("_observed").removesuffix("_unobserved")
+            half_observed = (
+                plain != record.name and {f"{plain}_observed", f"{plain}_unobserved"} <= self.site_names
+            )
+            if site["mask"] is not None and site["mask"] is not True and not half_observed:
+                self.not_generative.setdefault(record.name, "it is under poutine.mask")
+            fn = site["fn"]
+            while hasattr(fn, "base_dist"):
+                if isinstance(fn, pyro.distributions.MaskedDistribution):
+                    self.not_generative.setdefault(record.name, "its distribution is masked")
+                fn = fn.base_dist
+            if isinstance(fn, pyro.distributions.ImproperUniform):
+                self.not_generative.setdefault(record.name, "its prior is improper")
+            expected = 1.0
+            for frame in record.plates:
+                if frame.size > 0 and frame.full_size is not None:
+                    expected *= frame.full_size / frame.size
+            if not _equals(site["scale"], expected):
+                self.not_generative.setdefault(record.name, "it is under poutine.scale")
+
+    def _graph(self) -> ModelGraph:
+        dag = nx.DiGraph()
+        dag.add_nodes_from(self.input_paths)
+        dag.add_nodes_from(record.name for record in self.records)
+        dag.add_edges_from((parent, name) for name, parents in self.parents.items() for parent in parents)
+        sizes: dict[Node, int] = {record.name: record.event_size for record in self.records}
+        plates: dict[Node, Iterable[str]] = {
+            record.name: tuple(frame.name for frame in record.plates) for record in self.records
+        }
+        for name, alignment in self.alignments.items():
+            sizes[name], plates[name] = alignment.event_size, alignment.plates
+        return ModelGraph(
+            dag,
+            [record.name for record in self.records if record.observed],
+            inputs=list(self.input_paths),
+            marginalised=[record.name for record in self.records if record.enumerated],
+            event_sizes=sizes,
+            plates=plates,
+        )
+
+
+def _equals(scale: float | torch.Tensor, expected: float) -> bool:
+    if isinstance(scale, torch.Tensor):
+        return bool(((scale - expected).abs() <= 1e-6 * expected).all())
+    return abs(scale - expected) <= 1e-6 * expected
+
+
+def _is_integer(tensor: torch.Tensor) -> bool:
+    return not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool)

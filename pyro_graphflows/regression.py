@@ -1,0 +1,246 @@
+r"""Regressions on samples: least squares, location and scale that heavy tails do not set, logistic regression.
+
+Starts of guides and flows, and the search for smooth orders, fit conditionals to samples of a model. All of them
+take their fits from here, in float64 and for columns of about unit scale.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "HEAVY_TAIL",
+    "MOST_QUANTILE_ROWS",
+    "RESIDUAL_FLOOR",
+    "RIDGE",
+    "TINY",
+    "WINSOR",
+    "Moments",
+    "Regression",
+    "location_and_scale",
+    "logistic_regression",
+    "square_root",
+]
+
+RIDGE = 1e-10  # relative to unit variances; makes rank-deficient sets of inputs solvable
+RESIDUAL_FLOOR = 1e-4  # in units of the column; deterministic relations have residual zero
+WINSOR = 10.0  # standard deviations; keeps one draw of a heavy tail from deciding
+TINY = 1e-12
+
+HEAVY_TAIL = 12.0  # a standardised normal sample of 10,000 stays within 5; a heavy-tailed one does not
+MOST_QUANTILE_ROWS = 100_000
+
+MOST_LOGISTIC_ROWS = 10_000
+PRIOR_SCALE = 1.0  # of a slope of a logistic regression, for inputs of unit scale
+PSEUDO_COUNT = 0.5  # imagined samples of each class, at the mean of the inputs
+
+
+# ---------------------------------------------------------------- location and scale
+
+
+def location_and_scale(sample: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of each column; scale one for columns that do not vary.
+
+    The standard deviation of a heavy-tailed column is that of its few largest values, beside which all others are
+    alike; such columns get median and half the range of the middle 68 %, which are the same for a normal one.
+
+    Shape:
+        - Input: ``(n, size)``. Rows with a non-finite entry are left out.
+        - Output: two of ``(size,)``.
+    """
+    sample = sample[torch.isfinite(sample).all(-1)]
+    if sample.shape[0] == 0:
+        return sample.new_zeros(sample.shape[1:]), sample.new_ones(sample.shape[1:])
+    shift = sample.mean(0)
+    if sample.shape[0] == 1:
+        return shift, torch.ones_like(shift)
+    scale = sample.std(0)
+    constant = scale <= 1e-9 * shift.abs().clamp(min=TINY)
+    scale = torch.where(constant, torch.ones_like(scale), scale)
+    heavy = ((sample - shift).abs() > HEAVY_TAIL * scale).any(0)
+    if bool(heavy.any()):
+        middle = sample.new_tensor([0.1587, 0.5, 0.8413])
+        lower, centre, upper = torch.quantile(sample[:MOST_QUANTILE_ROWS], middle, dim=0)
+        heavy &= upper > lower
+        shift = torch.where(heavy, centre, shift)
+        scale = torch.where(heavy, (upper - lower) / 2, scale)
+    return shift, scale
+
+
+# ---------------------------------------------------------------- least squares
+
+
+@dataclass(frozen=True)
+class Regression:
+    """A linear-Gaussian conditional, ``own | inputs ~ Normal(loc + weights @ inputs, scale_tril @ scale_tril.T)``.
+
+    Shape:
+        - ``weights``: ``(size, inputs)``; ``loc``: ``(size,)``; ``scale_tril``: ``(size, size)``, lower triangular.
+    """
+
+    weights: Tensor
+    loc: Tensor
+    scale_tril: Tensor
+
+
+class Moments:
+    """Means and covariances of samples, and the regressions of some columns on others.
+
+    Args:
+        rows: Samples in rows, ``(n, columns)``, of about unit scale.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        rows = rows.double()
+        self.number = len(rows)
+        self.mean, self.covariance = rows.mean(0), torch.atleast_2d(torch.cov(rows.T))
+
+    def weights(self, inputs: Sequence[int], own: Sequence[int]) -> Tensor:
+        """Return the slopes of the regression of some columns on others, ``(own, inputs)``."""
+        _require_finite(self.covariance)
+        inputs, own = list(inputs), list(own)
+        if not inputs:
+            return self.covariance.new_zeros(len(own), 0)
+        among = self.covariance[inputs][:, inputs]
+        ridge = RIDGE * torch.eye(len(inputs), dtype=among.dtype, device=among.device)
+        while True:
+            factor, failed = torch.linalg.cholesky_ex(among + ridge)
+            if not failed:
+                return torch.cholesky_solve(self.covariance[inputs][:, own], factor).T
+            ridge = ridge * 100
+
+    def regress(self, inputs: Sequence[int], own: Sequence[int]) -> Regression:
+        """Return the least-squares regression of some columns on others; residual scales have a floor."""
+        inputs, own = list(inputs), list(own)
+        weights = self.weights(inputs, own)
+        residual = self.covariance[own][:, own] - weights @ self.covariance[inputs][:, own]
+        residual = residual * self._correction(len(inputs))
+        return Regression(weights, self.mean[own] - weights @ self.mean[inputs], square_root(residual))
+
+    def regress_in_turn(
+        self,
+        inputs: Sequence[int],
+        own: Sequence[int],
+        outer: Sequence[Sequence[int]],
+        inner: Sequence[Sequence[int]],
+    ) -> Regression:
+        """Return the regression of columns that each have inputs of their own, earlier columns among them.
+
+        Args:
+            inputs: The inputs of any of them.
+            own: The columns.
+            outer: For each column its own share of the inputs.
+            inner: For each column the positions in ``own`` of the earlier columns that it looks at.
+        """
+        direct = self.covariance.new_zeros(len(own), len(inputs))
+        unit = torch.eye(len(own), dtype=direct.dtype, device=direct.device)  # I - A
+        variances = self.covariance.new_zeros(len(own))
+        place = {column: k for k, column in enumerate(inputs)}
+        for i, column in enumerate(own):
+            given = [*outer[i], *(own[j] for j in inner[i])]
+            weights = self.weights(given, [column])[0]
+            residual = self.covariance[column, column] - weights @ self.covariance[given, column]
+            variances[i] = residual * self._correction(len(given))
+            direct[i, [place[c] for c in outer[i]]] = weights[: len(outer[i])]
+            unit[i, list(inner[i])] = -weights[len(outer[i]) :]
+        mixing = torch.linalg.inv(unit)
+        weights = mixing @ direct
+        residual = mixing @ variances.clamp(min=RESIDUAL_FLOOR**2).diag_embed() @ mixing.T
+        loc = self.mean[list(own)] - weights @ self.mean[list(inputs)]
+        return Regression(weights, loc, square_root(residual))
+
+    def _correction(self, num_inputs: int) -> float:
+        """Return by what a residual variance must be multiplied, as weights have been fitted."""
+        return (self.number - 1) / max(self.number - 1 - num_inputs, 1)
+
+
+def square_root(residual: Tensor) -> Tensor:
+    """Return a lower triangular square root of a covariance whose diagonal is at least the floor."""
+    _require_finite(residual)
+    eye = torch.eye(len(residual), dtype=residual.dtype, device=residual.device)
+    jitter = 0.0
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(residual + jitter * eye)
+        if not failed and bool(torch.isfinite(factor).all()):
+            break
+        jitter = max(10 * jitter, RESIDUAL_FLOOR**2)
+    diagonal = factor.diagonal()
+    return factor * (diagonal.clamp(min=RESIDUAL_FLOOR) / diagonal).unsqueeze(-1)
+
+
+def _require_finite(covariance: Tensor) -> None:
+    if not bool(torch.isfinite(covariance).all()):  # no ridge would help
+        raise RuntimeError("Expected finite covariances; there are too few finite joint samples.")
+
+
+# ---------------------------------------------------------------- logistic regression
+
+
+def logistic_regression(inputs: Tensor, targets: Tensor, *, max_steps: int = 100) -> tuple[Tensor, Tensor]:
+    """Fit the logits of a binary variable or of indicators of classes by maximum penalised likelihood.
+
+    If the inputs are normal given the class, with one covariance matrix for all classes, or if they are discrete and
+    conditionally independent given it, then the log-odds are linear in the inputs and logistic regression finds them.
+    A weak normal prior on the slopes keeps them small where classes can be separated or inputs are collinear: large
+    slopes that cancel each other would make the first steps of training a mess.
+
+    Shape:
+        - ``inputs``: ``(n, p)``.
+        - ``targets``: ``(n, 1)`` of zeros and ones, or ``(n, C)`` of indicators.
+        - Output: slopes ``(C, p)`` and intercepts ``(C,)``, for one column of targets ``(1, p)`` and ``(1,)``.
+
+    Args:
+        inputs: Inputs in rows.
+        targets: The values.
+        max_steps: The number of quasi-Newton steps.
+
+    Returns:
+        Slopes and intercepts, in the type of the inputs. Those of indicators are centred over the classes.
+    """
+    n, c = len(inputs), targets.shape[-1]
+    x, y = inputs[:MOST_LOGISTIC_ROWS].double(), targets[:MOST_LOGISTIC_ROWS].double()
+    share = (y.sum(0) + PSEUDO_COUNT) / (len(y) + max(c, 2) * PSEUDO_COUNT)
+    start = share.logit() if c == 1 else share.log()
+    if n == 0 or x.shape[-1] == 0:
+        return inputs.new_zeros(c, inputs.shape[-1]), _centred(start).to(inputs)
+    mean, scale = x.mean(0), x.std(0, correction=0)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    x = (x - mean) / scale
+    parameters = torch.cat([x.new_zeros(c, x.shape[-1]), start.unsqueeze(-1)], -1).requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [parameters],
+        max_iter=max_steps,
+        tolerance_grad=1e-7,
+        tolerance_change=1e-10,
+        line_search_fn="strong_wolfe",
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        slopes = parameters[:, :-1]
+        logits = F.linear(x, slopes, parameters[:, -1])
+        at_mean = parameters[:, -1]
+        if c == 1:
+            misfit = (F.softplus(logits) - y * logits).sum()
+            imagined = F.softplus(at_mean).sum() + F.softplus(-at_mean).sum()
+        else:
+            misfit = -(y * logits.log_softmax(-1)).sum()
+            imagined = -at_mean.log_softmax(-1).sum()
+        penalty = PSEUDO_COUNT * imagined + slopes.square().sum() / (2 * PRIOR_SCALE**2)
+        value = (misfit + penalty) / len(x)
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    slopes = parameters.detach()[:, :-1] / scale
+    intercepts = parameters.detach()[:, -1] - slopes @ mean
+    return _centred(slopes).to(inputs), _centred(intercepts).to(inputs)
+
+
+def _centred(values: Tensor) -> Tensor:
+    """Subtract what is common to all classes, which no probability depends on."""
+    return values if len(values) == 1 else values - values.mean(0)

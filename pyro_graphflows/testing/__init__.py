@@ -1,1 +1,0 @@
-"""Exact answers and contract checks for people who extend the package."""
