@@ -24,6 +24,7 @@ import torch
 from pyro_graphflows.datasets import load_images
 from studies.graph_vae import evaluation, train
 from studies.graph_vae.trainer import Trainer
+from studies.tables import mean_sd
 
 COMMON = "--data-set digits --device cpu --seeds 0 1 2 3 4 --decay-every 100 --validate-every 5 --bound-samples 200"
 COMMON += " --ll-particles 1000"
@@ -172,7 +173,7 @@ def table(lines):
     text = [header]
     for line in lines:
         best = line["best"]
-        row = f"{line['way']:38} {train.mean_sd(best['elbo'], 3):>16} {train.mean_sd(best['ll'], 3):>16}"
+        row = f"{line['way']:38} {mean_sd(best['elbo'], 3):>16} {mean_sd(best['ll'], 3):>16}"
         if full is not None:
             for figures, key in (("best", "elbo"), ("best", "ll"), ("last", "elbo")):
                 mean, error = paired(line, full, figures, key)
