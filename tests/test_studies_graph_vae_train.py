@@ -173,12 +173,21 @@ def test_evaluation_is_that_of_the_class(structure):
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_states_come_back_as_they_went_in(structure):
     members = [make_vae(structure, seed) for seed in range(3)]
+    if structure == "learned":
+        members[1].freeze_structure()
+        for vae in members:
+            vae.anneal(20)
     ensemble = Ensemble(members)
     for number, vae in enumerate(members):
         copy = make_vae(structure, 7)
         copy.load_state_dict(ensemble.state_of(number))
         for key, value in vae.state_dict().items():
             torch.testing.assert_close(copy.state_dict()[key], value, rtol=0, atol=1e-15)
+    probabilities = torch.stack([vae.gate_probabilities for vae in members])
+    if structure == "learned":
+        own = torch.zeros(3, 4, 4)
+        own[(slice(None), *torch.triu_indices(4, 4, 1))] = ensemble.gate_probabilities()
+        torch.testing.assert_close(own, probabilities)
 
 
 def test_models_that_are_no_ensemble_are_refused():
