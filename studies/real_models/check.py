@@ -276,8 +276,8 @@ PAGE = """# The models of the study on real data, checked
 
 Made by `python -m studies.real_models.check`. *Score* and *moment*: the largest number of standard errors by which the
 reference draws miss E[s] = 0 and E[(u - c) s] = -1, where s is the score of the Pyro model in unconstrained space, over
-all coordinates and all principal axes of the curvature. *By the Pyro model*: the log evidence by importance sampling with
-the Pyro model's log joint density; *off*: its difference from the file's in standard errors.
+all coordinates and all principal axes of the curvature. *By the Pyro model*: the log evidence by importance sampling
+with the Pyro model's log joint density; *off*: its difference from the file's in standard errors.
 
 """
 

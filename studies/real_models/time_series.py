@@ -60,7 +60,8 @@ def basketball(uv: Tensor, alpha: Tensor) -> None:
     lam = pyro.sample("lambda", prior)
     rates = torch.stack([phi, lam], -1).unsqueeze(-3)  # (..., 1, state, 2)
     steps = transition_logits(theta1, theta2, len(uv))
-    pyro.sample("uv", dist.DiscreteHMM(torch.zeros(2), steps, dist.Exponential(rates).to_event(1)), obs=uv)
+    play = dist.DiscreteHMM(torch.zeros(2), steps, dist.Exponential(rates).to_event(1), duration=len(uv))
+    pyro.sample("uv", play, obs=uv)
 
 
 def normal_hmm(y: Tensor) -> None:
@@ -69,7 +70,8 @@ def normal_hmm(y: Tensor) -> None:
     theta2 = pyro.sample("theta2", dist.Dirichlet(torch.ones(2)))
     mu = pyro.sample("mu", PositiveOrderedNormal(torch.tensor([3.0, 10.0]), torch.ones(2)))
     steps = transition_logits(theta1, theta2, len(y))
-    pyro.sample("y", dist.DiscreteHMM(torch.zeros(2), steps, dist.Normal(mu.unsqueeze(-2), 1.0)), obs=y)
+    chain = dist.DiscreteHMM(torch.zeros(2), steps, dist.Normal(mu.unsqueeze(-2), 1.0), duration=len(y))
+    pyro.sample("y", chain, obs=y)
 
 
 def lagged(data: Values) -> tuple[Any, ...]:
