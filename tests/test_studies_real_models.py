@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the studies are no part of the package
 
 from studies.real_models import check as checks  # noqa: E402
+from studies.real_models import methods  # noqa: E402
 from studies.real_models.log_joint import LogJoint  # noqa: E402
 from studies.real_models.models import POSTERIORS, find  # noqa: E402
 from studies.real_models.ordered import PositiveOrderedNormal  # noqa: E402
@@ -131,3 +132,186 @@ def test_the_ordered_normal_is_normalised_and_drawn_right(loc):
     draws, kept = draws.reshape(-1, 2), x[inside]
     error = (draws.var(0) / len(draws) + kept.var(0) / len(kept)).sqrt()
     assert bool(((draws.mean(0) - kept.mean(0)).abs() < 5 * error).all())
+
+
+def conjugate(y):
+    """Two means with known posteriors: for each of them Normal(sum(y) / (n + 1), (n + 1)^(-1/2))."""
+    with pyro.plate("means", 2, dim=-2):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", y.shape[-1], dim=-1):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def conjugate_evidence(y):
+    n = y.shape[-1]
+    covariance = torch.eye(n) + torch.ones(n, n)
+    normal = torch.distributions.MultivariateNormal(torch.zeros(n), covariance)
+    return normal.log_prob(y).sum().item()
+
+
+@pytest.fixture
+def conjugate_posterior(tmp_path, monkeypatch):
+    """A posterior with an exact reference, in a folder as the study reads it."""
+    import json
+
+    import numpy as np
+
+    y = torch.tensor([[1.0, 2.0, 0.5], [-1.0, 0.0, 0.3]])
+    mean, sd = y.sum(-1) / 4, torch.full((2,), 0.5)
+    meta = {"evidence": {"log_evidence": conjugate_evidence(y), "std_error": 0.0}}
+    draws = mean + sd * torch.randn(1000, 2)
+    np.savez(
+        tmp_path / "conjugate.npz",
+        **{"meta": json.dumps(meta), "data.y": y, "draws.z": draws, "mean.z": mean, "sd.z": sd},
+    )
+    from studies.real_models.posterior import Posterior
+
+    posterior = Posterior("conjugate", "hierarchical", conjugate, lambda data: (data["y"],), 2, True)
+    monkeypatch.setitem(POSTERIORS, "conjugate", posterior)
+    return posterior
+
+
+def exact_guide(y):
+    with pyro.plate("means", 2, dim=-2):
+        pyro.sample("z", dist.Normal(y.sum(-1, keepdim=True) / 4, 0.5))
+
+
+def test_the_exact_posterior_has_no_gap_and_no_errors(conjugate_posterior, tmp_path):
+    """Every weight is the evidence; means and standard deviations differ by sampling alone (10,000 draws)."""
+    from studies.real_models import measure
+
+    reference = read_reference(tmp_path, "conjugate")
+    args = conjugate_posterior.arguments(reference.data)
+    result = measure.measure(conjugate_posterior, reference, exact_guide, args, chunk=1000)
+    assert result["at_once"]
+    assert abs(result["gap"]) < 1e-10
+    assert abs(result["iwae"] - reference.log_evidence) < 1e-10
+    assert result["k_hat"] == -math.inf
+    for part in ("errors", "errors_weighted"):
+        assert result[part]["mean_max"] < 5 / math.sqrt(measure.DRAWS)
+        assert abs(result[part]["sd_min"] - 1) < 5 / math.sqrt(2 * measure.DRAWS)
+
+
+def test_a_guide_that_cannot_run_many_draws_at_once_is_measured_one_by_one(conjugate_posterior, tmp_path):
+    from studies.real_models import measure
+
+    def alone(y):
+        with pyro.plate("means", 2, dim=-2):
+            z = pyro.sample("z", dist.Normal(y.sum(-1, keepdim=True) / 4, 0.5))
+        assert z.dim() == 2, "alone only"
+
+    reference = read_reference(tmp_path, "conjugate")
+    args = conjugate_posterior.arguments(reference.data)
+    result = measure.measure(conjugate_posterior, reference, alone, args, chunk=1000)
+    assert not result["at_once"]
+    assert result["draws"] == measure.ALONE
+    assert abs(result["gap"]) < 1e-10
+
+
+@pytest.mark.parametrize("method", [*methods.PYRO, *methods.OURS])
+def test_draws_at_once_have_the_elbo_of_draws_alone(conjugate_posterior, tmp_path, method):
+    """Five standard errors; a failure means that one of the two ways is wrong for this guide."""
+    from studies.real_models.measure import weigh
+
+    reference = read_reference(tmp_path, "conjugate")
+    args = conjugate_posterior.arguments(reference.data)
+    guide = methods.make_guide(method, conjugate, args)
+    many, values = weigh(conjugate, guide, args, 2, 2000)
+    alone = torch.cat([weigh(conjugate, guide, args, 2, None)[0] for _ in range(200)])
+    error = (many.var() / len(many) + alone.var() / len(alone)).sqrt()
+    assert abs(many.mean() - alone.mean()) < 5 * error + 1e-9
+    assert values["z"].reshape(2000, -1).shape == (2000, 2)
+
+
+def test_the_runner_chooses_a_rate_goes_on_and_reports(conjugate_posterior, tmp_path, monkeypatch, capsys):
+    """A run is made once; a damaged last line costs only itself; the page has the figures and says what is missing."""
+    from studies.real_models import lines, report, run
+
+    monkeypatch.setattr(run, "CHOICE_SECONDS", 0.2)
+    results = tmp_path / "results.jsonl"
+    argv = [
+        "--data",
+        str(tmp_path),
+        "--models",
+        "conjugate",
+        "--methods",
+        "AutoNormal",
+        "--seconds",
+        "0.2",
+        "0.4",
+    ]
+    argv += ["--out", str(results)]
+    run.main([*argv, "--seeds", "0"])
+    records = lines.read(results)
+    assert len(records) == 4  # three rates; the chosen one again, for longer
+    assert len({record["rate"] for record in records}) == 3
+    best = max(records[:3], key=lambda record: record["elbo"])["rate"]
+    assert (records[3]["rate"], records[3]["seconds"]) == (best, 0.4)
+    assert all(record["gap"] > -5 * record["elbo_error"] for record in records)
+    assert all(record["steps"] > 0 and record["train_seconds"] >= record["seconds"] for record in records)
+
+    whole = results.read_text()
+    run.main([*argv, "--seeds", "0"])
+    assert results.read_text() == whole
+    results.write_text(whole + '{"model": "conju')  # cut off while writing
+    capsys.readouterr()
+    run.main([*argv, "--seeds", "0", "1"])
+    assert "left out damaged line(s) [5]" in capsys.readouterr().err
+    assert [(r["seconds"], r["seed"]) for r in lines.read(results)[4:]] == [(0.2, 1), (0.4, 1)]
+
+    monkeypatch.setattr(report, "CHOICE_SECONDS", 0.2)
+    report.main(["--results", str(results), "--out", str(tmp_path)])
+    page = (tmp_path / "real_models.md").read_text()
+    assert "on 1 of 34 models with 1 of" in page
+    assert "Not run: methods AutoMultivariateNormal" in page
+    assert "1 (seed 1)" in page
+    assert (tmp_path / "real_models.png").stat().st_size > 0
+
+
+def test_failures_are_results(conjugate_posterior, tmp_path, monkeypatch):
+    """An error of set-up ends the pair, one of training only its run; both are on the page with their message."""
+    from studies.real_models import lines, report, run
+
+    def broken(model):
+        raise RuntimeError("no such guide | here")
+
+    def diverging(model):
+        guide = pyro.infer.autoguide.AutoNormal(model)
+        inner = guide.forward
+        count = [0]
+
+        def forward(*args, **kwargs):
+            count[0] += 1
+            if count[0] > 3:
+                raise FloatingPointError("gone")
+            return inner(*args, **kwargs)
+
+        guide.forward = forward
+        return guide
+
+    monkeypatch.setattr(run, "CHOICE_SECONDS", 0.1)
+    monkeypatch.setitem(methods.PYRO, "AutoNormal", broken)
+    monkeypatch.setitem(methods.PYRO, "AutoStructured", diverging)
+    results = tmp_path / "results.jsonl"
+    argv = ["--data", str(tmp_path), "--models", "conjugate", "--seconds", "0.1", "--out", str(results)]
+    run.main([*argv, "--methods", "AutoNormal", "AutoStructured"])
+    records = lines.read(results)
+    assert [(r["stage"], r["method"]) for r in records] == [
+        ("set-up", "AutoNormal"),
+        *[("training", "AutoStructured")] * 3,
+    ]
+    assert records[0]["failure"] == "RuntimeError: no such guide | here"
+    assert records[1]["steps"] == 2  # the first call was set-up's
+    report.main(["--results", str(results), "--out", str(tmp_path)])
+    page = (tmp_path / "real_models.md").read_text()
+    assert "no such guide \\| here" in page
+    assert "training, 2 steps | FloatingPointError: gone" in page
+    assert "*failed* | *failed*" in page
+
+
+def test_models_and_methods_that_do_not_exist_are_named():
+    from studies.real_models import run
+
+    assert run.methods_of(["ours", "pyro"]) == ["ours", *methods.PYRO]
+    with pytest.raises(SystemExit, match="got 'AutoNothing'"):
+        run.methods_of(["AutoNothing"])

@@ -23,11 +23,7 @@ def append(path: Path, record: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the records. A damaged last line is left out, with a word on standard error.
-
-    Raises:
-        ValueError: If a line before the last is damaged and was not the last of its time.
-    """
+    """Return the records. A damaged line, the last of a run that was cut off, is left out with a word on stderr."""
     if not path.is_file():
         return []
     records, damaged = [], []

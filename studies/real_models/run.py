@@ -5,12 +5,13 @@
     python -m studies.real_models.run --data DATA --methods pyro --seeds 0 --workers 2
     python -m studies.real_models.report                                            # the page from the results
 
-Each (model, method) is trained for 5 seconds with seed 0 at each of three learning rates; the rate with the best ELBO is
-taken for all other runs of the pair. A run is one line of ``results.jsonl``, so that an interrupted study goes on where
-it stopped; runs that are there are not made again.
+Each (model, method) is trained for 5 seconds with seed 0 at each of three learning rates; the rate with the best ELBO
+is taken for all other runs of the pair. A run is one line of ``results.jsonl``, so that an interrupted study goes on
+where it stopped; runs that are there are not made again.
 
-Training: ``Trace_ELBO`` with one particle and Adam, in float64 and one thread; the rate is constant for half of the time
-and then falls exponentially to a hundredth. Time is processor time of the process, set-up not counted (it is reported).
+Training: ``Trace_ELBO`` with one particle and Adam, in float64 and one thread; the rate is constant for half of the
+time and then falls exponentially to a hundredth. Time is processor time of the process, set-up not counted (it is
+reported).
 A run whose loss or parameters stop being finite, or that raises an error, is a failure and is written down as one.
 """
 
@@ -197,7 +198,7 @@ def do_pair(pair: Pair) -> None:
 
     for rate in RATES:
         ensure(Run(pair.model, pair.method, rate, CHOICE_SECONDS, CHOICE_SEED))
-        if records_of_setup_failures(records, pair.model, pair.method):
+        if setup_failures(records, pair.model, pair.method):
             return  # another rate or seed cannot help
     rate_chosen = best_rate(records, pair.model, pair.method)
     if rate_chosen is None:
@@ -207,7 +208,7 @@ def do_pair(pair: Pair) -> None:
             ensure(Run(pair.model, pair.method, rate_chosen, seconds, seed))
 
 
-def records_of_setup_failures(records: list[dict[str, Any]], model: str, method: str) -> list[dict[str, Any]]:
+def setup_failures(records: list[dict[str, Any]], model: str, method: str) -> list[dict[str, Any]]:
     """Return the runs of a pair that failed before training."""
     return [
         record
