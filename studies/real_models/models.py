@@ -1,5 +1,6 @@
-"""The 33 posteriors of the study by name, hierarchical ones first."""
+"""The 33 posteriors of posteriordb and six targets of the Inference Gym by name, hierarchical ones first."""
 
+from studies.real_models.gym import GYM
 from studies.real_models.hierarchical import HIERARCHICAL
 from studies.real_models.others import OTHERS
 from studies.real_models.posterior import Posterior
@@ -7,7 +8,7 @@ from studies.real_models.regressions import REGRESSIONS
 from studies.real_models.time_series import TIME_SERIES
 
 POSTERIORS: dict[str, Posterior] = {
-    posterior.name: posterior for posterior in [*HIERARCHICAL, *OTHERS, *TIME_SERIES, *REGRESSIONS]
+    posterior.name: posterior for posterior in [*HIERARCHICAL, *OTHERS, *TIME_SERIES, *REGRESSIONS, *GYM]
 }
 
 

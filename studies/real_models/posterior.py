@@ -1,18 +1,20 @@
 """What the study knows of a posterior: the model in Pyro, and the file with its data and reference draws.
 
 The files hold, for each posterior of posteriordb [1], the data, thinned reference draws, means and standard deviations
-of every parameter, and the log evidence where the prior is proper and it could be computed. They are not part of the
-project; ``--data`` or the environment variable ``REAL_MODELS_DATA`` names their folder.
+of every parameter, and the log evidence where the prior is proper and it could be computed; for six targets of the
+Inference Gym [2] the data, means and standard deviations. They are not part of the project; ``--data`` or the
+environment variable ``REAL_MODELS_DATA`` names the folder with their two folders ``posteriordb`` and ``inference_gym``.
 
 References:
     [1] Magnusson, Torgander, Bürkner, Zhang, Carpenter and Vehtari (2025), posteriordb: Testing, benchmarking and
         developing Bayesian inference algorithms, AISTATS.
+    [2] Sountsov, Radul et al. (2020), Inference Gym, https://github.com/tensorflow/probability.
 """
 
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ class Posterior:
     """A model and how it reads its data.
 
     Attributes:
-        name: The name in posteriordb.
+        name: The name in the source.
         kind: ``regression``, ``hierarchical``, ``mixture``, ``time series``, ``gaussian process`` or
             ``differential equation``.
         model: The Pyro model, a function of its data.
@@ -42,8 +44,10 @@ class Posterior:
         plates: How many dimensions the plates of the model take.
         proper: Whether the prior is proper. Otherwise there is no evidence.
         local: Latent sites whose elements are independent given the data and all other sites.
+        coupled: The start of the names of sites that are jointly normal given all others, a path.
         sites: Turn reference parameters, with draws along the first dimension, into site values.
         parameters: The inverse of ``sites``.
+        gym: Whether the source is the Inference Gym: there are no reference draws then.
     """
 
     name: str
@@ -53,8 +57,10 @@ class Posterior:
     plates: int
     proper: bool
     local: tuple[str, ...] = ()
+    coupled: str | None = None
     sites: Callable[[Values], Values] = unchanged
     parameters: Callable[[Values], Values] = unchanged
+    gym: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,11 +69,12 @@ class Reference:
 
     Attributes:
         data: The data arrays, as floating-point tensors of the default dtype.
-        draws: Joint posterior draws of each parameter, along the first dimension.
+        draws: Joint posterior draws of each parameter, along the first dimension; none from the Inference Gym.
         mean: Posterior means of each parameter, from all draws of the source.
         sd: Posterior standard deviations, likewise.
         log_evidence: The log evidence in nats, or None where the prior is improper or it is not known.
         log_evidence_error: Its standard error.
+        mean_error: Standard errors of the means, where the source has them.
     """
 
     data: Values
@@ -76,6 +83,7 @@ class Reference:
     sd: Values
     log_evidence: float | None
     log_evidence_error: float | None
+    mean_error: Values = field(default_factory=dict)
 
 
 def data_folder(argument: str | Path | None) -> Path:
@@ -90,11 +98,29 @@ def data_folder(argument: str | Path | None) -> Path:
             f"Expected the folder of the posteriors' npz files: give --data or set {DATA_VARIABLE}."
         )
     folder = Path(named)
-    if (folder / "posteriordb").is_dir():
-        folder = folder / "posteriordb"
-    if not folder.is_dir():
-        raise SystemExit(f"Expected a folder with the posteriors' npz files at {named}; there is none.")
+    if not (folder / "posteriordb").is_dir():
+        raise SystemExit(f"Expected a folder with a folder posteriordb of npz files in it; {named} has none.")
     return folder
+
+
+def tensor(value: Any) -> Tensor:
+    """Return an array, or nested lists with None for what is missing, in the default dtype."""
+    return torch.as_tensor(np.asarray(value, dtype=np.float64)).to(torch.get_default_dtype())
+
+
+def read_gym(folder: Path, name: str) -> Reference:
+    """Read a target of the Inference Gym. Exact means replace the published ones where the file has them."""
+    record = json.loads((folder / "inference_gym" / f"{name}.json").read_text())
+    exact = record.get("exact", {})
+    truth = {key: exact.get(key, value) for key, value in record["ground_truth"].items()}
+    mean, sd = ({key: tensor(value[part]) for key, value in truth.items()} for part in ("mean", "sd"))
+    error = {
+        key: tensor(value.get("mean_standard_error", 0.0)).expand_as(mean[key])
+        for key, value in truth.items()
+    }
+    data = {key: tensor(value) for key, value in record["data"].items()}
+    evidence = exact.get("log_evidence")
+    return Reference(data, {}, mean, sd, evidence, None if evidence is None else 0.0, error)
 
 
 def read_reference(folder: Path, name: str, joint: bool = True) -> Reference:
@@ -107,15 +133,15 @@ def read_reference(folder: Path, name: str, joint: bool = True) -> Reference:
         name: The posterior.
         joint: Keep only the rows that all parameters have. Otherwise each parameter has all of its own.
     """
-    with np.load(folder / f"{name}.npz") as arrays:
+    if (folder / "inference_gym" / f"{name}.json").is_file():
+        return read_gym(folder, name)
+    with np.load(folder / "posteriordb" / f"{name}.npz") as arrays:
         meta = json.loads(str(arrays["meta"]))
         parts: dict[str, Values] = {"data": {}, "draws": {}, "mean": {}, "sd": {}}
         for key in arrays.files:
-            part, _, field = key.partition(".")
+            part, _, entry = key.partition(".")
             if part in parts:
-                parts[part][field] = torch.as_tensor(np.asarray(arrays[key], dtype=np.float64)).to(
-                    torch.get_default_dtype()
-                )
+                parts[part][entry] = tensor(arrays[key])
     draws = parts["draws"]
     if joint:
         fewest = min(len(value) for value in draws.values())

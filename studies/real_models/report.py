@@ -249,7 +249,7 @@ def picture(table: dict[tuple[str, str, float], Cell], seconds: float, path: Pat
     axes.set_xlabel(
         f"nats below the log evidence (●) or below the best of Pyro's guides, after {seconds:g} s"
     )
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12 - 1 / (1.5 + 0.32 * len(models))), ncols=5)
+    figure.legend(loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
