@@ -112,12 +112,17 @@ def coverage(records: list[Record], table: dict[tuple[str, str, float], Cell]) -
     """Say what has been run and what has not."""
     models = [name for name in POSTERIORS if any(key[0] == name for key in table)]
     methods = [method for method in METHODS if any(key[1] == method for key in table)]
+    loads = [record["load"] for record in records if "load" in record]
     text = [
         "## What has been run",
         "",
         f"{len(records)} runs, on {len(models)} of {len(POSTERIORS)} models with {len(methods)} of {len(METHODS)} "
         f"methods. Not run: methods {', '.join(m for m in METHODS if m not in methods) or 'none'}; "
         f"models {', '.join(name for name in POSTERIORS if name not in models) or 'none'}.",
+        "",
+        f"Load of the machine at the start of {len(loads)} of these runs: {min(loads):.1f} to {max(loads):.1f}."
+        if loads
+        else "The machine was shared with other work: a step cost more processor time than it would alone.",
         "",
         "| method | " + " | ".join(f"models at {seconds:g} s, by seeds" for seconds in times(table)) + " |",
         "|---|" + "---|" * len(times(table)),

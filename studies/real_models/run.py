@@ -18,6 +18,7 @@ A run whose loss or parameters stop being finite, or that raises an error, is a 
 import argparse
 import math
 import multiprocessing
+import os
 import time
 import warnings
 from dataclasses import dataclass
@@ -111,7 +112,7 @@ def observed_values(args: tuple[Any, ...]) -> int:
 
 def make(run: Run, posterior: Posterior, reference: Reference) -> dict[str, Any]:
     """Do a run and return its record."""
-    record: dict[str, Any] = run.record() | {"kind": posterior.kind}
+    record: dict[str, Any] = run.record() | {"kind": posterior.kind, "load": os.getloadavg()[0]}
     args = posterior.arguments(reference.data)
     pyro.clear_param_store()
     pyro.set_rng_seed(run.seed)
