@@ -7,7 +7,7 @@ OUT ?= out
 # where a study keeps its runs, its page and pictures, and its checkpoints
 places = --results studies/$(1)/results.jsonl --out docs/results --work $(OUT)/$(1)
 
-.PHONY: help demo test test-slow check comi table1 flows density graphvae-table clean
+.PHONY: help demo test test-slow check comi table1 flows density graphvae-table real-models clean
 
 help:
 	@echo "make demo       faithful guide for a gene network against the exact answer (tables, pictures in $(OUT)/)"
@@ -19,6 +19,7 @@ help:
 	@echo "make flows      speed, memory and inversion of the flows beside others (writes docs/results/flows.md)"
 	@echo "make density    density-estimation study (DATA=the protein npz; restartable; docs/results/density.md)"
 	@echo "make graphvae-table  the Graph VAE study (restartable; image files from DATA=...; writes docs/results/graph_vae.md)"
+	@echo "make real-models DATA=...  guides on real models (the folder of posteriors; restartable; docs/results/real_models.md)"
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit('Python >= 3.10 is needed; set PYTHON=...' if sys.version_info < (3, 10) else 0)"
@@ -56,6 +57,10 @@ flows: $(STAMP)
 density: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt zuko
 	$(BIN)/python -m studies.density.run --study --threads 1 --data $(or $(DATA),protein_grf.npz) $(call places,density)
+
+real-models: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m studies.real_models.run $(if $(DATA),--data $(DATA)) $(if $(WORKERS),--workers $(WORKERS))
+	$(BIN)/python -m studies.real_models.report --out docs/results
 
 clean:
 	rm -rf $(VENV) $(OUT) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
