@@ -604,13 +604,14 @@ class _Source:
     @classmethod
     def of(cls, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Source":
         """Run both once, find out whether the posterior factorises and whether they can run in batches."""
-        first = prototype(model, guide, args, kwargs, allow_enumeration=True)
-        traces = (first.model_trace, first.guide_trace)
-        if not any(site["is_observed"] for _, site in density_sites(first.model_trace)):
+        alone = poutine.trace(model).get_trace(*args, **kwargs)
+        if not any(site["is_observed"] for _, site in density_sites(alone)):
             raise UnsupportedModelError(
                 "Expected the model to have observed sites; without any there is no posterior. Give the data as its "
                 "arguments, or condition it (poutine.condition)."
             )
+        first = prototype(model, guide, args, kwargs, allow_enumeration=True)
+        traces = (first.model_trace, first.guide_trace)
         sites = site_shapes(first.model_trace)
         latents = tuple(
             name for name, site in sites.items() if site.kind == "latent" and name in first.guide_trace
