@@ -3,6 +3,7 @@
 from pyro_graphflows.infer.batches import TrainingData
 from pyro_graphflows.infer.calibration import sbc_ranks, sbc_uniformity
 from pyro_graphflows.infer.checkpoints import Checkpoint
+from pyro_graphflows.infer.comparison import compare, stacking_weights
 from pyro_graphflows.infer.evidence import Evidence, importance_log_weights, log_evidence
 from pyro_graphflows.infer.inference_compilation import InferenceCompilation
 from pyro_graphflows.infer.iwae import IWAE_ELBO
@@ -24,6 +25,7 @@ __all__ = [
     "Progress",
     "Schedule",
     "TrainingData",
+    "compare",
     "effective_sample_size",
     "fit",
     "importance_log_weights",
@@ -33,4 +35,5 @@ __all__ = [
     "sample_posterior",
     "sbc_ranks",
     "sbc_uniformity",
+    "stacking_weights",
 ]

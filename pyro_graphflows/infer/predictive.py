@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_factor
 from torch import Tensor
 from tqdm import tqdm
@@ -56,6 +56,14 @@ class Prediction(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         sites = ", ".join(f"{name} {tuple(value.shape)}" for name, value in self._values.items())
         return f"Prediction({sites})"
+
+
+class _Unobserve(UnconditionMessenger):
+    """Draw observed sites; leave what is computed as it is."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["infer"].get("_deterministic") and not site_is_factor(msg):
+            super()._pyro_sample(msg)
 
 
 class _HoldFitted(Messenger):
@@ -153,7 +161,7 @@ def predict(
         GraphflowsError: If a site is not in the plates it was fitted in, or has fewer elements.
     """
     num = len(next(iter(draws.values())))
-    program = poutine.uncondition(model)
+    program = _Unobserve()(model)
 
     def hold(values: Mapping[str, Tensor], batch: bool) -> Messenger:
         return _HoldFitted(values, sites, new_plates, batch)
@@ -165,7 +173,14 @@ def predict(
         raise GraphflowsError(f"Expected new_plates among the plates {sorted(known)}; got {unknown}.")
     runs = ModelRuns(program, args, kwargs, count_plate_dims(alone.trace), hold)
     now = site_shapes(alone.trace)
-    kept = {name: site for name, site in now.items() if _is_kept(name, site, alone.trace)}
+    kept = {
+        name: now[name]
+        for name, site in all_sites(alone.trace)
+        if not site_is_factor(site)
+        if now[name].kind == "deterministic"
+        or "was_observed" in site["infer"]
+        or (name in sites and sites[name].kind == "observed")
+    }
     parts: list[tuple[dict[str, Tensor], Any]] = []
     with tqdm(total=num, disable=not progress, delay=2.0, unit="draw", desc="predicting") as bar:
         if vectorize:
@@ -189,8 +204,3 @@ def predict(
                 bar.update()
     values = {name: torch.cat([part[name] for part, _ in parts]) for name in kept}
     return Prediction(values, joined([returned for _, returned in parts]))
-
-
-def _is_kept(name: str, site: SiteShape, trace: poutine.Trace) -> bool:
-    entry: Any = trace.nodes[name]
-    return site.kind == "deterministic" or ("was_observed" in entry["infer"] and not site_is_factor(entry))
