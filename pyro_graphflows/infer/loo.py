@@ -54,7 +54,7 @@ from pyro_graphflows.infer.psis import smoothed_log_weights
 
 __all__ = ["LOO", "leave_one_out"]
 
-_NUMBERS_KEPT = 2**26  # log-likelihoods of all draws that are held at once
+_NUMBERS_KEPT = 2**25  # log-likelihoods of all draws that are held at once
 
 
 @dataclass(frozen=True, eq=False, repr=False)
