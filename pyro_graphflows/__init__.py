@@ -37,6 +37,7 @@ from pyro_graphflows.guides import (
     AutoFaithfulGuide,
     Flow,
     Normal,
+    Spline,
     auto_faithful_guide,
     check_guide,
 )
@@ -113,6 +114,7 @@ __all__ = [
     "Progress",
     "SIReNVAE",
     "Schedule",
+    "Spline",
     "TrainingData",
     "UnfaithfulInverseError",
     "UnsupportedModelError",

@@ -526,7 +526,6 @@ def smooth_order(inverse: InverseGraph, samples: Mapping[str, Tensor]) -> Invers
 
     Example:
         >>> from pyro_graphflows.graphs.model_graph import ModelGraph
-    from pyro_graphflows.graphs.order_search import AutoOrder
         >>> graph = ModelGraph(["ac", "bc", "cx"], observed=["x"])
         >>> a, b, noise = 5 + torch.randn(5000, 1), torch.randn(5000, 1), 0.1 * torch.randn(2, 5000, 1)
         >>> c = a * b + noise[0]

@@ -33,9 +33,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pyro_graphflows.infer.diagnostics import psis_khat
 from torch import Tensor
 
+from pyro_graphflows.infer.psis import psis_khat
 from studies.real_models.hmc import chains
 from studies.real_models.log_joint import LogJoint
 from studies.real_models.models import find

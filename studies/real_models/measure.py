@@ -7,9 +7,9 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro_graphflows.infer.diagnostics import psis_khat
 from torch import Tensor
 
+from pyro_graphflows.infer.psis import psis_khat
 from studies.real_models.posterior import Posterior, Reference, Values
 
 DRAWS = 10_000
