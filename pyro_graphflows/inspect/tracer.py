@@ -35,7 +35,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-__all__ = ["Escape", "Known", "Noise", "Region", "TaintTracker", "storage_of", "watching"]
+__all__ = ["Escape", "Known", "Noise", "Region", "TaintTracker", "in_library", "storage_of", "watching"]
 
 _HERE, _TORCH, _PYRO = (
     os.path.dirname(os.path.abspath(str(path))) + os.sep for path in (__file__, torch.__file__, pyro.__file__)
@@ -92,13 +92,14 @@ class Escape(NamedTuple):
 def _place() -> tuple[str, int, str]:
     """Return file, line and source text of the innermost frame outside the libraries and this package."""
     frame = sys._getframe(2)
-    while frame.f_back is not None and _in_library(os.path.abspath(frame.f_code.co_filename)):
+    while frame.f_back is not None and in_library(os.path.abspath(frame.f_code.co_filename)):
         frame = frame.f_back
     filename, line = frame.f_code.co_filename, frame.f_lineno
     return filename, line, linecache.getline(filename, line).strip()
 
 
-def _in_library(path: str) -> bool:
+def in_library(path: str) -> bool:
+    """Whether a file belongs to this package, PyTorch, Pyro or the standard library."""
     return path.startswith(_LIBRARIES) or (path.startswith(_STANDARD) and "site-packages" not in path)
 
 
