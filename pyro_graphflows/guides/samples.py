@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_graphflows.errors import UnsupportedModelError
-from pyro_graphflows.guides.call import PlateState
+from pyro_graphflows.guides.call import PlateState, input_rows, plates_of
 from pyro_graphflows.guides.plan import BlockPlan, Plan
 from pyro_graphflows.guides.sites import InputEncodings, LatentSite, flatten_event
 from pyro_graphflows.inspect import Batching, TracedModel, find_batching, get_argument, sample_prior
@@ -55,6 +55,7 @@ class ModelDraws:
         self._kept: dict[str, Tensor] = {}
         self._num_kept = 0
         self._batching: Batching | None = None
+        self._plates = plates_of(traced.trace)
         nodes: Any = traced.trace.nodes
         size = sum(site["value"].numel() for site in nodes.values() if torch.is_tensor(site.get("value")))
         self._most_draws = max(FEWEST_DRAWS, MOST_NUMBERS // max(1, size))
@@ -67,8 +68,9 @@ class ModelDraws:
         return max(floats, key=lambda value: value.dtype.itemsize, default=torch.zeros(()))
 
     def argument(self, name: str) -> Tensor:
-        """Return the value of an input as the model got it."""
-        return get_argument(self.model, self.traced.argument_paths[name], self.args, self.kwargs)
+        """Return the value of an input, row for row of the plates of the call."""
+        value = get_argument(self.model, self.traced.argument_paths[name], self.args, self.kwargs)
+        return input_rows(self.traced, name, value, self._plates)
 
     def data(self, name: str) -> Tensor:
         """Return the conditioning value of an observed site or an input in this call."""
