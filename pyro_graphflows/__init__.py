@@ -39,6 +39,7 @@ from pyro_graphflows.guides import (
     Normal,
     auto_faithful_guide,
     check_guide,
+    load_guide,
 )
 from pyro_graphflows.infer import (
     IWAE_ELBO,
@@ -139,6 +140,7 @@ __all__ = [
     "is_imap",
     "is_minimal_imap",
     "list_networks",
+    "load_guide",
     "load_network",
     "log_evidence",
     "mean_field_inverse",

@@ -9,7 +9,7 @@ from pyro_graphflows.guides.conditionals.factors import (
 )
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
 from pyro_graphflows.guides.families import Family, Flow, Normal
-from pyro_graphflows.guides.guide import AutoFaithfulGuide, auto_faithful_guide
+from pyro_graphflows.guides.guide import AutoFaithfulGuide, auto_faithful_guide, load_guide
 
 __all__ = [
     "AutoFaithfulGuide",
@@ -24,4 +24,5 @@ __all__ = [
     "NormalFactor",
     "auto_faithful_guide",
     "check_guide",
+    "load_guide",
 ]
