@@ -260,7 +260,7 @@ class AutoFaithfulGuide(AutoGuide):
         call = self._read(args, kwargs, observations)
         values: dict[str, Tensor] = {}
         unconstrained: dict[str, Tensor] = {}
-        blocks: Any = self.blocks
+        blocks: Any = self.blocks  # once: each look-up shows all parameters to Pyro
         for block, block_plan in zip(blocks, plan.blocks, strict=True):
             conditionals = block.begin(call, unconstrained)
             for level in block_plan.levels:
@@ -270,32 +270,34 @@ class AutoFaithfulGuide(AutoGuide):
                     for name in block_plan.plates:
                         stack.enter_context(self.plates[name])
                     for name, conditional in conditionals.next().items():
-                        values[name], unconstrained[name] = self._emit_site(name, conditional, call, emit)
+                        fn, read_back = self._at_site(name, conditional, call, block)
+                        values[name] = self._emit_site(name, fn, call, emit)
+                        unconstrained[name] = read_back(values[name])
                     conditionals.accept({name: unconstrained[name] for name in level})
         return {name: values[name] for name in self._sites}
 
-    def _emit_site(
-        self, name: str, conditional: dist.TorchDistribution, call: Call, emit: Emit
-    ) -> tuple[Tensor, Tensor]:
-        """Emit a site; return its value and the flat vector of that value."""
-        plan, site = self.plan, self._sites[name]
-        first: Any = self.blocks[0]
-        fn, read_back = site_distribution(
+    def _at_site(
+        self, name: str, conditional: dist.TorchDistribution, call: Call, block: GuideBlock
+    ) -> tuple[dist.TorchDistribution, Callable[[Tensor], Tensor]]:
+        """Return the distribution to emit at a site, and the map from its value to the flat vector."""
+        site = self._sites[name]
+        return site_distribution(
             site,
             conditional,
             call.supports[name],
-            analytic_kl=plan.analytic_kl[name],
-            dtype=None if site.encoding is None else first.dtype,
+            analytic_kl=self.plan.analytic_kl[name],
+            dtype=None if site.encoding is None else block.dtype,
         )
+
+    def _emit_site(self, name: str, fn: dist.TorchDistribution, call: Call, emit: Emit) -> Tensor:
+        """Emit a distribution at its site, with the model's mask and scale; return the value."""
         if name in call.masks:
             fn = fn.mask(call.masks[name])
-        infer = {"infer": {"enumerate": "parallel"}} if name in plan.enumerated else {}
-        if name in call.scales:
-            with poutine.scale(scale=call.scales[name]):
-                value = emit(name, fn, **infer)
-        else:
-            value = emit(name, fn, **infer)
-        return value, read_back(value)
+        infer = {"infer": {"enumerate": "parallel"}} if name in self.plan.enumerated else {}
+        if name not in call.scales:
+            return emit(name, fn, **infer)
+        with poutine.scale(scale=call.scales[name]):
+            return emit(name, fn, **infer)
 
     def _read(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], observations: Mapping[str, Tensor] | None
@@ -665,7 +667,8 @@ def auto_faithful_guide(
         inverse: What each site is conditioned on: ``"auto"`` (the faithful inverse with the fewest edges and, among
             these, smooth conditionals (:mod:`~pyro_graphflows.guides.orders`); discrete sites sampled before
             the continuous ones of their plates unless that doubles the edges), another order
-            of :func:`~pyro_graphflows.faithful_inverse` or an elimination sequence; ``"stochastic"``, ``"full"``,
+            of :func:`~pyro_graphflows.faithful_inverse`, :class:`~pyro_graphflows.AutoOrder` (a search for fewer
+            edges, for a given time) or an elimination sequence; ``"stochastic"``, ``"full"``,
             ``"mean_field"``; an :class:`~pyro_graphflows.InverseGraph`, or a function that makes one from the
             :class:`~pyro_graphflows.ModelGraph`.
         pool: How the data in inner plates reach the sites outside of them (a group's data its own variable, all data
