@@ -40,6 +40,7 @@ from pyro_graphflows.guides import (
     Spline,
     auto_faithful_guide,
     check_guide,
+    load_guide,
 )
 from pyro_graphflows.infer import (
     IWAE_ELBO,
@@ -147,6 +148,7 @@ __all__ = [
     "is_imap",
     "is_minimal_imap",
     "list_networks",
+    "load_guide",
     "load_network",
     "load_posterior",
     "log_evidence",

@@ -9,7 +9,7 @@ from pyro_graphflows.guides.conditionals.factors import (
 )
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
 from pyro_graphflows.guides.families import Family, Flow, Normal, Spline
-from pyro_graphflows.guides.guide import AutoFaithfulGuide, auto_faithful_guide
+from pyro_graphflows.guides.guide import AutoFaithfulGuide, auto_faithful_guide, load_guide
 
 __all__ = [
     "AutoFaithfulGuide",
@@ -25,4 +25,5 @@ __all__ = [
     "Spline",
     "auto_faithful_guide",
     "check_guide",
+    "load_guide",
 ]
