@@ -738,5 +738,8 @@ def test_what_is_measured_on_the_way_leaves_no_trace():
         assert torch.equal(value, watched.tensors()[key]), key
     assert later[-1]["loss"] == rows[-1]["loss"]
     assert found["epoch"] == 2
+    with torch.no_grad():
+        watched.ensemble.parameters["gates.logits"].fill_(1e6)  # no gradient is left
+    assert remedies.evidence(watched)["gradient_mean_over_sd"]["median"] is None
     assert found["training_bound"] != found["training_bound_hard_gates"]
     assert found["validation"] != found["validation_recalibrated"]

@@ -70,7 +70,10 @@ def restore(trainer, before):
 
 
 def gate_gradients(trainer, epochs=5):
-    """Return mean over standard deviation of each gate's gradient ``(E, G)`` from batch to batch, in size."""
+    """Return mean over standard deviation of each gate's gradient from batch to batch, in size.
+
+    Gates without any gradient, which are open or closed to the last digit, are left out.
+    """
     logits = trainer.ensemble.parameters["gates.logits"]
     found = []
     for _ in range(epochs):
@@ -79,7 +82,8 @@ def gate_gradients(trainer, epochs=5):
             found.append(torch.autograd.grad(trainer.ensemble.losses(*trainer.data.next()).sum(), logits)[0])
             trainer.data.advance()
     gradients = torch.stack(found)
-    return gradients.mean(0).abs() / gradients.std(0), len(found)
+    ratio = gradients.mean(0).abs() / gradients.std(0)
+    return ratio[gradients.std(0) > 0], len(found)
 
 
 @torch.no_grad()
@@ -107,8 +111,8 @@ def evidence(trainer):
         if not trainer.ensemble.is_frozen.all():
             ratio, batches = gate_gradients(trainer)
             found["gradient_mean_over_sd"] = {
-                "median": ratio.median().item(),
-                "largest": ratio.max().item(),
+                "median": ratio.median().item() if len(ratio) else None,
+                "largest": ratio.max().item() if len(ratio) else None,
                 "of_pure_noise": math.sqrt(
                     2 / math.pi / batches
                 ),  # the mean of a ratio whose true value is 0
