@@ -414,3 +414,24 @@ def test_arviz(groups):
     assert tree["sample_stats"]["log_weight"].shape == (1, 50)
     few = posterior.to_arviz(log_likelihood=False, posterior_predictive=False)
     assert set(few.children) == {"posterior", "observed_data", "sample_stats"}
+
+
+def test_weights_of_many_data_in_single_precision():
+    """Log-densities of half a million: in float32 their sums would be off by more than the weights differ."""
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    def guide(y):
+        pyro.sample("mu", dist.Normal(y.mean() + 1e-4, 1.1 * len(y) ** -0.5))
+
+    y = torch.randn(200_000)
+    double = sample_posterior(model, guide, y, num_draws=400, seed=0)
+    torch.set_default_dtype(torch.float32)
+    single = sample_posterior(model, guide, y.float(), num_draws=400, seed=0)
+    assert single.draws["mu"].dtype == torch.float32
+    assert (single.log_weights.mean() - double.log_weights.mean()).abs() < 0.05
+    assert single.ess.item() == pytest.approx(double.ess.item(), rel=0.1)
+    assert single.khat.isfinite()
