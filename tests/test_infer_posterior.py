@@ -1,5 +1,6 @@
 import math
 import warnings
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -221,7 +222,9 @@ def test_a_pool_that_is_worth_too_little_is_said(groups):
     assert posterior.khat > 0.7
     assert "too uneven" in repr(posterior)
     with pytest.warns(GraphflowsWarning, match="The pool of 3000 draws is worth"):
-        posterior.reweighted(seed=1)
+        resampled = posterior.reweighted(seed=1)
+    assert resampled.khat > 0.7
+    assert (resampled.loo(seed=1).khat >= resampled.khat).all()  # it does not look better for being resampled
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
@@ -351,6 +354,9 @@ def test_it_says_what_to_do(groups):
     assert "Posterior(3000 draws of the guide; joint)" in repr(good)
     exact = sample_posterior(groups.model, groups.guide(), *groups.args, num_draws=100)
     assert "reweighted" not in repr(exact)
+    few = good.log_weights.clone()
+    few[50:] -= 20.0
+    assert "Few of the draws count" in repr(replace(good, log_weights=few, ess=torch.tensor(50.0)))
 
 
 def test_saved_and_read_again(groups, tmp_path):
