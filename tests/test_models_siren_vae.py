@@ -663,3 +663,13 @@ def test_numbers_out_of_range():
         two.elbo(torch.zeros(3, 2), torch.zeros(3, 1).numpy())
     with pytest.raises(GraphflowsError, match="Expected finite data; the columns of x are not"):
         vae.standardize_(torch.full((3, 1), torch.nan), torch.zeros(3, 1))
+
+
+def test_training_data_of_other_kinds():
+    vae = SIReNVAE(ModelGraph([("a", "x")], observed=["x"]))
+    x = torch.randn(20, 1)
+    history = vae.fit(TrainingData(x, batch_size=5, validation=x), schedule=1, progress=False)
+    assert history.num_steps == 4
+    for data in (TrainingData((x, x, x)), TrainingData([(x,)]), TrainingData({"x": x})):
+        with pytest.raises(GraphflowsError, match=r"TrainingData of x or of \(x, inputs\) and nothing else"):
+            vae.fit(data, schedule=1, progress=False)

@@ -142,18 +142,17 @@ class LatentModel(LatentPrograms):
         Raises:
             GraphflowsError: If the data are not those of the model, as :meth:`known` says, or of :func:`fit`.
         """
-        data = x if isinstance(x, TrainingData) else TrainingData(x if inputs is None else (x, inputs))
-        given = data.data if isinstance(data.data, tuple) else (data.data,)
-        if (
-            len(given) > 2
-            or not all(isinstance(part, Tensor) for part in given)
-            or (x is data and inputs is not None)
-        ):
-            raise GraphflowsError(
-                f"Expected a tensor x, or TrainingData of x or (x, inputs) and nothing else; got {x}."
-            )
-        rows, covariates = given if len(given) == 2 else (given[0], None)
+        rows: Any = x
+        covariates = inputs
+        if isinstance(x, TrainingData):
+            given = x.data if isinstance(x.data, tuple) else (x.data,)
+            if inputs is not None or len(given) > 2 or not all(isinstance(part, Tensor) for part in given):
+                raise GraphflowsError(
+                    f"Expected TrainingData of x or of (x, inputs) and nothing else; got {x}."
+                )
+            rows, covariates = given if len(given) == 2 else (given[0], None)
         self.known(rows, covariates)  # all rows, before any is trained on
         if not self.observation.has_units if standardize is None else standardize:
             self.standardize_(rows, covariates)
+        data = x if isinstance(x, TrainingData) or inputs is None else (x, inputs)
         return fit(self.model, self.guide, data, loss=loss or self.objective(), **options)
