@@ -48,8 +48,8 @@ OTHERS = [path for path in MODULES if _layer(path) not in WITH_CIRCLES.split()]
 WITHOUT_TORCH = {"graphs": "networkx numpy scipy pyro_graphflows"}
 # Modules that take long to import, and are needed by few: `import pyro_graphflows` must load none of them.
 LAZY = (
-    "IPython arviz_base arviz_stats matplotlib pandas pgmpy scipy.io scipy.optimize scipy.stats sklearn statsmodels "
-    "torchvision"
+    "IPython arviz_base arviz_stats matplotlib pandas pgmpy scipy.io scipy.optimize scipy.stats sklearn statsmodels"
+    " torchvision"
 )
 
 
