@@ -29,11 +29,26 @@ TESTED_ELSEWHERE = {
     *("flags.py", "whole_files.py"),
 }
 
+# short scripts to copy, and what each prints
+GALLERY = {
+    "semi_supervised_digits.py": (["--steps", "3", "--hidden-dim", "8"], "data where a call has some"),
+}
+
 
 def test_every_script_is_tested():
     scripts = {path.name for path in EXAMPLES.glob("*.py")}
+    assert {path.name for path in (EXAMPLES / "gallery").glob("*.py")} == set(GALLERY)
     assert set(SMALL) <= scripts
     assert scripts - set(SMALL) <= TESTED_ELSEWHERE
+
+
+@pytest.mark.parametrize("name", sorted(GALLERY))
+def test_script_of_the_gallery_runs(name):
+    flags, printed = GALLERY[name]
+    command = [sys.executable, "-W", "error", str(EXAMPLES / "gallery" / name), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=EXAMPLES.parent)
+    assert done.returncode == 0, done.stderr
+    assert printed in done.stdout
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))
