@@ -22,16 +22,38 @@ from torch.distributions import biject_to, constraints
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides.sites import InputEncodings
+<<<<<<< HEAD
 from pyro_graphflows.inspect import TracedModel, get_argument, get_arguments, same_tensor
 from pyro_graphflows.inspect.arguments import argument_leaves
+=======
+from pyro_graphflows.inspect import (
+    TracedModel,
+    arranged,
+    get_argument,
+    get_arguments,
+    rows_of_run,
+    same_tensor,
+    take_rows,
+)
+>>>>>>> main
 from pyro_graphflows.inspect.trace import undressed
 
-__all__ = ["Call", "CallReader", "PlateState", "SiteForm", "is_constant", "plates_of", "site_mask"]
+__all__ = [
+    "Call",
+    "CallReader",
+    "PlateState",
+    "SiteForm",
+    "chosen_indices",
+    "input_rows",
+    "is_constant",
+    "plates_of",
+    "site_mask",
+]
 
 
 @dataclass(frozen=True)
 class PlateState:
-    """A plate as it is in one call; ``indices`` is None where it is not subsampled."""
+    """A plate as it is in one call; ``indices`` is None where all its elements are there in order."""
 
     name: str
     dim: int
@@ -150,9 +172,29 @@ def plates_of(trace: poutine.Trace) -> dict[str, PlateState]:
             if frame.vectorized and frame.name not in plates:
                 node = trace.nodes.get(frame.name)
                 full_size = frame.full_size or frame.size
-                indices = None if node is None or frame.size == full_size else node["value"]
+                indices = None if node is None else chosen_indices(node["value"], full_size)
                 plates[frame.name] = PlateState(frame.name, frame.dim or 0, frame.size, full_size, indices)
     return plates
+
+
+def chosen_indices(indices: Any, full_size: int) -> Tensor | None:
+    """Return the indices of a plate; None for all in order."""
+    if indices is None:
+        return None
+    indices = torch.as_tensor(indices)
+    if len(indices) == full_size and torch.equal(indices, torch.arange(full_size).to(indices)):
+        return None
+    return indices
+
+
+def _has_part_of_a_loop(trace: poutine.Trace) -> bool:
+    """Whether a plate that is a Python loop is subsampled: its sites are about other data in each call."""
+    return any(
+        not frame.vectorized and frame.full_size is not None and frame.size != frame.full_size
+        for site in trace.nodes.values()
+        if site["type"] == "sample"
+        for frame in site["cond_indep_stack"]
+    )
 
 
 class CallReader:
@@ -181,6 +223,9 @@ class CallReader:
         self.inputs: tuple[str, ...] = graph.inputs
         self.known = frozenset(traced.trace.nodes)
         self.paths = dict(traced.argument_paths)
+        self.rows = {name: dict(rows) for name, rows in traced.rows.items()}
+        self.places = dict(traced.places)
+        self._taken: dict[Hashable, dict[str, dict[int, str]]] = {}
         values = {name: traced.trace.nodes[name]["value"] for name in self.latent}
         self.like = {name: value for name, value in values.items() if torch.is_tensor(value)}
         sites = (*self.latent, *self.observed)
@@ -201,7 +246,7 @@ class CallReader:
         new.like = {
             name: torch.zeros((), dtype=dtype, device=device) for name, dtype in plain["like"].items()
         }
-        new._unverified, new._known = True, {}
+        new._unverified, new._known, new._taken = True, {}, {}
         return new
 
     def _verify(self, trace: poutine.Trace) -> None:
@@ -245,7 +290,8 @@ class CallReader:
                 f"Expected observations of {', '.join(self.observed) or 'nothing'}, the sites with data when the guide "
                 f"was set up; got {', '.join(unknown)}."
             )
-        shape = None if indices else _shape_of((args, kwargs))
+        looks = _shape_of((args, kwargs))
+        shape = None if indices else looks
         known = self._known.get(shape) if shape is not None else None
         if known is not None:
             paths = {name: self.paths[name] for name in known.values}
@@ -255,6 +301,8 @@ class CallReader:
             return replace(known, values=values, given=given)
 
         trace = self._shadow(model, args, kwargs, indices or {})
+        plates = plates_of(trace)
+        taken = self._rows_taken(model, args, kwargs, plates, looks)
         if self._unverified:
             self._verify(trace)
         values = {}
@@ -287,7 +335,8 @@ class CallReader:
                 raise UnsupportedModelError(
                     f"Expected the argument {name!r}, a covariate on which the guide conditions; got none."
                 )
-            values[name] = self.encodings.input_value(name, value)
+            value = take_rows(name, value, self.rows.get(name, {}), taken.get(name, {}), plates)
+            values[name] = self.encodings.input_value(name, arranged(value, self.places.get(name, ())))
         partly = self.encodings.partly
         for name in partly:
             if name in trace:
@@ -319,10 +368,18 @@ class CallReader:
             if torch.is_tensor(scale) or abs(scale - 1.0) > 1e-12:
                 scales[name] = scale
             supports[name] = site["fn"].support
+<<<<<<< HEAD
         self._find_paths(given, model, args, kwargs)
         call = Call(values, plates_of(trace), masks, scales, supports, given)
+=======
+        call = Call(values, plates, masks, scales, supports)
+>>>>>>> main
         self._unverified = False
-        if shape is not None and self._arguments_say_all(call, model, args, kwargs):
+        if (
+            shape is not None
+            and not _has_part_of_a_loop(trace)
+            and self._arguments_say_all(call, model, args, kwargs)
+        ):
             self._known[shape] = call
         return call
 
@@ -345,8 +402,32 @@ class CallReader:
         with torch.no_grad(), poutine.block(), _FeasiblePoint(indices, self.like):
             return poutine.trace(model).get_trace(*args, **kwargs)
 
+    def _rows_taken(
+        self,
+        model: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        plates: Mapping[str, PlateState],
+        looks: Hashable | None,
+    ) -> dict[str, dict[int, str]]:
+        """Return for inputs which rows the model takes of them in a call: seen once for each kind of call."""
+        indices = {name: plate.indices for name, plate in plates.items() if plate.indices is not None}
+        if not indices or not self.inputs:
+            return {}
+        kind = (
+            looks,
+            tuple((name, p.size, p.full_size, p.indices is None) for name, p in sorted(plates.items())),
+        )
+        if looks is not None and kind in self._taken:
+            return self._taken[kind]
+        found = rows_of_run(model, args, kwargs, (_FeasiblePoint(indices, self.like),))
+        taken = {name: found[self.paths[name]] for name in self.inputs if self.paths[name] in found}
+        if looks is not None:
+            self._taken[kind] = taken
+        return taken
+
     def _arguments_say_all(self, call: Call, model: Callable[..., Any], args: Any, kwargs: Any) -> bool:
-        if call.masks or call.scales or any(plate.subsampled for plate in call.plates.values()):
+        if call.masks or call.scales or any(plate.indices is not None for plate in call.plates.values()):
             return False
         if not all(is_constant(support) for support in call.supports.values()):
             return False
@@ -364,6 +445,19 @@ class CallReader:
         for name in new:
             paths = [path for path, leaf in leaves.items() if leaf is given[name]]
             self.paths.update((name, path) for path in paths[:1])
+
+
+def input_rows(traced: TracedModel, name: str, value: Tensor, plates: Mapping[str, PlateState]) -> Tensor:
+    """Return the value of an input at set-up, row for row of its plates.
+
+    Args:
+        traced: The model as traced.
+        name: The input.
+        value: Its value, as the model got it.
+        plates: The plates of the trace.
+    """
+    rows, taken = traced.rows.get(name, {}), traced.taken.get(name, {})
+    return arranged(take_rows(name, value, rows, taken, plates), traced.places.get(name, ()))
 
 
 def is_constant(support: constraints.Constraint) -> bool:

@@ -26,7 +26,7 @@ from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, Unsupport
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.guides.block import GuideBlock, make_inputs
-from pyro_graphflows.guides.call import Call, CallReader, PlateState
+from pyro_graphflows.guides.call import Call, CallReader, PlateState, chosen_indices
 from pyro_graphflows.guides.compile import Compiled, GuideOptions, compile_guide
 from pyro_graphflows.guides.conditionals.contract import Family
 from pyro_graphflows.guides.conditionals.distributions import site_distribution
@@ -318,7 +318,9 @@ class AutoFaithfulGuide(AutoGuide):
         else:
             existing = {}
         indices = {
-            name: plate._indices for name, plate in existing.items() if plate.subsample_size < plate.size
+            name: plate._indices
+            for name, plate in existing.items()
+            if chosen_indices(plate._indices, plate.size) is not None
         }
         call = self._reader.read(self.model, args, kwargs, observations, indices)
         if call.given:

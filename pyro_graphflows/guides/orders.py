@@ -59,7 +59,7 @@ from pyro_graphflows.graphs.inversion import (
 )
 from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.graphs.order_search import AutoOrder
-from pyro_graphflows.guides.call import plates_of
+from pyro_graphflows.guides.call import input_rows, plates_of
 from pyro_graphflows.guides.plan import BlockPlan
 from pyro_graphflows.guides.samples import MOST_ROWS, ModelDraws, side_by_side
 from pyro_graphflows.guides.sites import LatentSite
@@ -251,10 +251,8 @@ def _index_arguments(
         for outer, groups in outers.items():
             found[inner, outer] = None
             for name in sorted(traced.index_inputs):
-                value = get_argument(model, traced.argument_paths[name], args, kwargs).reshape(-1).cpu()
-                indices = plates[inner].indices
-                if indices is not None and len(value) == plates[inner].full_size:
-                    value = value[indices.cpu()]
+                value = get_argument(model, traced.argument_paths[name], args, kwargs)
+                value = input_rows(traced, name, value, plates).reshape(-1).cpu()
                 if value.shape == groups.shape and bool(((value == groups) | (groups < 0)).all()):
                     found[inner, outer] = name
                     break
@@ -567,7 +565,6 @@ def smooth_order(inverse: InverseGraph, samples: Mapping[str, Tensor]) -> Invers
 
     Example:
         >>> from pyro_graphflows.graphs.model_graph import ModelGraph
-    from pyro_graphflows.graphs.order_search import AutoOrder
         >>> graph = ModelGraph(["ac", "bc", "cx"], observed=["x"])
         >>> a, b, noise = 5 + torch.randn(5000, 1), torch.randn(5000, 1), 0.1 * torch.randn(2, 5000, 1)
         >>> c = a * b + noise[0]

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_graphflows.errors import UnsupportedModelError
-from pyro_graphflows.guides.call import PlateState
+from pyro_graphflows.guides.call import PlateState, input_rows, plates_of
 from pyro_graphflows.guides.plan import BlockPlan, Plan
 from pyro_graphflows.guides.sites import InputEncodings, LatentSite, flatten_event
-from pyro_graphflows.inspect import TracedModel, get_argument, sample_prior
+from pyro_graphflows.inspect import Batching, TracedModel, find_batching, get_argument, sample_prior
 
 __all__ = ["MOST_ROWS", "ModelDraws", "Samples", "side_by_side", "with_depth"]
 
@@ -26,6 +26,7 @@ MOST_ROWS = 200_000  # in the block with the most elements, for a joint sample
 MOST_POOLED_ROWS = 500_000  # the same where plates are pooled: a whole data set is one sample
 MOST_NUMBERS = 20_000_000  # in all joint samples together, as the data of one can be many
 FEWEST_DRAWS = 200  # even so
+MOST_SINGLE_RUNS = 1000  # where the model takes one run for each joint sample
 
 
 class ModelDraws:
@@ -53,6 +54,8 @@ class ModelDraws:
         self.traced, self.sites, self.encodings = traced, sites, encodings
         self._kept: dict[str, Tensor] = {}
         self._num_kept = 0
+        self._batching: Batching | None = None
+        self._plates = plates_of(traced.trace)
         nodes: Any = traced.trace.nodes
         size = sum(site["value"].numel() for site in nodes.values() if torch.is_tensor(site.get("value")))
         self._most_draws = max(FEWEST_DRAWS, MOST_NUMBERS // max(1, size))
@@ -65,8 +68,9 @@ class ModelDraws:
         return max(floats, key=lambda value: value.dtype.itemsize, default=torch.zeros(()))
 
     def argument(self, name: str) -> Tensor:
-        """Return the value of an input as the model got it."""
-        return get_argument(self.model, self.traced.argument_paths[name], self.args, self.kwargs)
+        """Return the value of an input, row for row of the plates of the call."""
+        value = get_argument(self.model, self.traced.argument_paths[name], self.args, self.kwargs)
+        return input_rows(self.traced, name, value, self._plates)
 
     def data(self, name: str) -> Tensor:
         """Return the conditioning value of an observed site or an input in this call."""
@@ -82,6 +86,16 @@ class ModelDraws:
         nodes: Any = self.traced.trace.nodes
         return self.encodings.masked_value(name, value, nodes[name]["mask"])
 
+    @property
+    def note(self) -> str | None:
+        """A sentence for the user if each joint sample took a run of its own."""
+        if self._batching is None or self._batching.way != "single":
+            return None
+        return (
+            f"set-up is slow and has no more than {MOST_SINGLE_RUNS} joint samples, since each takes a run of the "
+            f"model: {self._batching.reason}."
+        )
+
     def draw(self, num_samples: int, *, keep: bool = True) -> dict[str, Tensor]:
         """Return joint samples of all latent sites and of the nodes that can be network inputs.
 
@@ -95,10 +109,19 @@ class ModelDraws:
             UnsupportedModelError: If samples of the model would not be what the model's density says.
         """
         samples = self._kept
+        if self._batching is None:
+            self._batching = find_batching(self.model, self.args, self.kwargs, traced=self.traced)
         num_samples = min(num_samples, self._most_draws)
+        if self._batching.way == "single":
+            num_samples = min(num_samples, MOST_SINGLE_RUNS)
         if num_samples > self._num_kept:
             samples = sample_prior(
-                self.model, self.args, self.kwargs, num_samples=num_samples, traced=self.traced
+                self.model,
+                self.args,
+                self.kwargs,
+                num_samples=num_samples,
+                traced=self.traced,
+                batching=self._batching,
             )
             if keep:
                 self._kept, self._num_kept = samples, num_samples
@@ -132,7 +155,7 @@ class Samples:
         num_rows: The number of rows that each block should have.
         values: Joint samples by site, conditioning node and summary; None where there are none.
         rows: Of the nodes of one block, one row for each draw and each element of the plates.
-        note: Why there are none.
+        note: Why there are none, or few.
     """
 
     draws: ModelDraws
@@ -168,6 +191,7 @@ class Samples:
         elif num_rows:
             try:
                 values = draws.draw(_number_of_draws(plan.blocks, plates, num_rows))
+                note = draws.note
             except UnsupportedModelError as error:
                 note = f"no regression start and no standardisation of latents: {error}"
         return cls(draws, plates, standardize, num_rows, values, note=note)

@@ -30,6 +30,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger, unwrap
+from pyro.poutine.plate_messenger import PlateMessenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_site_shape
 from torch import Tensor
@@ -39,6 +40,7 @@ from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 __all__ = [
     "OUTER_PARTICLES",
     "PARTICLES",
+    "LocalPlate",
     "Prototype",
     "density_sites",
     "difference_to_alone",
@@ -136,6 +138,25 @@ def run_pair(
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
     return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+
+
+class LocalPlate(PlateMessenger):
+    """A plate of particles that only holds what is inside some plates.
+
+    Args:
+        plates: The names of these plates; none to hold everything.
+        size: The number of particles.
+        dim: Their dimension.
+    """
+
+    def __init__(self, plates: Sequence[str], size: int, dim: int) -> None:
+        super().__init__(PARTICLES, size, dim=dim)
+        self._plates = tuple(plates)
+
+    def _process_message(self, msg: Any) -> None:
+        # messages reach the outermost plate last: the others have put their mark on them by then
+        if all(inside(msg, plate) for plate in self._plates):
+            super()._process_message(msg)
 
 
 def particle_plate(program: Program, size: int, dim: int, name: str = PARTICLES) -> Program:
