@@ -22,10 +22,6 @@ from torch.distributions import biject_to, constraints
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides.sites import InputEncodings
-<<<<<<< HEAD
-from pyro_graphflows.inspect import TracedModel, get_argument, get_arguments, same_tensor
-from pyro_graphflows.inspect.arguments import argument_leaves
-=======
 from pyro_graphflows.inspect import (
     TracedModel,
     arranged,
@@ -35,7 +31,7 @@ from pyro_graphflows.inspect import (
     same_tensor,
     take_rows,
 )
->>>>>>> main
+from pyro_graphflows.inspect.arguments import argument_leaves
 from pyro_graphflows.inspect.trace import undressed
 
 __all__ = [
@@ -368,12 +364,8 @@ class CallReader:
             if torch.is_tensor(scale) or abs(scale - 1.0) > 1e-12:
                 scales[name] = scale
             supports[name] = site["fn"].support
-<<<<<<< HEAD
         self._find_paths(given, model, args, kwargs)
-        call = Call(values, plates_of(trace), masks, scales, supports, given)
-=======
-        call = Call(values, plates, masks, scales, supports)
->>>>>>> main
+        call = Call(values, plates, masks, scales, supports, given)
         self._unverified = False
         if (
             shape is not None

@@ -171,9 +171,11 @@ class Plan:
             sampling_order=rest,
             coupled={site: plates for site, plates in inverse.coupled.items() if site in rest},
         )
-        always = {(each.node, each.other) for each in violated_independencies(inverse)}
+        always = {frozenset((each.node, each.other)) for each in violated_independencies(inverse)}
         found = {(each.node, each.other): None for each in violated_independencies(then)}
-        return tuple(pair for pair in found if pair not in always and pair[0] not in self.inputs.per_element)
+        return tuple(
+            pair for pair in found if frozenset(pair) not in always and pair[0] not in self.inputs.per_element
+        )
 
     def _missing_dependences(self) -> list[str]:
         missing = list(violated_independencies(self.judged or self.inverse))
