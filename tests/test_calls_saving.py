@@ -389,13 +389,13 @@ def test_a_damaged_file_is_refused(tmp_path):
         with pytest.raises(GraphflowsError):
             load_guide(path, pair)
     path.write_bytes(content + b"more")
-    with pytest.raises(GraphflowsError, match="4 bytes follow"):
+    with pytest.raises(GraphflowsError, match="not fully covered"):
         load_guide(path, pair)
     path.write_bytes(struct.pack("<Q", 2**62) + content[8:])
-    with pytest.raises(GraphflowsError, match="no header"):
+    with pytest.raises(GraphflowsError, match="It is damaged or another"):
         load_guide(path, pair)
     torch.save({"a": 1}, path)
-    with pytest.raises(GraphflowsError, match="no header"):
+    with pytest.raises(GraphflowsError, match="It is damaged or another"):
         load_guide(path, pair)
     with pytest.raises(GraphflowsError, match="a file that can be read"):
         load_guide(tmp_path / "nothing.safetensors", pair)
@@ -433,18 +433,17 @@ def test_tensors_of_all_types(dtype, tmp_path):
 
 
 def test_tensors_that_the_format_has_not(tmp_path):
-    with pytest.raises(GraphflowsError, match=r"'a' is of torch\.complex64"):
-        write_tensors(tmp_path / "file", {"a": torch.zeros(2, dtype=torch.complex64)})
+    with pytest.raises(GraphflowsError, match=r"types that safetensors has; got torch\.complex128"):
+        write_tensors(tmp_path / "file", {"a": torch.zeros(2, dtype=torch.complex128)})
 
 
-def test_a_file_of_the_format_that_others_wrote(tmp_path):
+def test_a_file_of_the_format_that_others_wrote_has_no_checksum(tmp_path):
     header = json.dumps({"b": {"dtype": "I32", "shape": [1], "data_offsets": [8, 12]},
                          "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()  # fmt: skip
     numbers = struct.pack("<ffi", 1.0, 2.0, 3)
     (tmp_path / "file").write_bytes(struct.pack("<Q", len(header)) + header + numbers)
-    found, texts = read_tensors(tmp_path / "file")
-    assert texts == {}
-    assert {name: value.tolist() for name, value in found.items()} == {"a": [1.0, 2.0], "b": [3]}
+    with pytest.raises(GraphflowsError, match="its checksum does not fit its content"):
+        read_tensors(tmp_path / "file")
 
 
 @pytest.mark.parametrize(
@@ -462,7 +461,7 @@ def test_values_as_plain_data(value):
     text = json.dumps(writer.write(value), allow_nan=False)
     found = Reader(writer.objects, writer.tensors, ()).read(json.loads(text))
     assert type(found) is type(value)
-    assert str(found) == str(value)
+    assert found == value if isinstance(value, frozenset) else str(found) == str(value)
 
 
 @pytest.mark.parametrize("edges", ["ax bx", "cx bc ab", "bx ax cb dx"])

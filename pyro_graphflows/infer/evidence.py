@@ -127,18 +127,10 @@ def log_evidence(
         >>> torch.allclose(evidence.log_evidence, dist.Normal(0.0, 2**0.5).log_prob(x))
         True
     """
-    log_weights = importance_log_weights(
-        model,
-        guide,
-        *args,
-        num_particles=num_particles,
-        data_plate=data_plate,
-        chunk_size=chunk_size,
-        max_plate_nesting=max_plate_nesting,
-        vectorize=vectorize,
-        **kwargs,
+    log_weights, dtype = _log_weights(
+        model, guide, args, kwargs, num_particles, data_plate, chunk_size, max_plate_nesting, vectorize
     )
-    return evidence_from_log_weights(log_weights)
+    return Evidence(*(value.to(dtype) for value in evidence_from_log_weights(log_weights)))
 
 
 def evidence_from_log_weights(log_weights: Tensor) -> Evidence:
@@ -196,6 +188,24 @@ def importance_log_weights(
         GraphflowsError: As in :func:`log_evidence`.
         UnsupportedModelError: As in :func:`log_evidence`.
     """
+    log_weights, dtype = _log_weights(
+        model, guide, args, kwargs, num_particles, data_plate, chunk_size, max_plate_nesting, vectorize
+    )
+    return log_weights.to(dtype)
+
+
+def _log_weights(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    num_particles: int,
+    data_plate: str | Literal[False] | None,
+    chunk_size: int | None,
+    max_plate_nesting: int | None,
+    vectorize: bool,
+) -> tuple[Tensor, torch.dtype]:
+    """Return the logarithms of the weights in float64, and the dtype of the log-densities."""
     if num_particles < 1 or (chunk_size is not None and chunk_size < 1):
         raise GraphflowsError(
             f"Expected positive num_particles and chunk_size; got {num_particles} and {chunk_size}."
@@ -207,7 +217,8 @@ def importance_log_weights(
             require_inside(plate.name, (first.model_trace, first.guide_trace))
         sampler = ImportanceSampler(model, guide, args, kwargs, first, plate, vectorize)
         if not vectorize:
-            return torch.cat([sampler.log_weights(sampler.run(1)) for _ in range(num_particles)])
+            weights = [sampler.log_weights(sampler.run(1)) for _ in range(num_particles)]
+            return torch.cat(weights), sampler.dtype
         chunk_size = chunk_size or max(1, _PARTICLES_TIMES_DATA // (plate.size if plate is not None else 1))
         chunks = []
         for start in range(0, num_particles, chunk_size):
@@ -215,4 +226,4 @@ def importance_log_weights(
             if start == 0:
                 sampler.require_same_alone(pair)
             chunks.append(sampler.log_weights(pair))
-        return torch.cat(chunks)
+        return torch.cat(chunks), sampler.dtype

@@ -142,7 +142,7 @@ def leave_one_out(
     total = math.prod(datum.sizes)
     counted = _counted(first, datum)
     blocks = list(chunks(total, max(1, _NUMBERS_KEPT // num)))
-    pointwise, khat = torch.full((total,), math.nan), torch.full((total,), math.nan)
+    pointwise, khat = (torch.full((total,), math.nan, dtype=torch.float64) for _ in range(2))
     with tqdm(
         total=num * len(blocks), disable=not progress, delay=2.0, unit="draw", desc="leaving out"
     ) as bar:
@@ -429,7 +429,7 @@ class _Source:
 
     def _shared(self, trace: poutine.Trace) -> Tensor:
         """Return the log-density of what is outside the plates of a datum, for each outer draw."""
-        total = torch.zeros((1,) * (1 + len(self.apart)))
+        total = torch.zeros(())
         for name, site in density_sites(trace):
             if all(inside(site, plate) for plate in self.datum.plates):
                 continue
@@ -441,8 +441,8 @@ class _Source:
                     f"Site {name!r} is shared by several data and depends on sites that are summed out for each of "
                     "them. Let the guide sample these sites."
                 )
-            total = total + keep_dims(log_prob, (self.outer, *self.apart.values()))
-        return total
+            total = total + keep_dims(log_prob, (self.outer, *self.apart.values()), wide=True)
+        return total if total.dim() else total.reshape((1,) * (1 + len(self.apart)))
 
     def _by_plate(self, value: Tensor) -> Tensor:
         """Return (S,) or (S, elements of the plate that is apart) with a dimension for each plate of a datum."""
