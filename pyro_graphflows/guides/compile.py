@@ -3,6 +3,7 @@
 Each step takes values and returns new ones; none edits an earlier step's result.
 """
 
+import warnings
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
+from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
 from pyro_graphflows.guides.call import CallReader, PlateState, is_constant, plates_of
 from pyro_graphflows.guides.conditionals.contract import ElementParents, Family, SiteRole
 from pyro_graphflows.guides.conditionals.factors import ElementNormalFactor, Factor, NormalFactor
@@ -30,7 +31,12 @@ from pyro_graphflows.guides.orders import (
 from pyro_graphflows.guides.plan import BlockPlan, Plan, make_blocks, mean_field_condition, ways_in
 from pyro_graphflows.guides.samples import ModelDraws
 from pyro_graphflows.guides.sites import LatentSite, input_encodings, latent_sites
-from pyro_graphflows.inspect import TracedModel, non_exchangeable_plates, trace_model
+from pyro_graphflows.inspect import TracedModel, non_exchangeable_plates, seed_random_state, trace_model
+from pyro_graphflows.inspect.arguments import argument_leaves
+from pyro_graphflows.inspect.graph import split_elements
+from pyro_graphflows.inspect.probes import Rerun
+from pyro_graphflows.inspect.stability import changes
+from pyro_graphflows.inspect.trace import quiet_run, run_model
 
 __all__ = ["Compiled", "GuideOptions", "compile_guide"]
 
@@ -52,6 +58,7 @@ class GuideOptions:
     resolution: str = "site"
     coupled_rank: int | None = None
     enumerate_sites: bool | Collection[str] = False
+    setup_seed: int = 0
 
     def __post_init__(self) -> None:
         if self.init not in ("regression", "random"):
@@ -68,6 +75,8 @@ class GuideOptions:
             raise GraphflowsError(
                 f"Expected skip=True with init='regression', which sets the linear maps; got {self.family!r}."
             )
+        if self.setup_seed < 0:
+            raise GraphflowsError(f"Expected setup_seed >= 0; got {self.setup_seed}.")
         for name, kind in self.factors.items():
             if not (isinstance(kind, Family) or (isinstance(kind, type) and issubclass(kind, Factor))):
                 raise GraphflowsError(
@@ -129,6 +138,9 @@ def compile_guide(
 ) -> Compiled:
     """Compile a model for the arguments of a typical call.
 
+    The random state is the caller's in a first run, in which the model may create its parameters. From then on it
+    follows from ``setup_seed``, also after the return; be inside of :func:`~pyro_graphflows.inspect.kept_random_state`.
+
     Args:
         model: The model.
         args: Its positional arguments.
@@ -139,6 +151,10 @@ def compile_guide(
         UnsupportedModelError: If the model's structure cannot be traced, or a guide cannot represent it.
         GraphflowsError: If an option names a site that the model has not, or one that it does not fit.
     """
+    argument_leaves(model, args, kwargs)  # refuses arguments that do not fit
+    with quiet_run(model):
+        run_model(model, args, kwargs)
+    seed_random_state(options.setup_seed)
     traced = _trace(model, args, kwargs, options)
     elements = options.resolution == "element"
     found = find_inverse(model, args, kwargs, traced, options.inverse, elements=elements)
@@ -213,7 +229,10 @@ def compile_guide(
 def _trace(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: GuideOptions
 ) -> TracedModel:
-    traced = trace_model(model, args, kwargs, strict=options.strict, resolution=options.resolution)
+    traced = trace_model(model, args, kwargs, strict=options.strict)
+    _require_the_same_in_every_run(traced, model, args, kwargs, strict=options.strict)
+    if options.resolution == "element":
+        traced = split_elements(Rerun(model, args, kwargs, traced))
     if not traced.graph.latent:
         raise UnsupportedModelError(
             "Expected a model with latent sites; all its sites are observed"
@@ -308,6 +327,28 @@ def _analytic_kl(
 
 
 # ---------------------------------------------------------------- refusals
+
+
+def _require_the_same_in_every_run(
+    traced: TracedModel,
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    strict: bool,
+) -> None:
+    """Refuse models whose sites, dependences or rows of data change with random numbers that are no site's."""
+    found = changes(model, args, kwargs, traced)
+    if found is None:
+        return
+    message = (
+        f"Expected a model that is the same in every run with the same arguments; {found[0]}. {found[1]}."
+    )
+    if strict:
+        raise UnsupportedModelError(
+            f"{message} With strict=False a guide is made all the same; check_guide says that it is not safe."
+        )
+    warnings.warn(message, GraphflowsWarning, stacklevel=5)
 
 
 def _require_known_indices(blocks: Collection[BlockPlan], inputs: InputPlan, traced: TracedModel) -> None:

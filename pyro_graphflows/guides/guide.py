@@ -36,6 +36,7 @@ from pyro_graphflows.guides.plan import Description, Plan
 from pyro_graphflows.guides.samples import Samples
 from pyro_graphflows.guides.sites import LatentSite
 from pyro_graphflows.guides.start import start_block_
+from pyro_graphflows.inspect import kept_random_state
 
 __all__ = ["AutoFaithfulGuide", "auto_faithful_guide"]
 
@@ -63,6 +64,7 @@ class AutoFaithfulGuide(AutoGuide):
         resolution: ``"site"`` or ``"element"``.
         coupled_rank: The rank of the dependence of copies that are drawn jointly.
         enumerate_sites: Discrete sites that are marked for ``TraceEnum_ELBO``.
+        setup_seed: The seed of everything random at set-up; the caller's random state is neither used nor advanced.
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
             that returns plates that exist already, for subsampling.
 
@@ -95,6 +97,7 @@ class AutoFaithfulGuide(AutoGuide):
         resolution: str = "site",
         coupled_rank: int | None = None,
         enumerate_sites: bool | Collection[str] = False,
+        setup_seed: int = 0,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__(model, create_plates=create_plates)
@@ -110,8 +113,10 @@ class AutoFaithfulGuide(AutoGuide):
             resolution=resolution,
             coupled_rank=coupled_rank,
             enumerate_sites=enumerate_sites,
+            setup_seed=setup_seed,
         )
         self._plan: Plan | None = None
+        self._notes: tuple[str, ...] = ()
         self._start_notes: tuple[str, ...] = ()
         self._sites: dict[str, LatentSite]
         self._reader: CallReader
@@ -138,7 +143,7 @@ class AutoFaithfulGuide(AutoGuide):
                 guide. The message names them, and what to do.
         """
         options = self._options
-        with poutine.block():
+        with poutine.block(), kept_random_state():
             compiled = compile_guide(self.model, args, kwargs, options)
             samples = Samples.for_plan(
                 compiled.draws,
@@ -150,7 +155,7 @@ class AutoFaithfulGuide(AutoGuide):
             blocks, notes = self._make_blocks(compiled, samples)
         self._plan, self._sites, self._reader = compiled.plan, compiled.sites, compiled.reader
         self._plate_states = compiled.plates
-        self._start_notes = tuple(notes)
+        self._start_notes, self._notes = tuple(notes), () if samples.note is None else (samples.note,)
         self.blocks = nn.ModuleList(blocks)
         self.prototype_trace = compiled.traced.trace
         self._prototype_frames = {
@@ -168,7 +173,7 @@ class AutoFaithfulGuide(AutoGuide):
     def _make_blocks(self, compiled: Compiled, samples: Samples) -> tuple[list[GuideBlock], list[str]]:
         """Return the blocks at their starts, and notes on these."""
         options = self._options
-        notes = [] if samples.note is None else [samples.note]
+        notes: list[str] = []
         further = {"element_parents": compiled.element_parents, "factors": options.factor_classes()}
         blocks = []
         for plan in compiled.plan.blocks:
@@ -216,9 +221,14 @@ class AutoFaithfulGuide(AutoGuide):
         """The graph that was read from the model: of sites, or of elements with ``resolution="element"``."""
         return self.inverse.graph
 
-    def describe(self) -> Description:
-        """Return the plan in words: what each latent site is conditioned on, and what is not faithful."""
-        return self.plan.describe(self._start_notes)
+    def describe(self, *, verbose: bool = False) -> Description:
+        """Return the plan in words: what each latent site is conditioned on, and what is not faithful.
+
+        Args:
+            verbose: Whether to add how the networks start, with figures of joint samples. All else follows from the
+                model and the call.
+        """
+        return self.plan.describe((*self._notes, *(self._start_notes if verbose else ())))
 
     # ---------------------------------------------------------------- a call
 
@@ -589,6 +599,7 @@ def auto_faithful_guide(
     resolution: str = "site",
     coupled_rank: int | None = None,
     enumerate_sites: bool | Collection[str] = False,
+    setup_seed: int = 0,
     create_plates: Callable[..., Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
 ) -> AutoFaithfulGuide:
@@ -635,6 +646,9 @@ def auto_faithful_guide(
         enumerate_sites: Discrete sites that the guide marks ``infer={"enumerate": "parallel"}``, so that
             ``TraceEnum_ELBO`` sums over their values instead of drawing them: their names, or True for all. Every
             latent site then has a network of its own, so that each only meets the values of its own parents.
+        setup_seed: The seed of everything that is random at set-up: joint samples, and with them the order, the start
+            and the features, and the weights of the networks. Guides of the same model and call are equal whatever the
+            caller's random state, which is not advanced; for other initial weights, take another seed.
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
             that returns plates that exist already, for subsampling.
         example_kwargs: Keyword arguments of a typical call.
@@ -673,6 +687,7 @@ def auto_faithful_guide(
         resolution=resolution,
         coupled_rank=coupled_rank,
         enumerate_sites=enumerate_sites,
+        setup_seed=setup_seed,
         create_plates=create_plates,
     )
     if example_args or example_kwargs:

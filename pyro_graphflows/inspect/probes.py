@@ -677,6 +677,8 @@ class _LookUps:
         values = self.rerun.values
         if not all(n in values and differentiable(values[n]) for n in moving):
             return None
+        if self._is_chosen_by_latents(moving):
+            return None
         first = self._groups(values, moving, children, inner, outer)
         if first is None:
             return None
@@ -694,13 +696,23 @@ class _LookUps:
         return torch.stack(flat).amax(0)
 
     def _other_values(self) -> dict[str, torch.Tensor]:
+        """Return other values of the latent sites; of those with few classes, the next class everywhere."""
         values = dict(self.rerun.values)
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(1)
             for name, site in self.rerun.sites.items():
                 if name in values and self.graph.role(name) in ("latent", "marginalised"):
-                    values[name] = torch.as_tensor(site["fn"]()).detach()
+                    fn = site["fn"]
+                    if fn.support.is_discrete and fn.has_enumerate_support:
+                        values[name] = _next_class(fn, values[name])
+                    else:
+                        values[name] = torch.as_tensor(fn()).detach()
         return values
+
+    def _is_chosen_by_latents(self, moving: Iterable[str]) -> bool:
+        """Whether what is looked up depends on latent values: what an index is decides, and draws may only confirm."""
+        hidden = {n for n in self.graph.nodes if self.graph.role(n) in ("latent", "marginalised")}
+        return any(self.rerun.traced.selectors.get(name, frozenset()) & hidden for name in moving)
 
     def _groups(
         self,
@@ -751,6 +763,17 @@ class _LookUps:
         other = transform(free + step.to(free.device))
         mask = chosen.to(value.device).reshape(-1, *[1] * (-at - 1))
         return torch.where(mask, other, value)
+
+
+def _next_class(fn: Any, value: torch.Tensor) -> torch.Tensor:
+    """Return the class after each value, in the order of the support; after the last one the first."""
+    classes = fn.enumerate_support(expand=False)
+    event_dim = len(fn.event_shape)
+    classes = classes.reshape(len(classes), *classes.shape[classes.dim() - event_dim :])
+    if event_dim:  # one-hot
+        return value.roll(1, -1)
+    place = (value.unsqueeze(-1) == classes).long().argmax(-1)
+    return classes[(place + 1) % len(classes)]
 
 
 def _along(changed: torch.Tensor, dim: int, size: int) -> torch.Tensor:

@@ -33,6 +33,7 @@ from pyro_graphflows.inspect.arguments import (
     part_of,
     with_tensors,
 )
+from pyro_graphflows.inspect.randomness import kept_random_state
 from pyro_graphflows.inspect.rows import PlateWatch, rows_taken, watch_leaves
 from pyro_graphflows.inspect.tracer import (
     Escape,
@@ -50,6 +51,7 @@ __all__ = [
     "is_transparent",
     "kept_buffers",
     "quiet_run",
+    "rows_of_plates",
     "run_model",
     "trace_once",
     "undressed",
@@ -140,8 +142,23 @@ class TracedModel:
     converted: bool = False
 
 
-def trace_once(model: Callable, args: tuple, kwargs: dict[str, Any], *, strict: bool) -> TracedModel:
-    """Run a model inside the tracer and assemble what it shows."""
+def trace_once(
+    model: Callable,
+    args: tuple,
+    kwargs: dict[str, Any],
+    *,
+    strict: bool,
+    indices: Mapping[str, torch.Tensor] | None = None,
+) -> TracedModel:
+    """Run a model inside the tracer and assemble what it shows.
+
+    Args:
+        model: A Pyro model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        strict: Whether to raise where a random value cannot be followed.
+        indices: The indices of subsampled plates, where they are not to be drawn.
+    """
     given, converted = (args, kwargs), False
     argument_leaves(model, args, kwargs)  # refuses arguments that do not fit
     if any("NumPy" in what for what in not_followed(model, args, kwargs).values()):
@@ -159,7 +176,7 @@ def trace_once(model: Callable, args: tuple, kwargs: dict[str, Any], *, strict: 
     with quiet_run(model), warnings.catch_warnings():
         if converted:
             warnings.filterwarnings("ignore", "To copy construct from a tensor")
-        trace = run_model(model, *given, recorder, watching(tracker))
+        trace = run_model(model, *given, recorder, _GivenRows(indices or {}), watching(tracker))
     return _Assembly(recorder, trace, leaves, outside, strict).finish(converted)
 
 
@@ -227,15 +244,36 @@ def quiet_run(model: Callable) -> Iterator[None]:
     The random state, gradients, Pyro's handlers outside and the buffers of the model are as before; parameters
     that the model creates stay.
     """
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with (
         kept_buffers(model),
-        torch.random.fork_rng(devices=devices),
+        kept_random_state(),
         torch.no_grad(),
         pyro.poutine.block(),
         pyro.validation_enabled(False),
     ):
         yield
+
+
+class _GivenRows(Messenger):
+    """Gives plates their indices."""
+
+    def __init__(self, indices: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.indices = indices
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["name"] in self.indices and msg["value"] is None:
+            msg["value"] = self.indices[msg["name"]].clone()
+
+
+def rows_of_plates(trace: Trace) -> dict[str, torch.Tensor]:
+    """Return the indices of the plates of a trace."""
+    nodes = {name: node for name, node in trace.nodes.items() if node["type"] == "sample"}
+    return {
+        name: node["value"]
+        for name, node in nodes.items()
+        if site_is_subsample(node) and isinstance(node["value"], torch.Tensor)
+    }
 
 
 class _ImproperPoint(Messenger):
