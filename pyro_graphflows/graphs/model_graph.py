@@ -82,6 +82,15 @@ class ModelGraph:
         event_sizes: The number of scalars of one copy of a node; 1 where nothing is said.
         plates: The names of the plates around a node, outer to inner; none where nothing is said.
 
+    Attributes:
+        nodes: All nodes, parents before children; ties in order of insertion. Called *graph order* elsewhere.
+        latent: The latent nodes in graph order.
+        observed: The observed nodes in graph order.
+        inputs: The inputs (covariates) in graph order.
+        marginalised: The marginalised nodes in graph order.
+        event_sizes: The number of scalars of one copy of each node.
+        plates: The plates around each node, outer to inner.
+
     Raises:
         NotADAGError: If there is a directed cycle. The message lists one.
         GraphflowsError: If a name is unknown, a node has two roles, an input has parents, or an event size is
@@ -93,7 +102,22 @@ class ModelGraph:
         (('w',), ('w', 'x'), ('data',))
     """
 
-    __slots__ = ("_children", "_event_sizes", "_hash", "_nodes", "_parents", "_plates", "_roles")
+    __slots__ = (
+        "_children", "_hash", "_parents", "_roles",
+        "event_sizes", "inputs", "latent", "marginalised", "nodes", "observed", "plates",
+    )  # fmt: skip
+
+    nodes: tuple[Node, ...]
+    latent: tuple[Node, ...]
+    observed: tuple[Node, ...]
+    inputs: tuple[Node, ...]
+    marginalised: tuple[Node, ...]
+    event_sizes: Mapping[Node, int]
+    plates: Mapping[Node, tuple[str, ...]]
+    _parents: dict[Node, tuple[Node, ...]]
+    _children: dict[Node, tuple[Node, ...]]
+    _roles: dict[Node, str]
+    _hash: int | None
 
     def __init__(
         self,
@@ -158,61 +182,31 @@ class ModelGraph:
 
         nodes = topological_order(dag)
         rank = {node: i for i, node in enumerate(nodes)}
-        self._nodes = nodes
-        self._parents = {node: tuple(sorted(dag.predecessors(node), key=rank.__getitem__)) for node in nodes}
-        self._children = {node: tuple(sorted(dag.successors(node), key=rank.__getitem__)) for node in nodes}
-        self._roles = {node: roles[node] for node in nodes}
-        self._event_sizes = {node: event_sizes.get(node, 1) for node in nodes}
-        self._plates = {node: plate_names.get(node, ()) for node in nodes}
-        self._hash: int | None = None
+        self.__setstate__(
+            {
+                "nodes": nodes,
+                "_parents": {n: tuple(sorted(dag.predecessors(n), key=rank.__getitem__)) for n in nodes},
+                "_children": {n: tuple(sorted(dag.successors(n), key=rank.__getitem__)) for n in nodes},
+                "_roles": {node: roles[node] for node in nodes},
+                "event_sizes": {node: event_sizes.get(node, 1) for node in nodes},
+                "plates": {node: plate_names.get(node, ()) for node in nodes},
+            }
+        )
 
-    @property
-    def nodes(self) -> tuple[Node, ...]:
-        """All nodes, parents before children; ties in order of insertion. Called *graph order* elsewhere."""
-        return self._nodes
-
-    @property
-    def latent(self) -> tuple[Node, ...]:
-        """The latent nodes in graph order."""
-        return self._with_role("latent")
-
-    @property
-    def observed(self) -> tuple[Node, ...]:
-        """The observed nodes in graph order."""
-        return self._with_role("observed")
-
-    @property
-    def inputs(self) -> tuple[Node, ...]:
-        """The inputs (covariates) in graph order."""
-        return self._with_role("input")
-
-    @property
-    def marginalised(self) -> tuple[Node, ...]:
-        """The marginalised nodes in graph order."""
-        return self._with_role("marginalised")
-
-    @property
-    def event_sizes(self) -> Mapping[Node, int]:
-        """The number of scalars of one copy of each node."""
-        return MappingProxyType(self._event_sizes)
-
-    @property
-    def plates(self) -> Mapping[Node, tuple[str, ...]]:
-        """The plates around each node, outer to inner."""
-        return MappingProxyType(self._plates)
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(
+            f"Expected no changes of a ModelGraph, which is immutable; got {name}={value!r}."
+        )
 
     @property
     def edges(self) -> tuple[tuple[Node, Node], ...]:
         """The edges (parent, child), by child in graph order."""
-        return tuple((parent, node) for node in self._nodes for parent in self._parents[node])
-
-    def _with_role(self, role: str) -> tuple[Node, ...]:
-        return tuple(node for node in self._nodes if self._roles[node] == role)
+        return tuple((parent, node) for node in self.nodes for parent in self._parents[node])
 
     def _known(self, name: Node) -> Node:
         if name not in self._roles:
             raise GraphflowsError(
-                f"Expected a node of the graph; got {name!r}. The nodes are {listed(self._nodes)}."
+                f"Expected a node of the graph; got {name!r}. The nodes are {listed(self.nodes)}."
             )
         return name
 
@@ -231,9 +225,9 @@ class ModelGraph:
     def to_networkx(self) -> nx.DiGraph:
         """Return a new digraph whose nodes carry ``role``, ``event_size`` and ``plates``."""
         dag = nx.DiGraph()
-        for node in self._nodes:
+        for node in self.nodes:
             dag.add_node(
-                node, role=self._roles[node], event_size=self._event_sizes[node], plates=self._plates[node]
+                node, role=self._roles[node], event_size=self.event_sizes[node], plates=self.plates[node]
             )
         dag.add_edges_from(self.edges)
         return dag
@@ -268,31 +262,44 @@ class ModelGraph:
         return name in self._roles
 
     def __len__(self) -> int:
-        return len(self._nodes)
+        return len(self.nodes)
 
     def _key(self) -> tuple[Any, ...]:
         return (
             frozenset(self.edges),
             frozenset(self._roles.items()),
-            frozenset(self._event_sizes.items()),
-            frozenset(self._plates.items()),
+            frozenset(self.event_sizes.items()),
+            frozenset(self.plates.items()),
         )
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ModelGraph) and self._key() == other._key()
 
     def __hash__(self) -> int:
-        if self._hash is None:
-            self._hash = hash(self._key())
-        return self._hash
+        found = self._hash
+        if found is None:
+            found = hash(self._key())
+            object.__setattr__(self, "_hash", found)
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         # Hashes of strings differ between processes.
-        return {name: getattr(self, name) for name in self.__slots__ if name != "_hash"}
+        plain = {name: getattr(self, name) for name in ("nodes", "_parents", "_children", "_roles")}
+        return {**plain, "event_sizes": dict(self.event_sizes), "plates": dict(self.plates)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        names = {
+            "latent": "latent",
+            "observed": "observed",
+            "input": "inputs",
+            "marginalised": "marginalised",
+        }
+        for role, name in names.items():
+            nodes = tuple(node for node in state["nodes"] if state["_roles"][node] == role)
+            object.__setattr__(self, name, nodes)
         for name, value in state.items():
-            object.__setattr__(self, name, value)
+            read_only = name in ("event_sizes", "plates")
+            object.__setattr__(self, name, MappingProxyType(value) if read_only else value)
         object.__setattr__(self, "_hash", None)
 
     def __repr__(self) -> str:

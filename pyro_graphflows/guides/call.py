@@ -31,11 +31,13 @@ from pyro_graphflows.inspect import (
     same_tensor,
     take_rows,
 )
+from pyro_graphflows.inspect.trace import undressed
 
 __all__ = [
     "Call",
     "CallReader",
     "PlateState",
+    "SiteForm",
     "chosen_indices",
     "input_rows",
     "is_constant",
@@ -78,6 +80,33 @@ class Call:
     masks: dict[str, Tensor | bool] = field(default_factory=dict)
     scales: dict[str, float | Tensor] = field(default_factory=dict)
     supports: dict[str, constraints.Constraint] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SiteForm:
+    """What a model says of a site beside numbers: by this a model is told from another one.
+
+    Attributes:
+        distribution: The name of the class of its distribution.
+        event_shape: The shape of one value; None for sites with data, of which some have other shapes in other calls.
+        plates: The plates around it.
+    """
+
+    distribution: str
+    event_shape: tuple[int, ...] | None
+    plates: tuple[str, ...]
+
+    @classmethod
+    def of(cls, site: Any, latent: bool) -> "SiteForm":
+        """Return the form of a site of a trace."""
+        shape = tuple(site["fn"].event_shape) if latent else None
+        plates = tuple(sorted(frame.name for frame in site["cond_indep_stack"] if frame.vectorized))
+        return cls(type(undressed(site["fn"])).__name__, shape, plates)
+
+    def __str__(self) -> str:
+        shape = "" if not self.event_shape else f" of event shape {self.event_shape}"
+        where = f" in plate {', '.join(self.plates)}" if self.plates else " in no plate"
+        return f"a {self.distribution}{shape}{where}"
 
 
 class _FeasiblePoint(Messenger):
@@ -183,7 +212,36 @@ class CallReader:
         self._taken: dict[Hashable, dict[str, dict[int, str]]] = {}
         values = {name: traced.trace.nodes[name]["value"] for name in self.latent}
         self.like = {name: value for name, value in values.items() if torch.is_tensor(value)}
+        sites = (*self.latent, *self.observed)
+        self.forms = {name: SiteForm.of(traced.trace.nodes[name], name in self.latent) for name in sites}
+        self._unverified = False  # whether the model may be another than the one that was traced
         self._known: dict[Hashable, Call] = {}
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return what a reader knows, without data: of the latents' values at set-up, types alone."""
+        known = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return {**known, "like": {name: value.dtype for name, value in self.like.items()}}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any], device: torch.device | str) -> "CallReader":
+        """Return a reader from what :meth:`to_plain` returned; its first call makes sure of the model."""
+        new = cls.__new__(cls)
+        vars(new).update(plain)
+        new.like = {
+            name: torch.zeros((), dtype=dtype, device=device) for name, dtype in plain["like"].items()
+        }
+        new._unverified, new._known, new._taken = True, {}, {}
+        return new
+
+    def _verify(self, trace: poutine.Trace) -> None:
+        """Refuse a model that is not the one that the guide was made for."""
+        for name, form in self.forms.items():
+            found = SiteForm.of(trace.nodes[name], name in self.latent) if name in trace else form
+            if found != form:
+                raise UnsupportedModelError(
+                    f"Expected the model that the guide was made for, in which {name!r} is {form}; in this model it "
+                    f"is {found}. Load the guide with its own model."
+                )
 
     def read(
         self,
@@ -227,6 +285,8 @@ class CallReader:
         trace = self._shadow(model, args, kwargs, indices or {})
         plates = plates_of(trace)
         taken = self._rows_taken(model, args, kwargs, plates, looks)
+        if self._unverified:
+            self._verify(trace)
         values = {}
         for name in self.observed:
             if name in observations:
@@ -288,6 +348,7 @@ class CallReader:
                 scales[name] = scale
             supports[name] = site["fn"].support
         call = Call(values, plates, masks, scales, supports)
+        self._unverified = False
         if (
             shape is not None
             and not _has_part_of_a_loop(trace)

@@ -5,10 +5,11 @@ a call:  read it; for each block, level by level: conditionals, emitted at their
 """
 
 import copy
+import os
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -17,6 +18,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
@@ -31,6 +33,7 @@ from pyro_graphflows.guides.conditionals.distributions import site_distribution
 from pyro_graphflows.guides.conditionals.factors import Factor
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
 from pyro_graphflows.guides.families import make_family
+from pyro_graphflows.guides.files import read_guide, write_guide
 from pyro_graphflows.guides.orders import Inverse
 from pyro_graphflows.guides.plan import Description, Plan
 from pyro_graphflows.guides.samples import Samples
@@ -38,7 +41,7 @@ from pyro_graphflows.guides.sites import LatentSite
 from pyro_graphflows.guides.start import start_block_
 from pyro_graphflows.inspect import kept_random_state
 
-__all__ = ["AutoFaithfulGuide", "auto_faithful_guide"]
+__all__ = ["AutoFaithfulGuide", "auto_faithful_guide", "load_guide"]
 
 Emit = Callable[..., Tensor]
 
@@ -267,41 +270,44 @@ class AutoFaithfulGuide(AutoGuide):
         call = self._read(args, kwargs, observations)
         values: dict[str, Tensor] = {}
         unconstrained: dict[str, Tensor] = {}
-        for block in self.blocks:
-            assert isinstance(block, GuideBlock)
+        blocks: Any = self.blocks  # once: each look-up shows all parameters to Pyro
+        for block, block_plan in zip(blocks, plan.blocks, strict=True):
             conditionals = block.begin(call, unconstrained)
-            for level in block.plan.levels:
+            for level in block_plan.levels:
                 if plan.changing and any(name in plan.changing for name in level):
                     call = self._with_supports(call, args, kwargs, values, level)
                 with ExitStack() as stack:
-                    for name in block.plan.plates:
+                    for name in block_plan.plates:
                         stack.enter_context(self.plates[name])
                     for name, conditional in conditionals.next().items():
-                        values[name], unconstrained[name] = self._emit_site(name, conditional, call, emit)
+                        fn, read_back = self._at_site(name, conditional, call, block)
+                        values[name] = self._emit_site(name, fn, call, emit)
+                        unconstrained[name] = read_back(values[name])
                     conditionals.accept({name: unconstrained[name] for name in level})
-        return {name: values[name] for name in plan.graph.latent}
+        return {name: values[name] for name in self._sites}
 
-    def _emit_site(
-        self, name: str, conditional: dist.TorchDistribution, call: Call, emit: Emit
-    ) -> tuple[Tensor, Tensor]:
-        """Emit a site; return its value and the flat vector of that value."""
-        plan = self.plan
-        fn, read_back = site_distribution(
-            self._sites[name],
+    def _at_site(
+        self, name: str, conditional: dist.TorchDistribution, call: Call, block: GuideBlock
+    ) -> tuple[dist.TorchDistribution, Callable[[Tensor], Tensor]]:
+        """Return the distribution to emit at a site, and the map from its value to the flat vector."""
+        site = self._sites[name]
+        return site_distribution(
+            site,
             conditional,
             call.supports[name],
-            analytic_kl=plan.analytic_kl[name],
-            dtype=self.blocks[0].dtype,  # type: ignore[arg-type]
+            analytic_kl=self.plan.analytic_kl[name],
+            dtype=None if site.encoding is None else block.dtype,
         )
+
+    def _emit_site(self, name: str, fn: dist.TorchDistribution, call: Call, emit: Emit) -> Tensor:
+        """Emit a distribution at its site, with the model's mask and scale; return the value."""
         if name in call.masks:
             fn = fn.mask(call.masks[name])
-        infer = {"infer": {"enumerate": "parallel"}} if name in plan.enumerated else {}
-        if name in call.scales:
-            with poutine.scale(scale=call.scales[name]):
-                value = emit(name, fn, **infer)
-        else:
-            value = emit(name, fn, **infer)
-        return value, read_back(value)
+        infer = {"infer": {"enumerate": "parallel"}} if name in self.plan.enumerated else {}
+        if name not in call.scales:
+            return emit(name, fn, **infer)
+        with poutine.scale(scale=call.scales[name]):
+            return emit(name, fn, **infer)
 
     def _read(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], observations: Mapping[str, Tensor] | None
@@ -549,8 +555,59 @@ class AutoFaithfulGuide(AutoGuide):
 
     # ---------------------------------------------------------------- copies and files
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the guide to a file of tensors and plain data, which :func:`load_guide` reads without running code.
+
+        The file is whole, or as it was before if anything fails. It holds the parameters and what the guide knows of
+        the model and of its calls; neither the model nor data.
+
+        Args:
+            path: The file, in the safetensors format; its folder is made if need be.
+
+        Raises:
+            GraphflowsError: If the guide is not set up, or an option is no plain data, as a module for
+                ``activation=``. The message names it.
+        """
+        plan, frames = self.plan, self._prototype_frames.values()
+        blocks: Any = self.blocks
+        contents = {
+            "options": replace(self._options, inverse=plan.inverse),
+            "plan": plan,
+            "sites": self._sites,
+            "reader": self._reader.to_plain(),
+            "plates": {name: replace(state, indices=None) for name, state in self._plate_states.items()},
+            "frames": tuple((each.name, each.dim, each.size, each.full_size) for each in frames),
+            "notes": self._start_notes,
+            "blocks": tuple(block.to_plain() for block in blocks),
+        }
+        write_guide(path, self.model, contents, self.state_dict())
+
+    def _restore(
+        self, contents: Mapping[str, Any], state: Mapping[str, Tensor], device: torch.device | str
+    ) -> None:
+        """Become the guide that was saved."""
+        with torch.random.fork_rng(devices=[]):  # its random start is replaced
+            blocks = [GuideBlock.from_plain(plain) for plain in contents["blocks"]]
+        self._plan, self._sites = contents["plan"], contents["sites"]
+        self._reader = CallReader.from_plain(contents["reader"], device)
+        self._plate_states = contents["plates"]
+        self._start_notes = contents["notes"]
+        self._prototype_frames = {
+            name: CondIndepStackFrame(name, dim, size, 0, full_size)
+            for name, dim, size, full_size in contents["frames"]
+        }
+        self.blocks = nn.ModuleList(blocks)
+        try:
+            self.load_state_dict(state)
+        except RuntimeError as error:
+            raise GraphflowsError(
+                f"Expected the tensors that this version's guides have; got others: {error}. The file is of another "
+                "version."
+            ) from error
+        self.blocks.to(device)
+
     def bind(self, model: Callable[..., Any]) -> "AutoFaithfulGuide":
-        """Give a loaded guide its model back (models are not saved with guides)."""
+        """Give a guide that was pickled its model back (models are not saved with guides)."""
         self._model = (model,)
         return self
 
@@ -623,7 +680,8 @@ def auto_faithful_guide(
         inverse: What each site is conditioned on: ``"auto"`` (the faithful inverse with the fewest edges and, among
             these, smooth conditionals (:mod:`~pyro_graphflows.guides.orders`); discrete sites sampled before
             the continuous ones of their plates unless that doubles the edges), another order
-            of :func:`~pyro_graphflows.faithful_inverse` or an elimination sequence; ``"stochastic"``, ``"full"``,
+            of :func:`~pyro_graphflows.faithful_inverse`, :class:`~pyro_graphflows.AutoOrder` (a search for fewer
+            edges, for a given time) or an elimination sequence; ``"stochastic"``, ``"full"``,
             ``"mean_field"``; an :class:`~pyro_graphflows.InverseGraph`, or a function that makes one from the
             :class:`~pyro_graphflows.ModelGraph`.
         pool: How the data in inner plates reach the sites outside of them (a group's data its own variable, all data
@@ -692,6 +750,55 @@ def auto_faithful_guide(
     )
     if example_args or example_kwargs:
         guide.setup(*example_args, **(example_kwargs or {}))
+    return guide
+
+
+def load_guide(
+    path: str | os.PathLike[str],
+    model: Callable[..., Any],
+    *,
+    classes: Collection[type] = (),
+    device: torch.device | str = "cpu",
+    create_plates: Callable[..., Any] | None = None,
+) -> AutoFaithfulGuide:
+    """Return the guide of a file that :meth:`AutoFaithfulGuide.save` wrote: ready for new data, without other data.
+
+    Loading runs no code: the file has tensors and plain data, and makes objects of the classes of this package alone.
+    A family or factor of the user's is named in the file, and taken from ``classes``; it is imported by nobody.
+    The model is run when the guide is called, not before.
+
+    Args:
+        path: The file.
+        model: The model that the guide was made for. Parameters of its own, those of networks, are not in the file.
+        classes: The classes of the user's families and factors in the guide, if there are any.
+        device: Where the guide shall be, whichever device it was saved from.
+        create_plates: As in :func:`auto_faithful_guide`.
+
+    Returns:
+        The guide.
+
+    Raises:
+        GraphflowsError: If the file is damaged, holds no guide, or is of another version; if it names a class that
+            is not given.
+        UnsupportedModelError: If the model has other parameters. Whether it has the same sites is found at the
+            first call.
+
+    Example:
+        >>> import tempfile, pyro, torch, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     auto_faithful_guide(model, torch.zeros(10)).save(f"{folder}/guide.safetensors")
+        ...     guide = load_guide(f"{folder}/guide.safetensors", model)
+        >>> guide(torch.zeros(7))["z"].shape
+        torch.Size([7])
+    """
+    contents, state = read_guide(path, model, classes)
+    options = {each.name: getattr(contents["options"], each.name) for each in fields(contents["options"])}
+    guide = AutoFaithfulGuide(model, create_plates=create_plates, **options)
+    guide._restore(contents, state, device)
     return guide
 
 

@@ -58,6 +58,7 @@ from pyro_graphflows.graphs.inversion import (
     stochastic_inverse,
 )
 from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.graphs.order_search import AutoOrder
 from pyro_graphflows.guides.call import input_rows, plates_of
 from pyro_graphflows.guides.plan import BlockPlan
 from pyro_graphflows.guides.samples import MOST_ROWS, ModelDraws, side_by_side
@@ -103,7 +104,7 @@ NAMED_INVERSES: dict[str, Callable[[ModelGraph], InverseGraph]] = {
     "mean_field": mean_field_inverse,
 }
 
-Inverse = str | Sequence[str] | InverseGraph | Callable[[ModelGraph], InverseGraph]
+Inverse = str | AutoOrder | Sequence[str] | InverseGraph | Callable[[ModelGraph], InverseGraph]
 
 
 def resolve_inverse(graph: ModelGraph, inverse: Inverse) -> InverseGraph:
@@ -111,8 +112,9 @@ def resolve_inverse(graph: ModelGraph, inverse: Inverse) -> InverseGraph:
 
     Args:
         graph: The model graph.
-        inverse: The name of an elimination order of :func:`~pyro_graphflows.faithful_inverse`, an elimination
-            sequence, ``"stochastic"``, ``"full"``, ``"mean_field"``, an inverse, or a function that makes one.
+        inverse: The name of an elimination order of :func:`~pyro_graphflows.faithful_inverse`, a search for one
+            (:class:`~pyro_graphflows.AutoOrder`), an elimination sequence, ``"stochastic"``, ``"full"``,
+            ``"mean_field"``, an inverse, or a function that makes one.
 
     Raises:
         GraphflowsError: If the inverse is not of the model's latent nodes or is of another type.
@@ -121,6 +123,8 @@ def resolve_inverse(graph: ModelGraph, inverse: Inverse) -> InverseGraph:
         return (
             NAMED_INVERSES[inverse](graph) if inverse in NAMED_INVERSES else faithful_inverse(graph, inverse)
         )
+    if isinstance(inverse, AutoOrder):
+        return faithful_inverse(graph, inverse)
     if callable(inverse):
         inverse = inverse(graph)
     if isinstance(inverse, InverseGraph):
@@ -529,7 +533,7 @@ def smooth_order(inverse: InverseGraph, samples: Mapping[str, Tensor]) -> Invers
     """
     if not _is_worth_a_search(inverse):
         return inverse
-    judge = _Judge(samples)
+    judge = _ConditionalScores(samples)
     if judge.num_rows < FEWEST_ROWS or judge.nonlinearity(inverse.graph) < GAIN:
         return inverse
     best, score = inverse, judge.score(inverse)
@@ -589,7 +593,7 @@ def joint_rows(joint: ModelDraws, wanted: int = 0) -> dict[str, Tensor] | None:
     return {name: value[:NUM_ROWS] for name, value in side_by_side(samples, [*sites, *data]).items()}
 
 
-class _Judge:
+class _ConditionalScores:
     """Scores of conditionals, each found once."""
 
     def __init__(self, samples: Mapping[str, Tensor]) -> None:

@@ -142,26 +142,26 @@ class LatentSite:
         event_shape: The shape of one value.
         unconstrained_shape: The shape of one value before the bijection to the support.
         support: The support.
-        transform: The bijection from the unconstrained space to the support (of no use for discrete sites).
         encoding: For discrete sites, how values are written as vectors.
+        transform: The bijection from the unconstrained space to the support (of no use for discrete sites).
+        size: The length of the flat unconstrained vector.
+        is_real: Whether values are unconstrained as they are.
     """
 
     name: str
     event_shape: torch.Size
     unconstrained_shape: torch.Size
     support: constraints.Constraint
-    transform: Transform
     encoding: DiscreteEncoding | None = None
+    transform: Transform = field(init=False)
+    size: int = field(init=False)
+    is_real: bool = field(init=False)
 
-    @property
-    def size(self) -> int:
-        """The length of the flat unconstrained vector."""
-        return self.unconstrained_shape.numel()
-
-    @property
-    def is_real(self) -> bool:
-        """Whether values are unconstrained as they are."""
-        return self.encoding is None and is_identity(self.transform)
+    def __post_init__(self) -> None:
+        transform = biject_to(self.support) if self.encoding is None else identity_transform
+        object.__setattr__(self, "transform", transform)
+        object.__setattr__(self, "size", self.unconstrained_shape.numel())
+        object.__setattr__(self, "is_real", self.encoding is None and is_identity(self.transform))
 
 
 def is_identity(transform: Transform) -> bool:
@@ -195,14 +195,12 @@ def latent_sites(traced: TracedModel, custom: Collection[str] = ()) -> dict[str,
                     "(a subclass of Factor whose distribution is one over counts), or replace it by a site with "
                     "finitely many values."
                 )
-            sites[name] = LatentSite(
-                name, event_shape, torch.Size([encoding.size]), fn.support, identity_transform, encoding
-            )
+            sites[name] = LatentSite(name, event_shape, torch.Size([encoding.size]), fn.support, encoding)
             continue
         transform = biject_to(fn.support)
         unconstrained = transform.inverse_shape(torch.Size(fn.batch_shape) + event_shape)
         sites[name] = LatentSite(
-            name, event_shape, torch.Size(unconstrained[len(fn.batch_shape) :]), fn.support, transform
+            name, event_shape, torch.Size(unconstrained[len(fn.batch_shape) :]), fn.support
         )
     return sites
 

@@ -108,7 +108,7 @@ class ImportanceSampler:
         if not self.enumerates:
             alone = (self.first.model_trace, self.first.guide_trace)
             difference = difference_to_alone(
-                self.model, self.guide, self.args, self.kwargs, batch, alone, [self.dim]
+                (self.model, self.guide), (self.args, self.kwargs), batch, alone, [self.dim]
             )
             if difference:
                 raise UnsupportedModelError(difference)

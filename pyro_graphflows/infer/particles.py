@@ -30,6 +30,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger, unwrap
+from pyro.poutine.plate_messenger import PlateMessenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_site_shape
 from torch import Tensor
@@ -39,6 +40,7 @@ from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 __all__ = [
     "OUTER_PARTICLES",
     "PARTICLES",
+    "LocalPlate",
     "Prototype",
     "density_sites",
     "difference_to_alone",
@@ -136,6 +138,25 @@ def run_pair(
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
     return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+
+
+class LocalPlate(PlateMessenger):
+    """A plate of particles that only holds what is inside some plates.
+
+    Args:
+        plates: The names of these plates; none to hold everything.
+        size: The number of particles.
+        dim: Their dimension.
+    """
+
+    def __init__(self, plates: Sequence[str], size: int, dim: int) -> None:
+        super().__init__(PARTICLES, size, dim=dim)
+        self._plates = tuple(plates)
+
+    def _process_message(self, msg: Any) -> None:
+        # messages reach the outermost plate last: the others have put their mark on them by then
+        if all(inside(msg, plate) for plate in self._plates):
+            super()._process_message(msg)
 
 
 def particle_plate(program: Program, size: int, dim: int, name: str = PARTICLES) -> Program:
@@ -393,10 +414,8 @@ def errors_of_batches(size: int) -> Iterator[None]:
 
 
 def difference_to_alone(
-    model: Program,
-    guide: Program,
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
+    pair: tuple[Program, Program],
+    arguments: tuple[Sequence[Any], dict[str, Any]],
     batch: tuple[poutine.Trace, poutine.Trace],
     alone: tuple[poutine.Trace, poutine.Trace],
     dims: Sequence[int],
@@ -407,10 +426,8 @@ def difference_to_alone(
     guides that are effect handlers and cannot run with given values.
 
     Args:
-        model: The model.
-        guide: The guide.
-        args: Their positional arguments.
-        kwargs: Their keyword arguments.
+        pair: The model and the guide.
+        arguments: Their positional and their keyword arguments.
         batch: The traces of both with a plate of particles.
         alone: The traces of a run without, which tell the shapes.
         dims: The dimensions of the particles, negative.
@@ -420,6 +437,7 @@ def difference_to_alone(
     """
     if any(_is_subsampled(site) for trace in alone for _, site in density_sites(trace)):
         return None
+    (model, guide), (args, kwargs) = pair, arguments
     values = poutine.Trace()
     for together, single in zip(reversed(batch), reversed(alone), strict=True):
         for name, site in density_sites(together):

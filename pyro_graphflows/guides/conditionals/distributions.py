@@ -373,7 +373,7 @@ def site_distribution(
     support: constraints.Constraint,
     *,
     analytic_kl: bool,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None = None,
 ) -> tuple[dist.TorchDistribution, Callable[[Tensor], Tensor]]:
     """Return the distribution to emit at a site and the map from its value to the unconstrained vector.
 
@@ -382,7 +382,7 @@ def site_distribution(
         factor: The distribution over its flat unconstrained vector.
         support: The support in this call.
         analytic_kl: Whether the distribution may be one for which a KL divergence is registered.
-        dtype: The type of the vectors of discrete sites.
+        dtype: The type of the vectors of discrete sites; the default type if not given.
 
     Raises:
         GraphflowsError: If a discrete site has other values than at set-up, or a factor another event shape.
@@ -393,17 +393,19 @@ def site_distribution(
                 f"Expected the values of {site.name!r} to be as when the guide was set up ({site.encoding}); this "
                 f"call has {support}. Set up a guide for the new values."
             )
-        discrete = DiscreteDistribution(factor, site.encoding, support, dtype)
+        discrete = DiscreteDistribution(factor, site.encoding, support, dtype or torch.get_default_dtype())
         return discrete, discrete.unconstrained
     if tuple(factor.event_shape) != (site.size,):
         raise GraphflowsError(
             f"Expected a factor of {site.name!r} whose distribution has event shape ({site.size},), that of the flat "
             f"vector of the site; got {tuple(factor.event_shape)} ({type(factor).__name__}). Use .to_event(1)."
         )
-    transform = site.transform if support is site.support else biject_to(support)
-    if isinstance(factor, ScalarNormal) and not site.event_shape and is_identity(transform):
+    as_at_set_up = support is site.support
+    transform = site.transform if as_at_set_up else biject_to(support)
+    is_real = site.is_real if as_at_set_up else is_identity(transform)
+    if is_real and isinstance(factor, ScalarNormal) and not site.event_shape:
         return factor.normal if analytic_kl else SampledNormal(factor.normal), _add_event_dim
-    if analytic_kl and is_identity(transform) and site.event_shape == factor.event_shape:
+    if is_real and analytic_kl and site.event_shape == factor.event_shape:
         return factor, _itself
     emitted = FactorDistribution(factor, transform, site.unconstrained_shape, site.event_shape, support)
     return emitted, emitted.unconstrained
