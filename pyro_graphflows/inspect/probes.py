@@ -243,12 +243,12 @@ class Rerun:
         Raises:
             RerunError: If the model does not run at these values. The message has the model's own.
         """
-        args, kwargs = self.args, self.kwargs
-        handlers: list[Any] = [GivenValues({**self.subsamples, **values}, stir=stir)]
-        if replaced:
-            args, kwargs = replaced_arguments(args, kwargs, replaced)
-            handlers.append(_Replaced(replaced))
         try:
+            args, kwargs = self.args, self.kwargs
+            handlers: list[Any] = [GivenValues({**self.subsamples, **values}, stir=stir)]
+            if replaced:
+                args, kwargs = replaced_arguments(args, kwargs, replaced)
+                handlers.append(_Replaced(replaced))
             with quiet_run(self.model), torch.set_grad_enabled(gradients):
                 torch.manual_seed(seed)
                 return run_model(self.model, args, kwargs, *handlers)
