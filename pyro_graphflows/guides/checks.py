@@ -32,6 +32,7 @@ from pyro_graphflows.inspect.stability import (
     changes_of_data,
     changes_of_sites,
 )
+from pyro_graphflows.inspect.trace import rows_of_plates
 
 __all__ = ["GuideCheck", "check_guide"]
 
@@ -111,7 +112,10 @@ def check_guide(
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
         seed_random_state(0)
-        again = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        same_rows = poutine.condition(
+            poutine.replay(model, trace=guide_trace), data=rows_of_plates(model_trace)
+        )
+        again = poutine.trace(same_rows).get_trace(*args, **kwargs)
     sites, drawn = _sites(model_trace), _sites(guide_trace)
     latent = {name: site for name, site in drawn.items() if not site["is_observed"]}
     reasons: list[str] = []

@@ -24,6 +24,7 @@ from pyro_graphflows.guides.orders import (
     Inverse,
     find_inverse,
     order_for_discrete_sites,
+    outside_of_loops,
     require_outer_sites_first,
     sites_to_enumerate,
     smoothest_inverse,
@@ -36,7 +37,7 @@ from pyro_graphflows.inspect.arguments import argument_leaves
 from pyro_graphflows.inspect.graph import split_elements
 from pyro_graphflows.inspect.probes import Rerun
 from pyro_graphflows.inspect.stability import changes
-from pyro_graphflows.inspect.trace import quiet_run, run_model
+from pyro_graphflows.inspect.trace import quiet_run, rows_of_plates, run_model, trace_once
 
 __all__ = ["Compiled", "GuideOptions", "compile_guide"]
 
@@ -169,8 +170,11 @@ def compile_guide(
     is_free = options.inverse == "auto" and not elements
     if discrete:
         inverse = order_for_discrete_sites(inverse, discrete, enumerated, free=is_free)
-    elif is_free and not found.lookups:
+    elif is_free and not found.lookups and not traced.loops:
         inverse = smoothest_inverse(inverse, draws, options.num_rows)
+    judged = found.judged if traced.loops else None
+    if traced.loops:
+        inverse = outside_of_loops(inverse, traced.graph)
     plates = plates_of(traced.trace)
     uneven = non_exchangeable_plates(model, args, kwargs, traced=traced) if plates else {}
     inputs = plan_inputs(
@@ -186,7 +190,9 @@ def compile_guide(
     require_outer_sites_first(blocks, inverse, discrete)
     _require_known_indices(blocks, inputs, traced)
     keep_masks = any(node.summary for block in blocks for node in block.context)
-    reader = CallReader(traced, encodings, keep_masks=keep_masks)
+    read = {node.name for block in blocks for node in block.context}
+    unread = [name for name in traced.graph.observed if name in traced.loops and name not in read]
+    reader = CallReader(traced, encodings, keep_masks=keep_masks, unread=unread)
     indices = {name: plate.indices for name, plate in plates.items() if plate.indices is not None}
     changing = _changing_supports(reader, traced, model, args, kwargs, indices)
     order = [site for block in blocks for site in block.sites]
@@ -214,7 +220,7 @@ def compile_guide(
         enumerated=enumerated,
         notes=tuple(traced.notes),
         hints=hints,
-        judged=None if found.judged is found.inverse else found.judged,
+        judged=judged or (None if found.judged is found.inverse else found.judged),
     )
     split = {} if found.elements is None else found.elements.parents
     element_parents = {
@@ -231,6 +237,7 @@ def _trace(
 ) -> TracedModel:
     traced = trace_model(model, args, kwargs, strict=options.strict)
     _require_the_same_in_every_run(traced, model, args, kwargs, strict=options.strict)
+    _require_sites_by_position(traced, model, args, kwargs)
     if options.resolution == "element":
         traced = split_elements(Rerun(model, args, kwargs, traced))
     if not traced.graph.latent:
@@ -283,6 +290,7 @@ def _input_options(
         rank=options.coupled_rank,
         sizes={name: site.size for name, site in sites.items()},
         lookups=found.lookups,
+        loops=frozenset(found.traced.loops),
     )
 
 
@@ -349,6 +357,28 @@ def _require_the_same_in_every_run(
             f"{message} With strict=False a guide is made all the same; check_guide says that it is not safe."
         )
     warnings.warn(message, GraphflowsWarning, stacklevel=5)
+
+
+def _require_sites_by_position(
+    traced: TracedModel, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Refuse latent sites of a subsampled loop that are named by the index of the datum: they come and go."""
+    plates = {name for loops in traced.loops.values() for name, _ in loops}
+    if not plates.intersection(
+        name for site in traced.graph.latent for name, _ in traced.loops.get(site, ())
+    ):
+        return
+    nodes: Any = traced.trace.nodes
+    rows = rows_of_plates(traced.trace)
+    moved = {name: (rows[name] + 1) % nodes[name]["fn"].size for name in plates if name in rows}
+    again = trace_once(model, args, kwargs, strict=False, indices=moved)
+    lost = [name for name in traced.graph.latent if name not in again.graph.latent]
+    if lost:
+        raise UnsupportedModelError(
+            f"Expected the same latent sites for every batch; {', '.join(map(repr, lost[:3]))} are named by the index "
+            f"of the datum in the subsampled plate {', '.join(sorted(plates))}. Name them by position, for k, i in "
+            'enumerate(pyro.plate(...)): pyro.sample(f"z_{k}", ...), or vectorise: with pyro.plate(...) as ind.'
+        )
 
 
 def _require_known_indices(blocks: Collection[BlockPlan], inputs: InputPlan, traced: TracedModel) -> None:

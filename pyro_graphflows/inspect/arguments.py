@@ -28,6 +28,7 @@ from pyro_graphflows.inspect.tracer import Region, in_library, storage_of
 __all__ = [
     "ArgumentPath",
     "Attribute",
+    "LoopRow",
     "Outside",
     "argument_leaves",
     "argument_name",
@@ -67,6 +68,19 @@ class Outside:
     """A key of a path: a variable that a function or a callable object uses without being given it."""
 
     name: str
+
+
+@dataclass(frozen=True)
+class LoopRow:
+    """A key of a path: the row, or the column, that one iteration of a subsampled plate is about."""
+
+    plate: str
+    position: int
+    column: bool = False
+
+    def of(self, value: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Return that row, given the indices of the plate."""
+        return value[..., int(indices[self.position])] if self.column else value[int(indices[self.position])]
 
 
 def signature_of(model: Callable) -> inspect.Signature:
@@ -179,7 +193,9 @@ def argument_name(path: ArgumentPath) -> str:
     first, *rest = (key.name if isinstance(key, Outside) else key for key in path)
     written = str(first)
     for original, key in zip(path[1:], rest, strict=True):
-        if isinstance(original, Attribute | Outside):
+        if isinstance(original, LoopRow):
+            written += f"[{original.plate} {original.position}]"
+        elif isinstance(original, Attribute | Outside):
             written += f".{original.name}"
         else:
             written += f"[{key!r}]"

@@ -63,6 +63,7 @@ __all__ = [
     "nested_by_index",
     "non_exchangeable_plates",
     "require_followed",
+    "with_loop_plates",
     "with_nested_plates",
 ]
 
@@ -407,6 +408,7 @@ class Validation:
         }
         tensors = self.rerun.leaves()
         paths = {name: self.rerun.traced.argument_paths[name] for name in self.rerun.graph.inputs}
+        paths = {name: path for name, path in paths.items() if path in tensors}  # not rows of loops
         inputs = {
             str(name): tensors[path].detach().clone().requires_grad_()
             for name, path in paths.items()
@@ -787,6 +789,31 @@ def _along(changed: torch.Tensor, dim: int, size: int) -> torch.Tensor:
 def _agree(one: torch.Tensor, two: torch.Tensor) -> bool:
     both = (one >= 0) & (two >= 0)
     return torch.equal(one[both], two[both])
+
+
+def with_loop_plates(graph: ModelGraph, loops: Mapping[str, tuple[tuple[str, int], ...]]) -> ModelGraph:
+    """Return the graph with a plate around what is in each iteration of a subsampled loop.
+
+    Like the elements of a subsampled plate, these are not there for sites outside.
+
+    Args:
+        graph: A model graph.
+        loops: For nodes in such loops, names of plates and iterations, outer to inner.
+    """
+    if not loops:
+        return graph
+    plates = {
+        node: (*(f"{name}@{position}" for name, position in loops.get(str(node), ())), *around)
+        for node, around in graph.plates.items()
+    }
+    return ModelGraph(
+        graph.to_networkx(),
+        graph.observed,
+        inputs=graph.inputs,
+        marginalised=graph.marginalised,
+        event_sizes=graph.event_sizes,
+        plates=plates,
+    )
 
 
 def with_nested_plates(graph: ModelGraph, nested: Mapping[str, Iterable[str]]) -> ModelGraph:
