@@ -39,6 +39,7 @@ from pyro_graphflows.guides.plan import Description, Plan
 from pyro_graphflows.guides.samples import Samples
 from pyro_graphflows.guides.sites import LatentSite
 from pyro_graphflows.guides.start import start_block_
+from pyro_graphflows.inspect import kept_random_state
 
 __all__ = ["AutoFaithfulGuide", "auto_faithful_guide", "load_guide"]
 
@@ -67,6 +68,7 @@ class AutoFaithfulGuide(AutoGuide):
         coupled_rank: The rank of the dependence of copies that are drawn jointly.
         enumerate_sites: Discrete sites that are marked for ``TraceEnum_ELBO``.
         optional: Sites that have data in some calls, in the order in which they are sampled where they have none.
+        setup_seed: The seed of everything random at set-up; the caller's random state is neither used nor advanced.
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
             that returns plates that exist already, for subsampling.
 
@@ -100,6 +102,7 @@ class AutoFaithfulGuide(AutoGuide):
         coupled_rank: int | None = None,
         enumerate_sites: bool | Collection[str] = False,
         optional: Sequence[str] = (),
+        setup_seed: int = 0,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__(model, create_plates=create_plates)
@@ -116,8 +119,10 @@ class AutoFaithfulGuide(AutoGuide):
             coupled_rank=coupled_rank,
             enumerate_sites=enumerate_sites,
             optional=optional,
+            setup_seed=setup_seed,
         )
         self._plan: Plan | None = None
+        self._notes: tuple[str, ...] = ()
         self._start_notes: tuple[str, ...] = ()
         self._served: set[frozenset[str]] = {frozenset()}
         self._sites: dict[str, LatentSite]
@@ -145,7 +150,7 @@ class AutoFaithfulGuide(AutoGuide):
                 guide. The message names them, and what to do.
         """
         options = self._options
-        with poutine.block():
+        with poutine.block(), kept_random_state():
             compiled = compile_guide(self.model, args, kwargs, options)
             samples = Samples.for_plan(
                 compiled.draws,
@@ -157,7 +162,7 @@ class AutoFaithfulGuide(AutoGuide):
             blocks, notes = self._make_blocks(compiled, samples)
         self._plan, self._sites, self._reader = compiled.plan, compiled.sites, compiled.reader
         self._plate_states = compiled.plates
-        self._start_notes = tuple(notes)
+        self._start_notes, self._notes = tuple(notes), () if samples.note is None else (samples.note,)
         self.blocks = nn.ModuleList(blocks)
         self.prototype_trace = compiled.traced.trace
         self._prototype_frames = {
@@ -175,7 +180,7 @@ class AutoFaithfulGuide(AutoGuide):
     def _make_blocks(self, compiled: Compiled, samples: Samples) -> tuple[list[GuideBlock], list[str]]:
         """Return the blocks at their starts, and notes on these."""
         options = self._options
-        notes = [] if samples.note is None else [samples.note]
+        notes: list[str] = []
         further = {"element_parents": compiled.element_parents, "factors": options.factor_classes()}
         blocks = []
         for plan in compiled.plan.blocks:
@@ -223,9 +228,14 @@ class AutoFaithfulGuide(AutoGuide):
         """The graph that was read from the model: of sites, or of elements with ``resolution="element"``."""
         return self.inverse.graph
 
-    def describe(self) -> Description:
-        """Return the plan in words: what each latent site is conditioned on, and what is not faithful."""
-        return self.plan.describe(self._start_notes)
+    def describe(self, *, verbose: bool = False) -> Description:
+        """Return the plan in words: what each latent site is conditioned on, and what is not faithful.
+
+        Args:
+            verbose: Whether to add how the networks start, with figures of joint samples. All else follows from the
+                model and the call.
+        """
+        return self.plan.describe((*self._notes, *(self._start_notes if verbose else ())))
 
     # ---------------------------------------------------------------- a call
 
@@ -601,7 +611,7 @@ class AutoFaithfulGuide(AutoGuide):
             "reader": self._reader.to_plain(),
             "plates": {name: replace(state, indices=None) for name, state in self._plate_states.items()},
             "frames": tuple((each.name, each.dim, each.size, each.full_size) for each in frames),
-            "notes": self._start_notes,
+            "notes": (self._notes, self._start_notes),
             "blocks": tuple(block.to_plain() for block in blocks),
         }
         write_guide(path, self.model, contents, self.state_dict())
@@ -615,7 +625,7 @@ class AutoFaithfulGuide(AutoGuide):
         self._plan, self._sites = contents["plan"], contents["sites"]
         self._reader = CallReader.from_plain(contents["reader"], device)
         self._plate_states = contents["plates"]
-        self._start_notes = contents["notes"]
+        self._notes, self._start_notes = contents["notes"]
         self._prototype_frames = {
             name: CondIndepStackFrame(name, dim, size, 0, full_size)
             for name, dim, size, full_size in contents["frames"]
@@ -681,6 +691,7 @@ def auto_faithful_guide(
     coupled_rank: int | None = None,
     enumerate_sites: bool | Collection[str] = False,
     optional: Sequence[str] = (),
+    setup_seed: int = 0,
     create_plates: Callable[..., Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
 ) -> AutoFaithfulGuide:
@@ -733,6 +744,9 @@ def auto_faithful_guide(
             Deep Generative Models). They are sampled first, in this order. Each call returns the sites that are latent
             in it. With several, a later one may lack data where an earlier one has some; the reverse is refused where
             the two are dependent.
+        setup_seed: The seed of everything that is random at set-up: joint samples, and with them the order, the start
+            and the features, and the weights of the networks. Guides of the same model and call are equal whatever the
+            caller's random state, which is not advanced; for other initial weights, take another seed.
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
             that returns plates that exist already, for subsampling.
         example_kwargs: Keyword arguments of a typical call.
@@ -772,6 +786,7 @@ def auto_faithful_guide(
         coupled_rank=coupled_rank,
         enumerate_sites=enumerate_sites,
         optional=optional,
+        setup_seed=setup_seed,
         create_plates=create_plates,
     )
     if example_args or example_kwargs:
