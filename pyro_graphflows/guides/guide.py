@@ -577,7 +577,7 @@ class AutoFaithfulGuide(AutoGuide):
             "reader": self._reader.to_plain(),
             "plates": {name: replace(state, indices=None) for name, state in self._plate_states.items()},
             "frames": tuple((each.name, each.dim, each.size, each.full_size) for each in frames),
-            "notes": self._start_notes,
+            "notes": (self._notes, self._start_notes),
             "blocks": tuple(block.to_plain() for block in blocks),
         }
         write_guide(path, self.model, contents, self.state_dict())
@@ -591,7 +591,7 @@ class AutoFaithfulGuide(AutoGuide):
         self._plan, self._sites = contents["plan"], contents["sites"]
         self._reader = CallReader.from_plain(contents["reader"], device)
         self._plate_states = contents["plates"]
-        self._start_notes = contents["notes"]
+        self._notes, self._start_notes = contents["notes"]
         self._prototype_frames = {
             name: CondIndepStackFrame(name, dim, size, 0, full_size)
             for name, dim, size, full_size in contents["frames"]
