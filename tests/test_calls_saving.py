@@ -12,7 +12,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from guide_families import everywhere
 from lookup_models import GROUP, crossed, members, slopes
 from plated_guides import hierarchical
 from pyro.infer import SVI, Predictive, Trace_ELBO
@@ -21,7 +20,7 @@ from toy_family import LogisticFamily
 from pyro_graphflows import guides, load_guide
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.graphs import ModelGraph, faithful_inverse
-from pyro_graphflows.guides import DeepSet, Factor, Flow, Normal, NormalFactor, auto_faithful_guide
+from pyro_graphflows.guides import DeepSet, Factor, Flow, Normal, NormalFactor, Spline, auto_faithful_guide
 from pyro_graphflows.guides.plain import Reader, Writer
 from pyro_graphflows.nn.activations import make_activation
 from pyro_graphflows.tensor_files import read_tensors, write_tensors
@@ -154,11 +153,24 @@ def assert_same(one, other, *args):
     torch.testing.assert_close(other_log_prob, log_prob, rtol=0, atol=0)
 
 
-@everywhere
-@pytest.mark.parametrize("case", CASES)
-def test_a_loaded_guide_is_the_guide(case, options, tmp_path):
+FAMILIES = {
+    "normal": Normal(),
+    "spline": Spline(num_bins=3),
+    "flow": Flow(units_per_variable=3, conditioner_units=3),
+    "graphical": Flow(form="graphical", units_per_variable=3),
+}
+IN_ALL_FAMILIES = ["plate", "supports", "per-element", "members of groups", "discrete", "coupled", "elements"]
+PAIRS = [
+    (case, family) for case in CASES for family in FAMILIES if family == "normal" or case in IN_ALL_FAMILIES
+]
+
+
+@pytest.mark.parametrize(("case", "family"), PAIRS)
+def test_a_loaded_guide_is_the_guide(case, family, tmp_path):
     model, args, later, more = CASES[case]
-    guide = auto_faithful_guide(model, *args, num_start_samples=100, **{**options, **more})
+    if family == "spline" and case == "elements":
+        pytest.skip("splines have no elements with parents of their own")
+    guide = auto_faithful_guide(model, *args, num_start_samples=100, family=FAMILIES[family], **more)
     stir_(guide)
     guide.save(tmp_path / "guide.safetensors")
     before = torch.get_rng_state()
@@ -389,13 +401,13 @@ def test_a_damaged_file_is_refused(tmp_path):
         with pytest.raises(GraphflowsError):
             load_guide(path, pair)
     path.write_bytes(content + b"more")
-    with pytest.raises(GraphflowsError, match="4 bytes follow"):
+    with pytest.raises(GraphflowsError, match="not fully covered"):
         load_guide(path, pair)
     path.write_bytes(struct.pack("<Q", 2**62) + content[8:])
-    with pytest.raises(GraphflowsError, match="no header"):
+    with pytest.raises(GraphflowsError, match="It is damaged or another"):
         load_guide(path, pair)
     torch.save({"a": 1}, path)
-    with pytest.raises(GraphflowsError, match="no header"):
+    with pytest.raises(GraphflowsError, match="It is damaged or another"):
         load_guide(path, pair)
     with pytest.raises(GraphflowsError, match="a file that can be read"):
         load_guide(tmp_path / "nothing.safetensors", pair)
@@ -433,18 +445,17 @@ def test_tensors_of_all_types(dtype, tmp_path):
 
 
 def test_tensors_that_the_format_has_not(tmp_path):
-    with pytest.raises(GraphflowsError, match=r"'a' is of torch\.complex64"):
-        write_tensors(tmp_path / "file", {"a": torch.zeros(2, dtype=torch.complex64)})
+    with pytest.raises(GraphflowsError, match=r"types that safetensors has; got torch\.complex128"):
+        write_tensors(tmp_path / "file", {"a": torch.zeros(2, dtype=torch.complex128)})
 
 
-def test_a_file_of_the_format_that_others_wrote(tmp_path):
+def test_a_file_of_the_format_that_others_wrote_has_no_checksum(tmp_path):
     header = json.dumps({"b": {"dtype": "I32", "shape": [1], "data_offsets": [8, 12]},
                          "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()  # fmt: skip
     numbers = struct.pack("<ffi", 1.0, 2.0, 3)
     (tmp_path / "file").write_bytes(struct.pack("<Q", len(header)) + header + numbers)
-    found, texts = read_tensors(tmp_path / "file")
-    assert texts == {}
-    assert {name: value.tolist() for name, value in found.items()} == {"a": [1.0, 2.0], "b": [3]}
+    with pytest.raises(GraphflowsError, match="its checksum does not fit its content"):
+        read_tensors(tmp_path / "file")
 
 
 @pytest.mark.parametrize(
@@ -462,7 +473,7 @@ def test_values_as_plain_data(value):
     text = json.dumps(writer.write(value), allow_nan=False)
     found = Reader(writer.objects, writer.tensors, ()).read(json.loads(text))
     assert type(found) is type(value)
-    assert str(found) == str(value)
+    assert found == value if isinstance(value, frozenset) else str(found) == str(value)
 
 
 @pytest.mark.parametrize("edges", ["ax bx", "cx bc ab", "bx ax cb dx"])

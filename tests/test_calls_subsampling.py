@@ -117,6 +117,35 @@ def test_the_rows_are_those_of_the_likelihood(how, set_up):
             assert torch.allclose(guide.median(X + 1, Y - 1, ind)["z"], means(x + 1, y - 1))
 
 
+def test_indices_in_a_list():
+    model = given_indices(TAKE["x[ind]"])
+    guide = auto_faithful_guide(model, X, Y, [4, 1], **FEW)
+    exact_(guide)
+    for ind in ([0, 7, 3], [5]):
+        assert torch.allclose(guide.median(X, Y, ind)["z"], means()[ind])
+
+
+def test_two_plates_with_the_same_indices():
+    """Which plate's they are is where they are used."""
+
+    def model(x, w, y, ind):
+        with pyro.plate("one", N, subsample=ind):
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(a + x[ind], 0.5), obs=y[ind])
+        with pyro.plate("two", N, subsample=ind):
+            b = pyro.sample("b", dist.Normal(0.0, 1.0))
+            pyro.sample("again", dist.Normal(b + w[ind], 0.5), obs=y[ind])
+
+    w = torch.randn(N)
+    guide = auto_faithful_guide(model, X, w, Y, CALLS["some"], **FEW)
+    guide.set_linear_("a", {"x": -0.8, "y": 0.8}, 0.0, math.sqrt(0.2))
+    guide.set_linear_("b", {"w": -0.8, "again": 0.8}, 0.0, math.sqrt(0.2))
+    for ind in (CALLS["others"], CALLS["one"]):
+        found = guide.median(X, w, Y, ind)
+        assert torch.allclose(found["a"], means()[ind])
+        assert torch.allclose(found["b"], means(w)[ind])
+
+
 @pytest.mark.parametrize("how", ["x[ind]", "pyro.subsample"])
 @pytest.mark.parametrize("vectorize", [False, True])
 def test_random_batches_and_vectorised_particles(how, vectorize):

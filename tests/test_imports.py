@@ -47,7 +47,10 @@ OTHERS = [path for path in MODULES if _layer(path) not in WITH_CIRCLES.split()]
 # What the mathematics may use at module level beside the standard library.
 WITHOUT_TORCH = {"graphs": "networkx numpy scipy pyro_graphflows"}
 # Modules that take long to import, and are needed by few: `import pyro_graphflows` must load none of them.
-LAZY = "IPython matplotlib pandas pgmpy scipy.io scipy.optimize scipy.stats sklearn statsmodels torchvision"
+LAZY = (
+    "IPython arviz_base arviz_stats matplotlib pandas pgmpy scipy.io scipy.optimize scipy.stats sklearn statsmodels"
+    " torchvision"
+)
 
 
 def _module(path):

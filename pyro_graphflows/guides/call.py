@@ -13,7 +13,7 @@ already, is seen by the tracer once for each kind of call (:mod:`~pyro_graphflow
 """
 
 from collections.abc import Callable, Collection, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from pyro_graphflows.inspect import (
     same_tensor,
     take_rows,
 )
-from pyro_graphflows.inspect.arguments import MOST_DEPTH, LoopRow, fields_of
+from pyro_graphflows.inspect.arguments import MOST_DEPTH, LoopRow, argument_leaves, fields_of
 from pyro_graphflows.inspect.trace import undressed
 
 __all__ = [
@@ -78,6 +78,7 @@ class Call:
             reader was asked to keep them.
         scales: The scales other than the plates' in force at latent sites (those without are left out).
         supports: The supports of the latent sites.
+        given: The values of optional sites that have data in this call.
     """
 
     values: dict[str, Tensor]
@@ -85,6 +86,7 @@ class Call:
     masks: dict[str, Tensor | bool] = field(default_factory=dict)
     scales: dict[str, float | Tensor] = field(default_factory=dict)
     supports: dict[str, constraints.Constraint] = field(default_factory=dict)
+    given: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,7 @@ class CallReader:
         encodings: How conditioning values are written.
         keep_masks: Whether masks of observed sites are reported too.
         unread: Observed sites whose values no site of the guide reads.
+        optional: The latent sites that have data in some calls.
     """
 
     def __init__(
@@ -214,12 +217,14 @@ class CallReader:
         *,
         keep_masks: bool = False,
         unread: Collection[str] = (),
+        optional: Collection[str] = (),
     ) -> None:
         graph = traced.graph
         self.encodings, self.keep_masks = encodings, keep_masks
         self.latent: tuple[str, ...] = graph.latent
         without = {*traced.without_data, *unread}
         self.observed = tuple(name for name in graph.observed if name not in without)
+        self.optional = frozenset(optional)
         self.inputs: tuple[str, ...] = graph.inputs
         self.known = frozenset(traced.trace.nodes)
         self.paths = dict(traced.argument_paths)
@@ -294,8 +299,10 @@ class CallReader:
         known = self._known.get(shape) if shape is not None else None
         if known is not None:
             paths = {name: self.paths[name] for name in known.values}
-            values: dict[str, Any] = get_arguments(model, paths, args, kwargs)
-            return Call({**values, **observations}, known.plates, known.masks, known.scales, known.supports)
+            paths.update((name, self.paths[name]) for name in known.given)
+            values: dict[str, Any] = {**get_arguments(model, paths, args, kwargs), **observations}
+            given = {name: values[name] for name in self.optional if name in values}
+            return replace(known, values=values, given=given)
 
         trace = self._shadow(model, args, kwargs, indices or {})
         plates = plates_of(trace)
@@ -339,7 +346,7 @@ class CallReader:
             if name in trace:
                 values[name] = self.encodings.masked_value(name, values[name], site_mask(trace.nodes[name]))
         masks: dict[str, Tensor | bool] = {}
-        scales, supports = {}, {}
+        scales, supports, given = {}, {}, {}
         for name in self.observed if self.keep_masks else ():
             mask = site_mask(trace.nodes[name]) if name in trace and name not in partly else None
             if mask is not None:
@@ -351,10 +358,13 @@ class CallReader:
                     f"Expected the latent site {name!r} that the model had when the guide was set up; it is not in "
                     "this call. Models whose sites come and go need one guide for each set of sites."
                 )
-            if site["is_observed"]:
+            if name in self.optional and (name in observations or site["is_observed"]):
+                given[name] = observations.get(name, site["value"])
+            elif site["is_observed"]:
                 raise UnsupportedModelError(
                     f"Expected no data for {name!r}, a latent site when the guide was set up; this call has some. Set "
-                    "the guide up with arguments like those of later calls: guide.setup(*args)."
+                    "the guide up with arguments like those of later calls: guide.setup(*args); or for calls with and "
+                    f"without them, optional=[{name!r}]."
                 )
             mask, scale = site_mask(site), _own_scale(site)
             if mask is not None:
@@ -362,7 +372,8 @@ class CallReader:
             if torch.is_tensor(scale) or abs(scale - 1.0) > 1e-12:
                 scales[name] = scale
             supports[name] = site["fn"].support
-        call = Call(values, plates, masks, scales, supports)
+        self._find_paths(given, model, args, kwargs)
+        call = Call(values, plates, masks, scales, supports, given)
         self._unverified = False
         if (
             shape is not None
@@ -420,8 +431,18 @@ class CallReader:
             return False
         return all(
             name in self.paths and same_tensor(get_argument(model, self.paths[name], args, kwargs), value)
-            for name, value in call.values.items()
+            for name, value in (*call.values.items(), *call.given.items())
         )
+
+    def _find_paths(
+        self, given: Mapping[str, Tensor], model: Callable[..., Any], args: Any, kwargs: Any
+    ) -> None:
+        """Find where the values of optional sites are among the arguments: at set-up there may have been none."""
+        new = [name for name in given if name not in self.paths]
+        leaves = argument_leaves(model, args, kwargs) if new else {}
+        for name in new:
+            paths = [path for path, leaf in leaves.items() if leaf is given[name]]
+            self.paths.update((name, path) for path in paths[:1])
 
 
 def argument_in_trace(

@@ -22,7 +22,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
-from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
+from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.guides.block import GuideBlock, make_inputs
@@ -68,6 +68,7 @@ class AutoFaithfulGuide(AutoGuide):
         coupled_rank: The rank of the dependence of copies that are drawn jointly.
         enumerate_sites: Discrete sites that are marked for ``TraceEnum_ELBO``.
         setup_seed: The seed of everything random at set-up; the caller's random state is neither used nor advanced.
+        optional: Sites that have data in some calls, in the order in which they are sampled where they have none.
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
             that returns plates that exist already, for subsampling.
 
@@ -101,6 +102,7 @@ class AutoFaithfulGuide(AutoGuide):
         coupled_rank: int | None = None,
         enumerate_sites: bool | Collection[str] = False,
         setup_seed: int = 0,
+        optional: Sequence[str] = (),
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__(model, create_plates=create_plates)
@@ -117,10 +119,12 @@ class AutoFaithfulGuide(AutoGuide):
             coupled_rank=coupled_rank,
             enumerate_sites=enumerate_sites,
             setup_seed=setup_seed,
+            optional=optional,
         )
         self._plan: Plan | None = None
         self._notes: tuple[str, ...] = ()
         self._start_notes: tuple[str, ...] = ()
+        self._served: set[frozenset[str]] = {frozenset()}
         self._sites: dict[str, LatentSite]
         self._reader: CallReader
         self._plate_states: dict[str, PlateState]
@@ -238,7 +242,7 @@ class AutoFaithfulGuide(AutoGuide):
     def forward(
         self, *args: Any, observations: Mapping[str, Tensor] | None = None, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Sample every latent site given the observed values of this call.
+        """Sample every site that is latent in this call given its observed values.
 
         Args:
             *args: Positional arguments of the model.
@@ -247,10 +251,11 @@ class AutoFaithfulGuide(AutoGuide):
             **kwargs: Keyword arguments of the model.
 
         Returns:
-            A dict from site to sampled value.
+            A dict from site to sampled value; optional sites are in it where they have no data.
 
         Raises:
-            UnsupportedModelError: If an observed site has no value in this call.
+            UnsupportedModelError: If an observed site has no value in this call; if the guide is not faithful where
+                these optional sites have data.
             GraphflowsError: If an observed value is not finite, or ``observations`` has a site that the model has not.
                 The message names the site.
         """
@@ -281,10 +286,11 @@ class AutoFaithfulGuide(AutoGuide):
                         stack.enter_context(self.plates[name])
                     for name, conditional in conditionals.next().items():
                         fn, read_back = self._at_site(name, conditional, call, block)
-                        values[name] = self._emit_site(name, fn, call, emit)
+                        given = call.given.get(name)
+                        values[name] = self._emit_site(name, fn, call, emit) if given is None else given
                         unconstrained[name] = read_back(values[name])
                     conditionals.accept({name: unconstrained[name] for name in level})
-        return {name: values[name] for name in self._sites}
+        return {name: values[name] for name in self._sites if name not in call.given}
 
     def _at_site(
         self, name: str, conditional: dist.TorchDistribution, call: Call, block: GuideBlock
@@ -327,6 +333,8 @@ class AutoFaithfulGuide(AutoGuide):
             if chosen_indices(plate._indices, plate.size) is not None
         }
         call = self._reader.read(self.model, args, kwargs, observations, indices)
+        if call.given:
+            self._require_served(call)
         self.plates = dict(existing)
         for name, state in sorted(call.plates.items()):
             if name not in self.plates:
@@ -337,6 +345,27 @@ class AutoFaithfulGuide(AutoGuide):
                         name, state.full_size, subsample=state.indices, dim=state.dim
                     )
         return call
+
+    def _require_served(self, call: Call) -> None:
+        """Refuse data that are not in a site's support, and a pattern of optional sites that is not faithful."""
+        for name, value in call.given.items():
+            if not bool(call.supports[name].check(value).all()):
+                raise GraphflowsError(
+                    f"Expected data of {name!r} in its support, {call.supports[name]}; some are not, or are NaN. "
+                    "Entries that are missing within a site are for pyro.sample(..., obs_mask=...)."
+                )
+        observed = frozenset(call.given)
+        if observed in self._served:
+            return
+        missing = self.plan.missing_with(observed)
+        if missing:
+            site, other = missing[0]
+            raise UnsupportedModelError(
+                f"Expected data for {site!r} too where there are some for {other!r}: {site!r} depends on it, and is "
+                f"sampled before {other!r} without looking at it. Name the optional sites in another order "
+                f"(optional={[other, site]}), or set up a guide of its own for such calls."
+            )
+        self._served.add(observed)
 
     def _with_supports(
         self,
@@ -378,21 +407,26 @@ class AutoFaithfulGuide(AutoGuide):
             **kwargs: Keyword arguments of the model, and ``observations``.
 
         Returns:
-            ``log q(latents | data)``: summed over the sites, per element of the plates where all sites are in the same
-            plates (a vector over the data for the common single data plate), and summed over plates otherwise.
+            ``log q(latents | data)``: summed over the sites that are latent in the call, per element of the plates
+            where all sites are in the same plates (a vector over the data for the common single data plate), and
+            summed over plates otherwise.
 
         Raises:
             GraphflowsError: If a latent site has no value.
         """
         self._ensure_set_up(args, kwargs)
-        names = self.plan.graph.latent
-        missing = [name for name in names if name not in latents]
+        given = {name: latents[name] for name in self.plan.graph.latent if name in latents}
+        missing = set(self.plan.graph.latent) - set(given) - set(self._options.optional)
+        if not missing:
+            with poutine.block():
+                trace = poutine.trace(poutine.condition(self, data=given)).get_trace(*args, **kwargs)
+            nodes: Any = trace.nodes
+            names = [name for name in self.plan.graph.latent if name in nodes]
+            missing = set(names) - set(given)
         if missing:
-            raise GraphflowsError(f"Expected a value for every latent site; missing: {', '.join(missing)}.")
-        given = {name: latents[name] for name in names}
-        with poutine.block():
-            trace = poutine.trace(poutine.condition(self, data=given)).get_trace(*args, **kwargs)
-        nodes: Any = trace.nodes
+            raise GraphflowsError(
+                f"Expected a value for every latent site; missing: {', '.join(sorted(missing))}."
+            )
         terms = [nodes[name]["fn"].log_prob(nodes[name]["value"]) for name in names]
         plates = [self.plan.graph.plates[name] for name in names]
         if any(each != plates[0] for each in plates):
@@ -479,11 +513,11 @@ class AutoFaithfulGuide(AutoGuide):
             >>> posterior(torch.zeros(3))["z"].shape
             torch.Size([3])
         """
-        unknown = [name for name in observations if name not in self.plan.graph.observed]
+        known = [*self.plan.graph.observed, *self._options.optional]
+        unknown = [name for name in observations if name not in known]
         if unknown:
             raise GraphflowsError(
-                f"Expected observed sites ({', '.join(map(str, self.plan.graph.observed))}); "
-                f"got {', '.join(unknown)}."
+                f"Expected observed sites ({', '.join(map(str, known))}); got {', '.join(unknown)}."
             )
         fixed = dict(observations)
 
@@ -657,6 +691,7 @@ def auto_faithful_guide(
     coupled_rank: int | None = None,
     enumerate_sites: bool | Collection[str] = False,
     setup_seed: int = 0,
+    optional: Sequence[str] = (),
     create_plates: Callable[..., Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
 ) -> AutoFaithfulGuide:
@@ -707,6 +742,11 @@ def auto_faithful_guide(
         setup_seed: The seed of everything that is random at set-up: joint samples, and with them the order, the start
             and the features, and the weights of the networks. Guides of the same model and call are equal whatever the
             caller's random state, which is not advanced; for other initial weights, take another seed.
+        optional: Sites that have data in some calls and none in others, as labels have: latent where they have none,
+            conditioned on where they have, by the same networks (Kingma et al. 2014, Semi-supervised Learning with
+            Deep Generative Models). They are sampled first, in this order. Each call returns the sites that are latent
+            in it. With several, a later one may lack data where an earlier one has some; the reverse is refused where
+            the two are dependent.
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
             that returns plates that exist already, for subsampling.
         example_kwargs: Keyword arguments of a typical call.
@@ -746,6 +786,7 @@ def auto_faithful_guide(
         coupled_rank=coupled_rank,
         enumerate_sites=enumerate_sites,
         setup_seed=setup_seed,
+        optional=optional,
         create_plates=create_plates,
     )
     if example_args or example_kwargs:

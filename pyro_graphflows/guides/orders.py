@@ -75,6 +75,7 @@ __all__ = [
     "drawn_after_enumerated",
     "find_inverse",
     "joint_rows",
+    "optional_sites_first",
     "order_for_discrete_sites",
     "outer_sites_first",
     "outside_of_loops",
@@ -512,6 +513,46 @@ def order_for_discrete_sites(
         "Expected the model's parents of enumerated sites to be sampled before these, or enumerated as well; the "
         f"inverse {inverse.order!r} samples some given the enumerated values ({named}), which Pyro cannot do. Use "
         "inverse='reverse', which follows the model's order, or enumerate_sites=True."
+    )
+
+
+# ---------------------------------------------------------------- sites that are observed in some calls
+
+
+def optional_sites_first(
+    graph: ModelGraph, option: str | AutoOrder, optional: Sequence[str], discrete: Collection[str]
+) -> InverseGraph:
+    """Return a faithful inverse that samples sites that may be observed before those that are then given them.
+
+    The others are ordered as if these sites were always observed. Those outside of the plates of an optional site are
+    sampled before it, as everywhere: outer sites come first.
+
+    Args:
+        graph: The model graph, in which these sites are latent.
+        option: The order of the others.
+        optional: The sites that may be observed, in the order in which they are sampled (outer ones first).
+        discrete: The discrete latent sites.
+
+    Example:
+        >>> graph = ModelGraph(["yx", "zx"], observed=["x"])
+        >>> optional_sites_first(graph, "auto", ["y"], []).parents
+        mappingproxy({'y': ('x',), 'z': ('y', 'x')})
+    """
+    others = discrete_sites_first(resolve_inverse(graph.with_observed(optional), option), discrete)
+    plates = {site: set(graph.plates[site]) for site in graph.latent}
+    optional = sorted(optional, key=lambda site: len(plates[site]))
+    outer = [
+        site for site in others.sampling_order if not all(plates[name] <= plates[site] for name in optional)
+    ]
+    inner = [site for site in others.sampling_order if site not in outer]
+    found = faithful_inverse(graph, [*outer, *optional, *inner][::-1])
+    return InverseGraph(
+        graph,
+        found.parents,
+        order="optional_first",
+        sampling_order=found.sampling_order,
+        coupled=found.coupled,
+        how=found.how,
     )
 
 

@@ -84,8 +84,9 @@ def summed_over_plates(
     if enumerates:
         return summed_log_density(within, list(kept))
     dims = tuple(kept.values())
-    terms = [keep_dims(log_density(site), dims) for _, site in density_sites(within)]
-    return sum(terms, torch.zeros((1,) * len(dims)))
+    terms = [keep_dims(log_density(site), dims, wide=True) for _, site in density_sites(within)]
+    total = sum(terms, torch.zeros(()))
+    return total if terms else total.reshape((1,) * len(dims))
 
 
 def only_inside(trace: poutine.Trace, plates: Mapping[str, int]) -> poutine.Trace:

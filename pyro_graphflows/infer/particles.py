@@ -252,13 +252,15 @@ def log_density(site: Site) -> Tensor:
     return scale_and_mask(site["unscaled_log_prob"], 1.0, site["mask"])
 
 
-def keep_dims(log_prob: Tensor, dims: Sequence[int], *, keepdim: bool = False) -> Tensor:
+def keep_dims(log_prob: Tensor, dims: Sequence[int], *, keepdim: bool = False, wide: bool = False) -> Tensor:
     """Sum a batch of log-densities over all dimensions but some.
 
     Args:
         log_prob: Log-densities of one site.
         dims: The negative dimensions to keep, from left to right. One that the tensor lacks comes back with size 1.
         keepdim: Whether the others stay, with size 1, so that ``dims`` keep their places.
+        wide: Whether to add up in float64, where the device has it: a sum over a million data in float32 is off by a
+            tenth of a nat.
 
     Returns:
         A tensor with one dimension for each of ``dims``, in this order; or with all dimensions up to the leftmost.
@@ -266,7 +268,8 @@ def keep_dims(log_prob: Tensor, dims: Sequence[int], *, keepdim: bool = False) -
     rank = max(log_prob.dim(), -min(dims, default=0))
     log_prob = log_prob.reshape((1,) * (rank - log_prob.dim()) + tuple(log_prob.shape))
     dropped = [dim for dim in range(-rank, 0) if dim not in dims]
-    return log_prob.sum(dropped, keepdim=keepdim) if dropped else log_prob
+    dtype = torch.float64 if wide and log_prob.device.type != "mps" else log_prob.dtype
+    return log_prob.sum(dropped, keepdim=keepdim, dtype=dtype) if dropped else log_prob.to(dtype)
 
 
 # ------------------------------------------------------------------------------------------------- data plate

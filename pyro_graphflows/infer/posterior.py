@@ -36,7 +36,7 @@ from pyro_graphflows.infer.checkpoints import (
 from pyro_graphflows.infer.evidence import Evidence, evidence_from_log_weights
 from pyro_graphflows.infer.importance import ImportanceSampler
 from pyro_graphflows.infer.likelihood import log_likelihood_chunks
-from pyro_graphflows.infer.loo import LOO, leave_one_out
+from pyro_graphflows.infer.loo import LOO, WeightedDraws, leave_one_out
 from pyro_graphflows.infer.model_runs import (
     Fitted,
     Run,
@@ -63,6 +63,7 @@ __all__ = ["Posterior", "load_posterior", "sample_posterior"]
 
 _POOL = 10  # draws in the pool for each one kept
 _TRUSTED = 0.7
+_FEW = 100  # effective draws
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -133,6 +134,8 @@ class Posterior:
             )
             tail = ": " if self.data_plate is None else " cannot be repaired by weights: "
             lines.append(f"{what}{tail}train the guide longer or give it a richer family.")
+        elif not self.is_resampled and bool((ess < min(_FEW, num / 2)).any()):
+            lines.append("Few of the draws count: ask for more, or train the guide longer.")
         elif not self.is_resampled and bool((ess < 0.9 * num).any()):
             lines.append("The weights can be relied on: .reweighted() corrects the draws by them.")
         return lines
@@ -239,13 +242,10 @@ class Posterior:
             args, kwargs = fitted.args, fitted.kwargs
         with _evaluated(fitted), seeded(seed):
             return predict(
-                fitted.model,
-                args,
-                kwargs,
+                fitted,
+                (args, kwargs),
                 {name: self.draws[name][:num] for name in fitted.latents},
-                fitted.sites,
                 new_plates=new_plates,
-                vectorize=fitted.vectorize,
                 progress=progress,
             )
 
@@ -297,7 +297,8 @@ class Posterior:
             progress: Whether to show a bar when it takes long.
 
         Returns:
-            The sum of the log predictive densities, its standard error, the terms and their Pareto shapes.
+            The sum of the log predictive densities, its standard error, the terms and their Pareto shapes. Those of
+            resampled draws are at least that of their pool.
 
         Raises:
             GraphflowsError: If the observed sites are in no plate, or in different ones and ``by`` is not given; if all
@@ -305,15 +306,19 @@ class Posterior:
             UnsupportedModelError: If the model sums out sites that several data share.
         """
         with _evaluated(self.fitted), seeded(seed):
-            return leave_one_out(
+            loo = leave_one_out(
                 self.fitted,
-                self._latent_draws(),
-                None if self.is_resampled else self.log_weights,
-                data_plate=self.data_plate,
+                WeightedDraws(
+                    self._latent_draws(), None if self.is_resampled else self.log_weights, self.data_plate
+                ),
                 by=by,
                 num_inner=num_inner,
                 progress=progress,
             )
+        if not self.is_resampled or self.khat.shape not in ((), loo.khat.shape):
+            return loo
+        # resampled draws are no better than the pool they come from
+        return replace(loo, khat=torch.maximum(loo.khat, self.khat.to(loo.khat)))
 
     def summary(self, sites: tuple[str, ...] | None = None) -> Table:
         """Return a table with a row for each number: mean, sd, quantiles, and how far to trust them.
