@@ -178,6 +178,29 @@ def test_the_start_is_near_exact_whichever_the_first_batch():
             assert error.abs().max() < 0.1  # some .01: two weights from 10,000 samples
 
 
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_start_knows_all_rows_whatever_the_first_batch_shows(given, size):
+    """One batch has fewer rows than covariates; the joint samples are of many batches."""
+    weights = torch.tensor([0.5, -1.0, 2.0, 0.3]).double()
+
+    def drawn(x, y, size=None):
+        with pyro.plate("data", len(x), subsample_size=size) as rows:
+            datum((x[rows] * weights).sum(-1), y[rows])
+
+    def chosen(x, y, ind=None):
+        with pyro.plate("data", len(x), subsample=ind):
+            datum((x[ind] * weights).sum(-1), y[ind])
+
+    x = torch.randn(60, 4)
+    y = x @ weights + torch.randn(60)
+    rows = torch.arange(60)
+    model, set_up, everything = (chosen, torch.arange(size), rows) if given else (drawn, size, None)
+    guide = auto_faithful_guide(model, x, y, set_up)
+    # five weights from 10,000 samples of 32 or 60 rows: errors of some .02
+    assert (guide.median(x, y, everything)["z"] - means(x @ weights, y)).abs().max() < 0.15
+
+
 def test_a_batch_that_the_caller_takes_stays_as_it_is():
     def model(x, y, ind, size):
         with pyro.plate("data", size, subsample=ind):
