@@ -167,8 +167,7 @@ def square_root(residual: Tensor) -> Tensor:
         if not failed and bool(torch.isfinite(factor).all()):
             break
         jitter = max(10 * jitter, RESIDUAL_FLOOR**2)
-    diagonal = factor.diagonal()
-    return factor * (diagonal.clamp(min=RESIDUAL_FLOOR) / diagonal).unsqueeze(-1)
+    return factor.tril(-1) + factor.diagonal().clamp(min=RESIDUAL_FLOOR).diag_embed()
 
 
 def _require_finite(covariance: Tensor) -> None:
