@@ -52,7 +52,7 @@ def location_and_scale(sample: Tensor) -> tuple[Tensor, Tensor]:
         - Output: two of ``(size,)``.
     """
     sample = sample[torch.isfinite(sample).all(-1)]
-    if sample.shape[0] == 0:
+    if sample.numel() == 0:
         return sample.new_zeros(sample.shape[1:]), sample.new_ones(sample.shape[1:])
     shift = sample.mean(0)
     if sample.shape[0] == 1:

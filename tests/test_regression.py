@@ -22,6 +22,8 @@ def test_location_and_scale_of_few_rows():
     assert [part.tolist() for part in nothing] == [[0.0, 0.0], [1.0, 1.0]]
     one = location_and_scale(torch.tensor([[3.0, -2.0]]))
     assert [part.tolist() for part in one] == [[3.0, -2.0], [1.0, 1.0]]
+    empty = location_and_scale(torch.zeros(5, 0))
+    assert [part.shape for part in empty] == [(0,), (0,)]
 
 
 def test_rows_with_a_missing_entry_are_left_out():
