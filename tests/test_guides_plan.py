@@ -25,7 +25,7 @@ from pyro_graphflows.guides.plan import (
 def inverse_of(edges, parents, observed="", inputs="", plates="", **options):
     """Return an inverse of a graph of single letters; ``plates`` are the letters in one plate, ``data``."""
     graph = ModelGraph(
-        edges.split(), list(observed), inputs=list(inputs), plates=dict.fromkeys(plates, ["data"])
+        edges.split(), list(observed), inputs=list(inputs), plates=dict.fromkeys(plates, ("data",))
     )
     return InverseGraph(graph, {v: list(p) for v, p in parents.items()}, **options)
 
@@ -194,7 +194,7 @@ def test_ways_in():
         ["gy", "ty", "mt", "ty", "yx"],
         ["x", "y"],
         inputs=["g"],
-        plates={"t": ["groups"], **dict.fromkeys("gyx", ["data"])},
+        plates={"t": ["groups"], **dict.fromkeys("gyx", ("data",))},
     )
     inverse = InverseGraph(graph, {"m": ["t"], "t": ["g", "y", "x"]})
     by_group = Summary(("y", "x"), ("data",), segments=(("data", "groups", "g"),))
@@ -215,7 +215,7 @@ def test_ways_in_of_a_parent_that_is_looked_up():
         ["gz", "tz", "zx"],
         ["x"],
         inputs=["g"],
-        plates={"t": ["groups"], **dict.fromkeys("gzx", ["data"])},
+        plates={"t": ["groups"], **dict.fromkeys("gzx", ("data",))},
     )
     inverse = InverseGraph(graph, {"t": [], "z": ["g", "t", "x"]})
     summary = Summary(("t",), ("groups",), index="g", inner="data")
