@@ -227,9 +227,10 @@ def test_draws_at_once_have_the_elbo_of_draws_alone(conjugate_posterior, tmp_pat
     assert values["z"].reshape(2000, -1).shape == (2000, 2)
 
 
-def test_the_runner_chooses_a_rate_goes_on_and_reports(conjugate_posterior, tmp_path, monkeypatch, capsys):
+def test_the_runner_chooses_a_rate_goes_on_and_reports(conjugate_posterior, tmp_path, monkeypatch):
     """A run is made once; a damaged last line costs only itself; the page has the figures and says what is missing."""
-    from studies.real_models import lines, report, run
+    from studies.real_models import report, run
+    from studies.results import DamagedLineWarning, Results
 
     monkeypatch.setattr(run, "CHOICE_SECONDS", 0.2)
     results = tmp_path / "results.jsonl"
@@ -246,22 +247,23 @@ def test_the_runner_chooses_a_rate_goes_on_and_reports(conjugate_posterior, tmp_
     ]
     argv += ["--out", str(results)]
     run.main([*argv, "--seeds", "0"])
-    records = lines.read(results)
+    records = list(Results(results).read().values())
     assert len(records) == 4  # three rates; the chosen one again, for longer
     assert len({record["rate"] for record in records}) == 3
-    best = max(records[:3], key=lambda record: record["elbo"])["rate"]
-    assert (records[3]["rate"], records[3]["seconds"]) == (best, 0.4)
+    short = [record for record in records if record["seconds"] == 0.2]
+    (long,) = (record for record in records if record["seconds"] == 0.4)
+    assert long["rate"] == max(short, key=lambda record: record["elbo"])["rate"]
     assert all(record["gap"] > -5 * record["elbo_error"] for record in records)
     assert all(record["steps"] > 0 and record["train_seconds"] >= record["seconds"] for record in records)
 
     whole = results.read_text()
     run.main([*argv, "--seeds", "0"])
     assert results.read_text() == whole
-    results.write_text(whole + '{"model": "conju')  # cut off while writing
-    capsys.readouterr()
-    run.main([*argv, "--seeds", "0", "1"])
-    assert "left out damaged line(s) [5]" in capsys.readouterr().err
-    assert [(r["seconds"], r["seed"]) for r in lines.read(results)[4:]] == [(0.2, 1), (0.4, 1)]
+    results.write_text(whole + '{"key": "conju')  # cut off while writing
+    with pytest.warns(DamagedLineWarning, match="line 5"):
+        run.main([*argv, "--seeds", "0", "1"])
+    more = [(r["seconds"], r["seed"]) for r in Results(results).read().values() if r["seed"] == 1]
+    assert sorted(more) == [(0.2, 1), (0.4, 1)]
 
     monkeypatch.setattr(report, "CHOICE_SECONDS", 0.2)
     report.main(["--results", str(results), "--out", str(tmp_path)])
@@ -274,7 +276,8 @@ def test_the_runner_chooses_a_rate_goes_on_and_reports(conjugate_posterior, tmp_
 
 def test_failures_are_results(conjugate_posterior, tmp_path, monkeypatch):
     """An error of set-up ends the pair, one of training only its run; both are on the page with their message."""
-    from studies.real_models import lines, report, run
+    from studies.real_models import report, run
+    from studies.results import Results
 
     def broken(model):
         raise RuntimeError("no such guide | here")
@@ -299,7 +302,7 @@ def test_failures_are_results(conjugate_posterior, tmp_path, monkeypatch):
     results = tmp_path / "results.jsonl"
     argv = ["--data", str(tmp_path), "--models", "conjugate", "--seconds", "0.1", "--out", str(results)]
     run.main([*argv, "--methods", "AutoNormal", "AutoStructured"])
-    records = lines.read(results)
+    records = list(Results(results).read().values())
     assert [(r["stage"], r["method"]) for r in records] == [
         ("set-up", "AutoNormal"),
         *[("training", "AutoStructured")] * 3,

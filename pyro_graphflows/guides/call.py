@@ -9,8 +9,8 @@ skipped for calls that look like an earlier one in which it reported nothing bey
 masks, every observed value an argument.
 """
 
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Hashable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch.distributions import biject_to, constraints
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides.sites import InputEncodings
 from pyro_graphflows.inspect import (
+    ArgumentPath,
     TracedModel,
     arranged,
     get_argument,
@@ -31,6 +32,7 @@ from pyro_graphflows.inspect import (
     same_tensor,
     take_rows,
 )
+from pyro_graphflows.inspect.arguments import LoopRow, argument_leaves
 from pyro_graphflows.inspect.trace import undressed
 
 __all__ = [
@@ -73,6 +75,7 @@ class Call:
             reader was asked to keep them.
         scales: The scales other than the plates' in force at latent sites (those without are left out).
         supports: The supports of the latent sites.
+        given: The values of optional sites that have data in this call.
     """
 
     values: dict[str, Tensor]
@@ -80,6 +83,7 @@ class Call:
     masks: dict[str, Tensor | bool] = field(default_factory=dict)
     scales: dict[str, float | Tensor] = field(default_factory=dict)
     supports: dict[str, constraints.Constraint] = field(default_factory=dict)
+    given: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,9 @@ def site_mask(site: Mapping[str, Any]) -> Tensor | bool | None:
 
 def _own_scale(site: Mapping[str, Any]) -> float | Tensor:
     scale = site["scale"]
-    for frame in site["cond_indep_stack"]:
+    for frame in filter(
+        lambda frame: frame.vectorized, site["cond_indep_stack"]
+    ):  # loops have no plate in a guide
         scale = scale * frame.size / (frame.full_size or frame.size)
     return scale
 
@@ -197,13 +203,25 @@ class CallReader:
         traced: The model's trace at set-up.
         encodings: How conditioning values are written.
         keep_masks: Whether masks of observed sites are reported too.
+        optional: The latent sites that have data in some calls.
+        unread: Observed sites whose values no site of the guide reads.
     """
 
-    def __init__(self, traced: TracedModel, encodings: InputEncodings, *, keep_masks: bool = False) -> None:
+    def __init__(
+        self,
+        traced: TracedModel,
+        encodings: InputEncodings,
+        *,
+        keep_masks: bool = False,
+        optional: Collection[str] = (),
+        unread: Collection[str] = (),
+    ) -> None:
         graph = traced.graph
         self.encodings, self.keep_masks = encodings, keep_masks
         self.latent: tuple[str, ...] = graph.latent
-        self.observed = tuple(name for name in graph.observed if name not in traced.without_data)
+        self.optional = frozenset(optional)
+        without = {*traced.without_data, *unread}
+        self.observed = tuple(name for name in graph.observed if name not in without)
         self.inputs: tuple[str, ...] = graph.inputs
         self.known = frozenset(traced.trace.nodes)
         self.paths = dict(traced.argument_paths)
@@ -279,8 +297,10 @@ class CallReader:
         known = self._known.get(shape) if shape is not None else None
         if known is not None:
             paths = {name: self.paths[name] for name in known.values}
-            values: dict[str, Any] = get_arguments(model, paths, args, kwargs)
-            return Call({**values, **observations}, known.plates, known.masks, known.scales, known.supports)
+            paths.update((name, self.paths[name]) for name in known.given)
+            values: dict[str, Any] = {**get_arguments(model, paths, args, kwargs), **observations}
+            given = {name: values[name] for name in self.optional if name in values}
+            return replace(known, values=values, given=given)
 
         trace = self._shadow(model, args, kwargs, indices or {})
         plates = plates_of(trace)
@@ -312,7 +332,7 @@ class CallReader:
                 f"{', '.join(more)} as well. Models whose sites come and go need one guide for each set of sites."
             )
         for name in self.inputs:
-            value = get_argument(model, self.paths[name], args, kwargs)
+            value = argument_in_trace(model, self.paths[name], args, kwargs, trace)
             if value is None:
                 raise UnsupportedModelError(
                     f"Expected the argument {name!r}, a covariate on which the guide conditions; got none."
@@ -324,7 +344,7 @@ class CallReader:
             if name in trace:
                 values[name] = self.encodings.masked_value(name, values[name], site_mask(trace.nodes[name]))
         masks: dict[str, Tensor | bool] = {}
-        scales, supports = {}, {}
+        scales, supports, given = {}, {}, {}
         for name in self.observed if self.keep_masks else ():
             mask = site_mask(trace.nodes[name]) if name in trace and name not in partly else None
             if mask is not None:
@@ -336,10 +356,13 @@ class CallReader:
                     f"Expected the latent site {name!r} that the model had when the guide was set up; it is not in "
                     "this call. Models whose sites come and go need one guide for each set of sites."
                 )
-            if site["is_observed"]:
+            if name in self.optional and (name in observations or site["is_observed"]):
+                given[name] = observations.get(name, site["value"])
+            elif site["is_observed"]:
                 raise UnsupportedModelError(
                     f"Expected no data for {name!r}, a latent site when the guide was set up; this call has some. Set "
-                    "the guide up with arguments like those of later calls: guide.setup(*args)."
+                    "the guide up with arguments like those of later calls: guide.setup(*args); or for calls with and "
+                    f"without them, optional=[{name!r}]."
                 )
             mask, scale = site_mask(site), _own_scale(site)
             if mask is not None:
@@ -347,7 +370,8 @@ class CallReader:
             if torch.is_tensor(scale) or abs(scale - 1.0) > 1e-12:
                 scales[name] = scale
             supports[name] = site["fn"].support
-        call = Call(values, plates, masks, scales, supports)
+        self._find_paths(given, model, args, kwargs)
+        call = Call(values, plates, masks, scales, supports, given)
         self._unverified = False
         if (
             shape is not None
@@ -407,8 +431,31 @@ class CallReader:
             return False
         return all(
             name in self.paths and same_tensor(get_argument(model, self.paths[name], args, kwargs), value)
-            for name, value in call.values.items()
+            for name, value in (*call.values.items(), *call.given.items())
         )
+
+    def _find_paths(
+        self, given: Mapping[str, Tensor], model: Callable[..., Any], args: Any, kwargs: Any
+    ) -> None:
+        """Find where the values of optional sites are among the arguments: at set-up there may have been none."""
+        new = [name for name in given if name not in self.paths]
+        leaves = argument_leaves(model, args, kwargs) if new else {}
+        for name in new:
+            paths = [path for path, leaf in leaves.items() if leaf is given[name]]
+            self.paths.update((name, path) for path in paths[:1])
+
+
+def argument_in_trace(
+    model: Callable[..., Any], path: ArgumentPath, args: Any, kwargs: Any, trace: poutine.Trace
+) -> Any:
+    """Return an argument of a call, or the row of it that an iteration of a loop is about; None if there is none."""
+    row = path[-1]
+    if not isinstance(row, LoopRow):
+        return get_argument(model, path, args, kwargs)
+    value = get_argument(model, path[:-1], args, kwargs)
+    if not torch.is_tensor(value) or row.plate not in trace:
+        return None
+    return row.of(value, torch.as_tensor(trace.nodes[row.plate]["value"]))
 
 
 def input_rows(traced: TracedModel, name: str, value: Tensor, plates: Mapping[str, PlateState]) -> Tensor:

@@ -20,7 +20,7 @@ from pyro_graphflows.guides.compile import GuideOptions
 from pyro_graphflows.guides.conditionals.contract import BlockSpec
 from pyro_graphflows.guides.conditionals.factors import DiscreteFactor, ElementNormalFactor, NormalFactor
 from pyro_graphflows.guides.conditionals.pooling import DeepSet, PoolMember
-from pyro_graphflows.guides.families import Flow, Normal
+from pyro_graphflows.guides.families import FAMILIES
 from pyro_graphflows.guides.inputs import Coupling, InputPlan, Summary
 from pyro_graphflows.guides.plain import Reader, Writer
 from pyro_graphflows.guides.plan import BlockPlan, Conditioning, Plan
@@ -35,7 +35,15 @@ FORMAT = 1  # another number wherever a file of before cannot be read any more
 KIND = "pyro_graphflows guide"
 CLASSES = (
     *(BlockPlan, BlockSpec, Conditioning, Coupling, DeepSet, DiscreteEncoding, DiscreteFactor),
-    *(ElementNormalFactor, Flow, GuideOptions, InputEncodings, InputPlan, LatentSite, Normal, NormalFactor),
+    *(
+        *FAMILIES.values(),
+        ElementNormalFactor,
+        GuideOptions,
+        InputEncodings,
+        InputPlan,
+        LatentSite,
+        NormalFactor,
+    ),
     *(Plan, PlateState, PoolMember, SiteForm, Solver, Summary),
 )
 

@@ -22,7 +22,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
-from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
+from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.guides.block import GuideBlock, make_inputs
@@ -39,6 +39,7 @@ from pyro_graphflows.guides.plan import Description, Plan
 from pyro_graphflows.guides.samples import Samples
 from pyro_graphflows.guides.sites import LatentSite
 from pyro_graphflows.guides.start import start_block_
+from pyro_graphflows.inspect import kept_random_state
 
 __all__ = ["AutoFaithfulGuide", "auto_faithful_guide", "load_guide"]
 
@@ -66,6 +67,8 @@ class AutoFaithfulGuide(AutoGuide):
         resolution: ``"site"`` or ``"element"``.
         coupled_rank: The rank of the dependence of copies that are drawn jointly.
         enumerate_sites: Discrete sites that are marked for ``TraceEnum_ELBO``.
+        optional: Sites that have data in some calls, in the order in which they are sampled where they have none.
+        setup_seed: The seed of everything random at set-up; the caller's random state is neither used nor advanced.
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
             that returns plates that exist already, for subsampling.
 
@@ -98,6 +101,8 @@ class AutoFaithfulGuide(AutoGuide):
         resolution: str = "site",
         coupled_rank: int | None = None,
         enumerate_sites: bool | Collection[str] = False,
+        optional: Sequence[str] = (),
+        setup_seed: int = 0,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__(model, create_plates=create_plates)
@@ -113,9 +118,13 @@ class AutoFaithfulGuide(AutoGuide):
             resolution=resolution,
             coupled_rank=coupled_rank,
             enumerate_sites=enumerate_sites,
+            optional=optional,
+            setup_seed=setup_seed,
         )
         self._plan: Plan | None = None
+        self._notes: tuple[str, ...] = ()
         self._start_notes: tuple[str, ...] = ()
+        self._served: set[frozenset[str]] = {frozenset()}
         self._sites: dict[str, LatentSite]
         self._reader: CallReader
         self._plate_states: dict[str, PlateState]
@@ -141,7 +150,7 @@ class AutoFaithfulGuide(AutoGuide):
                 guide. The message names them, and what to do.
         """
         options = self._options
-        with poutine.block():
+        with poutine.block(), kept_random_state():
             compiled = compile_guide(self.model, args, kwargs, options)
             samples = Samples.for_plan(
                 compiled.draws,
@@ -153,7 +162,7 @@ class AutoFaithfulGuide(AutoGuide):
             blocks, notes = self._make_blocks(compiled, samples)
         self._plan, self._sites, self._reader = compiled.plan, compiled.sites, compiled.reader
         self._plate_states = compiled.plates
-        self._start_notes = tuple(notes)
+        self._start_notes, self._notes = tuple(notes), () if samples.note is None else (samples.note,)
         self.blocks = nn.ModuleList(blocks)
         self.prototype_trace = compiled.traced.trace
         self._prototype_frames = {
@@ -171,7 +180,7 @@ class AutoFaithfulGuide(AutoGuide):
     def _make_blocks(self, compiled: Compiled, samples: Samples) -> tuple[list[GuideBlock], list[str]]:
         """Return the blocks at their starts, and notes on these."""
         options = self._options
-        notes = [] if samples.note is None else [samples.note]
+        notes: list[str] = []
         further = {"element_parents": compiled.element_parents, "factors": options.factor_classes()}
         blocks = []
         for plan in compiled.plan.blocks:
@@ -219,16 +228,21 @@ class AutoFaithfulGuide(AutoGuide):
         """The graph that was read from the model: of sites, or of elements with ``resolution="element"``."""
         return self.inverse.graph
 
-    def describe(self) -> Description:
-        """Return the plan in words: what each latent site is conditioned on, and what is not faithful."""
-        return self.plan.describe(self._start_notes)
+    def describe(self, *, verbose: bool = False) -> Description:
+        """Return the plan in words: what each latent site is conditioned on, and what is not faithful.
+
+        Args:
+            verbose: Whether to add how the networks start, with figures of joint samples. All else follows from the
+                model and the call.
+        """
+        return self.plan.describe((*self._notes, *(self._start_notes if verbose else ())))
 
     # ---------------------------------------------------------------- a call
 
     def forward(
         self, *args: Any, observations: Mapping[str, Tensor] | None = None, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Sample every latent site given the observed values of this call.
+        """Sample every site that is latent in this call given its observed values.
 
         Args:
             *args: Positional arguments of the model.
@@ -237,10 +251,11 @@ class AutoFaithfulGuide(AutoGuide):
             **kwargs: Keyword arguments of the model.
 
         Returns:
-            A dict from site to sampled value.
+            A dict from site to sampled value; optional sites are in it where they have no data.
 
         Raises:
-            UnsupportedModelError: If an observed site has no value in this call.
+            UnsupportedModelError: If an observed site has no value in this call; if the guide is not faithful where
+                these optional sites have data.
             GraphflowsError: If an observed value is not finite, or ``observations`` has a site that the model has not.
                 The message names the site.
         """
@@ -271,10 +286,11 @@ class AutoFaithfulGuide(AutoGuide):
                         stack.enter_context(self.plates[name])
                     for name, conditional in conditionals.next().items():
                         fn, read_back = self._at_site(name, conditional, call, block)
-                        values[name] = self._emit_site(name, fn, call, emit)
+                        given = call.given.get(name)
+                        values[name] = self._emit_site(name, fn, call, emit) if given is None else given
                         unconstrained[name] = read_back(values[name])
                     conditionals.accept({name: unconstrained[name] for name in level})
-        return {name: values[name] for name in self._sites}
+        return {name: values[name] for name in self._sites if name not in call.given}
 
     def _at_site(
         self, name: str, conditional: dist.TorchDistribution, call: Call, block: GuideBlock
@@ -317,6 +333,8 @@ class AutoFaithfulGuide(AutoGuide):
             if chosen_indices(plate._indices, plate.size) is not None
         }
         call = self._reader.read(self.model, args, kwargs, observations, indices)
+        if call.given:
+            self._require_served(call)
         self.plates = dict(existing)
         for name, state in sorted(call.plates.items()):
             if name not in self.plates:
@@ -327,6 +345,27 @@ class AutoFaithfulGuide(AutoGuide):
                         name, state.full_size, subsample=state.indices, dim=state.dim
                     )
         return call
+
+    def _require_served(self, call: Call) -> None:
+        """Refuse data that are not in a site's support, and a pattern of optional sites that is not faithful."""
+        for name, value in call.given.items():
+            if not bool(call.supports[name].check(value).all()):
+                raise GraphflowsError(
+                    f"Expected data of {name!r} in its support, {call.supports[name]}; some are not, or are NaN. "
+                    "Entries that are missing within a site are for pyro.sample(..., obs_mask=...)."
+                )
+        observed = frozenset(call.given)
+        if observed in self._served:
+            return
+        missing = self.plan.missing_with(observed)
+        if missing:
+            site, other = missing[0]
+            raise UnsupportedModelError(
+                f"Expected data for {site!r} too where there are some for {other!r}: {site!r} depends on it, and is "
+                f"sampled before {other!r} without looking at it. Name the optional sites in another order "
+                f"(optional={[other, site]}), or set up a guide of its own for such calls."
+            )
+        self._served.add(observed)
 
     def _with_supports(
         self,
@@ -368,21 +407,26 @@ class AutoFaithfulGuide(AutoGuide):
             **kwargs: Keyword arguments of the model, and ``observations``.
 
         Returns:
-            ``log q(latents | data)``: summed over the sites, per element of the plates where all sites are in the same
-            plates (a vector over the data for the common single data plate), and summed over plates otherwise.
+            ``log q(latents | data)``: summed over the sites that are latent in the call, per element of the plates
+            where all sites are in the same plates (a vector over the data for the common single data plate), and
+            summed over plates otherwise.
 
         Raises:
             GraphflowsError: If a latent site has no value.
         """
         self._ensure_set_up(args, kwargs)
-        names = self.plan.graph.latent
-        missing = [name for name in names if name not in latents]
+        given = {name: latents[name] for name in self.plan.graph.latent if name in latents}
+        missing = set(self.plan.graph.latent) - set(given) - set(self._options.optional)
+        if not missing:
+            with poutine.block():
+                trace = poutine.trace(poutine.condition(self, data=given)).get_trace(*args, **kwargs)
+            nodes: Any = trace.nodes
+            names = [name for name in self.plan.graph.latent if name in nodes]
+            missing = set(names) - set(given)
         if missing:
-            raise GraphflowsError(f"Expected a value for every latent site; missing: {', '.join(missing)}.")
-        given = {name: latents[name] for name in names}
-        with poutine.block():
-            trace = poutine.trace(poutine.condition(self, data=given)).get_trace(*args, **kwargs)
-        nodes: Any = trace.nodes
+            raise GraphflowsError(
+                f"Expected a value for every latent site; missing: {', '.join(sorted(missing))}."
+            )
         terms = [nodes[name]["fn"].log_prob(nodes[name]["value"]) for name in names]
         plates = [self.plan.graph.plates[name] for name in names]
         if any(each != plates[0] for each in plates):
@@ -469,11 +513,11 @@ class AutoFaithfulGuide(AutoGuide):
             >>> posterior(torch.zeros(3))["z"].shape
             torch.Size([3])
         """
-        unknown = [name for name in observations if name not in self.plan.graph.observed]
+        known = [*self.plan.graph.observed, *self._options.optional]
+        unknown = [name for name in observations if name not in known]
         if unknown:
             raise GraphflowsError(
-                f"Expected observed sites ({', '.join(map(str, self.plan.graph.observed))}); "
-                f"got {', '.join(unknown)}."
+                f"Expected observed sites ({', '.join(map(str, known))}); got {', '.join(unknown)}."
             )
         fixed = dict(observations)
 
@@ -567,7 +611,7 @@ class AutoFaithfulGuide(AutoGuide):
             "reader": self._reader.to_plain(),
             "plates": {name: replace(state, indices=None) for name, state in self._plate_states.items()},
             "frames": tuple((each.name, each.dim, each.size, each.full_size) for each in frames),
-            "notes": self._start_notes,
+            "notes": (self._notes, self._start_notes),
             "blocks": tuple(block.to_plain() for block in blocks),
         }
         write_guide(path, self.model, contents, self.state_dict())
@@ -581,7 +625,7 @@ class AutoFaithfulGuide(AutoGuide):
         self._plan, self._sites = contents["plan"], contents["sites"]
         self._reader = CallReader.from_plain(contents["reader"], device)
         self._plate_states = contents["plates"]
-        self._start_notes = contents["notes"]
+        self._notes, self._start_notes = contents["notes"]
         self._prototype_frames = {
             name: CondIndepStackFrame(name, dim, size, 0, full_size)
             for name, dim, size, full_size in contents["frames"]
@@ -646,6 +690,8 @@ def auto_faithful_guide(
     resolution: str = "site",
     coupled_rank: int | None = None,
     enumerate_sites: bool | Collection[str] = False,
+    optional: Sequence[str] = (),
+    setup_seed: int = 0,
     create_plates: Callable[..., Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
 ) -> AutoFaithfulGuide:
@@ -693,6 +739,14 @@ def auto_faithful_guide(
         enumerate_sites: Discrete sites that the guide marks ``infer={"enumerate": "parallel"}``, so that
             ``TraceEnum_ELBO`` sums over their values instead of drawing them: their names, or True for all. Every
             latent site then has a network of its own, so that each only meets the values of its own parents.
+        optional: Sites that have data in some calls and none in others, as labels have: latent where they have none,
+            conditioned on where they have, by the same networks (Kingma et al. 2014, Semi-supervised Learning with
+            Deep Generative Models). They are sampled first, in this order. Each call returns the sites that are latent
+            in it. With several, a later one may lack data where an earlier one has some; the reverse is refused where
+            the two are dependent.
+        setup_seed: The seed of everything that is random at set-up: joint samples, and with them the order, the start
+            and the features, and the weights of the networks. Guides of the same model and call are equal whatever the
+            caller's random state, which is not advanced; for other initial weights, take another seed.
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
             that returns plates that exist already, for subsampling.
         example_kwargs: Keyword arguments of a typical call.
@@ -731,6 +785,8 @@ def auto_faithful_guide(
         resolution=resolution,
         coupled_rank=coupled_rank,
         enumerate_sites=enumerate_sites,
+        optional=optional,
+        setup_seed=setup_seed,
         create_plates=create_plates,
     )
     if example_args or example_kwargs:

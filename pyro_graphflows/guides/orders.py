@@ -64,6 +64,7 @@ from pyro_graphflows.guides.plan import BlockPlan
 from pyro_graphflows.guides.samples import MOST_ROWS, ModelDraws, side_by_side
 from pyro_graphflows.guides.sites import LatentSite
 from pyro_graphflows.inspect import TracedModel, get_argument, nested_by_index, with_nested_plates
+from pyro_graphflows.inspect.probes import with_loop_plates
 from pyro_graphflows.regression import Moments, location_and_scale, square_root
 
 __all__ = [
@@ -74,8 +75,10 @@ __all__ = [
     "drawn_after_enumerated",
     "find_inverse",
     "joint_rows",
+    "optional_sites_first",
     "order_for_discrete_sites",
     "outer_sites_first",
+    "outside_of_loops",
     "require_outer_sites_first",
     "resolve_inverse",
     "sites_to_enumerate",
@@ -215,7 +218,7 @@ def find_inverse(
     """
     if elements:
         return _invert_elements(traced, option)
-    graph = traced.graph
+    graph = with_loop_plates(traced.graph, traced.loops)
     nested = nested_by_index(model, args, kwargs, traced=traced)
     if not nested:
         return FoundInverse(traced, resolve_inverse(graph, option))
@@ -256,6 +259,28 @@ def _index_arguments(
                     found[inner, outer] = name
                     break
     return found
+
+
+def outside_of_loops(inverse: InverseGraph, graph: ModelGraph) -> InverseGraph:
+    """Return an inverse in the plates of the model, without those around the iterations of subsampled loops.
+
+    How a parent enters is kept: what is in a loop is not there for sites outside of its iteration.
+
+    Args:
+        inverse: An inverse in the plates of :func:`~pyro_graphflows.inspect.probes.with_loop_plates`.
+        graph: The model graph.
+    """
+    coupled = {
+        site: [p for p in plates if p in graph.plates[site]] for site, plates in inverse.coupled.items()
+    }
+    return InverseGraph(
+        graph,
+        inverse.parents,
+        order=inverse.order,
+        sampling_order=inverse.sampling_order,
+        coupled={site: plates for site, plates in coupled.items() if plates},
+        how=inverse.how,
+    )
 
 
 # ---------------------------------------------------------------- elements
@@ -488,6 +513,46 @@ def order_for_discrete_sites(
         "Expected the model's parents of enumerated sites to be sampled before these, or enumerated as well; the "
         f"inverse {inverse.order!r} samples some given the enumerated values ({named}), which Pyro cannot do. Use "
         "inverse='reverse', which follows the model's order, or enumerate_sites=True."
+    )
+
+
+# ---------------------------------------------------------------- sites that are observed in some calls
+
+
+def optional_sites_first(
+    graph: ModelGraph, option: str | AutoOrder, optional: Sequence[str], discrete: Collection[str]
+) -> InverseGraph:
+    """Return a faithful inverse that samples sites that may be observed before those that are then given them.
+
+    The others are ordered as if these sites were always observed. Those outside of the plates of an optional site are
+    sampled before it, as everywhere: outer sites come first.
+
+    Args:
+        graph: The model graph, in which these sites are latent.
+        option: The order of the others.
+        optional: The sites that may be observed, in the order in which they are sampled (outer ones first).
+        discrete: The discrete latent sites.
+
+    Example:
+        >>> graph = ModelGraph(["yx", "zx"], observed=["x"])
+        >>> optional_sites_first(graph, "auto", ["y"], []).parents
+        mappingproxy({'y': ('x',), 'z': ('y', 'x')})
+    """
+    others = discrete_sites_first(resolve_inverse(graph.with_observed(optional), option), discrete)
+    plates = {site: set(graph.plates[site]) for site in graph.latent}
+    optional = sorted(optional, key=lambda site: len(plates[site]))
+    outer = [
+        site for site in others.sampling_order if not all(plates[name] <= plates[site] for name in optional)
+    ]
+    inner = [site for site in others.sampling_order if site not in outer]
+    found = faithful_inverse(graph, [*outer, *optional, *inner][::-1])
+    return InverseGraph(
+        graph,
+        found.parents,
+        order="optional_first",
+        sampling_order=found.sampling_order,
+        coupled=found.coupled,
+        how=found.how,
     )
 
 

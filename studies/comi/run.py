@@ -39,11 +39,11 @@ import pyro
 import torch
 
 from pyro_graphflows import Normal, auto_faithful_guide, binary_tree
+from pyro_graphflows.whole_files import write_whole
 from studies.comi.measures import DTYPE, Exact, JointDensity, Judge, compare_densities
 from studies.comi.report import render
 from studies.flags import add_places
 from studies.results import Results
-from studies.whole_files import write_whole
 
 INVERSES = {"heuristic": "stochastic", "minimal": "auto", "full": "full"}
 TREE_SEED = 0  # one tree for each depth; seeds of runs change networks and samples

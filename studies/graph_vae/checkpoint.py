@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pyro_graphflows import GraphflowsError
-from studies.whole_files import write_whole
+from pyro_graphflows.whole_files import write_whole
 
 HEADER = b"graph_vae checkpoint 1\n"
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from studies.whole_files import write_whole
+from pyro_graphflows.whole_files import write_whole
 
 
 class Record:

@@ -36,6 +36,7 @@ import torch
 
 from pyro_graphflows import GraphflowsError
 from pyro_graphflows.datasets import load_images
+from pyro_graphflows.whole_files import write_whole
 from studies.flags import positive
 from studies.graph_vae import capture, checkpoint, evaluation
 from studies.graph_vae.ensemble import ESTIMATORS
@@ -43,7 +44,6 @@ from studies.graph_vae.json_lines import Record
 from studies.graph_vae.png import grid, png
 from studies.graph_vae.trainer import SMALL_NETWORKS, STRUCTURES, Settings, Trainer
 from studies.tables import mean_sd
-from studies.whole_files import write_whole
 
 DATA_SETS = ("binarized_mnist", "omniglot", "mnist", "digits")
 PAPER_EPOCHS = 2000

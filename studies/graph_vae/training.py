@@ -14,8 +14,8 @@ from torch.distributions import kl_divergence
 
 from pyro_graphflows import GraphflowsError, GraphVAE, Progress, Schedule, TrainingData, fit
 from pyro_graphflows.datasets import BinarizedBatches, binarize, dequantize, load_images
+from pyro_graphflows.whole_files import write_whole
 from studies.results import Results
-from studies.whole_files import write_whole
 
 STRUCTURES = ("learned", "full", "chain", "independent")
 SMALL_NETWORKS = {

@@ -12,10 +12,10 @@ from typing import Any
 
 import matplotlib
 
-from studies.real_models import lines
 from studies.real_models.methods import METHODS, OURS, PYRO
 from studies.real_models.models import POSTERIORS
 from studies.real_models.run import CHOICE_SECONDS, CHOICE_SEED, LAST, RATES, RESULTS, best_rate
+from studies.results import Results
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -299,7 +299,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="the folder of the page")
     flags = parser.parse_args(argv)
     flags.out.mkdir(parents=True, exist_ok=True)
-    (flags.out / "real_models.md").write_text(page(lines.read(flags.results), flags.out))
+    (flags.out / "real_models.md").write_text(page(list(Results(flags.results).read().values()), flags.out))
 
 
 if __name__ == "__main__":

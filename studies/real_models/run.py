@@ -29,11 +29,11 @@ import pyro
 import torch
 from pyro.infer import Trace_ELBO
 
-from studies.real_models import lines
 from studies.real_models.measure import measure
 from studies.real_models.methods import METHODS, OURS, PYRO, make_guide, parameters
 from studies.real_models.models import POSTERIORS, find
 from studies.real_models.posterior import Posterior, Reference, data_folder, read_reference
+from studies.results import Results
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 RATES = (1e-3, 1e-2, 1e-1)
@@ -57,6 +57,11 @@ class Run:
     def of(cls, record: dict[str, Any]) -> "Run":
         """Return the run of a record."""
         return cls(**{key: record[key] for key in ("model", "method", "rate", "seconds", "seed")})
+
+    @property
+    def key(self) -> str:
+        """Its name in the file of results."""
+        return f"{self.model} {self.method} rate {self.rate:g} {self.seconds:g} s seed {self.seed}"
 
     def record(self) -> dict[str, Any]:
         """Return its fields."""
@@ -179,7 +184,8 @@ def do_pair(pair: Pair) -> None:
     torch.set_num_threads(1)
     posterior = POSTERIORS[pair.model]
     reference = None
-    records = lines.read(pair.out)
+    results = Results(pair.out)
+    records = list(results.read().values())
     done = {Run.of(record) for record in records}
 
     def ensure(run: Run) -> None:
@@ -188,7 +194,7 @@ def do_pair(pair: Pair) -> None:
             return
         reference = reference or read_reference(pair.folder, pair.model)
         record = make(run, posterior, reference)
-        lines.append(pair.out, record)
+        results.append(run.key, record)
         records.append(record)
         done.add(run)
         outcome = record.get("failure") or f"ELBO {record['elbo']:.2f}, {record['steps']} steps"

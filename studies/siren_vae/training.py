@@ -25,7 +25,7 @@ from pyro_graphflows import (
     TrainingData,
     load_network,
 )
-from studies.whole_files import write_whole
+from pyro_graphflows.whole_files import write_whole
 
 FEW = 10  # below so many points for each node data are few: an epoch is one to three steps
 DEFAULT_PATIENCE = {True: 60, False: 10}
