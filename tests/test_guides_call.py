@@ -343,7 +343,7 @@ def test_calls_of_another_structure_are_refused_by_site(args, kwargs, message):
 
 def test_observations_of_sites_that_there_are_not():
     reader = reader_of(other, W, X)
-    with pytest.raises(GraphflowsError, match="Expected observations of x, .*; got y"):
+    with pytest.raises(GraphflowsError, match=r"Expected observations of x, .*; got y"):
         reader.read(other, (W, X), {}, observations={"y": X})
     assert reader.read(other, (W, X), {}, observations={"z": X, "x": W}).values["x"] is W
 
@@ -357,7 +357,7 @@ def test_a_reader_without_data_reads_the_same():
     assert one.plates == two.plates
     assert all(torch.equal(two.values[name], value) for name, value in one.values.items())
     with pytest.raises(
-        UnsupportedModelError, match="'z' is a Normal in plate data; in this model it is .*no plate"
+        UnsupportedModelError, match=r"'z' is a Normal in plate data; in this model it is .*no plate"
     ):
         CallReader.from_plain(plain, "cpu").read(without_plate, (W[0], X[0]), {})
 
