@@ -101,7 +101,7 @@ class SplineVector(dist.TorchDistribution):
 
     def __init__(self, elements: SplineDistribution, loc: Tensor, scale_tril: Tensor) -> None:
         self.elements, self.loc, self.scale_tril = elements, loc, scale_tril
-        # The value drawn last and its splines' images, and whether that was with gradients; shared with expanded copies.
+        # Value, images of the splines, whether with gradients, of the last draw; shared with expanded copies.
         self._drawn: list[tuple[Tensor, Tensor, bool]] = []
         super().__init__(elements.batch_shape, elements.event_shape, validate_args=False)
 
