@@ -314,6 +314,30 @@ def test_an_inverse_that_samples_optional_sites_late_is_refused():
         assert list(guide(X, Y)) == ["z"]
 
 
+def test_batches_of_a_subsampled_plate():
+    """Labels and data of the same rows: z is where data and label put it, exactly."""
+
+    def model(x, y=None):
+        with pyro.plate("d", len(x), subsample_size=6) as rows:
+            z = pyro.sample("z", N(0.0, 1.0))
+            label = pyro.sample("y", dist.Bernoulli(0.5), obs=None if y is None else y[rows])
+            pyro.sample("x", N(z + 2 * label, 0.5), obs=x[rows])
+
+    guide = auto_faithful_guide(model, X, optional=["y"], num_start_samples=200)
+    guide.set_linear_("z", {"x": 0.8, "y": -1.6}, 0.0, math.sqrt(0.2))
+    for args in ((X,), (X, Y)):
+        trace = poutine.trace(guide).get_trace(*args)
+        rows = trace.nodes["d"]["value"]
+        label = Y[rows] if len(args) == 2 else trace.nodes["y"]["value"]
+        torch.testing.assert_close(trace.nodes["z"]["fn"].mean, 0.8 * (X[rows] - 2 * label))
+        assert ("y" in trace) == (len(args) == 1)
+    theirs = poutine.trace(poutine.replay(model, trace=trace)).get_trace(X, Y)
+    exact = N(2 * Y, math.sqrt(1.25)).log_prob(X) + math.log(0.5)
+    expected = 20 / 6 * exact[rows].sum()
+    torch.testing.assert_close(theirs.log_prob_sum() - trace.log_prob_sum(), expected)
+    assert math.isfinite(Trace_ELBO().loss(model, guide, X))
+
+
 def test_vectorised_particles_and_predictions():
     guide = auto_faithful_guide(labels, X, optional=["y"], num_start_samples=200)
     for args in ((X,), (X, Y)):

@@ -165,6 +165,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.*which read no data")
 @pytest.mark.parametrize(("case", "family"), PAIRS)
 def test_a_loaded_guide_is_the_guide(case, family, tmp_path):
     model, args, later, more = CASES[case]
@@ -308,6 +309,7 @@ def plain_of(path):
     return tensors, json.loads(texts["guide"])
 
 
+@pytest.mark.filterwarnings("ignore:.*which read no data")
 def test_there_are_no_data_in_a_file(tmp_path):
     guide = auto_faithful_guide(slopes, *GROUPED, num_start_samples=100)
     guide(*MORE)

@@ -7,8 +7,8 @@ a call:  read it; for each block, level by level: conditionals, emitted at their
 import copy
 import os
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from types import MappingProxyType
 from typing import Any
@@ -31,9 +31,12 @@ from pyro_graphflows.guides.compile import Compiled, GuideOptions, compile_guide
 from pyro_graphflows.guides.conditionals.contract import Family
 from pyro_graphflows.guides.conditionals.distributions import site_distribution
 from pyro_graphflows.guides.conditionals.factors import Factor
+from pyro_graphflows.guides.conditionals.model_conditionals import ModelConditionals
+from pyro_graphflows.guides.conditionals.new_elements import WithNewElements, beyond_fitted
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
 from pyro_graphflows.guides.families import make_family
 from pyro_graphflows.guides.files import read_guide, write_guide
+from pyro_graphflows.guides.fitted_data import FittedData
 from pyro_graphflows.guides.orders import Inverse
 from pyro_graphflows.guides.plan import Description, Plan
 from pyro_graphflows.guides.samples import Samples
@@ -127,6 +130,9 @@ class AutoFaithfulGuide(AutoGuide):
         self._notes: tuple[str, ...] = ()
         self._start_notes: tuple[str, ...] = ()
         self._served: set[frozenset[str]] = {frozenset()}
+        self._fitted: FittedData | None = None
+        self._is_fitting = False
+        self._warned: set[str] = set()
         self._sites: dict[str, LatentSite]
         self._reader: CallReader
         self._plate_states: dict[str, PlateState]
@@ -175,6 +181,7 @@ class AutoFaithfulGuide(AutoGuide):
                 if frame.vectorized
             }
             self._whiten_blocks(starts, args, kwargs)
+        self.remember_data(*args, **kwargs)
         if compiled.plan.inputs.missing:
             warnings.warn("\n".join(compiled.plan.inputs.missing), GraphflowsWarning, stacklevel=2)
         if self.master is not None:
@@ -307,14 +314,19 @@ class AutoFaithfulGuide(AutoGuide):
         blocks: Any = self.blocks  # once: each look-up shows all parameters to Pyro
         for block, block_plan in zip(blocks, plan.blocks, strict=True):
             conditionals = block.begin(call, unconstrained)
+            new = beyond_fitted(block.spec.plates, call.plates) if block_plan.per_element else None
             for level in block_plan.levels:
                 if plan.changing and any(name in plan.changing for name in level):
                     call = self._with_supports(call, args, kwargs, values, level)
+                beyond = [] if new is None else [name for name in level if name in block_plan.per_element]
+                model = self._model_conditionals(beyond, block, call, (args, kwargs), values, observations)
                 with ExitStack() as stack:
                     for name in block_plan.plates:
                         stack.enter_context(self.plates[name])
                     for name, conditional in conditionals.next().items():
                         fn, read_back = self._at_site(name, conditional, call, block)
+                        if name in model and new is not None:
+                            fn = WithNewElements(fn, model[name], new)
                         given = call.given.get(name)
                         values[name] = self._emit_site(name, fn, call, emit) if given is None else given
                         unconstrained[name] = read_back(values[name])
@@ -364,6 +376,7 @@ class AutoFaithfulGuide(AutoGuide):
         call = self._reader.read(self.model, args, kwargs, observations, indices)
         if call.given:
             self._require_served(call)
+        self._warn_of_other_data(call, args, kwargs, known=not observations)
         self.plates = dict(existing)
         for name, state in sorted(call.plates.items()):
             if name not in self.plates:
@@ -374,6 +387,52 @@ class AutoFaithfulGuide(AutoGuide):
                         name, state.full_size, subsample=state.indices, dim=state.dim
                     )
         return call
+
+    def _model_conditionals(
+        self,
+        sites: Sequence[str],
+        block: GuideBlock,
+        call: Call,
+        arguments: tuple[tuple[Any, ...], dict[str, Any]],
+        values: Mapping[str, Tensor],
+        observations: Mapping[str, Tensor] | None,
+    ) -> dict[str, dist.TorchDistribution]:
+        """Return the model's conditionals of sites with elements beyond those fitted, at the values sampled so far.
+
+        Raises:
+            UnsupportedModelError: If they depend on what is sampled later, or is summed over by the model.
+        """
+        if not sites:
+            return {}
+        grown = [
+            f"{plate.name!r} ({plate.full_size} elements when the guide was set up, now "
+            f"{call.plates[plate.name].full_size})"
+            for plate in block.spec.plates
+            if call.plates[plate.name].full_size > plate.full_size
+        ]
+        graph = self.plan.graph
+        for site in sites:
+            late = [p for p in graph.parents(site) if p in graph.latent and p not in values]
+            late += [p for p in graph.parents(site) if p in graph.marginalised]
+            if late:
+                raise UnsupportedModelError(
+                    f"Expected no new elements of plate {', '.join(grown)}: {site!r} has parameters for each element, "
+                    "and beyond them would follow the model's conditional, but its parents "
+                    f"{', '.join(map(repr, late))} are not sampled before it. Use inverse='reverse', "
+                    "which follows the model's order, or set up a guide for the new data."
+                )
+        unwarned = [site for site in sites if f"new elements of {site}" not in self._warned]
+        if unwarned:
+            self._warned.update(f"new elements of {site}" for site in unwarned)
+            warnings.warn(
+                f"Elements beyond those fitted, in plate {', '.join(grown)}: there {', '.join(unwarned)} follow the "
+                "model's conditional given the sites sampled before, and no data.",
+                GraphflowsWarning,
+                stacklevel=4,
+            )
+        indices = {name: plate.indices for name, plate in call.plates.items() if plate.indices is not None}
+        conditionals = ModelConditionals(self.model)
+        return conditionals(sites, *arguments, latents=values, observed=observations, indices=indices)
 
     def _require_served(self, call: Call) -> None:
         """Refuse data that are not in a site's support, and a pattern of optional sites that is not faithful."""
@@ -424,6 +483,88 @@ class AutoFaithfulGuide(AutoGuide):
             stored = store._params.get(f"{fullname}$$${name}")
             if stored is not None and stored is not parameter:
                 del store[f"{fullname}$$${name}"]
+
+    # ---------------------------------------------------------------- the data that were fitted
+
+    def remember_data(self, *args: Any, **kwargs: Any) -> None:
+        """Take the data of a call as those that per-element parameters are fitted to, as set-up and training do.
+
+        Args:
+            *args: Positional arguments of the model; without any arguments the data count as unknown, and no call is
+                warned of.
+            **kwargs: Keyword arguments of the model.
+        """
+        self._fitted = None
+        self._warned = {name for name in self._warned if name not in self._sites}
+        if self.plan.inputs.per_element and (args or kwargs):
+            self._fitted = FittedData(args, kwargs)
+            self._fitted.note_arguments(self.model)
+
+    def sites_of_other_data(self, *args: Any, **kwargs: Any) -> tuple[str, ...]:
+        """Return the sites whose per-element parameters were fitted to other data than those of a call.
+
+        They read no data: a call has their posterior given the data of set-up, or of the latest training by
+        :func:`~pyro_graphflows.infer.fit`. Batches of a subsampled plate are not other data, nor is a call without the
+        data that they would read. Whoever asks will tell the user: later calls do not warn of these sites.
+
+        Args:
+            *args: Positional arguments of the model.
+            **kwargs: Keyword arguments of the model, and ``observations``.
+        """
+        observations = kwargs.pop("observations", None)
+        self._ensure_set_up(args, kwargs)
+        if self._fitted is None or not (observations or not self._fitted.is_known(self.model, args, kwargs)):
+            return ()
+        call = self._read_quietly(args, kwargs, observations)
+        found = self._fitted.sites_of_other_data(call, self.plan, self._read_quietly, self._per_element())
+        self._warned.update(found)
+        return found
+
+    @contextmanager
+    def fitting_to(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Mark a training run, in which per-element parameters are fitted to data; see :meth:`remember_data`.
+
+        Args:
+            *args: Positional arguments of the model with all data, or none where these are not at hand.
+            **kwargs: Keyword arguments of the model.
+        """
+        self._is_fitting = True
+        try:
+            yield
+        finally:
+            self._is_fitting = False
+            if self._plan is not None:
+                self.remember_data(*args, **kwargs)
+
+    def _per_element(self) -> list[str]:
+        return [site for site in self._sites if site in self.plan.inputs.per_element]
+
+    def _read_quietly(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], observations: Mapping[str, Tensor] | None = None
+    ) -> Call:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), poutine.block():
+            return self._reader.read(self.model, args, kwargs, observations)
+
+    def _warn_of_other_data(
+        self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], known: bool
+    ) -> None:
+        """Warn once of each site that fits other data than those of a call."""
+        fitted = None if self._is_fitting else self._fitted
+        sites = [] if fitted is None else [site for site in self._per_element() if site not in self._warned]
+        if fitted is None or not sites or (known and fitted.is_known(self.model, args, kwargs)):
+            return
+        found = fitted.sites_of_other_data(call, self.plan, self._read_quietly, sites, always=False)
+        if not found:
+            fitted.take_as_known(self.model, args, kwargs)
+            return
+        self._warned.update(found)
+        warnings.warn(
+            f"The per-element parameters of {', '.join(found)}, which read no data, fit those of set-up, or of the "
+            "latest fit(model, guide, data), and the data of this call are others. Train with these data, set up a "
+            "guide with them, or use pool='deepset' for a guide that reads them.",
+            GraphflowsWarning,
+            stacklevel=5,
+        )
 
     # ---------------------------------------------------------------- what users ask of it
 
@@ -641,6 +782,7 @@ class AutoFaithfulGuide(AutoGuide):
             "plates": {name: replace(state, indices=None) for name, state in self._plate_states.items()},
             "frames": tuple((each.name, each.dim, each.size, each.full_size) for each in frames),
             "notes": (self._notes, self._start_notes),
+            "fitted": None if self._fitted is None else self._fitted.digests(self._read_quietly, plan.graph),
             "blocks": tuple(block.to_plain() for block in blocks),
         }
         write_guide(path, self.model, contents, self.state_dict())
@@ -655,6 +797,7 @@ class AutoFaithfulGuide(AutoGuide):
         self._reader = CallReader.from_plain(contents["reader"], device)
         self._plate_states = contents["plates"]
         self._notes, self._start_notes = contents["notes"]
+        self._fitted = None if contents["fitted"] is None else FittedData(digests=contents["fitted"])
         self._prototype_frames = {
             name: CondIndepStackFrame(name, dim, size, 0, full_size)
             for name, dim, size, full_size in contents["frames"]
@@ -687,6 +830,7 @@ class AutoFaithfulGuide(AutoGuide):
         if self._plan is not None:  # a function that makes inverses cannot be pickled
             state["_options"] = replace(self._options, inverse=self._plan.inverse)
         state["prototype_trace"] = None
+        state["_fitted"] = None  # no data in a pickle
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ own, with its own effective sample size, Pareto shape and standard error.
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +19,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
 from pyro_graphflows.infer.importance import ImportanceSampler
 from pyro_graphflows.infer.particles import (
     Program,
@@ -105,6 +106,10 @@ def log_evidence(
             values.
         **kwargs: Keyword arguments of both.
 
+    Warns:
+        GraphflowsWarning: If the guide says that some of its sites were fitted to other data (a guide's method
+            ``sites_of_other_data``).
+
     Returns:
         The estimates, in the dtype of the log-densities.
 
@@ -128,6 +133,16 @@ def log_evidence(
         >>> torch.allclose(evidence.log_evidence, dist.Normal(0.0, 2**0.5).log_prob(x))
         True
     """
+    ask = getattr(guide, "sites_of_other_data", None)  # of guides that were fitted to one data set
+    others = () if ask is None else ask(*args, **kwargs)
+    if others:
+        warnings.warn(
+            f"The guide was fitted to other data: the parameters of {', '.join(others)} read none in a call. The "
+            "weights correct for that, at the price of their variance; mind ess and khat, or train the guide with "
+            "these data.",
+            GraphflowsWarning,
+            stacklevel=2,
+        )
     sampling = _Sampling(num_particles, data_plate, chunk_size, max_plate_nesting, vectorize)
     log_weights, dtype = _log_weights(model, guide, args, kwargs, sampling)
     return Evidence(*(value.to(dtype) for value in evidence_from_log_weights(log_weights)))

@@ -79,7 +79,7 @@ class FlowConditionals(Conditionals):
         self._table_columns = {v: self.num_features + 2 * i for i, v in enumerate(own)}
         sizes = {site: part.stop - part.start for site, part in self.parts.items()}
         num_rows = sum(2 * sizes[site] for site in block.per_element)
-        self.table = ElementTable(spec.plates, num_rows) if block.per_element else None
+        self.table = ElementTable(spec.plates, num_rows, extends=True) if block.per_element else None
         seen = {site: [j for j in self.inputs_of(site) if j < self.num_features] for site in self._own_sites}
         self.maps, self._map_of = element_maps(block, seen, {s: 2 * n for s, n in sizes.items()}, spec.plates)
         structure, self._stages = self._structure()

@@ -87,7 +87,7 @@ class MaskedConditionals(Conditionals):
         for site in block.per_element:
             self._table_columns[site] = slice(start, start + num_rows[site])
             start += num_rows[site]
-        self.table = ElementTable(spec.plates, start) if block.per_element else None
+        self.table = ElementTable(spec.plates, start, extends=True) if block.per_element else None
         seen = {site: self.inputs_of(site) for site in block.sites}
         self.maps = nn.ModuleDict()
         self._map_of: dict[str, tuple[str, list[int]]] = {}
