@@ -432,32 +432,6 @@ def test_a_save_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- plain data
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8, torch.bool, torch.float64])
-def test_tensors_of_all_types(dtype, tmp_path):
-    given = {"a": torch.tensor([[1, 0], [0, 1]]).to(dtype), "empty": torch.zeros(0, 3, dtype=dtype)}
-    given["number"], given["turned"] = given["a"][0, 0], torch.arange(6).reshape(2, 3).to(dtype).T
-    write_tensors(tmp_path / "file", given, {"über": "text"})
-    found, texts = read_tensors(tmp_path / "file")
-    assert texts == {"über": "text"}
-    assert list(found) == list(given)
-    for name, value in given.items():
-        torch.testing.assert_close(found[name], value)
-
-
-def test_tensors_that_the_format_has_not(tmp_path):
-    with pytest.raises(GraphflowsError, match=r"types that safetensors has; got torch\.complex128"):
-        write_tensors(tmp_path / "file", {"a": torch.zeros(2, dtype=torch.complex128)})
-
-
-def test_a_file_of_the_format_that_others_wrote_has_no_checksum(tmp_path):
-    header = json.dumps({"b": {"dtype": "I32", "shape": [1], "data_offsets": [8, 12]},
-                         "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()  # fmt: skip
-    numbers = struct.pack("<ffi", 1.0, 2.0, 3)
-    (tmp_path / "file").write_bytes(struct.pack("<Q", len(header)) + header + numbers)
-    with pytest.raises(GraphflowsError, match="its checksum does not fit its content"):
-        read_tensors(tmp_path / "file")
-
-
 @pytest.mark.parametrize(
     "value",
     [
