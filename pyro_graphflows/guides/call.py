@@ -23,6 +23,7 @@ from torch.distributions import biject_to, constraints
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides.sites import InputEncodings
 from pyro_graphflows.inspect import (
+    ArgumentPath,
     TracedModel,
     arranged,
     get_argument,
@@ -31,7 +32,7 @@ from pyro_graphflows.inspect import (
     same_tensor,
     take_rows,
 )
-from pyro_graphflows.inspect.arguments import argument_leaves
+from pyro_graphflows.inspect.arguments import LoopRow, argument_leaves
 from pyro_graphflows.inspect.trace import undressed
 
 __all__ = [
@@ -153,7 +154,9 @@ def site_mask(site: Mapping[str, Any]) -> Tensor | bool | None:
 
 def _own_scale(site: Mapping[str, Any]) -> float | Tensor:
     scale = site["scale"]
-    for frame in site["cond_indep_stack"]:
+    for frame in filter(
+        lambda frame: frame.vectorized, site["cond_indep_stack"]
+    ):  # loops have no plate in a guide
         scale = scale * frame.size / (frame.full_size or frame.size)
     return scale
 
@@ -201,6 +204,7 @@ class CallReader:
         encodings: How conditioning values are written.
         keep_masks: Whether masks of observed sites are reported too.
         optional: The latent sites that have data in some calls.
+        unread: Observed sites whose values no site of the guide reads.
     """
 
     def __init__(
@@ -210,12 +214,14 @@ class CallReader:
         *,
         keep_masks: bool = False,
         optional: Collection[str] = (),
+        unread: Collection[str] = (),
     ) -> None:
         graph = traced.graph
         self.encodings, self.keep_masks = encodings, keep_masks
         self.latent: tuple[str, ...] = graph.latent
         self.optional = frozenset(optional)
-        self.observed = tuple(name for name in graph.observed if name not in traced.without_data)
+        without = {*traced.without_data, *unread}
+        self.observed = tuple(name for name in graph.observed if name not in without)
         self.inputs: tuple[str, ...] = graph.inputs
         self.known = frozenset(traced.trace.nodes)
         self.paths = dict(traced.argument_paths)
@@ -326,7 +332,7 @@ class CallReader:
                 f"{', '.join(more)} as well. Models whose sites come and go need one guide for each set of sites."
             )
         for name in self.inputs:
-            value = get_argument(model, self.paths[name], args, kwargs)
+            value = argument_in_trace(model, self.paths[name], args, kwargs, trace)
             if value is None:
                 raise UnsupportedModelError(
                     f"Expected the argument {name!r}, a covariate on which the guide conditions; got none."
@@ -437,6 +443,19 @@ class CallReader:
         for name in new:
             paths = [path for path, leaf in leaves.items() if leaf is given[name]]
             self.paths.update((name, path) for path in paths[:1])
+
+
+def argument_in_trace(
+    model: Callable[..., Any], path: ArgumentPath, args: Any, kwargs: Any, trace: poutine.Trace
+) -> Any:
+    """Return an argument of a call, or the row of it that an iteration of a loop is about; None if there is none."""
+    row = path[-1]
+    if not isinstance(row, LoopRow):
+        return get_argument(model, path, args, kwargs)
+    value = get_argument(model, path[:-1], args, kwargs)
+    if not torch.is_tensor(value) or row.plate not in trace:
+        return None
+    return row.of(value, torch.as_tensor(trace.nodes[row.plate]["value"]))
 
 
 def input_rows(traced: TracedModel, name: str, value: Tensor, plates: Mapping[str, PlateState]) -> Tensor:

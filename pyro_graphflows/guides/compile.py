@@ -3,6 +3,7 @@
 Each step takes values and returns new ones; none edits an earlier step's result.
 """
 
+import warnings
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import update_wrapper
@@ -13,7 +14,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
+from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.graphs.order_search import AutoOrder
@@ -30,6 +31,7 @@ from pyro_graphflows.guides.orders import (
     find_inverse,
     optional_sites_first,
     order_for_discrete_sites,
+    outside_of_loops,
     require_outer_sites_first,
     sites_to_enumerate,
     smoothest_inverse,
@@ -37,7 +39,12 @@ from pyro_graphflows.guides.orders import (
 from pyro_graphflows.guides.plan import BlockPlan, Plan, make_blocks, mean_field_condition, ways_in
 from pyro_graphflows.guides.samples import ModelDraws
 from pyro_graphflows.guides.sites import LatentSite, input_encodings, latent_sites
-from pyro_graphflows.inspect import TracedModel, non_exchangeable_plates, trace_model
+from pyro_graphflows.inspect import TracedModel, non_exchangeable_plates, seed_random_state, trace_model
+from pyro_graphflows.inspect.arguments import argument_leaves
+from pyro_graphflows.inspect.graph import split_elements
+from pyro_graphflows.inspect.probes import Rerun
+from pyro_graphflows.inspect.stability import changes
+from pyro_graphflows.inspect.trace import quiet_run, rows_of_plates, run_model, trace_once
 
 __all__ = ["Compiled", "GuideOptions", "compile_guide"]
 
@@ -60,6 +67,7 @@ class GuideOptions:
     coupled_rank: int | None = None
     enumerate_sites: bool | Collection[str] = False
     optional: Sequence[str] = ()
+    setup_seed: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.optional, str) or not all(isinstance(name, str) for name in self.optional):
@@ -81,6 +89,8 @@ class GuideOptions:
             raise GraphflowsError(
                 f"Expected skip=True with init='regression', which sets the linear maps; got {self.family!r}."
             )
+        if self.setup_seed < 0:
+            raise GraphflowsError(f"Expected setup_seed >= 0; got {self.setup_seed}.")
         for name, kind in self.factors.items():
             if not (isinstance(kind, Family) or (isinstance(kind, type) and issubclass(kind, Factor))):
                 raise GraphflowsError(
@@ -142,6 +152,9 @@ def compile_guide(
 ) -> Compiled:
     """Compile a model for the arguments of a typical call.
 
+    The random state is the caller's in a first run, in which the model may create its parameters. From then on it
+    follows from ``setup_seed``, also after the return; be inside of :func:`~pyro_graphflows.inspect.kept_random_state`.
+
     Args:
         model: The model.
         args: Its positional arguments.
@@ -153,6 +166,10 @@ def compile_guide(
         GraphflowsError: If an option names a site that the model has not, or one that it does not fit.
     """
     model = with_latent(model, options.optional)
+    argument_leaves(model, args, kwargs)  # refuses arguments that do not fit
+    with quiet_run(model):
+        run_model(model, args, kwargs)
+    seed_random_state(options.setup_seed)
     traced = _trace(model, args, kwargs, options)
     _check_optional(options, traced)
     elements = options.resolution == "element"
@@ -168,8 +185,11 @@ def compile_guide(
     is_free = options.inverse == "auto" and not elements and not options.optional
     if discrete:
         inverse = order_for_discrete_sites(inverse, discrete, enumerated, free=is_free)
-    elif is_free and not found.lookups:
+    elif is_free and not found.lookups and not traced.loops:
         inverse = smoothest_inverse(inverse, draws, options.num_rows)
+    judged = found.judged if traced.loops else None
+    if traced.loops:
+        inverse = outside_of_loops(inverse, traced.graph)
     plates = plates_of(traced.trace)
     uneven = non_exchangeable_plates(model, args, kwargs, traced=traced) if plates else {}
     inputs = plan_inputs(
@@ -185,7 +205,9 @@ def compile_guide(
     require_outer_sites_first(blocks, inverse, discrete)
     _require_known_indices(blocks, inputs, traced)
     keep_masks = any(node.summary for block in blocks for node in block.context)
-    reader = CallReader(traced, encodings, keep_masks=keep_masks, optional=options.optional)
+    read = {node.name for block in blocks for node in block.context}
+    unread = [name for name in traced.graph.observed if name in traced.loops and name not in read]
+    reader = CallReader(traced, encodings, keep_masks=keep_masks, unread=unread, optional=options.optional)
     indices = {name: plate.indices for name, plate in plates.items() if plate.indices is not None}
     changing = _changing_supports(reader, traced, model, args, kwargs, indices)
     order = [site for block in blocks for site in block.sites]
@@ -210,7 +232,7 @@ def compile_guide(
         enumerated=enumerated,
         notes=tuple(traced.notes),
         hints=hints,
-        judged=None if found.judged is found.inverse else found.judged,
+        judged=judged or (None if found.judged is found.inverse else found.judged),
     )
     _require_served(plan, options.optional)
     split = {} if found.elements is None else found.elements.parents
@@ -226,7 +248,11 @@ def compile_guide(
 def _trace(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: GuideOptions
 ) -> TracedModel:
-    traced = trace_model(model, args, kwargs, strict=options.strict, resolution=options.resolution)
+    traced = trace_model(model, args, kwargs, strict=options.strict)
+    _require_the_same_in_every_run(traced, model, args, kwargs, strict=options.strict)
+    _require_sites_by_position(traced, model, args, kwargs)
+    if options.resolution == "element":
+        traced = split_elements(Rerun(model, args, kwargs, traced))
     if not traced.graph.latent:
         raise UnsupportedModelError(
             "Expected a model with latent sites; all its sites are observed"
@@ -360,6 +386,7 @@ def _input_options(
         rank=options.coupled_rank,
         sizes={name: site.size for name, site in sites.items()},
         lookups=found.lookups,
+        loops=frozenset(found.traced.loops),
     )
 
 
@@ -404,6 +431,50 @@ def _analytic_kl(
 
 
 # ---------------------------------------------------------------- refusals
+
+
+def _require_the_same_in_every_run(
+    traced: TracedModel,
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    strict: bool,
+) -> None:
+    """Refuse models whose sites, dependences or rows of data change with random numbers that are no site's."""
+    found = changes(model, args, kwargs, traced)
+    if found is None:
+        return
+    message = (
+        f"Expected a model that is the same in every run with the same arguments; {found[0]}. {found[1]}."
+    )
+    if strict:
+        raise UnsupportedModelError(
+            f"{message} With strict=False a guide is made all the same; check_guide says that it is not safe."
+        )
+    warnings.warn(message, GraphflowsWarning, stacklevel=5)
+
+
+def _require_sites_by_position(
+    traced: TracedModel, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Refuse latent sites of a subsampled loop that are named by the index of the datum: they come and go."""
+    plates = {name for loops in traced.loops.values() for name, _ in loops}
+    if not plates.intersection(
+        name for site in traced.graph.latent for name, _ in traced.loops.get(site, ())
+    ):
+        return
+    nodes: Any = traced.trace.nodes
+    rows = rows_of_plates(traced.trace)
+    moved = {name: (rows[name] + 1) % nodes[name]["fn"].size for name in plates if name in rows}
+    again = trace_once(model, args, kwargs, strict=False, indices=moved)
+    lost = [name for name in traced.graph.latent if name not in again.graph.latent]
+    if lost:
+        raise UnsupportedModelError(
+            f"Expected the same latent sites for every batch; {', '.join(map(repr, lost[:3]))} are named by the index "
+            f"of the datum in the subsampled plate {', '.join(sorted(plates))}. Name them by position, for k, i in "
+            'enumerate(pyro.plate(...)): pyro.sample(f"z_{k}", ...), or vectorise: with pyro.plate(...) as ind.'
+        )
 
 
 def _require_known_indices(blocks: Collection[BlockPlan], inputs: InputPlan, traced: TracedModel) -> None:

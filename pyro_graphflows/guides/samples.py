@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_graphflows.errors import UnsupportedModelError
-from pyro_graphflows.guides.call import PlateState, input_rows, plates_of
+from pyro_graphflows.guides.call import PlateState, argument_in_trace, input_rows, plates_of
 from pyro_graphflows.guides.plan import BlockPlan, Plan
 from pyro_graphflows.guides.sites import InputEncodings, LatentSite, flatten_event
-from pyro_graphflows.inspect import Batching, TracedModel, find_batching, get_argument, sample_prior
+from pyro_graphflows.inspect import Batching, TracedModel, find_batching, sample_prior
 
 __all__ = ["MOST_ROWS", "ModelDraws", "Samples", "side_by_side", "with_depth"]
 
@@ -69,7 +69,8 @@ class ModelDraws:
 
     def argument(self, name: str) -> Tensor:
         """Return the value of an input, row for row of the plates of the call."""
-        value = get_argument(self.model, self.traced.argument_paths[name], self.args, self.kwargs)
+        path = self.traced.argument_paths[name]
+        value = argument_in_trace(self.model, path, self.args, self.kwargs, self.traced.trace)
         return input_rows(self.traced, name, value, self._plates)
 
     def data(self, name: str) -> Tensor:

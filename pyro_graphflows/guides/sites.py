@@ -290,6 +290,8 @@ def input_encodings(
     patterns = set()
     for name in traced.graph.inputs if partly else ():
         value = get_argument(model, paths[name], args, kwargs)
+        if value is None:  # the row of a loop
+            continue
         if paths[name] in of_partly or (value.is_floating_point() and bool(torch.isnan(value).any())):
             patterns.add(name)
     return InputEncodings(dims, classes, partly, frozenset(patterns))

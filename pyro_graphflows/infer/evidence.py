@@ -12,6 +12,7 @@ own, with its own effective sample size, Pareto shape and standard error.
 
 import math
 import warnings
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -142,9 +143,8 @@ def log_evidence(
             GraphflowsWarning,
             stacklevel=2,
         )
-    log_weights, dtype = _log_weights(
-        model, guide, args, kwargs, num_particles, data_plate, chunk_size, max_plate_nesting, vectorize
-    )
+    sampling = _Sampling(num_particles, data_plate, chunk_size, max_plate_nesting, vectorize)
+    log_weights, dtype = _log_weights(model, guide, args, kwargs, sampling)
     return Evidence(*(value.to(dtype) for value in evidence_from_log_weights(log_weights)))
 
 
@@ -203,38 +203,44 @@ def importance_log_weights(
         GraphflowsError: As in :func:`log_evidence`.
         UnsupportedModelError: As in :func:`log_evidence`.
     """
-    log_weights, dtype = _log_weights(
-        model, guide, args, kwargs, num_particles, data_plate, chunk_size, max_plate_nesting, vectorize
-    )
+    sampling = _Sampling(num_particles, data_plate, chunk_size, max_plate_nesting, vectorize)
+    log_weights, dtype = _log_weights(model, guide, args, kwargs, sampling)
     return log_weights.to(dtype)
 
 
+@dataclass(frozen=True)
+class _Sampling:
+    """How particles are drawn; see :func:`log_evidence`."""
+
+    num_particles: int
+    data_plate: str | Literal[False] | None
+    chunk_size: int | None
+    max_plate_nesting: int | None
+    vectorize: bool
+
+    def __post_init__(self) -> None:
+        if self.num_particles < 1 or (self.chunk_size is not None and self.chunk_size < 1):
+            raise GraphflowsError(
+                f"Expected positive num_particles and chunk_size; got {self.num_particles} and {self.chunk_size}."
+            )
+
+
 def _log_weights(
-    model: Program,
-    guide: Program,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    num_particles: int,
-    data_plate: str | Literal[False] | None,
-    chunk_size: int | None,
-    max_plate_nesting: int | None,
-    vectorize: bool,
+    model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], sampling: _Sampling
 ) -> tuple[Tensor, torch.dtype]:
     """Return the logarithms of the weights in float64, and the dtype of the log-densities."""
-    if num_particles < 1 or (chunk_size is not None and chunk_size < 1):
-        raise GraphflowsError(
-            f"Expected positive num_particles and chunk_size; got {num_particles} and {chunk_size}."
-        )
+    num_particles, vectorize = sampling.num_particles, sampling.vectorize
     with evaluation_mode(model, guide), torch.no_grad(), poutine.block():
-        first = prototype(model, guide, args, kwargs, max_plate_nesting, allow_enumeration=True)
-        plate = find_data_plate(first.model_trace, data_plate)
+        first = prototype(model, guide, args, kwargs, sampling.max_plate_nesting, allow_enumeration=True)
+        plate = find_data_plate(first.model_trace, sampling.data_plate)
         if plate is not None:
             require_inside(plate.name, (first.model_trace, first.guide_trace))
         sampler = ImportanceSampler(model, guide, args, kwargs, first, plate, vectorize)
         if not vectorize:
             weights = [sampler.log_weights(sampler.run(1)) for _ in range(num_particles)]
             return torch.cat(weights), sampler.dtype
-        chunk_size = chunk_size or max(1, _PARTICLES_TIMES_DATA // (plate.size if plate is not None else 1))
+        default_size = max(1, _PARTICLES_TIMES_DATA // (plate.size if plate is not None else 1))
+        chunk_size = sampling.chunk_size or default_size
         chunks = []
         for start in range(0, num_particles, chunk_size):
             pair = sampler.run(min(chunk_size, num_particles - start))

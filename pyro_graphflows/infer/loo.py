@@ -103,24 +103,30 @@ class _NotNestedError(Exception):
     """The guide or the model has something shared that depends on what belongs to one datum."""
 
 
+@dataclass(frozen=True)
+class WeightedDraws:
+    """Draws of the latent sites with their weights.
+
+    Attributes:
+        draws: The draws by site.
+        log_weights: The logarithms of their weights towards the posterior, (draws,) or (draws, elements of
+            ``data_plate``); ``None`` where they have been resampled and all weigh the same.
+        data_plate: A plate over which the posterior factorises.
+    """
+
+    draws: Mapping[str, Tensor]
+    log_weights: Tensor | None
+    data_plate: str | None
+
+
 def leave_one_out(
-    fitted: Fitted,
-    draws: Mapping[str, Tensor],
-    log_weights: Tensor | None,
-    *,
-    data_plate: str | None,
-    by: str | None,
-    num_inner: int,
-    progress: bool,
+    fitted: Fitted, weighted: WeightedDraws, *, by: str | None, num_inner: int, progress: bool
 ) -> LOO:
     """Estimate how well each datum is predicted from the others.
 
     Args:
         fitted: The model and the guide with their data.
-        draws: Draws of the latent sites.
-        log_weights: The logarithms of their weights towards the posterior, (draws,) or (draws, elements of
-            ``data_plate``); ``None`` where they have been resampled and all weigh the same.
-        data_plate: A plate over which the posterior factorises.
+        weighted: Draws of the latent sites with their weights.
         by: The plate whose elements are left out; by default all plates around the observed sites.
         num_inner: The number of inner draws.
         progress: Whether to show a bar when it takes long.
@@ -135,10 +141,11 @@ def leave_one_out(
     """
     if num_inner < 1:
         raise GraphflowsError(f"Expected a positive num_inner; got {num_inner}.")
+    draws = weighted.draws
     first = fitted.runs().alone({name: value[0] for name, value in draws.items()}).trace
     datum = _find_datum(fitted, first, by)
     num = len(next(iter(draws.values())))
-    source = _Source(fitted, datum, draws, log_weights, data_plate, num_inner, first)
+    source = _Source(fitted, datum, weighted, num_inner, first)
     total = math.prod(datum.sizes)
     counted = _counted(first, datum)
     blocks = list(chunks(total, max(1, _NUMBERS_KEPT // num)))
@@ -259,15 +266,14 @@ class _Source:
         self,
         fitted: Fitted,
         datum: _Datum,
-        draws: Mapping[str, Tensor],
-        log_weights: Tensor | None,
-        data_plate: str | None,
+        weighted: WeightedDraws,
         num_inner: int,
         first: poutine.Trace,
     ) -> None:
-        self.fitted, self.datum, self.draws = fitted, datum, draws
+        self.fitted, self.datum, self.draws = fitted, datum, weighted.draws
+        log_weights = weighted.log_weights
         # the plate of a datum over whose elements the posterior factorises, so that they have weights of their own
-        self.apart = {plate: dim for plate, dim in datum.plates.items() if plate == data_plate}
+        self.apart = {plate: dim for plate, dim in datum.plates.items() if plate == weighted.data_plate}
         self.log_weights = log_weights
         if log_weights is not None:
             if log_weights.dim() == 2 and not self.apart:

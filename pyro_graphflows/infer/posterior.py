@@ -36,7 +36,7 @@ from pyro_graphflows.infer.checkpoints import (
 from pyro_graphflows.infer.evidence import Evidence, evidence_from_log_weights
 from pyro_graphflows.infer.importance import ImportanceSampler
 from pyro_graphflows.infer.likelihood import log_likelihood_chunks
-from pyro_graphflows.infer.loo import LOO, leave_one_out
+from pyro_graphflows.infer.loo import LOO, WeightedDraws, leave_one_out
 from pyro_graphflows.infer.model_runs import (
     Fitted,
     Run,
@@ -242,13 +242,10 @@ class Posterior:
             args, kwargs = fitted.args, fitted.kwargs
         with _evaluated(fitted), seeded(seed):
             return predict(
-                fitted.model,
-                args,
-                kwargs,
+                fitted,
+                (args, kwargs),
                 {name: self.draws[name][:num] for name in fitted.latents},
-                fitted.sites,
                 new_plates=new_plates,
-                vectorize=fitted.vectorize,
                 progress=progress,
             )
 
@@ -311,9 +308,9 @@ class Posterior:
         with _evaluated(self.fitted), seeded(seed):
             loo = leave_one_out(
                 self.fitted,
-                self._latent_draws(),
-                None if self.is_resampled else self.log_weights,
-                data_plate=self.data_plate,
+                WeightedDraws(
+                    self._latent_draws(), None if self.is_resampled else self.log_weights, self.data_plate
+                ),
                 by=by,
                 num_inner=num_inner,
                 progress=progress,

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.infer.model_runs import (
+    Fitted,
     ModelRuns,
     SiteShape,
     chunk_size,
@@ -27,7 +28,7 @@ from pyro_graphflows.infer.model_runs import (
     site_shapes,
     stacked,
 )
-from pyro_graphflows.infer.particles import Program, all_sites, count_plate_dims, plates_of
+from pyro_graphflows.infer.particles import all_sites, count_plate_dims, plates_of
 
 __all__ = ["Prediction", "predict"]
 
@@ -132,26 +133,20 @@ class _HoldFitted(Messenger):
 
 
 def predict(
-    model: Program,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    fitted: Fitted,
+    arguments: tuple[tuple[Any, ...], dict[str, Any]],
     draws: Mapping[str, Tensor],
-    sites: Mapping[str, SiteShape],
     *,
     new_plates: Collection[str],
-    vectorize: bool,
     progress: bool,
 ) -> Prediction:
     """Run a model at draws of its latent sites with its observed sites drawn; keep what is not latent.
 
     Args:
-        model: A Pyro model.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
+        fitted: The model, and what its sites were like when they were fitted.
+        arguments: The model's positional and keyword arguments now.
         draws: Values of latent sites, draws along the first dimension.
-        sites: What the sites were like when they were fitted.
         new_plates: Plates whose elements are others than those fitted.
-        vectorize: Whether the model can run at many draws at once.
         progress: Whether to show a bar when it takes long.
 
     Returns:
@@ -161,7 +156,8 @@ def predict(
         GraphflowsError: If a site is not in the plates it was fitted in, or has fewer elements.
     """
     num = len(next(iter(draws.values())))
-    program = _Unobserve()(model)
+    (args, kwargs), sites = arguments, fitted.sites
+    program = _Unobserve()(fitted.model)
 
     def hold(values: Mapping[str, Tensor], batch: bool) -> Messenger:
         return _HoldFitted(values, sites, new_plates, batch)
@@ -183,7 +179,7 @@ def predict(
     }
     parts: list[tuple[dict[str, Tensor], Any]] = []
     with tqdm(total=num, disable=not progress, delay=2.0, unit="draw", desc="predicting") as bar:
-        if vectorize:
+        if fitted.vectorize:
             for part in chunks(num, chunk_size(alone.trace)):
                 held = {name: value[part] for name, value in draws.items()}
                 try:

@@ -20,7 +20,9 @@ class ElementTable(nn.Module):
     """A row of parameters for each element of a stack of plates.
 
     The rows are added to the outputs of the block's network, so that a site's factor moves with the sampled sites
-    above it, and differs between the elements of its plates by what their data say.
+    above it, and differs between the elements of its plates by what their data say. A row is what it started from, in
+    the units of the outputs, and a trained part that counts in natural units
+    (:mod:`~pyro_graphflows.nn.natural_units`).
 
     Shape:
         - Output: ``(*batch, num_outputs)``, with the batch shape of the plates in the call.
@@ -30,7 +32,15 @@ class ElementTable(nn.Module):
         num_outputs: The length of a row.
         extends: Whether their sizes may change. Elements beyond those at set-up then have some row, which is not to be
             used (:mod:`~pyro_graphflows.guides.conditionals.new_elements`).
+
+    Attributes:
+        table: What the rows start from.
+        trained: What is added to them, in natural units.
+        unit: The natural units, ``(num_outputs,)``.
     """
+
+    table: Tensor
+    unit: Tensor
 
     def __init__(self, plates: Sequence[PlateState], num_outputs: int, *, extends: bool = False) -> None:
         super().__init__()
@@ -40,7 +50,15 @@ class ElementTable(nn.Module):
         for plate in plates:
             shape[depth + plate.dim] = plate.full_size
         self.sizes = {plate.name: plate.full_size for plate in plates}
-        self.table = nn.Parameter(torch.zeros(*shape, num_outputs))
+        self.trained = nn.Parameter(torch.zeros(*shape, num_outputs))
+        self.register_buffer("table", torch.zeros(*shape, num_outputs))
+        self.register_buffer("unit", torch.ones(num_outputs))
+
+    @torch.no_grad()
+    def set_(self, columns: slice, value: Tensor | float) -> None:
+        """Let some columns start from given values."""
+        self.table[..., columns] = value
+        self.trained[..., columns] = 0.0
 
     def forward(self, plates: Mapping[str, PlateState]) -> Tensor:
         """Return the rows of a call's elements.
@@ -48,7 +66,7 @@ class ElementTable(nn.Module):
         Raises:
             GraphflowsError: If the full size of a plate is not that at set-up, and must be.
         """
-        rows: Tensor = self.table
+        rows = torch.addcmul(self.table, self.unit, self.trained)
         for name, size in self.sizes.items():
             plate = plates[name]
             indices = plate.indices
@@ -105,6 +123,7 @@ class ElementMap(nn.Module):
             self.shared = nn.Sequential(*layers)
         columns = num_outputs * (num_inputs + self.num_features + offset)
         self.rows = ElementTable(plates, columns, extends=not offset)
+        self.set_unit_(torch.ones(num_outputs))
 
     def forward(self, plates: Mapping[str, PlateState], inputs: Tensor) -> Tensor:
         """Return the contribution to the outputs of a call's elements."""
@@ -120,7 +139,14 @@ class ElementMap(nn.Module):
         parts = [slopes, slopes.new_zeros(*slopes.shape[:2], self.num_features)]
         if offsets is not None:
             parts.append(offsets.unsqueeze(-1))
-        self.rows.table.copy_(torch.cat(parts, -1).reshape(self.rows.table.shape))
+        self.rows.set_(slice(None), torch.cat(parts, -1).reshape(self.rows.table.shape))
+
+    @torch.no_grad()
+    def set_unit_(self, unit: Tensor) -> None:
+        """Set the natural units of the outputs, ``(num_outputs,)``."""
+        of_slopes = unit.new_full((self.num_inputs + self.num_features,), max(self.num_inputs, 1) ** -0.5)
+        each = torch.cat([of_slopes, unit.new_ones(int(self.offset))])
+        self.rows.unit.copy_((unit.unsqueeze(-1) * each).flatten())
 
 
 def element_maps(
