@@ -56,7 +56,7 @@ def location_and_scale(sample: Tensor) -> tuple[Tensor, Tensor]:
         - Output: two of ``(size,)``.
     """
     sample = sample[torch.isfinite(sample).all(-1)]
-    if sample.shape[0] == 0:
+    if sample.numel() == 0:
         return sample.new_zeros(sample.shape[1:]), sample.new_ones(sample.shape[1:])
     shift = sample.mean(0)
     if sample.shape[0] == 1:
@@ -213,8 +213,7 @@ def square_root(residual: Tensor) -> Tensor:
         if not failed and bool(torch.isfinite(factor).all()):
             break
         jitter = max(10 * jitter, RESIDUAL_FLOOR**2)
-    diagonal = factor.diagonal()
-    return factor * (diagonal.clamp(min=RESIDUAL_FLOOR) / diagonal).unsqueeze(-1)
+    return factor.tril(-1) + factor.diagonal().clamp(min=RESIDUAL_FLOOR).diag_embed()
 
 
 def _require_finite(covariance: Tensor) -> None:

@@ -44,11 +44,12 @@ from pyro_graphflows.inspect.arguments import argument_leaves
 from pyro_graphflows.inspect.graph import split_elements
 from pyro_graphflows.inspect.probes import Rerun
 from pyro_graphflows.inspect.stability import changes
-from pyro_graphflows.inspect.trace import quiet_run, rows_of_plates, run_model, trace_once
+from pyro_graphflows.inspect.trace import quiet_run, rows_of_plates, run_model, trace_once, undressed
 
 __all__ = ["Compiled", "GuideOptions", "compile_guide"]
 
 EXACT_KL = (NormalFactor, ElementNormalFactor)  # factors for which a KL is registered, before any bijection
+MOST_VALUES_TRIED = 32  # of a discrete site, to see whether supports of others change with it
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ class GuideOptions:
     resolution: str = "site"
     coupled_rank: int | None = None
     enumerate_sites: bool | Collection[str] = False
-    optional: Sequence[str] = ()
     setup_seed: int = 0
+    optional: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.optional, str) or not all(isinstance(name, str) for name in self.optional):
@@ -165,11 +166,11 @@ def compile_guide(
         UnsupportedModelError: If the model's structure cannot be traced, or a guide cannot represent it.
         GraphflowsError: If an option names a site that the model has not, or one that it does not fit.
     """
-    model = with_latent(model, options.optional)
     argument_leaves(model, args, kwargs)  # refuses arguments that do not fit
     with quiet_run(model):
         run_model(model, args, kwargs)
     seed_random_state(options.setup_seed)
+    model = with_latent(model, options.optional)
     traced = _trace(model, args, kwargs, options)
     _check_optional(options, traced)
     elements = options.resolution == "element"
@@ -505,7 +506,8 @@ def _changing_supports(
     """Return the latent sites whose support changes with the values of others, and these others.
 
     One run for each latent parent of such a site: the parent keeps its value at set-up, all else is at the feasible
-    point, and the bounds are compared.
+    point, and the bounds are compared. Of a discrete parent other values are tried too, as that at set-up may be that
+    of the feasible point.
     """
     nodes: Any = traced.trace.nodes
     suspects = [name for name in traced.graph.latent if not is_constant(nodes[name]["fn"].support)]
@@ -516,12 +518,24 @@ def _changing_supports(
     for other in traced.graph.latent:
         affected = [name for name in suspects if other in traced.graph.parents(name)]
         if affected:
-            value = {other: nodes[other]["value"]}
-            moved = reader.supports_given(model, args, kwargs, value, indices)
-            for name in affected:
-                if not _same_bounds(still[name], moved[name]):
+            for value in _values_to_try(nodes[other]):
+                moved = reader.supports_given(model, args, kwargs, {other: value}, indices)
+                changed = [name for name in affected if not _same_bounds(still[name], moved[name])]
+                for name in changed:
                     parents[name].append(other)
+                    affected.remove(name)
     return {name: tuple(others) for name, others in parents.items() if others}
+
+
+def _values_to_try(site: Mapping[str, Any]) -> list[Tensor]:
+    value, fn = site["value"], undressed(site["fn"])
+    if not fn.support.is_discrete:
+        return [value]
+    if not fn.has_enumerate_support:
+        return [value, value + 1]
+    found = fn.enumerate_support(expand=False)
+    step = -(-len(found) // MOST_VALUES_TRIED)
+    return [value, *(each.expand(value.shape) for each in (*found[::step], found[-1]))]
 
 
 def _require_known_supports(

@@ -72,8 +72,8 @@ class AutoFaithfulGuide(AutoGuide):
         resolution: ``"site"`` or ``"element"``.
         coupled_rank: The rank of the dependence of copies that are drawn jointly.
         enumerate_sites: Discrete sites that are marked for ``TraceEnum_ELBO``.
-        optional: Sites that have data in some calls, in the order in which they are sampled where they have none.
         setup_seed: The seed of everything random at set-up; the caller's random state is neither used nor advanced.
+        optional: Sites that have data in some calls, in the order in which they are sampled where they have none.
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
             that returns plates that exist already, for subsampling.
 
@@ -106,8 +106,8 @@ class AutoFaithfulGuide(AutoGuide):
         resolution: str = "site",
         coupled_rank: int | None = None,
         enumerate_sites: bool | Collection[str] = False,
-        optional: Sequence[str] = (),
         setup_seed: int = 0,
+        optional: Sequence[str] = (),
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__(model, create_plates=create_plates)
@@ -123,8 +123,8 @@ class AutoFaithfulGuide(AutoGuide):
             resolution=resolution,
             coupled_rank=coupled_rank,
             enumerate_sites=enumerate_sites,
-            optional=optional,
             setup_seed=setup_seed,
+            optional=optional,
         )
         self._plan: Plan | None = None
         self._notes: tuple[str, ...] = ()
@@ -875,8 +875,8 @@ def auto_faithful_guide(
     resolution: str = "site",
     coupled_rank: int | None = None,
     enumerate_sites: bool | Collection[str] = False,
-    optional: Sequence[str] = (),
     setup_seed: int = 0,
+    optional: Sequence[str] = (),
     create_plates: Callable[..., Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
 ) -> AutoFaithfulGuide:
@@ -924,14 +924,14 @@ def auto_faithful_guide(
         enumerate_sites: Discrete sites that the guide marks ``infer={"enumerate": "parallel"}``, so that
             ``TraceEnum_ELBO`` sums over their values instead of drawing them: their names, or True for all. Every
             latent site then has a network of its own, so that each only meets the values of its own parents.
+        setup_seed: The seed of everything that is random at set-up: joint samples, and with them the order, the start
+            and the features, and the weights of the networks. Guides of the same model and call are equal whatever the
+            caller's random state, which is not advanced; for other initial weights, take another seed.
         optional: Sites that have data in some calls and none in others, as labels have: latent where they have none,
             conditioned on where they have, by the same networks (Kingma et al. 2014, Semi-supervised Learning with
             Deep Generative Models). They are sampled first, in this order. Each call returns the sites that are latent
             in it. With several, a later one may lack data where an earlier one has some; the reverse is refused where
             the two are dependent.
-        setup_seed: The seed of everything that is random at set-up: joint samples, and with them the order, the start
-            and the features, and the weights of the networks. Guides of the same model and call are equal whatever the
-            caller's random state, which is not advanced; for other initial weights, take another seed.
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
             that returns plates that exist already, for subsampling.
         example_kwargs: Keyword arguments of a typical call.
@@ -970,8 +970,8 @@ def auto_faithful_guide(
         resolution=resolution,
         coupled_rank=coupled_rank,
         enumerate_sites=enumerate_sites,
-        optional=optional,
         setup_seed=setup_seed,
+        optional=optional,
         create_plates=create_plates,
     )
     if example_args or example_kwargs:
