@@ -180,6 +180,7 @@ class AutoFaithfulGuide(AutoGuide):
                 for frame in compiled.traced.trace.nodes[name]["cond_indep_stack"]
                 if frame.vectorized
             }
+            self._fitted = None
             self._whiten_blocks(starts, args, kwargs)
         self.remember_data(*args, **kwargs)
         if compiled.plan.inputs.missing:
@@ -293,6 +294,10 @@ class AutoFaithfulGuide(AutoGuide):
                 these optional sites have data.
             GraphflowsError: If an observed value is not finite, or ``observations`` has a site that the model has not.
                 The message names the site.
+
+        Warns:
+            GraphflowsWarning: Once for each site whose per-element parameters were fitted to other data, or which has
+                elements beyond those fitted.
         """
         self._ensure_set_up(args, kwargs)
         self._claim_parameter_names()
@@ -331,6 +336,7 @@ class AutoFaithfulGuide(AutoGuide):
                         values[name] = self._emit_site(name, fn, call, emit) if given is None else given
                         unconstrained[name] = read_back(values[name])
                     conditionals.accept({name: unconstrained[name] for name in level})
+        self._warn_of_other_data(call, args, kwargs, known=not observations)
         return {name: values[name] for name in self._sites if name not in call.given}
 
     def _at_site(
@@ -376,7 +382,6 @@ class AutoFaithfulGuide(AutoGuide):
         call = self._reader.read(self.model, args, kwargs, observations, indices)
         if call.given:
             self._require_served(call)
-        self._warn_of_other_data(call, args, kwargs, known=not observations)
         self.plates = dict(existing)
         for name, state in sorted(call.plates.items()):
             if name not in self.plates:
@@ -401,6 +406,7 @@ class AutoFaithfulGuide(AutoGuide):
 
         Raises:
             UnsupportedModelError: If they depend on what is sampled later, or is summed over by the model.
+            GraphflowsError: If copies of a site are drawn jointly.
         """
         if not sites:
             return {}
@@ -412,6 +418,12 @@ class AutoFaithfulGuide(AutoGuide):
         ]
         graph = self.plan.graph
         for site in sites:
+            if site in block.plan.coupled:
+                raise GraphflowsError(
+                    f"Expected no new elements of plate {', '.join(grown)}: copies of {site!r} are drawn jointly "
+                    f"across {', '.join(block.plan.coupled[site].plates)}, by parameters for the elements there were. "
+                    "Set up a guide for the new data, or use pool='deepset'."
+                )
             late = [p for p in graph.parents(site) if p in graph.latent and p not in values]
             late += [p for p in graph.parents(site) if p in graph.marginalised]
             if late:
@@ -428,7 +440,7 @@ class AutoFaithfulGuide(AutoGuide):
                 f"Elements beyond those fitted, in plate {', '.join(grown)}: there {', '.join(unwarned)} follow the "
                 "model's conditional given the sites sampled before, and no data.",
                 GraphflowsWarning,
-                stacklevel=4,
+                stacklevel=7,
             )
         indices = {name: plate.indices for name, plate in call.plates.items() if plate.indices is not None}
         conditionals = ModelConditionals(self.model)
@@ -563,7 +575,7 @@ class AutoFaithfulGuide(AutoGuide):
             "latest fit(model, guide, data), and the data of this call are others. Train with these data, set up a "
             "guide with them, or use pool='deepset' for a guide that reads them.",
             GraphflowsWarning,
-            stacklevel=5,
+            stacklevel=7,
         )
 
     # ---------------------------------------------------------------- what users ask of it
