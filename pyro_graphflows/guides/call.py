@@ -7,6 +7,9 @@ arguments, at the place where they were when the guide was set up; and otherwise
 shadow run also reports plates, sizes, indices, masks and supports, which may change from call to call. It is
 skipped for calls that look like an earlier one in which it reported nothing beyond the arguments: full plates, no
 masks, every observed value an argument.
+
+Covariates of plates with indices are read row for row. Which of them the model takes rows of, and which are a batch
+already, is seen by the tracer once for each kind of call (:mod:`~pyro_graphflows.inspect.rows`).
 """
 
 from collections.abc import Callable, Collection, Hashable, Mapping
@@ -32,7 +35,7 @@ from pyro_graphflows.inspect import (
     same_tensor,
     take_rows,
 )
-from pyro_graphflows.inspect.arguments import LoopRow, argument_leaves
+from pyro_graphflows.inspect.arguments import MOST_DEPTH, LoopRow, argument_leaves, fields_of
 from pyro_graphflows.inspect.trace import undressed
 
 __all__ = [
@@ -203,8 +206,8 @@ class CallReader:
         traced: The model's trace at set-up.
         encodings: How conditioning values are written.
         keep_masks: Whether masks of observed sites are reported too.
-        optional: The latent sites that have data in some calls.
         unread: Observed sites whose values no site of the guide reads.
+        optional: The latent sites that have data in some calls.
     """
 
     def __init__(
@@ -213,15 +216,15 @@ class CallReader:
         encodings: InputEncodings,
         *,
         keep_masks: bool = False,
-        optional: Collection[str] = (),
         unread: Collection[str] = (),
+        optional: Collection[str] = (),
     ) -> None:
         graph = traced.graph
         self.encodings, self.keep_masks = encodings, keep_masks
         self.latent: tuple[str, ...] = graph.latent
-        self.optional = frozenset(optional)
         without = {*traced.without_data, *unread}
         self.observed = tuple(name for name in graph.observed if name not in without)
+        self.optional = frozenset(optional)
         self.inputs: tuple[str, ...] = graph.inputs
         self.known = frozenset(traced.trace.nodes)
         self.paths = dict(traced.argument_paths)
@@ -292,8 +295,7 @@ class CallReader:
                 f"Expected observations of {', '.join(self.observed) or 'nothing'}, the sites with data when the guide "
                 f"was set up; got {', '.join(unknown)}."
             )
-        looks = _shape_of((args, kwargs))
-        shape = None if indices else looks
+        shape = None if indices else _shape_of((args, kwargs))
         known = self._known.get(shape) if shape is not None else None
         if known is not None:
             paths = {name: self.paths[name] for name in known.values}
@@ -304,7 +306,7 @@ class CallReader:
 
         trace = self._shadow(model, args, kwargs, indices or {})
         plates = plates_of(trace)
-        taken = self._rows_taken(model, args, kwargs, plates, looks)
+        taken = self._rows_taken(model, args, kwargs, plates)
         if self._unverified:
             self._verify(trace)
         values = {}
@@ -406,16 +408,14 @@ class CallReader:
         args: Any,
         kwargs: Any,
         plates: Mapping[str, PlateState],
-        looks: Hashable | None,
     ) -> dict[str, dict[int, str]]:
         """Return for inputs which rows the model takes of them in a call: seen once for each kind of call."""
         indices = {name: plate.indices for name, plate in plates.items() if plate.indices is not None}
         if not indices or not self.inputs:
             return {}
-        kind = (
-            looks,
-            tuple((name, p.size, p.full_size, p.indices is None) for name, p in sorted(plates.items())),
-        )
+        looks = _shape_of((args, kwargs), of_objects=True)
+        sizes = ((name, p.size, p.full_size, p.indices is None) for name, p in sorted(plates.items()))
+        kind = (looks, tuple(sizes))
         if looks is not None and kind in self._taken:
             return self._taken[kind]
         found = rows_of_run(model, args, kwargs, (_FeasiblePoint(indices, self.like),))
@@ -479,16 +479,27 @@ def is_constant(support: constraints.Constraint) -> bool:
     )
 
 
-def _shape_of(arguments: Any) -> Hashable | None:
-    """Return a key that is equal for calls that differ in the contents of tensors only; None if unsure."""
+def _shape_of(arguments: Any, *, of_objects: bool = False, depth: int = 0) -> Hashable | None:
+    """Return a key that is equal for calls that differ in the contents of tensors only; None if unsure.
+
+    Args:
+        arguments: The arguments.
+        of_objects: Whether objects count as what is seen of their fields: enough to know how they are used.
+        depth: How deep inside of others.
+    """
     if torch.is_tensor(arguments):
         return ("tensor", tuple(arguments.shape), arguments.dtype, arguments.device)
     if arguments is None or isinstance(arguments, bool | int | float | str):
         return (type(arguments), arguments)
     if isinstance(arguments, dict):
-        parts = [(key, _shape_of(value)) for key, value in arguments.items()]
-        return None if any(part is None for _, part in parts) else ("dict", tuple(parts))
-    if isinstance(arguments, tuple | list):
-        items = [_shape_of(value) for value in arguments]
-        return None if None in items else (type(arguments), tuple(items))
-    return None
+        items: Any = arguments.items()
+    elif isinstance(arguments, tuple | list):
+        items = enumerate(arguments)
+    elif of_objects:
+        items = () if depth > MOST_DEPTH else fields_of(arguments)
+    else:
+        return None
+    if items is None:  # a function, a module: the same one
+        return (type(arguments), id(arguments))
+    parts = [(key, _shape_of(value, of_objects=of_objects, depth=depth + 1)) for key, value in items]
+    return None if any(part is None for _, part in parts) else (type(arguments), tuple(parts))

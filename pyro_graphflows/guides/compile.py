@@ -67,8 +67,8 @@ class GuideOptions:
     resolution: str = "site"
     coupled_rank: int | None = None
     enumerate_sites: bool | Collection[str] = False
-    optional: Sequence[str] = ()
     setup_seed: int = 0
+    optional: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.optional, str) or not all(isinstance(name, str) for name in self.optional):
@@ -166,11 +166,11 @@ def compile_guide(
         UnsupportedModelError: If the model's structure cannot be traced, or a guide cannot represent it.
         GraphflowsError: If an option names a site that the model has not, or one that it does not fit.
     """
-    model = with_latent(model, options.optional)
     argument_leaves(model, args, kwargs)  # refuses arguments that do not fit
     with quiet_run(model):
         run_model(model, args, kwargs)
     seed_random_state(options.setup_seed)
+    model = with_latent(model, options.optional)
     traced = _trace(model, args, kwargs, options)
     _check_optional(options, traced)
     elements = options.resolution == "element"

@@ -32,6 +32,7 @@ __all__ = [
     "Outside",
     "argument_leaves",
     "argument_name",
+    "fields_of",
     "get_argument",
     "get_arguments",
     "outside_tensors",
@@ -206,7 +207,7 @@ def _is_table(value: Any) -> bool:
     return type(value).__module__.split(".")[0] in TABLES
 
 
-def _fields(value: Any) -> list[tuple[Hashable, Any]] | None:
+def fields_of(value: Any) -> list[tuple[Hashable, Any]] | None:
     """Return keys and values inside a container or an object; None for what is not followed."""
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return [(Attribute(name), getattr(value, name)) for name in value._fields]
@@ -239,7 +240,7 @@ def _slots(kind: type) -> tuple[str, ...]:
 
 
 def _walk(path: ArgumentPath, value: Any, inside: tuple[int, ...] = ()) -> Iterator[tuple[ArgumentPath, Any]]:
-    fields = None if len(inside) > MOST_DEPTH or id(value) in inside else _fields(value)
+    fields = None if len(inside) > MOST_DEPTH or id(value) in inside else fields_of(value)
     if fields is None:
         yield path, value
         return

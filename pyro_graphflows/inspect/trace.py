@@ -458,7 +458,7 @@ class _Assembly:
         self.trace, self.strict = trace, strict
         self.notes: list[str] = []
         self.tracker, self.records = recorder.tracker, recorder.records
-        self.taken = rows_taken(self.tracker, {**outside, **leaves})
+        self.taken, self.clashes = rows_taken(self.tracker, {**outside, **leaves})
         data = {path: leaf for path, leaf in outside.items() if self._is_data(self.taken.get(path, {}), leaf)}
         self.leaves = {**data, **leaves}
         self.rows: dict[str, dict[int, str]] = {}
@@ -708,6 +708,8 @@ class _Assembly:
         return covering(source, [(r.name, r.region) for r in earlier if r.region is not None])
 
     def _input(self, path: ArgumentPath, record: SiteRecord) -> str:
+        if path in self.clashes:
+            raise UnsupportedModelError(self.clashes[path])
         name = argument_name(path)
         while name in self.site_names:
             name += "_"
