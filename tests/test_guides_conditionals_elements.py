@@ -61,7 +61,21 @@ def test_rows_under_subsampling(some_rows, some_columns):
 def test_gradients_reach_the_chosen_rows_alone():
     table = ElementTable([COLUMNS], 2)
     table({"columns": plate("columns", -1, 4, [3, 1, 3])}).sum().backward()
-    assert table.table.grad[:, 0].tolist() == [0.0, 1.0, 0.0, 2.0]
+    (trained,) = table.parameters()
+    assert trained.grad[:, 0].tolist() == [0.0, 1.0, 0.0, 2.0]
+
+
+def test_the_trained_part_counts_in_natural_units():
+    table = ElementTable([COLUMNS], 2)
+    start, step, unit = torch.randn(4, 2), torch.randn(4, 2), torch.tensor([0.5, 2.0])
+    with torch.no_grad():
+        table.table.copy_(start)
+        table.trained.copy_(step)
+        table.unit.copy_(unit)
+    torch.testing.assert_close(table({"columns": COLUMNS}), start + unit * step)
+    table.set_(slice(1, 2), 7.0)  # a new start: nothing is trained there
+    torch.testing.assert_close(table({"columns": COLUMNS})[:, 1], torch.full((4,), 7.0))
+    torch.testing.assert_close(table({"columns": COLUMNS})[:, 0], (start + unit * step)[:, 0])
 
 
 def test_another_number_of_elements_is_refused_by_plate():

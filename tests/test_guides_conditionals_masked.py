@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.distributions import constraints
 
+from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides import Normal, Spline
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.conditionals.contract import BlockSpec, LinearConditional
@@ -78,7 +79,7 @@ def run(conditionals, context, values, plates=None):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_densities_depend_on_parents_and_on_nothing_else(family):
-    """The Jacobian of each site's density, at some fixed values, is exactly zero off its parents, and nowhere on them."""
+    """The Jacobian of each site's density at fixed values: exactly zero off its parents, not zero on them."""
     conditionals = stirred(FAMILIES[family].conditionals(spec_of()))
     points, names = values_of(6), [*CONTEXT, *SIZES]
     widths = {**CONTEXT, **SIZES}
@@ -278,9 +279,21 @@ def test_a_linear_conditional_without_a_parent_leaves_it_out():
     torch.testing.assert_close(q.mean, torch.tensor([1.0, 2.0]).expand(6, 2))
 
 
+def test_what_training_acts_on_does_not_move_a_start():
+    conditionals = stirred(Normal().conditionals(real_spec()))
+    for site in REAL:
+        conditionals.set_linear_(site, random_linear(site))
+    context, values = torch.randn(6, 3), values_of(6, sizes=REAL)
+    before = {site: q.log_prob(values[site]) for site, q in run(conditionals, context, values).items()}
+    root = torch.randn(conditionals.num_columns, conditionals.num_columns)
+    conditionals.whiten_(root @ root.T)
+    for site, q in run(conditionals, context, values).items():
+        torch.testing.assert_close(q.log_prob(values[site]), before[site])
+
+
 def test_a_network_without_linear_maps_cannot_become_linear():
     conditionals = Normal(skip=False).conditionals(real_spec())
-    with pytest.raises(RuntimeError, match="a linear map beside its hidden layers"):
+    with pytest.raises(GraphflowsError, match="a linear map beside its hidden layers"):
         conditionals.set_linear_("a", random_linear("a"))
 
 
@@ -301,9 +314,10 @@ def test_regressions_are_those_of_the_samples():
         site: units[site][0] + units[site][1] * new[:, list(conditionals.columns[site])] for site in REAL
     }
     for site, q in run(conditionals, new[:, :3], values).items():
-        fit = moments.regress(conditionals.inputs_of(site), list(conditionals.columns[site]))
+        inputs, own = conditionals.inputs_of(site), list(conditionals.columns[site])
+        fit = moments.regress(inputs, own, moments.ridge(inputs, own))
         shift, scale = units[site]
-        mean = shift + scale * (fit.loc + new[:, conditionals.inputs_of(site)] @ fit.weights.T)
+        mean = shift + scale * (fit.loc + new[:, inputs] @ fit.weights.T)
         exact = dist.MultivariateNormal(mean, scale_tril=scale.unsqueeze(-1) * fit.scale_tril)
         torch.testing.assert_close(q.log_prob(values[site]), exact.log_prob(values[site]))
 
@@ -347,12 +361,13 @@ def test_sites_with_parameters_for_each_element():
         torch.testing.assert_close(part[site].mean, full[site].mean[[3, 1]])
     without = run(conditionals, torch.zeros(4, 0), values)
     assert without["a"].mean.unique().numel() == 1
-    widths = full["a"].normal.scale
+    for site in ("a", "b"):  # a start is the same for all elements, and whole
+        conditionals.set_linear_(site, LinearConditional({}, torch.tensor([1.5]), torch.tensor([[0.8]])))
     conditionals.narrow_elements_(0.25)
     narrow = run(conditionals, torch.zeros(4, 0), values, {"data": FULL})
-    torch.testing.assert_close(narrow["a"].normal.scale, widths / 4)
-    torch.testing.assert_close(narrow["a"].mean, full["a"].mean)
-    torch.testing.assert_close(narrow["b"].normal.scale, full["b"].normal.scale)
+    for site, scale in (("a", 0.2), ("b", 0.8)):
+        torch.testing.assert_close(narrow[site].mean, torch.full((4, 1), 1.5))
+        torch.testing.assert_close(narrow[site].normal.scale.expand(4), torch.full((4,), scale))
 
 
 def test_a_linear_conditional_for_each_element():
