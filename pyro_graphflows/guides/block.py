@@ -233,7 +233,8 @@ class GuideBlock(nn.Module):
         """Make one site's conditional linear-Gaussian, in the units of the data and of unconstrained latents.
 
         The shifts and scales on the way, of data, of parents, of summaries of other plates and of the site itself, are
-        worked into weights and location. See :meth:`~pyro_graphflows.guides.AutoFaithfulGuide.set_linear_`.
+        worked into weights and location. Data on a half-line count by their logarithm, data in (0, 1) by their logit.
+        See :meth:`~pyro_graphflows.guides.AutoFaithfulGuide.set_linear_`.
         """
         conditionals, parents = self.conditionals, self.plan.parents[site]
         shift, width = conditionals.output_units(site)
@@ -270,6 +271,7 @@ class GuideBlock(nn.Module):
                 pooled.add(name)
             elif name in weights:
                 part = slice(columns.start, columns.stop)
+                _require_coordinates(features, part, name)
                 matrix = matrix_of(weights[name], len(columns), name)
                 loc = loc + matrix @ features.shift[part]
                 standard[name] = matrix * features.scale[part] / width.unsqueeze(-1)
@@ -288,6 +290,16 @@ class GuideBlock(nn.Module):
             )
         linear = LinearConditional(standard, loc / width, tril / width.unsqueeze(-1))
         conditionals.set_linear_(site, linear)
+
+
+def _require_coordinates(features: FeatureMap, part: slice, name: str) -> None:
+    """Refuse data whose features are no linear function of a value, or of its vector on the real line."""
+    for kind, columns in features.kinds:
+        if kind in ("log1p", "asinh") and columns.start <= part.start < columns.stop:
+            raise GraphflowsError(
+                f"Expected a parent that comes in linearly; the features of {name!r} are those of a {kind} map, for "
+                "counts and for heavy tails. Set the guide up with standardize=False and init='random'."
+            )
 
 
 # ---------------------------------------------------------------- inputs from samples

@@ -71,11 +71,14 @@ class MaskedConditionals(Conditionals):
             self.outputs[site] = slice(start, len(allowed))
             first = self.columns[site].start - self.num_features
             self._parts[site] = slice(first, first + size)
+        # An element may see less than its site does; its outputs are wanted with those of the site.
+        depths = {site: depth for depth, level in enumerate(block.levels) for site in level}
         self.network = MaskedMLP(
             allowed,
             self.num_columns,
             num_params=1,
             input_levels=levels,
+            output_levels=[depths[site] for site in output_names],
             input_names=names,
             output_names=output_names,
             natural_units=True,
