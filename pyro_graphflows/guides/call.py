@@ -226,6 +226,7 @@ class CallReader:
         self.observed = tuple(name for name in graph.observed if name not in without)
         self.optional = frozenset(optional)
         self.inputs: tuple[str, ...] = graph.inputs
+        self.in_loops = frozenset(traced.loops)
         self.known = frozenset(traced.trace.nodes)
         self.paths = dict(traced.argument_paths)
         self.rows = {name: dict(rows) for name, rows in traced.rows.items()}

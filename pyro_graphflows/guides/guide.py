@@ -508,7 +508,8 @@ class AutoFaithfulGuide(AutoGuide):
         """
         self._fitted = None
         self._warned = {name for name in self._warned if name not in self._sites}
-        if self.plan.inputs.per_element and (args or kwargs):
+        # Batches are not other data: the rows of Python loops over subsampled plates change from call to call.
+        if self.plan.inputs.per_element and (args or kwargs) and not self._reader.in_loops:
             self._fitted = FittedData(args, kwargs)
             self._fitted.note_arguments(self.model)
 

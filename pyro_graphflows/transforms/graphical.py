@@ -367,6 +367,7 @@ class AffineGraphicalNN(nn.Module):
         conditioner_units: The hidden units of a conditioner of the affine map
             (:class:`~pyro_graphflows.transforms.faithful.FaithfulResidualNN`); 0 for none.
         conditioner_layers: The number of its hidden layers.
+        natural_units: See :class:`~pyro_graphflows.transforms.faithful.FaithfulResidualNN`.
         **options: Further arguments of :class:`GraphicalResidualNN`.
 
     Attributes:
@@ -386,6 +387,7 @@ class AffineGraphicalNN(nn.Module):
         conditional_scale: bool = True,
         conditioner_units: int = 0,
         conditioner_layers: int = 1,
+        natural_units: bool = False,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -400,6 +402,7 @@ class AffineGraphicalNN(nn.Module):
             conditional_scale=conditional_scale,
             conditioner_units=conditioner_units,
             conditioner_layers=conditioner_layers,
+            natural_units=natural_units,
         )
 
     @torch.no_grad()
