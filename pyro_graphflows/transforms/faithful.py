@@ -391,21 +391,6 @@ class FaithfulResidualNN(LinearStartNN):
         if self.conditioner is not None:
             self.conditioner.mlp.whiten_(moments)
 
-    @torch.no_grad()
-    def initialize_(self, z: Tensor, context: Tensor | None = None) -> None:
-        """Standardise by samples, and start from the least-squares regression of each variable on its parents.
-
-        Args:
-            z: Samples of the variables, of shape (n, D).
-            context: Samples of the context, of shape (n, C).
-
-        Raises:
-            GraphflowsError: If there are fewer than two samples or a value is not finite.
-        """
-        fit = regress_on_parents(self.structure, z, context)
-        self.standardize_(*moments(z), *(() if context is None else moments(context)))
-        self.init_linear_(*fit)
-
     # Evaluation
 
     def start(self, *context: Tensor) -> "FaithfulEvaluation":
