@@ -209,21 +209,23 @@ class AutoFaithfulGuide(AutoGuide):
             (block, s.moments) for block, s in zip(self.blocks, starts, strict=True) if s.moments is not None
         ]
         call: Call | None = None
-        draws: list[dict[str, Tensor]] = []
+        draws: dict[str, Tensor] = {}
         if chosen:
             try:
                 call = self._read(args, kwargs, None)
-                draws = [self._flat_draw(args, kwargs) for _ in range(NUM_START_DRAWS)]
+                draws = self._flat_draws(args, kwargs)
             except GraphflowsError:  # set up without data: the call that needs them says so
                 call = None
         for block, moments in chosen:
             assert isinstance(block, GuideBlock)
             whiten_block_(block, moments, call, draws)
 
-    def _flat_draw(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-        """Return a draw as flat unconstrained vectors."""
+    def _flat_draws(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        """Return draws as flat unconstrained vectors, along a plate of their own."""
         flat: dict[str, Tensor] = {}
-        self._run(args, kwargs, None, _draw, flat)
+        depth = max((-state.dim for state in self._plate_states.values()), default=0)
+        with pyro.plate("_pyro_graphflows_draws", NUM_START_DRAWS, dim=-1 - depth):
+            self._run(args, kwargs, None, pyro.sample, flat)
         return flat
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
@@ -1027,12 +1029,6 @@ def load_guide(
     guide = AutoFaithfulGuide(model, create_plates=create_plates, **options)
     guide._restore(contents, state, device)
     return guide
-
-
-def _draw(name: str, fn: dist.TorchDistribution, **infer: Any) -> Tensor:
-    """Draw from a distribution, outside of Pyro's handlers."""
-    value: Tensor = fn.sample()
-    return value
 
 
 def _centre(name: str, fn: Any, **_: Any) -> Tensor:

@@ -91,9 +91,7 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
     return Start(tuple(notes), moments)
 
 
-def whiten_block_(
-    block: GuideBlock, moments: Tensor, call: Call | None, draws: Sequence[Mapping[str, Tensor]]
-) -> None:
+def whiten_block_(block: GuideBlock, moments: Tensor, call: Call | None, draws: Mapping[str, Tensor]) -> None:
     """Let trained weights act on whitened inputs.
 
     Inputs are whitened by the sum of their second moments in joint samples of the model and in the guide's own draws
@@ -103,13 +101,11 @@ def whiten_block_(
         block: The block.
         moments: The second moments of its inputs in joint samples.
         call: The call of set-up; None if it cannot be read.
-        draws: The guide's draws for it: flat vectors by site.
+        draws: The guide's draws for it: flat vectors by site, of any batch shape.
     """
-    for draw in draws if call is not None else ():
-        features = block.inputs(call, draw)
-        moments = moments + _input_moments(block, features, {s: draw[s] for s in block.plan.sites}) / len(
-            draws
-        )
+    if call is not None:
+        features = block.inputs(call, draws)
+        moments = moments + _input_moments(block, features, {s: draws[s] for s in block.plan.sites})
     if bool(torch.isfinite(moments).all()):
         block.conditionals.whiten_(moments)
 
