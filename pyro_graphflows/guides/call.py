@@ -9,10 +9,11 @@ skipped for calls that look like an earlier one in which it reported nothing bey
 masks, every observed value an argument.
 """
 
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
@@ -21,10 +22,10 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
-from pyro_graphflows.guides.sites import InputEncodings
-from pyro_graphflows.inspect import TracedModel, get_argument, get_arguments, same_tensor
+from pyro_graphflows.guides.sites import InputEncodings, is_constant, moved_support
+from pyro_graphflows.inspect import TracedModel, get_argument, get_arguments, same_tensor, undressed
 
-__all__ = ["Call", "CallReader", "PlateState", "is_constant", "plates_of", "site_mask"]
+__all__ = ["Call", "CallReader", "PlateState", "plates_of", "site_mask"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,10 @@ class PlateState:
     def subsampled(self) -> bool:
         """Whether only part of the plate is in this call."""
         return self.size != self.full_size
+
+    def moved(self, convert: Callable[[Tensor], Tensor]) -> "PlateState":
+        """Return the same plate with its indices on another device."""
+        return self if self.indices is None else replace(self, indices=convert(self.indices))
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,23 @@ class Call:
     supports: dict[str, constraints.Constraint] = field(default_factory=dict)
 
 
+class _Last(Exception):  # noqa: N818 - no error: the rest of a run is not wanted
+    """Ends a run of a model."""
+
+
+class _EndAfter(Messenger):
+    """End a run when the last of some sites has its value."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__()
+        self.waiting = set(names)
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        self.waiting.discard(msg["name"])
+        if not self.waiting:
+            raise _Last
+
+
 class _FeasiblePoint(Messenger):
     """Give every latent site a feasible value without random numbers, and plates the indices asked for."""
 
@@ -75,7 +97,7 @@ class _FeasiblePoint(Messenger):
         if type(msg["fn"]).__name__ == "_Subsample":
             if msg["name"] in self.indices:
                 msg["value"] = self.indices[msg["name"]]
-        elif not msg["is_observed"] and not msg["done"]:
+        elif not msg["is_observed"] and not msg["done"] and not isinstance(undressed(msg["fn"]), dist.Delta):
             msg["value"] = _feasible(msg["fn"], self.like.get(msg["name"]))
             msg["done"] = True
 
@@ -109,6 +131,14 @@ def _own_scale(site: Mapping[str, Any]) -> float | Tensor:
     return scale
 
 
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _is_one(scale: float | Tensor) -> bool:
+    return not torch.is_tensor(scale) and abs(scale - 1.0) <= 1e-12
+
+
 def plates_of(trace: poutine.Trace) -> dict[str, PlateState]:
     """Return the vectorised plates of a trace by name."""
     plates = {}
@@ -131,11 +161,19 @@ class CallReader:
         traced: The model's trace at set-up.
         encodings: How conditioning values are written.
         keep_masks: Whether masks of observed sites are reported too.
+        readers: The observed sites and inputs that latent sites read, with these; others may be missing in a call.
     """
 
-    def __init__(self, traced: TracedModel, encodings: InputEncodings, *, keep_masks: bool = False) -> None:
+    def __init__(
+        self,
+        traced: TracedModel,
+        encodings: InputEncodings,
+        *,
+        keep_masks: bool = False,
+        readers: Mapping[str, Sequence[str]],
+    ) -> None:
         graph = traced.graph
-        self.encodings, self.keep_masks = encodings, keep_masks
+        self.encodings, self.keep_masks, self.readers = encodings, keep_masks, dict(readers)
         self.latent: tuple[str, ...] = graph.latent
         self.observed = tuple(name for name in graph.observed if name not in traced.without_data)
         self.inputs: tuple[str, ...] = graph.inputs
@@ -144,6 +182,33 @@ class CallReader:
         values = {name: traced.trace.nodes[name]["value"] for name in self.latent}
         self.like = {name: value for name, value in values.items() if torch.is_tensor(value)}
         self._known: dict[Hashable, Call] = {}
+        self._at_set_up = self._without_arguments(traced.trace)
+
+    def moved(self, convert: Callable[[Tensor], Tensor]) -> None:
+        """Move what is remembered, as :meth:`torch.nn.Module.to` moves parameters.
+
+        Args:
+            convert: From a tensor to that on another device, or of another type.
+        """
+        self.encodings = self.encodings.moved(convert)
+        self.like = {name: convert(value) for name, value in self.like.items()}
+        self._known = {}
+        call = self._at_set_up
+        masks = {n: convert(mask) if torch.is_tensor(mask) else mask for n, mask in call.masks.items()}
+        scales = {n: convert(scale) if torch.is_tensor(scale) else scale for n, scale in call.scales.items()}
+        supports = {name: moved_support(support, convert) for name, support in call.supports.items()}
+        self._at_set_up = replace(call, masks=masks, scales=scales, supports=supports)
+
+    def _without_arguments(self, trace: poutine.Trace) -> Call:
+        """Return the call at set-up without its data, all plates in full."""
+        nodes: Any = trace.nodes
+        plates = {
+            name: replace(plate, size=plate.full_size, indices=None) for name, plate in plates_of(trace).items()
+        }
+        sites = {name: nodes[name] for name in self.latent}
+        masks = {name: mask for name, site in sites.items() if (mask := site_mask(site)) is not None}
+        scales = {name: scale for name, site in sites.items() if not _is_one(scale := _own_scale(site))}
+        return Call({}, plates, masks, scales, {name: site["fn"].support for name, site in sites.items()})
 
     def read(
         self,
@@ -163,9 +228,10 @@ class CallReader:
             indices: Indices of subsampled plates that exist already.
 
         Raises:
-            UnsupportedModelError: If an observed site has no value in this call, or the model has other latent sites
-                than at set-up. The message names the site.
-            GraphflowsError: If ``observations`` has a site that the model has not.
+            UnsupportedModelError: If an observed site or input that latent sites read has no value in this call, or
+                the model has other latent sites than at set-up. The message names the site.
+            GraphflowsError: If ``observations`` has a site that the model has not, or data have another shape than
+                their distribution.
         """
         observations = observations or {}
         unknown = [
@@ -183,20 +249,27 @@ class CallReader:
             values: dict[str, Any] = get_arguments(model, paths, args, kwargs)
             return Call({**values, **observations}, known.plates, known.masks, known.scales, known.supports)
 
-        trace = self._shadow(model, args, kwargs, indices or {})
+        try:
+            trace = self._shadow(model, args, kwargs, indices or {})
+        except Exception as error:
+            # Without any arguments the plates are as at set-up, if the guide needs no more.
+            if args or kwargs or indices:
+                raise
+            if not self.readers:
+                return self._at_set_up
+            raise self._without_data(list(self.readers)) from error
         values = {}
+        missing = []
         for name in self.observed:
             if name in observations:
                 values[name] = observations[name]
             elif name in trace and trace.nodes[name]["is_observed"]:
                 values[name] = trace.nodes[name]["value"]
-            else:
-                raise UnsupportedModelError(
-                    f"Expected data for the observed site {name!r}, on which the guide conditions; got none in this "
-                    "call. Pass the data, or observations={...}. To predict new data, draw the latents given the old "
-                    "data first: posterior = Predictive(guide, num_samples=S)(data), then "
-                    "Predictive(model, posterior_samples=posterior)(None)."
-                )
+                _require_shape(name, trace.nodes[name])
+            elif name in self.readers:
+                missing.append(name)
+        if missing:
+            raise self._without_data(missing)
         more = [
             name
             for name, site in trace.nodes.items()
@@ -210,14 +283,13 @@ class CallReader:
             )
         for name in self.inputs:
             value = get_argument(model, self.paths[name], args, kwargs)
-            if value is None:
-                raise UnsupportedModelError(
-                    f"Expected the argument {name!r}, a covariate on which the guide conditions; got none."
-                )
-            values[name] = self.encodings.input_value(name, value)
+            if value is None and name in self.readers:
+                raise self._without_data([name])
+            if value is not None:
+                values[name] = self.encodings.input_value(name, value)
         partly = self.encodings.partly
         for name in partly:
-            if name in trace:
+            if name in trace and name in values:
                 values[name] = self.encodings.masked_value(name, values[name], site_mask(trace.nodes[name]))
         masks: dict[str, Tensor | bool] = {}
         scales, supports = {}, {}
@@ -240,7 +312,7 @@ class CallReader:
             mask, scale = site_mask(site), _own_scale(site)
             if mask is not None:
                 masks[name] = mask
-            if torch.is_tensor(scale) or abs(scale - 1.0) > 1e-12:
+            if not _is_one(scale):
                 scales[name] = scale
             supports[name] = site["fn"].support
         call = Call(values, plates_of(trace), masks, scales, supports)
@@ -261,6 +333,39 @@ class CallReader:
             nodes: Any = poutine.trace(model).get_trace(*args, **kwargs).nodes
         return {name: nodes[name]["fn"].support for name in self.latent}
 
+    def copies_given(
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        latents: Mapping[str, Tensor],
+        indices: Mapping[str, Tensor],
+        names: Sequence[str],
+    ) -> dict[str, dict[str, Any]]:
+        """Return the sites of a run that pass on values, where all latent sites have given ones; with gradients."""
+        run = poutine.trace(_EndAfter(names)(model))
+        with poutine.block(), poutine.condition(data=dict(latents)), _FeasiblePoint(indices, self.like):
+            try:
+                run(*args, **kwargs)
+            except _Last:
+                pass
+        return {name: run.trace.nodes[name] for name in names}
+
+    def _without_data(self, names: Sequence[str]) -> UnsupportedModelError:
+        """Say that data are missing which the guide reads, and how to predict."""
+        read = "; ".join(
+            f"the {'observed site' if name in self.observed else 'argument'} {name!r} (read by {_few(self.readers[name])})"
+            for name in names
+        )
+        data = [name for name in names if name in self.observed] or list(self.observed)
+        given = ", ".join(f"{name}={name}" for name in data if name.isidentifier()) or "**{site: data}"
+        return UnsupportedModelError(
+            f"Expected data for {read}; got none in this call. Pass the data, or observations={{...}}. To predict, draw "
+            "the latents given the data. For new inputs: posterior = Predictive(guide, num_samples=S)(data), then "
+            "Predictive(model, posterior_samples=posterior)(new inputs). For the same rows once more: "
+            f"Predictive(model, guide=guide.given({given}), num_samples=S)(inputs)."
+        )
+
     def _shadow(
         self, model: Callable[..., Any], args: Any, kwargs: Any, indices: Mapping[str, Tensor]
     ) -> poutine.Trace:
@@ -278,12 +383,20 @@ class CallReader:
         )
 
 
-def is_constant(support: constraints.Constraint) -> bool:
-    """Whether a support holds no tensor (a bound may depend on data or on other sites)."""
-    return not any(
-        torch.is_tensor(value) or (isinstance(value, constraints.Constraint) and not is_constant(value))
-        for value in vars(support).values()
-    )
+def _require_shape(name: str, site: Mapping[str, Any]) -> None:
+    """Refuse data that would be broadcast against their distribution: ``(n, 1)`` in a plate of n."""
+    value, expected = site["value"], site["fn"].shape()
+    if not torch.is_tensor(value):
+        return
+    try:
+        fits = torch.broadcast_shapes(value.shape, expected) == expected
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise GraphflowsError(
+            f"Expected data of {name!r} of shape {tuple(expected)}, that of its distribution; got "
+            f"{tuple(value.shape)}. Give both one shape, for example by y.squeeze(-1)."
+        )
 
 
 def _shape_of(arguments: Any) -> Hashable | None:

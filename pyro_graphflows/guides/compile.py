@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
-from pyro_graphflows.guides.call import CallReader, PlateState, is_constant, plates_of
+from pyro_graphflows.guides.call import CallReader, PlateState, plates_of
 from pyro_graphflows.guides.conditionals.contract import ElementParents, Family, SiteRole
 from pyro_graphflows.guides.conditionals.factors import ElementNormalFactor, Factor, NormalFactor
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
@@ -27,9 +27,16 @@ from pyro_graphflows.guides.orders import (
     sites_to_enumerate,
     smoothest_inverse,
 )
-from pyro_graphflows.guides.plan import BlockPlan, Plan, make_blocks, mean_field_condition, ways_in
+from pyro_graphflows.guides.plan import (
+    BlockPlan,
+    Plan,
+    make_blocks,
+    mean_field_condition,
+    readers_of,
+    ways_in,
+)
 from pyro_graphflows.guides.samples import ModelDraws
-from pyro_graphflows.guides.sites import LatentSite, input_encodings, latent_sites
+from pyro_graphflows.guides.sites import LatentSite, input_encodings, is_constant, latent_sites
 from pyro_graphflows.inspect import TracedModel, non_exchangeable_plates, trace_model
 
 __all__ = ["Compiled", "GuideOptions", "compile_guide"]
@@ -170,7 +177,9 @@ def compile_guide(
     require_outer_sites_first(blocks, inverse, discrete)
     _require_known_indices(blocks, inputs, traced)
     keep_masks = any(node.summary for block in blocks for node in block.context)
-    reader = CallReader(traced, encodings, keep_masks=keep_masks)
+    reader = CallReader(
+        traced, encodings, keep_masks=keep_masks, readers=readers_of(blocks, inverse.graph.latent)
+    )
     indices = {name: plate.indices for name, plate in plates.items() if plate.indices is not None}
     changing = _changing_supports(reader, traced, model, args, kwargs, indices)
     order = [site for block in blocks for site in block.sites]
@@ -196,6 +205,7 @@ def compile_guide(
         ways=ways_in(inverse, inputs, traced.without_data),
         changing=changing,
         enumerated=enumerated,
+        copies=() if enumerated or traced.graph.marginalised else traced.copies,
         notes=tuple(traced.notes),
         hints=hints,
         judged=None if found.judged is found.inverse else found.judged,

@@ -24,10 +24,10 @@ from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.guides.block import GuideBlock, make_inputs
-from pyro_graphflows.guides.call import Call, CallReader, PlateState
+from pyro_graphflows.guides.call import Call, CallReader, PlateState, site_mask
 from pyro_graphflows.guides.compile import Compiled, GuideOptions, compile_guide
 from pyro_graphflows.guides.conditionals.contract import Family
-from pyro_graphflows.guides.conditionals.distributions import site_distribution
+from pyro_graphflows.guides.conditionals.distributions import CopiedValue, site_distribution
 from pyro_graphflows.guides.conditionals.factors import Factor
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
 from pyro_graphflows.guides.families import make_family
@@ -269,7 +269,25 @@ class AutoFaithfulGuide(AutoGuide):
                     for name, conditional in conditionals.next().items():
                         values[name], unconstrained[name] = self._emit_site(name, conditional, call, emit)
                     conditionals.accept({name: unconstrained[name] for name in level})
+        if plan.copies and emit is pyro.sample and self.master is None:
+            self._emit_copies(call, args, kwargs, values)
         return {name: values[name] for name in self._sites}
+
+    def _emit_copies(
+        self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], values: Mapping[str, Tensor]
+    ) -> None:
+        """Emit the model's Delta sites at the values that it gives them: TraceMeanField_ELBO looks for all its sites."""
+        indices = {name: plate.indices for name, plate in call.plates.items() if plate.indices is not None}
+        copies = self._reader.copies_given(self.model, args, kwargs, values, indices, self.plan.copies)
+        for name, site in copies.items():
+            frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
+            mask = site_mask(site)
+            with ExitStack() as stack:
+                for frame in sorted(frames, key=lambda frame: frame.dim):
+                    stack.enter_context(self.plates[frame.name])
+                if mask is not None:
+                    stack.enter_context(poutine.mask(mask=mask))
+                pyro.sample(name, CopiedValue(site["value"], event_dim=len(site["fn"].event_shape)))
 
     def _emit_site(
         self, name: str, conditional: dist.TorchDistribution, call: Call, emit: Emit
@@ -535,6 +553,15 @@ class AutoFaithfulGuide(AutoGuide):
         """Set the guide up by the arguments of a call if it has not been."""
         if self._plan is None:
             self.setup(*args, **{key: value for key, value in kwargs.items() if key != "observations"})
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AutoFaithfulGuide":
+        """Move the guide, and what it remembers of the model, to a device or a type."""
+        super()._apply(fn, recurse)
+        if self._plan is not None:
+            self._reader.moved(fn)
+            self._sites = {name: site.moved(fn) for name, site in self._sites.items()}
+            self._plate_states = {name: plate.moved(fn) for name, plate in self._plate_states.items()}
+        return self
 
     # ---------------------------------------------------------------- copies and files
 

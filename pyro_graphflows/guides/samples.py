@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from pyro import poutine
 from torch import Tensor
 from torch.distributions import biject_to
 
@@ -18,7 +19,7 @@ from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.plan import BlockPlan, Plan
 from pyro_graphflows.guides.sites import InputEncodings, LatentSite, flatten_event
-from pyro_graphflows.inspect import TracedModel, get_argument, sample_prior
+from pyro_graphflows.inspect import IMPROPER, TracedModel, get_argument, sample_prior
 
 __all__ = ["MOST_ROWS", "ModelDraws", "Samples", "side_by_side", "with_depth"]
 
@@ -82,7 +83,7 @@ class ModelDraws:
         nodes: Any = self.traced.trace.nodes
         return self.encodings.masked_value(name, value, nodes[name]["mask"])
 
-    def draw(self, num_samples: int, *, keep: bool = True) -> dict[str, Tensor]:
+    def draw(self, num_samples: int, *, keep: bool = True, latents_only: bool = False) -> dict[str, Tensor]:
         """Return joint samples of all latent sites and of the nodes that can be network inputs.
 
         They are drawn if fewer are kept from before; the random state is then used and advanced.
@@ -90,6 +91,8 @@ class ModelDraws:
         Args:
             num_samples: How many; fewer are drawn where so many would fill the memory, as data are drawn with them.
             keep: Whether they are kept for whoever asks next.
+            latents_only: Whether to draw latent sites from their priors and leave observed ones at the data of this
+                call; that takes no more than proper priors. Factors, masks and scales of the data do not count then.
 
         Raises:
             UnsupportedModelError: If samples of the model would not be what the model's density says.
@@ -97,9 +100,8 @@ class ModelDraws:
         samples = self._kept
         num_samples = min(num_samples, self._most_draws)
         if num_samples > self._num_kept:
-            samples = sample_prior(
-                self.model, self.args, self.kwargs, num_samples=num_samples, traced=self.traced
-            )
+            model, traced = (self.model, self.traced) if not latents_only else _latents_of(self.model, self.traced)
+            samples = sample_prior(model, self.args, self.kwargs, num_samples=num_samples, traced=traced)
             if keep:
                 self._kept, self._num_kept = samples, num_samples
         samples = {name: value[:num_samples] for name, value in samples.items()}
@@ -169,7 +171,12 @@ class Samples:
             try:
                 values = draws.draw(_number_of_draws(plan.blocks, plates, num_rows))
             except UnsupportedModelError as error:
-                note = f"no regression start and no standardisation of latents: {error}"
+                reason = str(error)
+                try:
+                    values = draws.draw(_number_of_draws(plan.blocks, plates, num_rows), latents_only=True)
+                    note = f"no regression start: the latents start at their prior. {reason}"
+                except UnsupportedModelError as improper:
+                    note = f"no regression start and no standardisation of latents: {improper}"
         return cls(draws, plates, standardize, num_rows, values, note=note)
 
     def with_values(self, more: Mapping[str, Tensor]) -> "Samples":
@@ -190,6 +197,20 @@ class Samples:
     def aligned(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return joint samples of some nodes, plates apart, with as many batch dimensions each."""
         return _at_one_depth(self.values or {}, names)
+
+
+def _latents_of(model: Callable[..., Any], traced: TracedModel) -> tuple[Callable[..., Any], TracedModel]:
+    """Return a model in which only latent sites are seen, with proper priors, and what is traced of it."""
+    trace = traced.trace.copy()
+    hidden = [name for name, site in traced.trace.nodes.items() if site["type"] == "sample" and site["is_observed"]]
+    for name in hidden:
+        trace.remove_node(name)
+    improper = {
+        name: reason
+        for name, reason in traced.not_generative.items()
+        if name in traced.graph.latent and reason == IMPROPER
+    }
+    return poutine.block(model, hide=hidden), replace(traced, trace=trace, not_generative=improper)
 
 
 def _number_of_draws(blocks: Sequence[BlockPlan], plates: Mapping[str, PlateState], wanted_rows: int) -> int:

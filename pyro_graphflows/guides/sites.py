@@ -5,8 +5,9 @@ mean something. A binary value is 0 or 1 as it is; a value among ``K`` classes b
 without a bound stay numbers. Of data with missing entries, it counts what is there and where.
 """
 
+import copy
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,8 +24,10 @@ __all__ = [
     "LatentSite",
     "flatten_event",
     "input_encodings",
+    "is_constant",
     "is_identity",
     "latent_sites",
+    "moved_support",
     "partly_observed",
 ]
 
@@ -109,6 +112,10 @@ class DiscreteEncoding:
             flat = flat.unflatten(-1, (-1, self.num_classes)).argmax(-1) + self.lowest
         return flat.reshape(flat.shape[:-1] + self.event_shape).to(self.dtype)
 
+    def moved(self, convert: Callable[[Tensor], Tensor]) -> "DiscreteEncoding":
+        """Return the same for values of the type to which a tensor is converted."""
+        return replace(self, dtype=convert(torch.zeros((), dtype=self.dtype)).dtype)
+
     def __str__(self) -> str:
         many = "" if self.num_elements == 1 else f"{self.num_elements} x "
         if self.kind in ("binary", "counts"):
@@ -160,6 +167,38 @@ class LatentSite:
     def __post_init__(self) -> None:
         object.__setattr__(self, "size", self.unconstrained_shape.numel())
         object.__setattr__(self, "is_real", self.encoding is None and is_identity(self.transform))
+
+    def moved(self, convert: Callable[[Tensor], Tensor]) -> "LatentSite":
+        """Return the same site for a guide on another device, or of another type."""
+        if self.encoding is not None:
+            return replace(self, encoding=self.encoding.moved(convert), support=moved_support(self.support, convert))
+        if is_constant(self.support):
+            return self
+        support = moved_support(self.support, convert)
+        return replace(self, support=support, transform=biject_to(support))
+
+
+def is_constant(support: constraints.Constraint) -> bool:
+    """Whether a support holds no tensor (a bound may depend on data or on other sites)."""
+    return not any(
+        torch.is_tensor(value) or (isinstance(value, constraints.Constraint) and not is_constant(value))
+        for value in vars(support).values()
+    )
+
+
+def moved_support(
+    support: constraints.Constraint, convert: Callable[[Tensor], Tensor]
+) -> constraints.Constraint:
+    """Return a support with its bounds moved; itself where it holds no tensor."""
+    if is_constant(support):
+        return support
+    new = copy.copy(support)
+    for key, value in vars(support).items():
+        if torch.is_tensor(value):
+            setattr(new, key, convert(value))
+        elif isinstance(value, constraints.Constraint):
+            setattr(new, key, moved_support(value, convert))
+    return new
 
 
 def is_identity(transform: Transform) -> bool:
@@ -238,6 +277,10 @@ class InputEncodings:
             return self.classes[name].encode(value, dtype)
         flat = value.reshape(*value.shape[: value.dim() - self.event_dims[name]], -1)
         return flat if flat.is_floating_point() else flat.to(dtype)
+
+    def moved(self, convert: Callable[[Tensor], Tensor]) -> "InputEncodings":
+        """Return the same for a guide of another type."""
+        return replace(self, classes={name: one.moved(convert) for name, one in self.classes.items()})
 
     def input_value(self, name: str, value: Tensor) -> Tensor:
         """Return the conditioning value of an input: of data with missing entries, only where they are."""

@@ -34,6 +34,7 @@ from pyro_graphflows.inspect.arguments import (
 from pyro_graphflows.inspect.tracer import Escape, Noise, Region, TaintTracker, storage_of, watching
 
 __all__ = [
+    "IMPROPER",
     "Leak",
     "TracedModel",
     "is_transparent",
@@ -44,6 +45,8 @@ __all__ = [
     "undressed",
     "vectorized_plates",
 ]
+
+IMPROPER = "its prior is improper"  # a reason of TracedModel.not_generative: such a site cannot be drawn
 
 _REMEDIES = {
     "bool": "Choose between tensors with torch.where(condition, a, b) instead of a Python condition.",
@@ -102,6 +105,8 @@ class TracedModel:
         non_exchangeable: For sites whose plates' indices are non-exchangeable (constants that vary along the
             plate, not given as arguments): those plates. Known only after ``validate=True``.
         elements: For graphs of elements: the site and the flat event index of each node.
+        copies: The :class:`~pyro.distributions.Delta` sites whose values follow from latent sites, parameters and
+            constants alone, and are in no plate but those of these latent sites.
     """
 
     graph: ModelGraph
@@ -115,6 +120,7 @@ class TracedModel:
     notes: tuple[str, ...] = ()
     non_exchangeable: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     elements: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    copies: tuple[str, ...] = ()
 
 
 def trace_once(model: Callable, args: tuple, kwargs: dict[str, Any], *, strict: bool) -> TracedModel:
@@ -126,6 +132,8 @@ def trace_once(model: Callable, args: tuple, kwargs: dict[str, Any], *, strict: 
     recorder = Recorder(tracker)
     with quiet_run(model):
         trace = run_model(model, args, kwargs, recorder, watching(tracker))
+    for name, value in recorder.data.items():
+        trace.nodes[name]["value"] = value
     return _Assembly(recorder, trace, leaves, not_followed(model, args, kwargs), strict).finish()
 
 
@@ -267,6 +275,8 @@ class Recorder(Messenger):
         super().__init__()
         self.tracker = tracker
         self.records: list[SiteRecord] = []
+        self.deltas: dict[str, tuple[int, tuple[Any, ...]]] = {}  # taint and plates of sites that pass values on
+        self.data: dict[str, torch.Tensor] = {}  # observed values that lie in the memory of arguments
 
     def _pyro_sample(self, msg: Any) -> None:
         self.tracker.absorb()
@@ -280,6 +290,8 @@ class Recorder(Messenger):
             transparent = is_transparent(msg)
         factor = isinstance(fn, dist.Unit)
         if transparent:
+            if not msg["is_observed"]:
+                self.deltas[msg["name"]] = self.tracker.quietly_of(_parameters(fn)), vectorized_plates(msg)
             log_density = self._log_density(fn)
             if log_density is None:
                 return
@@ -320,7 +332,9 @@ class Recorder(Messenger):
             )
         )
         tracker.moment += 1
-        if not transparent and region is None and isinstance(value, torch.Tensor):
+        if not transparent and isinstance(value, torch.Tensor):
+            if region is not None:  # what pyro.sample returns can then be told from the data themselves
+                self.data[name] = value
             msg["value"] = value.detach().clone()
             tracker.set(msg["value"], tracker.bit(name))
 
@@ -370,7 +384,7 @@ class _Assembly:
         strict: bool,
     ) -> None:
         self.trace, self.leaves, self.notes, self.strict = trace, leaves, notes, strict
-        self.tracker, self.records = recorder.tracker, recorder.records
+        self.tracker, self.records, self.deltas = recorder.tracker, recorder.records, recorder.deltas
         records = self.records
         self.site_names = {record.name for record in records}
         self.observed = {record.name for record in records if record.observed}
@@ -410,7 +424,18 @@ class _Assembly:
             not_generative=self.not_generative,
             leaks=leaks,
             notes=tuple(dict.fromkeys(self.notes)),
+            copies=tuple(name for name in self.deltas if self._is_copy(name)),
         )
+
+    def _is_copy(self, name: str) -> bool:
+        """Whether the value of a Delta site follows from latent sites, in whose plates it is."""
+        taint, plates = self.deltas[name]
+        latents = {record.name: record for record in self.records if not (record.observed or record.enumerated)}
+        sources = self.tracker.sources(taint)
+        if not all(isinstance(source, str) and source in latents for source in sources):
+            return False
+        around = {frame.name for source in sources for frame in latents[source].plates}
+        return {frame.name for frame in plates} <= around
 
     def _path_of_value(self, record: SiteRecord) -> ArgumentPath | None:
         """Return where an observed value is among the arguments: a whole one, a row or a column."""
@@ -580,6 +605,8 @@ class _Assembly:
             if record.name in self.without_data:
                 self.not_generative.setdefault(record.name, "it is a factor, not data")
                 continue
+            if isinstance(undressed(site["fn"]), dist.ImproperUniform):
+                self.not_generative[record.name] = IMPROPER
             plain = record.name.removesuffix("_observed").removesuffix("_unobserved")
             half_observed = (
                 plain != record.name and {f"{plain}_observed", f"{plain}_unobserved"} <= self.site_names
@@ -591,8 +618,6 @@ class _Assembly:
                 if isinstance(fn, pyro.distributions.MaskedDistribution):
                     self.not_generative.setdefault(record.name, "its distribution is masked")
                 fn = fn.base_dist
-            if isinstance(fn, pyro.distributions.ImproperUniform):
-                self.not_generative.setdefault(record.name, "its prior is improper")
             expected = 1.0
             for frame in record.plates:
                 if frame.size > 0 and frame.full_size is not None:
