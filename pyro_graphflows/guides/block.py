@@ -33,15 +33,9 @@ from pyro_graphflows.guides.features import FeatureMap, concatenate
 from pyro_graphflows.guides.inputs import Summary
 from pyro_graphflows.guides.plan import BlockPlan
 from pyro_graphflows.guides.samples import Samples, with_depth
-from pyro_graphflows.guides.sites import InputEncodings
+from pyro_graphflows.guides.sites import REMEDIES_OF_NAN, InputEncodings
 
-__all__ = ["REMEDIES_OF_NAN", "BlockInputs", "GuideBlock", "make_inputs"]
-
-REMEDIES_OF_NAN = (
-    "Remove them, or model them as missing, with values of any kind in their places: with seen = torch.isfinite(y) and "
-    "obs=torch.nan_to_num(y), either pyro.sample(..., obs_mask=seen) or poutine.mask(mask=seen) around the site. Set "
-    "the guide up with data that have missing entries."
-)
+__all__ = ["BlockInputs", "GuideBlock", "make_inputs"]
 
 
 class BlockInputs(nn.Module):
@@ -129,12 +123,14 @@ class BlockInputs(nn.Module):
                 f"Expected finite values of the data the guide conditions on; {', '.join(missing)} have NaN or "
                 f"infinite entries. {REMEDIES_OF_NAN}"
             )
-        latents = [name for name in members if name in unconstrained and not unconstrained[name].isfinite().all()]
+        latents = [
+            name for name in members if name in unconstrained and not unconstrained[name].isfinite().all()
+        ]
         if latents:
             return GraphflowsError(
                 f"Expected finite values of the latent sites {', '.join(latents)}, which later sites read; some are "
                 "NaN or infinite. If they were drawn, the guide's parameters have become too large or NaN in training: "
-                "a smaller learning rate or clipped gradients help. If they were given, they are outside of the support."
+                "a smaller learning rate or clipped gradients help. If they were given, they are outside the support."
             )
         outside = [name for name in guilty if name in data]
         if outside:
@@ -142,8 +138,8 @@ class BlockInputs(nn.Module):
                 f"Expected values of {', '.join(outside)} in the support of their distributions; some are outside."
             )
         return GraphflowsError(
-            f"Expected finite summaries {', '.join(guilty)}; their data are finite, so the guide's parameters have become "
-            "too large or NaN in training: a smaller learning rate or clipped gradients help."
+            f"Expected finite summaries {', '.join(guilty)}; their data are finite, so the guide's parameters have "
+            "become too large or NaN in training: a smaller learning rate or clipped gradients help."
         )
 
     def _flat(self, name: str, call: Call, unconstrained: Mapping[str, Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ masks, every observed value an argument.
 """
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides.sites import InputEncodings, is_constant, moved_support
 from pyro_graphflows.inspect import TracedModel, get_argument, get_arguments, same_tensor, undressed
 
-__all__ = ["Call", "CallReader", "PlateState", "plates_of", "site_mask"]
+__all__ = ["Call", "CallReader", "PlateState", "plates_of", "require_shape", "site_mask"]
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ class Call:
     supports: dict[str, constraints.Constraint] = field(default_factory=dict)
 
 
-class _Last(Exception):  # noqa: N818 - no error: the rest of a run is not wanted
-    """Ends a run of a model."""
+class _Last(Exception):
+    """Ends a run of a model whose rest is not wanted."""
 
 
 class _EndAfter(Messenger):
@@ -203,7 +204,8 @@ class CallReader:
         """Return the call at set-up without its data, all plates in full."""
         nodes: Any = trace.nodes
         plates = {
-            name: replace(plate, size=plate.full_size, indices=None) for name, plate in plates_of(trace).items()
+            name: replace(plate, size=plate.full_size, indices=None)
+            for name, plate in plates_of(trace).items()
         }
         sites = {name: nodes[name] for name in self.latent}
         masks = {name: mask for name, site in sites.items() if (mask := site_mask(site)) is not None}
@@ -265,7 +267,7 @@ class CallReader:
                 values[name] = observations[name]
             elif name in trace and trace.nodes[name]["is_observed"]:
                 values[name] = trace.nodes[name]["value"]
-                _require_shape(name, trace.nodes[name])
+                require_shape(name, trace.nodes[name])
             elif name in self.readers:
                 missing.append(name)
         if missing:
@@ -344,24 +346,24 @@ class CallReader:
     ) -> dict[str, dict[str, Any]]:
         """Return the sites of a run that pass on values, where all latent sites have given ones; with gradients."""
         run = poutine.trace(_EndAfter(names)(model))
-        with poutine.block(), poutine.condition(data=dict(latents)), _FeasiblePoint(indices, self.like):
-            try:
-                run(*args, **kwargs)
-            except _Last:
-                pass
-        return {name: run.trace.nodes[name] for name in names}
+        handlers = poutine.condition(data=dict(latents)), _FeasiblePoint(indices, self.like)
+        with suppress(_Last), poutine.block(), handlers[0], handlers[1]:
+            run(*args, **kwargs)
+        nodes: Any = run.trace.nodes
+        return {name: nodes[name] for name in names}
 
     def _without_data(self, names: Sequence[str]) -> UnsupportedModelError:
         """Say that data are missing which the guide reads, and how to predict."""
         read = "; ".join(
-            f"the {'observed site' if name in self.observed else 'argument'} {name!r} (read by {_few(self.readers[name])})"
+            f"the {'observed site' if name in self.observed else 'argument'} {name!r} "
+            f"(read by {_few(self.readers[name])})"
             for name in names
         )
         data = [name for name in names if name in self.observed] or list(self.observed)
         given = ", ".join(f"{name}={name}" for name in data if name.isidentifier()) or "**{site: data}"
         return UnsupportedModelError(
-            f"Expected data for {read}; got none in this call. Pass the data, or observations={{...}}. To predict, draw "
-            "the latents given the data. For new inputs: posterior = Predictive(guide, num_samples=S)(data), then "
+            f"Expected data for {read}; got none in this call. Pass the data, or observations={{...}}. To predict, "
+            "draw the latents given the data. For new inputs: posterior = Predictive(guide, num_samples=S)(data), then "
             "Predictive(model, posterior_samples=posterior)(new inputs). For the same rows once more: "
             f"Predictive(model, guide=guide.given({given}), num_samples=S)(inputs)."
         )
@@ -383,7 +385,7 @@ class CallReader:
         )
 
 
-def _require_shape(name: str, site: Mapping[str, Any]) -> None:
+def require_shape(name: str, site: Mapping[str, Any]) -> None:
     """Refuse data that would be broadcast against their distribution: ``(n, 1)`` in a plate of n."""
     value, expected = site["value"], site["fn"].shape()
     if not torch.is_tensor(value):

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
-from pyro_graphflows.guides.call import CallReader, PlateState, plates_of
+from pyro_graphflows.guides.call import CallReader, PlateState, plates_of, require_shape, site_mask
 from pyro_graphflows.guides.conditionals.contract import ElementParents, Family, SiteRole
 from pyro_graphflows.guides.conditionals.factors import ElementNormalFactor, Factor, NormalFactor
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
@@ -23,6 +22,8 @@ from pyro_graphflows.guides.orders import (
     Inverse,
     find_inverse,
     order_for_discrete_sites,
+    order_for_supports,
+    outer_sites_first,
     require_outer_sites_first,
     sites_to_enumerate,
     smoothest_inverse,
@@ -36,7 +37,14 @@ from pyro_graphflows.guides.plan import (
     ways_in,
 )
 from pyro_graphflows.guides.samples import ModelDraws
-from pyro_graphflows.guides.sites import LatentSite, input_encodings, is_constant, latent_sites
+from pyro_graphflows.guides.sites import (
+    REMEDIES_OF_NAN,
+    InputEncodings,
+    LatentSite,
+    input_encodings,
+    is_constant,
+    latent_sites,
+)
 from pyro_graphflows.inspect import TracedModel, non_exchangeable_plates, trace_model
 
 __all__ = ["Compiled", "GuideOptions", "compile_guide"]
@@ -146,22 +154,29 @@ def compile_guide(
         UnsupportedModelError: If the model's structure cannot be traced, or a guide cannot represent it.
         GraphflowsError: If an option names a site that the model has not, or one that it does not fit.
     """
-    traced = _trace(model, args, kwargs, options)
+    trace = _trace(model, args, kwargs, options)
     elements = options.resolution == "element"
-    found = find_inverse(model, args, kwargs, traced, options.inverse, elements=elements)
+    found = find_inverse(model, args, kwargs, trace, options.inverse, elements=elements)
     traced = found.traced
     sites = latent_sites(traced, options.factor_classes())
     _check_factors(options, sites)
     discrete = [name for name, site in sites.items() if site.encoding is not None]
     enumerated = sites_to_enumerate(options.enumerate_sites, sites)
     encodings = input_encodings(model, args, kwargs, traced)
+    _require_possible_data(traced, encodings)
     draws = ModelDraws(model, args, kwargs, traced, sites, encodings)
     inverse = found.inverse
+    changing = _changing_supports(traced, model, args, kwargs)
     is_free = options.inverse == "auto" and not elements
     if discrete:
         inverse = order_for_discrete_sites(inverse, discrete, enumerated, free=is_free)
-    elif is_free and not found.lookups:
+    elif is_free and not found.lookups and not changing:
         inverse = smoothest_inverse(inverse, draws, options.num_rows)
+    if options.inverse == "auto" and (order := order_for_supports(inverse, changing)) is not None:
+        orders: list[Inverse] = [order, "reverse"]
+        ways = [find_inverse(model, args, kwargs, trace, one, elements=elements) for one in orders]
+        found = min(ways, key=lambda way: way.inverse.num_edges)
+        traced, inverse = found.traced, outer_sites_first(found.inverse) if discrete else found.inverse
     plates = plates_of(traced.trace)
     uneven = non_exchangeable_plates(model, args, kwargs, traced=traced) if plates else {}
     inputs = plan_inputs(
@@ -180,8 +195,6 @@ def compile_guide(
     reader = CallReader(
         traced, encodings, keep_masks=keep_masks, readers=readers_of(blocks, inverse.graph.latent)
     )
-    indices = {name: plate.indices for name, plate in plates.items() if plate.indices is not None}
-    changing = _changing_supports(reader, traced, model, args, kwargs, indices)
     order = [site for block in blocks for site in block.sites]
     _require_known_supports(changing, order, inverse.order, sites)
     hints: tuple[str, ...] = ()
@@ -320,6 +333,36 @@ def _analytic_kl(
 # ---------------------------------------------------------------- refusals
 
 
+def _require_possible_data(traced: TracedModel, encodings: InputEncodings) -> None:
+    """Refuse data that no training could use: missing without a word, of another shape, outside of a support."""
+    nodes: Any = traced.trace.nodes
+    for name in traced.graph.observed:
+        site = nodes.get(name)
+        if site is None or name in traced.without_data or name in encodings.partly:
+            continue
+        require_shape(name, site)
+        value = torch.as_tensor(site["value"])
+        if value.is_meta:
+            continue
+        missing = int((~torch.isfinite(value)).sum()) if value.is_floating_point() else 0
+        if missing:
+            raise GraphflowsError(
+                f"Expected finite data of {name!r}; {missing} of {value.numel()} entries are NaN or infinite. "
+                f"{REMEDIES_OF_NAN}"
+            )
+        support = site["fn"].support
+        if not is_constant(support):
+            continue
+        mask = site_mask(site)
+        seen = torch.as_tensor(True if mask is None else mask, device=value.device)
+        wrong = ~support.check(value) & ~torch.isfinite(site["fn"].log_prob(value)) & seen
+        if bool(wrong.any()):
+            raise GraphflowsError(
+                f"Expected data of {name!r} in the support of its distribution, {support}; {int(wrong.sum())} of "
+                f"{wrong.numel()} values are outside of it."
+            )
+
+
 def _require_known_indices(blocks: Collection[BlockPlan], inputs: InputPlan, traced: TracedModel) -> None:
     indices: dict[str, list[str]] = {}
     for block in blocks:
@@ -338,12 +381,7 @@ def _require_known_indices(blocks: Collection[BlockPlan], inputs: InputPlan, tra
 
 
 def _changing_supports(
-    reader: CallReader,
-    traced: TracedModel,
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    indices: Mapping[str, Tensor],
+    traced: TracedModel, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, tuple[str, ...]]:
     """Return the latent sites whose support changes with the values of others, and these others.
 
@@ -354,6 +392,9 @@ def _changing_supports(
     suspects = [name for name in traced.graph.latent if not is_constant(nodes[name]["fn"].support)]
     if not suspects:
         return {}
+    reader = CallReader(traced, InputEncodings({}), readers={})
+    plates = plates_of(traced.trace)
+    indices = {name: plate.indices for name, plate in plates.items() if plate.indices is not None}
     still = reader.supports_given(model, args, kwargs, {}, indices)
     parents: dict[str, list[str]] = {name: [] for name in suspects}
     for other in traced.graph.latent:

@@ -276,18 +276,19 @@ class AutoFaithfulGuide(AutoGuide):
     def _emit_copies(
         self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], values: Mapping[str, Tensor]
     ) -> None:
-        """Emit the model's Delta sites at the values that it gives them: TraceMeanField_ELBO looks for all its sites."""
+        """Emit the model's Delta sites at their values in the model: TraceMeanField_ELBO looks for all of its sites."""
         indices = {name: plate.indices for name, plate in call.plates.items() if plate.indices is not None}
         copies = self._reader.copies_given(self.model, args, kwargs, values, indices, self.plan.copies)
         for name, site in copies.items():
             frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
-            mask = site_mask(site)
+            mask: Any = site_mask(site)
             with ExitStack() as stack:
                 for frame in sorted(frames, key=lambda frame: frame.dim):
                     stack.enter_context(self.plates[frame.name])
                 if mask is not None:
                     stack.enter_context(poutine.mask(mask=mask))
-                pyro.sample(name, CopiedValue(site["value"], event_dim=len(site["fn"].event_shape)))
+                fn = CopiedValue(site["value"], event_dim=len(site["fn"].event_shape))
+                pyro.sample(name, fn, infer={"is_copied": True})
 
     def _emit_site(
         self, name: str, conditional: dist.TorchDistribution, call: Call, emit: Emit

@@ -100,7 +100,9 @@ class ModelDraws:
         samples = self._kept
         num_samples = min(num_samples, self._most_draws)
         if num_samples > self._num_kept:
-            model, traced = (self.model, self.traced) if not latents_only else _latents_of(self.model, self.traced)
+            model, traced = (
+                (self.model, self.traced) if not latents_only else _latents_of(self.model, self.traced)
+            )
             samples = sample_prior(model, self.args, self.kwargs, num_samples=num_samples, traced=traced)
             if keep:
                 self._kept, self._num_kept = samples, num_samples
@@ -202,7 +204,9 @@ class Samples:
 def _latents_of(model: Callable[..., Any], traced: TracedModel) -> tuple[Callable[..., Any], TracedModel]:
     """Return a model in which only latent sites are seen, with proper priors, and what is traced of it."""
     trace = traced.trace.copy()
-    hidden = [name for name, site in traced.trace.nodes.items() if site["type"] == "sample" and site["is_observed"]]
+    hidden = [
+        name for name, site in traced.trace.nodes.items() if site["type"] == "sample" and site["is_observed"]
+    ]
     for name in hidden:
         trace.remove_node(name)
     improper = {

@@ -19,6 +19,7 @@ from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.inspect import TracedModel, get_argument
 
 __all__ = [
+    "REMEDIES_OF_NAN",
     "DiscreteEncoding",
     "InputEncodings",
     "LatentSite",
@@ -30,6 +31,12 @@ __all__ = [
     "moved_support",
     "partly_observed",
 ]
+
+REMEDIES_OF_NAN = (
+    "Remove them, or model them as missing, with values of any kind in their places: with seen = torch.isfinite(y) and "
+    "obs=torch.nan_to_num(y), either pyro.sample(..., obs_mask=seen) or poutine.mask(mask=seen) around the site. Set "
+    "the guide up with data that have missing entries."
+)
 
 
 def flatten_event(value: Tensor, event_dim: int) -> Tensor:
@@ -171,7 +178,9 @@ class LatentSite:
     def moved(self, convert: Callable[[Tensor], Tensor]) -> "LatentSite":
         """Return the same site for a guide on another device, or of another type."""
         if self.encoding is not None:
-            return replace(self, encoding=self.encoding.moved(convert), support=moved_support(self.support, convert))
+            return replace(
+                self, encoding=self.encoding.moved(convert), support=moved_support(self.support, convert)
+            )
         if is_constant(self.support):
             return self
         support = moved_support(self.support, convert)
@@ -259,12 +268,15 @@ class InputEncodings:
         classes: The encodings of observed sites whose values are classes: numbers that only tell them apart.
         partly: The partly observed sites, with their numbers of event dimensions.
         patterns: The inputs of which only the pattern of missing entries counts.
+        gappy: The other inputs with missing entries at set-up, with the numbers of their event dimensions: their
+            elements, zero where missing, and where they are.
     """
 
     event_dims: Mapping[str, int]
     classes: Mapping[str, DiscreteEncoding] = field(default_factory=dict)
     partly: Mapping[str, int] = field(default_factory=dict)
     patterns: frozenset[str] = frozenset()
+    gappy: Mapping[str, int] = field(default_factory=dict)
 
     def flat(self, name: str, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return the value of an observed site or an input as a flat vector; classes as indicators.
@@ -283,7 +295,11 @@ class InputEncodings:
         return replace(self, classes={name: one.moved(convert) for name, one in self.classes.items()})
 
     def input_value(self, name: str, value: Tensor) -> Tensor:
-        """Return the conditioning value of an input: of data with missing entries, only where they are."""
+        """Return the conditioning value of an input: of data with gaps, where these are (and what is there)."""
+        if name in self.gappy:
+            flat = flatten_event(value, self.gappy[name])
+            seen = torch.isfinite(flat)
+            return torch.cat([torch.where(seen, flat, torch.zeros_like(flat)), seen.to(flat.dtype)], -1)
         return torch.isfinite(value).to(value.dtype) if name in self.patterns else value
 
     def masked_value(self, name: str, value: Tensor, mask: Tensor | bool | None) -> Tensor:
@@ -308,7 +324,7 @@ def input_encodings(
 
     Factors and observed values that are computed from latent sites have no data and are left out, and so are
     integer inputs: they are indices. Inputs with NaN, beside partly observed sites, are data of which only the
-    pattern of missing entries counts.
+    pattern of missing entries counts; of other inputs with NaN, what is there counts too.
 
     Args:
         model: The model.
@@ -330,9 +346,13 @@ def input_encodings(
     dims.update((name, dim) for name, dim in traced.event_dims.items() if name not in traced.index_inputs)
     paths = traced.argument_paths
     of_partly = [paths[name] for name in partly if name in paths]
-    patterns = set()
-    for name in traced.graph.inputs if partly else ():
+    patterns, gappy = set(), {}
+    for name in traced.graph.inputs:
         value = get_argument(model, paths[name], args, kwargs)
-        if paths[name] in of_partly or (value.is_floating_point() and bool(torch.isnan(value).any())):
+        has_gaps = value.is_floating_point() and not value.is_meta and bool(torch.isnan(value).any())
+        if partly and (paths[name] in of_partly or has_gaps):
             patterns.add(name)
-    return InputEncodings(dims, classes, partly, frozenset(patterns))
+        elif has_gaps:
+            gappy[name] = dims[name]
+            dims[name] = 1
+    return InputEncodings(dims, classes, partly, frozenset(patterns), gappy)

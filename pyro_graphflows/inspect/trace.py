@@ -275,7 +275,9 @@ class Recorder(Messenger):
         super().__init__()
         self.tracker = tracker
         self.records: list[SiteRecord] = []
-        self.deltas: dict[str, tuple[int, tuple[Any, ...]]] = {}  # taint and plates of sites that pass values on
+        self.deltas: dict[
+            str, tuple[int, tuple[Any, ...]]
+        ] = {}  # taint and plates of sites that pass values on
         self.data: dict[str, torch.Tensor] = {}  # observed values that lie in the memory of arguments
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -430,7 +432,9 @@ class _Assembly:
     def _is_copy(self, name: str) -> bool:
         """Whether the value of a Delta site follows from latent sites, in whose plates it is."""
         taint, plates = self.deltas[name]
-        latents = {record.name: record for record in self.records if not (record.observed or record.enumerated)}
+        latents = {
+            record.name: record for record in self.records if not (record.observed or record.enumerated)
+        }
         sources = self.tracker.sources(taint)
         if not all(isinstance(source, str) and source in latents for source in sources):
             return False

@@ -373,7 +373,7 @@ class FaithfulResidualNN(LinearStartNN):
         if key not in self._columns:
             inner = self._order[self._level_starts[level] : self._level_starts[level + 1]]
             positions, back = inner.sort()
-            same = torch.equal(positions, inner)
+            same = not inner.is_meta and torch.equal(positions, inner)
             self._columns[key] = (positions, None if same else torch.argsort(back), None if same else back)
         return self._columns[key]
 
