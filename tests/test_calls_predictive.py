@@ -114,7 +114,10 @@ def test_sites_that_read_data_name_them_and_both_ways(call):
         call(guide)
     message = str(error.value)
     assert "read by z" in message
-    assert "Predictive(guide, num_samples=S)(data), then Predictive(model, posterior_samples=posterior)" in message
+    assert (
+        "Predictive(guide, num_samples=S)(data), then Predictive(model, posterior_samples=posterior)"
+        in message
+    )
     assert "Predictive(model, guide=guide.given(y=y), num_samples=S)(inputs)" in message
 
 

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "regression": "errors",
     "distributions": "errors",
     "nn": "errors graphs masks",
-    "transforms": "errors graphs masks nn",
+    "transforms": "errors graphs masks nn regression",
     "inspect": "errors graphs",
     "guides": "distributions errors graphs inspect masks nn regression transforms",
     # Any Pyro guide will do: nothing of our own guides.

@@ -132,7 +132,7 @@ class BlockInputs(nn.Module):
                 "NaN or infinite. If they were drawn, the guide's parameters have become too large or NaN in training: "
                 "a smaller learning rate or clipped gradients help. If they were given, they are outside the support."
             )
-        outside = [name for name in guilty if name in data]
+        outside = [name for name in guilty if name in data] + self._outside(guilty, call)
         if outside:
             return GraphflowsError(
                 f"Expected values of {', '.join(outside)} in the support of their distributions; some are outside."
@@ -141,6 +141,22 @@ class BlockInputs(nn.Module):
             f"Expected finite summaries {', '.join(guilty)}; their data are finite, so the guide's parameters have "
             "become too large or NaN in training: a smaller learning rate or clipped gradients help."
         )
+
+    def _outside(self, names: list[str], call: Call) -> list[str]:
+        """Return the nodes of summaries with data outside of their supports."""
+        found: dict[str, None] = {}
+        for name in names:
+            pool = self.pool(name)
+            pairs = (
+                zip(pool.members, pool.maps, strict=True)
+                if isinstance(pool, DeepSetPool | AllElements)
+                else ()
+            )
+            for member, feature_map in pairs:
+                if member.name in call.values and not member.partly:
+                    features = feature_map(self.encodings.flat(member.name, call.values[member.name]))
+                    found.update({} if bool(features.isfinite().all()) else {member.name: None})
+        return list(found)
 
     def _flat(self, name: str, call: Call, unconstrained: Mapping[str, Tensor]) -> Tensor:
         """Return the flat vector of a node, and refuse one on another device or of a wider type than the guide."""

@@ -183,6 +183,11 @@ class CallReader:
         values = {name: traced.trace.nodes[name]["value"] for name in self.latent}
         self.like = {name: value for name, value in values.items() if torch.is_tensor(value)}
         self._known: dict[Hashable, Call] = {}
+        self._shapes: dict[Hashable, dict[str, torch.Size]] = {}
+        nodes: Any = traced.trace.nodes
+        self.loose = frozenset(
+            name for name in self.observed if name in nodes and _outside_plates(nodes[name])
+        )
         self._at_set_up = self._without_arguments(traced.trace)
 
     def moved(self, convert: Callable[[Tensor], Tensor]) -> None:
@@ -193,7 +198,7 @@ class CallReader:
         """
         self.encodings = self.encodings.moved(convert)
         self.like = {name: convert(value) for name, value in self.like.items()}
-        self._known = {}
+        self._known, self._shapes = {}, {}
         call = self._at_set_up
         masks = {n: convert(mask) if torch.is_tensor(mask) else mask for n, mask in call.masks.items()}
         scales = {n: convert(scale) if torch.is_tensor(scale) else scale for n, scale in call.scales.items()}
@@ -249,6 +254,8 @@ class CallReader:
         if known is not None:
             paths = {name: self.paths[name] for name in known.values}
             values: dict[str, Any] = get_arguments(model, paths, args, kwargs)
+            for name, value in observations.items():
+                _require_observation(name, value, self._shapes[shape].get(name))
             return Call({**values, **observations}, known.plates, known.masks, known.scales, known.supports)
 
         try:
@@ -262,8 +269,14 @@ class CallReader:
             raise self._without_data(list(self.readers)) from error
         values = {}
         missing = []
+        nodes: Any = trace.nodes
+        shapes = {name: nodes[name]["fn"].shape() for name in self.observed if name in nodes}
+        for name in shapes:
+            if name not in self.loose:
+                _require_plates(name, trace.nodes[name])
         for name in self.observed:
             if name in observations:
+                _require_observation(name, observations[name], shapes.get(name))
                 values[name] = observations[name]
             elif name in trace and trace.nodes[name]["is_observed"]:
                 values[name] = trace.nodes[name]["value"]
@@ -319,7 +332,7 @@ class CallReader:
             supports[name] = site["fn"].support
         call = Call(values, plates_of(trace), masks, scales, supports)
         if shape is not None and self._arguments_say_all(call, model, args, kwargs):
-            self._known[shape] = call
+            self._known[shape], self._shapes[shape] = call, shapes
         return call
 
     def supports_given(
@@ -398,6 +411,39 @@ def require_shape(name: str, site: Mapping[str, Any]) -> None:
         raise GraphflowsError(
             f"Expected data of {name!r} of shape {tuple(expected)}, that of its distribution; got "
             f"{tuple(value.shape)}. Give both one shape, for example by y.squeeze(-1)."
+        )
+
+
+def _require_observation(name: str, value: Any, expected: torch.Size | None) -> None:
+    """Refuse a value of ``observations`` that would be broadcast; it may have batches on the left."""
+    if not torch.is_tensor(value) or expected is None:
+        return
+    last = value.shape[max(0, value.dim() - len(expected)) :]
+    try:
+        whole = torch.broadcast_shapes(last, expected) == expected
+    except RuntimeError:
+        whole = False
+    if not whole or (value.dim() > len(expected) and last != expected):
+        raise GraphflowsError(
+            f"Expected observations of {name!r} of shape {tuple(expected)}, that of its distribution, or batches of "
+            f"these; got {tuple(value.shape)}."
+        )
+
+
+def _outside_plates(site: Mapping[str, Any]) -> list[int]:
+    """Return the dimensions of a site's batch that are in no plate."""
+    shape = site["fn"].batch_shape
+    declared = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
+    return [dim for dim in range(-len(shape), 0) if shape[dim] != 1 and dim not in declared]
+
+
+def _require_plates(name: str, site: Mapping[str, Any]) -> None:
+    dims = _outside_plates(site)
+    if dims:
+        raise GraphflowsError(
+            f"Expected inputs that give {name!r} a batch in its plates; got the batch shape "
+            f"{tuple(site['fn'].batch_shape)}, whose dimension {dims[-1]} is in no plate. Give inputs and data one "
+            "shape, for example by x.squeeze(-1)."
         )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
@@ -67,6 +68,7 @@ class GuideOptions:
     resolution: str = "site"
     coupled_rank: int | None = None
     enumerate_sites: bool | Collection[str] = False
+    init_values: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.init not in ("regression", "random"):
@@ -83,6 +85,15 @@ class GuideOptions:
             raise GraphflowsError(
                 f"Expected skip=True with init='regression', which sets the linear maps; got {self.family!r}."
             )
+        if self.init_values and not self.family.can_regress:
+            raise GraphflowsError(
+                f"Expected skip=True with init_values, which set the linear maps; got {self.family!r}."
+            )
+        for name, value in self.init_values.items():
+            if not torch.is_tensor(value):
+                raise GraphflowsError(
+                    f"Expected init_values={{site: tensor}}; got {type(value).__name__} for {name!r}."
+                )
         for name, kind in self.factors.items():
             if not (isinstance(kind, Family) or (isinstance(kind, type) and issubclass(kind, Factor))):
                 raise GraphflowsError(
@@ -160,6 +171,7 @@ def compile_guide(
     traced = found.traced
     sites = latent_sites(traced, options.factor_classes())
     _check_factors(options, sites)
+    _check_init_values(options, sites)
     discrete = [name for name, site in sites.items() if site.encoding is not None]
     enumerated = sites_to_enumerate(options.enumerate_sites, sites)
     encodings = input_encodings(model, args, kwargs, traced)
@@ -262,6 +274,15 @@ def _check_factors(options: GuideOptions, sites: Mapping[str, LatentSite]) -> No
                 f"Expected a family in factors= that serves discrete sites, as Normal() does, for {name!r} "
                 f"({encoding}); got {type(kind).__name__}. Continuous sites: {', '.join(_continuous(sites)) or 'none'}."
             )
+
+
+def _check_init_values(options: GuideOptions, sites: Mapping[str, LatentSite]) -> None:
+    wrong = [name for name in options.init_values if name not in _continuous(sites)]
+    if wrong:
+        raise GraphflowsError(
+            f"Expected init_values of continuous latent sites, {', '.join(_continuous(sites)) or 'none'}; got "
+            f"{', '.join(wrong)}."
+        )
 
 
 def _continuous(sites: Mapping[str, LatentSite]) -> list[str]:

@@ -19,6 +19,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
+from torch.distributions import biject_to
 
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
@@ -34,8 +35,8 @@ from pyro_graphflows.guides.families import make_family
 from pyro_graphflows.guides.orders import Inverse
 from pyro_graphflows.guides.plan import Description, Plan
 from pyro_graphflows.guides.samples import Samples
-from pyro_graphflows.guides.sites import LatentSite
-from pyro_graphflows.guides.start import start_block_
+from pyro_graphflows.guides.sites import LatentSite, is_constant
+from pyro_graphflows.guides.start import start_at_, start_block_
 
 __all__ = ["AutoFaithfulGuide", "auto_faithful_guide"]
 
@@ -63,6 +64,7 @@ class AutoFaithfulGuide(AutoGuide):
         resolution: ``"site"`` or ``"element"``.
         coupled_rank: The rank of the dependence of copies that are drawn jointly.
         enumerate_sites: Discrete sites that are marked for ``TraceEnum_ELBO``.
+        init_values: Values at which single sites start.
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
             that returns plates that exist already, for subsampling.
 
@@ -95,6 +97,7 @@ class AutoFaithfulGuide(AutoGuide):
         resolution: str = "site",
         coupled_rank: int | None = None,
         enumerate_sites: bool | Collection[str] = False,
+        init_values: Mapping[str, Tensor] = MappingProxyType({}),
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__(model, create_plates=create_plates)
@@ -110,6 +113,7 @@ class AutoFaithfulGuide(AutoGuide):
             resolution=resolution,
             coupled_rank=coupled_rank,
             enumerate_sites=enumerate_sites,
+            init_values=dict(init_values),
         )
         self._plan: Plan | None = None
         self._start_notes: tuple[str, ...] = ()
@@ -175,6 +179,7 @@ class AutoFaithfulGuide(AutoGuide):
             inputs, of_block = make_inputs(plan, samples, options.deepset or DeepSet())
             block = GuideBlock.make(plan, compiled.families[plan.sites[0]], inputs, of_block, further)
             notes += start_block_(block, of_block, regression=options.init == "regression")
+            notes += start_at_(block, of_block, options.init_values, compiled.plan.changing)
             blocks.append(block)
         return blocks, notes
 
@@ -288,7 +293,8 @@ class AutoFaithfulGuide(AutoGuide):
                 if mask is not None:
                     stack.enter_context(poutine.mask(mask=mask))
                 fn = CopiedValue(site["value"], event_dim=len(site["fn"].event_shape))
-                pyro.sample(name, fn, infer={"is_copied": True})
+                infer: Any = {"is_copied": True}
+                pyro.sample(name, fn, infer=infer)
 
     def _emit_site(
         self, name: str, conditional: dist.TorchDistribution, call: Call, emit: Emit
@@ -384,7 +390,7 @@ class AutoFaithfulGuide(AutoGuide):
             plates (a vector over the data for the common single data plate), and summed over plates otherwise.
 
         Raises:
-            GraphflowsError: If a latent site has no value.
+            GraphflowsError: If a latent site has no value, or one outside of its support.
         """
         self._ensure_set_up(args, kwargs)
         names = self.plan.graph.latent
@@ -392,9 +398,14 @@ class AutoFaithfulGuide(AutoGuide):
         if missing:
             raise GraphflowsError(f"Expected a value for every latent site; missing: {', '.join(missing)}.")
         given = {name: latents[name] for name in names}
+        for name, site in self._sites.items():
+            if is_constant(site.support):
+                _require_inside(name, given[name], site.support)
         with poutine.block():
             trace = poutine.trace(poutine.condition(self, data=given)).get_trace(*args, **kwargs)
         nodes: Any = trace.nodes
+        for name in self.plan.changing:
+            _require_inside(name, given[name], nodes[name]["fn"].support)
         terms = [nodes[name]["fn"].log_prob(nodes[name]["value"]) for name in names]
         plates = [self.plan.graph.plates[name] for name in names]
         if any(each != plates[0] for each in plates):
@@ -564,6 +575,21 @@ class AutoFaithfulGuide(AutoGuide):
             self._plate_states = {name: plate.moved(fn) for name, plate in self._plate_states.items()}
         return self
 
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load parameters and buffers; see :meth:`torch.nn.Module.load_state_dict`.
+
+        Raises:
+            GraphflowsError: If the guide is not set up: it has no parameters yet.
+        """
+        if self._plan is None:
+            raise GraphflowsError(
+                "Expected a guide that is set up, since it has no parameters before; call guide.setup(*args) with the "
+                "arguments of a typical call, then guide.load_state_dict(state)."
+            )
+        return super().load_state_dict(state_dict, strict, assign)
+
     # ---------------------------------------------------------------- copies and files
 
     def bind(self, model: Callable[..., Any]) -> "AutoFaithfulGuide":
@@ -582,7 +608,7 @@ class AutoFaithfulGuide(AutoGuide):
         state["plates"] = {}
         state["create_plates"] = None
         if self._plan is not None:  # a function that makes inverses cannot be pickled
-            state["_options"] = replace(self._options, inverse=self._plan.inverse)
+            state["_options"] = replace(self._options, inverse=self._plan.inverse, init_values={})
         state["prototype_trace"] = None
         return state
 
@@ -616,6 +642,7 @@ def auto_faithful_guide(
     resolution: str = "site",
     coupled_rank: int | None = None,
     enumerate_sites: bool | Collection[str] = False,
+    init_values: Mapping[str, Tensor] = MappingProxyType({}),
     create_plates: Callable[..., Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
 ) -> AutoFaithfulGuide:
@@ -662,6 +689,9 @@ def auto_faithful_guide(
         enumerate_sites: Discrete sites that the guide marks ``infer={"enumerate": "parallel"}``, so that
             ``TraceEnum_ELBO`` sums over their values instead of drawing them: their names, or True for all. Every
             latent site then has a network of its own, so that each only meets the values of its own parents.
+        init_values: For single continuous sites, the value at which training starts, of a shape that broadcasts to that
+            of the site: the site's conditional is centred there, a tenth as wide as its prior, whatever the data are.
+            Elements of a plate may differ at sites with per-element parameters.
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
             that returns plates that exist already, for subsampling.
         example_kwargs: Keyword arguments of a typical call.
@@ -700,6 +730,7 @@ def auto_faithful_guide(
         resolution=resolution,
         coupled_rank=coupled_rank,
         enumerate_sites=enumerate_sites,
+        init_values=init_values,
         create_plates=create_plates,
     )
     if example_args or example_kwargs:
@@ -714,6 +745,17 @@ def _centre(name: str, fn: Any, **_: Any) -> Tensor:
         fn = fn.base_dist
     centre: Tensor = fn.centre() if hasattr(fn, "centre") else fn.mean
     return centre
+
+
+def _require_inside(name: str, value: Tensor, support: Any) -> None:
+    inside = torch.as_tensor(support.check(value))
+    # Beside it by rounding, as sums of probabilities are, does no harm.
+    harmless = not support.is_discrete and bool(biject_to(support).inv(value).isfinite().all())
+    if not (harmless or bool(inside.all())):
+        raise GraphflowsError(
+            f"Expected values of {name!r} in its support, {support}; {int((~inside).sum())} of {inside.numel()} are "
+            "outside of it or NaN."
+        )
 
 
 def _sum_rightmost(term: Tensor, depth: int) -> Tensor:

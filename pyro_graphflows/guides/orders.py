@@ -66,7 +66,7 @@ from pyro_graphflows.guides.plan import BlockPlan
 from pyro_graphflows.guides.samples import MOST_ROWS, ModelDraws, side_by_side
 from pyro_graphflows.guides.sites import LatentSite
 from pyro_graphflows.inspect import TracedModel, get_argument, nested_by_index, with_nested_plates
-from pyro_graphflows.regression import Moments, location_and_scale, square_root
+from pyro_graphflows.regression import Moments, in_float64, location_and_scale, square_root
 
 __all__ = [
     "ElementInverse",
@@ -282,6 +282,7 @@ def _graph_of_sites(graph: ModelGraph, elements: Mapping[str, tuple[str, int]]) 
         marginalised=[site(node) for node in graph.marginalised],
         event_sizes=sizes,
         plates=plates,
+        nodes=list(plates),
     )
 
 
@@ -631,8 +632,9 @@ class _Judge:
         self.num_rows = int(finite.sum())
         self.samples = {}
         for name, value in samples.items():
-            shift, scale = location_and_scale(value[finite].double())
-            self.samples[name] = ((value[finite] - shift) / scale).clamp(-JUDGE_WINSOR, JUDGE_WINSOR)
+            wide = in_float64(value[finite])
+            shift, scale = location_and_scale(wide)
+            self.samples[name] = ((wide - shift) / scale).clamp(-JUDGE_WINSOR, JUDGE_WINSOR)
         self.known: dict[tuple[str, tuple[str, ...], bool], float] = {}
 
     def nonlinearity(self, graph: ModelGraph) -> float:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pyro.infer.reparam
 import torch
 from torch import Tensor
 from torch.distributions import biject_to, constraints
@@ -225,7 +226,8 @@ def latent_sites(traced: TracedModel, custom: Collection[str] = ()) -> dict[str,
         custom: The sites for which the user gave a factor.
 
     Raises:
-        UnsupportedModelError: If one of the others is discrete and its values are not among finitely many classes.
+        UnsupportedModelError: If one of the others is discrete and its values are not among finitely many classes, or
+            no bijection maps the support of one to the real line.
     """
     sites = {}
     for name in traced.graph.latent:
@@ -245,12 +247,31 @@ def latent_sites(traced: TracedModel, custom: Collection[str] = ()) -> dict[str,
                 name, event_shape, torch.Size([encoding.size]), fn.support, identity_transform, encoding
             )
             continue
-        transform = biject_to(fn.support)
+        try:
+            transform = biject_to(fn.support)
+        except NotImplementedError as error:
+            raise UnsupportedModelError(
+                f"Expected latent sites whose support a bijection maps to the real line; site {name!r} is "
+                f"{type(fn).__name__} with support {fn.support}. Reparametrise it: {_reparametriser(fn, name)}."
+            ) from error
         unconstrained = transform.inverse_shape(torch.Size(fn.batch_shape) + event_shape)
         sites[name] = LatentSite(
             name, event_shape, torch.Size(unconstrained[len(fn.batch_shape) :]), fn.support, transform
         )
     return sites
+
+
+def _reparametriser(fn: Any, name: str) -> str:
+    """Say how to write a site without a bijection otherwise: by a reparametriser of Pyro, where it has one."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    kind = f"{type(fn).__name__}Reparam"
+    if hasattr(pyro.infer.reparam, kind):
+        return (
+            f"poutine.reparam(model, config={{{name!r}: {kind}()}}), with {kind} of pyro.infer.reparam, as the model "
+            "of the guide and of the loss"
+        )
+    return "sample normal values, and compute from them what the model needs (normalise a vector for a direction)"
 
 
 def partly_observed(traced: TracedModel) -> tuple[str, ...]:

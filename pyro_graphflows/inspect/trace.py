@@ -105,8 +105,8 @@ class TracedModel:
         non_exchangeable: For sites whose plates' indices are non-exchangeable (constants that vary along the
             plate, not given as arguments): those plates. Known only after ``validate=True``.
         elements: For graphs of elements: the site and the flat event index of each node.
-        copies: The :class:`~pyro.distributions.Delta` sites whose values follow from latent sites, parameters and
-            constants alone, and are in no plate but those of these latent sites.
+        copies: The :class:`~pyro.distributions.Delta` sites whose values follow from latent sites in the same plates.
+            (Of those in no plate, from latent sites alone: drawn for some data, they also hold for others.)
     """
 
     graph: ModelGraph
@@ -430,16 +430,17 @@ class _Assembly:
         )
 
     def _is_copy(self, name: str) -> bool:
-        """Whether the value of a Delta site follows from latent sites, in whose plates it is."""
+        """Whether the value of a Delta site belongs to latent sites, and is no news for other data."""
         taint, plates = self.deltas[name]
-        latents = {
-            record.name: record for record in self.records if not (record.observed or record.enumerated)
-        }
+        records = {record.name: record for record in self.records}
         sources = self.tracker.sources(taint)
-        if not all(isinstance(source, str) and source in latents for source in sources):
+        sites = [records[source] for source in sources if isinstance(source, str)]
+        if any(isinstance(source, Noise) for source in sources) or any(site.enumerated for site in sites):
             return False
-        around = {frame.name for source in sources for frame in latents[source].plates}
-        return {frame.name for frame in plates} <= around
+        latents = [site for site in sites if not site.observed]
+        if not plates:
+            return len(latents) == len(sources)
+        return {frame.name for frame in plates} <= {frame.name for site in latents for frame in site.plates}
 
     def _path_of_value(self, record: SiteRecord) -> ArgumentPath | None:
         """Return where an observed value is among the arguments: a whole one, a row or a column."""
