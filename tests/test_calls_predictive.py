@@ -1,6 +1,6 @@
 """Predictions as in Pyro's tutorials: what a guide can be called with when the data to predict are not there.
 
-Sites with per-element parameters read no data, so that new inputs are all that they need; amortised sites read data, and
+Sites with per-element parameters read no data, so that new inputs are all that they need. Amortised sites read data:
 without these the message says which, and both ways to predict.
 """
 

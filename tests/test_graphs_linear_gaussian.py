@@ -262,7 +262,7 @@ def test_faithful_inverses_have_no_gap(data):
         of["observed"],
         inputs=of["input"],
         marginalised=of["marginalised"],
-        event_sizes=dict.fromkeys(roles, 1),
+        nodes=roles,
     )
     net = LinearGaussianNetwork.random(graph, seed=size)
     for order in ("forward", "reverse", "min_fill", "auto"):

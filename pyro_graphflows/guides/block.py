@@ -93,7 +93,7 @@ class BlockInputs(nn.Module):
                 parts.append(pool(values, call.plates, call.masks))
             else:
                 parts.append(self._flat(name, call, unconstrained))
-        flat = concatenate(parts)
+        flat = concatenate(parts) if parts else self.features.shift
         expected = self.features.shift.shape[0]
         if flat.shape[-1] != expected:
             sizes = ", ".join(f"{n}: {part.shape[-1]}" for n, part in zip(self.names, parts, strict=True))

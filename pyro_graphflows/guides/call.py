@@ -261,6 +261,7 @@ class CallReader:
         try:
             trace = self._shadow(model, args, kwargs, indices or {})
         except Exception as error:
+            self._require_one_device(model, args, kwargs, error)
             # Without any arguments the plates are as at set-up, if the guide needs no more.
             if args or kwargs or indices:
                 raise
@@ -363,7 +364,20 @@ class CallReader:
         with suppress(_Last), poutine.block(), handlers[0], handlers[1]:
             run(*args, **kwargs)
         nodes: Any = run.trace.nodes
-        return {name: nodes[name] for name in names}
+        return {name: nodes[name] for name in names if name in nodes}
+
+    def _require_one_device(
+        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception
+    ) -> None:
+        """Blame arguments that are not where the latent sites are for an error of the model, if there are any."""
+        devices = {value.device for value in self.like.values()}
+        for name, value in get_arguments(model, self.paths, args, kwargs).items():
+            if torch.is_tensor(value) and devices and value.device not in devices:
+                (here, *_) = devices
+                raise GraphflowsError(
+                    f"Expected {name!r} on the device of the guide, {here}; got {value.device}. Move one of them: "
+                    f"guide.to({str(value.device)!r}), or the data."
+                ) from error
 
     def _without_data(self, names: Sequence[str]) -> UnsupportedModelError:
         """Say that data are missing which the guide reads, and how to predict."""

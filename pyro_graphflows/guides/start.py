@@ -105,7 +105,7 @@ def start_at_(
         flat = _unconstrained(samples.draws.sites[site], init_values[site].to(shift), around)
         locs = (flat - shift) / scale
         tril = ELEMENT_SCALE * torch.eye(len(shift)).to(shift)
-        first = locs.flatten(0, -2)[0]
+        first = locs.reshape(-1, len(shift))[0]
         if bool((locs == first).all()):
             block.conditionals.set_linear_(site, LinearConditional({}, first, tril))
         elif not block.conditionals.set_elements_(site, locs, tril):

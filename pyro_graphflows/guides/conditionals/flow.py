@@ -246,7 +246,7 @@ class FlowConditionals(Conditionals):
         if self.table is None or site not in self.block.per_element or self.affine.closed_form == "density":
             return False
         like, part = self.table.table, self.parts[site]
-        mean = locs.flatten(0, -2).mean(0)
+        mean = locs.reshape(-1, locs.shape[-1]).mean(0)
         self.set_linear_(site, LinearConditional({}, mean.to(like), scale_tril.to(like)))
         for i, v in enumerate(range(part.start, part.stop)):
             like[..., self._table_columns[v] - self.num_features] = (locs - mean)[..., i].to(like)

@@ -203,8 +203,8 @@ class MaskedConditionals(Conditionals):
         tril = scale_tril.to(like)
         rows = [factor.linear_start(none, loc, tril)[1] for loc in locs.to(like).reshape(-1, factor.size)]
         biases = torch.stack(rows).reshape(*locs.shape[:-1], -1)
-        mean = biases.flatten(0, -2).mean(0)
-        self.set_linear_(site, LinearConditional({}, locs.flatten(0, -2).mean(0), tril))
+        mean = biases.reshape(-1, biases.shape[-1]).mean(0)
+        self.set_linear_(site, LinearConditional({}, locs.reshape(-1, factor.size).mean(0), tril))
         like[..., self._table_columns[site]] = biases - mean
         return True
 
