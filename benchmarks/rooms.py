@@ -5,8 +5,8 @@ through other libraries count as coming from the file that is left last. Printed
 of the README's example (normal and flow), for its evidence, and for the faithful inverse of ecoli70, with counts of
 the house: files, lines, import circles.
 
-    python benchmarks/rooms.py
-    python benchmarks/rooms.py --pairs      # the busiest pairs of files as well
+    python -m benchmarks.rooms
+    python -m benchmarks.rooms --pairs      # the busiest pairs of files as well
 """
 
 import argparse

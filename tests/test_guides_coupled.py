@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from plated_guides import set_joint_
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 
@@ -59,21 +60,6 @@ def log_evidence_of_total(x, y):
     covariance[n, n] = n + 0.25
     joint = dist.MultivariateNormal(torch.zeros(n + 1), covariance)
     return joint.log_prob(torch.cat([x, y.reshape(1)])).item()
-
-
-def set_joint_(guide, site, mean, covariance):
-    """Make a site with per-element parameters and a free chain the given normal, whatever its inputs are."""
-    guide.set_linear_(site, {}, 0.0, 1.0)
-    index = next(i for i, block in enumerate(guide.plan.blocks) if site in block.sites)
-    network = guide.blocks[index].conditionals
-    width = network.output_units(site)[1]
-    scale = torch.linalg.cholesky(covariance)
-    with torch.no_grad():
-        first = network._table_columns[site].start
-        table = network.table.table
-        table[..., first] = (mean / width).reshape(table.shape[:-1])
-        table[..., first + 1] = scale.diagonal().log().reshape(table.shape[:-1])
-    network.couplings[network._coupling_of[site]].set_mixing_(scale / scale.diagonal().unsqueeze(-1))
 
 
 @pytest.mark.parametrize(

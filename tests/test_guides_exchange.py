@@ -6,9 +6,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from plated_guides import varying
 from pyro import poutine
 from pyro.infer import Trace_ELBO
-from test_guides_plates import varying
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs.inversion import faithful_inverse, mean_field_inverse

@@ -173,12 +173,21 @@ def test_evaluation_is_that_of_the_class(structure):
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_states_come_back_as_they_went_in(structure):
     members = [make_vae(structure, seed) for seed in range(3)]
+    if structure == "learned":
+        members[1].freeze_structure()
+        for vae in members:
+            vae.anneal(20)
     ensemble = Ensemble(members)
     for number, vae in enumerate(members):
         copy = make_vae(structure, 7)
         copy.load_state_dict(ensemble.state_of(number))
         for key, value in vae.state_dict().items():
             torch.testing.assert_close(copy.state_dict()[key], value, rtol=0, atol=1e-15)
+    probabilities = torch.stack([vae.gate_probabilities for vae in members])
+    if structure == "learned":
+        own = torch.zeros(3, 4, 4)
+        own[(slice(None), *torch.triu_indices(4, 4, 1))] = ensemble.gate_probabilities()
+        torch.testing.assert_close(own, probabilities)
 
 
 def test_models_that_are_no_ensemble_are_refused():
@@ -729,5 +738,8 @@ def test_what_is_measured_on_the_way_leaves_no_trace():
         assert torch.equal(value, watched.tensors()[key]), key
     assert later[-1]["loss"] == rows[-1]["loss"]
     assert found["epoch"] == 2
+    with torch.no_grad():
+        watched.ensemble.parameters["gates.logits"].fill_(1e6)  # no gradient is left
+    assert remedies.evidence(watched)["gradient_mean_over_sd"]["median"] is None
     assert found["training_bound"] != found["training_bound_hard_gates"]
     assert found["validation"] != found["validation_recalibrated"]

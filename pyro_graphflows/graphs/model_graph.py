@@ -257,6 +257,32 @@ class ModelGraph:
             plates=self.plates,
         )
 
+    def with_observed(self, names: Iterable[Node]) -> "ModelGraph":
+        """Return the graph in which some latent nodes are observed as well.
+
+        Args:
+            names: Latent nodes.
+
+        Raises:
+            GraphflowsError: If one of them is not latent.
+
+        Example:
+            >>> ModelGraph([("y", "x"), ("z", "x")], observed=["x"]).with_observed(["y"]).latent
+            ('z',)
+        """
+        names = _as_names(names, "names")
+        wrong = [name for name in names if self.role(name) != "latent"]
+        if wrong:
+            raise GraphflowsError(f"Expected latent nodes, among {listed(self.latent)}; got {listed(wrong)}.")
+        return ModelGraph(
+            self.to_networkx(),
+            [*self.observed, *names],
+            inputs=self.inputs,
+            marginalised=self.marginalised,
+            event_sizes=self.event_sizes,
+            plates=self.plates,
+        )
+
     def __contains__(self, name: object) -> bool:
         return name in self._roles
 

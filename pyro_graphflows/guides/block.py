@@ -6,6 +6,7 @@ Data, sampled values of other blocks and summaries of other plates become one ve
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,12 +16,12 @@ from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.call import Call
 from pyro_graphflows.guides.conditionals.contract import (
     BlockSpec,
-    Conditionals,
     Family,
     LinearConditional,
     Pass,
 )
 from pyro_graphflows.guides.conditionals.pooling import (
+    POOLS,
     AllElements,
     DeepSet,
     DeepSetPool,
@@ -61,6 +62,29 @@ class BlockInputs(nn.Module):
         self.features = FeatureMap.join(list(maps.values()))
         self.pools = nn.ModuleDict({str(self.names.index(name)): pool for name, pool in pools.items()})
         self.encodings = encodings
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return what the inputs are made from."""
+        return {
+            "kinds": tuple(kind for kind, _ in self.features.kinds),  # one for each name
+            "sizes": self.sizes,
+            "pools": {
+                name: (type(pool).__name__, pool.to_plain())
+                for name in self.names
+                if (pool := self.pool(name)) is not None
+            },
+            "encodings": self.encodings,
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> "BlockInputs":
+        """Return inputs of the same form, for a state that is loaded."""
+        maps = {
+            name: FeatureMap.of_kinds([(kind, slice(0, size))])
+            for (name, size), kind in zip(plain["sizes"].items(), plain["kinds"], strict=True)
+        }
+        pools = {name: POOLS[kind].from_plain(form) for name, (kind, form) in plain["pools"].items()}
+        return cls(maps, pools, plain["encodings"])
 
     def pool(self, name: str) -> Pool | None:
         """Return the summary of a name; None for nodes."""
@@ -183,13 +207,15 @@ class GuideBlock(nn.Module):
 
     Args:
         inputs: What its sites look at.
-        conditionals: Their conditionals.
+        family: The family that serves its sites.
+        spec: What their conditionals are made from.
     """
 
-    def __init__(self, inputs: BlockInputs, conditionals: Conditionals) -> None:
+    def __init__(self, inputs: BlockInputs, family: Family, spec: BlockSpec) -> None:
         super().__init__()
         self.inputs = inputs
-        self.conditionals = conditionals
+        self.family, self.spec = family, spec
+        self.conditionals = family.conditionals(spec)
 
     @classmethod
     def make(
@@ -217,7 +243,23 @@ class GuideBlock(nn.Module):
             **options,
         )
         like = samples.draws.like
-        return cls(inputs.to(like.device, like.dtype), family.conditionals(spec).to(like.device, like.dtype))
+        return cls(inputs, family, spec).to(like.device, like.dtype)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return what the block is made from, without its state."""
+        plates = tuple(replace(plate, indices=None) for plate in self.spec.plates)
+        return {
+            "inputs": self.inputs.to_plain(),
+            "family": self.family,
+            "spec": replace(self.spec, plates=plates),
+            "dtype": self.dtype,
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> "GuideBlock":
+        """Return a block of the same form, for a state that is loaded."""
+        block = cls(BlockInputs.from_plain(plain["inputs"]), plain["family"], plain["spec"])
+        return block.to(dtype=plain["dtype"])
 
     @property
     def plan(self) -> BlockPlan:
@@ -375,8 +417,7 @@ def _make_pool(summary: Summary, samples: Samples, deepset: DeepSet) -> tuple[Po
     ]
     pool: Pool
     if summary.index is not None and summary.inner is not None:
-        outer, inner = samples.plates[summary.over[0]], samples.plates[summary.inner]
-        pool = LookedUp(members[0], maps[0], summary.index, outer, inner)
+        pool = LookedUp(members[0], maps[0], summary.index, summary.over[0], summary.inner)
     elif summary.one_by_one:
         pool = AllElements(members, maps, [samples.plates[name] for name in summary.over])
     else:

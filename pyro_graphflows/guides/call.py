@@ -17,21 +17,43 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides.sites import InputEncodings, is_constant, moved_support
-from pyro_graphflows.inspect import TracedModel, get_argument, get_arguments, same_tensor, undressed
+from pyro_graphflows.inspect import (
+    TracedModel,
+    arranged,
+    get_argument,
+    get_arguments,
+    rows_of_run,
+    same_tensor,
+    take_rows,
+    undressed,
+)
+from pyro_graphflows.inspect.arguments import argument_leaves
 
-__all__ = ["Call", "CallReader", "PlateState", "plates_of", "require_shape", "site_mask"]
+__all__ = [
+    "Call",
+    "CallReader",
+    "PlateState",
+    "SiteForm",
+    "chosen_indices",
+    "input_rows",
+    "plates_of",
+    "require_shape",
+    "site_mask",
+]
 
 
 @dataclass(frozen=True)
 class PlateState:
-    """A plate as it is in one call; ``indices`` is None where it is not subsampled."""
+    """A plate as it is in one call; ``indices`` is None where all its elements are there in order."""
 
     name: str
     dim: int
@@ -60,6 +82,7 @@ class Call:
             reader was asked to keep them.
         scales: The scales other than the plates' in force at latent sites (those without are left out).
         supports: The supports of the latent sites.
+        given: The values of optional sites that have data in this call.
     """
 
     values: dict[str, Tensor]
@@ -67,6 +90,34 @@ class Call:
     masks: dict[str, Tensor | bool] = field(default_factory=dict)
     scales: dict[str, float | Tensor] = field(default_factory=dict)
     supports: dict[str, constraints.Constraint] = field(default_factory=dict)
+    given: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SiteForm:
+    """What a model says of a site beside numbers: by this a model is told from another one.
+
+    Attributes:
+        distribution: The name of the class of its distribution.
+        event_shape: The shape of one value; None for sites with data, of which some have other shapes in other calls.
+        plates: The plates around it.
+    """
+
+    distribution: str
+    event_shape: tuple[int, ...] | None
+    plates: tuple[str, ...]
+
+    @classmethod
+    def of(cls, site: Any, latent: bool) -> "SiteForm":
+        """Return the form of a site of a trace."""
+        shape = tuple(site["fn"].event_shape) if latent else None
+        plates = tuple(sorted(frame.name for frame in site["cond_indep_stack"] if frame.vectorized))
+        return cls(type(undressed(site["fn"])).__name__, shape, plates)
+
+    def __str__(self) -> str:
+        shape = "" if not self.event_shape else f" of event shape {self.event_shape}"
+        where = f" in plate {', '.join(self.plates)}" if self.plates else " in no plate"
+        return f"a {self.distribution}{shape}{where}"
 
 
 class _Last(Exception):
@@ -150,9 +201,29 @@ def plates_of(trace: poutine.Trace) -> dict[str, PlateState]:
             if frame.vectorized and frame.name not in plates:
                 node = trace.nodes.get(frame.name)
                 full_size = frame.full_size or frame.size
-                indices = None if node is None or frame.size == full_size else node["value"]
+                indices = None if node is None else chosen_indices(node["value"], full_size)
                 plates[frame.name] = PlateState(frame.name, frame.dim or 0, frame.size, full_size, indices)
     return plates
+
+
+def chosen_indices(indices: Any, full_size: int) -> Tensor | None:
+    """Return the indices of a plate; None for all in order."""
+    if indices is None:
+        return None
+    indices = torch.as_tensor(indices)
+    if len(indices) == full_size and torch.equal(indices, torch.arange(full_size).to(indices)):
+        return None
+    return indices
+
+
+def _has_part_of_a_loop(trace: poutine.Trace) -> bool:
+    """Whether a plate that is a Python loop is subsampled: its sites are about other data in each call."""
+    return any(
+        not frame.vectorized and frame.full_size is not None and frame.size != frame.full_size
+        for site in trace.nodes.values()
+        if site["type"] == "sample"
+        for frame in site["cond_indep_stack"]
+    )
 
 
 class CallReader:
@@ -163,6 +234,7 @@ class CallReader:
         encodings: How conditioning values are written.
         keep_masks: Whether masks of observed sites are reported too.
         readers: The observed sites and inputs that latent sites read, with these; others may be missing in a call.
+        optional: The latent sites that have data in some calls.
     """
 
     def __init__(
@@ -172,23 +244,32 @@ class CallReader:
         *,
         keep_masks: bool = False,
         readers: Mapping[str, Sequence[str]],
+        optional: Collection[str] = (),
     ) -> None:
         graph = traced.graph
         self.encodings, self.keep_masks, self.readers = encodings, keep_masks, dict(readers)
         self.latent: tuple[str, ...] = graph.latent
+        self.optional = frozenset(optional)
         self.observed = tuple(name for name in graph.observed if name not in traced.without_data)
         self.inputs: tuple[str, ...] = graph.inputs
         self.known = frozenset(traced.trace.nodes)
         self.paths = dict(traced.argument_paths)
+        self.rows = {name: dict(rows) for name, rows in traced.rows.items()}
+        self.places = dict(traced.places)
+        self._taken: dict[Hashable, dict[str, dict[int, str]]] = {}
         values = {name: traced.trace.nodes[name]["value"] for name in self.latent}
         self.like = {name: value for name, value in values.items() if torch.is_tensor(value)}
+        sites = (*self.latent, *self.observed)
+        self.forms = {name: SiteForm.of(traced.trace.nodes[name], name in self.latent) for name in sites}
+        self._unverified = False  # whether the model may be another than the one that was traced
         self._known: dict[Hashable, Call] = {}
         self._shapes: dict[Hashable, dict[str, torch.Size]] = {}
         nodes: Any = traced.trace.nodes
         self.loose = frozenset(
             name for name in self.observed if name in nodes and _outside_plates(nodes[name])
         )
-        self._at_set_up = self._without_arguments(traced.trace)
+        self._at_set_up: Call | None = self._without_arguments(traced.trace)
+        self.unmasked = not (self._at_set_up.masks or self._at_set_up.scales)
 
     def moved(self, convert: Callable[[Tensor], Tensor]) -> None:
         """Move what is remembered, as :meth:`torch.nn.Module.to` moves parameters.
@@ -200,10 +281,22 @@ class CallReader:
         self.like = {name: convert(value) for name, value in self.like.items()}
         self._known, self._shapes = {}, {}
         call = self._at_set_up
+        if call is None:
+            return
         masks = {n: convert(mask) if torch.is_tensor(mask) else mask for n, mask in call.masks.items()}
         scales = {n: convert(scale) if torch.is_tensor(scale) else scale for n, scale in call.scales.items()}
         supports = {name: moved_support(support, convert) for name, support in call.supports.items()}
         self._at_set_up = replace(call, masks=masks, scales=scales, supports=supports)
+
+    def remember(
+        self, plates: Mapping[str, PlateState], supports: Mapping[str, constraints.Constraint]
+    ) -> None:
+        """Let calls without arguments be as at set-up, in a reader made from plain data, if no mask was in force."""
+        if self.unmasked:
+            whole = {
+                name: replace(plate, size=plate.full_size, indices=None) for name, plate in plates.items()
+            }
+            self._at_set_up = Call({}, whole, supports=dict(supports))
 
     def _without_arguments(self, trace: poutine.Trace) -> Call:
         """Return the call at set-up without its data, all plates in full."""
@@ -216,6 +309,33 @@ class CallReader:
         masks = {name: mask for name, site in sites.items() if (mask := site_mask(site)) is not None}
         scales = {name: scale for name, site in sites.items() if not _is_one(scale := _own_scale(site))}
         return Call({}, plates, masks, scales, {name: site["fn"].support for name, site in sites.items()})
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return what a reader knows, without data: of the latents' values at set-up, types alone."""
+        known = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return {**known, "like": {name: value.dtype for name, value in self.like.items()}}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any], device: torch.device | str) -> "CallReader":
+        """Return a reader from what :meth:`to_plain` returned; its first call makes sure of the model."""
+        new = cls.__new__(cls)
+        vars(new).update(plain)
+        new.like = {
+            name: torch.zeros((), dtype=dtype, device=device) for name, dtype in plain["like"].items()
+        }
+        new._unverified, new._known, new._taken = True, {}, {}
+        new._shapes, new._at_set_up = {}, None
+        return new
+
+    def _verify(self, trace: poutine.Trace) -> None:
+        """Refuse a model that is not the one that the guide was made for."""
+        for name, form in self.forms.items():
+            found = SiteForm.of(trace.nodes[name], name in self.latent) if name in trace else form
+            if found != form:
+                raise UnsupportedModelError(
+                    f"Expected the model that the guide was made for, in which {name!r} is {form}; in this model it "
+                    f"is {found}. Load the guide with its own model."
+                )
 
     def read(
         self,
@@ -249,14 +369,17 @@ class CallReader:
                 f"Expected observations of {', '.join(self.observed) or 'nothing'}, the sites with data when the guide "
                 f"was set up; got {', '.join(unknown)}."
             )
-        shape = None if indices else _shape_of((args, kwargs))
+        looks = _shape_of((args, kwargs))
+        shape = None if indices else looks
         known = self._known.get(shape) if shape is not None else None
         if known is not None:
             paths = {name: self.paths[name] for name in known.values}
-            values: dict[str, Any] = get_arguments(model, paths, args, kwargs)
+            paths.update((name, self.paths[name]) for name in known.given)
             for name, value in observations.items():
                 _require_observation(name, value, self._shapes[shape].get(name))
-            return Call({**values, **observations}, known.plates, known.masks, known.scales, known.supports)
+            values: dict[str, Any] = {**get_arguments(model, paths, args, kwargs), **observations}
+            given = {name: values[name] for name in self.optional if name in values}
+            return replace(known, values=values, given=given)
 
         try:
             trace = self._shadow(model, args, kwargs, indices or {})
@@ -265,9 +388,13 @@ class CallReader:
             # Without any arguments the plates are as at set-up, if the guide needs no more.
             if args or kwargs or indices:
                 raise
-            if not self.readers:
+            if not self.readers and self._at_set_up is not None:
                 return self._at_set_up
             raise self._without_data(list(self.readers)) from error
+        plates = plates_of(trace)
+        taken = self._rows_taken(model, args, kwargs, plates, looks)
+        if self._unverified:
+            self._verify(trace)
         values = {}
         missing = []
         nodes: Any = trace.nodes
@@ -302,13 +429,14 @@ class CallReader:
             if value is None and name in self.readers:
                 raise self._without_data([name])
             if value is not None:
-                values[name] = self.encodings.input_value(name, value)
+                value = take_rows(name, value, self.rows.get(name, {}), taken.get(name, {}), plates)
+                values[name] = self.encodings.input_value(name, arranged(value, self.places.get(name, ())))
         partly = self.encodings.partly
         for name in partly:
             if name in trace and name in values:
                 values[name] = self.encodings.masked_value(name, values[name], site_mask(trace.nodes[name]))
         masks: dict[str, Tensor | bool] = {}
-        scales, supports = {}, {}
+        scales, supports, given = {}, {}, {}
         for name in self.observed if self.keep_masks else ():
             mask = site_mask(trace.nodes[name]) if name in trace and name not in partly else None
             if mask is not None:
@@ -320,10 +448,13 @@ class CallReader:
                     f"Expected the latent site {name!r} that the model had when the guide was set up; it is not in "
                     "this call. Models whose sites come and go need one guide for each set of sites."
                 )
-            if site["is_observed"]:
+            if name in self.optional and (name in observations or site["is_observed"]):
+                given[name] = observations.get(name, site["value"])
+            elif site["is_observed"]:
                 raise UnsupportedModelError(
                     f"Expected no data for {name!r}, a latent site when the guide was set up; this call has some. Set "
-                    "the guide up with arguments like those of later calls: guide.setup(*args)."
+                    "the guide up with arguments like those of later calls: guide.setup(*args); or for calls with and "
+                    f"without them, optional=[{name!r}]."
                 )
             mask, scale = site_mask(site), _own_scale(site)
             if mask is not None:
@@ -331,8 +462,14 @@ class CallReader:
             if not _is_one(scale):
                 scales[name] = scale
             supports[name] = site["fn"].support
-        call = Call(values, plates_of(trace), masks, scales, supports)
-        if shape is not None and self._arguments_say_all(call, model, args, kwargs):
+        self._find_paths(given, model, args, kwargs)
+        call = Call(values, plates, masks, scales, supports, given)
+        self._unverified = False
+        if (
+            shape is not None
+            and not _has_part_of_a_loop(trace)
+            and self._arguments_say_all(call, model, args, kwargs)
+        ):
             self._known[shape], self._shapes[shape] = call, shapes
         return call
 
@@ -401,31 +538,93 @@ class CallReader:
         with torch.no_grad(), poutine.block(), _FeasiblePoint(indices, self.like):
             return poutine.trace(model).get_trace(*args, **kwargs)
 
+    def _rows_taken(
+        self,
+        model: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        plates: Mapping[str, PlateState],
+        looks: Hashable | None,
+    ) -> dict[str, dict[int, str]]:
+        """Return for inputs which rows the model takes of them in a call: seen once for each kind of call."""
+        indices = {name: plate.indices for name, plate in plates.items() if plate.indices is not None}
+        if not indices or not self.inputs:
+            return {}
+        kind = (
+            looks,
+            tuple((name, p.size, p.full_size, p.indices is None) for name, p in sorted(plates.items())),
+        )
+        if looks is not None and kind in self._taken:
+            return self._taken[kind]
+        found = rows_of_run(model, args, kwargs, (_FeasiblePoint(indices, self.like),))
+        taken = {name: found[self.paths[name]] for name in self.inputs if self.paths[name] in found}
+        if looks is not None:
+            self._taken[kind] = taken
+        return taken
+
     def _arguments_say_all(self, call: Call, model: Callable[..., Any], args: Any, kwargs: Any) -> bool:
-        if call.masks or call.scales or any(plate.subsampled for plate in call.plates.values()):
+        if call.masks or call.scales or any(plate.indices is not None for plate in call.plates.values()):
             return False
         if not all(is_constant(support) for support in call.supports.values()):
             return False
         return all(
             name in self.paths and same_tensor(get_argument(model, self.paths[name], args, kwargs), value)
-            for name, value in call.values.items()
+            for name, value in (*call.values.items(), *call.given.items())
         )
+
+    def _find_paths(
+        self, given: Mapping[str, Tensor], model: Callable[..., Any], args: Any, kwargs: Any
+    ) -> None:
+        """Find where the values of optional sites are among the arguments: at set-up there may have been none."""
+        new = [name for name in given if name not in self.paths]
+        leaves = argument_leaves(model, args, kwargs) if new else {}
+        for name in new:
+            paths = [path for path, leaf in leaves.items() if leaf is given[name]]
+            self.paths.update((name, path) for path in paths[:1])
+
+
+def input_rows(traced: TracedModel, name: str, value: Tensor, plates: Mapping[str, PlateState]) -> Tensor:
+    """Return the value of an input at set-up, row for row of its plates.
+
+    Args:
+        traced: The model as traced.
+        name: The input.
+        value: Its value, as the model got it.
+        plates: The plates of the trace.
+    """
+    rows, taken = traced.rows.get(name, {}), traced.taken.get(name, {})
+    return arranged(take_rows(name, value, rows, taken, plates), traced.places.get(name, ()))
 
 
 def require_shape(name: str, site: Mapping[str, Any]) -> None:
-    """Refuse data that would be broadcast against their distribution: ``(n, 1)`` in a plate of n."""
+    """Refuse data that would be broadcast against their distribution: ``(n, 1)`` in a plate of n.
+
+    Inside plates of the caller's, data may have their dimensions.
+    """
     value, expected = site["value"], site["fn"].shape()
     if not torch.is_tensor(value):
         return
     try:
-        fits = torch.broadcast_shapes(value.shape, expected) == expected
+        whole = torch.broadcast_shapes(value.shape, expected)
     except RuntimeError:
-        fits = False
-    if not fits:
+        whole = value.shape
+    outer = _dims_outside()
+    event_dim = len(site["fn"].event_shape)
+    beyond = [
+        dim
+        for dim in range(-len(whole), 0)
+        if (len(expected) < -dim or whole[dim] != expected[dim]) and dim + event_dim not in outer
+    ]
+    if beyond:
         raise GraphflowsError(
             f"Expected data of {name!r} of shape {tuple(expected)}, that of its distribution; got "
             f"{tuple(value.shape)}. Give both one shape, for example by y.squeeze(-1)."
         )
+
+
+def _dims_outside() -> set[int]:
+    """Return the dimensions of the plates that the guide is called in."""
+    return {handler.dim for handler in _PYRO_STACK if isinstance(handler, IndepMessenger) and handler.dim}
 
 
 def _require_observation(name: str, value: Any, expected: torch.Size | None) -> None:
@@ -452,7 +651,7 @@ def _outside_plates(site: Mapping[str, Any]) -> list[int]:
 
 
 def _require_plates(name: str, site: Mapping[str, Any]) -> None:
-    dims = _outside_plates(site)
+    dims = sorted(set(_outside_plates(site)) - _dims_outside())
     if dims:
         raise GraphflowsError(
             f"Expected inputs that give {name!r} a batch in its plates; got the batch shape "

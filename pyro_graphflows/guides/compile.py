@@ -3,15 +3,20 @@
 Each step takes values and returns new ones; none edits an earlier step's result.
 """
 
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import update_wrapper
 from typing import Any
 
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
+from pyro_graphflows.graphs.inverse_graph import InverseGraph
+from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.graphs.order_search import AutoOrder
 from pyro_graphflows.guides.call import CallReader, PlateState, plates_of, require_shape, site_mask
 from pyro_graphflows.guides.conditionals.contract import ElementParents, Family, SiteRole
 from pyro_graphflows.guides.conditionals.factors import ElementNormalFactor, Factor, NormalFactor
@@ -19,9 +24,11 @@ from pyro_graphflows.guides.conditionals.pooling import DeepSet
 from pyro_graphflows.guides.families import Normal
 from pyro_graphflows.guides.inputs import InputOptions, InputPlan, plan_inputs, sites_concerned
 from pyro_graphflows.guides.orders import (
+    NAMED_INVERSES,
     FoundInverse,
     Inverse,
     find_inverse,
+    optional_sites_first,
     order_for_discrete_sites,
     order_for_supports,
     outer_sites_first,
@@ -69,8 +76,14 @@ class GuideOptions:
     coupled_rank: int | None = None
     enumerate_sites: bool | Collection[str] = False
     init_values: Mapping[str, Tensor] = field(default_factory=dict)
+    optional: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.optional, str) or not all(isinstance(name, str) for name in self.optional):
+            raise GraphflowsError(f"Expected optional=[names of sites]; got {self.optional!r}.")
+        object.__setattr__(self, "optional", tuple(dict.fromkeys(self.optional)))
+        if self.optional and self.resolution == "element":
+            raise GraphflowsError("Expected resolution='site' with optional= sites.")
         if self.init not in ("regression", "random"):
             raise GraphflowsError(f"Expected init='regression' or 'random'; got {self.init!r}.")
         if self.num_start_samples < 1:
@@ -165,9 +178,11 @@ def compile_guide(
         UnsupportedModelError: If the model's structure cannot be traced, or a guide cannot represent it.
         GraphflowsError: If an option names a site that the model has not, or one that it does not fit.
     """
+    model = with_latent(model, options.optional)
     trace = _trace(model, args, kwargs, options)
+    _check_optional(options, trace)
     elements = options.resolution == "element"
-    found = find_inverse(model, args, kwargs, trace, options.inverse, elements=elements)
+    found = find_inverse(model, args, kwargs, trace, _order(options, trace), elements=elements)
     traced = found.traced
     sites = latent_sites(traced, options.factor_classes())
     _check_factors(options, sites)
@@ -179,7 +194,7 @@ def compile_guide(
     draws = ModelDraws(model, args, kwargs, traced, sites, encodings)
     inverse = found.inverse
     changing = _changing_supports(traced, model, args, kwargs)
-    is_free = options.inverse == "auto" and not elements
+    is_free = options.inverse == "auto" and not elements and not options.optional
     if discrete:
         inverse = order_for_discrete_sites(inverse, discrete, enumerated, free=is_free)
     elif is_free and not found.lookups and not changing:
@@ -204,9 +219,8 @@ def compile_guide(
     require_outer_sites_first(blocks, inverse, discrete)
     _require_known_indices(blocks, inputs, traced)
     keep_masks = any(node.summary for block in blocks for node in block.context)
-    reader = CallReader(
-        traced, encodings, keep_masks=keep_masks, readers=readers_of(blocks, inverse.graph.latent)
-    )
+    readers = readers_of(blocks, inverse.graph.latent)
+    reader = CallReader(traced, encodings, keep_masks=keep_masks, readers=readers, optional=options.optional)
     order = [site for block in blocks for site in block.sites]
     _require_known_supports(changing, order, inverse.order, sites)
     hints: tuple[str, ...] = ()
@@ -223,10 +237,7 @@ def compile_guide(
         analytic_kl=_analytic_kl(
             options, inputs, families, sites, mean_field_condition(inverse.graph, inverse)
         ),
-        labels={
-            name: f"{sites[name].encoding}, {'enumerated' if name in enumerated else 'score function'}"
-            for name in discrete
-        },
+        labels=_labels(options, sites, enumerated),
         ways=ways_in(inverse, inputs, traced.without_data),
         changing=changing,
         enumerated=enumerated,
@@ -235,6 +246,7 @@ def compile_guide(
         hints=hints,
         judged=None if found.judged is found.inverse else found.judged,
     )
+    _require_served(plan, options.optional)
     split = {} if found.elements is None else found.elements.parents
     element_parents = {
         name: parents for name, parents in split.items() if name not in options.factor_classes()
@@ -255,6 +267,89 @@ def _trace(
             f"{' or enumerated by the model' if traced.graph.marginalised else ''}: a guide has no site."
         )
     return traced
+
+
+class _Latent(Messenger):
+    """Draws some sites as if they had no data."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__()
+        self.names = frozenset(names)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.names and msg["is_observed"]:
+            msg["is_observed"], msg["value"], msg["done"] = False, None, False
+
+
+def with_latent(model: Callable[..., Any], names: Collection[str]) -> Callable[..., Any]:
+    """Return the model without the data of some sites; the model itself for none."""
+    if not names:
+        return model
+
+    def latent(*args: Any, **kwargs: Any) -> Any:
+        with _Latent(names):
+            return model(*args, **kwargs)
+
+    return update_wrapper(latent, model, updated=())  # with the signature of the model
+
+
+def _check_optional(options: GuideOptions, traced: TracedModel) -> None:
+    graph = traced.graph
+    wrong = [name for name in options.optional if name not in graph or graph.role(name) != "latent"]
+    if not wrong:
+        return
+    name = wrong[0]
+    summed = name in graph and graph.role(name) == "marginalised"
+    why = (
+        f"{name!r} is summed over by the model. Leave that to the guide: enumerate_sites=[{name!r}], without "
+        "infer={'enumerate': 'parallel'} in the model"
+        if summed
+        else f"the model has no such site as {name!r} in this call, whose sites are "
+        f"{', '.join(map(str, (*graph.latent, *graph.observed)))}. Sample it in every call, "
+        f"pyro.sample({name!r}, ..., obs=value or None); entries that are missing within a site need obs_mask= alone"
+    )
+    raise GraphflowsError(f"Expected optional= sites that are sampled where they have no data; {why}.")
+
+
+def _order(options: GuideOptions, traced: TracedModel) -> Inverse:
+    """Return which inverse to look for: optional sites first, unless the user says in what order all are sampled."""
+    option = options.inverse
+    if not options.optional or not isinstance(option, str | AutoOrder) or option in NAMED_INVERSES:
+        return option
+    nodes: Any = traced.trace.nodes
+    discrete = [name for name in traced.graph.latent if nodes[name]["fn"].support.is_discrete]
+
+    def make(graph: ModelGraph) -> InverseGraph:
+        return optional_sites_first(graph, option, options.optional, discrete)
+
+    return make
+
+
+def _labels(
+    options: GuideOptions, sites: Mapping[str, LatentSite], enumerated: Collection[str]
+) -> dict[str, str]:
+    """Return what is said of a site beside its inputs."""
+    labels = {}
+    for name, site in sites.items():
+        said = [] if site.encoding is None else [str(site.encoding)]
+        said += [] if site.encoding is None else ["enumerated" if name in enumerated else "score function"]
+        said += ["data where a call has some"] if name in options.optional else []
+        if said:
+            labels[name] = ", ".join(said)
+    return labels
+
+
+def _require_served(plan: Plan, optional: Sequence[str]) -> None:
+    """Refuse a plan that is not faithful where all optional sites are observed."""
+    missing = plan.missing_with(optional) if optional else ()
+    if missing:
+        named = "; ".join(f"{site} of {other}" for site, other in missing)
+        raise UnsupportedModelError(
+            f"Expected optional sites that are sampled before all that depends on them; with data for "
+            f"{', '.join(optional)} the posterior has dependences that the guide, of order {plan.inverse.order!r}, "
+            f"would not have: {named}. Use inverse='auto'; of sites outside of the plates of optional ones, which are "
+            "sampled before these, pool=None, whose per-element parameters fit whatever is observed."
+        )
 
 
 def _check_factors(options: GuideOptions, sites: Mapping[str, LatentSite]) -> None:

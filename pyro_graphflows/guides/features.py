@@ -105,6 +105,14 @@ class FeatureMap(nn.Module):
             )
         return joined
 
+    @classmethod
+    def of_kinds(cls, kinds: Sequence[tuple[str, slice]]) -> "FeatureMap":
+        """Return a map of given kinds, without shift and scale, for a state that is loaded."""
+        size = max((columns.stop for _, columns in kinds), default=0)
+        new = cls(None, torch.zeros(0, size), standardize=False)
+        new.kinds = list(kinds)
+        return new
+
     def forward(self, flat: Tensor) -> Tensor:
         """Map values, shape ``(*batch, size)``, to features of the same shape; NaN for those outside of a support."""
         if any(kind != "identity" for kind, _ in self.kinds):

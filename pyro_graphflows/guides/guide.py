@@ -5,10 +5,11 @@ a call:  read it; for each block, level by level: conditionals, emitted at their
 """
 
 import copy
+import os
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -17,28 +18,30 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
-from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
+from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.guides.block import GuideBlock, make_inputs
-from pyro_graphflows.guides.call import Call, CallReader, PlateState, site_mask
+from pyro_graphflows.guides.call import Call, CallReader, PlateState, chosen_indices, site_mask
 from pyro_graphflows.guides.compile import Compiled, GuideOptions, compile_guide
 from pyro_graphflows.guides.conditionals.contract import Family
 from pyro_graphflows.guides.conditionals.distributions import CopiedValue, site_distribution
 from pyro_graphflows.guides.conditionals.factors import Factor
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
 from pyro_graphflows.guides.families import make_family
+from pyro_graphflows.guides.files import read_guide, write_guide
 from pyro_graphflows.guides.orders import Inverse
 from pyro_graphflows.guides.plan import Description, Plan
 from pyro_graphflows.guides.samples import Samples
 from pyro_graphflows.guides.sites import LatentSite, is_constant
 from pyro_graphflows.guides.start import start_at_, start_block_
 
-__all__ = ["AutoFaithfulGuide", "auto_faithful_guide"]
+__all__ = ["AutoFaithfulGuide", "auto_faithful_guide", "load_guide"]
 
 Emit = Callable[..., Tensor]
 
@@ -65,6 +68,7 @@ class AutoFaithfulGuide(AutoGuide):
         coupled_rank: The rank of the dependence of copies that are drawn jointly.
         enumerate_sites: Discrete sites that are marked for ``TraceEnum_ELBO``.
         init_values: Values at which single sites start.
+        optional: Sites that have data in some calls, in the order in which they are sampled where they have none.
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
             that returns plates that exist already, for subsampling.
 
@@ -98,6 +102,7 @@ class AutoFaithfulGuide(AutoGuide):
         coupled_rank: int | None = None,
         enumerate_sites: bool | Collection[str] = False,
         init_values: Mapping[str, Tensor] = MappingProxyType({}),
+        optional: Sequence[str] = (),
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__(model, create_plates=create_plates)
@@ -114,9 +119,11 @@ class AutoFaithfulGuide(AutoGuide):
             coupled_rank=coupled_rank,
             enumerate_sites=enumerate_sites,
             init_values=dict(init_values),
+            optional=optional,
         )
         self._plan: Plan | None = None
         self._start_notes: tuple[str, ...] = ()
+        self._served: set[frozenset[str]] = {frozenset()}
         self._sites: dict[str, LatentSite]
         self._reader: CallReader
         self._plate_states: dict[str, PlateState]
@@ -230,7 +237,7 @@ class AutoFaithfulGuide(AutoGuide):
     def forward(
         self, *args: Any, observations: Mapping[str, Tensor] | None = None, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Sample every latent site given the observed values of this call.
+        """Sample every site that is latent in this call given its observed values.
 
         Args:
             *args: Positional arguments of the model.
@@ -239,10 +246,11 @@ class AutoFaithfulGuide(AutoGuide):
             **kwargs: Keyword arguments of the model.
 
         Returns:
-            A dict from site to sampled value.
+            A dict from site to sampled value; optional sites are in it where they have no data.
 
         Raises:
-            UnsupportedModelError: If an observed site has no value in this call.
+            UnsupportedModelError: If an observed site has no value in this call; if the guide is not faithful where
+                these optional sites have data.
             GraphflowsError: If an observed value is not finite, or ``observations`` has a site that the model has not.
                 The message names the site.
         """
@@ -262,7 +270,7 @@ class AutoFaithfulGuide(AutoGuide):
         call = self._read(args, kwargs, observations)
         values: dict[str, Tensor] = {}
         unconstrained: dict[str, Tensor] = {}
-        blocks: Any = self.blocks
+        blocks: Any = self.blocks  # once: each look-up shows all parameters to Pyro
         for block, block_plan in zip(blocks, plan.blocks, strict=True):
             conditionals = block.begin(call, unconstrained)
             for level in block_plan.levels:
@@ -272,11 +280,14 @@ class AutoFaithfulGuide(AutoGuide):
                     for name in block_plan.plates:
                         stack.enter_context(self.plates[name])
                     for name, conditional in conditionals.next().items():
-                        values[name], unconstrained[name] = self._emit_site(name, conditional, call, emit)
+                        fn, read_back = self._at_site(name, conditional, call, block)
+                        given = call.given.get(name)
+                        values[name] = self._emit_site(name, fn, call, emit) if given is None else given
+                        unconstrained[name] = read_back(values[name])
                     conditionals.accept({name: unconstrained[name] for name in level})
         if plan.copies and emit is pyro.sample and self.master is None:
             self._emit_copies(call, args, kwargs, values)
-        return {name: values[name] for name in self._sites}
+        return {name: values[name] for name in self._sites if name not in call.given}
 
     def _emit_copies(
         self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], values: Mapping[str, Tensor]
@@ -296,28 +307,28 @@ class AutoFaithfulGuide(AutoGuide):
                 infer: Any = {"is_copied": True}
                 pyro.sample(name, fn, infer=infer)
 
-    def _emit_site(
-        self, name: str, conditional: dist.TorchDistribution, call: Call, emit: Emit
-    ) -> tuple[Tensor, Tensor]:
-        """Emit a site; return its value and the flat vector of that value."""
-        plan, site = self.plan, self._sites[name]
-        first: Any = self.blocks[0]
-        fn, read_back = site_distribution(
+    def _at_site(
+        self, name: str, conditional: dist.TorchDistribution, call: Call, block: GuideBlock
+    ) -> tuple[dist.TorchDistribution, Callable[[Tensor], Tensor]]:
+        """Return the distribution to emit at a site, and the map from its value to the flat vector."""
+        site = self._sites[name]
+        return site_distribution(
             site,
             conditional,
             call.supports[name],
-            analytic_kl=plan.analytic_kl[name],
-            dtype=None if site.encoding is None else first.dtype,
+            analytic_kl=self.plan.analytic_kl[name],
+            dtype=None if site.encoding is None else block.dtype,
         )
+
+    def _emit_site(self, name: str, fn: dist.TorchDistribution, call: Call, emit: Emit) -> Tensor:
+        """Emit a distribution at its site, with the model's mask and scale; return the value."""
         if name in call.masks:
             fn = fn.mask(call.masks[name])
-        infer = {"infer": {"enumerate": "parallel"}} if name in plan.enumerated else {}
-        if name in call.scales:
-            with poutine.scale(scale=call.scales[name]):
-                value = emit(name, fn, **infer)
-        else:
-            value = emit(name, fn, **infer)
-        return value, read_back(value)
+        infer = {"infer": {"enumerate": "parallel"}} if name in self.plan.enumerated else {}
+        if name not in call.scales:
+            return emit(name, fn, **infer)
+        with poutine.scale(scale=call.scales[name]):
+            return emit(name, fn, **infer)
 
     def _read(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], observations: Mapping[str, Tensor] | None
@@ -332,9 +343,13 @@ class AutoFaithfulGuide(AutoGuide):
         else:
             existing = {}
         indices = {
-            name: plate._indices for name, plate in existing.items() if plate.subsample_size < plate.size
+            name: plate._indices
+            for name, plate in existing.items()
+            if chosen_indices(plate._indices, plate.size) is not None
         }
         call = self._reader.read(self.model, args, kwargs, observations, indices)
+        if call.given:
+            self._require_served(call)
         self.plates = dict(existing)
         for name, state in sorted(call.plates.items()):
             if name not in self.plates:
@@ -345,6 +360,27 @@ class AutoFaithfulGuide(AutoGuide):
                         name, state.full_size, subsample=state.indices, dim=state.dim
                     )
         return call
+
+    def _require_served(self, call: Call) -> None:
+        """Refuse data that are not in a site's support, and a pattern of optional sites that is not faithful."""
+        for name, value in call.given.items():
+            if not bool(call.supports[name].check(value).all()):
+                raise GraphflowsError(
+                    f"Expected data of {name!r} in its support, {call.supports[name]}; some are not, or are NaN. "
+                    "Entries that are missing within a site are for pyro.sample(..., obs_mask=...)."
+                )
+        observed = frozenset(call.given)
+        if observed in self._served:
+            return
+        missing = self.plan.missing_with(observed)
+        if missing:
+            site, other = missing[0]
+            raise UnsupportedModelError(
+                f"Expected data for {site!r} too where there are some for {other!r}: {site!r} depends on it, and is "
+                f"sampled before {other!r} without looking at it. Name the optional sites in another order "
+                f"(optional={[other, site]}), or set up a guide of its own for such calls."
+            )
+        self._served.add(observed)
 
     def _with_supports(
         self,
@@ -386,26 +422,31 @@ class AutoFaithfulGuide(AutoGuide):
             **kwargs: Keyword arguments of the model, and ``observations``.
 
         Returns:
-            ``log q(latents | data)``: summed over the sites, per element of the plates where all sites are in the same
-            plates (a vector over the data for the common single data plate), and summed over plates otherwise.
+            ``log q(latents | data)``: summed over the sites that are latent in the call, per element of the plates
+            where all sites are in the same plates (a vector over the data for the common single data plate), and
+            summed over plates otherwise.
 
         Raises:
             GraphflowsError: If a latent site has no value, or one outside of its support.
         """
         self._ensure_set_up(args, kwargs)
-        names = self.plan.graph.latent
-        missing = [name for name in names if name not in latents]
+        given = {name: latents[name] for name in self.plan.graph.latent if name in latents}
+        missing = set(self.plan.graph.latent) - set(given) - set(self._options.optional)
+        if not missing:
+            for name, value in given.items():
+                if is_constant(self._sites[name].support):
+                    _require_inside(name, value, self._sites[name].support)
+            with poutine.block():
+                trace = poutine.trace(poutine.condition(self, data=given)).get_trace(*args, **kwargs)
+            nodes: Any = trace.nodes
+            names = [name for name in self.plan.graph.latent if name in nodes]
+            missing = set(names) - set(given)
+            for name in self.plan.changing:
+                _require_inside(name, given[name], nodes[name]["fn"].support)
         if missing:
-            raise GraphflowsError(f"Expected a value for every latent site; missing: {', '.join(missing)}.")
-        given = {name: latents[name] for name in names}
-        for name, site in self._sites.items():
-            if is_constant(site.support):
-                _require_inside(name, given[name], site.support)
-        with poutine.block():
-            trace = poutine.trace(poutine.condition(self, data=given)).get_trace(*args, **kwargs)
-        nodes: Any = trace.nodes
-        for name in self.plan.changing:
-            _require_inside(name, given[name], nodes[name]["fn"].support)
+            raise GraphflowsError(
+                f"Expected a value for every latent site; missing: {', '.join(sorted(missing))}."
+            )
         terms = [nodes[name]["fn"].log_prob(nodes[name]["value"]) for name in names]
         plates = [self.plan.graph.plates[name] for name in names]
         if any(each != plates[0] for each in plates):
@@ -492,11 +533,11 @@ class AutoFaithfulGuide(AutoGuide):
             >>> posterior(torch.zeros(3))["z"].shape
             torch.Size([3])
         """
-        unknown = [name for name in observations if name not in self.plan.graph.observed]
+        known = [*self.plan.graph.observed, *self._options.optional]
+        unknown = [name for name in observations if name not in known]
         if unknown:
             raise GraphflowsError(
-                f"Expected observed sites ({', '.join(map(str, self.plan.graph.observed))}); "
-                f"got {', '.join(unknown)}."
+                f"Expected observed sites ({', '.join(map(str, known))}); got {', '.join(unknown)}."
             )
         fixed = dict(observations)
 
@@ -592,8 +633,60 @@ class AutoFaithfulGuide(AutoGuide):
 
     # ---------------------------------------------------------------- copies and files
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the guide to a file of tensors and plain data, which :func:`load_guide` reads without running code.
+
+        The file is whole, or as it was before if anything fails. It holds the parameters and what the guide knows of
+        the model and of its calls; neither the model nor data.
+
+        Args:
+            path: The file, in the safetensors format; its folder is made if need be.
+
+        Raises:
+            GraphflowsError: If the guide is not set up, or an option is no plain data, as a module for
+                ``activation=``. The message names it.
+        """
+        plan, frames = self.plan, self._prototype_frames.values()
+        blocks: Any = self.blocks
+        contents = {
+            "options": replace(self._options, inverse=plan.inverse, init_values={}),
+            "plan": plan,
+            "sites": self._sites,
+            "reader": self._reader.to_plain(),
+            "plates": {name: replace(state, indices=None) for name, state in self._plate_states.items()},
+            "frames": tuple((each.name, each.dim, each.size, each.full_size) for each in frames),
+            "notes": self._start_notes,
+            "blocks": tuple(block.to_plain() for block in blocks),
+        }
+        write_guide(path, self.model, contents, self.state_dict())
+
+    def _restore(
+        self, contents: Mapping[str, Any], state: Mapping[str, Tensor], device: torch.device | str
+    ) -> None:
+        """Become the guide that was saved."""
+        with torch.random.fork_rng(devices=[]):  # its random start is replaced
+            blocks = [GuideBlock.from_plain(plain) for plain in contents["blocks"]]
+        self._plan, self._sites = contents["plan"], contents["sites"]
+        self._reader = CallReader.from_plain(contents["reader"], device)
+        self._plate_states = contents["plates"]
+        self._reader.remember(self._plate_states, {name: site.support for name, site in self._sites.items()})
+        self._start_notes = contents["notes"]
+        self._prototype_frames = {
+            name: CondIndepStackFrame(name, dim, size, 0, full_size)
+            for name, dim, size, full_size in contents["frames"]
+        }
+        self.blocks = nn.ModuleList(blocks)
+        try:
+            self.load_state_dict(state)
+        except RuntimeError as error:
+            raise GraphflowsError(
+                f"Expected the tensors that this version's guides have; got others: {error}. The file is of another "
+                "version."
+            ) from error
+        self.blocks.to(device)
+
     def bind(self, model: Callable[..., Any]) -> "AutoFaithfulGuide":
-        """Give a loaded guide its model back (models are not saved with guides)."""
+        """Give a guide that was pickled its model back (models are not saved with guides)."""
         self._model = (model,)
         return self
 
@@ -643,6 +736,7 @@ def auto_faithful_guide(
     coupled_rank: int | None = None,
     enumerate_sites: bool | Collection[str] = False,
     init_values: Mapping[str, Tensor] = MappingProxyType({}),
+    optional: Sequence[str] = (),
     create_plates: Callable[..., Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
 ) -> AutoFaithfulGuide:
@@ -666,7 +760,8 @@ def auto_faithful_guide(
         inverse: What each site is conditioned on: ``"auto"`` (the faithful inverse with the fewest edges and, among
             these, smooth conditionals (:mod:`~pyro_graphflows.guides.orders`); discrete sites sampled before
             the continuous ones of their plates unless that doubles the edges), another order
-            of :func:`~pyro_graphflows.faithful_inverse` or an elimination sequence; ``"stochastic"``, ``"full"``,
+            of :func:`~pyro_graphflows.faithful_inverse`, :class:`~pyro_graphflows.AutoOrder` (a search for fewer
+            edges, for a given time) or an elimination sequence; ``"stochastic"``, ``"full"``,
             ``"mean_field"``; an :class:`~pyro_graphflows.InverseGraph`, or a function that makes one from the
             :class:`~pyro_graphflows.ModelGraph`.
         pool: How the data in inner plates reach the sites outside of them (a group's data its own variable, all data
@@ -692,6 +787,11 @@ def auto_faithful_guide(
         init_values: For single continuous sites, the value at which training starts, of a shape that broadcasts to that
             of the site: the site's conditional is centred there, a tenth as wide as its prior, whatever the data are.
             Elements of a plate may differ at sites with per-element parameters.
+        optional: Sites that have data in some calls and none in others, as labels have: latent where they have none,
+            conditioned on where they have, by the same networks (Kingma et al. 2014, Semi-supervised Learning with
+            Deep Generative Models). They are sampled first, in this order. Each call returns the sites that are latent
+            in it. With several, a later one may lack data where an earlier one has some; the reverse is refused where
+            the two are dependent.
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
             that returns plates that exist already, for subsampling.
         example_kwargs: Keyword arguments of a typical call.
@@ -731,10 +831,60 @@ def auto_faithful_guide(
         coupled_rank=coupled_rank,
         enumerate_sites=enumerate_sites,
         init_values=init_values,
+        optional=optional,
         create_plates=create_plates,
     )
     if example_args or example_kwargs:
         guide.setup(*example_args, **(example_kwargs or {}))
+    return guide
+
+
+def load_guide(
+    path: str | os.PathLike[str],
+    model: Callable[..., Any],
+    *,
+    classes: Collection[type] = (),
+    device: torch.device | str = "cpu",
+    create_plates: Callable[..., Any] | None = None,
+) -> AutoFaithfulGuide:
+    """Return the guide of a file that :meth:`AutoFaithfulGuide.save` wrote: ready for new data, without other data.
+
+    Loading runs no code: the file has tensors and plain data, and makes objects of the classes of this package alone.
+    A family or factor of the user's is named in the file, and taken from ``classes``; it is imported by nobody.
+    The model is run when the guide is called, not before.
+
+    Args:
+        path: The file.
+        model: The model that the guide was made for. Parameters of its own, those of networks, are not in the file.
+        classes: The classes of the user's families and factors in the guide, if there are any.
+        device: Where the guide shall be, whichever device it was saved from.
+        create_plates: As in :func:`auto_faithful_guide`.
+
+    Returns:
+        The guide.
+
+    Raises:
+        GraphflowsError: If the file is damaged, holds no guide, or is of another version; if it names a class that
+            is not given.
+        UnsupportedModelError: If the model has other parameters. Whether it has the same sites is found at the
+            first call.
+
+    Example:
+        >>> import tempfile, pyro, torch, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     auto_faithful_guide(model, torch.zeros(10)).save(f"{folder}/guide.safetensors")
+        ...     guide = load_guide(f"{folder}/guide.safetensors", model)
+        >>> guide(torch.zeros(7))["z"].shape
+        torch.Size([7])
+    """
+    contents, state = read_guide(path, model, classes)
+    options = {each.name: getattr(contents["options"], each.name) for each in fields(contents["options"])}
+    guide = AutoFaithfulGuide(model, create_plates=create_plates, **options)
+    guide._restore(contents, state, device)
     return guide
 
 

@@ -61,7 +61,8 @@ from pyro_graphflows.graphs.inversion import (
     stochastic_inverse,
 )
 from pyro_graphflows.graphs.model_graph import ModelGraph
-from pyro_graphflows.guides.call import plates_of
+from pyro_graphflows.graphs.order_search import AutoOrder
+from pyro_graphflows.guides.call import input_rows, plates_of
 from pyro_graphflows.guides.plan import BlockPlan
 from pyro_graphflows.guides.samples import MOST_ROWS, ModelDraws, side_by_side
 from pyro_graphflows.guides.sites import LatentSite
@@ -76,6 +77,7 @@ __all__ = [
     "drawn_after_enumerated",
     "find_inverse",
     "joint_rows",
+    "optional_sites_first",
     "order_for_discrete_sites",
     "order_for_supports",
     "outer_sites_first",
@@ -107,7 +109,7 @@ NAMED_INVERSES: dict[str, Callable[[ModelGraph], InverseGraph]] = {
     "mean_field": mean_field_inverse,
 }
 
-Inverse = str | Sequence[str] | InverseGraph | Callable[[ModelGraph], InverseGraph]
+Inverse = str | AutoOrder | Sequence[str] | InverseGraph | Callable[[ModelGraph], InverseGraph]
 
 
 def resolve_inverse(graph: ModelGraph, inverse: Inverse) -> InverseGraph:
@@ -115,8 +117,9 @@ def resolve_inverse(graph: ModelGraph, inverse: Inverse) -> InverseGraph:
 
     Args:
         graph: The model graph.
-        inverse: The name of an elimination order of :func:`~pyro_graphflows.faithful_inverse`, an elimination
-            sequence, ``"stochastic"``, ``"full"``, ``"mean_field"``, an inverse, or a function that makes one.
+        inverse: The name of an elimination order of :func:`~pyro_graphflows.faithful_inverse`, a search for one
+            (:class:`~pyro_graphflows.AutoOrder`), an elimination sequence, ``"stochastic"``, ``"full"``,
+            ``"mean_field"``, an inverse, or a function that makes one.
 
     Raises:
         GraphflowsError: If the inverse is not of the model's latent nodes or is of another type.
@@ -125,6 +128,8 @@ def resolve_inverse(graph: ModelGraph, inverse: Inverse) -> InverseGraph:
         return (
             NAMED_INVERSES[inverse](graph) if inverse in NAMED_INVERSES else faithful_inverse(graph, inverse)
         )
+    if isinstance(inverse, AutoOrder):
+        return faithful_inverse(graph, inverse)
     if callable(inverse):
         inverse = inverse(graph)
     if isinstance(inverse, InverseGraph):
@@ -250,10 +255,8 @@ def _index_arguments(
         for outer, groups in outers.items():
             found[inner, outer] = None
             for name in sorted(traced.index_inputs):
-                value = get_argument(model, traced.argument_paths[name], args, kwargs).reshape(-1).cpu()
-                indices = plates[inner].indices
-                if indices is not None and len(value) == plates[inner].full_size:
-                    value = value[indices.cpu()]
+                value = get_argument(model, traced.argument_paths[name], args, kwargs)
+                value = input_rows(traced, name, value, plates).reshape(-1).cpu()
                 if value.shape == groups.shape and bool(((value == groups) | (groups < 0)).all()):
                     found[inner, outer] = name
                     break
@@ -522,6 +525,46 @@ def order_for_supports(inverse: InverseGraph, changing: Mapping[str, Collection[
     return sampling[::-1]
 
 
+# ---------------------------------------------------------------- sites that are observed in some calls
+
+
+def optional_sites_first(
+    graph: ModelGraph, option: str | AutoOrder, optional: Sequence[str], discrete: Collection[str]
+) -> InverseGraph:
+    """Return a faithful inverse that samples sites that may be observed before those that are then given them.
+
+    The others are ordered as if these sites were always observed. Those outside of the plates of an optional site are
+    sampled before it, as everywhere: outer sites come first.
+
+    Args:
+        graph: The model graph, in which these sites are latent.
+        option: The order of the others.
+        optional: The sites that may be observed, in the order in which they are sampled (outer ones first).
+        discrete: The discrete latent sites.
+
+    Example:
+        >>> graph = ModelGraph(["yx", "zx"], observed=["x"])
+        >>> optional_sites_first(graph, "auto", ["y"], []).parents
+        mappingproxy({'y': ('x',), 'z': ('y', 'x')})
+    """
+    others = discrete_sites_first(resolve_inverse(graph.with_observed(optional), option), discrete)
+    plates = {site: set(graph.plates[site]) for site in graph.latent}
+    optional = sorted(optional, key=lambda site: len(plates[site]))
+    outer = [
+        site for site in others.sampling_order if not all(plates[name] <= plates[site] for name in optional)
+    ]
+    inner = [site for site in others.sampling_order if site not in outer]
+    found = faithful_inverse(graph, [*outer, *optional, *inner][::-1])
+    return InverseGraph(
+        graph,
+        found.parents,
+        order="optional_first",
+        sampling_order=found.sampling_order,
+        coupled=found.coupled,
+        how=found.how,
+    )
+
+
 # ---------------------------------------------------------------- smooth conditionals
 
 
@@ -564,7 +607,7 @@ def smooth_order(inverse: InverseGraph, samples: Mapping[str, Tensor]) -> Invers
     """
     if not _is_worth_a_search(inverse):
         return inverse
-    judge = _Judge(samples)
+    judge = _ConditionalScores(samples)
     if judge.num_rows < FEWEST_ROWS or judge.nonlinearity(inverse.graph) < GAIN:
         return inverse
     best, score = inverse, judge.score(inverse)
@@ -624,7 +667,7 @@ def joint_rows(joint: ModelDraws, wanted: int = 0) -> dict[str, Tensor] | None:
     return {name: value[:NUM_ROWS] for name, value in side_by_side(samples, [*sites, *data]).items()}
 
 
-class _Judge:
+class _ConditionalScores:
     """Scores of conditionals, each found once."""
 
     def __init__(self, samples: Mapping[str, Tensor]) -> None:

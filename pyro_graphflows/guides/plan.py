@@ -155,6 +155,31 @@ class Plan:
         ]
         return Description("\n".join(lines))
 
+    def missing_with(self, observed: Collection[str]) -> tuple[tuple[str, str], ...]:
+        """Return the dependences that are missing where some latent sites are observed, beside those always missing.
+
+        Sites with per-element parameters read no data, these sites' values neither: they fit them.
+
+        Args:
+            observed: Sites that are latent in the plan and have data in a call.
+
+        Returns:
+            Pairs (site, other site) of which the first should depend on the second.
+        """
+        inverse = self.judged or self.inverse
+        rest = [site for site in inverse.sampling_order if site not in observed]
+        then = InverseGraph(
+            inverse.graph.with_observed(observed),
+            {site: inverse.parents[site] for site in rest},
+            sampling_order=rest,
+            coupled={site: plates for site, plates in inverse.coupled.items() if site in rest},
+        )
+        always = {frozenset((each.node, each.other)) for each in violated_independencies(inverse)}
+        found = {(each.node, each.other): None for each in violated_independencies(then)}
+        return tuple(
+            pair for pair in found if frozenset(pair) not in always and pair[0] not in self.inputs.per_element
+        )
+
     def _missing_dependences(self) -> list[str]:
         missing = list(violated_independencies(self.judged or self.inverse))
         if not missing:

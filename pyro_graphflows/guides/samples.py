@@ -16,10 +16,17 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_graphflows.errors import UnsupportedModelError
-from pyro_graphflows.guides.call import PlateState
+from pyro_graphflows.guides.call import PlateState, input_rows, plates_of
 from pyro_graphflows.guides.plan import BlockPlan, Plan
 from pyro_graphflows.guides.sites import InputEncodings, LatentSite, flatten_event
-from pyro_graphflows.inspect import IMPROPER, TracedModel, get_argument, sample_prior
+from pyro_graphflows.inspect import (
+    IMPROPER,
+    Batching,
+    TracedModel,
+    find_batching,
+    get_argument,
+    sample_prior,
+)
 
 __all__ = ["MOST_ROWS", "ModelDraws", "Samples", "side_by_side", "with_depth"]
 
@@ -27,6 +34,7 @@ MOST_ROWS = 200_000  # in the block with the most elements, for a joint sample
 MOST_POOLED_ROWS = 500_000  # the same where plates are pooled: a whole data set is one sample
 MOST_NUMBERS = 20_000_000  # in all joint samples together, as the data of one can be many
 FEWEST_DRAWS = 200  # even so
+MOST_SINGLE_RUNS = 1000  # where the model takes one run for each joint sample
 
 
 class ModelDraws:
@@ -54,6 +62,8 @@ class ModelDraws:
         self.traced, self.sites, self.encodings = traced, sites, encodings
         self._kept: dict[str, Tensor] = {}
         self._num_kept = 0
+        self._batching: Batching | None = None
+        self._plates = plates_of(traced.trace)
         nodes: Any = traced.trace.nodes
         size = sum(site["value"].numel() for site in nodes.values() if torch.is_tensor(site.get("value")))
         self._most_draws = max(FEWEST_DRAWS, MOST_NUMBERS // max(1, size))
@@ -66,8 +76,9 @@ class ModelDraws:
         return max(floats, key=lambda value: value.dtype.itemsize, default=torch.zeros(()))
 
     def argument(self, name: str) -> Tensor:
-        """Return the value of an input as the model got it."""
-        return get_argument(self.model, self.traced.argument_paths[name], self.args, self.kwargs)
+        """Return the value of an input, row for row of the plates of the call."""
+        value = get_argument(self.model, self.traced.argument_paths[name], self.args, self.kwargs)
+        return input_rows(self.traced, name, value, self._plates)
 
     def data(self, name: str) -> Tensor:
         """Return the conditioning value of an observed site or an input in this call."""
@@ -82,6 +93,16 @@ class ModelDraws:
             return value
         nodes: Any = self.traced.trace.nodes
         return self.encodings.masked_value(name, value, nodes[name]["mask"])
+
+    @property
+    def note(self) -> str | None:
+        """A sentence for the user if each joint sample took a run of its own."""
+        if self._batching is None or self._batching.way != "single":
+            return None
+        return (
+            f"set-up is slow and has no more than {MOST_SINGLE_RUNS} joint samples, since each takes a run of the "
+            f"model: {self._batching.reason}."
+        )
 
     def draw(self, num_samples: int, *, keep: bool = True, latents_only: bool = False) -> dict[str, Tensor]:
         """Return joint samples of all latent sites and of the nodes that can be network inputs.
@@ -98,12 +119,21 @@ class ModelDraws:
             UnsupportedModelError: If samples of the model would not be what the model's density says.
         """
         samples = self._kept
+        model, traced = _latents_of(self.model, self.traced) if latents_only else (self.model, self.traced)
+        if self._batching is None:
+            self._batching = find_batching(model, self.args, self.kwargs, traced=traced)
         num_samples = min(num_samples, self._most_draws)
+        if self._batching.way == "single":
+            num_samples = min(num_samples, MOST_SINGLE_RUNS)
         if num_samples > self._num_kept:
-            model, traced = (
-                (self.model, self.traced) if not latents_only else _latents_of(self.model, self.traced)
+            samples = sample_prior(
+                model,
+                self.args,
+                self.kwargs,
+                num_samples=num_samples,
+                traced=traced,
+                batching=self._batching,
             )
-            samples = sample_prior(model, self.args, self.kwargs, num_samples=num_samples, traced=traced)
             if keep:
                 self._kept, self._num_kept = samples, num_samples
         samples = {name: value[:num_samples] for name, value in samples.items()}
@@ -136,7 +166,7 @@ class Samples:
         num_rows: The number of rows that each block should have.
         values: Joint samples by site, conditioning node and summary; None where there are none.
         rows: Of the nodes of one block, one row for each draw and each element of the plates.
-        note: Why there are none.
+        note: Why there are none, or few.
     """
 
     draws: ModelDraws
@@ -172,6 +202,7 @@ class Samples:
         elif num_rows:
             try:
                 values = draws.draw(_number_of_draws(plan.blocks, plates, num_rows))
+                note = draws.note
             except UnsupportedModelError as error:
                 reason = str(error)
                 try:

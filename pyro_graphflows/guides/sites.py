@@ -157,8 +157,8 @@ class LatentSite:
         event_shape: The shape of one value.
         unconstrained_shape: The shape of one value before the bijection to the support.
         support: The support.
-        transform: The bijection from the unconstrained space to the support (of no use for discrete sites).
         encoding: For discrete sites, how values are written as vectors.
+        transform: The bijection from the unconstrained space to the support (of no use for discrete sites).
         size: The length of the flat unconstrained vector.
         is_real: Whether values are unconstrained as they are.
     """
@@ -167,12 +167,14 @@ class LatentSite:
     event_shape: torch.Size
     unconstrained_shape: torch.Size
     support: constraints.Constraint
-    transform: Transform
     encoding: DiscreteEncoding | None = None
+    transform: Transform = field(init=False)
     size: int = field(init=False)
     is_real: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        transform = biject_to(self.support) if self.encoding is None else identity_transform
+        object.__setattr__(self, "transform", transform)
         object.__setattr__(self, "size", self.unconstrained_shape.numel())
         object.__setattr__(self, "is_real", self.encoding is None and is_identity(self.transform))
 
@@ -184,8 +186,7 @@ class LatentSite:
             )
         if is_constant(self.support):
             return self
-        support = moved_support(self.support, convert)
-        return replace(self, support=support, transform=biject_to(support))
+        return replace(self, support=moved_support(self.support, convert))
 
 
 def is_constant(support: constraints.Constraint) -> bool:
@@ -243,9 +244,7 @@ def latent_sites(traced: TracedModel, custom: Collection[str] = ()) -> dict[str,
                     "(a subclass of Factor whose distribution is one over counts), or replace it by a site with "
                     "finitely many values."
                 )
-            sites[name] = LatentSite(
-                name, event_shape, torch.Size([encoding.size]), fn.support, identity_transform, encoding
-            )
+            sites[name] = LatentSite(name, event_shape, torch.Size([encoding.size]), fn.support, encoding)
             continue
         try:
             transform = biject_to(fn.support)
@@ -256,7 +255,7 @@ def latent_sites(traced: TracedModel, custom: Collection[str] = ()) -> dict[str,
             ) from error
         unconstrained = transform.inverse_shape(torch.Size(fn.batch_shape) + event_shape)
         sites[name] = LatentSite(
-            name, event_shape, torch.Size(unconstrained[len(fn.batch_shape) :]), fn.support, transform
+            name, event_shape, torch.Size(unconstrained[len(fn.batch_shape) :]), fn.support
         )
     return sites
 

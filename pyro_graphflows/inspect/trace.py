@@ -6,6 +6,7 @@ arguments become inputs.
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -30,8 +31,18 @@ from pyro_graphflows.inspect.arguments import (
     covering,
     not_followed,
     part_of,
+    with_tensors,
 )
-from pyro_graphflows.inspect.tracer import Escape, Noise, Region, TaintTracker, storage_of, watching
+from pyro_graphflows.inspect.rows import PlateWatch, rows_taken, watch_leaves
+from pyro_graphflows.inspect.tracer import (
+    Escape,
+    Noise,
+    PlateRows,
+    Region,
+    TaintTracker,
+    storage_of,
+    watching,
+)
 
 __all__ = [
     "IMPROPER",
@@ -48,6 +59,7 @@ __all__ = [
 
 IMPROPER = "its prior is improper"  # a reason of TracedModel.not_generative: such a site cannot be drawn
 
+MOST_CONSTANT_ROWS = 2000  # more are data, wherever the model has them from
 _REMEDIES = {
     "bool": "Choose between tensors with torch.where(condition, a, b) instead of a Python condition.",
     "item": "Keep the value as a tensor: leave out .item().",
@@ -107,6 +119,12 @@ class TracedModel:
         elements: For graphs of elements: the site and the flat event index of each node.
         copies: The :class:`~pyro.distributions.Delta` sites whose values follow from latent sites in the same plates.
             (Of those in no plate, from latent sites alone: drawn for some data, they also hold for others.)
+        rows: For inputs, along which of their dimensions (counted from the right) they vary with which plates.
+        taken: The part of these of which the model takes the rows by the plates' indices.
+        places: For inputs whose dimensions are not where their plates are, pairs of both; see
+            :func:`~pyro_graphflows.inspect.rows.arranged`.
+        selectors: For sites, the sites by whose values entries of theirs are chosen.
+        converted: Whether tensors were given in the place of NumPy arrays.
     """
 
     graph: ModelGraph
@@ -121,20 +139,36 @@ class TracedModel:
     non_exchangeable: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     elements: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     copies: tuple[str, ...] = ()
+    rows: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    taken: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    places: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    selectors: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    converted: bool = False
 
 
 def trace_once(model: Callable, args: tuple, kwargs: dict[str, Any], *, strict: bool) -> TracedModel:
     """Run a model inside the tracer and assemble what it shows."""
-    leaves = argument_leaves(model, args, kwargs)
+    given, converted = (args, kwargs), False
+    argument_leaves(model, args, kwargs)  # refuses arguments that do not fit
+    if any("NumPy" in what for what in not_followed(model, args, kwargs).values()):
+        given = with_tensors(args, kwargs)
+        with quiet_run(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                run_model(model, *given)
+                converted = True
+            except Exception:  # the model wants arrays: torch.from_numpy, NumPy functions
+                given = args, kwargs
     tracker = TaintTracker()
-    for leaf in leaves.values():
-        tracker.watch_argument(leaf)
+    leaves, outside = watch_leaves(tracker, model, *given)
     recorder = Recorder(tracker)
-    with quiet_run(model):
-        trace = run_model(model, args, kwargs, recorder, watching(tracker))
+    with quiet_run(model), warnings.catch_warnings():
+        if converted:
+            warnings.filterwarnings("ignore", "To copy construct from a tensor")
+        trace = run_model(model, *given, recorder, watching(tracker))
     for name, value in recorder.data.items():
         trace.nodes[name]["value"] = value
-    return _Assembly(recorder, trace, leaves, not_followed(model, args, kwargs), strict).finish()
+    return _Assembly(recorder, trace, leaves, outside, strict).finish(converted)
 
 
 def undressed(fn: Any) -> Any:
@@ -264,16 +298,15 @@ def _parameters(fn: Any) -> list[torch.Tensor]:
     return found
 
 
-class Recorder(Messenger):
-    """Notes the taints at each sample site and starts the site's own taint.
+class Recorder(PlateWatch):
+    """Notes the taints at each sample site and starts the site's own taint; and the rows of plates.
 
     It must be outside all other handlers: then it sees each site as the model leaves it, and nothing else
     happens between its two methods but the drawing of a value.
     """
 
     def __init__(self, tracker: TaintTracker) -> None:
-        super().__init__()
-        self.tracker = tracker
+        super().__init__(tracker)
         self.records: list[SiteRecord] = []
         self.deltas: dict[
             str, tuple[int, tuple[Any, ...]]
@@ -286,6 +319,7 @@ class Recorder(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         drawing = self.tracker.absorbed()
         if site_is_subsample(msg):
+            super()._pyro_post_sample(msg)
             return
         fn, value = msg["fn"], msg["value"]
         with self.tracker.pause():
@@ -382,22 +416,39 @@ class _Assembly:
         recorder: Recorder,
         trace: Trace,
         leaves: Mapping[ArgumentPath, torch.Tensor],
-        notes: list[str],
+        outside: Mapping[ArgumentPath, torch.Tensor],
         strict: bool,
     ) -> None:
-        self.trace, self.leaves, self.notes, self.strict = trace, leaves, notes, strict
+        self.trace, self.strict = trace, strict
+        self.notes: list[str] = []
         self.tracker, self.records, self.deltas = recorder.tracker, recorder.records, recorder.deltas
+        self.taken = rows_taken(self.tracker, {**outside, **leaves})
+        data = {path: leaf for path, leaf in outside.items() if self._is_data(self.taken.get(path, {}), leaf)}
+        self.leaves = {**data, **leaves}
+        self.rows: dict[str, dict[int, str]] = {}
+        self.places: dict[str, tuple[tuple[int, int], ...]] = {}
         records = self.records
         self.site_names = {record.name for record in records}
         self.observed = {record.name for record in records if record.observed}
-        self.by_id = {id(leaf): path for path, leaf in leaves.items()}
+        self.by_id = {id(leaf): path for path, leaf in self.leaves.items()}
         self.parents: dict[str, dict[Hashable, None]] = {record.name: {} for record in records}
         self.input_paths: dict[str, ArgumentPath] = {}
         self.alignments: dict[str, Alignment] = {}
         self.without_data = {r.name for r in records if r.observed and not r.holds_data}
         self.not_generative: dict[str, str] = {}
 
-    def finish(self) -> TracedModel:
+    def _is_data(self, rows: Mapping[int, str], leaf: torch.Tensor) -> bool:
+        """Whether a tensor that the model has from elsewhere is data: it takes the rows of a batch, or of many.
+
+        What it uses in full stays a constant: its indices are told apart as any other constants' are.
+        """
+        nodes: Any = self.trace.nodes
+        batches = [
+            plate for plate in rows.values() if len(self.tracker.plates[plate]) < nodes[plate]["fn"].size
+        ]
+        return bool(batches) or any(leaf.shape[dim] > MOST_CONSTANT_ROWS for dim in rows)
+
+    def finish(self, converted: bool) -> TracedModel:
         """Return everything that the run shows."""
         for record in self.records:
             self._check_dims(record)
@@ -427,6 +478,11 @@ class _Assembly:
             leaks=leaks,
             notes=tuple(dict.fromkeys(self.notes)),
             copies=tuple(name for name in self.deltas if self._is_copy(name)),
+            rows=self.rows,
+            taken={name: self.taken[path] for name, path in self.input_paths.items() if path in self.taken},
+            places=self.places,
+            selectors=self._selectors(),
+            converted=converted,
         )
 
     def _is_copy(self, name: str) -> bool:
@@ -441,6 +497,16 @@ class _Assembly:
         if not plates:
             return len(latents) == len(sources)
         return {frame.name for frame in plates} <= {frame.name for site in latents for frame in site.plates}
+
+    def _selectors(self) -> dict[str, frozenset[str]]:
+        """Return for each site the sites by whose values entries of its value are chosen."""
+        found: dict[str, set[str]] = {}
+        for values, chosen_by in self.tracker.selections:
+            by = {source for source in self.tracker.sources(chosen_by) if isinstance(source, str)}
+            for source in self.tracker.sources(values) if by else ():
+                if isinstance(source, str):
+                    found.setdefault(source, set()).update(by - {source})
+        return {site: frozenset(by) for site, by in found.items() if by}
 
     def _path_of_value(self, record: SiteRecord) -> ArgumentPath | None:
         """Return where an observed value is among the arguments: a whole one, a row or a column."""
@@ -491,7 +557,7 @@ class _Assembly:
     def _leak(self, escape: Escape) -> Leak:
         sites, arguments = [], []
         for source in self.tracker.sources(escape.taint):
-            if isinstance(source, Noise):
+            if isinstance(source, Noise | PlateRows) or self._is_no_data(source):
                 continue
             before = [source] if isinstance(source, str) else self._observed_before(source, escape.moment)
             sites += before
@@ -557,7 +623,7 @@ class _Assembly:
                     f"pyro.sample; they reach site '{record.name}', and the graph does not know them"
                 )
                 continue
-            if isinstance(source, Region) and 0 in source.size:
+            if isinstance(source, PlateRows) or self._is_no_data(source):
                 continue
             sites = self._observed_before(source, i)
             if sites:
@@ -569,6 +635,15 @@ class _Assembly:
                 continue
             for path in self._leaves_of(source):
                 parents[self._input(path, record)] = None
+
+    def _is_no_data(self, source: Any) -> bool:
+        """Whether a region is no input: it is empty, a constant of the model, or the indices of a plate themselves."""
+        if not isinstance(source, Region):
+            return False
+        plates = [(name, Region.of(indices)) for name, indices in self.tracker.plates.items()]
+        if 0 in source.size or covering(source, plates):
+            return True
+        return self.tracker.is_outside(source) and not self._leaves_at(source)
 
     def _observed_before(self, source: Region | tuple[str, int], moment: int) -> list[str]:
         """Return the observed sites, among the first ones, whose values together hold a region."""
@@ -582,11 +657,32 @@ class _Assembly:
         while name in self.site_names:
             name += "_"
         self.input_paths[name] = path
-        plates = {frame.dim: (frame.name, {frame.size, frame.full_size}) for frame in record.plates}
-        alignment = alignment_of(self.leaves[path].shape, plates)
+        alignment, rows, places = self._align(path, record)
         if name not in self.alignments or len(alignment.plates) > len(self.alignments[name].plates):
-            self.alignments[name] = alignment
+            self.alignments[name], self.rows[name] = alignment, rows
+            if places:
+                self.places[name] = places
         return name
+
+    def _align(
+        self, path: ArgumentPath, record: SiteRecord
+    ) -> tuple[Alignment, dict[int, str], tuple[tuple[int, int], ...]]:
+        """Return how a leaf relates to the plates of a site: by the rows taken from it, else by its shape."""
+        leaf = self.leaves[path]
+        frames = {frame.name: frame for frame in record.plates}
+        taken = {dim: plate for dim, plate in self.taken.get(path, {}).items() if plate in frames}
+        shape = list(leaf.shape)
+        for dim, plate in taken.items():
+            shape[dim] = frames[plate].size
+        sizes = {frame.dim: (frame.name, {frame.size}) for frame in record.plates}
+        alignment = alignment_of(torch.Size(shape), sizes)
+        rows = {frames[plate].dim - alignment.event_dim: plate for plate in alignment.plates}
+        if all(rows.get(dim) == plate for dim, plate in taken.items()):
+            return alignment, rows, ()
+        plates = sorted(taken.values(), key=lambda plate: frames[plate].dim)
+        rest = [size for dim, size in zip(range(-len(shape), 0), shape, strict=True) if dim not in taken]
+        alignment = Alignment(tuple(plates), len(rest), torch.Size(rest).numel())
+        return alignment, taken, tuple((dim, frames[plate].dim) for dim, plate in taken.items())
 
     def _note_unmatched(self, name: str, leaf: torch.Tensor) -> None:
         """Say so if an input seems to vary along a plate but its shape does not show it."""
@@ -595,7 +691,8 @@ class _Assembly:
             if name not in self.parents[record.name]:
                 continue
             for frame in record.plates:
-                if frame.name not in alignment.plates and frame.size > 1 and frame.size in leaf.shape:
+                sizes = {frame.size, frame.full_size} - {1}
+                if frame.name not in alignment.plates and not sizes.isdisjoint(leaf.shape):
                     self.notes.append(
                         f"input '{name}' of shape {tuple(leaf.shape)} is taken as one value for all of plate "
                         f"'{frame.name}' (dim {frame.dim}, size {frame.size}); if it has one entry for each "

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.regression import in_float64
+from pyro_graphflows.regression import Moments, in_float64
 from pyro_graphflows.transforms.structure import FlowStructure, some_names
 
 __all__ = [
@@ -45,7 +45,6 @@ __all__ = [
 
 # Added to the variances of standardised inputs in regressions; residual variances are at least this share of a
 # variable's variance.
-RIDGE = 1e-8
 
 
 class FlowPass:
@@ -583,20 +582,16 @@ def regress_on_parents(
     loc, scale = values.mean(0), values.std(0)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     standard = (values - loc) / scale
-    covariance = standard.t() @ standard / len(values)
-    weights = covariance.new_zeros(dim, num_context + dim)
-    variance = covariance.new_ones(dim)
+    of_values = Moments(standard)
+    weights = standard.new_zeros(dim, num_context + dim)
+    spread = standard.new_ones(dim)
     for v in range(dim):
         inputs = [*structure.context_parents[v], *(num_context + p for p in structure.parents[v])]
-        gram, column = covariance[inputs][:, inputs], covariance[inputs, num_context + v]
-        solution = torch.linalg.solve(gram + RIDGE * torch.eye(len(inputs)).to(gram), column)
-        weights[v, inputs] = solution
-        variance[v] = (
-            covariance[num_context + v, num_context + v] - 2 * solution @ column + solution @ gram @ solution
-        )
+        fit = of_values.regress(inputs, [num_context + v])
+        weights[v, inputs], spread[v] = fit.weights[0], fit.scale_tril[0, 0]
     weights = weights * scale[num_context:].unsqueeze(-1) / scale
     return (
         weights,
         loc[num_context:] - weights @ loc,
-        variance.clamp(min=RIDGE).sqrt() * scale[num_context:],
+        spread * scale[num_context:],
     )

@@ -24,6 +24,7 @@ derivatives; differentiating twice raises.
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -348,7 +349,8 @@ def solve_triangular(
         following = y - residual.div_(diagonal)
         y = following if count == y.shape[1] else torch.where(going, following, y)
     if count and columns is not None:
-        done.append((columns, *_solve_by_levels(function, rest, columns, levels, slopes, solver, what)))
+        solve = partial(solve_elementwise, solver=solver, what=what)
+        done.append((columns, *_solve_by_levels(function, rest, columns, levels, slopes, solve)))
     solution, diagonals = torch.empty_like(target), torch.empty_like(target)
     for numbers, values, diagonal in done:
         solution.index_copy_(1, numbers, values)
@@ -362,8 +364,7 @@ def _solve_by_levels(
     columns: Tensor,
     levels: Sequence[Tensor],
     slopes: Interval | Callable[[], Interval],
-    solver: Solver,
-    what: str,
+    solve: Callable[..., Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Solve one level after the other: the ancestors are solved, so that the brackets are exact."""
     y = target.clone()
@@ -376,9 +377,7 @@ def _solve_by_levels(
             value, diagonal = function(y, columns)
             return value[level], diagonal[level]
 
-        y[level] = solve_elementwise(
-            one_level, target[level], low[level], high[level], solver=solver, what=what
-        )
+        y[level] = solve(one_level, target[level], low[level], high[level])
     return y, function(y, columns)[1]
 
 

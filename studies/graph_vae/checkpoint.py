@@ -1,8 +1,7 @@
-"""Files that are there whole or not at all, and checkpoints that say when they are damaged."""
+"""Checkpoints that are there whole or not at all, and say when they are damaged."""
 
 import hashlib
 import io
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,9 @@ from typing import Any
 import torch
 
 from pyro_graphflows import GraphflowsError
+from pyro_graphflows.whole_files import write_whole
 
 HEADER = b"graph_vae checkpoint 1\n"
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside its place, and move it there when all of it is on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(beside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
@@ -30,7 +19,7 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     content = buffer.getvalue()
-    write_whole(path, HEADER + hashlib.sha256(content).digest() + content)
+    write_whole(path, lambda file: file.write(HEADER + hashlib.sha256(content).digest() + content))
 
 
 def load(path: Path, device: torch.device) -> dict[str, Any]:

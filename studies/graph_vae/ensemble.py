@@ -150,9 +150,13 @@ class Ensemble:
                 self.parameters[key] = stacked.requires_grad_()
         like = self.parameters["bottom_up.bias"]
         self.num_gates = sum(map(len, self.parents)) if vae.gates is not None else 0
-        self.temperature = like.new_ones(())
+        self.temperature = vae.temperature.detach().clone()
         self.is_frozen = torch.zeros(self.size, 1, dtype=torch.bool, device=like.device)
         self.gates_open = like.new_zeros(self.size, self.num_gates)
+        for number, member in enumerate(members):
+            if member.gates is not None:
+                self.is_frozen[number] = member.gates.is_frozen
+                self.gates_open[number] = member.gates.is_open.to(like.dtype)
         places = like.new_zeros(sum(map(len, self.parents)), self.num_nodes, self.num_children)
         edges = [(i, j) for i in range(self.num_children) for j in self.parents[i]]
         for k, (i, j) in enumerate(edges):

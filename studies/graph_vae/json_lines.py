@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from studies.graph_vae.checkpoint import write_whole
+from pyro_graphflows.whole_files import write_whole
 
 
 class Record:
@@ -26,7 +26,8 @@ class Record:
                     break
                 if line.get("epoch", 0) <= epoch:
                     self.lines.append(line)
-        write_whole(path, "".join(f"{json.dumps(line)}\n" for line in self.lines).encode())
+        kept = "".join(f"{json.dumps(line)}\n" for line in self.lines).encode()
+        write_whole(path, lambda file: file.write(kept))
 
     def add(self, line: dict[str, Any]) -> None:
         """Write a line."""

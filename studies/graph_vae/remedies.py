@@ -24,6 +24,7 @@ import torch
 from pyro_graphflows.datasets import load_images
 from studies.graph_vae import evaluation, train
 from studies.graph_vae.trainer import Trainer
+from studies.tables import mean_sd
 
 COMMON = "--data-set digits --device cpu --seeds 0 1 2 3 4 --decay-every 100 --validate-every 5 --bound-samples 200"
 COMMON += " --ll-particles 1000"
@@ -69,7 +70,10 @@ def restore(trainer, before):
 
 
 def gate_gradients(trainer, epochs=5):
-    """Return mean over standard deviation of each gate's gradient ``(E, G)`` from batch to batch, in size."""
+    """Return mean over standard deviation of each gate's gradient from batch to batch, in size.
+
+    Gates without any gradient, which are open or closed to the last digit, are left out.
+    """
     logits = trainer.ensemble.parameters["gates.logits"]
     found = []
     for _ in range(epochs):
@@ -78,7 +82,8 @@ def gate_gradients(trainer, epochs=5):
             found.append(torch.autograd.grad(trainer.ensemble.losses(*trainer.data.next()).sum(), logits)[0])
             trainer.data.advance()
     gradients = torch.stack(found)
-    return gradients.mean(0).abs() / gradients.std(0), len(found)
+    ratio = gradients.mean(0).abs() / gradients.std(0)
+    return ratio[gradients.std(0) > 0], len(found)
 
 
 @torch.no_grad()
@@ -106,8 +111,8 @@ def evidence(trainer):
         if not trainer.ensemble.is_frozen.all():
             ratio, batches = gate_gradients(trainer)
             found["gradient_mean_over_sd"] = {
-                "median": ratio.median().item(),
-                "largest": ratio.max().item(),
+                "median": ratio.median().item() if len(ratio) else None,
+                "largest": ratio.max().item() if len(ratio) else None,
                 "of_pure_noise": math.sqrt(
                     2 / math.pi / batches
                 ),  # the mean of a ratio whose true value is 0
@@ -172,7 +177,7 @@ def table(lines):
     text = [header]
     for line in lines:
         best = line["best"]
-        row = f"{line['way']:38} {train.mean_sd(best['elbo'], 3):>16} {train.mean_sd(best['ll'], 3):>16}"
+        row = f"{line['way']:38} {mean_sd(best['elbo'], 3):>16} {mean_sd(best['ll'], 3):>16}"
         if full is not None:
             for figures, key in (("best", "elbo"), ("best", "ll"), ("last", "elbo")):
                 mean, error = paired(line, full, figures, key)

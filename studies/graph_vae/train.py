@@ -26,9 +26,9 @@ STARTED = time.monotonic()  # the imports take their part of a budget
 
 import argparse
 import datetime
-import io
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyro
@@ -36,11 +36,14 @@ import torch
 
 from pyro_graphflows import GraphflowsError
 from pyro_graphflows.datasets import load_images
+from pyro_graphflows.whole_files import write_whole
+from studies.flags import positive
 from studies.graph_vae import capture, checkpoint, evaluation
 from studies.graph_vae.ensemble import ESTIMATORS
 from studies.graph_vae.json_lines import Record
 from studies.graph_vae.png import grid, png
 from studies.graph_vae.trainer import SMALL_NETWORKS, STRUCTURES, Settings, Trainer
+from studies.tables import mean_sd
 
 DATA_SETS = ("binarized_mnist", "omniglot", "mnist", "digits")
 PAPER_EPOCHS = 2000
@@ -274,17 +277,17 @@ def write_pictures(trainer, record, stem):
     for number in range(trainer.ensemble.size):
         vae = trainer.vae_of(number)
         rows += [vae.reconstruct(some.to(vae.bottom_up.bias.dtype)), vae.sample(len(some), mean=True)]
-    checkpoint.write_whole(Path(f"{stem}-images.png"), png(grid(rows)))
+    images = png(grid(rows))
+    write_whole(Path(f"{stem}-images.png"), lambda file: file.write(images))
     epochs = record.of_kind("epoch")
     if trainer.ensemble.num_gates and epochs:
         gates = torch.tensor([line["gates"] for line in epochs])  # (epochs, E, G)
         gates = gates[torch.linspace(0, len(gates) - 1, min(len(gates), 500)).round().long()]
         pictures = [gates[:, number].T for number in range(trainer.ensemble.size)]  # a line for each gate
         scaled = [p.repeat_interleave(8, 0).repeat_interleave(max(1, 500 // len(gates)), 1) for p in pictures]
-        checkpoint.write_whole(
-            Path(f"{stem}-gates.png"),
-            png(torch.cat([torch.nn.functional.pad(p, (0, 0, 0, 4), value=1.0) for p in scaled])),
-        )
+        padded = [torch.nn.functional.pad(p, (0, 0, 0, 4), value=1.0) for p in scaled]
+        picture = png(torch.cat(padded))
+        write_whole(Path(f"{stem}-gates.png"), lambda file: file.write(picture))
 
 
 def write_weights(trainer, number, path, figures):
@@ -298,9 +301,7 @@ def write_weights(trainer, number, path, figures):
         "best_epoch": figures["best_epoch"][number],
         "state": {key: value.cpu() for key, value in trainer.ensemble.state_of(number).items()},
     }
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    checkpoint.write_whole(path, buffer.getvalue())
+    write_whole(path, partial(torch.save, content))
 
 
 # ----------------------------------------------------------------------------------------------------------- words
@@ -311,13 +312,6 @@ def duration(seconds):
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def mean_sd(values, digits=2):
-    """Say a mean with the standard deviation over members."""
-    values = torch.tensor(values, dtype=torch.float64)
-    spread = f" ± {values.std().item():.{digits}f}" if len(values) > 1 else ""
-    return f"{values.mean().item():.{digits}f}{spread}"
 
 
 def progress(name, row):
@@ -396,14 +390,6 @@ def main(args):
         return finals
     except GraphflowsError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
-
-
-def positive(text):
-    """Read a positive whole number."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive number; got {number}")
-    return number
 
 
 def parser():

@@ -6,7 +6,7 @@ standardised units, inputs and outputs.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -24,10 +24,13 @@ from pyro_graphflows.guides.conditionals.factors import (
     NormalFactor,
     scalar_normals,
 )
+from pyro_graphflows.guides.sites import LatentSite
 from pyro_graphflows.nn.mlp import LevelEvaluation, MaskedMLP
 from pyro_graphflows.regression import Moments
 
 __all__ = ["MaskedConditionals"]
+
+FactorMaker = Callable[[LatentSite], Factor]
 
 
 class MaskedConditionals(Conditionals):
@@ -35,7 +38,7 @@ class MaskedConditionals(Conditionals):
 
     Args:
         spec: What they are made from.
-        factor: The factor class of the continuous sites for which the user gave none.
+        make_factor: Returns the factor of a continuous site for which the user gave none.
         network_options: Options of :class:`~pyro_graphflows.nn.mlp.MaskedMLP`.
     """
 
@@ -44,10 +47,10 @@ class MaskedConditionals(Conditionals):
     input_shift: Tensor
     input_scale: Tensor
 
-    def __init__(self, spec: BlockSpec, factor: type[Factor], network_options: Mapping[str, Any]) -> None:
+    def __init__(self, spec: BlockSpec, make_factor: FactorMaker, network_options: Mapping[str, Any]) -> None:
         super().__init__(spec)
         block = spec.block
-        self.factors = {site: self._factor_of(site, spec, factor) for site in block.sites}
+        self.factors = {site: self._factor_of(site, spec, make_factor) for site in block.sites}
         levels = [0] * self.num_features
         names = [node.name for node in block.context for _ in self.columns[node.name]]
         for depth, level in enumerate(block.levels):
@@ -111,7 +114,7 @@ class MaskedConditionals(Conditionals):
             )
         }
 
-    def _factor_of(self, name: str, spec: BlockSpec, default: type[Factor]) -> Factor:
+    def _factor_of(self, name: str, spec: BlockSpec, default: FactorMaker) -> Factor:
         site = spec.sites[name]
         if name in spec.block.coupled:
             return CoupledFactor(site.size, spec.block.coupled[name].rank)
@@ -121,7 +124,7 @@ class MaskedConditionals(Conditionals):
             return DiscreteFactor.for_site(site)
         if name in spec.element_parents:
             return ElementNormalFactor(self.inner[name])
-        return default.for_site(site)
+        return default(site)
 
     # ---------------------------------------------------------------- units
 
