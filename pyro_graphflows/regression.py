@@ -6,6 +6,7 @@ take their fits from here, in float64 and for columns of about unit scale.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,9 @@ __all__ = [
 ]
 
 RIDGE = 1e-10  # relative to unit variances; makes rank-deficient sets of inputs solvable
+RIDGES = (1e-2, 1e-3, 1e-4, 1e-6, 1e-8, RIDGE)
+HELD_OUT = 5  # one in this many rows judges a ridge
+RIDGE_TIE = 1e-4  # nats for an element; of ridges that predict as well the largest is taken
 RESIDUAL_FLOOR = 1e-4  # in units of the column; deterministic relations have residual zero
 WINSOR = 10.0  # standard deviations; keeps one draw of a heavy tail from deciding
 TINY = 1e-12
@@ -61,7 +65,7 @@ def location_and_scale(sample: Tensor) -> tuple[Tensor, Tensor]:
         - Output: two of ``(size,)``.
     """
     sample = sample[torch.isfinite(sample).all(-1)]
-    if sample.shape[0] == 0:
+    if sample.numel() == 0:
         return sample.new_zeros(sample.shape[1:]), sample.new_ones(sample.shape[1:])
     shift = sample.mean(0)
     if sample.shape[0] == 1:
@@ -103,30 +107,72 @@ class Moments:
     """
 
     def __init__(self, rows: Tensor) -> None:
-        rows = in_float64(rows)
+        self.rows = rows = in_float64(rows)
         self.number = len(rows)
         self.mean, self.covariance = rows.mean(0), torch.atleast_2d(torch.cov(rows.T))
 
-    def weights(self, inputs: Sequence[int], own: Sequence[int]) -> Tensor:
+    @cached_property
+    def _split(self) -> tuple["Moments", Tensor]:
+        """The moments of most rows, and the others."""
+        held_out = torch.arange(self.number, device=self.rows.device) % HELD_OUT == 0
+        return Moments(self.rows[~held_out]), self.rows[held_out]
+
+    def ridge(self, inputs: Sequence[int], own: Sequence[int]) -> float:
+        """Return the largest ridge of those with which a regression predicts held-out rows as well as with any.
+
+        Few samples, or inputs that nearly determine each other, make slopes large that cancel each other; a ridge that
+        costs nothing where samples are keeps them from mattering where data are that the samples do not resemble.
+
+        Args:
+            inputs: The inputs.
+            own: What is predicted.
+        """
+        inputs, own = list(inputs), list(own)
+        if not inputs or self.number < 2 * HELD_OUT:
+            return RIDGE
+        fitted, test = self._split
+        losses = []
+        for ridge in RIDGES:
+            weights = fitted.weights(inputs, own, ridge)
+            off = test[:, own] - fitted.mean[own] - (test[:, inputs] - fitted.mean[inputs]) @ weights.T
+            losses.append(float(off.square().mean(0).clamp(min=RESIDUAL_FLOOR**2).log().mean()) / 2)
+        least = min(losses)
+        return next(r for r, loss in zip(RIDGES, losses, strict=True) if loss <= least + RIDGE_TIE)
+
+    def weights(self, inputs: Sequence[int], own: Sequence[int], ridge: float = RIDGE) -> Tensor:
         """Return the slopes of the regression of some columns on others, ``(own, inputs)``."""
-        _require_finite(self.covariance)
         inputs, own = list(inputs), list(own)
         if not inputs:
             return self.covariance.new_zeros(len(own), 0)
+        return torch.cholesky_solve(self.covariance[inputs][:, own], self._factor(inputs, ridge)).T
+
+    def _factor(self, inputs: list[int], ridge: float) -> Tensor:
+        _require_finite(self.covariance)
         among = self.covariance[inputs][:, inputs]
-        ridge = RIDGE * torch.eye(len(inputs), dtype=among.dtype, device=among.device)
+        eye = torch.eye(len(inputs), dtype=among.dtype, device=among.device)
         while True:
-            factor, failed = torch.linalg.cholesky_ex(among + ridge)
+            factor, failed = torch.linalg.cholesky_ex(among + ridge * eye)
             if not failed:
-                return torch.cholesky_solve(self.covariance[inputs][:, own], factor).T
+                return factor
             ridge = ridge * 100
 
-    def regress(self, inputs: Sequence[int], own: Sequence[int]) -> Regression:
-        """Return the least-squares regression of some columns on others; residual scales have a floor."""
+    def regress(self, inputs: Sequence[int], own: Sequence[int], ridge: float = RIDGE) -> Regression:
+        """Return the least-squares regression of some columns on others; residual scales have a floor.
+
+        Args:
+            inputs: The inputs.
+            own: What is predicted.
+            ridge: Added to the variances of the inputs; see :meth:`ridge`.
+        """
         inputs, own = list(inputs), list(own)
-        weights = self.weights(inputs, own)
-        residual = self.covariance[own][:, own] - weights @ self.covariance[inputs][:, own]
-        residual = residual * self._correction(len(inputs))
+        weights = self.weights(inputs, own, ridge)
+        across = weights @ self.covariance[inputs][:, own]
+        residual = self.covariance[own][:, own] - across
+        number = float(len(inputs))
+        if ridge > RIDGE and inputs:  # then slopes are shrunk, and fewer have been fitted
+            residual = residual - across.T + weights @ self.covariance[inputs][:, inputs] @ weights.T
+            number -= ridge * float(torch.cholesky_inverse(self._factor(inputs, ridge)).trace())
+        residual = residual * self._correction(number)
         return Regression(weights, self.mean[own] - weights @ self.mean[inputs], square_root(residual))
 
     def regress_in_turn(
@@ -161,7 +207,7 @@ class Moments:
         loc = self.mean[list(own)] - weights @ self.mean[list(inputs)]
         return Regression(weights, loc, square_root(residual))
 
-    def _correction(self, num_inputs: int) -> float:
+    def _correction(self, num_inputs: float) -> float:
         """Return by what a residual variance must be multiplied, as weights have been fitted."""
         return (self.number - 1) / max(self.number - 1 - num_inputs, 1)
 
@@ -176,8 +222,7 @@ def square_root(residual: Tensor) -> Tensor:
         if not failed and bool(torch.isfinite(factor).all()):
             break
         jitter = max(10 * jitter, RESIDUAL_FLOOR**2)
-    diagonal = factor.diagonal()
-    return factor * (diagonal.clamp(min=RESIDUAL_FLOOR) / diagonal).unsqueeze(-1)
+    return factor.tril(-1) + factor.diagonal().clamp(min=RESIDUAL_FLOOR).diag_embed()
 
 
 def _require_finite(covariance: Tensor) -> None:

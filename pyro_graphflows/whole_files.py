@@ -1,7 +1,8 @@
 """Files that hold either what was there before or all that is new, never half of it."""
 
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -12,11 +13,14 @@ __all__ = ["write_whole"]
 def write_whole(path: str | os.PathLike[str], write: Callable[[IO[bytes]], Any]) -> None:
     """Write a file beside its place under another name, flush it to the disk and rename it.
 
+    Who may read it is what :func:`open` would leave: the rights of a file that is there stay.
+
     Args:
         path: The file; its folder is made if need be.
         write: A function that writes to an open binary file. If it fails, nothing is left behind.
 
     Example:
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_whole(f"{folder}/notes.txt", lambda file: file.write(b"all of it"))
         ...     Path(f"{folder}/notes.txt").read_text()
@@ -24,13 +28,15 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[IO[bytes]], Any])
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if path.exists():
+            temporary.chmod(stat.S_IMODE(path.stat().st_mode))
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

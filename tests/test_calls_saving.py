@@ -432,32 +432,6 @@ def test_a_save_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- plain data
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8, torch.bool, torch.float64])
-def test_tensors_of_all_types(dtype, tmp_path):
-    given = {"a": torch.tensor([[1, 0], [0, 1]]).to(dtype), "empty": torch.zeros(0, 3, dtype=dtype)}
-    given["number"], given["turned"] = given["a"][0, 0], torch.arange(6).reshape(2, 3).to(dtype).T
-    write_tensors(tmp_path / "file", given, {"über": "text"})
-    found, texts = read_tensors(tmp_path / "file")
-    assert texts == {"über": "text"}
-    assert list(found) == list(given)
-    for name, value in given.items():
-        torch.testing.assert_close(found[name], value)
-
-
-def test_tensors_that_the_format_has_not(tmp_path):
-    with pytest.raises(GraphflowsError, match=r"types that safetensors has; got torch\.complex128"):
-        write_tensors(tmp_path / "file", {"a": torch.zeros(2, dtype=torch.complex128)})
-
-
-def test_a_file_of_the_format_that_others_wrote_has_no_checksum(tmp_path):
-    header = json.dumps({"b": {"dtype": "I32", "shape": [1], "data_offsets": [8, 12]},
-                         "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()  # fmt: skip
-    numbers = struct.pack("<ffi", 1.0, 2.0, 3)
-    (tmp_path / "file").write_bytes(struct.pack("<Q", len(header)) + header + numbers)
-    with pytest.raises(GraphflowsError, match="its checksum does not fit its content"):
-        read_tensors(tmp_path / "file")
-
-
 @pytest.mark.parametrize(
     "value",
     [
@@ -492,3 +466,45 @@ def test_graphs_keep_their_order(edges):
 def test_the_names_are_public():
     assert guides.load_guide is load_guide
     assert Factor is guides.Factor
+
+
+@dataclass
+class Batch:
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+def of_a_batch(batch, ind=None):
+    """Covariates in an object, and rows of a plate taken from it."""
+    with pyro.plate("data", len(batch.x), subsample=ind) as rows:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z + batch.x[rows], 0.5), obs=batch.y[rows])
+
+
+def of_a_loop(batch, ind):
+    for k, i in enumerate(pyro.plate("data", len(batch.x), subsample=ind)):
+        z = pyro.sample(f"z_{k}", dist.Normal(0.0, 1.0))
+        pyro.sample(f"y_{k}", dist.Normal(z + batch.x[i], 0.5), obs=batch.y[i])
+
+
+class WithData:
+    def __init__(self, x):
+        self.x = x
+
+    def __call__(self, y, ind):
+        with pyro.plate("data", len(self.x), subsample=ind) as rows:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z + self.x[rows], 0.5), obs=y[rows])
+
+
+@pytest.mark.parametrize("kind", ["object", "loop", "field of the model"])
+def test_a_loaded_guide_finds_fields_and_rows(kind, tmp_path):
+    x, y, ind = torch.randn(8), torch.randn(8), torch.tensor([5, 2])
+    model = {"object": of_a_batch, "loop": of_a_loop, "field of the model": WithData(x)}[kind]
+    data = y if kind == "field of the model" else Batch(x, y)
+    guide = auto_faithful_guide(model, data, ind, num_start_samples=500)
+    guide.save(tmp_path / "guide.safetensors")
+    loaded = load_guide(tmp_path / "guide.safetensors", model)
+    for rows in (ind, torch.tensor([0, 7])):
+        expected, found = guide.median(data, rows), loaded.median(data, rows)
+        assert all(torch.equal(expected[name], found[name]) for name in expected)

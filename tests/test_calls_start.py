@@ -216,7 +216,7 @@ def test_init_values(family):
     median = guide.median(y)
     for name, value in values.items():
         torch.testing.assert_close(median[name], value)
-        assert f"{name} starts at the value given" in guide.describe()
+        assert f"{name} starts at the value given" in guide.describe(verbose=True)
     draws = guide.quantiles([0.1, 0.9], y)
     width = draws["t"][1] - draws["t"][0]
     assert ((width > 0.1) & (width < 10.0)).all()

@@ -117,6 +117,35 @@ def test_the_rows_are_those_of_the_likelihood(how, set_up):
             assert torch.allclose(guide.median(X + 1, Y - 1, ind)["z"], means(x + 1, y - 1))
 
 
+def test_indices_in_a_list():
+    model = given_indices(TAKE["x[ind]"])
+    guide = auto_faithful_guide(model, X, Y, [4, 1], **FEW)
+    exact_(guide)
+    for ind in ([0, 7, 3], [5]):
+        assert torch.allclose(guide.median(X, Y, ind)["z"], means()[ind])
+
+
+def test_two_plates_with_the_same_indices():
+    """Which plate's they are is where they are used."""
+
+    def model(x, w, y, ind):
+        with pyro.plate("one", N, subsample=ind):
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(a + x[ind], 0.5), obs=y[ind])
+        with pyro.plate("two", N, subsample=ind):
+            b = pyro.sample("b", dist.Normal(0.0, 1.0))
+            pyro.sample("again", dist.Normal(b + w[ind], 0.5), obs=y[ind])
+
+    w = torch.randn(N)
+    guide = auto_faithful_guide(model, X, w, Y, CALLS["some"], **FEW)
+    guide.set_linear_("a", {"x": -0.8, "y": 0.8}, 0.0, math.sqrt(0.2))
+    guide.set_linear_("b", {"w": -0.8, "again": 0.8}, 0.0, math.sqrt(0.2))
+    for ind in (CALLS["others"], CALLS["one"]):
+        found = guide.median(X, w, Y, ind)
+        assert torch.allclose(found["a"], means()[ind])
+        assert torch.allclose(found["b"], means(w)[ind])
+
+
 @pytest.mark.parametrize("how", ["x[ind]", "pyro.subsample"])
 @pytest.mark.parametrize("vectorize", [False, True])
 def test_random_batches_and_vectorised_particles(how, vectorize):
@@ -147,6 +176,29 @@ def test_the_start_is_near_exact_whichever_the_first_batch():
         for ind in (None, CALLS["permuted"], CALLS["others"]):
             error = guide.median(X, Y, ind)["z"] - means()[torch.arange(N) if ind is None else ind]
             assert error.abs().max() < 0.1  # some .01: two weights from 10,000 samples
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_start_knows_all_rows_whatever_the_first_batch_shows(given, size):
+    """One batch has fewer rows than covariates; the joint samples are of many batches."""
+    weights = torch.tensor([0.5, -1.0, 2.0, 0.3]).double()
+
+    def drawn(x, y, size=None):
+        with pyro.plate("data", len(x), subsample_size=size) as rows:
+            datum((x[rows] * weights).sum(-1), y[rows])
+
+    def chosen(x, y, ind=None):
+        with pyro.plate("data", len(x), subsample=ind):
+            datum((x[ind] * weights).sum(-1), y[ind])
+
+    x = torch.randn(60, 4)
+    y = x @ weights + torch.randn(60)
+    rows = torch.arange(60)
+    model, set_up, everything = (chosen, torch.arange(size), rows) if given else (drawn, size, None)
+    guide = auto_faithful_guide(model, x, y, set_up)
+    # five weights from 10,000 samples of 32 or 60 rows: errors of some .02
+    assert (guide.median(x, y, everything)["z"] - means(x @ weights, y)).abs().max() < 0.15
 
 
 def test_a_batch_that_the_caller_takes_stays_as_it_is():

@@ -360,7 +360,7 @@ def test_too_few_finite_samples_of_the_model_are_said():
             pyro.sample("x", dist.Normal(z.exp(), 1.0), obs=x)
 
     guide = auto_faithful_guide(model, torch.randn(3), num_start_samples=20)
-    assert "a regression needs 20" in guide.describe()
+    assert "a regression needs 20" in guide.describe(verbose=True)
     assert torch.isfinite(guide(torch.randn(3))["z"]).all()
 
 

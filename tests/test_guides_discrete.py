@@ -441,7 +441,7 @@ def test_gradients_of_mixed_models(family):
         guide = exact_mixture_guide(x, family=family, **options)
         with torch.no_grad():
             for parameter in guide.parameters():
-                parameter += 0.1 * torch.randn_like(parameter)
+                parameter += 0.2 * torch.randn_like(parameter)
         return guide
 
     guide = make()
@@ -520,7 +520,7 @@ def test_the_burglar_alarm():
 def test_inference_compilation_approaches_the_tables():
     x, y = network_data()
     guide = auto_faithful_guide(network, 6, x, y, init="random")
-    optim = pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.97})
+    optim = pyro.optim.ClippedAdam({"lr": 0.1, "lrd": 0.97})
     compilation = InferenceCompilation(network, guide, optim, batch_size=200)
 
     def divergence():

@@ -81,3 +81,15 @@ def test_other_networks_go_the_slow_way(options):
     assert not sampler.applies
     eps = torch.randn(5, 3)
     assert torch.equal(sampler(eps)[0], network.sample(eps)[0])
+
+
+def test_other_units_of_parents_are_left_to_the_levels():
+    network = _network(STRUCTURES["chain"], num_blocks=2, units_per_variable=4)
+    network.set_input_units_(network.loc - 1.0, 2.0 * network.scale)
+    eps = torch.randn(5, 3)
+    z, log_diag = network.sample(eps)
+    for found, wanted in zip(LevelSampler(network)(eps), (z, log_diag), strict=True):
+        torch.testing.assert_close(found, wanted)
+    back, log_diag_of_z = network.inverse_terms(z)
+    torch.testing.assert_close(back, eps)
+    torch.testing.assert_close(log_diag_of_z, log_diag)

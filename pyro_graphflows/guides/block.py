@@ -51,7 +51,10 @@ class BlockInputs(nn.Module):
         names: The context nodes.
         sizes: The number of features of each.
         features: The map of all of them.
+        learned: Which features depend on parameters.
     """
+
+    learned: Tensor
 
     def __init__(
         self, maps: Mapping[str, FeatureMap], pools: Mapping[str, Pool], encodings: InputEncodings
@@ -62,6 +65,13 @@ class BlockInputs(nn.Module):
         self.features = FeatureMap.join(list(maps.values()))
         self.pools = nn.ModuleDict({str(self.names.index(name)): pool for name, pool in pools.items()})
         self.encodings = encodings
+        learned = torch.zeros(sum(self.sizes.values()), dtype=torch.bool)
+        start = 0
+        for name, size in self.sizes.items():
+            if isinstance(pools.get(name), DeepSetPool):
+                learned[start : start + size] = torch.tensor(pools[name].learned)
+            start += size
+        self.register_buffer("learned", learned, persistent=False)
 
     def to_plain(self) -> dict[str, Any]:
         """Return what the inputs are made from."""

@@ -7,6 +7,9 @@ arguments, at the place where they were when the guide was set up; and otherwise
 shadow run also reports plates, sizes, indices, masks and supports, which may change from call to call. It is
 skipped for calls that look like an earlier one in which it reported nothing beyond the arguments: full plates, no
 masks, every observed value an argument.
+
+Covariates of plates with indices are read row for row. Which of them the model takes rows of, and which are a batch
+already, is seen by the tracer once for each kind of call (:mod:`~pyro_graphflows.inspect.rows`).
 """
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
@@ -27,6 +30,7 @@ from torch.distributions import biject_to, constraints
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides.sites import InputEncodings, is_constant, moved_support
 from pyro_graphflows.inspect import (
+    ArgumentPath,
     TracedModel,
     arranged,
     get_argument,
@@ -36,7 +40,7 @@ from pyro_graphflows.inspect import (
     take_rows,
     undressed,
 )
-from pyro_graphflows.inspect.arguments import argument_leaves
+from pyro_graphflows.inspect.arguments import MOST_DEPTH, LoopRow, argument_leaves, fields_of
 
 __all__ = [
     "Call",
@@ -178,7 +182,9 @@ def site_mask(site: Mapping[str, Any]) -> Tensor | bool | None:
 
 def _own_scale(site: Mapping[str, Any]) -> float | Tensor:
     scale = site["scale"]
-    for frame in site["cond_indep_stack"]:
+    for frame in filter(
+        lambda frame: frame.vectorized, site["cond_indep_stack"]
+    ):  # loops have no plate in a guide
         scale = scale * frame.size / (frame.full_size or frame.size)
     return scale
 
@@ -234,6 +240,7 @@ class CallReader:
         encodings: How conditioning values are written.
         keep_masks: Whether masks of observed sites are reported too.
         readers: The observed sites and inputs that latent sites read, with these; others may be missing in a call.
+        unread: Observed sites whose values no site of the guide reads.
         optional: The latent sites that have data in some calls.
     """
 
@@ -244,13 +251,15 @@ class CallReader:
         *,
         keep_masks: bool = False,
         readers: Mapping[str, Sequence[str]],
+        unread: Collection[str] = (),
         optional: Collection[str] = (),
     ) -> None:
         graph = traced.graph
         self.encodings, self.keep_masks, self.readers = encodings, keep_masks, dict(readers)
         self.latent: tuple[str, ...] = graph.latent
+        without = {*traced.without_data, *unread}
+        self.observed = tuple(name for name in graph.observed if name not in without)
         self.optional = frozenset(optional)
-        self.observed = tuple(name for name in graph.observed if name not in traced.without_data)
         self.inputs: tuple[str, ...] = graph.inputs
         self.known = frozenset(traced.trace.nodes)
         self.paths = dict(traced.argument_paths)
@@ -369,8 +378,7 @@ class CallReader:
                 f"Expected observations of {', '.join(self.observed) or 'nothing'}, the sites with data when the guide "
                 f"was set up; got {', '.join(unknown)}."
             )
-        looks = _shape_of((args, kwargs))
-        shape = None if indices else looks
+        shape = None if indices else _shape_of((args, kwargs))
         known = self._known.get(shape) if shape is not None else None
         if known is not None:
             paths = {name: self.paths[name] for name in known.values}
@@ -392,7 +400,7 @@ class CallReader:
                 return self._at_set_up
             raise self._without_data(list(self.readers)) from error
         plates = plates_of(trace)
-        taken = self._rows_taken(model, args, kwargs, plates, looks)
+        taken = self._rows_taken(model, args, kwargs, plates)
         if self._unverified:
             self._verify(trace)
         values = {}
@@ -425,7 +433,7 @@ class CallReader:
                 f"{', '.join(more)} as well. Models whose sites come and go need one guide for each set of sites."
             )
         for name in self.inputs:
-            value = get_argument(model, self.paths[name], args, kwargs)
+            value = argument_in_trace(model, self.paths[name], args, kwargs, trace)
             if value is None and name in self.readers:
                 raise self._without_data([name])
             if value is not None:
@@ -544,16 +552,14 @@ class CallReader:
         args: Any,
         kwargs: Any,
         plates: Mapping[str, PlateState],
-        looks: Hashable | None,
     ) -> dict[str, dict[int, str]]:
         """Return for inputs which rows the model takes of them in a call: seen once for each kind of call."""
         indices = {name: plate.indices for name, plate in plates.items() if plate.indices is not None}
         if not indices or not self.inputs:
             return {}
-        kind = (
-            looks,
-            tuple((name, p.size, p.full_size, p.indices is None) for name, p in sorted(plates.items())),
-        )
+        looks = _shape_of((args, kwargs), of_objects=True)
+        sizes = ((name, p.size, p.full_size, p.indices is None) for name, p in sorted(plates.items()))
+        kind = (looks, tuple(sizes))
         if looks is not None and kind in self._taken:
             return self._taken[kind]
         found = rows_of_run(model, args, kwargs, (_FeasiblePoint(indices, self.like),))
@@ -581,6 +587,19 @@ class CallReader:
         for name in new:
             paths = [path for path, leaf in leaves.items() if leaf is given[name]]
             self.paths.update((name, path) for path in paths[:1])
+
+
+def argument_in_trace(
+    model: Callable[..., Any], path: ArgumentPath, args: Any, kwargs: Any, trace: poutine.Trace
+) -> Any:
+    """Return an argument of a call, or the row of it that an iteration of a loop is about; None if there is none."""
+    row = path[-1]
+    if not isinstance(row, LoopRow):
+        return get_argument(model, path, args, kwargs)
+    value = get_argument(model, path[:-1], args, kwargs)
+    if not torch.is_tensor(value) or row.plate not in trace:
+        return None
+    return row.of(value, torch.as_tensor(trace.nodes[row.plate]["value"]))
 
 
 def input_rows(traced: TracedModel, name: str, value: Tensor, plates: Mapping[str, PlateState]) -> Tensor:
@@ -660,16 +679,27 @@ def _require_plates(name: str, site: Mapping[str, Any]) -> None:
         )
 
 
-def _shape_of(arguments: Any) -> Hashable | None:
-    """Return a key that is equal for calls that differ in the contents of tensors only; None if unsure."""
+def _shape_of(arguments: Any, *, of_objects: bool = False, depth: int = 0) -> Hashable | None:
+    """Return a key that is equal for calls that differ in the contents of tensors only; None if unsure.
+
+    Args:
+        arguments: The arguments.
+        of_objects: Whether objects count as what is seen of their fields: enough to know how they are used.
+        depth: How deep inside of others.
+    """
     if torch.is_tensor(arguments):
         return ("tensor", tuple(arguments.shape), arguments.dtype, arguments.device)
     if arguments is None or isinstance(arguments, bool | int | float | str):
         return (type(arguments), arguments)
     if isinstance(arguments, dict):
-        parts = [(key, _shape_of(value)) for key, value in arguments.items()]
-        return None if any(part is None for _, part in parts) else ("dict", tuple(parts))
-    if isinstance(arguments, tuple | list):
-        items = [_shape_of(value) for value in arguments]
-        return None if None in items else (type(arguments), tuple(items))
-    return None
+        items: Any = arguments.items()
+    elif isinstance(arguments, tuple | list):
+        items = enumerate(arguments)
+    elif of_objects:
+        items = () if depth > MOST_DEPTH else fields_of(arguments)
+    else:
+        return None
+    if items is None:  # a function, a module: the same one
+        return (type(arguments), id(arguments))
+    parts = [(key, _shape_of(value, of_objects=of_objects, depth=depth + 1)) for key, value in items]
+    return None if any(part is None for _, part in parts) else (type(arguments), tuple(parts))

@@ -25,7 +25,15 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.call import site_mask
 from pyro_graphflows.guides.guide import AutoFaithfulGuide
-from pyro_graphflows.inspect import is_transparent
+from pyro_graphflows.inspect import is_transparent, kept_random_state, seed_random_state
+from pyro_graphflows.inspect.arguments import argument_leaves, outside_tensors, with_tensors
+from pyro_graphflows.inspect.stability import (
+    REMEDY_ROWS,
+    REMEDY_STRUCTURE,
+    changes_of_data,
+    changes_of_sites,
+)
+from pyro_graphflows.inspect.trace import rows_of_plates
 
 __all__ = ["GuideCheck", "check_guide"]
 
@@ -56,7 +64,7 @@ def check_guide(
 ) -> GuideCheck:
     """Tell whether a loss is right for a model and a guide, and why not.
 
-    The model and the guide run once each, without gradients; the random state is as before.
+    The model runs twice and the guide once, without gradients; the random state is as before.
 
     Args:
         model: The model.
@@ -102,13 +110,19 @@ def check_guide(
         raise GraphflowsError(
             f"Expected a loss among {', '.join(k.__name__ for k in known)}; got {kind.__name__}."
         )
-    with torch.random.fork_rng(), torch.no_grad(), poutine.block():
+    with kept_random_state(), torch.no_grad(), poutine.block():
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        seed_random_state(0)
+        same_rows = poutine.condition(
+            poutine.replay(model, trace=guide_trace), data=rows_of_plates(model_trace)
+        )
+        again = poutine.trace(same_rows).get_trace(*args, **kwargs)
     sites, drawn = _sites(model_trace), _sites(guide_trace)
     latent = {name: site for name, site in drawn.items() if not site["is_observed"]}
     reasons: list[str] = []
     notes: list[str] = []
+    reasons += _other_in_every_run(model, model_trace, again, args, kwargs)
     reasons += _different_sites(sites, latent, kind) + _other_masks(sites, latent)
     enumerates = issubclass(kind, TraceEnum_ELBO)
     marked = [name for name, site in latent.items() if site["infer"].get("enumerate") is not None]
@@ -154,6 +168,23 @@ def _sites(trace: poutine.Trace) -> dict[str, Any]:
 
 def _plates(site: Any) -> frozenset[str]:
     return frozenset(frame.name for frame in site["cond_indep_stack"] if frame.vectorized)
+
+
+def _other_in_every_run(
+    model: Callable[..., Any], trace: poutine.Trace, again: poutine.Trace, args: Any, kwargs: Any
+) -> list[str]:
+    """Return what changes from run to run at the same latent values: the guide has read, or sampled, another model."""
+    changes = changes_of_sites(trace, again)
+    if changes:
+        return [f"the model is another one in every run: {changes[0]}. {REMEDY_STRUCTURE}."]
+    given = {**outside_tensors(model), **argument_leaves(model, *with_tensors(args, dict(kwargs)))}
+    rows = changes_of_data(trace, again, given)
+    if not rows:
+        return []
+    return [
+        f"the data of {_listed(rows)} are other rows in every run of the model, chosen by random numbers outside of "
+        f"pyro.sample, so that a guide reads other data than the likelihood scores. {REMEDY_ROWS}."
+    ]
 
 
 def _different_sites(sites: dict[str, Any], latent: dict[str, Any], kind: type) -> list[str]:

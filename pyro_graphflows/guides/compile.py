@@ -3,6 +3,7 @@
 Each step takes values and returns new ones; none edits an earlier step's result.
 """
 
+import warnings
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import update_wrapper
@@ -13,7 +14,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
+from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.graphs.order_search import AutoOrder
@@ -32,6 +33,7 @@ from pyro_graphflows.guides.orders import (
     order_for_discrete_sites,
     order_for_supports,
     outer_sites_first,
+    outside_of_loops,
     require_outer_sites_first,
     sites_to_enumerate,
     smoothest_inverse,
@@ -53,11 +55,17 @@ from pyro_graphflows.guides.sites import (
     is_constant,
     latent_sites,
 )
-from pyro_graphflows.inspect import TracedModel, non_exchangeable_plates, trace_model
+from pyro_graphflows.inspect import TracedModel, non_exchangeable_plates, seed_random_state, trace_model
+from pyro_graphflows.inspect.arguments import argument_leaves
+from pyro_graphflows.inspect.graph import split_elements
+from pyro_graphflows.inspect.probes import Rerun
+from pyro_graphflows.inspect.stability import changes
+from pyro_graphflows.inspect.trace import quiet_run, rows_of_plates, run_model, trace_once, undressed
 
 __all__ = ["Compiled", "GuideOptions", "compile_guide"]
 
 EXACT_KL = (NormalFactor, ElementNormalFactor)  # factors for which a KL is registered, before any bijection
+MOST_VALUES_TRIED = 32  # of a discrete site, to see whether supports of others change with it
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,7 @@ class GuideOptions:
     coupled_rank: int | None = None
     enumerate_sites: bool | Collection[str] = False
     init_values: Mapping[str, Tensor] = field(default_factory=dict)
+    setup_seed: int = 0
     optional: Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -107,6 +116,8 @@ class GuideOptions:
                 raise GraphflowsError(
                     f"Expected init_values={{site: tensor}}; got {type(value).__name__} for {name!r}."
                 )
+        if self.setup_seed < 0:
+            raise GraphflowsError(f"Expected setup_seed >= 0; got {self.setup_seed}.")
         for name, kind in self.factors.items():
             if not (isinstance(kind, Family) or (isinstance(kind, type) and issubclass(kind, Factor))):
                 raise GraphflowsError(
@@ -168,6 +179,9 @@ def compile_guide(
 ) -> Compiled:
     """Compile a model for the arguments of a typical call.
 
+    The random state is the caller's in a first run, in which the model may create its parameters. From then on it
+    follows from ``setup_seed``, also after the return; be inside of :func:`~pyro_graphflows.inspect.kept_random_state`.
+
     Args:
         model: The model.
         args: Its positional arguments.
@@ -178,6 +192,10 @@ def compile_guide(
         UnsupportedModelError: If the model's structure cannot be traced, or a guide cannot represent it.
         GraphflowsError: If an option names a site that the model has not, or one that it does not fit.
     """
+    argument_leaves(model, args, kwargs)  # refuses arguments that do not fit
+    with quiet_run(model):
+        run_model(model, args, kwargs)
+    seed_random_state(options.setup_seed)
     model = with_latent(model, options.optional)
     trace = _trace(model, args, kwargs, options)
     _check_optional(options, trace)
@@ -197,13 +215,16 @@ def compile_guide(
     is_free = options.inverse == "auto" and not elements and not options.optional
     if discrete:
         inverse = order_for_discrete_sites(inverse, discrete, enumerated, free=is_free)
-    elif is_free and not found.lookups and not changing:
+    elif is_free and not found.lookups and not traced.loops and not changing:
         inverse = smoothest_inverse(inverse, draws, options.num_rows)
-    if options.inverse == "auto" and (order := order_for_supports(inverse, changing)) is not None:
-        orders: list[Inverse] = [order, "reverse"]
+    if options.inverse == "auto" and (bounds := order_for_supports(inverse, changing)) is not None:
+        orders: list[Inverse] = [bounds, "reverse"]
         ways = [find_inverse(model, args, kwargs, trace, one, elements=elements) for one in orders]
         found = min(ways, key=lambda way: way.inverse.num_edges)
         traced, inverse = found.traced, outer_sites_first(found.inverse) if discrete else found.inverse
+    judged = found.judged if traced.loops else None
+    if traced.loops:
+        inverse = outside_of_loops(inverse, traced.graph)
     plates = plates_of(traced.trace)
     uneven = non_exchangeable_plates(model, args, kwargs, traced=traced) if plates else {}
     inputs = plan_inputs(
@@ -220,7 +241,11 @@ def compile_guide(
     _require_known_indices(blocks, inputs, traced)
     keep_masks = any(node.summary for block in blocks for node in block.context)
     readers = readers_of(blocks, inverse.graph.latent)
-    reader = CallReader(traced, encodings, keep_masks=keep_masks, readers=readers, optional=options.optional)
+    read = {node.name for block in blocks for node in block.context}
+    unread = [name for name in traced.graph.observed if name in traced.loops and name not in read]
+    reader = CallReader(
+        *(traced, encodings), keep_masks=keep_masks, readers=readers, unread=unread, optional=options.optional
+    )
     order = [site for block in blocks for site in block.sites]
     _require_known_supports(changing, order, inverse.order, sites)
     hints: tuple[str, ...] = ()
@@ -244,7 +269,7 @@ def compile_guide(
         copies=() if enumerated or traced.graph.marginalised else traced.copies,
         notes=tuple(traced.notes),
         hints=hints,
-        judged=None if found.judged is found.inverse else found.judged,
+        judged=judged or (None if found.judged is found.inverse else found.judged),
     )
     _require_served(plan, options.optional)
     split = {} if found.elements is None else found.elements.parents
@@ -260,7 +285,11 @@ def compile_guide(
 def _trace(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: GuideOptions
 ) -> TracedModel:
-    traced = trace_model(model, args, kwargs, strict=options.strict, resolution=options.resolution)
+    traced = trace_model(model, args, kwargs, strict=options.strict)
+    _require_the_same_in_every_run(traced, model, args, kwargs, strict=options.strict)
+    _require_sites_by_position(traced, model, args, kwargs)
+    if options.resolution == "element":
+        traced = split_elements(Rerun(model, args, kwargs, traced))
     if not traced.graph.latent:
         raise UnsupportedModelError(
             "Expected a model with latent sites; all its sites are observed"
@@ -403,6 +432,7 @@ def _input_options(
         rank=options.coupled_rank,
         sizes={name: site.size for name, site in sites.items()},
         lookups=found.lookups,
+        loops=frozenset(found.traced.loops),
     )
 
 
@@ -479,6 +509,50 @@ def _require_possible_data(traced: TracedModel, encodings: InputEncodings) -> No
             )
 
 
+def _require_the_same_in_every_run(
+    traced: TracedModel,
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    strict: bool,
+) -> None:
+    """Refuse models whose sites, dependences or rows of data change with random numbers that are no site's."""
+    found = changes(model, args, kwargs, traced)
+    if found is None:
+        return
+    message = (
+        f"Expected a model that is the same in every run with the same arguments; {found[0]}. {found[1]}."
+    )
+    if strict:
+        raise UnsupportedModelError(
+            f"{message} With strict=False a guide is made all the same; check_guide says that it is not safe."
+        )
+    warnings.warn(message, GraphflowsWarning, stacklevel=5)
+
+
+def _require_sites_by_position(
+    traced: TracedModel, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Refuse latent sites of a subsampled loop that are named by the index of the datum: they come and go."""
+    plates = {name for loops in traced.loops.values() for name, _ in loops}
+    if not plates.intersection(
+        name for site in traced.graph.latent for name, _ in traced.loops.get(site, ())
+    ):
+        return
+    nodes: Any = traced.trace.nodes
+    rows = rows_of_plates(traced.trace)
+    moved = {name: (rows[name] + 1) % nodes[name]["fn"].size for name in plates if name in rows}
+    again = trace_once(model, args, kwargs, strict=False, indices=moved)
+    lost = [name for name in traced.graph.latent if name not in again.graph.latent]
+    if lost:
+        raise UnsupportedModelError(
+            f"Expected the same latent sites for every batch; {', '.join(map(repr, lost[:3]))} are named by the index "
+            f"of the datum in the subsampled plate {', '.join(sorted(plates))}. Name them by position, for k, i in "
+            'enumerate(pyro.plate(...)): pyro.sample(f"z_{k}", ...), or vectorise: with pyro.plate(...) as ind.'
+        )
+
+
 def _require_known_indices(blocks: Collection[BlockPlan], inputs: InputPlan, traced: TracedModel) -> None:
     indices: dict[str, list[str]] = {}
     for block in blocks:
@@ -502,7 +576,8 @@ def _changing_supports(
     """Return the latent sites whose support changes with the values of others, and these others.
 
     One run for each latent parent of such a site: the parent keeps its value at set-up, all else is at the feasible
-    point, and the bounds are compared.
+    point, and the bounds are compared. Of a discrete parent other values are tried too, as that at set-up may be that
+    of the feasible point.
     """
     nodes: Any = traced.trace.nodes
     suspects = [name for name in traced.graph.latent if not is_constant(nodes[name]["fn"].support)]
@@ -516,12 +591,24 @@ def _changing_supports(
     for other in traced.graph.latent:
         affected = [name for name in suspects if other in traced.graph.parents(name)]
         if affected:
-            value = {other: nodes[other]["value"]}
-            moved = reader.supports_given(model, args, kwargs, value, indices)
-            for name in affected:
-                if not _same_bounds(still[name], moved[name]):
+            for value in _values_to_try(nodes[other]):
+                moved = reader.supports_given(model, args, kwargs, {other: value}, indices)
+                changed = [name for name in affected if not _same_bounds(still[name], moved[name])]
+                for name in changed:
                     parents[name].append(other)
+                    affected.remove(name)
     return {name: tuple(others) for name, others in parents.items() if others}
+
+
+def _values_to_try(site: Mapping[str, Any]) -> list[Tensor]:
+    value, fn = site["value"], undressed(site["fn"])
+    if not fn.support.is_discrete:
+        return [value]
+    if not fn.has_enumerate_support:
+        return [value, value + 1]
+    found = fn.enumerate_support(expand=False)
+    step = -(-len(found) // MOST_VALUES_TRIED)
+    return [value, *(each.expand(value.shape) for each in (*found[::step], found[-1]))]
 
 
 def _require_known_supports(

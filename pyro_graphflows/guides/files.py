@@ -25,7 +25,7 @@ from pyro_graphflows.guides.inputs import Coupling, InputPlan, Summary
 from pyro_graphflows.guides.plain import Reader, Writer
 from pyro_graphflows.guides.plan import BlockPlan, Conditioning, Plan
 from pyro_graphflows.guides.sites import DiscreteEncoding, InputEncodings, LatentSite
-from pyro_graphflows.inspect.arguments import signature_of
+from pyro_graphflows.inspect.arguments import Attribute, LoopRow, Outside, signature_of
 from pyro_graphflows.tensor_files import read_tensors, write_tensors
 from pyro_graphflows.transforms.solver import Solver
 
@@ -45,6 +45,7 @@ CLASSES = (
         NormalFactor,
     ),
     *(Plan, PlateState, PoolMember, SiteForm, Solver, Summary),
+    *(Attribute, LoopRow, Outside),
 )
 
 

@@ -39,11 +39,14 @@ from pyro_graphflows.guides.orders import Inverse
 from pyro_graphflows.guides.plan import Description, Plan
 from pyro_graphflows.guides.samples import Samples
 from pyro_graphflows.guides.sites import LatentSite, is_constant
-from pyro_graphflows.guides.start import start_at_, start_block_
+from pyro_graphflows.guides.start import Start, start_at_, start_block_, whiten_block_
+from pyro_graphflows.inspect import kept_random_state
 
 __all__ = ["AutoFaithfulGuide", "auto_faithful_guide", "load_guide"]
 
 Emit = Callable[..., Tensor]
+
+NUM_START_DRAWS = 20  # of the guide at set-up, which say how large its inputs are
 
 
 class AutoFaithfulGuide(AutoGuide):
@@ -68,6 +71,7 @@ class AutoFaithfulGuide(AutoGuide):
         coupled_rank: The rank of the dependence of copies that are drawn jointly.
         enumerate_sites: Discrete sites that are marked for ``TraceEnum_ELBO``.
         init_values: Values at which single sites start.
+        setup_seed: The seed of everything random at set-up; the caller's random state is neither used nor advanced.
         optional: Sites that have data in some calls, in the order in which they are sampled where they have none.
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
             that returns plates that exist already, for subsampling.
@@ -102,6 +106,7 @@ class AutoFaithfulGuide(AutoGuide):
         coupled_rank: int | None = None,
         enumerate_sites: bool | Collection[str] = False,
         init_values: Mapping[str, Tensor] = MappingProxyType({}),
+        setup_seed: int = 0,
         optional: Sequence[str] = (),
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
@@ -119,9 +124,11 @@ class AutoFaithfulGuide(AutoGuide):
             coupled_rank=coupled_rank,
             enumerate_sites=enumerate_sites,
             init_values=dict(init_values),
+            setup_seed=setup_seed,
             optional=optional,
         )
         self._plan: Plan | None = None
+        self._notes: tuple[str, ...] = ()
         self._start_notes: tuple[str, ...] = ()
         self._served: set[frozenset[str]] = {frozenset()}
         self._sites: dict[str, LatentSite]
@@ -149,7 +156,7 @@ class AutoFaithfulGuide(AutoGuide):
                 guide. The message names them, and what to do.
         """
         options = self._options
-        with poutine.block():
+        with poutine.block(), kept_random_state():
             compiled = compile_guide(self.model, args, kwargs, options)
             samples = Samples.for_plan(
                 compiled.draws,
@@ -158,37 +165,64 @@ class AutoFaithfulGuide(AutoGuide):
                 standardize=options.standardize,
                 num_rows=options.num_rows,
             )
-            blocks, notes = self._make_blocks(compiled, samples)
-        self._plan, self._sites, self._reader = compiled.plan, compiled.sites, compiled.reader
-        self._plate_states = compiled.plates
-        self._start_notes = tuple(notes)
-        self.blocks = nn.ModuleList(blocks)
-        self.prototype_trace = compiled.traced.trace
-        self._prototype_frames = {
-            frame.name: frame
-            for name in compiled.sites
-            for frame in compiled.traced.trace.nodes[name]["cond_indep_stack"]
-            if frame.vectorized
-        }
+            blocks, starts = self._make_blocks(compiled, samples)
+            self._plan, self._sites, self._reader = compiled.plan, compiled.sites, compiled.reader
+            self._plate_states = compiled.plates
+            self._notes = () if samples.note is None else (samples.note,)
+            self._start_notes = tuple(note for start in starts for note in start.notes)
+            self.blocks = nn.ModuleList(blocks)
+            self.prototype_trace = compiled.traced.trace
+            self._prototype_frames = {
+                frame.name: frame
+                for name in compiled.sites
+                for frame in compiled.traced.trace.nodes[name]["cond_indep_stack"]
+                if frame.vectorized
+            }
+            self._whiten_blocks(starts, args, kwargs)
         if compiled.plan.inputs.missing:
             warnings.warn("\n".join(compiled.plan.inputs.missing), GraphflowsWarning, stacklevel=2)
         if self.master is not None:
             self.master()._check_prototype(prune_subsample_sites(self.prototype_trace))
         return self
 
-    def _make_blocks(self, compiled: Compiled, samples: Samples) -> tuple[list[GuideBlock], list[str]]:
-        """Return the blocks at their starts, and notes on these."""
+    def _make_blocks(self, compiled: Compiled, samples: Samples) -> tuple[list[GuideBlock], list[Start]]:
+        """Return the blocks at their starts, and how these are."""
         options = self._options
-        notes = [] if samples.note is None else [samples.note]
+        starts = []
         further = {"element_parents": compiled.element_parents, "factors": options.factor_classes()}
         blocks = []
         for plan in compiled.plan.blocks:
             inputs, of_block = make_inputs(plan, samples, options.deepset or DeepSet())
             block = GuideBlock.make(plan, compiled.families[plan.sites[0]], inputs, of_block, further)
-            notes += start_block_(block, of_block, regression=options.init == "regression")
-            notes += start_at_(block, of_block, options.init_values, compiled.plan.changing)
+            start = start_block_(block, of_block, regression=options.init == "regression")
+            given = start_at_(block, of_block, options.init_values, compiled.plan.changing)
+            starts.append(replace(start, notes=(*start.notes, *given)))
             blocks.append(block)
-        return blocks, notes
+        return blocks, starts
+
+    @torch.no_grad()
+    def _whiten_blocks(self, starts: Sequence[Start], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Find the coordinates in which the blocks are trained, from joint samples and the data of set-up."""
+        chosen = [
+            (block, s.moments) for block, s in zip(self.blocks, starts, strict=True) if s.moments is not None
+        ]
+        call: Call | None = None
+        draws: list[dict[str, Tensor]] = []
+        if chosen:
+            try:
+                call = self._read(args, kwargs, None)
+                draws = [self._flat_draw(args, kwargs) for _ in range(NUM_START_DRAWS)]
+            except GraphflowsError:  # set up without data: the call that needs them says so
+                call = None
+        for block, moments in chosen:
+            assert isinstance(block, GuideBlock)
+            whiten_block_(block, moments, call, draws)
+
+    def _flat_draw(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        """Return a draw as flat unconstrained vectors."""
+        flat: dict[str, Tensor] = {}
+        self._run(args, kwargs, None, _draw, flat)
+        return flat
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         self.setup(*args, **kwargs)
@@ -228,9 +262,14 @@ class AutoFaithfulGuide(AutoGuide):
         """The graph that was read from the model: of sites, or of elements with ``resolution="element"``."""
         return self.inverse.graph
 
-    def describe(self) -> Description:
-        """Return the plan in words: what each latent site is conditioned on, and what is not faithful."""
-        return self.plan.describe(self._start_notes)
+    def describe(self, *, verbose: bool = False) -> Description:
+        """Return the plan in words: what each latent site is conditioned on, and what is not faithful.
+
+        Args:
+            verbose: Whether to add how the networks start, with figures of joint samples. All else follows from the
+                model and the call.
+        """
+        return self.plan.describe((*self._notes, *(self._start_notes if verbose else ())))
 
     # ---------------------------------------------------------------- a call
 
@@ -264,12 +303,13 @@ class AutoFaithfulGuide(AutoGuide):
         kwargs: dict[str, Any],
         observations: Mapping[str, Tensor] | None,
         emit: Emit,
+        unconstrained: dict[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """Read a call, and emit every latent site."""
+        """Read a call, and emit every latent site; ``unconstrained`` is filled with the flat vectors of its values."""
         plan = self.plan
         call = self._read(args, kwargs, observations)
         values: dict[str, Tensor] = {}
-        unconstrained: dict[str, Tensor] = {}
+        unconstrained = {} if unconstrained is None else unconstrained
         blocks: Any = self.blocks  # once: each look-up shows all parameters to Pyro
         for block, block_plan in zip(blocks, plan.blocks, strict=True):
             conditionals = block.begin(call, unconstrained)
@@ -655,7 +695,7 @@ class AutoFaithfulGuide(AutoGuide):
             "reader": self._reader.to_plain(),
             "plates": {name: replace(state, indices=None) for name, state in self._plate_states.items()},
             "frames": tuple((each.name, each.dim, each.size, each.full_size) for each in frames),
-            "notes": self._start_notes,
+            "notes": (self._notes, self._start_notes),
             "blocks": tuple(block.to_plain() for block in blocks),
         }
         write_guide(path, self.model, contents, self.state_dict())
@@ -670,7 +710,7 @@ class AutoFaithfulGuide(AutoGuide):
         self._reader = CallReader.from_plain(contents["reader"], device)
         self._plate_states = contents["plates"]
         self._reader.remember(self._plate_states, {name: site.support for name, site in self._sites.items()})
-        self._start_notes = contents["notes"]
+        self._notes, self._start_notes = contents["notes"]
         self._prototype_frames = {
             name: CondIndepStackFrame(name, dim, size, 0, full_size)
             for name, dim, size, full_size in contents["frames"]
@@ -736,6 +776,7 @@ def auto_faithful_guide(
     coupled_rank: int | None = None,
     enumerate_sites: bool | Collection[str] = False,
     init_values: Mapping[str, Tensor] = MappingProxyType({}),
+    setup_seed: int = 0,
     optional: Sequence[str] = (),
     create_plates: Callable[..., Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
@@ -787,6 +828,9 @@ def auto_faithful_guide(
         init_values: For single continuous sites, the value at which training starts, of a shape that broadcasts to that
             of the site: the site's conditional is centred there, a tenth as wide as its prior, whatever the data are.
             Elements of a plate may differ at sites with per-element parameters.
+        setup_seed: The seed of everything that is random at set-up: joint samples, and with them the order, the start
+            and the features, and the weights of the networks. Guides of the same model and call are equal whatever the
+            caller's random state, which is not advanced; for other initial weights, take another seed.
         optional: Sites that have data in some calls and none in others, as labels have: latent where they have none,
             conditioned on where they have, by the same networks (Kingma et al. 2014, Semi-supervised Learning with
             Deep Generative Models). They are sampled first, in this order. Each call returns the sites that are latent
@@ -831,6 +875,7 @@ def auto_faithful_guide(
         coupled_rank=coupled_rank,
         enumerate_sites=enumerate_sites,
         init_values=init_values,
+        setup_seed=setup_seed,
         optional=optional,
         create_plates=create_plates,
     )
@@ -886,6 +931,12 @@ def load_guide(
     guide = AutoFaithfulGuide(model, create_plates=create_plates, **options)
     guide._restore(contents, state, device)
     return guide
+
+
+def _draw(name: str, fn: dist.TorchDistribution, **infer: Any) -> Tensor:
+    """Draw from a distribution, outside of Pyro's handlers."""
+    value: Tensor = fn.sample()
+    return value
 
 
 def _centre(name: str, fn: Any, **_: Any) -> Tensor:

@@ -67,6 +67,7 @@ from pyro_graphflows.guides.plan import BlockPlan
 from pyro_graphflows.guides.samples import MOST_ROWS, ModelDraws, side_by_side
 from pyro_graphflows.guides.sites import LatentSite
 from pyro_graphflows.inspect import TracedModel, get_argument, nested_by_index, with_nested_plates
+from pyro_graphflows.inspect.probes import with_loop_plates
 from pyro_graphflows.regression import Moments, in_float64, location_and_scale, square_root
 
 __all__ = [
@@ -81,6 +82,7 @@ __all__ = [
     "order_for_discrete_sites",
     "order_for_supports",
     "outer_sites_first",
+    "outside_of_loops",
     "require_outer_sites_first",
     "resolve_inverse",
     "sites_to_enumerate",
@@ -220,7 +222,7 @@ def find_inverse(
     """
     if elements:
         return _invert_elements(traced, option)
-    graph = traced.graph
+    graph = with_loop_plates(traced.graph, traced.loops)
     nested = nested_by_index(model, args, kwargs, traced=traced)
     if not nested:
         return FoundInverse(traced, resolve_inverse(graph, option))
@@ -261,6 +263,28 @@ def _index_arguments(
                     found[inner, outer] = name
                     break
     return found
+
+
+def outside_of_loops(inverse: InverseGraph, graph: ModelGraph) -> InverseGraph:
+    """Return an inverse in the plates of the model, without those around the iterations of subsampled loops.
+
+    How a parent enters is kept: what is in a loop is not there for sites outside of its iteration.
+
+    Args:
+        inverse: An inverse in the plates of :func:`~pyro_graphflows.inspect.probes.with_loop_plates`.
+        graph: The model graph.
+    """
+    coupled = {
+        site: [p for p in plates if p in graph.plates[site]] for site, plates in inverse.coupled.items()
+    }
+    return InverseGraph(
+        graph,
+        inverse.parents,
+        order=inverse.order,
+        sampling_order=inverse.sampling_order,
+        coupled={site: plates for site, plates in coupled.items() if plates},
+        how=inverse.how,
+    )
 
 
 # ---------------------------------------------------------------- elements

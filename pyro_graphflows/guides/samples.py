@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_graphflows.errors import UnsupportedModelError
-from pyro_graphflows.guides.call import PlateState, input_rows, plates_of
+from pyro_graphflows.guides.call import PlateState, argument_in_trace, input_rows, plates_of
 from pyro_graphflows.guides.plan import BlockPlan, Plan
 from pyro_graphflows.guides.sites import InputEncodings, LatentSite, flatten_event
 from pyro_graphflows.inspect import (
@@ -25,8 +25,10 @@ from pyro_graphflows.inspect import (
     TracedModel,
     find_batching,
     get_argument,
+    same_tensor,
     sample_prior,
 )
+from pyro_graphflows.inspect.arguments import argument_leaves, replaced_arguments
 
 __all__ = ["MOST_ROWS", "ModelDraws", "Samples", "side_by_side", "with_depth"]
 
@@ -34,6 +36,8 @@ MOST_ROWS = 200_000  # in the block with the most elements, for a joint sample
 MOST_POOLED_ROWS = 500_000  # the same where plates are pooled: a whole data set is one sample
 MOST_NUMBERS = 20_000_000  # in all joint samples together, as the data of one can be many
 FEWEST_DRAWS = 200  # even so
+MOST_BATCHES = 32  # of the rows of subsampled plates
+FEWEST_OF_A_BATCH = 10  # joint samples; with fewer there is one batch
 MOST_SINGLE_RUNS = 1000  # where the model takes one run for each joint sample
 
 
@@ -77,7 +81,8 @@ class ModelDraws:
 
     def argument(self, name: str) -> Tensor:
         """Return the value of an input, row for row of the plates of the call."""
-        value = get_argument(self.model, self.traced.argument_paths[name], self.args, self.kwargs)
+        path = self.traced.argument_paths[name]
+        value = argument_in_trace(self.model, path, self.args, self.kwargs, self.traced.trace)
         return input_rows(self.traced, name, value, self._plates)
 
     def data(self, name: str) -> Tensor:
@@ -93,6 +98,81 @@ class ModelDraws:
             return value
         nodes: Any = self.traced.trace.nodes
         return self.encodings.masked_value(name, value, nodes[name]["mask"])
+
+    def _draw(self, num_samples: int, batching: Batching) -> dict[str, Tensor]:
+        """Return joint samples; of plates whose rows the model takes from full data, of many batches of rows."""
+        batches = self._batches()
+        each = -(-num_samples // len(batches)) if batches else num_samples
+        if each < FEWEST_OF_A_BATCH or not batches:
+            return sample_prior(
+                *(self.model, self.args, self.kwargs),
+                num_samples=num_samples,
+                traced=self.traced,
+                batching=batching,
+            )
+        parts: dict[str, list[Tensor]] = {}
+        for indices in batches:
+            args, kwargs = self._with_rows(indices)
+            drawn = sample_prior(
+                *(self.model, args, kwargs),
+                num_samples=each,
+                traced=self.traced,
+                batching=batching,
+                indices=indices,
+            )
+            plates = {
+                name: replace(plate, indices=indices.get(name, plate.indices))
+                for name, plate in self._plates.items()
+            }
+            for name in self.traced.graph.inputs:
+                value = get_argument(self.model, self.traced.argument_paths[name], args, kwargs)
+                value = self.encodings.input_value(name, input_rows(self.traced, name, value, plates))
+                drawn[name] = value.expand(each, *value.shape)
+            for name, value in drawn.items():
+                parts.setdefault(name, []).append(value)
+        mixed = torch.randperm(each * len(batches))[:num_samples]
+        return {name: torch.cat(values)[mixed.to(values[0].device)] for name, values in parts.items()}
+
+    def _batches(self) -> list[dict[str, Tensor]]:
+        """Return indices of many batches of the subsampled plates, that at set-up among them; none where no rows vary.
+
+        One batch may hold few values of a covariate, or one; the full data are there to see more.
+        """
+        nodes: Any = self.traced.trace.nodes
+        partial = {name: plate for name, plate in self._plates.items() if plate.subsampled}
+        taken = {plate for rows in self.traced.taken.values() for plate in rows.values()}
+        rows = {
+            name: plate.indices
+            for name, plate in partial.items()
+            if name in taken and plate.indices is not None
+        }
+        can_vary = all(
+            nodes[name]["fn"].subsample_size or self._indices_argument(name) is not None for name in partial
+        )
+        if not rows or not can_vary or self.traced.loops or self.traced.index_inputs or self.encodings.partly:
+            return []
+        number = min(MOST_BATCHES, max(-(-partial[name].full_size // partial[name].size) for name in rows))
+        batches = [rows]
+        for _ in range(number - 1):
+            batches.append(
+                {
+                    name: torch.randperm(partial[name].full_size)[: partial[name].size].to(indices)
+                    for name, indices in rows.items()
+                }
+            )
+        return batches
+
+    def _indices_argument(self, plate: str) -> Tensor | None:
+        """Return the argument that holds the indices of a plate."""
+        nodes: Any = self.traced.trace.nodes
+        leaves = argument_leaves(self.model, self.args, self.kwargs).values()
+        return next((leaf for leaf in leaves if same_tensor(leaf, nodes[plate]["value"])), None)
+
+    def _with_rows(self, indices: Mapping[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of the call with other indices where the caller gave some."""
+        given = {name: self._indices_argument(name) for name in indices}
+        replaced = {id(leaf): indices[name] for name, leaf in given.items() if leaf is not None}
+        return replaced_arguments(self.args, self.kwargs, replaced)
 
     @property
     def note(self) -> str | None:
@@ -126,14 +206,15 @@ class ModelDraws:
         if self._batching.way == "single":
             num_samples = min(num_samples, MOST_SINGLE_RUNS)
         if num_samples > self._num_kept:
-            samples = sample_prior(
-                model,
-                self.args,
-                self.kwargs,
-                num_samples=num_samples,
-                traced=traced,
-                batching=self._batching,
-            )
+            if latents_only:
+                samples = sample_prior(
+                    *(model, self.args, self.kwargs),
+                    num_samples=num_samples,
+                    traced=traced,
+                    batching=self._batching,
+                )
+            else:
+                samples = self._draw(num_samples, self._batching)
             if keep:
                 self._kept, self._num_kept = samples, num_samples
         samples = {name: value[:num_samples] for name, value in samples.items()}

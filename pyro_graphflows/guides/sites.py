@@ -369,6 +369,8 @@ def input_encodings(
     patterns, gappy = set(), {}
     for name in traced.graph.inputs:
         value = get_argument(model, paths[name], args, kwargs)
+        if value is None:  # the row of a loop
+            continue
         has_gaps = value.is_floating_point() and not value.is_meta and bool(torch.isnan(value).any())
         if partly and (paths[name] in of_partly or has_gaps):
             patterns.add(name)

@@ -9,6 +9,7 @@ Sites whose elements have maps of their own get one regression for each index of
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,14 +17,14 @@ from torch.distributions import biject_to
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.block import GuideBlock
-from pyro_graphflows.guides.call import PlateState
+from pyro_graphflows.guides.call import Call, PlateState
 from pyro_graphflows.guides.conditionals.contract import Conditionals, LinearConditional
 from pyro_graphflows.guides.features import concatenate
 from pyro_graphflows.guides.samples import Samples
 from pyro_graphflows.guides.sites import LatentSite
 from pyro_graphflows.regression import WINSOR, Moments, in_float64, location_and_scale
 
-__all__ = ["conditionals_loss", "regress_", "start_at_", "start_block_"]
+__all__ = ["Start", "conditionals_loss", "regress_", "start_at_", "start_block_", "whiten_block_"]
 
 TIE = 0.01  # nats by which the regression start may seem worse; without parents both starts are alike
 ELEMENT_SCALE = 0.1  # sites with per-element parameters start at their prior, this much narrower
@@ -34,7 +35,20 @@ ROWS_PER_WEIGHT = 20  # with fewer joint samples of an index for each weight its
 MOST_INDICES = 2000
 
 
-def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> list[str]:
+@dataclass(frozen=True)
+class Start:
+    """How a block was started.
+
+    Attributes:
+        notes: Notes for the user.
+        moments: The second moments of its inputs in joint samples; None where nothing was standardised.
+    """
+
+    notes: tuple[str, ...] = ()
+    moments: Tensor | None = None
+
+
+def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> Start:
     """Give a block its starting values.
 
     Args:
@@ -43,11 +57,12 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> li
         regression: Whether to start by regression.
 
     Returns:
-        Notes for the user.
+        Notes for the user, and what whiteners are found from.
     """
     conditionals, plan = block.conditionals, block.plan
     notes: list[str] = []
     kept = False
+    moments: Tensor | None = None
     if samples.rows is not None:
         latents = {site: samples.rows[site] for site in plan.sites}
         for site, values in latents.items():
@@ -58,6 +73,10 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> li
             features = block.inputs.features(concatenate([samples.rows[n] for n in block.inputs.names]))
             finite = torch.isfinite(torch.cat([features, *latents.values()], -1)).all(-1)
             features = features[finite] if features.shape[-1] else features
+            if samples.standardize:
+                moments = _input_moments(block, features, {n: v[finite] for n, v in latents.items()})
+            # A regression on learned features would be another one as soon as these are trained.
+            features = torch.where(block.inputs.learned, torch.zeros(()).to(features), features)
             note = _regress_if_better_(conditionals, features, {n: v[finite] for n, v in latents.items()})
             kept = note is None
             notes += [] if note is None else [note]
@@ -72,7 +91,30 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> li
         conditionals.start_couplings_(samples.plates)
     if regression:
         conditionals.narrow_elements_(ELEMENT_SCALE)
-    return notes
+    return Start(tuple(notes), moments)
+
+
+def whiten_block_(
+    block: GuideBlock, moments: Tensor, call: Call | None, draws: Sequence[Mapping[str, Tensor]]
+) -> None:
+    """Let trained weights act on whitened inputs.
+
+    Inputs are whitened by the sum of their second moments in joint samples of the model and in the guide's own draws
+    given the data of set-up, since these may be far out in directions in which joint samples hardly vary.
+
+    Args:
+        block: The block.
+        moments: The second moments of its inputs in joint samples.
+        call: The call of set-up; None if it cannot be read.
+        draws: The guide's draws for it: flat vectors by site.
+    """
+    for draw in draws if call is not None else ():
+        features = block.inputs(call, draw)
+        moments = moments + _input_moments(block, features, {s: draw[s] for s in block.plan.sites}) / len(
+            draws
+        )
+    if bool(torch.isfinite(moments).all()):
+        block.conditionals.whiten_(moments)
 
 
 def start_at_(
@@ -168,6 +210,32 @@ def _regress_if_better_(conditionals: Conditionals, context: Tensor, values: dic
         )
     regress_(conditionals, context, values)
     return None
+
+
+def _input_moments(block: GuideBlock, features: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+    """Return the second moments of all inputs of a block.
+
+    Features that are trained themselves are kept apart from each other and from the others: a whitener would make much
+    of what little they move in directions in which they did not vary.
+
+    Args:
+        block: The block; units are used and not changed.
+        features: Features of the context nodes, ``(*batch, num_features)``.
+        values: Unconstrained vectors of the sites, each of shape ``(*batch, size)``.
+    """
+    columns = [in_float64(features)] if features.shape[-1] else []
+    for site in block.plan.sites:
+        shift, scale = block.conditionals.input_units(site)
+        columns.append(in_float64((values[site] - shift) / scale))
+    joint = concatenate(columns)
+    rows = joint.reshape(-1, joint.shape[-1])
+    moments = rows.mT @ rows / len(rows)
+    apart = block.inputs.learned.nonzero()[:, 0]
+    spread = moments.diagonal()[apart]
+    moments[apart] = 0.0
+    moments[:, apart] = 0.0
+    moments[apart, apart] = spread
+    return moments
 
 
 def regress_(conditionals: Conditionals, context: Tensor, values: Mapping[str, Tensor]) -> None:

@@ -28,9 +28,11 @@ from pyro_graphflows.inspect.tracer import Region, in_library, storage_of
 __all__ = [
     "ArgumentPath",
     "Attribute",
+    "LoopRow",
     "Outside",
     "argument_leaves",
     "argument_name",
+    "fields_of",
     "get_argument",
     "get_arguments",
     "outside_tensors",
@@ -67,6 +69,19 @@ class Outside:
     """A key of a path: a variable that a function or a callable object uses without being given it."""
 
     name: str
+
+
+@dataclass(frozen=True)
+class LoopRow:
+    """A key of a path: the row, or the column, that one iteration of a subsampled plate is about."""
+
+    plate: str
+    position: int
+    column: bool = False
+
+    def of(self, value: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Return that row, given the indices of the plate."""
+        return value[..., int(indices[self.position])] if self.column else value[int(indices[self.position])]
 
 
 def signature_of(model: Callable) -> inspect.Signature:
@@ -165,7 +180,7 @@ def _is_numeric_array(value: Any) -> bool:
 
 
 def _array_as_tensor(array: np.ndarray) -> torch.Tensor:
-    tensor = torch.as_tensor(array)
+    tensor = torch.as_tensor(array if array.flags.writeable else array.copy())
     return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
 
 
@@ -179,7 +194,9 @@ def argument_name(path: ArgumentPath) -> str:
     first, *rest = (key.name if isinstance(key, Outside) else key for key in path)
     written = str(first)
     for original, key in zip(path[1:], rest, strict=True):
-        if isinstance(original, Attribute | Outside):
+        if isinstance(original, LoopRow):
+            written += f"[{original.plate} {original.position}]"
+        elif isinstance(original, Attribute | Outside):
             written += f".{original.name}"
         else:
             written += f"[{key!r}]"
@@ -190,7 +207,7 @@ def _is_table(value: Any) -> bool:
     return type(value).__module__.split(".")[0] in TABLES
 
 
-def _fields(value: Any) -> list[tuple[Hashable, Any]] | None:
+def fields_of(value: Any) -> list[tuple[Hashable, Any]] | None:
     """Return keys and values inside a container or an object; None for what is not followed."""
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return [(Attribute(name), getattr(value, name)) for name in value._fields]
@@ -223,7 +240,7 @@ def _slots(kind: type) -> tuple[str, ...]:
 
 
 def _walk(path: ArgumentPath, value: Any, inside: tuple[int, ...] = ()) -> Iterator[tuple[ArgumentPath, Any]]:
-    fields = None if len(inside) > MOST_DEPTH or id(value) in inside else _fields(value)
+    fields = None if len(inside) > MOST_DEPTH or id(value) in inside else fields_of(value)
     if fields is None:
         yield path, value
         return
@@ -236,40 +253,21 @@ def replaced_arguments(
 ) -> tuple[tuple, dict[str, Any]]:
     """Return copies of arguments with other values in place of some, found by their ``id``.
 
-    Everything else inside is the same object; only containers and objects that hold what is replaced are copied.
+    Containers and objects that hold what is replaced are copied; tensors, arrays, modules and functions never are.
     """
     return _replaced(args, replaced), _replaced(kwargs, replaced)
 
 
-def _replaced(value: Any, replaced: Mapping[int, Any], inside: tuple[int, ...] = ()) -> Any:
-    if id(value) in replaced:
-        return replaced[id(value)]
-    fields = None if len(inside) > MOST_DEPTH or id(value) in inside else _fields(value)
-    if not fields:
+def _replaced(value: Any, replaced: Mapping[int, Any]) -> Any:
+    leaves = [leaf for _, leaf in _walk((), value)]
+    if not any(id(leaf) in replaced for leaf in leaves):
         return value
-    changed: dict[Any, Any] = {}
-    for key, item in fields:
-        other = _replaced(item, replaced, (*inside, id(value)))
-        if other is not item:
-            changed[key] = other
-    if not changed:
-        return value
-    if isinstance(value, tuple):
-        if hasattr(value, "_replace"):
-            return value._replace(**{key.name: item for key, item in changed.items()})
-        return tuple(changed.get(i, item) for i, item in enumerate(value))
-    return _object_with(value, changed)
-
-
-def _object_with(value: Any, changed: Mapping[Any, Any]) -> Any:
-    """Return a shallow copy of a list, a mapping or an object with other items."""
-    new = copy.copy(value)
-    for key, item in changed.items():
-        if isinstance(key, Attribute):
-            object.__setattr__(new, key.name, item)  # frozen dataclasses too
-        else:
-            new[key] = item
-    return new
+    if type(value) in (tuple, list):
+        return type(value)(_replaced(item, replaced) for item in value)
+    if type(value) is dict:
+        return {key: _replaced(item, replaced) for key, item in value.items()}
+    # Objects copy themselves as they know how; what is in the memo counts as copied.
+    return copy.deepcopy(value, {id(leaf): replaced.get(id(leaf), leaf) for leaf in leaves})
 
 
 def with_tensors(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -445,7 +443,7 @@ def not_followed(model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dic
                 kind = f"{type(value).__module__.split('.')[0]}.{type(value).__name__}"
                 found[path] = (
                     f"argument '{written}' is a {kind}, which is not followed; if it holds covariates, pass "
-                    f"{{name: torch.as_tensor({written}[name].to_numpy()) for name in {written}}}"
+                    f"{{name: torch.tensor({written}[name].to_numpy()) for name in {written}}}"
                 )
     return found
 

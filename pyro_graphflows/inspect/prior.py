@@ -18,6 +18,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import pyro
@@ -60,6 +61,7 @@ def sample_prior(
     vectorize: bool = True,
     traced: TracedModel | None = None,
     batching: Batching | None = None,
+    indices: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Draw joint samples of all latent and observed sites of the unconditioned model.
 
@@ -72,6 +74,7 @@ def sample_prior(
         vectorize: Whether to draw them all in one run where the model allows it.
         traced: The model as traced with these arguments, if that is at hand.
         batching: What :func:`find_batching` says, if that is at hand.
+        indices: The indices of plates, as many as in ``traced``; those of ``traced`` where nothing is said.
 
     Returns:
         For each latent, marginalised and observed site, samples of shape (num_samples, *batch shape, *event
@@ -98,7 +101,7 @@ def sample_prior(
     traced = trace_model(model, args, kwargs, strict=False) if traced is None else traced
     _require_generative(traced)
     sites = _sites(traced)
-    unconditioned = _unconditioned(model, traced)
+    unconditioned = _unconditioned(model, traced, indices or {})
     nesting = _nesting(sites)
     with kept_buffers(model):
         if batching is None and vectorize and num_samples > 1:
@@ -169,12 +172,14 @@ def _sites(traced: TracedModel) -> dict[str, Any]:
     }
 
 
-def _unconditioned(model: Callable, traced: TracedModel) -> Callable:
+def _unconditioned(
+    model: Callable, traced: TracedModel, indices: Mapping[str, torch.Tensor] = MappingProxyType({})
+) -> Callable:
     """Return the model without its observations, with the rows that its plates had when it was traced."""
     subsamples = Trace()
     for name, node in traced.trace.nodes.items():
         if node["type"] == "sample" and site_is_subsample(node):
-            subsamples.add_node(name, **node)
+            subsamples.add_node(name, **{**node, "value": indices.get(name, node["value"])})
     return pyro.poutine.replay(pyro.poutine.uncondition(model), trace=subsamples)
 
 

@@ -63,6 +63,7 @@ __all__ = [
     "nested_by_index",
     "non_exchangeable_plates",
     "require_followed",
+    "with_loop_plates",
     "with_nested_plates",
 ]
 
@@ -243,12 +244,12 @@ class Rerun:
         Raises:
             RerunError: If the model does not run at these values. The message has the model's own.
         """
-        args, kwargs = self.args, self.kwargs
-        handlers: list[Any] = [GivenValues({**self.subsamples, **values}, stir=stir)]
-        if replaced:
-            args, kwargs = replaced_arguments(args, kwargs, replaced)
-            handlers.append(_Replaced(replaced))
         try:
+            args, kwargs = self.args, self.kwargs
+            handlers: list[Any] = [GivenValues({**self.subsamples, **values}, stir=stir)]
+            if replaced:
+                args, kwargs = replaced_arguments(args, kwargs, replaced)
+                handlers.append(_Replaced(replaced))
             with quiet_run(self.model), torch.set_grad_enabled(gradients):
                 torch.manual_seed(seed)
                 return run_model(self.model, args, kwargs, *handlers)
@@ -407,6 +408,7 @@ class Validation:
         }
         tensors = self.rerun.leaves()
         paths = {name: self.rerun.traced.argument_paths[name] for name in self.rerun.graph.inputs}
+        paths = {name: path for name, path in paths.items() if path in tensors}  # not rows of loops
         inputs = {
             str(name): tensors[path].detach().clone().requires_grad_()
             for name, path in paths.items()
@@ -677,6 +679,8 @@ class _LookUps:
         values = self.rerun.values
         if not all(n in values and differentiable(values[n]) for n in moving):
             return None
+        if self._is_chosen_by_latents(moving):
+            return None
         first = self._groups(values, moving, children, inner, outer)
         if first is None:
             return None
@@ -694,13 +698,23 @@ class _LookUps:
         return torch.stack(flat).amax(0)
 
     def _other_values(self) -> dict[str, torch.Tensor]:
+        """Return other values of the latent sites; of those with few classes, the next class everywhere."""
         values = dict(self.rerun.values)
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(1)
             for name, site in self.rerun.sites.items():
                 if name in values and self.graph.role(name) in ("latent", "marginalised"):
-                    values[name] = torch.as_tensor(site["fn"]()).detach()
+                    fn = site["fn"]
+                    if fn.support.is_discrete and fn.has_enumerate_support:
+                        values[name] = _next_class(fn, values[name])
+                    else:
+                        values[name] = torch.as_tensor(fn()).detach()
         return values
+
+    def _is_chosen_by_latents(self, moving: Iterable[str]) -> bool:
+        """Whether what is looked up depends on latent values: what an index is decides, and draws may only confirm."""
+        hidden = {n for n in self.graph.nodes if self.graph.role(n) in ("latent", "marginalised")}
+        return any(self.rerun.traced.selectors.get(name, frozenset()) & hidden for name in moving)
 
     def _groups(
         self,
@@ -753,6 +767,17 @@ class _LookUps:
         return torch.where(mask, other, value)
 
 
+def _next_class(fn: Any, value: torch.Tensor) -> torch.Tensor:
+    """Return the class after each value, in the order of the support; after the last one the first."""
+    classes = fn.enumerate_support(expand=False)
+    event_dim = len(fn.event_shape)
+    classes = classes.reshape(len(classes), *classes.shape[classes.dim() - event_dim :])
+    if event_dim:  # one-hot
+        return value.roll(1, -1)
+    place = (value.unsqueeze(-1) == classes).long().argmax(-1)
+    return classes[(place + 1) % len(classes)]
+
+
 def _along(changed: torch.Tensor, dim: int, size: int) -> torch.Tensor:
     """Return whether anything changed at each index of a plate."""
     changed = changed.cpu()
@@ -764,6 +789,31 @@ def _along(changed: torch.Tensor, dim: int, size: int) -> torch.Tensor:
 def _agree(one: torch.Tensor, two: torch.Tensor) -> bool:
     both = (one >= 0) & (two >= 0)
     return torch.equal(one[both], two[both])
+
+
+def with_loop_plates(graph: ModelGraph, loops: Mapping[str, tuple[tuple[str, int], ...]]) -> ModelGraph:
+    """Return the graph with a plate around what is in each iteration of a subsampled loop.
+
+    Like the elements of a subsampled plate, these are not there for sites outside.
+
+    Args:
+        graph: A model graph.
+        loops: For nodes in such loops, names of plates and iterations, outer to inner.
+    """
+    if not loops:
+        return graph
+    plates = {
+        node: (*(f"{name}@{position}" for name, position in loops.get(str(node), ())), *around)
+        for node, around in graph.plates.items()
+    }
+    return ModelGraph(
+        graph.to_networkx(),
+        graph.observed,
+        inputs=graph.inputs,
+        marginalised=graph.marginalised,
+        event_sizes=graph.event_sizes,
+        plates=plates,
+    )
 
 
 def with_nested_plates(graph: ModelGraph, nested: Mapping[str, Iterable[str]]) -> ModelGraph:

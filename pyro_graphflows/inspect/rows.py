@@ -56,27 +56,32 @@ def watch_leaves(
 
 def rows_taken(
     tracker: TaintTracker, leaves: Mapping[ArgumentPath, torch.Tensor]
-) -> dict[ArgumentPath, dict[int, str]]:
+) -> tuple[dict[ArgumentPath, dict[int, str]], dict[ArgumentPath, str]]:
     """Return for tensors of which dimensions the rows of which plates were taken in a run.
 
     Args:
         tracker: What watched the run.
         leaves: The tensors, by path.
 
+    Returns:
+        The first plate by path and dimension; and for tensors with rows of two plates along one dimension, why they
+        cannot be inputs, in words.
+
     Raises:
         UnsupportedModelError: If it is ambiguous: rows of a tensor computed from one with several dimensions of that
-            size, or rows of two plates along one dimension. The message names the tensor.
+            size. The message names the tensor.
     """
     found: dict[ArgumentPath, dict[int, str]] = {}
+    clashes: dict[ArgumentPath, str] = {}
     for use in [*tracker.row_uses, *_read_one_by_one(tracker)]:
         for path, dim in _origins(tracker, leaves, use.tensor, use.dim, use.taint, use.plate):
             before = found.setdefault(path, {}).setdefault(dim, use.plate)
             if before != use.plate:
-                raise UnsupportedModelError(
+                clashes[path] = (
                     f"Expected rows of one plate along each dimension of {argument_name(path)!r}; the model takes "
                     f"those of {before!r} and of {use.plate!r} along dimension {dim}. Pass the tensor twice."
                 )
-    return found
+    return found, clashes
 
 
 def _read_one_by_one(tracker: TaintTracker) -> list[RowUse]:
@@ -200,7 +205,7 @@ def rows_of_run(
             traced = handler(traced)
         with watching(tracker):
             traced(*args, **kwargs)
-    return rows_taken(tracker, {**outside, **leaves})
+    return rows_taken(tracker, {**outside, **leaves})[0]
 
 
 def take_rows(

@@ -25,6 +25,7 @@ from pyro_graphflows.graphs.model_graph import ModelGraph, Node
 from pyro_graphflows.inspect.arguments import (
     Alignment,
     ArgumentPath,
+    LoopRow,
     alignment_of,
     argument_leaves,
     argument_name,
@@ -33,6 +34,7 @@ from pyro_graphflows.inspect.arguments import (
     part_of,
     with_tensors,
 )
+from pyro_graphflows.inspect.randomness import kept_random_state
 from pyro_graphflows.inspect.rows import PlateWatch, rows_taken, watch_leaves
 from pyro_graphflows.inspect.tracer import (
     Escape,
@@ -51,6 +53,7 @@ __all__ = [
     "is_transparent",
     "kept_buffers",
     "quiet_run",
+    "rows_of_plates",
     "run_model",
     "trace_once",
     "undressed",
@@ -124,6 +127,7 @@ class TracedModel:
         places: For inputs whose dimensions are not where their plates are, pairs of both; see
             :func:`~pyro_graphflows.inspect.rows.arranged`.
         selectors: For sites, the sites by whose values entries of theirs are chosen.
+        loops: For sites and inputs inside subsampled plates that are Python loops: which plates, and which iteration.
         converted: Whether tensors were given in the place of NumPy arrays.
     """
 
@@ -143,11 +147,27 @@ class TracedModel:
     taken: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     places: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
     selectors: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    loops: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
     converted: bool = False
 
 
-def trace_once(model: Callable, args: tuple, kwargs: dict[str, Any], *, strict: bool) -> TracedModel:
-    """Run a model inside the tracer and assemble what it shows."""
+def trace_once(
+    model: Callable,
+    args: tuple,
+    kwargs: dict[str, Any],
+    *,
+    strict: bool,
+    indices: Mapping[str, torch.Tensor] | None = None,
+) -> TracedModel:
+    """Run a model inside the tracer and assemble what it shows.
+
+    Args:
+        model: A Pyro model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        strict: Whether to raise where a random value cannot be followed.
+        indices: The indices of subsampled plates, where they are not to be drawn.
+    """
     given, converted = (args, kwargs), False
     argument_leaves(model, args, kwargs)  # refuses arguments that do not fit
     if any("NumPy" in what for what in not_followed(model, args, kwargs).values()):
@@ -165,7 +185,7 @@ def trace_once(model: Callable, args: tuple, kwargs: dict[str, Any], *, strict: 
     with quiet_run(model), warnings.catch_warnings():
         if converted:
             warnings.filterwarnings("ignore", "To copy construct from a tensor")
-        trace = run_model(model, *given, recorder, watching(tracker))
+        trace = run_model(model, *given, recorder, _GivenRows(indices or {}), watching(tracker))
     for name, value in recorder.data.items():
         trace.nodes[name]["value"] = value
     return _Assembly(recorder, trace, leaves, outside, strict).finish(converted)
@@ -207,6 +227,15 @@ def vectorized_plates(msg: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(sorted(frames, key=lambda frame: frame.dim))
 
 
+def subsampled_loops(msg: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
+    """Return the subsampled plates that are Python loops around a site, and the iterations that it is in."""
+    return tuple(
+        (frame.name, (frame.counter - 1) % frame.size)
+        for frame in reversed(msg["cond_indep_stack"])
+        if not frame.vectorized and frame.full_size is not None and frame.size < frame.full_size
+    )
+
+
 def _module_of(model: Callable) -> torch.nn.Module | None:
     inner = inspect.unwrap(model)  # poutine.condition(module, ...) and the like
     owner = getattr(inner, "__self__", inner)
@@ -235,15 +264,36 @@ def quiet_run(model: Callable) -> Iterator[None]:
     The random state, gradients, Pyro's handlers outside and the buffers of the model are as before; parameters
     that the model creates stay.
     """
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with (
         kept_buffers(model),
-        torch.random.fork_rng(devices=devices),
+        kept_random_state(),
         torch.no_grad(),
         pyro.poutine.block(),
         pyro.validation_enabled(False),
     ):
         yield
+
+
+class _GivenRows(Messenger):
+    """Gives plates their indices."""
+
+    def __init__(self, indices: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.indices = indices
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["name"] in self.indices and msg["value"] is None:
+            msg["value"] = self.indices[msg["name"]].clone()
+
+
+def rows_of_plates(trace: Trace) -> dict[str, torch.Tensor]:
+    """Return the indices of the plates of a trace."""
+    nodes = {name: node for name, node in trace.nodes.items() if node["type"] == "sample"}
+    return {
+        name: node["value"]
+        for name, node in nodes.items()
+        if site_is_subsample(node) and isinstance(node["value"], torch.Tensor)
+    }
 
 
 class _ImproperPoint(Messenger):
@@ -285,6 +335,7 @@ class SiteRecord:
     region: Region | None
     value_id: int
     plates: tuple[Any, ...]
+    loops: tuple[tuple[str, int], ...]
     event_size: int
     event_shape: torch.Size
     batch_shape: torch.Size
@@ -362,6 +413,7 @@ class Recorder(PlateWatch):
                 region=region,
                 value_id=id(value),
                 plates=vectorized_plates(msg),
+                loops=subsampled_loops(msg),
                 event_size=1 if factor else max(1, torch.Size(fn.event_shape).numel()),
                 event_shape=fn.event_shape,
                 batch_shape=fn.batch_shape,
@@ -422,11 +474,12 @@ class _Assembly:
         self.trace, self.strict = trace, strict
         self.notes: list[str] = []
         self.tracker, self.records, self.deltas = recorder.tracker, recorder.records, recorder.deltas
-        self.taken = rows_taken(self.tracker, {**outside, **leaves})
+        self.taken, self.clashes = rows_taken(self.tracker, {**outside, **leaves})
         data = {path: leaf for path, leaf in outside.items() if self._is_data(self.taken.get(path, {}), leaf)}
         self.leaves = {**data, **leaves}
         self.rows: dict[str, dict[int, str]] = {}
         self.places: dict[str, tuple[tuple[int, int], ...]] = {}
+        self.loops = {record.name: record.loops for record in self.records if record.loops}
         records = self.records
         self.site_names = {record.name for record in records}
         self.observed = {record.name for record in records if record.observed}
@@ -463,7 +516,8 @@ class _Assembly:
             if path is not None:
                 argument_paths[record.name] = path
         for name, path in self.input_paths.items():
-            self._note_unmatched(name, self.leaves[path])
+            if path in self.leaves:
+                self._note_unmatched(name, self.leaves[path])
         self._look_for_improper()
         return TracedModel(
             graph=self._graph(),
@@ -471,7 +525,7 @@ class _Assembly:
             argument_paths=argument_paths,
             event_dims={name: alignment.event_dim for name, alignment in self.alignments.items()},
             index_inputs=frozenset(
-                name for name, path in self.input_paths.items() if _is_integer(self.leaves[path])
+                name for name, path in self.input_paths.items() if _is_integer(self._leaf_of(path))
             ),
             without_data=frozenset(self.without_data),
             not_generative=self.not_generative,
@@ -482,6 +536,7 @@ class _Assembly:
             taken={name: self.taken[path] for name, path in self.input_paths.items() if path in self.taken},
             places=self.places,
             selectors=self._selectors(),
+            loops=self.loops,
             converted=converted,
         )
 
@@ -498,6 +553,9 @@ class _Assembly:
             return len(latents) == len(sources)
         return {frame.name for frame in plates} <= {frame.name for site in latents for frame in site.plates}
 
+    def _leaf_of(self, path: ArgumentPath) -> torch.Tensor:
+        return self.leaves[path[:-1] if isinstance(path[-1], LoopRow) else path]
+
     def _selectors(self) -> dict[str, frozenset[str]]:
         """Return for each site the sites by whose values entries of its value are chosen."""
         found: dict[str, set[str]] = {}
@@ -510,6 +568,8 @@ class _Assembly:
 
     def _path_of_value(self, record: SiteRecord) -> ArgumentPath | None:
         """Return where an observed value is among the arguments: a whole one, a row or a column."""
+        if record.loops:
+            return None  # other rows in every call
         if record.value_id in self.by_id:
             return self.by_id[record.value_id]
         if record.region is None or record.name in self.without_data:
@@ -634,7 +694,32 @@ class _Assembly:
                 )
                 continue
             for path in self._leaves_of(source):
-                parents[self._input(path, record)] = None
+                row = self._loop_row(path, source, record)
+                parents[
+                    self._input(path, record) if row is None else self._row_input(path, row, source, record)
+                ] = None
+
+    def _loop_row(self, path: ArgumentPath, source: Any, record: SiteRecord) -> LoopRow | None:
+        """Return which row of a leaf a region is, if it is the one that the iteration of a site is about."""
+        leaf = self.leaves[path]
+        key = part_of(leaf, source) if record.loops and isinstance(source, Region) else None
+        if key is None:
+            return None
+        column = isinstance(key, tuple)
+        index = key[1] if isinstance(key, tuple) else key
+        for plate, position in record.loops:
+            indices = self.tracker.plates.get(plate)
+            if indices is not None and int(indices[position]) == index:
+                return LoopRow(plate, position, column)
+        return None
+
+    def _row_input(self, path: ArgumentPath, row: LoopRow, source: Region, record: SiteRecord) -> str:
+        name = argument_name((*path, row))
+        self.input_paths[name] = (*path, row)
+        self.loops[name] = ((row.plate, row.position),)
+        shape = torch.Size(source.size)
+        self.alignments[name] = alignment_of(shape, {f.dim: (f.name, {f.size}) for f in record.plates})
+        return name
 
     def _is_no_data(self, source: Any) -> bool:
         """Whether a region is no input: it is empty, a constant of the model, or the indices of a plate themselves."""
@@ -653,6 +738,8 @@ class _Assembly:
         return covering(source, [(r.name, r.region) for r in earlier if r.region is not None])
 
     def _input(self, path: ArgumentPath, record: SiteRecord) -> str:
+        if path in self.clashes:
+            raise UnsupportedModelError(self.clashes[path])
         name = argument_name(path)
         while name in self.site_names:
             name += "_"
@@ -721,7 +808,7 @@ class _Assembly:
                     self.not_generative.setdefault(record.name, "its distribution is masked")
                 fn = fn.base_dist
             expected = 1.0
-            for frame in record.plates:
+            for frame in site["cond_indep_stack"]:
                 if frame.size > 0 and frame.full_size is not None:
                     expected *= frame.full_size / frame.size
             if not _equals(site["scale"], expected):

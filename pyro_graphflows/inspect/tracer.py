@@ -234,8 +234,9 @@ class TaintTracker:
 
     def watch_plate(self, name: str, indices: Any) -> None:
         """From here on, see which tensors are indexed by the indices of a plate."""
-        if isinstance(indices, torch.Tensor) and indices.dim() == 1:
-            with self.pause():
+        with self.pause():
+            indices = torch.as_tensor(indices)
+            if indices.dim() == 1:
                 self.plates[name] = indices
                 self.add(indices, self.bit(PlateRows(name)))
 
@@ -253,11 +254,19 @@ class TaintTracker:
         found = []
         for name, indices in self.plates.items():
             storage = storage_of(indices)
-            own = (PlateRows(name), None if storage is None else storage._cdata)
+            own = None if storage is None else storage._cdata
             # an index without sources was made outside of the tensors, from a list or an array
-            known = all(source == own[0] or getattr(source, "storage", -1) == own[1] for source in sources)
+            known = all(
+                _same_indices(self.plates[source.plate], indices)
+                if isinstance(source, PlateRows)
+                else getattr(source, "storage", -1) == own
+                for source in sources
+            )
             if known and _same_indices(flat, indices):
                 found.append(name)
+        if len(found) > 1:  # the plate that the model is in
+            active = {getattr(messenger, "name", None) for messenger in pyro.poutine.runtime._PYRO_STACK}
+            found = [name for name in found if name in active]
         return found[0] if len(found) == 1 else None
 
     def take_rows(self, tensor: torch.Tensor, dim: int, index: torch.Tensor, result: Any) -> None:

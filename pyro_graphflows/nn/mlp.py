@@ -24,8 +24,11 @@ from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.masks import LabelledMasks, SparseMask, allowed_mask, label_masks
 from pyro_graphflows.nn.activations import make_activation
 from pyro_graphflows.nn.masked import MaskedLinear, SparsePattern, fastest_engine
+from pyro_graphflows.nn.natural_units import NaturalUnits
 
 __all__ = ["LevelEvaluation", "MaskedMLP"]
+
+Weights = tuple[Tensor, Tensor | None]  # the entries and the bias of a layer
 
 
 class MaskedMLP(nn.Module):
@@ -56,6 +59,8 @@ class MaskedMLP(nn.Module):
         output_levels: The level at which each output is wanted; as soon as its inputs are known if not given.
         skip: Whether there is a linear map beside the hidden part.
         engine: The engine of the layers, "dense", "sparse" or "auto"; see :class:`MaskedLinear`.
+        natural_units: Whether weights are trained in whitened inputs and units of the outputs
+            (:mod:`~pyro_graphflows.nn.natural_units`). It needs the linear map.
         input_names: Names of the inputs, for messages.
         output_names: Names of the outputs, for messages.
 
@@ -64,6 +69,7 @@ class MaskedMLP(nn.Module):
         skip: The linear map beside the hidden part, or None: a :class:`MaskedLinear` with weights of shape
             (D * num_params, input_dim), row ``k * num_params + p`` for parameter p of output k.
         layers: The layers of the hidden part; the last one has the rows of ``skip``.
+        units: The natural units, or None.
         output_levels: The level of each output.
         outputs_by_level: For each level, its outputs in ascending order.
         inputs_by_level: For each level, its inputs in ascending order.
@@ -95,6 +101,7 @@ class MaskedMLP(nn.Module):
         output_levels: Sequence[int] | None = None,
         skip: bool = True,
         engine: str = "auto",
+        natural_units: bool = False,
         input_names: Sequence[object] | None = None,
         output_names: Sequence[object] | None = None,
     ) -> None:
@@ -136,6 +143,13 @@ class MaskedMLP(nn.Module):
         if hidden or not skip:
             layers.append(layer(last.repeat_rows(num_params), bias=not skip))
         self.layers = nn.ModuleList(layers)
+        self.units = None
+        if natural_units and self.skip is not None:
+            sets = [s for s in dict.fromkeys(self.allowed) if s]
+            number = {s: i for i, s in enumerate(sets)}
+            of_outputs = [number.get(s, -1) for s in self.allowed for _ in range(num_params)]
+            of_units = [number[s] for s in masks.labels[0]] if masks.labels else []
+            self.units = NaturalUnits(self.skip, of_outputs, layers, of_units, list(map(sorted, sets)))
         self._set_cuts(masks, levels, layers)
 
     def _set_cuts(self, masks: LabelledMasks, levels: Sequence[int], layers: Sequence[MaskedLinear]) -> None:
@@ -180,15 +194,68 @@ class MaskedMLP(nn.Module):
         if x.shape[-1] != self.input_dim:
             raise GraphflowsError(f"Expected x.shape[-1] == {self.input_dim}; got {x.shape[-1]}.")
         terms = []
-        if len(self.layers):
+        skip, layers = self.weights()
+        if layers:
             h = x
-            for layer in self.layers[:-1]:
-                h = self.activation(layer(h))
-            terms.append(self.layers[-1](h))
-        if self.skip is not None:
-            terms.append(self.skip(x))
+            for layer, (entries, bias) in zip(self._masked_layers()[:-1], layers[:-1], strict=True):
+                h = self.activation(layer.multiply(entries, h, bias))
+            terms.append(self._masked_layers()[-1].multiply(layers[-1][0], h, layers[-1][1]))
+        if self.skip is not None and skip is not None:
+            terms.append(self.skip.multiply(skip[0], x, skip[1]))
         out: Tensor = sum(terms[1:], terms[0])
         return out.reshape(*x.shape[:-1], len(self.allowed), self.num_params)
+
+    def weights(self) -> tuple[Weights | None, list[Weights]]:
+        """Return the entries and biases of the linear map and of the layers, as an evaluation uses them."""
+        layers = self._masked_layers()
+        if self.units is None or self.skip is None:
+            skip = None if self.skip is None else (self.skip.entries(), self.skip.bias)
+            return skip, [(layer.entries(), layer.bias) for layer in layers]
+        entries = [layer.entries() for layer in layers[1:-1]]
+        if layers:
+            entries = [self.units.hidden(layers[0]), *entries, self.units.last(layers[-1])]
+        biases = [layer.bias for layer in layers]
+        return self.units.linear(self.skip), list(zip(entries, biases, strict=True))
+
+    @torch.no_grad()
+    def whiten_(self, moments: Tensor) -> None:
+        """Train weights in inputs that are whitened within each allowed set, where there are natural units.
+
+        Args:
+            moments: The second moments of the inputs, ``(input_dim, input_dim)``.
+        """
+        if self.units is not None:
+            layers = self._masked_layers()
+            self.units.whiten_(moments, layers[0] if layers else None)
+
+    @torch.no_grad()
+    def set_linear_(self, rows: slice, weights: Tensor, bias: Tensor, unit: Tensor | None = None) -> None:
+        """Let some outputs be a linear map of the inputs; hidden layers keep their units and get zero output.
+
+        Args:
+            rows: The rows of the linear map, as a slice with a start and a stop.
+            weights: Shape ``(rows, input_dim)``; what is off the mask does not matter.
+            bias: Shape ``(rows,)``.
+            unit: The natural units of these outputs, positive, ``(rows,)``; those that they have by default.
+
+        Raises:
+            GraphflowsError: If there is no linear map beside the hidden layers.
+        """
+        if self.skip is None:
+            raise GraphflowsError(
+                "Expected a network with a linear map beside its hidden layers; this one has none (skip=False)."
+            )
+        if self.units is None:
+            self.skip.set_rows_(rows, weights, bias)
+        else:
+            self.units.set_rows_(self.skip, rows, weights, bias)
+            if unit is not None:
+                self.units.unit[rows] = unit.to(self.units.unit)
+        if len(self.layers):
+            self._masked_layers()[-1].set_rows_(rows, 0.0)
+
+    def _masked_layers(self) -> list[MaskedLinear]:
+        return [layer for layer in self.layers if isinstance(layer, MaskedLinear)]
 
     def start(self) -> "LevelEvaluation":
         """Mask the weights and begin an evaluation level by level."""
@@ -210,8 +277,9 @@ class LevelEvaluation:
         self._inputs = Runs()
         self._hidden = [Runs() for _ in list(mlp.layers)[1:]]
         # For each layer, its rows by level.
-        self._layers = [_cut(cut, layer) for cut, layer in zip(mlp._layer_cuts, mlp.layers, strict=True)]
-        self._skip = None if mlp._skip_cut is None else _cut(mlp._skip_cut, mlp.skip)
+        skip, layers = mlp.weights()
+        self._layers = [_cut(cut, weights) for cut, weights in zip(mlp._layer_cuts, layers, strict=True)]
+        self._skip = None if skip is None or mlp._skip_cut is None else _cut(mlp._skip_cut, skip)
 
     @property
     def level(self) -> int:
@@ -355,9 +423,10 @@ class LevelCut(nn.Module):
     ) -> None:
         super().__init__()
         self.rows, self.columns = list(rows), list(columns)
+        self.is_sparse = layer.engine == "sparse"
         self.register_buffer("input_order", _index(input_order), persistent=False)
         self.register_buffer("output_order", _index(output_order), persistent=False)
-        if layer.engine == "sparse":
+        if self.is_sparse:
             mask = layer.sparse_mask()
             row, column = mask.indices.numpy()
             row = _places(output_order, mask.shape[0])[row]
@@ -376,14 +445,12 @@ class LevelCut(nn.Module):
                 part = SparseMask.from_pairs(row[inside] - first, column[inside], (size, width))
                 self.patterns.append(SparsePattern(part))
 
-    def apply_to(self, layer: MaskedLinear) -> list[LevelRows]:
-        """Mask the layer's weights and cut them into the rows of each level."""
-        bias: Tensor | None = layer.bias
+    def apply_to(self, weights: Tensor, bias: Tensor | None) -> list[LevelRows]:
+        """Cut the layer's entries and biases into the rows of each level."""
         if bias is not None and self.output_order is not None:
             bias = bias[self.output_order]
         biases = [None] * len(self.rows) if bias is None else bias.split(self.rows)
-        weights = layer.entries()
-        if layer.engine == "sparse":
+        if self.is_sparse:
             patterns = [pattern for pattern in self.patterns if isinstance(pattern, SparsePattern)]
             values = weights[self.value_order].split([pattern.nnz for pattern in patterns])
             return [LevelRows(v, b, pattern) for v, b, pattern in zip(values, biases, patterns, strict=True)]
@@ -398,10 +465,9 @@ class LevelCut(nn.Module):
         ]
 
 
-def _cut(cut: nn.Module, layer: nn.Module | None) -> list[LevelRows]:
+def _cut(cut: nn.Module, weights: Weights) -> list[LevelRows]:
     assert isinstance(cut, LevelCut)
-    assert isinstance(layer, MaskedLinear)
-    return cut.apply_to(layer)
+    return cut.apply_to(*weights)
 
 
 def _later(known: Sequence[int], wanted: Sequence[int]) -> tuple[int, ...]:

@@ -171,10 +171,19 @@ class FaithfulResidualNN(LinearStartNN):
         engine: ``"auto"``, ``"dense"`` or ``"sparse"``; they give the same numbers.
         solver: How to invert numerically.
 
+    Attributes:
+        loc: The shifts of what the maps give, (D,); see :meth:`standardize_`.
+        scale: Their scales, (D,).
+        input_loc: The shifts of values as parents of others, (D,), which are those of ``loc`` unless
+            :meth:`set_input_units_` says otherwise.
+        input_scale: Their scales, (D,).
+
     Raises:
         GraphflowsError: If an argument is out of range, or ``hidden_dims`` leaves a variable without a unit.
     """
 
+    input_loc: Tensor
+    input_scale: Tensor
     _order: Tensor
     _place: Tensor
 
@@ -248,6 +257,8 @@ class FaithfulResidualNN(LinearStartNN):
         self._level_starts = [sum(map(len, self.levels[:i])) for i in range(len(self.levels) + 1)]
         self._columns: dict[Any, Any] = {}  # index tensors by level and device
         self._ordered = order == list(range(dim))
+        self.register_buffer("input_loc", torch.zeros(dim))
+        self.register_buffer("input_scale", torch.ones(dim))
         self.register_buffer("_order", torch.tensor(order), persistent=False)  # inner number -> position
         self.register_buffer("_place", torch.tensor(place), persistent=False)  # position -> inner number
         self.reset_parameters()
@@ -266,6 +277,34 @@ class FaithfulResidualNN(LinearStartNN):
             parameter.copy_((value * spread).flatten(1))
         if self.conditioner is not None:
             self.conditioner.scale_output_(0.01)
+
+    @torch.no_grad()
+    def standardize_(
+        self,
+        loc: Tensor,
+        scale: Tensor,
+        context_loc: Tensor | None = None,
+        context_scale: Tensor | None = None,
+    ) -> None:
+        """See :meth:`FlowNN.standardize_`; variables enter others in the same coordinates."""
+        super().standardize_(loc, scale, context_loc, context_scale)
+        self.set_input_units_(self.loc, self.scale)
+
+    @torch.no_grad()
+    def set_input_units_(self, loc: Tensor, scale: Tensor) -> None:
+        """Let the values of variables enter others as (z − loc) / scale, whatever their own coordinates are.
+
+        Args:
+            loc: Shape (D,).
+            scale: Shape (D,), positive.
+        """
+        self.input_loc.copy_(loc)
+        self.input_scale.copy_(scale)
+
+    @property
+    def units_of_parents(self) -> tuple[Tensor, Tensor]:
+        """See :meth:`LinearStartNN.units_of_parents`."""
+        return self.input_loc, self.input_scale
 
     @torch.no_grad()
     def init_linear_(
@@ -350,22 +389,25 @@ class FaithfulResidualNN(LinearStartNN):
         self.check_event(z)
         x = self.standard_context(*context)
         batch = torch.broadcast_shapes(z.shape[:-1], () if x is None else x.shape[:-1])
-        standard = (z - self.loc) / self.scale
-        if not self._ordered:
-            standard = standard.index_select(-1, self._order)
-        known = expand_batch(standard.movedim(-1, 0), batch)
+        own = self._inner((z - self.loc) / self.scale, batch)
+        known = self._inner((z - self.input_loc) / self.input_scale, batch)
         groups, restore = self.edges.all_rows()
         inputs = Inputs(batch, None if x is None else x.movedim(-1, 0), known)
         supplied = None
         if self.conditioner is not None:
             given = None if inputs.context is None else expand_batch(inputs.context, batch)
             supplied = self.conditioner(given, known)
-        results = self.run(self.prepare(groups), inputs, known, "density", supplied)
+        results = self.run(self.prepare(groups), inputs, own, "density", supplied)
         back = restore if self._ordered else self._place if restore is None else restore[self._place]
         if back is not None:
             results = (results[0].index_select(0, back), results[1].index_select(0, back))
         eps, log_diag = (result.view(len(result), *batch).movedim(0, -1) for result in results)
         return eps, log_diag + self.scale.log()
+
+    def _inner(self, values: Tensor, batch: tuple[int, ...]) -> Tensor:
+        """Bring values of all variables to inner order, features-first: (D, N)."""
+        values = values if self._ordered else values.index_select(-1, self._order)
+        return expand_batch(values.movedim(-1, 0), batch)
 
     def level_columns(self, level: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the positions of a level, and the indices that sort them to inner order and back (or None)."""
@@ -523,7 +565,7 @@ class FaithfulEvaluation(FlowPass):
         """Hand in the values of the next level, and go on to the level after it."""
         self.check_level(z)
         positions, inner, _ = self._network.level_columns(self.level)
-        standard = (z - self._network.loc[positions]) / self._network.scale[positions]
+        standard = (z - self._network.input_loc[positions]) / self._network.input_scale[positions]
         if inner is not None:
             standard = standard.index_select(-1, inner)
         self._accepted.append(standard.movedim(-1, 0))

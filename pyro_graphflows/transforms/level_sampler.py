@@ -36,7 +36,8 @@ class LevelSampler:
     """Sample from a :class:`FaithfulResidualNN` with closed form "sampling", all levels in one operation.
 
     The numbers are those of ``network.sample``. Networks that it does not know (other closed form, more than one hidden
-    layer, activations with parameters, conditional scales, very many variables) are left to that method.
+    layer, activations with parameters, conditional scales, very many variables, other units of variables as parents
+    than as results) are left to that method.
 
     Args:
         network: The network. It stays registered where it is; this object holds index tensors only.
@@ -73,7 +74,7 @@ class LevelSampler:
             z and the log of each dz/deps, both of shape (\*batch, D).
         """
         network = self.network
-        if not self.applies:
+        if not self.applies or not self._has_one_standardisation():
             return network.sample(eps, *context)
         network.check_event(eps)
         plan = self._plan.to(eps.device)
@@ -99,6 +100,10 @@ class LevelSampler:
         scale = network.scale
         z = z.index_select(0, plan.place).t().reshape(*batch, -1) * scale + network.loc
         return z, log_diag.index_select(0, plan.place).t().reshape(*batch, -1) + scale.log()
+
+    def _has_one_standardisation(self) -> bool:
+        network = self.network
+        return torch.equal(network.loc, network.input_loc) and torch.equal(network.scale, network.input_scale)
 
 
 class _Plan:

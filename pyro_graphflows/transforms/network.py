@@ -288,6 +288,11 @@ class LinearStartNN(FlowNN):
         self.standardize_(*moments(z), *(() if context is None else moments(context)))
         self.init_linear_(*fit)
 
+    @property
+    def units_of_parents(self) -> tuple[Tensor, Tensor]:
+        """The shifts and scales of the variables' values as parents of others."""
+        return self.loc, self.scale
+
     def in_standard_units(
         self, weights: Tensor, shift: Tensor, scale: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -306,8 +311,9 @@ class LinearStartNN(FlowNN):
             raise GraphflowsError(
                 "Expected positive scales; got some that are zero, negative or not a number."
             )
-        loc = in_float64(torch.cat([self.context_loc, self.loc]))
-        unit = in_float64(torch.cat([self.context_scale, self.scale]))
+        parent_loc, parent_scale = self.units_of_parents
+        loc = in_float64(torch.cat([self.context_loc, parent_loc]))
+        unit = in_float64(torch.cat([self.context_scale, parent_scale]))
         own = in_float64(self.scale)
         weights = weights.to(loc) * structure_mask(self.structure).to(loc.device)
         shift = (shift.to(loc) + weights @ loc - self.loc.to(loc)) / own

@@ -214,6 +214,17 @@ class Conditionals(nn.Module, ABC):
     ) -> None:
         """Set the standardisations of a site; that of inputs is the same as that of outputs by default."""
 
+    def whiten_(self, moments: Tensor) -> None:
+        """Let trained weights act on inputs that are uncorrelated in joint samples; families need not.
+
+        What the conditionals are after :meth:`set_linear_` does not depend on it, but what a step of training does to
+        them (:mod:`~pyro_graphflows.nn.natural_units`).
+
+        Args:
+            moments: The second moments of context features and of the sites' vectors in units of inputs,
+                ``(num_columns, num_columns)``.
+        """
+
     @abstractmethod
     def set_linear_(self, site: str, linear: LinearConditional) -> bool:
         """Make one site's conditional linear-Gaussian, the closest member for families that are not Gaussian.
@@ -249,7 +260,7 @@ class Conditionals(nn.Module, ABC):
         if site in self.element_columns:
             fit = moments.regress_in_turn(inputs, own, self.element_columns[site], self.inner[site])
         else:
-            fit = moments.regress(inputs, own)
+            fit = moments.regress(inputs, own, moments.ridge(inputs, own))
         self.set_linear_(site, self.linear_of(site, fit))
 
     def linear_of(self, site: str, fit: Regression) -> LinearConditional:

@@ -184,6 +184,7 @@ class CouplingTerms(nn.Module):
                 length *= plate.full_size
             self.length = length
             self.table = ElementTable(others, length * (length - 1) // 2)
+            self.table.unit.fill_(length**-0.5)
 
     def distribution(
         self, outputs: Tensor, shift: Tensor, scale: Tensor, plates: Mapping[str, PlateState]
@@ -267,7 +268,7 @@ class CouplingTerms(nn.Module):
         """Set a T of parameters, for all elements of the other plates."""
         assert self.table is not None
         rows, columns = torch.tril_indices(self.length, self.length, -1, device=mixing.device)
-        self.table.table.copy_(mixing[..., rows, columns].expand_as(self.table.table))
+        self.table.set_(slice(None), mixing[..., rows, columns].expand_as(self.table.table))
 
 
 def exchangeable_start(residual: Tensor, dims: Sequence[int]) -> tuple[Tensor, bool, Tensor]:

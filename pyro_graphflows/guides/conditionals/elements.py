@@ -20,7 +20,9 @@ class ElementTable(nn.Module):
     """A row of parameters for each element of a stack of plates.
 
     The rows are added to the outputs of the block's network, so that a site's factor moves with the sampled sites
-    above it, and differs between the elements of its plates by what their data say.
+    above it, and differs between the elements of its plates by what their data say. A row is what it started from, in
+    the units of the outputs, and a trained part that counts in natural units
+    (:mod:`~pyro_graphflows.nn.natural_units`).
 
     Shape:
         - Output: ``(*batch, num_outputs)``, with the batch shape of the plates in the call.
@@ -28,7 +30,15 @@ class ElementTable(nn.Module):
     Args:
         plates: The plates; their full sizes must not change.
         num_outputs: The length of a row.
+
+    Attributes:
+        table: What the rows start from.
+        trained: What is added to them, in natural units.
+        unit: The natural units, ``(num_outputs,)``.
     """
+
+    table: Tensor
+    unit: Tensor
 
     def __init__(self, plates: Sequence[PlateState], num_outputs: int) -> None:
         super().__init__()
@@ -37,7 +47,15 @@ class ElementTable(nn.Module):
         for plate in plates:
             shape[depth + plate.dim] = plate.full_size
         self.sizes = {plate.name: plate.full_size for plate in plates}
-        self.table = nn.Parameter(torch.zeros(*shape, num_outputs))
+        self.trained = nn.Parameter(torch.zeros(*shape, num_outputs))
+        self.register_buffer("table", torch.zeros(*shape, num_outputs))
+        self.register_buffer("unit", torch.ones(num_outputs))
+
+    @torch.no_grad()
+    def set_(self, columns: slice, value: Tensor | float) -> None:
+        """Let some columns start from given values."""
+        self.table[..., columns] = value
+        self.trained[..., columns] = 0.0
 
     def forward(self, plates: Mapping[str, PlateState]) -> Tensor:
         """Return the rows of a call's elements.
@@ -45,7 +63,7 @@ class ElementTable(nn.Module):
         Raises:
             GraphflowsError: If the full size of a plate is not that at set-up.
         """
-        rows: Tensor = self.table
+        rows = torch.addcmul(self.table, self.unit, self.trained)
         for name, size in self.sizes.items():
             plate = plates[name]
             if plate.full_size != size:
@@ -96,6 +114,7 @@ class ElementMap(nn.Module):
             layers = nn.Linear(num_inputs, features), nn.ELU(), nn.Linear(features, features), nn.ELU()
             self.shared = nn.Sequential(*layers)
         self.rows = ElementTable(plates, num_outputs * (num_inputs + self.num_features + offset))
+        self.set_unit_(torch.ones(num_outputs))
 
     def forward(self, plates: Mapping[str, PlateState], inputs: Tensor) -> Tensor:
         """Return the contribution to the outputs of a call's elements."""
@@ -111,7 +130,14 @@ class ElementMap(nn.Module):
         parts = [slopes, slopes.new_zeros(*slopes.shape[:2], self.num_features)]
         if offsets is not None:
             parts.append(offsets.unsqueeze(-1))
-        self.rows.table.copy_(torch.cat(parts, -1).reshape(self.rows.table.shape))
+        self.rows.set_(slice(None), torch.cat(parts, -1).reshape(self.rows.table.shape))
+
+    @torch.no_grad()
+    def set_unit_(self, unit: Tensor) -> None:
+        """Set the natural units of the outputs, ``(num_outputs,)``."""
+        of_slopes = unit.new_full((self.num_inputs + self.num_features,), max(self.num_inputs, 1) ** -0.5)
+        each = torch.cat([of_slopes, unit.new_ones(int(self.offset))])
+        self.rows.unit.copy_((unit.unsqueeze(-1) * each).flatten())
 
 
 def element_maps(

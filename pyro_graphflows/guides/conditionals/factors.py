@@ -116,6 +116,22 @@ class Factor(ABC):
             Weights of shape ``(num_outputs, num_inputs)`` and biases of shape ``(num_outputs,)``.
         """
 
+    def natural_units(self, scale_tril: Tensor) -> Tensor:
+        """Return how much of each output is one step of training: of locations the scale, of all others 1.
+
+        Outputs that follow the location in :meth:`linear_start` are taken for locations; override where that is wrong.
+
+        Args:
+            scale_tril: The scale at the start, in standardised units, ``(size, size)``.
+
+        Returns:
+            Positive numbers, ``(num_outputs,)``.
+        """
+        eye = torch.eye(self.size, dtype=scale_tril.dtype, device=scale_tril.device)
+        share = self.linear_start(eye, eye.new_zeros(self.size), eye)[0].abs()
+        units = scale_tril.diagonal()[share.argmax(-1)]
+        return torch.where(share.amax(-1) > 0, units, torch.ones_like(units))
+
     def start_from_samples(self, inputs: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return skip weights and biases fitted to joint samples, or None to use :meth:`linear_start`.
 
@@ -295,6 +311,10 @@ class DiscreteFactor(Factor):
             torch.cat([weights, weights.new_zeros(extra, weights.shape[-1])]),
             torch.cat([loc, loc.new_zeros(extra)]),
         )
+
+    def natural_units(self, scale_tril: Tensor) -> Tensor:
+        """Return ones: logits have no unit."""
+        return scale_tril.new_ones(self.num_outputs)
 
     def start_from_samples(self, inputs: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logistic regression of each variable on the inputs and the earlier variables."""

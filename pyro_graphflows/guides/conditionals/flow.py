@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.conditionals.contract import BlockSpec, Conditionals, LinearConditional, Pass
 from pyro_graphflows.guides.conditionals.elements import ElementMap, ElementTable, element_maps
@@ -85,10 +84,12 @@ class FlowConditionals(Conditionals):
         seen = {site: [j for j in self.inputs_of(site) if j < self.num_features] for site in self._own_sites}
         self.maps, self._map_of = element_maps(block, seen, {s: 2 * n for s, n in sizes.items()}, spec.plates)
         structure, self._stages = self._structure()
-        if hidden_dims is None:
+        if hidden_dims is None and units_per_variable:
             hidden_dims = [units_per_variable * len(structure.names)] * hidden_layers
         kind = AffineGraphicalNN if graphical else FaithfulResidualNN
-        self.network: Network = kind(structure, hidden_dims=hidden_dims, **network_options)
+        self.network: Network = kind(
+            structure, hidden_dims=hidden_dims, units_per_variable=units_per_variable, **network_options
+        )
         self._reset_table_()
 
     @property
@@ -151,7 +152,7 @@ class FlowConditionals(Conditionals):
 
     def input_units(self, site: str) -> tuple[Tensor, Tensor]:
         """See :meth:`Conditionals.input_units`."""
-        return self.output_units(site)
+        return self.affine.input_loc[self.parts[site]], self.affine.input_scale[self.parts[site]]
 
     @torch.no_grad()
     def set_units_(
@@ -160,8 +161,7 @@ class FlowConditionals(Conditionals):
         """See :meth:`Conditionals.set_units_`."""
         part, affine = self.parts[site], self.affine
         affine.loc[part], affine.scale[part] = outputs
-        if inputs is not None:
-            raise GraphflowsError("TODO separate units of inputs in flows")
+        affine.input_loc[part], affine.input_scale[part] = outputs if inputs is None else inputs
 
     # ---------------------------------------------------------------- becoming linear
 
@@ -213,7 +213,8 @@ class FlowConditionals(Conditionals):
                 rows.zero_()
                 rows[last, first + i] = sign
                 if self.table is not None and column - self.num_features + i < self.table.table.shape[-1]:
-                    self.table.table[..., column - self.num_features + i] = 0.0
+                    at = column - self.num_features + i
+                    self.table.set_(slice(at, at + 1), 0.0)
 
     def _set_maps_(self, site: str, linear: LinearConditional) -> bool:
         """Make the maps of a scalar site linear-Gaussian; parents within the block keep a slope that all share."""

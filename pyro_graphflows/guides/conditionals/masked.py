@@ -78,6 +78,7 @@ class MaskedConditionals(Conditionals):
             input_levels=levels,
             input_names=names,
             output_names=output_names,
+            natural_units=True,
             **network_options,
         )
         num_rows = {site: own.num_outputs for site, own in self.factors.items()}
@@ -145,6 +146,11 @@ class MaskedConditionals(Conditionals):
         self.shift[part], self.scale[part] = outputs
         self.input_shift[part], self.input_scale[part] = outputs if inputs is None else inputs
 
+    @torch.no_grad()
+    def whiten_(self, moments: Tensor) -> None:
+        """See :meth:`Conditionals.whiten_`."""
+        self.network.whiten_(moments)
+
     # ---------------------------------------------------------------- becoming linear
 
     @torch.no_grad()
@@ -156,22 +162,29 @@ class MaskedConditionals(Conditionals):
         joint = self.shift.new_zeros(factor.size, self.num_columns)
         for parent, matrix in linear.weights.items():
             joint[:, list(self.columns[parent])] = matrix.to(joint)
-        self._set_rows_(site, *factor.linear_start(joint, linear.loc.to(joint), linear.scale_tril.to(joint)))
+        tril = linear.scale_tril.to(joint)
+        self._set_rows_(
+            site, *factor.linear_start(joint, linear.loc.to(joint), tril), factor.natural_units(tril)
+        )
         return True
 
-    def _set_rows_(self, site: str, weights: Tensor, biases: Tensor) -> None:
+    def _set_rows_(self, site: str, weights: Tensor, biases: Tensor, units: Tensor | None = None) -> None:
         """Make the outputs of one site linear: ``biases + weights @ inputs``, with columns for all inputs."""
-        skip: Any = self.network.skip
-        if skip is None:
-            raise RuntimeError(
-                "Expected a network with a linear map beside its hidden layers; this one has none."
-            )
-        skip.set_rows_(self.outputs[site], weights, biases)
-        if len(self.network.layers):
-            last: Any = self.network.layers[-1]
-            last.set_rows_(self.outputs[site], 0.0)
+        self.network.set_linear_(self.outputs[site], weights, biases, units)
         if self.table is not None and site in self._table_columns:
-            self.table.table[..., self._table_columns[site]] = 0.0
+            self.table.set_(self._table_columns[site], 0.0)
+        self._share_unit_(site)
+
+    def _share_unit_(self, site: str) -> None:
+        """Hand the units of a site's outputs on to its per-element parameters and maps."""
+        if self.network.units is None:
+            return
+        unit = self.network.units.unit[self.outputs[site]]
+        if self.table is not None and site in self._table_columns:
+            self.table.unit[self._table_columns[site]] = unit
+        if site in self._map_of:
+            element_map: Any = self.maps[self._map_of[site][0]]
+            element_map.set_unit_(unit)
 
     def _set_maps_(self, site: str, factor: Factor, linear: LinearConditional) -> bool:
         if site not in self._map_of or not isinstance(factor, NormalFactor):
@@ -192,7 +205,8 @@ class MaskedConditionals(Conditionals):
         slopes, offsets = (torch.stack(parts) for parts in zip(*starts, strict=True))
         shared = torch.zeros(factor.num_outputs, self.num_columns).to(like)
         shared[:, inputs] = slopes.mean(0)
-        self._set_rows_(site, shared, offsets.mean(0))
+        units = factor.natural_units(linear.scale_tril.to(like).mean(0))
+        self._set_rows_(site, shared, offsets.mean(0), units)
         element_map.set_(slopes - slopes.mean(0), offsets - offsets.mean(0))
         return True
 
@@ -229,8 +243,13 @@ class MaskedConditionals(Conditionals):
         """See :meth:`Conditionals.narrow_elements_`."""
         for site, columns in self._table_columns.items():
             assert self.table is not None
-            for output in self.factors[site].log_scale_outputs:
+            own = self.factors[site]
+            for output in own.log_scale_outputs:
                 self.table.table[..., columns.start + output] += math.log(factor)
+            if self.network.units is not None:
+                unit = self.network.units.unit[self.outputs[site]]
+                unit.mul_(own.natural_units(factor * torch.eye(own.size).to(unit)))
+                self._share_unit_(site)
 
     @torch.no_grad()
     def start_couplings_(

@@ -6,7 +6,8 @@ averaged over the plate (Zaheer et al. 2017). The features are
 
 - the standardised entries of the tuple, their squares and products (means of products carry slopes, means of squares
   carry scales, so that a linear regression on the summary can start both), and the logarithm of each entry's variance;
-- a small learned network of the tuple;
+- a small learned network of the tuple, and another that keeps its random weights: a regression start may rest on what
+  does not change in training alone;
 - the logarithm of the number of elements, as the precision of a posterior grows with it.
 
 Nested plates are pooled from the inside out, so that the spread between groups and that within them are told apart.
@@ -97,14 +98,40 @@ class DeepSet:
     """The shape of the learned part of a pooled summary.
 
     Attributes:
-        embedding_dim: The number of learned features that are averaged; 0 leaves moments and group size alone.
-        hidden_dims: The widths of the hidden layers between a tuple and its learned features.
+        embedding_dim: The number of learned features that are averaged, and of random ones that are not learned; 0
+            leaves moments and group size alone.
+        hidden_dims: The widths of the hidden layers between a tuple and these features.
         activation: The activation function.
     """
 
     embedding_dim: int = 16
     hidden_dims: Sequence[int] = (32,)
     activation: str = "elu"
+
+    def network(self, num_inputs: int) -> nn.Sequential:
+        """Return a new network from a tuple to features."""
+        widths = [num_inputs, *self.hidden_dims]
+        layers: list[nn.Module] = []
+        for before, after in itertools.pairwise(widths):
+            layers += [nn.Linear(before, after), make_activation(self.activation)]
+        return nn.Sequential(*layers, nn.Linear(widths[-1], self.embedding_dim))
+
+
+class RandomFeatures(nn.Module):
+    """A network whose weights are buffers, and so are never trained."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        for module in network.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                delattr(module, name)
+                module.register_buffer(name, parameter.detach().clone())
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the features."""
+        features: Tensor = self.network(x)
+        return features
 
 
 @dataclass(frozen=True)
@@ -146,26 +173,37 @@ class PoolStage(nn.Module):
     """Average over one plate.
 
     *Core* features get squares and products, *carried* ones are averaged as they are.
+
+    Args:
+        core: The number of core features.
+        learned: For each carried feature whether it depends on parameters.
+        options: The shape of the learned part.
+
+    Attributes:
+        learned: For each carried feature that comes out whether it depends on parameters.
     """
 
     pairs: Tensor
 
-    def __init__(self, core: int, carried: int, options: DeepSet) -> None:
+    def __init__(self, core: int, learned: Sequence[bool], options: DeepSet) -> None:
         super().__init__()
+        carried = len(learned)
         if core <= MOST_CROSSED:
             pairs = torch.triu_indices(core, core)
         else:
             pairs = torch.arange(core).expand(2, core).clone()
         self.register_buffer("pairs", pairs, persistent=False)
         self.embedding: nn.Module | None = None
+        self.random: RandomFeatures | None = None
         if options.embedding_dim:
-            widths = [core + carried, *options.hidden_dims]
-            layers: list[nn.Module] = []
-            for before, after in itertools.pairwise(widths):
-                layers += [nn.Linear(before, after), make_activation(options.activation)]
-            self.embedding = nn.Sequential(*layers, nn.Linear(widths[-1], options.embedding_dim))
+            self.embedding = options.network(core + carried)
+            self.random = RandomFeatures(options.network(core + learned.count(False)))
+        self._fixed = [i for i, each in enumerate(learned) if not each]
+        size = options.embedding_dim
+        self.learned = [*[False] * (pairs.shape[1] + core), *learned, *[False] * size, *[True] * size, False]
         self.core_size = core
-        self.carried_size = pairs.shape[1] + core + carried + options.embedding_dim + 1
+        self.num_carried = carried
+        self.carried_size = len(self.learned)
         # standardisation of what comes out, found at set-up
         self.core_map = FeatureMap(None, torch.zeros(0, self.core_size), standardize=False)
         self.carried_map = FeatureMap(None, torch.zeros(0, self.carried_size), standardize=False)
@@ -191,8 +229,12 @@ class PoolStage(nn.Module):
         """
         square = core[..., self.pairs[0]] * core[..., self.pairs[1]]
         parts = [core, square, carried]
-        if self.embedding is not None:
-            parts.append(self.embedding(torch.cat([core, carried], -1)))
+        if self.embedding is not None and self.random is not None:
+            joint = torch.cat([core, carried], -1)
+            fixed = joint
+            if len(self._fixed) < self.num_carried:
+                fixed = torch.cat([core, carried[..., self._fixed]], -1)
+            parts += [self.random(fixed), self.embedding(joint)]
         each = torch.cat(parts, -1)
         if segments is not None or weight is not None:
             weight = each.new_ones(1) if weight is None else weight
@@ -289,17 +331,20 @@ class DeepSetPool(nn.Module):
         )  # then masks may differ: they are features
         self.branches = nn.ModuleList()
         self.num_features = 0
+        self.learned: list[bool] = []  # for each feature whether it depends on parameters
         for order in self.orders:
             stages = []
-            core = carried = 0
+            core = 0
+            learned: list[bool] = []
             for position in reversed(range(len(order))):
                 joining = self._joining(order, position)
                 core += sum(member.size for member in joining)
-                carried += sum(self._masked and member.weighs for member in joining)
-                stages.append(PoolStage(core, carried, options))
-                core, carried = stages[-1].core_size, stages[-1].carried_size
+                learned += [False] * sum(self._masked and member.weighs for member in joining)
+                stages.append(PoolStage(core, learned, options))
+                core, learned = stages[-1].core_size, list(stages[-1].learned)
             self.branches.append(nn.ModuleList(stages))
-            self.num_features += core + carried
+            self.num_features += core + len(learned)
+            self.learned += [*[False] * core, *learned]
 
     def to_plain(self) -> dict[str, Any]:
         """Return what the summary is made from, and the kinds of its maps."""

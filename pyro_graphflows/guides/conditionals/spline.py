@@ -101,7 +101,8 @@ class SplineVector(dist.TorchDistribution):
 
     def __init__(self, elements: SplineDistribution, loc: Tensor, scale_tril: Tensor) -> None:
         self.elements, self.loc, self.scale_tril = elements, loc, scale_tril
-        self._drawn: list[tuple[Tensor, Tensor]] = []  # shared with expanded copies
+        # Value, images of the splines, whether with gradients, of the last draw; shared with expanded copies.
+        self._drawn: list[tuple[Tensor, Tensor, bool]] = []
         super().__init__(elements.batch_shape, elements.event_shape, validate_args=False)
 
     @constraints.dependent_property(is_discrete=False, event_dim=1)
@@ -122,7 +123,7 @@ class SplineVector(dist.TorchDistribution):
         """Draw reparametrised values of shape ``sample_shape + batch_shape + event_shape``."""
         y = self.elements.rsample(sample_shape)
         value = self.loc + (self.scale_tril @ y.unsqueeze(-1)).squeeze(-1)
-        self._drawn[:] = [(value, y)]
+        self._drawn[:] = [(value, y, torch.is_grad_enabled())]
         return value
 
     @property
@@ -132,7 +133,7 @@ class SplineVector(dist.TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density of vectors, shape ``batch_shape``."""
-        if self._drawn and self._drawn[0][0] is value:
+        if self._drawn and self._drawn[0][0] is value and not self._depends_otherwise(value):
             y = self._drawn[0][1]
         else:
             residual = (value - self.loc).unsqueeze(-1)
@@ -140,3 +141,9 @@ class SplineVector(dist.TorchDistribution):
             y = torch.linalg.solve_triangular(tril, residual, upper=False).squeeze(-1)
         log_det: Tensor = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return self.elements.log_prob(y) - log_det
+
+    def _depends_otherwise(self, value: Tensor) -> bool:
+        """Whether derivatives are wanted at a fixed value, one that was drawn without gradients."""
+        if self._drawn[0][2] or not torch.is_grad_enabled():
+            return False
+        return any(tensor.requires_grad for tensor in (value, self.loc, self.scale_tril))
