@@ -447,7 +447,7 @@ class FaithfulResidualNN(LinearStartNN):
         back = restore if self._ordered else self._place if restore is None else restore[self._place]
         if back is not None:
             results = (results[0].index_select(0, back), results[1].index_select(0, back))
-        eps, log_diag = (result.view(-1, *batch).movedim(0, -1) for result in results)
+        eps, log_diag = (result.view(len(result), *batch).movedim(0, -1) for result in results)
         return eps, log_diag + self.scale.log()
 
     def _inner(self, values: Tensor, batch: tuple[int, ...]) -> Tensor:
@@ -461,7 +461,7 @@ class FaithfulResidualNN(LinearStartNN):
         if key not in self._columns:
             inner = self._order[self._level_starts[level] : self._level_starts[level + 1]]
             positions, back = inner.sort()
-            same = torch.equal(positions, inner)
+            same = not inner.is_meta and torch.equal(positions, inner)
             self._columns[key] = (positions, None if same else torch.argsort(back), None if same else back)
         return self._columns[key]
 
@@ -507,7 +507,7 @@ class FaithfulResidualNN(LinearStartNN):
         for part in prepared:
             own = part.group.take(values, first_row)
             extra = None if supplied is None else part.group.take(supplied, first_row)
-            count = -(-part.group.size * per_row // PIECE)
+            count = max(1, -(-part.group.size * per_row // PIECE))
             if self.edges.engine == "sparse":
                 count = min(count, part.group.size)
                 ends = [part.group.size * i // count for i in range(count + 1)]
@@ -636,7 +636,7 @@ class FaithfulEvaluation(FlowPass):
             given = self._supply.values
             supplied = expand_batch(given.flatten(0, 1), batch).view(*given.shape[:2], -1)
         results = network.run(self._prepared[self.level], inputs, own, direction, supplied)
-        out, log_diag = (result.view(-1, *batch).movedim(0, -1) for result in results)
+        out, log_diag = (result.view(len(result), *batch).movedim(0, -1) for result in results)
         if back is not None:
             out, log_diag = out.index_select(-1, back), log_diag.index_select(-1, back)
         return out * scale + loc if direction == "sampling" else out, log_diag + scale.log()

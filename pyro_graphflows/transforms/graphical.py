@@ -236,11 +236,11 @@ def _joint_batch(y: Tensor, evaluations: Sequence[ResidualEvaluation]) -> torch.
 
 
 def _to_columns(y: Tensor, batch: torch.Size) -> Tensor:
-    return y.expand(*batch, -1).reshape(batch.numel(), -1).T.contiguous()
+    return y.expand(*batch, -1).reshape(batch.numel(), y.shape[-1]).T.contiguous()
 
 
 def _from_columns(columns: Tensor, batch: torch.Size) -> Tensor:
-    return columns.view(-1, *batch).movedim(0, -1)
+    return columns.view(len(columns), *batch).movedim(0, -1)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.sites import DiscreteEncoding, LatentSite, is_identity
 
 __all__ = [
+    "CopiedValue",
     "DiscreteDistribution",
     "DiscreteVector",
     "FactorDistribution",
@@ -204,6 +205,17 @@ class FactorDistribution(dist.TorchDistribution):
         if ladj.dim() > batch_dims:
             ladj = ladj.flatten(batch_dims).sum(-1)
         return self.base.log_prob(flat) - ladj
+
+
+class CopiedValue(dist.Delta):
+    """The value of a Delta site of the model, repeated by the guide: without a density of its own.
+
+    A Delta of the model has the log-density zero at its value, and minus infinity at one that differs by rounding.
+    """
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Return zero, shape ``batch_shape``."""
+        return x.new_zeros(torch.broadcast_shapes(x.shape[: x.dim() - self.event_dim], self.batch_shape))
 
 
 class DiscreteVector(dist.TorchDistribution):

@@ -214,6 +214,21 @@ class MaskedConditionals(Conditionals):
         return True
 
     @torch.no_grad()
+    def set_elements_(self, site: str, locs: Tensor, scale_tril: Tensor) -> bool:
+        """See :meth:`Conditionals.set_elements_`."""
+        if self.table is None or site not in self._table_columns:
+            return False
+        factor, like = self.factors[site], self.table.table
+        none = like.new_zeros(factor.size, self.num_columns)
+        tril = scale_tril.to(like)
+        rows = [factor.linear_start(none, loc, tril)[1] for loc in locs.to(like).reshape(-1, factor.size)]
+        biases = torch.stack(rows).reshape(*locs.shape[:-1], -1)
+        mean = biases.reshape(-1, biases.shape[-1]).mean(0)
+        self.set_linear_(site, LinearConditional({}, locs.reshape(-1, factor.size).mean(0), tril))
+        like[..., self._table_columns[site]] = biases - mean
+        return True
+
+    @torch.no_grad()
     def regress_(self, site: str, rows: Tensor, moments: Moments) -> None:
         """See :meth:`Conditionals.regress_`; factors that fit themselves to samples do so."""
         inputs, own = self.inputs_of(site), list(self.columns[site])
