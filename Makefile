@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= out
+# where a study keeps its runs, its page and pictures, and its checkpoints
+places = --results studies/$(1)/results.jsonl --out docs/results --work $(OUT)/$(1)
 
-.PHONY: help demo test test-slow check comi table1 flows density graphvae-table clean
+.PHONY: help demo test test-slow check comi table1 flows density graphvae-table real-models clean
 
 help:
 	@echo "make demo       faithful guide for a gene network against the exact answer (tables, pictures in $(OUT)/)"
@@ -17,6 +19,7 @@ help:
 	@echo "make flows      speed, memory and inversion of the flows beside others (writes docs/results/flows.md)"
 	@echo "make density    density-estimation study (DATA=the protein npz; restartable; docs/results/density.md)"
 	@echo "make graphvae-table  the Graph VAE study (restartable; image files from DATA=...; writes docs/results/graph_vae.md)"
+	@echo "make real-models DATA=...  guides on real models (the folder of posteriors; restartable; docs/results/real_models.md)"
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit('Python >= 3.10 is needed; set PYTHON=...' if sys.version_info < (3, 10) else 0)"
@@ -39,21 +42,25 @@ check: $(STAMP)
 	$(BIN)/python -m mypy
 
 comi: $(STAMP)
-	$(BIN)/python examples/binary_tree.py --study --out docs/results
+	$(BIN)/python -m studies.comi.run --study $(call places,comi)
 
 table1: $(STAMP)
-	$(BIN)/python examples/siren_vae.py --study all --out docs/results
+	$(BIN)/python -m studies.siren_vae.run --study all $(call places,siren_vae)
 
 graphvae-table: $(STAMP)
-	$(BIN)/python examples/graph_vae.py --study $(if $(DATA),--data $(DATA)) --out docs/results --work $(OUT)/graph_vae
+	$(BIN)/python -m studies.graph_vae.run --study $(if $(DATA),--data $(DATA)) $(call places,graph_vae)
 
 flows: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt zuko
-	$(BIN)/python benchmarks/flows.py --out docs/results
+	$(BIN)/python -m benchmarks.flows --out docs/results
 
 density: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt zuko
-	$(BIN)/python examples/density.py --study --threads 1 --data $(or $(DATA),protein_grf.npz) --out docs/results
+	$(BIN)/python -m studies.density.run --study --threads 1 --data $(or $(DATA),protein_grf.npz) $(call places,density)
+
+real-models: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m studies.real_models.run $(if $(DATA),--data $(DATA)) $(if $(WORKERS),--workers $(WORKERS))
+	$(BIN)/python -m studies.real_models.report --out docs/results
 
 clean:
 	rm -rf $(VENV) $(OUT) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,6 +1,6 @@
 """Flows over graphs beside other ways to do the same work: times, memory and errors, with ratios from one run.
 
-    python benchmarks/flows.py --out docs/results [--only jacobian|peers|inversion] [--quick]
+    python -m benchmarks.flows --out docs/results [--only jacobian|peers|inversion] [--quick] [--again]
 
 Three parts:
 
@@ -15,7 +15,8 @@ Three parts:
   bounds from 0.9 to 0.999, beside fixed-point iteration and plain Newton on the diagonal, and beside zuko's inverse.
 
 Each time is the shortest of some rounds; wall and processor time are both taken, and what is compared goes in turns.
-Prints tables and which bounds hold; writes flows.md, and flows/flows.json and flows/flows.png beside it.
+Prints tables and which bounds hold; writes flows.md, and flows/results.jsonl (a line for each part) and flows/flows.png
+beside it. A part that is there is not measured again without ``--again``.
 """
 
 import argparse
@@ -29,11 +30,12 @@ import time
 from datetime import date
 from pathlib import Path
 
-import flows_report
 import networkx as nx
 import numpy as np
 import torch
-from flows_peers import (
+
+from benchmarks import flows_report
+from benchmarks.flows_peers import (
     BLOCKS,
     METHODS,
     OURS,
@@ -46,8 +48,8 @@ from flows_peers import (
     slow_flow,
     whole_network,
 )
-
-from pyro_graphflows.transforms import faithful_residual, graphical_residual
+from pyro_graphflows import faithful_residual, graphical_residual
+from studies.results import Results
 
 BATCH = 64
 MIB = 2**20 if sys.platform == "darwin" else 2**10
@@ -158,7 +160,7 @@ def peers(args):
                 row["left out"] = f"dense weights of {BLOCKS * 8 * dim**2 * 4 / 2**30:.1f} GiB"
             else:
                 rounds = 3 if args.quick or (method not in OURS and dim >= 1000) else 7
-                call = [sys.executable, __file__, "--case", json.dumps([method, dim, rounds])]
+                call = [sys.executable, "-m", "benchmarks.flows", "--case", json.dumps([method, dim, rounds])]
                 call += ["--threads", str(args.threads)]
                 try:
                     done = subprocess.run(
@@ -249,14 +251,18 @@ def main(args):
         return
     folder = Path(args.out) / "flows"
     folder.mkdir(parents=True, exist_ok=True)
-    saved = folder / "flows.json"
-    results = json.loads(saved.read_text()) if saved.exists() else {}
+    saved = Results(folder / "results.jsonl")
     start = time.perf_counter()
     for part in (jacobian, peers, inversion):
-        if args.only in (None, part.__name__) and not args.render:
-            print(part.__doc__)
-            results[part.__name__] = {"settings": machine(args), "rows": part(args)}
-            saved.write_text(json.dumps(results, indent=1))
+        key = part.__name__
+        if args.only not in (None, key) or args.render:
+            continue
+        if key in saved and not args.again:
+            print(f"{key}: is there (--again measures it again)")
+            continue
+        print(part.__doc__)
+        saved.append(key, {"settings": machine(args), "rows": part(args)})
+    results = saved.read()
     print(f"took {time.perf_counter() - start:.0f} s\n")
     flows_report.draw(results, folder / "flows.png")
     (Path(args.out) / "flows.md").write_text(flows_report.page(results))
@@ -271,6 +277,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", default="out", help="flows.md and the folder flows go there")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds")
+    parser.add_argument("--again", action="store_true", help="measure parts that are there again")
     parser.add_argument("--render", action="store_true", help="draw page and picture from the saved results")
     parser.add_argument(
         "--largest-dense", type=int, default=1000, help="the most variables with dense weights"

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pyro_graphflows.graphs import load_network
-from pyro_graphflows.transforms import faithful_residual, graphical_residual
+from pyro_graphflows import faithful_residual, graphical_residual, load_network
 
 BLOCKS = 4
 

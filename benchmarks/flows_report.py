@@ -1,7 +1,8 @@
 """Tables, bounds and the picture of benchmarks/flows.py, from its results."""
 
 import numpy as np
-from flows_peers import METHODS, OURS
+
+from benchmarks.flows_peers import METHODS, OURS
 
 PEER = 1.5  # from 100 variables up nothing may be slower than a peer by more than this
 

@@ -4,15 +4,15 @@ Processor time of one thread, batch 64, 28 by 28 pixels, 80 latent dimensions in
 ``SVI`` with its Adam (one torch optimiser for each parameter), one torch Adam for all parameters (what ``fit`` does),
 and the loss with its gradient alone. Growth is also measured with a fixed 16 dimensions for each node.
 
-    python benchmarks/graph_vae.py --out docs/results/graph_vae/speed.json
+    python -m benchmarks.graph_vae [--results studies/graph_vae/results.jsonl]
+
+With ``--results`` the times become the line ``speed`` of that file, which ``studies/graph_vae/report.py`` shows.
 """
 
 import argparse
 import datetime
-import json
 import os
 import time
-from pathlib import Path
 
 import numpy as np
 import pyro
@@ -20,6 +20,7 @@ import torch
 from pyro.infer import SVI, TraceMeanField_ELBO
 
 from pyro_graphflows import GraphVAE
+from studies.results import Results
 
 BATCH = 64
 STEPS_PER_EPOCH = -(-50_000 // BATCH)
@@ -88,16 +89,14 @@ def main(args):
     fixed = [row for row in rows if row["structure"] == "learned" and row["node_dim"] == 16]
     slope = np.polyfit([row["num_nodes"] for row in fixed], [row["svi_ms"] for row in fixed], 1)
     print(f"SVI step with 16 dimensions a node: {slope[1]:.1f} ms + {slope[0]:.1f} ms for each node")
-    if args.out:
+    if args.results:
         record = {
             "rows": rows,
             "ms_per_node": slope[0],
             "date": datetime.date.today().isoformat(),
             "machine": f"{os.cpu_count()} CPU cores, shared; processor time of one thread",
         }
-        path = Path(args.out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1))
+        Results(args.results).append("speed", record)
 
 
 if __name__ == "__main__":
@@ -105,5 +104,5 @@ if __name__ == "__main__":
     parse.add_argument("--nodes", type=int, nargs="+", default=[2, 4, 5, 8, 10])
     parse.add_argument("--steps", type=int, default=10)
     parse.add_argument("--repeats", type=int, default=8)
-    parse.add_argument("--out")
+    parse.add_argument("--results", help="the file of results that gets a line")
     main(parse.parse_args())

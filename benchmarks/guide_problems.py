@@ -11,28 +11,21 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from exact_evidence import (
+from pyro import poutine
+from torch import Tensor
+
+from benchmarks.exact_evidence import (
     circuit_log_evidence,
     mixture_log_evidence,
     schools_log_evidence,
     slopes_log_evidence,
 )
-from pyro import poutine
-from torch import Tensor
-
-from pyro_graphflows.graphs import load_network
-from pyro_graphflows.graphs.library import binary_tree
+from pyro_graphflows import binary_tree, load_network
 from pyro_graphflows.models.textbook import (
     EIGHT_SCHOOLS,
-)
-from pyro_graphflows.models.textbook import (
-    arithmetic_circuit_model as arithmetic_circuit,
-)
-from pyro_graphflows.models.textbook import (
-    eight_schools_model as eight_schools,
-)
-from pyro_graphflows.models.textbook import (
-    hidden_markov_chain_model as hidden_markov_chain,
+    arithmetic_circuit_model,
+    eight_schools_model,
+    hidden_markov_chain_model,
 )
 
 
@@ -77,21 +70,21 @@ def circuit(num_test: int = 2000) -> Problem:
     """The arithmetic circuit: Laplace priors, a product, and hyperbolic tangents."""
 
     def draw(n: int) -> tuple:
-        nodes = poutine.trace(arithmetic_circuit).get_trace(None, n).nodes
+        nodes = poutine.trace(arithmetic_circuit_model).get_trace(None, n).nodes
         return (torch.stack([nodes["x0"]["value"], nodes["x1"]["value"]], -1),)
 
     with torch.random.fork_rng():
         torch.manual_seed(54321)
         (test,) = draw(num_test)
     exact = float(circuit_log_evidence(test.double().numpy()).mean())
-    return Problem("circuit", arithmetic_circuit, draw, (test,), num_test, exact)
+    return Problem("circuit", arithmetic_circuit_model, draw, (test,), num_test, exact)
 
 
 def schools() -> Problem:
     """The eight schools, centred."""
     sigma, y = torch.tensor(EIGHT_SCHOOLS["sigma"]), torch.tensor(EIGHT_SCHOOLS["y"])
     exact = schools_log_evidence(sigma.double(), y.double())
-    return Problem("eight schools", eight_schools, None, (sigma, y), exact=exact)
+    return Problem("eight schools", eight_schools_model, None, (sigma, y), exact=exact)
 
 
 def varying_slopes(group: Tensor, w: Tensor, y: Tensor | None = None, num_groups: int = 12) -> None:
@@ -149,7 +142,7 @@ def chain(length: int = 20, num_test: int = 1000) -> Problem:
     """A state-space model written as a python loop: a normal autoregression seen through noise."""
 
     def draw(n: int) -> tuple:
-        nodes = poutine.trace(hidden_markov_chain).get_trace(None, n, length=length).nodes
+        nodes = poutine.trace(hidden_markov_chain_model).get_trace(None, n, length=length).nodes
         return (torch.stack([nodes[f"x{t}"]["value"] for t in range(length)], -1),)
 
     with torch.random.fork_rng():
@@ -158,7 +151,7 @@ def chain(length: int = 20, num_test: int = 1000) -> Problem:
     time = torch.arange(length)
     covariance = 0.9 ** (time[:, None] - time).abs().to(test) + torch.eye(length).to(test)
     exact = dist.MultivariateNormal(torch.zeros(length).to(test), covariance).log_prob(test).mean()
-    return Problem("state space", hidden_markov_chain, draw, (test,), num_test, float(exact))
+    return Problem("state space", hidden_markov_chain_model, draw, (test,), num_test, float(exact))
 
 
 def volatility(x: Tensor | None = None, num_samples: int = 1, length: int = 20) -> None:

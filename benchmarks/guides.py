@@ -1,8 +1,11 @@
 """Our guides beside Pyro's: ELBO and exact KL at equal processor time, and the time of a step.
 
-    python benchmarks/guides.py --out docs/results          # about 7 minutes on one thread
-    python benchmarks/guides.py --steps-only                # the times of a step alone, about a minute
-    python benchmarks/guides.py --render --out docs/results # page and picture from the saved results
+    python -m benchmarks.guides --out docs/results          # about 7 minutes on one thread
+    python -m benchmarks.guides --steps-only                # the times of a step alone, about a minute
+    python -m benchmarks.guides --render --out docs/results # page and picture from the saved results
+
+Each problem that is measured becomes a line of OUT/guides_time/results.jsonl, and its last line counts. Times of a step
+alone, or of some guides only, are printed and not kept.
 
 One data set per problem (64 data of a binary tree with 31 nodes, of ecoli70 in units of one standard deviation, and of
 the arithmetic circuit; 300 houses of a radon-like hierarchical model). Every guide is trained on all of it for the same
@@ -14,7 +17,6 @@ Times of a step are medians of processor time of one thread, the guides in turns
 """
 
 import argparse
-import json
 import platform
 import statistics
 import time
@@ -27,7 +29,6 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from guide_problems import PROBLEMS, Problem
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import (
     AutoGaussian,
@@ -39,10 +40,18 @@ from pyro.infer.autoguide import (
 from pyro.nn import PyroModule
 from torch import nn
 
-from pyro_graphflows import auto_faithful_guide, get_model_graph
-from pyro_graphflows.graphs.linear_gaussian import LinearGaussianNetwork
+from benchmarks.guide_problems import PROBLEMS, Problem, circuit_log_evidence, gaussian_network
+from pyro_graphflows import (
+    LinearGaussianNetwork,
+    auto_faithful_guide,
+    binary_tree,
+    get_model_graph,
+    load_network,
+)
+from studies.results import Results
 
 NUM_DATA = 64
+KEYS = ("tree", "ecoli70", "circuit", "radon")
 RATES = {"AutoNormal": 0.02, "AutoMultivariateNormal": 0.01, "AutoStructured": 0.01, "AutoGaussian": 0.01}
 RATES |= {"AutoIAFNormal": 0.005, "mean field by hand": 0.005, "normal": 0.002, "flow": 0.005}
 
@@ -100,18 +109,12 @@ def standardised(network: LinearGaussianNetwork) -> LinearGaussianNetwork:
 
 def make_problem(key: str) -> Problem:
     """Return a problem with one data set as its test data."""
-    from guide_problems import circuit_log_evidence, gaussian_network
-
-    from pyro_graphflows.graphs import load_network
-
     if key == "radon":
         return PROBLEMS[key]()
     if key == "ecoli70":
         network = standardised(load_network("ecoli70"))
         return gaussian_network(network, "ecoli70", NUM_DATA, torch.get_default_dtype())
     if key == "tree":
-        from pyro_graphflows.graphs.library import binary_tree
-
         return gaussian_network(binary_tree(5, seed=0), "tree", NUM_DATA, torch.get_default_dtype())
     problem = PROBLEMS[key]()
     test = problem.test[0][:NUM_DATA]
@@ -215,43 +218,49 @@ def step_times(problem: Problem, makers: dict[str, Callable[[], Any]], rounds: i
 # ------------------------------------------------------------------------------------------------------ the page
 
 
-def page(results: dict[str, Any]) -> str:
+def page(problems: list[dict[str, Any]]) -> str:
     """Return the page."""
+    seconds = sorted({problem["seconds"] for problem in problems})
     lines = [
         "# Guides at equal processor time",
         "",
-        f"Made by `python benchmarks/guides.py --out docs/results` on {results['date']} ({results['machine']}, one "
-        f"thread). {results['seconds']:.0f} processor seconds of training for each guide; see the script for the "
-        "setting. KL is the exact KL(q || p(. | x)) on the data trained on, *fresh* that on 2,000 new data, which "
+        f"Made by `python -m benchmarks.guides --out docs/results` on {max(p['date'] for p in problems)} "
+        f"({', '.join(sorted({p['machine'] for p in problems}))}, one thread). "
+        f"{' or '.join(f'{s:.0f}' for s in seconds)} processor seconds of training for each guide; see the script for "
+        "the setting. KL is the exact KL(q || p(. | x)) on the data trained on, *fresh* that on 2,000 new data, which "
         "only amortised guides have. Nats per datum (radon-like: the ELBO of the data set).",
     ]
-    for problem in results["problems"].values():
-        exact = problem["exact"]
-        lines += ["", f"## {problem['name']}", ""]
-        head = "KL | fresh" if exact is not None else "ELBO |"
-        lines += [f"| guide | {head} | steps | ms per step |", "|---|---|---|---|---|"]
-        for name, ms in problem["ms"].items():
-            run = problem["runs"].get(name)
-            if run is None:
-                lines.append(f"| {name} | – | – | – | {ms:.1f} |")
-                continue
-            value = f"{run['loss'] + exact:.3f}" if exact is not None else f"{-run['loss']:.2f}"
-            fresh = f"{run['fresh'] + problem['exact_fresh']:.3f}" if "fresh" in run else "–"
-            lines.append(
-                f"| {name} | {value} | {fresh if exact is not None else ''} | {run['steps']} | {ms:.1f} |"
-            )
+    for problem in problems:
+        lines += ["", f"## {problem['name']}", "", *rows_of(problem)]
     lines += ["", "![Losses over processor time](guides_time/guides.png)"]
     return "\n".join(lines) + "\n"
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
+def rows_of(problem: dict[str, Any]) -> list[str]:
+    """Return the lines of the table of a problem."""
+    exact = problem["exact"]
+    head = "KL | fresh" if exact is not None else "ELBO |"
+    lines = [f"| guide | {head} | steps | ms per step |", "|---|---|---|---|---|"]
+    for name, ms in problem["ms"].items():
+        run = problem["runs"].get(name)
+        if run is None:
+            lines.append(f"| {name} | – | – | – | {ms:.1f} |")
+            continue
+        value = f"{run['loss'] + exact:.3f}" if exact is not None else f"{-run['loss']:.2f}"
+        fresh = f"{run['fresh'] + problem['exact_fresh']:.3f}" if "fresh" in run else "–"
+        lines.append(
+            f"| {name} | {value} | {fresh if exact is not None else ''} | {run['steps']} | {ms:.1f} |"
+        )
+    return lines
+
+
+def draw(problems: list[dict[str, Any]], path: Path) -> None:
     """Draw the losses over processor time."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    problems = [p for p in results["problems"].values() if p["runs"]]
     figure, axes = plt.subplots(1, len(problems), figsize=(4.2 * len(problems), 3.6), squeeze=False)
     for axis, problem in zip(axes[0], problems, strict=True):
         exact = problem["exact"]
@@ -279,7 +288,7 @@ def main() -> None:
     parser.add_argument("--out", default="out", help="guides_time.md and the folder guides_time go there")
     parser.add_argument("--seconds", type=float, default=10.0, help="processor seconds for each guide")
     parser.add_argument("--rounds", type=int, default=15, help="rounds of three timed steps")
-    parser.add_argument("--problems", nargs="*", default=["tree", "ecoli70", "circuit", "radon"])
+    parser.add_argument("--problems", nargs="*", default=list(KEYS))
     parser.add_argument("--guides", nargs="*", help="only these")
     parser.add_argument("--steps-only", action="store_true", help="only the times of a step")
     parser.add_argument("--render", action="store_true", help="page and picture from the saved results")
@@ -287,42 +296,45 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=UserWarning)
     folder = Path(args.out) / "guides_time"
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "guides.json"
-    if args.render:
-        results = json.loads(file.read_text())
-    else:
-        results = {
-            "date": str(date.today()), "machine": platform.machine(), "seconds": args.seconds, "problems": {},
-        }  # fmt: skip
-        for key in args.problems:
-            problem = make_problem(key)
-            makers = {n: m for n, m in guides_of(problem).items() if not args.guides or n in args.guides}
-            entry: dict[str, Any] = {"name": problem.name, "exact": problem.exact, "runs": {}}
-            entry["exact_fresh"] = None
-            if problem.exact is not None:
-                entry["exact_fresh"] = exact_of_fresh(key, problem)
-            entry["ms"] = step_times(problem, makers, args.rounds)
-            print(problem.name, {k: round(v, 1) for k, v in entry["ms"].items()}, flush=True)
-            if not args.steps_only:
-                for name, maker in makers.items():
-                    run = entry["runs"][name] = train(problem, name, maker, args.seconds)
-                    print(problem.name, name, run["steps"], run["loss"] + (problem.exact or 0.0), flush=True)
-            results["problems"][key] = entry
-        file.write_text(json.dumps(results, indent=1) + "\n")
-    draw(results, folder / "guides.png") if not args.steps_only else None
-    text = page(results)
+    saved = Results(folder / "results.jsonl")
+    for key in [] if args.render else args.problems:
+        record = measure(key, args)
+        if args.steps_only or args.guides:
+            print("\n".join(rows_of(record)))
+        else:
+            saved.append(key, record)
+    if args.steps_only or args.guides:
+        return
+    records = saved.read()
+    if not records:
+        raise SystemExit(f"Expected saved results in {saved.path}; found none. No page was written.")
+    problems = [records[key] for key in [*KEYS, *sorted(set(records) - set(KEYS))] if key in records]
+    draw(problems, folder / "guides.png")
+    text = page(problems)
     (Path(args.out) / "guides_time.md").write_text(text)
     print(text)
 
 
+def measure(key: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the record of a problem: times of a step, and unless these alone were asked for, trained guides."""
+    problem = make_problem(key)
+    makers = {n: m for n, m in guides_of(problem).items() if not args.guides or n in args.guides}
+    record: dict[str, Any] = {
+        "date": str(date.today()), "machine": platform.machine(), "seconds": args.seconds,
+        "name": problem.name, "exact": problem.exact, "runs": {}, "exact_fresh": None,
+    }  # fmt: skip
+    if problem.exact is not None:
+        record["exact_fresh"] = exact_of_fresh(key, problem)
+    record["ms"] = step_times(problem, makers, args.rounds)
+    print(problem.name, {k: round(v, 1) for k, v in record["ms"].items()}, flush=True)
+    for name, maker in [] if args.steps_only else makers.items():
+        run = record["runs"][name] = train(problem, name, maker, args.seconds)
+        print(problem.name, name, run["steps"], run["loss"] + (problem.exact or 0.0), flush=True)
+    return record
+
+
 def exact_of_fresh(key: str, problem: Problem) -> float:
     """Return the mean exact log-evidence of the fresh data of :func:`train`."""
-    from guide_problems import circuit_log_evidence
-
-    from pyro_graphflows.graphs import load_network
-    from pyro_graphflows.graphs.library import binary_tree
-
     pyro.set_rng_seed(1)
     assert problem.draw is not None
     fresh = problem.draw(2000)[0].double().numpy()

@@ -1,6 +1,6 @@
 """Time faithful inversion: all networks of a folder by "auto", and binary trees of growing depth.
 
-    python benchmarks/inversion.py --data FOLDER
+    python -m benchmarks.inversion --data FOLDER
 
 ``FOLDER/dags/dags.json`` holds networks as ``{name: {"nodes": [...], "parents": [[index, ...], ...]}}``; without it
 only the packaged networks are timed. Beside each time stands that of a naive Algorithm 1 (Webb et al. 2018, the

@@ -1,6 +1,6 @@
 """Masked layers: the dense and the sparse engine, and the choice between them.
 
-    python benchmarks/layers.py [--threads 2] [--dtype float64]
+    python -m benchmarks.layers [--threads 2] [--dtype float64]
 
 Each layer has 4 units a variable with 4 inputs each, batch 64, features first; forward and backward. The last column is
 the engine that ``engine="auto"`` takes.

@@ -5,8 +5,8 @@ through other libraries count as coming from the file that is left last. Printed
 of the README's example (normal and flow), for its evidence, and for the faithful inverse of ecoli70, with counts of
 the house: files, lines, import circles.
 
-    python benchmarks/rooms.py
-    python benchmarks/rooms.py --pairs      # the busiest pairs of files as well
+    python -m benchmarks.rooms
+    python -m benchmarks.rooms --pairs      # the busiest pairs of files as well
 """
 
 import argparse
@@ -121,7 +121,7 @@ def _num_parameters(node: ast.FunctionDef) -> int:
 def report(name: str, work: Callable[[], Any], pairs: bool) -> None:
     files, crossings = walk(work)
     print(f"{name}: {len(files)} files, {sum(crossings.values())} crossings")
-    for (caller, callee), count in crossings.most_common(12 if pairs else 0):
+    for (caller, callee), count in crossings.most_common(40 if pairs else 0):
         print(f"    {count:5d}  {caller} -> {callee}")
 
 

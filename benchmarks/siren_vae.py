@@ -1,10 +1,11 @@
 """Training steps of SIReN-VAE beside an unmasked VAE of equal width and the same model with full Jacobians.
 
-    python benchmarks/siren_vae.py [--networks arth150 ...] [--out docs/results/siren_vae]
+    python -m benchmarks.siren_vae [--networks arth150 ...] [--results studies/siren_vae/results.jsonl]
 
 All models of a network are timed in one process, in turns, so that a busy machine slows all of them alike; the
-figure is the median of processor times of one step (forward, backward, Adam; batch 100, float32, one thread). Writes
-speed.json, which ``examples/siren_vae_report.py`` shows.
+figure is the median of processor times of one step (forward, backward, Adam; batch 100, float32, one thread). The
+models have the default sizes of their classes. With ``--results`` the times become the line ``speed`` of that file,
+which ``studies/siren_vae/report.py`` shows.
 
 *Full Jacobian* is the graphical model whose log-determinants come from the Jacobian of each datum, as in Mouton and
 Kroon (2022), instead of one pass over the weights between units of the same owner; both give the same numbers, which is
@@ -13,17 +14,16 @@ checked.
 
 import argparse
 import datetime
-import json
 import os
 import statistics
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from pyro_graphflows import VAE, SIReNVAE, load_network
+from studies.results import Results
 
 
 class FullJacobian(torch.nn.Module):
@@ -138,17 +138,13 @@ def main(args):
         "network in one process. The full Jacobian forms the matrix of each datum and takes its determinant, as the "
         "paper does."
     )
-    if args.out:
-        folder = Path(args.out)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "speed.json").write_text(
-            json.dumps({"note": note, "models": found, "profile": text}, indent=1) + "\n"
-        )
+    if args.results:
+        Results(args.results).append("speed", {"note": note, "models": found, "profile": text})
 
 
 if __name__ == "__main__":
     parse = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parse.add_argument("--networks", nargs="+", default=["ecoli70", "arth150", "magic-irri"])
     parse.add_argument("--repeats", type=int, default=20)
-    parse.add_argument("--out", default="docs/results/siren_vae")
+    parse.add_argument("--results", help="the file of results that gets a line")
     main(parse.parse_args())

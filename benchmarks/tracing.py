@@ -1,6 +1,6 @@
 """The tracer beside Pyro's ``get_model_relations``: what each finds on the probe models, and how long it takes.
 
-    python benchmarks/tracing.py [--steps 500] [--repeats 5]
+    python -m benchmarks.tracing [--steps 500] [--repeats 5]
 
 The probes, with their true graphs, are those of the test suite (tests/probes.py). For Pyro, inputs are left out of
 the truth: it does not look at arguments.

@@ -1,10 +1,10 @@
 """Guides trained to the end, beside exact answers and beside Pyro's own guides.
 
-    python benchmarks/trained_guides.py --out docs/results            # every run that is not there yet; then the page
-    python benchmarks/trained_guides.py --only ecoli70 circuit --seeds 1 --out /tmp/results
-    python benchmarks/trained_guides.py --page --out docs/results     # the page from the saved runs
+    python -m benchmarks.trained_guides --out docs/results            # every run that is not there yet; then the page
+    python -m benchmarks.trained_guides --only ecoli70 circuit --seeds 1 --out /tmp/results
+    python -m benchmarks.trained_guides --page --out docs/results     # the page from the saved runs
 
-The parts; each run is a JSON file in OUT/guides, so that an interrupted study goes on where it stopped:
+The parts; each run is a line of OUT/guides/results.jsonl, so that an interrupted study goes on where it stopped:
 
 - *networks*: ecoli70 and magic-niab, raw scale, leaves observed, fresh batches of 100, SVI with one particle: the exact
   mean of KL(q || p(. | x)) over data, for every family and start, and the time at which it first was below its bound.
@@ -29,18 +29,16 @@ from typing import Any
 
 import pyro
 import torch
-from guide_problems import PROBLEMS, Problem
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoIAFNormal, AutoMultivariateNormal, AutoNormal, AutoStructured
-from trained_report import page
 
-from pyro_graphflows import auto_faithful_guide, log_evidence
+from benchmarks.guide_problems import PROBLEMS, Problem
+from benchmarks.trained_report import page
+from pyro_graphflows import Flow, Normal, auto_faithful_guide, log_evidence
+from pyro_graphflows.guides import Family
+from studies.results import Results
 
-FAMILIES: dict[str, dict[str, Any]] = {
-    "normal": {"family": "normal"},
-    "flow": {"family": "flow"},
-    "graphical": {"family": "flow", "flow": "graphical"},
-}
+FAMILIES: dict[str, Family] = {"normal": Normal(), "flow": Flow(), "graphical": Flow(form="graphical")}
 PYRO_GUIDES: dict[str, Callable[..., Any]] = {
     "AutoNormal": AutoNormal,
     "AutoMultivariateNormal": AutoMultivariateNormal,
@@ -121,7 +119,7 @@ def make_guide(problem: Problem, name: str, start: str, batch: int) -> Any:
     if name in PYRO_GUIDES:
         return PYRO_GUIDES[name](problem.model)
     args = problem.test if problem.draw is None else problem.draw(batch)
-    return auto_faithful_guide(problem.model, *args, init=start, **FAMILIES[name], **problem.options)
+    return auto_faithful_guide(problem.model, *args, family=FAMILIES[name], init=start, **problem.options)
 
 
 @torch.no_grad()
@@ -209,8 +207,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=UserWarning)
-    folder = Path(args.out) / "guides"
-    folder.mkdir(parents=True, exist_ok=True)
+    saved = Results(Path(args.out) / "guides" / "results.jsonl")
     problems: dict[str, Problem] = {}
     jobs = [
         (seed, part, problem, guide, start)
@@ -223,8 +220,8 @@ def main() -> None:
         if not args.guides or guide in args.guides
     ]
     for seed, part, key, guide, start in [] if args.page else sorted(jobs, key=lambda job: job[0]):
-        file = folder / f"{part}-{key}-{guide}-{start}-{seed}.json"
-        if file.exists():
+        name = f"{part}-{key}-{guide}-{start}-{seed}"
+        if name in saved:
             continue
         torch.set_default_dtype(
             torch.float64 if part in ("networks", "groups", "groups-long", "mixture") else torch.float32
@@ -232,9 +229,9 @@ def main() -> None:
         if key not in problems:
             problems[key] = PROBLEMS[key]()
         result = {"part": part, **run(problems[key], guide, start, seed, PARTS[part])}
-        file.write_text(json.dumps(result, indent=1) + "\n")
+        saved.append(name, result)
         print(json.dumps({k: v for k, v in result.items() if k != "history"}), flush=True)
-    results = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    results = list(saved.read().values())
     if results:
         text = page(results)
         (Path(args.out) / "guides.md").write_text(text)

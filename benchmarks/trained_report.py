@@ -110,7 +110,7 @@ def page(results: list[Run]) -> str:
     lines = [
         "# Trained guides",
         "",
-        "Made by `python benchmarks/trained_guides.py --out docs/results` (one thread, 2 CPU cores, shared; processor "
+        "Made by `python -m benchmarks.trained_guides --out docs/results` (one thread, 2 CPU cores, shared; processor "
         f"seconds; last run {max(run['date'] for run in results)}). Means over seeds ± standard error of the mean; "
         "*± by draws* is the largest standard error of one seed's value over draws of the guide. Nats.",
     ]

@@ -1,211 +1,100 @@
-r"""Graph VAE: latent dependency structures, learned and given, on images.
+r"""A variational autoencoder that learns which of its latent variables depend on which.
 
-Four models with the same nodes and networks and different edges between the latent nodes are trained by the same
-schedule and compared by their test bound, divergence and importance-weighted log-likelihood:
+scikit-learn's 8 by 8 digits, pixels drawn as zeros and ones. ``GraphVAE`` has every possible edge between its
+latent nodes behind a gate and learns the gates with the networks (``learned``); beside it the same model without edges
+(``independent``). An open gate costs a little (``edge_cost``), since the bound has nothing against an edge of no use;
+for the last fifth of the epochs the structure is frozen.
 
-- ``learned``: the Graph VAE, every edge behind a gate;
-- ``full``: all edges (FC-VAE);
-- ``chain``: each node given the one before (Ladder VAE);
-- ``independent``: no edges (VAE), with a wider encoder so that the number of parameters is that of ``full``.
-
-Data sets: ``digits`` comes with scikit-learn; ``mnist``, ``binarized_mnist``, ``omniglot`` and ``cifar10`` are read
-from the folder ``--data`` (see ``pyro_graphflows.datasets`` for the file formats).
-
-    python examples/graph_vae.py                                        # digits, learned against independent, minutes
-    python examples/graph_vae.py --data-set binarized_mnist --data DIR --structures learned --epochs 50
-    python examples/graph_vae.py --study --data DIR                     # all runs of the page; `make graphvae-table`
-
-Every run is one JSON file in ``<out>/graph_vae``, written after each epoch; checkpoints and trained weights are in
-``<work>``. A run that was interrupted goes on after its last epoch, and one that is asked for more epochs continues.
-``graph_vae_report.py`` draws the page from the files that are there.
+    python examples/graph_vae.py              # a minute or two
+    python examples/graph_vae.py --epochs 100 --pictures out/graph_vae
 
 References:
     [1] He, Gong, Marino, Mori and Lehrmann (2019), Variational Autoencoders with Jointly Optimized Latent Dependency
-    Structure, ICLR.
+    Structure, ICLR. A study of it, with image files of the usual data sets, is in ``studies/graph_vae``.
 """
 
 import argparse
-import os
-import sys
 from pathlib import Path
 
 import pyro
 import torch
-from flags import positive
-from graph_vae_runs import DEFAULTS, STRUCTURES, Data, run_of, train
+from pyro.infer import SVI, TraceMeanField_ELBO
 
-from pyro_graphflows import GraphflowsError
+from pyro_graphflows import GraphVAE
 from pyro_graphflows.datasets import load_images
 
-
-def draw_pictures(run, vae, data, args):
-    """Draw samples, reconstructions and, where there are labels, the embedding of test images."""
-    from graph_vae_plots import plot_embedding, plot_images
-
-    folder = Path(args.out) / "graph_vae"
-    plot_images(vae, data, folder / f"{run.name}-images.png")
-    if len(data.test_labels):
-        number = min(2000, len(data.test))
-        index = torch.arange(number) * len(data.test) // number
-        plot_embedding(vae, data.test[index], data.test_labels[index], folder / f"{run.name}-embedding.png")
+SMALL = {"encoder_dims": [128, 64], "decoder_dims": [64, 128], "embedding_dim": 64, "hidden_dim": 64}
 
 
-def summary(run, record, epochs):
-    final = record["finals"][str(epochs)]
-    ll = final["likelihood"]
-    return (
-        f"{run.structure:>12} {record['parameters']:>10,} {final['elbo']:>9.2f} {sum(final['kl'].values()):>8.2f} "
-        f"{ll['ll']:>9.2f} ± {ll['standard_error']:.2f} {final['best_epoch']:>6}"
-    )
+def bits(images, num_levels):
+    """Return images of zeros and ones, drawn with the pixels' brightness as their probabilities."""
+    return torch.bernoulli(images.float() / (num_levels - 1))
 
 
-def compare(args):
-    """Train the models asked for and print a table."""
-    args.epochs = args.epochs or DEFAULTS[args.data_set][0]
-    data = Data(args.data_set, args.data, torch.device(args.device), args.limit)
-    print(
-        f"{args.data_set}: {len(data.train_images)} training images {tuple(data.shape)}, {args.epochs} epochs."
-    )
-    lines = []
-    for seed in args.seeds:
-        for structure in args.structures:
-            run = run_of(structure, seed, args)
-            vae, record = train(run, args, data)
-            lines.append(summary(run, record, args.epochs))
-            if vae is None:
-                continue
-            if args.pictures and seed == args.seeds[0]:
-                draw_pictures(run, vae, data, args)
-            if structure == "learned":
-                edges = [f"{a} -> {b}" for a, b in vae.learned_graph().edges if b != "x"]
-                print(f"learned edges: {', '.join(edges) or 'none'}")
-    print(f"{'structure':>12} {'parameters':>10} {'ELBO':>9} {'KL':>8} {'LL':>9} {'best epoch':>13}")
-    print("\n".join(lines))
+def train(structure, images, args):
+    """Return a trained model."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(args.seed)
+    vae = GraphVAE(images.shape, args.num_nodes, args.node_dim, structure, edge_cost=args.edge_cost, **SMALL)
+    svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": args.lr}), TraceMeanField_ELBO())
+    for epoch in range(1, args.epochs + 1):
+        for index in torch.randperm(len(images.train)).split(args.batch_size):
+            svi.step(bits(images.train[index], images.num_levels))
+        vae.anneal(epoch, rate=args.anneal)  # gates become harder
+        if structure == "learned" and epoch == max(1, args.epochs * 4 // 5):
+            vae.freeze_structure()
+    vae.recalibrate(bits(images.train, images.num_levels))  # batch statistics with hard gates
+    return vae.eval()
 
 
-def study_jobs(args):
-    """Return the flags of every job of the page: on digits, and on the image files that are in the folder."""
-    seeds = ["--seeds", "0", "1", "2", "3", "4"]
-    digits = ["--data-set", "digits", "--decay-every", "100", "--test-every", "10", "--bound-samples", "10"]
-    digits += ["--ll-every", "1000", "--ll-images", "50", "--ll-particles", "100", "--final-images", "300"]
-    digits += ["--final-bound-samples", "200"]
-    jobs = [
-        [*digits, "--pictures", "--structures", *STRUCTURES, *seeds],
-        [*digits, "--gate-rate", "10", "--freeze-after", "60", "--structures", "learned", *seeds],
-    ]
-    for nodes, dim in ((2, 10), (4, 5), (10, 2)):
-        sizes = ["--num-nodes", str(nodes), "--node-dim", str(dim)]
-        jobs.append([*digits, *sizes, "--structures", "learned", "--seeds", "0", "1", "2"])
-    if not (args.data or os.environ.get("PYRO_GRAPHFLOWS_DATA")):
-        print("No folder with image files (--data): digits and synthetic data only.")
-        return jobs
-    for data_set, structure, epochs in (
-        ("binarized_mnist", "learned", "50"),
-        ("binarized_mnist", "independent", "50"),
-        ("binarized_mnist", "full", "25"),
-        ("binarized_mnist", "chain", "25"),
-        ("omniglot", "learned", "5"),
-        ("cifar10", "learned", "20"),
-    ):
-        try:
-            load_images(data_set, args.data)
-        except GraphflowsError as error:
-            print(f"Left out: {data_set}, {structure}. {error}")
-            continue
-        job = ["--data-set", data_set, "--structures", structure, "--epochs", epochs, "--pictures"]
-        if data_set == "binarized_mnist":
-            job += ["--final-images", "10000"]  # 25 minutes of processor for each model
-        jobs.append([*job, *(["--data", args.data] if args.data else [])])
-    return jobs
+def draw(vae, path):
+    """Draw samples of a model."""
+    from matplotlib.figure import Figure
 
-
-def study(args):
-    """Do every run of the page that is not there yet, and draw the page after each."""
-    import graph_vae_faithful
-    import graph_vae_synthetic
-    from graph_vae_report import render
-
-    common = ["--out", args.out, "--work", args.work, "--device", args.device, "--threads", str(args.threads)]
-    common += ["--final-particles", str(args.final_particles), *([] if args.verbose else ["--no-verbose"])]
-    small, synthetic, faithful = [], [], []  # flags of a study that only tries whether all goes through
-    if args.epochs is not None:
-        small += ["--epochs", str(args.epochs)]
-        faithful += ["--guide-epochs", str(args.epochs), "--sample-epochs", str(args.epochs)]
-    if args.limit is not None:
-        small += ["--limit", str(args.limit)]
-        synthetic += ["--particles", str(args.final_particles)]
-        faithful += [*synthetic, "--model-samples", str(args.limit)]
-    jobs = study_jobs(args)
-    for module, flags in (
-        (graph_vae_synthetic, ["--seeds", "0", "1", "2", "3", "4", *synthetic]),
-        (graph_vae_faithful, faithful),
-    ):
-        module.main(module.parser().parse_args(["--out", args.out, *small, *flags]))
-    for job in jobs:
-        given = parser().parse_args([*common, *job, *small])
-        if args.limit is not None:
-            given.final_images = given.ll_images = min(args.limit, given.final_images)
-        compare(given)
-        print(f"Page: {render(args.out)}", flush=True)
+    figure = Figure(figsize=(8, 2))
+    for panel, image in zip(figure.subplots(2, 8).flat, vae.sample(16, mean=True), strict=True):
+        panel.imshow(image, cmap="gray_r", vmin=0, vmax=1)
+        panel.set_axis_off()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
 
 
 def main(args):
-    torch.set_num_threads(args.threads)
-    torch.set_default_dtype(torch.float32)
-    torch.set_flush_denormal(True)
-    pyro.enable_validation(False)  # costs time in every step
-    try:
-        (study if args.study else compare)(args)
-    except GraphflowsError as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    torch.set_num_threads(1)
+    images = load_images("digits")
+    pyro.set_rng_seed(args.seed)
+    test = bits(images.test, images.num_levels)
+    print(f"{len(images.train)} training and {len(test)} test images; nats for each image\n")
+    print(f"{'structure':>12} {'parameters':>11} {'test bound':>11} {'log-likelihood':>15}")
+    for structure in ("independent", "learned"):
+        vae = train(structure, images, args)
+        pyro.set_rng_seed(args.seed)
+        bound = TraceMeanField_ELBO(num_particles=20, vectorize_particles=True, max_plate_nesting=1)
+        with torch.no_grad():
+            elbo = -bound.loss(vae.model, vae.guide, test) / len(test)
+        evidence = vae.log_evidence(test, args.num_particles).log_evidence.mean().item()
+        size = sum(p.numel() for p in vae.parameters())
+        print(f"{structure:>12} {size:>11,} {elbo:>11.2f} {evidence:>15.2f}", flush=True)
+        if args.pictures:
+            draw(vae, Path(args.pictures) / f"{structure}.png")
+    edges = [f"{a} -> {b}" for a, b in vae.learned_graph().edges if b != "x"]
+    print(f"\nLearned edges: {', '.join(edges) or 'none'}")
 
 
 def parser():
     parse = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parse.add_argument("--data-set", choices=list(DEFAULTS), default="digits")
-    parse.add_argument("--data", help="folder of the image files (or PYRO_GRAPHFLOWS_DATA)")
-    parse.add_argument("--structures", nargs="+", choices=STRUCTURES, default=["learned", "independent"])
-    parse.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parse.add_argument("--num-nodes", type=int, default=4)
+    parse.add_argument("--node-dim", type=int, default=4)
+    parse.add_argument("--epochs", type=int, default=40)
+    parse.add_argument("--batch-size", type=int, default=64)
+    parse.add_argument("--lr", type=float, default=2e-3)
+    parse.add_argument("--edge-cost", type=float, default=0.02, help="nats per image for an open gate")
     parse.add_argument(
-        "--epochs", type=positive, help="by default as many as suit the data set; of all runs of a study"
+        "--anneal", type=float, default=0.95, help="factor of the gates' temperature, each epoch"
     )
-    parse.add_argument("--num-nodes", type=positive)
-    parse.add_argument("--node-dim", type=positive)
-    parse.add_argument("--decoder-input", choices=["all", "first"], default="all")
-    parse.add_argument(
-        "--gate-rate", type=float, default=1.0, help="learning rate of gates, times the others'"
-    )
-    parse.add_argument("--freeze-after", type=int, help="epochs after which gates are hard in training too")
-    parse.add_argument("--batch-size", type=positive, default=64)
-    parse.add_argument("--lr", type=float, default=1e-3)
-    parse.add_argument("--decay", type=float, default=0.25, help="what the rate is multiplied by")
-    parse.add_argument("--decay-every", type=positive, default=200, help="epochs")
-    parse.add_argument("--test-every", type=positive, default=1, help="epochs between test bounds")
-    parse.add_argument(
-        "--bound-samples", type=positive, default=1, help="samples of the nodes for each test bound"
-    )
-    parse.add_argument("--final-bound-samples", type=positive, help="the same for the final figures")
-    parse.add_argument(
-        "--ll-every", type=positive, default=5, help="epochs between log-likelihoods of the curve"
-    )
-    parse.add_argument(
-        "--ll-images", type=positive, default=200, help="test images of the curve's log-likelihood"
-    )
-    parse.add_argument("--ll-particles", type=positive, default=500)
-    parse.add_argument("--final-images", type=positive, default=1000)
-    parse.add_argument("--final-particles", type=positive, default=5000)
-    parse.add_argument(
-        "--recalibrate", type=positive, default=50_000, help="training images for the batch statistics"
-    )
-    parse.add_argument("--limit", type=positive, help="use only the first images of each part")
-    parse.add_argument("--device", default="cpu")
-    parse.add_argument("--threads", type=positive, default=1)
-    parse.add_argument("--out", default="out", help="folder of graph_vae/ and graph_vae.md")
-    parse.add_argument("--work", default="out/graph_vae/work", help="folder of checkpoints and weights")
-    parse.add_argument("--study", action="store_true", help="all runs of the page, restartable")
-    parse.add_argument("--pictures", action=argparse.BooleanOptionalAction, default=False)
-    parse.add_argument("--progress", action=argparse.BooleanOptionalAction, default=sys.stderr.isatty())
-    parse.add_argument("--verbose", action=argparse.BooleanOptionalAction, default=True)
+    parse.add_argument("--num-particles", type=int, default=200, help="importance samples of each test image")
+    parse.add_argument("--pictures", help="a folder for pictures of samples")
+    parse.add_argument("--seed", type=int, default=0)
     return parse
 
 

@@ -223,7 +223,9 @@ def label_masks(
         priority = _by_need(distinct, upper, lower)
         counts = [_spread(width, priority) for width in hidden_dims]
         if any((count == 0).any() for count in counts):
-            _check_nothing_lost(distinct, (upper, lower), counts, sets, num_inputs, input_names, output_names)
+            _check_nothing_lost(
+                distinct, (upper, lower), counts, sets, num_inputs, (input_names, output_names)
+            )
 
     patterns = []
     below = np.ones(num_inputs, dtype=np.int64)
@@ -307,8 +309,7 @@ def _check_nothing_lost(
     counts: Sequence[np.ndarray],
     sets: Sequence[frozenset[int]],
     num_inputs: int,
-    input_names: Sequence[object] | None,
-    output_names: Sequence[object] | None,
+    names: tuple[Sequence[object] | None, Sequence[object] | None],
 ) -> None:
     """Compare the Boolean product of the layer masks, at the level of sets, with what is promised."""
     members_of = _memberships(distinct)
@@ -326,8 +327,8 @@ def _check_nothing_lost(
             lost.setdefault(distinct[t], []).append(int(j))
     if not lost:
         return
-    inputs = list(input_names) if input_names is not None else list(range(num_inputs))
-    outputs = list(output_names) if output_names is not None else list(range(len(sets)))
+    inputs = list(range(num_inputs)) if names[0] is None else list(names[0])
+    outputs = list(range(len(sets))) if names[1] is None else list(names[1])
     lines = [
         f"{outputs[k]} on {', '.join(str(inputs[j]) for j in sorted(lost[members]))}"
         for k, members in enumerate(sets)

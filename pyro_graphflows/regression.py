@@ -21,6 +21,7 @@ __all__ = [
     "WINSOR",
     "Moments",
     "Regression",
+    "in_float64",
     "location_and_scale",
     "logistic_regression",
     "square_root",
@@ -42,6 +43,14 @@ PRIOR_SCALE = 1.0  # of a slope of a logistic regression, for inputs of unit sca
 PSEUDO_COUNT = 0.5  # imagined samples of each class, at the mean of the inputs
 
 
+def in_float64(values: Tensor) -> Tensor:
+    """Return a tensor in float64: on its device, or on the CPU where the device has no such type (MPS)."""
+    try:
+        return values.double()
+    except TypeError:
+        return values.cpu().to(torch.float64)
+
+
 # ---------------------------------------------------------------- location and scale
 
 
@@ -56,7 +65,7 @@ def location_and_scale(sample: Tensor) -> tuple[Tensor, Tensor]:
         - Output: two of ``(size,)``.
     """
     sample = sample[torch.isfinite(sample).all(-1)]
-    if sample.shape[0] == 0:
+    if sample.numel() == 0:
         return sample.new_zeros(sample.shape[1:]), sample.new_ones(sample.shape[1:])
     shift = sample.mean(0)
     if sample.shape[0] == 1:
@@ -98,7 +107,7 @@ class Moments:
     """
 
     def __init__(self, rows: Tensor) -> None:
-        self.rows = rows = rows.double()
+        self.rows = rows = in_float64(rows)
         self.number = len(rows)
         self.mean, self.covariance = rows.mean(0), torch.atleast_2d(torch.cov(rows.T))
 
@@ -213,8 +222,7 @@ def square_root(residual: Tensor) -> Tensor:
         if not failed and bool(torch.isfinite(factor).all()):
             break
         jitter = max(10 * jitter, RESIDUAL_FLOOR**2)
-    diagonal = factor.diagonal()
-    return factor * (diagonal.clamp(min=RESIDUAL_FLOOR) / diagonal).unsqueeze(-1)
+    return factor.tril(-1) + factor.diagonal().clamp(min=RESIDUAL_FLOOR).diag_embed()
 
 
 def _require_finite(covariance: Tensor) -> None:
@@ -247,7 +255,7 @@ def logistic_regression(inputs: Tensor, targets: Tensor, *, max_steps: int = 100
         Slopes and intercepts, in the type of the inputs. Those of indicators are centred over the classes.
     """
     n, c = len(inputs), targets.shape[-1]
-    x, y = inputs[:MOST_LOGISTIC_ROWS].double(), targets[:MOST_LOGISTIC_ROWS].double()
+    x, y = in_float64(inputs[:MOST_LOGISTIC_ROWS]), in_float64(targets[:MOST_LOGISTIC_ROWS])
     share = (y.sum(0) + PSEUDO_COUNT) / (len(y) + max(c, 2) * PSEUDO_COUNT)
     start = share.logit() if c == 1 else share.log()
     if n == 0 or x.shape[-1] == 0:

@@ -12,7 +12,6 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.distributions import constraints
-from torch.distributions.transforms import identity_transform
 
 from pyro_graphflows.guides.conditionals.contract import BlockSpec, Conditionals, Family, LinearConditional
 from pyro_graphflows.guides.plan import BlockPlan, Conditioning
@@ -62,9 +61,7 @@ def check_family(family: Family, *, gaussian: bool = True) -> None:
 
 def _conditionals(family: Family) -> Conditionals:
     sites = {
-        name: LatentSite(
-            name, torch.Size([size]), torch.Size([size]), constraints.real_vector, identity_transform
-        )
+        name: LatentSite(name, torch.Size([size]), torch.Size([size]), constraints.real_vector)
         for name, size in SIZES.items()
     }
     block = BlockPlan((), LEVELS, (Conditioning("x", "same"),), PARENTS)

@@ -1,9 +1,17 @@
-"""Exact tables for guides of models in which every site is discrete, by summing over all assignments."""
+"""Exact guides of discrete models: tables by summing over all assignments, and a mixture of normals."""
 
 import itertools
+import math
 
+import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
+
+from pyro_graphflows.guides import auto_faithful_guide
+
+WEIGHTS = torch.tensor([0.2, 0.3, 0.5], dtype=torch.double)
+CENTRES = torch.tensor([-2.0, 0.0, 3.0], dtype=torch.double)
 
 
 def assignments(model):
@@ -112,3 +120,22 @@ def solve_(network, rows, inputs, targets):
             parameter[rows] = solution[start : start + size].reshape(parameter[rows].shape)
             start += size
     torch.testing.assert_close(network(inputs)[..., rows, 0].detach(), targets, atol=1e-8, rtol=0)
+
+
+def mixture(x):
+    with pyro.plate("data", len(x)):
+        k = pyro.sample("k", dist.Categorical(WEIGHTS))
+        z = pyro.sample("z", dist.Normal(CENTRES[k], 1.0))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+
+def mixture_evidence(x):
+    return (WEIGHTS.log() + dist.Normal(CENTRES, math.sqrt(1.25)).log_prob(x.unsqueeze(-1))).logsumexp(-1)
+
+
+def exact_mixture_guide(x, model=mixture, **options):
+    guide = auto_faithful_guide(model, x, init="random", **options)
+    logits = WEIGHTS.log() - CENTRES**2 / 2.5
+    guide.set_linear_("k", {"x": CENTRES.unsqueeze(-1) / 1.25}, logits)
+    guide.set_linear_("z", {"k": 0.2 * CENTRES.unsqueeze(0), "x": 0.8}, 0.0, math.sqrt(0.2))
+    return guide

@@ -218,6 +218,11 @@ def test_gradient_of_its_own_draw():
     wanted = torch.autograd.grad((weights * fresh.log_prob(z.clone())).sum(), parameters)
     for one, other in zip(score, wanted, strict=True):
         assert torch.equal(one, other)
+    z.requires_grad_()  # the slope of the density at a draw, as a sampler that starts there needs it
+    (slope,) = torch.autograd.grad(q.log_prob(z).sum(), z)
+    (wanted,) = torch.autograd.grad(fresh.log_prob(1.0 * z).sum(), z)
+    assert torch.equal(slope, wanted)
+    assert (slope != 0).all()
     with torch.no_grad():
         z = q.sample()
         noise = q._drawn[0][1]

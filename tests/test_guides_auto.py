@@ -12,6 +12,7 @@ from pyro import poutine
 from pyro.infer import SVI, Predictive, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch.distributions import constraints
 
+from pyro_graphflows import AutoOrder
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.inversion import faithful_inverse
@@ -281,7 +282,7 @@ def test_inverse_in_every_form(data):
 
 
 def test_wrong_options_are_named(data):
-    with pytest.raises(GraphflowsError, match="Expected family= 'normal', 'flow', a family object"):
+    with pytest.raises(GraphflowsError, match="Expected family= 'normal', 'spline', 'flow', a family object"):
         auto_faithful_guide(regression, *data, family="gaussian")
     with pytest.raises(GraphflowsError, match="Expected init='regression' or 'random'"):
         auto_faithful_guide(regression, *data, init="zero")
@@ -359,7 +360,7 @@ def test_too_few_finite_samples_of_the_model_are_said():
             pyro.sample("x", dist.Normal(z.exp(), 1.0), obs=x)
 
     guide = auto_faithful_guide(model, torch.randn(3), num_start_samples=20)
-    assert "a regression needs 20" in guide.describe()
+    assert "a regression needs 20" in guide.describe(verbose=True)
     assert torch.isfinite(guide(torch.randn(3))["z"]).all()
 
 
@@ -474,3 +475,9 @@ def test_data_of_another_precision_than_the_default(default, dtype, init):
     guide = auto_faithful_guide(network.pyro_model(), x, init=init, num_start_samples=500)
     assert {parameter.dtype for parameter in guide.parameters()} == {dtype}
     assert {value.dtype for value in guide(x).values()} == {dtype}
+
+
+def test_a_search_for_an_order_is_an_inverse(data):
+    guide = auto_faithful_guide(regression, *data, inverse=AutoOrder(seconds=0.1), num_start_samples=100)
+    assert guide.inverse.num_edges <= faithful_inverse(guide.model_graph).num_edges
+    assert copy.deepcopy(guide).inverse == guide.inverse

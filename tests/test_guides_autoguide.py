@@ -28,17 +28,18 @@ def shapes(x):
             pyro.sample("x", dist.Normal(cell, 1.0), obs=x)
 
 
+DATA = torch.randn(3, 4, dtype=torch.double)
 SHAPES = {"scalar": (), "vector": (2,), "row": (3, 1), "cell": (3, 4)}
 
 
 @pytest.fixture
 def guide(options):
-    return auto_faithful_guide(shapes, torch.randn(3, 4), num_start_samples=100, **options)
+    return auto_faithful_guide(shapes, DATA, num_start_samples=100, **options)
 
 
 @everywhere
 def test_shapes_and_plates_are_those_of_the_model(guide):
-    x = torch.randn(3, 4)
+    x = DATA
     trace = poutine.trace(guide).get_trace(x)
     trace.compute_log_prob()
     model_trace = poutine.trace(poutine.replay(shapes, trace)).get_trace(x)
@@ -55,7 +56,7 @@ def test_shapes_and_plates_are_those_of_the_model(guide):
 @everywhere
 def test_no_score_terms_and_no_auxiliary_sites(guide):
     """Reparametrised throughout: the guide's log-density enters the loss once, and only at the model's sites."""
-    x = torch.randn(3, 4)
+    x = DATA
     trace = poutine.trace(guide).get_trace(x)
     trace.compute_score_parts()
     names = [
@@ -73,7 +74,7 @@ def test_no_score_terms_and_no_auxiliary_sites(guide):
 @everywhere
 @pytest.mark.parametrize("elbo", [Trace_ELBO, TraceGraph_ELBO])
 def test_training_lowers_the_loss_and_a_copy_stays(guide, elbo):
-    x = torch.randn(3, 4)
+    x = DATA
     svi = SVI(shapes, guide, pyro.optim.Adam({"lr": 0.01}), elbo())
     assert math.isfinite(svi.step(x))
     frozen = copy.deepcopy(guide)
@@ -87,7 +88,7 @@ def test_training_lowers_the_loss_and_a_copy_stays(guide, elbo):
 
 @everywhere
 def test_a_trained_guide_can_be_saved_while_it_lives(guide):
-    x = torch.randn(3, 4)
+    x = DATA
     SVI(shapes, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(x)
     buffer = io.BytesIO()
     torch.save(guide, buffer)
@@ -146,7 +147,7 @@ def test_dotted_names(options):
 
 @everywhere
 def test_module_local_params_with_a_torch_optimiser(options):
-    x = torch.randn(3, 4)
+    x = DATA
     with pyro.settings.context(module_local_params=True):
         guide = auto_faithful_guide(shapes, x, num_start_samples=100, **options)
         elbo = Trace_ELBO()(shapes, guide)

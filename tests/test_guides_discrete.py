@@ -9,7 +9,15 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from discrete_guides import assignments, set_tables_
+from discrete_guides import (
+    CENTRES,
+    WEIGHTS,
+    assignments,
+    exact_mixture_guide,
+    mixture,
+    mixture_evidence,
+    set_tables_,
+)
 from pyro import poutine
 from pyro.infer import (
     SVI,
@@ -38,29 +46,6 @@ from pyro_graphflows.infer import (
 )
 from pyro_graphflows.models.textbook import burglar_alarm_model as burglar_alarm
 from pyro_graphflows.regression import logistic_regression
-
-WEIGHTS = torch.tensor([0.2, 0.3, 0.5], dtype=torch.double)
-CENTRES = torch.tensor([-2.0, 0.0, 3.0], dtype=torch.double)
-
-
-def mixture(x):
-    with pyro.plate("data", len(x)):
-        k = pyro.sample("k", dist.Categorical(WEIGHTS))
-        z = pyro.sample("z", dist.Normal(CENTRES[k], 1.0))
-        pyro.sample("x", dist.Normal(z, 0.5), obs=x)
-
-
-def mixture_evidence(x):
-    return (WEIGHTS.log() + dist.Normal(CENTRES, math.sqrt(1.25)).log_prob(x.unsqueeze(-1))).logsumexp(-1)
-
-
-def exact_mixture_guide(x, model=mixture, **options):
-    guide = auto_faithful_guide(model, x, init="random", **options)
-    logits = WEIGHTS.log() - CENTRES**2 / 2.5
-    guide.set_linear_("k", {"x": CENTRES.unsqueeze(-1) / 1.25}, logits)
-    guide.set_linear_("z", {"k": 0.2 * CENTRES.unsqueeze(0), "x": 0.8}, 0.0, math.sqrt(0.2))
-    return guide
-
 
 TABLE = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]], dtype=torch.double)
 

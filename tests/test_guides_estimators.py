@@ -12,11 +12,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from linear_gaussian_guides import set_exact_
+from discrete_guides import CENTRES, WEIGHTS, exact_mixture_guide, mixture_evidence
+from linear_gaussian_guides import chain, collider, four_cycle, set_exact_
+from plated_guides import exact_hierarchical, hierarchical, set_hierarchical_
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
-from test_guides_discrete import CENTRES, WEIGHTS, exact_mixture_guide, mixture_evidence
-from test_guides_exact import chain, collider, four_cycle
-from test_guides_plates import exact_hierarchical, hierarchical, set_hierarchical_
 
 from pyro_graphflows.graphs.library import binary_tree
 from pyro_graphflows.graphs.linear_gaussian import LinearGaussianNetwork

@@ -7,45 +7,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from linear_gaussian_guides import set_exact_
+from linear_gaussian_guides import chain, collider, four_cycle, set_exact_
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 
 from pyro_graphflows.graphs.library import binary_tree
-from pyro_graphflows.graphs.linear_gaussian import LinearGaussianNetwork
 from pyro_graphflows.guides import auto_faithful_guide
 
 ORDERS = ["forward", "reverse", "min_fill", "auto", "full"]
-
-
-def chain():
-    return LinearGaussianNetwork(
-        {"a": [], "b": ["a"], "c": ["b"], "x": ["c"]},
-        {"a": [], "b": [0.8], "c": [-1.3], "x": [0.7]},
-        {"a": 0.3, "b": -0.5, "c": 0.0, "x": 1.0},
-        {"a": 1.0, "b": 0.6, "c": 0.9, "x": 0.5},
-    )
-
-
-def collider():
-    return LinearGaussianNetwork(
-        {"a": [], "b": [], "x": ["a", "b"]},
-        {"a": [], "b": [], "x": [1.0, -0.6]},
-        {"a": 0.0, "b": 2.0, "x": 0.1},
-        {"a": 1.0, "b": 0.7, "x": 0.4},
-    )
-
-
-def four_cycle():
-    """A ring of latents whose edges are observed pairwise; moralisation needs a fill-in edge."""
-    ring = ["a", "b", "c", "d"]
-    pairs = [(ring[i], ring[(i + 1) % 4]) for i in range(4)]
-    parents = {name: [] for name in ring} | {f"x_{u}{v}": [u, v] for u, v in pairs}
-    return LinearGaussianNetwork(
-        parents,
-        {name: [] if not p else [1.0, 0.8] for name, p in parents.items()},
-        dict.fromkeys(parents, 0.2),
-        {name: 1.0 if not p else 0.5 for name, p in parents.items()},
-    )
 
 
 NETWORKS = {"chain": chain, "collider": collider, "tree": lambda: binary_tree(3, seed=1), "cycle": four_cycle}

@@ -15,7 +15,7 @@ from toy_family import Logistic, LogisticFamily
 import pyro_graphflows
 from pyro_graphflows import auto_faithful_guide, log_evidence
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.guides import AutoFaithfulGuide, Factor, Flow, Normal, NormalFactor
+from pyro_graphflows.guides import AutoFaithfulGuide, Factor, Flow, Normal, NormalFactor, Spline
 from pyro_graphflows.guides.families import FAMILIES, make_family
 from pyro_graphflows.testing import check_family
 
@@ -98,6 +98,9 @@ CONTRACT = {
     "linear normal": (Normal(hidden_dims=[]), True),
     "deep normal": (Normal(hidden_dims=[24, 24], activation="tanh"), True),
     "student": (Normal(factor=Student), False),
+    "spline": (Spline(), True),
+    "logistic spline": (Spline(num_bins=3, base="logistic"), False),
+    "student spline": (Spline(base="student", df=5.0), False),
     "flow": (Flow(num_blocks=2, units_per_variable=4), True),
     "affine flow": (Flow(units_per_variable=0, conditioner_units=0), True),
     "density flow": (Flow(closed_form="density", units_per_variable=4), True),
@@ -195,7 +198,8 @@ def test_a_factor_with_another_event_shape_is_refused_by_site_and_name():
 def test_strings_abbreviate_the_defaults():
     assert make_family("normal") == Normal()
     assert make_family("flow") == Flow()
-    assert set(FAMILIES) == {"normal", "flow"}
+    assert make_family("spline") == Spline()
+    assert set(FAMILIES) == {"normal", "spline", "flow"}
     assert make_family(Student) == Normal(factor=Student)
     assert make_family(Flow(num_blocks=2)).num_blocks == 2
 
@@ -220,6 +224,10 @@ def test_families_are_values():
         (lambda: Normal(hidden_layers=0), "hidden_layers >= 1; got 0"),
         (lambda: Normal(activation="nonsense"), "Expected an activation among .*got 'nonsense'"),
         (lambda: Normal(factor=3), "factor= a subclass of Factor; got 3"),
+        (lambda: Spline(num_bins=1), "num_bins >= 2; got 1"),
+        (lambda: Spline(bound=0.0), "positive, finite bound; got 0.0"),
+        (lambda: Spline(base="cauchy"), "base among normal, student, logistic; got 'cauchy'"),
+        (lambda: Spline(df=-1.0), "degrees of freedom; got -1.0"),
         (lambda: Flow(form="planar"), "form='faithful' or 'graphical'; got 'planar'"),
         (lambda: Flow(closed_form="both"), "closed_form 'sampling' or 'density'; got 'both'"),
         (lambda: Flow(num_blocks=0), "num_blocks >= 1; got 0"),
@@ -229,7 +237,7 @@ def test_families_are_values():
         (lambda: Flow(masked=Flow()), r"masked= a Normal\(...\)"),
         (
             lambda: make_family("gaussian"),
-            "Expected family= 'normal', 'flow', a family object.*got 'gaussian'",
+            "Expected family= 'normal', 'spline', 'flow', a family object.*got 'gaussian'",
         ),
         (lambda: make_family(Flow), r"Did you mean Flow\(\)\?"),
     ],

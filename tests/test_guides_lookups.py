@@ -4,8 +4,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 from lookup_models import DISTRICT, GROUP, crossed, districts, members, slopes, two_groups
+from plated_guides import set_joint_
 from pyro.infer import Trace_ELBO
-from test_guides_coupled import set_joint_
 
 from pyro_graphflows.guides import auto_faithful_guide
 

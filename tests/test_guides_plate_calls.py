@@ -8,9 +8,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 from linear_gaussian_guides import set_exact_
+from plated_guides import set_joint_
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
-from test_guides_coupled import set_joint_
 
 from pyro_graphflows.graphs.linear_gaussian import LinearGaussianNetwork
 from pyro_graphflows.guides import auto_faithful_guide

@@ -27,13 +27,15 @@ MAY_IMPORT = {
     "graphs": "errors",
     "masks": "errors graphs",
     "regression": "errors",
+    "whole_files": "",
+    "tensor_files": "errors whole_files",
     "distributions": "errors",
     "nn": "errors graphs masks",
-    "transforms": "errors graphs masks nn",
+    "transforms": "errors graphs masks nn regression",
     "inspect": "errors graphs",
-    "guides": "distributions errors graphs inspect masks nn regression transforms",
+    "guides": "distributions errors graphs inspect masks nn regression tensor_files transforms",
     # Any Pyro guide will do: nothing of our own guides.
-    "infer": "errors graphs inspect masks nn transforms",
+    "infer": "errors graphs inspect masks nn transforms whole_files",
     "models": "errors graphs guides infer inspect masks nn transforms",
     "plotting": "errors graphs",
     "datasets": "errors",
@@ -45,7 +47,10 @@ OTHERS = [path for path in MODULES if _layer(path) not in WITH_CIRCLES.split()]
 # What the mathematics may use at module level beside the standard library.
 WITHOUT_TORCH = {"graphs": "networkx numpy scipy pyro_graphflows"}
 # Modules that take long to import, and are needed by few: `import pyro_graphflows` must load none of them.
-LAZY = "IPython matplotlib pandas pgmpy scipy.io scipy.optimize scipy.stats sklearn statsmodels torchvision"
+LAZY = (
+    "IPython arviz_base arviz_stats matplotlib pandas pgmpy scipy.io scipy.optimize scipy.stats sklearn statsmodels"
+    " torchvision"
+)
 
 
 def _module(path):

@@ -3,7 +3,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from infer_models import Chain
-from scipy.stats import chi2
+from scipy.stats import chi2, chisquare
 from torch import nn
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
@@ -124,3 +124,10 @@ class TestUniformity:
     def test_bins_must_make_sense(self, simulations, options):
         with pytest.raises(GraphflowsError, match=r"between 2 and num_draws \+ 1 = 11 bins"):
             sbc_uniformity(torch.zeros(simulations), 10, **options)
+
+
+def test_p_values_against_scipy():
+    ranks = torch.randint(0, 100, (400, 3))
+    counts = torch.stack([torch.bincount(column // 5, minlength=20) for column in ranks.T], 1)
+    expected = [chisquare(column.numpy()).pvalue for column in counts.T]
+    assert sbc_uniformity(ranks, 99, num_bins=20).tolist() == pytest.approx(expected)

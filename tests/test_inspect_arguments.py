@@ -1,6 +1,5 @@
 """The tensors among a model's arguments: found, told apart, and matched with plates."""
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -96,19 +95,6 @@ def test_sparse_argument():
 
     design = torch.eye(3).to_sparse()
     assert set(get_model_graph(model, (design,)).edges) == {("design", "x"), ("b", "x")}
-
-
-def test_covariates_that_cannot_be_followed_are_noted():
-    class Batch:
-        def __init__(self):
-            self.w = torch.ones(())
-
-    def model(w, batch):
-        pyro.sample("x", dist.Normal(torch.tensor(w).sum() + batch.w, 1.0), obs=torch.zeros(()))
-
-    notes = trace_model(model, (np.ones(3), Batch())).notes
-    assert "argument 'w' is a NumPy array, which is not followed" in notes[0]
-    assert "argument 'batch' holds tensors inside a Batch" in notes[1]
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,9 @@ def test_constants_of_a_subsampled_plate():
         with pyro.plate("data", 10, subsample_size=4) as index:
             pyro.sample("x", N(z, constants[index]), obs=x[index])
 
-    assert non_exchangeable_plates(model, (torch.zeros(10),)) == {"x": ("data",)}
+    # rows of a batch are taken from them: they are data, and an input
+    assert non_exchangeable_plates(model, (torch.zeros(10),)) == {}
+    assert trace_model(model, (torch.zeros(10),)).graph.inputs == ("constants",)
 
 
 def test_parameters_that_vary_along_a_plate():

@@ -13,7 +13,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from linear_gaussian_guides import conditional, set_exact_
+from linear_gaussian_guides import chain, conditional, four_cycle, set_exact_
 from pyro import poutine
 from pyro.infer import (
     RenyiELBO,
@@ -24,7 +24,6 @@ from pyro.infer import (
     TraceMeanField_ELBO,
 )
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal, AutoStructured
-from test_guides_exact import chain, four_cycle
 
 from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.graphs.inverse_graph import InverseGraph

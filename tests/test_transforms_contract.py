@@ -21,8 +21,10 @@ from pyro_graphflows.transforms import (
     actnorm,
     conditional_faithful_residual,
     conditional_graphical_residual,
+    conditional_graphical_spline,
     faithful_residual,
     graphical_residual,
+    graphical_spline,
 )
 
 
@@ -70,6 +72,10 @@ TRANSFORMS = {
     "graphical no edges": lambda dim: graphical_residual(empty(dim)),
     "graphical deep": lambda dim: graphical_residual(chain(dim), hidden_dims=[4 * dim, 4 * dim]),
     "graphical sparse": lambda dim: graphical_residual(reverse_chain(dim), engine="sparse"),
+    "spline chain": lambda dim: graphical_spline(chain(dim)),
+    "spline other order": lambda dim: graphical_spline(reverse_chain(dim), num_bins=4, bound=2.0),
+    "spline full": lambda dim: graphical_spline(full(dim), hidden_dims=[6 * dim, 6 * dim]),
+    "spline no edges": lambda dim: graphical_spline(empty(dim)),
     "actnorm": actnorm,
 }
 CONDITIONAL = {
@@ -81,6 +87,10 @@ CONDITIONAL = {
         chain(dim), 3, closed_form="sampling", conditioner_units=3, conditioner_layers=2
     ),
     "faithful named": lambda dim: conditional_faithful_residual(
+        nx.compose(chain(dim), nx.DiGraph([("x", 0), ("y", 1), ("w", 1)])), ["x", "y", "w"]
+    ),
+    "spline": lambda dim: conditional_graphical_spline(reverse_chain(dim), 3),
+    "spline named": lambda dim: conditional_graphical_spline(
         nx.compose(chain(dim), nx.DiGraph([("x", 0), ("y", 1), ("w", 1)])), ["x", "y", "w"]
     ),
     "graphical density": lambda dim: conditional_graphical_residual(chain(dim), 3),

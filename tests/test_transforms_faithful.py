@@ -10,11 +10,8 @@ from pyro_graphflows.errors import ConvergenceError, GraphflowsError
 from pyro_graphflows.nn import mlp
 from pyro_graphflows.transforms import FlowStructure, Solver, conditional_faithful_residual, faithful
 from pyro_graphflows.transforms.edge_linear import Inputs, expand_batch
-from pyro_graphflows.transforms.faithful import (
-    FaithfulResidualNN,
-    regress_on_parents,
-    structure_mask,
-)
+from pyro_graphflows.transforms.faithful import FaithfulResidualNN
+from pyro_graphflows.transforms.network import regress_on_parents, structure_mask
 
 FORMS = ("density", "sampling")
 

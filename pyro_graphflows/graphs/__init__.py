@@ -36,6 +36,9 @@ from pyro_graphflows.graphs.linear_gaussian import (
 from pyro_graphflows.graphs.model_graph import (
     ModelGraph,
 )
+from pyro_graphflows.graphs.order_search import (
+    AutoOrder,
+)
 from pyro_graphflows.graphs.separation import (
     Independence,
     is_imap,
@@ -44,6 +47,7 @@ from pyro_graphflows.graphs.separation import (
 )
 
 __all__ = [
+    "AutoOrder",
     "Independence",
     "InverseGraph",
     "LinearGaussianNetwork",

@@ -452,7 +452,8 @@ class SiteElimination:
         self.graph = graph
         self.expansion = expand(graph)
         names = graph.nodes
-        self.latent = [i for i, name in enumerate(names) if graph.role(name) == "latent"]
+        latent = set(graph.latent)
+        self.latent = [i for i, name in enumerate(names) if name in latent]
         self.known = self.expansion.with_role("observed", "input")
         self.hidden = set(self.expansion.with_role("marginalised"))
         self.relevant = ancestors(self.expansion, self.known)
@@ -496,10 +497,23 @@ class SiteElimination:
             for site, parents, coupled in self._by_boundary(sequence):
                 draft.add(site, parents, coupled)
             return draft
+        return self.eliminate(sequence)
+
+    def eliminate(self, fruitful: list[int]) -> Draft:
+        """Eliminate the barren sites, and then the others in a given order."""
+        draft = Draft()
+        for site, parents, coupled in self._barren_sites():
+            draft.add(site, parents, coupled)
         eliminator = Eliminator(self.adjacent, self.observed, count_observed=False)
-        for site in sequence:
+        for site in fruitful:
             draft.add(site, *self._take(eliminator, site))
         return draft
+
+    def site_graph(self) -> dict[int, int]:
+        """Return for each site that is not barren the bit set of the sites next to it in the moral graph."""
+        copies = self.expansion.copies
+        around = {site: self._fold(indices(self.adjacent[copies[site][0]])) for site in self.fruitful}
+        return {site: bit_set(sites) & ~(1 << site) for site, sites in around.items()}
 
     def as_sequence(self, order: Iterable[Node]) -> list[int]:
         """Check an elimination sequence and return it as positions."""

@@ -32,6 +32,16 @@ class InverseGraph:
             parent is in fewer plates) or ``"pooled"`` (the parent is in a plate the latent node is not in);
             derived from the plates where nothing is said.
 
+    Attributes:
+        graph: The model graph that is inverted.
+        parents: The parents of each latent node, in graph order.
+        sampling_order: All latent nodes, parents first.
+        levels: The latent nodes by the length of the longest chain of latent parents above them.
+        num_edges: The number of parents, summed over the latent nodes.
+        order: The name of the rule that made this inverse; the winner's name for ``"auto"``.
+        coupled: The plates across which copies of a latent node stay dependent given its parents.
+        how: How each parent enters: (parent, latent) to ``"same"``, ``"broadcast"`` or ``"pooled"``.
+
     Raises:
         NotADAGError: If the parents form a cycle. The message lists one.
         GraphflowsError: If a latent node has no entry, a name is unknown, a parent is a marginalised node, or
@@ -43,6 +53,17 @@ class InverseGraph:
         >>> inverse.parents["a"], inverse.sampling_order, inverse.levels, inverse.num_edges
         (('b', 'x'), ('b', 'a'), (('b',), ('a',)), 3)
     """
+
+    graph: ModelGraph
+    parents: Mapping[Node, tuple[Node, ...]]
+    sampling_order: tuple[Node, ...]
+    levels: tuple[tuple[Node, ...], ...]
+    num_edges: int
+    order: str
+    coupled: Mapping[Node, tuple[str, ...]]
+    how: Mapping[tuple[Node, Node], str]
+
+    _MAPS = ("parents", "coupled", "how")
 
     def __init__(
         self,
@@ -64,41 +85,33 @@ class InverseGraph:
             )
         sets = {node: set(parents[node]) for node in latent}
         mentioned = set().union(*sets.values()) if sets else set()
-        wrong = [node for node in mentioned if node not in graph or graph.role(node) == "marginalised"]
+        hidden = set(graph.marginalised)
+        wrong = [node for node in mentioned if node not in rank or node in hidden]
         if wrong:
             raise GraphflowsError(
                 f"Expected parents that are latent, observed or input nodes; got {listed(wrong)}."
             )
-        self._graph = graph
-        self._order = order
-        self._parents = {node: tuple(sorted(sets[node], key=rank.__getitem__)) for node in latent}
-        edges = [(parent, node) for node in latent for parent in self._parents[node] if parent in sets]
+        ordered = {node: tuple(sorted(sets[node], key=rank.__getitem__)) for node in latent}
+        edges = [(parent, node) for node in latent for parent in ordered[node] if parent in sets]
         dag = nx.DiGraph()
         dag.add_nodes_from(latent)
         dag.add_edges_from(edges)
         topological = topological_order(dag)
-        if sampling_order is None:
-            self._sampling_order = topological
-        else:
-            self._sampling_order = tuple(sampling_order)
-            place = {node: i for i, node in enumerate(self._sampling_order)}
-            if len(self._sampling_order) != len(latent) or set(place) != set(latent):
-                raise GraphflowsError(f"Expected a sampling order of the latent nodes {listed(latent)}.")
-            late = [f"{parent} -> {node}" for parent, node in edges if place[parent] > place[node]]
-            if late:
-                raise GraphflowsError(
-                    f"Expected a sampling order with parents first; not so for {listed(late)}."
-                )
+        sampling = topological if sampling_order is None else tuple(sampling_order)
+        place = {node: i for i, node in enumerate(sampling)}
+        if len(sampling) != len(latent) or set(place) != set(latent):
+            raise GraphflowsError(f"Expected a sampling order of the latent nodes {listed(latent)}.")
+        late = [f"{parent} -> {node}" for parent, node in edges if place[parent] > place[node]]
+        if late:
+            raise GraphflowsError(f"Expected a sampling order with parents first; not so for {listed(late)}.")
         depth: dict[Node, int] = {}
         for node in topological:
-            depth[node] = 1 + max((depth[p] for p in self._parents[node] if p in sets), default=-1)
+            depth[node] = 1 + max((depth[p] for p in ordered[node] if p in sets), default=-1)
         levels: list[list[Node]] = [[] for _ in range(1 + max(depth.values(), default=-1))]
-        for node in self._sampling_order:
+        for node in sampling:
             levels[depth[node]].append(node)
-        self._levels = tuple(map(tuple, levels))
-        self._num_edges = sum(map(len, self._parents.values()))
-        self._coupled = {node: tuple(plates) for node, plates in (coupled or {}).items() if tuple(plates)}
-        derived = {(p, node): self._derive_how(p, node) for node in latent for p in self._parents[node]}
+        plates = {node: frozenset(names) for node, names in graph.plates.items()}
+        derived = {(p, v): _derived_way(plates[p], plates[v]) for v in latent for p in ordered[v]}
         if how is not None:
             wrong_how = [pair for pair, word in how.items() if pair not in derived or word not in HOW]
             if wrong_how:
@@ -106,66 +119,44 @@ class InverseGraph:
                     f"Expected one of {HOW} for an edge of the inverse; not so for {listed(wrong_how)}."
                 )
             derived.update(how)
-        self._how = derived
+        self.__setstate__(
+            {
+                "graph": graph,
+                "parents": ordered,
+                "sampling_order": sampling,
+                "levels": tuple(map(tuple, levels)),
+                "num_edges": sum(map(len, ordered.values())),
+                "order": order,
+                "coupled": {n: tuple(names) for n, names in (coupled or {}).items() if tuple(names)},
+                "how": derived,
+            }
+        )
 
-    def _derive_how(self, parent: Node, child: Node) -> str:
-        outside = set(self._graph.plates[parent]), set(self._graph.plates[child])
-        if not outside[0] <= outside[1]:
-            return "pooled"
-        return "same" if outside[0] == outside[1] else "broadcast"
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(
+            f"Expected no changes of an InverseGraph, which is immutable; got {name}={value!r}."
+        )
 
-    @property
-    def graph(self) -> ModelGraph:
-        """The model graph that is inverted."""
-        return self._graph
+    def __getstate__(self) -> dict[str, object]:
+        maps = {name: dict(getattr(self, name)) for name in self._MAPS}
+        return {**self.__dict__, **maps}
 
-    @property
-    def parents(self) -> Mapping[Node, tuple[Node, ...]]:
-        """The parents of each latent node, in graph order."""
-        return MappingProxyType(self._parents)
-
-    @property
-    def sampling_order(self) -> tuple[Node, ...]:
-        """All latent nodes, parents first."""
-        return self._sampling_order
-
-    @property
-    def levels(self) -> tuple[tuple[Node, ...], ...]:
-        """The latent nodes by the length of the longest chain of latent parents above them."""
-        return self._levels
-
-    @property
-    def num_edges(self) -> int:
-        """The number of parents, summed over the latent nodes."""
-        return self._num_edges
-
-    @property
-    def order(self) -> str:
-        """The name of the rule that made this inverse; the winner's name for ``"auto"``."""
-        return self._order
-
-    @property
-    def coupled(self) -> Mapping[Node, tuple[str, ...]]:
-        """The plates across which copies of a latent node stay dependent given its parents."""
-        return MappingProxyType(self._coupled)
-
-    @property
-    def how(self) -> Mapping[tuple[Node, Node], str]:
-        """How each parent enters: (parent, latent) to ``"same"``, ``"broadcast"`` or ``"pooled"``."""
-        return MappingProxyType(self._how)
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self.__dict__.update({name: MappingProxyType(state[name]) for name in self._MAPS})  # type: ignore[arg-type]
 
     def to_networkx(self) -> nx.DiGraph:
         """Return a new digraph over all but the marginalised nodes, with the roles of the model graph."""
         dag = nx.DiGraph()
-        for node, data in self._graph.to_networkx().nodes(data=True):
+        for node, data in self.graph.to_networkx().nodes(data=True):
             if data["role"] != "marginalised":
                 dag.add_node(node, **data)
-        for node, parents in self._parents.items():
+        for node, parents in self.parents.items():
             dag.add_edges_from((parent, node) for parent in parents)
         return dag
 
     def _key(self) -> tuple[object, ...]:
-        return (self._graph, tuple(self._parents.items()), self._sampling_order, self._order)
+        return (self.graph, tuple(self.parents.items()), self.sampling_order, self.order)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, InverseGraph) and self._key() == other._key()
@@ -175,6 +166,13 @@ class InverseGraph:
 
     def __repr__(self) -> str:
         return (
-            f"InverseGraph({len(self._parents)} latent nodes, {self._num_edges} edges, "
-            f"{len(self._levels)} levels, order={self._order!r})"
+            f"InverseGraph({len(self.parents)} latent nodes, {self.num_edges} edges, "
+            f"{len(self.levels)} levels, order={self.order!r})"
         )
+
+
+def _derived_way(parent: frozenset[str], child: frozenset[str]) -> str:
+    """Return how a parent enters, by the plates around it and around the child."""
+    if not parent <= child:
+        return "pooled"
+    return "same" if parent == child else "broadcast"

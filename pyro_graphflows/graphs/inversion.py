@@ -18,6 +18,7 @@ decides how many edges it has:
 - A sequence of all latents is followed as it is.
 - ``"auto"`` runs the four rules and takes the inverse with the fewest edges, then levels; a rule that has
   exceeded the best so far is abandoned. On a tie the first of reverse, min_fill, min_fill_all, forward.
+- An :class:`~pyro_graphflows.graphs.order_search.AutoOrder` searches on from there, for a given time.
 
 Ties between nodes go to the first in graph order. What the paper leaves out:
 
@@ -45,6 +46,7 @@ from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs.elimination import Draft, SiteElimination
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph, Node
+from pyro_graphflows.graphs.order_search import AutoOrder, search
 
 __all__ = ["faithful_inverse", "fully_connected_inverse", "mean_field_inverse", "stochastic_inverse"]
 
@@ -53,17 +55,18 @@ RULES = ("reverse", "min_fill", "min_fill_all", "forward")
 _TRIED_BY_AUTO = ("min_fill", "min_fill_all", "reverse", "forward")
 
 
-def faithful_inverse(graph: ModelGraph, order: str | Iterable[Node] = "auto") -> InverseGraph:
+def faithful_inverse(graph: ModelGraph, order: str | AutoOrder | Iterable[Node] = "auto") -> InverseGraph:
     """Return a faithful inverse of a model graph; minimal for its sampling order.
 
     Args:
         graph: The model graph.
-        order: ``"auto"``, ``"forward"``, ``"reverse"``, ``"min_fill"``, ``"min_fill_all"``, or an elimination
-            sequence of all latent nodes (the last to be sampled first). See the module's description.
+        order: ``"auto"``, ``"forward"``, ``"reverse"``, ``"min_fill"``, ``"min_fill_all"``, an
+            :class:`AutoOrder` to search for fewer edges, or an elimination sequence of all latent nodes (the last
+            to be sampled first). See the module's description.
 
     Returns:
         The inverse; its ``order`` is the name of the rule (of the winner for ``"auto"``, ``"custom"`` for
-        a sequence).
+        a sequence, ``"search"`` where an :class:`AutoOrder` found a better one than the rules).
 
     Raises:
         GraphflowsError: If ``graph`` is no ModelGraph, ``order`` is no known name, or a sequence is not one
@@ -76,17 +79,26 @@ def faithful_inverse(graph: ModelGraph, order: str | Iterable[Node] = "auto") ->
     """
     _check(graph)
     elimination = SiteElimination(graph)
+    if isinstance(order, AutoOrder):
+        draft, rule = _best_of_rules(elimination)
+        found = search(elimination, draft, order)
+        return elimination.finish(found, rule if found is draft else "search")
     if not isinstance(order, str):
         return elimination.finish(elimination.follow(elimination.as_sequence(order)), "custom")
     if order in RULES:
-        draft = elimination.run(order)
-        assert draft is not None
-        return elimination.finish(draft, order)
+        by_rule = elimination.run(order)
+        assert by_rule is not None
+        return elimination.finish(by_rule, order)
     if order != "auto":
         raise GraphflowsError(
-            f"Expected order to be 'auto', {', '.join(map(repr, RULES))} or a sequence of all latent nodes; "
-            f"got {order!r}."
+            f"Expected order to be 'auto', {', '.join(map(repr, RULES))}, an AutoOrder or a sequence of "
+            f"all latent nodes; got {order!r}."
         )
+    return elimination.finish(*_best_of_rules(elimination))
+
+
+def _best_of_rules(elimination: SiteElimination) -> tuple[Draft, str]:
+    """Return the outcome with the fewest edges, then levels, and the rule that found it."""
     best: tuple[tuple[int, int, int], Draft, str] | None = None
     for rule in _TRIED_BY_AUTO:
         draft = elimination.run(rule, limit=None if best is None else best[0][0])
@@ -95,7 +107,7 @@ def faithful_inverse(graph: ModelGraph, order: str | Iterable[Node] = "auto") ->
             if best is None or rank < best[0]:
                 best = rank, draft, rule
     assert best is not None  # the first rule runs without a limit
-    return elimination.finish(best[1], best[2])
+    return best[1], best[2]
 
 
 def _check(graph: ModelGraph) -> None:

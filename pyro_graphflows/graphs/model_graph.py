@@ -74,13 +74,23 @@ class ModelGraph:
     r"""An immutable, validated Bayesian-network structure.
 
     Args:
-        graph: A directed graph, or an iterable of edges (parent, child). Nodes without an edge may be given
-            in a digraph, or by naming them in any of the other arguments. Edges and names in sets are sorted.
+        graph: A directed graph, or an iterable of edges (parent, child). Edges and names in sets are sorted.
         observed: The names of the observed nodes.
         inputs: The names of the covariates: roots without a density that are always known.
         marginalised: The names of the unobserved nodes that are summed or integrated out.
         event_sizes: The number of scalars of one copy of a node; 1 where nothing is said.
         plates: The names of the plates around a node, outer to inner; none where nothing is said.
+        nodes: Nodes, needed for those without an edge where ``graph`` is no digraph. All other names must be known, so
+            that a misspelt one is no new node.
+
+    Attributes:
+        nodes: All nodes, parents before children; ties in order of insertion. Called *graph order* elsewhere.
+        latent: The latent nodes in graph order.
+        observed: The observed nodes in graph order.
+        inputs: The inputs (covariates) in graph order.
+        marginalised: The marginalised nodes in graph order.
+        event_sizes: The number of scalars of one copy of each node.
+        plates: The plates around each node, outer to inner.
 
     Raises:
         NotADAGError: If there is a directed cycle. The message lists one.
@@ -93,7 +103,22 @@ class ModelGraph:
         (('w',), ('w', 'x'), ('data',))
     """
 
-    __slots__ = ("_children", "_event_sizes", "_hash", "_nodes", "_parents", "_plates", "_roles")
+    __slots__ = (
+        "_children", "_hash", "_parents", "_roles",
+        "event_sizes", "inputs", "latent", "marginalised", "nodes", "observed", "plates",
+    )  # fmt: skip
+
+    nodes: tuple[Node, ...]
+    latent: tuple[Node, ...]
+    observed: tuple[Node, ...]
+    inputs: tuple[Node, ...]
+    marginalised: tuple[Node, ...]
+    event_sizes: Mapping[Node, int]
+    plates: Mapping[Node, tuple[str, ...]]
+    _parents: dict[Node, tuple[Node, ...]]
+    _children: dict[Node, tuple[Node, ...]]
+    _roles: dict[Node, str]
+    _hash: int | None
 
     def __init__(
         self,
@@ -104,6 +129,7 @@ class ModelGraph:
         marginalised: Iterable[Node] = (),
         event_sizes: Mapping[Node, int] | None = None,
         plates: Mapping[Node, Iterable[str]] | None = None,
+        nodes: Iterable[Node] = (),
     ) -> None:
         named = {
             "observed": _as_names(observed, "observed"),
@@ -121,19 +147,16 @@ class ModelGraph:
                 raise GraphflowsError(f"Expected a networkx.DiGraph; got a {type(graph).__name__}.")
             dag.add_nodes_from(graph)
             dag.add_edges_from(graph.edges())
-            mentioned = (
-                {node for names in named.values() for node in names} | set(event_sizes) | set(plate_names)
-            )
-            unknown = mentioned - set(dag)
-            if unknown:
-                raise GraphflowsError(
-                    f"Expected names of nodes of the graph; got unknown {listed(unknown)}. "
-                    f"The nodes are {listed(dag)}."
-                )
         else:
             dag.add_edges_from((parent, child) for parent, child in _in_fixed_order(graph))
-            for names in (*named.values(), event_sizes, plate_names):
-                dag.add_nodes_from(names)
+        dag.add_nodes_from(_as_names(nodes, "nodes"))
+        mentioned = {node for names in named.values() for node in names} | set(event_sizes) | set(plate_names)
+        unknown = mentioned - set(dag)
+        if unknown:
+            raise GraphflowsError(
+                f"Expected names of nodes of the graph; got unknown {listed(unknown)}. The nodes are "
+                f"{listed(dag) or 'none'}. Nodes without an edge are given by nodes=[...]."
+            )
 
         roles = dict.fromkeys(dag, "latent")
         twice = set()
@@ -156,63 +179,33 @@ class ModelGraph:
                 f"Expected event sizes that are positive integers; not so for {listed(wrong)}."
             )
 
-        nodes = topological_order(dag)
-        rank = {node: i for i, node in enumerate(nodes)}
-        self._nodes = nodes
-        self._parents = {node: tuple(sorted(dag.predecessors(node), key=rank.__getitem__)) for node in nodes}
-        self._children = {node: tuple(sorted(dag.successors(node), key=rank.__getitem__)) for node in nodes}
-        self._roles = {node: roles[node] for node in nodes}
-        self._event_sizes = {node: event_sizes.get(node, 1) for node in nodes}
-        self._plates = {node: plate_names.get(node, ()) for node in nodes}
-        self._hash: int | None = None
+        order = topological_order(dag)
+        rank = {node: i for i, node in enumerate(order)}
+        self.__setstate__(
+            {
+                "nodes": order,
+                "_parents": {n: tuple(sorted(dag.predecessors(n), key=rank.__getitem__)) for n in order},
+                "_children": {n: tuple(sorted(dag.successors(n), key=rank.__getitem__)) for n in order},
+                "_roles": {node: roles[node] for node in order},
+                "event_sizes": {node: event_sizes.get(node, 1) for node in order},
+                "plates": {node: plate_names.get(node, ()) for node in order},
+            }
+        )
 
-    @property
-    def nodes(self) -> tuple[Node, ...]:
-        """All nodes, parents before children; ties in order of insertion. Called *graph order* elsewhere."""
-        return self._nodes
-
-    @property
-    def latent(self) -> tuple[Node, ...]:
-        """The latent nodes in graph order."""
-        return self._with_role("latent")
-
-    @property
-    def observed(self) -> tuple[Node, ...]:
-        """The observed nodes in graph order."""
-        return self._with_role("observed")
-
-    @property
-    def inputs(self) -> tuple[Node, ...]:
-        """The inputs (covariates) in graph order."""
-        return self._with_role("input")
-
-    @property
-    def marginalised(self) -> tuple[Node, ...]:
-        """The marginalised nodes in graph order."""
-        return self._with_role("marginalised")
-
-    @property
-    def event_sizes(self) -> Mapping[Node, int]:
-        """The number of scalars of one copy of each node."""
-        return MappingProxyType(self._event_sizes)
-
-    @property
-    def plates(self) -> Mapping[Node, tuple[str, ...]]:
-        """The plates around each node, outer to inner."""
-        return MappingProxyType(self._plates)
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(
+            f"Expected no changes of a ModelGraph, which is immutable; got {name}={value!r}."
+        )
 
     @property
     def edges(self) -> tuple[tuple[Node, Node], ...]:
         """The edges (parent, child), by child in graph order."""
-        return tuple((parent, node) for node in self._nodes for parent in self._parents[node])
-
-    def _with_role(self, role: str) -> tuple[Node, ...]:
-        return tuple(node for node in self._nodes if self._roles[node] == role)
+        return tuple((parent, node) for node in self.nodes for parent in self._parents[node])
 
     def _known(self, name: Node) -> Node:
         if name not in self._roles:
             raise GraphflowsError(
-                f"Expected a node of the graph; got {name!r}. The nodes are {listed(self._nodes)}."
+                f"Expected a node of the graph; got {name!r}. The nodes are {listed(self.nodes)}."
             )
         return name
 
@@ -231,9 +224,9 @@ class ModelGraph:
     def to_networkx(self) -> nx.DiGraph:
         """Return a new digraph whose nodes carry ``role``, ``event_size`` and ``plates``."""
         dag = nx.DiGraph()
-        for node in self._nodes:
+        for node in self.nodes:
             dag.add_node(
-                node, role=self._roles[node], event_size=self._event_sizes[node], plates=self._plates[node]
+                node, role=self._roles[node], event_size=self.event_sizes[node], plates=self.plates[node]
             )
         dag.add_edges_from(self.edges)
         return dag
@@ -264,35 +257,74 @@ class ModelGraph:
             plates=self.plates,
         )
 
+    def with_observed(self, names: Iterable[Node]) -> "ModelGraph":
+        """Return the graph in which some latent nodes are observed as well.
+
+        Args:
+            names: Latent nodes.
+
+        Raises:
+            GraphflowsError: If one of them is not latent.
+
+        Example:
+            >>> ModelGraph([("y", "x"), ("z", "x")], observed=["x"]).with_observed(["y"]).latent
+            ('z',)
+        """
+        names = _as_names(names, "names")
+        wrong = [name for name in names if self.role(name) != "latent"]
+        if wrong:
+            raise GraphflowsError(f"Expected latent nodes, among {listed(self.latent)}; got {listed(wrong)}.")
+        return ModelGraph(
+            self.to_networkx(),
+            [*self.observed, *names],
+            inputs=self.inputs,
+            marginalised=self.marginalised,
+            event_sizes=self.event_sizes,
+            plates=self.plates,
+        )
+
     def __contains__(self, name: object) -> bool:
         return name in self._roles
 
     def __len__(self) -> int:
-        return len(self._nodes)
+        return len(self.nodes)
 
     def _key(self) -> tuple[Any, ...]:
         return (
             frozenset(self.edges),
             frozenset(self._roles.items()),
-            frozenset(self._event_sizes.items()),
-            frozenset(self._plates.items()),
+            frozenset(self.event_sizes.items()),
+            frozenset(self.plates.items()),
         )
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ModelGraph) and self._key() == other._key()
 
     def __hash__(self) -> int:
-        if self._hash is None:
-            self._hash = hash(self._key())
-        return self._hash
+        found = self._hash
+        if found is None:
+            found = hash(self._key())
+            object.__setattr__(self, "_hash", found)
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         # Hashes of strings differ between processes.
-        return {name: getattr(self, name) for name in self.__slots__ if name != "_hash"}
+        plain = {name: getattr(self, name) for name in ("nodes", "_parents", "_children", "_roles")}
+        return {**plain, "event_sizes": dict(self.event_sizes), "plates": dict(self.plates)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        names = {
+            "latent": "latent",
+            "observed": "observed",
+            "input": "inputs",
+            "marginalised": "marginalised",
+        }
+        for role, name in names.items():
+            nodes = tuple(node for node in state["nodes"] if state["_roles"][node] == role)
+            object.__setattr__(self, name, nodes)
         for name, value in state.items():
-            object.__setattr__(self, name, value)
+            read_only = name in ("event_sizes", "plates")
+            object.__setattr__(self, name, MappingProxyType(value) if read_only else value)
         object.__setattr__(self, "_hash", None)
 
     def __repr__(self) -> str:

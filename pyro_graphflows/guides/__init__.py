@@ -8,8 +8,8 @@ from pyro_graphflows.guides.conditionals.factors import (
     NormalFactor,
 )
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
-from pyro_graphflows.guides.families import Family, Flow, Normal
-from pyro_graphflows.guides.guide import AutoFaithfulGuide, auto_faithful_guide
+from pyro_graphflows.guides.families import Family, Flow, Normal, Spline
+from pyro_graphflows.guides.guide import AutoFaithfulGuide, auto_faithful_guide, load_guide
 
 __all__ = [
     "AutoFaithfulGuide",
@@ -22,6 +22,8 @@ __all__ = [
     "GuideCheck",
     "Normal",
     "NormalFactor",
+    "Spline",
     "auto_faithful_guide",
     "check_guide",
+    "load_guide",
 ]

@@ -6,6 +6,7 @@ Data, sampled values of other blocks and summaries of other plates become one ve
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,12 +16,12 @@ from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.call import Call
 from pyro_graphflows.guides.conditionals.contract import (
     BlockSpec,
-    Conditionals,
     Family,
     LinearConditional,
     Pass,
 )
 from pyro_graphflows.guides.conditionals.pooling import (
+    POOLS,
     AllElements,
     DeepSet,
     DeepSetPool,
@@ -33,7 +34,7 @@ from pyro_graphflows.guides.features import FeatureMap, concatenate
 from pyro_graphflows.guides.inputs import Summary
 from pyro_graphflows.guides.plan import BlockPlan
 from pyro_graphflows.guides.samples import Samples, with_depth
-from pyro_graphflows.guides.sites import InputEncodings
+from pyro_graphflows.guides.sites import REMEDIES_OF_NAN, InputEncodings
 
 __all__ = ["BlockInputs", "GuideBlock", "make_inputs"]
 
@@ -72,11 +73,39 @@ class BlockInputs(nn.Module):
             start += size
         self.register_buffer("learned", learned, persistent=False)
 
+    def to_plain(self) -> dict[str, Any]:
+        """Return what the inputs are made from."""
+        return {
+            "kinds": tuple(kind for kind, _ in self.features.kinds),  # one for each name
+            "sizes": self.sizes,
+            "pools": {
+                name: (type(pool).__name__, pool.to_plain())
+                for name in self.names
+                if (pool := self.pool(name)) is not None
+            },
+            "encodings": self.encodings,
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> "BlockInputs":
+        """Return inputs of the same form, for a state that is loaded."""
+        maps = {
+            name: FeatureMap.of_kinds([(kind, slice(0, size))])
+            for (name, size), kind in zip(plain["sizes"].items(), plain["kinds"], strict=True)
+        }
+        pools = {name: POOLS[kind].from_plain(form) for name, (kind, form) in plain["pools"].items()}
+        return cls(maps, pools, plain["encodings"])
+
     def pool(self, name: str) -> Pool | None:
         """Return the summary of a name; None for nodes."""
         pools: Any = self.pools
         key = str(self.names.index(name))
         return pools[key] if key in pools else None  # noqa: SIM401
+
+    def _members(self, name: str) -> list[str]:
+        """Return the nodes that a summary is made of; none for nodes."""
+        pool: Any = self.pool(name)
+        return [] if pool is None else [member.name for member in pool.members]
 
     def forward(self, call: Call, unconstrained: Mapping[str, Tensor]) -> Tensor:
         """Return the features, ``(*batch, num_features)``.
@@ -86,25 +115,19 @@ class BlockInputs(nn.Module):
             unconstrained: The flat vectors of the sites sampled so far.
 
         Raises:
-            GraphflowsError: If a value is not finite, or has another size than at set-up. The message names the node.
+            GraphflowsError: If a value is not finite, is of a wider type, on another device or of another size than
+                at set-up. The message names the node.
         """
         parts = []
-        dtype = self.features.shift.dtype
         for position, name in enumerate(self.names):
             if str(position) in self.pools:
                 pool: Any = self.pools[str(position)]
-                values = {m.name: self._flat(m.name, call, unconstrained, dtype) for m in pool.members}
+                values = {m.name: self._flat(m.name, call, unconstrained) for m in pool.members}
                 values.update({index: call.values[index] for index in pool.indices})
                 parts.append(pool(values, call.plates, call.masks))
             else:
-                parts.append(self._flat(name, call, unconstrained, dtype))
-        flat = concatenate(parts)
-        if not bool(torch.isfinite(flat).all()):
-            guilty = [n for n, part in zip(self.names, parts, strict=True) if not torch.isfinite(part).all()]
-            raise GraphflowsError(
-                f"Expected finite values of the data the guide conditions on; {', '.join(guilty)} have NaN or "
-                "infinite entries. Remove them, or model them as missing with pyro.sample(..., obs_mask=...)."
-            )
+                parts.append(self._flat(name, call, unconstrained))
+        flat = concatenate(parts) if parts else self.features.shift
         expected = self.features.shift.shape[0]
         if flat.shape[-1] != expected:
             sizes = ", ".join(f"{n}: {part.shape[-1]}" for n, part in zip(self.names, parts, strict=True))
@@ -112,12 +135,81 @@ class BlockInputs(nn.Module):
                 f"Expected {expected} conditioning features in all, as when the guide was set up; got {sizes}."
             )
         features: Tensor = self.features(flat)
+        if not (features.is_meta or bool(torch.isfinite(features).all())):
+            raise self._not_finite(features, call, unconstrained)
         return features
 
-    def _flat(self, name: str, call: Call, unconstrained: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def _not_finite(
+        self, features: Tensor, call: Call, unconstrained: Mapping[str, Tensor]
+    ) -> GraphflowsError:
+        """Say whether data, values of latent sites, or the guide's own parameters are to blame."""
+        wrong = ~torch.isfinite(features)
+        start, guilty = 0, []
+        for name, size in self.sizes.items():
+            if bool(wrong[..., start : start + size].any()):
+                guilty.append(name)
+            start += size
+        members = [m for n in guilty for m in (self._members(n) or [n])]
+        data = {name: call.values[name] for name in members if name in call.values}
+        missing = [n for n, value in data.items() if value.is_floating_point() and not value.isfinite().all()]
+        if missing:
+            return GraphflowsError(
+                f"Expected finite values of the data the guide conditions on; {', '.join(missing)} have NaN or "
+                f"infinite entries. {REMEDIES_OF_NAN}"
+            )
+        latents = [
+            name for name in members if name in unconstrained and not unconstrained[name].isfinite().all()
+        ]
+        if latents:
+            return GraphflowsError(
+                f"Expected finite values of the latent sites {', '.join(latents)}, which later sites read; some are "
+                "NaN or infinite. If they were drawn, the guide's parameters have become too large or NaN in training: "
+                "a smaller learning rate or clipped gradients help. If they were given, they are outside the support."
+            )
+        outside = [name for name in guilty if name in data] + self._outside(guilty, call)
+        if outside:
+            return GraphflowsError(
+                f"Expected values of {', '.join(outside)} in the support of their distributions; some are outside."
+            )
+        return GraphflowsError(
+            f"Expected finite summaries {', '.join(guilty)}; their data are finite, so the guide's parameters have "
+            "become too large or NaN in training: a smaller learning rate or clipped gradients help."
+        )
+
+    def _outside(self, names: list[str], call: Call) -> list[str]:
+        """Return the nodes of summaries with data outside of their supports."""
+        found: dict[str, None] = {}
+        for name in names:
+            pool = self.pool(name)
+            pairs = (
+                zip(pool.members, pool.maps, strict=True)
+                if isinstance(pool, DeepSetPool | AllElements)
+                else ()
+            )
+            for member, feature_map in pairs:
+                if member.name in call.values and not member.partly:
+                    features = feature_map(self.encodings.flat(member.name, call.values[member.name]))
+                    found.update({} if bool(features.isfinite().all()) else {member.name: None})
+        return list(found)
+
+    def _flat(self, name: str, call: Call, unconstrained: Mapping[str, Tensor]) -> Tensor:
+        """Return the flat vector of a node, and refuse one on another device or of a wider type than the guide."""
+        like = self.features.shift
         if name in unconstrained:
-            return unconstrained[name]
-        return self.encodings.flat(name, call.values[name], dtype)
+            flat = unconstrained[name]
+        else:
+            flat = self.encodings.flat(name, call.values[name], like.dtype)
+        if flat.device != like.device:
+            raise GraphflowsError(
+                f"Expected {name!r} on the device of the guide, {like.device}; got {flat.device}. Move one of them: "
+                f"guide.to({str(flat.device)!r}), or the data."
+            )
+        if torch.promote_types(flat.dtype, like.dtype) != like.dtype:
+            raise GraphflowsError(
+                f"Expected {name!r} of the type of the guide's parameters, {like.dtype}; got {flat.dtype}. Convert one "
+                f"of them: guide.to({flat.dtype}), or the data."
+            )
+        return flat
 
 
 class GuideBlock(nn.Module):
@@ -125,13 +217,15 @@ class GuideBlock(nn.Module):
 
     Args:
         inputs: What its sites look at.
-        conditionals: Their conditionals.
+        family: The family that serves its sites.
+        spec: What their conditionals are made from.
     """
 
-    def __init__(self, inputs: BlockInputs, conditionals: Conditionals) -> None:
+    def __init__(self, inputs: BlockInputs, family: Family, spec: BlockSpec) -> None:
         super().__init__()
         self.inputs = inputs
-        self.conditionals = conditionals
+        self.family, self.spec = family, spec
+        self.conditionals = family.conditionals(spec)
 
     @classmethod
     def make(
@@ -159,7 +253,23 @@ class GuideBlock(nn.Module):
             **options,
         )
         like = samples.draws.like
-        return cls(inputs.to(like.device, like.dtype), family.conditionals(spec).to(like.device, like.dtype))
+        return cls(inputs, family, spec).to(like.device, like.dtype)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return what the block is made from, without its state."""
+        plates = tuple(replace(plate, indices=None) for plate in self.spec.plates)
+        return {
+            "inputs": self.inputs.to_plain(),
+            "family": self.family,
+            "spec": replace(self.spec, plates=plates),
+            "dtype": self.dtype,
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> "GuideBlock":
+        """Return a block of the same form, for a state that is loaded."""
+        block = cls(BlockInputs.from_plain(plain["inputs"]), plain["family"], plain["spec"])
+        return block.to(dtype=plain["dtype"])
 
     @property
     def plan(self) -> BlockPlan:
@@ -191,7 +301,8 @@ class GuideBlock(nn.Module):
         """Make one site's conditional linear-Gaussian, in the units of the data and of unconstrained latents.
 
         The shifts and scales on the way, of data, of parents, of summaries of other plates and of the site itself, are
-        worked into weights and location. See :meth:`~pyro_graphflows.guides.AutoFaithfulGuide.set_linear_`.
+        worked into weights and location. Data on a half-line count by their logarithm, data in (0, 1) by their logit.
+        See :meth:`~pyro_graphflows.guides.AutoFaithfulGuide.set_linear_`.
         """
         conditionals, parents = self.conditionals, self.plan.parents[site]
         shift, width = conditionals.output_units(site)
@@ -228,6 +339,7 @@ class GuideBlock(nn.Module):
                 pooled.add(name)
             elif name in weights:
                 part = slice(columns.start, columns.stop)
+                _require_coordinates(features, part, name)
                 matrix = matrix_of(weights[name], len(columns), name)
                 loc = loc + matrix @ features.shift[part]
                 standard[name] = matrix * features.scale[part] / width.unsqueeze(-1)
@@ -246,6 +358,16 @@ class GuideBlock(nn.Module):
             )
         linear = LinearConditional(standard, loc / width, tril / width.unsqueeze(-1))
         conditionals.set_linear_(site, linear)
+
+
+def _require_coordinates(features: FeatureMap, part: slice, name: str) -> None:
+    """Refuse data whose features are no linear function of a value, or of its vector on the real line."""
+    for kind, columns in features.kinds:
+        if kind in ("log1p", "asinh") and columns.start <= part.start < columns.stop:
+            raise GraphflowsError(
+                f"Expected a parent that comes in linearly; the features of {name!r} are those of a {kind} map, for "
+                "counts and for heavy tails. Set the guide up with standardize=False and init='random'."
+            )
 
 
 # ---------------------------------------------------------------- inputs from samples
@@ -317,8 +439,7 @@ def _make_pool(summary: Summary, samples: Samples, deepset: DeepSet) -> tuple[Po
     ]
     pool: Pool
     if summary.index is not None and summary.inner is not None:
-        outer, inner = samples.plates[summary.over[0]], samples.plates[summary.inner]
-        pool = LookedUp(members[0], maps[0], summary.index, outer, inner)
+        pool = LookedUp(members[0], maps[0], summary.index, summary.over[0], summary.inner)
     elif summary.one_by_one:
         pool = AllElements(members, maps, [samples.plates[name] for name in summary.over])
     else:

@@ -3,38 +3,69 @@
 Each step takes values and returns new ones; none edits an earlier step's result.
 """
 
-from collections.abc import Callable, Collection, Hashable, Mapping
+import warnings
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import update_wrapper
 from typing import Any
 
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
-from pyro_graphflows.guides.call import CallReader, PlateState, is_constant, plates_of
+from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
+from pyro_graphflows.graphs.inverse_graph import InverseGraph
+from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.graphs.order_search import AutoOrder
+from pyro_graphflows.guides.call import CallReader, PlateState, plates_of, require_shape, site_mask
 from pyro_graphflows.guides.conditionals.contract import ElementParents, Family, SiteRole
 from pyro_graphflows.guides.conditionals.factors import ElementNormalFactor, Factor, NormalFactor
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
 from pyro_graphflows.guides.families import Normal
 from pyro_graphflows.guides.inputs import InputOptions, InputPlan, plan_inputs, sites_concerned
 from pyro_graphflows.guides.orders import (
+    NAMED_INVERSES,
     FoundInverse,
     Inverse,
     find_inverse,
+    optional_sites_first,
     order_for_discrete_sites,
+    order_for_supports,
+    outer_sites_first,
+    outside_of_loops,
     require_outer_sites_first,
     sites_to_enumerate,
     smoothest_inverse,
 )
-from pyro_graphflows.guides.plan import BlockPlan, Plan, make_blocks, mean_field_condition, ways_in
+from pyro_graphflows.guides.plan import (
+    BlockPlan,
+    Plan,
+    make_blocks,
+    mean_field_condition,
+    readers_of,
+    ways_in,
+)
 from pyro_graphflows.guides.samples import ModelDraws
-from pyro_graphflows.guides.sites import LatentSite, input_encodings, latent_sites
-from pyro_graphflows.inspect import TracedModel, non_exchangeable_plates, trace_model
+from pyro_graphflows.guides.sites import (
+    REMEDIES_OF_NAN,
+    InputEncodings,
+    LatentSite,
+    input_encodings,
+    is_constant,
+    latent_sites,
+)
+from pyro_graphflows.inspect import TracedModel, non_exchangeable_plates, seed_random_state, trace_model
+from pyro_graphflows.inspect.arguments import argument_leaves
+from pyro_graphflows.inspect.graph import split_elements
+from pyro_graphflows.inspect.probes import Rerun
+from pyro_graphflows.inspect.stability import changes
+from pyro_graphflows.inspect.trace import quiet_run, rows_of_plates, run_model, trace_once, undressed
 
 __all__ = ["Compiled", "GuideOptions", "compile_guide"]
 
 EXACT_KL = (NormalFactor, ElementNormalFactor)  # factors for which a KL is registered, before any bijection
+MOST_VALUES_TRIED = 32  # of a discrete site, to see whether supports of others change with it
 
 
 @dataclass(frozen=True)
@@ -52,8 +83,16 @@ class GuideOptions:
     resolution: str = "site"
     coupled_rank: int | None = None
     enumerate_sites: bool | Collection[str] = False
+    init_values: Mapping[str, Tensor] = field(default_factory=dict)
+    setup_seed: int = 0
+    optional: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.optional, str) or not all(isinstance(name, str) for name in self.optional):
+            raise GraphflowsError(f"Expected optional=[names of sites]; got {self.optional!r}.")
+        object.__setattr__(self, "optional", tuple(dict.fromkeys(self.optional)))
+        if self.optional and self.resolution == "element":
+            raise GraphflowsError("Expected resolution='site' with optional= sites.")
         if self.init not in ("regression", "random"):
             raise GraphflowsError(f"Expected init='regression' or 'random'; got {self.init!r}.")
         if self.num_start_samples < 1:
@@ -68,6 +107,17 @@ class GuideOptions:
             raise GraphflowsError(
                 f"Expected skip=True with init='regression', which sets the linear maps; got {self.family!r}."
             )
+        if self.init_values and not self.family.can_regress:
+            raise GraphflowsError(
+                f"Expected skip=True with init_values, which set the linear maps; got {self.family!r}."
+            )
+        for name, value in self.init_values.items():
+            if not torch.is_tensor(value):
+                raise GraphflowsError(
+                    f"Expected init_values={{site: tensor}}; got {type(value).__name__} for {name!r}."
+                )
+        if self.setup_seed < 0:
+            raise GraphflowsError(f"Expected setup_seed >= 0; got {self.setup_seed}.")
         for name, kind in self.factors.items():
             if not (isinstance(kind, Family) or (isinstance(kind, type) and issubclass(kind, Factor))):
                 raise GraphflowsError(
@@ -129,6 +179,9 @@ def compile_guide(
 ) -> Compiled:
     """Compile a model for the arguments of a typical call.
 
+    The random state is the caller's in a first run, in which the model may create its parameters. From then on it
+    follows from ``setup_seed``, also after the return; be inside of :func:`~pyro_graphflows.inspect.kept_random_state`.
+
     Args:
         model: The model.
         args: Its positional arguments.
@@ -139,22 +192,39 @@ def compile_guide(
         UnsupportedModelError: If the model's structure cannot be traced, or a guide cannot represent it.
         GraphflowsError: If an option names a site that the model has not, or one that it does not fit.
     """
-    traced = _trace(model, args, kwargs, options)
+    argument_leaves(model, args, kwargs)  # refuses arguments that do not fit
+    with quiet_run(model):
+        run_model(model, args, kwargs)
+    seed_random_state(options.setup_seed)
+    model = with_latent(model, options.optional)
+    trace = _trace(model, args, kwargs, options)
+    _check_optional(options, trace)
     elements = options.resolution == "element"
-    found = find_inverse(model, args, kwargs, traced, options.inverse, elements=elements)
+    found = find_inverse(model, args, kwargs, trace, _order(options, trace), elements=elements)
     traced = found.traced
     sites = latent_sites(traced, options.factor_classes())
     _check_factors(options, sites)
+    _check_init_values(options, sites)
     discrete = [name for name, site in sites.items() if site.encoding is not None]
     enumerated = sites_to_enumerate(options.enumerate_sites, sites)
     encodings = input_encodings(model, args, kwargs, traced)
+    _require_possible_data(traced, encodings)
     draws = ModelDraws(model, args, kwargs, traced, sites, encodings)
     inverse = found.inverse
-    is_free = options.inverse == "auto" and not elements
+    changing = _changing_supports(traced, model, args, kwargs)
+    is_free = options.inverse == "auto" and not elements and not options.optional
     if discrete:
         inverse = order_for_discrete_sites(inverse, discrete, enumerated, free=is_free)
-    elif is_free and not found.lookups:
+    elif is_free and not found.lookups and not traced.loops and not changing:
         inverse = smoothest_inverse(inverse, draws, options.num_rows)
+    if options.inverse == "auto" and (bounds := order_for_supports(inverse, changing)) is not None:
+        orders: list[Inverse] = [bounds, "reverse"]
+        ways = [find_inverse(model, args, kwargs, trace, one, elements=elements) for one in orders]
+        found = min(ways, key=lambda way: way.inverse.num_edges)
+        traced, inverse = found.traced, outer_sites_first(found.inverse) if discrete else found.inverse
+    judged = found.judged if traced.loops else None
+    if traced.loops:
+        inverse = outside_of_loops(inverse, traced.graph)
     plates = plates_of(traced.trace)
     uneven = non_exchangeable_plates(model, args, kwargs, traced=traced) if plates else {}
     inputs = plan_inputs(
@@ -170,9 +240,12 @@ def compile_guide(
     require_outer_sites_first(blocks, inverse, discrete)
     _require_known_indices(blocks, inputs, traced)
     keep_masks = any(node.summary for block in blocks for node in block.context)
-    reader = CallReader(traced, encodings, keep_masks=keep_masks)
-    indices = {name: plate.indices for name, plate in plates.items() if plate.indices is not None}
-    changing = _changing_supports(reader, traced, model, args, kwargs, indices)
+    readers = readers_of(blocks, inverse.graph.latent)
+    read = {node.name for block in blocks for node in block.context}
+    unread = [name for name in traced.graph.observed if name in traced.loops and name not in read]
+    reader = CallReader(
+        *(traced, encodings), keep_masks=keep_masks, readers=readers, unread=unread, optional=options.optional
+    )
     order = [site for block in blocks for site in block.sites]
     _require_known_supports(changing, order, inverse.order, sites)
     hints: tuple[str, ...] = ()
@@ -189,17 +262,16 @@ def compile_guide(
         analytic_kl=_analytic_kl(
             options, inputs, families, sites, mean_field_condition(inverse.graph, inverse)
         ),
-        labels={
-            name: f"{sites[name].encoding}, {'enumerated' if name in enumerated else 'score function'}"
-            for name in discrete
-        },
+        labels=_labels(options, sites, enumerated),
         ways=ways_in(inverse, inputs, traced.without_data),
         changing=changing,
         enumerated=enumerated,
+        copies=() if enumerated or traced.graph.marginalised else traced.copies,
         notes=tuple(traced.notes),
         hints=hints,
-        judged=None if found.judged is found.inverse else found.judged,
+        judged=judged or (None if found.judged is found.inverse else found.judged),
     )
+    _require_served(plan, options.optional)
     split = {} if found.elements is None else found.elements.parents
     element_parents = {
         name: parents for name, parents in split.items() if name not in options.factor_classes()
@@ -213,13 +285,100 @@ def compile_guide(
 def _trace(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: GuideOptions
 ) -> TracedModel:
-    traced = trace_model(model, args, kwargs, strict=options.strict, resolution=options.resolution)
+    traced = trace_model(model, args, kwargs, strict=options.strict)
+    _require_the_same_in_every_run(traced, model, args, kwargs, strict=options.strict)
+    _require_sites_by_position(traced, model, args, kwargs)
+    if options.resolution == "element":
+        traced = split_elements(Rerun(model, args, kwargs, traced))
     if not traced.graph.latent:
         raise UnsupportedModelError(
             "Expected a model with latent sites; all its sites are observed"
             f"{' or enumerated by the model' if traced.graph.marginalised else ''}: a guide has no site."
         )
     return traced
+
+
+class _Latent(Messenger):
+    """Draws some sites as if they had no data."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__()
+        self.names = frozenset(names)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.names and msg["is_observed"]:
+            msg["is_observed"], msg["value"], msg["done"] = False, None, False
+
+
+def with_latent(model: Callable[..., Any], names: Collection[str]) -> Callable[..., Any]:
+    """Return the model without the data of some sites; the model itself for none."""
+    if not names:
+        return model
+
+    def latent(*args: Any, **kwargs: Any) -> Any:
+        with _Latent(names):
+            return model(*args, **kwargs)
+
+    return update_wrapper(latent, model, updated=())  # with the signature of the model
+
+
+def _check_optional(options: GuideOptions, traced: TracedModel) -> None:
+    graph = traced.graph
+    wrong = [name for name in options.optional if name not in graph or graph.role(name) != "latent"]
+    if not wrong:
+        return
+    name = wrong[0]
+    summed = name in graph and graph.role(name) == "marginalised"
+    why = (
+        f"{name!r} is summed over by the model. Leave that to the guide: enumerate_sites=[{name!r}], without "
+        "infer={'enumerate': 'parallel'} in the model"
+        if summed
+        else f"the model has no such site as {name!r} in this call, whose sites are "
+        f"{', '.join(map(str, (*graph.latent, *graph.observed)))}. Sample it in every call, "
+        f"pyro.sample({name!r}, ..., obs=value or None); entries that are missing within a site need obs_mask= alone"
+    )
+    raise GraphflowsError(f"Expected optional= sites that are sampled where they have no data; {why}.")
+
+
+def _order(options: GuideOptions, traced: TracedModel) -> Inverse:
+    """Return which inverse to look for: optional sites first, unless the user says in what order all are sampled."""
+    option = options.inverse
+    if not options.optional or not isinstance(option, str | AutoOrder) or option in NAMED_INVERSES:
+        return option
+    nodes: Any = traced.trace.nodes
+    discrete = [name for name in traced.graph.latent if nodes[name]["fn"].support.is_discrete]
+
+    def make(graph: ModelGraph) -> InverseGraph:
+        return optional_sites_first(graph, option, options.optional, discrete)
+
+    return make
+
+
+def _labels(
+    options: GuideOptions, sites: Mapping[str, LatentSite], enumerated: Collection[str]
+) -> dict[str, str]:
+    """Return what is said of a site beside its inputs."""
+    labels = {}
+    for name, site in sites.items():
+        said = [] if site.encoding is None else [str(site.encoding)]
+        said += [] if site.encoding is None else ["enumerated" if name in enumerated else "score function"]
+        said += ["data where a call has some"] if name in options.optional else []
+        if said:
+            labels[name] = ", ".join(said)
+    return labels
+
+
+def _require_served(plan: Plan, optional: Sequence[str]) -> None:
+    """Refuse a plan that is not faithful where all optional sites are observed."""
+    missing = plan.missing_with(optional) if optional else ()
+    if missing:
+        named = "; ".join(f"{site} of {other}" for site, other in missing)
+        raise UnsupportedModelError(
+            f"Expected optional sites that are sampled before all that depends on them; with data for "
+            f"{', '.join(optional)} the posterior has dependences that the guide, of order {plan.inverse.order!r}, "
+            f"would not have: {named}. Use inverse='auto'; of sites outside of the plates of optional ones, which are "
+            "sampled before these, pool=None, whose per-element parameters fit whatever is observed."
+        )
 
 
 def _check_factors(options: GuideOptions, sites: Mapping[str, LatentSite]) -> None:
@@ -239,6 +398,15 @@ def _check_factors(options: GuideOptions, sites: Mapping[str, LatentSite]) -> No
                 f"Expected a family in factors= that serves discrete sites, as Normal() does, for {name!r} "
                 f"({encoding}); got {type(kind).__name__}. Continuous sites: {', '.join(_continuous(sites)) or 'none'}."
             )
+
+
+def _check_init_values(options: GuideOptions, sites: Mapping[str, LatentSite]) -> None:
+    wrong = [name for name in options.init_values if name not in _continuous(sites)]
+    if wrong:
+        raise GraphflowsError(
+            f"Expected init_values of continuous latent sites, {', '.join(_continuous(sites)) or 'none'}; got "
+            f"{', '.join(wrong)}."
+        )
 
 
 def _continuous(sites: Mapping[str, LatentSite]) -> list[str]:
@@ -264,6 +432,7 @@ def _input_options(
         rank=options.coupled_rank,
         sizes={name: site.size for name, site in sites.items()},
         lookups=found.lookups,
+        loops=frozenset(found.traced.loops),
     )
 
 
@@ -310,6 +479,80 @@ def _analytic_kl(
 # ---------------------------------------------------------------- refusals
 
 
+def _require_possible_data(traced: TracedModel, encodings: InputEncodings) -> None:
+    """Refuse data that no training could use: missing without a word, of another shape, outside of a support."""
+    nodes: Any = traced.trace.nodes
+    for name in traced.graph.observed:
+        site = nodes.get(name)
+        if site is None or name in traced.without_data or name in encodings.partly:
+            continue
+        require_shape(name, site)
+        value = torch.as_tensor(site["value"])
+        if value.is_meta:
+            continue
+        missing = int((~torch.isfinite(value)).sum()) if value.is_floating_point() else 0
+        if missing:
+            raise GraphflowsError(
+                f"Expected finite data of {name!r}; {missing} of {value.numel()} entries are NaN or infinite. "
+                f"{REMEDIES_OF_NAN}"
+            )
+        support = site["fn"].support
+        if not is_constant(support):
+            continue
+        mask = site_mask(site)
+        seen = torch.as_tensor(True if mask is None else mask, device=value.device)
+        wrong = ~support.check(value) & ~torch.isfinite(site["fn"].log_prob(value)) & seen
+        if bool(wrong.any()):
+            raise GraphflowsError(
+                f"Expected data of {name!r} in the support of its distribution, {support}; {int(wrong.sum())} of "
+                f"{wrong.numel()} values are outside of it."
+            )
+
+
+def _require_the_same_in_every_run(
+    traced: TracedModel,
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    strict: bool,
+) -> None:
+    """Refuse models whose sites, dependences or rows of data change with random numbers that are no site's."""
+    found = changes(model, args, kwargs, traced)
+    if found is None:
+        return
+    message = (
+        f"Expected a model that is the same in every run with the same arguments; {found[0]}. {found[1]}."
+    )
+    if strict:
+        raise UnsupportedModelError(
+            f"{message} With strict=False a guide is made all the same; check_guide says that it is not safe."
+        )
+    warnings.warn(message, GraphflowsWarning, stacklevel=5)
+
+
+def _require_sites_by_position(
+    traced: TracedModel, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Refuse latent sites of a subsampled loop that are named by the index of the datum: they come and go."""
+    plates = {name for loops in traced.loops.values() for name, _ in loops}
+    if not plates.intersection(
+        name for site in traced.graph.latent for name, _ in traced.loops.get(site, ())
+    ):
+        return
+    nodes: Any = traced.trace.nodes
+    rows = rows_of_plates(traced.trace)
+    moved = {name: (rows[name] + 1) % nodes[name]["fn"].size for name in plates if name in rows}
+    again = trace_once(model, args, kwargs, strict=False, indices=moved)
+    lost = [name for name in traced.graph.latent if name not in again.graph.latent]
+    if lost:
+        raise UnsupportedModelError(
+            f"Expected the same latent sites for every batch; {', '.join(map(repr, lost[:3]))} are named by the index "
+            f"of the datum in the subsampled plate {', '.join(sorted(plates))}. Name them by position, for k, i in "
+            'enumerate(pyro.plate(...)): pyro.sample(f"z_{k}", ...), or vectorise: with pyro.plate(...) as ind.'
+        )
+
+
 def _require_known_indices(blocks: Collection[BlockPlan], inputs: InputPlan, traced: TracedModel) -> None:
     indices: dict[str, list[str]] = {}
     for block in blocks:
@@ -328,33 +571,44 @@ def _require_known_indices(blocks: Collection[BlockPlan], inputs: InputPlan, tra
 
 
 def _changing_supports(
-    reader: CallReader,
-    traced: TracedModel,
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    indices: Mapping[str, Tensor],
+    traced: TracedModel, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, tuple[str, ...]]:
     """Return the latent sites whose support changes with the values of others, and these others.
 
     One run for each latent parent of such a site: the parent keeps its value at set-up, all else is at the feasible
-    point, and the bounds are compared.
+    point, and the bounds are compared. Of a discrete parent other values are tried too, as that at set-up may be that
+    of the feasible point.
     """
     nodes: Any = traced.trace.nodes
     suspects = [name for name in traced.graph.latent if not is_constant(nodes[name]["fn"].support)]
     if not suspects:
         return {}
+    reader = CallReader(traced, InputEncodings({}), readers={})
+    plates = plates_of(traced.trace)
+    indices = {name: plate.indices for name, plate in plates.items() if plate.indices is not None}
     still = reader.supports_given(model, args, kwargs, {}, indices)
     parents: dict[str, list[str]] = {name: [] for name in suspects}
     for other in traced.graph.latent:
         affected = [name for name in suspects if other in traced.graph.parents(name)]
         if affected:
-            value = {other: nodes[other]["value"]}
-            moved = reader.supports_given(model, args, kwargs, value, indices)
-            for name in affected:
-                if not _same_bounds(still[name], moved[name]):
+            for value in _values_to_try(nodes[other]):
+                moved = reader.supports_given(model, args, kwargs, {other: value}, indices)
+                changed = [name for name in affected if not _same_bounds(still[name], moved[name])]
+                for name in changed:
                     parents[name].append(other)
+                    affected.remove(name)
     return {name: tuple(others) for name, others in parents.items() if others}
+
+
+def _values_to_try(site: Mapping[str, Any]) -> list[Tensor]:
+    value, fn = site["value"], undressed(site["fn"])
+    if not fn.support.is_discrete:
+        return [value]
+    if not fn.has_enumerate_support:
+        return [value, value + 1]
+    found = fn.enumerate_support(expand=False)
+    step = -(-len(found) // MOST_VALUES_TRIED)
+    return [value, *(each.expand(value.shape) for each in (*found[::step], found[-1]))]
 
 
 def _require_known_supports(

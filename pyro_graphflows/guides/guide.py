@@ -5,10 +5,11 @@ a call:  read it; for each block, level by level: conditionals, emitted at their
 """
 
 import copy
+import os
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -17,27 +18,34 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
+from torch.distributions import biject_to
 
-from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
+from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.guides.block import GuideBlock, make_inputs
-from pyro_graphflows.guides.call import Call, CallReader, PlateState
+from pyro_graphflows.guides.call import Call, CallReader, PlateState, chosen_indices, site_mask
 from pyro_graphflows.guides.compile import Compiled, GuideOptions, compile_guide
 from pyro_graphflows.guides.conditionals.contract import Family
-from pyro_graphflows.guides.conditionals.distributions import site_distribution
+from pyro_graphflows.guides.conditionals.distributions import CopiedValue, site_distribution
 from pyro_graphflows.guides.conditionals.factors import Factor
+from pyro_graphflows.guides.conditionals.model_conditionals import ModelConditionals
+from pyro_graphflows.guides.conditionals.new_elements import WithNewElements, beyond_fitted
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
 from pyro_graphflows.guides.families import make_family
+from pyro_graphflows.guides.files import read_guide, write_guide
+from pyro_graphflows.guides.fitted_data import FittedData
 from pyro_graphflows.guides.orders import Inverse
 from pyro_graphflows.guides.plan import Description, Plan
 from pyro_graphflows.guides.samples import Samples
-from pyro_graphflows.guides.sites import LatentSite
-from pyro_graphflows.guides.start import Start, start_block_, whiten_block_
+from pyro_graphflows.guides.sites import LatentSite, is_constant
+from pyro_graphflows.guides.start import Start, start_at_, start_block_, whiten_block_
+from pyro_graphflows.inspect import kept_random_state
 
-__all__ = ["AutoFaithfulGuide", "auto_faithful_guide"]
+__all__ = ["AutoFaithfulGuide", "auto_faithful_guide", "load_guide"]
 
 Emit = Callable[..., Tensor]
 
@@ -65,6 +73,9 @@ class AutoFaithfulGuide(AutoGuide):
         resolution: ``"site"`` or ``"element"``.
         coupled_rank: The rank of the dependence of copies that are drawn jointly.
         enumerate_sites: Discrete sites that are marked for ``TraceEnum_ELBO``.
+        init_values: Values at which single sites start.
+        setup_seed: The seed of everything random at set-up; the caller's random state is neither used nor advanced.
+        optional: Sites that have data in some calls, in the order in which they are sampled where they have none.
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
             that returns plates that exist already, for subsampling.
 
@@ -97,6 +108,9 @@ class AutoFaithfulGuide(AutoGuide):
         resolution: str = "site",
         coupled_rank: int | None = None,
         enumerate_sites: bool | Collection[str] = False,
+        init_values: Mapping[str, Tensor] = MappingProxyType({}),
+        setup_seed: int = 0,
+        optional: Sequence[str] = (),
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__(model, create_plates=create_plates)
@@ -112,9 +126,17 @@ class AutoFaithfulGuide(AutoGuide):
             resolution=resolution,
             coupled_rank=coupled_rank,
             enumerate_sites=enumerate_sites,
+            init_values=dict(init_values),
+            setup_seed=setup_seed,
+            optional=optional,
         )
         self._plan: Plan | None = None
+        self._notes: tuple[str, ...] = ()
         self._start_notes: tuple[str, ...] = ()
+        self._served: set[frozenset[str]] = {frozenset()}
+        self._fitted: FittedData | None = None
+        self._is_fitting = False
+        self._warned: set[str] = set()
         self._sites: dict[str, LatentSite]
         self._reader: CallReader
         self._plate_states: dict[str, PlateState]
@@ -140,7 +162,7 @@ class AutoFaithfulGuide(AutoGuide):
                 guide. The message names them, and what to do.
         """
         options = self._options
-        with poutine.block():
+        with poutine.block(), kept_random_state():
             compiled = compile_guide(self.model, args, kwargs, options)
             samples = Samples.for_plan(
                 compiled.draws,
@@ -150,19 +172,21 @@ class AutoFaithfulGuide(AutoGuide):
                 num_rows=options.num_rows,
             )
             blocks, starts = self._make_blocks(compiled, samples)
-        self._plan, self._sites, self._reader = compiled.plan, compiled.sites, compiled.reader
-        self._plate_states = compiled.plates
-        notes = () if samples.note is None else (samples.note,)
-        self._start_notes = sum((start.notes for start in starts), notes)
-        self.blocks = nn.ModuleList(blocks)
-        self.prototype_trace = compiled.traced.trace
-        self._prototype_frames = {
-            frame.name: frame
-            for name in compiled.sites
-            for frame in compiled.traced.trace.nodes[name]["cond_indep_stack"]
-            if frame.vectorized
-        }
-        self._whiten_blocks(starts, args, kwargs)
+            self._plan, self._sites, self._reader = compiled.plan, compiled.sites, compiled.reader
+            self._plate_states = compiled.plates
+            self._notes = () if samples.note is None else (samples.note,)
+            self._start_notes = tuple(note for start in starts for note in start.notes)
+            self.blocks = nn.ModuleList(blocks)
+            self.prototype_trace = compiled.traced.trace
+            self._prototype_frames = {
+                frame.name: frame
+                for name in compiled.sites
+                for frame in compiled.traced.trace.nodes[name]["cond_indep_stack"]
+                if frame.vectorized
+            }
+            self._fitted = None
+            self._whiten_blocks(starts, args, kwargs)
+        self.remember_data(*args, **kwargs)
         if compiled.plan.inputs.missing:
             warnings.warn("\n".join(compiled.plan.inputs.missing), GraphflowsWarning, stacklevel=2)
         if self.master is not None:
@@ -178,7 +202,9 @@ class AutoFaithfulGuide(AutoGuide):
         for plan in compiled.plan.blocks:
             inputs, of_block = make_inputs(plan, samples, options.deepset or DeepSet())
             block = GuideBlock.make(plan, compiled.families[plan.sites[0]], inputs, of_block, further)
-            starts.append(start_block_(block, of_block, regression=options.init == "regression"))
+            start = start_block_(block, of_block, regression=options.init == "regression")
+            given = start_at_(block, of_block, options.init_values, compiled.plan.changing)
+            starts.append(replace(start, notes=(*start.notes, *given)))
             blocks.append(block)
         return blocks, starts
 
@@ -189,24 +215,23 @@ class AutoFaithfulGuide(AutoGuide):
             (block, s.moments) for block, s in zip(self.blocks, starts, strict=True) if s.moments is not None
         ]
         call: Call | None = None
-        draws: list[dict[str, Tensor]] = []
+        draws: dict[str, Tensor] = {}
         if chosen:
-            with poutine.block(), torch.random.fork_rng(devices=[]):
-                try:
-                    call = self._read(args, kwargs, None)
-                    draws = [self._flat_draw(args, kwargs) for _ in range(NUM_START_DRAWS)]
-                except (
-                    GraphflowsError
-                ):  # a guide may be set up without data; the call that needs them says so
-                    call = None
+            try:
+                call = self._read(args, kwargs, None)
+                draws = self._flat_draws(args, kwargs)
+            except GraphflowsError:  # set up without data: the call that needs them says so
+                call = None
         for block, moments in chosen:
             assert isinstance(block, GuideBlock)
             whiten_block_(block, moments, call, draws)
 
-    def _flat_draw(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-        """Return a draw as flat unconstrained vectors."""
+    def _flat_draws(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        """Return draws as flat unconstrained vectors, along a plate of their own."""
         flat: dict[str, Tensor] = {}
-        self._run(args, kwargs, None, _draw, flat)
+        depth = max((-state.dim for state in self._plate_states.values()), default=0)
+        with pyro.plate("_pyro_graphflows_draws", NUM_START_DRAWS, dim=-1 - depth):
+            self._run(args, kwargs, None, pyro.sample, flat)
         return flat
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
@@ -247,16 +272,21 @@ class AutoFaithfulGuide(AutoGuide):
         """The graph that was read from the model: of sites, or of elements with ``resolution="element"``."""
         return self.inverse.graph
 
-    def describe(self) -> Description:
-        """Return the plan in words: what each latent site is conditioned on, and what is not faithful."""
-        return self.plan.describe(self._start_notes)
+    def describe(self, *, verbose: bool = False) -> Description:
+        """Return the plan in words: what each latent site is conditioned on, and what is not faithful.
+
+        Args:
+            verbose: Whether to add how the networks start, with figures of joint samples. All else follows from the
+                model and the call.
+        """
+        return self.plan.describe((*self._notes, *(self._start_notes if verbose else ())))
 
     # ---------------------------------------------------------------- a call
 
     def forward(
         self, *args: Any, observations: Mapping[str, Tensor] | None = None, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Sample every latent site given the observed values of this call.
+        """Sample every site that is latent in this call given its observed values.
 
         Args:
             *args: Positional arguments of the model.
@@ -265,12 +295,17 @@ class AutoFaithfulGuide(AutoGuide):
             **kwargs: Keyword arguments of the model.
 
         Returns:
-            A dict from site to sampled value.
+            A dict from site to sampled value; optional sites are in it where they have no data.
 
         Raises:
-            UnsupportedModelError: If an observed site has no value in this call.
+            UnsupportedModelError: If an observed site has no value in this call; if the guide is not faithful where
+                these optional sites have data.
             GraphflowsError: If an observed value is not finite, or ``observations`` has a site that the model has not.
                 The message names the site.
+
+        Warns:
+            GraphflowsWarning: Once for each site whose per-element parameters were fitted to other data, or which has
+                elements beyond those fitted.
         """
         self._ensure_set_up(args, kwargs)
         self._claim_parameter_names()
@@ -289,41 +324,71 @@ class AutoFaithfulGuide(AutoGuide):
         call = self._read(args, kwargs, observations)
         values: dict[str, Tensor] = {}
         unconstrained = {} if unconstrained is None else unconstrained
-        for block in self.blocks:
-            assert isinstance(block, GuideBlock)
+        blocks: Any = self.blocks  # once: each look-up shows all parameters to Pyro
+        for block, block_plan in zip(blocks, plan.blocks, strict=True):
             conditionals = block.begin(call, unconstrained)
-            for level in block.plan.levels:
+            new = beyond_fitted(block.spec.plates, call.plates) if block_plan.per_element else None
+            for level in block_plan.levels:
                 if plan.changing and any(name in plan.changing for name in level):
                     call = self._with_supports(call, args, kwargs, values, level)
+                beyond = [] if new is None else [name for name in level if name in block_plan.per_element]
+                model = self._model_conditionals(beyond, block, call, (args, kwargs), values, observations)
                 with ExitStack() as stack:
-                    for name in block.plan.plates:
+                    for name in block_plan.plates:
                         stack.enter_context(self.plates[name])
                     for name, conditional in conditionals.next().items():
-                        values[name], unconstrained[name] = self._emit_site(name, conditional, call, emit)
+                        fn, read_back = self._at_site(name, conditional, call, block)
+                        if name in model and new is not None:
+                            fn = WithNewElements(fn, model[name], new)
+                        given = call.given.get(name)
+                        values[name] = self._emit_site(name, fn, call, emit) if given is None else given
+                        unconstrained[name] = read_back(values[name])
                     conditionals.accept({name: unconstrained[name] for name in level})
-        return {name: values[name] for name in plan.graph.latent}
+        self._warn_of_other_data(call, args, kwargs, known=not observations)
+        if plan.copies and emit is pyro.sample and self.master is None:
+            self._emit_copies(call, args, kwargs, values)
+        return {name: values[name] for name in self._sites if name not in call.given}
 
-    def _emit_site(
-        self, name: str, conditional: dist.TorchDistribution, call: Call, emit: Emit
-    ) -> tuple[Tensor, Tensor]:
-        """Emit a site; return its value and the flat vector of that value."""
-        plan = self.plan
-        fn, read_back = site_distribution(
-            self._sites[name],
+    def _emit_copies(
+        self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], values: Mapping[str, Tensor]
+    ) -> None:
+        """Emit the model's Delta sites at their values in the model: TraceMeanField_ELBO looks for all of its sites."""
+        indices = {name: plate.indices for name, plate in call.plates.items() if plate.indices is not None}
+        copies = self._reader.copies_given(self.model, args, kwargs, values, indices, self.plan.copies)
+        for name, site in copies.items():
+            frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
+            mask: Any = site_mask(site)
+            with ExitStack() as stack:
+                for frame in sorted(frames, key=lambda frame: frame.dim):
+                    stack.enter_context(self.plates[frame.name])
+                if mask is not None:
+                    stack.enter_context(poutine.mask(mask=mask))
+                fn = CopiedValue(site["value"], event_dim=len(site["fn"].event_shape))
+                infer: Any = {"is_copied": True}
+                pyro.sample(name, fn, infer=infer)
+
+    def _at_site(
+        self, name: str, conditional: dist.TorchDistribution, call: Call, block: GuideBlock
+    ) -> tuple[dist.TorchDistribution, Callable[[Tensor], Tensor]]:
+        """Return the distribution to emit at a site, and the map from its value to the flat vector."""
+        site = self._sites[name]
+        return site_distribution(
+            site,
             conditional,
             call.supports[name],
-            analytic_kl=plan.analytic_kl[name],
-            dtype=self.blocks[0].dtype,  # type: ignore[arg-type]
+            analytic_kl=self.plan.analytic_kl[name],
+            dtype=None if site.encoding is None else block.dtype,
         )
+
+    def _emit_site(self, name: str, fn: dist.TorchDistribution, call: Call, emit: Emit) -> Tensor:
+        """Emit a distribution at its site, with the model's mask and scale; return the value."""
         if name in call.masks:
             fn = fn.mask(call.masks[name])
-        infer = {"infer": {"enumerate": "parallel"}} if name in plan.enumerated else {}
-        if name in call.scales:
-            with poutine.scale(scale=call.scales[name]):
-                value = emit(name, fn, **infer)
-        else:
-            value = emit(name, fn, **infer)
-        return value, read_back(value)
+        infer = {"infer": {"enumerate": "parallel"}} if name in self.plan.enumerated else {}
+        if name not in call.scales:
+            return emit(name, fn, **infer)
+        with poutine.scale(scale=call.scales[name]):
+            return emit(name, fn, **infer)
 
     def _read(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], observations: Mapping[str, Tensor] | None
@@ -338,9 +403,13 @@ class AutoFaithfulGuide(AutoGuide):
         else:
             existing = {}
         indices = {
-            name: plate._indices for name, plate in existing.items() if plate.subsample_size < plate.size
+            name: plate._indices
+            for name, plate in existing.items()
+            if chosen_indices(plate._indices, plate.size) is not None
         }
         call = self._reader.read(self.model, args, kwargs, observations, indices)
+        if call.given:
+            self._require_served(call)
         self.plates = dict(existing)
         for name, state in sorted(call.plates.items()):
             if name not in self.plates:
@@ -351,6 +420,80 @@ class AutoFaithfulGuide(AutoGuide):
                         name, state.full_size, subsample=state.indices, dim=state.dim
                     )
         return call
+
+    def _model_conditionals(
+        self,
+        sites: Sequence[str],
+        block: GuideBlock,
+        call: Call,
+        arguments: tuple[tuple[Any, ...], dict[str, Any]],
+        values: Mapping[str, Tensor],
+        observations: Mapping[str, Tensor] | None,
+    ) -> dict[str, dist.TorchDistribution]:
+        """Return the model's conditionals of sites with elements beyond those fitted, at the values sampled so far.
+
+        Raises:
+            UnsupportedModelError: If they depend on what is sampled later, or is summed over by the model.
+            GraphflowsError: If copies of a site are drawn jointly.
+        """
+        if not sites:
+            return {}
+        grown = [
+            f"{plate.name!r} ({plate.full_size} elements when the guide was set up, now "
+            f"{call.plates[plate.name].full_size})"
+            for plate in block.spec.plates
+            if call.plates[plate.name].full_size > plate.full_size
+        ]
+        graph = self.plan.graph
+        for site in sites:
+            if site in block.plan.coupled:
+                raise GraphflowsError(
+                    f"Expected no new elements of plate {', '.join(grown)}: copies of {site!r} are drawn jointly "
+                    f"across {', '.join(block.plan.coupled[site].plates)}, by parameters for the elements there were. "
+                    "Set up a guide for the new data, or use pool='deepset'."
+                )
+            late = [p for p in graph.parents(site) if p in graph.latent and p not in values]
+            late += [p for p in graph.parents(site) if p in graph.marginalised]
+            if late:
+                raise UnsupportedModelError(
+                    f"Expected no new elements of plate {', '.join(grown)}: {site!r} has parameters for each element, "
+                    "and beyond them would follow the model's conditional, but its parents "
+                    f"{', '.join(map(repr, late))} are not sampled before it. Use inverse='reverse', "
+                    "which follows the model's order, or set up a guide for the new data."
+                )
+        unwarned = [site for site in sites if f"new elements of {site}" not in self._warned]
+        if unwarned:
+            self._warned.update(f"new elements of {site}" for site in unwarned)
+            warnings.warn(
+                f"Elements beyond those fitted, in plate {', '.join(grown)}: there {', '.join(unwarned)} follow the "
+                "model's conditional given the sites sampled before, and no data.",
+                GraphflowsWarning,
+                stacklevel=7,
+            )
+        indices = {name: plate.indices for name, plate in call.plates.items() if plate.indices is not None}
+        conditionals = ModelConditionals(self.model)
+        return conditionals(sites, *arguments, latents=values, observed=observations, indices=indices)
+
+    def _require_served(self, call: Call) -> None:
+        """Refuse data that are not in a site's support, and a pattern of optional sites that is not faithful."""
+        for name, value in call.given.items():
+            if not bool(call.supports[name].check(value).all()):
+                raise GraphflowsError(
+                    f"Expected data of {name!r} in its support, {call.supports[name]}; some are not, or are NaN. "
+                    "Entries that are missing within a site are for pyro.sample(..., obs_mask=...)."
+                )
+        observed = frozenset(call.given)
+        if observed in self._served:
+            return
+        missing = self.plan.missing_with(observed)
+        if missing:
+            site, other = missing[0]
+            raise UnsupportedModelError(
+                f"Expected data for {site!r} too where there are some for {other!r}: {site!r} depends on it, and is "
+                f"sampled before {other!r} without looking at it. Name the optional sites in another order "
+                f"(optional={[other, site]}), or set up a guide of its own for such calls."
+            )
+        self._served.add(observed)
 
     def _with_supports(
         self,
@@ -381,6 +524,89 @@ class AutoFaithfulGuide(AutoGuide):
             if stored is not None and stored is not parameter:
                 del store[f"{fullname}$$${name}"]
 
+    # ---------------------------------------------------------------- the data that were fitted
+
+    def remember_data(self, *args: Any, **kwargs: Any) -> None:
+        """Take the data of a call as those that per-element parameters are fitted to, as set-up and training do.
+
+        Args:
+            *args: Positional arguments of the model; without any arguments the data count as unknown, and no call is
+                warned of.
+            **kwargs: Keyword arguments of the model.
+        """
+        self._fitted = None
+        self._warned = {name for name in self._warned if name not in self._sites}
+        # Batches are not other data: the rows of Python loops over subsampled plates change from call to call.
+        if self.plan.inputs.per_element and (args or kwargs) and not self._reader.in_loops:
+            self._fitted = FittedData(args, kwargs)
+            self._fitted.note_arguments(self.model)
+
+    def sites_of_other_data(self, *args: Any, **kwargs: Any) -> tuple[str, ...]:
+        """Return the sites whose per-element parameters were fitted to other data than those of a call.
+
+        They read no data: a call has their posterior given the data of set-up, or of the latest training by
+        :func:`~pyro_graphflows.infer.fit`. Batches of a subsampled plate are not other data, nor is a call without the
+        data that they would read. Whoever asks will tell the user: later calls do not warn of these sites.
+
+        Args:
+            *args: Positional arguments of the model.
+            **kwargs: Keyword arguments of the model, and ``observations``.
+        """
+        observations = kwargs.pop("observations", None)
+        self._ensure_set_up(args, kwargs)
+        if self._fitted is None or not (observations or not self._fitted.is_known(self.model, args, kwargs)):
+            return ()
+        call = self._read_quietly(args, kwargs, observations)
+        found = self._fitted.sites_of_other_data(call, self.plan, self._read_quietly, self._per_element())
+        self._warned.update(found)
+        return found
+
+    @contextmanager
+    def fitting_to(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Mark a training run, in which per-element parameters are fitted to data; see :meth:`remember_data`.
+
+        Args:
+            *args: Positional arguments of the model with all data, or none where these are not at hand.
+            **kwargs: Keyword arguments of the model.
+        """
+        self._is_fitting = True
+        try:
+            yield
+        finally:
+            self._is_fitting = False
+            if self._plan is not None:
+                self.remember_data(*args, **kwargs)
+
+    def _per_element(self) -> list[str]:
+        return [site for site in self._sites if site in self.plan.inputs.per_element]
+
+    def _read_quietly(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], observations: Mapping[str, Tensor] | None = None
+    ) -> Call:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), poutine.block():
+            return self._reader.read(self.model, args, kwargs, observations)
+
+    def _warn_of_other_data(
+        self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], known: bool
+    ) -> None:
+        """Warn once of each site that fits other data than those of a call."""
+        fitted = None if self._is_fitting else self._fitted
+        sites = [] if fitted is None else [site for site in self._per_element() if site not in self._warned]
+        if fitted is None or not sites or (known and fitted.is_known(self.model, args, kwargs)):
+            return
+        found = fitted.sites_of_other_data(call, self.plan, self._read_quietly, sites, always=False)
+        if not found:
+            fitted.take_as_known(self.model, args, kwargs)
+            return
+        self._warned.update(found)
+        warnings.warn(
+            f"The per-element parameters of {', '.join(found)}, which read no data, fit those of set-up, or of the "
+            "latest fit(model, guide, data), and the data of this call are others. Train with these data, set up a "
+            "guide with them, or use pool='deepset' for a guide that reads them.",
+            GraphflowsWarning,
+            stacklevel=7,
+        )
+
     # ---------------------------------------------------------------- what users ask of it
 
     def log_prob(self, latents: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -392,21 +618,31 @@ class AutoFaithfulGuide(AutoGuide):
             **kwargs: Keyword arguments of the model, and ``observations``.
 
         Returns:
-            ``log q(latents | data)``: summed over the sites, per element of the plates where all sites are in the same
-            plates (a vector over the data for the common single data plate), and summed over plates otherwise.
+            ``log q(latents | data)``: summed over the sites that are latent in the call, per element of the plates
+            where all sites are in the same plates (a vector over the data for the common single data plate), and
+            summed over plates otherwise.
 
         Raises:
-            GraphflowsError: If a latent site has no value.
+            GraphflowsError: If a latent site has no value, or one outside of its support.
         """
         self._ensure_set_up(args, kwargs)
-        names = self.plan.graph.latent
-        missing = [name for name in names if name not in latents]
+        given = {name: latents[name] for name in self.plan.graph.latent if name in latents}
+        missing = set(self.plan.graph.latent) - set(given) - set(self._options.optional)
+        if not missing:
+            for name, value in given.items():
+                if is_constant(self._sites[name].support):
+                    _require_inside(name, value, self._sites[name].support)
+            with poutine.block():
+                trace = poutine.trace(poutine.condition(self, data=given)).get_trace(*args, **kwargs)
+            nodes: Any = trace.nodes
+            names = [name for name in self.plan.graph.latent if name in nodes]
+            missing = set(names) - set(given)
+            for name in self.plan.changing:
+                _require_inside(name, given[name], nodes[name]["fn"].support)
         if missing:
-            raise GraphflowsError(f"Expected a value for every latent site; missing: {', '.join(missing)}.")
-        given = {name: latents[name] for name in names}
-        with poutine.block():
-            trace = poutine.trace(poutine.condition(self, data=given)).get_trace(*args, **kwargs)
-        nodes: Any = trace.nodes
+            raise GraphflowsError(
+                f"Expected a value for every latent site; missing: {', '.join(sorted(missing))}."
+            )
         terms = [nodes[name]["fn"].log_prob(nodes[name]["value"]) for name in names]
         plates = [self.plan.graph.plates[name] for name in names]
         if any(each != plates[0] for each in plates):
@@ -493,11 +729,11 @@ class AutoFaithfulGuide(AutoGuide):
             >>> posterior(torch.zeros(3))["z"].shape
             torch.Size([3])
         """
-        unknown = [name for name in observations if name not in self.plan.graph.observed]
+        known = [*self.plan.graph.observed, *self._options.optional]
+        unknown = [name for name in observations if name not in known]
         if unknown:
             raise GraphflowsError(
-                f"Expected observed sites ({', '.join(map(str, self.plan.graph.observed))}); "
-                f"got {', '.join(unknown)}."
+                f"Expected observed sites ({', '.join(map(str, known))}); got {', '.join(unknown)}."
             )
         fixed = dict(observations)
 
@@ -567,10 +803,88 @@ class AutoFaithfulGuide(AutoGuide):
         if self._plan is None:
             self.setup(*args, **{key: value for key, value in kwargs.items() if key != "observations"})
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AutoFaithfulGuide":
+        """Move the guide, and what it remembers of the model, to a device or a type."""
+        super()._apply(fn, recurse)
+        if self._plan is not None:
+            self._reader.moved(fn)
+            self._sites = {name: site.moved(fn) for name, site in self._sites.items()}
+            self._plate_states = {name: plate.moved(fn) for name, plate in self._plate_states.items()}
+        return self
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load parameters and buffers; see :meth:`torch.nn.Module.load_state_dict`.
+
+        Raises:
+            GraphflowsError: If the guide is not set up: it has no parameters yet.
+        """
+        if self._plan is None:
+            raise GraphflowsError(
+                "Expected a guide that is set up, since it has no parameters before; call guide.setup(*args) with the "
+                "arguments of a typical call, then guide.load_state_dict(state)."
+            )
+        return super().load_state_dict(state_dict, strict, assign)
+
     # ---------------------------------------------------------------- copies and files
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the guide to a file of tensors and plain data, which :func:`load_guide` reads without running code.
+
+        The file is whole, or as it was before if anything fails. It holds the parameters and what the guide knows of
+        the model and of its calls; neither the model nor data.
+
+        Args:
+            path: The file, in the safetensors format; its folder is made if need be.
+
+        Raises:
+            GraphflowsError: If the guide is not set up, or an option is no plain data, as a module for
+                ``activation=``. The message names it.
+        """
+        plan, frames = self.plan, self._prototype_frames.values()
+        blocks: Any = self.blocks
+        contents = {
+            "options": replace(self._options, inverse=plan.inverse, init_values={}),
+            "plan": plan,
+            "sites": self._sites,
+            "reader": self._reader.to_plain(),
+            "plates": {name: replace(state, indices=None) for name, state in self._plate_states.items()},
+            "frames": tuple((each.name, each.dim, each.size, each.full_size) for each in frames),
+            "notes": (self._notes, self._start_notes),
+            "fitted": None if self._fitted is None else self._fitted.digests(self._read_quietly, plan.graph),
+            "blocks": tuple(block.to_plain() for block in blocks),
+        }
+        write_guide(path, self.model, contents, self.state_dict())
+
+    def _restore(
+        self, contents: Mapping[str, Any], state: Mapping[str, Tensor], device: torch.device | str
+    ) -> None:
+        """Become the guide that was saved."""
+        with torch.random.fork_rng(devices=[]):  # its random start is replaced
+            blocks = [GuideBlock.from_plain(plain) for plain in contents["blocks"]]
+        self._plan, self._sites = contents["plan"], contents["sites"]
+        self._reader = CallReader.from_plain(contents["reader"], device)
+        self._plate_states = contents["plates"]
+        self._reader.remember(self._plate_states, {name: site.support for name, site in self._sites.items()})
+        self._notes, self._start_notes = contents["notes"]
+        self._fitted = None if contents["fitted"] is None else FittedData(digests=contents["fitted"])
+        self._prototype_frames = {
+            name: CondIndepStackFrame(name, dim, size, 0, full_size)
+            for name, dim, size, full_size in contents["frames"]
+        }
+        self.blocks = nn.ModuleList(blocks)
+        try:
+            self.load_state_dict(state)
+        except RuntimeError as error:
+            raise GraphflowsError(
+                f"Expected the tensors that this version's guides have; got others: {error}. The file is of another "
+                "version."
+            ) from error
+        self.blocks.to(device)
+
     def bind(self, model: Callable[..., Any]) -> "AutoFaithfulGuide":
-        """Give a loaded guide its model back (models are not saved with guides)."""
+        """Give a guide that was pickled its model back (models are not saved with guides)."""
         self._model = (model,)
         return self
 
@@ -585,8 +899,9 @@ class AutoFaithfulGuide(AutoGuide):
         state["plates"] = {}
         state["create_plates"] = None
         if self._plan is not None:  # a function that makes inverses cannot be pickled
-            state["_options"] = replace(self._options, inverse=self._plan.inverse)
+            state["_options"] = replace(self._options, inverse=self._plan.inverse, init_values={})
         state["prototype_trace"] = None
+        state["_fitted"] = None  # no data in a pickle
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -619,6 +934,9 @@ def auto_faithful_guide(
     resolution: str = "site",
     coupled_rank: int | None = None,
     enumerate_sites: bool | Collection[str] = False,
+    init_values: Mapping[str, Tensor] = MappingProxyType({}),
+    setup_seed: int = 0,
+    optional: Sequence[str] = (),
     create_plates: Callable[..., Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
 ) -> AutoFaithfulGuide:
@@ -642,7 +960,8 @@ def auto_faithful_guide(
         inverse: What each site is conditioned on: ``"auto"`` (the faithful inverse with the fewest edges and, among
             these, smooth conditionals (:mod:`~pyro_graphflows.guides.orders`); discrete sites sampled before
             the continuous ones of their plates unless that doubles the edges), another order
-            of :func:`~pyro_graphflows.faithful_inverse` or an elimination sequence; ``"stochastic"``, ``"full"``,
+            of :func:`~pyro_graphflows.faithful_inverse`, :class:`~pyro_graphflows.AutoOrder` (a search for fewer
+            edges, for a given time) or an elimination sequence; ``"stochastic"``, ``"full"``,
             ``"mean_field"``; an :class:`~pyro_graphflows.InverseGraph`, or a function that makes one from the
             :class:`~pyro_graphflows.ModelGraph`.
         pool: How the data in inner plates reach the sites outside of them (a group's data its own variable, all data
@@ -665,6 +984,17 @@ def auto_faithful_guide(
         enumerate_sites: Discrete sites that the guide marks ``infer={"enumerate": "parallel"}``, so that
             ``TraceEnum_ELBO`` sums over their values instead of drawing them: their names, or True for all. Every
             latent site then has a network of its own, so that each only meets the values of its own parents.
+        init_values: For single continuous sites, the value at which training starts, of a shape that broadcasts to that
+            of the site: the site's conditional is centred there, a tenth as wide as its prior, whatever the data are.
+            Elements of a plate may differ at sites with per-element parameters.
+        setup_seed: The seed of everything that is random at set-up: joint samples, and with them the order, the start
+            and the features, and the weights of the networks. Guides of the same model and call are equal whatever the
+            caller's random state, which is not advanced; for other initial weights, take another seed.
+        optional: Sites that have data in some calls and none in others, as labels have: latent where they have none,
+            conditioned on where they have, by the same networks (Kingma et al. 2014, Semi-supervised Learning with
+            Deep Generative Models). They are sampled first, in this order. Each call returns the sites that are latent
+            in it. With several, a later one may lack data where an earlier one has some; the reverse is refused where
+            the two are dependent.
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
             that returns plates that exist already, for subsampling.
         example_kwargs: Keyword arguments of a typical call.
@@ -703,6 +1033,9 @@ def auto_faithful_guide(
         resolution=resolution,
         coupled_rank=coupled_rank,
         enumerate_sites=enumerate_sites,
+        init_values=init_values,
+        setup_seed=setup_seed,
+        optional=optional,
         create_plates=create_plates,
     )
     if example_args or example_kwargs:
@@ -710,10 +1043,53 @@ def auto_faithful_guide(
     return guide
 
 
-def _draw(name: str, fn: dist.TorchDistribution, **infer: Any) -> Tensor:
-    """Draw from a distribution, outside of Pyro's handlers."""
-    value: Tensor = fn.sample()
-    return value
+def load_guide(
+    path: str | os.PathLike[str],
+    model: Callable[..., Any],
+    *,
+    classes: Collection[type] = (),
+    device: torch.device | str = "cpu",
+    create_plates: Callable[..., Any] | None = None,
+) -> AutoFaithfulGuide:
+    """Return the guide of a file that :meth:`AutoFaithfulGuide.save` wrote: ready for new data, without other data.
+
+    Loading runs no code: the file has tensors and plain data, and makes objects of the classes of this package alone.
+    A family or factor of the user's is named in the file, and taken from ``classes``; it is imported by nobody.
+    The model is run when the guide is called, not before.
+
+    Args:
+        path: The file.
+        model: The model that the guide was made for. Parameters of its own, those of networks, are not in the file.
+        classes: The classes of the user's families and factors in the guide, if there are any.
+        device: Where the guide shall be, whichever device it was saved from.
+        create_plates: As in :func:`auto_faithful_guide`.
+
+    Returns:
+        The guide.
+
+    Raises:
+        GraphflowsError: If the file is damaged, holds no guide, or is of another version; if it names a class that
+            is not given.
+        UnsupportedModelError: If the model has other parameters. Whether it has the same sites is found at the
+            first call.
+
+    Example:
+        >>> import tempfile, pyro, torch, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     auto_faithful_guide(model, torch.zeros(10)).save(f"{folder}/guide.safetensors")
+        ...     guide = load_guide(f"{folder}/guide.safetensors", model)
+        >>> guide(torch.zeros(7))["z"].shape
+        torch.Size([7])
+    """
+    contents, state = read_guide(path, model, classes)
+    options = {each.name: getattr(contents["options"], each.name) for each in fields(contents["options"])}
+    guide = AutoFaithfulGuide(model, create_plates=create_plates, **options)
+    guide._restore(contents, state, device)
+    return guide
 
 
 def _centre(name: str, fn: Any, **_: Any) -> Tensor:
@@ -723,6 +1099,17 @@ def _centre(name: str, fn: Any, **_: Any) -> Tensor:
         fn = fn.base_dist
     centre: Tensor = fn.centre() if hasattr(fn, "centre") else fn.mean
     return centre
+
+
+def _require_inside(name: str, value: Tensor, support: Any) -> None:
+    inside = torch.as_tensor(support.check(value))
+    # Beside it by rounding, as sums of probabilities are, does no harm.
+    harmless = not support.is_discrete and bool(biject_to(support).inv(value).isfinite().all())
+    if not (harmless or bool(inside.all())):
+        raise GraphflowsError(
+            f"Expected values of {name!r} in its support, {support}; {int((~inside).sum())} of {inside.numel()} are "
+            "outside of it or NaN."
+        )
 
 
 def _sum_rightmost(term: Tensor, depth: int) -> Tensor:

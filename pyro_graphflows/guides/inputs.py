@@ -137,6 +137,7 @@ def sites_concerned(
         inputs=[*graph.inputs, *constants],
         marginalised=graph.marginalised,
         plates={**graph.plates, **{constant: plates for constant, (_, plates) in constants.items()}},
+        nodes=graph.nodes,
     )
     blind = InverseGraph(
         extended, inverse.parents, sampling_order=inverse.sampling_order, coupled=inverse.coupled
@@ -177,6 +178,7 @@ class InputOptions:
         sizes: The sizes of the latent sites.
         lookups: For pairs (inner, outer) of plates, the index by which each element of the inner one looks up one of
             the outer; None if it is no argument.
+        loops: The nodes inside subsampled plates that are Python loops.
     """
 
     deepset: bool = False
@@ -184,6 +186,7 @@ class InputOptions:
     rank: int | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)
     lookups: Mapping[tuple[str, str], str | None] = field(default_factory=dict)
+    loops: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -328,6 +331,9 @@ class _Planner:
         self.missing.append(f"Not faithful: {what}. {remedy}")
 
     def _can_pool(self, site: str, along: Collection[str]) -> bool:
+        if any(parent in self.options.loops for parent in along):
+            self.remarks[site].append("not pooled: data are in a subsampled plate that is a Python loop")
+            return False
         beyond = self.constants.outside.get(site, ())
         if beyond:
             self.remarks[site].append(
@@ -372,6 +378,13 @@ class _Planner:
         """Return the latent parents that can be inputs: those whose plates are complete."""
         kept = []
         for parent in latents:
+            if parent in self.options.loops:
+                self._not_faithful(
+                    site,
+                    f"{parent} in a subsampled loop cannot be an input of {site}, which is outside of it",
+                    f"Take an inverse that samples {site} first.",
+                )
+                continue
             partial = [name for name in self._over(site, [parent], coupling) if self.plates[name].subsampled]
             if not partial:
                 kept.append(parent)

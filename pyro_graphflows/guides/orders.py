@@ -30,6 +30,9 @@ on held-out samples, with Student's t of four degrees of freedom at its best sca
 not decide. Starting from the sparsest inverse found, neighbours in the elimination order change places as long as that
 lowers the score and adds no edge and no sampling level. Models whose own conditionals are linear are left alone.
 
+**Sites after those that bound their supports.** With :math:`b \sim U(0, a)` a value of b is known to lie in its support
+only after a. Where another order was found, the sites that it bounds are moved behind.
+
 **Elements.** A graph of elements says which entries of vector sites depend on which; its inverse is sparser than
 that of the sites. A site is emitted as one value, so the elements of a site must be sampled one after the other,
 with no element of another site between them. Hence the order of *sites* is found first, by inverting the graph that
@@ -58,12 +61,14 @@ from pyro_graphflows.graphs.inversion import (
     stochastic_inverse,
 )
 from pyro_graphflows.graphs.model_graph import ModelGraph
-from pyro_graphflows.guides.call import plates_of
+from pyro_graphflows.graphs.order_search import AutoOrder
+from pyro_graphflows.guides.call import input_rows, plates_of
 from pyro_graphflows.guides.plan import BlockPlan
 from pyro_graphflows.guides.samples import MOST_ROWS, ModelDraws, side_by_side
 from pyro_graphflows.guides.sites import LatentSite
 from pyro_graphflows.inspect import TracedModel, get_argument, nested_by_index, with_nested_plates
-from pyro_graphflows.regression import Moments, location_and_scale, square_root
+from pyro_graphflows.inspect.probes import with_loop_plates
+from pyro_graphflows.regression import Moments, in_float64, location_and_scale, square_root
 
 __all__ = [
     "ElementInverse",
@@ -73,8 +78,11 @@ __all__ = [
     "drawn_after_enumerated",
     "find_inverse",
     "joint_rows",
+    "optional_sites_first",
     "order_for_discrete_sites",
+    "order_for_supports",
     "outer_sites_first",
+    "outside_of_loops",
     "require_outer_sites_first",
     "resolve_inverse",
     "sites_to_enumerate",
@@ -103,7 +111,7 @@ NAMED_INVERSES: dict[str, Callable[[ModelGraph], InverseGraph]] = {
     "mean_field": mean_field_inverse,
 }
 
-Inverse = str | Sequence[str] | InverseGraph | Callable[[ModelGraph], InverseGraph]
+Inverse = str | AutoOrder | Sequence[str] | InverseGraph | Callable[[ModelGraph], InverseGraph]
 
 
 def resolve_inverse(graph: ModelGraph, inverse: Inverse) -> InverseGraph:
@@ -111,8 +119,9 @@ def resolve_inverse(graph: ModelGraph, inverse: Inverse) -> InverseGraph:
 
     Args:
         graph: The model graph.
-        inverse: The name of an elimination order of :func:`~pyro_graphflows.faithful_inverse`, an elimination
-            sequence, ``"stochastic"``, ``"full"``, ``"mean_field"``, an inverse, or a function that makes one.
+        inverse: The name of an elimination order of :func:`~pyro_graphflows.faithful_inverse`, a search for one
+            (:class:`~pyro_graphflows.AutoOrder`), an elimination sequence, ``"stochastic"``, ``"full"``,
+            ``"mean_field"``, an inverse, or a function that makes one.
 
     Raises:
         GraphflowsError: If the inverse is not of the model's latent nodes or is of another type.
@@ -121,6 +130,8 @@ def resolve_inverse(graph: ModelGraph, inverse: Inverse) -> InverseGraph:
         return (
             NAMED_INVERSES[inverse](graph) if inverse in NAMED_INVERSES else faithful_inverse(graph, inverse)
         )
+    if isinstance(inverse, AutoOrder):
+        return faithful_inverse(graph, inverse)
     if callable(inverse):
         inverse = inverse(graph)
     if isinstance(inverse, InverseGraph):
@@ -211,7 +222,7 @@ def find_inverse(
     """
     if elements:
         return _invert_elements(traced, option)
-    graph = traced.graph
+    graph = with_loop_plates(traced.graph, traced.loops)
     nested = nested_by_index(model, args, kwargs, traced=traced)
     if not nested:
         return FoundInverse(traced, resolve_inverse(graph, option))
@@ -246,14 +257,34 @@ def _index_arguments(
         for outer, groups in outers.items():
             found[inner, outer] = None
             for name in sorted(traced.index_inputs):
-                value = get_argument(model, traced.argument_paths[name], args, kwargs).reshape(-1).cpu()
-                indices = plates[inner].indices
-                if indices is not None and len(value) == plates[inner].full_size:
-                    value = value[indices.cpu()]
+                value = get_argument(model, traced.argument_paths[name], args, kwargs)
+                value = input_rows(traced, name, value, plates).reshape(-1).cpu()
                 if value.shape == groups.shape and bool(((value == groups) | (groups < 0)).all()):
                     found[inner, outer] = name
                     break
     return found
+
+
+def outside_of_loops(inverse: InverseGraph, graph: ModelGraph) -> InverseGraph:
+    """Return an inverse in the plates of the model, without those around the iterations of subsampled loops.
+
+    How a parent enters is kept: what is in a loop is not there for sites outside of its iteration.
+
+    Args:
+        inverse: An inverse in the plates of :func:`~pyro_graphflows.inspect.probes.with_loop_plates`.
+        graph: The model graph.
+    """
+    coupled = {
+        site: [p for p in plates if p in graph.plates[site]] for site, plates in inverse.coupled.items()
+    }
+    return InverseGraph(
+        graph,
+        inverse.parents,
+        order=inverse.order,
+        sampling_order=inverse.sampling_order,
+        coupled={site: plates for site, plates in coupled.items() if plates},
+        how=inverse.how,
+    )
 
 
 # ---------------------------------------------------------------- elements
@@ -278,6 +309,7 @@ def _graph_of_sites(graph: ModelGraph, elements: Mapping[str, tuple[str, int]]) 
         marginalised=[site(node) for node in graph.marginalised],
         event_sizes=sizes,
         plates=plates,
+        nodes=list(plates),
     )
 
 
@@ -489,6 +521,74 @@ def order_for_discrete_sites(
     )
 
 
+# ---------------------------------------------------------------- dependent supports
+
+
+def order_for_supports(inverse: InverseGraph, changing: Mapping[str, Collection[str]]) -> list[str] | None:
+    """Return an elimination order near that of an inverse in which each site follows those that bound its support.
+
+    Args:
+        inverse: The inverse.
+        changing: For sites whose support depends on other latent sites, these.
+
+    Returns:
+        Sites to eliminate in turn; None if the inverse samples each site after those that bound it.
+
+    Example:
+        >>> from pyro_graphflows.graphs.model_graph import ModelGraph
+        >>> graph = ModelGraph(["ab", "bx"], observed=["x"])
+        >>> order_for_supports(faithful_inverse(graph, ["a", "b"]), {"b": ["a"]})
+        ['b', 'a']
+    """
+    rank = {site: i for i, site in enumerate(inverse.sampling_order)}
+    bounds = nx.DiGraph((other, site) for site, others in changing.items() for other in others)
+    if all(rank[other] < rank[site] for other, site in bounds.edges):
+        return None
+    bounds.add_nodes_from(rank)
+    sampling = list(nx.lexicographical_topological_sort(bounds, key=rank.__getitem__))
+    return sampling[::-1]
+
+
+# ---------------------------------------------------------------- sites that are observed in some calls
+
+
+def optional_sites_first(
+    graph: ModelGraph, option: str | AutoOrder, optional: Sequence[str], discrete: Collection[str]
+) -> InverseGraph:
+    """Return a faithful inverse that samples sites that may be observed before those that are then given them.
+
+    The others are ordered as if these sites were always observed. Those outside of the plates of an optional site are
+    sampled before it, as everywhere: outer sites come first.
+
+    Args:
+        graph: The model graph, in which these sites are latent.
+        option: The order of the others.
+        optional: The sites that may be observed, in the order in which they are sampled (outer ones first).
+        discrete: The discrete latent sites.
+
+    Example:
+        >>> graph = ModelGraph(["yx", "zx"], observed=["x"])
+        >>> optional_sites_first(graph, "auto", ["y"], []).parents
+        mappingproxy({'y': ('x',), 'z': ('y', 'x')})
+    """
+    others = discrete_sites_first(resolve_inverse(graph.with_observed(optional), option), discrete)
+    plates = {site: set(graph.plates[site]) for site in graph.latent}
+    optional = sorted(optional, key=lambda site: len(plates[site]))
+    outer = [
+        site for site in others.sampling_order if not all(plates[name] <= plates[site] for name in optional)
+    ]
+    inner = [site for site in others.sampling_order if site not in outer]
+    found = faithful_inverse(graph, [*outer, *optional, *inner][::-1])
+    return InverseGraph(
+        graph,
+        found.parents,
+        order="optional_first",
+        sampling_order=found.sampling_order,
+        coupled=found.coupled,
+        how=found.how,
+    )
+
+
 # ---------------------------------------------------------------- smooth conditionals
 
 
@@ -531,7 +631,7 @@ def smooth_order(inverse: InverseGraph, samples: Mapping[str, Tensor]) -> Invers
     """
     if not _is_worth_a_search(inverse):
         return inverse
-    judge = _Judge(samples)
+    judge = _ConditionalScores(samples)
     if judge.num_rows < FEWEST_ROWS or judge.nonlinearity(inverse.graph) < GAIN:
         return inverse
     best, score = inverse, judge.score(inverse)
@@ -591,7 +691,7 @@ def joint_rows(joint: ModelDraws, wanted: int = 0) -> dict[str, Tensor] | None:
     return {name: value[:NUM_ROWS] for name, value in side_by_side(samples, [*sites, *data]).items()}
 
 
-class _Judge:
+class _ConditionalScores:
     """Scores of conditionals, each found once."""
 
     def __init__(self, samples: Mapping[str, Tensor]) -> None:
@@ -599,8 +699,9 @@ class _Judge:
         self.num_rows = int(finite.sum())
         self.samples = {}
         for name, value in samples.items():
-            shift, scale = location_and_scale(value[finite].double())
-            self.samples[name] = ((value[finite] - shift) / scale).clamp(-JUDGE_WINSOR, JUDGE_WINSOR)
+            wide = in_float64(value[finite])
+            shift, scale = location_and_scale(wide)
+            self.samples[name] = ((wide - shift) / scale).clamp(-JUDGE_WINSOR, JUDGE_WINSOR)
         self.known: dict[tuple[str, tuple[str, ...], bool], float] = {}
 
     def nonlinearity(self, graph: ModelGraph) -> float:

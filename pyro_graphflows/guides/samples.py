@@ -11,14 +11,24 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from pyro import poutine
 from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_graphflows.errors import UnsupportedModelError
-from pyro_graphflows.guides.call import PlateState
+from pyro_graphflows.guides.call import PlateState, argument_in_trace, input_rows, plates_of
 from pyro_graphflows.guides.plan import BlockPlan, Plan
 from pyro_graphflows.guides.sites import InputEncodings, LatentSite, flatten_event
-from pyro_graphflows.inspect import TracedModel, get_argument, sample_prior
+from pyro_graphflows.inspect import (
+    IMPROPER,
+    Batching,
+    TracedModel,
+    find_batching,
+    get_argument,
+    same_tensor,
+    sample_prior,
+)
+from pyro_graphflows.inspect.arguments import argument_leaves, replaced_arguments
 
 __all__ = ["MOST_ROWS", "ModelDraws", "Samples", "side_by_side", "with_depth"]
 
@@ -26,6 +36,9 @@ MOST_ROWS = 200_000  # in the block with the most elements, for a joint sample
 MOST_POOLED_ROWS = 500_000  # the same where plates are pooled: a whole data set is one sample
 MOST_NUMBERS = 20_000_000  # in all joint samples together, as the data of one can be many
 FEWEST_DRAWS = 200  # even so
+MOST_BATCHES = 32  # of the rows of subsampled plates
+FEWEST_OF_A_BATCH = 10  # joint samples; with fewer there is one batch
+MOST_SINGLE_RUNS = 1000  # where the model takes one run for each joint sample
 
 
 class ModelDraws:
@@ -53,6 +66,8 @@ class ModelDraws:
         self.traced, self.sites, self.encodings = traced, sites, encodings
         self._kept: dict[str, Tensor] = {}
         self._num_kept = 0
+        self._batching: Batching | None = None
+        self._plates = plates_of(traced.trace)
         nodes: Any = traced.trace.nodes
         size = sum(site["value"].numel() for site in nodes.values() if torch.is_tensor(site.get("value")))
         self._most_draws = max(FEWEST_DRAWS, MOST_NUMBERS // max(1, size))
@@ -65,8 +80,10 @@ class ModelDraws:
         return max(floats, key=lambda value: value.dtype.itemsize, default=torch.zeros(()))
 
     def argument(self, name: str) -> Tensor:
-        """Return the value of an input as the model got it."""
-        return get_argument(self.model, self.traced.argument_paths[name], self.args, self.kwargs)
+        """Return the value of an input, row for row of the plates of the call."""
+        path = self.traced.argument_paths[name]
+        value = argument_in_trace(self.model, path, self.args, self.kwargs, self.traced.trace)
+        return input_rows(self.traced, name, value, self._plates)
 
     def data(self, name: str) -> Tensor:
         """Return the conditioning value of an observed site or an input in this call."""
@@ -82,7 +99,92 @@ class ModelDraws:
         nodes: Any = self.traced.trace.nodes
         return self.encodings.masked_value(name, value, nodes[name]["mask"])
 
-    def draw(self, num_samples: int, *, keep: bool = True) -> dict[str, Tensor]:
+    def _draw(self, num_samples: int, batching: Batching) -> dict[str, Tensor]:
+        """Return joint samples; of plates whose rows the model takes from full data, of many batches of rows."""
+        batches = self._batches()
+        each = -(-num_samples // len(batches)) if batches else num_samples
+        if each < FEWEST_OF_A_BATCH or not batches:
+            return sample_prior(
+                *(self.model, self.args, self.kwargs),
+                num_samples=num_samples,
+                traced=self.traced,
+                batching=batching,
+            )
+        parts: dict[str, list[Tensor]] = {}
+        for indices in batches:
+            args, kwargs = self._with_rows(indices)
+            drawn = sample_prior(
+                *(self.model, args, kwargs),
+                num_samples=each,
+                traced=self.traced,
+                batching=batching,
+                indices=indices,
+            )
+            plates = {
+                name: replace(plate, indices=indices.get(name, plate.indices))
+                for name, plate in self._plates.items()
+            }
+            for name in self.traced.graph.inputs:
+                value = get_argument(self.model, self.traced.argument_paths[name], args, kwargs)
+                value = self.encodings.input_value(name, input_rows(self.traced, name, value, plates))
+                drawn[name] = value.expand(each, *value.shape)
+            for name, value in drawn.items():
+                parts.setdefault(name, []).append(value)
+        mixed = torch.randperm(each * len(batches))[:num_samples]
+        return {name: torch.cat(values)[mixed.to(values[0].device)] for name, values in parts.items()}
+
+    def _batches(self) -> list[dict[str, Tensor]]:
+        """Return indices of many batches of the subsampled plates, that at set-up among them; none where no rows vary.
+
+        One batch may hold few values of a covariate, or one; the full data are there to see more.
+        """
+        nodes: Any = self.traced.trace.nodes
+        partial = {name: plate for name, plate in self._plates.items() if plate.subsampled}
+        taken = {plate for rows in self.traced.taken.values() for plate in rows.values()}
+        rows = {
+            name: plate.indices
+            for name, plate in partial.items()
+            if name in taken and plate.indices is not None
+        }
+        can_vary = all(
+            nodes[name]["fn"].subsample_size or self._indices_argument(name) is not None for name in partial
+        )
+        if not rows or not can_vary or self.traced.loops or self.traced.index_inputs or self.encodings.partly:
+            return []
+        number = min(MOST_BATCHES, max(-(-partial[name].full_size // partial[name].size) for name in rows))
+        batches = [rows]
+        for _ in range(number - 1):
+            batches.append(
+                {
+                    name: torch.randperm(partial[name].full_size)[: partial[name].size].to(indices)
+                    for name, indices in rows.items()
+                }
+            )
+        return batches
+
+    def _indices_argument(self, plate: str) -> Tensor | None:
+        """Return the argument that holds the indices of a plate."""
+        nodes: Any = self.traced.trace.nodes
+        leaves = argument_leaves(self.model, self.args, self.kwargs).values()
+        return next((leaf for leaf in leaves if same_tensor(leaf, nodes[plate]["value"])), None)
+
+    def _with_rows(self, indices: Mapping[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of the call with other indices where the caller gave some."""
+        given = {name: self._indices_argument(name) for name in indices}
+        replaced = {id(leaf): indices[name] for name, leaf in given.items() if leaf is not None}
+        return replaced_arguments(self.args, self.kwargs, replaced)
+
+    @property
+    def note(self) -> str | None:
+        """A sentence for the user if each joint sample took a run of its own."""
+        if self._batching is None or self._batching.way != "single":
+            return None
+        return (
+            f"set-up is slow and has no more than {MOST_SINGLE_RUNS} joint samples, since each takes a run of the "
+            f"model: {self._batching.reason}."
+        )
+
+    def draw(self, num_samples: int, *, keep: bool = True, latents_only: bool = False) -> dict[str, Tensor]:
         """Return joint samples of all latent sites and of the nodes that can be network inputs.
 
         They are drawn if fewer are kept from before; the random state is then used and advanced.
@@ -90,16 +192,29 @@ class ModelDraws:
         Args:
             num_samples: How many; fewer are drawn where so many would fill the memory, as data are drawn with them.
             keep: Whether they are kept for whoever asks next.
+            latents_only: Whether to draw latent sites from their priors and leave observed ones at the data of this
+                call; that takes no more than proper priors. Factors, masks and scales of the data do not count then.
 
         Raises:
             UnsupportedModelError: If samples of the model would not be what the model's density says.
         """
         samples = self._kept
+        model, traced = _latents_of(self.model, self.traced) if latents_only else (self.model, self.traced)
+        if self._batching is None:
+            self._batching = find_batching(model, self.args, self.kwargs, traced=traced)
         num_samples = min(num_samples, self._most_draws)
+        if self._batching.way == "single":
+            num_samples = min(num_samples, MOST_SINGLE_RUNS)
         if num_samples > self._num_kept:
-            samples = sample_prior(
-                self.model, self.args, self.kwargs, num_samples=num_samples, traced=self.traced
-            )
+            if latents_only:
+                samples = sample_prior(
+                    *(model, self.args, self.kwargs),
+                    num_samples=num_samples,
+                    traced=traced,
+                    batching=self._batching,
+                )
+            else:
+                samples = self._draw(num_samples, self._batching)
             if keep:
                 self._kept, self._num_kept = samples, num_samples
         samples = {name: value[:num_samples] for name, value in samples.items()}
@@ -132,7 +247,7 @@ class Samples:
         num_rows: The number of rows that each block should have.
         values: Joint samples by site, conditioning node and summary; None where there are none.
         rows: Of the nodes of one block, one row for each draw and each element of the plates.
-        note: Why there are none.
+        note: Why there are none, or few.
     """
 
     draws: ModelDraws
@@ -168,8 +283,14 @@ class Samples:
         elif num_rows:
             try:
                 values = draws.draw(_number_of_draws(plan.blocks, plates, num_rows))
+                note = draws.note
             except UnsupportedModelError as error:
-                note = f"no regression start and no standardisation of latents: {error}"
+                reason = str(error)
+                try:
+                    values = draws.draw(_number_of_draws(plan.blocks, plates, num_rows), latents_only=True)
+                    note = f"no regression start: the latents start at their prior. {reason}"
+                except UnsupportedModelError as improper:
+                    note = f"no regression start and no standardisation of latents: {improper}"
         return cls(draws, plates, standardize, num_rows, values, note=note)
 
     def with_values(self, more: Mapping[str, Tensor]) -> "Samples":
@@ -190,6 +311,22 @@ class Samples:
     def aligned(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return joint samples of some nodes, plates apart, with as many batch dimensions each."""
         return _at_one_depth(self.values or {}, names)
+
+
+def _latents_of(model: Callable[..., Any], traced: TracedModel) -> tuple[Callable[..., Any], TracedModel]:
+    """Return a model in which only latent sites are seen, with proper priors, and what is traced of it."""
+    trace = traced.trace.copy()
+    hidden = [
+        name for name, site in traced.trace.nodes.items() if site["type"] == "sample" and site["is_observed"]
+    ]
+    for name in hidden:
+        trace.remove_node(name)
+    improper = {
+        name: reason
+        for name, reason in traced.not_generative.items()
+        if name in traced.graph.latent and reason == IMPROPER
+    }
+    return poutine.block(model, hide=hidden), replace(traced, trace=trace, not_generative=improper)
 
 
 def _number_of_draws(blocks: Sequence[BlockPlan], plates: Mapping[str, PlateState], wanted_rows: int) -> int:

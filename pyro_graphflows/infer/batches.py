@@ -90,6 +90,15 @@ class TrainingData:
             parts.append(f"kwargs of {', '.join(self.kwargs)}")
         return f"TrainingData({', '.join(parts)})"
 
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of a call with all data at once; none where these are not at hand."""
+        data, kwargs = self.data, dict(self.kwargs or {})
+        if data is not None and not _is_tensors(data):
+            return (), {}
+        if isinstance(data, dict):
+            return (), {**data, **kwargs}
+        return () if data is None else (data,) if isinstance(data, Tensor) else tuple(data), kwargs
+
     def batches(self, seed: int | None) -> "Batches":
         """Return the batches to train on, in a new random order for each epoch."""
         return Batches(self.data, self.batch_size or _BATCH_SIZE, shuffle=True, seed=seed)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from scipy.special import chdtrc
 from torch import Tensor
 
 from pyro_graphflows.errors import GraphflowsError
@@ -129,7 +128,9 @@ def sbc_uniformity(ranks: Tensor, num_draws: int, *, num_bins: int | None = None
     counts = torch.zeros(num_bins, flat.shape[1], dtype=torch.double)
     counts.scatter_add_(0, bins[flat.cpu()], torch.ones(flat.shape, dtype=torch.double))
     statistic = ((counts - expected[:, None]) ** 2 / expected[:, None]).sum(0)
-    return torch.as_tensor(chdtrc(num_bins - 1, statistic.numpy())).reshape(ranks.shape[1:])
+    # the survival function of chi-squared is a regularised incomplete gamma function
+    degrees = torch.tensor((num_bins - 1) / 2, dtype=torch.double)
+    return torch.special.gammaincc(degrees, statistic / 2).reshape(ranks.shape[1:])
 
 
 def _ranks(truth: Tensor, draws: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ A checkpoint is a dictionary of tensors, numbers, strings and containers of them
 
 import os
 import random
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import pyro
 import torch
 
 from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.whole_files import write_whole
 
 __all__ = ["Checkpoint", "load_checkpoint", "random_state", "save_checkpoint", "seeded", "set_random_state"]
 
@@ -55,24 +55,11 @@ class Checkpoint:
 def save_checkpoint(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Write a checkpoint so that ``path`` holds either the old one or the new one, never half of one.
 
-    It is written beside ``path`` under another name, flushed to the disk and renamed.
-
     Args:
         state: What to store.
         path: The file; its folder is made if need be.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(path, lambda file: torch.save(state, file))
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -11,13 +11,15 @@ own, with its own effective sample size, Pareto shape and standard error.
 """
 
 import math
+import warnings
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
 from pyro_graphflows.infer.importance import ImportanceSampler
 from pyro_graphflows.infer.particles import (
     Program,
@@ -104,6 +106,10 @@ def log_evidence(
             values.
         **kwargs: Keyword arguments of both.
 
+    Warns:
+        GraphflowsWarning: If the guide says that some of its sites were fitted to other data (a guide's method
+            ``sites_of_other_data``).
+
     Returns:
         The estimates, in the dtype of the log-densities.
 
@@ -127,18 +133,19 @@ def log_evidence(
         >>> torch.allclose(evidence.log_evidence, dist.Normal(0.0, 2**0.5).log_prob(x))
         True
     """
-    log_weights = importance_log_weights(
-        model,
-        guide,
-        *args,
-        num_particles=num_particles,
-        data_plate=data_plate,
-        chunk_size=chunk_size,
-        max_plate_nesting=max_plate_nesting,
-        vectorize=vectorize,
-        **kwargs,
-    )
-    return evidence_from_log_weights(log_weights)
+    ask = getattr(guide, "sites_of_other_data", None)  # of guides that were fitted to one data set
+    others = () if ask is None else ask(*args, **kwargs)
+    if others:
+        warnings.warn(
+            f"The guide was fitted to other data: the parameters of {', '.join(others)} read none in a call. The "
+            "weights correct for that, at the price of their variance; mind ess and khat, or train the guide with "
+            "these data.",
+            GraphflowsWarning,
+            stacklevel=2,
+        )
+    sampling = _Sampling(num_particles, data_plate, chunk_size, max_plate_nesting, vectorize)
+    log_weights, dtype = _log_weights(model, guide, args, kwargs, sampling)
+    return Evidence(*(value.to(dtype) for value in evidence_from_log_weights(log_weights)))
 
 
 def evidence_from_log_weights(log_weights: Tensor) -> Evidence:
@@ -196,23 +203,48 @@ def importance_log_weights(
         GraphflowsError: As in :func:`log_evidence`.
         UnsupportedModelError: As in :func:`log_evidence`.
     """
-    if num_particles < 1 or (chunk_size is not None and chunk_size < 1):
-        raise GraphflowsError(
-            f"Expected positive num_particles and chunk_size; got {num_particles} and {chunk_size}."
-        )
+    sampling = _Sampling(num_particles, data_plate, chunk_size, max_plate_nesting, vectorize)
+    log_weights, dtype = _log_weights(model, guide, args, kwargs, sampling)
+    return log_weights.to(dtype)
+
+
+@dataclass(frozen=True)
+class _Sampling:
+    """How particles are drawn; see :func:`log_evidence`."""
+
+    num_particles: int
+    data_plate: str | Literal[False] | None
+    chunk_size: int | None
+    max_plate_nesting: int | None
+    vectorize: bool
+
+    def __post_init__(self) -> None:
+        if self.num_particles < 1 or (self.chunk_size is not None and self.chunk_size < 1):
+            raise GraphflowsError(
+                f"Expected positive num_particles and chunk_size; got {self.num_particles} and {self.chunk_size}."
+            )
+
+
+def _log_weights(
+    model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], sampling: _Sampling
+) -> tuple[Tensor, torch.dtype]:
+    """Return the logarithms of the weights in float64, and the dtype of the log-densities."""
+    num_particles, vectorize = sampling.num_particles, sampling.vectorize
     with evaluation_mode(model, guide), torch.no_grad(), poutine.block():
-        first = prototype(model, guide, args, kwargs, max_plate_nesting, allow_enumeration=True)
-        plate = find_data_plate(first.model_trace, data_plate)
+        first = prototype(model, guide, args, kwargs, sampling.max_plate_nesting, allow_enumeration=True)
+        plate = find_data_plate(first.model_trace, sampling.data_plate)
         if plate is not None:
             require_inside(plate.name, (first.model_trace, first.guide_trace))
         sampler = ImportanceSampler(model, guide, args, kwargs, first, plate, vectorize)
         if not vectorize:
-            return torch.cat([sampler.log_weights(sampler.run(1)) for _ in range(num_particles)])
-        chunk_size = chunk_size or max(1, _PARTICLES_TIMES_DATA // (plate.size if plate is not None else 1))
+            weights = [sampler.log_weights(sampler.run(1)) for _ in range(num_particles)]
+            return torch.cat(weights), sampler.dtype
+        default_size = max(1, _PARTICLES_TIMES_DATA // (plate.size if plate is not None else 1))
+        chunk_size = sampling.chunk_size or default_size
         chunks = []
         for start in range(0, num_particles, chunk_size):
             pair = sampler.run(min(chunk_size, num_particles - start))
             if start == 0:
                 sampler.require_same_alone(pair)
             chunks.append(sampler.log_weights(pair))
-        return torch.cat(chunks)
+        return torch.cat(chunks), sampler.dtype

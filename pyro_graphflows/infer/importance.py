@@ -73,6 +73,11 @@ class ImportanceSampler:
         return -1 - self.first.max_plate_nesting
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the log-densities."""
+        return next(log_density(site).dtype for _, site in density_sites(self.first.model_trace))
+
+    @property
     def enumerates(self) -> bool:
         """Whether the model has sites to sum out."""
         return any(
@@ -108,13 +113,13 @@ class ImportanceSampler:
         if not self.enumerates:
             alone = (self.first.model_trace, self.first.guide_trace)
             difference = difference_to_alone(
-                self.model, self.guide, self.args, self.kwargs, batch, alone, [self.dim]
+                (self.model, self.guide), (self.args, self.kwargs), batch, alone, [self.dim]
             )
             if difference:
                 raise UnsupportedModelError(difference)
 
     def log_weights(self, traces: Traces) -> Tensor:
-        """Return the logarithms of the weights of a run: (size,), or (size, data) with a plate."""
+        """Return the logarithms of the weights of a run, in float64: (size,), or (size, data) with a plate."""
         plates = {PARTICLES: self.dim} if self.vectorize else {}
         if self.plate is not None:
             assert self.plate.dim is not None
@@ -130,4 +135,5 @@ class ImportanceSampler:
 
 
 def _total(trace: poutine.Trace, dims: tuple[int, ...]) -> Tensor:
-    return sum((keep_dims(log_density(site), dims) for _, site in density_sites(trace)), torch.zeros(()))
+    terms = [keep_dims(log_density(site), dims, wide=True) for _, site in density_sites(trace)]
+    return sum(terms, torch.zeros(()))

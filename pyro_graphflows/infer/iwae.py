@@ -29,7 +29,6 @@ import torch
 from pyro import poutine
 from pyro.infer import ELBO
 from pyro.poutine.messenger import Messenger, unwrap
-from pyro.poutine.plate_messenger import PlateMessenger
 from pyro.util import warn_if_nan
 from torch import Tensor
 
@@ -37,7 +36,7 @@ from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.infer.checkpoints import random_state, set_random_state
 from pyro_graphflows.infer.particles import (
     OUTER_PARTICLES,
-    PARTICLES,
+    LocalPlate,
     Program,
     Prototype,
     Site,
@@ -87,25 +86,6 @@ class _PlateLayout(NamedTuple):
     def is_local(self, site: Site) -> bool:
         """Return whether a site belongs to single data."""
         return self.plate is None or inside(site, self.plate)
-
-
-class _LocalPlate(PlateMessenger):
-    """A plate of particles that only holds what is inside the data plate.
-
-    Args:
-        data_plate: The name of the data plate; ``None`` to hold everything.
-        size: The number of particles.
-        dim: Their dimension.
-    """
-
-    def __init__(self, data_plate: str | None, size: int, dim: int) -> None:
-        super().__init__(PARTICLES, size, dim=dim)
-        self._data_plate = data_plate
-
-    def _process_message(self, msg: Any) -> None:
-        # messages reach the outermost plate last: the data plate has put its mark on them by then
-        if self._data_plate is None or inside(msg, self._data_plate):
-            super()._process_message(msg)
 
 
 class _ParticleTerms(NamedTuple):
@@ -411,7 +391,7 @@ class IWAE_ELBO(ELBO):
                 self._check_guide(layout, batch[1])
                 alone = (first.model_trace, first.guide_trace)
                 dims = [layout.inner, layout.outer]
-                difference = difference_to_alone(model, guide, args, kwargs, batch, alone, dims)
+                difference = difference_to_alone((model, guide), (args, kwargs), batch, alone, dims)
             if difference:
                 warnings.warn(difference, stacklevel=3)
             set_random_state(state)
@@ -462,7 +442,9 @@ class IWAE_ELBO(ELBO):
         return run_pair(self._in_plates(layout, model), self._in_plates(layout, guide), args, kwargs)
 
     def _in_plates(self, layout: _PlateLayout, program: Program) -> Program:
-        program = _LocalPlate(layout.plate, self.num_particles, layout.inner)(program)
+        program = LocalPlate(
+            () if layout.plate is None else (layout.plate,), self.num_particles, layout.inner
+        )(program)
         if self.num_outer_particles > 1:
             program = particle_plate(program, self.num_outer_particles, layout.outer, OUTER_PARTICLES)
         return program
@@ -481,7 +463,9 @@ class IWAE_ELBO(ELBO):
         at_leaves = drawn.copy()
         leaves: dict[str, Tensor] = {}
         for name, original in density_sites(drawn):
-            if not original["is_observed"]:
+            if original["infer"].get("is_copied"):  # a Delta of the model: its own parameters reach it there
+                at_leaves.remove_node(name)
+            elif not original["is_observed"]:
                 leaves[name] = original["value"].detach().requires_grad_()
                 copied = original.copy()
                 copied["value"] = leaves[name]

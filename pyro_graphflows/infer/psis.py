@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 _MIN_TAIL = 5  # fewer points than this cannot show the shape of a tail
+_SAME = 1e-5  # log-weights that differ by less, in nats, are the same value
 _TIMES = 10  # a value seen less often than this is rare
 
 
@@ -174,8 +175,10 @@ def judged_without_tail(values: Tensor) -> Tensor:
     """
     num, largest = values.shape[0], values[-1]
     result = torch.full_like(largest, math.nan)
-    rounding = 64 * torch.finfo(values.dtype).eps * largest.abs().clamp(min=1.0)
-    new = values[1:] - values[:-1] > rounding  # (-inf) - (-inf) is nan: not a new value
+    rounding = (8 * torch.finfo(values.dtype).eps * largest.abs()).clamp(min=_SAME)
+    # steps of this size: neighbours within one are the same value, and a long row of them is not
+    step = torch.floor((values - largest) / rounding)
+    new = step[1:] - step[:-1] > 0  # (-inf) - (-inf) is nan: not a new value
     few = (new.sum(0) + 1) * _TIMES <= num
     if bool(few.any()):
         chosen = torch.zeros(num, int(few.sum()), dtype=torch.long, device=values.device)

@@ -15,6 +15,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -307,7 +308,13 @@ def fit(
             "Expected gradients to be enabled; got a call under torch.no_grad() or inference mode, where nothing would "
             "be trained. Call fit outside of it."
         )
-    with seeded(seed), warnings.catch_warnings():
+    args, kwargs = data.arguments()
+    fitting_to = getattr(guide, "fitting_to", None)  # for guides that remember what they were trained on
+    with (
+        seeded(seed),
+        warnings.catch_warnings(),
+        nullcontext() if fitting_to is None else fitting_to(*args, **kwargs),
+    ):
         # Pyro warns of what is handled here: a loss that is not finite
         warnings.filterwarnings("ignore", message=r"Encountered (NaN|\+?-?inf)")
         trainer = _Trainer(Objective(model, guide, loss), data, optimizer, schedule.max_grad_norm, seed)

@@ -2,21 +2,33 @@
 
 from pyro_graphflows.inspect.arguments import ArgumentPath, get_argument, get_arguments, same_tensor
 from pyro_graphflows.inspect.graph import get_model_graph, trace_model
-from pyro_graphflows.inspect.prior import sample_prior
+from pyro_graphflows.inspect.prior import Batching, find_batching, sample_prior
 from pyro_graphflows.inspect.probes import nested_by_index, non_exchangeable_plates, with_nested_plates
-from pyro_graphflows.inspect.trace import Leak, TracedModel
+from pyro_graphflows.inspect.randomness import kept_random_state, seed_random_state
+from pyro_graphflows.inspect.rows import arranged, rows_of_run, take_rows
+from pyro_graphflows.inspect.trace import IMPROPER, Leak, TracedModel, is_transparent, undressed
 
 __all__ = [
+    "IMPROPER",
     "ArgumentPath",
+    "Batching",
     "Leak",
     "TracedModel",
+    "arranged",
+    "find_batching",
     "get_argument",
     "get_arguments",
     "get_model_graph",
+    "is_transparent",
+    "kept_random_state",
     "nested_by_index",
     "non_exchangeable_plates",
+    "rows_of_run",
     "same_tensor",
     "sample_prior",
+    "seed_random_state",
+    "take_rows",
     "trace_model",
+    "undressed",
     "with_nested_plates",
 ]

@@ -1,11 +1,19 @@
-"""The tensors among a model's arguments: where they are, how to find them on a later call, what they mean.
+"""The tensors that a model uses: where they are, how to find them on a later call, what they mean.
 
-A *leaf* is a tensor reached from the arguments through tuples, lists and dictionaries. Its *path* is the name
-of the parameter followed by the keys, e.g. ``("batch", 0)``; it is named ``"batch[0]"``. Values given by
-position and by keyword have the same path.
+A *leaf* is a tensor reached from the arguments through tuples, lists, mappings and the fields of objects (dataclasses,
+named tuples, objects like the data of PyTorch Geometric). Its *path* is the name of the parameter followed by the
+keys, e.g. ``("batch", 0)``, named ``"batch[0]"``, or ``("batch", Attribute("w"))``, named ``"batch.w"``. Values given
+by position and by keyword have the same path. NumPy arrays count as leaves where the model takes tensors in their
+place (:func:`with_tensors`). What a model uses without being given it, in a closure, in a global variable or as a
+field of itself, has a path too (:func:`outside_tensors`); it is a constant unless a plate's rows are taken from it.
 """
 
+import copy
+import dataclasses
+import functools
 import inspect
+import os
+import types
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,13 +23,66 @@ import numpy as np
 import torch
 
 from pyro_graphflows.errors import UnsupportedModelError
-from pyro_graphflows.inspect.tracer import Region, storage_of
+from pyro_graphflows.inspect.tracer import Region, in_library, storage_of
 
-__all__ = ["ArgumentPath", "argument_leaves", "argument_name", "get_argument", "get_arguments", "same_tensor"]
+__all__ = [
+    "ArgumentPath",
+    "Attribute",
+    "LoopRow",
+    "Outside",
+    "argument_leaves",
+    "argument_name",
+    "fields_of",
+    "get_argument",
+    "get_arguments",
+    "outside_tensors",
+    "same_tensor",
+    "with_tensors",
+]
 
 ArgumentPath = tuple[Hashable, ...]
-"""Name of a parameter of the model, then keys: into nested tuples, lists and dictionaries, and last, for an
-observed site that is a row or a column of a tensor, into the tensor (``t`` or ``(..., j)``)."""
+"""Name of a parameter of the model (or an :class:`Outside`), then keys: into nested tuples, lists, mappings and
+objects (:class:`Attribute`), and last, for an observed site that is a row or a column of a tensor, into the tensor
+(``t`` or ``(..., j)``)."""
+
+MOST_DEPTH = 6  # of fields within fields
+MOST_ITEMS = 1000  # of a container outside of the arguments, a vocabulary may be one
+MOST_OUTSIDE = 3  # of functions that call functions, where tensors outside of the arguments are looked for
+# Values without fields of interest.
+_WHOLE = (
+    *(torch.Tensor, torch.nn.Module, torch.Generator, torch.dtype, torch.device),
+    *(np.ndarray, np.generic, types.NoneType, types.ModuleType, types.GeneratorType),
+    *(bool, int, float, complex, str, bytes, set, frozenset, range, slice),
+)
+_CALL = "__call__"
+TABLES = ("pandas", "polars", "pyarrow", "xarray")
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """A key of a path: the field of an object."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Outside:
+    """A key of a path: a variable that a function or a callable object uses without being given it."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class LoopRow:
+    """A key of a path: the row, or the column, that one iteration of a subsampled plate is about."""
+
+    plate: str
+    position: int
+    column: bool = False
+
+    def of(self, value: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Return that row, given the indices of the plate."""
+        return value[..., int(indices[self.position])] if self.column else value[int(indices[self.position])]
 
 
 def signature_of(model: Callable) -> inspect.Signature:
@@ -85,32 +146,246 @@ def get_arguments(
         arguments = _bind(model, args, kwargs or {})
     except TypeError:
         return dict.fromkeys(paths)
-    return {key: _follow(arguments, path) for key, path in paths.items()}
+    return {
+        key: _follow(model if isinstance(path[0], Outside) else arguments, path)
+        for key, path in paths.items()
+    }
+
+
+def raw_argument(model: Callable, path: ArgumentPath, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """Find an argument as it was given: an array stays one."""
+    return _followed(_bind(model, args, kwargs), path)
 
 
 def _follow(value: Any, path: ArgumentPath) -> Any:
+    value = _followed(value, path)
+    return _array_as_tensor(value) if _is_numeric_array(value) else value
+
+
+def _followed(value: Any, path: ArgumentPath) -> Any:
     try:
         for key in path:
-            value = value[key]
-    except (KeyError, IndexError, TypeError):
+            if isinstance(key, Attribute):
+                value = getattr(value, key.name)
+            elif isinstance(key, Outside):
+                value = _outside_of(value)[key.name]
+            else:
+                value = value[key]
+    except (AttributeError, KeyError, IndexError, TypeError):
         return None
     return value
 
 
+def _is_numeric_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind in "fiub"
+
+
+def _array_as_tensor(array: np.ndarray) -> torch.Tensor:
+    tensor = torch.as_tensor(array if array.flags.writeable else array.copy())
+    return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
+
+
 def argument_name(path: ArgumentPath) -> str:
-    """Write a path as the user would: ``("batch", 0, "y")`` is ``"batch[0]['y']"``."""
-    return str(path[0]) + "".join(f"[{key!r}]" for key in path[1:])
+    """Write a path as the user would: ``("batch", 0, "y")`` is ``"batch[0]['y']"``.
+
+    Example:
+        >>> argument_name(("batch", 0, "y")), argument_name((Outside("self"), Attribute("x")))
+        ("batch[0]['y']", 'self.x')
+    """
+    first, *rest = (key.name if isinstance(key, Outside) else key for key in path)
+    written = str(first)
+    for original, key in zip(path[1:], rest, strict=True):
+        if isinstance(original, LoopRow):
+            written += f"[{original.plate} {original.position}]"
+        elif isinstance(original, Attribute | Outside):
+            written += f".{original.name}"
+        else:
+            written += f"[{key!r}]"
+    return written
 
 
-def _walk(path: ArgumentPath, value: Any) -> Iterator[tuple[ArgumentPath, Any]]:
-    if isinstance(value, (tuple, list)):
-        for i, item in enumerate(value):
-            yield from _walk((*path, i), item)
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _walk((*path, key), item)
-    else:
+def _is_table(value: Any) -> bool:
+    return type(value).__module__.split(".")[0] in TABLES
+
+
+def fields_of(value: Any) -> list[tuple[Hashable, Any]] | None:
+    """Return keys and values inside a container or an object; None for what is not followed."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return [(Attribute(name), getattr(value, name)) for name in value._fields]
+    if isinstance(value, tuple | list):
+        return list(enumerate(value))
+    if isinstance(value, Mapping):
+        return list(value.items())
+    if isinstance(value, _WHOLE) or callable(value) or _is_table(value):
+        return None
+    keys = getattr(value, "keys", None)
+    if keys is not None and hasattr(type(value), "__getitem__"):  # like a mapping
+        names = list(keys() if callable(keys) else keys)
+        return [(name, value[name]) for name in names]
+    if dataclasses.is_dataclass(value):
+        return [
+            (Attribute(f.name), getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if hasattr(value, f.name)
+        ]
+    slots = [name for kind in type(value).__mro__ for name in _slots(kind)]
+    held = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    held.update(getattr(value, "__dict__", {}))
+    return [(Attribute(name), item) for name, item in held.items()]
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    slots = kind.__dict__.get("__slots__", ())
+    names = (slots,) if isinstance(slots, str) else tuple(slots)
+    return tuple(name for name in names if not name.startswith("__"))
+
+
+def _walk(
+    path: ArgumentPath, value: Any, inside: tuple[int, ...] = (), most: int | None = None
+) -> Iterator[tuple[ArgumentPath, Any]]:
+    """Yield what is inside of a value, by path; containers of more than ``most`` items are left whole."""
+    large = most is not None and isinstance(value, tuple | list | Mapping) and len(value) > most
+    fields = None if large or len(inside) > MOST_DEPTH or id(value) in inside else fields_of(value)
+    if fields is None:
         yield path, value
+        return
+    for key, item in fields:
+        yield from _walk((*path, key), item, (*inside, id(value)), most)
+
+
+def replaced_arguments(
+    args: tuple, kwargs: dict[str, Any], replaced: Mapping[int, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    """Return copies of arguments with other values in place of some, found by their ``id``.
+
+    Containers and objects that hold what is replaced are copied; tensors, arrays, modules and functions never are.
+    """
+    return _replaced(args, replaced), _replaced(kwargs, replaced)
+
+
+def _replaced(value: Any, replaced: Mapping[int, Any]) -> Any:
+    leaves = [leaf for _, leaf in _walk((), value)]
+    if not any(id(leaf) in replaced for leaf in leaves):
+        return value
+    if type(value) in (tuple, list):
+        return type(value)(_replaced(item, replaced) for item in value)
+    if type(value) is dict:
+        return {key: _replaced(item, replaced) for key, item in value.items()}
+    # Objects copy themselves as they know how; what is in the memo counts as copied.
+    return copy.deepcopy(value, {id(leaf): replaced.get(id(leaf), leaf) for leaf in leaves})
+
+
+def with_tensors(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Return arguments with tensors in place of their NumPy arrays of numbers.
+
+    Example:
+        >>> with_tensors((np.ones(2), 3), {})
+        ((tensor([1., 1.]...), 3), {})
+    """
+    arrays = {
+        id(value): _array_as_tensor(value)
+        for _, value in _walk((), (args, kwargs))
+        if _is_numeric_array(value)
+    }
+    return replaced_arguments(args, kwargs, arrays) if arrays else (args, kwargs)
+
+
+# ---------------------------------------------------------------- what a model uses without being given it
+
+
+def _outside_of(function: Any) -> dict[str, Any]:
+    """Return the variables that a function or a callable object uses beside its arguments, by name."""
+    inner = inspect.unwrap(function) if callable(function) else function
+    found: dict[str, Any] = {}
+    while isinstance(inner, functools.partial):
+        found.update({f"argument {i}": item for i, item in enumerate(inner.args)})
+        found.update(inner.keywords)
+        inner = inner.func
+    owner = getattr(inner, "__self__", None)
+    if owner is None and not inspect.isroutine(inner) and not isinstance(inner, type):
+        owner = inner
+        inner = getattr(type(inner), "forward" if isinstance(inner, torch.nn.Module) else _CALL, None)
+    if owner is not None and not isinstance(owner, types.ModuleType | type):
+        found["self"] = owner
+    inner = getattr(inner, "__func__", inner)
+    code = getattr(inner, "__code__", None)
+    if code is None:
+        return found
+    for name, cell in zip(code.co_freevars, inner.__closure__ or (), strict=True):
+        try:
+            found[name] = cell.cell_contents
+        except ValueError:  # not bound yet
+            continue
+    for name in _names_in(code):
+        if name in inner.__globals__:
+            found.setdefault(name, inner.__globals__[name])
+    return found
+
+
+def _names_in(code: types.CodeType) -> list[str]:
+    names = list(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names += _names_in(constant)
+    return names
+
+
+def outside_tensors(model: Callable) -> dict[ArgumentPath, torch.Tensor]:
+    """List the tensors that a model uses without being given them, by path; parameters are left out.
+
+    They are looked for in closures, global variables, fields of the model itself and buffers of modules, and in
+    functions of the user's that the model calls.
+
+    Example:
+        >>> w = torch.ones(3)
+        >>> def model(x, v=w): return x * w
+        >>> list(outside_tensors(model))
+        [(Outside(name='w'),)]
+    """
+    found: dict[ArgumentPath, torch.Tensor] = {}
+    seen: set[int] = set()
+
+    def visit(path: ArgumentPath, value: Any, depth: int) -> None:
+        for key, item in _walk(path, value, most=MOST_ITEMS):
+            if id(item) in seen:
+                continue
+            seen.add(id(item))
+            if isinstance(item, torch.nn.Parameter):
+                continue
+            if isinstance(item, torch.Tensor):
+                if item.dim() and item.numel():
+                    found[key] = item
+            elif isinstance(item, torch.nn.Module):
+                for name, held in _held_by(item):
+                    visit((*key, *map(Attribute, name.split("."))), held, depth)
+            elif depth < MOST_OUTSIDE and _is_users(item):
+                look(key, item, depth + 1)
+
+    def look(path: ArgumentPath, function: Any, depth: int) -> None:
+        for name, value in _outside_of(function).items():
+            if name == "self" and callable(value) and not isinstance(value, torch.nn.Module):
+                for field, item in vars(value).items() if hasattr(value, "__dict__") else ():
+                    visit((*path, Outside("self"), Attribute(field)), item, depth)
+            else:
+                visit((*path, Outside(name)), value, depth)
+
+    look((), model, 0)
+    return found
+
+
+def _held_by(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Return the buffers of a module and of those inside, and tensors that are plain fields of it."""
+    plain = [(name, value) for name, value in vars(module).items() if isinstance(value, torch.Tensor)]
+    return [*module.named_buffers(), *plain]
+
+
+def _is_users(value: Any) -> bool:
+    """Whether something is a function of the user's."""
+    inner = inspect.unwrap(value) if callable(value) else value
+    if isinstance(inner, functools.partial):
+        return True
+    code = getattr(getattr(inner, "__func__", inner), "__code__", None)
+    return code is not None and not in_library(os.path.abspath(code.co_filename))
 
 
 def argument_leaves(
@@ -158,24 +433,24 @@ def argument_leaves(
     return leaves
 
 
-def not_followed(model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> list[str]:
-    """List arguments that may hold covariates and cannot be followed, each with a remedy."""
-    notes = []
+def not_followed(model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dict[ArgumentPath, str]:
+    """List arguments that may hold covariates and cannot be followed: what they are, and what to write instead."""
+    found: dict[ArgumentPath, str] = {}
     for name, argument in _bind(model, args, kwargs).items():
         for path, value in _walk((name,), argument):
+            written = argument_name(path)
             if isinstance(value, np.ndarray):
-                what = "is a NumPy array"
-            elif not isinstance(value, torch.nn.Module | torch.Tensor) and any(
-                isinstance(held, torch.Tensor) for held in getattr(value, "__dict__", {}).values()
-            ):
-                what = f"holds tensors inside a {type(value).__name__}"
-            else:
-                continue
-            notes.append(
-                f"argument '{argument_name(path)}' {what}, which is not followed; pass tensors (or tuples, lists "
-                "and dictionaries of them) if they are covariates"
-            )
-    return notes
+                found[path] = (
+                    f"argument '{written}' is a NumPy array, which is not followed; pass torch.as_tensor({written}), "
+                    "or use torch.as_tensor in the model, if it is a covariate"
+                )
+            elif _is_table(value):
+                kind = f"{type(value).__module__.split('.')[0]}.{type(value).__name__}"
+                found[path] = (
+                    f"argument '{written}' is a {kind}, which is not followed; if it holds covariates, pass "
+                    f"{{name: torch.tensor({written}[name].to_numpy()) for name in {written}}}"
+                )
+    return found
 
 
 @lru_cache(maxsize=4096)

@@ -34,7 +34,14 @@ import torch
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs.model_graph import ModelGraph, Node
-from pyro_graphflows.inspect.probes import Rerun, RerunError, Validation, density, differentiable
+from pyro_graphflows.inspect.probes import (
+    Rerun,
+    RerunError,
+    Validation,
+    density,
+    differentiable,
+    require_followed,
+)
 from pyro_graphflows.inspect.trace import TracedModel, trace_once, undressed
 
 __all__ = ["get_model_graph", "trace_model"]
@@ -121,6 +128,8 @@ def trace_model(
         raise GraphflowsError(f"Expected resolution 'site' or 'element'; got {resolution!r}.")
     args, kwargs = tuple(model_args), dict(model_kwargs or {})
     traced = trace_once(model, args, kwargs, strict=strict)
+    notes = require_followed(Rerun(model, args, kwargs, traced), strict=strict)
+    traced = replace(traced, notes=tuple(dict.fromkeys((*traced.notes, *notes))))
     if validate:
         traced = _validated(traced, Validation(Rerun(model, args, kwargs, traced), strict).run())
     if resolution == "element":

@@ -1,27 +1,55 @@
 """Joint samples of all sites of a model, observed ones included, as if nothing had been observed.
 
-One run inside an outermost plate gives all samples at once, provided that the model treats a new batch
-dimension on the left as such. Many models do not (``z.sum()``, ``z[0]``), and some of these would give wrong
-samples without an error. Hence a check: two runs without the plate are replayed side by side inside it, and
-must have the same log-densities. Models that fail it are run once for each sample.
+There are three ways, tried in this order (:func:`find_batching`).
+
+- *In a plate*: one run inside an outermost plate gives all samples at once, provided that the model treats a new
+  batch dimension on the left as such. Many models do not (``z.sum()``, ``z[0]``, ``X @ c``), and some of these would
+  give wrong samples without an error.
+- *Vectorised*: :func:`torch.vmap` runs the model as it is, once for all samples. It is stopped by values that leave
+  the tensors (``float(z)``), and by writing random values into a tensor that is none.
+- *One by one*: a run for each sample. It is slow, and so the reason and the place are kept for the user.
+
+Hence a check of the first two: two single runs are replayed side by side, and must have the same log-densities.
+Subsampled plates keep the rows that they had when the model was traced.
 """
 
-from collections.abc import Callable
+import os
+import traceback
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
+from torch.overrides import TorchFunctionMode
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.inspect.graph import trace_model
 from pyro_graphflows.inspect.trace import TracedModel, is_transparent, kept_buffers, quiet_run
+from pyro_graphflows.inspect.tracer import in_library
 
-__all__ = ["sample_prior"]
+__all__ = ["Batching", "find_batching", "sample_prior"]
 
 _PLATE = "_pyro_graphflows_samples"
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How many samples of a model can be drawn in one run.
+
+    Attributes:
+        way: ``"plate"``, ``"vmap"`` or ``"single"``: in an outermost plate, by :func:`torch.vmap`, or not at all.
+        reason: Why only single runs are possible: the site, the place in the user's code, and what to write instead.
+    """
+
+    way: str
+    reason: str = ""
 
 
 def sample_prior(
@@ -32,6 +60,8 @@ def sample_prior(
     num_samples: int,
     vectorize: bool = True,
     traced: TracedModel | None = None,
+    batching: Batching | None = None,
+    indices: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Draw joint samples of all latent and observed sites of the unconditioned model.
 
@@ -43,6 +73,8 @@ def sample_prior(
         num_samples: How many samples.
         vectorize: Whether to draw them all in one run where the model allows it.
         traced: The model as traced with these arguments, if that is at hand.
+        batching: What :func:`find_batching` says, if that is at hand.
+        indices: The indices of plates, as many as in ``traced``; those of ``traced`` where nothing is said.
 
     Returns:
         For each latent, marginalised and observed site, samples of shape (num_samples, *batch shape, *event
@@ -67,20 +99,88 @@ def sample_prior(
         raise GraphflowsError(f"Expected a positive number of samples; got {num_samples}.")
     args, kwargs = tuple(model_args), dict(model_kwargs or {})
     traced = trace_model(model, args, kwargs, strict=False) if traced is None else traced
+    _require_generative(traced)
+    sites = _sites(traced)
+    unconditioned = _unconditioned(model, traced, indices or {})
+    nesting = _nesting(sites)
+    with kept_buffers(model):
+        if batching is None and vectorize and num_samples > 1:
+            batching = _batching(unconditioned, args, kwargs, nesting, sites)
+        way = batching.way if batching is not None and vectorize and num_samples > 1 else "single"
+        if way == "plate":
+            return _draw_at_once(unconditioned, args, kwargs, nesting, sites, num_samples)
+        if way == "vmap":
+            return _draw_by_vmap(unconditioned, args, kwargs, sites, num_samples)
+        return _draw_one_by_one(unconditioned, args, kwargs, sites, num_samples)
+
+
+def find_batching(
+    model: Callable,
+    model_args: tuple = (),
+    model_kwargs: dict[str, Any] | None = None,
+    *,
+    traced: TracedModel,
+) -> Batching:
+    """Find how joint samples of a model can be drawn.
+
+    Args:
+        model: A Pyro model.
+        model_args: Its arguments.
+        model_kwargs: Its keyword arguments.
+        traced: The model as traced with these arguments.
+
+    Raises:
+        UnsupportedModelError: If samples are not the model.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     c = pyro.sample("c", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("y", dist.Normal(x @ c, 1.0), obs=y)
+        >>> x = torch.ones(5, 3)
+        >>> find_batching(model, (x,), traced=trace_model(model, (x,))).way
+        'vmap'
+    """
+    args, kwargs = tuple(model_args), dict(model_kwargs or {})
+    _require_generative(traced)
+    sites = _sites(traced)
+    with kept_buffers(model):
+        return _batching(_unconditioned(model, traced), args, kwargs, _nesting(sites), sites)
+
+
+def _batching(
+    model: Callable, args: tuple, kwargs: dict[str, Any], nesting: int, sites: dict[str, Any]
+) -> Batching:
+    if _allows_batches(model, args, kwargs, nesting, sites):
+        return Batching("plate")
+    reason = _why_no_vmap(model, args, kwargs, sites)
+    return Batching("vmap") if reason is None else Batching("single", reason)
+
+
+def _require_generative(traced: TracedModel) -> None:
     if traced.not_generative:
         reasons = "; ".join(f"site '{name}': {why}" for name, why in traced.not_generative.items())
         raise UnsupportedModelError(f"Samples of the unconditioned model are not the model: {reasons}.")
-    sites = {
+
+
+def _sites(traced: TracedModel) -> dict[str, Any]:
+    return {
         name: site
         for name, site in traced.trace.nodes.items()
         if site["type"] == "sample" and not site_is_subsample(site) and not is_transparent(site)
     }
-    unconditioned = pyro.poutine.uncondition(model)
-    nesting = _nesting(sites)
-    with kept_buffers(model):
-        if vectorize and num_samples > 1 and _allows_batches(unconditioned, args, kwargs, nesting, sites):
-            return _draw_at_once(unconditioned, args, kwargs, nesting, sites, num_samples)
-        return _draw_one_by_one(unconditioned, args, kwargs, sites, num_samples)
+
+
+def _unconditioned(
+    model: Callable, traced: TracedModel, indices: Mapping[str, torch.Tensor] = MappingProxyType({})
+) -> Callable:
+    """Return the model without its observations, with the rows that its plates had when it was traced."""
+    subsamples = Trace()
+    for name, node in traced.trace.nodes.items():
+        if node["type"] == "sample" and site_is_subsample(node):
+            subsamples.add_node(name, **{**node, "value": indices.get(name, node["value"])})
+    return pyro.poutine.replay(pyro.poutine.uncondition(model), trace=subsamples)
 
 
 def _nesting(sites: dict[str, Any]) -> int:
@@ -177,13 +277,8 @@ def _allows_batches(
 ) -> bool:
     """Whether the model gives the same log-densities with and without an outermost plate."""
     with quiet_run(model):
-        first = _run(model, args, kwargs)
-        subsamples = Trace()
-        for name, node in first.nodes.items():
-            if node["type"] == "sample" and site_is_subsample(node):
-                subsamples.add_node(name, **node)
         try:
-            runs = [first, _run(pyro.poutine.replay(model, trace=subsamples), args, kwargs)]
+            runs = [_run(model, args, kwargs), _run(model, args, kwargs)]
             if any(name not in run for name in sites for run in runs):
                 return False
             replayed = _SideBySide(runs, nesting)(_batched(model, nesting, len(runs)))
@@ -201,3 +296,153 @@ def _allows_batches(
         except Exception:  # whatever the model raises about shapes: it does not take batches
             return False
     return True
+
+
+# ---------------------------------------------------------------- by torch.vmap
+
+
+class _FreshNoise(TorchFunctionMode):
+    """Noise that distributions write into a fresh tensor, where vmap needs a new one: ``empty(n).normal_()``."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "normal_":
+            return _normal(*args, **kwargs)
+        if name == "uniform_":
+            return _uniform(*args, **kwargs)
+        if name == "exponential_":
+            return _exponential(*args, **kwargs)
+        if name == "cauchy_":
+            return _cauchy(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _normal(like: torch.Tensor, mean: float = 0.0, std: float = 1.0) -> torch.Tensor:
+    return mean + std * torch.randn_like(like)
+
+
+def _uniform(like: torch.Tensor, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
+    return low + (high - low) * torch.rand_like(like)
+
+
+def _exponential(like: torch.Tensor, rate: float = 1.0) -> torch.Tensor:
+    return -torch.log1p(-torch.rand_like(like)) / rate
+
+
+def _cauchy(like: torch.Tensor, median: float = 0.0, sigma: float = 1.0) -> torch.Tensor:
+    return median + sigma * (torch.pi * (torch.rand_like(like) - 0.5)).tan()
+
+
+def _draw(fn: Any) -> torch.Tensor:
+    """Draw from a distribution inside vmap; Dirichlet and beta values by gamma ones, which vmap knows."""
+    if isinstance(fn, torch.distributions.Independent | dist.MaskedDistribution):
+        return _draw(fn.base_dist)
+    if isinstance(fn, torch.distributions.TransformedDistribution):
+        value = _draw(fn.base_dist)
+        for transform in fn.transforms:
+            value = transform(value)
+        return value
+    if isinstance(fn, torch.distributions.Beta):
+        return _draw(fn._dirichlet)[..., 0]
+    if isinstance(fn, torch.distributions.Dirichlet):
+        gammas = torch._standard_gamma(fn.concentration).clamp(min=torch.finfo(fn.concentration.dtype).tiny)
+        return gammas / gammas.sum(-1, keepdim=True)
+    with _FreshNoise():
+        return fn.rsample() if fn.has_rsample else fn.sample()
+
+
+class _Drawn(Messenger):
+    """Draws sites inside vmap, or gives them values; notes which site came last."""
+
+    def __init__(self, values: Mapping[str, torch.Tensor] | None = None) -> None:
+        super().__init__()
+        self.values = values
+        self.last: str | None = None
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            return
+        if self.values is not None and msg["name"] in self.values:
+            msg["value"], msg["done"] = self.values[msg["name"]], True
+        elif msg["value"] is None and not msg["done"]:
+            msg["value"], msg["done"] = _draw(msg["fn"]), True
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        self.last = msg["name"]
+
+
+def _vmapped(function: Callable, *operands: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        return torch.vmap(function, randomness="different")(*operands)
+
+
+def _draw_by_vmap(
+    model: Callable, args: tuple, kwargs: dict[str, Any], sites: dict[str, Any], num_samples: int
+) -> dict[str, torch.Tensor]:
+    def run(_: torch.Tensor) -> dict[str, torch.Tensor]:
+        trace = _run(_Drawn()(model), args, kwargs)
+        return {name: trace.nodes[name]["value"] for name in sites}
+
+    return _vmapped(run, torch.zeros(num_samples))
+
+
+def _why_no_vmap(model: Callable, args: tuple, kwargs: dict[str, Any], sites: dict[str, Any]) -> str | None:
+    """Return why the model cannot be run by vmap; None if it can, with the same log-densities as single runs."""
+    drawn, given = _Drawn(), _Drawn()
+
+    def draw(_: torch.Tensor) -> dict[str, torch.Tensor]:
+        trace = _run(drawn(model), args, kwargs)
+        return {name: trace.nodes[name]["value"] for name in sites}
+
+    def score(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        given.values = values
+        nodes = _run(given(model), args, kwargs).nodes
+        return {name: nodes[name]["fn"].log_prob(nodes[name]["value"]) for name in sites}
+
+    with quiet_run(model):
+        try:
+            runs = [_run(model, args, kwargs), _run(model, args, kwargs)]
+            if any(name not in run for name in sites for run in runs):
+                return "its sites differ from run to run"
+        except Exception as error:
+            return f"it cannot be run without its observations ({_first_line(error)})"
+        try:
+            _vmapped(draw, torch.zeros(2))
+            values = {name: torch.stack([run.nodes[name]["value"] for run in runs]) for name in sites}
+            together = _vmapped(score, values)
+        except Exception as error:
+            return _why(error, drawn if given.last is None else given, sites)
+        for name in sites:
+            nodes = [run.nodes[name] for run in runs]
+            apart = torch.stack([node["fn"].log_prob(node["value"]) for node in nodes])
+            if not torch.allclose(together[name].expand(apart.shape), apart, 1e-4, 1e-6, equal_nan=True):
+                return f"site '{name}' has other log-densities in a batch of runs than in single ones"
+    return None
+
+
+def _why(error: Exception, run: _Drawn, sites: Mapping[str, Any]) -> str:
+    """Say at which site, and where in the user's code, a batch of runs stopped, and what to write instead."""
+    names = list(sites)
+    at = 0 if run.last is None or run.last not in names else names.index(run.last) + 1
+    site = names[min(at, len(names) - 1)]
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__) if not in_library(os.path.abspath(f.filename))
+    ]
+    place = f" ({frames[-1].filename}:{frames[-1].lineno}: `{frames[-1].line}`)" if frames else ""
+    text = str(error)
+    if "inplace" in text or "in-place" in text:
+        remedy = "make a tensor of the random values (torch.stack, torch.cat, torch.where) instead of writing into one"
+    elif ".item()" in text or "data-dependent" in text or "scalar" in text:
+        remedy = "keep random values as tensors: no float(), .item(), .tolist() or Python condition on them"
+    else:
+        remedy = "use torch functions of tensors throughout"
+    return f"many runs at once stop at site '{site}'{place}: {_first_line(error)}. There, {remedy}"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".")

@@ -21,17 +21,28 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch.distributions import biject_to
-from torch.utils._pytree import tree_map
+from torch.overrides import TorchFunctionMode
 
 from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.graphs.model_graph import ModelGraph
-from pyro_graphflows.inspect.arguments import ArgumentPath, alignment_of, argument_leaves
+from pyro_graphflows.inspect.arguments import (
+    ArgumentPath,
+    Outside,
+    alignment_of,
+    argument_leaves,
+    not_followed,
+    outside_tensors,
+    raw_argument,
+    replaced_arguments,
+    with_tensors,
+)
 from pyro_graphflows.inspect.trace import (
     TracedModel,
     is_transparent,
@@ -51,6 +62,8 @@ __all__ = [
     "differentiable",
     "nested_by_index",
     "non_exchangeable_plates",
+    "require_followed",
+    "with_loop_plates",
     "with_nested_plates",
 ]
 
@@ -87,6 +100,26 @@ class GivenValues(Messenger):
         transform = biject_to(msg["kwargs"].get("constraint", dist.constraints.real))
         free = transform.inv(msg["value"].detach())
         msg["value"] = transform(free + 0.1 * torch.randn_like(free))
+
+
+class _Replaced(TorchFunctionMode):
+    """Puts tensors in the place of others wherever a function gets these, by their ``id``."""
+
+    def __init__(self, replaced: Mapping[int, torch.Tensor]) -> None:
+        super().__init__()
+        self.replaced = replaced
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return func(*self._other(args), **{key: self._other(value) for key, value in (kwargs or {}).items()})
+
+    def _other(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self.replaced.get(id(value), value)
+        if type(value) in (tuple, list):
+            return type(value)(map(self._other, value))
+        return value
 
 
 def density(site: Mapping[str, Any], *, elementwise: bool = False) -> torch.Tensor:
@@ -155,6 +188,8 @@ class Rerun:
     """
 
     def __init__(self, model: Callable, args: tuple, kwargs: dict[str, Any], traced: TracedModel) -> None:
+        if traced.converted:
+            args, kwargs = with_tensors(args, kwargs)
         self.model, self.args, self.kwargs, self.traced = model, args, kwargs, traced
         self.graph = traced.graph
         nodes: Mapping[str, Any] = traced.trace.nodes
@@ -171,8 +206,13 @@ class Rerun:
         }
 
     def leaves(self) -> dict[ArgumentPath, torch.Tensor]:
-        """Return the tensors among the arguments, by path."""
-        return argument_leaves(self.model, self.args, self.kwargs)
+        """Return the tensors among the arguments, and inputs that the model has from elsewhere, by path."""
+        leaves = argument_leaves(self.model, self.args, self.kwargs)
+        paths = {path for path in self.traced.argument_paths.values() if isinstance(path[0], Outside)}
+        if paths:
+            outside = outside_tensors(self.model)
+            leaves.update({path: outside[path] for path in paths if path in outside})
+        return leaves
 
     def event_dim(self, name: str) -> int:
         """Return how many of the rightmost dimensions of a site or an input are one value."""
@@ -204,14 +244,15 @@ class Rerun:
         Raises:
             RerunError: If the model does not run at these values. The message has the model's own.
         """
-        args, kwargs = self.args, self.kwargs
-        if replaced:
-            args, kwargs = tree_map(lambda leaf: replaced.get(id(leaf), leaf), (args, kwargs))
-        given = GivenValues({**self.subsamples, **values}, stir=stir)
         try:
+            args, kwargs = self.args, self.kwargs
+            handlers: list[Any] = [GivenValues({**self.subsamples, **values}, stir=stir)]
+            if replaced:
+                args, kwargs = replaced_arguments(args, kwargs, replaced)
+                handlers.append(_Replaced(replaced))
             with quiet_run(self.model), torch.set_grad_enabled(gradients):
                 torch.manual_seed(seed)
-                return run_model(self.model, args, kwargs, given)
+                return run_model(self.model, args, kwargs, *handlers)
         except Exception as error:  # anything may go wrong in a user's model
             raise _failure(error) from error
 
@@ -223,6 +264,53 @@ class Rerun:
         wanted = [name for name in self.sites if name in trace] if names is None else names
         with torch.no_grad():
             return {name: density(trace.nodes[name]) for name in wanted}
+
+
+def require_followed(rerun: Rerun, *, strict: bool) -> list[str]:
+    """Refuse models whose distributions use data that cannot be followed: arrays and tables among the arguments.
+
+    Values of observed sites may come from them, as those are read on every call. Whether anything else does is seen by
+    changing them: two runs for each.
+
+    Args:
+        rerun: The traced model.
+        strict: Whether to raise; if not, notes say the same.
+
+    Returns:
+        Notes for the user.
+
+    Raises:
+        UnsupportedModelError: If a distribution changes with such an argument. The message has a line to write.
+    """
+    notes = []
+    for path, what in not_followed(rerun.model, rerun.args, rerun.kwargs).items():
+        value = raw_argument(rerun.model, path, rerun.args, rerun.kwargs)
+        try:
+            before = rerun.densities(rerun.values)
+            trace = rerun.at(rerun.values, replaced={id(value): _perturbed(value)})
+            after = {name: density(trace.nodes[name]) for name in before}
+        except (RerunError, KeyError, TypeError, ValueError):
+            notes.append(what)  # unknown
+            continue
+        changed = [name for name in before if not _alike(before[name], after[name])]
+        if changed:
+            message = f"site '{changed[0]}' depends on an argument that cannot be followed: {what}"
+            if strict:
+                raise UnsupportedModelError(f"Expected covariates in tensors; {message}.")
+            notes.append(message)
+    return notes
+
+
+def _perturbed(value: Any) -> Any:
+    """Return an array or a pandas table with other numbers."""
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind in "iub":
+            return np.roll(value, 1, axis=0)
+        return value + np.random.default_rng(0).normal(size=value.shape) * (0.1 + value.std())
+    if type(value).__name__ == "Series":
+        return type(value)(_perturbed(value.to_numpy()), index=value.index, name=value.name)
+    columns = {name: _perturbed(value[name].to_numpy()) for name in value.columns}
+    return type(value)(columns, index=value.index)
 
 
 def non_exchangeable_plates(
@@ -320,6 +408,7 @@ class Validation:
         }
         tensors = self.rerun.leaves()
         paths = {name: self.rerun.traced.argument_paths[name] for name in self.rerun.graph.inputs}
+        paths = {name: path for name, path in paths.items() if path in tensors}  # not rows of loops
         inputs = {
             str(name): tensors[path].detach().clone().requires_grad_()
             for name, path in paths.items()
@@ -443,6 +532,8 @@ class Validation:
         rerun = self.rerun
         frames = {frame.name: frame for site in rerun.sites.values() for frame in vectorized_plates(site)}
         leaves = rerun.leaves()
+        paths = rerun.traced.argument_paths
+        known = {paths[name]: rows for name, rows in rerun.traced.rows.items()}
         noisy: set[str] | None = None
         for plate, frame in frames.items():
             inside = {
@@ -454,14 +545,17 @@ class Validation:
                 name: _equal_along(value, frame.dim - rerun.event_dim(name)) if name in inside else value
                 for name, value in rerun.values.items()
             }
-            replaced = {}
             sizes = {
                 f.dim: (f.name, {f.size, f.full_size}) for s in inside.values() for f in vectorized_plates(s)
             }
-            for leaf in leaves.values():
-                alignment = alignment_of(leaf.shape, sizes)
-                if plate in alignment.plates:
-                    replaced[id(leaf)] = _equal_along(leaf, frame.dim - alignment.event_dim)
+            replaced: dict[int, torch.Tensor] = {}
+            for path, leaf in leaves.items():
+                dims = [dim for dim, other in known.get(path, {}).items() if other == plate]
+                if path not in known:
+                    alignment = alignment_of(leaf.shape, sizes)
+                    dims = [frame.dim - alignment.event_dim] if plate in alignment.plates else []
+                for dim in dims:
+                    replaced[id(leaf)] = _equal_along(replaced.get(id(leaf), leaf), dim)
             trace = rerun.at(values, replaced=replaced, stir=True)
             for name in inside:
                 with torch.no_grad():
@@ -585,6 +679,8 @@ class _LookUps:
         values = self.rerun.values
         if not all(n in values and differentiable(values[n]) for n in moving):
             return None
+        if self._is_chosen_by_latents(moving):
+            return None
         first = self._groups(values, moving, children, inner, outer)
         if first is None:
             return None
@@ -602,13 +698,23 @@ class _LookUps:
         return torch.stack(flat).amax(0)
 
     def _other_values(self) -> dict[str, torch.Tensor]:
+        """Return other values of the latent sites; of those with few classes, the next class everywhere."""
         values = dict(self.rerun.values)
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(1)
             for name, site in self.rerun.sites.items():
                 if name in values and self.graph.role(name) in ("latent", "marginalised"):
-                    values[name] = torch.as_tensor(site["fn"]()).detach()
+                    fn = site["fn"]
+                    if fn.support.is_discrete and fn.has_enumerate_support:
+                        values[name] = _next_class(fn, values[name])
+                    else:
+                        values[name] = torch.as_tensor(fn()).detach()
         return values
+
+    def _is_chosen_by_latents(self, moving: Iterable[str]) -> bool:
+        """Whether what is looked up depends on latent values: what an index is decides, and draws may only confirm."""
+        hidden = {n for n in self.graph.nodes if self.graph.role(n) in ("latent", "marginalised")}
+        return any(self.rerun.traced.selectors.get(name, frozenset()) & hidden for name in moving)
 
     def _groups(
         self,
@@ -661,6 +767,17 @@ class _LookUps:
         return torch.where(mask, other, value)
 
 
+def _next_class(fn: Any, value: torch.Tensor) -> torch.Tensor:
+    """Return the class after each value, in the order of the support; after the last one the first."""
+    classes = fn.enumerate_support(expand=False)
+    event_dim = len(fn.event_shape)
+    classes = classes.reshape(len(classes), *classes.shape[classes.dim() - event_dim :])
+    if event_dim:  # one-hot
+        return value.roll(1, -1)
+    place = (value.unsqueeze(-1) == classes).long().argmax(-1)
+    return classes[(place + 1) % len(classes)]
+
+
 def _along(changed: torch.Tensor, dim: int, size: int) -> torch.Tensor:
     """Return whether anything changed at each index of a plate."""
     changed = changed.cpu()
@@ -672,6 +789,31 @@ def _along(changed: torch.Tensor, dim: int, size: int) -> torch.Tensor:
 def _agree(one: torch.Tensor, two: torch.Tensor) -> bool:
     both = (one >= 0) & (two >= 0)
     return torch.equal(one[both], two[both])
+
+
+def with_loop_plates(graph: ModelGraph, loops: Mapping[str, tuple[tuple[str, int], ...]]) -> ModelGraph:
+    """Return the graph with a plate around what is in each iteration of a subsampled loop.
+
+    Like the elements of a subsampled plate, these are not there for sites outside.
+
+    Args:
+        graph: A model graph.
+        loops: For nodes in such loops, names of plates and iterations, outer to inner.
+    """
+    if not loops:
+        return graph
+    plates = {
+        node: (*(f"{name}@{position}" for name, position in loops.get(str(node), ())), *around)
+        for node, around in graph.plates.items()
+    }
+    return ModelGraph(
+        graph.to_networkx(),
+        graph.observed,
+        inputs=graph.inputs,
+        marginalised=graph.marginalised,
+        event_sizes=graph.event_sizes,
+        plates=plates,
+    )
 
 
 def with_nested_plates(graph: ModelGraph, nested: Mapping[str, Iterable[str]]) -> ModelGraph:

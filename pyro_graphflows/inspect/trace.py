@@ -6,6 +6,7 @@ arguments become inputs.
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -24,27 +25,44 @@ from pyro_graphflows.graphs.model_graph import ModelGraph, Node
 from pyro_graphflows.inspect.arguments import (
     Alignment,
     ArgumentPath,
+    LoopRow,
     alignment_of,
     argument_leaves,
     argument_name,
     covering,
     not_followed,
     part_of,
+    with_tensors,
 )
-from pyro_graphflows.inspect.tracer import Escape, Noise, Region, TaintTracker, storage_of, watching
+from pyro_graphflows.inspect.randomness import kept_random_state
+from pyro_graphflows.inspect.rows import PlateWatch, rows_taken, watch_leaves
+from pyro_graphflows.inspect.tracer import (
+    Escape,
+    Noise,
+    PlateRows,
+    Region,
+    TaintTracker,
+    storage_of,
+    watching,
+)
 
 __all__ = [
+    "IMPROPER",
     "Leak",
     "TracedModel",
     "is_transparent",
     "kept_buffers",
     "quiet_run",
+    "rows_of_plates",
     "run_model",
     "trace_once",
     "undressed",
     "vectorized_plates",
 ]
 
+IMPROPER = "its prior is improper"  # a reason of TracedModel.not_generative: such a site cannot be drawn
+
+MOST_CONSTANT_ROWS = 2000  # more are data, wherever the model has them from
 _REMEDIES = {
     "bool": "Choose between tensors with torch.where(condition, a, b) instead of a Python condition.",
     "item": "Keep the value as a tensor: leave out .item().",
@@ -102,6 +120,15 @@ class TracedModel:
         non_exchangeable: For sites whose plates' indices are non-exchangeable (constants that vary along the
             plate, not given as arguments): those plates. Known only after ``validate=True``.
         elements: For graphs of elements: the site and the flat event index of each node.
+        copies: The :class:`~pyro.distributions.Delta` sites whose values follow from latent sites in the same plates.
+            (Of those in no plate, from latent sites alone: drawn for some data, they also hold for others.)
+        rows: For inputs, along which of their dimensions (counted from the right) they vary with which plates.
+        taken: The part of these of which the model takes the rows by the plates' indices.
+        places: For inputs whose dimensions are not where their plates are, pairs of both; see
+            :func:`~pyro_graphflows.inspect.rows.arranged`.
+        selectors: For sites, the sites by whose values entries of theirs are chosen.
+        loops: For sites and inputs inside subsampled plates that are Python loops: which plates, and which iteration.
+        converted: Whether tensors were given in the place of NumPy arrays.
     """
 
     graph: ModelGraph
@@ -115,18 +142,53 @@ class TracedModel:
     notes: tuple[str, ...] = ()
     non_exchangeable: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     elements: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    copies: tuple[str, ...] = ()
+    rows: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    taken: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    places: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    selectors: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    loops: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
+    converted: bool = False
 
 
-def trace_once(model: Callable, args: tuple, kwargs: dict[str, Any], *, strict: bool) -> TracedModel:
-    """Run a model inside the tracer and assemble what it shows."""
-    leaves = argument_leaves(model, args, kwargs)
+def trace_once(
+    model: Callable,
+    args: tuple,
+    kwargs: dict[str, Any],
+    *,
+    strict: bool,
+    indices: Mapping[str, torch.Tensor] | None = None,
+) -> TracedModel:
+    """Run a model inside the tracer and assemble what it shows.
+
+    Args:
+        model: A Pyro model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        strict: Whether to raise where a random value cannot be followed.
+        indices: The indices of subsampled plates, where they are not to be drawn.
+    """
+    given, converted = (args, kwargs), False
+    argument_leaves(model, args, kwargs)  # refuses arguments that do not fit
+    if any("NumPy" in what for what in not_followed(model, args, kwargs).values()):
+        given = with_tensors(args, kwargs)
+        with quiet_run(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                run_model(model, *given)
+                converted = True
+            except Exception:  # the model wants arrays: torch.from_numpy, NumPy functions
+                given = args, kwargs
     tracker = TaintTracker()
-    for leaf in leaves.values():
-        tracker.watch_argument(leaf)
+    leaves, outside = watch_leaves(tracker, model, *given)
     recorder = Recorder(tracker)
-    with quiet_run(model):
-        trace = run_model(model, args, kwargs, recorder, watching(tracker))
-    return _Assembly(recorder, trace, leaves, not_followed(model, args, kwargs), strict).finish()
+    with quiet_run(model), warnings.catch_warnings():
+        if converted:
+            warnings.filterwarnings("ignore", "To copy construct from a tensor")
+        trace = run_model(model, *given, recorder, _GivenRows(indices or {}), watching(tracker))
+    for name, value in recorder.data.items():
+        trace.nodes[name]["value"] = value
+    return _Assembly(recorder, trace, leaves, outside, strict).finish(converted)
 
 
 def undressed(fn: Any) -> Any:
@@ -165,6 +227,15 @@ def vectorized_plates(msg: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(sorted(frames, key=lambda frame: frame.dim))
 
 
+def subsampled_loops(msg: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
+    """Return the subsampled plates that are Python loops around a site, and the iterations that it is in."""
+    return tuple(
+        (frame.name, (frame.counter - 1) % frame.size)
+        for frame in reversed(msg["cond_indep_stack"])
+        if not frame.vectorized and frame.full_size is not None and frame.size < frame.full_size
+    )
+
+
 def _module_of(model: Callable) -> torch.nn.Module | None:
     inner = inspect.unwrap(model)  # poutine.condition(module, ...) and the like
     owner = getattr(inner, "__self__", inner)
@@ -193,15 +264,36 @@ def quiet_run(model: Callable) -> Iterator[None]:
     The random state, gradients, Pyro's handlers outside and the buffers of the model are as before; parameters
     that the model creates stay.
     """
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with (
         kept_buffers(model),
-        torch.random.fork_rng(devices=devices),
+        kept_random_state(),
         torch.no_grad(),
         pyro.poutine.block(),
         pyro.validation_enabled(False),
     ):
         yield
+
+
+class _GivenRows(Messenger):
+    """Gives plates their indices."""
+
+    def __init__(self, indices: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.indices = indices
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["name"] in self.indices and msg["value"] is None:
+            msg["value"] = self.indices[msg["name"]].clone()
+
+
+def rows_of_plates(trace: Trace) -> dict[str, torch.Tensor]:
+    """Return the indices of the plates of a trace."""
+    nodes = {name: node for name, node in trace.nodes.items() if node["type"] == "sample"}
+    return {
+        name: node["value"]
+        for name, node in nodes.items()
+        if site_is_subsample(node) and isinstance(node["value"], torch.Tensor)
+    }
 
 
 class _ImproperPoint(Messenger):
@@ -243,6 +335,7 @@ class SiteRecord:
     region: Region | None
     value_id: int
     plates: tuple[Any, ...]
+    loops: tuple[tuple[str, int], ...]
     event_size: int
     event_shape: torch.Size
     batch_shape: torch.Size
@@ -256,17 +349,20 @@ def _parameters(fn: Any) -> list[torch.Tensor]:
     return found
 
 
-class Recorder(Messenger):
-    """Notes the taints at each sample site and starts the site's own taint.
+class Recorder(PlateWatch):
+    """Notes the taints at each sample site and starts the site's own taint; and the rows of plates.
 
     It must be outside all other handlers: then it sees each site as the model leaves it, and nothing else
     happens between its two methods but the drawing of a value.
     """
 
     def __init__(self, tracker: TaintTracker) -> None:
-        super().__init__()
-        self.tracker = tracker
+        super().__init__(tracker)
         self.records: list[SiteRecord] = []
+        self.deltas: dict[
+            str, tuple[int, tuple[Any, ...]]
+        ] = {}  # taint and plates of sites that pass values on
+        self.data: dict[str, torch.Tensor] = {}  # observed values that lie in the memory of arguments
 
     def _pyro_sample(self, msg: Any) -> None:
         self.tracker.absorb()
@@ -274,12 +370,15 @@ class Recorder(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         drawing = self.tracker.absorbed()
         if site_is_subsample(msg):
+            super()._pyro_post_sample(msg)
             return
         fn, value = msg["fn"], msg["value"]
         with self.tracker.pause():
             transparent = is_transparent(msg)
         factor = isinstance(fn, dist.Unit)
         if transparent:
+            if not msg["is_observed"]:
+                self.deltas[msg["name"]] = self.tracker.quietly_of(_parameters(fn)), vectorized_plates(msg)
             log_density = self._log_density(fn)
             if log_density is None:
                 return
@@ -314,13 +413,16 @@ class Recorder(Messenger):
                 region=region,
                 value_id=id(value),
                 plates=vectorized_plates(msg),
+                loops=subsampled_loops(msg),
                 event_size=1 if factor else max(1, torch.Size(fn.event_shape).numel()),
                 event_shape=fn.event_shape,
                 batch_shape=fn.batch_shape,
             )
         )
         tracker.moment += 1
-        if not transparent and region is None and isinstance(value, torch.Tensor):
+        if not transparent and isinstance(value, torch.Tensor):
+            if region is not None:  # what pyro.sample returns can then be told from the data themselves
+                self.data[name] = value
             msg["value"] = value.detach().clone()
             tracker.set(msg["value"], tracker.bit(name))
 
@@ -366,22 +468,40 @@ class _Assembly:
         recorder: Recorder,
         trace: Trace,
         leaves: Mapping[ArgumentPath, torch.Tensor],
-        notes: list[str],
+        outside: Mapping[ArgumentPath, torch.Tensor],
         strict: bool,
     ) -> None:
-        self.trace, self.leaves, self.notes, self.strict = trace, leaves, notes, strict
-        self.tracker, self.records = recorder.tracker, recorder.records
+        self.trace, self.strict = trace, strict
+        self.notes: list[str] = []
+        self.tracker, self.records, self.deltas = recorder.tracker, recorder.records, recorder.deltas
+        self.taken, self.clashes = rows_taken(self.tracker, {**outside, **leaves})
+        data = {path: leaf for path, leaf in outside.items() if self._is_data(self.taken.get(path, {}), leaf)}
+        self.leaves = {**data, **leaves}
+        self.rows: dict[str, dict[int, str]] = {}
+        self.places: dict[str, tuple[tuple[int, int], ...]] = {}
+        self.loops = {record.name: record.loops for record in self.records if record.loops}
         records = self.records
         self.site_names = {record.name for record in records}
         self.observed = {record.name for record in records if record.observed}
-        self.by_id = {id(leaf): path for path, leaf in leaves.items()}
+        self.by_id = {id(leaf): path for path, leaf in self.leaves.items()}
         self.parents: dict[str, dict[Hashable, None]] = {record.name: {} for record in records}
         self.input_paths: dict[str, ArgumentPath] = {}
         self.alignments: dict[str, Alignment] = {}
         self.without_data = {r.name for r in records if r.observed and not r.holds_data}
         self.not_generative: dict[str, str] = {}
 
-    def finish(self) -> TracedModel:
+    def _is_data(self, rows: Mapping[int, str], leaf: torch.Tensor) -> bool:
+        """Whether a tensor that the model has from elsewhere is data: it takes the rows of a batch, or of many.
+
+        What it uses in full stays a constant: its indices are told apart as any other constants' are.
+        """
+        nodes: Any = self.trace.nodes
+        batches = [
+            plate for plate in rows.values() if len(self.tracker.plates[plate]) < nodes[plate]["fn"].size
+        ]
+        return bool(batches) or any(leaf.shape[dim] > MOST_CONSTANT_ROWS for dim in rows)
+
+    def finish(self, converted: bool) -> TracedModel:
         """Return everything that the run shows."""
         for record in self.records:
             self._check_dims(record)
@@ -396,7 +516,8 @@ class _Assembly:
             if path is not None:
                 argument_paths[record.name] = path
         for name, path in self.input_paths.items():
-            self._note_unmatched(name, self.leaves[path])
+            if path in self.leaves:
+                self._note_unmatched(name, self.leaves[path])
         self._look_for_improper()
         return TracedModel(
             graph=self._graph(),
@@ -404,16 +525,51 @@ class _Assembly:
             argument_paths=argument_paths,
             event_dims={name: alignment.event_dim for name, alignment in self.alignments.items()},
             index_inputs=frozenset(
-                name for name, path in self.input_paths.items() if _is_integer(self.leaves[path])
+                name for name, path in self.input_paths.items() if _is_integer(self._leaf_of(path))
             ),
             without_data=frozenset(self.without_data),
             not_generative=self.not_generative,
             leaks=leaks,
             notes=tuple(dict.fromkeys(self.notes)),
+            copies=tuple(name for name in self.deltas if self._is_copy(name)),
+            rows=self.rows,
+            taken={name: self.taken[path] for name, path in self.input_paths.items() if path in self.taken},
+            places=self.places,
+            selectors=self._selectors(),
+            loops=self.loops,
+            converted=converted,
         )
+
+    def _is_copy(self, name: str) -> bool:
+        """Whether the value of a Delta site belongs to latent sites, and is no news for other data."""
+        taint, plates = self.deltas[name]
+        records = {record.name: record for record in self.records}
+        sources = self.tracker.sources(taint)
+        sites = [records[source] for source in sources if isinstance(source, str)]
+        if any(isinstance(source, Noise) for source in sources) or any(site.enumerated for site in sites):
+            return False
+        latents = [site for site in sites if not site.observed]
+        if not plates:
+            return len(latents) == len(sources)
+        return {frame.name for frame in plates} <= {frame.name for site in latents for frame in site.plates}
+
+    def _leaf_of(self, path: ArgumentPath) -> torch.Tensor:
+        return self.leaves[path[:-1] if isinstance(path[-1], LoopRow) else path]
+
+    def _selectors(self) -> dict[str, frozenset[str]]:
+        """Return for each site the sites by whose values entries of its value are chosen."""
+        found: dict[str, set[str]] = {}
+        for values, chosen_by in self.tracker.selections:
+            by = {source for source in self.tracker.sources(chosen_by) if isinstance(source, str)}
+            for source in self.tracker.sources(values) if by else ():
+                if isinstance(source, str):
+                    found.setdefault(source, set()).update(by - {source})
+        return {site: frozenset(by) for site, by in found.items() if by}
 
     def _path_of_value(self, record: SiteRecord) -> ArgumentPath | None:
         """Return where an observed value is among the arguments: a whole one, a row or a column."""
+        if record.loops:
+            return None  # other rows in every call
         if record.value_id in self.by_id:
             return self.by_id[record.value_id]
         if record.region is None or record.name in self.without_data:
@@ -461,7 +617,7 @@ class _Assembly:
     def _leak(self, escape: Escape) -> Leak:
         sites, arguments = [], []
         for source in self.tracker.sources(escape.taint):
-            if isinstance(source, Noise):
+            if isinstance(source, Noise | PlateRows) or self._is_no_data(source):
                 continue
             before = [source] if isinstance(source, str) else self._observed_before(source, escape.moment)
             sites += before
@@ -527,7 +683,7 @@ class _Assembly:
                     f"pyro.sample; they reach site '{record.name}', and the graph does not know them"
                 )
                 continue
-            if isinstance(source, Region) and 0 in source.size:
+            if isinstance(source, PlateRows) or self._is_no_data(source):
                 continue
             sites = self._observed_before(source, i)
             if sites:
@@ -538,7 +694,41 @@ class _Assembly:
                 )
                 continue
             for path in self._leaves_of(source):
-                parents[self._input(path, record)] = None
+                row = self._loop_row(path, source, record)
+                parents[
+                    self._input(path, record) if row is None else self._row_input(path, row, source, record)
+                ] = None
+
+    def _loop_row(self, path: ArgumentPath, source: Any, record: SiteRecord) -> LoopRow | None:
+        """Return which row of a leaf a region is, if it is the one that the iteration of a site is about."""
+        leaf = self.leaves[path]
+        key = part_of(leaf, source) if record.loops and isinstance(source, Region) else None
+        if key is None:
+            return None
+        column = isinstance(key, tuple)
+        index = key[1] if isinstance(key, tuple) else key
+        for plate, position in record.loops:
+            indices = self.tracker.plates.get(plate)
+            if indices is not None and int(indices[position]) == index:
+                return LoopRow(plate, position, column)
+        return None
+
+    def _row_input(self, path: ArgumentPath, row: LoopRow, source: Region, record: SiteRecord) -> str:
+        name = argument_name((*path, row))
+        self.input_paths[name] = (*path, row)
+        self.loops[name] = ((row.plate, row.position),)
+        shape = torch.Size(source.size)
+        self.alignments[name] = alignment_of(shape, {f.dim: (f.name, {f.size}) for f in record.plates})
+        return name
+
+    def _is_no_data(self, source: Any) -> bool:
+        """Whether a region is no input: it is empty, a constant of the model, or the indices of a plate themselves."""
+        if not isinstance(source, Region):
+            return False
+        plates = [(name, Region.of(indices)) for name, indices in self.tracker.plates.items()]
+        if 0 in source.size or covering(source, plates):
+            return True
+        return self.tracker.is_outside(source) and not self._leaves_at(source)
 
     def _observed_before(self, source: Region | tuple[str, int], moment: int) -> list[str]:
         """Return the observed sites, among the first ones, whose values together hold a region."""
@@ -548,15 +738,38 @@ class _Assembly:
         return covering(source, [(r.name, r.region) for r in earlier if r.region is not None])
 
     def _input(self, path: ArgumentPath, record: SiteRecord) -> str:
+        if path in self.clashes:
+            raise UnsupportedModelError(self.clashes[path])
         name = argument_name(path)
         while name in self.site_names:
             name += "_"
         self.input_paths[name] = path
-        plates = {frame.dim: (frame.name, {frame.size, frame.full_size}) for frame in record.plates}
-        alignment = alignment_of(self.leaves[path].shape, plates)
+        alignment, rows, places = self._align(path, record)
         if name not in self.alignments or len(alignment.plates) > len(self.alignments[name].plates):
-            self.alignments[name] = alignment
+            self.alignments[name], self.rows[name] = alignment, rows
+            if places:
+                self.places[name] = places
         return name
+
+    def _align(
+        self, path: ArgumentPath, record: SiteRecord
+    ) -> tuple[Alignment, dict[int, str], tuple[tuple[int, int], ...]]:
+        """Return how a leaf relates to the plates of a site: by the rows taken from it, else by its shape."""
+        leaf = self.leaves[path]
+        frames = {frame.name: frame for frame in record.plates}
+        taken = {dim: plate for dim, plate in self.taken.get(path, {}).items() if plate in frames}
+        shape = list(leaf.shape)
+        for dim, plate in taken.items():
+            shape[dim] = frames[plate].size
+        sizes = {frame.dim: (frame.name, {frame.size}) for frame in record.plates}
+        alignment = alignment_of(torch.Size(shape), sizes)
+        rows = {frames[plate].dim - alignment.event_dim: plate for plate in alignment.plates}
+        if all(rows.get(dim) == plate for dim, plate in taken.items()):
+            return alignment, rows, ()
+        plates = sorted(taken.values(), key=lambda plate: frames[plate].dim)
+        rest = [size for dim, size in zip(range(-len(shape), 0), shape, strict=True) if dim not in taken]
+        alignment = Alignment(tuple(plates), len(rest), torch.Size(rest).numel())
+        return alignment, taken, tuple((dim, frames[plate].dim) for dim, plate in taken.items())
 
     def _note_unmatched(self, name: str, leaf: torch.Tensor) -> None:
         """Say so if an input seems to vary along a plate but its shape does not show it."""
@@ -565,7 +778,8 @@ class _Assembly:
             if name not in self.parents[record.name]:
                 continue
             for frame in record.plates:
-                if frame.name not in alignment.plates and frame.size > 1 and frame.size in leaf.shape:
+                sizes = {frame.size, frame.full_size} - {1}
+                if frame.name not in alignment.plates and not sizes.isdisjoint(leaf.shape):
                     self.notes.append(
                         f"input '{name}' of shape {tuple(leaf.shape)} is taken as one value for all of plate "
                         f"'{frame.name}' (dim {frame.dim}, size {frame.size}); if it has one entry for each "
@@ -580,6 +794,8 @@ class _Assembly:
             if record.name in self.without_data:
                 self.not_generative.setdefault(record.name, "it is a factor, not data")
                 continue
+            if isinstance(undressed(site["fn"]), dist.ImproperUniform):
+                self.not_generative[record.name] = IMPROPER
             plain = record.name.removesuffix("_observed").removesuffix("_unobserved")
             half_observed = (
                 plain != record.name and {f"{plain}_observed", f"{plain}_unobserved"} <= self.site_names
@@ -591,10 +807,8 @@ class _Assembly:
                 if isinstance(fn, pyro.distributions.MaskedDistribution):
                     self.not_generative.setdefault(record.name, "its distribution is masked")
                 fn = fn.base_dist
-            if isinstance(fn, pyro.distributions.ImproperUniform):
-                self.not_generative.setdefault(record.name, "its prior is improper")
             expected = 1.0
-            for frame in record.plates:
+            for frame in site["cond_indep_stack"]:
                 if frame.size > 0 and frame.full_size is not None:
                     expected *= frame.full_size / frame.size
             if not _equals(site["scale"], expected):

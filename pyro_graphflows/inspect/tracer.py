@@ -35,7 +35,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-__all__ = ["Escape", "Known", "Noise", "Region", "TaintTracker", "storage_of", "watching"]
+__all__ = [
+    "Escape",
+    "Known",
+    "Noise",
+    "PlateRows",
+    "Region",
+    "RowUse",
+    "TaintTracker",
+    "in_library",
+    "storage_of",
+    "watching",
+]
 
 _HERE, _TORCH, _PYRO = (
     os.path.dirname(os.path.abspath(str(path))) + os.sep for path in (__file__, torch.__file__, pyro.__file__)
@@ -62,6 +73,21 @@ class Region(NamedTuple):
             tuple(tensor.size()),
             tuple(tensor.stride()),
         )
+
+
+class PlateRows(NamedTuple):
+    """The indices of a plate, as a source: which rows of the data are in it."""
+
+    plate: str
+
+
+class RowUse(NamedTuple):
+    """Entries of a tensor taken along a dimension (counted from the right) by the indices of a plate."""
+
+    tensor: torch.Tensor
+    dim: int
+    plate: str
+    taint: int
 
 
 class Noise(NamedTuple):
@@ -92,13 +118,14 @@ class Escape(NamedTuple):
 def _place() -> tuple[str, int, str]:
     """Return file, line and source text of the innermost frame outside the libraries and this package."""
     frame = sys._getframe(2)
-    while frame.f_back is not None and _in_library(os.path.abspath(frame.f_code.co_filename)):
+    while frame.f_back is not None and in_library(os.path.abspath(frame.f_code.co_filename)):
         frame = frame.f_back
     filename, line = frame.f_code.co_filename, frame.f_lineno
     return filename, line, linecache.getline(filename, line).strip()
 
 
-def _in_library(path: str) -> bool:
+def in_library(path: str) -> bool:
+    """Whether a file belongs to this package, PyTorch, Pyro or the standard library."""
     return path.startswith(_LIBRARIES) or (path.startswith(_STANDARD) and "site-packages" not in path)
 
 
@@ -149,6 +176,14 @@ class TaintTracker:
         self.size_inside = 0  # taints of sizes made inside the present call
         self.depth = 0  # of calls that the function mode has under way
         self.hidden = 0  # taints of scalars read inside the present call
+        self.plates: dict[str, torch.Tensor] = {}  # the indices of plates
+        self.row_uses: list[RowUse] = []
+        self.row_reads: list[
+            tuple[torch.Tensor, int, int]
+        ] = []  # single entries read: tensor, dimension, index
+        self.row_results: dict[int, tuple[torch.Tensor, RowUse]] = {}  # by storage: what such a use gave
+        self.selections: dict[tuple[int, int], None] = {}  # taints of values, and of what chose among them
+        self._outside: set[int] = set()
 
     def bit(self, source: Hashable) -> int:
         """Return the taint that consists of one source."""
@@ -186,10 +221,64 @@ class TaintTracker:
         else:
             self._arguments[storage._cdata] = storage
 
+    def watch_outside(self, leaf: torch.Tensor) -> None:
+        """Do the same for a tensor that the model uses without being given it: a constant, as long as nothing else."""
+        storage = storage_of(leaf)
+        if storage is not None and storage._cdata not in self._arguments:
+            self._arguments[storage._cdata] = storage
+            self._outside.add(storage._cdata)
+
+    def is_outside(self, source: Any) -> bool:
+        """Whether a source is a region of such a tensor."""
+        return isinstance(source, Region) and source.storage in self._outside
+
+    def watch_plate(self, name: str, indices: Any) -> None:
+        """From here on, see which tensors are indexed by the indices of a plate."""
+        with self.pause():
+            indices = torch.as_tensor(indices)
+            if indices.dim() == 1:
+                self.plates[name] = indices
+                self.add(indices, self.bit(PlateRows(name)))
+
     def is_argument(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies in the memory of an argument."""
         storage = storage_of(tensor)
-        return storage is not None and storage._cdata in self._arguments
+        key = None if storage is None else storage._cdata
+        return key in self._arguments and key not in self._outside
+
+    def plate_of(self, index: torch.Tensor) -> str | None:
+        """Return the plate whose indices an index tensor holds; None if there is none, or there are two."""
+        if not _is_index(index):
+            return None
+        flat, sources = index.reshape(-1), self.sources(self.of_tensor(index)[0])
+        found = []
+        for name, indices in self.plates.items():
+            storage = storage_of(indices)
+            own = None if storage is None else storage._cdata
+            # an index without sources was made outside of the tensors, from a list or an array
+            known = all(
+                _same_indices(self.plates[source.plate], indices)
+                if isinstance(source, PlateRows)
+                else getattr(source, "storage", -1) == own
+                for source in sources
+            )
+            if known and _same_indices(flat, indices):
+                found.append(name)
+        if len(found) > 1:  # the plate that the model is in
+            active = {getattr(messenger, "name", None) for messenger in pyro.poutine.runtime._PYRO_STACK}
+            found = [name for name in found if name in active]
+        return found[0] if len(found) == 1 else None
+
+    def take_rows(self, tensor: torch.Tensor, dim: int, index: torch.Tensor, result: Any) -> None:
+        """Note that a tensor was indexed, if by the indices of a plate."""
+        plate = self.plate_of(index)
+        if plate is None:
+            return
+        use = RowUse(tensor, dim if dim < 0 else dim - tensor.dim(), plate, self.of_tensor(tensor)[0])
+        self.row_uses.append(use)
+        storage = storage_of(result) if isinstance(result, torch.Tensor) else None
+        if storage is not None and result.dim() == tensor.dim():
+            self.row_results[storage._cdata] = (result, use)
 
     def of(self, value: Any) -> int:
         """Return the taint of a tensor, or the union over a nested container of tensors."""
@@ -332,6 +421,8 @@ _SIZE_FROM_VALUES = _names(
     "nonzero masked_select _unique2 unique_dim unique_consecutive unique_dim_consecutive bincount repeat_interleave"
 )
 _SIZES = _names("shape size numel nelement __len__ nbytes")
+# Operators that choose among the entries of a tensor, with the positions of tensor and index.
+_CHOOSES = {"index": (0, 1), "index_select": (0, 2), "gather": (0, 2), "embedding": (0, 1), "take": (0, 1)}
 # Operators that forget what their first argument held.
 _OVERWRITES = _names("copy_ fill_ zero_")
 _NO_VALUE = (
@@ -548,6 +639,15 @@ class _DispatchMode(TorchDispatchMode):
                     tracker.add(tensor, noise)
         if name in _SHAPE_ONLY:
             return
+        if name in _CHOOSES and len(args) > max(_CHOOSES[name]):
+            self._watch_choice(name, args, result)
+        elif name == "where" and len(args) == 3:
+            self._select(tracker.of(args[1:]), tracker.of(args[0]))
+        elif tracker.hidden and name in ("select", "slice"):
+            self._select(tracker.of(args[0]), tracker.hidden)
+        if name == "select" and tracker.plates:
+            at = args[1] if args[1] < 0 else args[1] - args[0].dim()
+            tracker.row_reads.append((args[0], at, int(args[2]) % max(1, args[0].shape[args[1]])))
         known = [tracker.of_tensor(argument) for argument in arguments]
         taint = tracker.hidden
         for whole, _, _ in known:
@@ -573,6 +673,37 @@ class _DispatchMode(TorchDispatchMode):
                 tracker.escape(taint, "item")
         if name in _SIZE_FROM_VALUES or (name == "index" and any(map(_is_mask, args[1]))):
             tracker.size_inside |= taint
+
+    def _watch_choice(self, name: str, args: tuple, result: Any) -> None:
+        tracker, (at, by) = self.tracker, _CHOOSES[name]
+        tensor, index = args[at], args[by]
+        self._select(tracker.of(tensor), tracker.of(index))
+        if not tracker.plates:
+            return
+        if name == "index":
+            given = [(dim, each) for dim, each in enumerate(index) if each is not None]
+            alone = len(given) == 1 and given[0][1].dim() == 1
+            for dim, each in given:
+                if each.dtype not in (torch.bool, torch.uint8):
+                    tracker.take_rows(tensor, dim, each, result if alone else None)
+        elif name == "gather":
+            along = index.movedim(args[1], 0).reshape(index.shape[args[1]], -1) if index.dim() else index
+            if along.dim() == 2 and along.shape[1] and bool((along == along[:, :1]).all()):
+                tracker.take_rows(tensor, args[1], along[:, 0].contiguous(), result)
+        elif name != "take":
+            tracker.take_rows(tensor, args[1] if name == "index_select" else 0, index, result)
+
+    def _select(self, values: int, chosen_by: int) -> None:
+        if values and chosen_by:
+            self.tracker.selections[values, chosen_by] = None
+
+
+def _is_index(index: torch.Tensor) -> bool:
+    return index.dtype in (torch.int64, torch.int32)
+
+
+def _same_indices(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other.to(one))
 
 
 def _is_mask(index: torch.Tensor | None) -> bool:

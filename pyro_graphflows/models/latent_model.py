@@ -470,7 +470,7 @@ class VAEObjective:
     *Warm-up.* A training can end where latent nodes far from the data carry nothing: at its start they cost divergence
     before they are of use. With a weight of the divergence that rises from near zero to one, in a call of ``fit`` of
     its own with a constant rate, they are in use before they cost; see the example. It costs fit on few data where
-    nodes are in use without it (both measured in ``examples/siren_vae.py --study remedies``).
+    nodes are in use without it (both measured in ``studies/siren_vae/run.py --study remedies``).
 
     References:
         [1] Kingma and Welling (2014), Auto-Encoding Variational Bayes.

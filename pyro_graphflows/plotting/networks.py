@@ -36,7 +36,7 @@ def plot_model_graph(graph: ModelGraph, ax: Any = None, *, layout: Layout | None
     ax = new_axes(_size(graph, layout)) if own else ax
     patches = _draw_nodes(graph, layout, ax)
     for parent, child in graph.edges:
-        _draw_edge(ax, layout, patches, parent, child, route=layout.routes.get((parent, child), ()))
+        _draw_edge(ax, layout, patches, (parent, child), route=layout.routes.get((parent, child), ()))
     _finish(ax, layout, f"Model: {len(graph.edges)} edges")
     if own:
         _legend(ax.figure, graph)
@@ -68,10 +68,10 @@ def plot_inverse(inverse: InverseGraph, ax: Any = None, *, layout: Layout | None
     unit = ax.figure.get_size_inches() * (box.width, box.height) / (high - low + 1.15)
     for parent, child in new:
         bulge = _bulge(layout, unit, parent, child)
-        _draw_edge(ax, layout, patches, parent, child, colour=ADDED, bulge=bulge)
+        _draw_edge(ax, layout, patches, (parent, child), bulge=bulge)
     for parent, child in old:
         route = layout.routes.get((parent, child), layout.routes.get((child, parent), ())[::-1])
-        _draw_edge(ax, layout, patches, parent, child, route=route)
+        _draw_edge(ax, layout, patches, (parent, child), route=route)
     counts = f"{inverse.num_edges} edges ({len(new)} added), {len(inverse.levels)} levels"
     _finish(ax, layout, f"Inverse, {inverse.order}: {counts}")
     if own:
@@ -169,13 +169,14 @@ def _draw_edge(
     ax: Any,
     layout: Layout,
     patches: Mapping[Node, Any],
-    parent: Node,
-    child: Node,
+    edge: tuple[Node, Node],
     *,
     route: Sequence[tuple[float, float]] = (),
-    colour: str = EDGE,
-    bulge: float = 0.0,
+    bulge: float | None = None,
 ) -> None:
+    """Draw an edge along its route; added edges are coloured, and bent by their bulge."""
+    (parent, child), colour = edge, EDGE if bulge is None else ADDED
+    bulge = bulge or 0.0
     from matplotlib.patches import ConnectionStyle, FancyArrowPatch
     from matplotlib.path import Path as Curve
 

@@ -1,4 +1,4 @@
-"""Residual flows whose Jacobians follow a graph."""
+"""Flows whose Jacobians follow a graph."""
 
 from pyro_graphflows.transforms.actnorm import ActNorm, actnorm
 from pyro_graphflows.transforms.faithful import FaithfulEvaluation, FaithfulResidualNN
@@ -15,12 +15,21 @@ from pyro_graphflows.transforms.residual import (
     graphical_residual,
 )
 from pyro_graphflows.transforms.solver import Solver
+from pyro_graphflows.transforms.spline import (
+    ConditionalGraphicalSpline,
+    GraphicalSpline,
+    GraphicalSplineNN,
+    SplineEvaluation,
+    conditional_graphical_spline,
+    graphical_spline,
+)
 from pyro_graphflows.transforms.structure import FlowStructure, flow_structure
 
 __all__ = [
     "ActNorm",
     "ConditionalFaithfulResidual",
     "ConditionalGraphicalResidual",
+    "ConditionalGraphicalSpline",
     "FaithfulEvaluation",
     "FaithfulResidual",
     "FaithfulResidualNN",
@@ -29,11 +38,16 @@ __all__ = [
     "GraphicalFlowPrior",
     "GraphicalResidual",
     "GraphicalResidualNN",
+    "GraphicalSpline",
+    "GraphicalSplineNN",
     "Solver",
+    "SplineEvaluation",
     "actnorm",
     "conditional_faithful_residual",
     "conditional_graphical_residual",
+    "conditional_graphical_spline",
     "faithful_residual",
     "flow_structure",
     "graphical_residual",
+    "graphical_spline",
 ]

@@ -35,11 +35,11 @@ from pyro_graphflows.nn.masked import MaskedLinear
 from pyro_graphflows.nn.mlp import LevelEvaluation, MaskedMLP
 from pyro_graphflows.transforms.edge_linear import EdgeLinear, Inputs, RowGroup, expand_batch, padded_count
 from pyro_graphflows.transforms.monotone import BlockForm, BlockWeights, MonotoneStack
-from pyro_graphflows.transforms.network import FlowEvaluation, FlowNN, moments, some_names
+from pyro_graphflows.transforms.network import FlowPass, LinearStartNN
 from pyro_graphflows.transforms.solver import Solver, implicit_step
-from pyro_graphflows.transforms.structure import FlowStructure
+from pyro_graphflows.transforms.structure import FlowStructure, some_names
 
-__all__ = ["Conditioner", "FaithfulEvaluation", "FaithfulResidualNN", "regress_on_parents", "structure_mask"]
+__all__ = ["Conditioner", "FaithfulEvaluation", "FaithfulResidualNN"]
 
 # At most so many numbers are computed at a time, so that they stay near the processor; and if there are more than
 # so many in all, pieces are computed again in the backward pass, so that memory stays bounded.
@@ -155,7 +155,7 @@ class Supply:
         return Supply(self._evaluation, values)
 
 
-class FaithfulResidualNN(FlowNN):
+class FaithfulResidualNN(LinearStartNN):
     """Monotone maps of all variables, with their parents, scales and standardisation.
 
     Args:
@@ -315,43 +315,27 @@ class FaithfulResidualNN(FlowNN):
         self.input_loc.copy_(loc)
         self.input_scale.copy_(scale)
 
+    @property
+    def units_of_parents(self) -> tuple[Tensor, Tensor]:
+        """See :meth:`LinearStartNN.units_of_parents`."""
+        return self.input_loc, self.input_scale
+
     @torch.no_grad()
     def init_linear_(
         self, weights: Tensor, shift: Tensor, scale: Tensor, *, variables: Sequence[int] | None = None
     ) -> None:
-        r"""Make the flow linear-Gaussian: :math:`z_v = \sum_j W_{vj} (x, z)_j + b_v + s_v \varepsilon_v`.
+        """Make the flow linear-Gaussian; see :meth:`LinearStartNN.init_linear_`.
 
-        Hidden units keep their weights but get zero output. Entries of ``weights`` off the structure are ignored.
-
-        Args:
-            weights: W, of shape (D, C + D); columns are the context and then the variables.
-            shift: b, of shape (D,).
-            scale: s, of shape (D,), positive.
-            variables: The positions of the variables to set; the others are left as they are. All by default.
-
-        Raises:
-            GraphflowsError: If a shape is wrong or a scale is not positive.
+        Hidden units keep their weights but get zero output.
         """
         dim, num_context = self.event_dim, self.context_dim
-        if weights.shape != (dim, num_context + dim) or shift.shape != (dim,) or scale.shape != (dim,):
-            raise GraphflowsError(
-                f"Expected weights of shape ({dim}, {num_context + dim}), shift and scale of shape ({dim},); "
-                f"got {tuple(weights.shape)}, {tuple(shift.shape)} and {tuple(scale.shape)}."
-            )
-        if not bool((scale > 0).all()):
-            raise GraphflowsError(
-                "Expected positive scales; got some that are zero, negative or not a number."
-            )
-        # In standardised coordinates, inner order:
-        loc = torch.cat([self.context_loc, self.input_loc]).double()
-        unit = torch.cat([self.context_scale, self.input_scale]).double()
-        own = self.scale.double()
-        weights = weights.to(loc) * structure_mask(self.structure).to(loc.device)
-        shift = ((shift.to(loc) + weights @ loc - self.loc) / own)[self._order]
-        log_scale = (scale.to(loc) / own).log()[self._order]
-        weights = weights * unit / own.unsqueeze(-1)
+        weights, shift, log_scale = self.in_standard_units(weights, shift, scale)
         inputs = torch.cat([torch.arange(num_context, device=self._order.device), num_context + self._order])
-        weights = weights[self._order][:, inputs]
+        weights, shift, log_scale = (
+            weights[self._order][:, inputs],
+            shift[self._order],
+            log_scale[self._order],
+        )
 
         stack, first = self.stack, self.stack.hidden_units[0]
         units = self.edges.units
@@ -420,21 +404,6 @@ class FaithfulResidualNN(FlowNN):
         if self.conditioner is not None:
             self.conditioner.mlp.whiten_(moments)
 
-    @torch.no_grad()
-    def initialize_(self, z: Tensor, context: Tensor | None = None) -> None:
-        """Standardise by samples, and start from the least-squares regression of each variable on its parents.
-
-        Args:
-            z: Samples of the variables, of shape (n, D).
-            context: Samples of the context, of shape (n, C).
-
-        Raises:
-            GraphflowsError: If there are fewer than two samples or a value is not finite.
-        """
-        fit = regress_on_parents(self.structure, z, context)
-        self.standardize_(*moments(z), *(() if context is None else moments(context)))
-        self.init_linear_(*fit)
-
     # Evaluation
 
     def start(self, *context: Tensor) -> "FaithfulEvaluation":
@@ -491,7 +460,7 @@ class FaithfulResidualNN(FlowNN):
         back = restore if self._ordered else self._place if restore is None else restore[self._place]
         if back is not None:
             results = (results[0].index_select(0, back), results[1].index_select(0, back))
-        eps, log_diag = (result.view(-1, *batch).movedim(0, -1) for result in results)
+        eps, log_diag = (result.view(len(result), *batch).movedim(0, -1) for result in results)
         return eps, log_diag + self.scale.log()
 
     def _inner(self, values: Tensor, batch: tuple[int, ...]) -> Tensor:
@@ -505,7 +474,7 @@ class FaithfulResidualNN(FlowNN):
         if key not in self._columns:
             inner = self._order[self._level_starts[level] : self._level_starts[level + 1]]
             positions, back = inner.sort()
-            same = torch.equal(positions, inner)
+            same = not inner.is_meta and torch.equal(positions, inner)
             self._columns[key] = (positions, None if same else torch.argsort(back), None if same else back)
         return self._columns[key]
 
@@ -551,7 +520,7 @@ class FaithfulResidualNN(FlowNN):
         for part in prepared:
             own = part.group.take(values, first_row)
             extra = None if supplied is None else part.group.take(supplied, first_row)
-            count = -(-part.group.size * per_row // PIECE)
+            count = max(1, -(-part.group.size * per_row // PIECE))
             if self.edges.engine == "sparse":
                 count = min(count, part.group.size)
                 ends = [part.group.size * i // count for i in range(count + 1)]
@@ -599,8 +568,8 @@ class FaithfulResidualNN(FlowNN):
         return out, log_slope if self.closed_form == "sampling" else -log_slope
 
 
-class FaithfulEvaluation(FlowEvaluation):
-    r"""A pass through the levels of a faithful flow; see :class:`~pyro_graphflows.transforms.network.FlowEvaluation`.
+class FaithfulEvaluation(FlowPass):
+    r"""A pass through the levels of a faithful flow; see :class:`~pyro_graphflows.transforms.network.FlowPass`.
 
     The weights are prepared once, when the pass starts.
 
@@ -680,7 +649,7 @@ class FaithfulEvaluation(FlowEvaluation):
             given = self._supply.values
             supplied = expand_batch(given.flatten(0, 1), batch).view(*given.shape[:2], -1)
         results = network.run(self._prepared[self.level], inputs, own, direction, supplied)
-        out, log_diag = (result.view(-1, *batch).movedim(0, -1) for result in results)
+        out, log_diag = (result.view(len(result), *batch).movedim(0, -1) for result in results)
         if back is not None:
             out, log_diag = out.index_select(-1, back), log_diag.index_select(-1, back)
         return out * scale + loc if direction == "sampling" else out, log_diag + scale.log()
@@ -708,65 +677,3 @@ def _order(structure: FlowStructure) -> list[int]:
         for own, given in zip(structure.parents, structure.context_parents, strict=True)
     ]
     return [v for level in structure.levels for v in sorted(level, key=lambda v: (count[v], v))]
-
-
-def structure_mask(structure: FlowStructure) -> Tensor:
-    """Return the boolean matrix of direct dependencies, (D, C + D), columns context first.
-
-    Example:
-        >>> structure_mask(FlowStructure([(), (0,)], [(0,), ()], 1)).int().tolist()
-        [[1, 0, 0], [0, 1, 0]]
-    """
-    mask = torch.zeros(structure.event_dim, structure.context_dim + structure.event_dim, dtype=torch.bool)
-    for v, (own, given) in enumerate(zip(structure.parents, structure.context_parents, strict=True)):
-        mask[v, [*given, *(structure.context_dim + p for p in own)]] = True
-    return mask
-
-
-def regress_on_parents(
-    structure: FlowStructure, z: Tensor, context: Tensor | None = None, *, ridge: float = 1e-8
-) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Return the linear-Gaussian fit :math:`z_v = \sum_j W_{vj} (x, z)_j + b_v + s_v \varepsilon_v`.
-
-    All regressions are solved from one sample covariance, in float64 and standardised coordinates.
-
-    Args:
-        structure: Who may depend on whom.
-        z: Samples of the variables, of shape (n, D).
-        context: Samples of the context, of shape (n, C).
-        ridge: Added to the variances of the standardised inputs. Residual variances are at least this
-            share of a variable's own.
-
-    Returns:
-        W of shape (D, C + D), b of shape (D,) and s of shape (D,), in float64.
-
-    Raises:
-        GraphflowsError: If there are fewer than two samples, or a value is not finite.
-    """
-    values = (z if context is None else torch.cat([context, z], -1)).double()
-    num_context, dim = structure.context_dim, structure.event_dim
-    if len(values) < 2 or values.shape[-1] != num_context + dim or not bool(values.isfinite().all()):
-        raise GraphflowsError(
-            f"Expected at least two samples of {dim} variables and {num_context} context columns, all finite; "
-            f"got shape {tuple(values.shape)}."
-        )
-    loc, scale = values.mean(0), values.std(0)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    standard = (values - loc) / scale
-    covariance = standard.t() @ standard / len(values)
-    weights = covariance.new_zeros(dim, num_context + dim)
-    variance = covariance.new_ones(dim)
-    for v in range(dim):
-        inputs = [*structure.context_parents[v], *(num_context + p for p in structure.parents[v])]
-        gram, column = covariance[inputs][:, inputs], covariance[inputs, num_context + v]
-        solution = torch.linalg.solve(gram + ridge * torch.eye(len(inputs)).to(gram), column)
-        weights[v, inputs] = solution
-        variance[v] = (
-            covariance[num_context + v, num_context + v] - 2 * solution @ column + solution @ gram @ solution
-        )
-    weights = weights * scale[num_context:].unsqueeze(-1) / scale
-    return (
-        weights,
-        loc[num_context:] - weights @ loc,
-        variance.clamp(min=ridge).sqrt() * scale[num_context:],
-    )

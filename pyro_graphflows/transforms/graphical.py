@@ -27,7 +27,7 @@ from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.nn.activations import Activation
 from pyro_graphflows.nn.residual import MaskedResidualNet, ResidualEvaluation, all_entries, go_through
 from pyro_graphflows.transforms.faithful import FaithfulEvaluation, FaithfulResidualNN
-from pyro_graphflows.transforms.network import FlowEvaluation, FlowNN
+from pyro_graphflows.transforms.network import FlowNN, FlowPass
 from pyro_graphflows.transforms.solver import Solver, implicit_triangular, solve_triangular
 from pyro_graphflows.transforms.structure import FlowStructure
 
@@ -236,11 +236,11 @@ def _joint_batch(y: Tensor, evaluations: Sequence[ResidualEvaluation]) -> torch.
 
 
 def _to_columns(y: Tensor, batch: torch.Size) -> Tensor:
-    return y.expand(*batch, -1).reshape(batch.numel(), -1).T.contiguous()
+    return y.expand(*batch, -1).reshape(batch.numel(), y.shape[-1]).T.contiguous()
 
 
 def _from_columns(columns: Tensor, batch: torch.Size) -> Tensor:
-    return columns.view(-1, *batch).movedim(0, -1)
+    return columns.view(len(columns), *batch).movedim(0, -1)
 
 
 @dataclass(frozen=True)
@@ -258,8 +258,8 @@ class _Ahead:
         return self.noise[level - self.first]
 
 
-class GraphicalEvaluation(FlowEvaluation):
-    """A pass through the levels of a graphical flow; see :class:`~pyro_graphflows.transforms.network.FlowEvaluation`.
+class GraphicalEvaluation(FlowPass):
+    """A pass through the levels of a graphical flow; see :class:`~pyro_graphflows.transforms.network.FlowPass`.
 
     In this flow a variable depends on the noise of its ancestors and not on their values, so when values are replaced
     their noise is found by inverting the flow. Each step is a whole pass through the network, but with noise from
@@ -431,8 +431,8 @@ class AffineGraphicalNN(nn.Module):
         return AffineGraphicalEvaluation(self.blocks.start(*context), self.affine.start(*context))
 
 
-class AffineGraphicalEvaluation(FlowEvaluation):
-    """A pass through the levels of both; see :class:`~pyro_graphflows.transforms.network.FlowEvaluation`.
+class AffineGraphicalEvaluation(FlowPass):
+    """A pass through the levels of both; see :class:`~pyro_graphflows.transforms.network.FlowPass`.
 
     Args:
         blocks: The pass through the residual flow, noise to u.

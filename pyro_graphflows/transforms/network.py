@@ -6,7 +6,7 @@ both return with the values the log-derivative of each variable by its own noise
 .. math:: \log q(z_v \mid \text{earlier } z, x) = \log \mathcal{N}(\varepsilon_v)
     - \log \frac{\partial z_v}{\partial \varepsilon_v}.
 
-It can also be gone through level by level (:class:`FlowEvaluation`). The transform (:class:`GraphTransform`) adds
+It can also be gone through level by level (:class:`FlowPass`). The transform (:class:`GraphTransform`) adds
 Pyro's protocol. Two differences from other transforms of Pyro, both for safety:
 
 - The cache holds a pair of values together with its log-determinant, and forgets both when a parameter has changed,
@@ -27,19 +27,27 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.transforms.structure import FlowStructure
+from pyro_graphflows.regression import Moments, in_float64
+from pyro_graphflows.transforms.structure import FlowStructure, some_names
 
 __all__ = [
     "ConditionalGraphTransform",
-    "FlowEvaluation",
     "FlowNN",
+    "FlowPass",
     "GraphTransform",
+    "LinearStart",
+    "LinearStartNN",
     "moments",
-    "some_names",
+    "regress_on_parents",
+    "structure_mask",
 ]
 
 
-class FlowEvaluation:
+# Added to the variances of standardised inputs in regressions; residual variances are at least this share of a
+# variable's variance.
+
+
+class FlowPass:
     r"""A pass through the levels of a flow, in which the caller may replace values: what every flow's pass owes.
 
     Level after level: :meth:`step` maps the level's noise to values, or :meth:`terms` maps given values to noise; then
@@ -59,7 +67,7 @@ class FlowEvaluation:
         """The number of the level whose values are wanted next."""
         raise NotImplementedError
 
-    def fork(self) -> "FlowEvaluation":
+    def fork(self) -> "FlowPass":
         """Return an evaluation at the same place that goes its own way from here."""
         raise NotImplementedError
 
@@ -154,7 +162,7 @@ class FlowNN(nn.Module):
         r"""Map variables to noise; return it and the log of each dz/deps, both of shape (\*batch, D)."""
         raise NotImplementedError
 
-    def start(self, *context: Tensor) -> FlowEvaluation:
+    def start(self, *context: Tensor) -> FlowPass:
         """Begin a pass through the levels.
 
         Args:
@@ -244,6 +252,74 @@ class FlowNN(nn.Module):
             )
 
 
+class LinearStartNN(FlowNN):
+    """Base class of networks that can be exactly linear-Gaussian; subclasses write :meth:`init_linear_`."""
+
+    def init_linear_(
+        self, weights: Tensor, shift: Tensor, scale: Tensor, *, variables: Sequence[int] | None = None
+    ) -> None:
+        r"""Make the flow linear-Gaussian: :math:`z_v = \sum_j W_{vj} (x, z)_j + b_v + s_v \varepsilon_v`.
+
+        Entries of ``weights`` off the structure are ignored.
+
+        Args:
+            weights: W, of shape (D, C + D); columns are the context and then the variables.
+            shift: b, of shape (D,).
+            scale: s, of shape (D,), positive.
+            variables: The positions of the variables to set; the others are left as they are. All by default.
+
+        Raises:
+            GraphflowsError: If a shape is wrong or a scale is not positive.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def initialize_(self, z: Tensor, context: Tensor | None = None) -> None:
+        """Standardise by samples, and start from the least-squares regression of each variable on its parents.
+
+        Args:
+            z: Samples of the variables, of shape (n, D).
+            context: Samples of the context, of shape (n, C).
+
+        Raises:
+            GraphflowsError: If there are fewer than two samples or a value is not finite.
+        """
+        fit = regress_on_parents(self.structure, z, context)
+        self.standardize_(*moments(z), *(() if context is None else moments(context)))
+        self.init_linear_(*fit)
+
+    @property
+    def units_of_parents(self) -> tuple[Tensor, Tensor]:
+        """The shifts and scales of the variables' values as parents of others."""
+        return self.loc, self.scale
+
+    def in_standard_units(
+        self, weights: Tensor, shift: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return weights on the structure, shifts and log-scales of :meth:`init_linear_` in standardised coordinates.
+
+        Raises:
+            GraphflowsError: If a shape is wrong or a scale is not positive.
+        """
+        dim, num_context = self.event_dim, self.context_dim
+        if weights.shape != (dim, num_context + dim) or shift.shape != (dim,) or scale.shape != (dim,):
+            raise GraphflowsError(
+                f"Expected weights of shape ({dim}, {num_context + dim}), shift and scale of shape ({dim},); "
+                f"got {tuple(weights.shape)}, {tuple(shift.shape)} and {tuple(scale.shape)}."
+            )
+        if not bool((scale > 0).all()):
+            raise GraphflowsError(
+                "Expected positive scales; got some that are zero, negative or not a number."
+            )
+        parent_loc, parent_scale = self.units_of_parents
+        loc = in_float64(torch.cat([self.context_loc, parent_loc]))
+        unit = in_float64(torch.cat([self.context_scale, parent_scale]))
+        own = in_float64(self.scale)
+        weights = weights.to(loc) * structure_mask(self.structure).to(loc.device)
+        shift = (shift.to(loc) + weights @ loc - self.loc.to(loc)) / own
+        return weights * unit / own.unsqueeze(-1), shift, (scale.to(loc) / own).log()
+
+
 class _OfNetwork:
     """What transforms with and without a context hand on to their network."""
 
@@ -320,8 +396,8 @@ class GraphTransform(_OfNetwork, TransformModule):
 
     # Values
 
-    def start(self) -> FlowEvaluation:
-        """Begin a pass through the levels; see :class:`FlowEvaluation`."""
+    def start(self) -> FlowPass:
+        """Begin a pass through the levels; see :class:`FlowPass`."""
         return self.network.start(*self._parts)
 
     def inverse_terms(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -437,8 +513,8 @@ class ConditionalGraphTransform(_OfNetwork, ConditionalTransformModule):
         super().__init__()
         self.network = network
 
-    def start(self, *context: Tensor) -> FlowEvaluation:
-        """Begin a pass through the levels with a context in parts; see :class:`FlowEvaluation`."""
+    def start(self, *context: Tensor) -> FlowPass:
+        """Begin a pass through the levels with a context in parts; see :class:`FlowPass`."""
         return self.network.start(*context)
 
     def inverse_terms(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
@@ -450,13 +526,78 @@ class ConditionalGraphTransform(_OfNetwork, ConditionalTransformModule):
         return self.transform_type(self.network, context)
 
 
-def some_names(names: tuple[str, ...]) -> str:
-    """Return up to twenty names in one line."""
-    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+class LinearStart:
+    """What transforms with and without a context hand on to a network that can be linear-Gaussian. A mixin."""
+
+    network: LinearStartNN
+
+    def init_linear_(self, weights: Tensor, shift: Tensor, scale: Tensor) -> None:
+        """Make the flow linear-Gaussian; see :meth:`LinearStartNN.init_linear_`."""
+        self.network.init_linear_(weights, shift, scale)
+
+    def initialize_(self, z: Tensor, context: Tensor | None = None) -> None:
+        """Standardise and regress on samples; see :meth:`LinearStartNN.initialize_`."""
+        self.network.initialize_(z, context)
 
 
 def moments(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return the means and standard deviations of the columns of samples; a constant column gets 1."""
-    wide = values.detach().double()
+    wide = in_float64(values.detach())
     scale = wide.std(0)
     return wide.mean(0).to(values), torch.where(scale > 0, scale, torch.ones_like(scale)).to(values)
+
+
+def structure_mask(structure: FlowStructure) -> Tensor:
+    """Return the boolean matrix of direct dependencies, (D, C + D), columns context first.
+
+    Example:
+        >>> structure_mask(FlowStructure([(), (0,)], [(0,), ()], 1)).int().tolist()
+        [[1, 0, 0], [0, 1, 0]]
+    """
+    mask = torch.zeros(structure.event_dim, structure.context_dim + structure.event_dim, dtype=torch.bool)
+    for v, (own, given) in enumerate(zip(structure.parents, structure.context_parents, strict=True)):
+        mask[v, [*given, *(structure.context_dim + p for p in own)]] = True
+    return mask
+
+
+def regress_on_parents(
+    structure: FlowStructure, z: Tensor, context: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Return the linear-Gaussian fit :math:`z_v = \sum_j W_{vj} (x, z)_j + b_v + s_v \varepsilon_v`.
+
+    All regressions are solved from one sample covariance, in float64 and standardised coordinates.
+
+    Args:
+        structure: Who may depend on whom.
+        z: Samples of the variables, of shape (n, D).
+        context: Samples of the context, of shape (n, C).
+
+    Returns:
+        W of shape (D, C + D), b of shape (D,) and s of shape (D,), in float64.
+
+    Raises:
+        GraphflowsError: If there are fewer than two samples, or a value is not finite.
+    """
+    values = in_float64(z if context is None else torch.cat([context, z], -1))
+    num_context, dim = structure.context_dim, structure.event_dim
+    if len(values) < 2 or values.shape[-1] != num_context + dim or not bool(values.isfinite().all()):
+        raise GraphflowsError(
+            f"Expected at least two samples of {dim} variables and {num_context} context columns, all finite; "
+            f"got shape {tuple(values.shape)}."
+        )
+    loc, scale = values.mean(0), values.std(0)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    standard = (values - loc) / scale
+    of_values = Moments(standard)
+    weights = standard.new_zeros(dim, num_context + dim)
+    spread = standard.new_ones(dim)
+    for v in range(dim):
+        inputs = [*structure.context_parents[v], *(num_context + p for p in structure.parents[v])]
+        fit = of_values.regress(inputs, [num_context + v])
+        weights[v, inputs], spread[v] = fit.weights[0], fit.scale_tril[0, 0]
+    weights = weights * scale[num_context:].unsqueeze(-1) / scale
+    return (
+        weights,
+        loc[num_context:] - weights @ loc,
+        spread * scale[num_context:],
+    )

@@ -8,14 +8,15 @@ enter at their running values.
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import Tensor
-
-from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs.model_graph import Node
 from pyro_graphflows.transforms.faithful import FaithfulResidualNN
 from pyro_graphflows.transforms.graphical import GraphicalResidualNN
-from pyro_graphflows.transforms.network import ConditionalGraphTransform, GraphTransform, some_names
-from pyro_graphflows.transforms.structure import FlowStructure, GraphLike, flow_structure
+from pyro_graphflows.transforms.network import (
+    ConditionalGraphTransform,
+    GraphTransform,
+    LinearStart,
+)
+from pyro_graphflows.transforms.structure import FlowStructure, GraphLike, flow_structure, without_context
 
 __all__ = [
     "ConditionalFaithfulResidual",
@@ -29,21 +30,7 @@ __all__ = [
 ]
 
 
-class _LinearStart:
-    """What faithful flows with and without a context hand on to their network."""
-
-    network: FaithfulResidualNN
-
-    def init_linear_(self, weights: Tensor, shift: Tensor, scale: Tensor) -> None:
-        """Make the flow linear-Gaussian; see :meth:`FaithfulResidualNN.init_linear_`."""
-        self.network.init_linear_(weights, shift, scale)
-
-    def initialize_(self, z: Tensor, context: Tensor | None = None) -> None:
-        """Standardise and regress on samples; see :meth:`FaithfulResidualNN.initialize_`."""
-        self.network.initialize_(z, context)
-
-
-class FaithfulResidual(_LinearStart, GraphTransform):
+class FaithfulResidual(LinearStart, GraphTransform):
     r"""A flow with exactly the density :math:`\prod_v q(z_v \mid z_{Pa(v)}, x_{Pa(v)})` of a graph.
 
     Each variable has a monotone one-dimensional residual flow whose coefficients depend on its parents' final
@@ -74,7 +61,7 @@ class FaithfulResidual(_LinearStart, GraphTransform):
     network: FaithfulResidualNN
 
 
-class ConditionalFaithfulResidual(_LinearStart, ConditionalGraphTransform):
+class ConditionalFaithfulResidual(LinearStart, ConditionalGraphTransform):
     r"""A :class:`FaithfulResidual` with context: ``.condition(context)`` is the transform.
 
     Args:
@@ -172,7 +159,7 @@ def faithful_residual(
     Raises:
         GraphflowsError: If the graph has context nodes, or an argument is out of range.
     """
-    structure = _without_context(graph, "conditional_faithful_residual")
+    structure = without_context(graph, "conditional_faithful_residual")
     network = FaithfulResidualNN(
         structure, hidden_dims=hidden_dims, num_blocks=num_blocks, closed_form=closed_form, **options
     )
@@ -235,7 +222,7 @@ def graphical_residual(
         GraphflowsError: If the graph has context nodes, an argument is out of range, or there are fewer blocks than
             hops in the sampling direction.
     """
-    structure = _without_context(graph, "conditional_graphical_residual")
+    structure = without_context(graph, "conditional_graphical_residual")
     network = GraphicalResidualNN(
         structure, hidden_dims=hidden_dims, num_blocks=num_blocks, closed_form=closed_form, **options
     )
@@ -273,12 +260,3 @@ def conditional_graphical_residual(
         structure, hidden_dims=hidden_dims, num_blocks=num_blocks, closed_form=closed_form, **options
     )
     return ConditionalGraphicalResidual(network)
-
-
-def _without_context(graph: GraphLike | FlowStructure, conditional: str) -> FlowStructure:
-    structure = flow_structure(graph)
-    if structure.context_dim:
-        raise GraphflowsError(
-            f"Expected a graph without context; got {some_names(structure.context_names)}. Use {conditional}."
-        )
-    return structure

@@ -24,7 +24,8 @@ derivatives; differentiating twice raises.
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -128,33 +129,40 @@ def solve_elementwise(
         True
     """
     solver = solver or Solver()
-    tolerance = solver.resolve_tolerance(target.dtype)
+    accuracy = _Accuracy(target.abs().clamp_(min=1), noise, solver.resolve_tolerance(target.dtype))
     y = target if initial is None else initial
-    size = target.abs().clamp_(min=1)
-    y, going = _newton(function, target, y, size, noise, tolerance, min(NEWTON_STEPS, solver.max_iterations))
+    y, going = _newton(function, target, y, accuracy, min(NEWTON_STEPS, solver.max_iterations))
     if going is None:
         return y
-    return _bracketed(
-        function, target, y, going, (slope_min, slope_max), size, noise, tolerance, solver, what
+    y, failure = _bracketed(
+        function, target, (y, going), (slope_min, slope_max), accuracy, solver.max_iterations
     )
+    if failure is not None:
+        solver.fail(what, *failure)
+    return y
+
+
+class _Accuracy(NamedTuple):
+    """When a value is good enough: its backward error, relative to the sizes involved, is below the tolerance."""
+
+    size: Tensor
+    noise: Tensor | float
+    tolerance: float
+
+    def error(self, residual: Tensor, y: Tensor) -> Tensor:
+        """Return the backward errors of values."""
+        return residual.abs() / (torch.maximum(y.abs(), self.size) + self.noise)
 
 
 def _newton(
-    function: ValueAndSlope,
-    target: Tensor,
-    y: Tensor,
-    size: Tensor,
-    noise: Tensor | float,
-    tolerance: float,
-    steps: int,
+    function: ValueAndSlope, target: Tensor, y: Tensor, accuracy: _Accuracy, steps: int
 ) -> tuple[Tensor, Tensor | None]:
     """Take plain Newton steps; return the values and which of them have not converged, None if all have."""
     rounding = torch.finfo(target.dtype).eps
     for step in range(steps):
         value, slope = function(y)
         residual = value - target
-        error = residual.abs() / (torch.maximum(y.abs(), size) + noise)
-        going = ~(error <= tolerance)
+        going = ~(accuracy.error(residual, y) <= accuracy.tolerance)
         change = residual.div_(slope)
         if step >= SETTLING:  # steps that are lost in rounding: no better number is known
             going &= ~(change.abs() <= rounding * y.abs())
@@ -168,30 +176,30 @@ def _newton(
 def _bracketed(
     function: ValueAndSlope,
     target: Tensor,
-    y: Tensor,
-    going: Tensor,
+    values: tuple[Tensor, Tensor],
     slopes: tuple[Tensor | float, Tensor | float],
-    size: Tensor,
-    noise: Tensor | float,
-    tolerance: float,
-    solver: Solver,
-    what: str,
-) -> Tensor:
-    """Finish the values that are going on inside exact brackets; the others stay."""
+    accuracy: _Accuracy,
+    max_iterations: int,
+) -> tuple[Tensor, tuple[int, int, float] | None]:
+    """Finish the values that are going on inside exact brackets; the others stay.
+
+    Returns:
+        The values; how many of how many have failed and their largest error, None if none has.
+    """
     rounding = torch.finfo(target.dtype).eps
-    slope_min, slope_max = slopes
+    (y, going), (slope_min, slope_max) = values, slopes
+    noise = accuracy.noise
     done = ~going
     y = torch.where(done | y.isfinite(), y, target)
     low = torch.full_like(y, -torch.inf)
     high = torch.full_like(y, torch.inf)
     width_before = high
-    for iteration in range(solver.max_iterations):
+    for iteration in range(max_iterations):
         value, slope = function(y)
         residual = value - target
-        error = residual.abs() / (torch.maximum(y.abs(), size) + noise)
-        done = done | (error <= tolerance)
+        done = done | (accuracy.error(residual, y) <= accuracy.tolerance)
         if bool(done.all()):
-            return y
+            return y, None
         far, near = residual / slope_min, residual / slope_max
         # Rounding in y, in the steps and in the map itself; the bracket must hold the solution nevertheless.
         slack = rounding * (4 * (y.abs() + far.abs()) + noise / slope_min)
@@ -200,7 +208,7 @@ def _bracketed(
         width = high - low
         step = y - residual / slope
         bisect = ~((step >= low) & (step <= high)) | (width > 0.5 * width_before)
-        if iteration >= solver.max_iterations // 4:
+        if iteration >= max_iterations // 4:
             bisect = torch.ones_like(bisect)  # from here on the bracket halves in every iteration
         step = torch.where(bisect, low + 0.5 * width, step)
         # No better number is known: the step is lost in rounding, or so is the bracket.
@@ -209,11 +217,11 @@ def _bracketed(
         done = done | settled
         width_before = width
     value, _ = function(y)
-    error = (value - target).abs() / (torch.maximum(y.abs(), size) + noise)
-    failed = ~(done | (error <= tolerance))
+    error = accuracy.error(value - target, y)
+    failed = ~(done | (error <= accuracy.tolerance))
     if bool(failed.any()):
-        solver.fail(what, int(failed.sum()), failed.numel(), float(error[failed].nan_to_num(torch.inf).max()))
-    return y
+        return y, (int(failed.sum()), failed.numel(), float(error[failed].nan_to_num(torch.inf).max()))
+    return y, None
 
 
 class _Refuse(Operation):
@@ -341,7 +349,8 @@ def solve_triangular(
         following = y - residual.div_(diagonal)
         y = following if count == y.shape[1] else torch.where(going, following, y)
     if count and columns is not None:
-        done.append((columns, *_solve_by_levels(function, rest, columns, levels, slopes, solver, what)))
+        solve = partial(solve_elementwise, solver=solver, what=what)
+        done.append((columns, *_solve_by_levels(function, rest, columns, levels, slopes, solve)))
     solution, diagonals = torch.empty_like(target), torch.empty_like(target)
     for numbers, values, diagonal in done:
         solution.index_copy_(1, numbers, values)
@@ -355,8 +364,7 @@ def _solve_by_levels(
     columns: Tensor,
     levels: Sequence[Tensor],
     slopes: Interval | Callable[[], Interval],
-    solver: Solver,
-    what: str,
+    solve: Callable[..., Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Solve one level after the other: the ancestors are solved, so that the brackets are exact."""
     y = target.clone()
@@ -369,9 +377,7 @@ def _solve_by_levels(
             value, diagonal = function(y, columns)
             return value[level], diagonal[level]
 
-        y[level] = solve_elementwise(
-            one_level, target[level], low[level], high[level], solver=solver, what=what
-        )
+        y[level] = solve(one_level, target[level], low[level], high[level])
     return y, function(y, columns)[1]
 
 

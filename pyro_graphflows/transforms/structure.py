@@ -19,7 +19,7 @@ from pyro_graphflows.errors import GraphflowsError, NotADAGError
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph, Node, topological_order
 
-__all__ = ["FlowStructure", "GraphLike", "flow_structure", "slices_of"]
+__all__ = ["FlowStructure", "GraphLike", "flow_structure", "slices_of", "some_names", "without_context"]
 
 GraphLike: TypeAlias = nx.DiGraph | ModelGraph | InverseGraph
 
@@ -291,6 +291,29 @@ def flow_structure(
         nodes={node: sizes[node] for node in event},
         context_nodes={**{node: sizes[node] for node in columns}, **dict.fromkeys(extra, 1)},
     )
+
+
+def without_context(graph: GraphLike | FlowStructure, conditional: str) -> FlowStructure:
+    """Return the structure of a flow over a graph without context nodes.
+
+    Args:
+        graph: The graph.
+        conditional: The name of the helper for graphs with context, for the message.
+
+    Raises:
+        GraphflowsError: If there are context nodes.
+    """
+    structure = flow_structure(graph)
+    if structure.context_dim:
+        raise GraphflowsError(
+            f"Expected a graph without context; got {some_names(structure.context_names)}. Use {conditional}."
+        )
+    return structure
+
+
+def some_names(names: tuple[str, ...]) -> str:
+    """Return up to twenty names in one line."""
+    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
 
 
 def _node_ranges(nodes: Sequence[Node], sizes: Mapping[Node, int]) -> dict[Node, range]:

@@ -210,6 +210,12 @@ class CouplingTerms(nn.Module):
                     "drawn jointly; it is subsampled in this call. Set up the guide with a subsampled plate to have "
                     "independent copies, which is said by guide.describe()."
                 )
+            if self.table is not None and plate.indices is not None:
+                raise GraphflowsError(
+                    f"Expected the elements of plate {plate.name!r} in the order of the data: the dependence of its "
+                    "elements is given by parameters for each pair; this call has them in another order. Leave out "
+                    "subsample=, or use coupled_rank=4."
+                )
             if self.table is not None and plate.size != self.sizes[plate.name]:
                 raise GraphflowsError(
                     f"Expected plate {plate.name!r} to have {self.sizes[plate.name]} elements, as when the guide was "

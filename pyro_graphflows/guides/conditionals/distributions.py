@@ -22,6 +22,7 @@ from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.sites import DiscreteEncoding, LatentSite, is_identity
 
 __all__ = [
+    "CopiedValue",
     "DiscreteDistribution",
     "DiscreteVector",
     "FactorDistribution",
@@ -135,7 +136,8 @@ class FactorDistribution(dist.TorchDistribution):
         self.unconstrained_shape = unconstrained_shape
         self._support = support
         # Shared with expanded copies: Pyro expands a factor before it draws, and the guide asks the original.
-        self._drawn: list[tuple[Tensor, Tensor]] = []
+        # The last of the three is whether gradients were followed then.
+        self._drawn: list[tuple[Tensor, Tensor, bool]] = []
         super().__init__(base.batch_shape, event_shape, validate_args=False)
 
     @property
@@ -164,7 +166,7 @@ class FactorDistribution(dist.TorchDistribution):
 
     def _draw(self, flat: Tensor) -> Tensor:
         value = self._constrain(flat)
-        self._drawn[:] = [(value, flat)]
+        self._drawn[:] = [(value, flat, torch.is_grad_enabled())]
         return value
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
@@ -183,13 +185,15 @@ class FactorDistribution(dist.TorchDistribution):
     def unconstrained(self, value: Tensor) -> Tensor:
         """Return the flat unconstrained vector of a value, shape ``(*batch, n)``."""
         if self._drawn and self._drawn[0][0] is value:
-            flat = self._drawn[0][1]
-            if flat.requires_grad or not (value.requires_grad and torch.is_grad_enabled()):
+            _, flat, followed = self._drawn[0]
+            if flat.requires_grad or not torch.is_grad_enabled():
                 return flat
+            if not value.requires_grad and (followed or not self._constrain(flat).requires_grad):
+                return flat  # else the support moves with what gradients are wanted of
         raw = self.transform.inv(value)
         dims = len(self.unconstrained_shape)
         flat = raw.reshape(*raw.shape[: raw.dim() - dims], -1)
-        self._drawn[:] = [(value, flat)]
+        self._drawn[:] = [(value, flat, torch.is_grad_enabled())]
         return flat
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -201,6 +205,17 @@ class FactorDistribution(dist.TorchDistribution):
         if ladj.dim() > batch_dims:
             ladj = ladj.flatten(batch_dims).sum(-1)
         return self.base.log_prob(flat) - ladj
+
+
+class CopiedValue(dist.Delta):
+    """The value of a Delta site of the model, repeated by the guide: without a density of its own.
+
+    A Delta of the model has the log-density zero at its value, and minus infinity at one that differs by rounding.
+    """
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Return zero, shape ``batch_shape``."""
+        return x.new_zeros(torch.broadcast_shapes(x.shape[: x.dim() - self.event_dim], self.batch_shape))
 
 
 class DiscreteVector(dist.TorchDistribution):
@@ -373,7 +388,7 @@ def site_distribution(
     support: constraints.Constraint,
     *,
     analytic_kl: bool,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None = None,
 ) -> tuple[dist.TorchDistribution, Callable[[Tensor], Tensor]]:
     """Return the distribution to emit at a site and the map from its value to the unconstrained vector.
 
@@ -382,7 +397,7 @@ def site_distribution(
         factor: The distribution over its flat unconstrained vector.
         support: The support in this call.
         analytic_kl: Whether the distribution may be one for which a KL divergence is registered.
-        dtype: The type of the vectors of discrete sites.
+        dtype: The type of the vectors of discrete sites; the default type if not given.
 
     Raises:
         GraphflowsError: If a discrete site has other values than at set-up, or a factor another event shape.
@@ -393,17 +408,19 @@ def site_distribution(
                 f"Expected the values of {site.name!r} to be as when the guide was set up ({site.encoding}); this "
                 f"call has {support}. Set up a guide for the new values."
             )
-        discrete = DiscreteDistribution(factor, site.encoding, support, dtype)
+        discrete = DiscreteDistribution(factor, site.encoding, support, dtype or torch.get_default_dtype())
         return discrete, discrete.unconstrained
     if tuple(factor.event_shape) != (site.size,):
         raise GraphflowsError(
             f"Expected a factor of {site.name!r} whose distribution has event shape ({site.size},), that of the flat "
             f"vector of the site; got {tuple(factor.event_shape)} ({type(factor).__name__}). Use .to_event(1)."
         )
-    transform = site.transform if support is site.support else biject_to(support)
-    if isinstance(factor, ScalarNormal) and not site.event_shape and is_identity(transform):
+    as_at_set_up = support is site.support
+    transform = site.transform if as_at_set_up else biject_to(support)
+    is_real = site.is_real if as_at_set_up else is_identity(transform)
+    if is_real and isinstance(factor, ScalarNormal) and not site.event_shape:
         return factor.normal if analytic_kl else SampledNormal(factor.normal), _add_event_dim
-    if analytic_kl and is_identity(transform) and site.event_shape == factor.event_shape:
+    if is_real and analytic_kl and site.event_shape == factor.event_shape:
         return factor, _itself
     emitted = FactorDistribution(factor, transform, site.unconstrained_shape, site.event_shape, support)
     return emitted, emitted.unconstrained

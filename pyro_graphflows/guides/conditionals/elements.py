@@ -28,8 +28,10 @@ class ElementTable(nn.Module):
         - Output: ``(*batch, num_outputs)``, with the batch shape of the plates in the call.
 
     Args:
-        plates: The plates; their full sizes must not change.
+        plates: The plates.
         num_outputs: The length of a row.
+        extends: Whether their sizes may change. Elements beyond those at set-up then have some row, which is not to be
+            used (:mod:`~pyro_graphflows.guides.conditionals.new_elements`).
 
     Attributes:
         table: What the rows start from.
@@ -40,8 +42,9 @@ class ElementTable(nn.Module):
     table: Tensor
     unit: Tensor
 
-    def __init__(self, plates: Sequence[PlateState], num_outputs: int) -> None:
+    def __init__(self, plates: Sequence[PlateState], num_outputs: int, *, extends: bool = False) -> None:
         super().__init__()
+        self.extends = extends
         depth = max((-plate.dim for plate in plates), default=0)
         shape = [1] * depth
         for plate in plates:
@@ -61,18 +64,22 @@ class ElementTable(nn.Module):
         """Return the rows of a call's elements.
 
         Raises:
-            GraphflowsError: If the full size of a plate is not that at set-up.
+            GraphflowsError: If the full size of a plate is not that at set-up, and must be.
         """
         rows = torch.addcmul(self.table, self.unit, self.trained)
         for name, size in self.sizes.items():
             plate = plates[name]
-            if plate.full_size != size:
+            indices = plate.indices
+            if plate.full_size != size and self.extends:
+                indices = torch.arange(plate.size) if indices is None else indices
+                indices = indices.clamp(max=size - 1)
+            elif plate.full_size != size:
                 raise GraphflowsError(
                     f"Expected plate {name!r} to have {size} elements, each with its own parameters, as when the guide "
                     f"was set up; got {plate.full_size}. Set up a guide for the new data."
                 )
-            if plate.indices is not None:
-                rows = rows.index_select(plate.dim - 1, plate.indices.to(rows.device))
+            if indices is not None:
+                rows = rows.index_select(plate.dim - 1, indices.to(rows.device))
         return rows
 
 
@@ -90,10 +97,11 @@ class ElementMap(nn.Module):
         - Output: ``(*batch, num_outputs)``.
 
     Args:
-        plates: The plates; their full sizes must not change.
+        plates: The plates.
         num_inputs: The number of inputs.
         num_outputs: The number of outputs.
-        offset: Whether the maps have an offset, or slopes alone.
+        offset: Whether the maps have an offset, or slopes alone, beside per-element parameters. With an offset the
+            full sizes of the plates must not change.
         features: The number of shared features.
     """
 
@@ -113,7 +121,8 @@ class ElementMap(nn.Module):
         if self.num_features:
             layers = nn.Linear(num_inputs, features), nn.ELU(), nn.Linear(features, features), nn.ELU()
             self.shared = nn.Sequential(*layers)
-        self.rows = ElementTable(plates, num_outputs * (num_inputs + self.num_features + offset))
+        columns = num_outputs * (num_inputs + self.num_features + offset)
+        self.rows = ElementTable(plates, columns, extends=not offset)
         self.set_unit_(torch.ones(num_outputs))
 
     def forward(self, plates: Mapping[str, PlateState], inputs: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.conditionals.contract import BlockSpec, Conditionals, LinearConditional, Pass
 from pyro_graphflows.guides.conditionals.elements import ElementMap, ElementTable, element_maps
 from pyro_graphflows.guides.features import concatenate
+from pyro_graphflows.regression import in_float64
 from pyro_graphflows.transforms.faithful import FaithfulEvaluation, FaithfulResidualNN
 from pyro_graphflows.transforms.graphical import AffineGraphicalEvaluation, AffineGraphicalNN
 from pyro_graphflows.transforms.structure import FlowStructure
@@ -79,7 +80,7 @@ class FlowConditionals(Conditionals):
         self._table_columns = {v: self.num_features + 2 * i for i, v in enumerate(own)}
         sizes = {site: part.stop - part.start for site, part in self.parts.items()}
         num_rows = sum(2 * sizes[site] for site in block.per_element)
-        self.table = ElementTable(spec.plates, num_rows) if block.per_element else None
+        self.table = ElementTable(spec.plates, num_rows, extends=True) if block.per_element else None
         seen = {site: [j for j in self.inputs_of(site) if j < self.num_features] for site in self._own_sites}
         self.maps, self._map_of = element_maps(block, seen, {s: 2 * n for s, n in sizes.items()}, spec.plates)
         structure, self._stages = self._structure()
@@ -184,7 +185,7 @@ class FlowConditionals(Conditionals):
         if linear.by_element:
             return self._set_maps_(site, linear)
         network, part = self.affine, self.parts[site]
-        centre, width = network.loc.double(), network.scale.double()
+        centre, width = in_float64(network.loc), in_float64(network.scale)
         joint = centre.new_zeros(len(centre), network.context_dim + len(centre))
         shift = centre[part] + width[part] * linear.loc.to(joint)
         for parent, matrix in linear.weights.items():
@@ -264,6 +265,18 @@ class FlowConditionals(Conditionals):
                 at = [columns.index(j) for j in self.columns[parent]]
                 slopes[:, 0, at] = matrix[:, 0].to(like)
         element_map.set_(slopes, torch.stack([linear.loc[:, 0], most * ratio.atanh()], -1).to(like))
+        return True
+
+    @torch.no_grad()
+    def set_elements_(self, site: str, locs: Tensor, scale_tril: Tensor) -> bool:
+        """See :meth:`Conditionals.set_elements_`."""
+        if self.table is None or site not in self.block.per_element or self.affine.closed_form == "density":
+            return False
+        like, part = self.table.table, self.parts[site]
+        mean = locs.reshape(-1, locs.shape[-1]).mean(0)
+        self.set_linear_(site, LinearConditional({}, mean.to(like), scale_tril.to(like)))
+        for i, v in enumerate(range(part.start, part.stop)):
+            like[..., self._table_columns[v] - self.num_features] = (locs - mean)[..., i].to(like)
         return True
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ standardised units, inputs and outputs.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -24,10 +24,13 @@ from pyro_graphflows.guides.conditionals.factors import (
     NormalFactor,
     scalar_normals,
 )
+from pyro_graphflows.guides.sites import LatentSite
 from pyro_graphflows.nn.mlp import LevelEvaluation, MaskedMLP
 from pyro_graphflows.regression import Moments
 
 __all__ = ["MaskedConditionals"]
+
+FactorMaker = Callable[[LatentSite], Factor]
 
 
 class MaskedConditionals(Conditionals):
@@ -35,7 +38,7 @@ class MaskedConditionals(Conditionals):
 
     Args:
         spec: What they are made from.
-        factor: The factor class of the continuous sites for which the user gave none.
+        make_factor: Returns the factor of a continuous site for which the user gave none.
         network_options: Options of :class:`~pyro_graphflows.nn.mlp.MaskedMLP`.
     """
 
@@ -44,10 +47,10 @@ class MaskedConditionals(Conditionals):
     input_shift: Tensor
     input_scale: Tensor
 
-    def __init__(self, spec: BlockSpec, factor: type[Factor], network_options: Mapping[str, Any]) -> None:
+    def __init__(self, spec: BlockSpec, make_factor: FactorMaker, network_options: Mapping[str, Any]) -> None:
         super().__init__(spec)
         block = spec.block
-        self.factors = {site: self._factor_of(site, spec, factor) for site in block.sites}
+        self.factors = {site: self._factor_of(site, spec, make_factor) for site in block.sites}
         levels = [0] * self.num_features
         names = [node.name for node in block.context for _ in self.columns[node.name]]
         for depth, level in enumerate(block.levels):
@@ -68,11 +71,14 @@ class MaskedConditionals(Conditionals):
             self.outputs[site] = slice(start, len(allowed))
             first = self.columns[site].start - self.num_features
             self._parts[site] = slice(first, first + size)
+        # An element may see less than its site does; its outputs are wanted with those of the site.
+        depths = {site: depth for depth, level in enumerate(block.levels) for site in level}
         self.network = MaskedMLP(
             allowed,
             self.num_columns,
             num_params=1,
             input_levels=levels,
+            output_levels=[depths[site] for site in output_names],
             input_names=names,
             output_names=output_names,
             natural_units=True,
@@ -84,9 +90,12 @@ class MaskedConditionals(Conditionals):
         for site in block.per_element:
             self._table_columns[site] = slice(start, start + num_rows[site])
             start += num_rows[site]
-        self.table = ElementTable(spec.plates, start) if block.per_element else None
+        self.table = ElementTable(spec.plates, start, extends=True) if block.per_element else None
         seen = {site: self.inputs_of(site) for site in block.sites}
-        self.maps, self._map_of = element_maps(block, seen, num_rows, spec.plates)
+        self.maps = nn.ModuleDict()
+        self._map_of: dict[str, tuple[str, list[int]]] = {}
+        if block.per_element or block.non_exchangeable:
+            self.maps, self._map_of = element_maps(block, seen, num_rows, spec.plates)
         self.couplings = nn.ModuleDict()  # by the position of the site
         self._coupling_of: dict[str, str] = {}
         for position, site in enumerate(block.sites):
@@ -109,7 +118,7 @@ class MaskedConditionals(Conditionals):
             )
         }
 
-    def _factor_of(self, name: str, spec: BlockSpec, default: type[Factor]) -> Factor:
+    def _factor_of(self, name: str, spec: BlockSpec, default: FactorMaker) -> Factor:
         site = spec.sites[name]
         if name in spec.block.coupled:
             return CoupledFactor(site.size, spec.block.coupled[name].rank)
@@ -119,7 +128,7 @@ class MaskedConditionals(Conditionals):
             return DiscreteFactor.for_site(site)
         if name in spec.element_parents:
             return ElementNormalFactor(self.inner[name])
-        return default.for_site(site)
+        return default(site)
 
     # ---------------------------------------------------------------- units
 
@@ -202,6 +211,21 @@ class MaskedConditionals(Conditionals):
         units = factor.natural_units(linear.scale_tril.to(like).mean(0))
         self._set_rows_(site, shared, offsets.mean(0), units)
         element_map.set_(slopes - slopes.mean(0), offsets - offsets.mean(0))
+        return True
+
+    @torch.no_grad()
+    def set_elements_(self, site: str, locs: Tensor, scale_tril: Tensor) -> bool:
+        """See :meth:`Conditionals.set_elements_`."""
+        if self.table is None or site not in self._table_columns:
+            return False
+        factor, like = self.factors[site], self.table.table
+        none = like.new_zeros(factor.size, self.num_columns)
+        tril = scale_tril.to(like)
+        rows = [factor.linear_start(none, loc, tril)[1] for loc in locs.to(like).reshape(-1, factor.size)]
+        biases = torch.stack(rows).reshape(*locs.shape[:-1], -1)
+        mean = biases.reshape(-1, biases.shape[-1]).mean(0)
+        self.set_linear_(site, LinearConditional({}, locs.reshape(-1, factor.size).mean(0), tril))
+        like[..., self._table_columns[site]] = biases - mean
         return True
 
     @torch.no_grad()

@@ -27,7 +27,8 @@ References:
 import itertools
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,16 @@ from pyro_graphflows.guides.features import FeatureMap, concatenate
 from pyro_graphflows.guides.inputs import subsampled_message
 from pyro_graphflows.nn.activations import make_activation
 
-__all__ = ["AllElements", "DeepSet", "DeepSetPool", "LookedUp", "Pool", "PoolMember", "pooling_orders"]
+__all__ = [
+    "POOLS",
+    "AllElements",
+    "DeepSet",
+    "DeepSetPool",
+    "LookedUp",
+    "Pool",
+    "PoolMember",
+    "pooling_orders",
+]
 
 MOST_CROSSED = 8  # entries of a tuple up to which all products are taken, and not only squares
 VARIANCE_FLOOR = 1e-4  # in standardised units; a group of one element has variance zero
@@ -311,6 +321,7 @@ class DeepSetPool(nn.Module):
     ) -> None:
         super().__init__()
         self.members = tuple(members)
+        self.options = options
         self.segments = tuple(segments)
         self.indices = tuple(dict.fromkeys(index for _, _, index in segments))
         self.maps = nn.ModuleList(maps)
@@ -334,6 +345,29 @@ class DeepSetPool(nn.Module):
             self.branches.append(nn.ModuleList(stages))
             self.num_features += core + len(learned)
             self.learned += [*[False] * core, *learned]
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return what the summary is made from, and the kinds of its maps."""
+        stages = [stage for branch in self.branches for stage in _stages(branch)]
+        return {
+            "members": self.members,
+            "orders": self.orders,
+            "options": self.options,
+            "segments": self.segments,
+            "maps": _kinds(self.maps),
+            "stages": tuple((tuple(s.core_map.kinds), tuple(s.carried_map.kinds)) for s in stages),
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> "DeepSetPool":
+        """Return a summary of the same form, for a state that is loaded."""
+        pool = cls(
+            plain["members"], _maps(plain["maps"]), plain["orders"], plain["options"], plain["segments"]
+        )
+        stages = [stage for branch in pool.branches for stage in _stages(branch)]
+        for stage, (core, carried) in zip(stages, plain["stages"], strict=True):
+            stage.core_map, stage.carried_map = FeatureMap.of_kinds(core), FeatureMap.of_kinds(carried)
+        return pool
 
     def _joining(self, order: Sequence[str], position: int) -> list[PoolMember]:
         """Return the members whose innermost plate in an order is at a position."""
@@ -507,6 +541,18 @@ class DeepSetPool(nn.Module):
         return sum(m.size for p in range(position + 1, len(order)) for m in self._joining(order, p))
 
 
+def _stages(branch: nn.Module) -> list[PoolStage]:
+    return [stage for stage in branch.children() if isinstance(stage, PoolStage)]
+
+
+def _kinds(maps: nn.ModuleList) -> tuple[tuple[tuple[str, slice], ...], ...]:
+    return tuple(tuple(each.kinds) for each in maps if isinstance(each, FeatureMap))
+
+
+def _maps(kinds: Sequence[Sequence[tuple[str, slice]]]) -> list[FeatureMap]:
+    return [FeatureMap.of_kinds(each) for each in kinds]
+
+
 def _any(weights: Sequence[Tensor | None]) -> Tensor | None:
     """Return where anything is there; None if something is there everywhere."""
     if not weights or any(weight is None for weight in weights):
@@ -566,6 +612,7 @@ class AllElements(_SomeElements):
         super().__init__()
         self.members = tuple(members)
         self.maps = nn.ModuleList(maps)
+        self.over = tuple(replace(plate, indices=None) for plate in over)
         self.sizes = {plate.name: plate.size for plate in over}
         self.counts = []
         for member in members:
@@ -573,6 +620,15 @@ class AllElements(_SomeElements):
             for plate in over:
                 self.counts[-1] *= plate.size if plate.name in member.plates else 1
         self.num_features = sum(self.counts)
+
+    def to_plain(self) -> dict[str, Any]:
+        """See :meth:`DeepSetPool.to_plain`."""
+        return {"members": self.members, "maps": _kinds(self.maps), "over": self.over}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> "AllElements":
+        """See :meth:`DeepSetPool.from_plain`."""
+        return cls(plain["members"], _maps(plain["maps"]), plain["over"])
 
     def _run(self, values: Mapping[str, Tensor], plates: Mapping[str, PlateState]) -> Tensor:
         parts = []
@@ -609,8 +665,8 @@ class LookedUp(_SomeElements):
         member: The node.
         feature_map: The map from its values to standardised features.
         index: The name of the index, an argument of an integer type.
-        outer: The plate of the node.
-        inner: The plate of the index.
+        outer: The name of the plate of the node.
+        inner: The name of the plate of the index.
 
     Shape:
         - values: of the node ``(*batch, size)``; of the index any shape with one entry for each element.
@@ -621,15 +677,29 @@ class LookedUp(_SomeElements):
     """
 
     def __init__(
-        self, member: PoolMember, feature_map: FeatureMap, index: str, outer: PlateState, inner: PlateState
+        self, member: PoolMember, feature_map: FeatureMap, index: str, outer: str, inner: str
     ) -> None:
         super().__init__()
         self.members = (member,)
         self.maps = nn.ModuleList([feature_map])
         self.index = index
         self.indices = (index,)
-        self.outer, self.inner = outer.name, inner.name
+        self.outer, self.inner = outer, inner
         self.num_features = member.size
+
+    def to_plain(self) -> dict[str, Any]:
+        """See :meth:`DeepSetPool.to_plain`."""
+        return {
+            "members": self.members,
+            "maps": _kinds(self.maps),
+            "index": self.index,
+            "plates": (self.outer, self.inner),
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> "LookedUp":
+        """See :meth:`DeepSetPool.from_plain`."""
+        return cls(plain["members"][0], _maps(plain["maps"])[0], plain["index"], *plain["plates"])
 
     def _run(self, values: Mapping[str, Tensor], plates: Mapping[str, PlateState]) -> Tensor:
         outer, inner = plates[self.outer], plates[self.inner]
@@ -672,3 +742,4 @@ def _to_features(value: Tensor, at: int, size: int) -> Tensor:
 
 
 Pool = DeepSetPool | AllElements | LookedUp
+POOLS: Mapping[str, type[Pool]] = {kind.__name__: kind for kind in (DeepSetPool, AllElements, LookedUp)}

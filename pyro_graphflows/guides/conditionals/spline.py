@@ -1,0 +1,149 @@
+r"""The factor of a site whose conditional is a monotone spline of noise.
+
+.. math:: u = \text{shift} + \text{scale} \odot (\text{loc} + D\,U\,y), \qquad y_i = \mathrm{RQS}_i(\varepsilon_i)
+
+with location, log-scales, the unit lower triangular ``U`` and the knots of the rational-quadratic splines from the
+masked network. Density and draws are in closed form. ``U`` makes the elements of a vector autoregressive, linear in
+those before. With knots at zero the splines are the identity, so that the conditional is normal (or Student's t or
+logistic, as its base), and a linear start is exact.
+
+References:
+    [1] Durkan et al. (2019), Neural Spline Flows, Section 3.
+"""
+
+import math
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_graphflows.distributions.rational_spline import num_spline_parameters
+from pyro_graphflows.distributions.spline import SplineDistribution
+from pyro_graphflows.guides.conditionals.factors import Factor, NormalFactor, positive_scale
+
+__all__ = ["SplineFactor", "SplineVector"]
+
+
+class SplineFactor(Factor):
+    """A spline of noise for each element, mixed by a triangular matrix within the site.
+
+    Args:
+        size: The length of the site's flat unconstrained vector.
+        num_bins: The number of bins of each spline.
+        bound: The noise is left alone outside of ``[-bound, bound]``.
+        base: ``"normal"``, ``"student"`` or ``"logistic"``.
+        df: The degrees of freedom of a base that is Student's t.
+    """
+
+    def __init__(self, size: int, num_bins: int, bound: float, base: str, df: float) -> None:
+        super().__init__(size)
+        self.num_bins, self.bound, self.base, self.df = num_bins, bound, base, df
+        self._inner = NormalFactor(size)
+
+    @property
+    def num_outputs(self) -> int:
+        """Those of a normal factor, and the knots."""
+        return self._inner.num_outputs + self.size * num_spline_parameters(self.num_bins)
+
+    @property
+    def log_scale_outputs(self) -> tuple[int, ...]:
+        """See :attr:`Factor.log_scale_outputs`."""
+        return self._inner.log_scale_outputs
+
+    @property
+    def _spread(self) -> float:
+        """The standard deviation of the base."""
+        if self.base == "logistic":
+            return math.pi / math.sqrt(3)
+        if self.base == "student" and self.df > 2:
+            return math.sqrt(self.df / (self.df - 2))
+        return 1.0
+
+    def distribution(self, outputs: Tensor, shift: Tensor, scale: Tensor) -> dist.TorchDistribution:
+        """See :meth:`Factor.distribution`."""
+        n, inner = self.size, self._inner.num_outputs
+        loc = torch.addcmul(shift, scale, outputs[..., :n])
+        diagonal = scale * positive_scale(outputs[..., n : 2 * n], shift, scale)
+        knots = outputs[..., inner:].unflatten(-1, (n, -1))
+        df = self.df if self.base == "student" else None
+        if n == 1:
+            return SplineDistribution(loc, diagonal, knots, bound=self.bound, base=self.base, df=df)
+        zero, one = torch.zeros_like(loc), torch.ones_like(diagonal)
+        elements = SplineDistribution(zero, one, knots, bound=self.bound, base=self.base, df=df)
+        rows, columns = torch.tril_indices(n, n, -1, device=outputs.device)
+        unit = torch.eye(n, dtype=outputs.dtype, device=outputs.device)
+        unit = unit.expand((*outputs.shape[:-1], n, n)).clone()
+        unit[..., rows, columns] = outputs[..., 2 * n : inner]
+        return SplineVector(elements, loc, diagonal.unsqueeze(-1) * unit)
+
+    def linear_start(self, weights: Tensor, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`Factor.linear_start`; the splines become the identity."""
+        rows, biases = self._inner.linear_start(weights, loc, scale_tril / self._spread)
+        more = self.num_outputs - len(biases)
+        return torch.cat([rows, rows.new_zeros(more, rows.shape[-1])]), torch.cat(
+            [biases, biases.new_zeros(more)]
+        )
+
+
+class SplineVector(dist.TorchDistribution):
+    """Splines of noise, mixed by a triangular matrix: ``loc + scale_tril @ y``.
+
+    Args:
+        elements: The splines.
+        loc: Locations, ``(*batch, n)``.
+        scale_tril: Lower triangular with a positive diagonal, ``(*batch, n, n)``.
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    has_rsample = True
+
+    def __init__(self, elements: SplineDistribution, loc: Tensor, scale_tril: Tensor) -> None:
+        self.elements, self.loc, self.scale_tril = elements, loc, scale_tril
+        # Value, images of the splines, whether with gradients, of the last draw; shared with expanded copies.
+        self._drawn: list[tuple[Tensor, Tensor, bool]] = []
+        super().__init__(elements.batch_shape, elements.event_shape, validate_args=False)
+
+    @constraints.dependent_property(is_discrete=False, event_dim=1)
+    def support(self) -> constraints.Constraint:
+        """All real vectors."""
+        return constraints.real_vector
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "SplineVector":
+        """Return the same distribution at a larger batch shape."""
+        shape, n = torch.Size(batch_shape), self.event_shape[0]
+        new = SplineVector(
+            self.elements.expand(shape), self.loc.expand(*shape, n), self.scale_tril.expand(*shape, n, n)
+        )
+        new._drawn = self._drawn
+        return new
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Draw reparametrised values of shape ``sample_shape + batch_shape + event_shape``."""
+        y = self.elements.rsample(sample_shape)
+        value = self.loc + (self.scale_tril @ y.unsqueeze(-1)).squeeze(-1)
+        self._drawn[:] = [(value, y, torch.is_grad_enabled())]
+        return value
+
+    @property
+    def mean(self) -> Tensor:
+        """The image of noise zero, which is the mean where the splines are the identity."""
+        return self.loc + (self.scale_tril @ self.elements.mean.unsqueeze(-1)).squeeze(-1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log-density of vectors, shape ``batch_shape``."""
+        if self._drawn and self._drawn[0][0] is value and not self._depends_otherwise(value):
+            y = self._drawn[0][1]
+        else:
+            residual = (value - self.loc).unsqueeze(-1)
+            tril = self.scale_tril.expand(*residual.shape[:-2], -1, -1)
+            y = torch.linalg.solve_triangular(tril, residual, upper=False).squeeze(-1)
+        log_det: Tensor = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return self.elements.log_prob(y) - log_det
+
+    def _depends_otherwise(self, value: Tensor) -> bool:
+        """Whether derivatives are wanted at a fixed value, one that was drawn without gradients."""
+        if self._drawn[0][2] or not torch.is_grad_enabled():
+            return False
+        return any(tensor.requires_grad for tensor in (value, self.loc, self.scale_tril))

@@ -1,0 +1,855 @@
+r"""A posterior as an object: draws of a guide, how far to trust them, their repair, and what they are used for.
+
+A guide says :math:`q(z \mid x)`; what is wanted is :math:`p(z \mid x)`. :func:`sample_posterior` draws from the first
+and gives each draw its weight towards the second, :math:`w = p(x, z) / q(z \mid x)`. The weights say how far the two
+agree (:attr:`Posterior.khat`, :attr:`Posterior.ess`) and correct the draws where they do
+(:meth:`Posterior.reweighted`). Everything works with any Pyro guide: draws and densities are all that is asked of it.
+
+*Per datum or joint.* Where every site of the model and the guide is inside the plate of the data, the posterior is a
+product over data and each datum has weights of its own, which stay even however many data there are. Otherwise a draw
+is a draw of everything, with one weight.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions import Delta
+from pyro.poutine.util import site_is_factor
+from torch import Tensor
+from tqdm import tqdm
+
+from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
+from pyro_graphflows.infer.checkpoints import (
+    load_checkpoint,
+    random_state,
+    save_checkpoint,
+    seeded,
+    set_random_state,
+)
+from pyro_graphflows.infer.evidence import Evidence, evidence_from_log_weights
+from pyro_graphflows.infer.importance import ImportanceSampler
+from pyro_graphflows.infer.likelihood import log_likelihood_chunks
+from pyro_graphflows.infer.loo import LOO, WeightedDraws, leave_one_out
+from pyro_graphflows.infer.model_runs import (
+    Fitted,
+    Run,
+    SiteShape,
+    chunk_size,
+    chunks,
+    out_of_batch,
+    site_shapes,
+)
+from pyro_graphflows.infer.particles import (
+    Program,
+    density_sites,
+    evaluation_mode,
+    find_data_plate,
+    inside,
+    log_density,
+    prototype,
+)
+from pyro_graphflows.infer.predictive import Prediction, predict
+from pyro_graphflows.infer.psis import effective_sample_size, psis_khat, smoothed_log_weights
+from pyro_graphflows.infer.tables import Table
+
+__all__ = ["Posterior", "load_posterior", "sample_posterior"]
+
+_POOL = 10  # draws in the pool for each one kept
+_TRUSTED = 0.7
+_FEW = 100  # effective draws
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Posterior:
+    r"""Draws of a posterior and what is needed to use them; made by :func:`sample_posterior`.
+
+    Attributes:
+        draws: The latent sites (and ``pyro.deterministic`` ones) by name, draws along the first dimension.
+        log_weights: Logarithms of the weights :math:`p(x, z) / q(z \mid x)`: ``(draws,)``, or ``(draws, data)`` where
+            the posterior factorises over the data plate. All zero after :meth:`reweighted`.
+        khat: The Pareto shape of the weights, of each datum or of all: above 0.7 neither the draws nor their weights
+            are dependable. Below, averages with the weights are; no number shows a mode that no draw is near.
+        ess: The effective number of draws by their weights.
+        data_plate: The plate over which the posterior factorises; ``None`` where it is joint.
+        observed: The observed values by site.
+        is_resampled: Whether the draws have been resampled by their weights.
+        fitted: The model and the guide with their arguments.
+    """
+
+    draws: Mapping[str, Tensor]
+    log_weights: Tensor
+    khat: Tensor
+    ess: Tensor
+    data_plate: str | None
+    observed: Mapping[str, Tensor]
+    is_resampled: bool
+    fitted: Fitted
+
+    @property
+    def num_draws(self) -> int:
+        """The number of draws."""
+        return len(self.log_weights)
+
+    @property
+    def evidence(self) -> Evidence | None:
+        """The log-evidence by the weights, of each datum or of all; ``None`` once the draws are resampled."""
+        return None if self.is_resampled else evidence_from_log_weights(self.log_weights)
+
+    def __len__(self) -> int:
+        return self.num_draws
+
+    def __repr__(self) -> str:
+        plate = self.data_plate
+        kind = "joint" if plate is None else f"one for each of {self.khat.numel()} elements of {plate!r}"
+        origin = "draws resampled by their weights" if self.is_resampled else "draws of the guide"
+        width = max(map(len, self.draws))
+        lines = [f"Posterior({self.num_draws} {origin}; {kind})"]
+        lines += [f"  {name:<{width}}  {tuple(value.shape[1:])}" for name, value in self.draws.items()]
+        return "\n".join([*lines, *(f"  {line}" for line in self._advice())])
+
+    def _advice(self) -> list[str]:
+        ess, khat = self.ess.flatten(), self.khat.flatten()
+        if bool((ess == 0).all()):
+            return [
+                "No draw has a positive density under the model: these draws say nothing. Train the guide."
+            ]
+        worst, num = khat.max().item(), self.num_draws
+        bad = int((khat > _TRUSTED).sum())
+        each = "" if self.data_plate is None else f" at the worst; > {_TRUSTED} for {bad} of {len(khat)}"
+        lines = [
+            f"k-hat {worst:.2f}{each}; ESS {ess.min().item():.0f} of {num}{'' if len(khat) == 1 else ' or more'}."
+        ]
+        if bad:
+            what = (
+                "The weights are too uneven to repair these draws"
+                if self.data_plate is None
+                else "There the draws"
+            )
+            tail = ": " if self.data_plate is None else " cannot be repaired by weights: "
+            lines.append(f"{what}{tail}train the guide longer or give it a richer family.")
+        elif not self.is_resampled and bool((ess < min(_FEW, num / 2)).any()):
+            lines.append("Few of the draws count: ask for more, or train the guide longer.")
+        elif not self.is_resampled and bool((ess < 0.9 * num).any()):
+            lines.append("The weights can be relied on: .reweighted() corrects the draws by them.")
+        return lines
+
+    # ------------------------------------------------------------------------------------------------ correction
+    def reweighted(
+        self, num_draws: int | None = None, *, seed: int | None = None, progress: bool = True
+    ) -> "Posterior":
+        """Resample by Pareto-smoothed importance weights, from a pool ten times larger.
+
+        The pool is drawn afresh from the guide; memory stays that of the draws kept. Resampling is without
+        replacement, so that no draw comes twice; it approaches the posterior as the pool's effective number of draws
+        exceeds the number kept, and a warning says where it does not.
+
+        References:
+            [1] Vehtari, Simpson, Gelman, Yao and Gabry (2024), Pareto smoothed importance sampling, JMLR 25.
+            [2] Gelman, Carlin, Stern, Dunson, Vehtari and Rubin (2013), Bayesian Data Analysis, Section 10.4
+            (resampling without replacement).
+
+        Args:
+            num_draws: The number to keep; as many as there are by default.
+            seed: Seed of the random numbers; the global generators are put back afterwards.
+            progress: Whether to show a bar when it takes long.
+
+        Returns:
+            A posterior whose draws all weigh the same; its ``khat`` is the pool's.
+
+        Raises:
+            GraphflowsError: If these draws are resampled already, the number is not positive, or too few draws of the
+                pool have a positive weight.
+        """
+        if self.is_resampled:
+            raise GraphflowsError("Expected draws of a guide; these are resampled by their weights already.")
+        num = self.num_draws if num_draws is None else num_draws
+        _require_positive(num_draws=num)
+        fitted = self.fitted
+        with _evaluated(fitted), seeded(seed):
+            source = _Source.of(fitted.model, fitted.guide, fitted.args, fitted.kwargs)
+            states, weights = [], []
+            with _bar(2 * _POOL * num, progress, "weighing") as bar:
+                for part, state, traces in source.runs(_POOL * num):
+                    states.append((part, state))
+                    weights.append(source.log_weights(traces))
+                    bar.update(part.stop - part.start)
+                smoothed, khat = smoothed_log_weights(torch.cat(weights))
+                chosen = _without_replacement(smoothed, num)
+                now = random_state()
+                draws = source.gather(states, chosen, bar)
+                set_random_state(now)
+            ess = effective_sample_size(smoothed)
+            if bool((ess < num).any()):
+                _warn(
+                    f"The pool of {_POOL * num} draws is worth {ess.min().item():.0f} of the posterior, fewer than the "
+                    f"{num} kept: these are not yet draws of the posterior. Keep fewer, or train the guide."
+                )
+            draws |= source.deterministic(draws)
+        order = [name for name in self.draws if name in draws]
+        return replace(
+            self,
+            draws=MappingProxyType({name: draws[name] for name in order}),
+            log_weights=torch.zeros((num, *smoothed.shape[1:]), dtype=smoothed.dtype, device=smoothed.device),
+            khat=khat,
+            ess=ess.clamp(max=num),
+            is_resampled=True,
+        )
+
+    # ------------------------------------------------------------------------------------------------------ use
+    def predict(
+        self,
+        *args: Any,
+        num_draws: int | None = None,
+        new_plates: tuple[str, ...] = (),
+        seed: int | None = None,
+        progress: bool = True,
+        **kwargs: Any,
+    ) -> Prediction:
+        """Draw observed values by the model at these draws: for these data, or for others.
+
+        Observed sites are drawn, whether or not their values are given. Elements of a plate beyond those fitted are
+        drawn from the model given the draws of the others; the first ones are those that were fitted, unless
+        ``new_plates`` says that a plate has others. Sites that the guide leaves out are drawn from the model.
+
+        Args:
+            *args: Positional arguments of the model; with none at all those of the fitted data.
+            num_draws: How many of the draws to use; all by default.
+            new_plates: Plates whose elements are all others than those fitted.
+            seed: Seed of the random numbers; the global generators are put back afterwards.
+            progress: Whether to show a bar when it takes long.
+            **kwargs: Keyword arguments of the model.
+
+        Returns:
+            The observed and deterministic sites by name, and what the model returned.
+
+        Raises:
+            GraphflowsError: If there are not so many draws, a plate is unknown, or a site has fewer elements than
+                were fitted, or another kind of shape.
+        """
+        num = self.num_draws if num_draws is None else num_draws
+        _require_positive(num_draws=num)
+        if num > self.num_draws:
+            raise GraphflowsError(f"Expected at most the {self.num_draws} draws that there are; got {num}.")
+        fitted = self.fitted
+        if not args and not kwargs:
+            args, kwargs = fitted.args, fitted.kwargs
+        with _evaluated(fitted), seeded(seed):
+            return predict(
+                fitted,
+                (args, kwargs),
+                {name: self.draws[name][:num] for name in fitted.latents},
+                new_plates=new_plates,
+                progress=progress,
+            )
+
+    def log_likelihood(self, *, progress: bool = True) -> dict[str, Tensor]:
+        """Return the log-likelihood of each observed value at each draw.
+
+        Its size is that of the data times the draws; :meth:`log_likelihood_chunks` needs no more memory than one run.
+
+        Args:
+            progress: Whether to show a bar when it takes long.
+
+        Returns:
+            By observed site a tensor (draws, *plates). Events are summed over; masked elements are zero.
+
+        Raises:
+            UnsupportedModelError: If the model sums out sites that several observed values share.
+        """
+        parts: dict[str, list[Tensor]] = {}
+        with _bar(self.num_draws, progress, "log-likelihood") as bar:
+            for part in self.log_likelihood_chunks():
+                for name, value in part.items():
+                    parts.setdefault(name, []).append(value)
+                bar.update(len(next(iter(part.values()))))
+        return {name: torch.cat(values) for name, values in parts.items()}
+
+    def log_likelihood_chunks(self) -> Iterator[dict[str, Tensor]]:
+        """Yield :meth:`log_likelihood` for some draws after the other."""
+        with _evaluated(self.fitted):
+            for _, part in log_likelihood_chunks(self.fitted, self._latent_draws()):
+                yield part
+
+    def loo(
+        self, by: str | None = None, *, num_inner: int = 100, seed: int | None = None, progress: bool = True
+    ) -> LOO:
+        """Estimate how well each datum is predicted from the others (leave-one-out cross-validation).
+
+        See :mod:`~pyro_graphflows.infer.loo` for what is computed. Latents whose only datum is left out are
+        integrated over.
+
+        References:
+            [1] Vehtari, Gelman and Gabry (2017), Practical Bayesian model evaluation using leave-one-out
+            cross-validation and WAIC, Statistics and Computing 27. There latents of single data stay fixed.
+
+        Args:
+            by: The plate whose elements are left out, as groups are; by default single elements of all plates around
+                the observed sites.
+            num_inner: The number of inner draws of the latents that are integrated over.
+            seed: Seed of the random numbers; the global generators are put back afterwards.
+            progress: Whether to show a bar when it takes long.
+
+        Returns:
+            The sum of the log predictive densities, its standard error, the terms and their Pareto shapes. Those of
+            resampled draws are at least that of their pool.
+
+        Raises:
+            GraphflowsError: If the observed sites are in no plate, or in different ones and ``by`` is not given; if all
+                weights are zero.
+            UnsupportedModelError: If the model sums out sites that several data share.
+        """
+        with _evaluated(self.fitted), seeded(seed):
+            loo = leave_one_out(
+                self.fitted,
+                WeightedDraws(
+                    self._latent_draws(), None if self.is_resampled else self.log_weights, self.data_plate
+                ),
+                by=by,
+                num_inner=num_inner,
+                progress=progress,
+            )
+        if not self.is_resampled or self.khat.shape not in ((), loo.khat.shape):
+            return loo
+        # resampled draws are no better than the pool they come from
+        return replace(loo, khat=torch.maximum(loo.khat, self.khat.to(loo.khat)))
+
+    def summary(self, sites: tuple[str, ...] | None = None) -> Table:
+        """Return a table with a row for each number: mean, sd, quantiles, and how far to trust them.
+
+        The columns ``mean`` to ``95%`` are of the draws as they are; ``mcse`` is the Monte Carlo error of the mean;
+        ``ess`` and ``k-hat`` are those of the weights, which say how far the draws are those of the posterior.
+
+        Args:
+            sites: The sites; all by default.
+
+        Raises:
+            GraphflowsError: If a site is unknown.
+        """
+        chosen = tuple(self.draws) if sites is None else sites
+        unknown = sorted(set(chosen) - set(self.draws))
+        if unknown:
+            raise GraphflowsError(f"Expected sites among {sorted(self.draws)}; got {unknown}.")
+        rows: dict[str, dict[str, Any]] = {}
+        for name in chosen:
+            value = self.draws[name].to(torch.get_default_dtype())
+            flat = value.reshape(self.num_draws, -1)
+            quantiles = _quantiles(flat, (0.05, 0.5, 0.95))
+            mean = flat.mean(0)
+            sd = flat.std(0) if self.num_draws > 1 else torch.full_like(mean, torch.nan)
+            ess, khat = (self._of_elements(name, number).flatten() for number in (self.ess, self.khat))
+            for place in range(flat.shape[1]):
+                index = torch.unravel_index(torch.tensor(place), value.shape[1:]) if value.dim() > 1 else ()
+                label = f"{name}[{', '.join(str(int(i)) for i in index)}]" if value.dim() > 1 else name
+                rows[label] = {
+                    "mean": mean[place].item(),
+                    "sd": sd[place].item(),
+                    **{f"{100 * level:.0f}%": q[place].item() for level, q in quantiles.items()},
+                    "mcse": sd[place].item() / self.num_draws**0.5,
+                    "ess": ess[place].item(),
+                    "k-hat": khat[place].item(),
+                }
+        return Table("site", rows, " ".join(self._advice()))
+
+    def to_arviz(
+        self, *, log_likelihood: bool = True, posterior_predictive: bool = True, seed: int | None = None
+    ) -> Any:
+        """Return the draws for ArviZ, as one chain; needs the extra ``[arviz]``.
+
+        The groups are ``posterior``, ``observed_data``, ``sample_stats`` (with ``log_weight``) and, if asked for,
+        ``log_likelihood`` and ``posterior_predictive``. Dimensions have the names of the plates.
+
+        Args:
+            log_likelihood: Whether to compute pointwise log-likelihoods.
+            posterior_predictive: Whether to draw predictions for the data.
+            seed: Seed of these.
+
+        Raises:
+            GraphflowsError: If ArviZ is not installed.
+        """
+        try:
+            import arviz_base
+        except ImportError as error:
+            raise GraphflowsError(
+                "Expected arviz-base to be installed: pip install pyro-graphflows[arviz]."
+            ) from error
+        groups: dict[str, dict[str, Any]] = {
+            "posterior": {name: _chain(value) for name, value in self.draws.items()},
+            "observed_data": {name: value.detach().cpu().numpy() for name, value in self.observed.items()},
+            "sample_stats": {"log_weight": _chain(self.log_weights)},
+        }
+        dims = {
+            name: [plate for plate, _, _ in site.plates]
+            for name, site in self.fitted.sites.items()
+            if site.num_batch == len(site.plates) and site.kind != "deterministic"
+        }
+        dims["log_weight"] = [] if self.data_plate is None else [self.data_plate]
+        if log_likelihood:
+            groups["log_likelihood"] = {name: _chain(value) for name, value in self.log_likelihood().items()}
+        if posterior_predictive:
+            predicted = self.predict(seed=seed)
+            groups["posterior_predictive"] = {
+                name: _chain(value) for name, value in predicted.items() if name in self.observed
+            }
+        return arviz_base.from_dict(groups, dims={name: value for name, value in dims.items() if value})
+
+    def _latent_draws(self) -> dict[str, Tensor]:
+        return {name: self.draws[name] for name in self.fitted.latents}
+
+    def _of_elements(self, name: str, number: Tensor) -> Tensor:
+        """Return a number for each element of a site from one for each datum, or for all."""
+        site = self.fitted.sites[name]
+        shape = self.draws[name].shape[1:]
+        if self.data_plate is None:
+            return number.expand(shape)
+        for plate, dim, _ in site.plates:
+            if plate == self.data_plate:
+                axis = dim - (0 if site.kind == "deterministic" else site.event_dim)
+                if site.kind != "deterministic" and -axis <= len(shape):
+                    return number.reshape(-1, *[1] * (-axis - 1)).expand(shape)
+        return torch.full(shape, torch.nan)
+
+    # ---------------------------------------------------------------------------------------------------- storage
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the draws, weights and observed values to a file, which :func:`load_posterior` reads.
+
+        The file is whole or absent, and holds data only: reading it runs no code. The model and the guide are not in
+        it; their arguments are, if they are tensors, numbers, strings or containers of these.
+
+        Args:
+            path: The file; its folder is made if need be.
+        """
+        fitted = self.fitted
+        call = {"args": list(fitted.args), "kwargs": dict(fitted.kwargs)}
+        save_checkpoint(
+            {
+                "format": _FORMAT,
+                "draws": dict(self.draws),
+                "log_weights": self.log_weights,
+                "khat": self.khat,
+                "ess": self.ess,
+                "data_plate": self.data_plate,
+                "observed": dict(self.observed),
+                "is_resampled": self.is_resampled,
+                "call": call if _is_storable(call) else None,
+                "sites": {name: tuple(site) for name, site in fitted.sites.items()},
+                "latents": list(fitted.latents),
+                "nesting": fitted.nesting,
+                "vectorize": fitted.vectorize,
+            },
+            path,
+        )
+
+
+_FORMAT = "pyro_graphflows posterior 1"
+
+
+def sample_posterior(
+    model: Program,
+    guide: Program,
+    *args: Any,
+    num_draws: int = 1000,
+    seed: int | None = None,
+    progress: bool = True,
+    **kwargs: Any,
+) -> Posterior:
+    r"""Draw from a guide, and weigh each draw towards the posterior.
+
+    The model and the guide are called with the same arguments, without gradients and in evaluation mode, many draws at
+    once; one by one where the model is not written for that. Memory is bounded by running them in chunks. Sites that
+    the model enumerates in parallel and the guide leaves out are summed out of the weights.
+
+    Args:
+        model: A Pyro model whose observed values are given by the arguments.
+        guide: A guide for it, of any kind: one of Pyro's or a function.
+        *args: Positional arguments of both.
+        num_draws: The number of draws.
+        seed: Seed of the random numbers; the global generators are put back afterwards. ``None`` uses them as they are.
+        progress: Whether to show a bar when it takes long.
+        **kwargs: Keyword arguments of both.
+
+    Returns:
+        The posterior: draws, weights, and what can be done with them.
+
+    Raises:
+        GraphflowsError: If ``num_draws`` is not positive, or a density is not a number; the message names the site.
+        UnsupportedModelError: If the model has no observed site or the guide draws none of its latent sites, all draws
+            are the same (a point estimate), a latent site is missing in the guide, a plate is subsampled, or a site is
+            scaled.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(x):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+        >>> def guide(x):  # a little too wide
+        ...     pyro.sample("mu", dist.Normal(x.sum() / (1 + len(x)), 0.6))
+        >>> posterior = sample_posterior(model, guide, torch.tensor([0.5, 1.5, 2.0]), num_draws=2000, seed=0)
+        >>> posterior.draws["mu"].shape, bool(posterior.khat < 0.7)
+        (torch.Size([2000]), True)
+        >>> corrected = posterior.reweighted(1000, seed=1)
+        >>> bool(abs(corrected.draws["mu"].std() - 0.5) < 0.05)
+        True
+        >>> corrected.predict(num_draws=100, seed=2)["x"].shape
+        torch.Size([100, 3])
+    """
+    _require_positive(num_draws=num_draws)
+    with _evaluated(model, guide), seeded(seed):
+        source = _Source.of(model, guide, args, kwargs)
+        values: dict[str, list[Tensor]] = {}
+        weights = []
+        with _bar(num_draws, progress, "drawing") as bar:
+            for part, _, traces in source.runs(num_draws):
+                weights.append(source.log_weights(traces))
+                for name, value in source.values(traces, part.stop - part.start).items():
+                    values.setdefault(name, []).append(value)
+                bar.update(part.stop - part.start)
+        draws = {name: torch.cat(value) for name, value in values.items()}
+        _require_spread(draws, source.fitted.latents, source.first.guide_trace)
+    log_weights = torch.cat(weights)
+    observed = {
+        name: torch.as_tensor(site["value"])
+        for name, site in density_sites(source.first.model_trace)
+        if site["is_observed"] and not site_is_factor(site)
+    }
+    return Posterior(
+        draws=MappingProxyType(draws),
+        log_weights=log_weights,
+        khat=psis_khat(log_weights),
+        ess=effective_sample_size(log_weights),
+        data_plate=None if source.sampler.plate is None else source.sampler.plate.name,
+        observed=MappingProxyType(observed),
+        is_resampled=False,
+        fitted=source.fitted,
+    )
+
+
+def load_posterior(
+    path: str | os.PathLike[str],
+    model: Program | None = None,
+    guide: Program | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Posterior:
+    """Read a posterior that :meth:`Posterior.save` wrote. No code is run in doing so.
+
+    Args:
+        path: The file.
+        model: The model, without which there are no predictions, likelihoods or cross-validation.
+        guide: The guide, without which nothing can be drawn afresh.
+        *args: Their positional arguments, where the file does not have them.
+        **kwargs: Their keyword arguments.
+
+    Returns:
+        The posterior.
+
+    Raises:
+        GraphflowsError: If the file is none of these, or is asked for what it cannot do without the model.
+    """
+    state = load_checkpoint(path)
+    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        raise GraphflowsError(f"Expected a file of Posterior.save; {str(path)!r} is another.")
+    call = state["call"]
+    if args or kwargs:
+        call = {"args": args, "kwargs": kwargs}
+    if call is None and model is not None:
+        raise GraphflowsError(
+            "Expected the arguments of the model, which the file could not hold: load_posterior(path, model, guide, "
+            "*args, **kwargs)."
+        )
+    call = call or {"args": (), "kwargs": {}}
+    sites = {
+        name: SiteShape(
+            kind,
+            tuple(shape),
+            event_dim,
+            tuple((plate, dim, size) for plate, dim, size in plates),
+            enumerated,
+        )
+        for name, (kind, shape, event_dim, plates, enumerated) in state["sites"].items()
+    }
+    fitted = Fitted(
+        model or _absent("model"),
+        guide or _absent("guide"),
+        tuple(call["args"]),
+        dict(call["kwargs"]),
+        sites,
+        tuple(state["latents"]),
+        state["nesting"],
+        state["vectorize"],
+    )
+    return Posterior(
+        draws=MappingProxyType(state["draws"]),
+        log_weights=state["log_weights"],
+        khat=state["khat"],
+        ess=state["ess"],
+        data_plate=state["data_plate"],
+        observed=MappingProxyType(state["observed"]),
+        is_resampled=state["is_resampled"],
+        fitted=fitted,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ draws of the guide
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """Weighted runs of a guide and a model, and how draws are read from them."""
+
+    fitted: Fitted
+    sampler: ImportanceSampler
+    first: Any  # the prototype
+
+    @classmethod
+    def of(cls, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Source":
+        """Run both once, find out whether the posterior factorises and whether they can run in batches."""
+        alone = poutine.trace(model).get_trace(*args, **kwargs)
+        if not any(site["is_observed"] for _, site in density_sites(alone)):
+            raise UnsupportedModelError(
+                "Expected the model to have observed sites; without any there is no posterior. Give the data as its "
+                "arguments, or condition it (poutine.condition)."
+            )
+        first = prototype(model, guide, args, kwargs, allow_enumeration=True)
+        traces = (first.model_trace, first.guide_trace)
+        sites = site_shapes(first.model_trace)
+        latents = tuple(
+            name for name, site in sites.items() if site.kind == "latent" and name in first.guide_trace
+        )
+        if not latents:
+            raise UnsupportedModelError(
+                "Expected the guide to sample latent sites of the model; it samples none."
+            )
+        try:
+            plate = find_data_plate(first.model_trace, None)
+        except GraphflowsError:  # several plates could hold the data: then they are weighed together
+            plate = None
+        if plate is not None:
+            together = (site for trace in traces for _, site in density_sites(trace))
+            plate = plate if all(inside(site, plate.name) for site in together) else None
+        fitted = Fitted(model, guide, args, kwargs, sites, latents, first.max_plate_nesting, True)
+        source = cls(fitted, ImportanceSampler(model, guide, args, kwargs, first, plate, True), first)
+        state = random_state()
+        try:
+            pair = source.sampler.run(2)
+            source.sampler.require_same_alone(pair)
+            source.values(pair, 2)
+            mixed = source._mixes(pair)
+        except UnsupportedModelError:
+            mixed = True
+        set_random_state(state)
+        if not mixed:
+            return source
+        return cls(replace(fitted, vectorize=False), replace(source.sampler, vectorize=False), first)
+
+    def _mixes(self, traces: Any) -> bool:
+        """Return whether deterministic sites of a batch are not those of single draws."""
+        sites = self.fitted.sites
+        if self.sampler.enumerates or all(site.kind != "deterministic" for site in sites.values()):
+            return False
+        runs = self.fitted.runs()
+        return runs.differs_alone(Run(traces[0], None, 2), Run(self.first.model_trace, None, 1), sites)
+
+    def runs(self, num: int) -> Iterator[tuple[slice, dict[str, Any], Any]]:
+        """Yield which draws, the random state before them, and their traces."""
+        traces = (self.first.model_trace, self.first.guide_trace)
+        size = chunk_size(*traces) if self.fitted.vectorize else 1
+        for part in chunks(num, size):
+            state = random_state()
+            yield part, state, self.sampler.run(part.stop - part.start)
+
+    def log_weights(self, traces: Any) -> Tensor:
+        """Return the logarithms of the weights of a run.
+
+        Raises:
+            GraphflowsError: If one is not a number or is infinite; the message names the site.
+        """
+        weights = self.sampler.log_weights(traces)
+        if bool((weights.isnan() | (weights == torch.inf)).any()):
+            for program, trace in zip(("guide", "model"), reversed(traces), strict=True):
+                for name, site in density_sites(trace):
+                    density = log_density(site)
+                    bad = int((density.isnan() | (density == torch.inf)).sum())
+                    if bad:
+                        raise GraphflowsError(
+                            f"Expected finite log-densities; that of site {name!r} in the {program} is nan or inf for "
+                            f"{bad} of {density.numel()} elements. Look at its parameters there."
+                        )
+            raise GraphflowsError(
+                "Expected finite weights; draws of the guide have density zero under the guide itself."
+            )
+        return weights
+
+    def values(self, traces: Any, size: int) -> dict[str, Tensor]:
+        """Return the draws of latent and deterministic sites, (S, *shape)."""
+        wanted = {name: self.fitted.sites[name] for name in self.fitted.latents}
+        if not self.sampler.enumerates:
+            wanted = {
+                name: site
+                for name, site in self.fitted.sites.items()
+                if name in wanted or site.kind == "deterministic"
+            }
+        result = {}
+        for name, site in wanted.items():
+            value = torch.as_tensor(traces[0].nodes[name]["value"])
+            if self.fitted.vectorize:
+                result[name] = out_of_batch(value, size, site, self.fitted.nesting)
+            elif tuple(value.shape) == site.shape:
+                result[name] = value[None]
+            else:
+                raise UnsupportedModelError(
+                    f"Expected site {name!r} to have the same shape in all draws; got {site.shape} and "
+                    f"{tuple(value.shape)}."
+                )
+        return result
+
+    def gather(
+        self, states: list[tuple[slice, dict[str, Any]]], chosen: Tensor, bar: Any
+    ) -> dict[str, Tensor]:
+        """Run chunks again from their random states and keep the chosen draws of the latent sites.
+
+        Args:
+            states: The chunks.
+            chosen: Which draws to keep, (num,) or for each datum (num, data).
+            bar: A progress bar.
+        """
+        kept: dict[str, Tensor] = {}
+        for part, state in states:
+            here = (chosen >= part.start) & (chosen < part.stop)
+            bar.update(part.stop - part.start)
+            if not bool(here.any()):
+                continue
+            set_random_state(state)
+            values = self.values(self.sampler.run(part.stop - part.start), part.stop - part.start)
+            for name in self.fitted.latents:
+                value = values[name]
+                if name not in kept:
+                    kept[name] = value.new_empty((len(chosen), *value.shape[1:]))
+                if chosen.dim() == 1:
+                    kept[name][here] = value[chosen[here] - part.start]
+                else:
+                    axis = self._data_axis(name)
+                    rows, data = here.nonzero(as_tuple=True)
+                    target, source = kept[name].movedim(axis, 1), value.movedim(axis, 1)
+                    target[rows, data] = source[chosen[rows, data] - part.start, data]
+        return kept
+
+    def _data_axis(self, name: str) -> int:
+        plate, site = self.sampler.plate, self.fitted.sites[name]
+        assert plate is not None
+        return next(dim for other, dim, _ in site.plates if other == plate.name) - site.event_dim
+
+    def deterministic(self, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the deterministic sites at some draws."""
+        sites = {name: site for name, site in self.fitted.sites.items() if site.kind == "deterministic"}
+        if not sites or self.sampler.enumerates:
+            return {}
+        runs, num = self.fitted.runs(), len(next(iter(draws.values())))
+        parts: list[dict[str, Tensor]] = []
+        size = chunk_size(self.first.model_trace) if self.fitted.vectorize else 1
+        for part in chunks(num, size):
+            if self.fitted.vectorize:
+                run = runs.batch({name: value[part] for name, value in draws.items()}, part.stop - part.start)
+                parts.append(runs.values(run, sites))
+            else:
+                run = runs.alone({name: value[part.start] for name, value in draws.items()})
+                parts.append({name: torch.as_tensor(run.trace.nodes[name]["value"])[None] for name in sites})
+        return {name: torch.cat([part[name] for part in parts]) for name in sites}
+
+
+def _without_replacement(log_weights: Tensor, num: int) -> Tensor:
+    """Return which ``num`` draws to keep, of each column, in random order.
+
+    The largest of the log-weights plus independent Gumbel variables are a sample without replacement.
+    """
+    positive = int((log_weights > -torch.inf).sum(0).min())
+    if positive < num:
+        raise GraphflowsError(
+            f"Expected at least {num} draws of the pool of {len(log_weights)} with a positive weight; got {positive}. "
+            "Train the guide, or give it the support of the model's latent sites."
+        )
+    gumbel = -torch.log(torch.empty_like(log_weights).exponential_())
+    chosen = (log_weights + gumbel).topk(num, 0).indices
+    order = torch.rand(chosen.shape, device=chosen.device).argsort(0)
+    return chosen.gather(0, order)
+
+
+def _require_spread(draws: Mapping[str, Tensor], latents: tuple[str, ...], guide_trace: Any) -> None:
+    """Raise for a guide that gives the same values again and again."""
+    if len(next(iter(draws.values()))) < 2:
+        return
+    same = all(bool((draws[name] == draws[name][:1]).all()) for name in latents)
+    points = [name for name in latents if isinstance(_base(guide_trace.nodes[name]["fn"]), Delta)]
+    if same and points:
+        raise UnsupportedModelError(
+            f"Expected a guide with a density; it gives the same values in all draws ({sorted(points)} are points, as "
+            "those of AutoDelta are). Use a guide that draws from a distribution."
+        )
+
+
+def _base(distribution: Any) -> Any:
+    while hasattr(distribution, "base_dist") and not isinstance(distribution, Delta):
+        distribution = distribution.base_dist
+    return distribution
+
+
+def _absent(what: str) -> Callable[..., Any]:
+    def absent(*args: Any, **kwargs: Any) -> Any:
+        raise GraphflowsError(
+            f"Expected the {what}, which is not in the file: load_posterior(path, model, guide)."
+        )
+
+    return absent
+
+
+@contextmanager
+def _evaluated(*programs: Any) -> Iterator[None]:
+    """Evaluate a model and a guide: no gradients, evaluation mode, no outer effect handlers."""
+    pair = (programs[0].model, programs[0].guide) if isinstance(programs[0], Fitted) else programs
+    with evaluation_mode(*pair), torch.no_grad(), poutine.block():
+        yield
+
+
+def _bar(total: int, progress: bool, text: str) -> Any:
+    return tqdm(total=total, disable=not progress, delay=2.0, unit="draw", desc=text)
+
+
+def _require_positive(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if not isinstance(value, int) or value < 1:
+            raise GraphflowsError(f"Expected a positive {name}; got {value!r}.")
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, GraphflowsWarning, stacklevel=3)
+
+
+def _quantiles(values: Tensor, levels: tuple[float, ...]) -> dict[float, Tensor]:
+    """Return quantiles along the first dimension, interpolated; torch.quantile takes few numbers only."""
+    ordered = values.sort(0).values
+    result = {}
+    for level in levels:
+        place = level * (len(values) - 1)
+        low = int(place)
+        high = min(low + 1, len(values) - 1)
+        result[level] = torch.lerp(ordered[low], ordered[high], place - low)
+    return result
+
+
+def _chain(value: Tensor) -> Any:
+    """Return draws as ArviZ has them: one chain."""
+    return value.detach().cpu().numpy()[None]
+
+
+def _is_storable(value: Any) -> bool:
+    """Return whether a value is read back without running code."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_storable(entry) for key, entry in value.items())
+    if isinstance(value, list | tuple) and type(value) in (list, tuple):
+        return all(map(_is_storable, value))
+    return value is None or type(value) in (Tensor, bool, int, float, str)

@@ -1,0 +1,1 @@
+"""Guides on real models: the posteriors of posteriordb, written in Pyro as a user would write them."""

@@ -1,0 +1,550 @@
+"""Plates of which a call has some rows: data and covariates are read row for row, however the model takes them.
+
+The posterior of each datum is known, ``z | x, y ~ Normal(0.8 (y - x), 0.2)``, and given to the guide; what a call
+returns is right only if the guide pairs the rows as the likelihood does.
+"""
+
+import itertools
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import torch.nn.functional as F
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO
+
+from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
+from pyro_graphflows.guides import auto_faithful_guide
+from pyro_graphflows.inspect import trace_model
+
+FEW = {"init": "random", "num_start_samples": 500}
+N = 12
+X = 3 * torch.randn(N, generator=torch.Generator().manual_seed(1), dtype=torch.double)
+Y = X + torch.randn(N, generator=torch.Generator().manual_seed(2), dtype=torch.double)
+
+
+def datum(x, y):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(z + x, 0.5), obs=y)
+
+
+def given_indices(take):
+    """The caller gives the indices; None for all."""
+
+    def model(x, y, ind=None):
+        with pyro.plate("data", N, subsample=ind) as rows:
+            datum(x if ind is None else take(x, rows), y[rows])
+
+    return model
+
+
+def by_subsample(x, ind):
+    return pyro.subsample(x, event_dim=0)
+
+
+TAKE = {
+    "x[ind]": lambda x, ind: x[ind],
+    "pyro.subsample": by_subsample,
+    "index_select": lambda x, ind: x.index_select(0, ind),
+    "torch.index_select": lambda x, ind: torch.index_select(x, 0, ind),
+    "take_along_dim": lambda x, ind: torch.take_along_dim(x, ind, 0),
+    "gather": lambda x, ind: x.gather(0, ind),
+    "embedding": lambda x, ind: F.embedding(ind, x[:, None])[:, 0],
+    "a list": lambda x, ind: x[ind.tolist()],
+    "an array": lambda x, ind: x[ind.numpy()],
+    "row by row": lambda x, ind: torch.stack([x[i] for i in ind]),
+    "by numbers": lambda x, ind: torch.stack([x[i] for i in ind.tolist()]),
+    "after a shift": lambda x, ind: ((x - 2.0) + 2.0)[ind],
+    "standardised and back": lambda x, ind: (x - x.mean())[ind] + x.mean(),
+    "then a shift": lambda x, ind: x[ind] - 2.0 + 2.0,
+    "of a view": lambda x, ind: x[None].T[ind, 0],
+    "by the last dimension": lambda x, ind: x.expand(3, N)[:, ind][0],
+}
+CALLS = {
+    "all": None,
+    "all, by indices": torch.arange(N),
+    "permuted": torch.randperm(N, generator=torch.Generator().manual_seed(3)),
+    "one": torch.tensor([3]),
+    "some": torch.tensor([7, 0, 5]),
+    "others": torch.tensor([9, 2, 11]),
+    "more": torch.tensor([1, 2, 4, 6, 10]),
+}
+
+
+def seen(how, ind):
+    """Return the covariates as the likelihood sees them: Pyro's subsample leaves full plates alone, permuted or not."""
+    if ind is None or (how == "pyro.subsample" and len(ind) == N):
+        return X
+    return X[ind]
+
+
+def exact_(guide, covariate="x"):
+    return guide.set_linear_("z", {covariate: -0.8, "y": 0.8}, 0.0, math.sqrt(0.2))
+
+
+def means(x=X, y=Y):
+    return 0.8 * (y - x)
+
+
+def evidence(x=X, y=Y):
+    return dist.Normal(x, math.sqrt(1.25)).log_prob(y)
+
+
+SET_UPS = [(how, set_up) for how in TAKE for set_up in ("all", "some")]
+SET_UPS += [
+    ("x[ind]", "one"),
+    ("x[ind]", "permuted"),
+    ("pyro.subsample", "one"),
+    ("pyro.subsample", "permuted"),
+]
+
+
+@pytest.mark.parametrize(("how", "set_up"), SET_UPS)
+def test_the_rows_are_those_of_the_likelihood(how, set_up):
+    model = given_indices(TAKE[how])
+    guide = auto_faithful_guide(model, X, Y, CALLS[set_up], **FEW)
+    assert guide.inverse.parents["z"] == ("x", "y")
+    exact_(guide)
+    for ind in CALLS.values():
+        chosen = torch.arange(N) if ind is None else ind
+        x, y = seen(how, ind), Y[chosen]
+        assert torch.allclose(guide.median(X, Y, ind)["z"], means(x, y))
+        loss = Trace_ELBO().loss(model, guide, X, Y, ind)
+        assert loss == pytest.approx(-float(evidence(x, y).sum()) * N / len(chosen))
+        for _ in range(2):  # other data in the same kind of call
+            assert torch.allclose(guide.median(X + 1, Y - 1, ind)["z"], means(x + 1, y - 1))
+
+
+def test_indices_in_a_list():
+    model = given_indices(TAKE["x[ind]"])
+    guide = auto_faithful_guide(model, X, Y, [4, 1], **FEW)
+    exact_(guide)
+    for ind in ([0, 7, 3], [5]):
+        assert torch.allclose(guide.median(X, Y, ind)["z"], means()[ind])
+
+
+def test_two_plates_with_the_same_indices():
+    """Which plate's they are is where they are used."""
+
+    def model(x, w, y, ind):
+        with pyro.plate("one", N, subsample=ind):
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(a + x[ind], 0.5), obs=y[ind])
+        with pyro.plate("two", N, subsample=ind):
+            b = pyro.sample("b", dist.Normal(0.0, 1.0))
+            pyro.sample("again", dist.Normal(b + w[ind], 0.5), obs=y[ind])
+
+    w = torch.randn(N)
+    guide = auto_faithful_guide(model, X, w, Y, CALLS["some"], **FEW)
+    guide.set_linear_("a", {"x": -0.8, "y": 0.8}, 0.0, math.sqrt(0.2))
+    guide.set_linear_("b", {"w": -0.8, "again": 0.8}, 0.0, math.sqrt(0.2))
+    for ind in (CALLS["others"], CALLS["one"]):
+        found = guide.median(X, w, Y, ind)
+        assert torch.allclose(found["a"], means()[ind])
+        assert torch.allclose(found["b"], means(w)[ind])
+
+
+@pytest.mark.parametrize("how", ["x[ind]", "pyro.subsample"])
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_random_batches_and_vectorised_particles(how, vectorize):
+    def model(x, y, size=None):
+        with pyro.plate("data", len(x), subsample_size=size) as ind:
+            datum(TAKE[how](x, ind), TAKE[how](y, ind))
+
+    for example in ({}, {"size": 5}):
+        guide = auto_faithful_guide(model, X, Y, example_kwargs=example, **FEW)
+        exact_(guide)
+        loss = Trace_ELBO(num_particles=3, vectorize_particles=vectorize, max_plate_nesting=1)
+        for size in (None, 5, 1, 12):
+            trace = poutine.trace(guide).get_trace(X, Y, size=size)
+            ind = trace.nodes["data"]["value"]
+            replayed = poutine.trace(poutine.replay(model, trace)).get_trace(X, Y, size=size)
+            found = (replayed.log_prob_sum() - trace.log_prob_sum()).item()
+            assert found == pytest.approx(float(evidence()[ind].sum()) * N / len(ind))
+            assert math.isfinite(loss.loss(model, guide, X, Y, size=size))
+
+
+def test_the_start_is_near_exact_whichever_the_first_batch():
+    def model(x, y, ind=None):
+        with pyro.plate("data", N, subsample=ind):
+            datum(x if ind is None else x[ind], y if ind is None else y[ind])
+
+    for set_up in ("all", "some", "permuted"):
+        guide = auto_faithful_guide(model, X, Y, CALLS[set_up])
+        for ind in (None, CALLS["permuted"], CALLS["others"]):
+            error = guide.median(X, Y, ind)["z"] - means()[torch.arange(N) if ind is None else ind]
+            assert error.abs().max() < 0.1  # some .01: two weights from 10,000 samples
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_start_knows_all_rows_whatever_the_first_batch_shows(given, size):
+    """One batch has fewer rows than covariates; the joint samples are of many batches."""
+    weights = torch.tensor([0.5, -1.0, 2.0, 0.3]).double()
+
+    def drawn(x, y, size=None):
+        with pyro.plate("data", len(x), subsample_size=size) as rows:
+            datum((x[rows] * weights).sum(-1), y[rows])
+
+    def chosen(x, y, ind=None):
+        with pyro.plate("data", len(x), subsample=ind):
+            datum((x[ind] * weights).sum(-1), y[ind])
+
+    x = torch.randn(60, 4)
+    y = x @ weights + torch.randn(60)
+    rows = torch.arange(60)
+    model, set_up, everything = (chosen, torch.arange(size), rows) if given else (drawn, size, None)
+    guide = auto_faithful_guide(model, x, y, set_up)
+    # five weights from 10,000 samples of 32 or 60 rows: errors of some .02
+    assert (guide.median(x, y, everything)["z"] - means(x @ weights, y)).abs().max() < 0.15
+
+
+def test_a_batch_that_the_caller_takes_stays_as_it_is():
+    def model(x, y, ind, size):
+        with pyro.plate("data", size, subsample=ind):
+            datum(x, y)
+
+    guide = auto_faithful_guide(model, X[:4], Y[:4], torch.arange(4), N, **FEW)
+    exact_(guide)
+    for ind in list(CALLS.values())[1:]:
+        assert torch.allclose(guide.median(X[ind], Y[ind], ind, N)["z"], means()[ind])
+
+
+def test_loops_over_batches_with_a_smaller_last_one_train():
+    def model(x, y, ind):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", N, subsample=ind) as rows:
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("y", dist.Normal(z + x[rows], 0.5), obs=y[rows])
+
+    guide = auto_faithful_guide(model, X, Y, torch.arange(5), num_start_samples=500)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
+    for _ in range(3):
+        for ind in torch.randperm(N).split(5):
+            assert math.isfinite(svi.step(X, Y, ind))
+
+
+# ------------------------------------------------------------------------------------------ from outside of the call
+class Outside:
+    """A model with its data as fields."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __call__(self, y, ind=None):
+        with pyro.plate("data", N, subsample=ind) as rows:
+            datum(self.x[rows], y[rows])
+
+
+class Module(torch.nn.Module):
+    def __init__(self, x):
+        super().__init__()
+        self.register_buffer("x", x)
+
+    def forward(self, y, ind=None):
+        with pyro.plate("data", N, subsample=ind) as rows:
+            datum(self.x[rows], y[rows])
+
+
+def closure(x):
+    def model(y, ind=None):
+        with pyro.plate("data", N, subsample=ind) as rows:
+            datum(x[rows], y[rows])
+
+    return model
+
+
+def subsampled_closure(x):
+    def model(y, ind=None):
+        with pyro.plate("data", N, subsample=ind) as rows:
+            datum(pyro.subsample(x, event_dim=0), y[rows])
+
+    return model
+
+
+def closure_of_a_function(x):
+    def features(rows):
+        return x[rows]
+
+    def model(y, ind=None):
+        with pyro.plate("data", N, subsample=ind) as rows:
+            datum(features(rows), y[rows])
+
+    return model
+
+
+def closure_of_a_dict(x):
+    data = {"x": x}
+
+    def model(y, ind=None):
+        with pyro.plate("data", N, subsample=ind) as rows:
+            datum(data["x"][rows], y[rows])
+
+    return model
+
+
+OUTSIDE = {
+    "a field": (Outside, "self.x"),
+    "a buffer": (Module, "self.x"),
+    "a closure": (closure, "x"),
+    "a closure, subsampled": (subsampled_closure, "x"),
+    "a function's closure": (closure_of_a_function, "features.x"),
+    "a dict in a closure": (closure_of_a_dict, "data['x']"),
+}
+
+
+@pytest.mark.parametrize("kind", OUTSIDE)
+def test_covariates_from_outside_of_the_call(kind):
+    make, name = OUTSIDE[kind]
+    model = make(X)
+    guide = auto_faithful_guide(model, Y, CALLS["some"], **FEW)
+    assert guide.inverse.parents["z"] == (name, "y")
+    assert "a map of its own" not in guide.describe()
+    exact_(guide, name)
+    for ind in CALLS.values():
+        chosen = torch.arange(N) if ind is None else ind
+        x, y = seen("pyro.subsample" if "subsampled" in kind else "x[ind]", ind), Y[chosen]
+        assert torch.allclose(guide.median(Y, ind)["z"], means(x, y))
+        loss = Trace_ELBO().loss(model, guide, Y, ind)
+        assert loss == pytest.approx(-float(evidence(x, y).sum()) * N / len(chosen))
+
+
+@pytest.mark.parametrize("kind", OUTSIDE)
+def test_in_full_they_are_constants_whose_indices_are_told_apart(kind):
+    """A guide set up on all rows has a map for each; batches read the maps of their rows."""
+    model = OUTSIDE[kind][0](X)
+    guide = auto_faithful_guide(model, Y)
+    assert "a map of its own for each index of data" in guide.describe()
+    for name, ind in CALLS.items():
+        if name == "permuted" and "subsampled" in kind:
+            continue  # Pyro's subsample leaves the constants in their order, and the maps are those of the indices
+        chosen = torch.arange(N) if ind is None else ind
+        error = guide.median(Y, ind)["z"] - means()[chosen]
+        assert error.abs().max() < 0.2  # regressions of 1,000 samples each: some .03
+
+
+# --------------------------------------------------------------------------------------- matrices and several plates
+def test_rows_of_matrices():
+    weights = torch.tensor([0.5, -1.0, 2.0]).double()
+
+    def model(x, y, ind=None):
+        with pyro.plate("data", N, subsample=ind) as rows:
+            datum(x[rows] @ weights, y[rows])
+
+    x = torch.randn(N, 3)
+    for set_up in ("all", "some", "one", "permuted"):
+        guide = auto_faithful_guide(model, x, Y, CALLS[set_up], **FEW)
+        guide.set_linear_("z", {"x": -0.8 * weights, "y": 0.8}, 0.0, math.sqrt(0.2))
+        for ind in CALLS.values():
+            chosen = torch.arange(N) if ind is None else ind
+            assert torch.allclose(guide.median(x, Y, ind)["z"], means(x @ weights)[chosen])
+
+
+def test_square_matrices_and_batches_of_their_own_width():
+    """The number of columns is the number of rows, or that of a batch."""
+    for width in (N, 5, 3):
+        weights = torch.randn(width)
+
+        def model(x, y, ind=None, w=weights):
+            with pyro.plate("data", N, subsample=ind) as rows:
+                datum(x[rows] @ w, y[rows])
+
+        x = torch.randn(N, width)
+        for set_up in ("all", "some", "more"):
+            guide = auto_faithful_guide(model, x, Y, CALLS[set_up], **FEW)
+            guide.set_linear_("z", {"x": -0.8 * weights, "y": 0.8, "w": 0.0 * weights}
+                              if "w" in guide.inverse.parents["z"] else {"x": -0.8 * weights, "y": 0.8},
+                              0.0, math.sqrt(0.2))  # fmt: skip
+            for ind in CALLS.values():
+                chosen = torch.arange(N) if ind is None else ind
+                assert torch.allclose(guide.median(x, Y, ind)["z"], means(x @ weights)[chosen])
+
+
+def test_rows_along_another_dimension_than_the_first():
+    weights = torch.tensor([0.5, -1.0]).double()
+
+    def model(x, y, ind=None):
+        with pyro.plate("data", N, subsample=ind) as rows:
+            datum(weights @ x[:, rows], y[rows])
+
+    x = torch.randn(2, N)
+    for set_up in ("all", "some"):
+        guide = auto_faithful_guide(model, x, Y, CALLS[set_up], **FEW)
+        guide.set_linear_("z", {"x": -0.8 * weights, "y": 0.8}, 0.0, math.sqrt(0.2))
+        for ind in CALLS.values():
+            chosen = torch.arange(N) if ind is None else ind
+            assert torch.allclose(guide.median(x, Y, ind)["z"], means(weights @ x)[chosen])
+
+
+def test_nested_plates_of_which_the_outer_one_is_subsampled():
+    def model(x, y, ind=None):
+        with pyro.plate("groups", 6, subsample=ind, dim=-2) as rows, pyro.plate("members", 3, dim=-1):
+            datum(x[rows][:, None], y[rows])
+
+    x, y = torch.randn(6), torch.randn(6, 3)
+    for set_up in (None, torch.tensor([4, 1])):
+        guide = auto_faithful_guide(model, x, y, set_up, **FEW)
+        exact_(guide)
+        for ind in (None, torch.tensor([5, 0]), torch.tensor([2]), torch.tensor([3, 5, 0, 1, 2, 4])):
+            chosen = torch.arange(6) if ind is None else ind
+            assert torch.allclose(guide.median(x, y, ind)["z"], means(x[:, None], y)[chosen])
+
+
+@pytest.mark.parametrize("size", [4, 6])
+def test_two_subsampled_plates(size):
+    """Rows and columns of a matrix; with ``size`` 6 they are as many, and only the indices tell which is which."""
+
+    def model(x, row, column, y, i=None, j=None):
+        rows = pyro.plate("rows", 6, subsample=i, dim=-2)
+        columns = pyro.plate("columns", size, subsample=j, dim=-1)
+        with rows as a, columns as b:
+            datum(x[a][:, b] + row[a][:, None] + column[b], y[a[:, None], b])
+
+    x, row, column, y = torch.randn(6, size), torch.randn(6), torch.randn(size), torch.randn(6, size)
+    exact = means(x + row[:, None] + column, y)
+    batch = torch.tensor([5, 1, 2]), torch.tensor([3, 0, 1])
+    guide = auto_faithful_guide(model, x, row, column, y, *batch, **FEW)
+    weights = {"x": -0.8, "row": -0.8, "column": -0.8, "y": 0.8}
+    guide.set_linear_("z", weights, 0.0, math.sqrt(0.2))
+    others = torch.tensor([0, 4, 3]), torch.tensor([2, 1, 0])
+    for i, j in (
+        batch,
+        others,
+        (torch.tensor([2]), torch.tensor([0, 3])),
+        (batch[0], torch.arange(size).flip(0)),
+    ):
+        z = guide.median(x, row, column, y, i, j)["z"]
+        assert torch.allclose(z, exact[i][:, j])
+
+
+def test_plates_that_the_user_creates():
+    def model(x, y):
+        with pyro.plate("data", N, subsample_size=5) as ind:
+            datum(x[ind], y[ind])
+
+    guide = auto_faithful_guide(
+        model, X, Y, create_plates=lambda x, y: pyro.plate("data", N, subsample_size=5), **FEW
+    )
+    exact_(guide)
+    for _ in range(3):
+        trace = poutine.trace(guide).get_trace(X, Y)
+        replayed = poutine.trace(poutine.replay(model, trace)).get_trace(X, Y)
+        found = (replayed.log_prob_sum() - trace.log_prob_sum()).item()
+        assert found == pytest.approx(float(evidence()[trace.nodes["data"]["value"]].sum()) * N / 5)
+
+
+def test_groups_looked_up_by_an_index_whose_rows_are_taken():
+    group = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2])
+
+    def model(group, x, y, ind=None):
+        with pyro.plate("groups", 3):
+            theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", N, subsample=ind) as rows:
+            z = pyro.sample("z", dist.Normal(theta[..., group[rows]], 1.0))
+            pyro.sample("y", dist.Normal(z + x[rows], 0.5), obs=y[rows])
+
+    for set_up in ("all", "some"):
+        guide = auto_faithful_guide(model, group, X, Y, CALLS[set_up], **FEW)
+        look_up = next(name for name in guide.block_of("z").inputs.names if name.startswith("theta"))
+        guide.set_linear_("z", {"x": -0.8, "y": 0.8, look_up: {"theta": 0.2}}, 0.0, math.sqrt(0.2))
+        with torch.no_grad(), pyro.poutine.block():
+            for ind in CALLS.values():
+                chosen = torch.arange(N) if ind is None else ind
+                found = guide.median(group, X, Y, ind)
+                expected = means()[chosen] + 0.2 * found["theta"][group[chosen]]
+                assert torch.allclose(found["z"], expected)
+
+
+# ----------------------------------------------------------------------------------------------- the bound of a batch
+def hierarchical(x, y, ind=None):
+    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+    with pyro.plate("data", 6, subsample=ind) as rows:
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        pyro.sample("y", dist.Normal(z + x[rows], 0.5), obs=y[rows])
+
+
+@pytest.mark.parametrize("set_up", [None, torch.tensor([4, 1])])
+def test_the_mean_over_all_batches_is_the_bound_of_all_data(set_up):
+    """Locals and a global, exact: the mean over batches is the evidence, whatever the global's value."""
+    x, y = X[:6], Y[:6]
+    guide = auto_faithful_guide(hierarchical, x, y, set_up, **FEW)
+    precision = 0.25 + 6 / 1.25
+    guide.set_linear_("mu", {}, float((y - x).sum() / 1.25 / precision), precision**-0.5)
+    with torch.no_grad():
+        for parameter in guide.block_of("mu").conditionals.table.parameters():
+            parameter.zero_()
+    guide.set_linear_("z", {"mu": 0.2, "x": -0.8, "y": 0.8}, 0.0, math.sqrt(0.2))
+    exact = dist.MultivariateNormal(torch.zeros(6), 4.0 + 1.25 * torch.eye(6)).log_prob(y - x).item()
+    drawn, held = poutine.trace(guide).get_trace(x, y, torch.tensor([0, 1])), poutine.Trace()
+    held.add_node("mu", **drawn.nodes["mu"])
+    bounds = []
+    for batch in itertools.combinations(range(6), 2):
+        args = x, y, torch.tensor(batch)
+        trace = poutine.trace(poutine.replay(guide, trace=held)).get_trace(*args)
+        bounds.append(poutine.trace(poutine.replay(hierarchical, trace)).get_trace(*args).log_prob_sum())
+        bounds[-1] = bounds[-1] - trace.log_prob_sum()
+    assert torch.stack(bounds).mean().item() == pytest.approx(exact)
+
+
+# -------------------------------------------------------------------------------------------- what cannot be known
+def test_rows_of_a_tensor_computed_from_a_square_one_are_refused():
+    def model(x, y, ind):
+        with pyro.plate("data", N, subsample=ind):
+            datum((x @ x.T).sum(0)[ind], y[ind])
+
+    with pytest.raises(
+        UnsupportedModelError, match=r"along which dimension of 'x'.*Index 'x' itself, x\[ind\]"
+    ):
+        auto_faithful_guide(model, torch.randn(N, N), Y, CALLS["some"])
+
+
+def test_rows_of_two_plates_along_one_dimension_are_refused():
+    def model(x, y):
+        for name, ind in (("one", torch.tensor([0, 1])), ("two", torch.tensor([5, 6]))):
+            with pyro.plate(name, N, subsample=ind):
+                z = pyro.sample(f"z_{name}", dist.Normal(0.0, 1.0))
+                pyro.sample(f"y_{name}", dist.Normal(z + x[ind], 0.5), obs=y[ind])
+
+    with pytest.raises(
+        UnsupportedModelError, match=r"those of 'one' and of 'two' along dimension -1\. Pass the"
+    ):
+        auto_faithful_guide(model, X, Y)
+
+
+def test_full_data_of_which_no_rows_are_seen_to_be_taken_are_refused_in_the_call():
+    def model(x, y, ind=None):
+        with pyro.plate("data", N, subsample=ind) as rows:
+            datum(x if ind is None else torch.tensor(x.detach().numpy()[rows.flip(0)]).flip(0), y[rows])
+
+    guide = auto_faithful_guide(model, X, Y, **FEW)
+    with pytest.raises(
+        UnsupportedModelError, match=r"Expected 'x' with 3 entries along dimension -1.*x\[ind\]"
+    ):
+        guide(X, Y, CALLS["some"])
+
+
+def test_copies_drawn_jointly_by_parameters_for_each_pair_keep_their_order():
+    def model(y, ind=None):
+        with pyro.plate("data", 3, subsample=ind) as rows:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("total", dist.Normal(z.sum(-1), 0.5), obs=y.sum())
+        with pyro.plate("more", 3):
+            pyro.sample("y", dist.Normal(z, 0.5), obs=y[rows])
+
+    guide = auto_faithful_guide(model, Y[:3], **FEW)
+    with pytest.raises(GraphflowsError, match="elements of plate 'data' in the order of the data"):
+        guide(Y[:3], torch.tensor([2, 0, 1]))
+
+
+def test_plates_that_are_indexed_are_said_of_the_trace():
+    def model(x, y, ind):
+        with pyro.plate("data", N, subsample=ind):
+            datum(x[ind, 0], y[ind])
+
+    traced = trace_model(model, (torch.zeros(N, 2), Y, CALLS["some"]))
+    assert traced.taken == {"x": {-2: "data"}}
+    assert traced.graph.plates["x"] == ("data",)
+    assert traced.event_dims["x"] == 1
+    assert "ind" not in traced.graph.inputs
