@@ -151,19 +151,18 @@ class Constants(nn.Module):
         self._forget()
 
     def _forget(self) -> None:
-        self._kept: tuple[Any, Tensor | None] = (None, None)
+        self._kept: tuple[Any, tuple[Tensor, ...]] = (None, ())
 
-    def kept(self, sources: Sequence[Tensor], find: Callable[[], Tensor]) -> Tensor:
-        """Return what ``find`` returned last, or ask it again if a source has changed since."""
-        key = [(source.data_ptr(), source._version) for source in sources]
-        if self._kept[1] is None or self._kept[0] != key:
+    def kept(self, one: Tensor, other: Tensor, find: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Return what ``find`` returned last, or ask it again if one of two sources has changed in place since."""
+        key = one._version, other._version
+        if self._kept[0] != key:
             with torch.no_grad():
                 self._kept = (key, find())
-        assert self._kept[1] is not None
         return self._kept[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": (None, None)}
+        return {**self.__dict__, "_kept": (None, ())}
 
     def _apply(self, *args: Any, **kwargs: Any) -> "Constants":
         self._forget()
@@ -264,19 +263,20 @@ class WhitenedRows(Constants):
             unit: A number for each row; ones by default.
             offset: What is added, in the layout of the layer; nothing by default.
         """
-        sources = [whiteners.rank, *whiteners.all_matrices(), *(() if unit is None else (unit,))]
-        constants = self.kept(sources, lambda: self._find(layer, whiteners, unit))
+        rank = whiteners.rank  # it is set whenever the whiteners are
+        constants = self.kept(
+            rank, rank if unit is None else unit, lambda: self._find(layer, whiteners, unit)
+        )
         if self.way == "by row":
             rows = layer.weight.unsqueeze(1)
             if offset is None:
-                return torch.bmm(rows, constants).squeeze(1)
-            return torch.baddbmm(offset.unsqueeze(1), rows, constants).squeeze(1)
-        if self.way == "shared":
-            gain = self.gain(whiteners, unit).unsqueeze(-1)
-            product = layer.weight @ constants
-            return product * gain if offset is None else torch.addcmul(offset, product, gain)
-        product = layer.weight if self.way == "plain" else self._gathered(layer, whiteners)
-        return product * constants if offset is None else torch.addcmul(offset, product, constants)
+                return torch.bmm(rows, constants[0]).squeeze(1)
+            return torch.baddbmm(offset.unsqueeze(1), rows, constants[0]).squeeze(1)
+        if self.way == "gathered":
+            product = self._gathered(layer, whiteners)
+        else:
+            product = layer.weight if self.way == "plain" else layer.weight @ constants[1]
+        return product * constants[0] if offset is None else torch.addcmul(offset, product, constants[0])
 
     def _gathered(self, layer: MaskedLinear, whiteners: Whiteners) -> Tensor:
         parts = layer.weight.reshape(-1)[self.gather].split([n * m * w for n, m, w in self._shapes])
@@ -286,15 +286,17 @@ class WhitenedRows(Constants):
         ]
         return torch.cat([*products, products[0].new_zeros(1)])[self.back].view(self.shape)
 
-    def _find(self, layer: MaskedLinear, whiteners: Whiteners, unit: Tensor | None) -> Tensor:
+    def _find(self, layer: MaskedLinear, whiteners: Whiteners, unit: Tensor | None) -> tuple[Tensor, ...]:
+        """Return a matrix for each row; or what entries are multiplied by, and the matrix that all rows share."""
         gain = self.gain(whiteners, unit).to(layer.weight)
-        if self.way == "shared":
-            return whiteners.embedded(max(self.set_of_row), layer.in_features).to(gain)
         if self.way == "by row":
             known = {i: whiteners.embedded(i, layer.in_features) for i in set(self.set_of_row)}
-            return torch.stack([known[i].to(gain) * g for i, g in zip(self.set_of_row, gain, strict=True)])
-        by_entry = gain.unsqueeze(-1) if layer.engine == "dense" else gain[layer.pattern.row]
-        return layer.mask * by_entry if self.way == "plain" and layer.engine == "dense" else by_entry
+            rows = [known[i].to(gain) * g for i, g in zip(self.set_of_row, gain, strict=True)]
+            return (torch.stack(rows),)
+        by_entry = _by_entry(layer, gain)
+        if self.way == "shared":
+            return by_entry, whiteners.embedded(max(self.set_of_row), layer.in_features).to(gain)
+        return (layer.mask * by_entry if self.way == "plain" and layer.engine == "dense" else by_entry,)
 
 
 class NaturalUnits(Constants):
@@ -405,11 +407,11 @@ class NaturalUnits(Constants):
 
     def last(self, layer: MaskedLinear) -> Tensor:
         """Return the entries of the last layer."""
-        return layer.weight * self.kept([self.unit], lambda: self._find_gain(layer))
+        return layer.weight * self.kept(self.unit, self.unit, lambda: self._find_gain(layer))[0]
 
-    def _find_gain(self, layer: MaskedLinear) -> Tensor:
+    def _find_gain(self, layer: MaskedLinear) -> tuple[Tensor]:
         gain = _by_entry(layer, self.unit / self.fan_in.sqrt())
-        return gain * layer.mask if layer.engine == "dense" else gain
+        return (gain * layer.mask if layer.engine == "dense" else gain,)
 
 
 class EdgeUnits(Constants):
@@ -472,7 +474,7 @@ class EdgeUnits(Constants):
         if not len(weight):
             return weight, biases
         matrices = self.whiteners.all_matrices()
-        gain = self.kept([self.unit, self.whiteners.rank], self._find_gain)
+        (gain,) = self.kept(self.unit, self.whiteners.rank, self._find_gain)
         if matrices:
             parts = weight[self.gather].split([n * width for n, width in self._shapes])
             products = [
@@ -484,8 +486,8 @@ class EdgeUnits(Constants):
             weight = (torch.cat(products) if len(products) > 1 else products[0])[self.back]
         return torch.addcmul(self.offset, gain, weight), biases
 
-    def _find_gain(self) -> Tensor:
-        return self.unit[self.owner] / self.root_of_rank().unsqueeze(-1)
+    def _find_gain(self) -> tuple[Tensor]:
+        return (self.unit[self.owner] / self.root_of_rank().unsqueeze(-1),)
 
 
 def _by_entry(layer: MaskedLinear, by_row: Tensor) -> Tensor:
