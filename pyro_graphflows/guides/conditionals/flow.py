@@ -284,7 +284,6 @@ class FlowConditionals(Conditionals):
         """See :meth:`Conditionals.narrow_elements_`."""
         if self.table is not None and self.affine.stack.conditional_scale:
             self.table.table[..., 1::2] += math.log(factor)
-            self.table.unit[0::2] *= factor
 
     # ---------------------------------------------------------------- evaluation
 
