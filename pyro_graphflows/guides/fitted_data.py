@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.guides.call import Call
 from pyro_graphflows.guides.plan import Plan
-from pyro_graphflows.inspect.arguments import argument_leaves
+from pyro_graphflows.inspect.arguments import argument_leaves, moved_arguments
 
 __all__ = ["FittedData", "digest"]
 
@@ -61,6 +61,15 @@ class FittedData:
         """Note which tensors these are, and their state, as they may be written to later."""
         if self._digests is None:
             self._alike = _marked(argument_leaves(model, self.args, self.kwargs))
+
+    def moved(self, convert: Callable[[Tensor], Tensor]) -> None:
+        """Move the data to another device, with the guide; their types stay.
+
+        Args:
+            convert: From a tensor to that on the other device.
+        """
+        self.args, self.kwargs = moved_arguments(self.args, self.kwargs, convert)
+        self._values, self._alike = None, {}
 
     def is_known(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether the tensors of a call are those that were fitted, or were found to hold the same."""
@@ -113,7 +122,7 @@ class FittedData:
         if on_accelerator and not always and self._comparisons & (self._comparisons - 1):
             return ()
         graph = plan.graph
-        fitted = self.values(read, graph)
+        fitted = self.values(read, graph) if call.values else {}
         differs: dict[str, bool] = {}
 
         def other(name: str) -> bool:
@@ -176,5 +185,10 @@ def _differ(fitted: Tensor | str, value: Tensor) -> bool:
     if fitted.shape != value.shape:
         return True
     mine, theirs = fitted.detach().to(value.device), value.detach()
+    if mine.is_meta:
+        return False
+    if mine.is_floating_point() and theirs.is_floating_point():  # one of two types may be rounded
+        narrow = min(mine.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)
+        mine, theirs = mine.to(narrow), theirs.to(narrow)
     same = (mine == theirs) | ((mine != mine) & (theirs != theirs))  # NaN where entries are missing
     return not bool(same.all())

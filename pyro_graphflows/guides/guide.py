@@ -592,7 +592,12 @@ class AutoFaithfulGuide(AutoGuide):
         """Warn once of each site that fits other data than those of a call."""
         fitted = None if self._is_fitting else self._fitted
         sites = [] if fitted is None else [site for site in self._per_element() if site not in self._warned]
-        if fitted is None or not sites or (known and fitted.is_known(self.model, args, kwargs)):
+        if (
+            fitted is None
+            or not sites
+            or not call.values
+            or (known and fitted.is_known(self.model, args, kwargs))
+        ):
             return
         found = fitted.sites_of_other_data(call, self.plan, self._read_quietly, sites, always=False)
         if not found:
@@ -808,6 +813,8 @@ class AutoFaithfulGuide(AutoGuide):
         super()._apply(fn, recurse)
         if self._plan is not None:
             self._reader.moved(fn)
+            if self._fitted is not None:
+                self._fitted.moved(fn)
             self._sites = {name: site.moved(fn) for name, site in self._sites.items()}
             self._plate_states = {name: plate.moved(fn) for name, plate in self._plate_states.items()}
         return self
