@@ -21,6 +21,7 @@ __all__ = [
     "WINSOR",
     "Moments",
     "Regression",
+    "in_float64",
     "location_and_scale",
     "logistic_regression",
     "square_root",
@@ -40,6 +41,14 @@ MOST_QUANTILE_ROWS = 100_000
 MOST_LOGISTIC_ROWS = 10_000
 PRIOR_SCALE = 1.0  # of a slope of a logistic regression, for inputs of unit scale
 PSEUDO_COUNT = 0.5  # imagined samples of each class, at the mean of the inputs
+
+
+def in_float64(values: Tensor) -> Tensor:
+    """Return a tensor in float64: on its device, or on the CPU where the device has no such type (MPS)."""
+    try:
+        return values.double()
+    except TypeError:
+        return values.cpu().to(torch.float64)
 
 
 # ---------------------------------------------------------------- location and scale
@@ -98,7 +107,7 @@ class Moments:
     """
 
     def __init__(self, rows: Tensor) -> None:
-        self.rows = rows = rows.double()
+        self.rows = rows = in_float64(rows)
         self.number = len(rows)
         self.mean, self.covariance = rows.mean(0), torch.atleast_2d(torch.cov(rows.T))
 
@@ -246,7 +255,7 @@ def logistic_regression(inputs: Tensor, targets: Tensor, *, max_steps: int = 100
         Slopes and intercepts, in the type of the inputs. Those of indicators are centred over the classes.
     """
     n, c = len(inputs), targets.shape[-1]
-    x, y = inputs[:MOST_LOGISTIC_ROWS].double(), targets[:MOST_LOGISTIC_ROWS].double()
+    x, y = in_float64(inputs[:MOST_LOGISTIC_ROWS]), in_float64(targets[:MOST_LOGISTIC_ROWS])
     share = (y.sum(0) + PSEUDO_COUNT) / (len(y) + max(c, 2) * PSEUDO_COUNT)
     start = share.logit() if c == 1 else share.log()
     if n == 0 or x.shape[-1] == 0:

@@ -33,7 +33,7 @@ probability ( grass | rain, sprinkler ) {
         library.four_cycle(),
         library.protein_network(),
         ModelGraph([("w", "y"), ("m", "y"), ("z", "m")], ["y"], inputs=["w"], marginalised=["m"]),
-        ModelGraph([], [], event_sizes={"lonely": 1}),
+        ModelGraph([], [], nodes=["lonely"]),
         ModelGraph([("a", "b")], []),
     ],
 )

@@ -33,12 +33,8 @@ def networks(draw, max_nodes=7):
     size = draw(st.integers(1, max_nodes))
     edges = [(i, j) for j in range(size) for i in range(j) if draw(st.booleans())]
     observed = [i for i in range(size) if draw(st.booleans())]
-    graph = ModelGraph([(str(i), str(j)) for i, j in edges], map(str, observed), event_sizes=_ones(size))
+    graph = ModelGraph([(str(i), str(j)) for i, j in edges], map(str, observed), nodes=map(str, range(size)))
     return LinearGaussianNetwork.random(graph, seed=draw(st.integers(0, 2**32 - 1)))
-
-
-def _ones(size):
-    return {str(i): 1 for i in range(size)}
 
 
 def block(matrix, rows, columns):
@@ -266,7 +262,7 @@ def test_faithful_inverses_have_no_gap(data):
         of["observed"],
         inputs=of["input"],
         marginalised=of["marginalised"],
-        event_sizes=dict.fromkeys(roles, 1),
+        nodes=roles,
     )
     net = LinearGaussianNetwork.random(graph, seed=size)
     for order in ("forward", "reverse", "min_fill", "auto"):

@@ -50,7 +50,9 @@ def test_round_trip_and_equality(student):
 
 
 def test_isolated_nodes_and_attributes():
-    graph = ModelGraph([], observed=["x"], event_sizes={"z": 3}, plates={"x": ["outer", "inner"]})
+    graph = ModelGraph(
+        [], observed=["x"], event_sizes={"z": 3}, plates={"x": ["outer", "inner"]}, nodes=["x", "z"]
+    )
     assert set(graph.nodes) == {"x", "z"}
     data = graph.to_networkx().nodes
     assert data["z"] == {"role": "latent", "event_size": 3, "plates": ()}
@@ -94,8 +96,12 @@ class Backwards(set):
 def test_sets_are_sorted():
     """Columns of data follow the graph's order, so it must not be another one in each run."""
     edges = [("a", "x"), ("a", "y"), ("b", "y"), ("b", "z"), ("c", "x"), ("a", "c")]
-    expected = ModelGraph(sorted(edges), list("uxyz"), inputs=["v", "w"])
+    isolated = ["u", "v", "w"]
+    expected = ModelGraph(sorted(edges), list("uxyz"), inputs=["v", "w"], nodes=isolated)
     for kind in (set, frozenset, Backwards):
-        graph = ModelGraph(kind(edges), kind("xyzu"), inputs=kind("vw"))
+        graph = ModelGraph(kind(edges), kind("xyzu"), inputs=kind("vw"), nodes=kind(isolated))
         assert (graph.nodes, graph.edges) == (expected.nodes, expected.edges)
-    assert ModelGraph([], dict.fromkeys("yx").keys()).nodes == ("y", "x")  # these have an order
+    assert ModelGraph([], list("yx"), nodes=dict.fromkeys("yx").keys()).nodes == (
+        "y",
+        "x",
+    )  # these have an order

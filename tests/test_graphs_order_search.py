@@ -143,7 +143,7 @@ def test_the_search_ends_when_it_finds_no_more(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "graph", [ModelGraph([], ["x"]), ModelGraph([("z", "x")], ["x"]), ModelGraph(["ab"], [])]
+    "graph", [ModelGraph([], ["x"], nodes=["x"]), ModelGraph([("z", "x")], ["x"]), ModelGraph(["ab"], [])]
 )
 def test_nothing_to_search(graph):
     inverse = faithful_inverse(graph, AutoOrder())

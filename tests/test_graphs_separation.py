@@ -52,7 +52,7 @@ def test_small_dags(num_nodes):
     for edges in labelled_dags(num_nodes):
         oracle = Paths(range(num_nodes), edges)
         for roles in role_assignments(num_nodes):
-            graph = ModelGraph(edges, roles["observed"], event_sizes=dict.fromkeys(range(num_nodes), 1))
+            graph = ModelGraph(edges, roles["observed"], nodes=range(num_nodes))
             for inverse in (stochastic_inverse(graph), mean_field_inverse(graph)):
                 assert is_imap(inverse) == (not oracle.violations(inverse))
             assert is_imap(fully_connected_inverse(graph))

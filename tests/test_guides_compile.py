@@ -174,7 +174,7 @@ def test_a_plan_is_complete_and_the_same_each_time(case):
 
 
 def test_a_plan_stays_while_its_guide_is_called_and_trained():
-    guide = auto_faithful_guide(hierarchical, X, num_start_samples=100)
+    guide = auto_faithful_guide(hierarchical, X, pool="deepset", num_start_samples=100)
     plan, words = dataclasses.replace(guide.plan), guide.describe()
     svi = pyro.infer.SVI(hierarchical, guide, pyro.optim.Adam({"lr": 1e-2}), pyro.infer.Trace_ELBO())
     svi.step(X)

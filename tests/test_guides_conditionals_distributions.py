@@ -128,6 +128,27 @@ def test_gradients_of_draws_and_at_fixed_values():
     torch.testing.assert_close(own, copied, atol=1e-6, rtol=1e-6)
 
 
+def test_gradients_at_a_fixed_value_where_the_support_moves():
+    """A uniform support up to a bound that is learned: a draw without gradients is scored as any value."""
+    bound = torch.tensor(3.0, requires_grad=True)
+
+    def fresh():
+        support = constraints.interval(0.0, bound)
+        base = dist.Normal(torch.zeros(1), torch.ones(1)).to_event(1)
+        return FactorDistribution(base, biject_to(support), torch.Size(), torch.Size(), support)
+
+    q = fresh()
+    with torch.no_grad():
+        value = q.rsample()
+    (found,) = torch.autograd.grad(q.log_prob(value), bound)
+    (expected,) = torch.autograd.grad(fresh().log_prob(value.clone()), bound)
+    torch.testing.assert_close(found, expected)
+    # by hand: u = logit(value / bound), with a standard normal density of u
+    u = (value / (bound - value)).log()
+    log_q = dist.Normal(0.0, 1.0).log_prob(u) - (value * (bound - value) / bound).log()
+    torch.testing.assert_close(found, torch.autograd.grad(log_q, bound)[0])
+
+
 # ---------------------------------------------------------------- normals over numbers
 
 

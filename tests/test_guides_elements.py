@@ -79,6 +79,28 @@ def test_elements_of_one_site_that_depend_on_each_other():
     assert math.isfinite(svi.step(x))
 
 
+def test_elements_of_which_some_do_not_see_what_their_site_sees():
+    """w[0] hangs on z, w[1] on its datum alone: both are sampled after z, and the start is the exact posterior."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            w = pyro.sample("w", dist.Normal(torch.stack([z, 0 * z], -1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(w, 1.0).to_event(1), obs=x)
+
+    x = torch.randn(5, 2)
+    guide = auto_faithful_guide(model, x, resolution="element", inverse="reverse", num_start_samples=40_000)
+    assert guide.inverse.parents["w[0]"] == ("z", "x[0]")
+    assert guide.inverse.parents["w[1]"] == ("x[1]",)
+    assert guide.plan.blocks[0].levels == (("z",), ("w",))
+    z = dist.Normal(x[:, 0] / 3, math.sqrt(2 / 3)).sample((3000,))
+    mean = torch.stack([(z + x[:, 0]) / 2, (x[:, 1] / 2).expand_as(z)], -1)
+    w = dist.Normal(mean, math.sqrt(1 / 2)).sample()
+    exact = dist.Normal(x[:, 0] / 3, math.sqrt(2 / 3)).log_prob(z)
+    exact = exact + dist.Normal(mean, math.sqrt(1 / 2)).log_prob(w).sum(-1)
+    assert (exact - guide.log_prob({"z": z, "w": w}, x)).mean().item() < 0.01
+
+
 def test_element_factor_is_its_autoregression():
     factor = ElementNormalFactor([[], [0], [0, 1]])
     full = NormalFactor(3)

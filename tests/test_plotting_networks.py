@@ -22,7 +22,7 @@ GRAPHS = {
     "student": library.student_network(),
     "eight_schools": library.eight_schools(),
     "marginalised": ModelGraph([("m", "x"), ("z", "m"), ("z", "x")], ["x"], marginalised=["m"]),
-    "one node": ModelGraph([], [], event_sizes={"z": 1}),
+    "one node": ModelGraph([], [], nodes=["z"]),
     "empty": ModelGraph([], []),
 }
 

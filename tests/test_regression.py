@@ -8,6 +8,7 @@ import torch
 
 from pyro_graphflows.regression import (
     RESIDUAL_FLOOR,
+    RIDGE,
     Moments,
     location_and_scale,
     logistic_regression,
@@ -124,6 +125,38 @@ def test_regression_in_turn_gives_each_column_its_own_inputs():
     alone = Moments(rows).regress_in_turn([0, 1], [2, 3], [[0], []], [[], []])
     assert alone.weights[1].tolist() == [0.0, 0.0]
     assert alone.scale_tril[1, 0] == 0.0
+
+
+@pytest.mark.parametrize("ridge", [1e-2, 1.0])
+def test_regressions_with_a_ridge(ridge):
+    """Ridge regression on centred rows, with what is left over divided by the degrees of freedom that remain."""
+    rows, inputs, own = sample(), [0, 1, 4], [2, 3]
+    fit = Moments(rows).regress(inputs, own, ridge)
+    x, y = (part - part.mean(0) for part in (rows[:, inputs].numpy(), rows[:, own].numpy()))
+    gram, n = x.T @ x / 59, 60
+    slopes = np.linalg.solve(gram + ridge * np.eye(3), x.T @ y / 59)
+    freedom = np.trace(np.linalg.solve(gram + ridge * np.eye(3), gram))
+    residual = y - x @ slopes
+    np.testing.assert_allclose(fit.weights, slopes.T, atol=1e-10)
+    np.testing.assert_allclose(
+        fit.loc, rows[:, own].mean(0) - fit.weights @ rows[:, inputs].mean(0), atol=1e-10
+    )
+    covariance = residual.T @ residual / (n - 1 - freedom)
+    np.testing.assert_allclose(fit.scale_tril @ fit.scale_tril.T, covariance, atol=1e-10)
+
+
+def test_the_ridge_that_predicts():
+    """A strong relation takes a ridge that leaves its slope alone; of noise every ridge predicts as badly."""
+    x = torch.randn(2000, 3)
+    noise = torch.randn(2000, 1)
+    exact = torch.cat([x, x.sum(-1, keepdim=True) + 1e-3 * noise], -1)
+    nothing = torch.cat([x, noise], -1)
+    assert (
+        Moments(exact).ridge([0, 1, 2], [3]) <= 1e-4
+    )  # the loss of a slope is the ridge, of a residual 1e-3
+    assert Moments(nothing).ridge([0, 1, 2], [3]) == 1e-2
+    assert Moments(exact).ridge([], [3]) == RIDGE
+    assert Moments(exact[:9]).ridge([0, 1, 2], [3]) == RIDGE  # too few rows to hold some out
 
 
 def test_too_few_samples_for_a_covariance_are_said():

@@ -452,7 +452,8 @@ class SiteElimination:
         self.graph = graph
         self.expansion = expand(graph)
         names = graph.nodes
-        self.latent = [i for i, name in enumerate(names) if graph.role(name) == "latent"]
+        latent = set(graph.latent)
+        self.latent = [i for i, name in enumerate(names) if name in latent]
         self.known = self.expansion.with_role("observed", "input")
         self.hidden = set(self.expansion.with_role("marginalised"))
         self.relevant = ancestors(self.expansion, self.known)

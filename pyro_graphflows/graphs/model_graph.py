@@ -74,13 +74,14 @@ class ModelGraph:
     r"""An immutable, validated Bayesian-network structure.
 
     Args:
-        graph: A directed graph, or an iterable of edges (parent, child). Nodes without an edge may be given
-            in a digraph, or by naming them in any of the other arguments. Edges and names in sets are sorted.
+        graph: A directed graph, or an iterable of edges (parent, child). Edges and names in sets are sorted.
         observed: The names of the observed nodes.
         inputs: The names of the covariates: roots without a density that are always known.
         marginalised: The names of the unobserved nodes that are summed or integrated out.
         event_sizes: The number of scalars of one copy of a node; 1 where nothing is said.
         plates: The names of the plates around a node, outer to inner; none where nothing is said.
+        nodes: Nodes, needed for those without an edge where ``graph`` is no digraph. All other names must be known, so
+            that a misspelt one is no new node.
 
     Attributes:
         nodes: All nodes, parents before children; ties in order of insertion. Called *graph order* elsewhere.
@@ -128,6 +129,7 @@ class ModelGraph:
         marginalised: Iterable[Node] = (),
         event_sizes: Mapping[Node, int] | None = None,
         plates: Mapping[Node, Iterable[str]] | None = None,
+        nodes: Iterable[Node] = (),
     ) -> None:
         named = {
             "observed": _as_names(observed, "observed"),
@@ -145,19 +147,16 @@ class ModelGraph:
                 raise GraphflowsError(f"Expected a networkx.DiGraph; got a {type(graph).__name__}.")
             dag.add_nodes_from(graph)
             dag.add_edges_from(graph.edges())
-            mentioned = (
-                {node for names in named.values() for node in names} | set(event_sizes) | set(plate_names)
-            )
-            unknown = mentioned - set(dag)
-            if unknown:
-                raise GraphflowsError(
-                    f"Expected names of nodes of the graph; got unknown {listed(unknown)}. "
-                    f"The nodes are {listed(dag)}."
-                )
         else:
             dag.add_edges_from((parent, child) for parent, child in _in_fixed_order(graph))
-            for names in (*named.values(), event_sizes, plate_names):
-                dag.add_nodes_from(names)
+        dag.add_nodes_from(_as_names(nodes, "nodes"))
+        mentioned = {node for names in named.values() for node in names} | set(event_sizes) | set(plate_names)
+        unknown = mentioned - set(dag)
+        if unknown:
+            raise GraphflowsError(
+                f"Expected names of nodes of the graph; got unknown {listed(unknown)}. The nodes are "
+                f"{listed(dag) or 'none'}. Nodes without an edge are given by nodes=[...]."
+            )
 
         roles = dict.fromkeys(dag, "latent")
         twice = set()
@@ -180,16 +179,16 @@ class ModelGraph:
                 f"Expected event sizes that are positive integers; not so for {listed(wrong)}."
             )
 
-        nodes = topological_order(dag)
-        rank = {node: i for i, node in enumerate(nodes)}
+        order = topological_order(dag)
+        rank = {node: i for i, node in enumerate(order)}
         self.__setstate__(
             {
-                "nodes": nodes,
-                "_parents": {n: tuple(sorted(dag.predecessors(n), key=rank.__getitem__)) for n in nodes},
-                "_children": {n: tuple(sorted(dag.successors(n), key=rank.__getitem__)) for n in nodes},
-                "_roles": {node: roles[node] for node in nodes},
-                "event_sizes": {node: event_sizes.get(node, 1) for node in nodes},
-                "plates": {node: plate_names.get(node, ()) for node in nodes},
+                "nodes": order,
+                "_parents": {n: tuple(sorted(dag.predecessors(n), key=rank.__getitem__)) for n in order},
+                "_children": {n: tuple(sorted(dag.successors(n), key=rank.__getitem__)) for n in order},
+                "_roles": {node: roles[node] for node in order},
+                "event_sizes": {node: event_sizes.get(node, 1) for node in order},
+                "plates": {node: plate_names.get(node, ()) for node in order},
             }
         )
 

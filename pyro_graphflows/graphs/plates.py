@@ -50,8 +50,14 @@ class Expansion:
 
     def with_role(self, *roles: str) -> list[int]:
         """Return the nodes whose site has one of the roles, in increasing order."""
-        names = self.graph.nodes
-        wanted = [self.graph.role(name) in roles for name in names]
+        of_role = {
+            "latent": self.graph.latent,
+            "observed": self.graph.observed,
+            "input": self.graph.inputs,
+            "marginalised": self.graph.marginalised,
+        }
+        chosen = {name for role in roles for name in of_role[role]}
+        wanted = [name in chosen for name in self.graph.nodes]
         return [node for node, position in enumerate(self.site) if wanted[position]]
 
     def differing_plates(self, node: int, others: Iterable[int]) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ from pyro_graphflows.guides.features import FeatureMap, concatenate
 from pyro_graphflows.guides.inputs import Summary
 from pyro_graphflows.guides.plan import BlockPlan
 from pyro_graphflows.guides.samples import Samples, with_depth
-from pyro_graphflows.guides.sites import InputEncodings
+from pyro_graphflows.guides.sites import REMEDIES_OF_NAN, InputEncodings
 
 __all__ = ["BlockInputs", "GuideBlock", "make_inputs"]
 
@@ -102,6 +102,11 @@ class BlockInputs(nn.Module):
         key = str(self.names.index(name))
         return pools[key] if key in pools else None  # noqa: SIM401
 
+    def _members(self, name: str) -> list[str]:
+        """Return the nodes that a summary is made of; none for nodes."""
+        pool: Any = self.pool(name)
+        return [] if pool is None else [member.name for member in pool.members]
+
     def forward(self, call: Call, unconstrained: Mapping[str, Tensor]) -> Tensor:
         """Return the features, ``(*batch, num_features)``.
 
@@ -110,25 +115,19 @@ class BlockInputs(nn.Module):
             unconstrained: The flat vectors of the sites sampled so far.
 
         Raises:
-            GraphflowsError: If a value is not finite, or has another size than at set-up. The message names the node.
+            GraphflowsError: If a value is not finite, is of a wider type, on another device or of another size than
+                at set-up. The message names the node.
         """
         parts = []
-        dtype = self.features.shift.dtype
         for position, name in enumerate(self.names):
             if str(position) in self.pools:
                 pool: Any = self.pools[str(position)]
-                values = {m.name: self._flat(m.name, call, unconstrained, dtype) for m in pool.members}
+                values = {m.name: self._flat(m.name, call, unconstrained) for m in pool.members}
                 values.update({index: call.values[index] for index in pool.indices})
                 parts.append(pool(values, call.plates, call.masks))
             else:
-                parts.append(self._flat(name, call, unconstrained, dtype))
-        flat = concatenate(parts)
-        if not bool(torch.isfinite(flat).all()):
-            guilty = [n for n, part in zip(self.names, parts, strict=True) if not torch.isfinite(part).all()]
-            raise GraphflowsError(
-                f"Expected finite values of the data the guide conditions on; {', '.join(guilty)} have NaN or "
-                "infinite entries. Remove them, or model them as missing with pyro.sample(..., obs_mask=...)."
-            )
+                parts.append(self._flat(name, call, unconstrained))
+        flat = concatenate(parts) if parts else self.features.shift
         expected = self.features.shift.shape[0]
         if flat.shape[-1] != expected:
             sizes = ", ".join(f"{n}: {part.shape[-1]}" for n, part in zip(self.names, parts, strict=True))
@@ -136,12 +135,81 @@ class BlockInputs(nn.Module):
                 f"Expected {expected} conditioning features in all, as when the guide was set up; got {sizes}."
             )
         features: Tensor = self.features(flat)
+        if not (features.is_meta or bool(torch.isfinite(features).all())):
+            raise self._not_finite(features, call, unconstrained)
         return features
 
-    def _flat(self, name: str, call: Call, unconstrained: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def _not_finite(
+        self, features: Tensor, call: Call, unconstrained: Mapping[str, Tensor]
+    ) -> GraphflowsError:
+        """Say whether data, values of latent sites, or the guide's own parameters are to blame."""
+        wrong = ~torch.isfinite(features)
+        start, guilty = 0, []
+        for name, size in self.sizes.items():
+            if bool(wrong[..., start : start + size].any()):
+                guilty.append(name)
+            start += size
+        members = [m for n in guilty for m in (self._members(n) or [n])]
+        data = {name: call.values[name] for name in members if name in call.values}
+        missing = [n for n, value in data.items() if value.is_floating_point() and not value.isfinite().all()]
+        if missing:
+            return GraphflowsError(
+                f"Expected finite values of the data the guide conditions on; {', '.join(missing)} have NaN or "
+                f"infinite entries. {REMEDIES_OF_NAN}"
+            )
+        latents = [
+            name for name in members if name in unconstrained and not unconstrained[name].isfinite().all()
+        ]
+        if latents:
+            return GraphflowsError(
+                f"Expected finite values of the latent sites {', '.join(latents)}, which later sites read; some are "
+                "NaN or infinite. If they were drawn, the guide's parameters have become too large or NaN in training: "
+                "a smaller learning rate or clipped gradients help. If they were given, they are outside the support."
+            )
+        outside = [name for name in guilty if name in data] + self._outside(guilty, call)
+        if outside:
+            return GraphflowsError(
+                f"Expected values of {', '.join(outside)} in the support of their distributions; some are outside."
+            )
+        return GraphflowsError(
+            f"Expected finite summaries {', '.join(guilty)}; their data are finite, so the guide's parameters have "
+            "become too large or NaN in training: a smaller learning rate or clipped gradients help."
+        )
+
+    def _outside(self, names: list[str], call: Call) -> list[str]:
+        """Return the nodes of summaries with data outside of their supports."""
+        found: dict[str, None] = {}
+        for name in names:
+            pool = self.pool(name)
+            pairs = (
+                zip(pool.members, pool.maps, strict=True)
+                if isinstance(pool, DeepSetPool | AllElements)
+                else ()
+            )
+            for member, feature_map in pairs:
+                if member.name in call.values and not member.partly:
+                    features = feature_map(self.encodings.flat(member.name, call.values[member.name]))
+                    found.update({} if bool(features.isfinite().all()) else {member.name: None})
+        return list(found)
+
+    def _flat(self, name: str, call: Call, unconstrained: Mapping[str, Tensor]) -> Tensor:
+        """Return the flat vector of a node, and refuse one on another device or of a wider type than the guide."""
+        like = self.features.shift
         if name in unconstrained:
-            return unconstrained[name]
-        return self.encodings.flat(name, call.values[name], dtype)
+            flat = unconstrained[name]
+        else:
+            flat = self.encodings.flat(name, call.values[name], like.dtype)
+        if flat.device != like.device:
+            raise GraphflowsError(
+                f"Expected {name!r} on the device of the guide, {like.device}; got {flat.device}. Move one of them: "
+                f"guide.to({str(flat.device)!r}), or the data."
+            )
+        if torch.promote_types(flat.dtype, like.dtype) != like.dtype:
+            raise GraphflowsError(
+                f"Expected {name!r} of the type of the guide's parameters, {like.dtype}; got {flat.dtype}. Convert one "
+                f"of them: guide.to({flat.dtype}), or the data."
+            )
+        return flat
 
 
 class GuideBlock(nn.Module):
@@ -233,7 +301,8 @@ class GuideBlock(nn.Module):
         """Make one site's conditional linear-Gaussian, in the units of the data and of unconstrained latents.
 
         The shifts and scales on the way, of data, of parents, of summaries of other plates and of the site itself, are
-        worked into weights and location. See :meth:`~pyro_graphflows.guides.AutoFaithfulGuide.set_linear_`.
+        worked into weights and location. Data on a half-line count by their logarithm, data in (0, 1) by their logit.
+        See :meth:`~pyro_graphflows.guides.AutoFaithfulGuide.set_linear_`.
         """
         conditionals, parents = self.conditionals, self.plan.parents[site]
         shift, width = conditionals.output_units(site)
@@ -270,6 +339,7 @@ class GuideBlock(nn.Module):
                 pooled.add(name)
             elif name in weights:
                 part = slice(columns.start, columns.stop)
+                _require_coordinates(features, part, name)
                 matrix = matrix_of(weights[name], len(columns), name)
                 loc = loc + matrix @ features.shift[part]
                 standard[name] = matrix * features.scale[part] / width.unsqueeze(-1)
@@ -288,6 +358,16 @@ class GuideBlock(nn.Module):
             )
         linear = LinearConditional(standard, loc / width, tril / width.unsqueeze(-1))
         conditionals.set_linear_(site, linear)
+
+
+def _require_coordinates(features: FeatureMap, part: slice, name: str) -> None:
+    """Refuse data whose features are no linear function of a value, or of its vector on the real line."""
+    for kind, columns in features.kinds:
+        if kind in ("log1p", "asinh") and columns.start <= part.start < columns.stop:
+            raise GraphflowsError(
+                f"Expected a parent that comes in linearly; the features of {name!r} are those of a {kind} map, for "
+                "counts and for heavy tails. Set the guide up with standardize=False and init='random'."
+            )
 
 
 # ---------------------------------------------------------------- inputs from samples

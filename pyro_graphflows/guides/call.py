@@ -12,19 +12,23 @@ Covariates of plates with indices are read row for row. Which of them the model 
 already, is seen by the tracer once for each kind of call (:mod:`~pyro_graphflows.inspect.rows`).
 """
 
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
-from pyro_graphflows.guides.sites import InputEncodings
+from pyro_graphflows.guides.sites import InputEncodings, is_constant, moved_support
 from pyro_graphflows.inspect import (
     ArgumentPath,
     TracedModel,
@@ -34,9 +38,9 @@ from pyro_graphflows.inspect import (
     rows_of_run,
     same_tensor,
     take_rows,
+    undressed,
 )
 from pyro_graphflows.inspect.arguments import MOST_DEPTH, LoopRow, argument_leaves, fields_of
-from pyro_graphflows.inspect.trace import undressed
 
 __all__ = [
     "Call",
@@ -45,8 +49,8 @@ __all__ = [
     "SiteForm",
     "chosen_indices",
     "input_rows",
-    "is_constant",
     "plates_of",
+    "require_shape",
     "site_mask",
 ]
 
@@ -65,6 +69,10 @@ class PlateState:
     def subsampled(self) -> bool:
         """Whether only part of the plate is in this call."""
         return self.size != self.full_size
+
+    def moved(self, convert: Callable[[Tensor], Tensor]) -> "PlateState":
+        """Return the same plate with its indices on another device."""
+        return self if self.indices is None else replace(self, indices=convert(self.indices))
 
 
 @dataclass(frozen=True)
@@ -116,6 +124,23 @@ class SiteForm:
         return f"a {self.distribution}{shape}{where}"
 
 
+class _Last(Exception):
+    """Ends a run of a model whose rest is not wanted."""
+
+
+class _EndAfter(Messenger):
+    """End a run when the last of some sites has its value."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__()
+        self.waiting = set(names)
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        self.waiting.discard(msg["name"])
+        if not self.waiting:
+            raise _Last
+
+
 class _FeasiblePoint(Messenger):
     """Give every latent site a feasible value without random numbers, and plates the indices asked for."""
 
@@ -128,7 +153,7 @@ class _FeasiblePoint(Messenger):
         if type(msg["fn"]).__name__ == "_Subsample":
             if msg["name"] in self.indices:
                 msg["value"] = self.indices[msg["name"]]
-        elif not msg["is_observed"] and not msg["done"]:
+        elif not msg["is_observed"] and not msg["done"] and not isinstance(undressed(msg["fn"]), dist.Delta):
             msg["value"] = _feasible(msg["fn"], self.like.get(msg["name"]))
             msg["done"] = True
 
@@ -162,6 +187,14 @@ def _own_scale(site: Mapping[str, Any]) -> float | Tensor:
     ):  # loops have no plate in a guide
         scale = scale * frame.size / (frame.full_size or frame.size)
     return scale
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _is_one(scale: float | Tensor) -> bool:
+    return not torch.is_tensor(scale) and abs(scale - 1.0) <= 1e-12
 
 
 def plates_of(trace: poutine.Trace) -> dict[str, PlateState]:
@@ -206,6 +239,7 @@ class CallReader:
         traced: The model's trace at set-up.
         encodings: How conditioning values are written.
         keep_masks: Whether masks of observed sites are reported too.
+        readers: The observed sites and inputs that latent sites read, with these; others may be missing in a call.
         unread: Observed sites whose values no site of the guide reads.
         optional: The latent sites that have data in some calls.
     """
@@ -216,16 +250,18 @@ class CallReader:
         encodings: InputEncodings,
         *,
         keep_masks: bool = False,
+        readers: Mapping[str, Sequence[str]],
         unread: Collection[str] = (),
         optional: Collection[str] = (),
     ) -> None:
         graph = traced.graph
-        self.encodings, self.keep_masks = encodings, keep_masks
+        self.encodings, self.keep_masks, self.readers = encodings, keep_masks, dict(readers)
         self.latent: tuple[str, ...] = graph.latent
         without = {*traced.without_data, *unread}
         self.observed = tuple(name for name in graph.observed if name not in without)
         self.optional = frozenset(optional)
         self.inputs: tuple[str, ...] = graph.inputs
+        self.in_loops = frozenset(traced.loops)
         self.known = frozenset(traced.trace.nodes)
         self.paths = dict(traced.argument_paths)
         self.rows = {name: dict(rows) for name, rows in traced.rows.items()}
@@ -237,6 +273,52 @@ class CallReader:
         self.forms = {name: SiteForm.of(traced.trace.nodes[name], name in self.latent) for name in sites}
         self._unverified = False  # whether the model may be another than the one that was traced
         self._known: dict[Hashable, Call] = {}
+        self._shapes: dict[Hashable, dict[str, torch.Size]] = {}
+        nodes: Any = traced.trace.nodes
+        self.loose = frozenset(
+            name for name in self.observed if name in nodes and _outside_plates(nodes[name])
+        )
+        self._at_set_up: Call | None = self._without_arguments(traced.trace)
+        self.unmasked = not (self._at_set_up.masks or self._at_set_up.scales)
+
+    def moved(self, convert: Callable[[Tensor], Tensor]) -> None:
+        """Move what is remembered, as :meth:`torch.nn.Module.to` moves parameters.
+
+        Args:
+            convert: From a tensor to that on another device, or of another type.
+        """
+        self.encodings = self.encodings.moved(convert)
+        self.like = {name: convert(value) for name, value in self.like.items()}
+        self._known, self._shapes = {}, {}
+        call = self._at_set_up
+        if call is None:
+            return
+        masks = {n: convert(mask) if torch.is_tensor(mask) else mask for n, mask in call.masks.items()}
+        scales = {n: convert(scale) if torch.is_tensor(scale) else scale for n, scale in call.scales.items()}
+        supports = {name: moved_support(support, convert) for name, support in call.supports.items()}
+        self._at_set_up = replace(call, masks=masks, scales=scales, supports=supports)
+
+    def remember(
+        self, plates: Mapping[str, PlateState], supports: Mapping[str, constraints.Constraint]
+    ) -> None:
+        """Let calls without arguments be as at set-up, in a reader made from plain data, if no mask was in force."""
+        if self.unmasked:
+            whole = {
+                name: replace(plate, size=plate.full_size, indices=None) for name, plate in plates.items()
+            }
+            self._at_set_up = Call({}, whole, supports=dict(supports))
+
+    def _without_arguments(self, trace: poutine.Trace) -> Call:
+        """Return the call at set-up without its data, all plates in full."""
+        nodes: Any = trace.nodes
+        plates = {
+            name: replace(plate, size=plate.full_size, indices=None)
+            for name, plate in plates_of(trace).items()
+        }
+        sites = {name: nodes[name] for name in self.latent}
+        masks = {name: mask for name, site in sites.items() if (mask := site_mask(site)) is not None}
+        scales = {name: scale for name, site in sites.items() if not _is_one(scale := _own_scale(site))}
+        return Call({}, plates, masks, scales, {name: site["fn"].support for name, site in sites.items()})
 
     def to_plain(self) -> dict[str, Any]:
         """Return what a reader knows, without data: of the latents' values at set-up, types alone."""
@@ -252,6 +334,7 @@ class CallReader:
             name: torch.zeros((), dtype=dtype, device=device) for name, dtype in plain["like"].items()
         }
         new._unverified, new._known, new._taken = True, {}, {}
+        new._shapes, new._at_set_up = {}, None
         return new
 
     def _verify(self, trace: poutine.Trace) -> None:
@@ -282,9 +365,10 @@ class CallReader:
             indices: Indices of subsampled plates that exist already.
 
         Raises:
-            UnsupportedModelError: If an observed site has no value in this call, or the model has other latent sites
-                than at set-up. The message names the site.
-            GraphflowsError: If ``observations`` has a site that the model has not.
+            UnsupportedModelError: If an observed site or input that latent sites read has no value in this call, or
+                the model has other latent sites than at set-up. The message names the site.
+            GraphflowsError: If ``observations`` has a site that the model has not, or data have another shape than
+                their distribution.
         """
         observations = observations or {}
         unknown = [
@@ -300,28 +384,44 @@ class CallReader:
         if known is not None:
             paths = {name: self.paths[name] for name in known.values}
             paths.update((name, self.paths[name]) for name in known.given)
+            for name, value in observations.items():
+                _require_observation(name, value, self._shapes[shape].get(name))
             values: dict[str, Any] = {**get_arguments(model, paths, args, kwargs), **observations}
             given = {name: values[name] for name in self.optional if name in values}
             return replace(known, values=values, given=given)
 
-        trace = self._shadow(model, args, kwargs, indices or {})
+        try:
+            trace = self._shadow(model, args, kwargs, indices or {})
+        except Exception as error:
+            self._require_one_device(model, args, kwargs, error)
+            # Without any arguments the plates are as at set-up, if the guide needs no more.
+            if args or kwargs or indices:
+                raise
+            if not self.readers and self._at_set_up is not None:
+                return self._at_set_up
+            raise self._without_data(list(self.readers)) from error
         plates = plates_of(trace)
         taken = self._rows_taken(model, args, kwargs, plates)
         if self._unverified:
             self._verify(trace)
         values = {}
+        missing = []
+        nodes: Any = trace.nodes
+        shapes = {name: nodes[name]["fn"].shape() for name in self.observed if name in nodes}
+        for name in shapes:
+            if name not in self.loose:
+                _require_plates(name, trace.nodes[name])
         for name in self.observed:
             if name in observations:
+                _require_observation(name, observations[name], shapes.get(name))
                 values[name] = observations[name]
             elif name in trace and trace.nodes[name]["is_observed"]:
                 values[name] = trace.nodes[name]["value"]
-            else:
-                raise UnsupportedModelError(
-                    f"Expected data for the observed site {name!r}, on which the guide conditions; got none in this "
-                    "call. Pass the data, or observations={...}. To predict new data, draw the latents given the old "
-                    "data first: posterior = Predictive(guide, num_samples=S)(data), then "
-                    "Predictive(model, posterior_samples=posterior)(None)."
-                )
+                require_shape(name, trace.nodes[name])
+            elif name in self.readers:
+                missing.append(name)
+        if missing:
+            raise self._without_data(missing)
         more = [
             name
             for name, site in trace.nodes.items()
@@ -335,15 +435,14 @@ class CallReader:
             )
         for name in self.inputs:
             value = argument_in_trace(model, self.paths[name], args, kwargs, trace)
-            if value is None:
-                raise UnsupportedModelError(
-                    f"Expected the argument {name!r}, a covariate on which the guide conditions; got none."
-                )
-            value = take_rows(name, value, self.rows.get(name, {}), taken.get(name, {}), plates)
-            values[name] = self.encodings.input_value(name, arranged(value, self.places.get(name, ())))
+            if value is None and name in self.readers:
+                raise self._without_data([name])
+            if value is not None:
+                value = take_rows(name, value, self.rows.get(name, {}), taken.get(name, {}), plates)
+                values[name] = self.encodings.input_value(name, arranged(value, self.places.get(name, ())))
         partly = self.encodings.partly
         for name in partly:
-            if name in trace:
+            if name in trace and name in values:
                 values[name] = self.encodings.masked_value(name, values[name], site_mask(trace.nodes[name]))
         masks: dict[str, Tensor | bool] = {}
         scales, supports, given = {}, {}, {}
@@ -369,7 +468,7 @@ class CallReader:
             mask, scale = site_mask(site), _own_scale(site)
             if mask is not None:
                 masks[name] = mask
-            if torch.is_tensor(scale) or abs(scale - 1.0) > 1e-12:
+            if not _is_one(scale):
                 scales[name] = scale
             supports[name] = site["fn"].support
         self._find_paths(given, model, args, kwargs)
@@ -380,7 +479,7 @@ class CallReader:
             and not _has_part_of_a_loop(trace)
             and self._arguments_say_all(call, model, args, kwargs)
         ):
-            self._known[shape] = call
+            self._known[shape], self._shapes[shape] = call, shapes
         return call
 
     def supports_given(
@@ -395,6 +494,52 @@ class CallReader:
         with poutine.block(), poutine.condition(data=dict(latents)), _FeasiblePoint(indices, self.like):
             nodes: Any = poutine.trace(model).get_trace(*args, **kwargs).nodes
         return {name: nodes[name]["fn"].support for name in self.latent}
+
+    def copies_given(
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        latents: Mapping[str, Tensor],
+        indices: Mapping[str, Tensor],
+        names: Sequence[str],
+    ) -> dict[str, dict[str, Any]]:
+        """Return the sites of a run that pass on values, where all latent sites have given ones; with gradients."""
+        run = poutine.trace(_EndAfter(names)(model))
+        handlers = poutine.condition(data=dict(latents)), _FeasiblePoint(indices, self.like)
+        with suppress(_Last), poutine.block(), handlers[0], handlers[1]:
+            run(*args, **kwargs)
+        nodes: Any = run.trace.nodes
+        return {name: nodes[name] for name in names if name in nodes}
+
+    def _require_one_device(
+        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception
+    ) -> None:
+        """Blame arguments that are not where the latent sites are for an error of the model, if there are any."""
+        devices = {value.device for value in self.like.values()}
+        for name, value in get_arguments(model, self.paths, args, kwargs).items():
+            if torch.is_tensor(value) and devices and value.device not in devices:
+                (here, *_) = devices
+                raise GraphflowsError(
+                    f"Expected {name!r} on the device of the guide, {here}; got {value.device}. Move one of them: "
+                    f"guide.to({str(value.device)!r}), or the data."
+                ) from error
+
+    def _without_data(self, names: Sequence[str]) -> UnsupportedModelError:
+        """Say that data are missing which the guide reads, and how to predict."""
+        read = "; ".join(
+            f"the {'observed site' if name in self.observed else 'argument'} {name!r} "
+            f"(read by {_few(self.readers[name])})"
+            for name in names
+        )
+        data = [name for name in names if name in self.observed] or list(self.observed)
+        given = ", ".join(f"{name}={name}" for name in data if name.isidentifier()) or "**{site: data}"
+        return UnsupportedModelError(
+            f"Expected data for {read}; got none in this call. Pass the data, or observations={{...}}. To predict, "
+            "draw the latents given the data. For new inputs: posterior = Predictive(guide, num_samples=S)(data), then "
+            "Predictive(model, posterior_samples=posterior)(new inputs). For the same rows once more: "
+            f"Predictive(model, guide=guide.given({given}), num_samples=S)(inputs)."
+        )
 
     def _shadow(
         self, model: Callable[..., Any], args: Any, kwargs: Any, indices: Mapping[str, Tensor]
@@ -471,12 +616,68 @@ def input_rows(traced: TracedModel, name: str, value: Tensor, plates: Mapping[st
     return arranged(take_rows(name, value, rows, taken, plates), traced.places.get(name, ()))
 
 
-def is_constant(support: constraints.Constraint) -> bool:
-    """Whether a support holds no tensor (a bound may depend on data or on other sites)."""
-    return not any(
-        torch.is_tensor(value) or (isinstance(value, constraints.Constraint) and not is_constant(value))
-        for value in vars(support).values()
-    )
+def require_shape(name: str, site: Mapping[str, Any]) -> None:
+    """Refuse data that would be broadcast against their distribution: ``(n, 1)`` in a plate of n.
+
+    Inside plates of the caller's, data may have their dimensions.
+    """
+    value, expected = site["value"], site["fn"].shape()
+    if not torch.is_tensor(value):
+        return
+    try:
+        whole = torch.broadcast_shapes(value.shape, expected)
+    except RuntimeError:
+        whole = value.shape
+    outer = _dims_outside()
+    event_dim = len(site["fn"].event_shape)
+    beyond = [
+        dim
+        for dim in range(-len(whole), 0)
+        if (len(expected) < -dim or whole[dim] != expected[dim]) and dim + event_dim not in outer
+    ]
+    if beyond:
+        raise GraphflowsError(
+            f"Expected data of {name!r} of shape {tuple(expected)}, that of its distribution; got "
+            f"{tuple(value.shape)}. Give both one shape, for example by y.squeeze(-1)."
+        )
+
+
+def _dims_outside() -> set[int]:
+    """Return the dimensions of the plates that the guide is called in."""
+    return {handler.dim for handler in _PYRO_STACK if isinstance(handler, IndepMessenger) and handler.dim}
+
+
+def _require_observation(name: str, value: Any, expected: torch.Size | None) -> None:
+    """Refuse a value of ``observations`` that would be broadcast; it may have batches on the left."""
+    if not torch.is_tensor(value) or expected is None:
+        return
+    last = value.shape[max(0, value.dim() - len(expected)) :]
+    try:
+        whole = torch.broadcast_shapes(last, expected) == expected
+    except RuntimeError:
+        whole = False
+    if not whole or (value.dim() > len(expected) and last != expected):
+        raise GraphflowsError(
+            f"Expected observations of {name!r} of shape {tuple(expected)}, that of its distribution, or batches of "
+            f"these; got {tuple(value.shape)}."
+        )
+
+
+def _outside_plates(site: Mapping[str, Any]) -> list[int]:
+    """Return the dimensions of a site's batch that are in no plate."""
+    shape = site["fn"].batch_shape
+    declared = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
+    return [dim for dim in range(-len(shape), 0) if shape[dim] != 1 and dim not in declared]
+
+
+def _require_plates(name: str, site: Mapping[str, Any]) -> None:
+    dims = sorted(set(_outside_plates(site)) - _dims_outside())
+    if dims:
+        raise GraphflowsError(
+            f"Expected inputs that give {name!r} a batch in its plates; got the batch shape "
+            f"{tuple(site['fn'].batch_shape)}, whose dimension {dims[-1]} is in no plate. Give inputs and data one "
+            "shape, for example by x.squeeze(-1)."
+        )
 
 
 def _shape_of(arguments: Any, *, of_objects: bool = False, depth: int = 0) -> Hashable | None:

@@ -18,13 +18,14 @@ from pyro.infer import (
     TraceEnum_ELBO,
     TraceGraph_ELBO,
     TraceMeanField_ELBO,
+    TraceTailAdaptive_ELBO,
 )
 from pyro.poutine.util import site_is_factor, site_is_subsample
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.call import site_mask
 from pyro_graphflows.guides.guide import AutoFaithfulGuide
-from pyro_graphflows.inspect import kept_random_state, seed_random_state
+from pyro_graphflows.inspect import is_transparent, kept_random_state, seed_random_state
 from pyro_graphflows.inspect.arguments import argument_leaves, outside_tensors, with_tensors
 from pyro_graphflows.inspect.stability import (
     REMEDY_ROWS,
@@ -80,8 +81,8 @@ def check_guide(
 
     Raises:
         GraphflowsError: If the loss is none of these and not one of ``Trace_ELBO``, ``TraceGraph_ELBO``,
-            ``TraceEnum_ELBO``, ``TraceMeanField_ELBO``, ``RenyiELBO`` and ``ReweightedWakeSleep``, or of classes
-            derived from them.
+            ``TraceEnum_ELBO``, ``TraceMeanField_ELBO``, ``TraceTailAdaptive_ELBO``, ``RenyiELBO`` and
+            ``ReweightedWakeSleep``, or of classes derived from them.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -97,7 +98,8 @@ def check_guide(
     """
     kind = loss if isinstance(loss, type) else type(loss)
     known = (
-        Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, RenyiELBO, ReweightedWakeSleep,
+        Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, TraceTailAdaptive_ELBO, RenyiELBO,
+        ReweightedWakeSleep,
     )  # fmt: skip
     ask_itself = getattr(loss, "reasons_against", None) if loss is not kind else None
     if loss is kind and not issubclass(kind, known) and hasattr(kind, "reasons_against"):
@@ -134,8 +136,12 @@ def check_guide(
     elif issubclass(kind, RenyiELBO):
         reasons += _renyi({**sites, **latent}) + _renyi_without_paths(rough)
     elif issubclass(kind, TraceMeanField_ELBO):
-        some_reasons, some_notes = _mean_field(guide)
+        some_reasons, some_notes = _mean_field(guide, model_trace, guide_trace)
         reasons += some_reasons + _mean_field_without_paths(rough)
+        notes += some_notes
+    elif issubclass(kind, TraceTailAdaptive_ELBO):
+        some_reasons, some_notes = _tail_adaptive(loss, {**sites, **latent}, rough)
+        reasons += some_reasons
         notes += some_notes
     elif enumerates:
         notes += _nothing_to_enumerate({**sites, **latent})
@@ -189,12 +195,26 @@ def _different_sites(sites: dict[str, Any], latent: dict[str, Any], kind: type) 
         for name, site in sites.items()
         if not (site["is_observed"] or name in latent or site_is_factor(site))
         and not (issubclass(kind, TraceEnum_ELBO) and site["infer"].get("enumerate") == "parallel")
+        and not is_transparent(site)
+    ]
+    values = [
+        name
+        for name, site in sites.items()
+        if issubclass(kind, TraceMeanField_ELBO)
+        and not (site["is_observed"] or name in latent)
+        and is_transparent(site)
     ]
     if extra:
         reasons.append(f"the guide samples {_listed(extra)}, which the model does not have.")
     if missing:
         reasons.append(
             f"the guide does not sample {_listed(missing)}. Sites that the model enumerates need TraceEnum_ELBO."
+        )
+    if values:
+        reasons.append(
+            f"the guide does not repeat the Delta site{'s' * (len(values) > 1)} {_listed(values)}, without which "
+            "TraceMeanField_ELBO stops with a KeyError. It repeats those that follow from latent sites in the same "
+            "plates. Write the value as pyro.deterministic, or use Trace_ELBO."
         )
     moved = [n for n in latent if n in sites and _plates(latent[n]) != _plates(sites[n])]
     if moved:
@@ -230,7 +250,13 @@ def _as_mask(mask: torch.Tensor | bool | None) -> torch.Tensor:
 
 
 def _wake_sleep(latent: dict[str, Any]) -> list[str]:
-    names = list(latent)
+    names = [name for name, site in latent.items() if not site["infer"].get("is_copied")]
+    copied = [name for name in latent if name not in names]
+    if copied:
+        return [
+            f"ReweightedWakeSleep detaches the values of the Delta sites {_listed(copied)}, so that parameters of the "
+            "model in them are not trained. Write them as pyro.deterministic, or use Trace_ELBO or IWAE_ELBO."
+        ]
     smooth = [name for name in names[:-1] if getattr(latent[name]["fn"], "has_rsample", False)]
     if not smooth:  # with one at the end nothing depends on its value
         return []
@@ -251,14 +277,7 @@ def _renyi(sites: dict[str, Any]) -> list[str]:
             "RenyiELBO takes the log-mean of weights element by element of the plates, which is not a bound when "
             f"sites are in different plates ({_listed(sorted(sites))}). Use IWAE_ELBO, which nests the particles."
         )
-    partial = sorted(
-        {
-            frame.name
-            for site in sites.values()
-            for frame in site["cond_indep_stack"]
-            if frame.full_size is not None and frame.full_size != frame.size
-        }
-    )
+    partial = _subsampled(sites)
     if partial:
         reasons.append(
             f"RenyiELBO puts the scale of the subsampled plate {_listed(partial)} inside the log-mean, which biases "
@@ -267,18 +286,55 @@ def _renyi(sites: dict[str, Any]) -> list[str]:
     return reasons
 
 
-def _mean_field(guide: Any) -> tuple[list[str], list[str]]:
+def _tail_adaptive(loss: Any, sites: dict[str, Any], rough: list[str]) -> tuple[list[str], list[str]]:
+    reasons = []
+    if not (isinstance(loss, type) or loss.vectorize_particles):
+        reasons.append("TraceTailAdaptive_ELBO needs vectorize_particles=True, and several particles.")
+    if rough:
+        reasons.append(
+            f"TraceTailAdaptive_ELBO has no score-function gradient for {_listed(rough)}. Use Trace_ELBO or IWAE_ELBO."
+        )
+    partial = _subsampled(sites)
+    if partial:
+        reasons.append(
+            f"TraceTailAdaptive_ELBO ranks particles by weights of all data; plate {_listed(partial)} is subsampled. "
+            "Use the full data, or Trace_ELBO."
+        )
+    note = "TraceTailAdaptive_ELBO has gradients alone: step() returns infinity. Watch Trace_ELBO or IWAE_ELBO instead."
+    return reasons, [note]
+
+
+def _subsampled(sites: dict[str, Any]) -> list[str]:
+    """Return the subsampled plates around some sites."""
+    return sorted(
+        {
+            frame.name
+            for site in sites.values()
+            for frame in site["cond_indep_stack"]
+            if frame.full_size is not None and frame.full_size != frame.size
+        }
+    )
+
+
+def _mean_field(
+    guide: Any, model_trace: poutine.Trace, guide_trace: poutine.Trace
+) -> tuple[list[str], list[str]]:
     if not isinstance(guide, AutoFaithfulGuide):
         return [
             "TraceMeanField_ELBO is right only if no model parent of a site depends on that site in the guide, which "
             "is not known of this guide. Use Trace_ELBO."
         ], []
-    sampled = [str(name) for name, analytic in guide.plan.analytic_kl.items() if not analytic]
-    if not sampled:
+    orders = [
+        [name for name, site in one.nodes.items() if site["type"] == "sample" and name in other]
+        for one, other in ((model_trace, guide_trace), (guide_trace, model_trace))
+    ]
+    if orders[0] == orders[1]:
         return [], []
+    sampled = [str(name) for name, analytic in guide.plan.analytic_kl.items() if not analytic]
+    terms = f"{_listed(sampled)} are sampled terms" if sampled else "here it fails nowhere"
     return [], [
-        "Pyro may warn 'Failed to verify mean field restriction', since it compares orders. The value is right: "
-        f"the guide has no analytic KL where the condition fails ({_listed(sampled)} are sampled terms)."
+        "Pyro warns 'Failed to verify mean field restriction', since guide and model sample sites in other orders. The "
+        f"value is right: the guide has no analytic KL where the condition fails ({terms})."
     ]
 
 

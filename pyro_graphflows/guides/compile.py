@@ -18,7 +18,7 @@ from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, Unsupport
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.graphs.order_search import AutoOrder
-from pyro_graphflows.guides.call import CallReader, PlateState, is_constant, plates_of
+from pyro_graphflows.guides.call import CallReader, PlateState, plates_of, require_shape, site_mask
 from pyro_graphflows.guides.conditionals.contract import ElementParents, Family, SiteRole
 from pyro_graphflows.guides.conditionals.factors import ElementNormalFactor, Factor, NormalFactor
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
@@ -31,14 +31,30 @@ from pyro_graphflows.guides.orders import (
     find_inverse,
     optional_sites_first,
     order_for_discrete_sites,
+    order_for_supports,
+    outer_sites_first,
     outside_of_loops,
     require_outer_sites_first,
     sites_to_enumerate,
     smoothest_inverse,
 )
-from pyro_graphflows.guides.plan import BlockPlan, Plan, make_blocks, mean_field_condition, ways_in
+from pyro_graphflows.guides.plan import (
+    BlockPlan,
+    Plan,
+    make_blocks,
+    mean_field_condition,
+    readers_of,
+    ways_in,
+)
 from pyro_graphflows.guides.samples import ModelDraws
-from pyro_graphflows.guides.sites import LatentSite, input_encodings, latent_sites
+from pyro_graphflows.guides.sites import (
+    REMEDIES_OF_NAN,
+    InputEncodings,
+    LatentSite,
+    input_encodings,
+    is_constant,
+    latent_sites,
+)
 from pyro_graphflows.inspect import TracedModel, non_exchangeable_plates, seed_random_state, trace_model
 from pyro_graphflows.inspect.arguments import argument_leaves
 from pyro_graphflows.inspect.graph import split_elements
@@ -67,6 +83,7 @@ class GuideOptions:
     resolution: str = "site"
     coupled_rank: int | None = None
     enumerate_sites: bool | Collection[str] = False
+    init_values: Mapping[str, Tensor] = field(default_factory=dict)
     setup_seed: int = 0
     optional: Sequence[str] = ()
 
@@ -90,6 +107,15 @@ class GuideOptions:
             raise GraphflowsError(
                 f"Expected skip=True with init='regression', which sets the linear maps; got {self.family!r}."
             )
+        if self.init_values and not self.family.can_regress:
+            raise GraphflowsError(
+                f"Expected skip=True with init_values, which set the linear maps; got {self.family!r}."
+            )
+        for name, value in self.init_values.items():
+            if not torch.is_tensor(value):
+                raise GraphflowsError(
+                    f"Expected init_values={{site: tensor}}; got {type(value).__name__} for {name!r}."
+                )
         if self.setup_seed < 0:
             raise GraphflowsError(f"Expected setup_seed >= 0; got {self.setup_seed}.")
         for name, kind in self.factors.items():
@@ -171,23 +197,31 @@ def compile_guide(
         run_model(model, args, kwargs)
     seed_random_state(options.setup_seed)
     model = with_latent(model, options.optional)
-    traced = _trace(model, args, kwargs, options)
-    _check_optional(options, traced)
+    trace = _trace(model, args, kwargs, options)
+    _check_optional(options, trace)
     elements = options.resolution == "element"
-    found = find_inverse(model, args, kwargs, traced, _order(options, traced), elements=elements)
+    found = find_inverse(model, args, kwargs, trace, _order(options, trace), elements=elements)
     traced = found.traced
     sites = latent_sites(traced, options.factor_classes())
     _check_factors(options, sites)
+    _check_init_values(options, sites)
     discrete = [name for name, site in sites.items() if site.encoding is not None]
     enumerated = sites_to_enumerate(options.enumerate_sites, sites)
     encodings = input_encodings(model, args, kwargs, traced)
+    _require_possible_data(traced, encodings)
     draws = ModelDraws(model, args, kwargs, traced, sites, encodings)
     inverse = found.inverse
+    changing = _changing_supports(traced, model, args, kwargs)
     is_free = options.inverse == "auto" and not elements and not options.optional
     if discrete:
         inverse = order_for_discrete_sites(inverse, discrete, enumerated, free=is_free)
-    elif is_free and not found.lookups and not traced.loops:
+    elif is_free and not found.lookups and not traced.loops and not changing:
         inverse = smoothest_inverse(inverse, draws, options.num_rows)
+    if options.inverse == "auto" and (bounds := order_for_supports(inverse, changing)) is not None:
+        orders: list[Inverse] = [bounds, "reverse"]
+        ways = [find_inverse(model, args, kwargs, trace, one, elements=elements) for one in orders]
+        found = min(ways, key=lambda way: way.inverse.num_edges)
+        traced, inverse = found.traced, outer_sites_first(found.inverse) if discrete else found.inverse
     judged = found.judged if traced.loops else None
     if traced.loops:
         inverse = outside_of_loops(inverse, traced.graph)
@@ -206,11 +240,12 @@ def compile_guide(
     require_outer_sites_first(blocks, inverse, discrete)
     _require_known_indices(blocks, inputs, traced)
     keep_masks = any(node.summary for block in blocks for node in block.context)
+    readers = readers_of(blocks, inverse.graph.latent)
     read = {node.name for block in blocks for node in block.context}
     unread = [name for name in traced.graph.observed if name in traced.loops and name not in read]
-    reader = CallReader(traced, encodings, keep_masks=keep_masks, unread=unread, optional=options.optional)
-    indices = {name: plate.indices for name, plate in plates.items() if plate.indices is not None}
-    changing = _changing_supports(reader, traced, model, args, kwargs, indices)
+    reader = CallReader(
+        *(traced, encodings), keep_masks=keep_masks, readers=readers, unread=unread, optional=options.optional
+    )
     order = [site for block in blocks for site in block.sites]
     _require_known_supports(changing, order, inverse.order, sites)
     hints: tuple[str, ...] = ()
@@ -231,6 +266,7 @@ def compile_guide(
         ways=ways_in(inverse, inputs, traced.without_data),
         changing=changing,
         enumerated=enumerated,
+        copies=() if enumerated or traced.graph.marginalised else traced.copies,
         notes=tuple(traced.notes),
         hints=hints,
         judged=judged or (None if found.judged is found.inverse else found.judged),
@@ -364,6 +400,15 @@ def _check_factors(options: GuideOptions, sites: Mapping[str, LatentSite]) -> No
             )
 
 
+def _check_init_values(options: GuideOptions, sites: Mapping[str, LatentSite]) -> None:
+    wrong = [name for name in options.init_values if name not in _continuous(sites)]
+    if wrong:
+        raise GraphflowsError(
+            f"Expected init_values of continuous latent sites, {', '.join(_continuous(sites)) or 'none'}; got "
+            f"{', '.join(wrong)}."
+        )
+
+
 def _continuous(sites: Mapping[str, LatentSite]) -> list[str]:
     return [name for name, site in sites.items() if site.encoding is None]
 
@@ -434,6 +479,36 @@ def _analytic_kl(
 # ---------------------------------------------------------------- refusals
 
 
+def _require_possible_data(traced: TracedModel, encodings: InputEncodings) -> None:
+    """Refuse data that no training could use: missing without a word, of another shape, outside of a support."""
+    nodes: Any = traced.trace.nodes
+    for name in traced.graph.observed:
+        site = nodes.get(name)
+        if site is None or name in traced.without_data or name in encodings.partly:
+            continue
+        require_shape(name, site)
+        value = torch.as_tensor(site["value"])
+        if value.is_meta:
+            continue
+        missing = int((~torch.isfinite(value)).sum()) if value.is_floating_point() else 0
+        if missing:
+            raise GraphflowsError(
+                f"Expected finite data of {name!r}; {missing} of {value.numel()} entries are NaN or infinite. "
+                f"{REMEDIES_OF_NAN}"
+            )
+        support = site["fn"].support
+        if not is_constant(support):
+            continue
+        mask = site_mask(site)
+        seen = torch.as_tensor(True if mask is None else mask, device=value.device)
+        wrong = ~support.check(value) & ~torch.isfinite(site["fn"].log_prob(value)) & seen
+        if bool(wrong.any()):
+            raise GraphflowsError(
+                f"Expected data of {name!r} in the support of its distribution, {support}; {int(wrong.sum())} of "
+                f"{wrong.numel()} values are outside of it."
+            )
+
+
 def _require_the_same_in_every_run(
     traced: TracedModel,
     model: Callable[..., Any],
@@ -496,12 +571,7 @@ def _require_known_indices(blocks: Collection[BlockPlan], inputs: InputPlan, tra
 
 
 def _changing_supports(
-    reader: CallReader,
-    traced: TracedModel,
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    indices: Mapping[str, Tensor],
+    traced: TracedModel, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, tuple[str, ...]]:
     """Return the latent sites whose support changes with the values of others, and these others.
 
@@ -513,6 +583,9 @@ def _changing_supports(
     suspects = [name for name in traced.graph.latent if not is_constant(nodes[name]["fn"].support)]
     if not suspects:
         return {}
+    reader = CallReader(traced, InputEncodings({}), readers={})
+    plates = plates_of(traced.trace)
+    indices = {name: plate.indices for name, plate in plates.items() if plate.indices is not None}
     still = reader.supports_given(model, args, kwargs, {}, indices)
     parents: dict[str, list[str]] = {name: [] for name in suspects}
     for other in traced.graph.latent:

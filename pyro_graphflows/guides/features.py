@@ -114,7 +114,7 @@ class FeatureMap(nn.Module):
         return new
 
     def forward(self, flat: Tensor) -> Tensor:
-        """Map values, shape ``(*batch, size)``, to features of the same shape."""
+        """Map values, shape ``(*batch, size)``, to features of the same shape; NaN for those outside of a support."""
         if any(kind != "identity" for kind, _ in self.kinds):
             parts = [self._apply_kind(kind, flat[..., columns], columns) for kind, columns in self.kinds]
             flat = torch.cat(parts, -1)
@@ -122,11 +122,11 @@ class FeatureMap(nn.Module):
 
     def _apply_kind(self, kind: str, x: Tensor, columns: slice) -> Tensor:
         if kind == "log":
-            return x.clamp(min=TINY).log()
+            return torch.where(x < 0, torch.nan, x.clamp(min=TINY).log())
         if kind == "logit":
-            return torch.logit(x, eps=1e-6)
+            return torch.where((x < 0) | (x > 1), torch.nan, torch.logit(x, eps=1e-6))
         if kind == "log1p":
-            return x.clamp(min=0).log1p()
+            return torch.where(x < 0, torch.nan, x.clamp(min=0).log1p())
         if kind == "asinh":
             return ((x - self.centre[columns]) / self.width[columns]).asinh()
         return x

@@ -21,15 +21,16 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
+from torch.distributions import biject_to
 
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.guides.block import GuideBlock, make_inputs
-from pyro_graphflows.guides.call import Call, CallReader, PlateState, chosen_indices
+from pyro_graphflows.guides.call import Call, CallReader, PlateState, chosen_indices, site_mask
 from pyro_graphflows.guides.compile import Compiled, GuideOptions, compile_guide
 from pyro_graphflows.guides.conditionals.contract import Family
-from pyro_graphflows.guides.conditionals.distributions import site_distribution
+from pyro_graphflows.guides.conditionals.distributions import CopiedValue, site_distribution
 from pyro_graphflows.guides.conditionals.factors import Factor
 from pyro_graphflows.guides.conditionals.model_conditionals import ModelConditionals
 from pyro_graphflows.guides.conditionals.new_elements import WithNewElements, beyond_fitted
@@ -40,8 +41,8 @@ from pyro_graphflows.guides.fitted_data import FittedData
 from pyro_graphflows.guides.orders import Inverse
 from pyro_graphflows.guides.plan import Description, Plan
 from pyro_graphflows.guides.samples import Samples
-from pyro_graphflows.guides.sites import LatentSite
-from pyro_graphflows.guides.start import Start, start_block_, whiten_block_
+from pyro_graphflows.guides.sites import LatentSite, is_constant
+from pyro_graphflows.guides.start import Start, start_at_, start_block_, whiten_block_
 from pyro_graphflows.inspect import kept_random_state
 
 __all__ = ["AutoFaithfulGuide", "auto_faithful_guide", "load_guide"]
@@ -72,6 +73,7 @@ class AutoFaithfulGuide(AutoGuide):
         resolution: ``"site"`` or ``"element"``.
         coupled_rank: The rank of the dependence of copies that are drawn jointly.
         enumerate_sites: Discrete sites that are marked for ``TraceEnum_ELBO``.
+        init_values: Values at which single sites start.
         setup_seed: The seed of everything random at set-up; the caller's random state is neither used nor advanced.
         optional: Sites that have data in some calls, in the order in which they are sampled where they have none.
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
@@ -106,6 +108,7 @@ class AutoFaithfulGuide(AutoGuide):
         resolution: str = "site",
         coupled_rank: int | None = None,
         enumerate_sites: bool | Collection[str] = False,
+        init_values: Mapping[str, Tensor] = MappingProxyType({}),
         setup_seed: int = 0,
         optional: Sequence[str] = (),
         create_plates: Callable[..., Any] | None = None,
@@ -123,6 +126,7 @@ class AutoFaithfulGuide(AutoGuide):
             resolution=resolution,
             coupled_rank=coupled_rank,
             enumerate_sites=enumerate_sites,
+            init_values=dict(init_values),
             setup_seed=setup_seed,
             optional=optional,
         )
@@ -198,7 +202,9 @@ class AutoFaithfulGuide(AutoGuide):
         for plan in compiled.plan.blocks:
             inputs, of_block = make_inputs(plan, samples, options.deepset or DeepSet())
             block = GuideBlock.make(plan, compiled.families[plan.sites[0]], inputs, of_block, further)
-            starts.append(start_block_(block, of_block, regression=options.init == "regression"))
+            start = start_block_(block, of_block, regression=options.init == "regression")
+            given = start_at_(block, of_block, options.init_values, compiled.plan.changing)
+            starts.append(replace(start, notes=(*start.notes, *given)))
             blocks.append(block)
         return blocks, starts
 
@@ -209,21 +215,23 @@ class AutoFaithfulGuide(AutoGuide):
             (block, s.moments) for block, s in zip(self.blocks, starts, strict=True) if s.moments is not None
         ]
         call: Call | None = None
-        draws: list[dict[str, Tensor]] = []
+        draws: dict[str, Tensor] = {}
         if chosen:
             try:
                 call = self._read(args, kwargs, None)
-                draws = [self._flat_draw(args, kwargs) for _ in range(NUM_START_DRAWS)]
+                draws = self._flat_draws(args, kwargs)
             except GraphflowsError:  # set up without data: the call that needs them says so
                 call = None
         for block, moments in chosen:
             assert isinstance(block, GuideBlock)
             whiten_block_(block, moments, call, draws)
 
-    def _flat_draw(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-        """Return a draw as flat unconstrained vectors."""
+    def _flat_draws(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        """Return draws as flat unconstrained vectors, along a plate of their own."""
         flat: dict[str, Tensor] = {}
-        self._run(args, kwargs, None, _draw, flat)
+        depth = max((-state.dim for state in self._plate_states.values()), default=0)
+        with pyro.plate("_pyro_graphflows_draws", NUM_START_DRAWS, dim=-1 - depth):
+            self._run(args, kwargs, None, pyro.sample, flat)
         return flat
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
@@ -337,7 +345,27 @@ class AutoFaithfulGuide(AutoGuide):
                         unconstrained[name] = read_back(values[name])
                     conditionals.accept({name: unconstrained[name] for name in level})
         self._warn_of_other_data(call, args, kwargs, known=not observations)
+        if plan.copies and emit is pyro.sample and self.master is None:
+            self._emit_copies(call, args, kwargs, values)
         return {name: values[name] for name in self._sites if name not in call.given}
+
+    def _emit_copies(
+        self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], values: Mapping[str, Tensor]
+    ) -> None:
+        """Emit the model's Delta sites at their values in the model: TraceMeanField_ELBO looks for all of its sites."""
+        indices = {name: plate.indices for name, plate in call.plates.items() if plate.indices is not None}
+        copies = self._reader.copies_given(self.model, args, kwargs, values, indices, self.plan.copies)
+        for name, site in copies.items():
+            frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
+            mask: Any = site_mask(site)
+            with ExitStack() as stack:
+                for frame in sorted(frames, key=lambda frame: frame.dim):
+                    stack.enter_context(self.plates[frame.name])
+                if mask is not None:
+                    stack.enter_context(poutine.mask(mask=mask))
+                fn = CopiedValue(site["value"], event_dim=len(site["fn"].event_shape))
+                infer: Any = {"is_copied": True}
+                pyro.sample(name, fn, infer=infer)
 
     def _at_site(
         self, name: str, conditional: dist.TorchDistribution, call: Call, block: GuideBlock
@@ -508,7 +536,8 @@ class AutoFaithfulGuide(AutoGuide):
         """
         self._fitted = None
         self._warned = {name for name in self._warned if name not in self._sites}
-        if self.plan.inputs.per_element and (args or kwargs):
+        # Batches are not other data: the rows of Python loops over subsampled plates change from call to call.
+        if self.plan.inputs.per_element and (args or kwargs) and not self._reader.in_loops:
             self._fitted = FittedData(args, kwargs)
             self._fitted.note_arguments(self.model)
 
@@ -594,17 +623,22 @@ class AutoFaithfulGuide(AutoGuide):
             summed over plates otherwise.
 
         Raises:
-            GraphflowsError: If a latent site has no value.
+            GraphflowsError: If a latent site has no value, or one outside of its support.
         """
         self._ensure_set_up(args, kwargs)
         given = {name: latents[name] for name in self.plan.graph.latent if name in latents}
         missing = set(self.plan.graph.latent) - set(given) - set(self._options.optional)
         if not missing:
+            for name, value in given.items():
+                if is_constant(self._sites[name].support):
+                    _require_inside(name, value, self._sites[name].support)
             with poutine.block():
                 trace = poutine.trace(poutine.condition(self, data=given)).get_trace(*args, **kwargs)
             nodes: Any = trace.nodes
             names = [name for name in self.plan.graph.latent if name in nodes]
             missing = set(names) - set(given)
+            for name in self.plan.changing:
+                _require_inside(name, given[name], nodes[name]["fn"].support)
         if missing:
             raise GraphflowsError(
                 f"Expected a value for every latent site; missing: {', '.join(sorted(missing))}."
@@ -769,6 +803,30 @@ class AutoFaithfulGuide(AutoGuide):
         if self._plan is None:
             self.setup(*args, **{key: value for key, value in kwargs.items() if key != "observations"})
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AutoFaithfulGuide":
+        """Move the guide, and what it remembers of the model, to a device or a type."""
+        super()._apply(fn, recurse)
+        if self._plan is not None:
+            self._reader.moved(fn)
+            self._sites = {name: site.moved(fn) for name, site in self._sites.items()}
+            self._plate_states = {name: plate.moved(fn) for name, plate in self._plate_states.items()}
+        return self
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load parameters and buffers; see :meth:`torch.nn.Module.load_state_dict`.
+
+        Raises:
+            GraphflowsError: If the guide is not set up: it has no parameters yet.
+        """
+        if self._plan is None:
+            raise GraphflowsError(
+                "Expected a guide that is set up, since it has no parameters before; call guide.setup(*args) with the "
+                "arguments of a typical call, then guide.load_state_dict(state)."
+            )
+        return super().load_state_dict(state_dict, strict, assign)
+
     # ---------------------------------------------------------------- copies and files
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -787,7 +845,7 @@ class AutoFaithfulGuide(AutoGuide):
         plan, frames = self.plan, self._prototype_frames.values()
         blocks: Any = self.blocks
         contents = {
-            "options": replace(self._options, inverse=plan.inverse),
+            "options": replace(self._options, inverse=plan.inverse, init_values={}),
             "plan": plan,
             "sites": self._sites,
             "reader": self._reader.to_plain(),
@@ -808,6 +866,7 @@ class AutoFaithfulGuide(AutoGuide):
         self._plan, self._sites = contents["plan"], contents["sites"]
         self._reader = CallReader.from_plain(contents["reader"], device)
         self._plate_states = contents["plates"]
+        self._reader.remember(self._plate_states, {name: site.support for name, site in self._sites.items()})
         self._notes, self._start_notes = contents["notes"]
         self._fitted = None if contents["fitted"] is None else FittedData(digests=contents["fitted"])
         self._prototype_frames = {
@@ -840,7 +899,7 @@ class AutoFaithfulGuide(AutoGuide):
         state["plates"] = {}
         state["create_plates"] = None
         if self._plan is not None:  # a function that makes inverses cannot be pickled
-            state["_options"] = replace(self._options, inverse=self._plan.inverse)
+            state["_options"] = replace(self._options, inverse=self._plan.inverse, init_values={})
         state["prototype_trace"] = None
         state["_fitted"] = None  # no data in a pickle
         return state
@@ -875,6 +934,7 @@ def auto_faithful_guide(
     resolution: str = "site",
     coupled_rank: int | None = None,
     enumerate_sites: bool | Collection[str] = False,
+    init_values: Mapping[str, Tensor] = MappingProxyType({}),
     setup_seed: int = 0,
     optional: Sequence[str] = (),
     create_plates: Callable[..., Any] | None = None,
@@ -924,6 +984,9 @@ def auto_faithful_guide(
         enumerate_sites: Discrete sites that the guide marks ``infer={"enumerate": "parallel"}``, so that
             ``TraceEnum_ELBO`` sums over their values instead of drawing them: their names, or True for all. Every
             latent site then has a network of its own, so that each only meets the values of its own parents.
+        init_values: For single continuous sites, the value at which training starts, of a shape that broadcasts to that
+            of the site: the site's conditional is centred there, a tenth as wide as its prior, whatever the data are.
+            Elements of a plate may differ at sites with per-element parameters.
         setup_seed: The seed of everything that is random at set-up: joint samples, and with them the order, the start
             and the features, and the weights of the networks. Guides of the same model and call are equal whatever the
             caller's random state, which is not advanced; for other initial weights, take another seed.
@@ -970,6 +1033,7 @@ def auto_faithful_guide(
         resolution=resolution,
         coupled_rank=coupled_rank,
         enumerate_sites=enumerate_sites,
+        init_values=init_values,
         setup_seed=setup_seed,
         optional=optional,
         create_plates=create_plates,
@@ -1028,12 +1092,6 @@ def load_guide(
     return guide
 
 
-def _draw(name: str, fn: dist.TorchDistribution, **infer: Any) -> Tensor:
-    """Draw from a distribution, outside of Pyro's handlers."""
-    value: Tensor = fn.sample()
-    return value
-
-
 def _centre(name: str, fn: Any, **_: Any) -> Tensor:
     while hasattr(fn, "base_dist") and not hasattr(fn, "centre"):
         if isinstance(fn, dist.Independent):
@@ -1041,6 +1099,17 @@ def _centre(name: str, fn: Any, **_: Any) -> Tensor:
         fn = fn.base_dist
     centre: Tensor = fn.centre() if hasattr(fn, "centre") else fn.mean
     return centre
+
+
+def _require_inside(name: str, value: Tensor, support: Any) -> None:
+    inside = torch.as_tensor(support.check(value))
+    # Beside it by rounding, as sums of probabilities are, does no harm.
+    harmless = not support.is_discrete and bool(biject_to(support).inv(value).isfinite().all())
+    if not (harmless or bool(inside.all())):
+        raise GraphflowsError(
+            f"Expected values of {name!r} in its support, {support}; {int((~inside).sum())} of {inside.numel()} are "
+            "outside of it or NaN."
+        )
 
 
 def _sum_rightmost(term: Tensor, depth: int) -> Tensor:

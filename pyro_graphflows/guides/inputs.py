@@ -137,6 +137,7 @@ def sites_concerned(
         inputs=[*graph.inputs, *constants],
         marginalised=graph.marginalised,
         plates={**graph.plates, **{constant: plates for constant, (_, plates) in constants.items()}},
+        nodes=graph.nodes,
     )
     blind = InverseGraph(
         extended, inverse.parents, sampling_order=inverse.sampling_order, coupled=inverse.coupled

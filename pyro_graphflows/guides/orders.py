@@ -30,6 +30,9 @@ on held-out samples, with Student's t of four degrees of freedom at its best sca
 not decide. Starting from the sparsest inverse found, neighbours in the elimination order change places as long as that
 lowers the score and adds no edge and no sampling level. Models whose own conditionals are linear are left alone.
 
+**Sites after those that bound their supports.** With :math:`b \sim U(0, a)` a value of b is known to lie in its support
+only after a. Where another order was found, the sites that it bounds are moved behind.
+
 **Elements.** A graph of elements says which entries of vector sites depend on which; its inverse is sparser than
 that of the sites. A site is emitted as one value, so the elements of a site must be sampled one after the other,
 with no element of another site between them. Hence the order of *sites* is found first, by inverting the graph that
@@ -65,7 +68,7 @@ from pyro_graphflows.guides.samples import MOST_ROWS, ModelDraws, side_by_side
 from pyro_graphflows.guides.sites import LatentSite
 from pyro_graphflows.inspect import TracedModel, get_argument, nested_by_index, with_nested_plates
 from pyro_graphflows.inspect.probes import with_loop_plates
-from pyro_graphflows.regression import Moments, location_and_scale, square_root
+from pyro_graphflows.regression import Moments, in_float64, location_and_scale, square_root
 
 __all__ = [
     "ElementInverse",
@@ -77,6 +80,7 @@ __all__ = [
     "joint_rows",
     "optional_sites_first",
     "order_for_discrete_sites",
+    "order_for_supports",
     "outer_sites_first",
     "outside_of_loops",
     "require_outer_sites_first",
@@ -305,6 +309,7 @@ def _graph_of_sites(graph: ModelGraph, elements: Mapping[str, tuple[str, int]]) 
         marginalised=[site(node) for node in graph.marginalised],
         event_sizes=sizes,
         plates=plates,
+        nodes=list(plates),
     )
 
 
@@ -516,6 +521,34 @@ def order_for_discrete_sites(
     )
 
 
+# ---------------------------------------------------------------- dependent supports
+
+
+def order_for_supports(inverse: InverseGraph, changing: Mapping[str, Collection[str]]) -> list[str] | None:
+    """Return an elimination order near that of an inverse in which each site follows those that bound its support.
+
+    Args:
+        inverse: The inverse.
+        changing: For sites whose support depends on other latent sites, these.
+
+    Returns:
+        Sites to eliminate in turn; None if the inverse samples each site after those that bound it.
+
+    Example:
+        >>> from pyro_graphflows.graphs.model_graph import ModelGraph
+        >>> graph = ModelGraph(["ab", "bx"], observed=["x"])
+        >>> order_for_supports(faithful_inverse(graph, ["a", "b"]), {"b": ["a"]})
+        ['b', 'a']
+    """
+    rank = {site: i for i, site in enumerate(inverse.sampling_order)}
+    bounds = nx.DiGraph((other, site) for site, others in changing.items() for other in others)
+    if all(rank[other] < rank[site] for other, site in bounds.edges):
+        return None
+    bounds.add_nodes_from(rank)
+    sampling = list(nx.lexicographical_topological_sort(bounds, key=rank.__getitem__))
+    return sampling[::-1]
+
+
 # ---------------------------------------------------------------- sites that are observed in some calls
 
 
@@ -666,8 +699,9 @@ class _ConditionalScores:
         self.num_rows = int(finite.sum())
         self.samples = {}
         for name, value in samples.items():
-            shift, scale = location_and_scale(value[finite].double())
-            self.samples[name] = ((value[finite] - shift) / scale).clamp(-JUDGE_WINSOR, JUDGE_WINSOR)
+            wide = in_float64(value[finite])
+            shift, scale = location_and_scale(wide)
+            self.samples[name] = ((wide - shift) / scale).clamp(-JUDGE_WINSOR, JUDGE_WINSOR)
         self.known: dict[tuple[str, tuple[str, ...], bool], float] = {}
 
     def nonlinearity(self, graph: ModelGraph) -> float:

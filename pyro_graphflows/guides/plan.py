@@ -28,6 +28,7 @@ __all__ = [
     "Plan",
     "make_blocks",
     "mean_field_condition",
+    "readers_of",
     "ways_in",
 ]
 
@@ -100,6 +101,7 @@ class Plan:
         ways: For pairs (parent, site), how the parent comes in where that is not elementwise.
         changing: The sites whose support depends on other latent sites, and these.
         enumerated: The sites that the guide marks for enumeration.
+        copies: The Delta sites of the model that the guide repeats.
         notes: Notes on the model as it was traced.
         hints: What else could be asked for.
         judged: The inverse whose faithfulness counts, where it is another than ``inverse``: of elements, or with plates
@@ -115,6 +117,7 @@ class Plan:
     ways: Mapping[tuple[object, object], str] = field(default_factory=dict)
     changing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     enumerated: frozenset[str] = frozenset()
+    copies: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
     judged: InverseGraph | None = None
@@ -297,6 +300,31 @@ def make_blocks(
         done |= set(depth)
         remaining = [site for site in remaining if site not in depth]
     return tuple(blocks)
+
+
+def readers_of(blocks: Sequence[BlockPlan], latent: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Return the observed nodes and inputs whose values latent sites read, and these sites.
+
+    Args:
+        blocks: The blocks of a plan.
+        latent: The latent sites.
+    """
+    found: dict[str, list[str]] = {}
+    for block in blocks:
+        summaries = {node.name: node.summary for node in block.context if node.summary is not None}
+        names = {node.name for node in block.context}
+        for site in block.sites:
+            for parent in block.parents[site]:
+                summary = summaries.get(parent)
+                if summary is not None:
+                    indices = [index for _, _, index in summary.segments]
+                    seen = [*summary.members, *indices, *([] if summary.index is None else [summary.index])]
+                else:
+                    seen = [parent] if parent in names else []
+                for name in seen:
+                    if name not in latent and site not in found.setdefault(name, []):
+                        found[name].append(site)
+    return {name: tuple(sites) for name, sites in found.items()}
 
 
 def ways_in(

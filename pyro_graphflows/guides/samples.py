@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from pyro import poutine
 from torch import Tensor
 from torch.distributions import biject_to
 
@@ -19,6 +20,7 @@ from pyro_graphflows.guides.call import PlateState, argument_in_trace, input_row
 from pyro_graphflows.guides.plan import BlockPlan, Plan
 from pyro_graphflows.guides.sites import InputEncodings, LatentSite, flatten_event
 from pyro_graphflows.inspect import (
+    IMPROPER,
     Batching,
     TracedModel,
     find_batching,
@@ -182,7 +184,7 @@ class ModelDraws:
             f"model: {self._batching.reason}."
         )
 
-    def draw(self, num_samples: int, *, keep: bool = True) -> dict[str, Tensor]:
+    def draw(self, num_samples: int, *, keep: bool = True, latents_only: bool = False) -> dict[str, Tensor]:
         """Return joint samples of all latent sites and of the nodes that can be network inputs.
 
         They are drawn if fewer are kept from before; the random state is then used and advanced.
@@ -190,18 +192,29 @@ class ModelDraws:
         Args:
             num_samples: How many; fewer are drawn where so many would fill the memory, as data are drawn with them.
             keep: Whether they are kept for whoever asks next.
+            latents_only: Whether to draw latent sites from their priors and leave observed ones at the data of this
+                call; that takes no more than proper priors. Factors, masks and scales of the data do not count then.
 
         Raises:
             UnsupportedModelError: If samples of the model would not be what the model's density says.
         """
         samples = self._kept
+        model, traced = _latents_of(self.model, self.traced) if latents_only else (self.model, self.traced)
         if self._batching is None:
-            self._batching = find_batching(self.model, self.args, self.kwargs, traced=self.traced)
+            self._batching = find_batching(model, self.args, self.kwargs, traced=traced)
         num_samples = min(num_samples, self._most_draws)
         if self._batching.way == "single":
             num_samples = min(num_samples, MOST_SINGLE_RUNS)
         if num_samples > self._num_kept:
-            samples = self._draw(num_samples, self._batching)
+            if latents_only:
+                samples = sample_prior(
+                    *(model, self.args, self.kwargs),
+                    num_samples=num_samples,
+                    traced=traced,
+                    batching=self._batching,
+                )
+            else:
+                samples = self._draw(num_samples, self._batching)
             if keep:
                 self._kept, self._num_kept = samples, num_samples
         samples = {name: value[:num_samples] for name, value in samples.items()}
@@ -272,7 +285,12 @@ class Samples:
                 values = draws.draw(_number_of_draws(plan.blocks, plates, num_rows))
                 note = draws.note
             except UnsupportedModelError as error:
-                note = f"no regression start and no standardisation of latents: {error}"
+                reason = str(error)
+                try:
+                    values = draws.draw(_number_of_draws(plan.blocks, plates, num_rows), latents_only=True)
+                    note = f"no regression start: the latents start at their prior. {reason}"
+                except UnsupportedModelError as improper:
+                    note = f"no regression start and no standardisation of latents: {improper}"
         return cls(draws, plates, standardize, num_rows, values, note=note)
 
     def with_values(self, more: Mapping[str, Tensor]) -> "Samples":
@@ -293,6 +311,22 @@ class Samples:
     def aligned(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return joint samples of some nodes, plates apart, with as many batch dimensions each."""
         return _at_one_depth(self.values or {}, names)
+
+
+def _latents_of(model: Callable[..., Any], traced: TracedModel) -> tuple[Callable[..., Any], TracedModel]:
+    """Return a model in which only latent sites are seen, with proper priors, and what is traced of it."""
+    trace = traced.trace.copy()
+    hidden = [
+        name for name, site in traced.trace.nodes.items() if site["type"] == "sample" and site["is_observed"]
+    ]
+    for name in hidden:
+        trace.remove_node(name)
+    improper = {
+        name: reason
+        for name, reason in traced.not_generative.items()
+        if name in traced.graph.latent and reason == IMPROPER
+    }
+    return poutine.block(model, hide=hidden), replace(traced, trace=trace, not_generative=improper)
 
 
 def _number_of_draws(blocks: Sequence[BlockPlan], plates: Mapping[str, PlateState], wanted_rows: int) -> int:

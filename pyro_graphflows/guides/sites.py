@@ -5,10 +5,12 @@ mean something. A binary value is 0 or 1 as it is; a value among ``K`` classes b
 without a bound stay numbers. Of data with missing entries, it counts what is there and where.
 """
 
+import copy
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pyro.infer.reparam
 import torch
 from torch import Tensor
 from torch.distributions import biject_to, constraints
@@ -18,15 +20,24 @@ from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.inspect import TracedModel, get_argument
 
 __all__ = [
+    "REMEDIES_OF_NAN",
     "DiscreteEncoding",
     "InputEncodings",
     "LatentSite",
     "flatten_event",
     "input_encodings",
+    "is_constant",
     "is_identity",
     "latent_sites",
+    "moved_support",
     "partly_observed",
 ]
+
+REMEDIES_OF_NAN = (
+    "Remove them, or model them as missing, with values of any kind in their places: with seen = torch.isfinite(y) and "
+    "obs=torch.nan_to_num(y), either pyro.sample(..., obs_mask=seen) or poutine.mask(mask=seen) around the site. Set "
+    "the guide up with data that have missing entries."
+)
 
 
 def flatten_event(value: Tensor, event_dim: int) -> Tensor:
@@ -109,6 +120,10 @@ class DiscreteEncoding:
             flat = flat.unflatten(-1, (-1, self.num_classes)).argmax(-1) + self.lowest
         return flat.reshape(flat.shape[:-1] + self.event_shape).to(self.dtype)
 
+    def moved(self, convert: Callable[[Tensor], Tensor]) -> "DiscreteEncoding":
+        """Return the same for values of the type to which a tensor is converted."""
+        return replace(self, dtype=convert(torch.zeros((), dtype=self.dtype)).dtype)
+
     def __str__(self) -> str:
         many = "" if self.num_elements == 1 else f"{self.num_elements} x "
         if self.kind in ("binary", "counts"):
@@ -163,6 +178,39 @@ class LatentSite:
         object.__setattr__(self, "size", self.unconstrained_shape.numel())
         object.__setattr__(self, "is_real", self.encoding is None and is_identity(self.transform))
 
+    def moved(self, convert: Callable[[Tensor], Tensor]) -> "LatentSite":
+        """Return the same site for a guide on another device, or of another type."""
+        if self.encoding is not None:
+            return replace(
+                self, encoding=self.encoding.moved(convert), support=moved_support(self.support, convert)
+            )
+        if is_constant(self.support):
+            return self
+        return replace(self, support=moved_support(self.support, convert))
+
+
+def is_constant(support: constraints.Constraint) -> bool:
+    """Whether a support holds no tensor (a bound may depend on data or on other sites)."""
+    return not any(
+        torch.is_tensor(value) or (isinstance(value, constraints.Constraint) and not is_constant(value))
+        for value in vars(support).values()
+    )
+
+
+def moved_support(
+    support: constraints.Constraint, convert: Callable[[Tensor], Tensor]
+) -> constraints.Constraint:
+    """Return a support with its bounds moved; itself where it holds no tensor."""
+    if is_constant(support):
+        return support
+    new = copy.copy(support)
+    for key, value in vars(support).items():
+        if torch.is_tensor(value):
+            setattr(new, key, convert(value))
+        elif isinstance(value, constraints.Constraint):
+            setattr(new, key, moved_support(value, convert))
+    return new
+
 
 def is_identity(transform: Transform) -> bool:
     """Return whether a transform leaves values as they are."""
@@ -179,7 +227,8 @@ def latent_sites(traced: TracedModel, custom: Collection[str] = ()) -> dict[str,
         custom: The sites for which the user gave a factor.
 
     Raises:
-        UnsupportedModelError: If one of the others is discrete and its values are not among finitely many classes.
+        UnsupportedModelError: If one of the others is discrete and its values are not among finitely many classes, or
+            no bijection maps the support of one to the real line.
     """
     sites = {}
     for name in traced.graph.latent:
@@ -197,12 +246,31 @@ def latent_sites(traced: TracedModel, custom: Collection[str] = ()) -> dict[str,
                 )
             sites[name] = LatentSite(name, event_shape, torch.Size([encoding.size]), fn.support, encoding)
             continue
-        transform = biject_to(fn.support)
+        try:
+            transform = biject_to(fn.support)
+        except NotImplementedError as error:
+            raise UnsupportedModelError(
+                f"Expected latent sites whose support a bijection maps to the real line; site {name!r} is "
+                f"{type(fn).__name__} with support {fn.support}. Reparametrise it: {_reparametriser(fn, name)}."
+            ) from error
         unconstrained = transform.inverse_shape(torch.Size(fn.batch_shape) + event_shape)
         sites[name] = LatentSite(
             name, event_shape, torch.Size(unconstrained[len(fn.batch_shape) :]), fn.support
         )
     return sites
+
+
+def _reparametriser(fn: Any, name: str) -> str:
+    """Say how to write a site without a bijection otherwise: by a reparametriser of Pyro, where it has one."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    kind = f"{type(fn).__name__}Reparam"
+    if hasattr(pyro.infer.reparam, kind):
+        return (
+            f"poutine.reparam(model, config={{{name!r}: {kind}()}}), with {kind} of pyro.infer.reparam, as the model "
+            "of the guide and of the loss"
+        )
+    return "sample normal values, and compute from them what the model needs (normalise a vector for a direction)"
 
 
 def partly_observed(traced: TracedModel) -> tuple[str, ...]:
@@ -220,12 +288,15 @@ class InputEncodings:
         classes: The encodings of observed sites whose values are classes: numbers that only tell them apart.
         partly: The partly observed sites, with their numbers of event dimensions.
         patterns: The inputs of which only the pattern of missing entries counts.
+        gappy: The other inputs with missing entries at set-up, with the numbers of their event dimensions: their
+            elements, zero where missing, and where they are.
     """
 
     event_dims: Mapping[str, int]
     classes: Mapping[str, DiscreteEncoding] = field(default_factory=dict)
     partly: Mapping[str, int] = field(default_factory=dict)
     patterns: frozenset[str] = frozenset()
+    gappy: Mapping[str, int] = field(default_factory=dict)
 
     def flat(self, name: str, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return the value of an observed site or an input as a flat vector; classes as indicators.
@@ -239,8 +310,16 @@ class InputEncodings:
         flat = value.reshape(*value.shape[: value.dim() - self.event_dims[name]], -1)
         return flat if flat.is_floating_point() else flat.to(dtype)
 
+    def moved(self, convert: Callable[[Tensor], Tensor]) -> "InputEncodings":
+        """Return the same for a guide of another type."""
+        return replace(self, classes={name: one.moved(convert) for name, one in self.classes.items()})
+
     def input_value(self, name: str, value: Tensor) -> Tensor:
-        """Return the conditioning value of an input: of data with missing entries, only where they are."""
+        """Return the conditioning value of an input: of data with gaps, where these are (and what is there)."""
+        if name in self.gappy:
+            flat = flatten_event(value, self.gappy[name])
+            seen = torch.isfinite(flat)
+            return torch.cat([torch.where(seen, flat, torch.zeros_like(flat)), seen.to(flat.dtype)], -1)
         return torch.isfinite(value).to(value.dtype) if name in self.patterns else value
 
     def masked_value(self, name: str, value: Tensor, mask: Tensor | bool | None) -> Tensor:
@@ -265,7 +344,7 @@ def input_encodings(
 
     Factors and observed values that are computed from latent sites have no data and are left out, and so are
     integer inputs: they are indices. Inputs with NaN, beside partly observed sites, are data of which only the
-    pattern of missing entries counts.
+    pattern of missing entries counts; of other inputs with NaN, what is there counts too.
 
     Args:
         model: The model.
@@ -287,11 +366,15 @@ def input_encodings(
     dims.update((name, dim) for name, dim in traced.event_dims.items() if name not in traced.index_inputs)
     paths = traced.argument_paths
     of_partly = [paths[name] for name in partly if name in paths]
-    patterns = set()
-    for name in traced.graph.inputs if partly else ():
+    patterns, gappy = set(), {}
+    for name in traced.graph.inputs:
         value = get_argument(model, paths[name], args, kwargs)
         if value is None:  # the row of a loop
             continue
-        if paths[name] in of_partly or (value.is_floating_point() and bool(torch.isnan(value).any())):
+        has_gaps = value.is_floating_point() and not value.is_meta and bool(torch.isnan(value).any())
+        if partly and (paths[name] in of_partly or has_gaps):
             patterns.add(name)
-    return InputEncodings(dims, classes, partly, frozenset(patterns))
+        elif has_gaps:
+            gappy[name] = dims[name]
+            dims[name] = 1
+    return InputEncodings(dims, classes, partly, frozenset(patterns), gappy)

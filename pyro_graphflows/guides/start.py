@@ -8,20 +8,23 @@ then about (number of weights) / (2 number of samples) nats, so that a sparse in
 Sites whose elements have maps of their own get one regression for each index of the plate.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributions import biject_to
 
+from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.block import GuideBlock
 from pyro_graphflows.guides.call import Call, PlateState
 from pyro_graphflows.guides.conditionals.contract import Conditionals, LinearConditional
 from pyro_graphflows.guides.features import concatenate
 from pyro_graphflows.guides.samples import Samples
-from pyro_graphflows.regression import WINSOR, Moments, location_and_scale
+from pyro_graphflows.guides.sites import LatentSite
+from pyro_graphflows.regression import WINSOR, Moments, in_float64, location_and_scale
 
-__all__ = ["Start", "conditionals_loss", "regress_", "start_block_", "whiten_block_"]
+__all__ = ["Start", "conditionals_loss", "regress_", "start_at_", "start_block_", "whiten_block_"]
 
 TIE = 0.01  # nats by which the regression start may seem worse; without parents both starts are alike
 ELEMENT_SCALE = 0.1  # sites with per-element parameters start at their prior, this much narrower
@@ -91,9 +94,7 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
     return Start(tuple(notes), moments)
 
 
-def whiten_block_(
-    block: GuideBlock, moments: Tensor, call: Call | None, draws: Sequence[Mapping[str, Tensor]]
-) -> None:
+def whiten_block_(block: GuideBlock, moments: Tensor, call: Call | None, draws: Mapping[str, Tensor]) -> None:
     """Let trained weights act on whitened inputs.
 
     Inputs are whitened by the sum of their second moments in joint samples of the model and in the guide's own draws
@@ -103,15 +104,81 @@ def whiten_block_(
         block: The block.
         moments: The second moments of its inputs in joint samples.
         call: The call of set-up; None if it cannot be read.
-        draws: The guide's draws for it: flat vectors by site.
+        draws: The guide's draws for it: flat vectors by site, of any batch shape.
     """
-    for draw in draws if call is not None else ():
-        features = block.inputs(call, draw)
-        moments = moments + _input_moments(block, features, {s: draw[s] for s in block.plan.sites}) / len(
-            draws
-        )
+    if call is not None:
+        features = block.inputs(call, draws)
+        moments = moments + _input_moments(block, features, {s: draws[s] for s in block.plan.sites})
     if bool(torch.isfinite(moments).all()):
         block.conditionals.whiten_(moments)
+
+
+def start_at_(
+    block: GuideBlock, samples: Samples, init_values: Mapping[str, Tensor], changing: Collection[str]
+) -> list[str]:
+    """Let some sites of a block start at given values, a tenth as wide as their prior; they read nothing there.
+
+    Args:
+        block: The block.
+        samples: Its samples.
+        init_values: Values of latent sites, as the model samples them; they may broadcast over plates.
+        changing: The sites whose supports depend on other latent sites.
+
+    Returns:
+        Notes for the user.
+
+    Raises:
+        GraphflowsError: If a value does not fit, or elements differ where a site has no parameters for each.
+    """
+    notes = []
+    for site in block.plan.sites:
+        if site not in init_values:
+            continue
+        if site in changing:
+            raise GraphflowsError(
+                f"Expected init_values of sites with a support of their own; that of {site!r} depends on other latents."
+            )
+        shift, scale = block.conditionals.output_units(site)
+        around = [samples.plates[name] for name in block.plan.plates]
+        flat = _unconstrained(samples.draws.sites[site], init_values[site].to(shift), around)
+        locs = (flat - shift) / scale
+        tril = ELEMENT_SCALE * torch.eye(len(shift)).to(shift)
+        first = locs.reshape(-1, len(shift))[0]
+        if bool((locs == first).all()):
+            block.conditionals.set_linear_(site, LinearConditional({}, first, tril))
+        elif not block.conditionals.set_elements_(site, locs, tril):
+            reason = (
+                "this family starts all elements alike"
+                if site in block.plan.per_element
+                else "it is amortised, with one network for all elements"
+            )
+            raise GraphflowsError(
+                f"Expected one value of {site!r} in init_values for all elements of {', '.join(block.plan.plates)}: "
+                f"{reason}."
+            )
+        notes.append(f"{site} starts at the value given (init_values=), a tenth as wide as its prior.")
+    return notes
+
+
+def _unconstrained(site: LatentSite, value: Tensor, plates: Sequence[PlateState]) -> Tensor:
+    """Return a value of a site, in full plates, as flat unconstrained vectors, ``(*plates, size)``."""
+    shape = [1] * max((-plate.dim for plate in plates), default=0)
+    for plate in plates:
+        shape[plate.dim] = plate.full_size
+    whole = (*shape, *site.event_shape)
+    try:
+        value = value.expand(whole)
+    except RuntimeError as error:
+        raise GraphflowsError(
+            f"Expected a value of {site.name!r} in init_values of a shape that broadcasts to {whole}; got "
+            f"{tuple(value.shape)}."
+        ) from error
+    raw = biject_to(site.support).inv(value)
+    if not bool(raw.isfinite().all()):
+        raise GraphflowsError(
+            f"Expected a value of {site.name!r} in init_values inside its support, {site.support}."
+        )
+    return raw.reshape(*shape, -1)
 
 
 def _regress_if_better_(conditionals: Conditionals, context: Tensor, values: dict[str, Tensor]) -> str | None:
@@ -152,10 +219,10 @@ def _input_moments(block: GuideBlock, features: Tensor, values: Mapping[str, Ten
         features: Features of the context nodes, ``(*batch, num_features)``.
         values: Unconstrained vectors of the sites, each of shape ``(*batch, size)``.
     """
-    columns = [features.double()] if features.shape[-1] else []
+    columns = [in_float64(features)] if features.shape[-1] else []
     for site in block.plan.sites:
         shift, scale = block.conditionals.input_units(site)
-        columns.append(((values[site] - shift) / scale).double())
+        columns.append(in_float64((values[site] - shift) / scale))
     joint = concatenate(columns)
     rows = joint.reshape(-1, joint.shape[-1])
     moments = rows.mT @ rows / len(rows)
@@ -175,10 +242,10 @@ def regress_(conditionals: Conditionals, context: Tensor, values: Mapping[str, T
         context: Features of the context nodes in rows, shape ``(n, num_features)``.
         values: Unconstrained vectors of the sites in rows, each of shape ``(n, size)``.
     """
-    columns = [context.double()]
+    columns = [in_float64(context)]
     for site in conditionals.block.sites:
         shift, scale = conditionals.output_units(site)
-        columns.append(((values[site] - shift) / scale).double())
+        columns.append(in_float64((values[site] - shift) / scale))
     rows = torch.cat(columns, -1)
     rows = rows[torch.isfinite(rows).all(-1)].clamp(-WINSOR, WINSOR)
     moments = Moments(rows)
@@ -259,7 +326,7 @@ def _by_index(
         parts.append((values[site] - shift) / scale)
     depth = max(part.dim() for part in parts)
     parts = [p.reshape(p.shape[:1] + (1,) * (depth - p.dim()) + p.shape[1:]) for p in parts if p.shape[-1]]
-    joint = concatenate(parts).double()
+    joint = in_float64(concatenate(parts))
     # the table of an element map is laid out by dimension, left to right
     dims = sorted(plate.dim - 1 for plate in own)
     joint = joint.movedim(dims, list(range(len(dims))))

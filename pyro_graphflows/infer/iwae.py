@@ -463,7 +463,9 @@ class IWAE_ELBO(ELBO):
         at_leaves = drawn.copy()
         leaves: dict[str, Tensor] = {}
         for name, original in density_sites(drawn):
-            if not original["is_observed"]:
+            if original["infer"].get("is_copied"):  # a Delta of the model: its own parameters reach it there
+                at_leaves.remove_node(name)
+            elif not original["is_observed"]:
                 leaves[name] = original["value"].detach().requires_grad_()
                 copied = original.copy()
                 copied["value"] = leaves[name]

@@ -36,6 +36,7 @@ from pyro.util import check_site_shape
 from torch import Tensor
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
+from pyro_graphflows.inspect import is_transparent
 
 __all__ = [
     "OUTER_PARTICLES",
@@ -196,6 +197,7 @@ def prototype(
         for name, site in density_sites(model_trace)
         if not site["is_observed"]
         and name not in guide_trace
+        and not is_transparent(site)
         and not (allow_enumeration and is_enumerated(site))
     ]
     if missing:

@@ -30,6 +30,7 @@ from pyro_graphflows.infer.particles import (
     is_enumerated,
     plates_of,
 )
+from pyro_graphflows.inspect import is_transparent
 
 __all__ = ["JointLayout", "joint_layout", "run_guide", "sample_joint"]
 
@@ -93,7 +94,10 @@ def joint_layout(
             "guide has no density q(z | x) at given values."
         )
     left_out = sorted(
-        name for name in latents if name not in sampled and not is_enumerated(model_trace.nodes[name])
+        name
+        for name in latents
+        if name not in sampled
+        and not (is_enumerated(model_trace.nodes[name]) or is_transparent(model_trace.nodes[name]))
     )
     if left_out:
         warnings.warn(

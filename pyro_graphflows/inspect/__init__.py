@@ -6,9 +6,10 @@ from pyro_graphflows.inspect.prior import Batching, find_batching, sample_prior
 from pyro_graphflows.inspect.probes import nested_by_index, non_exchangeable_plates, with_nested_plates
 from pyro_graphflows.inspect.randomness import kept_random_state, seed_random_state
 from pyro_graphflows.inspect.rows import arranged, rows_of_run, take_rows
-from pyro_graphflows.inspect.trace import Leak, TracedModel
+from pyro_graphflows.inspect.trace import IMPROPER, Leak, TracedModel, is_transparent, undressed
 
 __all__ = [
+    "IMPROPER",
     "ArgumentPath",
     "Batching",
     "Leak",
@@ -18,6 +19,7 @@ __all__ = [
     "get_argument",
     "get_arguments",
     "get_model_graph",
+    "is_transparent",
     "kept_random_state",
     "nested_by_index",
     "non_exchangeable_plates",
@@ -27,5 +29,6 @@ __all__ = [
     "seed_random_state",
     "take_rows",
     "trace_model",
+    "undressed",
     "with_nested_plates",
 ]

@@ -46,6 +46,7 @@ objects (:class:`Attribute`), and last, for an observed site that is a row or a 
 (``t`` or ``(..., j)``)."""
 
 MOST_DEPTH = 6  # of fields within fields
+MOST_ITEMS = 1000  # of a container outside of the arguments, a vocabulary may be one
 MOST_OUTSIDE = 3  # of functions that call functions, where tensors outside of the arguments are looked for
 # Values without fields of interest.
 _WHOLE = (
@@ -239,13 +240,17 @@ def _slots(kind: type) -> tuple[str, ...]:
     return tuple(name for name in names if not name.startswith("__"))
 
 
-def _walk(path: ArgumentPath, value: Any, inside: tuple[int, ...] = ()) -> Iterator[tuple[ArgumentPath, Any]]:
-    fields = None if len(inside) > MOST_DEPTH or id(value) in inside else fields_of(value)
+def _walk(
+    path: ArgumentPath, value: Any, inside: tuple[int, ...] = (), most: int | None = None
+) -> Iterator[tuple[ArgumentPath, Any]]:
+    """Yield what is inside of a value, by path; containers of more than ``most`` items are left whole."""
+    large = most is not None and isinstance(value, tuple | list | Mapping) and len(value) > most
+    fields = None if large or len(inside) > MOST_DEPTH or id(value) in inside else fields_of(value)
     if fields is None:
         yield path, value
         return
     for key, item in fields:
-        yield from _walk((*path, key), item, (*inside, id(value)))
+        yield from _walk((*path, key), item, (*inside, id(value)), most)
 
 
 def replaced_arguments(
@@ -341,7 +346,7 @@ def outside_tensors(model: Callable) -> dict[ArgumentPath, torch.Tensor]:
     seen: set[int] = set()
 
     def visit(path: ArgumentPath, value: Any, depth: int) -> None:
-        for key, item in _walk(path, value):
+        for key, item in _walk(path, value, most=MOST_ITEMS):
             if id(item) in seen:
                 continue
             seen.add(id(item))

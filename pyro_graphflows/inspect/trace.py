@@ -47,6 +47,7 @@ from pyro_graphflows.inspect.tracer import (
 )
 
 __all__ = [
+    "IMPROPER",
     "Leak",
     "TracedModel",
     "is_transparent",
@@ -58,6 +59,8 @@ __all__ = [
     "undressed",
     "vectorized_plates",
 ]
+
+IMPROPER = "its prior is improper"  # a reason of TracedModel.not_generative: such a site cannot be drawn
 
 MOST_CONSTANT_ROWS = 2000  # more are data, wherever the model has them from
 _REMEDIES = {
@@ -117,6 +120,8 @@ class TracedModel:
         non_exchangeable: For sites whose plates' indices are non-exchangeable (constants that vary along the
             plate, not given as arguments): those plates. Known only after ``validate=True``.
         elements: For graphs of elements: the site and the flat event index of each node.
+        copies: The :class:`~pyro.distributions.Delta` sites whose values follow from latent sites in the same plates.
+            (Of those in no plate, from latent sites alone: drawn for some data, they also hold for others.)
         rows: For inputs, along which of their dimensions (counted from the right) they vary with which plates.
         taken: The part of these of which the model takes the rows by the plates' indices.
         places: For inputs whose dimensions are not where their plates are, pairs of both; see
@@ -137,6 +142,7 @@ class TracedModel:
     notes: tuple[str, ...] = ()
     non_exchangeable: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     elements: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    copies: tuple[str, ...] = ()
     rows: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     taken: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     places: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
@@ -180,6 +186,8 @@ def trace_once(
         if converted:
             warnings.filterwarnings("ignore", "To copy construct from a tensor")
         trace = run_model(model, *given, recorder, _GivenRows(indices or {}), watching(tracker))
+    for name, value in recorder.data.items():
+        trace.nodes[name]["value"] = value
     return _Assembly(recorder, trace, leaves, outside, strict).finish(converted)
 
 
@@ -351,6 +359,10 @@ class Recorder(PlateWatch):
     def __init__(self, tracker: TaintTracker) -> None:
         super().__init__(tracker)
         self.records: list[SiteRecord] = []
+        self.deltas: dict[
+            str, tuple[int, tuple[Any, ...]]
+        ] = {}  # taint and plates of sites that pass values on
+        self.data: dict[str, torch.Tensor] = {}  # observed values that lie in the memory of arguments
 
     def _pyro_sample(self, msg: Any) -> None:
         self.tracker.absorb()
@@ -365,6 +377,8 @@ class Recorder(PlateWatch):
             transparent = is_transparent(msg)
         factor = isinstance(fn, dist.Unit)
         if transparent:
+            if not msg["is_observed"]:
+                self.deltas[msg["name"]] = self.tracker.quietly_of(_parameters(fn)), vectorized_plates(msg)
             log_density = self._log_density(fn)
             if log_density is None:
                 return
@@ -406,7 +420,9 @@ class Recorder(PlateWatch):
             )
         )
         tracker.moment += 1
-        if not transparent and region is None and isinstance(value, torch.Tensor):
+        if not transparent and isinstance(value, torch.Tensor):
+            if region is not None:  # what pyro.sample returns can then be told from the data themselves
+                self.data[name] = value
             msg["value"] = value.detach().clone()
             tracker.set(msg["value"], tracker.bit(name))
 
@@ -457,7 +473,7 @@ class _Assembly:
     ) -> None:
         self.trace, self.strict = trace, strict
         self.notes: list[str] = []
-        self.tracker, self.records = recorder.tracker, recorder.records
+        self.tracker, self.records, self.deltas = recorder.tracker, recorder.records, recorder.deltas
         self.taken, self.clashes = rows_taken(self.tracker, {**outside, **leaves})
         data = {path: leaf for path, leaf in outside.items() if self._is_data(self.taken.get(path, {}), leaf)}
         self.leaves = {**data, **leaves}
@@ -515,6 +531,7 @@ class _Assembly:
             not_generative=self.not_generative,
             leaks=leaks,
             notes=tuple(dict.fromkeys(self.notes)),
+            copies=tuple(name for name in self.deltas if self._is_copy(name)),
             rows=self.rows,
             taken={name: self.taken[path] for name, path in self.input_paths.items() if path in self.taken},
             places=self.places,
@@ -522,6 +539,19 @@ class _Assembly:
             loops=self.loops,
             converted=converted,
         )
+
+    def _is_copy(self, name: str) -> bool:
+        """Whether the value of a Delta site belongs to latent sites, and is no news for other data."""
+        taint, plates = self.deltas[name]
+        records = {record.name: record for record in self.records}
+        sources = self.tracker.sources(taint)
+        sites = [records[source] for source in sources if isinstance(source, str)]
+        if any(isinstance(source, Noise) for source in sources) or any(site.enumerated for site in sites):
+            return False
+        latents = [site for site in sites if not site.observed]
+        if not plates:
+            return len(latents) == len(sources)
+        return {frame.name for frame in plates} <= {frame.name for site in latents for frame in site.plates}
 
     def _leaf_of(self, path: ArgumentPath) -> torch.Tensor:
         return self.leaves[path[:-1] if isinstance(path[-1], LoopRow) else path]
@@ -764,6 +794,8 @@ class _Assembly:
             if record.name in self.without_data:
                 self.not_generative.setdefault(record.name, "it is a factor, not data")
                 continue
+            if isinstance(undressed(site["fn"]), dist.ImproperUniform):
+                self.not_generative[record.name] = IMPROPER
             plain = record.name.removesuffix("_observed").removesuffix("_unobserved")
             half_observed = (
                 plain != record.name and {f"{plain}_observed", f"{plain}_unobserved"} <= self.site_names
@@ -775,8 +807,6 @@ class _Assembly:
                 if isinstance(fn, pyro.distributions.MaskedDistribution):
                     self.not_generative.setdefault(record.name, "its distribution is masked")
                 fn = fn.base_dist
-            if isinstance(fn, pyro.distributions.ImproperUniform):
-                self.not_generative.setdefault(record.name, "its prior is improper")
             expected = 1.0
             for frame in site["cond_indep_stack"]:
                 if frame.size > 0 and frame.full_size is not None:

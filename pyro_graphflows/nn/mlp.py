@@ -60,7 +60,7 @@ class MaskedMLP(nn.Module):
         skip: Whether there is a linear map beside the hidden part.
         engine: The engine of the layers, "dense", "sparse" or "auto"; see :class:`MaskedLinear`.
         natural_units: Whether weights are trained in whitened inputs and units of the outputs
-            (:mod:`~pyro_graphflows.nn.natural_units`). It needs the linear map.
+            (:mod:`~pyro_graphflows.nn.natural_units`).
         input_names: Names of the inputs, for messages.
         output_names: Names of the outputs, for messages.
 
@@ -144,7 +144,7 @@ class MaskedMLP(nn.Module):
             layers.append(layer(last.repeat_rows(num_params), bias=not skip))
         self.layers = nn.ModuleList(layers)
         self.units = None
-        if natural_units and self.skip is not None:
+        if natural_units and (skip or hidden):
             sets = [s for s in dict.fromkeys(self.allowed) if s]
             number = {s: i for i, s in enumerate(sets)}
             of_outputs = [number.get(s, -1) for s in self.allowed for _ in range(num_params)]
@@ -208,14 +208,18 @@ class MaskedMLP(nn.Module):
     def weights(self) -> tuple[Weights | None, list[Weights]]:
         """Return the entries and biases of the linear map and of the layers, as an evaluation uses them."""
         layers = self._masked_layers()
-        if self.units is None or self.skip is None:
-            skip = None if self.skip is None else (self.skip.entries(), self.skip.bias)
-            return skip, [(layer.entries(), layer.bias) for layer in layers]
+        units = self.units
+        if units is None:
+            own = None if self.skip is None else (self.skip.entries(), self.skip.bias)
+            return own, [(layer.entries(), layer.bias) for layer in layers]
         entries = [layer.entries() for layer in layers[1:-1]]
-        if layers:
-            entries = [self.units.hidden(layers[0]), *entries, self.units.last(layers[-1])]
-        biases = [layer.bias for layer in layers]
-        return self.units.linear(self.skip), list(zip(entries, biases, strict=True))
+        if len(layers) > 1:
+            entries = [units.hidden(layers[0]), *entries, units.last(layers[-1])]
+        biases: list[Tensor | None] = [layer.bias for layer in layers]
+        if self.skip is None and (last := biases[-1]) is not None:
+            biases[-1] = last * units.unit
+        skip = None if self.skip is None else units.linear(self.skip)
+        return skip, list(zip(entries, biases, strict=True))
 
     @torch.no_grad()
     def whiten_(self, moments: Tensor) -> None:
@@ -226,7 +230,7 @@ class MaskedMLP(nn.Module):
         """
         if self.units is not None:
             layers = self._masked_layers()
-            self.units.whiten_(moments, layers[0] if layers else None)
+            self.units.whiten_(moments, layers[0] if len(layers) > 1 else None)
 
     @torch.no_grad()
     def set_linear_(self, rows: slice, weights: Tensor, bias: Tensor, unit: Tensor | None = None) -> None:

@@ -22,18 +22,28 @@ in all. Above :data:`MOST_NUMBERS` there are none, and inputs are trained as the
 :math:`\sqrt{|S|}`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyro_graphflows.nn.masked import MaskedLinear
 
-__all__ = ["MOST_NUMBERS", "NaturalUnits", "WhitenedRows", "Whiteners", "padded_size", "whitener"]
+__all__ = [
+    "MOST_NUMBERS",
+    "EdgeUnits",
+    "NaturalUnits",
+    "WhitenedRows",
+    "Whiteners",
+    "padded_size",
+    "whitener",
+]
 
 MOST_NUMBERS = 4_000_000  # of all whiteners of a network
 MOST_SIZE = 1500  # of one set; finding its whitener takes a cubic number of steps
+MOST_BY_ROW = 60_000  # numbers of a layer up to which each row has a whitener of its own
 SMALL = 20_000  # numbers up to which padding all sets to one size is cheaper than several products
 CUT = 1e-3  # directions whose spread is a smaller share of the widest one's are left out
 
@@ -86,6 +96,7 @@ class Whiteners(nn.Module):
         self.register_buffer("rank", torch.tensor(sizes, dtype=torch.float))
         self.groups: list[list[int]] = []
         self.widths: list[int] = []
+        self._names: list[str] = []
         numbers = sum(size**2 for size in sizes)
         if max(sizes, default=0) > 1 and numbers <= MOST_NUMBERS and max(sizes) <= MOST_SIZE:
             at_once = len(sizes) * max(sizes) ** 2 <= max(SMALL, 2 * numbers)
@@ -101,9 +112,20 @@ class Whiteners(nn.Module):
                 self.register_buffer(f"matrices_{width}", matrices)
             self._names = [f"matrices_{width}" for width in sorted(by_width)]
 
-    def matrices(self, group: int) -> Tensor:
-        """Return the transposed whiteners of a group, padded with zeros, ``(sets, width, width)``."""
-        return getattr(self, self._names[group])
+    def all_matrices(self) -> list[Tensor]:
+        """Return the transposed whiteners of each group, padded with zeros, ``(sets, width, width)``."""
+        return [getattr(self, name) for name in self._names]
+
+    def embedded(self, number: int, num_inputs: int) -> Tensor:
+        """Return the transposed whitener of a set among all inputs, zero elsewhere; zero for -1."""
+        embedded = self.rank.new_zeros(num_inputs, num_inputs)
+        for members, matrices in zip(self.groups, self.all_matrices(), strict=True):
+            if number in members:
+                columns = torch.tensor(self.sets[number], device=embedded.device)
+                size = len(columns)
+                own = matrices[members.index(number), :size, :size].to(embedded)
+                embedded[columns.unsqueeze(-1), columns] = own
+        return embedded
 
     @torch.no_grad()
     def fit_(self, moments: Tensor) -> None:
@@ -112,8 +134,7 @@ class Whiteners(nn.Module):
         Args:
             moments: Shape ``(inputs, inputs)``, of inputs of about unit scale.
         """
-        for group, members in enumerate(self.groups):
-            matrices = self.matrices(group)
+        for members, matrices in zip(self.groups, self.all_matrices(), strict=True):
             matrices.zero_()
             for place, i in enumerate(members):
                 inputs = list(self.sets[i])
@@ -122,31 +143,82 @@ class Whiteners(nn.Module):
                 self.rank[i] = max(rank, 1)
 
 
-class WhitenedRows(nn.Module):
-    """The rows of one masked matrix in the coordinates of their whiteners.
+class Constants(nn.Module):
+    """A module that keeps constants which follow from buffers, until these change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._kept: tuple[Any, Tensor | None] = (None, None)
+
+    def kept(self, sources: Sequence[Tensor], find: Callable[[], Tensor]) -> Tensor:
+        """Return what ``find`` returned last, or ask it again if a source has changed since."""
+        key = [(source.data_ptr(), source._version) for source in sources]
+        if self._kept[1] is None or self._kept[0] != key:
+            with torch.no_grad():
+                self._kept = (key, find())
+        assert self._kept[1] is not None
+        return self._kept[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": (None, None)}
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "Constants":
+        self._forget()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+class WhitenedRows(Constants):
+    """The rows of one masked matrix in the coordinates of their whiteners: each row times its whitener and a number.
+
+    Rows of small matrices have a padded whitener each; rows of a large one that all look at the same inputs share it;
+    others are gathered by the size of what they look at, and brought back.
 
     Args:
         layer: The layer; what a row looks at must be one of the sets, or nothing.
         set_of_row: For each row the number of its set, -1 for none.
         whiteners: The whiteners.
+        divide: Whether rows are divided by the root of their whitener's rank.
     """
 
+    index: Tensor
     gather: Tensor
     back: Tensor
 
-    def __init__(self, layer: MaskedLinear, set_of_row: Sequence[int], whiteners: Whiteners) -> None:
+    def __init__(
+        self, layer: MaskedLinear, set_of_row: Sequence[int], whiteners: Whiteners, *, divide: bool
+    ) -> None:
         super().__init__()
         self.shape = tuple(layer.weight.shape)
+        self.set_of_row = tuple(set_of_row)
+        self.divide = divide
+        self.register_buffer("index", torch.tensor(set_of_row, dtype=torch.long), persistent=False)
+        used = {i for i in set_of_row if i >= 0}
         dense = layer.engine == "dense"
-        whole = whiteners.sets == (tuple(range(layer.in_features)),)
-        self.is_one_product = dense and whole and all(i == 0 for i in set_of_row)
-        if not whiteners.groups or self.is_one_product:
-            return
+        if not whiteners.groups:
+            self.way = "plain"
+        elif dense and layer.out_features * layer.in_features**2 <= MOST_BY_ROW:
+            self.way = "by row"
+        elif dense and len(used) == 1:
+            self.way = "shared"
+        else:
+            self.way = "gathered"
+            self._plan(layer, whiteners)
+
+    def _plan(self, layer: MaskedLinear, whiteners: Whiteners) -> None:
+        """Find where the entries of rows are, and where they go."""
+        dense = layer.engine == "dense"
         rows_of: dict[int, list[int]] = {}
-        for row, i in enumerate(set_of_row):
+        for row, i in enumerate(self.set_of_row):
             if i >= 0:
                 rows_of.setdefault(i, []).append(row)
-        sizes = [0 if i < 0 else len(whiteners.sets[i]) for i in set_of_row]
+        sizes = [0 if i < 0 else len(whiteners.sets[i]) for i in self.set_of_row]
         starts = [0, *accumulate(sizes)]  # of the rows, in the sparse layout
 
         def place(row: int, position: int, column: int) -> int:
@@ -154,38 +226,78 @@ class WhitenedRows(nn.Module):
 
         self._shapes: list[tuple[int, int, int]] = []
         gather: list[int] = []
-        entries = layer.in_features * layer.out_features if dense else starts[-1]
-        back = [-1] * entries
+        back = [-1] * (layer.in_features * layer.out_features if dense else starts[-1])
         for members, width in zip(whiteners.groups, whiteners.widths, strict=True):
             most = max((len(rows_of.get(i, ())) for i in members), default=0)
             self._shapes.append((len(members), most, width))
             for i in members:
                 columns, rows = whiteners.sets[i], rows_of.get(i, [])
                 for row in rows:
-                    for position, column in enumerate(columns):
-                        back[place(row, position, column)] = len(gather) + position
-                    own = [place(row, p, column) for p, column in enumerate(columns)]
+                    own = [place(row, position, column) for position, column in enumerate(columns)]
+                    for position, entry in enumerate(own):
+                        back[entry] = len(gather) + position
                     gather += own + [own[0]] * (width - len(columns))  # padding meets zeros
                 gather += [0] * (width * (most - len(rows)))
         back = [len(gather) if b < 0 else b for b in back]
         self.register_buffer("gather", torch.tensor(gather, dtype=torch.long), persistent=False)
         self.register_buffer("back", torch.tensor(back, dtype=torch.long), persistent=False)
 
-    def forward(self, layer: MaskedLinear, whiteners: Whiteners) -> Tensor:
-        """Return the entries of the layer, in its layout: its weights, each row times its whitener."""
-        if not whiteners.groups:
-            return layer.entries()
-        if self.is_one_product:
-            return layer.weight @ whiteners.matrices(0)[0]
+    def gain(self, whiteners: Whiteners, unit: Tensor | None) -> Tensor:
+        """Return what a row is multiplied by; zero for rows that look at nothing."""
+        rank = torch.cat([whiteners.rank, whiteners.rank.new_ones(1)])[self.index]
+        gain = rank.rsqrt() if self.divide else torch.ones_like(rank)
+        gain = torch.where(self.index < 0, torch.zeros_like(gain), gain)
+        return gain if unit is None else gain * unit
+
+    def forward(
+        self,
+        layer: MaskedLinear,
+        whiteners: Whiteners,
+        unit: Tensor | None = None,
+        offset: Tensor | None = None,
+    ) -> Tensor:
+        """Return the entries of the layer in its layout: offset + unit * weight * whitener.
+
+        Args:
+            layer: The layer.
+            whiteners: The whiteners.
+            unit: A number for each row; ones by default.
+            offset: What is added, in the layout of the layer; nothing by default.
+        """
+        sources = [whiteners.rank, *whiteners.all_matrices(), *(() if unit is None else (unit,))]
+        constants = self.kept(sources, lambda: self._find(layer, whiteners, unit))
+        if self.way == "by row":
+            rows = layer.weight.unsqueeze(1)
+            if offset is None:
+                return torch.bmm(rows, constants).squeeze(1)
+            return torch.baddbmm(offset.unsqueeze(1), rows, constants).squeeze(1)
+        if self.way == "shared":
+            gain = self.gain(whiteners, unit).unsqueeze(-1)
+            product = layer.weight @ constants
+            return product * gain if offset is None else torch.addcmul(offset, product, gain)
+        product = layer.weight if self.way == "plain" else self._gathered(layer, whiteners)
+        return product * constants if offset is None else torch.addcmul(offset, product, constants)
+
+    def _gathered(self, layer: MaskedLinear, whiteners: Whiteners) -> Tensor:
         parts = layer.weight.reshape(-1)[self.gather].split([n * m * w for n, m, w in self._shapes])
         products = [
-            torch.bmm(part.view(shape), whiteners.matrices(group)).view(-1)
-            for group, (part, shape) in enumerate(zip(parts, self._shapes, strict=True))
+            torch.bmm(part.view(shape), matrices).view(-1)
+            for part, shape, matrices in zip(parts, self._shapes, whiteners.all_matrices(), strict=True)
         ]
         return torch.cat([*products, products[0].new_zeros(1)])[self.back].view(self.shape)
 
+    def _find(self, layer: MaskedLinear, whiteners: Whiteners, unit: Tensor | None) -> Tensor:
+        gain = self.gain(whiteners, unit).to(layer.weight)
+        if self.way == "shared":
+            return whiteners.embedded(max(self.set_of_row), layer.in_features).to(gain)
+        if self.way == "by row":
+            known = {i: whiteners.embedded(i, layer.in_features) for i in set(self.set_of_row)}
+            return torch.stack([known[i].to(gain) * g for i, g in zip(self.set_of_row, gain, strict=True)])
+        by_entry = gain.unsqueeze(-1) if layer.engine == "dense" else gain[layer.pattern.row]
+        return layer.mask * by_entry if self.way == "plain" and layer.engine == "dense" else by_entry
 
-class NaturalUnits(nn.Module):
+
+class NaturalUnits(Constants):
     r"""The coordinates of a network with a linear map beside hidden layers; see the module's essay.
 
     The linear map is :math:`W^0 + \mathrm{diag}(u / \sqrt{r})\, V T^\top` with the bias :math:`b^0 + u\, b`; the first
@@ -193,7 +305,7 @@ class NaturalUnits(nn.Module):
     of units that they see.
 
     Args:
-        linear: The linear map V from the inputs to the outputs.
+        linear: The linear map V from the inputs to the outputs; None if there are hidden layers alone.
         set_of_output: For each of its rows the number of its set of inputs, -1 for none.
         layers: The hidden layers and the last one; there may be none.
         set_of_unit: For each unit of the first hidden layer the number of its set of inputs.
@@ -213,7 +325,7 @@ class NaturalUnits(nn.Module):
 
     def __init__(
         self,
-        linear: MaskedLinear,
+        linear: MaskedLinear | None,
         set_of_output: Sequence[int],
         layers: Sequence[MaskedLinear],
         set_of_unit: Sequence[int],
@@ -221,26 +333,29 @@ class NaturalUnits(nn.Module):
     ) -> None:
         super().__init__()
         self.whiteners = Whiteners(sets)
-        self.of_linear = WhitenedRows(linear, set_of_output, self.whiteners)
-        self.of_hidden = WhitenedRows(layers[0], set_of_unit, self.whiteners) if len(layers) > 1 else None
+        self.of_linear = None
+        if linear is not None:
+            self.of_linear = WhitenedRows(linear, set_of_output, self.whiteners, divide=True)
+        self.of_hidden = None
+        if len(layers) > 1:
+            self.of_hidden = WhitenedRows(layers[0], set_of_unit, self.whiteners, divide=False)
         self.set_of_unit = tuple(set_of_unit)
-        self.register_buffer("offset", torch.zeros_like(linear.weight))
-        self.register_buffer("bias", torch.zeros(linear.out_features))
-        self.register_buffer("unit", torch.ones(linear.out_features))
+        number = len(set_of_output)
+        self.register_buffer("offset", torch.zeros(0) if linear is None else torch.zeros_like(linear.weight))
+        self.register_buffer("bias", torch.zeros(0 if linear is None else number))
+        self.register_buffer("unit", torch.ones(number))
         self.register_buffer("set_of_output", torch.tensor(set_of_output), persistent=False)
-        seen = torch.ones(linear.out_features)
+        seen = torch.ones(number)
         if layers:
             rows = layers[-1].sparse_mask().indices[0]
-            seen = torch.bincount(rows, minlength=linear.out_features).clamp(min=1).float()
+            seen = torch.bincount(rows, minlength=number).clamp(min=1).float()
         self.register_buffer("fan_in", seen, persistent=False)
         with torch.no_grad():  # so that random weights are as large as those of a plain network
-            linear.weight.mul_(_by_entry(linear, self._root_of_rank()))
+            ranks = torch.cat([self.whiteners.rank, torch.ones(1)])[self.set_of_output]
+            if linear is not None:
+                linear.weight.mul_(_by_entry(linear, ranks.sqrt()))
             if layers:
                 layers[-1].weight.mul_(_by_entry(layers[-1], self.fan_in.sqrt()))
-
-    def _root_of_rank(self) -> Tensor:
-        rank = torch.cat([self.whiteners.rank, self.whiteners.rank.new_ones(1)])
-        return rank[self.set_of_output].sqrt()
 
     @torch.no_grad()
     def whiten_(self, moments: Tensor, hidden: MaskedLinear | None) -> None:
@@ -278,18 +393,99 @@ class NaturalUnits(nn.Module):
     def linear(self, layer: MaskedLinear) -> tuple[Tensor, Tensor]:
         """Return the entries and the bias of the linear map."""
         assert layer.bias is not None
-        gain = _by_entry(layer, self.unit / self._root_of_rank())
-        entries = torch.addcmul(self.offset, gain, self.of_linear(layer, self.whiteners))
+        assert self.of_linear is not None
+        entries = self.of_linear(layer, self.whiteners, self.unit, self.offset)
         return entries, torch.addcmul(self.bias, self.unit, layer.bias)
 
     def hidden(self, layer: MaskedLinear) -> Tensor:
         """Return the entries of the first hidden layer."""
         assert self.of_hidden is not None
-        return self.of_hidden(layer, self.whiteners)
+        entries: Tensor = self.of_hidden(layer, self.whiteners)
+        return entries
 
     def last(self, layer: MaskedLinear) -> Tensor:
         """Return the entries of the last layer."""
-        return layer.entries() * _by_entry(layer, self.unit / self.fan_in.sqrt())
+        return layer.weight * self.kept([self.unit], lambda: self._find_gain(layer))
+
+    def _find_gain(self, layer: MaskedLinear) -> Tensor:
+        gain = _by_entry(layer, self.unit / self.fan_in.sqrt())
+        return gain * layer.mask if layer.engine == "dense" else gain
+
+
+class EdgeUnits(Constants):
+    r"""The coordinates of linear maps on the edges of a graph: K numbers for each variable, linear in its parents.
+
+    Args:
+        parents: For each variable the inputs it depends on. Edges are numbered variable by variable.
+        num_outputs: K.
+
+    Attributes:
+        offset: :math:`W^0`, ``(edges, K)``.
+        bias: :math:`b^0`, ``(variables, K)``.
+        unit: u, ``(variables, K)``.
+    """
+
+    offset: Tensor
+    bias: Tensor
+    unit: Tensor
+    owner: Tensor
+    set_of_variable: Tensor
+    gather: Tensor
+    back: Tensor
+
+    def __init__(self, parents: Sequence[Sequence[int]], num_outputs: int) -> None:
+        super().__init__()
+        sets = [s for s in dict.fromkeys(map(tuple, parents)) if s]
+        number = {s: i for i, s in enumerate(sets)}
+        self.whiteners = Whiteners(sets)
+        of_variable = [number.get(tuple(own), -1) for own in parents]
+        owner = [v for v, own in enumerate(parents) for _ in own]
+        self.register_buffer("offset", torch.zeros(len(owner), num_outputs))
+        self.register_buffer("bias", torch.zeros(len(parents), num_outputs))
+        self.register_buffer("unit", torch.ones(len(parents), num_outputs))
+        self.register_buffer("owner", torch.tensor(owner, dtype=torch.long), persistent=False)
+        self.register_buffer("set_of_variable", torch.tensor(of_variable), persistent=False)
+        starts = [0, *accumulate(map(len, parents))]
+        gather: list[int] = []
+        back = [0] * len(owner)
+        self._shapes: list[tuple[int, int]] = []
+        self._places: list[list[int]] = []  # for each group, that of the whitener of each variable
+        for members, width in zip(self.whiteners.groups, self.whiteners.widths, strict=True):
+            variables = [v for v, i in enumerate(of_variable) if i in set(members)]
+            self._shapes.append((len(variables), width))
+            self._places.append([members.index(of_variable[v]) for v in variables])
+            for v in variables:
+                own = list(range(starts[v], starts[v + 1]))
+                for position, edge in enumerate(own):
+                    back[edge] = len(gather) + position
+                gather += own + [own[0]] * (width - len(own))  # padding meets zeros
+        self.register_buffer("gather", torch.tensor(gather, dtype=torch.long), persistent=False)
+        self.register_buffer("back", torch.tensor(back, dtype=torch.long), persistent=False)
+
+    def root_of_rank(self) -> Tensor:
+        """Return for each edge the root of the rank of the whitener of its variable."""
+        return self.whiteners.rank[self.set_of_variable[self.owner]].sqrt().to(self.offset)
+
+    def forward(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights ``(edges, K)`` and biases ``(variables, K)`` of the maps."""
+        biases = torch.addcmul(self.bias, self.unit, bias)
+        if not len(weight):
+            return weight, biases
+        matrices = self.whiteners.all_matrices()
+        gain = self.kept([self.unit, self.whiteners.rank], self._find_gain)
+        if matrices:
+            parts = weight[self.gather].split([n * width for n, width in self._shapes])
+            products = [
+                torch.bmm(own[places].mT, part.view(n, width, -1)).view(n * width, -1)
+                for own, places, part, (n, width) in zip(
+                    matrices, self._places, parts, self._shapes, strict=True
+                )
+            ]
+            weight = (torch.cat(products) if len(products) > 1 else products[0])[self.back]
+        return torch.addcmul(self.offset, gain, weight), biases
+
+    def _find_gain(self) -> Tensor:
+        return self.unit[self.owner] / self.root_of_rank().unsqueeze(-1)
 
 
 def _by_entry(layer: MaskedLinear, by_row: Tensor) -> Tensor:

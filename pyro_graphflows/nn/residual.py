@@ -271,7 +271,7 @@ class ResidualEvaluation:
         if self._columns is None or self._columns[0] != batch:
             with torch.enable_grad():  # the graph is needed if the first use is without gradients
                 shift = self._shift if self._beta is None else self._shift * self._beta
-                columns = shift.expand(*batch, -1).reshape(batch.numel(), -1).T.contiguous()
+                columns = shift.expand(*batch, -1).reshape(batch.numel(), shift.shape[-1]).T.contiguous()
             self._columns = (batch, columns)
         return self._columns[1]
 

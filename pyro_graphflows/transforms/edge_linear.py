@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.nn.natural_units import EdgeUnits
 
 __all__ = ["EdgeLinear", "Inputs", "RowGroup", "padded_count"]
 
@@ -123,6 +124,8 @@ class EdgeLinear(nn.Module):
         level_sizes: The number of variables of each level.
         num_outputs: K.
         engine: ``"auto"``, ``"dense"`` or ``"sparse"``.
+        natural_units: Whether weights are trained in whitened inputs and units of the outputs
+            (:mod:`~pyro_graphflows.nn.natural_units`).
 
     Shape:
         - Output of a group of n variables: :math:`(n, K, N)`.
@@ -139,6 +142,7 @@ class EdgeLinear(nn.Module):
         num_outputs: int,
         *,
         engine: str = "auto",
+        natural_units: bool = False,
     ) -> None:
         super().__init__()
         if engine not in ("auto", "dense", "sparse"):
@@ -156,7 +160,15 @@ class EdgeLinear(nn.Module):
         self.engine = engine
         self.weight = nn.Parameter(torch.zeros(len(self.edges), num_outputs))
         self.bias = nn.Parameter(torch.zeros(len(parents), num_outputs))
+        self.units = EdgeUnits(self.parents, num_outputs) if natural_units else None
         self._plans: dict[Any, Any] = {}  # index tensors by device
+
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """Return the weights of the edges and the biases of the variables, as a pass uses them."""
+        if self.units is None:
+            return self.weight, self.bias
+        found: tuple[Tensor, Tensor] = self.units(self.weight, self.bias)
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plans": {}}
@@ -167,24 +179,25 @@ class EdgeLinear(nn.Module):
         Weights are (C + D, n · K) in the dense engine and (n, P, K) in the sparse one, biases (n, K).
         """
         contiguous = all(isinstance(group.rows, slice) for group in groups)
+        weight, bias = self.entries()
         if contiguous:
             # One split, so that the backward pass is one concatenation.
-            biases = list(self.bias.split([group.size for group in groups]))
+            biases = list(bias.split([group.size for group in groups]))
         else:
-            biases = [group.take(self.bias) for group in groups]
+            biases = [group.take(bias) for group in groups]
         if self.engine == "dense":
             inputs = self.num_context + self.num_variables
-            flat = self.weight.new_zeros(inputs * self.num_variables, self.num_outputs)
-            matrix = flat.index_copy_(0, self._dense_index(), self.weight).view(inputs, -1)  # no second copy
+            flat = weight.new_zeros(inputs * self.num_variables, self.num_outputs)
+            matrix = flat.index_copy_(0, self._dense_index(), weight).view(inputs, -1)  # no second copy
             weights: Sequence[Tensor] = (matrix,)
             if len(groups) > 1 or groups[0].size < self.num_variables:
                 weights = matrix.split([group.size * self.num_outputs for group in groups], 1)
         elif contiguous:
             ranges = [group.edge_range or (0, 0) for group in groups]
-            pieces = self.weight.split([stop - start for start, stop in ranges])
+            pieces = weight.split([stop - start for start, stop in ranges])
             weights = tuple(self._padded(piece, group) for piece, group in zip(pieces, groups, strict=True))
         else:
-            weights = tuple(self._padded(self.weight, group) for group in groups)
+            weights = tuple(self._padded(weight, group) for group in groups)
         return list(zip(weights, biases, strict=True))
 
     def _padded(self, weight: Tensor, group: RowGroup) -> Tensor:

@@ -75,6 +75,7 @@ class Conditioner(nn.Module):
         num_outputs: K.
         units_per_set: The hidden units of one layer for each distinct set of parents.
         hidden_layers: The number of hidden layers.
+        natural_units: See :class:`~pyro_graphflows.nn.mlp.MaskedMLP`.
 
     Shape:
         - Values are features-first: context :math:`(C, *batch)`, variables :math:`(n, *batch)`; batch shapes broadcast.
@@ -90,6 +91,7 @@ class Conditioner(nn.Module):
         *,
         units_per_set: int,
         hidden_layers: int,
+        natural_units: bool = False,
     ) -> None:
         super().__init__()
         levels = [level for level, size in enumerate(level_sizes) for _ in range(size)]
@@ -103,6 +105,7 @@ class Conditioner(nn.Module):
             input_levels=[0] * num_context + [level + 1 for level in levels],
             output_levels=levels,
             skip=False,
+            natural_units=natural_units,
         )
         # The linear map of the flow has a bias.
         self._last.bias = None
@@ -168,6 +171,8 @@ class FaithfulResidualNN(LinearStartNN):
         conditioner_units: The hidden units, for each distinct set of parents, of a :class:`Conditioner` through which
             parents act nonlinearly on shifts, scales and hidden units; 0 for none.
         conditioner_layers: The number of its hidden layers.
+        natural_units: Whether what parents supply is trained in whitened values of theirs, and shifts in units of what
+            is left over (:mod:`~pyro_graphflows.nn.natural_units`).
         engine: ``"auto"``, ``"dense"`` or ``"sparse"``; they give the same numbers.
         solver: How to invert numerically.
 
@@ -200,6 +205,7 @@ class FaithfulResidualNN(LinearStartNN):
         conditional_scale: bool = False,
         conditioner_units: int = 0,
         conditioner_layers: int = 1,
+        natural_units: bool = False,
         engine: str = "auto",
         solver: Solver | None = None,
     ) -> None:
@@ -243,7 +249,9 @@ class FaithfulResidualNN(LinearStartNN):
             for v in order
         ]
         sizes, num_outputs = [len(level) for level in self.levels], num_blocks * self.stack.num_inputs
-        self.edges = EdgeLinear(inputs, num_context, sizes, num_outputs, engine=engine)
+        self.edges = EdgeLinear(
+            inputs, num_context, sizes, num_outputs, engine=engine, natural_units=natural_units
+        )
         self.conditioner: Conditioner | None = None
         if conditioner_units:
             self.conditioner = Conditioner(
@@ -253,6 +261,7 @@ class FaithfulResidualNN(LinearStartNN):
                 num_outputs,
                 units_per_set=conditioner_units,
                 hidden_layers=conditioner_layers,
+                natural_units=natural_units,
             )
         self._level_starts = [sum(map(len, self.levels[:i])) for i in range(len(self.levels) + 1)]
         self._columns: dict[Any, Any] = {}  # index tensors by level and device
@@ -275,6 +284,8 @@ class FaithfulResidualNN(LinearStartNN):
             value = value.view(len(parameter), self.stack.num_blocks, self.stack.num_inputs)
             value[..., self.stack.hidden_units[0] :] *= 0.01
             parameter.copy_((value * spread).flatten(1))
+        if self.edges.units is not None and len(self.edges.weight):
+            self.edges.weight.mul_(self.edges.units.root_of_rank().unsqueeze(-1))
         if self.conditioner is not None:
             self.conditioner.scale_output_(0.01)
 
@@ -324,8 +335,10 @@ class FaithfulResidualNN(LinearStartNN):
         )
 
         stack, first = self.stack, self.stack.hidden_units[0]
-        by_edge = self.edges.weight.view(len(self.edges.weight), stack.num_blocks, stack.num_inputs)
-        by_variable = self.edges.bias.view(dim, stack.num_blocks, stack.num_inputs)
+        units = self.edges.units
+        sizes = stack.num_blocks, stack.num_inputs
+        by_edge = self.edges.weight.view(len(self.edges.weight), *sizes)
+        by_variable = self.edges.bias.view(dim, *sizes)
         chosen = range(dim) if variables is None else variables
         rows = self._place[list(chosen)]  # inner numbers
         by_variable[rows, :, first:] = 0.0
@@ -341,9 +354,42 @@ class FaithfulResidualNN(LinearStartNN):
                 list(column) for column in zip(*(self.edges.edges[e] for e in edges), strict=True)
             )
             by_edge[edges, :, first:] = 0.0
+            if units is not None:
+                by_edge = units.offset.view_as(by_edge)
+                by_edge[edges, :, first:] = 0.0
             by_edge[edges, block, first] = sign * weights[children, parents].to(by_edge)
+        if units is not None:
+            by_variable = units.bias.view_as(by_variable)
+            by_variable[rows, :, first:] = 0.0
+            units.unit.view_as(by_variable)[rows, block, first] = log_scale[rows].exp().to(by_variable)
+            self._share_units_()
         by_variable[rows, block, first] = sign * shift[rows].to(by_variable)
         stack.log_scale[block, rows] = sign * log_scale[rows].to(stack.log_scale)
+
+    @torch.no_grad()
+    def _share_units_(self) -> None:
+        """Let the conditioner have the units of the linear maps."""
+        if self.edges.units is not None and self.conditioner is not None:
+            of_conditioner = self.conditioner.mlp.units
+            assert of_conditioner is not None
+            of_conditioner.unit.copy_(self.edges.units.unit.flatten())
+
+    @torch.no_grad()
+    def whiten_(self, moments: Tensor) -> None:
+        """Let what parents supply be trained in whitened values, where there are natural units.
+
+        Args:
+            moments: The second moments of the context columns and then the variables as parents, all standardised,
+                ``(C + D, C + D)``.
+        """
+        if self.edges.units is None:
+            return
+        first = torch.arange(self.context_dim, device=self._order.device)
+        inputs = torch.cat([first, self.context_dim + self._order])
+        moments = moments[inputs][:, inputs]
+        self.edges.units.whiteners.fit_(moments)
+        if self.conditioner is not None:
+            self.conditioner.mlp.whiten_(moments)
 
     # Evaluation
 
@@ -401,7 +447,7 @@ class FaithfulResidualNN(LinearStartNN):
         back = restore if self._ordered else self._place if restore is None else restore[self._place]
         if back is not None:
             results = (results[0].index_select(0, back), results[1].index_select(0, back))
-        eps, log_diag = (result.view(-1, *batch).movedim(0, -1) for result in results)
+        eps, log_diag = (result.view(len(result), *batch).movedim(0, -1) for result in results)
         return eps, log_diag + self.scale.log()
 
     def _inner(self, values: Tensor, batch: tuple[int, ...]) -> Tensor:
@@ -415,7 +461,7 @@ class FaithfulResidualNN(LinearStartNN):
         if key not in self._columns:
             inner = self._order[self._level_starts[level] : self._level_starts[level + 1]]
             positions, back = inner.sort()
-            same = torch.equal(positions, inner)
+            same = not inner.is_meta and torch.equal(positions, inner)
             self._columns[key] = (positions, None if same else torch.argsort(back), None if same else back)
         return self._columns[key]
 
@@ -461,7 +507,7 @@ class FaithfulResidualNN(LinearStartNN):
         for part in prepared:
             own = part.group.take(values, first_row)
             extra = None if supplied is None else part.group.take(supplied, first_row)
-            count = -(-part.group.size * per_row // PIECE)
+            count = max(1, -(-part.group.size * per_row // PIECE))
             if self.edges.engine == "sparse":
                 count = min(count, part.group.size)
                 ends = [part.group.size * i // count for i in range(count + 1)]
@@ -590,7 +636,7 @@ class FaithfulEvaluation(FlowPass):
             given = self._supply.values
             supplied = expand_batch(given.flatten(0, 1), batch).view(*given.shape[:2], -1)
         results = network.run(self._prepared[self.level], inputs, own, direction, supplied)
-        out, log_diag = (result.view(-1, *batch).movedim(0, -1) for result in results)
+        out, log_diag = (result.view(len(result), *batch).movedim(0, -1) for result in results)
         if back is not None:
             out, log_diag = out.index_select(-1, back), log_diag.index_select(-1, back)
         return out * scale + loc if direction == "sampling" else out, log_diag + scale.log()

@@ -236,11 +236,11 @@ def _joint_batch(y: Tensor, evaluations: Sequence[ResidualEvaluation]) -> torch.
 
 
 def _to_columns(y: Tensor, batch: torch.Size) -> Tensor:
-    return y.expand(*batch, -1).reshape(batch.numel(), -1).T.contiguous()
+    return y.expand(*batch, -1).reshape(batch.numel(), y.shape[-1]).T.contiguous()
 
 
 def _from_columns(columns: Tensor, batch: torch.Size) -> Tensor:
-    return columns.view(-1, *batch).movedim(0, -1)
+    return columns.view(len(columns), *batch).movedim(0, -1)
 
 
 @dataclass(frozen=True)
@@ -367,6 +367,7 @@ class AffineGraphicalNN(nn.Module):
         conditioner_units: The hidden units of a conditioner of the affine map
             (:class:`~pyro_graphflows.transforms.faithful.FaithfulResidualNN`); 0 for none.
         conditioner_layers: The number of its hidden layers.
+        natural_units: See :class:`~pyro_graphflows.transforms.faithful.FaithfulResidualNN`.
         **options: Further arguments of :class:`GraphicalResidualNN`.
 
     Attributes:
@@ -386,6 +387,7 @@ class AffineGraphicalNN(nn.Module):
         conditional_scale: bool = True,
         conditioner_units: int = 0,
         conditioner_layers: int = 1,
+        natural_units: bool = False,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -400,6 +402,7 @@ class AffineGraphicalNN(nn.Module):
             conditional_scale=conditional_scale,
             conditioner_units=conditioner_units,
             conditioner_layers=conditioner_layers,
+            natural_units=natural_units,
         )
 
     @torch.no_grad()

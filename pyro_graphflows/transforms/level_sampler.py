@@ -36,8 +36,8 @@ class LevelSampler:
     """Sample from a :class:`FaithfulResidualNN` with closed form "sampling", all levels in one operation.
 
     The numbers are those of ``network.sample``. Networks that it does not know (other closed form, more than one hidden
-    layer, activations with parameters, conditional scales, very many variables, other units of variables as parents
-    than as results) are left to that method.
+    layer, activations with parameters, conditional scales, natural units, very many variables, other units of variables
+    as parents than as results) are left to that method.
 
     Args:
         network: The network. It stays registered where it is; this object holds index tensors only.
@@ -58,6 +58,7 @@ class LevelSampler:
             network.closed_form == "sampling"
             and stack.is_one_operation
             and not stack.conditional_scale
+            and network.edges.units is None
             and size * (network.context_dim + network.event_dim) <= MAX_ENTRIES
         )
         if self.applies:

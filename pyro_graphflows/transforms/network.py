@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.regression import Moments
+from pyro_graphflows.regression import Moments, in_float64
 from pyro_graphflows.transforms.structure import FlowStructure, some_names
 
 __all__ = [
@@ -312,11 +312,11 @@ class LinearStartNN(FlowNN):
                 "Expected positive scales; got some that are zero, negative or not a number."
             )
         parent_loc, parent_scale = self.units_of_parents
-        loc = torch.cat([self.context_loc, parent_loc]).double()
-        unit = torch.cat([self.context_scale, parent_scale]).double()
-        own = self.scale.double()
+        loc = in_float64(torch.cat([self.context_loc, parent_loc]))
+        unit = in_float64(torch.cat([self.context_scale, parent_scale]))
+        own = in_float64(self.scale)
         weights = weights.to(loc) * structure_mask(self.structure).to(loc.device)
-        shift = (shift.to(loc) + weights @ loc - self.loc) / own
+        shift = (shift.to(loc) + weights @ loc - self.loc.to(loc)) / own
         return weights * unit / own.unsqueeze(-1), shift, (scale.to(loc) / own).log()
 
 
@@ -542,7 +542,7 @@ class LinearStart:
 
 def moments(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return the means and standard deviations of the columns of samples; a constant column gets 1."""
-    wide = values.detach().double()
+    wide = in_float64(values.detach())
     scale = wide.std(0)
     return wide.mean(0).to(values), torch.where(scale > 0, scale, torch.ones_like(scale)).to(values)
 
@@ -578,7 +578,7 @@ def regress_on_parents(
     Raises:
         GraphflowsError: If there are fewer than two samples, or a value is not finite.
     """
-    values = (z if context is None else torch.cat([context, z], -1)).double()
+    values = in_float64(z if context is None else torch.cat([context, z], -1))
     num_context, dim = structure.context_dim, structure.event_dim
     if len(values) < 2 or values.shape[-1] != num_context + dim or not bool(values.isfinite().all()):
         raise GraphflowsError(

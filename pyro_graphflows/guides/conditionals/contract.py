@@ -235,6 +235,19 @@ class Conditionals(nn.Module, ABC):
             Whether the family can do that (it always can without a dimension of elements).
         """
 
+    def set_elements_(self, site: str, locs: Tensor, scale_tril: Tensor) -> bool:
+        """Give each element of the plates a normal of its own that reads nothing, where it has parameters of its own.
+
+        Args:
+            site: The site.
+            locs: In units of outputs, ``(*full plates, size)``.
+            scale_tril: Of all elements, ``(size, size)``.
+
+        Returns:
+            Whether the family can do that.
+        """
+        return False
+
     def regress_(self, site: str, rows: Tensor, moments: Moments) -> None:
         """Make one site's conditional the regression on its parents.
 

@@ -22,6 +22,7 @@ from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.sites import DiscreteEncoding, LatentSite, is_identity
 
 __all__ = [
+    "CopiedValue",
     "DiscreteDistribution",
     "DiscreteVector",
     "FactorDistribution",
@@ -135,7 +136,8 @@ class FactorDistribution(dist.TorchDistribution):
         self.unconstrained_shape = unconstrained_shape
         self._support = support
         # Shared with expanded copies: Pyro expands a factor before it draws, and the guide asks the original.
-        self._drawn: list[tuple[Tensor, Tensor]] = []
+        # The last of the three is whether gradients were followed then.
+        self._drawn: list[tuple[Tensor, Tensor, bool]] = []
         super().__init__(base.batch_shape, event_shape, validate_args=False)
 
     @property
@@ -164,7 +166,7 @@ class FactorDistribution(dist.TorchDistribution):
 
     def _draw(self, flat: Tensor) -> Tensor:
         value = self._constrain(flat)
-        self._drawn[:] = [(value, flat)]
+        self._drawn[:] = [(value, flat, torch.is_grad_enabled())]
         return value
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
@@ -183,13 +185,15 @@ class FactorDistribution(dist.TorchDistribution):
     def unconstrained(self, value: Tensor) -> Tensor:
         """Return the flat unconstrained vector of a value, shape ``(*batch, n)``."""
         if self._drawn and self._drawn[0][0] is value:
-            flat = self._drawn[0][1]
-            if flat.requires_grad or not (value.requires_grad and torch.is_grad_enabled()):
+            _, flat, followed = self._drawn[0]
+            if flat.requires_grad or not torch.is_grad_enabled():
                 return flat
+            if not value.requires_grad and (followed or not self._constrain(flat).requires_grad):
+                return flat  # else the support moves with what gradients are wanted of
         raw = self.transform.inv(value)
         dims = len(self.unconstrained_shape)
         flat = raw.reshape(*raw.shape[: raw.dim() - dims], -1)
-        self._drawn[:] = [(value, flat)]
+        self._drawn[:] = [(value, flat, torch.is_grad_enabled())]
         return flat
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -201,6 +205,17 @@ class FactorDistribution(dist.TorchDistribution):
         if ladj.dim() > batch_dims:
             ladj = ladj.flatten(batch_dims).sum(-1)
         return self.base.log_prob(flat) - ladj
+
+
+class CopiedValue(dist.Delta):
+    """The value of a Delta site of the model, repeated by the guide: without a density of its own.
+
+    A Delta of the model has the log-density zero at its value, and minus infinity at one that differs by rounding.
+    """
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Return zero, shape ``batch_shape``."""
+        return x.new_zeros(torch.broadcast_shapes(x.shape[: x.dim() - self.event_dim], self.batch_shape))
 
 
 class DiscreteVector(dist.TorchDistribution):

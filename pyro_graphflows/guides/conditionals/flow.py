@@ -28,6 +28,7 @@ from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.conditionals.contract import BlockSpec, Conditionals, LinearConditional, Pass
 from pyro_graphflows.guides.conditionals.elements import ElementMap, ElementTable, element_maps
 from pyro_graphflows.guides.features import concatenate
+from pyro_graphflows.regression import in_float64
 from pyro_graphflows.transforms.faithful import FaithfulEvaluation, FaithfulResidualNN
 from pyro_graphflows.transforms.graphical import AffineGraphicalEvaluation, AffineGraphicalNN
 from pyro_graphflows.transforms.structure import FlowStructure
@@ -87,7 +88,11 @@ class FlowConditionals(Conditionals):
             hidden_dims = [units_per_variable * len(structure.names)] * hidden_layers
         kind = AffineGraphicalNN if graphical else FaithfulResidualNN
         self.network: Network = kind(
-            structure, hidden_dims=hidden_dims, units_per_variable=units_per_variable, **network_options
+            structure,
+            hidden_dims=hidden_dims,
+            units_per_variable=units_per_variable,
+            natural_units=True,
+            **network_options,
         )
         self._reset_table_()
 
@@ -162,6 +167,16 @@ class FlowConditionals(Conditionals):
         affine.loc[part], affine.scale[part] = outputs
         affine.input_loc[part], affine.input_scale[part] = outputs if inputs is None else inputs
 
+    @torch.no_grad()
+    def whiten_(self, moments: Tensor) -> None:
+        """See :meth:`Conditionals.whiten_`; the inputs of elements are kept as they are."""
+        first, extra = self.num_features, self.affine.context_dim - self.num_features
+        places = [*range(first), *range(first + extra, len(moments) + extra)]
+        full = torch.eye(len(moments) + extra, dtype=moments.dtype, device=moments.device)
+        index = torch.tensor(places, device=moments.device)
+        full[index.unsqueeze(-1), index] = moments
+        self.affine.whiten_(full)
+
     # ---------------------------------------------------------------- becoming linear
 
     @torch.no_grad()
@@ -170,7 +185,7 @@ class FlowConditionals(Conditionals):
         if linear.by_element:
             return self._set_maps_(site, linear)
         network, part = self.affine, self.parts[site]
-        centre, width = network.loc.double(), network.scale.double()
+        centre, width = in_float64(network.loc), in_float64(network.scale)
         joint = centre.new_zeros(len(centre), network.context_dim + len(centre))
         shift = centre[part] + width[part] * linear.loc.to(joint)
         for parent, matrix in linear.weights.items():
@@ -202,7 +217,11 @@ class FlowConditionals(Conditionals):
         place = {int(v): inner for inner, v in enumerate(network._order)}
         edge = {pair: e for e, pair in enumerate(network.edges.edges)}
         first = stack.hidden_units[0]
-        by_edge = network.edges.weight.view(-1, stack.num_blocks, stack.num_inputs)
+        units = network.edges.units
+        assert units is not None
+        by_edge = units.offset.view(-1, stack.num_blocks, stack.num_inputs)
+        trained = network.edges.weight.view_as(by_edge)
+        by_variable = units.unit.view(-1, stack.num_blocks, stack.num_inputs)
         sign, last = (-1, 0) if network.closed_form == "density" else (1, stack.num_blocks - 1)
         for v, column in self._table_columns.items():
             if site is not None and not self.parts[site].start <= v < self.parts[site].stop:
@@ -210,10 +229,18 @@ class FlowConditionals(Conditionals):
             for i in range(stack.num_inputs - first):
                 rows = by_edge[edge[place[v], column + i]]
                 rows.zero_()
+                trained[edge[place[v], column + i]] = 0.0
                 rows[last, first + i] = sign
                 if self.table is not None and column - self.num_features + i < self.table.table.shape[-1]:
                     at = column - self.num_features + i
                     self.table.set_(slice(at, at + 1), 0.0)
+                    self.table.unit[at] = by_variable[place[v], last, first + i]
+        for own in [site] if site is not None else self._map_of:
+            if own in self._map_of:
+                element_map: Any = self.maps[self._map_of[own][0]]
+                part = self.parts[own]
+                rows = by_variable[[place[v] for v in range(part.start, part.stop)], last, first:]
+                element_map.set_unit_(rows.flatten())
 
     def _set_maps_(self, site: str, linear: LinearConditional) -> bool:
         """Make the maps of a scalar site linear-Gaussian; parents within the block keep a slope that all share."""
@@ -241,10 +268,23 @@ class FlowConditionals(Conditionals):
         return True
 
     @torch.no_grad()
+    def set_elements_(self, site: str, locs: Tensor, scale_tril: Tensor) -> bool:
+        """See :meth:`Conditionals.set_elements_`."""
+        if self.table is None or site not in self.block.per_element or self.affine.closed_form == "density":
+            return False
+        like, part = self.table.table, self.parts[site]
+        mean = locs.reshape(-1, locs.shape[-1]).mean(0)
+        self.set_linear_(site, LinearConditional({}, mean.to(like), scale_tril.to(like)))
+        for i, v in enumerate(range(part.start, part.stop)):
+            like[..., self._table_columns[v] - self.num_features] = (locs - mean)[..., i].to(like)
+        return True
+
+    @torch.no_grad()
     def narrow_elements_(self, factor: float) -> None:
         """See :meth:`Conditionals.narrow_elements_`."""
         if self.table is not None and self.affine.stack.conditional_scale:
             self.table.table[..., 1::2] += math.log(factor)
+            self.table.unit[0::2] *= factor
 
     # ---------------------------------------------------------------- evaluation
 

@@ -71,11 +71,14 @@ class MaskedConditionals(Conditionals):
             self.outputs[site] = slice(start, len(allowed))
             first = self.columns[site].start - self.num_features
             self._parts[site] = slice(first, first + size)
+        # An element may see less than its site does; its outputs are wanted with those of the site.
+        depths = {site: depth for depth, level in enumerate(block.levels) for site in level}
         self.network = MaskedMLP(
             allowed,
             self.num_columns,
             num_params=1,
             input_levels=levels,
+            output_levels=[depths[site] for site in output_names],
             input_names=names,
             output_names=output_names,
             natural_units=True,
@@ -208,6 +211,21 @@ class MaskedConditionals(Conditionals):
         units = factor.natural_units(linear.scale_tril.to(like).mean(0))
         self._set_rows_(site, shared, offsets.mean(0), units)
         element_map.set_(slopes - slopes.mean(0), offsets - offsets.mean(0))
+        return True
+
+    @torch.no_grad()
+    def set_elements_(self, site: str, locs: Tensor, scale_tril: Tensor) -> bool:
+        """See :meth:`Conditionals.set_elements_`."""
+        if self.table is None or site not in self._table_columns:
+            return False
+        factor, like = self.factors[site], self.table.table
+        none = like.new_zeros(factor.size, self.num_columns)
+        tril = scale_tril.to(like)
+        rows = [factor.linear_start(none, loc, tril)[1] for loc in locs.to(like).reshape(-1, factor.size)]
+        biases = torch.stack(rows).reshape(*locs.shape[:-1], -1)
+        mean = biases.reshape(-1, biases.shape[-1]).mean(0)
+        self.set_linear_(site, LinearConditional({}, locs.reshape(-1, factor.size).mean(0), tril))
+        like[..., self._table_columns[site]] = biases - mean
         return True
 
     @torch.no_grad()
