@@ -60,10 +60,11 @@ class FittedData:
 
     Args:
         leaves: The tensors among the arguments, or for a guide that was loaded their checksums.
+        partial: The plates of which only part was there.
     """
 
-    def __init__(self, leaves: Mapping[ArgumentPath, Tensor | str]) -> None:
-        self.leaves = dict(leaves)
+    def __init__(self, leaves: Mapping[ArgumentPath, Tensor | str], partial: Collection[str] = ()) -> None:
+        self.leaves, self.partial = dict(leaves), frozenset(partial)
         self._alike = _marked({path: leaf for path, leaf in leaves.items() if isinstance(leaf, Tensor)})
         self._comparisons = 0
 
@@ -88,7 +89,8 @@ class FittedData:
             {
                 path: leaf if isinstance(leaf, str) else leaf.to(convert(leaf).device)
                 for path, leaf in self.leaves.items()
-            }
+            },
+            self.partial,
         )
 
     def sites_of_other_data(
@@ -139,7 +141,8 @@ class FittedData:
             data = [n for n in _fitted_by(site, plan) if n in graph.observed or n in graph.inputs]
             if not all(n in call.values for n in data if n in graph.observed):
                 continue
-            if any(other(n) for n in data if n in call.values and not _is_part(n, call, graph)):
+            whole = [n for n in data if n in call.values and not self._is_part(n, call, graph)]
+            if any(map(other, whole)):
                 result.append(site)
         return tuple(result)
 
@@ -147,8 +150,14 @@ class FittedData:
         """Return the path of the tensor that a path leads to or into."""
         return next((leaf for leaf in self.leaves if path[: len(leaf)] == leaf), None)
 
+    def _is_part(self, name: str, call: Call, graph: ModelGraph) -> bool:
+        """Whether a node is in a plate of which a call has only part, or of which only part was fitted."""
+        plates = [plate for plate in graph.plates.get(name, ()) if plate in call.plates]
+        some = any(call.plates[plate].indices is not None for plate in plates)
+        return some or call.in_part or not self.partial.isdisjoint(plates)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "FittedData":
-        new = FittedData(self.leaves)  # data are shared by copies of a guide
+        new = FittedData(self.leaves, self.partial)  # data are shared by copies of a guide
         new._alike = dict(self._alike)
         return new
 
@@ -174,12 +183,6 @@ def _marked(leaves: Leaves) -> dict[ArgumentPath, tuple[Any, int]]:
 def _version(leaf: Tensor) -> int:
     """Return how often a tensor was written to; of tensors of inference mode this is not known."""
     return -1 if leaf.is_inference() else leaf._version
-
-
-def _is_part(name: str, call: Call, graph: ModelGraph) -> bool:
-    """Whether a node is in a plate of which a call has only part."""
-    plates = [call.plates[plate] for plate in graph.plates.get(name, ()) if plate in call.plates]
-    return call.in_part or any(plate.indices is not None for plate in plates)
 
 
 def _differ(fitted: Tensor | str, value: Tensor) -> bool:

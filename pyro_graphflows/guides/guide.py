@@ -538,7 +538,8 @@ class AutoFaithfulGuide(AutoGuide):
         self._fitted = None
         self._warned = {name for name in self._warned if name not in self._sites}
         if self.plan.inputs.per_element and (args or kwargs):
-            self._fitted = FittedData(argument_leaves(self.model, args, kwargs))
+            partial = [name for name, plate in self._plate_states.items() if plate.indices is not None]
+            self._fitted = FittedData(argument_leaves(self.model, args, kwargs), partial)
 
     def sites_of_other_data(self, *args: Any, **kwargs: Any) -> tuple[str, ...]:
         """Return the sites whose per-element parameters were fitted to other data than those of a call.
@@ -861,7 +862,7 @@ class AutoFaithfulGuide(AutoGuide):
             "plates": {name: replace(state, indices=None) for name, state in self._plate_states.items()},
             "frames": tuple((each.name, each.dim, each.size, each.full_size) for each in frames),
             "notes": (self._notes, self._start_notes),
-            "fitted": None if self._fitted is None else self._fitted.digests(),
+            "fitted": None if self._fitted is None else (self._fitted.digests(), self._fitted.partial),
             "blocks": tuple(block.to_plain() for block in blocks),
         }
         write_guide(path, self.model, contents, self.state_dict())
@@ -877,7 +878,7 @@ class AutoFaithfulGuide(AutoGuide):
         self._plate_states = contents["plates"]
         self._reader.remember(self._plate_states, {name: site.support for name, site in self._sites.items()})
         self._notes, self._start_notes = contents["notes"]
-        self._fitted = None if contents["fitted"] is None else FittedData(contents["fitted"])
+        self._fitted = None if contents["fitted"] is None else FittedData(*contents["fitted"])
         self._prototype_frames = {
             name: CondIndepStackFrame(name, dim, size, 0, full_size)
             for name, dim, size, full_size in contents["frames"]
