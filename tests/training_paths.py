@@ -11,7 +11,7 @@ MOST_LOSS = 0.1  # nats above the start after 200 steps, where the start was exa
 ELBO = {"vectorize_particles": True, "max_plate_nesting": 2}
 
 
-def expected_loss(model, guide, args, num_particles=100, repeats=10):
+def expected_loss(model, guide, args, num_particles=100, repeats=8):
     """Return the mean of the loss over many draws, and its standard error."""
     loss = Trace_ELBO(num_particles=num_particles, **ELBO)
     with torch.no_grad():

@@ -241,7 +241,8 @@ class CallReader:
         traced: The model's trace at set-up.
         encodings: How conditioning values are written.
         keep_masks: Whether masks of observed sites are reported too.
-        readers: The observed sites and inputs that latent sites read, with these; others may be missing in a call.
+        readers: The observed sites and inputs that latent sites read, with these; others may be missing in a call. By
+            default all sites read all of them.
         unread: Observed sites whose values no site of the guide reads.
         optional: The latent sites that have data in some calls.
     """
@@ -252,18 +253,20 @@ class CallReader:
         encodings: InputEncodings,
         *,
         keep_masks: bool = False,
-        readers: Mapping[str, Sequence[str]],
+        readers: Mapping[str, Sequence[str]] | None = None,
         unread: Collection[str] = (),
         optional: Collection[str] = (),
     ) -> None:
         graph = traced.graph
-        self.encodings, self.keep_masks, self.readers = encodings, keep_masks, dict(readers)
+        self.encodings, self.keep_masks = encodings, keep_masks
         self.latent: tuple[str, ...] = graph.latent
         without = {*traced.without_data, *unread}
         self.observed = tuple(name for name in graph.observed if name not in without)
         self.optional = frozenset(optional)
         self.inputs: tuple[str, ...] = graph.inputs
         self.in_loops = frozenset(traced.loops)
+        by_all = dict.fromkeys((*self.observed, *self.inputs), self.latent)
+        self.readers: dict[str, Sequence[str]] = dict(by_all if readers is None else readers)
         self.known = frozenset(traced.trace.nodes)
         self.paths = dict(traced.argument_paths)
         self.rows = {name: dict(rows) for name, rows in traced.rows.items()}

@@ -288,9 +288,9 @@ class _Planner:
         found: list[Summary | None] = [s for p in latents if (s := self._look_up(site, p)) is not None]
         latents = [p for p in latents if self._look_up(site, p) is None]
         if amortise:
-            found.append(self._summary(site, pooled, data, latents, ()))
+            found += [self._summary(site, part, data, latents, ()) for part in self._apart(pooled)]
             if coupling:
-                found.append(self._summary(site, along, data, latents, coupling))
+                found += [self._summary(site, part, data, latents, coupling) for part in self._apart(along)]
         elif site in self.per_element and self._count(site, latents, coupling) <= MOST_ONE_BY_ONE:
             found.append(self._summary(site, latents, [], latents, coupling, one_by_one=True))
         else:
@@ -424,6 +424,19 @@ class _Planner:
                 if one == inner and index is not None and outer not in own and outer not in over
             ]
         return tuple(over)
+
+    def _apart(self, members: Sequence[str]) -> list[list[str]]:
+        """Return members in groups that can be joined elementwise: no two plates of a group have one dimension."""
+        groups: list[list[str]] = []
+        for member in members:
+            for group in groups:
+                around = {name for other in (*group, member) for name in self.around[other]}
+                if len({self.plates[name].dim for name in around}) == len(around):
+                    group.append(member)
+                    break
+            else:
+                groups.append([member])
+        return groups
 
     def _summary(
         self,

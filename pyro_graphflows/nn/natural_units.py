@@ -93,7 +93,7 @@ class Whiteners(nn.Module):
         super().__init__()
         self.sets = tuple(tuple(members) for members in sets)
         sizes = [len(members) for members in self.sets]
-        self.register_buffer("rank", torch.tensor(sizes, dtype=torch.float))
+        self.register_buffer("rank", torch.tensor(sizes, dtype=torch.get_default_dtype()))
         self.groups: list[list[int]] = []
         self.widths: list[int] = []
         self._names: list[str] = []

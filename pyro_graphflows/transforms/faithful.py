@@ -242,6 +242,8 @@ class FaithfulResidualNN(LinearStartNN):
             tuple(width // dim for width in widths),
             affine_first=closed_form == "density",
             conditional_scale=conditional_scale,
+            # the units of a variable move its value together
+            gain=(num_blocks * max(widths[-1] // dim, 1)) ** -0.5 if natural_units else 1.0,
         )
         self.stack = MonotoneStack(dim, form, activation, lipschitz)
         inputs = [
@@ -263,6 +265,7 @@ class FaithfulResidualNN(LinearStartNN):
                 hidden_layers=conditioner_layers,
                 natural_units=natural_units,
             )
+        self._reset_units_()
         self._level_starts = [sum(map(len, self.levels[:i])) for i in range(len(self.levels) + 1)]
         self._columns: dict[Any, Any] = {}  # index tensors by level and device
         self._ordered = order == list(range(dim))
@@ -361,10 +364,20 @@ class FaithfulResidualNN(LinearStartNN):
         if units is not None:
             by_variable = units.bias.view_as(by_variable)
             by_variable[rows, :, first:] = 0.0
-            units.unit.view_as(by_variable)[rows, block, first] = log_scale[rows].exp().to(by_variable)
+            of_shift = units.unit.view_as(by_variable)[..., first]
+            of_shift[rows] = 1 / stack.num_blocks
+            of_shift[rows, block] *= log_scale[rows].exp().to(of_shift)
             self._share_units_()
         by_variable[rows, block, first] = sign * shift[rows].to(by_variable)
         stack.log_scale[block, rows] = sign * log_scale[rows].to(stack.log_scale)
+
+    @torch.no_grad()
+    def _reset_units_(self) -> None:
+        """Let shifts and scales of blocks, which add up, be trained in smaller units the more blocks there are."""
+        if self.edges.units is not None:
+            unit = self.edges.units.unit.view(-1, self.stack.num_blocks, self.stack.num_inputs)
+            unit[..., self.stack.hidden_units[0] :] = 1 / self.stack.num_blocks
+            self._share_units_()
 
     @torch.no_grad()
     def _share_units_(self) -> None:

@@ -58,6 +58,7 @@ class BlockForm:
         conditional_scale: Whether the parents also change the scale, by at most a factor of exp(±scale_range)
             in each block.
         scale_range: The bound on the conditional log-scale.
+        gain: What the trained weights of the residual sums are multiplied by.
     """
 
     num_blocks: int
@@ -65,6 +66,7 @@ class BlockForm:
     affine_first: bool
     conditional_scale: bool = False
     scale_range: float = 4.0
+    gain: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class MonotoneStack(nn.Module):
         first, last = form.hidden_units[0], form.hidden_units[-1]
         shape = (form.num_blocks, num_variables)
         self.inner = nn.Parameter(torch.randn(*shape, first))
-        self.outer = nn.Parameter(torch.randn(*shape, last) * (0.1 / max(last, 1) ** 0.5))
+        self.outer = nn.Parameter(torch.randn(*shape, last) * (0.1 / max(last, 1) ** 0.5 / form.gain))
         self.log_scale = nn.Parameter(torch.zeros(shape))
         self.hidden_weights = nn.ParameterList(
             nn.Parameter(torch.randn(*shape, above, below) / below**0.5)
@@ -175,12 +177,15 @@ class MonotoneStack(nn.Module):
         low_slope, high_slope = self.activation.slope_min, self.activation.slope_max
         low: Tensor = self.inner
         high: Tensor = self.inner
-        for weight in [*self.hidden_weights, self.outer.unsqueeze(-2)]:
+        for weight in [*self.hidden_weights, self._scaled_outer().unsqueeze(-2)]:
             ends = torch.stack([low * low_slope, low * high_slope, high * low_slope, high * high_slope])
             low, high = ends.amin(0).unsqueeze(-1), ends.amax(0).unsqueeze(-1)
             up, down = weight.clamp(min=0), weight.clamp(max=0)
             low, high = (up @ low + down @ high).squeeze(-1), (up @ high + down @ low).squeeze(-1)
         return low.squeeze(-1), high.squeeze(-1)
+
+    def _scaled_outer(self) -> Tensor:
+        return self.outer if self.form.gain == 1.0 else self.outer * self.form.gain
 
     def weights(self) -> BlockWeights:
         """Return the weights with the bound applied; once for each evaluation."""
@@ -189,7 +194,7 @@ class MonotoneStack(nn.Module):
         hidden = tuple(zip(self.hidden_weights, self.hidden_biases, strict=True))
         return BlockWeights(
             self.inner * bound.unsqueeze(-1),
-            self.outer,
+            self._scaled_outer(),
             self.log_scale,
             (1 + bound * low).detach().clamp(min=1 - self.lipschitz),
             (1 + bound * high).detach(),

@@ -234,13 +234,13 @@ class FlowConditionals(Conditionals):
                 if self.table is not None and column - self.num_features + i < self.table.table.shape[-1]:
                     at = column - self.num_features + i
                     self.table.set_(slice(at, at + 1), 0.0)
-                    self.table.unit[at] = by_variable[place[v], last, first + i]
+                    self.table.unit[at] = by_variable[place[v], last, first + i] * stack.num_blocks
         for own in [site] if site is not None else self._map_of:
             if own in self._map_of:
                 element_map: Any = self.maps[self._map_of[own][0]]
                 part = self.parts[own]
                 rows = by_variable[[place[v] for v in range(part.start, part.stop)], last, first:]
-                element_map.set_unit_(rows.flatten())
+                element_map.set_unit_(rows.flatten() * stack.num_blocks)
 
     def _set_maps_(self, site: str, linear: LinearConditional) -> bool:
         """Make the maps of a scalar site linear-Gaussian; parents within the block keep a slope that all share."""
@@ -284,7 +284,6 @@ class FlowConditionals(Conditionals):
         """See :meth:`Conditionals.narrow_elements_`."""
         if self.table is not None and self.affine.stack.conditional_scale:
             self.table.table[..., 1::2] += math.log(factor)
-            self.table.unit[0::2] *= factor
 
     # ---------------------------------------------------------------- evaluation
 

@@ -249,10 +249,6 @@ class MaskedConditionals(Conditionals):
             own = self.factors[site]
             for output in own.log_scale_outputs:
                 self.table.table[..., columns.start + output] += math.log(factor)
-            if self.network.units is not None:
-                unit = self.network.units.unit[self.outputs[site]]
-                unit.mul_(own.natural_units(factor * torch.eye(own.size).to(unit)))
-                self._share_unit_(site)
 
     @torch.no_grad()
     def start_couplings_(

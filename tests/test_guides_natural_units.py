@@ -1,0 +1,249 @@
+"""Starts that training cannot make worse: on random models with an exact answer, and on models that once were lost."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from plated_gaussians import random_model
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+from pyro.infer.autoguide import AutoNormal
+from training_paths import check_path, expected_loss, train
+
+from pyro_graphflows import auto_faithful_guide
+from pyro_graphflows.guides.conditionals.pooling import DeepSetPool
+
+
+@pytest.fixture(autouse=True)
+def _single_precision(_clean_slate):
+    torch.set_default_dtype(torch.float32)
+
+
+# ---------------------------------------------------------------- random models
+
+
+def check_random_model(seed, family, lr):
+    _, model, args, options, evidence = random_model(seed)
+    pyro.set_rng_seed(0)
+    guide = auto_faithful_guide(model, *args, family=family, **options)
+    check_path(train(model, guide, args, lr, num_particles=20), -evidence)
+
+
+@pytest.mark.parametrize(
+    ("seed", "family"), [(0, "normal"), (1, "flow"), (2, "normal"), (3, "flow"), (4, "normal"), (5, "flow")]
+)
+def test_training_keeps_the_starts_of_random_models(seed, family):
+    check_random_model(seed, family, 1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lr", [1e-3, 1e-2])
+@pytest.mark.parametrize("family", ["normal", "flow"])
+@pytest.mark.parametrize("seed", range(40))
+def test_training_keeps_the_starts_of_many_random_models(seed, family, lr):
+    check_random_model(seed, family, lr)
+
+
+# ---------------------------------------------------------------- models whose starts were lost
+
+
+def groups(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+    with pyro.plate("g", y.shape[0], dim=-2):
+        theta = pyro.sample("theta", dist.Normal(mu, 1.0))
+        with pyro.plate("d", y.shape[1], dim=-1):
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+
+def crossed(y):
+    rows, columns = pyro.plate("a", y.shape[0], dim=-2), pyro.plate("b", y.shape[1], dim=-1)
+    with rows:
+        u = pyro.sample("u", dist.Normal(0.0, 1.0))
+    with columns:
+        v = pyro.sample("v", dist.Normal(0.0, 1.0))
+    with rows, columns:
+        pyro.sample("y", dist.Normal(u + v, 0.5), obs=y)
+
+
+def log_evidence(model, y):
+    i, j = y.shape
+    rows, columns = torch.eye(i).repeat_interleave(j, 0), torch.eye(j).repeat(i, 1)
+    covariance = rows @ rows.T
+    if model is groups:
+        covariance = covariance + 4.0 + torch.eye(i * j)
+    else:
+        covariance = covariance + columns @ columns.T + 0.25 * torch.eye(i * j)
+    return float(
+        dist.MultivariateNormal(torch.zeros(i * j).double(), covariance.double()).log_prob(y.flatten())
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lr", [1e-3, 1e-2])
+@pytest.mark.parametrize("family", ["normal", "flow"])
+@pytest.mark.parametrize("model", [groups, crossed])
+def test_an_exact_start_from_pooled_summaries_survives(model, family, lr):
+    y = torch.randn((8, 5) if model is groups else (4, 5))
+    y = y + torch.randn(len(y), 1)
+    guide = auto_faithful_guide(model, y, pool="deepset", family=family)
+    path = train(model, guide, (y,), lr, num_particles=20)
+    exact = -log_evidence(model, y)
+    assert path[0][0] - exact < 0.1
+    check_path(path, exact)
+
+
+REGRESSIONS = {
+    "rates": (2.5, lambda: dist.HalfNormal(1.0), False),
+    "heavy tail": (2.5, lambda: dist.HalfCauchy(2.5), False),
+    "raw units": (100.0, lambda: dist.HalfNormal(20.0), True),
+    "raw units, heavy tail": (100.0, lambda: dist.HalfCauchy(2.5), True),
+}
+
+
+def regression(name, n=434):
+    width, scale, raw = REGRESSIONS[name]
+    x = 100 + 15 * torch.randn(n) if raw else torch.randn(n)
+    y = 26 + 0.56 * x + 18 * torch.randn(n) if raw else 0.5 * x + torch.randn(n)
+
+    def model(x, y):
+        a = pyro.sample("a", dist.Normal(0.0, width))
+        b = pyro.sample("b", dist.Normal(0.0, width))
+        sigma = pyro.sample("sigma", scale())
+        with pyro.plate("N", len(y)):
+            pyro.sample("y", dist.Normal(a + b * x, sigma), obs=y)
+
+    return model, (x, y)
+
+
+def check_ends_below_its_start(model, args, lr, **options):
+    guide = auto_faithful_guide(model, *args, **options)
+    path = train(model, guide, args, lr)
+    check_path(path)
+    return guide, path
+
+
+def test_a_regression_in_raw_units_trains():
+    model, args = regression("raw units", n=60)
+    check_ends_below_its_start(model, args, 1e-2, pool="deepset", num_start_samples=3000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lr", [1e-3, 1e-2])
+@pytest.mark.parametrize("family", ["normal", "flow"])
+@pytest.mark.parametrize("name", REGRESSIONS)
+def test_regressions_train(name, family, lr):
+    model, args = regression(name)
+    check_ends_below_its_start(model, args, lr, pool="deepset", family=family)
+
+
+def item_response(scale, items=20, persons=100):
+    def model(y):
+        spread = pyro.sample("s_theta", scale())
+        spread_a, spread_b = pyro.sample("s_a", scale()), pyro.sample("s_b", scale())
+        mean_b = pyro.sample("mu_b", dist.Normal(0.0, 5.0))
+        plates = pyro.plate("items", y.shape[0], dim=-2), pyro.plate("persons", y.shape[1], dim=-1)
+        with plates[1]:
+            theta = pyro.sample("theta", dist.Normal(0.0, spread))
+        with plates[0]:
+            a = pyro.sample("a", dist.LogNormal(0.0, spread_a))
+            b = pyro.sample("b", dist.Normal(mean_b, spread_b))
+        with plates[0], plates[1]:
+            pyro.sample("y", dist.Bernoulli(logits=a * (theta - b)), obs=y)
+
+    return model, (torch.bernoulli(torch.sigmoid(torch.randn(persons) - torch.randn(items, 1))),)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lr", [1e-3, 1e-2])
+@pytest.mark.parametrize("scale", [dist.HalfCauchy, dist.HalfNormal])
+def test_item_response_trains(scale, lr):
+    model, args = item_response(lambda: scale(2.0))
+    check_ends_below_its_start(model, args, lr)
+
+
+def topics(docs):
+    with pyro.plate("topics", 2):
+        beta = pyro.sample("beta", dist.Dirichlet(torch.ones(6)))
+    with pyro.plate("docs", docs.shape[1]):
+        theta = pyro.sample("theta", dist.Dirichlet(torch.ones(2)))
+        with pyro.plate("words", docs.shape[0]):
+            z = pyro.sample("z", dist.Categorical(theta), infer={"enumerate": "parallel"})
+            pyro.sample("w", dist.Categorical(beta[z]), obs=docs)
+
+
+def test_members_of_a_summary_whose_plates_have_one_dimension_are_pooled_apart():
+    docs = torch.randint(0, 6, (5, 4))
+    guide = auto_faithful_guide(topics, docs, pool="deepset", num_start_samples=300)
+    assert "theta | beta (pooled), w (pooled)" in guide.describe()
+    assert [node.name for node in guide.plan.blocks[1].context] == [
+        "pooled(beta; topics)",
+        "pooled(w; words)",
+    ]
+    assert math.isfinite(TraceEnum_ELBO(max_plate_nesting=2).loss(topics, guide, docs))
+
+
+# ---------------------------------------------------------------- what a start rests on
+
+
+def test_a_regression_start_rests_on_what_is_not_trained():
+    y = torch.randn(6, 4)
+    guide = auto_faithful_guide(groups, y, pool="deepset", num_start_samples=500)
+    for block in guide.blocks:
+        learned = block.inputs.learned
+        assert learned.sum() >= 16
+        offset = block.conditionals.network.units.offset
+        assert offset[:, : len(learned)][:, learned].abs().max() == 0
+        assert offset[:, : len(learned)][:, ~learned].abs().max() > 0
+    before = expected_loss(groups, guide, (y,), num_particles=20)
+    with torch.no_grad():
+        for name, parameter in guide.named_parameters():
+            if ".pools." in name:
+                parameter.normal_()
+    after = expected_loss(groups, guide, (y,), num_particles=20)
+    assert abs(after[0] - before[0]) < 5 * math.hypot(after[1], before[1])
+
+
+def test_random_features_are_no_parameters():
+    guide = auto_faithful_guide(groups, torch.randn(6, 4), pool="deepset", num_start_samples=200)
+    pools = [module for module in guide.modules() if isinstance(module, DeepSetPool)]
+    assert pools
+    for pool in pools:
+        names = [name for name, _ in pool.named_parameters()]
+        assert names
+        assert not any("random" in name for name in names)
+        assert any("random" in name for name in pool.state_dict())
+
+
+@pytest.mark.parametrize("family", ["normal", "flow"])
+def test_a_state_with_its_units_loads(family):
+    y = torch.randn(5, 3)
+    guide, other = (
+        auto_faithful_guide(groups, y, pool="deepset", family=family, num_start_samples=n) for n in (500, 200)
+    )
+    optim = torch.optim.Adam(guide.parameters(), lr=1e-2)
+    Trace_ELBO(max_plate_nesting=2).differentiable_loss(groups, guide, y).backward()
+    optim.step()
+    other.load_state_dict(guide.state_dict())
+    latents = guide(y)
+    assert guide.log_prob(latents, y).tolist() == pytest.approx(other.log_prob(latents, y).tolist(), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_item_response_ends_above_mean_field():
+    model, args = item_response(lambda: dist.HalfNormal(2.0))
+    losses = {}
+    for name, make in {"ours": auto_faithful_guide, "mean field": None}.items():
+        pyro.set_rng_seed(0)
+        guide = AutoNormal(model) if make is None else make(model, *args)
+        guide(*args)
+        elbo = Trace_ELBO(num_particles=10, vectorize_particles=True, max_plate_nesting=2)
+        optim = torch.optim.Adam(guide.parameters(), lr=1e-2)
+        for _ in range(600):
+            optim.zero_grad()
+            elbo.differentiable_loss(model, guide, *args).backward()
+            optim.step()
+        losses[name] = expected_loss(model, guide, args)
+    assert losses["ours"][0] < losses["mean field"][0] + 4 * math.hypot(
+        losses["ours"][1], losses["mean field"][1]
+    )

@@ -1,0 +1,182 @@
+"""Natural units: coordinates that change what a step of training does, and nothing else."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from pyro_graphflows.nn import natural_units
+from pyro_graphflows.nn.mlp import MaskedMLP
+from pyro_graphflows.nn.natural_units import EdgeUnits, Whiteners, whitener
+
+ALLOWED = {
+    "one set": [[0, 1, 2], [0, 1, 2]],
+    "nothing and one": [[], [0], []],
+    "several sets": [[], [0], [0, 1], [0, 1, 2, 3], [1, 3], [0, 1]],
+    "unused inputs": [[1, 2], [1, 2], []],
+}
+LEVELS = [0, 0, 1, 2]
+
+
+def network(name, **options):
+    allowed = ALLOWED[name]
+    size = 1 + max((j for own in allowed for j in own), default=0) + (name == "unused inputs")
+    return MaskedMLP(
+        allowed,
+        size,
+        num_params=2,
+        input_levels=LEVELS[:size],
+        natural_units=True,
+        units_per_set=5,
+        **options,
+    )
+
+
+def moments(size):
+    root = torch.randn(size, size)
+    return root @ root.T + 0.01 * torch.eye(size)
+
+
+def whiten_and_spoil_(mlp):
+    mlp.whiten_(moments(mlp.input_dim))
+    with torch.no_grad():
+        mlp.units.unit.uniform_(0.1, 2.0)
+        for parameter in mlp.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return mlp
+
+
+@pytest.mark.parametrize("way", ["by row", "shared", "gathered", "sparse", "plain"])
+@pytest.mark.parametrize("name", ALLOWED)
+def test_masks_and_levels_hold_whichever_way_rows_are_whitened(name, way, monkeypatch):
+    if way in ("shared", "gathered"):
+        monkeypatch.setattr(natural_units, "MOST_BY_ROW", 0)
+    if way == "plain":
+        monkeypatch.setattr(natural_units, "MOST_NUMBERS", 0)
+    mlp = whiten_and_spoil_(network(name, engine="sparse" if way == "sparse" else "dense", hidden_layers=2))
+    x = torch.randn(mlp.input_dim)
+    jacobian = torch.autograd.functional.jacobian(mlp, x)  # (D, num_params, inputs)
+    for row, own in zip(jacobian, ALLOWED[name], strict=True):
+        others = [j for j in range(mlp.input_dim) if j not in own]
+        assert (row[:, others] == 0).all()
+        assert (row[:, list(own)] != 0).all()
+    evaluation, full = mlp.start(), mlp(x.expand(4, -1))
+    for inputs, outputs in zip(mlp.inputs_by_level, mlp.outputs_by_level, strict=False):
+        found = evaluation.step(x[list(inputs)].expand(4, -1) if inputs else None)
+        torch.testing.assert_close(found.expand(4, -1, -1), full[:, list(outputs)])
+
+
+def test_the_ways_give_the_same_numbers(monkeypatch):
+    mlp = whiten_and_spoil_(network("several sets", engine="dense"))
+    x = torch.randn(3, 4)
+    wanted = mlp(x)
+    monkeypatch.setattr(natural_units, "MOST_BY_ROW", 0)
+    for engine in ("dense", "sparse"):
+        other = network("several sets", engine=engine)
+        state = mlp.state_dict()
+        if engine == "sparse":  # buffers are in the layout of the engine
+            row, column = other.skip.pattern.row, other.skip.pattern.column
+            state["units.offset"] = state["units.offset"][row, column]
+        other.load_state_dict(state)
+        assert other.units.of_linear.way == "gathered"
+        torch.testing.assert_close(other(x), wanted)
+
+
+@pytest.mark.parametrize("engine", ["dense", "sparse"])
+def test_outputs_become_a_linear_map_whatever_the_units(engine):
+    mlp = whiten_and_spoil_(network("several sets", engine=engine))
+    weights, bias = torch.randn(12, 4), torch.randn(12)
+    mlp.set_linear_(slice(0, 12), weights, bias, unit=0.1 + torch.rand(12))
+    mask = torch.zeros(12, 4)
+    for k, own in enumerate(ALLOWED["several sets"]):
+        mask[2 * k : 2 * k + 2, own] = 1.0
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(mlp(x).flatten(1), x @ (weights * mask).T + bias)
+    mlp.whiten_(moments(4))
+    torch.testing.assert_close(mlp(x).flatten(1), x @ (weights * mask).T + bias)
+
+
+def test_a_step_moves_an_output_by_its_unit_however_many_and_collinear_the_features():
+    """With the sign of the gradient as step, as Adam's first is: at most the root of the rank times rate and unit."""
+    n, d, rate = 2000, 60, 1e-2
+    x = torch.randn(n, 5) @ torch.randn(5, d) + 0.001 * torch.randn(n, d)
+    mlp = MaskedMLP([list(range(d))], d, num_params=1, hidden_dims=[], natural_units=True)
+    mlp.whiten_(x.T @ x / n)
+    rank = int(mlp.units.whiteners.rank)
+    mlp.set_linear_(slice(0, 1), 100 * torch.randn(1, d), torch.zeros(1), unit=torch.tensor([0.01]))
+    before = mlp(x)[:, 0, 0]
+    before.sum().backward()
+    with torch.no_grad():
+        mlp.skip.weight -= rate * mlp.skip.weight.grad.sign()
+    moved = (mlp(x)[:, 0, 0] - before).square().mean().sqrt()
+    assert moved <= rate * 0.01 * (d / rank) ** 0.5 * rank**0.5 * 1.01
+    assert moved > 0
+
+
+def test_whiteners_leave_out_what_does_not_vary():
+    x = torch.randn(500, 3) @ torch.randn(3, 6)
+    matrix, rank = whitener(x.T @ x / len(x))
+    assert rank == 3
+    t = x @ matrix.T
+    torch.testing.assert_close(t.T @ t / len(x), torch.diag(torch.tensor([1.0] * 3 + [0.0] * 3)))
+    assert whitener(torch.zeros(2, 2))[1] == 0
+
+
+def test_whiteners_of_many_sets_are_kept_by_size(monkeypatch):
+    monkeypatch.setattr(natural_units, "SMALL", 0)
+    sets = [(0,), (0, 1), (1, 2), tuple(range(12)), tuple(range(11))]
+    whiteners = Whiteners(sets)
+    assert whiteners.groups == [[0], [1, 2], [3, 4]]
+    c = moments(12)
+    whiteners.fit_(c)
+    for i, own in enumerate(sets):
+        matrix = whiteners.embedded(i, 12)
+        product = matrix @ c @ matrix.T
+        torch.testing.assert_close(
+            product.diagonal().sum(), whiteners.rank[i].to(product), rtol=1e-6, atol=1e-6
+        )
+        outside = [j for j in range(12) if j not in own]
+        assert (matrix[:, outside] == 0).all()
+    monkeypatch.setattr(natural_units, "MOST_NUMBERS", 100)
+    assert Whiteners(sets).groups == []
+
+
+@pytest.mark.parametrize("parents", [[[], [0], [0]], [[0, 1], [], [0, 1, 2], [1, 2]]])
+def test_weights_of_edges(parents):
+    units = EdgeUnits(parents, 3)
+    units.whiteners.fit_(moments(3))
+    with torch.no_grad():
+        units.unit.uniform_(0.5, 2.0)
+        units.offset.normal_()
+        units.bias.normal_()
+    edges = sum(map(len, parents))
+    weight, bias = torch.randn(edges, 3), torch.randn(len(parents), 3)
+    found, biases = units(weight, bias)
+    torch.testing.assert_close(biases, units.bias + units.unit * bias)
+    start = 0
+    for v, own in enumerate(parents):
+        if not own:
+            continue
+        part = slice(start, start + len(own))
+        start += len(own)
+        number = units.whiteners.sets.index(tuple(own))
+        matrix = units.whiteners.embedded(number, 3)[own][:, own] if len(own) > 1 else torch.eye(1)
+        if len(own) == 1 and units.whiteners.groups:
+            matrix = units.whiteners.embedded(number, 3)[own][:, own]
+        wanted = matrix.T @ weight[part] * units.unit[v] / units.whiteners.rank[number].sqrt()
+        torch.testing.assert_close(found[part], units.offset[part] + wanted)
+
+
+def test_constants_follow_what_they_come_from():
+    mlp = whiten_and_spoil_(network("several sets"))
+    x = torch.randn(3, 4)
+    before = mlp(x)
+    for other in (copy.deepcopy(mlp), pickle.loads(pickle.dumps(mlp))):
+        torch.testing.assert_close(other(x), before)
+    with torch.no_grad():
+        mlp.units.unit.mul_(2.0)
+    assert not torch.allclose(mlp(x), before)
+    single = mlp.float()
+    assert single(x.float()).dtype == torch.float32
+    torch.testing.assert_close(single.double()(x), mlp(x))
