@@ -87,6 +87,7 @@ class Call:
         scales: The scales other than the plates' in force at latent sites (those without are left out).
         supports: The supports of the latent sites.
         given: The values of optional sites that have data in this call.
+        in_part: Whether a plate that is a Python loop is subsampled: its sites are about other data in each call.
     """
 
     values: dict[str, Tensor]
@@ -95,6 +96,7 @@ class Call:
     scales: dict[str, float | Tensor] = field(default_factory=dict)
     supports: dict[str, constraints.Constraint] = field(default_factory=dict)
     given: dict[str, Tensor] = field(default_factory=dict)
+    in_part: bool = False
 
 
 @dataclass(frozen=True)
@@ -475,13 +477,9 @@ class CallReader:
                 scales[name] = scale
             supports[name] = site["fn"].support
         self._find_paths(given, model, args, kwargs)
-        call = Call(values, plates, masks, scales, supports, given)
+        call = Call(values, plates, masks, scales, supports, given, _has_part_of_a_loop(trace))
         self._unverified = False
-        if (
-            shape is not None
-            and not _has_part_of_a_loop(trace)
-            and self._arguments_say_all(call, model, args, kwargs)
-        ):
+        if shape is not None and not call.in_part and self._arguments_say_all(call, model, args, kwargs):
             self._known[shape], self._shapes[shape] = call, shapes
         return call
 

@@ -290,22 +290,6 @@ def with_tensors(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, 
     return replaced_arguments(args, kwargs, arrays) if arrays else (args, kwargs)
 
 
-def moved_arguments(
-    args: tuple, kwargs: dict[str, Any], convert: Callable[[torch.Tensor], torch.Tensor]
-) -> tuple[tuple, dict[str, Any]]:
-    """Return arguments whose tensors are on the devices to which a function takes them; types stay.
-
-    Example:
-        >>> args, _ = moved_arguments((torch.ones(2), 3), {}, lambda tensor: tensor.to("meta"))
-        >>> args[0].device.type, args[1]
-        ('meta', 3)
-    """
-    leaves = {id(leaf): leaf for _, leaf in _walk((), (args, kwargs)) if isinstance(leaf, torch.Tensor)}
-    moved = {key: convert(leaf).to(leaf.dtype) for key, leaf in leaves.items()}
-    elsewhere = {key: leaf for key, leaf in moved.items() if leaf.device != leaves[key].device}
-    return replaced_arguments(args, kwargs, elsewhere)
-
-
 # ---------------------------------------------------------------- what a model uses without being given it
 
 
