@@ -328,7 +328,7 @@ def other(w, x, more=False, fewer=False, known=False):
     ("args", "kwargs", "message"),
     [
         ((W, None), {}, "Expected data for the observed site 'x'"),
-        ((None, X), {}, "Expected the argument 'w', a covariate"),
+        ((None, X), {}, r"Expected data for the argument 'w' \(read by slope, z\)"),
         ((W, X), {"more": True}, "this call has more as well"),
         ((W, X), {"fewer": True}, "Expected the latent site 'slope'.*it is not in this call"),
         ((W, X), {"known": True}, "Expected no data for 'slope', a latent site"),

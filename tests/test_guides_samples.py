@@ -162,7 +162,15 @@ def test_none_are_drawn_where_none_are_wanted_or_possible():
         regression_of_locals(x)
         pyro.factor("f", x.sum())
 
-    refused = samples_of(with_a_factor, x)
+    at_prior = samples_of(with_a_factor, x)  # the latents' prior is known, and nothing about data
+    assert abs(at_prior.values["z"].mean()) < 5 / at_prior.values["z"].numel() ** 0.5
+    assert at_prior.note.startswith("no regression start: the latents start at their prior. ")
+
+    def improper(x):
+        z = pyro.sample("z", dist.ImproperUniform(dist.constraints.real, (), ()))
+        pyro.sample("x", dist.Normal(z, 1.0).expand([len(x)]).to_event(1), obs=x)
+
+    refused = samples_of(improper, x)
     assert refused.values is None
     assert refused.note.startswith("no regression start and no standardisation of latents: ")
 

@@ -85,7 +85,7 @@ def test_doubly_reparametrised_gradients(tree, inverse):
     guide = auto_faithful_guide(model, x, inverse=inverse)
     with torch.no_grad():  # away from the optimum, where both would vanish
         for parameter in guide.parameters():
-            parameter += 0.05
+            parameter += 0.2
     many = x[:1].expand(20_000, -1)
     found = []
     for gradient in ("plain", "dreg"):
@@ -95,7 +95,7 @@ def test_doubly_reparametrised_gradients(tree, inverse):
         found.append(
             torch.cat([p.grad.flatten() for p in guide.parameters() if p.grad is not None]) / len(many)
         )
-    assert found[0].norm() > 1.0
+    assert found[0].norm() > 0.3
     assert (found[0] - found[1]).norm() < 0.1 * found[0].norm()
 
 

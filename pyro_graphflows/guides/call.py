@@ -87,6 +87,7 @@ class Call:
         scales: The scales other than the plates' in force at latent sites (those without are left out).
         supports: The supports of the latent sites.
         given: The values of optional sites that have data in this call.
+        in_part: Whether a plate that is a Python loop is subsampled: its sites are about other data in each call.
     """
 
     values: dict[str, Tensor]
@@ -95,6 +96,7 @@ class Call:
     scales: dict[str, float | Tensor] = field(default_factory=dict)
     supports: dict[str, constraints.Constraint] = field(default_factory=dict)
     given: dict[str, Tensor] = field(default_factory=dict)
+    in_part: bool = False
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,8 @@ class CallReader:
         traced: The model's trace at set-up.
         encodings: How conditioning values are written.
         keep_masks: Whether masks of observed sites are reported too.
-        readers: The observed sites and inputs that latent sites read, with these; others may be missing in a call.
+        readers: The observed sites and inputs that latent sites read, with these; others may be missing in a call. By
+            default all sites read all of them.
         unread: Observed sites whose values no site of the guide reads.
         optional: The latent sites that have data in some calls.
     """
@@ -250,18 +253,20 @@ class CallReader:
         encodings: InputEncodings,
         *,
         keep_masks: bool = False,
-        readers: Mapping[str, Sequence[str]],
+        readers: Mapping[str, Sequence[str]] | None = None,
         unread: Collection[str] = (),
         optional: Collection[str] = (),
     ) -> None:
         graph = traced.graph
-        self.encodings, self.keep_masks, self.readers = encodings, keep_masks, dict(readers)
+        self.encodings, self.keep_masks = encodings, keep_masks
         self.latent: tuple[str, ...] = graph.latent
         without = {*traced.without_data, *unread}
         self.observed = tuple(name for name in graph.observed if name not in without)
         self.optional = frozenset(optional)
         self.inputs: tuple[str, ...] = graph.inputs
         self.in_loops = frozenset(traced.loops)
+        by_all = dict.fromkeys((*self.observed, *self.inputs), self.latent)
+        self.readers: dict[str, Sequence[str]] = dict(by_all if readers is None else readers)
         self.known = frozenset(traced.trace.nodes)
         self.paths = dict(traced.argument_paths)
         self.rows = {name: dict(rows) for name, rows in traced.rows.items()}
@@ -472,13 +477,9 @@ class CallReader:
                 scales[name] = scale
             supports[name] = site["fn"].support
         self._find_paths(given, model, args, kwargs)
-        call = Call(values, plates, masks, scales, supports, given)
+        call = Call(values, plates, masks, scales, supports, given, _has_part_of_a_loop(trace))
         self._unverified = False
-        if (
-            shape is not None
-            and not _has_part_of_a_loop(trace)
-            and self._arguments_say_all(call, model, args, kwargs)
-        ):
+        if shape is not None and not call.in_part and self._arguments_say_all(call, model, args, kwargs):
             self._known[shape], self._shapes[shape] = call, shapes
         return call
 

@@ -22,7 +22,7 @@ from pyro_graphflows.guides.conditionals.factors import DiscreteFactor, ElementN
 from pyro_graphflows.guides.conditionals.pooling import DeepSet, PoolMember
 from pyro_graphflows.guides.families import FAMILIES
 from pyro_graphflows.guides.inputs import Coupling, InputPlan, Summary
-from pyro_graphflows.guides.plain import Reader, Writer
+from pyro_graphflows.guides.plain import GRAPHS, Reader, Writer
 from pyro_graphflows.guides.plan import BlockPlan, Conditioning, Plan
 from pyro_graphflows.guides.sites import DiscreteEncoding, InputEncodings, LatentSite
 from pyro_graphflows.inspect.arguments import Attribute, LoopRow, Outside, signature_of
@@ -68,6 +68,12 @@ def write_guide(
     """
     writer = Writer()
     plain = writer.write(contents)
+    own = {name for name, _ in writer.objects if "." not in name}
+    unknown = own - {kind.__name__ for kind in CLASSES} - set(GRAPHS)
+    if unknown:  # a class of this package that was added, and not to CLASSES
+        raise RuntimeError(
+            f"Expected a line in CLASSES for {', '.join(sorted(unknown))}, or no file could be read."
+        )
     text = json.dumps(
         {
             "kind": KIND,

@@ -3,98 +3,104 @@
 Such sites read no data in a call: their parameters fit one data set, that of set-up, or that of the latest training. A
 call with other data has their draws of the old ones, without an error. So the guide compares, and warns.
 
-Comparing costs little: a call with the very tensors that were fitted is known by their identity. Other tensors are
-compared by their content; on an accelerator, where that makes the program wait, not in each call but in the first, the
-second, the fourth and so on. Nodes in subsampled plates are never compared, as each batch is part of the same data.
+What is compared are the tensors among the arguments. That costs little: the very tensors that were fitted are known by
+their identity. Others are compared by their content; on an accelerator, where that makes the program wait, not in each
+call but in the first, the second, the fourth and so on. Nodes in subsampled plates are never compared, as each batch is
+part of the same data.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 from weakref import ref
 
+import torch
 from torch import Tensor
 
 from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.guides.call import Call
 from pyro_graphflows.guides.plan import Plan
-from pyro_graphflows.inspect.arguments import argument_leaves
+from pyro_graphflows.inspect.arguments import ArgumentPath
 
-__all__ = ["FittedData", "digest"]
+__all__ = ["CallData", "FittedData", "digest"]
+
+Leaves = Mapping[ArgumentPath, Tensor]
 
 
 def digest(value: Tensor) -> str:
-    """Return a checksum of the numbers and the shape of a tensor, whatever its type and device.
+    """Return a checksum of the shape and the numbers of a tensor, these in single precision, whatever its device.
 
     Example:
         >>> import torch
-        >>> digest(torch.tensor([1, 2])) == digest(torch.tensor([1.0, 2.0]))
+        >>> digest(torch.tensor([0.1, 2.0])) == digest(torch.tensor([0.1, 2.0]).double())
         True
     """
-    plain = value.detach().cpu().double().contiguous()
+    plain = value.detach().cpu().to(torch.float32 if value.is_floating_point() else torch.int64).contiguous()
     return hashlib.sha256(str(tuple(plain.shape)).encode() + plain.numpy().tobytes()).hexdigest()
 
 
-class FittedData:
-    """What a guide is fitted to: the arguments of a call, or checksums of its data.
+@dataclass(frozen=True)
+class CallData:
+    """The data of a call.
 
-    Args:
-        args: Positional arguments of the call.
-        kwargs: Keyword arguments of the call.
-        digests: For a guide that was loaded, the checksums of the nodes' values instead.
+    Attributes:
+        call: The call.
+        leaves: The tensors among its arguments.
+        observations: Values that replace those of observed sites.
     """
 
-    def __init__(
-        self,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-        *,
-        digests: Mapping[str, str] | None = None,
-    ) -> None:
-        self.args, self.kwargs = args, dict(kwargs or {})
-        self._digests = None if digests is None else dict(digests)
-        self._values: dict[str, Tensor] | None = None
-        self._alike: dict[Any, tuple[Any, int]] = {}
+    call: Call
+    leaves: Leaves
+    observations: Mapping[str, Tensor]
+
+
+class FittedData:
+    """What a guide is fitted to.
+
+    Args:
+        leaves: The tensors among the arguments, or for a guide that was loaded their checksums.
+        partial: The plates of which only part was there.
+    """
+
+    def __init__(self, leaves: Mapping[ArgumentPath, Tensor | str], partial: Collection[str] = ()) -> None:
+        self.leaves, self.partial = dict(leaves), frozenset(partial)
+        self._alike = _marked({path: leaf for path, leaf in leaves.items() if isinstance(leaf, Tensor)})
         self._comparisons = 0
 
-    def note_arguments(self, model: Callable[..., Any]) -> None:
-        """Note which tensors these are, and their state, as they may be written to later."""
-        if self._digests is None:
-            self._alike = _marked(argument_leaves(model, self.args, self.kwargs))
-
-    def is_known(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    def is_known(self, leaves: Leaves) -> bool:
         """Whether the tensors of a call are those that were fitted, or were found to hold the same."""
-        leaves = argument_leaves(model, args, dict(kwargs))
         return leaves.keys() == self._alike.keys() and all(
             self._alike[path][0]() is leaf and self._alike[path][1] == _version(leaf)
             for path, leaf in leaves.items()
         )
 
-    def values(self, read: Callable[..., Call], graph: ModelGraph) -> Mapping[str, Tensor | str]:
-        """Return the values of the nodes with data, or their checksums, without those in subsampled plates.
+    def take_as_known(self, leaves: Leaves) -> None:
+        """Note that the tensors of a call hold the data that were fitted."""
+        self._alike = _marked(leaves)
 
-        Args:
-            read: A function that reads a call by its arguments.
-            graph: The model graph.
-        """
-        if self._digests is not None:
-            return self._digests
-        if self._values is None:
-            call = read(self.args, self.kwargs)
-            self._values = {
-                name: value for name, value in call.values.items() if not _is_part(name, call, graph)
-            }
-        return self._values
+    def digests(self) -> dict[ArgumentPath, str]:
+        """Return the checksums of the tensors."""
+        return {path: leaf if isinstance(leaf, str) else digest(leaf) for path, leaf in self.leaves.items()}
 
-    def digests(self, read: Callable[..., Call], graph: ModelGraph) -> dict[str, str]:
-        """Return checksums of the values; see :meth:`values`."""
-        return {
-            name: value if isinstance(value, str) else digest(value)
-            for name, value in self.values(read, graph).items()
-        }
+    def moved(self, convert: Callable[[Tensor], Tensor]) -> "FittedData":
+        """Return the same data on another device; in their own type, which says how exact they are."""
+        return FittedData(
+            {
+                path: leaf if isinstance(leaf, str) else leaf.to(convert(leaf).device)
+                for path, leaf in self.leaves.items()
+            },
+            self.partial,
+        )
 
     def sites_of_other_data(
-        self, call: Call, plan: Plan, read: Callable[..., Call], sites: Iterable[str], *, always: bool = True
+        self,
+        now: CallData,
+        plan: Plan,
+        paths: Mapping[str, ArgumentPath],
+        sites: Iterable[str],
+        *,
+        always: bool = True,
     ) -> tuple[str, ...]:
         """Return those of some sites that would read other data if they read any.
 
@@ -102,45 +108,57 @@ class FittedData:
         the site is not among them.
 
         Args:
-            call: The call.
+            now: The data of the call.
             plan: The plan of the guide.
-            read: A function that reads a call by its arguments.
+            paths: Where the values of nodes are among the arguments.
             sites: Sites with per-element parameters.
             always: Whether to compare on accelerators in every call.
         """
-        on_accelerator = any(value.device.type != "cpu" for value in call.values.values())
+        graph, call = plan.graph, now.call
         self._comparisons += 1
-        if on_accelerator and not always and self._comparisons & (self._comparisons - 1):
+        waits = any(leaf.device.type != "cpu" for leaf in now.leaves.values())
+        if waits and not always and self._comparisons & (self._comparisons - 1):
             return ()
-        graph = plan.graph
-        fitted = self.values(read, graph)
-        differs: dict[str, bool] = {}
+        where = {name: self._leaf_of(path) for name, path in paths.items()}
+        others = [path for path in self.leaves if path not in where.values()]
+        differs: dict[Any, bool] = {}
 
         def other(name: str) -> bool:
-            if name not in differs:
-                differs[name] = _differ(fitted[name], call.values[name])
-            return differs[name]
+            """Whether the data of a node are others, or what they may have been computed from."""
+            leaf = where.get(name)
+            if name in now.observations:
+                is_whole = leaf is not None and paths[name] == leaf
+                return is_whole and _differ(self.leaves[paths[name]], now.observations[name])
+            found = False
+            for path in others if leaf is None else [leaf]:
+                if path not in differs:
+                    differs[path] = path in now.leaves and _differ(self.leaves[path], now.leaves[path])
+                found = found or differs[path]
+            return found
 
-        found = []
+        result = []
         for site in sites:
             data = [n for n in _fitted_by(site, plan) if n in graph.observed or n in graph.inputs]
-            given = [n for n in data if n in call.values and n in fitted and not _is_part(n, call, graph)]
-            observed = [n for n in data if n in graph.observed]
-            if all(n in call.values for n in observed) and any(other(n) for n in given):
-                found.append(site)
-        return tuple(found)
+            if not all(n in call.values for n in data if n in graph.observed):
+                continue
+            whole = [n for n in data if n in call.values and not self._is_part(n, call, graph)]
+            if any(map(other, whole)):
+                result.append(site)
+        return tuple(result)
 
-    def take_as_known(
-        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> None:
-        """Note that the tensors of a call hold the data that were fitted."""
-        self._alike = _marked(argument_leaves(model, args, dict(kwargs)))
+    def _leaf_of(self, path: ArgumentPath) -> ArgumentPath | None:
+        """Return the path of the tensor that a path leads to or into."""
+        return next((leaf for leaf in self.leaves if path[: len(leaf)] == leaf), None)
+
+    def _is_part(self, name: str, call: Call, graph: ModelGraph) -> bool:
+        """Whether a node is in a plate of which a call has only part, or of which only part was fitted."""
+        plates = [plate for plate in graph.plates.get(name, ()) if plate in call.plates]
+        some = any(call.plates[plate].indices is not None for plate in plates)
+        return some or call.in_part or not self.partial.isdisjoint(plates)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FittedData":
-        new = FittedData(
-            self.args, self.kwargs, digests=self._digests
-        )  # data are shared by copies of a guide
-        new._values, new._alike = self._values, dict(self._alike)
+        new = FittedData(self.leaves, self.partial)  # data are shared by copies of a guide
+        new._alike = dict(self._alike)
         return new
 
 
@@ -150,11 +168,15 @@ def _fitted_by(site: str, plan: Plan) -> list[str]:
     return [
         parent
         for parent in plan.inverse.parents[site]
-        if plan.inverse.how[parent, site] == "pooled" or set(plan.graph.plates[parent]) & set(coupled)
+        if plan.inverse.how[parent, site] == "pooled" or _shares(plan.graph.plates[parent], coupled)
     ]
 
 
-def _marked(leaves: Mapping[Any, Tensor]) -> dict[Any, tuple[Any, int]]:
+def _shares(plates: Collection[str], others: Collection[str]) -> bool:
+    return not set(plates).isdisjoint(others)
+
+
+def _marked(leaves: Leaves) -> dict[ArgumentPath, tuple[Any, int]]:
     return {path: (ref(leaf), _version(leaf)) for path, leaf in leaves.items()}
 
 
@@ -163,12 +185,9 @@ def _version(leaf: Tensor) -> int:
     return -1 if leaf.is_inference() else leaf._version
 
 
-def _is_part(name: str, call: Call, graph: ModelGraph) -> bool:
-    """Whether a node is in a plate of which a call has only part."""
-    return any(call.plates[p].indices is not None for p in graph.plates.get(name, ()) if p in call.plates)
-
-
 def _differ(fitted: Tensor | str, value: Tensor) -> bool:
+    if value.is_meta or (isinstance(fitted, Tensor) and fitted.is_meta):
+        return False  # without content
     if isinstance(fitted, str):
         return digest(value) != fitted
     if fitted is value:
@@ -176,5 +195,8 @@ def _differ(fitted: Tensor | str, value: Tensor) -> bool:
     if fitted.shape != value.shape:
         return True
     mine, theirs = fitted.detach().to(value.device), value.detach()
+    if mine.is_floating_point() and theirs.is_floating_point() and mine.dtype != theirs.dtype:
+        narrow = min((mine.dtype, theirs.dtype), key=lambda dtype: dtype.itemsize)
+        mine, theirs = mine.to(narrow), theirs.to(narrow)
     same = (mine == theirs) | ((mine != mine) & (theirs != theirs))  # NaN where entries are missing
     return not bool(same.all())

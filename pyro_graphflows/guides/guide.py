@@ -37,13 +37,14 @@ from pyro_graphflows.guides.conditionals.new_elements import WithNewElements, be
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
 from pyro_graphflows.guides.families import make_family
 from pyro_graphflows.guides.files import read_guide, write_guide
-from pyro_graphflows.guides.fitted_data import FittedData
+from pyro_graphflows.guides.fitted_data import CallData, FittedData
 from pyro_graphflows.guides.orders import Inverse
 from pyro_graphflows.guides.plan import Description, Plan
 from pyro_graphflows.guides.samples import Samples
 from pyro_graphflows.guides.sites import LatentSite, is_constant
 from pyro_graphflows.guides.start import Start, start_at_, start_block_, whiten_block_
 from pyro_graphflows.inspect import kept_random_state
+from pyro_graphflows.inspect.arguments import argument_leaves
 
 __all__ = ["AutoFaithfulGuide", "auto_faithful_guide", "load_guide"]
 
@@ -344,7 +345,7 @@ class AutoFaithfulGuide(AutoGuide):
                         values[name] = self._emit_site(name, fn, call, emit) if given is None else given
                         unconstrained[name] = read_back(values[name])
                     conditionals.accept({name: unconstrained[name] for name in level})
-        self._warn_of_other_data(call, args, kwargs, known=not observations)
+        self._warn_of_other_data(call, args, kwargs, observations)
         if plan.copies and emit is pyro.sample and self.master is None:
             self._emit_copies(call, args, kwargs, values)
         return {name: values[name] for name in self._sites if name not in call.given}
@@ -536,10 +537,9 @@ class AutoFaithfulGuide(AutoGuide):
         """
         self._fitted = None
         self._warned = {name for name in self._warned if name not in self._sites}
-        # Batches are not other data: the rows of Python loops over subsampled plates change from call to call.
-        if self.plan.inputs.per_element and (args or kwargs) and not self._reader.in_loops:
-            self._fitted = FittedData(args, kwargs)
-            self._fitted.note_arguments(self.model)
+        if self.plan.inputs.per_element and (args or kwargs):
+            partial = [name for name, plate in self._plate_states.items() if plate.indices is not None]
+            self._fitted = FittedData(argument_leaves(self.model, args, kwargs), partial)
 
     def sites_of_other_data(self, *args: Any, **kwargs: Any) -> tuple[str, ...]:
         """Return the sites whose per-element parameters were fitted to other data than those of a call.
@@ -554,10 +554,16 @@ class AutoFaithfulGuide(AutoGuide):
         """
         observations = kwargs.pop("observations", None)
         self._ensure_set_up(args, kwargs)
-        if self._fitted is None or not (observations or not self._fitted.is_known(self.model, args, kwargs)):
+        if self._fitted is None:
             return ()
-        call = self._read_quietly(args, kwargs, observations)
-        found = self._fitted.sites_of_other_data(call, self.plan, self._read_quietly, self._per_element())
+        leaves = argument_leaves(self.model, args, kwargs)
+        if self._fitted.is_known(leaves) and not observations:
+            return ()
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), poutine.block():
+            call = self._reader.read(self.model, args, kwargs, observations)
+        found = self._fitted.sites_of_other_data(
+            CallData(call, leaves, observations or {}), self.plan, self._reader.paths, self._per_element()
+        )
         self._warned.update(found)
         return found
 
@@ -580,23 +586,26 @@ class AutoFaithfulGuide(AutoGuide):
     def _per_element(self) -> list[str]:
         return [site for site in self._sites if site in self.plan.inputs.per_element]
 
-    def _read_quietly(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], observations: Mapping[str, Tensor] | None = None
-    ) -> Call:
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), poutine.block():
-            return self._reader.read(self.model, args, kwargs, observations)
-
     def _warn_of_other_data(
-        self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], known: bool
+        self,
+        call: Call,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        observations: Mapping[str, Tensor] | None,
     ) -> None:
         """Warn once of each site that fits other data than those of a call."""
         fitted = None if self._is_fitting else self._fitted
         sites = [] if fitted is None else [site for site in self._per_element() if site not in self._warned]
-        if fitted is None or not sites or (known and fitted.is_known(self.model, args, kwargs)):
+        if fitted is None or not sites or not any(name in call.values for name in self.plan.graph.observed):
             return
-        found = fitted.sites_of_other_data(call, self.plan, self._read_quietly, sites, always=False)
+        leaves = argument_leaves(self.model, args, kwargs)
+        if fitted.is_known(leaves) and not observations:
+            return
+        now = CallData(call, leaves, observations or {})
+        found = fitted.sites_of_other_data(now, self.plan, self._reader.paths, sites, always=False)
         if not found:
-            fitted.take_as_known(self.model, args, kwargs)
+            if not observations:
+                fitted.take_as_known(leaves)
             return
         self._warned.update(found)
         warnings.warn(
@@ -810,6 +819,7 @@ class AutoFaithfulGuide(AutoGuide):
             self._reader.moved(fn)
             self._sites = {name: site.moved(fn) for name, site in self._sites.items()}
             self._plate_states = {name: plate.moved(fn) for name, plate in self._plate_states.items()}
+            self._fitted = None if self._fitted is None else self._fitted.moved(fn)
         return self
 
     def load_state_dict(
@@ -852,7 +862,7 @@ class AutoFaithfulGuide(AutoGuide):
             "plates": {name: replace(state, indices=None) for name, state in self._plate_states.items()},
             "frames": tuple((each.name, each.dim, each.size, each.full_size) for each in frames),
             "notes": (self._notes, self._start_notes),
-            "fitted": None if self._fitted is None else self._fitted.digests(self._read_quietly, plan.graph),
+            "fitted": None if self._fitted is None else (self._fitted.digests(), self._fitted.partial),
             "blocks": tuple(block.to_plain() for block in blocks),
         }
         write_guide(path, self.model, contents, self.state_dict())
@@ -868,7 +878,7 @@ class AutoFaithfulGuide(AutoGuide):
         self._plate_states = contents["plates"]
         self._reader.remember(self._plate_states, {name: site.support for name, site in self._sites.items()})
         self._notes, self._start_notes = contents["notes"]
-        self._fitted = None if contents["fitted"] is None else FittedData(digests=contents["fitted"])
+        self._fitted = None if contents["fitted"] is None else FittedData(*contents["fitted"])
         self._prototype_frames = {
             name: CondIndepStackFrame(name, dim, size, 0, full_size)
             for name, dim, size, full_size in contents["frames"]

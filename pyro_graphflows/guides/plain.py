@@ -23,7 +23,7 @@ from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph
 
-__all__ = ["Reader", "Writer", "class_name"]
+__all__ = ["GRAPHS", "Reader", "Writer", "class_name"]
 
 CONSTRAINTS = {
     name: value
