@@ -164,7 +164,9 @@ def _check_linear(conditionals: Conditionals, context: Tensor, gaussian: bool) -
         for site, each in linear.items():
             assert conditionals.set_linear_(site, each), f"Expected {site!r} to become linear."
         root = torch.randn(2 * conditionals.num_columns, conditionals.num_columns, dtype=torch.double)
-        conditionals.whiten_(root.mT @ root / len(root))  # which changes how they are trained, and not what they are
+        conditionals.whiten_(
+            root.mT @ root / len(root)
+        )  # which changes how they are trained, and not what they are
         values, terms = _draw(conditionals, context, torch.Size([4, 5]))
         of_sites = _run(conditionals, context, values)
         for site, each in linear.items():
