@@ -33,7 +33,7 @@ from pyro_graphflows.guides.conditionals.pooling import (
 from pyro_graphflows.guides.features import FeatureMap, concatenate
 from pyro_graphflows.guides.inputs import Summary
 from pyro_graphflows.guides.plan import BlockPlan
-from pyro_graphflows.guides.samples import Samples, with_depth
+from pyro_graphflows.guides.samples import Samples, columns_of, with_depth
 from pyro_graphflows.guides.sites import REMEDIES_OF_NAN, InputEncodings
 
 __all__ = ["BlockInputs", "GuideBlock", "make_inputs"]
@@ -387,7 +387,10 @@ def make_inputs(plan: BlockPlan, samples: Samples, deepset: DeepSet) -> tuple[Bl
             pools[node.name], values = _make_pool(node.summary, samples, deepset)
             samples = samples.with_values({} if values is None else {node.name: values})
     names = [node.name for node in plan.context]
-    samples = samples.for_block([*plan.sites, *names])
+    of_priors = [
+        column for site in plan.fused for column in columns_of(site) if column in (samples.values or {})
+    ]
+    samples = samples.for_block([*plan.sites, *names, *of_priors])
     rows = samples.rows
     maps = {}
     for name in names:

@@ -30,16 +30,19 @@ from pyro_graphflows.guides.block import GuideBlock, make_inputs
 from pyro_graphflows.guides.call import Call, CallReader, PlateState, chosen_indices, site_mask
 from pyro_graphflows.guides.compile import Compiled, GuideOptions, compile_guide
 from pyro_graphflows.guides.conditionals.contract import Family
-from pyro_graphflows.guides.conditionals.distributions import CopiedValue, site_distribution
+from pyro_graphflows.guides.conditionals.distributions import CopiedValue, DrawnOrGiven, site_distribution
 from pyro_graphflows.guides.conditionals.factors import Factor
 from pyro_graphflows.guides.conditionals.model_conditionals import ModelConditionals
 from pyro_graphflows.guides.conditionals.new_elements import WithNewElements, beyond_fitted
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
+from pyro_graphflows.guides.conditionals.site_priors import SitePrior
 from pyro_graphflows.guides.families import make_family
 from pyro_graphflows.guides.files import read_guide, write_guide
 from pyro_graphflows.guides.fitted_data import CallData, FittedData
 from pyro_graphflows.guides.orders import Inverse
 from pyro_graphflows.guides.plan import Description, Plan
+from pyro_graphflows.guides.prior_samples import with_priors
+from pyro_graphflows.guides.priors import PriorReader
 from pyro_graphflows.guides.samples import Samples
 from pyro_graphflows.guides.sites import LatentSite, is_constant
 from pyro_graphflows.guides.start import Start, start_at_, start_block_, whiten_block_
@@ -140,6 +143,7 @@ class AutoFaithfulGuide(AutoGuide):
         self._warned: set[str] = set()
         self._sites: dict[str, LatentSite]
         self._reader: CallReader
+        self._priors: PriorReader
         self._plate_states: dict[str, PlateState]
         self.blocks: nn.ModuleList
 
@@ -172,9 +176,11 @@ class AutoFaithfulGuide(AutoGuide):
                 standardize=options.standardize,
                 num_rows=options.num_rows,
             )
+            samples = with_priors(samples, compiled.plan.priors)
             blocks, starts = self._make_blocks(compiled, samples)
             self._plan, self._sites, self._reader = compiled.plan, compiled.sites, compiled.reader
             self._plate_states = compiled.plates
+            self._priors = PriorReader(compiled.plan.priors, compiled.sites)
             self._notes = () if samples.note is None else (samples.note,)
             self._start_notes = tuple(note for start in starts for note in start.notes)
             self.blocks = nn.ModuleList(blocks)
@@ -325,6 +331,9 @@ class AutoFaithfulGuide(AutoGuide):
         call = self._read(args, kwargs, observations)
         values: dict[str, Tensor] = {}
         unconstrained = {} if unconstrained is None else unconstrained
+        of_call = None
+        if plan.priors.sites:
+            of_call = self._priors.begin(self.model, (args, kwargs), call, observations)
         blocks: Any = self.blocks  # once: each look-up shows all parameters to Pyro
         for block, block_plan in zip(blocks, plan.blocks, strict=True):
             conditionals = block.begin(call, unconstrained)
@@ -333,12 +342,18 @@ class AutoFaithfulGuide(AutoGuide):
                 if plan.changing and any(name in plan.changing for name in level):
                     call = self._with_supports(call, args, kwargs, values, level)
                 beyond = [] if new is None else [name for name in level if name in block_plan.per_element]
+                fuses = block.conditionals.fuses
+                priors = {} if of_call is None else of_call.before(values, self._fuses)
                 model = self._model_conditionals(beyond, block, call, (args, kwargs), values, observations)
                 with ExitStack() as stack:
                     for name in block_plan.plates:
                         stack.enter_context(self.plates[name])
-                    for name, conditional in conditionals.next().items():
-                        fn, read_back = self._at_site(name, conditional, call, block)
+                    for name, conditional in conditionals.next(priors).items():
+                        prior = priors[name] if name in priors and fuses(name) else None
+                        fn, read_back = self._at_site(name, conditional, call, block, prior)
+                        if name in conditionals.fixed and prior is not None:
+                            fixed = conditionals.fixed[name], call, block, prior.fixed
+                            fn = DrawnOrGiven(fn, self._at_site(name, *fixed)[0])
                         if name in model and new is not None:
                             fn = WithNewElements(fn, model[name], new)
                         given = call.given.get(name)
@@ -369,7 +384,12 @@ class AutoFaithfulGuide(AutoGuide):
                 pyro.sample(name, fn, infer=infer)
 
     def _at_site(
-        self, name: str, conditional: dist.TorchDistribution, call: Call, block: GuideBlock
+        self,
+        name: str,
+        conditional: dist.TorchDistribution,
+        call: Call,
+        block: GuideBlock,
+        prior: SitePrior | None,
     ) -> tuple[dist.TorchDistribution, Callable[[Tensor], Tensor]]:
         """Return the distribution to emit at a site, and the map from its value to the flat vector."""
         site = self._sites[name]
@@ -379,7 +399,11 @@ class AutoFaithfulGuide(AutoGuide):
             call.supports[name],
             analytic_kl=self.plan.analytic_kl[name],
             dtype=None if site.encoding is None else block.dtype,
+            coordinate=None if prior is None else prior.transform,
         )
+
+    def _fuses(self, name: str) -> bool:
+        return self.block_of(name).conditionals.fuses(name)
 
     def _emit_site(self, name: str, fn: dist.TorchDistribution, call: Call, emit: Emit) -> Tensor:
         """Emit a distribution at its site, with the model's mask and scale; return the value."""
@@ -820,6 +844,7 @@ class AutoFaithfulGuide(AutoGuide):
             self._sites = {name: site.moved(fn) for name, site in self._sites.items()}
             self._plate_states = {name: plate.moved(fn) for name, plate in self._plate_states.items()}
             self._fitted = None if self._fitted is None else self._fitted.moved(fn)
+            self._priors = PriorReader(self._plan.priors, self._sites)
         return self
 
     def load_state_dict(
@@ -876,6 +901,7 @@ class AutoFaithfulGuide(AutoGuide):
         self._plan, self._sites = contents["plan"], contents["sites"]
         self._reader = CallReader.from_plain(contents["reader"], device)
         self._plate_states = contents["plates"]
+        self._priors = PriorReader(self._plan.priors, self._sites)
         self._reader.remember(self._plate_states, {name: site.support for name, site in self._sites.items()})
         self._notes, self._start_notes = contents["notes"]
         self._fitted = None if contents["fitted"] is None else FittedData(*contents["fitted"])
@@ -910,6 +936,7 @@ class AutoFaithfulGuide(AutoGuide):
         state["create_plates"] = None
         if self._plan is not None:  # a function that makes inverses cannot be pickled
             state["_options"] = replace(self._options, inverse=self._plan.inverse, init_values={})
+            state["_priors"] = PriorReader(self._plan.priors, self._sites)
         state["prototype_trace"] = None
         state["_fitted"] = None  # no data in a pickle
         return state
@@ -925,6 +952,8 @@ class AutoFaithfulGuide(AutoGuide):
         state = self.__dict__.copy()
         shared = {key: state.pop(key) for key in ("_model", "create_plates", "master", "prototype_trace")}
         state["plates"] = {}
+        if self._plan is not None:
+            state["_priors"] = PriorReader(self._plan.priors, self._sites)
         new.__dict__.update(shared)
         new.__dict__.update(copy.deepcopy(state, memo))
         return new
