@@ -18,7 +18,7 @@ from pyro_graphflows.regression import location_and_scale
 
 __all__ = ["FusedRows"]
 
-WIDTH = float(__import__("os").environ.get("FW", "2.0"))  # of the factors of sites with per-element parameters, in standard deviations of the prior
+WIDTH = 2.0  # of the factors that sites with per-element parameters start with, in units of the prior
 
 
 @dataclass(frozen=True)

@@ -805,6 +805,40 @@ class AutoFaithfulGuide(AutoGuide):
             GraphflowsError: If the site or a parent is unknown, weights have another shape or the scale is not
                 positive.
         """
+        self._block_to_set(site, weights).set_linear_(site, weights, intercept, scale)
+
+    def set_fused_(
+        self,
+        site: str,
+        weights: Mapping[str, Any],
+        intercept: Tensor | float,
+        scale: Tensor | float = 1.0,
+    ) -> None:
+        r"""Make the factor beside a site's prior linear-Gaussian.
+
+        ``q(u) ~ prior(u) * Normal(u; intercept + sum_p weights[p] @ u_p, scale)``, where ``u`` is the coordinate in
+        which the prior is normal: of priors that are normal in unconstrained space that vector, of others the normal
+        score of the prior.
+
+        Args:
+            site: A latent site that is fused with its prior; ``describe()`` says which are.
+            weights: See :meth:`set_linear_`.
+            intercept: The location where all parents are zero, shape ``(size,)``.
+            scale: The scale, or a lower triangular square root of the covariance, shape ``(size, size)``.
+
+        Raises:
+            GraphflowsError: If the site is not fused with its prior or is discrete, or as for :meth:`set_linear_`.
+        """
+        block = self._block_to_set(site, weights)
+        if site not in block.plan.fused or self._sites[site].encoding is not None:
+            raise GraphflowsError(
+                f"Expected a continuous site that is fused with its prior (describe() says which are); got {site!r}. "
+                "Use set_linear_."
+            )
+        block.set_linear_(site, weights, intercept, scale, fused=True)
+
+    def _block_to_set(self, site: str, weights: Mapping[str, Any]) -> GuideBlock:
+        """Return the block of a site whose conditional is to be set; refuse weights of what is no parent."""
         plan = self.plan
         block = self.block_of(site)
         known = {*plan.inverse.parents[site], *block.inputs.names}
@@ -815,7 +849,7 @@ class AutoFaithfulGuide(AutoGuide):
                 f"({', '.join(map(str, plan.inverse.parents[site])) or 'there are none'}); got "
                 f"{', '.join(unknown)}."
             )
-        block.set_linear_(site, weights, intercept, scale)
+        return block
 
     def block_of(self, site: str) -> GuideBlock:
         """Return the block of a latent site.

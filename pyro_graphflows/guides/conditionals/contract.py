@@ -13,6 +13,7 @@ are of ``u``, in nats.
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import pyro.distributions as dist
 from torch import Tensor, nn
@@ -135,8 +136,7 @@ class Pass(ABC):
             these.
     """
 
-    def __init__(self) -> None:
-        self.fixed: dict[str, dist.TorchDistribution] = {}
+    fixed: Mapping[str, dist.TorchDistribution] = MappingProxyType({})
 
     @abstractmethod
     def next(self, priors: Mapping[str, SitePrior] | None = None) -> dict[str, dist.TorchDistribution]:

@@ -50,17 +50,26 @@ def fit_factor(inputs: Tensor, values: Tensor, prior: SitePrior) -> FactorFit:
     """
     inputs, values = in_float64(inputs), in_float64(values)
     prior = prior.map(in_float64)
-    near = (values.abs() < WINSOR).all(-1) & (prior.loc.abs() < WINSOR).all(-1) & inputs.isfinite().all(-1)
+    # Rows are chosen by their priors alone: without those of large values the prior would not be that of the others.
+    near = (prior.loc.abs() < WINSOR) & (prior.log_scale < math.log(WINSOR)) & values.isfinite()
+    near = near.all(-1) & inputs.isfinite().all(-1)
+    flat = FactorFit(_flat(inputs, prior), False)
     inputs, values, prior = inputs[near], values[near], prior.map(lambda each: each[near])
     if len(values) < HELD_OUT * (inputs.shape[-1] + 2):
-        return FactorFit(_flat(inputs, values), False)
-    return (_fit_number if values.shape[-1] == 1 else _fit_vector)(inputs, values, prior)
+        return flat
+    return (_fit_number if values.shape[-1] == 1 else _fit_vector)(inputs, values, prior) or flat
 
 
-def _flat(inputs: Tensor, values: Tensor) -> Regression:
-    size = values.shape[-1]
-    eye = torch.eye(size, dtype=values.dtype, device=values.device)
-    return Regression(eye.new_zeros(size, inputs.shape[-1]), eye.new_zeros(size), math.exp(FLAT) * eye)
+def _flat(inputs: Tensor, prior: SitePrior) -> Regression:
+    """Return a factor that is wide beside all priors but the widest."""
+    wide = (
+        torch.quantile(prior.log_scale[:MOST_ROWS], 0.975, dim=0)
+        if len(prior.log_scale)
+        else prior.log_scale.sum(0)
+    )
+    size = prior.loc.shape[-1]
+    width = (wide + FLAT - 1.0).clamp(FLAT, 3.0 * FLAT).exp().diag_embed()
+    return Regression(width.new_zeros(size, inputs.shape[-1]), width.new_zeros(size), width)
 
 
 # ---------------------------------------------------------------- numbers
@@ -125,7 +134,7 @@ class _Rows:
         return float((log_scale + 0.5 * (off * torch.exp(-log_scale)).square()).mean())
 
 
-def _fit_number(inputs: Tensor, values: Tensor, prior: SitePrior) -> FactorFit:
+def _fit_number(inputs: Tensor, values: Tensor, prior: SitePrior) -> FactorFit | None:
     one = inputs.new_ones(len(inputs), 1)
     rows = _Rows(torch.cat([inputs, one], -1), values[:, 0], prior.loc[:, 0], prior.log_scale[:, 0])
     held_out = torch.arange(len(inputs), device=inputs.device) % HELD_OUT == 0
@@ -141,7 +150,7 @@ def _fit_number(inputs: Tensor, values: Tensor, prior: SitePrior) -> FactorFit:
         if chosen is None or loss < chosen[0] - 1e-4:
             chosen = loss, ridge, log_width
     if chosen is None or not chosen[0] < test.loss(0.0, None) - LEAST_GAIN:
-        return FactorFit(_flat(inputs, values), False)
+        return None
     _, ridge, log_width = chosen
     if constant:
         log_width = _of_constant_scale(rows, ridge) or log_width
@@ -181,21 +190,20 @@ def _search(rows: _Rows, ridge: float) -> float:
 # ---------------------------------------------------------------- vectors
 
 
-def _fit_vector(inputs: Tensor, values: Tensor, prior: SitePrior) -> FactorFit:
+def _fit_vector(inputs: Tensor, values: Tensor, prior: SitePrior) -> FactorFit | None:
     size = values.shape[-1]
     slopes, shift, covariance = _least_squares(inputs, values)
     of_prior, prior_shift, _ = _least_squares(inputs, prior.loc)
     tril = prior.tril()
     eye = torch.eye(size, dtype=values.dtype, device=values.device)
-    precision = torch.cholesky_solve(eye.expand_as(tril), tril).median(0).values if len(tril) else eye
-    precision = 0.5 * (precision + precision.T)
-    if bool((tril - tril[0]).abs().max() < 1e-9):
-        precision = torch.cholesky_inverse(tril[0])
+    same = bool((tril - tril[0]).abs().max() < 1e-9)
+    root = tril[0] if same else torch.linalg.cholesky((tril @ tril.mT).mean(0) + 1e-12 * eye)
+    precision = torch.cholesky_inverse(root)
     posterior = torch.linalg.inv(covariance)
     extra = posterior - precision
     values_, vectors = torch.linalg.eigh(_whitened(extra, precision))
     if not bool((values_ > 10.0 * LEAST_GAIN).any()):
-        return FactorFit(_flat(inputs, values), False)
+        return None
     root = torch.linalg.cholesky(precision + 1e-12 * eye)
     kept = values_.clamp(min=1e-8)
     extra = root @ (vectors * kept) @ vectors.T @ root.T

@@ -377,7 +377,7 @@ class MaskedPass(Pass):
         plates: Mapping[str, PlateState] | None,
     ) -> None:
         self._module = conditionals
-        super().__init__()
+        self.fixed: dict[str, dist.TorchDistribution] = {}
         self._rows = rows
         self._plates = plates  # where elements have maps of their own, or are drawn jointly
         self._known: list[Tensor] = []
