@@ -31,6 +31,7 @@ from pyro_graphflows.infer.particles import (
     particle_plate,
     plates_of,
 )
+from pyro_graphflows.infer.schedule import Schedule
 from pyro_graphflows.infer.simulations import JointLayout, joint_layout, run_guide
 
 __all__ = ["SimulationLoss", "Simulations"]
@@ -88,6 +89,7 @@ class Simulations:
     observed: Iterable[str] | None = field(default=None, kw_only=True)
     vectorize: bool = field(default=True, kw_only=True)
 
+    SCHEDULE: ClassVar[Schedule] = Schedule(patience=10, lr_factor=0.3, min_lr=5e-5)
     _KINDS: ClassVar[str] = (
         "a number of simulations, a dict from site to tensor, or a DataLoader of such dicts"
     )
@@ -132,7 +134,7 @@ class Simulations:
         return not isinstance(self.values, int | Mapping)
 
     def prepare(
-        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Any = None
     ) -> tuple["SimulationLoss", TrainingData]:
         """Return the loss on the simulations, and them as data: some to train on and some held out.
 
@@ -143,15 +145,20 @@ class Simulations:
             guide: The guide.
             args: Positional arguments of both, which tell shapes.
             kwargs: Their keyword arguments.
+            loss: The loss that was asked for beside, which must be none.
 
         Raises:
-            GraphflowsError: If values are missing, of a wrong shape, too few, or not finite.
+            GraphflowsError: If values are missing, of a wrong shape, too few, or not finite; if there is another loss.
             UnsupportedModelError: If samples of the unconditioned model are not samples of its joint density, or the
                 guide has sites that the model lacks.
 
         Warns:
             GraphflowsWarning: If simulations are dropped.
         """
+        if loss is not None and not (isinstance(loss, str) and loss == "auto"):
+            raise GraphflowsError(
+                f"Expected no loss with simulations, from which the guide learns by its log-density; got {loss!r}."
+            )
         loss = SimulationLoss(model, guide, args, kwargs, observed=self.observed)
         values = loss.draw(self.values, self.vectorize) if isinstance(self.values, int) else self.values
         held_out = self.held_out
