@@ -10,6 +10,7 @@ From top to bottom: the options of :func:`fit`, what it returns, :func:`fit` its
 (``_Run``), one gradient step and one validation (``_Trainer``), the optimiser.
 """
 
+import logging
 import math
 import os
 import time
@@ -25,7 +26,7 @@ from pyro import poutine
 from pyro.optim import PyroOptim
 from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
 from pyro_graphflows.infer.batches import Batch, TrainingData
@@ -42,6 +43,8 @@ from pyro_graphflows.infer.parameters import ParameterSet
 from pyro_graphflows.infer.particles import Program, evaluation_mode
 
 __all__ = ["History", "NotFiniteError", "Progress", "Schedule", "fit"]
+
+logger = logging.getLogger(__name__)
 
 _VALIDATION_SEED = 20201  # the same random numbers for every epoch
 _STEPS_WITHOUT_DATA = 100
@@ -411,6 +414,7 @@ class _Run:
                 stacklevel=3,
             )
         parameters.forget_gradients()
+        logger.info("Training ended: %r", history)
         return history
 
     def _reason_of_end(self) -> str | None:
@@ -469,6 +473,7 @@ class _Run:
         history.seconds.append(before + time.perf_counter() - begin)
         history.num_steps += steps
         monitored = loss if validation_loss is None else validation_loss
+        logger.debug("Epoch %d: loss %.6g at rate %.1e, monitored %.6g.", len(history), loss, rate, monitored)
         if history.best_epoch is None or monitored < history.monitored[history.best_epoch]:
             history.best_epoch = len(history) - 1
             self.best = self.trainer.parameters.state()
@@ -520,6 +525,7 @@ class _Run:
         self.best = state["best"]
         self.finished = state["finished"]
         self.history = History(**state["history"])
+        logger.info("Continuing after epoch %d of %s.", len(self.history), self.checkpoint.path)
 
 
 class NotFiniteError(GraphflowsError):
