@@ -32,9 +32,7 @@ def test_import_is_silent_with_warnings_as_errors():
 
 def test_the_version_is_the_same_everywhere():
     assert f"\nversion: {pyro_graphflows.__version__}\n" in (ROOT / "CITATION.cff").read_text()
-    newest = next(
-        line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## ")
-    )
+    newest = next(line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## "))
     assert newest.split()[1] == pyro_graphflows.__version__
 
 
@@ -57,7 +55,9 @@ def test_long_work_is_logged_under_the_name_of_the_library(caplog):
 
 
 def typed_calls():
-    return type("Calls", (), {k: staticmethod(v) for k, v in runpy.run_path(str(CALLS)).items() if callable(v)})
+    return type(
+        "Calls", (), {k: staticmethod(v) for k, v in runpy.run_path(str(CALLS)).items() if callable(v)}
+    )
 
 
 @pytest.mark.slow

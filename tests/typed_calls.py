@@ -1,4 +1,4 @@
-"""Calls of the public interface as users write them: a type checker must accept them all (make types; test_package.py)."""
+"""Calls of the public interface as users write them; a type checker must accept them all (make types)."""
 
 from pathlib import Path
 

@@ -313,3 +313,4 @@ class _Run:
         self.best = state["best"]
         self.finished = state["finished"]
         self.history = History(**state["history"])
+        logger.info("Continuing after epoch %d of %s.", len(self.history), self.checkpoint.path)
