@@ -10,6 +10,7 @@ Beside it: :mod:`~pyro_graphflows.infer.schedule` (how long), :mod:`~pyro_graphf
 :mod:`~pyro_graphflows.infer.trainer` (one gradient step, one validation).
 """
 
+import logging
 import math
 import os
 import time
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
 from pyro_graphflows.infer.batches import Batch, TrainingData
@@ -43,6 +44,7 @@ from pyro_graphflows.infer.trainer import NotFiniteError, Trainer
 
 __all__ = ["fit"]
 
+logger = logging.getLogger(__name__)
 _STEPS_WITHOUT_DATA = 100
 
 
@@ -211,6 +213,7 @@ class _Run:
                 stacklevel=3,
             )
         parameters.forget_gradients()
+        logger.info("Training ended: %r", history)
         return history
 
     def _reason_of_end(self) -> str | None:
@@ -269,6 +272,7 @@ class _Run:
         history.seconds.append(before + time.perf_counter() - begin)
         history.num_steps += steps
         monitored = loss if validation_loss is None else validation_loss
+        logger.debug("Epoch %d: loss %.6g at rate %.1e, monitored %.6g.", len(history), loss, rate, monitored)
         if history.best_epoch is None or monitored < history.monitored[history.best_epoch]:
             history.best_epoch = len(history) - 1
             self.best = self.trainer.parameters.state()
@@ -320,3 +324,4 @@ class _Run:
         self.best = state["best"]
         self.finished = state["finished"]
         self.history = History(**state["history"])
+        logger.info("Continuing after epoch %d of %s.", len(self.history), self.checkpoint.path)
