@@ -307,7 +307,7 @@ class SimulationLoss(InferenceCompilation):
             for trace in source.sample_joint(*args, **kwargs):
                 _require_full_plates(trace)
                 for name in names:
-                    value = trace.nodes[name]["value"]
+                    value: Any = trace.nodes[name]["value"]
                     if vectorize:
                         value = value.expand(source.batch_size, *self._padded(name))
                     parts[name].append(value.reshape(-1, *layout.shapes[name])[:size])
