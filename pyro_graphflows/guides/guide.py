@@ -5,7 +5,9 @@ a call:  read it; for each block, level by level: conditionals, emitted at their
 """
 
 import copy
+import logging
 import os
+import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -49,6 +51,8 @@ from pyro_graphflows.inspect import kept_random_state
 from pyro_graphflows.inspect.arguments import argument_leaves
 
 __all__ = ["AutoFaithfulGuide", "auto_faithful_guide", "load_guide"]
+
+logger = logging.getLogger(__name__)
 
 Emit = Callable[..., Tensor]
 
@@ -164,9 +168,17 @@ class AutoFaithfulGuide(AutoGuide):
             GraphflowsWarning: If latents stay dependent across a plate in the posterior and are independent in the
                 guide. The message names them, and what to do.
         """
-        options = self._options
+        options, begin = self._options, time.perf_counter()
         with poutine.block(), kept_random_state():
             compiled = compile_guide(self.model, args, kwargs, options)
+            inverse = compiled.plan.inverse
+            logger.info(
+                "Traced the model: %d latent sites; inverse with %d edges in %d levels (%.2f s).",
+                len(compiled.sites),
+                inverse.num_edges,
+                len(inverse.levels),
+                time.perf_counter() - begin,
+            )
             samples = Samples.for_plan(
                 compiled.draws,
                 compiled.plan,
@@ -190,6 +202,7 @@ class AutoFaithfulGuide(AutoGuide):
             self._fitted = None
             self._whiten_blocks(starts, args, kwargs)
         self.remember_data(*args, **kwargs)
+        logger.info("Guide set up: %d blocks (%.2f s).", len(blocks), time.perf_counter() - begin)
         if compiled.plan.inputs.missing:
             warnings.warn("\n".join(compiled.plan.inputs.missing), GraphflowsWarning, stacklevel=2)
         if self.master is not None:
