@@ -8,10 +8,11 @@ from pyro_graphflows.guides.conditionals.factors import (
     NormalFactor,
 )
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
-from pyro_graphflows.guides.families import Family, Flow, Normal, Spline
+from pyro_graphflows.guides.families import Auto, Family, Flow, Normal, Spline
 from pyro_graphflows.guides.guide import AutoFaithfulGuide, auto_faithful_guide, load_guide
 
 __all__ = [
+    "Auto",
     "AutoFaithfulGuide",
     "DeepSet",
     "DiscreteFactor",

@@ -22,7 +22,8 @@ from pyro_graphflows.guides.call import CallReader, PlateState, plates_of, requi
 from pyro_graphflows.guides.conditionals.contract import ElementParents, Family, SiteRole
 from pyro_graphflows.guides.conditionals.factors import ElementNormalFactor, Factor, NormalFactor
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
-from pyro_graphflows.guides.families import Normal
+from pyro_graphflows.guides.conditionals.site_priors import is_normal_unconstrained
+from pyro_graphflows.guides.families import MOST_GLOBALS, Auto, Normal, Spline
 from pyro_graphflows.guides.fusion import FusionQuestion, plan_fusion
 from pyro_graphflows.guides.inputs import InputOptions, InputPlan, plan_inputs, sites_concerned
 from pyro_graphflows.guides.orders import (
@@ -48,6 +49,7 @@ from pyro_graphflows.guides.plan import (
     ways_in,
 )
 from pyro_graphflows.guides.samples import ModelDraws
+from pyro_graphflows.guides.scales import sites_of_scales
 from pyro_graphflows.guides.sites import (
     REMEDIES_OF_NAN,
     InputEncodings,
@@ -243,7 +245,7 @@ def compile_guide(
         _input_options(options, found, sites),
         sites_concerned(inverse, uneven),
     )
-    families, keys = _families(options, sites, inputs, inverse.graph.plates)
+    families, keys = _families(options, sites, inputs, inverse.graph, traced, (model, (args, kwargs)))
     blocks = make_blocks(inverse, inputs, encodings.event_dims, keys)
     require_outer_sites_first(blocks, inverse, discrete)
     _require_known_indices(blocks, inputs, traced)
@@ -281,7 +283,7 @@ def compile_guide(
             options, inputs, families, sites, mean_field_condition(inverse.graph, inverse), fused
         ),
         priors=fusion.priors,
-        labels=_labels(options, sites, enumerated),
+        labels=_labels(options, sites, enumerated, families),
         not_fused=fusion.reasons,
         ways=ways_in(inverse, inputs, traced.without_data),
         changing=changing,
@@ -374,12 +376,17 @@ def _order(options: GuideOptions, traced: TracedModel) -> Inverse:
 
 
 def _labels(
-    options: GuideOptions, sites: Mapping[str, LatentSite], enumerated: Collection[str]
+    options: GuideOptions,
+    sites: Mapping[str, LatentSite],
+    enumerated: Collection[str],
+    families: Mapping[str, Family],
 ) -> dict[str, str]:
     """Return what is said of a site beside its inputs."""
     labels = {}
     for name, site in sites.items():
         said = [] if site.encoding is None else [str(site.encoding)]
+        own = isinstance(options.family, Auto) and not isinstance(options.factors.get(name), Family)
+        said += ["spline"] if own and isinstance(families[name], Spline) else []
         said += [] if site.encoding is None else ["enumerated" if name in enumerated else "score function"]
         said += ["data where a call has some"] if name in options.optional else []
         if said:
@@ -459,16 +466,32 @@ def _families(
     options: GuideOptions,
     sites: Mapping[str, LatentSite],
     inputs: InputPlan,
-    plates: Mapping[str, tuple[str, ...]],
+    graph: ModelGraph,
+    traced: TracedModel,
+    call: tuple[Callable[..., Any], tuple[tuple[Any, ...], dict[str, Any]]],
 ) -> tuple[dict[str, Family], dict[str, Hashable]]:
     """Return for each site the family that serves it, and what the sites of one block have in common."""
     families: dict[str, Family] = {}
     keys: dict[str, Hashable] = {}
     classes = options.factor_classes()
+    nodes: Any = traced.trace.nodes
+    plates = graph.plates
+    scalars = [name for name, site in sites.items() if site.size == 1 and site.encoding is None]
+    outside = [name for name in scalars if not plates[name] and name not in traced.loops]
+    few = len(outside) <= MOST_GLOBALS
+    scales: Collection[str] = ()
+    if options.family.tells_roles:
+        asked = [name for name in scalars if not few or name not in outside]
+        scales = sites_of_scales(*call, traced, sites, graph, asked)
     for name, site in sites.items():
         has_maps = name in inputs.per_element or name in inputs.non_exchangeable
         own_maps = has_maps and bool(plates[name])
-        role = SiteRole(site, name in inputs.coupled, own_maps, classes.get(name))
+        role = SiteRole(
+            *(site, name in inputs.coupled, own_maps, classes.get(name)),
+            is_global=few and name in outside,
+            sets_scale=name in scales,
+            normal_prior=is_normal_unconstrained(site, nodes[name]["fn"]),
+        )
         families[name] = options.family_of(role)
         alone = (
             name if options.enumerate_sites else None

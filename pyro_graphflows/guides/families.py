@@ -2,7 +2,8 @@ r"""Families of conditionals: each is an object with its own options.
 
     auto_faithful_guide(model, *args, family=Flow(num_blocks=5))
 
-A string abbreviates the family with its defaults: ``"normal"`` is ``Normal()``, ``"spline"`` is
+A string abbreviates the family with its defaults: ``"auto"`` is ``Auto()``, ``"normal"`` is ``Normal()``,
+``"spline"`` is
 ``Spline()``, ``"flow"`` is ``Flow()``. A subclass of
 :class:`~pyro_graphflows.guides.Factor` is a family too: ``Normal(factor=Mine)``. A further family is a frozen
 dataclass that derives from :class:`Family`, and its conditionals a subclass of
@@ -27,8 +28,10 @@ from pyro_graphflows.guides.sites import LatentSite
 from pyro_graphflows.nn.activations import make_activation
 from pyro_graphflows.transforms.solver import Solver
 
-__all__ = ["FAMILIES", "Family", "Flow", "Normal", "Spline", "make_family"]
+__all__ = ["FAMILIES", "MOST_GLOBALS", "Auto", "Family", "Flow", "Normal", "Spline", "make_family"]
 
+
+MOST_GLOBALS = 30  # scalar sites outside of plates that have splines; with more, models are networks of many
 
 NETWORK_OPTIONS = ("hidden_dims", "units_per_set", "hidden_layers", "activation", "skip")
 
@@ -72,7 +75,7 @@ class Normal(Family):
     activation: str = "elu"
     skip: bool = True
     factor: type[Factor] = field(default=NormalFactor, repr=False)
-    fusion: bool | str = field(default=False, repr=False)
+    fusion: bool | str = field(default="auto", repr=False)
 
     def __post_init__(self) -> None:
         _freeze_widths(self)
@@ -85,7 +88,7 @@ class Normal(Family):
     def __repr__(self) -> str:
         shown = {name: getattr(self, name) for name in NETWORK_OPTIONS}
         options = [f"{name}={value!r}" for name, value in shown.items()]
-        if self.fusion is not False:
+        if self.fusion != "auto":
             options.append(f"fusion={self.fusion!r}")
         if self.factor is not NormalFactor:
             options.append(f"factor={self.factor.__name__}")
@@ -161,7 +164,7 @@ class Spline(Family):
     hidden_layers: int = 1
     activation: str = "elu"
     skip: bool = True
-    fusion: bool | str = False
+    fusion: bool | str = "auto"
 
     def __post_init__(self) -> None:
         _require_fusion(self)
@@ -328,7 +331,71 @@ class Flow(Family):
         )
 
 
-FAMILIES: Mapping[str, type[Normal] | type[Spline] | type[Flow]] = {
+@dataclass(frozen=True)
+class Auto(Family):
+    """Splines where conditionals are seldom normal, and normal conditionals elsewhere, fused with the priors.
+
+    Of the continuous sites of one number, those have splines that are in no plate (in models with at most
+    ``MOST_GLOBALS`` such sites), that set the scale of other latent sites, or whose prior is not normal in
+    unconstrained space: bounded, or with heavier tails. ``describe()`` says which.
+
+    Args:
+        normal: The family of all other sites.
+        spline: The family of these.
+
+    Example:
+        >>> Auto(spline=Spline(num_bins=16)).spline.num_bins
+        16
+    """
+
+    normal: Normal = field(default_factory=Normal)
+    spline: Spline = field(default_factory=Spline)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.normal, Normal) or not isinstance(self.spline, Spline):
+            raise GraphflowsError(
+                f"Expected normal= a Normal(...) and spline= a Spline(...); got {self.normal!r} and {self.spline!r}."
+            )
+
+    @property
+    def tells_roles(self) -> bool:
+        """Sites that set the scale of others have splines."""
+        return True
+
+    @property
+    def fusion(self) -> bool | str:
+        """Whether conditionals of the sites with normal ones are fused."""
+        return self.normal.fusion
+
+    @property
+    def can_regress(self) -> bool:
+        """Whether there are linear maps to set, in both families."""
+        return self.normal.can_regress and self.spline.can_regress
+
+    @property
+    def can_split(self) -> bool:
+        """Vector sites are normal."""
+        return self.normal.can_split
+
+    @property
+    def can_couple(self) -> bool:
+        """Sites that are drawn jointly are normal."""
+        return self.normal.can_couple
+
+    def serving(self, role: SiteRole) -> Family:
+        """Return the family that serves a site."""
+        site = role.site
+        other = role.coupled or role.factor is not None or site.encoding is not None or site.size != 1
+        flexible = role.is_global or role.sets_scale or not role.normal_prior
+        return self.spline if flexible and not other else self.normal
+
+    def conditionals(self, spec: BlockSpec) -> Conditionals:
+        """See :meth:`Family.conditionals`."""
+        return self.normal.conditionals(spec)
+
+
+FAMILIES: Mapping[str, type[Auto] | type[Normal] | type[Spline] | type[Flow]] = {
+    "auto": Auto,
     "normal": Normal,
     "spline": Spline,
     "flow": Flow,

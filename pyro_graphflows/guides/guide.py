@@ -109,7 +109,7 @@ class AutoFaithfulGuide(AutoGuide):
         self,
         model: Callable[..., Any],
         *,
-        family: str | Family | type[Factor] = "normal",
+        family: str | Family | type[Factor] = "auto",
         inverse: Inverse = "auto",
         pool: str | DeepSet | None = None,
         init: str = "regression",
@@ -1109,7 +1109,7 @@ class AutoFaithfulGuide(AutoGuide):
 def auto_faithful_guide(
     model: Callable[..., Any],
     *example_args: Any,
-    family: str | Family | type[Factor] = "normal",
+    family: str | Family | type[Factor] = "auto",
     inverse: Inverse = "auto",
     pool: str | DeepSet | None = None,
     init: str = "regression",
@@ -1139,9 +1139,11 @@ def auto_faithful_guide(
         model: The model.
         *example_args: Arguments of a typical call. If given (or ``example_kwargs``), the guide is set up at once and
             its parameters exist, as optimisers of PyTorch need; if not, on its first call or by ``guide.setup``.
-        family: The kind of conditionals, an object with options of its own: :class:`~pyro_graphflows.guides.Normal`
-            or :class:`~pyro_graphflows.guides.Flow` (flexible conditionals, at several times the cost of a step);
-            ``"normal"`` and ``"flow"`` abbreviate their defaults; or a subclass of
+        family: The kind of conditionals, an object with options of its own: :class:`~pyro_graphflows.guides.Auto`
+            (splines for scalar globals and scales, normal elsewhere, fused with the priors),
+            :class:`~pyro_graphflows.guides.Normal`, :class:`~pyro_graphflows.guides.Spline` or
+            :class:`~pyro_graphflows.guides.Flow` (flexible conditionals, at several times the cost of a step);
+            ``"auto"``, ``"normal"``, ``"spline"`` and ``"flow"`` abbreviate their defaults; or a subclass of
             :class:`~pyro_graphflows.guides.Factor` for all continuous sites.
         inverse: What each site is conditioned on: ``"auto"`` (the faithful inverse with the fewest edges and, among
             these, smooth conditionals (:mod:`~pyro_graphflows.guides.orders`); discrete sites sampled before

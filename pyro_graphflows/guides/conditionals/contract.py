@@ -40,12 +40,18 @@ class SiteRole:
         coupled: Whether its copies are drawn jointly across a plate.
         own_maps: Whether elements of its plates have parameters or maps of their own.
         factor: The factor class that the user gave for it.
+        is_global: Whether it is in no plate, in a model that has few such sites.
+        sets_scale: Whether the scale of another latent site depends on it.
+        normal_prior: Whether its prior is normal in unconstrained space.
     """
 
     site: LatentSite
     coupled: bool = False
     own_maps: bool = False
     factor: type[Factor] | None = None
+    is_global: bool = False
+    sets_scale: bool = False
+    normal_prior: bool = True
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,11 @@ class Family(ABC):
     def block_key(self, role: SiteRole) -> Hashable:
         """Return what the sites of one block have in common, beside plates and family."""
         return None
+
+    @property
+    def tells_roles(self) -> bool:
+        """Whether :meth:`serving` asks which sites set the scale of others, which takes runs of the model."""
+        return False
 
     @property
     def fusion(self) -> bool | str:

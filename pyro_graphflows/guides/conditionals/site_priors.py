@@ -22,7 +22,7 @@ from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.sites import LatentSite, is_identity
 from pyro_graphflows.inspect.trace import undressed
 
-__all__ = ["SitePrior", "has_prior", "site_prior"]
+__all__ = ["SitePrior", "has_prior", "is_normal_unconstrained", "site_prior"]
 
 WITHOUT_PARAMETERS = (ExpTransform, SigmoidTransform, StickBreakingTransform, OrderedTransform)
 
@@ -117,6 +117,19 @@ def has_prior(site: LatentSite, fn: Any) -> bool:
     if coordinate is None or (coordinate.scale_tril is not None and len(fn.event_shape) != 1):
         return False
     return coordinate.loc.shape[coordinate.batch_dims :].numel() == site.size
+
+
+def is_normal_unconstrained(site: LatentSite, fn: Any) -> bool:
+    """Whether a distribution of the model is normal in unconstrained space; discrete ones count as such.
+
+    Args:
+        site: The site.
+        fn: The model's distribution of it.
+    """
+    if site.encoding is not None:
+        return True
+    coordinate = gaussian_coordinate(fn)
+    return coordinate is not None and _is_unconstrained(site, coordinate)
 
 
 def _is_unconstrained(site: LatentSite, coordinate: GaussianCoordinate) -> bool:
