@@ -481,8 +481,7 @@ def _families(
     few = len(outside) <= MOST_GLOBALS
     scales: Collection[str] = ()
     if options.family.tells_roles:
-        asked = [name for name in scalars if not few or name not in outside]
-        scales = sites_of_scales(*call, traced, sites, graph, asked)
+        scales = sites_of_scales(*call, traced, sites, graph, scalars)
     for name, site in sites.items():
         has_maps = name in inputs.per_element or name in inputs.non_exchangeable
         own_maps = has_maps and bool(plates[name])
@@ -491,6 +490,7 @@ def _families(
             is_global=few and name in outside,
             sets_scale=name in scales,
             normal_prior=is_normal_unconstrained(site, nodes[name]["fn"]),
+            in_hierarchy=bool(scales),
         )
         families[name] = options.family_of(role)
         alone = (

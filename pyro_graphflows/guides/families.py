@@ -3,16 +3,15 @@ r"""Families of conditionals: each is an object with its own options.
     auto_faithful_guide(model, *args, family=Flow(num_blocks=5))
 
 A string abbreviates the family with its defaults: ``"auto"`` is ``Auto()``, ``"normal"`` is ``Normal()``,
-``"spline"`` is
-``Spline()``, ``"flow"`` is ``Flow()``. A subclass of
-:class:`~pyro_graphflows.guides.Factor` is a family too: ``Normal(factor=Mine)``. A further family is a frozen
+``"spline"`` is ``Spline()``, ``"flow"`` is ``Flow()``. A subclass of :class:`~pyro_graphflows.guides.Factor` is a
+family too: ``Normal(factor=Mine)``. A further family is a frozen
 dataclass that derives from :class:`Family`, and its conditionals a subclass of
 :class:`~pyro_graphflows.guides.conditionals.contract.Conditionals`.
 """
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -75,7 +74,7 @@ class Normal(Family):
     activation: str = "elu"
     skip: bool = True
     factor: type[Factor] = field(default=NormalFactor, repr=False)
-    fusion: bool | str = field(default="auto", repr=False)
+    fusion: bool | str = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         _freeze_widths(self)
@@ -88,7 +87,7 @@ class Normal(Family):
     def __repr__(self) -> str:
         shown = {name: getattr(self, name) for name in NETWORK_OPTIONS}
         options = [f"{name}={value!r}" for name, value in shown.items()]
-        if self.fusion != "auto":
+        if self.fusion is not False:
             options.append(f"fusion={self.fusion!r}")
         if self.factor is not NormalFactor:
             options.append(f"factor={self.factor.__name__}")
@@ -164,7 +163,7 @@ class Spline(Family):
     hidden_layers: int = 1
     activation: str = "elu"
     skip: bool = True
-    fusion: bool | str = "auto"
+    fusion: bool | str = False
 
     def __post_init__(self) -> None:
         _require_fusion(self)
@@ -335,21 +334,24 @@ class Flow(Family):
 class Auto(Family):
     """Splines where conditionals are seldom normal, and normal conditionals elsewhere, fused with the priors.
 
-    Of the continuous sites of one number, those have splines that are in no plate (in models with at most
-    ``MOST_GLOBALS`` such sites), that set the scale of other latent sites, or whose prior is not normal in
-    unconstrained space: bounded, or with heavier tails. ``describe()`` says which.
+    In hierarchies, models in which a latent site sets the scale of another, sites are fused with their priors. Of the
+    continuous sites of one number, those have splines that are in no plate (in models with at most ``MOST_GLOBALS``
+    such sites), that set the scale of others, or whose prior is not normal in unconstrained space: bounded, or with
+    heavier tails. ``describe()`` says which. In other models conditionals are normal and are not fused.
 
     Args:
-        normal: The family of all other sites.
+        normal: The family of all other sites of hierarchies.
         spline: The family of these.
+        everywhere: Whether to treat all models as hierarchies.
 
     Example:
         >>> Auto(spline=Spline(num_bins=16)).spline.num_bins
         16
     """
 
-    normal: Normal = field(default_factory=Normal)
-    spline: Spline = field(default_factory=Spline)
+    normal: Normal = field(default_factory=lambda: Normal(fusion="auto"))
+    spline: Spline = field(default_factory=lambda: Spline(fusion="auto"))
+    everywhere: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.normal, Normal) or not isinstance(self.spline, Spline):
@@ -385,6 +387,8 @@ class Auto(Family):
     def serving(self, role: SiteRole) -> Family:
         """Return the family that serves a site."""
         site = role.site
+        if not (role.in_hierarchy or self.everywhere):
+            return replace(self.normal, fusion=False)
         other = role.coupled or role.factor is not None or site.encoding is not None or site.size != 1
         flexible = role.is_global or role.sets_scale or not role.normal_prior
         return self.spline if flexible and not other else self.normal

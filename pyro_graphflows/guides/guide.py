@@ -1140,7 +1140,8 @@ def auto_faithful_guide(
         *example_args: Arguments of a typical call. If given (or ``example_kwargs``), the guide is set up at once and
             its parameters exist, as optimisers of PyTorch need; if not, on its first call or by ``guide.setup``.
         family: The kind of conditionals, an object with options of its own: :class:`~pyro_graphflows.guides.Auto`
-            (splines for scalar globals and scales, normal elsewhere, fused with the priors),
+            (in hierarchies, splines for scalar globals and scales, and conditionals that are fused with the priors;
+            normal elsewhere),
             :class:`~pyro_graphflows.guides.Normal`, :class:`~pyro_graphflows.guides.Spline` or
             :class:`~pyro_graphflows.guides.Flow` (flexible conditionals, at several times the cost of a step);
             ``"auto"``, ``"normal"``, ``"spline"`` and ``"flow"`` abbreviate their defaults; or a subclass of
