@@ -21,7 +21,7 @@ from pyro.infer.autoguide import AutoGuideList, AutoNormal
 
 from pyro_graphflows import auto_faithful_guide, load_guide
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.guides import Normal, Spline
+from pyro_graphflows.guides import Auto, Normal, Spline
 from pyro_graphflows.infer import IWAE_ELBO, InferenceCompilation
 
 FUSED = Normal(fusion="auto")
@@ -577,3 +577,53 @@ def test_a_fused_guide_is_a_map_of_noise(family):
         {name: value if name == "theta" else value[:, None] for name, value in moved.values.items()}, Y, SIGMA
     )
     assert torch.allclose(base - moved.total, log_q.reshape(5), atol=1e-6)
+
+
+# ---------------------------------------------------------------- the default
+
+
+def _kinds(guide):
+    return {name: type(guide.block_of(name).family).__name__ for name in guide.plan.graph.latent}
+
+
+def test_hierarchies_have_splines_for_globals_and_are_fused_by_default():
+    guide = auto_faithful_guide(half_cauchy_schools, Y, SIGMA, num_start_samples=2000)
+    assert _kinds(guide) == {"tau": "Spline", "mu": "Spline", "theta": "Normal"}
+    assert guide.plan.priors.sites == {"tau", "mu", "theta"}
+    assert "fused with its prior, spline" in guide.describe()
+
+
+def test_scales_in_plates_have_splines():
+    def model(x):
+        with pyro.plate("groups", len(x)):
+            log_scale = pyro.sample("log_scale", dist.Normal(0.0, 1.0))
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+            z = pyro.sample("z", dist.Normal(a, log_scale.exp()))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    guide = auto_faithful_guide(model, torch.ones(4), inverse="reverse", num_start_samples=2000)
+    assert _kinds(guide) == {"log_scale": "Spline", "a": "Normal", "z": "Normal"}
+
+
+def test_other_models_have_normal_conditionals_by_default():
+    """The same ones, weight for weight."""
+
+    def model(x):
+        p = pyro.sample("p", dist.Beta(2.0, 2.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(p, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.ones(4)
+    one, other = (auto_faithful_guide(model, x, family=f, num_start_samples=500) for f in ("auto", "normal"))
+    assert not one.plan.priors.sites
+    assert one.state_dict().keys() == other.state_dict().keys()
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+    everywhere = auto_faithful_guide(model, x, family=Auto(everywhere=True), num_start_samples=500)
+    assert _kinds(everywhere)["p"] == "Spline"
+    assert "p" in everywhere.plan.priors.sites
+
+
+def test_the_parts_of_the_default_family_are_families():
+    with pytest.raises(GraphflowsError, match=r"normal= a Normal\(...\) and spline= a Spline"):
+        Auto(normal=Spline())

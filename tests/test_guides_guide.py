@@ -282,7 +282,9 @@ def test_inverse_in_every_form(data):
 
 
 def test_wrong_options_are_named(data):
-    with pytest.raises(GraphflowsError, match="Expected family= 'normal', 'spline', 'flow', a family object"):
+    with pytest.raises(
+        GraphflowsError, match="Expected family= 'auto', 'normal', 'spline', 'flow', a family object"
+    ):
         auto_faithful_guide(regression, *data, family="gaussian")
     with pytest.raises(GraphflowsError, match="Expected init='regression' or 'random'"):
         auto_faithful_guide(regression, *data, init="zero")
