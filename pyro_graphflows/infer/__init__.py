@@ -4,6 +4,7 @@ from pyro_graphflows.infer.batches import TrainingData
 from pyro_graphflows.infer.calibration import sbc_ranks, sbc_uniformity
 from pyro_graphflows.infer.checkpoints import Checkpoint
 from pyro_graphflows.infer.comparison import compare, stacking_weights
+from pyro_graphflows.infer.compiled import CompiledLoss
 from pyro_graphflows.infer.evidence import Evidence, importance_log_weights, log_evidence
 from pyro_graphflows.infer.history import History, Progress
 from pyro_graphflows.infer.inference_compilation import InferenceCompilation
@@ -19,6 +20,7 @@ __all__ = [
     "IWAE_ELBO",
     "LOO",
     "Checkpoint",
+    "CompiledLoss",
     "Evidence",
     "History",
     "InferenceCompilation",
