@@ -6,6 +6,7 @@ from pyro_graphflows.infer.checkpoints import Checkpoint
 from pyro_graphflows.infer.comparison import compare, stacking_weights
 from pyro_graphflows.infer.compiled import CompiledLoss
 from pyro_graphflows.infer.evidence import Evidence, importance_log_weights, log_evidence
+from pyro_graphflows.infer.fixed_simulations import Simulations
 from pyro_graphflows.infer.history import History, Progress
 from pyro_graphflows.infer.inference_compilation import InferenceCompilation
 from pyro_graphflows.infer.iwae import IWAE_ELBO
@@ -28,6 +29,7 @@ __all__ = [
     "Prediction",
     "Progress",
     "Schedule",
+    "Simulations",
     "TrainingData",
     "compare",
     "effective_sample_size",

@@ -34,7 +34,7 @@ from pyro_graphflows.infer.particles import Program
 
 __all__ = ["CompiledLoss", "Compiler"]
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Mode = bool | Literal["auto"]
 
@@ -313,7 +313,7 @@ class Compiler:
 
     def _say(self, report: str) -> None:
         self.report = report
-        _LOG.log(logging.WARNING if self.mode is True and report[0] != "c" else logging.INFO, report)
+        logger.log(logging.WARNING if self.mode is True and report[0] != "c" else logging.INFO, report)
 
 
 class _Program:

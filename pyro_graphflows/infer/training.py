@@ -10,6 +10,7 @@ Beside it: :mod:`~pyro_graphflows.infer.schedule` (how long), :mod:`~pyro_graphf
 :mod:`~pyro_graphflows.infer.trainer` (one gradient step, one validation).
 """
 
+import logging
 import math
 import os
 import time
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
 from pyro_graphflows.infer.batches import Batch, TrainingData
@@ -35,6 +36,7 @@ from pyro_graphflows.infer.checkpoints import (
     set_random_state,
 )
 from pyro_graphflows.infer.compiled import Mode
+from pyro_graphflows.infer.fixed_simulations import Simulations
 from pyro_graphflows.infer.history import History, Progress
 from pyro_graphflows.infer.objectives import Objective
 from pyro_graphflows.infer.particles import Program
@@ -43,6 +45,7 @@ from pyro_graphflows.infer.trainer import NotFiniteError, Trainer
 
 __all__ = ["fit"]
 
+logger = logging.getLogger(__name__)
 _STEPS_WITHOUT_DATA = 100
 
 
@@ -51,9 +54,10 @@ def fit(
     guide: Program,
     data: Any = None,
     *,
+    simulations: Any = None,
     loss: Any = None,
     optimizer: Any = 1e-3,
-    schedule: Schedule | int,
+    schedule: Schedule | int | None = None,
     checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
     progress: Progress | bool = True,
     seed: int | None = 0,
@@ -92,6 +96,10 @@ def fit(
             guide) with the data along the first dimension, a ``Dataset``, a ``DataLoader``, or a
             :class:`TrainingData`, which also has the batch size and validation data. ``None`` under inference
             compilation, which draws its own, or for a model that holds its data.
+        simulations: Joint samples of the model to learn from, without any density of it: their number, a dict from site
+            to values, a ``DataLoader`` of such dicts, or
+            :class:`~pyro_graphflows.infer.Simulations`, which also says what is held out. ``data`` then are the
+            arguments of one call, if the model needs some; they tell shapes. The loss is that of the class.
         loss: An ELBO object, an :class:`InferenceCompilation` object of this pair, or that class itself for one
             with its defaults; ``Trace_ELBO()`` by default.
         optimizer: A learning rate for Adam (in torch's fused form, where there is one), a function from a list of
@@ -99,7 +107,8 @@ def fit(
             (``torch.optim.AdamW``, ``functools.partial(torch.optim.Adam, lr=1e-2)``), a
             :class:`torch.optim.Optimizer`, or a :class:`pyro.optim.PyroOptim`, whose options per parameter
             are kept. One torch optimiser holds all parameters in every case.
-        schedule: A number of epochs, or a :class:`Schedule`.
+        schedule: A number of epochs, or a :class:`Schedule`. With ``simulations`` it may be left out: training then
+            ends when the loss of those that are held out has stopped falling.
         checkpoint: A file, or a :class:`Checkpoint`.
         progress: Whether to show a bar, or a :class:`Progress`.
         seed: Seed of all random numbers meanwhile; the global generators are put back afterwards. ``None``
@@ -132,7 +141,9 @@ def fit(
         >>> history.stop_reason, abs(pyro.param("slope").item() - 0.5) < 0.1
         ('all 20 epochs done', True)
     """
-    data, schedule, progress = TrainingData.of(data), Schedule.of(schedule), Progress.of(progress)
+    data, progress = TrainingData.of(data), Progress.of(progress)
+    simulations = None if simulations is None else Simulations.of(simulations)
+    schedule = Schedule.of(simulations.SCHEDULE if schedule is None and simulations is not None else schedule)
     if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint(checkpoint)
     if not torch.is_grad_enabled():
@@ -151,6 +162,8 @@ def fit(
     ):
         # Pyro warns of what is handled here: a loss that is not finite
         warnings.filterwarnings("ignore", message=r"Encountered (NaN|\+?-?inf)")
+        if simulations is not None:
+            loss, data = simulations.prepare(model, guide, args, kwargs, loss)
         trainer = Trainer(
             Objective(model, guide, loss), data, optimizer, schedule.max_grad_norm, seed, compile
         )
@@ -215,6 +228,7 @@ class _Run:
             )
         history.compilation = None if compiler is None else compiler.report
         parameters.forget_gradients()
+        logger.info("Training ended: %r", history)
         return history
 
     def _reason_of_end(self) -> str | None:
@@ -273,6 +287,7 @@ class _Run:
         history.seconds.append(before + time.perf_counter() - begin)
         history.num_steps += steps
         monitored = loss if validation_loss is None else validation_loss
+        logger.debug("Epoch %d: loss %.6g at rate %.1e, monitored %.6g.", len(history), loss, rate, monitored)
         if history.best_epoch is None or monitored < history.monitored[history.best_epoch]:
             history.best_epoch = len(history) - 1
             self.best = self.trainer.parameters.state()
@@ -324,3 +339,4 @@ class _Run:
         self.best = state["best"]
         self.finished = state["finished"]
         self.history = History(**state["history"])
+        logger.info("Continuing after epoch %d of %s.", len(self.history), self.checkpoint.path)
