@@ -61,6 +61,7 @@ class Trainer:
         self.max_grad_norm = max_grad_norm
 
         self.parameters = ParameterSet(model=objective.model, guide=objective.guide)
+        self.compiler = Compiler(objective, self.parameters, compile) if compile else None
         batch = self.batches.first()
         watch = self._explore(batch)
         if not self.parameters.trainable:
@@ -72,7 +73,6 @@ class Trainer:
         self.optimizer = make_optimizer(optimizer, self.parameters)
         self._in_optimizer = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         self._grows = not isinstance(optimizer, torch.optim.Optimizer)
-        self.compiler = Compiler(objective, self.parameters, compile) if compile else None
 
     def step(self, batch: Batch) -> float:
         """Take a gradient step.
