@@ -58,7 +58,7 @@ def data(n=7):
 
 LOSSES = {
     "one particle": (model, guide, Trace_ELBO()),
-    "three particles": (model, guide, Trace_ELBO(num_particles=3)),
+    "two particles": (model, guide, Trace_ELBO(num_particles=2)),
     "three at a time": (model, guide, Trace_ELBO(num_particles=3, vectorize_particles=True)),
     "mean field": (model, guide, TraceMeanField_ELBO()),
     "Renyi": (model, guide, RenyiELBO(alpha=0.5, num_particles=2)),
@@ -98,8 +98,8 @@ def test_loss_and_gradients_are_those_of_the_programs_at_the_same_noise(name, mo
 def test_the_mean_of_the_loss_is_that_without_compilation():
     args = data()
     compiled, plain = CompiledLoss(model, guide), Trace_ELBO()
-    a = torch.tensor([compiled.loss_and_grads(*args) for _ in range(500)])
-    b = torch.tensor([plain.loss(model, guide, *args) for _ in range(500)])
+    a = torch.tensor([compiled.loss_and_grads(*args) for _ in range(300)])
+    b = torch.tensor([plain.loss(model, guide, *args) for _ in range(300)])
     assert compiled.report.startswith("compiled")
     error = (a.var() / len(a) + b.var() / len(b)).sqrt()
     assert (a.mean() - b.mean()).abs() < 4 * error
@@ -115,7 +115,7 @@ def test_gradients_are_added_to_those_that_are_there():
     assert all(0 < (parameter.grad - 1e6).abs() < 1e4 for parameter in parameters)
 
 
-@pytest.mark.parametrize("family", ["normal", "spline"])
+@pytest.mark.parametrize("family", ["normal", pytest.param("spline", marks=pytest.mark.slow)])
 def test_faithful_guides_are_compiled(family):
     def network(x=None, n=5):
         with pyro.plate("data", n if x is None else len(x)):
@@ -126,7 +126,7 @@ def test_faithful_guides_are_compiled(family):
     loss = CompiledLoss(
         network,
         auto_faithful_guide(network, torch.randn(9), family=family),
-        backend="aot_eager" if family == "normal" else "eager",
+        backend="eager" if family == "normal" else "aot_eager",
     )
     for _ in range(3):  # compared with the programs in the first two
         loss.loss_and_grads(torch.randn(9))
@@ -197,13 +197,14 @@ def test_a_branch_on_the_data_is_not_compiled_and_the_report_says_where():
     assert "x.sum() > 0" in loss.report
 
 
-def test_every_shape_is_compiled_up_to_a_number():
+def test_every_shape_is_compiled_up_to_a_number(monkeypatch):
+    monkeypatch.setattr(compiled_module, "MOST_SHAPES", 2)
     loss = CompiledLoss(model, guide)
-    for n in range(1, compiled_module.MOST_SHAPES + 1):
+    for n in (1, 2):
         loss.loss_and_grads(*data(n))
         assert loss.report.startswith("compiled")
     loss.loss_and_grads(*data(50))
-    assert f"more than {compiled_module.MOST_SHAPES} shapes" in loss.report
+    assert "more than 2 shapes" in loss.report
     assert isinstance(loss.loss_and_grads(*data(1)), float)
 
 
