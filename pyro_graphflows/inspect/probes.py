@@ -283,14 +283,20 @@ def require_followed(rerun: Rerun, *, strict: bool) -> list[str]:
         UnsupportedModelError: If a distribution changes with such an argument. The message has a line to write.
     """
     notes = []
+    sizes = {frame.size for site in rerun.sites.values() for frame in vectorized_plates(site)}
     for path, what in not_followed(rerun.model, rerun.args, rerun.kwargs).items():
         value = raw_argument(rerun.model, path, rerun.args, rerun.kwargs)
+        is_list = isinstance(value, tuple | list)
+        if is_list and len(value) not in sizes:
+            continue  # options of the model
         try:
             before = rerun.densities(rerun.values)
             trace = rerun.at(rerun.values, replaced={id(value): _perturbed(value)})
             after = {name: density(trace.nodes[name]) for name in before}
         except (RerunError, KeyError, TypeError, ValueError):
-            notes.append(what)  # unknown
+            notes += (
+                [] if isinstance(value, tuple | list) else [what]
+            )  # unknown; numbers are options of a model
             continue
         changed = [name for name in before if not _alike(before[name], after[name])]
         if changed:
@@ -302,7 +308,14 @@ def require_followed(rerun: Rerun, *, strict: bool) -> list[str]:
 
 
 def _perturbed(value: Any) -> Any:
-    """Return an array or a pandas table with other numbers."""
+    """Return an array, a list of numbers or a pandas table with other numbers."""
+    if isinstance(value, tuple | list):
+        return type(value)(_perturbed(np.array(value, dtype=float)).tolist())
+    if isinstance(value, np.ndarray) and value.dtype.names:
+        other = value.copy()
+        for name in value.dtype.names:
+            other[name] = _perturbed(value[name])
+        return other
     if isinstance(value, np.ndarray):
         if value.dtype.kind in "iub":
             return np.roll(value, 1, axis=0)
@@ -592,6 +605,8 @@ def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
 def _equal_along(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     if -dim > tensor.dim():
         return tensor
+    if tensor.layout is not torch.strided:
+        return _equal_along(tensor.to_dense(), dim).to_sparse(layout=tensor.layout)
     return tensor.narrow(dim, 0, 1).expand(tensor.shape).clone()
 
 

@@ -414,7 +414,7 @@ _METADATA = _names(
     sparse_dim __dlpack_device__ is_same_size is_cuda is_sparse is_sparse_csr is_quantized is_meta is_mps
     is_cpu is_xpu is_mkldnn is_nested is_contiguous is_floating_point is_complex is_inference is_conj is_neg
     is_pinned is_shared is_set_to is_distributed is_signed is_coalesced is_tensor is_storage _is_view
-    _backward_hooks _has_symbolic_sizes_strides dim_order _has_compatible_shallow_copy_type"""
+    _backward_hooks _cdata _has_symbolic_sizes_strides dim_order _has_compatible_shallow_copy_type"""
 )
 # Operators whose result's size depends on values, and the ways to read a size.
 _SIZE_FROM_VALUES = _names(
