@@ -690,7 +690,7 @@ class _DispatchMode(TorchDispatchMode):
             along = index.movedim(args[1], 0).reshape(index.shape[args[1]], -1) if index.dim() else index
             if along.dim() == 2 and along.shape[1] and bool((along == along[:, :1]).all()):
                 tracker.take_rows(tensor, args[1], along[:, 0].contiguous(), result)
-        elif name != "take":
+        elif name != "take" or tensor.dim() == 1:
             tracker.take_rows(tensor, args[1] if name == "index_select" else 0, index, result)
 
     def _select(self, values: int, chosen_by: int) -> None:
