@@ -12,11 +12,14 @@ import pytest
 import torch
 
 import pyro_graphflows
-from pyro_graphflows import datasets, graphs, infer, plotting
+from pyro_graphflows import datasets, distributions, graphs, infer, plotting
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-PUBLIC = {module.__name__: module.__all__ for module in (pyro_graphflows, datasets, graphs, infer, plotting)}
+PUBLIC = {
+    module.__name__: module.__all__
+    for module in (pyro_graphflows, datasets, distributions, graphs, infer, plotting)
+}
 # script -> flags that make it small (OUT is a folder), words of its output, pictures in OUT
 SCRIPTS = {
     "quickstart.py": (

@@ -18,6 +18,7 @@ from compare_guides import figure, save
 from torch.distributions import Binomial
 
 from pyro_graphflows import InferenceCompilation, Normal, Schedule, auto_faithful_guide, fit, sbc_ranks
+from pyro_graphflows.distributions import Simulated
 
 WEEKS, PEOPLE = 12, 500.0
 
@@ -33,36 +34,12 @@ def outbreak(contact, recovery):
     return torch.stack(cases, -1).sqrt()
 
 
-class Simulated(dist.TorchDistribution):
-    """What the simulator returns: it can be drawn, and its density is not known."""
-
-    support = dist.constraints.real_vector
-    arg_constraints = {}  # noqa: RUF012
-
-    def __init__(self, contact, recovery):
-        self.contact, self.recovery = torch.broadcast_tensors(contact, recovery)
-        super().__init__(self.contact.shape, (WEEKS,), validate_args=False)
-
-    def expand(self, batch_shape, _instance=None):
-        """The same for more outbreaks."""
-        return Simulated(self.contact.expand(batch_shape), self.recovery.expand(batch_shape))
-
-    def sample(self, sample_shape=()):
-        """Run the simulator."""
-        shape = torch.Size(sample_shape) + self.batch_shape
-        return outbreak(self.contact.expand(shape), self.recovery.expand(shape))
-
-    def log_prob(self, value):
-        """No density: inference compilation needs none."""
-        return torch.zeros(torch.broadcast_shapes(value.shape[:-1], self.batch_shape))
-
-
 def model(cases):
     """Rates of contact and recovery in each outbreak."""
     with pyro.plate("outbreaks", len(cases)):
         contact = pyro.sample("contact", dist.LogNormal(0.3, 0.5))
         recovery = pyro.sample("recovery", dist.LogNormal(-0.5, 0.4))
-        pyro.sample("cases", Simulated(contact, recovery), obs=cases)
+        pyro.sample("cases", Simulated(outbreak, contact, recovery, event_shape=(WEEKS,)), obs=cases)
 
 
 def main(args):
