@@ -24,6 +24,7 @@ from pyro_graphflows.guides.conditionals.factors import (
     NormalFactor,
     scalar_normals,
 )
+from pyro_graphflows.guides.conditionals.low_rank import LowRankNormalFactor
 from pyro_graphflows.guides.sites import LatentSite
 from pyro_graphflows.nn.mlp import LevelEvaluation, MaskedMLP
 from pyro_graphflows.regression import Moments
@@ -66,7 +67,8 @@ class MaskedConditionals(Conditionals):
             if site in self.element_columns and own.output_elements is not None:
                 allowed += [self.element_columns[site][i] for i in own.output_elements]
             else:
-                allowed += [self.inputs_of(site)] * own.num_outputs
+                allowed += [self.inputs_of(site)] * own.num_reading
+                allowed += [[]] * (own.num_outputs - own.num_reading)
             output_names += [site] * own.num_outputs
             self.outputs[site] = slice(start, len(allowed))
             first = self.columns[site].start - self.num_features
@@ -124,6 +126,8 @@ class MaskedConditionals(Conditionals):
             return CoupledFactor(site.size, spec.block.coupled[name].rank)
         if name in spec.factors:
             return spec.factors[name].for_site(site)
+        if name in spec.ranks:
+            return LowRankNormalFactor(site.size, spec.ranks[name])
         if site.encoding is not None:
             return DiscreteFactor.for_site(site)
         if name in spec.element_parents:
