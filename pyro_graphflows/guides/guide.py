@@ -5,7 +5,9 @@ a call:  read it; for each block, level by level: conditionals, emitted at their
 """
 
 import copy
+import logging
 import os
+import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -43,11 +45,15 @@ from pyro_graphflows.guides.plan import Description, Plan
 from pyro_graphflows.guides.samples import Samples
 from pyro_graphflows.guides.sites import LatentSite, is_constant
 from pyro_graphflows.guides.start import Start, start_at_, start_block_, whiten_block_
+from pyro_graphflows.guides.transport import Transport
 from pyro_graphflows.guides.vectors import VectorOptions
+from pyro_graphflows.infer.posterior import Posterior, sample_posterior
 from pyro_graphflows.inspect import kept_random_state
 from pyro_graphflows.inspect.arguments import argument_leaves
 
 __all__ = ["AutoFaithfulGuide", "auto_faithful_guide", "load_guide"]
+
+logger = logging.getLogger(__name__)
 
 Emit = Callable[..., Tensor]
 
@@ -167,9 +173,17 @@ class AutoFaithfulGuide(AutoGuide):
             GraphflowsWarning: If latents stay dependent across a plate in the posterior and are independent in the
                 guide. The message names them, and what to do.
         """
-        options = self._options
+        options, begin = self._options, time.perf_counter()
         with poutine.block(), kept_random_state():
             compiled = compile_guide(self.model, args, kwargs, options)
+            inverse = compiled.plan.inverse
+            logger.info(
+                "Traced the model: %d latent sites; inverse with %d edges in %d levels (%.2f s).",
+                len(compiled.sites),
+                inverse.num_edges,
+                len(inverse.levels),
+                time.perf_counter() - begin,
+            )
             samples = Samples.for_plan(
                 compiled.draws,
                 compiled.plan,
@@ -193,6 +207,7 @@ class AutoFaithfulGuide(AutoGuide):
             self._fitted = None
             self._whiten_blocks(starts, args, kwargs)
         self.remember_data(*args, **kwargs)
+        logger.info("Guide set up: %d blocks (%.2f s).", len(blocks), time.perf_counter() - begin)
         if compiled.plan.inputs.missing:
             warnings.warn("\n".join(compiled.plan.inputs.missing), GraphflowsWarning, stacklevel=2)
         if self.master is not None:
@@ -722,6 +737,45 @@ class AutoFaithfulGuide(AutoGuide):
             place = (probabilities * num_draws).ceil().long() - 1
             result[name] = value.sort(0).values[place.clamp(0, num_draws - 1).to(value.device)]
         return result
+
+    def posterior(
+        self, *args: Any, num_draws: int = 1000, seed: int | None = None, progress: bool = True, **kwargs: Any
+    ) -> Posterior:
+        """Return draws of the posterior with their weights: :func:`~pyro_graphflows.sample_posterior` of this guide.
+
+        Args:
+            *args: Positional arguments of the model.
+            num_draws: The number of draws.
+            seed: Seed of the random numbers; the global generators are put back afterwards.
+            progress: Whether to show a bar when it takes long.
+            **kwargs: Keyword arguments of the model.
+
+        Raises:
+            GraphflowsError: See :func:`~pyro_graphflows.sample_posterior`.
+            UnsupportedModelError: Likewise.
+        """
+        return sample_posterior(
+            self.model, self, *args, num_draws=num_draws, seed=seed, progress=progress, **kwargs
+        )
+
+    def transport(self, *args: Any, **kwargs: Any) -> Transport:
+        """Return the map from base noise to latents for the data of a call, and its log-determinant.
+
+        It is a change of variables for Hamiltonian Monte Carlo, ours (:meth:`~pyro_graphflows.infer.Posterior.refined`)
+        or Pyro's (:meth:`Transport.neutra`).
+
+        Args:
+            *args: Positional arguments of the model.
+            **kwargs: Keyword arguments of the model, and ``observations``.
+
+        Raises:
+            UnsupportedModelError: If the guide samples a discrete site, or has a distribution that is no map of noise
+                that is known. The message names the site.
+        """
+        observations = kwargs.pop("observations", None)
+        self._ensure_set_up(args, kwargs)
+        depth = max((-state.dim for state in self._plate_states.values()), default=0)
+        return Transport(lambda emit: self._run(args, kwargs, observations, emit), depth)
 
     def given(self, **observations: Tensor) -> Callable[..., dict[str, Tensor]]:
         """Return a callable guide with some observed values fixed.

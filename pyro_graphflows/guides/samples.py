@@ -107,7 +107,6 @@ class ModelDraws:
             return sample_prior(
                 *(self.model, self.args, self.kwargs),
                 num_samples=num_samples,
-                traced=self.traced,
                 batching=batching,
             )
         parts: dict[str, list[Tensor]] = {}
@@ -116,9 +115,7 @@ class ModelDraws:
             drawn = sample_prior(
                 *(self.model, args, kwargs),
                 num_samples=each,
-                traced=self.traced,
-                batching=batching,
-                indices=indices,
+                batching=replace(batching, indices=indices),
             )
             plates = {
                 name: replace(plate, indices=indices.get(name, plate.indices))
@@ -210,7 +207,6 @@ class ModelDraws:
                 samples = sample_prior(
                     *(model, self.args, self.kwargs),
                     num_samples=num_samples,
-                    traced=traced,
                     batching=self._batching,
                 )
             else:

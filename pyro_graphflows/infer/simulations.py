@@ -43,11 +43,15 @@ class JointLayout:
         observed: The sites whose values the guide is given.
         max_plate_nesting: The number of dimensions that the plates of the model and the guide take.
         shapes: The shape of each site of the model in one sample.
+        event_dims: How many of its rightmost dimensions are those of one event.
+        sampled: The latent sites that the guide samples.
     """
 
     observed: tuple[str, ...]
     max_plate_nesting: int
     shapes: dict[str, tuple[int, ...]]
+    event_dims: dict[str, int]
+    sampled: tuple[str, ...]
 
 
 def joint_layout(
@@ -109,7 +113,8 @@ def joint_layout(
     if max_plate_nesting is None:
         max_plate_nesting = count_plate_dims(model_trace, guide_trace)
     shapes = {name: tuple(site["value"].shape) for name, site in density_sites(model_trace)}
-    return JointLayout(tuple(observed), max_plate_nesting, shapes)
+    event_dims = {name: int(site["fn"].event_dim) for name, site in density_sites(model_trace)}
+    return JointLayout(tuple(observed), max_plate_nesting, shapes, event_dims, tuple(sampled))
 
 
 def sample_joint(model: Program, args: Iterable[Any], kwargs: dict[str, Any]) -> poutine.Trace:

@@ -68,8 +68,7 @@ class MaskedConditionals(Conditionals):
                 allowed += [self.element_columns[site][i] for i in own.output_elements]
             else:
                 allowed += [self.inputs_of(site)] * own.num_reading
-                allowed += [[]] * (own.num_outputs - own.num_reading)
-            output_names += [site] * own.num_outputs
+            output_names += [site] * own.num_reading
             self.outputs[site] = slice(start, len(allowed))
             first = self.columns[site].start - self.num_features
             self._parts[site] = slice(first, first + size)
@@ -87,6 +86,14 @@ class MaskedConditionals(Conditionals):
             **network_options,
         )
         num_rows = {site: own.num_outputs for site, own in self.factors.items()}
+        self.constants = nn.ModuleDict(  # by the position of the site
+            {
+                str(i): ElementTable((), own.num_outputs - own.num_reading)
+                for i, own in enumerate(self.factors.values())
+                if own.num_reading < own.num_outputs
+            }
+        )
+        self._constants_of = {site: str(i) for i, site in enumerate(block.sites) if str(i) in self.constants}
         self._table_columns: dict[str, slice] = {}
         start = 0
         for site in block.per_element:
@@ -177,16 +184,29 @@ class MaskedConditionals(Conditionals):
 
     def _set_rows_(self, site: str, weights: Tensor, biases: Tensor, units: Tensor | None = None) -> None:
         """Make the outputs of one site linear: ``biases + weights @ inputs``, with columns for all inputs."""
-        self.network.set_linear_(self.outputs[site], weights, biases, units)
+        number = self.factors[site].num_reading
+        self.network.set_linear_(
+            self.outputs[site], weights[:number], biases[:number], None if units is None else units[:number]
+        )
+        if site in self._constants_of:
+            self._constants(site).set_(slice(None), biases[number:])
         if self.table is not None and site in self._table_columns:
             self.table.set_(self._table_columns[site], 0.0)
         self._share_unit_(site)
+
+    def _constants(self, site: str) -> ElementTable:
+        """Return the outputs of a site that depend on nothing."""
+        module = self.constants[self._constants_of[site]]
+        assert isinstance(module, ElementTable)
+        return module
 
     def _share_unit_(self, site: str) -> None:
         """Hand the units of a site's outputs on to its per-element parameters and maps."""
         if self.network.units is None:
             return
         unit = self.network.units.unit[self.outputs[site]]
+        if site in self._constants_of:
+            unit = torch.cat([unit, self._constants(site).unit])
         if self.table is not None and site in self._table_columns:
             self.table.unit[self._table_columns[site]] = unit
         if site in self._map_of:
@@ -338,6 +358,9 @@ class MaskedPass(Pass):
         for site in level:
             rows, part = module.outputs[site], module._parts[site]
             own = outputs[..., rows.start - start : rows.stop - start]
+            if site in module._constants_of:
+                constants = module._constants(site)({})
+                own = torch.cat([own, constants.expand(*own.shape[:-1], -1)], -1)
             if self._rows is not None and site in module._table_columns:
                 own = own + self._rows[..., module._table_columns[site]]
             if self._plates is not None and site in module._map_of:
