@@ -81,7 +81,9 @@ class GuideOptions:
     standardize: bool = True
     num_start_samples: int = 10_000
     strict: bool = True
-    vectors: VectorOptions = field(default_factory=VectorOptions)
+    resolution: str = "auto"
+    rank: int | None = None
+    budget: int | None = None
     coupled_rank: int | None = None
     enumerate_sites: bool | Collection[str] = False
     init_values: Mapping[str, Tensor] = field(default_factory=dict)
@@ -92,6 +94,7 @@ class GuideOptions:
         if isinstance(self.optional, str) or not all(isinstance(name, str) for name in self.optional):
             raise GraphflowsError(f"Expected optional=[names of sites]; got {self.optional!r}.")
         object.__setattr__(self, "optional", tuple(dict.fromkeys(self.optional)))
+        _ = self.vectors  # refuses what cannot be
         if self.optional and self.resolution == "element":
             raise GraphflowsError("Expected resolution='auto' or 'site' with optional= sites.")
         if self.init not in ("regression", "random"):
@@ -129,9 +132,9 @@ class GuideOptions:
             )
 
     @property
-    def resolution(self) -> str:
-        """Whether vectors are held element by element."""
-        return self.vectors.resolution
+    def vectors(self) -> VectorOptions:
+        """How long vectors are held."""
+        return VectorOptions(self.resolution, self.rank, self.budget)
 
     @property
     def deepset(self) -> DeepSet | None:

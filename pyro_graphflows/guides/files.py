@@ -25,7 +25,6 @@ from pyro_graphflows.guides.inputs import Coupling, InputPlan, Summary
 from pyro_graphflows.guides.plain import GRAPHS, Reader, Writer
 from pyro_graphflows.guides.plan import BlockPlan, Conditioning, Plan
 from pyro_graphflows.guides.sites import DiscreteEncoding, InputEncodings, LatentSite
-from pyro_graphflows.guides.vectors import VectorOptions
 from pyro_graphflows.inspect.arguments import Attribute, LoopRow, Outside, signature_of
 from pyro_graphflows.tensor_files import read_tensors, write_tensors
 from pyro_graphflows.transforms.solver import Solver
@@ -45,7 +44,7 @@ CLASSES = (
         LatentSite,
         NormalFactor,
     ),
-    *(Plan, PlateState, PoolMember, SiteForm, Solver, Summary, VectorOptions),
+    *(Plan, PlateState, PoolMember, SiteForm, Solver, Summary),
     *(Attribute, LoopRow, Outside),
 )
 

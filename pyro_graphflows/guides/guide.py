@@ -46,7 +46,6 @@ from pyro_graphflows.guides.samples import Samples
 from pyro_graphflows.guides.sites import LatentSite, is_constant
 from pyro_graphflows.guides.start import Start, start_at_, start_block_, whiten_block_
 from pyro_graphflows.guides.transport import Transport
-from pyro_graphflows.guides.vectors import VectorOptions
 from pyro_graphflows.infer.posterior import Posterior, sample_posterior
 from pyro_graphflows.inspect import kept_random_state
 from pyro_graphflows.inspect.arguments import argument_leaves
@@ -135,7 +134,9 @@ class AutoFaithfulGuide(AutoGuide):
             standardize=standardize,
             num_start_samples=num_start_samples,
             strict=strict,
-            vectors=VectorOptions(resolution, rank, budget),
+            resolution=resolution,
+            rank=rank,
+            budget=budget,
             coupled_rank=coupled_rank,
             enumerate_sites=enumerate_sites,
             init_values=dict(init_values),

@@ -7,7 +7,7 @@ to each. That is the right thing for short vectors. A vector whose conditional w
 1. *by element*: where the elements fall into small groups that share nothing, as the graph of elements shows
    (:func:`~pyro_graphflows.inspect.graph.split_elements`), each has the parents that a faithful inverse of that graph
    gives it. As an example, ``z ~ N(0, I)`` and ``x ~ N(z, I)`` take a few weights for each element.
-2. *low rank*: a diagonal and a few directions beside it
+2. *low rank*: independent elements but for a few directions, wider or narrower
    (:mod:`~pyro_graphflows.guides.conditionals.low_rank`).
 
 Which of them follows from the model and the call, not from samples.
@@ -97,7 +97,7 @@ def hold_vectors(
     """
     inputs = {name: _num_inputs(found.inverse, name, sites) for name in sites}
     full = {name: full_size(SiteRole(site), inputs[name]) for name, site in sites.items()}
-    most_full = FULL if options.budget is None else min(FULL, options.budget)
+    most_full = options.budget or FULL
     long = {
         name: site
         for name, site in sites.items()
@@ -121,8 +121,8 @@ def hold_vectors(
         if name not in labels:
             ranks[name] = _rank(name, site.size, inputs[name], options)
             labels[name] = (
-                f"covariance of rank {ranks[name]} beside its diagonal: a full one of {site.size} elements would take "
-                f"{_short(full[name])} weights, the budget is {_short(options.budget or BUDGET)}"
+                f"covariance of rank {ranks[name]} beside its diagonal; a full one of {site.size} elements would take "
+                f"{_short(full[name])} weights, of at most {_short(most_full)}"
             )
     return Vectors(found, ranks, labels)
 
@@ -153,7 +153,7 @@ def _element_weights(name: str, parents: tuple[tuple[tuple[str, int], ...], ...]
 
 def _rank(name: str, size: int, num_inputs: int, options: VectorOptions) -> int:
     """Return the rank that the budget leaves, and refuse a budget that leaves none."""
-    of_locations, of_each = size * (num_inputs + UNITS + 1), size
+    of_locations, of_each = size * (num_inputs + UNITS + 1), 2 * size
     least = of_locations + of_each * (options.rank or 1)
     if options.budget is not None and least > options.budget:
         raise GraphflowsError(

@@ -64,23 +64,28 @@ class MaskedConditionals(Conditionals):
         self._parts: dict[str, slice] = {}  # entries of the units
         for site in block.sites:
             own, start, size = self.factors[site], len(allowed), self.factors[site].size
+            seen_by_all = self.inputs_of(site)
             if site in self.element_columns and own.output_elements is not None:
                 allowed += [self.element_columns[site][i] for i in own.output_elements]
-            else:
-                allowed += [self.inputs_of(site)] * own.num_reading
-            output_names += [site] * own.num_reading
+            elif seen_by_all or not spec.ranks:
+                allowed += [seen_by_all] * own.num_reading
+            output_names += [site] * (len(allowed) - start)
             self.outputs[site] = slice(start, len(allowed))
             first = self.columns[site].start - self.num_features
             self._parts[site] = slice(first, first + size)
         # An element may see less than its site does; its outputs are wanted with those of the site.
         depths = {site: depth for depth, level in enumerate(block.levels) for site in level}
+        self.num_inputs = self.num_columns
+        if any(site in spec.ranks for site in block.levels[-1]):  # long, and no site looks at the last level
+            of_last = sum(self.factors[site].size for site in block.levels[-1])
+            self.num_inputs = max(self.num_columns - of_last, 1)
         self.network = MaskedMLP(
             allowed,
-            self.num_columns,
+            self.num_inputs,
             num_params=1,
-            input_levels=levels,
+            input_levels=levels[: self.num_inputs],
             output_levels=[depths[site] for site in output_names],
-            input_names=names,
+            input_names=names[: self.num_inputs],
             output_names=output_names,
             natural_units=True,
             **network_options,
@@ -88,9 +93,11 @@ class MaskedConditionals(Conditionals):
         num_rows = {site: own.num_outputs for site, own in self.factors.items()}
         self.constants = nn.ModuleDict(  # by the position of the site
             {
-                str(i): ElementTable((), own.num_outputs - own.num_reading)
-                for i, own in enumerate(self.factors.values())
-                if own.num_reading < own.num_outputs
+                str(i): ElementTable((), own.num_outputs - (rows.stop - rows.start))
+                for i, (own, rows) in enumerate(
+                    zip(self.factors.values(), self.outputs.values(), strict=True)
+                )
+                if rows.stop - rows.start < own.num_outputs
             }
         )
         self._constants_of = {site: str(i) for i, site in enumerate(block.sites) if str(i) in self.constants}
@@ -163,7 +170,7 @@ class MaskedConditionals(Conditionals):
     @torch.no_grad()
     def whiten_(self, moments: Tensor) -> None:
         """See :meth:`Conditionals.whiten_`."""
-        self.network.whiten_(moments)
+        self.network.whiten_(moments[: self.num_inputs, : self.num_inputs])
 
     # ---------------------------------------------------------------- becoming linear
 
@@ -184,12 +191,14 @@ class MaskedConditionals(Conditionals):
 
     def _set_rows_(self, site: str, weights: Tensor, biases: Tensor, units: Tensor | None = None) -> None:
         """Make the outputs of one site linear: ``biases + weights @ inputs``, with columns for all inputs."""
-        number = self.factors[site].num_reading
-        self.network.set_linear_(
-            self.outputs[site], weights[:number], biases[:number], None if units is None else units[:number]
-        )
+        number = self.outputs[site].stop - self.outputs[site].start
         if site in self._constants_of:
             self._constants(site).set_(slice(None), biases[number:])
+            if units is not None:
+                self._constants(site).unit.copy_(units[number:])
+        units = None if units is None else units[:number]
+        weights = weights[:number, : self.num_inputs]
+        self.network.set_linear_(self.outputs[site], weights, biases[:number], units)
         if self.table is not None and site in self._table_columns:
             self.table.set_(self._table_columns[site], 0.0)
         self._share_unit_(site)
