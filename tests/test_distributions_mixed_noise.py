@@ -35,3 +35,11 @@ def test_draws_mix_noise_and_their_density_is_that_of_the_noise():
     torch.testing.assert_close(value, own.loc + noise @ mixing.mT)
     of_noise = dist.Normal(torch.zeros(SIZE, dtype=torch.float64), 1.0).to_event(1).log_prob(noise)
     torch.testing.assert_close(own.log_prob(value), of_noise - torch.linalg.slogdet(mixing)[1])
+
+
+def test_pull_inverts_push():
+    own = example(3)
+    noise = torch.randn(5, 3, SIZE, dtype=torch.float64)
+    value, log_det = own.push(noise)
+    torch.testing.assert_close(own.pull(value), noise)
+    assert log_det.shape == (5, 3)

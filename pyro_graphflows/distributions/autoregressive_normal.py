@@ -6,6 +6,7 @@ with W strictly lower triangular and sparse. Memory is linear in the number of p
 longest chain of pairs, since W to that power is zero; a density takes one.
 """
 
+import math
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-__all__ = ["AutoregressiveNormal", "sum_over_pairs"]
+__all__ = ["AutoregressiveNormal", "standard_normal", "sum_over_pairs"]
 
 
 class AutoregressiveNormal(dist.TorchDistribution):
@@ -64,16 +65,29 @@ class AutoregressiveNormal(dist.TorchDistribution):
         """The mean."""
         return self._solve(self.loc)
 
+    def push(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the value that standard normal noise gives, and the log-determinant of the map, ``(*batch,)``."""
+        value = self._solve(self.loc + self.scale * noise)
+        return value, self.scale.log().sum(-1).expand(value.shape[:-1])
+
+    def pull(self, value: Tensor) -> Tensor:
+        """Return the noise that gives a value."""
+        noise: Tensor = (value - sum_over_pairs(self.weights, self.pairs, value) - self.loc) / self.scale
+        return noise
+
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draw reparametrised values of shape ``sample_shape + batch_shape + (n,)``."""
         shape = torch.Size(sample_shape) + self.loc.shape
-        noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
-        return self._solve(self.loc + self.scale * noise)
+        return self.push(torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device))[0]
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density of vectors, shape ``batch_shape``, in nats."""
-        own = value - sum_over_pairs(self.weights, self.pairs, value)
-        return dist.Normal(self.loc, self.scale, validate_args=False).log_prob(own).sum(-1)
+        return standard_normal(self.pull(value)) - self.scale.log().sum(-1)
+
+
+def standard_normal(noise: Tensor) -> Tensor:
+    """Return the log-density of vectors of independent standard normals, in nats."""
+    return -0.5 * (noise.square() + math.log(2 * math.pi)).sum(-1)
 
 
 def sum_over_pairs(weights: Tensor, pairs: Tensor, values: Tensor) -> Tensor:

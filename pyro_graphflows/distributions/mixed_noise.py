@@ -10,13 +10,14 @@ cost N r, with r by r determinants:
           (I + U V^\top)^{-1} = I - U (I + V^\top U)^{-1} V^\top.
 """
 
-import math
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.distributions import constraints
+
+from pyro_graphflows.distributions.autoregressive_normal import standard_normal
 
 __all__ = ["MixedNoiseNormal"]
 
@@ -63,20 +64,31 @@ class MixedNoiseNormal(dist.TorchDistribution):
         root = self.scale.unsqueeze(-1) * (eye + self.left @ self.right.mT)
         return root @ root.mT
 
+    def push(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the value that standard normal noise gives, and the log-determinant of the map, ``(*batch,)``."""
+        inner = self.right.mT @ noise.unsqueeze(-1)
+        value = self.loc + self.scale * (noise + (self.left @ inner).squeeze(-1))
+        return value, self._log_det().expand(value.shape[:-1])
+
+    def pull(self, value: Tensor) -> Tensor:
+        """Return the noise that gives a value."""
+        mixed = (value - self.loc) / self.scale
+        solved = torch.linalg.solve(self._inner(), self.right.mT @ mixed.unsqueeze(-1))
+        noise: Tensor = mixed - (self.left @ solved).squeeze(-1)
+        return noise
+
+    def _inner(self) -> Tensor:
+        rank = self.left.shape[-1]
+        return torch.eye(rank, dtype=self.loc.dtype, device=self.loc.device) + self.right.mT @ self.left
+
+    def _log_det(self) -> Tensor:
+        return torch.linalg.slogdet(self._inner())[1] + self.scale.log().sum(-1)
+
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draw reparametrised values of shape ``sample_shape + batch_shape + (n,)``."""
         shape = torch.Size(sample_shape) + self.loc.shape
-        noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
-        inner = (self.right.mT @ noise.unsqueeze(-1)).squeeze(-1)
-        return self.loc + self.scale * (noise + (self.left @ inner.unsqueeze(-1)).squeeze(-1))
+        return self.push(torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device))[0]
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density of vectors, shape ``batch_shape``, in nats."""
-        rank = self.left.shape[-1]
-        eye = torch.eye(rank, dtype=self.loc.dtype, device=self.loc.device)
-        inner = eye + self.right.mT @ self.left
-        mixed = (value - self.loc) / self.scale
-        solved = torch.linalg.solve(inner, self.right.mT @ mixed.unsqueeze(-1))
-        noise = mixed - (self.left @ solved).squeeze(-1)
-        log_det = torch.linalg.slogdet(inner)[1] + self.scale.log().sum(-1)
-        return -0.5 * (noise.square() + math.log(2 * math.pi)).sum(-1) - log_det
+        return standard_normal(self.pull(value)) - self._log_det()
