@@ -5,7 +5,7 @@ Each step takes values and returns new ones; none edits an earlier step's result
 
 import warnings
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import update_wrapper
 from typing import Any
 
@@ -45,8 +45,10 @@ from pyro_graphflows.guides.plan import (
     mean_field_condition,
     readers_of,
     ways_in,
+    with_scores,
 )
 from pyro_graphflows.guides.samples import ModelDraws
+from pyro_graphflows.guides.scores import ScoreReader, judge_scores, score_name, sites_with_scores
 from pyro_graphflows.guides.sites import (
     REMEDIES_OF_NAN,
     InputEncodings,
@@ -72,6 +74,7 @@ from pyro_graphflows.inspect.trace import (
 __all__ = ["Compiled", "GuideOptions", "compile_guide"]
 
 EXACT_KL = (NormalFactor, ElementNormalFactor)  # factors for which a KL is registered, before any bijection
+SCORE_DRAWS = 1000  # joint samples whose means are the reference values of scores
 MOST_VALUES_TRIED = 32  # of a discrete site, to see whether supports of others change with it
 
 
@@ -93,6 +96,7 @@ class GuideOptions:
     init_values: Mapping[str, Tensor] = field(default_factory=dict)
     setup_seed: int = 0
     optional: Sequence[str] = ()
+    features: str = "raw"
 
     def __post_init__(self) -> None:
         if isinstance(self.optional, str) or not all(isinstance(name, str) for name in self.optional):
@@ -104,6 +108,12 @@ class GuideOptions:
             raise GraphflowsError(f"Expected init='regression' or 'random'; got {self.init!r}.")
         if self.num_start_samples < 1:
             raise GraphflowsError(f"Expected num_start_samples >= 1; got {self.num_start_samples}.")
+        if self.features not in ("raw", "score", "auto"):
+            raise GraphflowsError(f"Expected features='raw', 'score' or 'auto'; got {self.features!r}.")
+        if self.features != "raw" and (self.resolution == "element" or self.optional):
+            raise GraphflowsError(
+                f"Expected features='raw' with resolution='element' or optional= sites; got {self.features!r}."
+            )
         if self.resolution not in ("site", "element"):
             raise GraphflowsError(f"Expected resolution='site' or 'element'; got {self.resolution!r}.")
         if self.pool not in (None, "deepset") and not isinstance(self.pool, DeepSet):
@@ -169,6 +179,7 @@ class Compiled:
         families: For each site the family that serves it.
         element_parents: For sites whose elements are told apart, the parents of each element.
         draws: The model's draws.
+        scores: The score features that sites read; None without.
     """
 
     plan: Plan
@@ -179,6 +190,7 @@ class Compiled:
     families: dict[str, Family]
     element_parents: ElementParents
     draws: ModelDraws
+    scores: ScoreReader | None = None
 
 
 def compile_guide(
@@ -253,6 +265,13 @@ def compile_guide(
     reader = CallReader(
         *(traced, encodings), keep_masks=keep_masks, readers=readers, unread=unread, optional=options.optional
     )
+    scores, left_out, said = _scores(options, draws, inverse, plates, changing)
+    if scores is not None:
+        blocks = with_scores(blocks, {site: score_name(site) for site in scores.observed_children}, left_out)
+    inputs = replace(
+        inputs,
+        remarks={**inputs.remarks, **{s: (*inputs.remarks.get(s, ()), line) for s, line in said.items()}},
+    )
     order = [site for block in blocks for site in block.sites]
     _require_known_supports(changing, order, inverse.order, sites)
     hints: tuple[str, ...] = ()
@@ -283,10 +302,56 @@ def compile_guide(
     element_parents = {
         name: parents for name, parents in split.items() if name not in options.factor_classes()
     }
-    return Compiled(plan, traced, sites, reader, plates, families, element_parents, draws)
+    return Compiled(plan, traced, sites, reader, plates, families, element_parents, draws, scores)
 
 
 # ---------------------------------------------------------------- steps
+
+
+def _scores(
+    options: GuideOptions,
+    draws: ModelDraws,
+    inverse: InverseGraph,
+    plates: Mapping[str, PlateState],
+    changing: Mapping[str, Any],
+) -> tuple[ScoreReader | None, dict[str, tuple[str, ...]], dict[str, str]]:
+    """Return the scores that sites read, the data that some leave out for them, and remarks on sites with data."""
+    if options.features == "raw":
+        return None, {}, {}
+    traced, sites, readable = draws.traced, draws.sites, draws.encodings.event_dims
+    found = sites_with_scores(traced, inverse, sites, plates, readable)
+    said = {site: f"no score feature: {reason}" for site, reason in found.reasons.items()}
+    children = dict(found.children)
+    if changing or draws.encodings.partly:
+        said.update(dict.fromkeys(children, "no score feature: data or supports come and go"))
+        children = {}
+    if not children:
+        return None, {}, said
+    nodes: Any = traced.trace.nodes
+    event_dims = {name: len(nodes[name]["fn"].event_shape) for each in children.values() for name in each}
+    around = {name: tuple(inverse.graph.plates[name]) for name in sites}
+    reader = ScoreReader(children, sites, around, event_dims)
+    try:
+        reader.set_references_(draws, SCORE_DRAWS)
+        verdicts = judge_scores(reader, draws, inverse, plates, readable)
+    except UnsupportedModelError as error:
+        said.update(dict.fromkeys(children, f"no score feature: {error}"))
+        return None, {}, said
+    except (RuntimeError, ValueError, IndexError) as error:
+        reason = str(error).strip().split("\n")[0]
+        said.update(dict.fromkeys(children, f"no score feature: the model does not take batches ({reason})"))
+        return None, {}, said
+    kept = [site for site in children if options.features == "score" or verdicts[site].helps]
+    left_out = {site: children[site] for site in kept if verdicts[site].suffices}
+    for site in children:
+        what = "no score feature" if site not in kept else "reads its score"
+        instead = f" in place of {', '.join(left_out[site])}" if site in left_out else ""
+        said[site] = f"{what}{instead} ({verdicts[site]})"
+    if not kept:
+        return None, {}, said
+    chosen = ScoreReader({site: children[site] for site in kept}, sites, around, event_dims)
+    chosen.load_state_dict(reader.state_dict())
+    return chosen.to(draws.like.device, draws.like.dtype), left_out, said
 
 
 def _trace(

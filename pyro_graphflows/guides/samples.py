@@ -181,6 +181,15 @@ class ModelDraws:
             f"model: {self._batching.reason}."
         )
 
+    def raw(self, num_samples: int) -> dict[str, Tensor]:
+        """Return joint samples as the model drew them, the first of those that :meth:`draw` keeps.
+
+        Args:
+            num_samples: How many.
+        """
+        self.draw(num_samples)
+        return {name: value[:num_samples] for name, value in self._kept.items()}
+
     def draw(self, num_samples: int, *, keep: bool = True, latents_only: bool = False) -> dict[str, Tensor]:
         """Return joint samples of all latent sites and of the nodes that can be network inputs.
 
