@@ -106,6 +106,19 @@ def test_gradients_pass_through(data):
     assert torch.autograd.gradcheck(total, (noise,), eps=1e-5, atol=1e-4, rtol=1e-4)
 
 
+def test_noise_far_out_has_no_density_and_leaves_other_draws_alone(data):
+    transport = auto_faithful_guide(hierarchical, *data).transport(*data)
+    noise = torch.randn(3, transport.size)
+    expected = transport(noise)
+    noise[1] = 1e300
+    with pyro.validation_enabled(False):
+        mapped = transport(noise)
+    assert mapped.total[1] == -math.inf
+    assert torch.equal(mapped.total[[0, 2]], expected.total[[0, 2]])
+    assert all(value.isfinite().all() for value in mapped.values.values())
+    assert all(torch.equal(value[2], expected.values[name][2]) for name, value in mapped.values.items())
+
+
 def coupled(n, total):
     with pyro.plate("parts", n):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))

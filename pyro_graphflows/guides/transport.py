@@ -167,7 +167,7 @@ class Transport:
         log_dets: dict[str, Tensor] = {}
 
         def emit(name: str, fn: Any, **_: Any) -> Tensor:
-            value, whole = push(fn, self._in_batch(noise[name], 1))
+            value, whole = _pushed(fn, self._in_batch(noise[name], 1))
             batch = self.shapes[name][:-1]
             kept, log_det = value, whole
             if not constrained:
@@ -266,6 +266,20 @@ class Transport:
             torch.Size([1])
         """
         return _NeuTra(_BaseSpace(self))
+
+
+def _pushed(fn: Any, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Map noise to values; noise so far out that its value is no number gets another value, and no density.
+
+    A trajectory that leaves the posterior must not stop those beside it: later sites read finite values.
+    """
+    value, log_det = push(fn, noise)
+    good = value.isfinite().flatten(value.dim() - fn.event_dim).all(-1) if fn.event_dim else value.isfinite()
+    good = good & log_det.isfinite()
+    if bool(good.all()):
+        return value, log_det
+    value, log_det = push(fn, torch.where(good.unsqueeze(-1), noise, torch.zeros_like(noise)))
+    return value, torch.where(good, log_det, -torch.inf)
 
 
 class _NeuTra(NeuTraReparam):
