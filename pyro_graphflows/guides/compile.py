@@ -21,7 +21,7 @@ from pyro_graphflows.graphs.order_search import AutoOrder
 from pyro_graphflows.guides.call import CallReader, PlateState, plates_of, require_shape, site_mask
 from pyro_graphflows.guides.conditionals.contract import ElementParents, Family, SiteRole
 from pyro_graphflows.guides.conditionals.factors import ElementNormalFactor, Factor, NormalFactor
-from pyro_graphflows.guides.conditionals.pooling import DeepSet
+from pyro_graphflows.guides.conditionals.pooling import Attention, DeepSet
 from pyro_graphflows.guides.families import Normal
 from pyro_graphflows.guides.inputs import InputOptions, InputPlan, plan_inputs, sites_concerned
 from pyro_graphflows.guides.orders import (
@@ -73,6 +73,7 @@ from pyro_graphflows.inspect.trace import (
 
 __all__ = ["Compiled", "GuideOptions", "compile_guide"]
 
+POOLINGS: Mapping[str, type[DeepSet]] = {"deepset": DeepSet, "attention": Attention}
 EXACT_KL = (NormalFactor, ElementNormalFactor)  # factors for which a KL is registered, before any bijection
 SCORE_DRAWS = 1000  # joint samples whose means are the reference values of scores
 MOST_VALUES_TRIED = 32  # of a discrete site, to see whether supports of others change with it
@@ -116,8 +117,10 @@ class GuideOptions:
             )
         if self.resolution not in ("site", "element"):
             raise GraphflowsError(f"Expected resolution='site' or 'element'; got {self.resolution!r}.")
-        if self.pool not in (None, "deepset") and not isinstance(self.pool, DeepSet):
-            raise GraphflowsError(f"Expected pool='deepset', a DeepSet or None; got {self.pool!r}.")
+        if self.pool not in (None, *POOLINGS) and not isinstance(self.pool, DeepSet):
+            raise GraphflowsError(
+                f"Expected pool='deepset', 'attention', a DeepSet, an Attention or None; got {self.pool!r}."
+            )
         if self.coupled_rank is not None and self.coupled_rank < 0:
             raise GraphflowsError(f"Expected coupled_rank >= 0 or None; got {self.coupled_rank}.")
         if self.init == "regression" and not self.family.can_regress:
@@ -149,7 +152,7 @@ class GuideOptions:
     @property
     def deepset(self) -> DeepSet | None:
         """The shape of pooled summaries; None where nothing is pooled."""
-        return DeepSet() if self.pool == "deepset" else self.pool  # type: ignore[return-value]
+        return POOLINGS[self.pool]() if isinstance(self.pool, str) else self.pool
 
     @property
     def num_rows(self) -> int:

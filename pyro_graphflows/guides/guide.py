@@ -1140,7 +1140,8 @@ def auto_faithful_guide(
             :class:`~pyro_graphflows.ModelGraph`.
         pool: How the data in inner plates reach the sites outside of them (a group's data its own variable, all data
             the global variables): None gives such sites per-element parameters for the data set at hand; ``"deepset"``
-            (or a :class:`~pyro_graphflows.guides.DeepSet` that sets its sizes) summarises the data by a
+            (or a :class:`~pyro_graphflows.guides.DeepSet` that sets its sizes; ``"attention"`` or an
+            :class:`~pyro_graphflows.guides.Attention` weighs elements by what they are) summarises the data by a
             permutation-invariant network, so that they are amortised over data sets of any
             size (:mod:`~pyro_graphflows.guides.conditionals.pooling`; not over subsampled plates).
         init: ``"regression"``: start from the least-squares regression of each site on its parents over joint samples
