@@ -50,6 +50,7 @@ __all__ = [
     "chosen_indices",
     "input_rows",
     "plates_of",
+    "refuse_empty_plates",
     "require_shape",
     "site_mask",
 ]
@@ -400,6 +401,7 @@ class CallReader:
         try:
             trace = self._shadow(model, args, kwargs, indices or {})
         except Exception as error:
+            refuse_empty_plates(error)
             self._require_one_device(model, args, kwargs, error)
             # Without any arguments the plates are as at set-up, if the guide needs no more.
             if args or kwargs or indices:
@@ -617,6 +619,15 @@ def input_rows(traced: TracedModel, name: str, value: Tensor, plates: Mapping[st
     """
     rows, taken = traced.rows.get(name, {}), traced.taken.get(name, {})
     return arranged(take_rows(name, value, rows, taken, plates), traced.places.get(name, ()))
+
+
+def refuse_empty_plates(error: Exception) -> None:
+    """Say what it means that Pyro has no empty plates, if that is why a model failed."""
+    if isinstance(error, ZeroDivisionError) and "size cannot be zero" in str(error):
+        raise GraphflowsError(
+            "Expected at least one element in each plate, since plates of Pyro cannot be empty; in this call one has "
+            "none. Leave out empty batches."
+        ) from error
 
 
 def require_shape(name: str, site: Mapping[str, Any]) -> None:
