@@ -353,8 +353,9 @@ def _scores(
     found = sites_with_scores(traced, inverse, sites, plates, readable)
     said = {site: f"no score feature: {reason}" for site, reason in found.reasons.items()}
     children = dict(found.children)
-    if changing or draws.encodings.partly:
-        said.update(dict.fromkeys(children, "no score feature: data or supports come and go"))
+    if varying or draws.encodings.partly:
+        reason = "data or supports come and go, or elements of vectors have parents of their own"
+        said.update(dict.fromkeys(children, f"no score feature: {reason}"))
         children = {}
     if not children:
         return None, {}, said
