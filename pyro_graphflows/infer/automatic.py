@@ -88,7 +88,10 @@ class Automatic:
         """
         trainer = self._trainer(loss)
         simulated, notes = None, []
-        if on_simulations and not trainer.objective.compiles and not _is_on_data(checkpoint):
+        earlier = _past_simulations(checkpoint)
+        if earlier is not None:
+            simulated = earlier.simulated
+        elif on_simulations and not trainer.objective.compiles:
             simulated, note = self._on_simulations(trainer, checkpoint, progress)
             notes = [] if note is None else [note]
             if simulated is not None and simulated.stop_reason in ("interrupted", "on_epoch asked to stop"):
@@ -115,7 +118,10 @@ class Automatic:
         run.history.simulated, run.history.notes = simulated, notes
         if pace.reason is not None:
             run.history.stop_reason, run.finished = pace.reason, True
-        run.resume()
+        if (
+            simulated is None or earlier is not None
+        ):  # otherwise the file, if there is one, is of the simulations
+            run.resume()
         history = run.train()
         if wants_gap:
             history.gap = self._gap(_DRAWS_AT_THE_END)
@@ -179,8 +185,9 @@ class Automatic:
         return None
 
 
-def _is_on_data(checkpoint: Checkpoint | None) -> bool:
-    """Return whether a checkpoint that will be continued is past the simulations."""
+def _past_simulations(checkpoint: Checkpoint | None) -> History | None:
+    """Return the history in a checkpoint that will be continued, if it is past the simulations."""
     if checkpoint is None or not checkpoint.resume or not Path(checkpoint.path).exists():
-        return False
-    return load_checkpoint(checkpoint.path)["settings"].get("stage") == "data"
+        return None
+    state = load_checkpoint(checkpoint.path)
+    return History.of(state["history"]) if state["settings"].get("stage") == "data" else None

@@ -25,7 +25,7 @@ __all__ = ["CycleOptions", "Cycles"]
 
 STEPS = 50  # of an epoch
 FLOOR = 0.01  # of the rate, at the end of a cycle
-REPLICATES = 16
+REPLICATES = 64
 RECOVERIES = 5
 
 
@@ -45,7 +45,7 @@ class CycleOptions:
     rates: tuple[float, ...] = (0.2, 1.0, 4.0)
     trial: int = 2
     first: int = 4
-    longest: int = 128
+    longest: int = 64
     tolerance: float = 0.005
 
 
@@ -169,7 +169,7 @@ class Cycles:
             losses = self.trainer.replicates(REPLICATES)
         except NotFiniteError:
             losses = torch.full_like(best["losses"], math.inf)
-        if not losses.mean() < best["losses"].mean():
+        if not losses.mean() <= best["losses"].mean():
             self.trainer.parameters.load(best["parameters"])
 
     # ------------------------------------------------------------------------------------------------- decisions
@@ -198,8 +198,6 @@ class Cycles:
         now, options = self.position, self.options
         change = losses - self.best["losses"]
         mean, error = change.mean().item(), change.std().item() / math.sqrt(len(change))
-        if mean <= 0:
-            self.best = self._standing(losses)
         if not mean <= 2 * error:  # worse, or not finite
             self._put(self.best, fresh=True)
             now.rate /= 3
@@ -208,6 +206,8 @@ class Cycles:
             now.strikes += 1
         else:
             now.strikes = 0
+        if mean <= 2 * error:  # a longer cycle is the better one unless it is seen to be worse
+            self.best = self._standing(losses)
         if now.strikes >= 2:
             return "longer training no longer lowered the loss"
         if now.length >= options.longest:

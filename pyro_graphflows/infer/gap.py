@@ -47,7 +47,7 @@ class Gap(NamedTuple):
         text = f"gap {self.value:.3f} ± {self.standard_error:.3f} {unit} (IWAE with {self.num_draws} draws"
         if self.num_doubtful:
             whose = f" for {self.num_doubtful} of {self.num_data} data" if self.num_data else ""
-            text += f"; k-hat above {TRUSTED}{whose}: at least that"
+            text += f"; k-hat above {TRUSTED}{whose}"
         return text + ")"
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from torch import Tensor
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.infer.batches import Batch
@@ -62,18 +63,34 @@ def _takes_observations(guide: Program) -> bool:
 def _sites_that_read(
     loss: InferenceCompilation, observed: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[str, ...]:
-    """Return the sites whose density of given values, given those of the others, is another one with other data."""
+    """Return the sites whose density, given the values of the others, is computed from the data.
+
+    Data that are real numbers are followed by autograd, which also sees what is multiplied by a weight that still is
+    zero; for others it is seen whether the densities are other ones with other data.
+    """
     (first,), (second,) = (loss.sample_joint(*args, **kwargs) for _ in range(2))
-    other = first.copy()
+    values: dict[str, Tensor] = {name: torch.as_tensor(first.nodes[name]["value"]) for name in observed}
+    followed = {
+        name: value.detach().clone().requires_grad_()
+        for name, value in values.items()
+        if value.is_floating_point()
+    }
+    joints = [first.copy(), first.copy()]
     for name in observed:
-        other.nodes[name] = {**first.nodes[name], "value": second.nodes[name]["value"]}
-    traces = []
-    for joint in (first, other):
-        trace = run_guide(loss.in_plate(loss.guide), joint, observed, args, kwargs)
-        trace.compute_log_prob()
-        traces.append(trace)
-    return tuple(
-        name
-        for name, site in density_sites(traces[0])
-        if not torch.equal(site["log_prob"], traces[1].nodes[name]["log_prob"])
-    )
+        joints[0].nodes[name] = {**first.nodes[name], "value": followed.get(name, values[name])}
+        joints[1].nodes[name] = {**first.nodes[name], "value": second.nodes[name]["value"]}
+    with torch.enable_grad():
+        traces = [run_guide(loss.in_plate(loss.guide), joint, observed, args, kwargs) for joint in joints]
+        for trace in traces:
+            trace.compute_log_prob()
+        found = []
+        for name, site in density_sites(traces[0]):
+            density: Any = site["log_prob"]
+            is_read = not torch.equal(density, traces[1].nodes[name]["log_prob"])
+            if not is_read and density.requires_grad and followed:
+                inputs = list(followed.values())
+                slopes = torch.autograd.grad(density.sum(), inputs, allow_unused=True, retain_graph=True)
+                is_read = any(each is not None for each in slopes)
+            if is_read:
+                found.append(name)
+    return tuple(found)

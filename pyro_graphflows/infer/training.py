@@ -54,6 +54,14 @@ def fit(
     data, evaluated after each epoch in evaluation mode with the same random numbers every time, or else the
     epoch's mean training loss. What it decides is said in :class:`Schedule`.
 
+    *Left to itself* (``loss="auto"``, or neither ``loss`` nor ``schedule``): the guide first learns from simulations of
+    the model, then from the data by ``Trace_ELBO``, at a rate that is found by trials and for as long as it helps, in
+    cycles at whose ends the rate has fallen to nothing (:mod:`~pyro_graphflows.infer.cycles`). At the end the gap to
+    the log-evidence is estimated by importance weights, and shown; it is ``history.gap``. Where a model cannot be
+    simulated (an improper prior, a factor) or the guide reads no data, that step is left out, which
+    ``history.notes`` says. ``schedule`` then has only limits: ``Schedule(num_seconds=60)``. With a loss and without a
+    schedule the rate and the length are found in the same way.
+
     *Which parameters remain.* With validation data, those of the best epoch. Without, the last ones: epochs
     differ by less than the noise of their training loss. After Ctrl-C, those of the best epoch so far (the
     current ones if no epoch was completed). After a loss or gradient that is not finite, those of the best
@@ -86,14 +94,16 @@ def fit(
             :class:`~pyro_graphflows.infer.Simulations`, which also says what is held out. ``data`` then are the
             arguments of one call, if the model needs some; they tell shapes. The loss is that of the class.
         loss: An ELBO object, an :class:`InferenceCompilation` object of this pair, or that class itself for one
-            with its defaults; ``Trace_ELBO()`` by default.
+            with its defaults. ``"auto"`` is said above, and the default without a schedule; with
+            one it is ``Trace_ELBO()``.
         optimizer: A learning rate for Adam (in torch's fused form, where there is one), a function from a list of
             parameters to a torch optimiser
             (``torch.optim.AdamW``, ``functools.partial(torch.optim.Adam, lr=1e-2)``), a
             :class:`torch.optim.Optimizer`, or a :class:`pyro.optim.PyroOptim`, whose options per parameter
-            are kept. One torch optimiser holds all parameters in every case.
-        schedule: A number of epochs, or a :class:`Schedule`. With ``simulations`` it may be left out: training then
-            ends when the loss of those that are held out has stopped falling.
+            are kept. One torch optimiser holds all parameters in every case. By default Adam, at 1e-3 if there is a
+            schedule and else at a rate that is found.
+        schedule: A number of epochs, or a :class:`Schedule`; found by default. With ``simulations`` training
+            by default ends when the loss of those that are held out has stopped falling.
         checkpoint: A file, or a :class:`Checkpoint`.
         progress: Whether to show a bar, or a :class:`Progress`.
         seed: Seed of all random numbers meanwhile; the global generators are put back afterwards. ``None``
