@@ -60,7 +60,14 @@ from pyro_graphflows.inspect.arguments import argument_leaves
 from pyro_graphflows.inspect.graph import split_elements
 from pyro_graphflows.inspect.probes import Rerun
 from pyro_graphflows.inspect.stability import changes
-from pyro_graphflows.inspect.trace import quiet_run, rows_of_plates, run_model, trace_once, undressed
+from pyro_graphflows.inspect.trace import (
+    log_density_at,
+    quiet_run,
+    rows_of_plates,
+    run_model,
+    trace_once,
+    undressed,
+)
 
 __all__ = ["Compiled", "GuideOptions", "compile_guide"]
 
@@ -239,8 +246,9 @@ def compile_guide(
     blocks = make_blocks(inverse, inputs, encodings.event_dims, keys)
     require_outer_sites_first(blocks, inverse, discrete)
     _require_known_indices(blocks, inputs, traced)
-    keep_masks = any(node.summary for block in blocks for node in block.context)
     readers = readers_of(blocks, inverse.graph.latent)
+    _require_own_rows(readers, traced)
+    keep_masks = any(node.summary for block in blocks for node in block.context)
     read = {node.name for block in blocks for node in block.context}
     unread = [name for name in traced.graph.observed if name in traced.loops and name not in read]
     reader = CallReader(
@@ -501,7 +509,7 @@ def _require_possible_data(traced: TracedModel, encodings: InputEncodings) -> No
             continue
         mask = site_mask(site)
         seen = torch.as_tensor(True if mask is None else mask, device=value.device)
-        wrong = ~support.check(value) & ~torch.isfinite(site["fn"].log_prob(value)) & seen
+        wrong = ~support.check(value) & ~torch.isfinite(log_density_at(site["fn"], value)) & seen
         if bool(wrong.any()):
             raise GraphflowsError(
                 f"Expected data of {name!r} in the support of its distribution, {support}; {int(wrong.sum())} of "
@@ -550,6 +558,19 @@ def _require_sites_by_position(
             f"Expected the same latent sites for every batch; {', '.join(map(repr, lost[:3]))} are named by the index "
             f"of the datum in the subsampled plate {', '.join(sorted(plates))}. Name them by position, for k, i in "
             'enumerate(pyro.plate(...)): pyro.sample(f"z_{k}", ...), or vectorise: with pyro.plate(...) as ind.'
+        )
+
+
+def _require_own_rows(readers: Mapping[str, Sequence[str]], traced: TracedModel) -> None:
+    """Refuse inputs of whose rows the guide would read others than the model does."""
+    wrong = [name for name in traced.other_rows if name in readers]
+    if wrong:
+        raise UnsupportedModelError(
+            f"Expected each element of plate {traced.other_rows[wrong[0]]!r} to depend on the row of its own of "
+            f"{', '.join(map(repr, wrong))}: in order, or taken by the plate's indices, x[ind], "
+            "x.index_select(0, ind) or pyro.subsample(x, event_dim=...); in the model it depends on another row "
+            "(turned, sorted or delayed ones), or on one taken in a way that cannot be followed. Pass the tensor in "
+            "the order in which the elements use it, and take rows by x[ind]."
         )
 
 

@@ -1,7 +1,9 @@
 """Training and evaluation of guides; works with any Pyro guide."""
 
+from pyro_graphflows.infer.batched_hmc import HMC, NUTS
 from pyro_graphflows.infer.batches import TrainingData
 from pyro_graphflows.infer.calibration import sbc_ranks, sbc_uniformity
+from pyro_graphflows.infer.chains import Chains
 from pyro_graphflows.infer.checkpoints import Checkpoint
 from pyro_graphflows.infer.comparison import compare, stacking_weights
 from pyro_graphflows.infer.evidence import Evidence, importance_log_weights, log_evidence
@@ -17,8 +19,11 @@ from pyro_graphflows.infer.schedule import Schedule
 from pyro_graphflows.infer.training import fit
 
 __all__ = [
+    "HMC",
     "IWAE_ELBO",
     "LOO",
+    "NUTS",
+    "Chains",
     "Checkpoint",
     "Evidence",
     "History",
