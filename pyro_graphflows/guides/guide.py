@@ -79,7 +79,9 @@ class AutoFaithfulGuide(AutoGuide):
         standardize: Whether inputs and outputs of the networks are standardised.
         num_start_samples: The number of joint samples of the model that are drawn at set-up.
         strict: Whether to refuse models whose dependencies cannot be traced in full.
-        resolution: ``"site"`` or ``"element"``.
+        resolution: ``"auto"``, ``"site"`` or ``"element"``.
+        rank: The rank of the covariance of long vectors beside its diagonal.
+        budget: The most weights of one site.
         coupled_rank: The rank of the dependence of copies that are drawn jointly.
         enumerate_sites: Discrete sites that are marked for ``TraceEnum_ELBO``.
         init_values: Values at which single sites start.
@@ -114,7 +116,9 @@ class AutoFaithfulGuide(AutoGuide):
         standardize: bool = True,
         num_start_samples: int = 10_000,
         strict: bool = True,
-        resolution: str = "site",
+        resolution: str = "auto",
+        rank: int | None = None,
+        budget: int | None = None,
         coupled_rank: int | None = None,
         enumerate_sites: bool | Collection[str] = False,
         init_values: Mapping[str, Tensor] = MappingProxyType({}),
@@ -133,6 +137,8 @@ class AutoFaithfulGuide(AutoGuide):
             num_start_samples=num_start_samples,
             strict=strict,
             resolution=resolution,
+            rank=rank,
+            budget=budget,
             coupled_rank=coupled_rank,
             enumerate_sites=enumerate_sites,
             init_values=dict(init_values),
@@ -216,7 +222,11 @@ class AutoFaithfulGuide(AutoGuide):
         """Return the blocks at their starts, and how these are."""
         options = self._options
         starts = []
-        further = {"element_parents": compiled.element_parents, "factors": options.factor_classes()}
+        further = {
+            "element_parents": compiled.element_parents,
+            "factors": options.factor_classes(),
+            "ranks": compiled.ranks,
+        }
         blocks = []
         for plan in compiled.plan.blocks:
             inputs, of_block = make_inputs(plan, samples, options.deepset or DeepSet())
@@ -806,6 +816,27 @@ class AutoFaithfulGuide(AutoGuide):
         depth = max((-state.dim for state in self._plate_states.values()), default=0)
         return Transport(lambda emit: self._run(args, kwargs, observations, emit), depth)
 
+    def data_features(
+        self, *args: Any, observations: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> list[Tensor]:
+        """Return what the networks of the guide read of the data, for each block that reads observed values.
+
+        Args:
+            *args: Positional arguments of the model.
+            observations: Values of observed sites that replace those of the model; batches on the left are kept.
+            **kwargs: Keyword arguments of the model.
+
+        Returns:
+            For each such block the features of data, ``(*batch in the plates, number of features)``; NaN for values
+            outside of supports. An empty list if every latent has parameters instead of reading data.
+        """
+        self._ensure_set_up(args, kwargs)
+        with torch.no_grad(), poutine.block():
+            call = self._read(args, kwargs, observations)
+            blocks: Any = self.blocks
+            found = [block.inputs.of_data(call, self.plan.graph.observed) for block in blocks]
+        return [features for features in found if features is not None]
+
     def given(self, **observations: Tensor) -> Callable[..., dict[str, Tensor]]:
         """Return a callable guide with some observed values fixed.
 
@@ -1054,7 +1085,9 @@ def auto_faithful_guide(
     standardize: bool = True,
     num_start_samples: int = 10_000,
     strict: bool = True,
-    resolution: str = "site",
+    resolution: str = "auto",
+    rank: int | None = None,
+    budget: int | None = None,
     coupled_rank: int | None = None,
     enumerate_sites: bool | Collection[str] = False,
     init_values: Mapping[str, Tensor] = MappingProxyType({}),
@@ -1099,8 +1132,14 @@ def auto_faithful_guide(
         num_start_samples: The number of joint samples of the model that are drawn at set-up.
         strict: Whether to refuse models whose dependencies cannot be traced in full; if not, what cannot be
             followed counts as a dependency on all earlier sites.
-        resolution: ``"site"``, or ``"element"`` to give each element of a vector site its own parents (not with
-            a factor class; see :func:`~pyro_graphflows.get_model_graph` for when that is sound).
+        resolution: ``"auto"``: vectors whose conditional would take more than 200,000 weights are held element by
+            element where the model's elements fall into small groups, and with a covariance of low rank beside a
+            diagonal where they do not (:mod:`~pyro_graphflows.guides.vectors`; ``describe()`` says which); ``"site"``:
+            never element by element; ``"element"``: each element of every vector site has its own parents (not with a
+            factor class; see :func:`~pyro_graphflows.get_model_graph` for when that is sound).
+        rank: The rank of the covariance of long vectors beside its diagonal; None for at most 10.
+        budget: The most weights that the conditional of one vector may take; full covariances are used up to it. None
+            for 200,000 where the covariance is full, a million otherwise.
         coupled_rank: Of latents that stay dependent across a plate
             (:mod:`~pyro_graphflows.guides.conditionals.coupled`): the rank of the dependence, 0 for a parameter for
             each pair of elements; None to choose by the size of the plate.
@@ -1154,6 +1193,8 @@ def auto_faithful_guide(
         num_start_samples=num_start_samples,
         strict=strict,
         resolution=resolution,
+        rank=rank,
+        budget=budget,
         coupled_rank=coupled_rank,
         enumerate_sites=enumerate_sites,
         init_values=init_values,
