@@ -18,7 +18,14 @@ from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, Unsupport
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.graphs.order_search import AutoOrder
-from pyro_graphflows.guides.call import CallReader, PlateState, plates_of, require_shape, site_mask
+from pyro_graphflows.guides.call import (
+    CallReader,
+    PlateState,
+    plates_of,
+    refuse_empty_plates,
+    require_shape,
+    site_mask,
+)
 from pyro_graphflows.guides.conditionals.contract import ElementParents, Family, SiteRole
 from pyro_graphflows.guides.conditionals.factors import ElementNormalFactor, Factor, NormalFactor
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
@@ -209,8 +216,12 @@ def compile_guide(
         GraphflowsError: If an option names a site that the model has not, or one that it does not fit.
     """
     argument_leaves(model, args, kwargs)  # refuses arguments that do not fit
-    with quiet_run(model):
-        run_model(model, args, kwargs)
+    try:
+        with quiet_run(model):
+            run_model(model, args, kwargs)
+    except ZeroDivisionError as error:
+        refuse_empty_plates(error)
+        raise
     seed_random_state(options.setup_seed)
     model = with_latent(model, options.optional)
     trace = _trace(model, args, kwargs, options)
@@ -260,7 +271,7 @@ def compile_guide(
     require_outer_sites_first(blocks, inverse, discrete)
     _require_known_indices(blocks, inputs, traced)
     readers = readers_of(blocks, inverse.graph.latent)
-    _require_own_rows(readers, traced)
+    other_rows = _read_other_rows(readers, traced, strict=options.strict)
     keep_masks = any(node.summary for block in blocks for node in block.context)
     read = {node.name for block in blocks for node in block.context}
     unread = [name for name in traced.graph.observed if name in traced.loops and name not in read]
@@ -288,7 +299,7 @@ def compile_guide(
         changing=changing,
         enumerated=enumerated,
         copies=() if enumerated or traced.graph.marginalised else traced.copies,
-        notes=tuple(traced.notes),
+        notes=(*traced.notes, *other_rows),
         hints=hints,
         judged=judged or (None if found.judged is found.inverse else found.judged),
     )
@@ -613,17 +624,23 @@ def _require_sites_by_position(
         )
 
 
-def _require_own_rows(readers: Mapping[str, Sequence[str]], traced: TracedModel) -> None:
-    """Refuse inputs of whose rows the guide would read others than the model does."""
+def _read_other_rows(
+    readers: Mapping[str, Sequence[str]], traced: TracedModel, *, strict: bool
+) -> tuple[str, ...]:
+    """Refuse inputs of whose rows the guide would read others than the model does; if not strict, note it."""
     wrong = [name for name in traced.other_rows if name in readers]
-    if wrong:
-        raise UnsupportedModelError(
-            f"Expected each element of plate {traced.other_rows[wrong[0]]!r} to depend on the row of its own of "
-            f"{', '.join(map(repr, wrong))}: in order, or taken by the plate's indices, x[ind], "
-            "x.index_select(0, ind) or pyro.subsample(x, event_dim=...); in the model it depends on another row "
-            "(turned, sorted or delayed ones), or on one taken in a way that cannot be followed. Pass the tensor in "
-            "the order in which the elements use it, and take rows by x[ind]."
-        )
+    if not wrong:
+        return ()
+    message = (
+        f"each element of plate {traced.other_rows[wrong[0]]!r} to depend on the row of its own of "
+        f"{', '.join(map(repr, wrong))}: in order, or taken by the plate's indices, x[ind], "
+        "x.index_select(0, ind) or pyro.subsample(x, event_dim=...); in the model it depends on another row "
+        "(turned, sorted or delayed ones), or on one taken in a way that cannot be followed. Pass the tensor in "
+        "the order in which the elements use it, and take rows by x[ind]."
+    )
+    if strict:
+        raise UnsupportedModelError(f"Expected {message}")
+    return (f"not faithful: expected {message}",)
 
 
 def _require_known_indices(blocks: Collection[BlockPlan], inputs: InputPlan, traced: TracedModel) -> None:
