@@ -21,8 +21,8 @@ from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.infer.automatic import Automatic, limits_of
 from pyro_graphflows.infer.batches import TrainingData
 from pyro_graphflows.infer.checkpoints import Checkpoint, seeded
-from pyro_graphflows.infer.epochs import Run
 from pyro_graphflows.infer.compiled import Mode
+from pyro_graphflows.infer.epochs import Run
 from pyro_graphflows.infer.fixed_simulations import Simulations
 from pyro_graphflows.infer.history import History, Progress
 from pyro_graphflows.infer.objectives import Objective
