@@ -235,6 +235,8 @@ class BlockInputs(nn.Module):
         like = self.features.shift
         if name in unconstrained:
             flat = unconstrained[name]
+        elif name in call.scores:
+            flat = call.scores[name].to(like.dtype)
         else:
             flat = self.encodings.flat(name, call.values[name], like.dtype)
         if flat.device != like.device:
@@ -428,8 +430,13 @@ def make_inputs(plan: BlockPlan, samples: Samples, deepset: DeepSet) -> tuple[Bl
     samples = samples.for_block([*plan.sites, *names])
     rows = samples.rows
     maps = {}
+    scores = {node.name: node.score_of for node in plan.context if node.score_of is not None}
     for name in names:
-        if name in pools:
+        if name in scores:
+            size = samples.draws.sites[scores[name]].size
+            seen = torch.zeros(0, size).to(samples.draws.like) if rows is None else rows[name]
+            maps[name] = FeatureMap(None, seen, samples.standardize)
+        elif name in pools:
             seen = torch.zeros(0, pools[name].num_features) if rows is None else rows[name]
             maps[name] = FeatureMap(None, seen, samples.standardize)
         else:

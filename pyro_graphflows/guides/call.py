@@ -90,6 +90,7 @@ class Call:
         supports: The supports of the latent sites.
         given: The values of optional sites that have data in this call.
         in_part: Whether a plate that is a Python loop is subsampled: its sites are about other data in each call.
+        scores: Score features by name (:mod:`~pyro_graphflows.guides.scores`).
     """
 
     values: dict[str, Tensor]
@@ -99,6 +100,7 @@ class Call:
     supports: dict[str, constraints.Constraint] = field(default_factory=dict)
     given: dict[str, Tensor] = field(default_factory=dict)
     in_part: bool = False
+    scores: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

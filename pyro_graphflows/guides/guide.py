@@ -45,6 +45,7 @@ from pyro_graphflows.guides.fitted_data import CallData, FittedData
 from pyro_graphflows.guides.orders import Inverse
 from pyro_graphflows.guides.plan import Description, Plan
 from pyro_graphflows.guides.samples import Samples
+from pyro_graphflows.guides.scores import ScoreReader
 from pyro_graphflows.guides.sites import LatentSite, is_constant
 from pyro_graphflows.guides.start import Start, start_at_, start_block_, whiten_block_
 from pyro_graphflows.guides.transport import Transport
@@ -88,6 +89,7 @@ class AutoFaithfulGuide(AutoGuide):
         init_values: Values at which single sites start.
         setup_seed: The seed of everything random at set-up; the caller's random state is neither used nor advanced.
         optional: Sites that have data in some calls, in the order in which they are sampled where they have none.
+        features: ``"raw"``, ``"score"`` or ``"auto"``.
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
             that returns plates that exist already, for subsampling.
 
@@ -125,6 +127,7 @@ class AutoFaithfulGuide(AutoGuide):
         init_values: Mapping[str, Tensor] = MappingProxyType({}),
         setup_seed: int = 0,
         optional: Sequence[str] = (),
+        features: str = "raw",
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__(model, create_plates=create_plates)
@@ -145,6 +148,7 @@ class AutoFaithfulGuide(AutoGuide):
             init_values=dict(init_values),
             setup_seed=setup_seed,
             optional=optional,
+            features=features,
         )
         self._plan: Plan | None = None
         self._notes: tuple[str, ...] = ()
@@ -158,6 +162,7 @@ class AutoFaithfulGuide(AutoGuide):
         self._reader: CallReader
         self._plate_states: dict[str, PlateState]
         self.blocks: nn.ModuleList
+        self.scores: ScoreReader | None = None
 
     # ---------------------------------------------------------------- set-up
 
@@ -196,6 +201,12 @@ class AutoFaithfulGuide(AutoGuide):
                 standardize=options.standardize,
                 num_rows=options.num_rows,
             )
+            if compiled.scores is not None and samples.values is not None:
+                number = len(next(iter(samples.values.values())))
+                samples = samples.with_values(
+                    compiled.scores.of_draws(compiled.draws, number, compiled.plates)
+                )
+            self.scores = compiled.scores
             blocks, starts = self._make_blocks(compiled, samples)
             self._plan, self._sites, self._reader = compiled.plan, compiled.sites, compiled.reader
             self._plate_states = compiled.plates
@@ -250,7 +261,7 @@ class AutoFaithfulGuide(AutoGuide):
         draws: dict[str, Tensor] = {}
         if chosen:
             try:
-                call = self._read(args, kwargs, None)
+                call = self._read_with_scores(args, kwargs, None)
                 draws = self._flat_draws(args, kwargs)
             except GraphflowsError:  # set up without data: the call that needs them says so
                 call = None
@@ -353,7 +364,7 @@ class AutoFaithfulGuide(AutoGuide):
     ) -> dict[str, Tensor]:
         """Read a call, and emit every latent site; ``unconstrained`` is filled with the flat vectors of its values."""
         plan = self.plan
-        call = self._read(args, kwargs, observations)
+        call = self._read_with_scores(args, kwargs, observations)
         values: dict[str, Tensor] = {}
         unconstrained = {} if unconstrained is None else unconstrained
         blocks: Any = self._modules["blocks"]  # not self.blocks: forward has shown the parameters to Pyro
@@ -421,6 +432,20 @@ class AutoFaithfulGuide(AutoGuide):
             return emit(name, fn, **infer)
         with poutine.scale(scale=call.scales[name]):
             return emit(name, fn, **infer)
+
+    def _read_with_scores(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], observations: Mapping[str, Tensor] | None
+    ) -> Call:
+        """Read the call, and compute the score features that sites read."""
+        call = self._read(args, kwargs, observations)
+        if self.scores is None:
+            return call
+        missing = [name for name in self.scores.observed if name not in call.values]
+        if missing:
+            raise UnsupportedModelError(
+                f"Expected data of {', '.join(missing)}, whose scores sites read (features=); this call has none."
+            )
+        return replace(call, scores=self.scores.in_call(call, self.model, args, kwargs))
 
     def _read(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], observations: Mapping[str, Tensor] | None
@@ -1039,6 +1064,7 @@ class AutoFaithfulGuide(AutoGuide):
             "notes": (self._notes, self._start_notes),
             "fitted": None if self._fitted is None else (self._fitted.digests(), self._fitted.partial),
             "blocks": tuple(block.to_plain() for block in blocks),
+            "scores": None if self.scores is None else self.scores.to_plain(),
         }
         write_guide(path, self.model, contents, self.state_dict())
 
@@ -1049,6 +1075,7 @@ class AutoFaithfulGuide(AutoGuide):
         with torch.random.fork_rng(devices=[]):  # its random start is replaced
             blocks = [GuideBlock.from_plain(plain) for plain in contents["blocks"]]
         self._plan, self._sites = contents["plan"], contents["sites"]
+        self.scores = None if contents["scores"] is None else ScoreReader.from_plain(contents["scores"])
         self._reader = CallReader.from_plain(contents["reader"], device)
         self._plate_states = contents["plates"]
         self._reader.remember(self._plate_states, {name: site.support for name, site in self._sites.items()})
@@ -1067,6 +1094,8 @@ class AutoFaithfulGuide(AutoGuide):
                 "version."
             ) from error
         self.blocks.to(device)
+        if self.scores is not None:
+            self.scores.to(device)
 
     def bind(self, model: Callable[..., Any]) -> "AutoFaithfulGuide":
         """Give a guide that was pickled its model back (models are not saved with guides)."""
@@ -1129,6 +1158,7 @@ def auto_faithful_guide(
     init_values: Mapping[str, Tensor] = MappingProxyType({}),
     setup_seed: int = 0,
     optional: Sequence[str] = (),
+    features: str = "raw",
     create_plates: Callable[..., Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
 ) -> AutoFaithfulGuide:
@@ -1158,7 +1188,8 @@ def auto_faithful_guide(
             :class:`~pyro_graphflows.ModelGraph`.
         pool: How the data in inner plates reach the sites outside of them (a group's data its own variable, all data
             the global variables): None gives such sites per-element parameters for the data set at hand; ``"deepset"``
-            (or a :class:`~pyro_graphflows.guides.DeepSet` that sets its sizes) summarises the data by a
+            (or a :class:`~pyro_graphflows.guides.DeepSet` that sets its sizes; ``"attention"`` or an
+            :class:`~pyro_graphflows.guides.Attention` weighs elements by what they are) summarises the data by a
             permutation-invariant network, so that they are amortised over data sets of any
             size (:mod:`~pyro_graphflows.guides.conditionals.pooling`; not over subsampled plates).
         init: ``"regression"``: start from the least-squares regression of each site on its parents over joint samples
@@ -1193,6 +1224,10 @@ def auto_faithful_guide(
             Deep Generative Models). They are sampled first, in this order. Each call returns the sites that are latent
             in it. With several, a later one may lack data where an earlier one has some; the reverse is refused where
             the two are dependent.
+        features: What sites read of their data beside the data themselves: ``"raw"``, nothing; ``"score"``, the
+            gradient of the data's log-density at fixed reference values of all latents, as wide as the site is, where
+            the model has one (:mod:`~pyro_graphflows.guides.scores`); ``"auto"``, the same where a regression on
+            held-out joint samples gains by it.
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
             that returns plates that exist already, for subsampling.
         example_kwargs: Keyword arguments of a typical call.
@@ -1236,6 +1271,7 @@ def auto_faithful_guide(
         init_values=init_values,
         setup_seed=setup_seed,
         optional=optional,
+        features=features,
         create_plates=create_plates,
     )
     if example_args or example_kwargs:

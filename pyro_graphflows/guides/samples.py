@@ -187,6 +187,15 @@ class ModelDraws:
             f"{self._batching.reason}."
         )
 
+    def raw(self, num_samples: int) -> dict[str, Tensor]:
+        """Return joint samples as the model drew them, the first of those that :meth:`draw` keeps.
+
+        Args:
+            num_samples: How many.
+        """
+        self.draw(num_samples)
+        return {name: value[:num_samples] for name, value in self._kept.items()}
+
     def _single_runs(self, model: Callable[..., Any]) -> int:
         """Return how many joint samples are drawn one by one: fewer where a run is slow, and never more than wanted."""
         seconds = []
