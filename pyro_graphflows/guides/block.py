@@ -5,7 +5,7 @@ Data, sampled values of other blocks and summaries of other plates become one ve
 (:mod:`~pyro_graphflows.guides.conditionals`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -138,6 +138,42 @@ class BlockInputs(nn.Module):
         if not (features.is_meta or bool(torch.isfinite(features).all())):
             raise self._not_finite(features, call, unconstrained)
         return features
+
+    def of_data(self, call: Call, observed: Collection[str]) -> Tensor | None:
+        """Return the features of data alone, ``(*batch, n)``; None if no observed site is among them.
+
+        Values outside of supports give NaN.
+
+        Args:
+            call: The call.
+            observed: The observed sites.
+        """
+        parts: dict[int, Tensor] = {}
+        read: set[str] = set()
+        for position, name in enumerate(self.names):
+            pool: Any = self.pool(name)
+            nodes = [name] if pool is None else [*self._members(name), *pool.indices]
+            if not all(node in call.values for node in nodes):
+                continue
+            read.update(nodes)
+            if pool is None:
+                parts[position] = self._flat(name, call, {})
+            else:
+                values = {member: self._flat(member, call, {}) for member in self._members(name)}
+                values.update({index: call.values[index] for index in pool.indices})
+                parts[position] = pool(values, call.plates, call.masks)
+        if not read.intersection(observed):
+            return None
+        shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts.values()))
+        flat, chosen = [], []
+        for position, size in enumerate(self.sizes.values()):
+            there = position in parts
+            flat.append(
+                parts[position].expand(*shape, size) if there else self.features.shift.new_zeros(*shape, size)
+            )
+            chosen += [there] * size
+        features: Tensor = self.features(torch.cat(flat, -1))
+        return features[..., torch.tensor(chosen, device=features.device)]
 
     def _not_finite(
         self, features: Tensor, call: Call, unconstrained: Mapping[str, Tensor]

@@ -247,7 +247,6 @@ def compile_guide(
     blocks = make_blocks(inverse, inputs, encodings.event_dims, keys)
     require_outer_sites_first(blocks, inverse, discrete)
     _require_known_indices(blocks, inputs, traced)
-    keep_masks = any(node.summary for block in blocks for node in block.context)
     split = {} if found.elements is None else found.elements.parents
     excluded = _not_fused(options, sites, inputs, split, changing)
     indices = {name: plate.indices for name, plate in plates.items() if plate.indices is not None}
@@ -259,6 +258,8 @@ def compile_guide(
     fused = fusion.priors.sites
     blocks = tuple(replace(b, fused=tuple(site for site in b.sites if site in fused)) for b in blocks)
     readers = readers_of(blocks, inverse.graph.latent)
+    _require_own_rows(readers, traced)
+    keep_masks = any(node.summary for block in blocks for node in block.context)
     read = {node.name for block in blocks for node in block.context}
     unread = [name for name in traced.graph.observed if name in traced.loops and name not in read]
     reader = CallReader(
@@ -589,6 +590,19 @@ def _require_sites_by_position(
             f"Expected the same latent sites for every batch; {', '.join(map(repr, lost[:3]))} are named by the index "
             f"of the datum in the subsampled plate {', '.join(sorted(plates))}. Name them by position, for k, i in "
             'enumerate(pyro.plate(...)): pyro.sample(f"z_{k}", ...), or vectorise: with pyro.plate(...) as ind.'
+        )
+
+
+def _require_own_rows(readers: Mapping[str, Sequence[str]], traced: TracedModel) -> None:
+    """Refuse inputs of whose rows the guide would read others than the model does."""
+    wrong = [name for name in traced.other_rows if name in readers]
+    if wrong:
+        raise UnsupportedModelError(
+            f"Expected each element of plate {traced.other_rows[wrong[0]]!r} to depend on the row of its own of "
+            f"{', '.join(map(repr, wrong))}: in order, or taken by the plate's indices, x[ind], "
+            "x.index_select(0, ind) or pyro.subsample(x, event_dim=...); in the model it depends on another row "
+            "(turned, sorted or delayed ones), or on one taken in a way that cannot be followed. Pass the tensor in "
+            "the order in which the elements use it, and take rows by x[ind]."
         )
 
 

@@ -830,6 +830,27 @@ class AutoFaithfulGuide(AutoGuide):
         depth = max((-state.dim for state in self._plate_states.values()), default=0)
         return Transport(lambda emit: self._run(args, kwargs, observations, emit), depth)
 
+    def data_features(
+        self, *args: Any, observations: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> list[Tensor]:
+        """Return what the networks of the guide read of the data, for each block that reads observed values.
+
+        Args:
+            *args: Positional arguments of the model.
+            observations: Values of observed sites that replace those of the model; batches on the left are kept.
+            **kwargs: Keyword arguments of the model.
+
+        Returns:
+            For each such block the features of data, ``(*batch in the plates, number of features)``; NaN for values
+            outside of supports. An empty list if every latent has parameters instead of reading data.
+        """
+        self._ensure_set_up(args, kwargs)
+        with torch.no_grad(), poutine.block():
+            call = self._read(args, kwargs, observations)
+            blocks: Any = self.blocks
+            found = [block.inputs.of_data(call, self.plan.graph.observed) for block in blocks]
+        return [features for features in found if features is not None]
+
     def given(self, **observations: Tensor) -> Callable[..., dict[str, Tensor]]:
         """Return a callable guide with some observed values fixed.
 

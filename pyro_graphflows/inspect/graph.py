@@ -41,6 +41,7 @@ from pyro_graphflows.inspect.probes import (
     density,
     differentiable,
     require_followed,
+    with_known_rows,
 )
 from pyro_graphflows.inspect.trace import TracedModel, trace_once, undressed
 
@@ -128,7 +129,10 @@ def trace_model(
         raise GraphflowsError(f"Expected resolution 'site' or 'element'; got {resolution!r}.")
     args, kwargs = tuple(model_args), dict(model_kwargs or {})
     traced = trace_once(model, args, kwargs, strict=strict)
-    notes = require_followed(Rerun(model, args, kwargs, traced), strict=strict)
+    rerun = Rerun(model, args, kwargs, traced)
+    notes = require_followed(rerun, strict=strict)
+    if traced.graph.inputs:
+        traced = with_known_rows(rerun)
     traced = replace(traced, notes=tuple(dict.fromkeys((*traced.notes, *notes))))
     if validate:
         traced = _validated(traced, Validation(Rerun(model, args, kwargs, traced), strict).run())
