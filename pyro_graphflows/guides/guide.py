@@ -82,7 +82,9 @@ class AutoFaithfulGuide(AutoGuide):
         standardize: Whether inputs and outputs of the networks are standardised.
         num_start_samples: The number of joint samples of the model that are drawn at set-up.
         strict: Whether to refuse models whose dependencies cannot be traced in full.
-        resolution: ``"site"`` or ``"element"``.
+        resolution: ``"auto"``, ``"site"`` or ``"element"``.
+        rank: The rank of the covariance of long vectors beside its diagonal.
+        budget: The most weights of one site.
         coupled_rank: The rank of the dependence of copies that are drawn jointly.
         enumerate_sites: Discrete sites that are marked for ``TraceEnum_ELBO``.
         init_values: Values at which single sites start.
@@ -117,7 +119,9 @@ class AutoFaithfulGuide(AutoGuide):
         standardize: bool = True,
         num_start_samples: int = 10_000,
         strict: bool = True,
-        resolution: str = "site",
+        resolution: str = "auto",
+        rank: int | None = None,
+        budget: int | None = None,
         coupled_rank: int | None = None,
         enumerate_sites: bool | Collection[str] = False,
         init_values: Mapping[str, Tensor] = MappingProxyType({}),
@@ -136,6 +140,8 @@ class AutoFaithfulGuide(AutoGuide):
             num_start_samples=num_start_samples,
             strict=strict,
             resolution=resolution,
+            rank=rank,
+            budget=budget,
             coupled_rank=coupled_rank,
             enumerate_sites=enumerate_sites,
             init_values=dict(init_values),
@@ -222,7 +228,11 @@ class AutoFaithfulGuide(AutoGuide):
         """Return the blocks at their starts, and how these are."""
         options = self._options
         starts = []
-        further = {"element_parents": compiled.element_parents, "factors": options.factor_classes()}
+        further = {
+            "element_parents": compiled.element_parents,
+            "factors": options.factor_classes(),
+            "ranks": compiled.ranks,
+        }
         blocks = []
         for plan in compiled.plan.blocks:
             inputs, of_block = make_inputs(plan, samples, options.deepset or DeepSet())
@@ -1138,7 +1148,9 @@ def auto_faithful_guide(
     standardize: bool = True,
     num_start_samples: int = 10_000,
     strict: bool = True,
-    resolution: str = "site",
+    resolution: str = "auto",
+    rank: int | None = None,
+    budget: int | None = None,
     coupled_rank: int | None = None,
     enumerate_sites: bool | Collection[str] = False,
     init_values: Mapping[str, Tensor] = MappingProxyType({}),
@@ -1183,8 +1195,14 @@ def auto_faithful_guide(
         num_start_samples: The number of joint samples of the model that are drawn at set-up.
         strict: Whether to refuse models whose dependencies cannot be traced in full; if not, what cannot be
             followed counts as a dependency on all earlier sites.
-        resolution: ``"site"``, or ``"element"`` to give each element of a vector site its own parents (not with
-            a factor class; see :func:`~pyro_graphflows.get_model_graph` for when that is sound).
+        resolution: ``"auto"``: vectors whose conditional would take more than 200,000 weights are held element by
+            element where the model's elements fall into small groups, and with a covariance of low rank beside a
+            diagonal where they do not (:mod:`~pyro_graphflows.guides.vectors`; ``describe()`` says which); ``"site"``:
+            never element by element; ``"element"``: each element of every vector site has its own parents (not with a
+            factor class; see :func:`~pyro_graphflows.get_model_graph` for when that is sound).
+        rank: The rank of the covariance of long vectors beside its diagonal; None for at most 10.
+        budget: The most weights that the conditional of one vector may take; full covariances are used up to it. None
+            for 200,000 where the covariance is full, a million otherwise.
         coupled_rank: Of latents that stay dependent across a plate
             (:mod:`~pyro_graphflows.guides.conditionals.coupled`): the rank of the dependence, 0 for a parameter for
             each pair of elements; None to choose by the size of the plate.
@@ -1238,6 +1256,8 @@ def auto_faithful_guide(
         num_start_samples=num_start_samples,
         strict=strict,
         resolution=resolution,
+        rank=rank,
+        budget=budget,
         coupled_rank=coupled_rank,
         enumerate_sites=enumerate_sites,
         init_values=init_values,
