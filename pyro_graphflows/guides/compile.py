@@ -18,10 +18,17 @@ from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, Unsupport
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.graphs.order_search import AutoOrder
-from pyro_graphflows.guides.call import CallReader, PlateState, plates_of, require_shape, site_mask
+from pyro_graphflows.guides.call import (
+    CallReader,
+    PlateState,
+    plates_of,
+    refuse_empty_plates,
+    require_shape,
+    site_mask,
+)
 from pyro_graphflows.guides.conditionals.contract import ElementParents, Family, SiteRole
 from pyro_graphflows.guides.conditionals.factors import ElementNormalFactor, Factor, NormalFactor
-from pyro_graphflows.guides.conditionals.pooling import DeepSet
+from pyro_graphflows.guides.conditionals.pooling import Attention, DeepSet
 from pyro_graphflows.guides.families import Normal
 from pyro_graphflows.guides.fusion import FusionQuestion, plan_fusion
 from pyro_graphflows.guides.inputs import InputOptions, InputPlan, plan_inputs, sites_concerned
@@ -46,8 +53,10 @@ from pyro_graphflows.guides.plan import (
     mean_field_condition,
     readers_of,
     ways_in,
+    with_scores,
 )
 from pyro_graphflows.guides.samples import ModelDraws
+from pyro_graphflows.guides.scores import ScoreReader, judge_scores, score_name, sites_with_scores
 from pyro_graphflows.guides.sites import (
     REMEDIES_OF_NAN,
     InputEncodings,
@@ -73,7 +82,9 @@ from pyro_graphflows.inspect.trace import (
 
 __all__ = ["Compiled", "GuideOptions", "compile_guide"]
 
+POOLINGS: Mapping[str, type[DeepSet]] = {"deepset": DeepSet, "attention": Attention}
 EXACT_KL = (NormalFactor, ElementNormalFactor)  # factors for which a KL is registered, before any bijection
+SCORE_DRAWS = 1000  # joint samples whose means are the reference values of scores
 MOST_VALUES_TRIED = 32  # of a discrete site, to see whether supports of others change with it
 
 
@@ -97,6 +108,7 @@ class GuideOptions:
     init_values: Mapping[str, Tensor] = field(default_factory=dict)
     setup_seed: int = 0
     optional: Sequence[str] = ()
+    features: str = "raw"
 
     def __post_init__(self) -> None:
         if isinstance(self.optional, str) or not all(isinstance(name, str) for name in self.optional):
@@ -109,8 +121,16 @@ class GuideOptions:
             raise GraphflowsError(f"Expected init='regression' or 'random'; got {self.init!r}.")
         if self.num_start_samples < 1:
             raise GraphflowsError(f"Expected num_start_samples >= 1; got {self.num_start_samples}.")
-        if self.pool not in (None, "deepset") and not isinstance(self.pool, DeepSet):
-            raise GraphflowsError(f"Expected pool='deepset', a DeepSet or None; got {self.pool!r}.")
+        if self.features not in ("raw", "score", "auto"):
+            raise GraphflowsError(f"Expected features='raw', 'score' or 'auto'; got {self.features!r}.")
+        if self.features != "raw" and (self.resolution == "element" or self.optional):
+            raise GraphflowsError(
+                f"Expected features='raw' with resolution='element' or optional= sites; got {self.features!r}."
+            )
+        if self.pool not in (None, *POOLINGS) and not isinstance(self.pool, DeepSet):
+            raise GraphflowsError(
+                f"Expected pool='deepset', 'attention', a DeepSet, an Attention or None; got {self.pool!r}."
+            )
         if self.coupled_rank is not None and self.coupled_rank < 0:
             raise GraphflowsError(f"Expected coupled_rank >= 0 or None; got {self.coupled_rank}.")
         if self.init == "regression" and not self.family.can_regress:
@@ -147,7 +167,7 @@ class GuideOptions:
     @property
     def deepset(self) -> DeepSet | None:
         """The shape of pooled summaries; None where nothing is pooled."""
-        return DeepSet() if self.pool == "deepset" else self.pool  # type: ignore[return-value]
+        return POOLINGS[self.pool]() if isinstance(self.pool, str) else self.pool
 
     @property
     def num_rows(self) -> int:
@@ -178,6 +198,7 @@ class Compiled:
         element_parents: For sites whose elements are told apart, the parents of each element.
         ranks: For vectors too long for a full covariance, the rank beside the diagonal.
         draws: The model's draws.
+        scores: The score features that sites read; None without.
     """
 
     plan: Plan
@@ -189,6 +210,7 @@ class Compiled:
     element_parents: ElementParents
     ranks: Mapping[str, int]
     draws: ModelDraws
+    scores: ScoreReader | None = None
 
 
 def compile_guide(
@@ -210,8 +232,12 @@ def compile_guide(
         GraphflowsError: If an option names a site that the model has not, or one that it does not fit.
     """
     argument_leaves(model, args, kwargs)  # refuses arguments that do not fit
-    with quiet_run(model):
-        run_model(model, args, kwargs)
+    try:
+        with quiet_run(model):
+            run_model(model, args, kwargs)
+    except ZeroDivisionError as error:
+        refuse_empty_plates(error)
+        raise
     seed_random_state(options.setup_seed)
     model = with_latent(model, options.optional)
     trace = _trace(model, args, kwargs, options)
@@ -272,12 +298,19 @@ def compile_guide(
     fused = fusion.priors.sites
     blocks = tuple(replace(b, fused=tuple(site for site in b.sites if site in fused)) for b in blocks)
     readers = readers_of(blocks, inverse.graph.latent)
-    _require_own_rows(readers, traced)
+    other_rows = _read_other_rows(readers, traced, strict=options.strict)
     keep_masks = any(node.summary for block in blocks for node in block.context)
     read = {node.name for block in blocks for node in block.context}
     unread = [name for name in traced.graph.observed if name in traced.loops and name not in read]
     reader = CallReader(
         *(traced, encodings), keep_masks=keep_masks, readers=readers, unread=unread, optional=options.optional
+    )
+    scores, left_out, said = _scores(options, draws, inverse, plates, bool(changing) or elements)
+    if scores is not None:
+        blocks = with_scores(blocks, {site: score_name(site) for site in scores.observed_children}, left_out)
+    inputs = replace(
+        inputs,
+        remarks={**inputs.remarks, **{s: (*inputs.remarks.get(s, ()), line) for s, line in said.items()}},
     )
     order = [site for block in blocks for site in block.sites]
     _require_known_supports(changing, order, inverse.order, sites)
@@ -307,7 +340,7 @@ def compile_guide(
         changing=changing,
         enumerated=enumerated,
         copies=() if enumerated or traced.graph.marginalised else traced.copies,
-        notes=tuple(traced.notes),
+        notes=(*traced.notes, *other_rows),
         hints=hints,
         judged=judged or (None if found.judged is found.inverse else found.judged),
     )
@@ -315,10 +348,60 @@ def compile_guide(
     element_parents = {
         name: parents for name, parents in split.items() if name not in options.factor_classes()
     }
-    return Compiled(plan, traced, sites, reader, plates, families, element_parents, vectors.ranks, draws)
+    return Compiled(
+        *(plan, traced, sites, reader, plates, families, element_parents, vectors.ranks, draws),
+        scores=scores,
+    )
 
 
 # ---------------------------------------------------------------- steps
+
+
+def _scores(
+    options: GuideOptions,
+    draws: ModelDraws,
+    inverse: InverseGraph,
+    plates: Mapping[str, PlateState],
+    varying: bool,
+) -> tuple[ScoreReader | None, dict[str, tuple[str, ...]], dict[str, str]]:
+    """Return the scores that sites read, the data that some leave out for them, and remarks on sites with data."""
+    if options.features == "raw":
+        return None, {}, {}
+    traced, sites, readable = draws.traced, draws.sites, draws.encodings.event_dims
+    found = sites_with_scores(traced, inverse, sites, plates, readable)
+    said = {site: f"no score feature: {reason}" for site, reason in found.reasons.items()}
+    children = dict(found.children)
+    if varying or draws.encodings.partly:
+        reason = "data or supports come and go, or elements of vectors have parents of their own"
+        said.update(dict.fromkeys(children, f"no score feature: {reason}"))
+        children = {}
+    if not children:
+        return None, {}, said
+    nodes: Any = traced.trace.nodes
+    event_dims = {name: len(nodes[name]["fn"].event_shape) for each in children.values() for name in each}
+    around = {name: tuple(inverse.graph.plates[name]) for name in sites}
+    reader = ScoreReader(children, sites, around, event_dims)
+    try:
+        reader.set_references_(draws, SCORE_DRAWS)
+        verdicts = judge_scores(reader, draws, inverse, plates, readable)
+    except UnsupportedModelError as error:
+        said.update(dict.fromkeys(children, f"no score feature: {error}"))
+        return None, {}, said
+    except (RuntimeError, ValueError, IndexError) as error:
+        reason = str(error).strip().split("\n")[0]
+        said.update(dict.fromkeys(children, f"no score feature: the model does not take batches ({reason})"))
+        return None, {}, said
+    kept = [site for site in children if options.features == "score" or verdicts[site].helps]
+    left_out = {site: children[site] for site in kept if verdicts[site].suffices}
+    for site in children:
+        what = "no score feature" if site not in kept else "reads its score"
+        instead = f" in place of {', '.join(left_out[site])}" if site in left_out else ""
+        said[site] = f"{what}{instead} ({verdicts[site]})"
+    if not kept:
+        return None, {}, said
+    chosen = ScoreReader({site: children[site] for site in kept}, sites, around, event_dims)
+    chosen.load_state_dict(reader.state_dict())
+    return chosen.to(draws.like.device, draws.like.dtype), left_out, said
 
 
 def _trace(
@@ -650,17 +733,23 @@ def _require_sites_by_position(
         )
 
 
-def _require_own_rows(readers: Mapping[str, Sequence[str]], traced: TracedModel) -> None:
-    """Refuse inputs of whose rows the guide would read others than the model does."""
+def _read_other_rows(
+    readers: Mapping[str, Sequence[str]], traced: TracedModel, *, strict: bool
+) -> tuple[str, ...]:
+    """Refuse inputs of whose rows the guide would read others than the model does; if not strict, note it."""
     wrong = [name for name in traced.other_rows if name in readers]
-    if wrong:
-        raise UnsupportedModelError(
-            f"Expected each element of plate {traced.other_rows[wrong[0]]!r} to depend on the row of its own of "
-            f"{', '.join(map(repr, wrong))}: in order, or taken by the plate's indices, x[ind], "
-            "x.index_select(0, ind) or pyro.subsample(x, event_dim=...); in the model it depends on another row "
-            "(turned, sorted or delayed ones), or on one taken in a way that cannot be followed. Pass the tensor in "
-            "the order in which the elements use it, and take rows by x[ind]."
-        )
+    if not wrong:
+        return ()
+    message = (
+        f"each element of plate {traced.other_rows[wrong[0]]!r} to depend on the row of its own of "
+        f"{', '.join(map(repr, wrong))}: in order, or taken by the plate's indices, x[ind], "
+        "x.index_select(0, ind) or pyro.subsample(x, event_dim=...); in the model it depends on another row "
+        "(turned, sorted or delayed ones), or on one taken in a way that cannot be followed. Pass the tensor in "
+        "the order in which the elements use it, and take rows by x[ind]."
+    )
+    if strict:
+        raise UnsupportedModelError(f"Expected {message}")
+    return (f"not faithful: expected {message}",)
 
 
 def _require_known_indices(blocks: Collection[BlockPlan], inputs: InputPlan, traced: TracedModel) -> None:
