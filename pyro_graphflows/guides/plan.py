@@ -13,7 +13,7 @@ A plan is complete when it is made, and nothing changes it.
 
 import hashlib
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import networkx as nx
 
@@ -32,6 +32,7 @@ __all__ = [
     "mean_field_condition",
     "readers_of",
     "ways_in",
+    "with_scores",
 ]
 
 
@@ -52,11 +53,13 @@ class Conditioning:
         name: The node, or the name of a summary.
         how: ``"same"``, ``"broadcast"`` or ``"pooled"``.
         summary: What a summary is made of.
+        score_of: The site whose score this is.
     """
 
     name: str
     how: str
     summary: Summary | None = None
+    score_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -319,6 +322,31 @@ def make_blocks(
         done |= set(depth)
         remaining = [site for site in remaining if site not in depth]
     return tuple(blocks)
+
+
+def with_scores(
+    blocks: Sequence[BlockPlan], names: Mapping[str, str], left_out: Mapping[str, Collection[str]]
+) -> tuple[BlockPlan, ...]:
+    """Return blocks whose sites read scores too.
+
+    Args:
+        blocks: The blocks.
+        names: For each site that reads one, the name of its score.
+        left_out: The nodes that a site does not read any more.
+    """
+    found = []
+    for block in blocks:
+        mine = {site: names[site] for site in block.sites if site in names}
+        scores = tuple(Conditioning(name, "same", score_of=site) for site, name in mine.items())
+        parents = {
+            site: tuple(name for name in seen if name not in left_out.get(site, ()))
+            for site, seen in block.parents.items()
+        }
+        parents.update({site: (*parents[site], name) for site, name in mine.items()})
+        read = {name for seen in parents.values() for name in seen}
+        context = tuple(node for node in (*block.context, *scores) if node.name in read)
+        found.append(replace(block, context=context, parents=parents))
+    return tuple(found)
 
 
 def readers_of(blocks: Sequence[BlockPlan], latent: Collection[str]) -> dict[str, tuple[str, ...]]:
