@@ -5,6 +5,7 @@ Data, sampled values of other blocks and summaries of other plates become one ve
 (:mod:`~pyro_graphflows.guides.conditionals`).
 """
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_graphflows.capture import is_capturing
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.call import Call
 from pyro_graphflows.guides.conditionals.contract import (
@@ -135,7 +137,7 @@ class BlockInputs(nn.Module):
                 f"Expected {expected} conditioning features in all, as when the guide was set up; got {sizes}."
             )
         features: Tensor = self.features(flat)
-        if not (features.is_meta or bool(torch.isfinite(features).all())):
+        if not (features.is_meta or is_capturing() or _all_finite(features)):
             raise self._not_finite(features, call, unconstrained)
         return features
 
@@ -499,3 +501,9 @@ def _make_pool(summary: Summary, samples: Samples, deepset: DeepSet) -> tuple[Po
     values = {name: with_depth(samples.values[name], depth) for name in summary.members}
     values.update({name: draws.argument(name) for name in pool.indices})
     return pool, pool.of_samples(values, samples.plates, fit=samples.standardize)
+
+
+def _all_finite(values: Tensor) -> bool:
+    """Whether all values are finite: by their sum, and one by one where that is not."""
+    values = values.detach()
+    return math.isfinite(values.sum().item()) or bool(torch.isfinite(values).all())

@@ -20,6 +20,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
+from pyro.nn.module import _is_module_local_param_enabled
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
@@ -80,7 +81,9 @@ class AutoFaithfulGuide(AutoGuide):
         standardize: Whether inputs and outputs of the networks are standardised.
         num_start_samples: The number of joint samples of the model that are drawn at set-up.
         strict: Whether to refuse models whose dependencies cannot be traced in full.
-        resolution: ``"site"`` or ``"element"``.
+        resolution: ``"auto"``, ``"site"`` or ``"element"``.
+        rank: The rank of the covariance of long vectors beside its diagonal.
+        budget: The most weights of one site.
         coupled_rank: The rank of the dependence of copies that are drawn jointly.
         enumerate_sites: Discrete sites that are marked for ``TraceEnum_ELBO``.
         init_values: Values at which single sites start.
@@ -116,7 +119,9 @@ class AutoFaithfulGuide(AutoGuide):
         standardize: bool = True,
         num_start_samples: int = 10_000,
         strict: bool = True,
-        resolution: str = "site",
+        resolution: str = "auto",
+        rank: int | None = None,
+        budget: int | None = None,
         coupled_rank: int | None = None,
         enumerate_sites: bool | Collection[str] = False,
         init_values: Mapping[str, Tensor] = MappingProxyType({}),
@@ -136,6 +141,8 @@ class AutoFaithfulGuide(AutoGuide):
             num_start_samples=num_start_samples,
             strict=strict,
             resolution=resolution,
+            rank=rank,
+            budget=budget,
             coupled_rank=coupled_rank,
             enumerate_sites=enumerate_sites,
             init_values=dict(init_values),
@@ -150,6 +157,7 @@ class AutoFaithfulGuide(AutoGuide):
         self._fitted: FittedData | None = None
         self._is_fitting = False
         self._warned: set[str] = set()
+        self._places: list[tuple[str, dict[str, Any], str]] | None = None
         self._sites: dict[str, LatentSite]
         self._reader: CallReader
         self._plate_states: dict[str, PlateState]
@@ -205,6 +213,7 @@ class AutoFaithfulGuide(AutoGuide):
             self._notes = () if samples.note is None else (samples.note,)
             self._start_notes = tuple(note for start in starts for note in start.notes)
             self.blocks = nn.ModuleList(blocks)
+            self._places = None
             self._mark_parameters()
             self.prototype_trace = compiled.traced.trace
             self._prototype_frames = {
@@ -227,7 +236,11 @@ class AutoFaithfulGuide(AutoGuide):
         """Return the blocks at their starts, and how these are."""
         options = self._options
         starts = []
-        further = {"element_parents": compiled.element_parents, "factors": options.factor_classes()}
+        further = {
+            "element_parents": compiled.element_parents,
+            "factors": options.factor_classes(),
+            "ranks": compiled.ranks,
+        }
         blocks = []
         for plan in compiled.plan.blocks:
             inputs, of_block = make_inputs(plan, samples, options.deepset or DeepSet())
@@ -338,7 +351,7 @@ class AutoFaithfulGuide(AutoGuide):
                 elements beyond those fitted.
         """
         self._ensure_set_up(args, kwargs)
-        self._claim_parameter_names()
+        self._show_parameters()
         return self._run(args, kwargs, observations, pyro.sample)
 
     def _run(
@@ -354,7 +367,7 @@ class AutoFaithfulGuide(AutoGuide):
         call = self._read_with_scores(args, kwargs, observations)
         values: dict[str, Tensor] = {}
         unconstrained = {} if unconstrained is None else unconstrained
-        blocks: Any = self.blocks  # once: each look-up shows all parameters to Pyro
+        blocks: Any = self._modules["blocks"]  # not self.blocks: forward has shown the parameters to Pyro
         for block, block_plan in zip(blocks, plan.blocks, strict=True):
             conditionals = block.begin(call, unconstrained)
             new = beyond_fitted(block.spec.plates, call.plates) if block_plan.per_element else None
@@ -553,7 +566,40 @@ class AutoFaithfulGuide(AutoGuide):
         changed = {name: supports[name] for name in level if name in self.plan.changing}
         return replace(call, supports={**call.supports, **changed})
 
-    def _claim_parameter_names(self) -> None:
+    def _show_parameters(self) -> None:
+        """Show the parameters to Pyro by ``param`` statements, as a look-up of a module of a PyroModule does.
+
+        Walking through all modules for that at each call would take a sixth of it: where parameters are kept is
+        remembered.
+        """
+        fullname = self._pyro_get_fullname("blocks")
+        places = self._parameter_places()
+        self._claim_parameter_names(fullname, places)
+        if _is_module_local_param_enabled():
+            _ = self.blocks
+            return
+        for name, kept, key in places:
+            parameter = kept[key]
+            if parameter.requires_grad and pyro.param(f"{fullname}$$${name}", parameter) is not parameter:
+                _ = self.blocks  # a handler has put something in its place, which the module takes on
+                return
+
+    def _parameter_places(self) -> list[tuple[str, dict[str, Any], str]]:
+        """Return for each parameter its name, and the dictionary and key where its module keeps it."""
+        if self._places is None:
+            blocks = self._modules["blocks"]
+            assert blocks is not None
+            self._places = [
+                (f"{prefix}.{key}" if prefix else key, module._parameters, key)
+                for prefix, module in blocks.named_modules()
+                for key, parameter in module._parameters.items()
+                if parameter is not None
+            ]
+        return self._places
+
+    def _claim_parameter_names(
+        self, fullname: str, places: Sequence[tuple[str, dict[str, Any], str]]
+    ) -> None:
         """Take this guide's names in the parameter store, from other guides or from a store that was loaded.
 
         The store would hand the optimiser of this call the parameters of the guide that came first, and none of this
@@ -566,10 +612,9 @@ class AutoFaithfulGuide(AutoGuide):
         store = pyro.get_param_store()
         if not len(store):
             return
-        fullname = self._pyro_get_fullname("blocks")
         loaded = []
-        for name, parameter in self._named_parameters():
-            full = f"{fullname}$$${name}"
+        for name, kept, key in places:
+            full, parameter = f"{fullname}$$${name}", kept[key]
             stored = store._params.get(full)
             if stored is None or stored is parameter:
                 continue
@@ -1071,10 +1116,11 @@ class AutoFaithfulGuide(AutoGuide):
             state["_options"] = replace(self._options, inverse=self._plan.inverse, init_values={})
         state["prototype_trace"] = None
         state["_fitted"] = None  # no data in a pickle
+        state["_places"] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update({"_places": None, **state})
         if self._plan is not None:
             self._mark_parameters()
 
@@ -1085,7 +1131,7 @@ class AutoFaithfulGuide(AutoGuide):
             memo[id(part)] = part
         state = self.__dict__.copy()
         shared = {key: state.pop(key) for key in ("_model", "create_plates", "master", "prototype_trace")}
-        state["plates"] = {}
+        state["plates"], state["_places"] = {}, None
         new.__dict__.update(shared)
         new.__dict__.update(copy.deepcopy(state, memo))
         if new._plan is not None:
@@ -1104,7 +1150,9 @@ def auto_faithful_guide(
     standardize: bool = True,
     num_start_samples: int = 10_000,
     strict: bool = True,
-    resolution: str = "site",
+    resolution: str = "auto",
+    rank: int | None = None,
+    budget: int | None = None,
     coupled_rank: int | None = None,
     enumerate_sites: bool | Collection[str] = False,
     init_values: Mapping[str, Tensor] = MappingProxyType({}),
@@ -1151,8 +1199,14 @@ def auto_faithful_guide(
         num_start_samples: The number of joint samples of the model that are drawn at set-up.
         strict: Whether to refuse models whose dependencies cannot be traced in full; if not, what cannot be
             followed counts as a dependency on all earlier sites.
-        resolution: ``"site"``, or ``"element"`` to give each element of a vector site its own parents (not with
-            a factor class; see :func:`~pyro_graphflows.get_model_graph` for when that is sound).
+        resolution: ``"auto"``: vectors whose conditional would take more than 200,000 weights are held element by
+            element where the model's elements fall into small groups, and with a covariance of low rank beside a
+            diagonal where they do not (:mod:`~pyro_graphflows.guides.vectors`; ``describe()`` says which); ``"site"``:
+            never element by element; ``"element"``: each element of every vector site has its own parents (not with a
+            factor class; see :func:`~pyro_graphflows.get_model_graph` for when that is sound).
+        rank: The rank of the covariance of long vectors beside its diagonal; None for at most 10.
+        budget: The most weights that the conditional of one vector may take; full covariances are used up to it. None
+            for 200,000 where the covariance is full, a million otherwise.
         coupled_rank: Of latents that stay dependent across a plate
             (:mod:`~pyro_graphflows.guides.conditionals.coupled`): the rank of the dependence, 0 for a parameter for
             each pair of elements; None to choose by the size of the plate.
@@ -1210,6 +1264,8 @@ def auto_faithful_guide(
         num_start_samples=num_start_samples,
         strict=strict,
         resolution=resolution,
+        rank=rank,
+        budget=budget,
         coupled_rank=coupled_rank,
         enumerate_sites=enumerate_sites,
         init_values=init_values,

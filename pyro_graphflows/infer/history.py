@@ -59,6 +59,7 @@ class History:
         best_epoch: The epoch (from 0) with the lowest validation loss (training loss without validation
             data).
         stop_reason: Why training ended.
+        compilation: With ``fit(..., compile=...)``, what was compiled and how long that took, or why nothing was.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -68,6 +69,7 @@ class History:
     num_steps: int = 0
     best_epoch: int | None = None
     stop_reason: str | None = None
+    compilation: str | None = None
 
     def __len__(self) -> int:
         """Return the number of completed epochs."""

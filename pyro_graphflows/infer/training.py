@@ -35,6 +35,7 @@ from pyro_graphflows.infer.checkpoints import (
     seeded,
     set_random_state,
 )
+from pyro_graphflows.infer.compiled import Mode
 from pyro_graphflows.infer.fixed_simulations import Simulations
 from pyro_graphflows.infer.history import History, Progress
 from pyro_graphflows.infer.objectives import Objective
@@ -60,6 +61,7 @@ def fit(
     checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
     progress: Progress | bool = True,
     seed: int | None = 0,
+    compile: Mode = False,
 ) -> History:
     r"""Train a guide, and the model's own parameters, until the loss stops falling.
 
@@ -111,6 +113,10 @@ def fit(
         progress: Whether to show a bar, or a :class:`Progress`.
         seed: Seed of all random numbers meanwhile; the global generators are put back afterwards. ``None``
             uses them as they are.
+        compile: Whether steps are computed by compiled code (:mod:`~pyro_graphflows.infer.compiled`), which takes
+            tens of seconds at first and then is many times faster where models are small. ``"auto"`` compiles where
+            the steps that are left are estimated to be worth it. What cannot be compiled is computed as without;
+            ``history.compilation`` says what was done, and why. The random numbers are others than without.
 
     Returns:
         The history, with the reason of the end.
@@ -145,6 +151,8 @@ def fit(
             "Expected gradients to be enabled; got a call under torch.no_grad() or inference mode, where nothing would "
             "be trained. Call fit outside of it."
         )
+    if compile not in (True, False, "auto"):
+        raise GraphflowsError(f"Expected compile to be True, False or 'auto'; got {compile!r}.")
     args, kwargs = data.arguments()
     fitting_to = getattr(guide, "fitting_to", None)  # for guides that remember what they were trained on
     with (
@@ -156,7 +164,9 @@ def fit(
         warnings.filterwarnings("ignore", message=r"Encountered (NaN|\+?-?inf)")
         if simulations is not None:
             loss, data = simulations.prepare(model, guide, args, kwargs, loss)
-        trainer = Trainer(Objective(model, guide, loss), data, optimizer, schedule.max_grad_norm, seed)
+        trainer = Trainer(
+            Objective(model, guide, loss), data, optimizer, schedule.max_grad_norm, seed, compile
+        )
         run = _Run(trainer, schedule, checkpoint, {**trainer.settings(), "seed": seed}, progress)
         run.resume()
         return run.train()
@@ -191,10 +201,14 @@ class _Run:
         """Run the epochs that are left; always leave usable parameters."""
         history, parameters = self.history, self.trainer.parameters
         total, shown = self._steps_left(), self.progress.bar
+        compiler = self.trainer.compiler
         try:
             with tqdm(total=total or None, disable=not shown, unit="step", mininterval=0.5) as bar:
                 while self._reason_of_end() is None and not self.finished:
+                    if compiler is not None:
+                        compiler.expect(self._steps_left() or math.inf)
                     self._epoch(bar)
+                    history.compilation = None if compiler is None else compiler.report
             if not self.finished:
                 history.stop_reason = self._reason_of_end()
             if history.validation_loss and self.best is not None:
@@ -212,6 +226,7 @@ class _Run:
                 GraphflowsWarning,
                 stacklevel=3,
             )
+        history.compilation = None if compiler is None else compiler.report
         parameters.forget_gradients()
         logger.info("Training ended: %r", history)
         return history
