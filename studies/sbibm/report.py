@@ -109,8 +109,8 @@ def render(results: Path, out: Path) -> None:
                 cells = [f"{run['held_out_nll']:.3f}", str(run["epochs"]), f"{run['seconds']:.0f}", worst]
                 body.append([f"`{task}`", row, *cells])
         lines += ["Trainings:", "", table(head, body), ""]
-    if (out / "sbibm.png").exists():
-        lines += ["![C2ST by task](sbibm.png)", ""]
+    if (out / "sbibm" / "c2st.png").exists():
+        lines += ["![C2ST by task](sbibm/c2st.png)", ""]
     lines.append(ENDING)
     out.mkdir(parents=True, exist_ok=True)
     (out / "sbibm.md").write_text("\n".join(lines))
@@ -142,8 +142,8 @@ def draw(results: Path, out: Path) -> None:
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     axes.legend(unique.values(), unique.keys(), fontsize=8, ncols=2)
-    out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out / "sbibm.png", dpi=110)
+    (out / "sbibm").mkdir(parents=True, exist_ok=True)
+    figure.savefig(out / "sbibm" / "c2st.png", dpi=110)
 
 
 def main() -> None:
