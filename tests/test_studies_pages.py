@@ -29,7 +29,9 @@ def test_a_page_is_what_its_report_draws(study, tmp_path):
     (tmp_path / study).mkdir()
     for picture in (PAGES / study).glob("*.png"):  # pages show those that are there
         (tmp_path / study / picture.name).write_bytes(picture.read_bytes())
-    render = {"siren_vae": siren_vae, "density": density, "graph_vae": graph_vae, "sbibm": sbibm}[study].render
+    render = {"siren_vae": siren_vae, "density": density, "graph_vae": graph_vae, "sbibm": sbibm}[
+        study
+    ].render
     render(ROOT / "studies" / study / "results.jsonl", tmp_path)
     drawn = sorted(tmp_path.glob("*.md"))
     assert drawn
