@@ -318,7 +318,7 @@ PYRO_TESTS = {
     "test_exact": "test_chains_and_trees_are_exact",
     "test_exact_batch": "test_chains_and_trees_are_exact",
     "test_exact_tree": "test_chains_and_trees_are_exact",
-    "test_autonormal_dynamic_model": "not applicable: guides never share parameters by name, and sites that come and go "
+    "test_autonormal_dynamic_model": "not applicable: parameters are never shared by name, and sites that come and go "
     "are refused (tests/test_calls_structure.py)",
 }
 
