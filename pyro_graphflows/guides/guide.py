@@ -821,7 +821,19 @@ class AutoFaithfulGuide(AutoGuide):
         observations = kwargs.pop("observations", None)
         self._ensure_set_up(args, kwargs)
         with torch.no_grad(), poutine.block():
-            return self._run(args, kwargs, observations, _centre)
+            values = self._run(args, kwargs, observations, _centre)
+        return {name: self._in_plates(name, value) for name, value in values.items()}
+
+    def _in_plates(self, name: str, value: Tensor) -> Tensor:
+        """Return a value with all elements of the plates around its site, also of one that looks at nothing."""
+        event = self._sites[name].event_shape
+        plates = [self.plates[plate] for plate in self.block_of(name).plan.plates]
+        batch = [1] * max([value.dim() - len(event), *(-plate.dim for plate in plates)])
+        for plate in plates:
+            batch[plate.dim] = plate.subsample_size
+        for dim in range(-1, len(event) - value.dim() - 1, -1):
+            batch[dim] = max(batch[dim], value.shape[dim - len(event)])
+        return value.expand(torch.Size(batch) + event)
 
     def quantiles(
         self, quantiles: Sequence[float] | Tensor, *args: Any, num_draws: int = 1000, **kwargs: Any
