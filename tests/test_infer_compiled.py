@@ -133,6 +133,22 @@ def test_faithful_guides_are_compiled(family):
     assert loss.report.startswith("compiled"), loss.report
 
 
+def test_bounded_networks_are_computed_as_they_are_and_the_report_says_where():
+    def network(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.3), obs=x)
+
+    x = torch.randn(9)
+    flow = auto_faithful_guide(network, x, family="flow")
+    loss = CompiledLoss(network, flow)
+    parameters = loss.parameters(x)
+    assert isinstance(loss.loss_and_grads(x), float)
+    assert loss.report.startswith("not compiled: a number is read out of a tensor"), loss.report
+    assert "lipschitz.py" in loss.report
+    assert any(parameter.grad is not None for parameter in parameters)
+
+
 def test_inference_compilation_is_compiled():
     def network(x=None, n=5):
         with pyro.plate("data", n if x is None else len(x)):
