@@ -2,13 +2,15 @@
 
 import math
 import warnings
+from itertools import islice
 from typing import Any
 
 import torch
 from pyro import poutine
+from torch import Tensor
 
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
-from pyro_graphflows.infer.batches import Batch, TrainingData
+from pyro_graphflows.infer.batches import Batch, Batches, TrainingData
 from pyro_graphflows.infer.checkpoints import random_state, seeded, set_random_state
 from pyro_graphflows.infer.compiled import Compiler, Mode
 from pyro_graphflows.infer.objectives import Objective, SiteWatch
@@ -59,6 +61,7 @@ class Trainer:
         self.batches = data.batches(seed)
         self.held_out = data.held_out()
         self.max_grad_norm = max_grad_norm
+        self._judged: list[Batch] | None = None
 
         self.parameters = ParameterSet(model=objective.model, guide=objective.guide)
         self.compiler = Compiler(objective, self.parameters, compile) if compile else None
@@ -135,6 +138,36 @@ class Trainer:
                 total += loss / (self.data.full_size or batch.size) * batch.size
                 count += batch.size
         return total / count
+
+    def replicates(self, num: int) -> Tensor:
+        """Return losses in nats per datum that differ between two states of the parameters by these alone.
+
+        Each is of a batch, of the validation data where there are some, with random numbers of its own, the same in
+        every call.
+
+        Args:
+            num: Their number.
+
+        Raises:
+            NotFiniteError: If one is not finite.
+        """
+        if self._judged is None:
+            data, size = self.data.data, self.batches.batch_size
+            if self.held_out is not None:
+                self._judged = list(islice(self.held_out, num))
+            elif self.batches.is_shuffled:
+                self._judged = list(islice(Batches(data, size, shuffle=True, seed=_VALIDATION_SEED), num))
+            else:
+                self._judged = [self.batches.first()]
+        losses = []
+        with evaluation_mode(self.objective.model, self.objective.guide):
+            for place in range(num):
+                batch = self._judged[place % len(self._judged)]
+                with seeded(_VALIDATION_SEED + place):
+                    losses.append(
+                        self._evaluate(batch, "between two cycles") / (self.data.full_size or batch.size)
+                    )
+        return torch.tensor(losses, dtype=torch.double)
 
     # -------------------------------------------------------------------------------------------------- state
     def settings(self) -> dict[str, Any]:
