@@ -39,7 +39,7 @@ from pyro_graphflows.guides.conditionals.pooling import (
 from pyro_graphflows.guides.features import FeatureMap, concatenate
 from pyro_graphflows.guides.inputs import Summary
 from pyro_graphflows.guides.plan import BlockPlan
-from pyro_graphflows.guides.samples import Samples, side_by_side, with_depth
+from pyro_graphflows.guides.samples import Samples, columns_of, side_by_side, with_depth
 from pyro_graphflows.guides.sites import REMEDIES_OF_NAN, InputEncodings
 
 Pool = PlainPool | Embedding
@@ -349,15 +349,19 @@ class GuideBlock(nn.Module):
         weights: Mapping[str, Any],
         intercept: Tensor | float,
         scale: Tensor | float,
+        *,
+        fused: bool = False,
     ) -> None:
         """Make one site's conditional linear-Gaussian, in the units of the data and of unconstrained latents.
+
+        With ``fused`` it is the factor beside the prior that becomes linear-Gaussian, in the coordinate of the prior.
 
         The shifts and scales on the way, of data, of parents, of summaries of other plates and of the site itself, are
         worked into weights and location. Data on a half-line count by their logarithm, data in (0, 1) by their logit.
         See :meth:`~pyro_graphflows.guides.AutoFaithfulGuide.set_linear_`.
         """
         conditionals, parents = self.conditionals, self.plan.parents[site]
-        shift, width = conditionals.output_units(site)
+        shift, width = conditionals.fused_units(site) if fused else conditionals.output_units(site)
         loc = torch.as_tensor(intercept, dtype=shift.dtype).expand(len(shift)) - shift
         standard: dict[str, Tensor] = {}
         pooled: set[str] = set()
@@ -409,7 +413,10 @@ class GuideBlock(nn.Module):
                 f"with a positive diagonal; got {torch.as_tensor(scale).tolist()}."
             )
         linear = LinearConditional(standard, loc / width, tril / width.unsqueeze(-1))
-        conditionals.set_linear_(site, linear)
+        if fused:
+            conditionals.set_fused_(site, linear)
+        else:
+            conditionals.set_linear_(site, linear)
 
 
 def _require_coordinates(features: FeatureMap, part: slice, name: str) -> None:
@@ -449,7 +456,10 @@ def make_inputs(
                 pools[node.name], values = _make_pool(node.summary, samples, deepset)
             samples = samples.with_values({} if values is None else {node.name: values})
     names = [node.name for node in plan.context]
-    samples = samples.for_block([*plan.sites, *names])
+    of_priors = [
+        column for site in plan.fused for column in columns_of(site) if column in (samples.values or {})
+    ]
+    samples = samples.for_block([*plan.sites, *names, *of_priors])
     rows = samples.rows
     maps = {}
     scores = {node.name: node.score_of for node in plan.context if node.score_of is not None}

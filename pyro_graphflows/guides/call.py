@@ -48,6 +48,7 @@ __all__ = [
     "CallReader",
     "PlateState",
     "SiteForm",
+    "call_key",
     "chosen_indices",
     "input_rows",
     "plates_of",
@@ -696,6 +697,15 @@ def _require_plates(name: str, site: Mapping[str, Any]) -> None:
             f"{tuple(site['fn'].batch_shape)}, whose dimension {dims[-1]} is in no plate. Give inputs and data one "
             "shape, for example by x.squeeze(-1)."
         )
+
+
+def call_key(arguments: Any) -> Hashable | None:
+    """Return a key that is equal for calls that differ in the contents of tensors only; None if unsure.
+
+    Args:
+        arguments: Positional and keyword arguments.
+    """
+    return _shape_of(arguments)
 
 
 def _shape_of(arguments: Any, *, of_objects: bool = False, depth: int = 0) -> Hashable | None:

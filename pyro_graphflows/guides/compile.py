@@ -30,6 +30,7 @@ from pyro_graphflows.guides.conditionals.contract import ElementParents, Family,
 from pyro_graphflows.guides.conditionals.factors import ElementNormalFactor, Factor, NormalFactor
 from pyro_graphflows.guides.conditionals.pooling import Attention, DeepSet
 from pyro_graphflows.guides.families import Normal
+from pyro_graphflows.guides.fusion import FusionQuestion, plan_fusion
 from pyro_graphflows.guides.inputs import InputOptions, InputPlan, plan_inputs, sites_concerned
 from pyro_graphflows.guides.orders import (
     NAMED_INVERSES,
@@ -292,6 +293,17 @@ def compile_guide(
     blocks = make_blocks(inverse, inputs, encodings.event_dims, keys)
     require_outer_sites_first(blocks, inverse, discrete)
     _require_known_indices(blocks, inputs, traced)
+    split = {} if found.elements is None else found.elements.parents
+    excluded = _not_fused(options, sites, inputs, split, changing)
+    excluded.update(dict.fromkeys(vectors.ranks, "its covariance is of low rank"))
+    indices = {name: plate.indices for name, plate in plates.items() if plate.indices is not None}
+    fusion = plan_fusion(
+        FusionQuestion(
+            *(model, (args, kwargs), traced, sites, families, inverse, blocks, enumerated, excluded, indices)
+        )
+    )
+    fused = fusion.priors.sites
+    blocks = tuple(replace(b, fused=tuple(site for site in b.sites if site in fused)) for b in blocks)
     readers = readers_of(blocks, inverse.graph.latent)
     other_rows = _read_other_rows(readers, traced, strict=options.strict)
     keep_masks = any(node.summary for block in blocks for node in block.context)
@@ -322,9 +334,16 @@ def compile_guide(
         inputs=inputs,
         blocks=blocks,
         analytic_kl=_analytic_kl(
-            options, inputs, families, sites, mean_field_condition(inverse.graph, inverse), vectors.ranks
+            options,
+            inputs,
+            families,
+            sites,
+            mean_field_condition(inverse.graph, inverse),
+            {*vectors.ranks, *fused},
         ),
+        priors=fusion.priors,
         labels=_labels(options, sites, enumerated, vectors),
+        not_fused=fusion.reasons,
         ways=ways_in(inverse, inputs, traced.without_data),
         changing=changing,
         enumerated=enumerated,
@@ -334,7 +353,6 @@ def compile_guide(
         judged=judged or (None if found.judged is found.inverse else found.judged),
     )
     _require_served(plan, options.optional)
-    split = {} if found.elements is None else found.elements.parents
     element_parents = {
         name: parents for name, parents in split.items() if name not in options.factor_classes()
     }
@@ -641,7 +659,7 @@ def _analytic_kl(
     families: Mapping[str, Family],
     sites: Mapping[str, LatentSite],
     condition: Mapping[str, bool],
-    ranks: Collection[str],
+    sampled: Collection[str],
 ) -> dict[str, bool]:
     """Return for each site whether its KL term may be analytic: the condition holds, and its factor has one."""
     classes = options.factor_classes()
@@ -650,8 +668,27 @@ def _analytic_kl(
         family = families[name]
         factor = classes.get(name, family.factor if isinstance(family, Normal) else None)
         normal = site.is_real and len(site.event_shape) < 2 and factor in EXACT_KL
-        found[name] = condition[name] and normal and name not in inputs.coupled and name not in ranks
+        found[name] = condition[name] and normal and name not in inputs.coupled and name not in sampled
     return found
+
+
+def _not_fused(
+    options: GuideOptions,
+    sites: Mapping[str, LatentSite],
+    inputs: InputPlan,
+    split: Collection[str],
+    changing: Collection[str],
+) -> dict[str, str]:
+    """Return the sites whose factor cannot be multiplied by a prior, with the reasons."""
+    reasons = dict.fromkeys(changing, "its support depends on other latent sites")
+    reasons.update(dict.fromkeys(inputs.coupled, "its copies are drawn jointly"))
+    reasons.update(dict.fromkeys(split, "its elements have parents of their own"))
+    reasons.update(dict.fromkeys(options.factor_classes(), "it has a factor of the user's"))
+    family = options.family
+    if isinstance(family, Normal) and family.factor is not NormalFactor:
+        own = [name for name in sites if sites[name].encoding is None and name not in options.factors]
+        reasons.update(dict.fromkeys(own, "it has a factor of the user's"))
+    return {name: reason for name, reason in reasons.items() if name in sites}
 
 
 # ---------------------------------------------------------------- refusals

@@ -21,6 +21,7 @@ from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.graphs.separation import violated_independencies
 from pyro_graphflows.guides.inputs import Coupling, InputPlan, Summary
+from pyro_graphflows.guides.prior_plan import PriorPlan
 
 __all__ = [
     "BlockPlan",
@@ -76,6 +77,7 @@ class BlockPlan:
             are in plates that they are not in.
         non_exchangeable: For sites that need an affine map for each index of some plates, these plates.
         coupled: The sites whose copies are drawn jointly across plates.
+        fused: The sites whose conditionals are their priors times a factor.
     """
 
     plates: tuple[str, ...]
@@ -85,6 +87,7 @@ class BlockPlan:
     per_element: tuple[str, ...] = ()
     non_exchangeable: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     coupled: Mapping[str, Coupling] = field(default_factory=dict)
+    fused: tuple[str, ...] = ()
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -109,6 +112,8 @@ class Plan:
         copies: The Delta sites of the model that the guide repeats.
         notes: Notes on the model as it was traced.
         hints: What else could be asked for.
+        priors: Which sites are fused with their priors, and the runs of the model that give these.
+        not_fused: Why sites that depend on others in the model are not fused.
         judged: The inverse whose faithfulness counts, where it is another than ``inverse``: of elements, or with plates
             nested by an index.
     """
@@ -126,6 +131,8 @@ class Plan:
     notes: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
     judged: InverseGraph | None = None
+    priors: PriorPlan = field(default_factory=PriorPlan)
+    not_fused: Mapping[str, str] = field(default_factory=dict)
 
     def digest(self) -> bytes:
         """Return what tells plans apart whose networks read other things, or in another order."""
@@ -158,9 +165,12 @@ class Plan:
                     looks = ", ".join(self._input(parent, site) for parent in inverse.parents[site])
                     term = "analytic KL" if self.analytic_kl[site] else "sampled KL"
                     kind = "per-element parameters" if site in block.per_element else "amortised"
-                    label = f", {self.labels[site]}" if site in self.labels else ""
+                    label = ", fused with its prior" if site in block.fused else ""
+                    label += f", {self.labels[site]}" if site in self.labels else ""
                     lines.append(f"  level {depth}: {site} | {looks or 'nothing'}  [{kind}, {term}{label}]")
                     lines += [f"    {remark}" for remark in self.inputs.remarks.get(site, ())]
+                    if site in self.not_fused:
+                        lines.append(f"    not fused with its prior: {self.not_fused[site]}")
         if graph.marginalised:
             lines.append(f"Marginalised (no factor): {', '.join(map(str, graph.marginalised))}.")
         lines += [

@@ -32,7 +32,7 @@ from pyro_graphflows.inspect import (
 from pyro_graphflows.inspect.arguments import argument_leaves, replaced_arguments
 from pyro_graphflows.inspect.trace import quiet_run, run_model
 
-__all__ = ["MOST_ROWS", "ModelDraws", "Samples", "side_by_side", "with_depth"]
+__all__ = ["MOST_ROWS", "ModelDraws", "Samples", "columns_of", "side_by_side", "with_depth"]
 
 MOST_ROWS = 200_000  # in the block with the most elements, for a joint sample
 MOST_POOLED_ROWS = 500_000  # the same where plates are pooled: a whole data set is one sample
@@ -175,6 +175,10 @@ class ModelDraws:
         given = {name: self._indices_argument(name) for name in indices}
         replaced = {id(leaf): indices[name] for name, leaf in given.items() if leaf is not None}
         return replaced_arguments(self.args, self.kwargs, replaced)
+
+    def latent_values(self, number: int) -> dict[str, Tensor]:
+        """Return the values of the latent sites, as the model has them, in the first of the joint samples kept."""
+        return {name: self._kept[name][:number] for name in self.sites}
 
     @property
     def note(self) -> str | None:
@@ -334,6 +338,11 @@ class Samples:
     def aligned(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return joint samples of some nodes, plates apart, with as many batch dimensions each."""
         return _at_one_depth(self.values or {}, names)
+
+
+def columns_of(site: str) -> tuple[str, str]:
+    """Return the names of a fused site's columns beside samples: its prior, its value in the coordinate of that."""
+    return f"{site}: prior", f"{site}: coordinate"
 
 
 def _latents_of(model: Callable[..., Any], traced: TracedModel) -> tuple[Callable[..., Any], TracedModel]:

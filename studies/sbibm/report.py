@@ -52,8 +52,7 @@ ENDING = """\
 Published: NPE with 10,000 simulations, and the best of eight methods with 100,000, means over ten observations. A mean
 ± its standard error over observations; in brackets their number where it is not ten. One seed; k-hat is the largest of
 an observation's importance weights. Machine: 2 CPU cores, shared. `make sbibm` goes on from
-`studies/sbibm/results.jsonl` and makes this page again: a dash, a task or a row that is missing was not run. By
-simulation alone the guides are no better than NPE where that was measured; the density makes the difference.
+`studies/sbibm/results.jsonl` and makes this page again: a dash, a task or a row that is missing was not run.
 
 References: Lueckmann, Boelts, Greenberg, Goncalves and Macke (2021), Benchmarking Simulation-Based Inference, AISTATS.
 """
