@@ -35,10 +35,12 @@ MAY_IMPORT = {
     "inspect": "errors graphs",
     "guides": "distributions errors graphs inspect masks nn regression tensor_files transforms",
     # Any Pyro guide will do: nothing of our own guides.
-    "infer": "errors graphs inspect masks nn transforms whole_files",
+    "infer": "errors graphs inspect masks nn plotting transforms whole_files",
     "models": "errors graphs guides infer inspect masks nn transforms",
     "plotting": "errors graphs",
     "datasets": "errors",
+    "report": "errors graphs guides infer plotting whole_files",
+    "__main__": "report",
     "testing": "errors graphs guides",
 }
 # Layers whose modules still import each other in circles, hidden under TYPE_CHECKING: none is to be added.
