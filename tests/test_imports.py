@@ -23,6 +23,7 @@ def _layer(path):
 
 # layer: the layers that it may import from
 MAY_IMPORT = {
+    "capture": "errors",
     "errors": "",
     "graphs": "errors",
     "masks": "errors graphs",
@@ -33,9 +34,10 @@ MAY_IMPORT = {
     "nn": "errors graphs masks",
     "transforms": "errors graphs masks nn regression",
     "inspect": "errors graphs",
-    "guides": "distributions errors graphs inspect masks nn regression tensor_files transforms",
+    # guide.posterior() and what comes of it is of infer, which knows no guide
+    "guides": "capture distributions errors graphs infer inspect masks nn regression tensor_files transforms",
     # Any Pyro guide will do: nothing of our own guides.
-    "infer": "errors graphs inspect masks nn plotting transforms whole_files",
+    "infer": "capture errors graphs inspect masks nn plotting transforms whole_files",
     "models": "errors graphs guides infer inspect masks nn transforms",
     "plotting": "errors graphs",
     "datasets": "errors",

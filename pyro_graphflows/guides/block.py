@@ -5,13 +5,15 @@ Data, sampled values of other blocks and summaries of other plates become one ve
 (:mod:`~pyro_graphflows.guides.conditionals`).
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pyro_graphflows.capture import is_capturing
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.call import Call
 from pyro_graphflows.guides.conditionals.contract import (
@@ -135,9 +137,45 @@ class BlockInputs(nn.Module):
                 f"Expected {expected} conditioning features in all, as when the guide was set up; got {sizes}."
             )
         features: Tensor = self.features(flat)
-        if not (features.is_meta or bool(torch.isfinite(features).all())):
+        if not (features.is_meta or is_capturing() or _all_finite(features)):
             raise self._not_finite(features, call, unconstrained)
         return features
+
+    def of_data(self, call: Call, observed: Collection[str]) -> Tensor | None:
+        """Return the features of data alone, ``(*batch, n)``; None if no observed site is among them.
+
+        Values outside of supports give NaN.
+
+        Args:
+            call: The call.
+            observed: The observed sites.
+        """
+        parts: dict[int, Tensor] = {}
+        read: set[str] = set()
+        for position, name in enumerate(self.names):
+            pool: Any = self.pool(name)
+            nodes = [name] if pool is None else [*self._members(name), *pool.indices]
+            if not all(node in call.values for node in nodes):
+                continue
+            read.update(nodes)
+            if pool is None:
+                parts[position] = self._flat(name, call, {})
+            else:
+                values = {member: self._flat(member, call, {}) for member in self._members(name)}
+                values.update({index: call.values[index] for index in pool.indices})
+                parts[position] = pool(values, call.plates, call.masks)
+        if not read.intersection(observed):
+            return None
+        shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts.values()))
+        flat, chosen = [], []
+        for position, size in enumerate(self.sizes.values()):
+            there = position in parts
+            flat.append(
+                parts[position].expand(*shape, size) if there else self.features.shift.new_zeros(*shape, size)
+            )
+            chosen += [there] * size
+        features: Tensor = self.features(torch.cat(flat, -1))
+        return features[..., torch.tensor(chosen, device=features.device)]
 
     def _not_finite(
         self, features: Tensor, call: Call, unconstrained: Mapping[str, Tensor]
@@ -456,3 +494,9 @@ def _make_pool(summary: Summary, samples: Samples, deepset: DeepSet) -> tuple[Po
     values = {name: with_depth(samples.values[name], depth) for name in summary.members}
     values.update({name: draws.argument(name) for name in pool.indices})
     return pool, pool.of_samples(values, samples.plates, fit=samples.standardize)
+
+
+def _all_finite(values: Tensor) -> bool:
+    """Whether all values are finite: by their sum, and one by one where that is not."""
+    values = values.detach()
+    return math.isfinite(values.sum().item()) or bool(torch.isfinite(values).all())

@@ -27,6 +27,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
+from pyro_graphflows.capture import is_capturing
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides.sites import InputEncodings, is_constant, moved_support
 from pyro_graphflows.inspect import (
@@ -50,6 +51,7 @@ __all__ = [
     "chosen_indices",
     "input_rows",
     "plates_of",
+    "refuse_empty_plates",
     "require_shape",
     "site_mask",
 ]
@@ -219,7 +221,10 @@ def chosen_indices(indices: Any, full_size: int) -> Tensor | None:
     if indices is None:
         return None
     indices = torch.as_tensor(indices)
-    if len(indices) == full_size and torch.equal(indices, torch.arange(full_size).to(indices)):
+    if len(indices) != full_size:
+        return indices
+    # while a call is captured no numbers are read: whoever captures compares with an ordinary call
+    if is_capturing() or torch.equal(indices, torch.arange(full_size).to(indices)):
         return None
     return indices
 
@@ -398,6 +403,7 @@ class CallReader:
         try:
             trace = self._shadow(model, args, kwargs, indices or {})
         except Exception as error:
+            refuse_empty_plates(error)
             self._require_one_device(model, args, kwargs, error)
             # Without any arguments the plates are as at set-up, if the guide needs no more.
             if args or kwargs or indices:
@@ -615,6 +621,15 @@ def input_rows(traced: TracedModel, name: str, value: Tensor, plates: Mapping[st
     """
     rows, taken = traced.rows.get(name, {}), traced.taken.get(name, {})
     return arranged(take_rows(name, value, rows, taken, plates), traced.places.get(name, ()))
+
+
+def refuse_empty_plates(error: Exception) -> None:
+    """Say what it means that Pyro has no empty plates, if that is why a model failed."""
+    if isinstance(error, ZeroDivisionError) and "size cannot be zero" in str(error):
+        raise GraphflowsError(
+            "Expected at least one element in each plate, since plates of Pyro cannot be empty; in this call one has "
+            "none. Leave out empty batches."
+        ) from error
 
 
 def require_shape(name: str, site: Mapping[str, Any]) -> None:

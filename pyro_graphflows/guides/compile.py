@@ -18,7 +18,14 @@ from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, Unsupport
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.graphs.order_search import AutoOrder
-from pyro_graphflows.guides.call import CallReader, PlateState, plates_of, require_shape, site_mask
+from pyro_graphflows.guides.call import (
+    CallReader,
+    PlateState,
+    plates_of,
+    refuse_empty_plates,
+    require_shape,
+    site_mask,
+)
 from pyro_graphflows.guides.conditionals.contract import ElementParents, Family, SiteRole
 from pyro_graphflows.guides.conditionals.factors import ElementNormalFactor, Factor, NormalFactor
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
@@ -55,12 +62,20 @@ from pyro_graphflows.guides.sites import (
     is_constant,
     latent_sites,
 )
+from pyro_graphflows.guides.vectors import VectorOptions, Vectors, hold_vectors
 from pyro_graphflows.inspect import TracedModel, non_exchangeable_plates, seed_random_state, trace_model
 from pyro_graphflows.inspect.arguments import argument_leaves
 from pyro_graphflows.inspect.graph import split_elements
 from pyro_graphflows.inspect.probes import Rerun
 from pyro_graphflows.inspect.stability import changes
-from pyro_graphflows.inspect.trace import quiet_run, rows_of_plates, run_model, trace_once, undressed
+from pyro_graphflows.inspect.trace import (
+    log_density_at,
+    quiet_run,
+    rows_of_plates,
+    run_model,
+    trace_once,
+    undressed,
+)
 
 __all__ = ["Compiled", "GuideOptions", "compile_guide"]
 
@@ -80,7 +95,9 @@ class GuideOptions:
     standardize: bool = True
     num_start_samples: int = 10_000
     strict: bool = True
-    resolution: str = "site"
+    resolution: str = "auto"
+    rank: int | None = None
+    budget: int | None = None
     coupled_rank: int | None = None
     enumerate_sites: bool | Collection[str] = False
     init_values: Mapping[str, Tensor] = field(default_factory=dict)
@@ -91,14 +108,13 @@ class GuideOptions:
         if isinstance(self.optional, str) or not all(isinstance(name, str) for name in self.optional):
             raise GraphflowsError(f"Expected optional=[names of sites]; got {self.optional!r}.")
         object.__setattr__(self, "optional", tuple(dict.fromkeys(self.optional)))
+        _ = self.vectors  # refuses what cannot be
         if self.optional and self.resolution == "element":
-            raise GraphflowsError("Expected resolution='site' with optional= sites.")
+            raise GraphflowsError("Expected resolution='auto' or 'site' with optional= sites.")
         if self.init not in ("regression", "random"):
             raise GraphflowsError(f"Expected init='regression' or 'random'; got {self.init!r}.")
         if self.num_start_samples < 1:
             raise GraphflowsError(f"Expected num_start_samples >= 1; got {self.num_start_samples}.")
-        if self.resolution not in ("site", "element"):
-            raise GraphflowsError(f"Expected resolution='site' or 'element'; got {self.resolution!r}.")
         if self.pool not in (None, "deepset") and not isinstance(self.pool, DeepSet):
             raise GraphflowsError(f"Expected pool='deepset', a DeepSet or None; got {self.pool!r}.")
         if self.coupled_rank is not None and self.coupled_rank < 0:
@@ -128,6 +144,11 @@ class GuideOptions:
                 "Expected a family that can give each element parents of its own, 'normal' or 'flow', with "
                 f"resolution='element'; got {self.family!r}."
             )
+
+    @property
+    def vectors(self) -> VectorOptions:
+        """How long vectors are held."""
+        return VectorOptions(self.resolution, self.rank, self.budget)
 
     @property
     def deepset(self) -> DeepSet | None:
@@ -161,6 +182,7 @@ class Compiled:
         plates: The plates of the call at set-up.
         families: For each site the family that serves it.
         element_parents: For sites whose elements are told apart, the parents of each element.
+        ranks: For vectors too long for a full covariance, the rank beside the diagonal.
         draws: The model's draws.
     """
 
@@ -171,6 +193,7 @@ class Compiled:
     plates: dict[str, PlateState]
     families: dict[str, Family]
     element_parents: ElementParents
+    ranks: Mapping[str, int]
     draws: ModelDraws
 
 
@@ -193,8 +216,12 @@ def compile_guide(
         GraphflowsError: If an option names a site that the model has not, or one that it does not fit.
     """
     argument_leaves(model, args, kwargs)  # refuses arguments that do not fit
-    with quiet_run(model):
-        run_model(model, args, kwargs)
+    try:
+        with quiet_run(model):
+            run_model(model, args, kwargs)
+    except ZeroDivisionError as error:
+        refuse_empty_plates(error)
+        raise
     seed_random_state(options.setup_seed)
     model = with_latent(model, options.optional)
     trace = _trace(model, args, kwargs, options)
@@ -210,8 +237,12 @@ def compile_guide(
     encodings = input_encodings(model, args, kwargs, traced)
     _require_possible_data(traced, encodings)
     draws = ModelDraws(model, args, kwargs, traced, sites, encodings)
-    inverse = found.inverse
     changing = _changing_supports(traced, model, args, kwargs)
+    vectors = _hold_vectors(
+        found, options, sites, changing, lambda names: _by_element(model, args, kwargs, trace, options, names)
+    )
+    found, elements = vectors.found, vectors.found.elements is not None
+    traced, inverse = found.traced, found.inverse
     is_free = options.inverse == "auto" and not elements and not options.optional
     if discrete:
         inverse = order_for_discrete_sites(inverse, discrete, enumerated, free=is_free)
@@ -235,12 +266,13 @@ def compile_guide(
         _input_options(options, found, sites),
         sites_concerned(inverse, uneven),
     )
-    families, keys = _families(options, sites, inputs, inverse.graph.plates)
+    families, keys = _families(options, sites, inputs, inverse.graph.plates, vectors.long)
     blocks = make_blocks(inverse, inputs, encodings.event_dims, keys)
     require_outer_sites_first(blocks, inverse, discrete)
     _require_known_indices(blocks, inputs, traced)
-    keep_masks = any(node.summary for block in blocks for node in block.context)
     readers = readers_of(blocks, inverse.graph.latent)
+    other_rows = _read_other_rows(readers, traced, strict=options.strict)
+    keep_masks = any(node.summary for block in blocks for node in block.context)
     read = {node.name for block in blocks for node in block.context}
     unread = [name for name in traced.graph.observed if name in traced.loops and name not in read]
     reader = CallReader(
@@ -260,14 +292,14 @@ def compile_guide(
         inputs=inputs,
         blocks=blocks,
         analytic_kl=_analytic_kl(
-            options, inputs, families, sites, mean_field_condition(inverse.graph, inverse)
+            options, inputs, families, sites, mean_field_condition(inverse.graph, inverse), vectors.ranks
         ),
-        labels=_labels(options, sites, enumerated),
+        labels=_labels(options, sites, enumerated, vectors),
         ways=ways_in(inverse, inputs, traced.without_data),
         changing=changing,
         enumerated=enumerated,
         copies=() if enumerated or traced.graph.marginalised else traced.copies,
-        notes=tuple(traced.notes),
+        notes=(*traced.notes, *other_rows),
         hints=hints,
         judged=judged or (None if found.judged is found.inverse else found.judged),
     )
@@ -276,7 +308,7 @@ def compile_guide(
     element_parents = {
         name: parents for name, parents in split.items() if name not in options.factor_classes()
     }
-    return Compiled(plan, traced, sites, reader, plates, families, element_parents, draws)
+    return Compiled(plan, traced, sites, reader, plates, families, element_parents, vectors.ranks, draws)
 
 
 # ---------------------------------------------------------------- steps
@@ -296,6 +328,42 @@ def _trace(
             f"{' or enumerated by the model' if traced.graph.marginalised else ''}: a guide has no site."
         )
     return traced
+
+
+def _hold_vectors(
+    found: FoundInverse,
+    options: GuideOptions,
+    sites: Mapping[str, LatentSite],
+    changing: Collection[str],
+    by_element: Callable[[Collection[str]], FoundInverse],
+) -> Vectors:
+    """Decide how long vectors are held; element by element only where one elimination order serves all sites."""
+    free = [name for name in sites if name not in options.factors]
+    own = {name: sites[name] for name in free if options.family.has_vectors}
+    if options.resolution == "element" or not own:
+        return Vectors(found)
+    apart = not (
+        changing
+        or options.optional
+        or found.lookups
+        or found.traced.loops
+        or found.inverse.order in ("stochastic", "mean_field", "custom")
+        or any(site.encoding is not None for site in sites.values())
+    )
+    return hold_vectors(found, own, options.vectors, options.family.full_size, by_element if apart else None)
+
+
+def _by_element(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    traced: TracedModel,
+    options: GuideOptions,
+    names: Collection[str],
+) -> FoundInverse:
+    """Return the inverse in which some vectors are told apart element by element, those that can be."""
+    split = split_elements(Rerun(model, args, kwargs, traced), only=names)
+    return find_inverse(model, args, kwargs, split, _order(options, traced), elements=True)
 
 
 class _Latent(Messenger):
@@ -355,7 +423,7 @@ def _order(options: GuideOptions, traced: TracedModel) -> Inverse:
 
 
 def _labels(
-    options: GuideOptions, sites: Mapping[str, LatentSite], enumerated: Collection[str]
+    options: GuideOptions, sites: Mapping[str, LatentSite], enumerated: Collection[str], vectors: Vectors
 ) -> dict[str, str]:
     """Return what is said of a site beside its inputs."""
     labels = {}
@@ -363,6 +431,7 @@ def _labels(
         said = [] if site.encoding is None else [str(site.encoding)]
         said += [] if site.encoding is None else ["enumerated" if name in enumerated else "score function"]
         said += ["data where a call has some"] if name in options.optional else []
+        said += [vectors.labels[name]] if name in vectors.labels else []
         if said:
             labels[name] = ", ".join(said)
     return labels
@@ -441,6 +510,7 @@ def _families(
     sites: Mapping[str, LatentSite],
     inputs: InputPlan,
     plates: Mapping[str, tuple[str, ...]],
+    long: Mapping[str, str],
 ) -> tuple[dict[str, Family], dict[str, Hashable]]:
     """Return for each site the family that serves it, and what the sites of one block have in common."""
     families: dict[str, Family] = {}
@@ -449,7 +519,7 @@ def _families(
     for name, site in sites.items():
         has_maps = name in inputs.per_element or name in inputs.non_exchangeable
         own_maps = has_maps and bool(plates[name])
-        role = SiteRole(site, name in inputs.coupled, own_maps, classes.get(name))
+        role = SiteRole(site, name in inputs.coupled, own_maps, classes.get(name), long.get(name))
         families[name] = options.family_of(role)
         alone = (
             name if options.enumerate_sites else None
@@ -464,6 +534,7 @@ def _analytic_kl(
     families: Mapping[str, Family],
     sites: Mapping[str, LatentSite],
     condition: Mapping[str, bool],
+    ranks: Collection[str],
 ) -> dict[str, bool]:
     """Return for each site whether its KL term may be analytic: the condition holds, and its factor has one."""
     classes = options.factor_classes()
@@ -472,7 +543,7 @@ def _analytic_kl(
         family = families[name]
         factor = classes.get(name, family.factor if isinstance(family, Normal) else None)
         normal = site.is_real and len(site.event_shape) < 2 and factor in EXACT_KL
-        found[name] = condition[name] and normal and name not in inputs.coupled
+        found[name] = condition[name] and normal and name not in inputs.coupled and name not in ranks
     return found
 
 
@@ -501,7 +572,7 @@ def _require_possible_data(traced: TracedModel, encodings: InputEncodings) -> No
             continue
         mask = site_mask(site)
         seen = torch.as_tensor(True if mask is None else mask, device=value.device)
-        wrong = ~support.check(value) & ~torch.isfinite(site["fn"].log_prob(value)) & seen
+        wrong = ~support.check(value) & ~torch.isfinite(log_density_at(site["fn"], value)) & seen
         if bool(wrong.any()):
             raise GraphflowsError(
                 f"Expected data of {name!r} in the support of its distribution, {support}; {int(wrong.sum())} of "
@@ -551,6 +622,25 @@ def _require_sites_by_position(
             f"of the datum in the subsampled plate {', '.join(sorted(plates))}. Name them by position, for k, i in "
             'enumerate(pyro.plate(...)): pyro.sample(f"z_{k}", ...), or vectorise: with pyro.plate(...) as ind.'
         )
+
+
+def _read_other_rows(
+    readers: Mapping[str, Sequence[str]], traced: TracedModel, *, strict: bool
+) -> tuple[str, ...]:
+    """Refuse inputs of whose rows the guide would read others than the model does; if not strict, note it."""
+    wrong = [name for name in traced.other_rows if name in readers]
+    if not wrong:
+        return ()
+    message = (
+        f"each element of plate {traced.other_rows[wrong[0]]!r} to depend on the row of its own of "
+        f"{', '.join(map(repr, wrong))}: in order, or taken by the plate's indices, x[ind], "
+        "x.index_select(0, ind) or pyro.subsample(x, event_dim=...); in the model it depends on another row "
+        "(turned, sorted or delayed ones), or on one taken in a way that cannot be followed. Pass the tensor in "
+        "the order in which the elements use it, and take rows by x[ind]."
+    )
+    if strict:
+        raise UnsupportedModelError(f"Expected {message}")
+    return (f"not faithful: expected {message}",)
 
 
 def _require_known_indices(blocks: Collection[BlockPlan], inputs: InputPlan, traced: TracedModel) -> None:

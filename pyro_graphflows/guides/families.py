@@ -11,7 +11,7 @@ dataclass that derives from :class:`Family`, and its conditionals a subclass of
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -47,7 +47,8 @@ class Normal(Family):
 
     Args:
         hidden_dims: Widths of the hidden layers; None for ``units_per_set`` units for each distinct set of parents.
-        units_per_set: See ``hidden_dims``.
+        units_per_set: See ``hidden_dims``; a quarter of them for each element of a long vector that is held by element
+            (:mod:`~pyro_graphflows.guides.vectors`).
         hidden_layers: The number of hidden layers where ``hidden_dims`` is None.
         activation: ``"elu"``, ``"relu"``, ``"tanh"`` ...
         skip: Whether a linear map from the parents runs beside the hidden layers. The regression start needs it.
@@ -98,9 +99,16 @@ class Normal(Family):
         """Whether continuous sites are normal."""
         return self.factor is NormalFactor
 
+    @property
+    def has_vectors(self) -> bool:
+        """Whether continuous sites are normal."""
+        return self.factor is NormalFactor
+
     def serving(self, role: SiteRole) -> Family:
-        """Return this family: it serves every site."""
-        return self
+        """Return this family; with a quarter of the hidden units where each of many elements has units of its own."""
+        if role.long != "element" or self.hidden_dims is not None:
+            return self
+        return replace(self, units_per_set=-(-self.units_per_set // 4))
 
     def conditionals(self, spec: BlockSpec) -> Conditionals:
         """See :meth:`Family.conditionals`."""
@@ -176,9 +184,16 @@ class Spline(Family):
         """Elements of a vector are mixed by one matrix."""
         return False
 
+    @property
+    def has_vectors(self) -> bool:
+        """Long vectors are normal."""
+        return True
+
     def serving(self, role: SiteRole) -> Family:
-        """Return this family: its network serves every site."""
-        return self
+        """Return this family, or normal conditionals with the same networks for long vectors."""
+        if role.long is None:
+            return self
+        return Normal(**{name: getattr(self, name) for name in NETWORK_OPTIONS}).serving(role)
 
     def conditionals(self, spec: BlockSpec) -> Conditionals:
         """See :meth:`Family.conditionals`."""
@@ -225,7 +240,7 @@ class Flow(Family):
         solver: How to invert numerically (:class:`~pyro_graphflows.transforms.solver.Solver`).
         masked: The family of the sites that a flow cannot serve: discrete ones, those whose copies are drawn jointly
             across a plate (:mod:`~pyro_graphflows.guides.conditionals.coupled`), those with a factor class of the
-            user's.
+            user's, long vectors (:mod:`~pyro_graphflows.guides.vectors`).
 
     Raises:
         GraphflowsError: If ``form``, ``closed_form`` or the activation is unknown, a number is out of range, or
@@ -283,10 +298,21 @@ class Flow(Family):
         """Whether there are linear maps to set, in the masked networks as well."""
         return self.masked.can_regress
 
+    @property
+    def has_vectors(self) -> bool:
+        """Whether the family of long vectors can serve them."""
+        return self.masked.has_vectors
+
+    def full_size(self, role: SiteRole, num_inputs: int) -> int:
+        """See :meth:`Family.full_size`: each element has blocks of hidden units that see all earlier ones."""
+        blocks = self.num_blocks or 3
+        return blocks * 5 * super().full_size(role, num_inputs) if role.site.size > 1 else 0
+
     def serving(self, role: SiteRole) -> Family:
         """Return this family, or ``masked`` for sites that a flow cannot serve."""
-        beyond = role.site.encoding is not None or role.coupled or role.factor is not None
-        return self.masked if beyond else self
+        given = role.coupled or role.factor is not None or role.long is not None
+        beyond = given or role.site.encoding is not None
+        return self.masked.serving(role) if beyond else self
 
     def block_key(self, role: SiteRole) -> Hashable:
         """Return the site itself where its elements have maps, which read all parents before the first level."""

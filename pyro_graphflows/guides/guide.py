@@ -20,10 +20,12 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
+from pyro.nn.module import _is_module_local_param_enabled
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from torch.distributions import biject_to
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
@@ -45,6 +47,8 @@ from pyro_graphflows.guides.plan import Description, Plan
 from pyro_graphflows.guides.samples import Samples
 from pyro_graphflows.guides.sites import LatentSite, is_constant
 from pyro_graphflows.guides.start import Start, start_at_, start_block_, whiten_block_
+from pyro_graphflows.guides.transport import Transport
+from pyro_graphflows.infer.posterior import Posterior, sample_posterior
 from pyro_graphflows.inspect import kept_random_state
 from pyro_graphflows.inspect.arguments import argument_leaves
 
@@ -54,6 +58,7 @@ logger = logging.getLogger(__name__)
 
 Emit = Callable[..., Tensor]
 
+_OF_GUIDES = WeakTensorKeyDictionary()  # all their parameters; an attribute would be in files of the store
 NUM_START_DRAWS = 20  # of the guide at set-up, which say how large its inputs are
 
 
@@ -75,7 +80,9 @@ class AutoFaithfulGuide(AutoGuide):
         standardize: Whether inputs and outputs of the networks are standardised.
         num_start_samples: The number of joint samples of the model that are drawn at set-up.
         strict: Whether to refuse models whose dependencies cannot be traced in full.
-        resolution: ``"site"`` or ``"element"``.
+        resolution: ``"auto"``, ``"site"`` or ``"element"``.
+        rank: The rank of the covariance of long vectors beside its diagonal.
+        budget: The most weights of one site.
         coupled_rank: The rank of the dependence of copies that are drawn jointly.
         enumerate_sites: Discrete sites that are marked for ``TraceEnum_ELBO``.
         init_values: Values at which single sites start.
@@ -110,7 +117,9 @@ class AutoFaithfulGuide(AutoGuide):
         standardize: bool = True,
         num_start_samples: int = 10_000,
         strict: bool = True,
-        resolution: str = "site",
+        resolution: str = "auto",
+        rank: int | None = None,
+        budget: int | None = None,
         coupled_rank: int | None = None,
         enumerate_sites: bool | Collection[str] = False,
         init_values: Mapping[str, Tensor] = MappingProxyType({}),
@@ -129,6 +138,8 @@ class AutoFaithfulGuide(AutoGuide):
             num_start_samples=num_start_samples,
             strict=strict,
             resolution=resolution,
+            rank=rank,
+            budget=budget,
             coupled_rank=coupled_rank,
             enumerate_sites=enumerate_sites,
             init_values=dict(init_values),
@@ -142,6 +153,7 @@ class AutoFaithfulGuide(AutoGuide):
         self._fitted: FittedData | None = None
         self._is_fitting = False
         self._warned: set[str] = set()
+        self._places: list[tuple[str, dict[str, Any], str]] | None = None
         self._sites: dict[str, LatentSite]
         self._reader: CallReader
         self._plate_states: dict[str, PlateState]
@@ -190,6 +202,8 @@ class AutoFaithfulGuide(AutoGuide):
             self._notes = () if samples.note is None else (samples.note,)
             self._start_notes = tuple(note for start in starts for note in start.notes)
             self.blocks = nn.ModuleList(blocks)
+            self._places = None
+            self._mark_parameters()
             self.prototype_trace = compiled.traced.trace
             self._prototype_frames = {
                 frame.name: frame
@@ -211,7 +225,11 @@ class AutoFaithfulGuide(AutoGuide):
         """Return the blocks at their starts, and how these are."""
         options = self._options
         starts = []
-        further = {"element_parents": compiled.element_parents, "factors": options.factor_classes()}
+        further = {
+            "element_parents": compiled.element_parents,
+            "factors": options.factor_classes(),
+            "ranks": compiled.ranks,
+        }
         blocks = []
         for plan in compiled.plan.blocks:
             inputs, of_block = make_inputs(plan, samples, options.deepset or DeepSet())
@@ -322,7 +340,7 @@ class AutoFaithfulGuide(AutoGuide):
                 elements beyond those fitted.
         """
         self._ensure_set_up(args, kwargs)
-        self._claim_parameter_names()
+        self._show_parameters()
         return self._run(args, kwargs, observations, pyro.sample)
 
     def _run(
@@ -338,7 +356,7 @@ class AutoFaithfulGuide(AutoGuide):
         call = self._read(args, kwargs, observations)
         values: dict[str, Tensor] = {}
         unconstrained = {} if unconstrained is None else unconstrained
-        blocks: Any = self.blocks  # once: each look-up shows all parameters to Pyro
+        blocks: Any = self._modules["blocks"]  # not self.blocks: forward has shown the parameters to Pyro
         for block, block_plan in zip(blocks, plan.blocks, strict=True):
             conditionals = block.begin(call, unconstrained)
             new = beyond_fitted(block.spec.plates, call.plates) if block_plan.per_element else None
@@ -523,20 +541,87 @@ class AutoFaithfulGuide(AutoGuide):
         changed = {name: supports[name] for name in level if name in self.plan.changing}
         return replace(call, supports={**call.supports, **changed})
 
-    def _claim_parameter_names(self) -> None:
-        """Take entries of other guides out of the parameter store where their names are those of this one.
+    def _show_parameters(self) -> None:
+        """Show the parameters to Pyro by ``param`` statements, as a look-up of a module of a PyroModule does.
+
+        Walking through all modules for that at each call would take a sixth of it: where parameters are kept is
+        remembered.
+        """
+        fullname = self._pyro_get_fullname("blocks")
+        places = self._parameter_places()
+        self._claim_parameter_names(fullname, places)
+        if _is_module_local_param_enabled():
+            _ = self.blocks
+            return
+        for name, kept, key in places:
+            parameter = kept[key]
+            if parameter.requires_grad and pyro.param(f"{fullname}$$${name}", parameter) is not parameter:
+                _ = self.blocks  # a handler has put something in its place, which the module takes on
+                return
+
+    def _parameter_places(self) -> list[tuple[str, dict[str, Any], str]]:
+        """Return for each parameter its name, and the dictionary and key where its module keeps it."""
+        if self._places is None:
+            blocks = self._modules["blocks"]
+            assert blocks is not None
+            self._places = [
+                (f"{prefix}.{key}" if prefix else key, module._parameters, key)
+                for prefix, module in blocks.named_modules()
+                for key, parameter in module._parameters.items()
+                if parameter is not None
+            ]
+        return self._places
+
+    def _claim_parameter_names(
+        self, fullname: str, places: Sequence[tuple[str, dict[str, Any], str]]
+    ) -> None:
+        """Take this guide's names in the parameter store, from other guides or from a store that was loaded.
 
         The store would hand the optimiser of this call the parameters of the guide that came first, and none of this
-        guide's would ever be trained. Names are those of classes, so two guides in one program suffice.
+        guide's would ever be trained. Names are those of classes, so two guides in one program suffice. What is in the
+        store and belongs to no guide was loaded, or set: these are values for this guide.
+
+        Raises:
+            GraphflowsError: If the values are of other shapes.
         """
         store = pyro.get_param_store()
         if not len(store):
             return
-        fullname = self._pyro_get_fullname("blocks")
-        for name, parameter in self._modules["blocks"].named_parameters():  # type: ignore[union-attr]
-            stored = store._params.get(f"{fullname}$$${name}")
-            if stored is not None and stored is not parameter:
-                del store[f"{fullname}$$${name}"]
+        loaded = []
+        for name, kept, key in places:
+            full, parameter = f"{fullname}$$${name}", kept[key]
+            stored = store._params.get(full)
+            if stored is None or stored is parameter:
+                continue
+            if stored not in _OF_GUIDES:
+                if stored.shape != parameter.shape:
+                    raise GraphflowsError(
+                        f"Expected values of shape {tuple(parameter.shape)} for the parameter {full!r} of this guide; "
+                        f"Pyro's parameter store has some of shape {tuple(stored.shape)}, of another guide. Clear the "
+                        "store, pyro.clear_param_store(), or set the guide up as that one was."
+                    )
+                parameter.data.copy_(stored.detach())
+                loaded.append(name)
+            del store[full]
+        if loaded and "the parameter store" not in self._warned:
+            self._warned.add("the parameter store")
+            warnings.warn(
+                f"{len(loaded)} parameters of the guide took the values that Pyro's parameter store had for them. A "
+                "store has parameters alone: the units of inputs and outputs are those of this guide's set-up, so the "
+                "values mean the same only if the guide that was stored was set up by the same call. "
+                "guide.save(path) and guide.state_dict() hold everything.",
+                GraphflowsWarning,
+                stacklevel=6,
+            )
+
+    def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        blocks: Any = self._modules["blocks"]  # not self.blocks, which would show all of them to Pyro
+        return blocks.named_parameters()
+
+    def _mark_parameters(self) -> None:
+        """Mark the parameters as those of a guide, by which they are told from values that were loaded."""
+        for _, parameter in self._named_parameters():
+            _OF_GUIDES[parameter] = True
 
     # ---------------------------------------------------------------- the data that were fitted
 
@@ -727,6 +812,66 @@ class AutoFaithfulGuide(AutoGuide):
             result[name] = value.sort(0).values[place.clamp(0, num_draws - 1).to(value.device)]
         return result
 
+    def posterior(
+        self, *args: Any, num_draws: int = 1000, seed: int | None = None, progress: bool = True, **kwargs: Any
+    ) -> Posterior:
+        """Return draws of the posterior with their weights: :func:`~pyro_graphflows.sample_posterior` of this guide.
+
+        Args:
+            *args: Positional arguments of the model.
+            num_draws: The number of draws.
+            seed: Seed of the random numbers; the global generators are put back afterwards.
+            progress: Whether to show a bar when it takes long.
+            **kwargs: Keyword arguments of the model.
+
+        Raises:
+            GraphflowsError: See :func:`~pyro_graphflows.sample_posterior`.
+            UnsupportedModelError: Likewise.
+        """
+        return sample_posterior(
+            self.model, self, *args, num_draws=num_draws, seed=seed, progress=progress, **kwargs
+        )
+
+    def transport(self, *args: Any, **kwargs: Any) -> Transport:
+        """Return the map from base noise to latents for the data of a call, and its log-determinant.
+
+        It is a change of variables for Hamiltonian Monte Carlo, ours (:meth:`~pyro_graphflows.infer.Posterior.refined`)
+        or Pyro's (:meth:`Transport.neutra`).
+
+        Args:
+            *args: Positional arguments of the model.
+            **kwargs: Keyword arguments of the model, and ``observations``.
+
+        Raises:
+            UnsupportedModelError: If the guide samples a discrete site, or has a distribution that is no map of noise
+                that is known. The message names the site.
+        """
+        observations = kwargs.pop("observations", None)
+        self._ensure_set_up(args, kwargs)
+        depth = max((-state.dim for state in self._plate_states.values()), default=0)
+        return Transport(lambda emit: self._run(args, kwargs, observations, emit), depth)
+
+    def data_features(
+        self, *args: Any, observations: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> list[Tensor]:
+        """Return what the networks of the guide read of the data, for each block that reads observed values.
+
+        Args:
+            *args: Positional arguments of the model.
+            observations: Values of observed sites that replace those of the model; batches on the left are kept.
+            **kwargs: Keyword arguments of the model.
+
+        Returns:
+            For each such block the features of data, ``(*batch in the plates, number of features)``; NaN for values
+            outside of supports. An empty list if every latent has parameters instead of reading data.
+        """
+        self._ensure_set_up(args, kwargs)
+        with torch.no_grad(), poutine.block():
+            call = self._read(args, kwargs, observations)
+            blocks: Any = self.blocks
+            found = [block.inputs.of_data(call, self.plan.graph.observed) for block in blocks]
+        return [features for features in found if features is not None]
+
     def given(self, **observations: Tensor) -> Callable[..., dict[str, Tensor]]:
         """Return a callable guide with some observed values fixed.
 
@@ -841,14 +986,31 @@ class AutoFaithfulGuide(AutoGuide):
         """Load parameters and buffers; see :meth:`torch.nn.Module.load_state_dict`.
 
         Raises:
-            GraphflowsError: If the guide is not set up: it has no parameters yet.
+            GraphflowsError: If the guide is not set up: it has no parameters yet; if the state is that of a guide of
+                another plan.
         """
         if self._plan is None:
             raise GraphflowsError(
                 "Expected a guide that is set up, since it has no parameters before; call guide.setup(*args) with the "
                 "arguments of a typical call, then guide.load_state_dict(state)."
             )
-        return super().load_state_dict(state_dict, strict, assign)
+        found = super().load_state_dict(state_dict, strict, assign)
+        self._mark_parameters()
+        return found
+
+    def get_extra_state(self) -> Tensor:
+        """Return by what a state is told from those of guides whose networks read other things."""
+        digest = b"" if self._plan is None else self._plan.digest()
+        return torch.tensor(list(digest), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuse the state of a guide of another plan; see :meth:`get_extra_state`."""
+        if state.tolist() != self.get_extra_state().tolist():
+            raise GraphflowsError(
+                "Expected the state of a guide of the same plan, in which each site looks at the same; got another: "
+                "its model, its data or its options at set-up were others. Compare guide.describe() of both. "
+                "guide.save(path) keeps the plan too."
+            )
 
     # ---------------------------------------------------------------- copies and files
 
@@ -925,10 +1087,13 @@ class AutoFaithfulGuide(AutoGuide):
             state["_options"] = replace(self._options, inverse=self._plan.inverse, init_values={})
         state["prototype_trace"] = None
         state["_fitted"] = None  # no data in a pickle
+        state["_places"] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update({"_places": None, **state})
+        if self._plan is not None:
+            self._mark_parameters()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AutoFaithfulGuide":
         new = type(self).__new__(type(self))
@@ -937,9 +1102,11 @@ class AutoFaithfulGuide(AutoGuide):
             memo[id(part)] = part
         state = self.__dict__.copy()
         shared = {key: state.pop(key) for key in ("_model", "create_plates", "master", "prototype_trace")}
-        state["plates"] = {}
+        state["plates"], state["_places"] = {}, None
         new.__dict__.update(shared)
         new.__dict__.update(copy.deepcopy(state, memo))
+        if new._plan is not None:
+            new._mark_parameters()
         return new
 
 
@@ -954,7 +1121,9 @@ def auto_faithful_guide(
     standardize: bool = True,
     num_start_samples: int = 10_000,
     strict: bool = True,
-    resolution: str = "site",
+    resolution: str = "auto",
+    rank: int | None = None,
+    budget: int | None = None,
     coupled_rank: int | None = None,
     enumerate_sites: bool | Collection[str] = False,
     init_values: Mapping[str, Tensor] = MappingProxyType({}),
@@ -999,8 +1168,14 @@ def auto_faithful_guide(
         num_start_samples: The number of joint samples of the model that are drawn at set-up.
         strict: Whether to refuse models whose dependencies cannot be traced in full; if not, what cannot be
             followed counts as a dependency on all earlier sites.
-        resolution: ``"site"``, or ``"element"`` to give each element of a vector site its own parents (not with
-            a factor class; see :func:`~pyro_graphflows.get_model_graph` for when that is sound).
+        resolution: ``"auto"``: vectors whose conditional would take more than 200,000 weights are held element by
+            element where the model's elements fall into small groups, and with a covariance of low rank beside a
+            diagonal where they do not (:mod:`~pyro_graphflows.guides.vectors`; ``describe()`` says which); ``"site"``:
+            never element by element; ``"element"``: each element of every vector site has its own parents (not with a
+            factor class; see :func:`~pyro_graphflows.get_model_graph` for when that is sound).
+        rank: The rank of the covariance of long vectors beside its diagonal; None for at most 10.
+        budget: The most weights that the conditional of one vector may take; full covariances are used up to it. None
+            for 200,000 where the covariance is full, a million otherwise.
         coupled_rank: Of latents that stay dependent across a plate
             (:mod:`~pyro_graphflows.guides.conditionals.coupled`): the rank of the dependence, 0 for a parameter for
             each pair of elements; None to choose by the size of the plate.
@@ -1054,6 +1229,8 @@ def auto_faithful_guide(
         num_start_samples=num_start_samples,
         strict=strict,
         resolution=resolution,
+        rank=rank,
+        budget=budget,
         coupled_rank=coupled_rank,
         enumerate_sites=enumerate_sites,
         init_values=init_values,

@@ -6,6 +6,7 @@ the networks (:mod:`~pyro_graphflows.guides.start`) use the same ones. Where the
 the call are all that is known.
 """
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +30,7 @@ from pyro_graphflows.inspect import (
     sample_prior,
 )
 from pyro_graphflows.inspect.arguments import argument_leaves, replaced_arguments
+from pyro_graphflows.inspect.trace import quiet_run, run_model
 
 __all__ = ["MOST_ROWS", "ModelDraws", "Samples", "side_by_side", "with_depth"]
 
@@ -38,7 +40,9 @@ MOST_NUMBERS = 20_000_000  # in all joint samples together, as the data of one c
 FEWEST_DRAWS = 200  # even so
 MOST_BATCHES = 32  # of the rows of subsampled plates
 FEWEST_OF_A_BATCH = 10  # joint samples; with fewer there is one batch
-MOST_SINGLE_RUNS = 1000  # where the model takes one run for each joint sample
+# Where each joint sample takes a run of the model: as many of these as there is time for.
+SINGLE_RUNS = (1000, 500, 250, 100)
+SECONDS_OF_RUNS = 5.0
 
 
 class ModelDraws:
@@ -67,6 +71,7 @@ class ModelDraws:
         self._kept: dict[str, Tensor] = {}
         self._num_kept = 0
         self._batching: Batching | None = None
+        self._most_single_runs: int | None = None
         self._plates = plates_of(traced.trace)
         nodes: Any = traced.trace.nodes
         size = sum(site["value"].numel() for site in nodes.values() if torch.is_tensor(site.get("value")))
@@ -176,10 +181,21 @@ class ModelDraws:
         """A sentence for the user if each joint sample took a run of its own."""
         if self._batching is None or self._batching.way != "single":
             return None
+        most = self._most_single_runs or SINGLE_RUNS[0]
         return (
-            f"set-up is slow and has no more than {MOST_SINGLE_RUNS} joint samples, since each takes a run of the "
-            f"model: {self._batching.reason}."
+            f"set-up is slow and has no more than {most} joint samples, since each takes a run of the model: "
+            f"{self._batching.reason}."
         )
+
+    def _single_runs(self, model: Callable[..., Any]) -> int:
+        """Return how many joint samples are drawn one by one: fewer where a run is slow, and never more than wanted."""
+        seconds = []
+        for _ in range(3):
+            begin = time.thread_time()
+            with quiet_run(model), torch.no_grad():
+                run_model(model, self.args, self.kwargs)
+            seconds.append(time.thread_time() - begin)
+        return next((n for n in SINGLE_RUNS if n * min(seconds) <= SECONDS_OF_RUNS), SINGLE_RUNS[-1])
 
     def draw(self, num_samples: int, *, keep: bool = True, latents_only: bool = False) -> dict[str, Tensor]:
         """Return joint samples of all latent sites and of the nodes that can be network inputs.
@@ -200,8 +216,10 @@ class ModelDraws:
         if self._batching is None:
             self._batching = find_batching(model, self.args, self.kwargs, traced=traced)
         num_samples = min(num_samples, self._most_draws)
-        if self._batching.way == "single":
-            num_samples = min(num_samples, MOST_SINGLE_RUNS)
+        if self._batching.way == "single" and num_samples > SINGLE_RUNS[-1]:
+            if self._most_single_runs is None:
+                self._most_single_runs = self._single_runs(model)
+            num_samples = min(num_samples, self._most_single_runs)
         if num_samples > self._num_kept:
             if latents_only:
                 samples = sample_prior(

@@ -33,6 +33,7 @@ LEAST_ROWS = 20  # finite ones, without which there is no regression
 
 ROWS_PER_WEIGHT = 20  # with fewer joint samples of an index for each weight its map stays at the shared one
 MOST_INDICES = 2000
+MOST_PRODUCTS = 10_000_000_000  # for the moments by which inputs are whitened, which need no accuracy
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,9 @@ def _input_moments(block: GuideBlock, features: Tensor, values: Mapping[str, Ten
         columns.append(in_float64((values[site] - shift) / scale))
     joint = concatenate(columns)
     rows = joint.reshape(-1, joint.shape[-1])
+    step = -(-len(rows) * rows.shape[-1] ** 2 // MOST_PRODUCTS)
+    if step > 1:
+        rows = rows[::step]
     moments = rows.mT @ rows / len(rows)
     apart = block.inputs.learned.nonzero()[:, 0]
     spread = moments.diagonal()[apart]

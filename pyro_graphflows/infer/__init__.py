@@ -1,5 +1,6 @@
 """Training and evaluation of guides; works with any Pyro guide."""
 
+from pyro_graphflows.infer.batched_hmc import HMC, NUTS
 from pyro_graphflows.infer.batches import TrainingData
 from pyro_graphflows.infer.calibration import (
     CalibrationReport,
@@ -8,9 +9,11 @@ from pyro_graphflows.infer.calibration import (
     sbc_uniformity,
     tarp_ranks,
 )
+from pyro_graphflows.infer.chains import Chains
 from pyro_graphflows.infer.checkpoints import Checkpoint
 from pyro_graphflows.infer.classifier_test import c2st
 from pyro_graphflows.infer.comparison import compare, stacking_weights
+from pyro_graphflows.infer.compiled import CompiledLoss
 from pyro_graphflows.infer.coverage import Coverage, coverage
 from pyro_graphflows.infer.evidence import Evidence, importance_log_weights, log_evidence
 from pyro_graphflows.infer.fixed_simulations import Simulations
@@ -26,10 +29,14 @@ from pyro_graphflows.infer.schedule import Schedule
 from pyro_graphflows.infer.training import fit
 
 __all__ = [
+    "HMC",
     "IWAE_ELBO",
     "LOO",
+    "NUTS",
     "CalibrationReport",
+    "Chains",
     "Checkpoint",
+    "CompiledLoss",
     "Coverage",
     "Evidence",
     "Gap",

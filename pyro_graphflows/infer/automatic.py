@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.infer.batches import TrainingData
 from pyro_graphflows.infer.checkpoints import Checkpoint, load_checkpoint, seeded
+from pyro_graphflows.infer.compiled import Mode
 from pyro_graphflows.infer.cycles import CycleOptions, Cycles
 from pyro_graphflows.infer.epochs import Run
 from pyro_graphflows.infer.gap import Gap, estimate_gap
@@ -64,6 +65,7 @@ class Automatic:
         limits: The greatest numbers of epochs, steps and seconds.
         optimizer: What :func:`~pyro_graphflows.infer.fit` takes; ``None`` for Adam at a rate that is found.
         seed: The seed of the order of the data.
+        compile: Whether steps on the data are computed by compiled code.
     """
 
     model: Program
@@ -72,6 +74,7 @@ class Automatic:
     limits: Schedule
     optimizer: Any
     seed: int | None
+    compile: Mode = False
     _no_gap: str | None = None
     _rate: float | None = None  # that served on the simulations
 
@@ -86,7 +89,7 @@ class Automatic:
             progress: What is reported.
             on_simulations: Whether to begin with simulations of the model.
         """
-        trainer = self._trainer(loss)
+        trainer = self._trainer(loss, self.compile)
         simulated, notes = None, []
         earlier = _past_simulations(checkpoint)
         if earlier is not None:
@@ -131,10 +134,10 @@ class Automatic:
             tqdm.write("\n".join([*history.notes, repr(history.gap)]), file=sys.stderr)
         return history
 
-    def _trainer(self, loss: Any) -> Trainer:
+    def _trainer(self, loss: Any, compile: Mode = False) -> Trainer:
         optimizer = RATE if self.optimizer is None else self.optimizer
         objective = Objective(self.model, self.guide, loss)
-        return Trainer(objective, self.data, optimizer, self.limits.max_grad_norm, self.seed)
+        return Trainer(objective, self.data, optimizer, self.limits.max_grad_norm, self.seed, compile)
 
     def _options(self, options: CycleOptions) -> CycleOptions:
         if self.optimizer is not None:

@@ -74,16 +74,20 @@ class Run:
         """Run the epochs that are left; always leave usable parameters."""
         history, parameters = self.history, self.trainer.parameters
         total, shown = self._steps_left(), self.progress.bar
+        compiler = self.trainer.compiler
         try:
             with tqdm(total=total or None, disable=not shown, unit="step", mininterval=0.5) as bar:
                 self.clock = time.perf_counter()
                 while self._reason_of_end() is None and not self.finished:
+                    if compiler is not None:
+                        compiler.expect(self._steps_left() or math.inf)
                     try:
                         self._epoch(bar)
                     except NotFiniteError as error:
                         if not self.pace.recover():
                             raise
                         logger.info("Back to the best parameters, with a lower rate: %s.", error)
+                    history.compilation = None if compiler is None else compiler.report
             if not self.finished:
                 history.stop_reason = self._reason_of_end()
             self._leave(self.best if history.validation_loss else None)
@@ -100,6 +104,7 @@ class Run:
                 GraphflowsWarning,
                 stacklevel=3,
             )
+        history.compilation = None if compiler is None else compiler.report
         parameters.forget_gradients()
         logger.info("Training ended: %r", history)
         return history

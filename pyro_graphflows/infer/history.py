@@ -63,6 +63,7 @@ class History:
         simulated: The training on simulations of the model that came first, if there was one.
         gap: The estimated gap to the log-evidence at the end, where training was left to ``fit``.
         notes: What was left out, and why.
+        compilation: With ``fit(..., compile=...)``, what was compiled and how long that took, or why nothing was.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -75,6 +76,7 @@ class History:
     simulated: "History | None" = None
     gap: Gap | None = None
     notes: list[str] = field(default_factory=list)
+    compilation: str | None = None
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> "History":

@@ -4,7 +4,7 @@ The conventions are those of :class:`pyro.infer.CSIS`: the model runs with its o
 and the guide is called with the same arguments and ``observations={site: value}``. Which sites count as
 observed is settled once:
 
-1. those named by the caller, else
+1. those named by the caller, ``pyro.deterministic`` ones among them, else
 2. those that are observed in the call (``obs=`` with a value, which only tells its shape), else
 3. those that ``guide.model_graph`` has as observed, if the guide has one, else
 4. those sites of the model that the guide does not sample.
@@ -19,6 +19,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import ImproperUniform
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import prune_subsample_sites, site_is_factor
 
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
@@ -114,8 +115,9 @@ def joint_layout(
         )
     if max_plate_nesting is None:
         max_plate_nesting = count_plate_dims(model_trace, guide_trace)
-    shapes = {name: tuple(site["value"].shape) for name, site in density_sites(model_trace)}
-    event_dims = {name: int(site["fn"].event_dim) for name, site in density_sites(model_trace)}
+    known = {name: site for name, site in all_sites(model_trace) if name in names or name in observed}
+    shapes = {name: tuple(site["value"].shape) for name, site in known.items()}
+    event_dims = {name: int(site["fn"].event_dim) for name, site in known.items()}
     return JointLayout(tuple(observed), max_plate_nesting, shapes, event_dims, tuple(sampled))
 
 
@@ -126,7 +128,7 @@ def sample_joint(model: Program, args: Iterable[Any], kwargs: dict[str, Any]) ->
         UnsupportedModelError: If a prior is improper.
     """
     with _RefuseImproper():
-        return poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
+        return poutine.trace(_Unconditioned()(model)).get_trace(*args, **kwargs)
 
 
 class _RefuseImproper(Messenger):
@@ -140,6 +142,14 @@ class _RefuseImproper(Messenger):
                 "and nothing can be drawn from it. Give it a proper prior, or use what needs the data alone: an ELBO, "
                 "importance weights, prediction."
             )
+
+
+class _Unconditioned(UnconditionMessenger):
+    """Draws observed sites, and leaves those of pyro.deterministic, which are what they are."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["infer"].get("_deterministic"):
+            super()._pyro_sample(msg)
 
 
 def run_guide(
@@ -179,9 +189,10 @@ def _observed_sites(trace: poutine.Trace, guide: Program, observed: Iterable[str
     names = [name for name, _ in density_sites(trace)]
     if observed is not None:
         observed = list(observed)
-        unknown = sorted(set(observed) - set(names))
+        known = sorted(name for name, _ in all_sites(trace))
+        unknown = sorted(set(observed) - set(known))
         if unknown:
-            raise GraphflowsError(f"Expected observed sites among {sorted(names)}; got {unknown}.")
+            raise GraphflowsError(f"Expected observed sites among {known}; got {unknown}.")
         return observed
     given = [name for name, site in density_sites(trace) if "was_observed" in site["infer"]]
     if not given:

@@ -21,6 +21,7 @@ from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.infer.automatic import Automatic, limits_of
 from pyro_graphflows.infer.batches import TrainingData
 from pyro_graphflows.infer.checkpoints import Checkpoint, seeded
+from pyro_graphflows.infer.compiled import Mode
 from pyro_graphflows.infer.epochs import Run
 from pyro_graphflows.infer.fixed_simulations import Simulations
 from pyro_graphflows.infer.history import History, Progress
@@ -47,6 +48,7 @@ def fit(
     checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
     progress: Progress | bool = True,
     seed: int | None = 0,
+    compile: Mode = False,
 ) -> History:
     r"""Train a guide, and the model's own parameters, until the loss stops falling.
 
@@ -108,6 +110,10 @@ def fit(
         progress: Whether to show a bar, or a :class:`Progress`.
         seed: Seed of all random numbers meanwhile; the global generators are put back afterwards. ``None``
             uses them as they are.
+        compile: Whether steps are computed by compiled code (:mod:`~pyro_graphflows.infer.compiled`), which takes
+            tens of seconds at first and then is many times faster where models are small. ``"auto"`` compiles where
+            the steps that are left are estimated to be worth it. What cannot be compiled is computed as without;
+            ``history.compilation`` says what was done, and why. The random numbers are others than without.
 
     Returns:
         The history, with the reason of the end.
@@ -141,6 +147,8 @@ def fit(
             "Expected gradients to be enabled; got a call under torch.no_grad() or inference mode, where nothing would "
             "be trained. Call fit outside of it."
         )
+    if compile not in (True, False, "auto"):
+        raise GraphflowsError(f"Expected compile to be True, False or 'auto'; got {compile!r}.")
     args, kwargs = data.arguments()
     fitting_to = getattr(guide, "fitting_to", None)  # for guides that remember what they were trained on
     with (
@@ -156,11 +164,13 @@ def fit(
             schedule = simulations.SCHEDULE if schedule is None else schedule
         elif is_auto or schedule is None:
             first = is_auto or loss is None
-            automatic = Automatic(model, guide, data, limits_of(schedule), optimizer, seed)
+            automatic = Automatic(model, guide, data, limits_of(schedule), optimizer, seed, compile)
             return automatic.fit(None if is_auto else loss, checkpoint, progress, on_simulations=first)
         schedule = Schedule.of(schedule)
         optimizer = _RATE if optimizer is None else optimizer
-        trainer = Trainer(Objective(model, guide, loss), data, optimizer, schedule.max_grad_norm, seed)
+        trainer = Trainer(
+            Objective(model, guide, loss), data, optimizer, schedule.max_grad_norm, seed, compile
+        )
         pace = Plateau(trainer.optimizer, schedule, _STEPS_WITHOUT_DATA if data.data is None else 1)
         run = Run(trainer, pace, schedule, checkpoint, {"seed": seed}, progress)
         run.resume()

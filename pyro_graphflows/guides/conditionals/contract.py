@@ -38,12 +38,15 @@ class SiteRole:
         coupled: Whether its copies are drawn jointly across a plate.
         own_maps: Whether elements of its plates have parameters or maps of their own.
         factor: The factor class that the user gave for it.
+        long: How it is held if it is a vector too long for a full covariance, ``"element"`` or ``"rank"``
+            (:mod:`~pyro_graphflows.guides.vectors`); None if it is not.
     """
 
     site: LatentSite
     coupled: bool = False
     own_maps: bool = False
     factor: type[Factor] | None = None
+    long: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class BlockSpec:
         element_parents: For sites whose elements are told apart, the parents of each element, as (node, index in the
             node), -1 for the whole node.
         factors: The factor classes that the user gave for single sites.
+        ranks: For vectors too long for a full covariance, the rank of the covariance beside its diagonal.
     """
 
     block: BlockPlan
@@ -66,6 +70,7 @@ class BlockSpec:
     plates: Sequence[PlateState] = ()
     element_parents: ElementParents = field(default_factory=dict)
     factors: Mapping[str, type[Factor]] = field(default_factory=dict)
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
 
 class Family(ABC):
@@ -92,6 +97,21 @@ class Family(ABC):
     def can_split(self) -> bool:
         """Whether each element of a vector site can have parents of its own (``resolution="element"``)."""
         return True
+
+    @property
+    def has_vectors(self) -> bool:
+        """Whether vectors too long for a full covariance (``SiteRole.long``) are served in another way."""
+        return False
+
+    def full_size(self, role: SiteRole, num_inputs: int) -> int:
+        """Return about how many weights a vector's conditional takes if all its elements depend on each other.
+
+        Args:
+            role: The site.
+            num_inputs: The number of its inputs.
+        """
+        n = role.site.size
+        return (2 * n + n * (n - 1) // 2) * (num_inputs + 17)
 
     @property
     def can_couple(self) -> bool:

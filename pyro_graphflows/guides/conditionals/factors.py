@@ -20,6 +20,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_graphflows.distributions.autoregressive_normal import AutoregressiveNormal, sum_over_pairs
 from pyro_graphflows.guides.conditionals.distributions import DiscreteVector, ScalarNormal
 from pyro_graphflows.guides.sites import LatentSite
 from pyro_graphflows.regression import logistic_regression
@@ -29,11 +30,14 @@ __all__ = [
     "ElementNormalFactor",
     "Factor",
     "NormalFactor",
+    "NormalOutputs",
     "positive_scale",
     "scalar_normals",
 ]
 
 LOG_SCALE_BOUND = 20.0  # exp() of it is far outside of any standardised scale
+MOST_DENSE = 32  # elements up to which an autoregression is solved as a matrix
+MOST_DEPTH = 8  # of an autoregression that is solved round by round
 ROUNDINGS = 400.0  # a scale is at least so many times the rounding error of a value of the standardised size
 
 
@@ -81,6 +85,11 @@ class Factor(ABC):
     def output_elements(self) -> tuple[int, ...] | None:
         """For each output the element whose parents it may see; None where every output may see all parents."""
         return None
+
+    @property
+    def num_reading(self) -> int:
+        """The number of outputs that depend on the parents, the first ones; all unless the family says so."""
+        return self.num_outputs
 
     @property
     def log_scale_outputs(self) -> tuple[int, ...]:
@@ -147,7 +156,7 @@ class Factor(ABC):
         return None
 
 
-class _NormalOutputs(Factor):
+class NormalOutputs(Factor):
     """What normal factors share: locations first, then log-scales."""
 
     @property
@@ -156,7 +165,7 @@ class _NormalOutputs(Factor):
         return tuple(range(self.size, 2 * self.size))
 
 
-class NormalFactor(_NormalOutputs):
+class NormalFactor(NormalOutputs):
     r"""A normal conditional, ``u = shift + scale * (loc + D U eps)``, with a full covariance within the site.
 
     ``D`` is diagonal and positive (outputs are its logarithms) and ``U`` is unit lower triangular. This is a full
@@ -214,7 +223,7 @@ def scalar_normals(outputs: Tensor, shift: Tensor, scale: Tensor) -> list[Scalar
     ]
 
 
-class ElementNormalFactor(_NormalOutputs):
+class ElementNormalFactor(NormalOutputs):
     r"""A normal conditional in which each element has parents of its own.
 
     ``y_i = loc_i + sum_j A_ij y_j + d_i eps_i`` over the earlier elements ``j`` of the site that element ``i``
@@ -228,6 +237,10 @@ class ElementNormalFactor(_NormalOutputs):
         super().__init__(len(inner))
         self.rows = [i for i, earlier in enumerate(inner) for _ in earlier]
         self.columns = [j for earlier in inner for j in earlier]
+        depths: list[int] = []
+        for earlier in inner:
+            depths.append(1 + max((depths[j] for j in earlier), default=-1))
+        self.depth = max(depths, default=0)
 
     @property
     def num_outputs(self) -> int:
@@ -246,6 +259,11 @@ class ElementNormalFactor(_NormalOutputs):
         diagonal = positive_scale(outputs[..., n : 2 * n], shift, scale)
         if not self.rows:
             return dist.Normal(shift + scale * loc, scale * diagonal, validate_args=False).to_event(1)
+        if n > MOST_DENSE and self.depth <= MOST_DEPTH:
+            pairs = torch.tensor([self.rows, self.columns], device=outputs.device)
+            weights = scale[pairs[0]] / scale[pairs[1]] * outputs[..., 2 * n :]
+            own = shift + scale * loc - sum_over_pairs(weights, pairs, shift)
+            return AutoregressiveNormal(own, scale * diagonal, weights, pairs, self.depth)
         eye = torch.eye(n, dtype=outputs.dtype, device=outputs.device)
         unit = eye.expand((*outputs.shape[:-1], n, n)).clone()
         unit[..., self.rows, self.columns] = -outputs[..., 2 * n :]

@@ -24,6 +24,7 @@ from pyro_graphflows.guides.conditionals.factors import (
     NormalFactor,
     scalar_normals,
 )
+from pyro_graphflows.guides.conditionals.low_rank import LowRankNormalFactor
 from pyro_graphflows.guides.sites import LatentSite
 from pyro_graphflows.nn.mlp import LevelEvaluation, MaskedMLP
 from pyro_graphflows.regression import Moments
@@ -63,28 +64,43 @@ class MaskedConditionals(Conditionals):
         self._parts: dict[str, slice] = {}  # entries of the units
         for site in block.sites:
             own, start, size = self.factors[site], len(allowed), self.factors[site].size
+            seen_by_all = self.inputs_of(site)
             if site in self.element_columns and own.output_elements is not None:
                 allowed += [self.element_columns[site][i] for i in own.output_elements]
-            else:
-                allowed += [self.inputs_of(site)] * own.num_outputs
-            output_names += [site] * own.num_outputs
+            elif seen_by_all or not spec.ranks:
+                allowed += [seen_by_all] * own.num_reading
+            output_names += [site] * (len(allowed) - start)
             self.outputs[site] = slice(start, len(allowed))
             first = self.columns[site].start - self.num_features
             self._parts[site] = slice(first, first + size)
         # An element may see less than its site does; its outputs are wanted with those of the site.
         depths = {site: depth for depth, level in enumerate(block.levels) for site in level}
+        self.num_inputs = self.num_columns
+        if any(site in spec.ranks for site in block.levels[-1]):  # long, and no site looks at the last level
+            of_last = sum(self.factors[site].size for site in block.levels[-1])
+            self.num_inputs = max(self.num_columns - of_last, 1)
         self.network = MaskedMLP(
             allowed,
-            self.num_columns,
+            self.num_inputs,
             num_params=1,
-            input_levels=levels,
+            input_levels=levels[: self.num_inputs],
             output_levels=[depths[site] for site in output_names],
-            input_names=names,
+            input_names=names[: self.num_inputs],
             output_names=output_names,
             natural_units=True,
             **network_options,
         )
         num_rows = {site: own.num_outputs for site, own in self.factors.items()}
+        self.constants = nn.ModuleDict(  # by the position of the site
+            {
+                str(i): ElementTable((), own.num_outputs - (rows.stop - rows.start))
+                for i, (own, rows) in enumerate(
+                    zip(self.factors.values(), self.outputs.values(), strict=True)
+                )
+                if rows.stop - rows.start < own.num_outputs
+            }
+        )
+        self._constants_of = {site: str(i) for i, site in enumerate(block.sites) if str(i) in self.constants}
         self._table_columns: dict[str, slice] = {}
         start = 0
         for site in block.per_element:
@@ -124,6 +140,8 @@ class MaskedConditionals(Conditionals):
             return CoupledFactor(site.size, spec.block.coupled[name].rank)
         if name in spec.factors:
             return spec.factors[name].for_site(site)
+        if name in spec.ranks:
+            return LowRankNormalFactor(site.size, spec.ranks[name])
         if site.encoding is not None:
             return DiscreteFactor.for_site(site)
         if name in spec.element_parents:
@@ -152,7 +170,7 @@ class MaskedConditionals(Conditionals):
     @torch.no_grad()
     def whiten_(self, moments: Tensor) -> None:
         """See :meth:`Conditionals.whiten_`."""
-        self.network.whiten_(moments)
+        self.network.whiten_(moments[: self.num_inputs, : self.num_inputs])
 
     # ---------------------------------------------------------------- becoming linear
 
@@ -173,16 +191,31 @@ class MaskedConditionals(Conditionals):
 
     def _set_rows_(self, site: str, weights: Tensor, biases: Tensor, units: Tensor | None = None) -> None:
         """Make the outputs of one site linear: ``biases + weights @ inputs``, with columns for all inputs."""
-        self.network.set_linear_(self.outputs[site], weights, biases, units)
+        number = self.outputs[site].stop - self.outputs[site].start
+        if site in self._constants_of:
+            self._constants(site).set_(slice(None), biases[number:])
+            if units is not None:
+                self._constants(site).unit.copy_(units[number:])
+        units = None if units is None else units[:number]
+        weights = weights[:number, : self.num_inputs]
+        self.network.set_linear_(self.outputs[site], weights, biases[:number], units)
         if self.table is not None and site in self._table_columns:
             self.table.set_(self._table_columns[site], 0.0)
         self._share_unit_(site)
+
+    def _constants(self, site: str) -> ElementTable:
+        """Return the outputs of a site that depend on nothing."""
+        module = self.constants[self._constants_of[site]]
+        assert isinstance(module, ElementTable)
+        return module
 
     def _share_unit_(self, site: str) -> None:
         """Hand the units of a site's outputs on to its per-element parameters and maps."""
         if self.network.units is None:
             return
         unit = self.network.units.unit[self.outputs[site]]
+        if site in self._constants_of:
+            unit = torch.cat([unit, self._constants(site).unit])
         if self.table is not None and site in self._table_columns:
             self.table.unit[self._table_columns[site]] = unit
         if site in self._map_of:
@@ -334,6 +367,9 @@ class MaskedPass(Pass):
         for site in level:
             rows, part = module.outputs[site], module._parts[site]
             own = outputs[..., rows.start - start : rows.stop - start]
+            if site in module._constants_of:
+                constants = module._constants(site)({})
+                own = torch.cat([own, constants.expand(*own.shape[:-1], -1)], -1)
             if self._rows is not None and site in module._table_columns:
                 own = own + self._rows[..., module._table_columns[site]]
             if self._plates is not None and site in module._map_of:
