@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs.model_graph import ModelGraph
-from pyro_graphflows.guides import AutoFaithfulGuide, auto_faithful_guide
+from pyro_graphflows.guides import AutoFaithfulGuide
 from pyro_graphflows.infer import (
     CalibrationReport,
     History,
@@ -107,7 +107,7 @@ def make_report(
     options = options or ReportOptions()
     with seeded(options.seed):
         pyro.clear_param_store()
-        guide = auto_faithful_guide(model, family=options.family, **data)
+        guide = AutoFaithfulGuide(model, family=options.family).setup(**data)
         found = _Findings(guide.model_graph, guide)
         if not found.graph.observed:
             raise GraphflowsError(
