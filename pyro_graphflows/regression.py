@@ -289,7 +289,9 @@ def _require_finite(covariance: Tensor) -> None:
 # ---------------------------------------------------------------- logistic regression
 
 
-def logistic_regression(inputs: Tensor, targets: Tensor, *, max_steps: int = 100) -> tuple[Tensor, Tensor]:
+def logistic_regression(
+    inputs: Tensor, targets: Tensor, *, offset: Tensor | None = None, max_steps: int = 100
+) -> tuple[Tensor, Tensor]:
     """Fit the logits of a binary variable or of indicators of classes by maximum penalised likelihood.
 
     If the inputs are normal given the class, with one covariance matrix for all classes, or if they are discrete and
@@ -305,6 +307,7 @@ def logistic_regression(inputs: Tensor, targets: Tensor, *, max_steps: int = 100
     Args:
         inputs: Inputs in rows.
         targets: The values.
+        offset: Logits to which those that are fitted are added, of the shape of the targets.
         max_steps: The number of quasi-Newton steps.
 
     Returns:
@@ -314,7 +317,10 @@ def logistic_regression(inputs: Tensor, targets: Tensor, *, max_steps: int = 100
     x, y = in_float64(inputs[:MOST_LOGISTIC_ROWS]), in_float64(targets[:MOST_LOGISTIC_ROWS])
     share = (y.sum(0) + PSEUDO_COUNT) / (len(y) + max(c, 2) * PSEUDO_COUNT)
     start = share.logit() if c == 1 else share.log()
-    if n == 0 or x.shape[-1] == 0:
+    known = torch.zeros_like(y) if offset is None else in_float64(offset[:MOST_LOGISTIC_ROWS])
+    if offset is not None:
+        start = torch.zeros_like(start)
+    if n == 0 or (x.shape[-1] == 0 and offset is None):
         return inputs.new_zeros(c, inputs.shape[-1]), _centred(start).to(inputs)
     mean, scale = x.mean(0), x.std(0, correction=0)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
@@ -331,7 +337,7 @@ def logistic_regression(inputs: Tensor, targets: Tensor, *, max_steps: int = 100
     def loss() -> Tensor:
         optimizer.zero_grad()
         slopes = parameters[:, :-1]
-        logits = F.linear(x, slopes, parameters[:, -1])
+        logits = F.linear(x, slopes, parameters[:, -1]) + known
         at_mean = parameters[:, -1]
         if c == 1:
             misfit = (F.softplus(logits) - y * logits).sum()

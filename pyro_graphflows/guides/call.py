@@ -48,6 +48,7 @@ __all__ = [
     "CallReader",
     "PlateState",
     "SiteForm",
+    "call_key",
     "chosen_indices",
     "input_rows",
     "plates_of",
@@ -90,6 +91,7 @@ class Call:
         supports: The supports of the latent sites.
         given: The values of optional sites that have data in this call.
         in_part: Whether a plate that is a Python loop is subsampled: its sites are about other data in each call.
+        scores: Score features by name (:mod:`~pyro_graphflows.guides.scores`).
     """
 
     values: dict[str, Tensor]
@@ -99,6 +101,7 @@ class Call:
     supports: dict[str, constraints.Constraint] = field(default_factory=dict)
     given: dict[str, Tensor] = field(default_factory=dict)
     in_part: bool = False
+    scores: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -694,6 +697,15 @@ def _require_plates(name: str, site: Mapping[str, Any]) -> None:
             f"{tuple(site['fn'].batch_shape)}, whose dimension {dims[-1]} is in no plate. Give inputs and data one "
             "shape, for example by x.squeeze(-1)."
         )
+
+
+def call_key(arguments: Any) -> Hashable | None:
+    """Return a key that is equal for calls that differ in the contents of tensors only; None if unsure.
+
+    Args:
+        arguments: Positional and keyword arguments.
+    """
+    return _shape_of(arguments)
 
 
 def _shape_of(arguments: Any, *, of_objects: bool = False, depth: int = 0) -> Hashable | None:

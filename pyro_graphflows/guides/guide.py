@@ -34,17 +34,21 @@ from pyro_graphflows.guides.block import GuideBlock, make_inputs
 from pyro_graphflows.guides.call import Call, CallReader, PlateState, chosen_indices, site_mask
 from pyro_graphflows.guides.compile import Compiled, GuideOptions, compile_guide
 from pyro_graphflows.guides.conditionals.contract import Family
-from pyro_graphflows.guides.conditionals.distributions import CopiedValue, site_distribution
+from pyro_graphflows.guides.conditionals.distributions import CopiedValue, DrawnOrGiven, site_distribution
 from pyro_graphflows.guides.conditionals.factors import Factor
 from pyro_graphflows.guides.conditionals.model_conditionals import ModelConditionals
 from pyro_graphflows.guides.conditionals.new_elements import WithNewElements, beyond_fitted
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
+from pyro_graphflows.guides.conditionals.site_priors import SitePrior
 from pyro_graphflows.guides.families import make_family
 from pyro_graphflows.guides.files import read_guide, write_guide
 from pyro_graphflows.guides.fitted_data import CallData, FittedData
 from pyro_graphflows.guides.orders import Inverse
 from pyro_graphflows.guides.plan import Description, Plan
+from pyro_graphflows.guides.prior_samples import with_priors
+from pyro_graphflows.guides.priors import PriorReader
 from pyro_graphflows.guides.samples import Samples
+from pyro_graphflows.guides.scores import ScoreReader
 from pyro_graphflows.guides.sites import LatentSite, is_constant
 from pyro_graphflows.guides.start import Start, start_at_, start_block_, whiten_block_
 from pyro_graphflows.guides.transport import Transport
@@ -88,6 +92,8 @@ class AutoFaithfulGuide(AutoGuide):
         init_values: Values at which single sites start.
         setup_seed: The seed of everything random at set-up; the caller's random state is neither used nor advanced.
         optional: Sites that have data in some calls, in the order in which they are sampled where they have none.
+        features: ``"raw"``, ``"score"`` or ``"auto"``.
+        embedding: Networks of wide data.
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
             that returns plates that exist already, for subsampling.
 
@@ -125,6 +131,8 @@ class AutoFaithfulGuide(AutoGuide):
         init_values: Mapping[str, Tensor] = MappingProxyType({}),
         setup_seed: int = 0,
         optional: Sequence[str] = (),
+        features: str = "raw",
+        embedding: Mapping[str, nn.Module | str] = MappingProxyType({}),
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__(model, create_plates=create_plates)
@@ -145,6 +153,8 @@ class AutoFaithfulGuide(AutoGuide):
             init_values=dict(init_values),
             setup_seed=setup_seed,
             optional=optional,
+            features=features,
+            embedding=dict(embedding),
         )
         self._plan: Plan | None = None
         self._notes: tuple[str, ...] = ()
@@ -156,8 +166,10 @@ class AutoFaithfulGuide(AutoGuide):
         self._places: list[tuple[str, dict[str, Any], str]] | None = None
         self._sites: dict[str, LatentSite]
         self._reader: CallReader
+        self._priors: PriorReader
         self._plate_states: dict[str, PlateState]
         self.blocks: nn.ModuleList
+        self.scores: ScoreReader | None = None
 
     # ---------------------------------------------------------------- set-up
 
@@ -196,9 +208,17 @@ class AutoFaithfulGuide(AutoGuide):
                 standardize=options.standardize,
                 num_rows=options.num_rows,
             )
+            samples = with_priors(samples, compiled.plan.priors)
+            if compiled.scores is not None and samples.values is not None:
+                number = len(next(iter(samples.values.values())))
+                samples = samples.with_values(
+                    compiled.scores.of_draws(compiled.draws, number, compiled.plates)
+                )
+            self.scores = compiled.scores
             blocks, starts = self._make_blocks(compiled, samples)
             self._plan, self._sites, self._reader = compiled.plan, compiled.sites, compiled.reader
             self._plate_states = compiled.plates
+            self._priors = PriorReader(compiled.plan.priors, compiled.sites)
             self._notes = () if samples.note is None else (samples.note,)
             self._start_notes = tuple(note for start in starts for note in start.notes)
             self.blocks = nn.ModuleList(blocks)
@@ -232,7 +252,7 @@ class AutoFaithfulGuide(AutoGuide):
         }
         blocks = []
         for plan in compiled.plan.blocks:
-            inputs, of_block = make_inputs(plan, samples, options.deepset or DeepSet())
+            inputs, of_block = make_inputs(plan, samples, options.deepset or DeepSet(), options.embedding)
             block = GuideBlock.make(plan, compiled.families[plan.sites[0]], inputs, of_block, further)
             start = start_block_(block, of_block, regression=options.init == "regression")
             given = start_at_(block, of_block, options.init_values, compiled.plan.changing)
@@ -250,7 +270,7 @@ class AutoFaithfulGuide(AutoGuide):
         draws: dict[str, Tensor] = {}
         if chosen:
             try:
-                call = self._read(args, kwargs, None)
+                call = self._read_with_scores(args, kwargs, None)
                 draws = self._flat_draws(args, kwargs)
             except GraphflowsError:  # set up without data: the call that needs them says so
                 call = None
@@ -353,9 +373,12 @@ class AutoFaithfulGuide(AutoGuide):
     ) -> dict[str, Tensor]:
         """Read a call, and emit every latent site; ``unconstrained`` is filled with the flat vectors of its values."""
         plan = self.plan
-        call = self._read(args, kwargs, observations)
+        call = self._read_with_scores(args, kwargs, observations)
         values: dict[str, Tensor] = {}
         unconstrained = {} if unconstrained is None else unconstrained
+        of_call = None
+        if plan.priors.sites:
+            of_call = self._priors.begin(self.model, (args, kwargs), call, observations)
         blocks: Any = self._modules["blocks"]  # not self.blocks: forward has shown the parameters to Pyro
         for block, block_plan in zip(blocks, plan.blocks, strict=True):
             conditionals = block.begin(call, unconstrained)
@@ -364,12 +387,18 @@ class AutoFaithfulGuide(AutoGuide):
                 if plan.changing and any(name in plan.changing for name in level):
                     call = self._with_supports(call, args, kwargs, values, level)
                 beyond = [] if new is None else [name for name in level if name in block_plan.per_element]
+                fuses = block.conditionals.fuses
+                priors = {} if of_call is None else of_call.before(values, self._fuses)
                 model = self._model_conditionals(beyond, block, call, (args, kwargs), values, observations)
                 with ExitStack() as stack:
                     for name in block_plan.plates:
                         stack.enter_context(self.plates[name])
-                    for name, conditional in conditionals.next().items():
-                        fn, read_back = self._at_site(name, conditional, call, block)
+                    for name, conditional in conditionals.next(priors).items():
+                        prior = priors[name] if name in priors and fuses(name) else None
+                        fn, read_back = self._at_site(name, conditional, call, block, prior)
+                        if name in conditionals.fixed and prior is not None:
+                            fixed = conditionals.fixed[name], call, block, prior.fixed
+                            fn = DrawnOrGiven(fn, self._at_site(name, *fixed)[0])
                         if name in model and new is not None:
                             fn = WithNewElements(fn, model[name], new)
                         given = call.given.get(name)
@@ -400,7 +429,12 @@ class AutoFaithfulGuide(AutoGuide):
                 pyro.sample(name, fn, infer=infer)
 
     def _at_site(
-        self, name: str, conditional: dist.TorchDistribution, call: Call, block: GuideBlock
+        self,
+        name: str,
+        conditional: dist.TorchDistribution,
+        call: Call,
+        block: GuideBlock,
+        prior: SitePrior | None,
     ) -> tuple[dist.TorchDistribution, Callable[[Tensor], Tensor]]:
         """Return the distribution to emit at a site, and the map from its value to the flat vector."""
         site = self._sites[name]
@@ -410,7 +444,12 @@ class AutoFaithfulGuide(AutoGuide):
             call.supports[name],
             analytic_kl=self.plan.analytic_kl[name],
             dtype=None if site.encoding is None else block.dtype,
+            coordinate=None if prior is None else prior.transform,
         )
+
+    def _fuses(self, name: str) -> bool:
+        blocks: Any = self._modules["blocks"]
+        return any(name in block.plan.fused and block.conditionals.fuses(name) for block in blocks)
 
     def _emit_site(self, name: str, fn: dist.TorchDistribution, call: Call, emit: Emit) -> Tensor:
         """Emit a distribution at its site, with the model's mask and scale; return the value."""
@@ -421,6 +460,20 @@ class AutoFaithfulGuide(AutoGuide):
             return emit(name, fn, **infer)
         with poutine.scale(scale=call.scales[name]):
             return emit(name, fn, **infer)
+
+    def _read_with_scores(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], observations: Mapping[str, Tensor] | None
+    ) -> Call:
+        """Read the call, and compute the score features that sites read."""
+        call = self._read(args, kwargs, observations)
+        if self.scores is None:
+            return call
+        missing = [name for name in self.scores.observed if name not in call.values]
+        if missing:
+            raise UnsupportedModelError(
+                f"Expected data of {', '.join(missing)}, whose scores sites read (features=); this call has none."
+            )
+        return replace(call, scores=self.scores.in_call(call, self.model, args, kwargs))
 
     def _read(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], observations: Mapping[str, Tensor] | None
@@ -771,7 +824,19 @@ class AutoFaithfulGuide(AutoGuide):
         observations = kwargs.pop("observations", None)
         self._ensure_set_up(args, kwargs)
         with torch.no_grad(), poutine.block():
-            return self._run(args, kwargs, observations, _centre)
+            values = self._run(args, kwargs, observations, _centre)
+        return {name: self._in_plates(name, value) for name, value in values.items()}
+
+    def _in_plates(self, name: str, value: Tensor) -> Tensor:
+        """Return a value with all elements of the plates around its site, also of one that looks at nothing."""
+        event = self._sites[name].event_shape
+        plates = [self.plates[plate] for plate in self.block_of(name).plan.plates]
+        batch = [1] * max([value.dim() - len(event), *(-plate.dim for plate in plates)])
+        for plate in plates:
+            batch[plate.dim] = plate.subsample_size
+        for dim in range(-1, len(event) - value.dim() - 1, -1):
+            batch[dim] = max(batch[dim], value.shape[dim - len(event)])
+        return value.expand(torch.Size(batch) + event)
 
     def quantiles(
         self, quantiles: Sequence[float] | Tensor, *args: Any, num_draws: int = 1000, **kwargs: Any
@@ -939,6 +1004,40 @@ class AutoFaithfulGuide(AutoGuide):
             GraphflowsError: If the site or a parent is unknown, weights have another shape or the scale is not
                 positive.
         """
+        self._block_to_set(site, weights).set_linear_(site, weights, intercept, scale)
+
+    def set_fused_(
+        self,
+        site: str,
+        weights: Mapping[str, Any],
+        intercept: Tensor | float,
+        scale: Tensor | float = 1.0,
+    ) -> None:
+        r"""Make the factor beside a site's prior linear-Gaussian.
+
+        ``q(u) ~ prior(u) * Normal(u; intercept + sum_p weights[p] @ u_p, scale)``, where ``u`` is the coordinate in
+        which the prior is normal: of priors that are normal in unconstrained space that vector, of others the normal
+        score of the prior.
+
+        Args:
+            site: A latent site that is fused with its prior; ``describe()`` says which are.
+            weights: See :meth:`set_linear_`.
+            intercept: The location where all parents are zero, shape ``(size,)``.
+            scale: The scale, or a lower triangular square root of the covariance, shape ``(size, size)``.
+
+        Raises:
+            GraphflowsError: If the site is not fused with its prior or is discrete, or as for :meth:`set_linear_`.
+        """
+        block = self._block_to_set(site, weights)
+        if site not in block.plan.fused or self._sites[site].encoding is not None:
+            raise GraphflowsError(
+                f"Expected a continuous site that is fused with its prior (describe() says which are); got {site!r}. "
+                "Use set_linear_."
+            )
+        block.set_linear_(site, weights, intercept, scale, fused=True)
+
+    def _block_to_set(self, site: str, weights: Mapping[str, Any]) -> GuideBlock:
+        """Return the block of a site whose conditional is to be set; refuse weights of what is no parent."""
         plan = self.plan
         block = self.block_of(site)
         known = {*plan.inverse.parents[site], *block.inputs.names}
@@ -949,7 +1048,7 @@ class AutoFaithfulGuide(AutoGuide):
                 f"({', '.join(map(str, plan.inverse.parents[site])) or 'there are none'}); got "
                 f"{', '.join(unknown)}."
             )
-        block.set_linear_(site, weights, intercept, scale)
+        return block
 
     def block_of(self, site: str) -> GuideBlock:
         """Return the block of a latent site.
@@ -978,6 +1077,7 @@ class AutoFaithfulGuide(AutoGuide):
             self._sites = {name: site.moved(fn) for name, site in self._sites.items()}
             self._plate_states = {name: plate.moved(fn) for name, plate in self._plate_states.items()}
             self._fitted = None if self._fitted is None else self._fitted.moved(fn)
+            self._priors = PriorReader(self._plan.priors, self._sites)
         return self
 
     def load_state_dict(
@@ -1039,6 +1139,7 @@ class AutoFaithfulGuide(AutoGuide):
             "notes": (self._notes, self._start_notes),
             "fitted": None if self._fitted is None else (self._fitted.digests(), self._fitted.partial),
             "blocks": tuple(block.to_plain() for block in blocks),
+            "scores": None if self.scores is None else self.scores.to_plain(),
         }
         write_guide(path, self.model, contents, self.state_dict())
 
@@ -1049,8 +1150,10 @@ class AutoFaithfulGuide(AutoGuide):
         with torch.random.fork_rng(devices=[]):  # its random start is replaced
             blocks = [GuideBlock.from_plain(plain) for plain in contents["blocks"]]
         self._plan, self._sites = contents["plan"], contents["sites"]
+        self.scores = None if contents["scores"] is None else ScoreReader.from_plain(contents["scores"])
         self._reader = CallReader.from_plain(contents["reader"], device)
         self._plate_states = contents["plates"]
+        self._priors = PriorReader(self._plan.priors, self._sites)
         self._reader.remember(self._plate_states, {name: site.support for name, site in self._sites.items()})
         self._notes, self._start_notes = contents["notes"]
         self._fitted = None if contents["fitted"] is None else FittedData(*contents["fitted"])
@@ -1067,6 +1170,8 @@ class AutoFaithfulGuide(AutoGuide):
                 "version."
             ) from error
         self.blocks.to(device)
+        if self.scores is not None:
+            self.scores.to(device)
 
     def bind(self, model: Callable[..., Any]) -> "AutoFaithfulGuide":
         """Give a guide that was pickled its model back (models are not saved with guides)."""
@@ -1085,6 +1190,7 @@ class AutoFaithfulGuide(AutoGuide):
         state["create_plates"] = None
         if self._plan is not None:  # a function that makes inverses cannot be pickled
             state["_options"] = replace(self._options, inverse=self._plan.inverse, init_values={})
+            state["_priors"] = PriorReader(self._plan.priors, self._sites)
         state["prototype_trace"] = None
         state["_fitted"] = None  # no data in a pickle
         state["_places"] = None
@@ -1103,6 +1209,8 @@ class AutoFaithfulGuide(AutoGuide):
         state = self.__dict__.copy()
         shared = {key: state.pop(key) for key in ("_model", "create_plates", "master", "prototype_trace")}
         state["plates"], state["_places"] = {}, None
+        if self._plan is not None:
+            state["_priors"] = PriorReader(self._plan.priors, self._sites)
         new.__dict__.update(shared)
         new.__dict__.update(copy.deepcopy(state, memo))
         if new._plan is not None:
@@ -1129,6 +1237,8 @@ def auto_faithful_guide(
     init_values: Mapping[str, Tensor] = MappingProxyType({}),
     setup_seed: int = 0,
     optional: Sequence[str] = (),
+    features: str = "raw",
+    embedding: Mapping[str, nn.Module | str] = MappingProxyType({}),
     create_plates: Callable[..., Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
 ) -> AutoFaithfulGuide:
@@ -1158,7 +1268,8 @@ def auto_faithful_guide(
             :class:`~pyro_graphflows.ModelGraph`.
         pool: How the data in inner plates reach the sites outside of them (a group's data its own variable, all data
             the global variables): None gives such sites per-element parameters for the data set at hand; ``"deepset"``
-            (or a :class:`~pyro_graphflows.guides.DeepSet` that sets its sizes) summarises the data by a
+            (or a :class:`~pyro_graphflows.guides.DeepSet` that sets its sizes; ``"attention"`` or an
+            :class:`~pyro_graphflows.guides.Attention` weighs elements by what they are) summarises the data by a
             permutation-invariant network, so that they are amortised over data sets of any
             size (:mod:`~pyro_graphflows.guides.conditionals.pooling`; not over subsampled plates).
         init: ``"regression"``: start from the least-squares regression of each site on its parents over joint samples
@@ -1193,6 +1304,13 @@ def auto_faithful_guide(
             Deep Generative Models). They are sampled first, in this order. Each call returns the sites that are latent
             in it. With several, a later one may lack data where an earlier one has some; the reverse is refused where
             the two are dependent.
+        features: What sites read of their data beside the data themselves: ``"raw"``, nothing; ``"score"``, the
+            gradient of the data's log-density at fixed reference values of all latents, as wide as the site is, where
+            the model has one (:mod:`~pyro_graphflows.guides.scores`); ``"auto"``, the same where a regression on
+            held-out joint samples gains by it.
+        embedding: For wide data, by name, a network from ``(*batch, columns)`` to ``(*batch, features)`` that sites
+            read in their place, beside linear estimates of the latents; ``"auto"`` for a default one
+            (:mod:`~pyro_graphflows.guides.conditionals.embedding`).
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
             that returns plates that exist already, for subsampling.
         example_kwargs: Keyword arguments of a typical call.
@@ -1236,6 +1354,8 @@ def auto_faithful_guide(
         init_values=init_values,
         setup_seed=setup_seed,
         optional=optional,
+        features=features,
+        embedding=embedding,
         create_plates=create_plates,
     )
     if example_args or example_kwargs:

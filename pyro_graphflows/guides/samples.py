@@ -32,7 +32,7 @@ from pyro_graphflows.inspect import (
 from pyro_graphflows.inspect.arguments import argument_leaves, replaced_arguments
 from pyro_graphflows.inspect.trace import quiet_run, run_model
 
-__all__ = ["MOST_ROWS", "ModelDraws", "Samples", "side_by_side", "with_depth"]
+__all__ = ["MOST_ROWS", "ModelDraws", "Samples", "columns_of", "side_by_side", "with_depth"]
 
 MOST_ROWS = 200_000  # in the block with the most elements, for a joint sample
 MOST_POOLED_ROWS = 500_000  # the same where plates are pooled: a whole data set is one sample
@@ -176,6 +176,10 @@ class ModelDraws:
         replaced = {id(leaf): indices[name] for name, leaf in given.items() if leaf is not None}
         return replaced_arguments(self.args, self.kwargs, replaced)
 
+    def latent_values(self, number: int) -> dict[str, Tensor]:
+        """Return the values of the latent sites, as the model has them, in the first of the joint samples kept."""
+        return {name: self._kept[name][:number] for name in self.sites}
+
     @property
     def note(self) -> str | None:
         """A sentence for the user if each joint sample took a run of its own."""
@@ -186,6 +190,15 @@ class ModelDraws:
             f"set-up is slow and has no more than {most} joint samples, since each takes a run of the model: "
             f"{self._batching.reason}."
         )
+
+    def raw(self, num_samples: int) -> dict[str, Tensor]:
+        """Return joint samples as the model drew them, the first of those that :meth:`draw` keeps.
+
+        Args:
+            num_samples: How many.
+        """
+        self.draw(num_samples)
+        return {name: value[:num_samples] for name, value in self._kept.items()}
 
     def _single_runs(self, model: Callable[..., Any]) -> int:
         """Return how many joint samples are drawn one by one: fewer where a run is slow, and never more than wanted."""
@@ -325,6 +338,11 @@ class Samples:
     def aligned(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return joint samples of some nodes, plates apart, with as many batch dimensions each."""
         return _at_one_depth(self.values or {}, names)
+
+
+def columns_of(site: str) -> tuple[str, str]:
+    """Return the names of a fused site's columns beside samples: its prior, its value in the coordinate of that."""
+    return f"{site}: prior", f"{site}: coordinate"
 
 
 def _latents_of(model: Callable[..., Any], traced: TracedModel) -> tuple[Callable[..., Any], TracedModel]:
