@@ -579,15 +579,15 @@ def test_a_fused_guide_is_a_map_of_noise(family):
     assert torch.allclose(base - moved.total, log_q.reshape(5), atol=1e-6)
 
 
-# ---------------------------------------------------------------- the default
+# ---------------------------------------------------------------- family="auto"
 
 
 def _kinds(guide):
     return {name: type(guide.block_of(name).family).__name__ for name in guide.plan.graph.latent}
 
 
-def test_hierarchies_have_splines_for_globals_and_are_fused_by_default():
-    guide = auto_faithful_guide(half_cauchy_schools, Y, SIGMA, num_start_samples=2000)
+def test_hierarchies_have_splines_for_globals_and_are_fused_by_auto():
+    guide = auto_faithful_guide(half_cauchy_schools, Y, SIGMA, family="auto", num_start_samples=2000)
     assert _kinds(guide) == {"tau": "Spline", "mu": "Spline", "theta": "Normal"}
     assert guide.plan.priors.sites == {"tau", "mu", "theta"}
     assert "fused with its prior, spline" in guide.describe()
@@ -601,11 +601,13 @@ def test_scales_in_plates_have_splines():
             z = pyro.sample("z", dist.Normal(a, log_scale.exp()))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
-    guide = auto_faithful_guide(model, torch.ones(4), inverse="reverse", num_start_samples=2000)
+    guide = auto_faithful_guide(
+        model, torch.ones(4), inverse="reverse", family="auto", num_start_samples=2000
+    )
     assert _kinds(guide) == {"log_scale": "Spline", "a": "Normal", "z": "Normal"}
 
 
-def test_other_models_have_normal_conditionals_by_default():
+def test_other_models_have_normal_conditionals_by_auto():
     """The same ones, weight for weight."""
 
     def model(x):
@@ -624,6 +626,6 @@ def test_other_models_have_normal_conditionals_by_default():
     assert "p" in everywhere.plan.priors.sites
 
 
-def test_the_parts_of_the_default_family_are_families():
+def test_the_parts_of_the_auto_family_are_families():
     with pytest.raises(GraphflowsError, match=r"normal= a Normal\(...\) and spline= a Spline"):
         Auto(normal=Spline())

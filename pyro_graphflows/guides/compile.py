@@ -645,7 +645,7 @@ def _families(
     inputs: InputPlan,
     plates: Mapping[str, tuple[str, ...]],
     long: Mapping[str, str],
-    facts: Mapping[str, Mapping[str, bool]],
+    facts: Mapping[str, Mapping[str, Any]],
 ) -> tuple[dict[str, Family], dict[str, Hashable]]:
     """Return for each site the family that serves it, and what the sites of one block have in common."""
     families: dict[str, Family] = {}

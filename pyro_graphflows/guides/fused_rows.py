@@ -19,6 +19,9 @@ from pyro_graphflows.regression import location_and_scale
 __all__ = ["FusedRows"]
 
 WIDTH = 2.0  # of the factors that sites with per-element parameters start with, in units of the prior
+ROOT_WIDTH = (
+    0.1  # the same of sites in no plate: at the width of their prior the first losses are of wild guesses
+)
 
 
 @dataclass(frozen=True)
@@ -117,5 +120,6 @@ class FusedRows:
         linear = fit.linear
         if site in conditionals.block.per_element and not fit.says_something:
             eye = torch.eye(len(linear.loc)).to(linear.loc)
-            linear = replace(linear, scale_tril=WIDTH * eye)
+            width = WIDTH if conditionals.block.plates else ROOT_WIDTH
+            linear = replace(linear, scale_tril=width * eye)
         conditionals.set_fused_(site, conditionals.linear_of(site, linear))

@@ -115,7 +115,7 @@ class AutoFaithfulGuide(AutoGuide):
         self,
         model: Callable[..., Any],
         *,
-        family: str | Family | type[Factor] = "auto",
+        family: str | Family | type[Factor] = "normal",
         inverse: Inverse = "auto",
         pool: str | DeepSet | None = None,
         init: str = "regression",
@@ -1221,7 +1221,7 @@ class AutoFaithfulGuide(AutoGuide):
 def auto_faithful_guide(
     model: Callable[..., Any],
     *example_args: Any,
-    family: str | Family | type[Factor] = "auto",
+    family: str | Family | type[Factor] = "normal",
     inverse: Inverse = "auto",
     pool: str | DeepSet | None = None,
     init: str = "regression",
