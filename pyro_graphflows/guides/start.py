@@ -31,6 +31,8 @@ ELEMENT_SCALE = 0.1  # sites with per-element parameters start at their prior, t
 HELD_OUT = 5  # one in this many samples judges the regression start
 LEAST_ROWS = 20  # finite ones, without which there is no regression
 
+MOST_PRODUCTS = 3_000_000_000  # of features, over all rows
+ROWS_PER_FEATURE = 4  # at least, even so
 ROWS_PER_WEIGHT = 20  # with fewer joint samples of an index for each weight its map stays at the shared one
 MOST_INDICES = 2000
 
@@ -72,6 +74,7 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
         if regression:
             features = block.inputs.features(concatenate([samples.rows[n] for n in block.inputs.names]))
             finite = torch.isfinite(torch.cat([features, *latents.values()], -1)).all(-1)
+            finite = _few_enough(finite, features.shape[-1])
             features = features[finite] if features.shape[-1] else features
             if samples.standardize:
                 moments = _input_moments(block, features, {n: v[finite] for n, v in latents.items()})
@@ -89,9 +92,17 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
                     conditionals.start_couplings_(samples.plates, context, of_sites)
     if plan.coupled and not kept:
         conditionals.start_couplings_(samples.plates)
-    if regression:
+    if samples.source == "mode" and kept and plan.per_element:
+        notes += _start_elements_(conditionals, samples)
+    elif regression:
         conditionals.narrow_elements_(ELEMENT_SCALE)
     return Start(tuple(notes), moments)
+
+
+def _few_enough(chosen: Tensor, num_features: int) -> Tensor:
+    """Return the mask of the first chosen rows, as many as a regression on wide inputs can take in a second."""
+    most = max(MOST_PRODUCTS // max(num_features, 1) ** 2, ROWS_PER_FEATURE * num_features)
+    return chosen & (chosen.cumsum(0) <= most)
 
 
 def whiten_block_(block: GuideBlock, moments: Tensor, call: Call | None, draws: Mapping[str, Tensor]) -> None:
@@ -283,6 +294,11 @@ def _start_indices_(
         for site in plan.non_exchangeable
         if site not in plan.per_element and not _regress_indices_(conditionals, site, plates, context, values)
     ]
+
+
+def _start_elements_(conditionals: Conditionals, samples: Samples) -> list[str]:
+    """Start per-element parameters by a regression of each element's draws; say where that was not possible."""
+    raise NotImplementedError
 
 
 @torch.no_grad()
