@@ -7,13 +7,16 @@ OUT ?= out
 # where a study keeps its runs, its page and pictures, and its checkpoints
 places = --results studies/$(1)/results.jsonl --out docs/results --work $(OUT)/$(1)
 
-.PHONY: help demo test test-slow check comi table1 flows density graphvae-table real-models clean
+.PHONY: help demo test test-slow test-oldest sdist-test types check comi table1 flows density graphvae-table real-models clean
 
 help:
 	@echo "make demo       faithful guide for a gene network against the exact answer (tables, pictures in $(OUT)/)"
 	@echo "make test       the test suite (doctests included)"
 	@echo "make test-slow  the long tests"
+	@echo "make test-oldest  the suite with the oldest supported versions (a virtual environment of its own)"
+	@echo "make sdist-test builds sdist and wheel, runs the tests from the sdist in an empty environment"
 	@echo "make check      ruff and mypy"
+	@echo "make types      pyright on a script of public calls"
 	@echo "make comi       the study of the CoMI paper (restartable; writes docs/results/comi.md)"
 	@echo "make table1     the study of the SIReN-VAE paper (restartable; writes docs/results/siren_vae.md)"
 	@echo "make flows      speed, memory and inversion of the flows beside others (writes docs/results/flows.md)"
@@ -35,6 +38,31 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# OLDEST_PYTHON: the oldest Python there is, 3.10 where it is installed
+OLDEST_PYTHON ?= python3.10
+OLDEST := $(OUT)/oldest
+test-oldest:
+	test -x $(OLDEST)/bin/python || $(OLDEST_PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[test]"
+	$(OLDEST)/bin/python -m pytest $(TESTS)
+
+# TESTS: what to run of the suite, all by default
+DIST := $(abspath $(OUT))/dist
+sdist-test:
+	rm -rf $(DIST) && mkdir -p $(DIST)/empty
+	$(PYTHON) -m venv $(DIST)/venv
+	$(DIST)/venv/bin/python -m pip install --quiet --disable-pip-version-check build
+	$(DIST)/venv/bin/python -m build --outdir $(DIST) .
+	tar -xzf $(DIST)/*.tar.gz -C $(DIST)/empty --strip-components 1
+	rm -rf $(DIST)/empty/pyro_graphflows/__pycache__
+	$(DIST)/venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		"$$(ls $(DIST)/*.whl)[test]"
+	cd $(DIST)/empty && $(DIST)/venv/bin/python -m pytest $(TESTS)
+
+types: $(STAMP)
+	test -x $(OUT)/types/bin/pyright || ($(PYTHON) -m venv $(OUT)/types && $(OUT)/types/bin/pip install --quiet pyright)
+	$(OUT)/types/bin/pyright --pythonpath $(BIN)/python tests/typed_calls.py
 
 check: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -81,7 +81,7 @@ from pyro_graphflows.transforms import (
     graphical_spline,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "IWAE_ELBO",

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from pyro_graphflows.errors import GraphflowsError
 
-__all__ = ["LabelledMasks", "SparseMask", "allowed_mask", "label_masks"]
+__all__ = ["LabelledMasks", "SparseMask", "UnitsPerSet", "allowed_mask", "label_masks"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,16 +152,35 @@ def allowed_mask(allowed: Sequence[Collection[int]], num_inputs: int) -> SparseM
     return SparseMask.from_pairs(*_memberships(sets), (len(sets), num_inputs))
 
 
+@dataclass(frozen=True)
+class UnitsPerSet:
+    """Hidden layers that have the same number of units for each distinct set of inputs.
+
+    Attributes:
+        number: The number of units.
+        layers: The number of hidden layers.
+
+    Raises:
+        GraphflowsError: If there is no unit, or the number of layers is negative.
+    """
+
+    number: int = 8
+    layers: int = 1
+
+    def __post_init__(self) -> None:
+        if self.number < 1 or self.layers < 0:
+            raise GraphflowsError(
+                f"Expected units_per_set >= 1 and hidden_layers >= 0; got {self.number} and {self.layers}."
+            )
+
+
 def label_masks(
     allowed: Sequence[Collection[int]],
     num_inputs: int,
+    hidden: UnitsPerSet | Sequence[int] | None = None,
     *,
-    hidden_layers: int = 1,
-    units_per_set: int = 8,
-    hidden_dims: Sequence[int] | None = None,
     input_levels: Sequence[int] | None = None,
-    input_names: Sequence[object] | None = None,
-    output_names: Sequence[object] | None = None,
+    names: tuple[Sequence[object] | None, Sequence[object] | None] = (None, None),
 ) -> LabelledMasks:
     r"""Return the masks of a network whose output k depends on exactly the inputs in ``allowed[k]``.
 
@@ -169,7 +188,7 @@ def label_masks(
     is contained in the upper set. Sets are in order of first appearance, or by level where levels are given,
     and the units of a set are beside each other.
 
-    With explicit ``hidden_dims`` the units are spread over the sets as evenly as possible. A layer with fewer
+    With explicit numbers the units are spread over the sets as evenly as possible. A layer with fewer
     units than sets first serves the sets that are not the union of smaller ones; if some dependency is lost
     even so, which the Boolean product of the masks tells, this raises. An output without units for its own
     set is a sum of functions of the smaller sets that are left.
@@ -181,23 +200,20 @@ def label_masks(
     Args:
         allowed: For each output, the indices of the inputs that it may see.
         num_inputs: The number of inputs.
-        hidden_layers: The number of hidden layers.
-        units_per_set: The number of units for each distinct set in each hidden layer.
-        hidden_dims: The numbers of units of the hidden layers, instead of the two arguments before.
+        hidden: The hidden layers: :class:`UnitsPerSet` (its defaults for None), or the number of units of each.
         input_levels: A level for each input. The level of a set is the largest of its members', and sets are
             then sorted by level.
-        input_names: Names of the inputs, for messages.
-        output_names: Names of the outputs, for messages.
+        names: Names of the inputs and of the outputs, for messages.
 
     Returns:
         The masks, one more than there are hidden layers, and the label sets of the units.
 
     Raises:
-        GraphflowsError: If an index is out of range, a number of units is not positive, or ``hidden_dims``
+        GraphflowsError: If an index is out of range, a number of units is not positive, or explicit layers
             are too narrow. The message lists the dependencies that would be lost.
 
     Example:
-        >>> made = label_masks([[], [0], [0, 1]], 2, units_per_set=1)
+        >>> made = label_masks([[], [0], [0, 1]], 2, UnitsPerSet(1))
         >>> [sorted(label) for label in made.labels[0]]
         [[0], [0, 1]]
         >>> made.masks[1].int().tolist()
@@ -210,22 +226,16 @@ def label_masks(
         distinct.sort(key=lambda members: max(levels[j] for j in members))
     upper, lower = _subset_pairs(distinct)
 
-    if hidden_dims is None:
-        if units_per_set < 1 or hidden_layers < 0:
-            raise GraphflowsError(
-                "Expected units_per_set >= 1 and hidden_layers >= 0; "
-                f"got {units_per_set} and {hidden_layers}."
-            )
-        counts = [np.full(len(distinct), units_per_set) for _ in range(hidden_layers)]
+    hidden = UnitsPerSet() if hidden is None else hidden
+    if isinstance(hidden, UnitsPerSet):
+        counts = [np.full(len(distinct), hidden.number) for _ in range(hidden.layers)]
     else:
-        if any(width < 1 for width in hidden_dims):
-            raise GraphflowsError(f"Expected positive hidden_dims; got {list(hidden_dims)}.")
+        if any(width < 1 for width in hidden):
+            raise GraphflowsError(f"Expected positive hidden_dims; got {list(hidden)}.")
         priority = _by_need(distinct, upper, lower)
-        counts = [_spread(width, priority) for width in hidden_dims]
+        counts = [_spread(width, priority) for width in hidden]
         if any((count == 0).any() for count in counts):
-            _check_nothing_lost(
-                distinct, (upper, lower), counts, sets, num_inputs, (input_names, output_names)
-            )
+            _check_nothing_lost(distinct, (upper, lower), counts, sets, num_inputs, names)
 
     patterns = []
     below = np.ones(num_inputs, dtype=np.int64)

@@ -125,8 +125,9 @@ def test_distributions_are_drawn_independently_in_a_batch_of_runs(name):
         pyro.sample("x", dist.Normal(z.sum(), 1.0), obs=x)  # the sum forbids a plate for events
 
     traced = trace_model(model, (torch.zeros(()),))
-    samples = sample_prior(model, num_samples=2000, model_args=(torch.zeros(()),), traced=traced)
-    assert find_batching(model, (torch.zeros(()),), traced=traced).way == "vmap"
+    batching = find_batching(model, (torch.zeros(()),), traced=traced)
+    samples = sample_prior(model, (torch.zeros(()),), num_samples=2000, batching=batching)
+    assert batching.way == "vmap"
     z = samples["z"].reshape(2000, -1)[:, 0]
     assert scipy.stats.kstest(z.double().numpy(), exact.cdf).pvalue > 1e-6
     assert z.unique().numel() == 2000
@@ -170,6 +171,8 @@ def test_samples_of_subsampled_plates_are_those_of_the_rows_at_set_up():
 
     x = torch.arange(40.0).double()
     traced = trace_model(model, (x, x))
-    samples = sample_prior(model, (x, x), num_samples=50, traced=traced)
+    samples = sample_prior(
+        model, (x, x), num_samples=50, batching=find_batching(model, (x, x), traced=traced)
+    )
     rows = traced.trace.nodes["data"]["value"]
     assert (samples["y"] - x[rows]).abs().max() < 0.1

@@ -18,9 +18,11 @@ from pyro_graphflows.infer.checkpoints import (
     Checkpoint,
     load_checkpoint,
 )
+from pyro_graphflows.infer.history import History, Progress
 from pyro_graphflows.infer.inference_compilation import InferenceCompilation
 from pyro_graphflows.infer.parameters import ParameterSet
-from pyro_graphflows.infer.training import History, Progress, Schedule, fit
+from pyro_graphflows.infer.schedule import Schedule
+from pyro_graphflows.infer.training import fit
 
 Adam = partial(torch.optim.Adam, lr=0.05)
 quiet_fit = partial(fit, progress=False)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.masks import SparseMask, allowed_mask, label_masks
+from pyro_graphflows.masks import SparseMask, UnitsPerSet, allowed_mask, label_masks
 from tests.strategies import parent_sets
 
 
@@ -35,10 +35,10 @@ def families(draw, max_inputs=7, max_outputs=8):
 
 
 def test_chain_and_complete_graph_as_text():
-    chain = label_masks([[], [0], [1]], 3, units_per_set=1)
+    chain = label_masks([[], [0], [1]], 3, UnitsPerSet(1))
     assert ["".join(" x"[int(e)] for e in row) for row in chain.masks[0]] == ["x  ", " x "]
     assert ["".join(" x"[int(e)] for e in row) for row in chain.masks[1]] == ["  ", "x ", " x"]
-    full = label_masks([[], [0], [0, 1], [0, 1, 2]], 4, units_per_set=1, hidden_layers=2)
+    full = label_masks([[], [0], [0, 1], [0, 1, 2]], 4, UnitsPerSet(1, layers=2))
     assert ["".join(" x"[int(e)] for e in row) for row in full.masks[0]] == ["x   ", "xx  ", "xxx "]
     assert ["".join(" x"[int(e)] for e in row) for row in full.masks[1]] == ["x  ", "xx ", "xxx"]
     assert ["".join(" x"[int(e)] for e in row) for row in full.masks[2]] == ["   ", "x  ", "xx ", "xxx"]
@@ -48,7 +48,7 @@ def test_chain_and_complete_graph_as_text():
 @given(families(), st.integers(0, 3), st.integers(1, 3))
 def test_product_of_the_masks_is_the_promise(family, hidden_layers, units_per_set):
     allowed, num_inputs = family
-    result = label_masks(allowed, num_inputs, hidden_layers=hidden_layers, units_per_set=units_per_set)
+    result = label_masks(allowed, num_inputs, UnitsPerSet(units_per_set, layers=hidden_layers))
     assert torch.equal(product(result.masks), promised(allowed, num_inputs))
     for labels, below, mask in zip(
         result.labels, [[{j} for j in range(num_inputs)], *result.labels], result.masks, strict=False
@@ -65,7 +65,7 @@ def test_explicit_widths_keep_the_promise_or_raise(family, hidden_dims):
     allowed, num_inputs = family
     distinct = {frozenset(members) for members in allowed if members}
     try:
-        result = label_masks(allowed, num_inputs, hidden_dims=hidden_dims)
+        result = label_masks(allowed, num_inputs, hidden_dims)
     except GraphflowsError:
         assert min(hidden_dims) < len(distinct)
         return
@@ -80,17 +80,17 @@ def test_explicit_widths_keep_the_promise_or_raise(family, hidden_dims):
 def test_too_narrow_names_what_would_be_lost():
     allowed = [[0], [0, 1], [2]]
     with pytest.raises(GraphflowsError, match=r"2 on 2. 3 units in every hidden layer are always enough"):
-        label_masks(allowed, 3, hidden_dims=[3, 2])
+        label_masks(allowed, 3, [3, 2])
     with pytest.raises(GraphflowsError, match=r"lost: v on b; w on c"):
-        label_masks(allowed, 3, hidden_dims=[1], input_names="abc", output_names="uvw")
+        label_masks(allowed, 3, [1], names=("abc", "uvw"))
     many = [[j] for j in range(12)]
     with pytest.raises(GraphflowsError, match=r"10 on 10; \.\.\."):
-        label_masks(many, 12, hidden_dims=[1])
+        label_masks(many, 12, [1])
 
 
 def test_a_union_of_smaller_sets_is_served_last():
     allowed = [[0, 1], [0], [1]]
-    result = label_masks(allowed, 2, hidden_dims=[2])
+    result = label_masks(allowed, 2, [2])
     assert result.labels[0] == (frozenset({0}), frozenset({1}))
     assert torch.equal(product(result.masks), promised(allowed, 2))
 
@@ -100,14 +100,14 @@ def test_the_original_width_of_a_large_flow_raises():
     rng = np.random.default_rng(0)
     allowed = [{v, *rng.choice(v, min(v, 3), replace=False).tolist()} if v else {0} for v in range(107)]
     with pytest.raises(GraphflowsError, match="107 distinct label sets"):
-        label_masks(allowed, 107, hidden_dims=[100])
-    assert torch.equal(product(label_masks(allowed, 107, hidden_dims=[107]).masks), promised(allowed, 107))
+        label_masks(allowed, 107, [100])
+    assert torch.equal(product(label_masks(allowed, 107, [107]).masks), promised(allowed, 107))
 
 
 def test_levels_sort_the_sets():
     allowed = [[2, 3], [0], [3], [1]]
     levels = [1, 0, 2, 0]
-    result = label_masks(allowed, 4, input_levels=levels, units_per_set=2)
+    result = label_masks(allowed, 4, UnitsPerSet(2), input_levels=levels)
     of_units = [max(levels[j] for j in label) for label in result.labels[0]]
     assert of_units == sorted(of_units)
     assert result.labels[0][0] == frozenset({3})
@@ -120,9 +120,9 @@ def test_wrong_arguments():
     with pytest.raises(GraphflowsError, match=r"below 2; got \[-1\]"):
         allowed_mask([[-1]], 2)
     with pytest.raises(GraphflowsError, match="units_per_set >= 1"):
-        label_masks([[0]], 1, units_per_set=0)
+        label_masks([[0]], 1, UnitsPerSet(0))
     with pytest.raises(GraphflowsError, match=r"positive hidden_dims; got \[4, 0\]"):
-        label_masks([[0]], 1, hidden_dims=[4, 0])
+        label_masks([[0]], 1, [4, 0])
 
 
 def owner_by_definition(label, allowed):
@@ -136,11 +136,11 @@ def owner_by_definition(label, allowed):
 def test_owners(drawn):
     parents, num_inputs = drawn
     allowed = [{v, *members} for v, members in enumerate(parents)]
-    result = label_masks(allowed, num_inputs, units_per_set=2)
+    result = label_masks(allowed, num_inputs, UnitsPerSet(2))
     assert result.owners[0].tolist() == [owner_by_definition(s, allowed) for s in result.labels[0]]
     assert result.owners[0].tolist() == [v for v in range(len(parents)) for _ in range(2)]
     # Sets of parents alone have no owner: a conditional factor has no path from a variable to itself.
-    factors = label_masks(parents, num_inputs, hidden_layers=2)
+    factors = label_masks(parents, num_inputs, UnitsPerSet(layers=2))
     assert all((owners == -1).all() for owners in factors.owners)
 
 
@@ -164,7 +164,7 @@ def test_ten_thousand_variables_stay_sparse():
     allowed = [
         {v, 0, *rng.integers(max(0, v - 50), v, 3).tolist()} if v else {0} for v in range(size)
     ]  # one parent of all
-    result = label_masks(allowed, size, units_per_set=4, hidden_layers=2)
+    result = label_masks(allowed, size, UnitsPerSet(4, layers=2))
     assert result.hidden_dims == (4 * size, 4 * size)
     assert result.patterns[0].nnz < 5 * 4 * size
     assert max(pattern.nnz for pattern in result.patterns) < 40 * size

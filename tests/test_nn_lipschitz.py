@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.masks import label_masks
+from pyro_graphflows.masks import UnitsPerSet, label_masks
 from pyro_graphflows.nn import lipschitz
 from pyro_graphflows.nn.lipschitz import SpectralBound
 from pyro_graphflows.nn.masked import MaskedLinear
@@ -28,7 +28,7 @@ def make_layer(kind, size, engine):
         else:
             parents = set(range(v))
         allowed.append({v, *parents})
-    return MaskedLinear(label_masks(allowed, size, units_per_set=2).patterns[0], engine=engine)
+    return MaskedLinear(label_masks(allowed, size, UnitsPerSet(2)).patterns[0], engine=engine)
 
 
 CASES = [

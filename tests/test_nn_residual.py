@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.masks import label_masks
+from pyro_graphflows.masks import UnitsPerSet, label_masks
 from pyro_graphflows.nn.residual import MaskedResidualNet
 from tests.networks import randomise
 from tests.strategies import parent_sets
@@ -61,7 +61,7 @@ def test_owner_theorem_with_any_label_sets(data):
     size = len(parents)
     allowed = [{v, *members} for v, members in enumerate(parents)]
     extra = [{j} for j in range(num_inputs)] + [set(members) for members in parents if members]
-    masks = label_masks([*allowed, *extra], num_inputs, units_per_set=2, hidden_layers=2)
+    masks = label_masks([*allowed, *extra], num_inputs, UnitsPerSet(2, layers=2))
     weights = [torch.randn(mask.shape) * mask for mask in masks.masks]
     weights[-1] = weights[-1][:size]
     # The owners by their definition, for the labels that the masks carry.

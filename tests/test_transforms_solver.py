@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pyro_graphflows.errors import ConvergenceError, GraphflowsError, GraphflowsWarning
 from pyro_graphflows.transforms import FaithfulResidualNN, FlowStructure, GraphicalResidualNN
 from pyro_graphflows.transforms.solver import (
+    Bounds,
     Solver,
     implicit_step,
     implicit_triangular,
@@ -47,7 +48,7 @@ def test_elementwise_always_converges(make, c, dtype):
     z = torch.cat([torch.randn(200), torch.randn(200) * 1e2, torch.randn(200) * 1e4, torch.zeros(1)]).to(
         dtype
     )
-    y = solve_elementwise(function, z, 1 - c, 1 + c)
+    y = solve_elementwise(function, z, Bounds(1 - c, 1 + c))
     error = (function(y)[0] - z).abs() / torch.maximum(y.abs(), z.abs()).clamp(min=1)
     # wavy(30) adds up terms of relative size 1 / 30 only, so that a few units of rounding are what to expect
     assert error.max() <= 20 * torch.finfo(dtype).eps
@@ -62,7 +63,7 @@ def test_plain_newton_does_not_converge_where_the_solver_does():
         value, slope = function(y)
         y = y - (value - z) / slope
     assert not ((function(y)[0] - z).abs() < 1e-8).all()
-    y = solve_elementwise(function, z, 0.001, 1.999)
+    y = solve_elementwise(function, z, Bounds(0.001, 1.999))
     assert ((function(y)[0] - z).abs() < 1e-13).all()
 
 
@@ -71,7 +72,7 @@ def test_plain_newton_does_not_converge_where_the_solver_does():
 def test_elementwise_backward_error(z, c, rate):
     function = wavy(c, rate)
     target = torch.tensor([z], dtype=torch.float64)
-    y = solve_elementwise(function, target, 1 - c, 1 + c)
+    y = solve_elementwise(function, target, Bounds(1 - c, 1 + c))
     assert (function(y)[0] - target).abs() <= 1e-14 * max(1, abs(z), abs(float(y)))
 
 
@@ -82,7 +83,7 @@ def test_few_iterations_are_needed():
         calls.append(1)
         return y + 0.9 * torch.tanh(y), 1 + 0.9 * (1 - torch.tanh(y) ** 2)
 
-    solve_elementwise(function, torch.randn(1000) * 3, 0.999, 1.9)
+    solve_elementwise(function, torch.randn(1000) * 3, Bounds(0.999, 1.9))
     assert len(calls) <= 8
 
 
@@ -90,21 +91,25 @@ def test_steep_maps_end_at_the_nearest_number():
     """A slope of 1e6 cannot reach a residual of rounding size; the nearest floating-point number is the answer."""
     function = lambda y: (y + 1e6 * torch.tanh(y), 1 + 1e6 * (1 - torch.tanh(y) ** 2))  # noqa: E731
     z = torch.randn(100) * 1e5
-    y = solve_elementwise(function, z, 1.0, 1 + 1e6)
+    y = solve_elementwise(function, z, Bounds(1.0, 1 + 1e6))
     assert ((function(y)[0] - z).abs() <= 1e6 * 1e-15 * (1 + y.abs())).all()
 
 
 def test_failure_raises_or_warns_and_names_the_knob():
     function, z = wavy(0.999, 1.0), torch.linspace(-6, 6, 50)
     with pytest.raises(ConvergenceError, match=r"max_iterations \(2\)"):
-        solve_elementwise(function, z, 0.001, 1.999, solver=Solver(max_iterations=2), what="a map")
+        solve_elementwise(function, z, Bounds(0.001, 1.999), solver=Solver(max_iterations=2), what="a map")
     with pytest.warns(GraphflowsWarning, match="inverse of a map to converge"):
         y = solve_elementwise(
-            function, z, 0.001, 1.999, solver=Solver(max_iterations=2, on_failure="warn"), what="a map"
+            function,
+            z,
+            Bounds(0.001, 1.999),
+            solver=Solver(max_iterations=2, on_failure="warn"),
+            what="a map",
         )
     assert y.shape == z.shape
     with pytest.raises(ConvergenceError, match="not finite"):
-        solve_elementwise(function, torch.tensor([0.0, math.nan]), 0.001, 1.999)
+        solve_elementwise(function, torch.tensor([0.0, math.nan]), Bounds(0.001, 1.999))
 
 
 @pytest.mark.parametrize("bad", [{"on_failure": "ignore"}, {"max_iterations": 0}, {"tolerance": 0.0}])
@@ -121,7 +126,7 @@ def test_implicit_step_has_the_gradient_of_the_solution():
         return y + a * torch.sin(y), 1 + a * torch.cos(y)
 
     def solution(a, z):
-        y = solve_elementwise(lambda y: function(y, a.detach()), z.detach(), 0.3, 1.7)
+        y = solve_elementwise(lambda y: function(y, a.detach()), z.detach(), Bounds(0.3, 1.7))
         value, slope = function(y, a)
         return implicit_step(y, value - z, slope)
 

@@ -29,6 +29,7 @@ References:
         Computing 2. There nodes move in the order, and every move is an elimination.
 """
 
+import logging
 import math
 import random
 from collections.abc import Iterable, Mapping
@@ -40,6 +41,8 @@ from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs.elimination import Draft, SiteElimination, bit_set, indices
 
 __all__ = ["AutoOrder", "EliminationTree", "search"]
+
+logger = logging.getLogger(__name__)
 
 WORK_PER_SECOND = 3.3e6  # looks at nodes of the tree of a small graph, on the core that this was measured on
 SLOWER_BY = 1500  # nodes for which set operations take twice as long
@@ -275,4 +278,6 @@ def search(elimination: SiteElimination, start: Draft, order: AutoOrder) -> Draf
         repeats = 0 if new[0] < rank[0] else repeats + (new[0] == rank[0])
         if new < rank:
             best, rank, sequence = draft, new, found
+            logger.debug("Elimination order with %d edges in %d levels.", *rank)
+    logger.info("Searched for an order: %d edges, %d by the greedy rules.", rank[0], start.num_edges)
     return best

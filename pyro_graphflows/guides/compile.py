@@ -65,6 +65,7 @@ from pyro_graphflows.inspect.trace import quiet_run, rows_of_plates, run_model, 
 __all__ = ["Compiled", "GuideOptions", "compile_guide"]
 
 EXACT_KL = (NormalFactor, ElementNormalFactor)  # factors for which a KL is registered, before any bijection
+INITS = ("auto", "regression", "prior", "random")
 MOST_VALUES_TRIED = 32  # of a discrete site, to see whether supports of others change with it
 
 
@@ -75,7 +76,7 @@ class GuideOptions:
     family: Family
     inverse: Inverse = "auto"
     pool: str | DeepSet | None = None
-    init: str = "regression"
+    init: str = "auto"
     factors: Mapping[str, type[Factor] | Family] = field(default_factory=dict)
     standardize: bool = True
     num_start_samples: int = 10_000
@@ -93,8 +94,9 @@ class GuideOptions:
         object.__setattr__(self, "optional", tuple(dict.fromkeys(self.optional)))
         if self.optional and self.resolution == "element":
             raise GraphflowsError("Expected resolution='site' with optional= sites.")
-        if self.init not in ("regression", "random"):
-            raise GraphflowsError(f"Expected init='regression' or 'random'; got {self.init!r}.")
+        if self.init not in INITS:
+            names = ", ".join(map(repr, INITS))
+            raise GraphflowsError(f"Expected init= one of {names}; got {self.init!r}.")
         if self.num_start_samples < 1:
             raise GraphflowsError(f"Expected num_start_samples >= 1; got {self.num_start_samples}.")
         if self.resolution not in ("site", "element"):
@@ -103,9 +105,9 @@ class GuideOptions:
             raise GraphflowsError(f"Expected pool='deepset', a DeepSet or None; got {self.pool!r}.")
         if self.coupled_rank is not None and self.coupled_rank < 0:
             raise GraphflowsError(f"Expected coupled_rank >= 0 or None; got {self.coupled_rank}.")
-        if self.init == "regression" and not self.family.can_regress:
+        if self.init in ("regression", "prior") and not self.family.can_regress:
             raise GraphflowsError(
-                f"Expected skip=True with init='regression', which sets the linear maps; got {self.family!r}."
+                f"Expected skip=True with init={self.init!r}, which sets the linear maps; got {self.family!r}."
             )
         if self.init_values and not self.family.can_regress:
             raise GraphflowsError(

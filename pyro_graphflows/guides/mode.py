@@ -7,11 +7,17 @@ The search is over all latent sites at once, proper ones in the coordinate in wh
 given the values of their parents (:mod:`~pyro_graphflows.distributions.coordinates`), others in unconstrained space.
 In these coordinates hierarchies have modes: in centred ones the density of effects and their scale grows without
 bound as the scale goes to zero. Where there are few numbers Newton's method is used, since raw units differ by many
-orders of magnitude, otherwise L-BFGS. The draws are those of the normal with the mode and the curvature [1, Eq. 4],
-mapped to the sites' values, so that effects keep the dependence on their scale which the prior gives them.
+orders of magnitude, otherwise L-BFGS. The draws are those of the normal with the mode and the curvature [1], mapped to
+the sites' values, so that effects keep the dependence on their scale which the prior gives them.
+
+The mode of many effects and their scale together is far from where the posterior is. If the ELBO of the normal shows
+that, independent normals are fitted by their ELBO, over fixed draws of noise and hence by the same methods [2], and get
+the covariances of linear response [3]; what has the best ELBO is kept.
 
 References:
     [1] Tierney and Kadane (1986), Accurate Approximations for Posterior Moments and Marginal Densities, JASA 81.
+    [2] Giordano, Ingram and Broderick (2024), Black Box Variational Inference with a Deterministic Objective, JMLR 25.
+    [3] Giordano, Broderick and Jordan (2018), Covariances, Robustness, and Variational Bayes, JMLR 19.
 """
 
 import math
@@ -31,22 +37,27 @@ from torch.distributions import biject_to
 
 from pyro_graphflows.distributions.coordinates import gaussian_coordinate
 from pyro_graphflows.errors import UnsupportedModelError
+from pyro_graphflows.guides.minimize import (
+    LEAST_CURVATURE,
+    hessian_at,
+    lbfgs,
+    loss_and_gradient,
+    newton,
+    scaled_eigenvalues,
+)
 from pyro_graphflows.inspect import TracedModel, undressed
 from pyro_graphflows.inspect.trace import kept_buffers
 
 __all__ = ["Mode", "find_mode"]
 
-SPREAD = 0.1  # of the first point about the centres of the priors: at an exact symmetry gradients cannot choose
+SPREAD = 1e-3  # of the first point about the centres of the priors: at an exact symmetry gradients cannot choose
 MOST_NEWTON = 300  # numbers up to which each step has a Hessian
+MOST_NEWTON_OF_NORMALS = 200  # the same where each point stands for many draws
 MOST_NUMBERS = 1000  # beyond which there is no Hessian at all
-MOST_EVALUATIONS = 200
-MOST_STEPS = 60  # of Newton's method
-MEMORY = 20
-ENOUGH = 1e-6  # relative decrease of the objective in a step, below which a search ends
-SHORTEST = 1e-8  # step of a line search
-SUFFICIENT = 1e-4  # Armijo's constant
-LEAST_CURVATURE = 1e-7  # relative to the greatest, after each coordinate is scaled by its own
 LEAST_PRECISION = 0.25  # where all priors are proper: in their coordinates a prior's own precision is one
+NUM_DRAWS = 8  # pairs of opposite ones, for the ELBO
+CLOSE = 0.5  # nats: where a posterior is that normal about its mode, nothing else is tried
+LOG_2PI = math.log(2 * math.pi)
 WIDEST = 60.0  # units of logarithms between scores of -2 and 2
 PLATE = "_pyro_graphflows_draws_near_mode"
 SINGLE_RUNS = 200  # where the model cannot map many draws at once
@@ -92,7 +103,7 @@ class _AtPoint(Messenger):
         self.names, self.coordinates, self.point, self.stop = frozenset(names), coordinates, point, stop
         self.values: dict[str, Tensor] = {}
         self.log_densities: dict[str, Tensor] = {}
-        self.log_density: Tensor | float = 0.0
+        self.terms: list[Tensor] = []
 
     def _pyro_sample(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
@@ -144,7 +155,7 @@ class _AtPoint(Messenger):
         if msg["name"] not in self.log_densities:
             return
         own = self.log_densities.pop(msg["name"])
-        self.log_density = self.log_density + scale_and_mask(own, msg["scale"], msg["mask"]).sum()
+        self.terms.append(scale_and_mask(own, msg["scale"], msg["mask"]))
         if self.stop and len(self.values) == len(self.names):
             raise _AllGiven
 
@@ -186,19 +197,29 @@ def _float_type(fn: Any) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Mode:
-    """A normal approximation of the posterior about its mode.
+    """A normal approximation of the posterior, in the coordinates of the search.
 
     Attributes:
         posterior: The log-density of all latent sites of one call.
-        point: The mode, in the coordinates of the search.
-        factor: A square root of the covariance there.
-        converged: Whether the search ended at a stationary point.
+        point: Its mean.
+        factor: A square root of its covariance.
     """
 
     posterior: "LogPosterior"
     point: Tensor
     factor: Tensor
-    converged: bool
+
+    @property
+    def log_volume(self) -> float:
+        """Half the logarithm of the covariance's determinant."""
+        return float(torch.linalg.slogdet(self.factor)[1])
+
+    @torch.no_grad()
+    def elbo(self, noise: Tensor) -> float:
+        """Return the ELBO, up to what priors in their own coordinates lack, by normal noise ``(draws, numbers)``."""
+        mean = float(self.posterior(self.point + noise @ self.factor.T).mean())
+        found = mean + len(self.point) / 2 * (1 + LOG_2PI) + self.log_volume
+        return found if math.isfinite(found) else -math.inf
 
     def draw(self, number: int) -> dict[str, Tensor]:
         """Return draws of all sites, along the first dimension; the random state is used and advanced.
@@ -242,9 +263,10 @@ class LogPosterior:
         self.model = poutine.replay(model, trace=rows)
         self.args, self.kwargs, self.names = args, kwargs, names
         self.original = model
+        sites = [node for node in nodes.values() if node["type"] == "sample" and not site_is_subsample(node)]
         self.nesting = max(
-            [len(nodes[name]["fn"].batch_shape) for name in names]
-            + [-frame.dim for name in names for frame in nodes[name]["cond_indep_stack"] if frame.vectorized],
+            [len(node["fn"].batch_shape) for node in sites]
+            + [-frame.dim for node in sites for frame in node["cond_indep_stack"] if frame.vectorized],
             default=0,
         )
         self.coordinates: dict[str, Coordinate] = {}
@@ -277,49 +299,42 @@ class LogPosterior:
         return messenger, handler.trace
 
     def __call__(self, point: Tensor) -> Tensor:
-        """Return the log-density at a point, ``(numbers,)``."""
-        messenger, trace = self._run(point)
-        total = torch.as_tensor(messenger.log_density).double()
+        """Return the log-density at a point, ``(numbers,)``, or at many, ``(draws, numbers)``.
+
+        Raises:
+            UnsupportedModelError: If the model does not take many draws at once.
+        """
+        messenger, trace = self._run(point, model=self._in_plate(len(point)) if point.dim() > 1 else None)
+        terms = messenger.terms
         for name, node in trace.nodes.items():
             if node["type"] == "sample" and name not in self.coordinates and not site_is_subsample(node):
                 own = node["fn"].log_prob(node["value"])
-                total = total + scale_and_mask(own, node["scale"], node["mask"]).sum().double()
-        return total
+                terms.append(scale_and_mask(own, node["scale"], node["mask"]))
+        if point.dim() == 1:
+            return sum((term.sum().double() for term in terms), torch.zeros((), dtype=torch.float64))
+        if any(term.dim() != 1 + self.nesting or len(term) != len(point) for term in terms):
+            raise UnsupportedModelError("the model does not take many draws at once.")
+        flat = [term.flatten(1).sum(-1).double() for term in terms]
+        return sum(flat, torch.zeros(len(point), dtype=torch.float64))
 
-    def loss_and_gradient(self, point: Tensor, *, graph: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the negative log-density, its gradient, and the point at which both were computed.
+    def _in_plate(self, number: int) -> Callable[..., Any]:
+        """Return the model inside a plate of draws."""
 
-        Where the model cannot be evaluated, the loss is infinite.
-        """
-        point = point.detach().requires_grad_()
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            with pyro.plate(PLATE, number, dim=-1 - self.nesting):
+                return self.model(*args, **kwargs)
+
+        return inside
+
+    def takes_many(self, points: Tensor) -> bool:
+        """Whether the log-densities at many points at once are those at each."""
         try:
-            with torch.enable_grad():
-                loss = -self(point)
-                (gradient,) = torch.autograd.grad(loss, point, create_graph=graph)
-        except (ValueError, ArithmeticError, torch.linalg.LinAlgError):  # outside of where the model is defined
-            return point.new_full((), math.inf), torch.zeros_like(point), point
-        if not bool(torch.isfinite(gradient).all()) or not bool(torch.isfinite(loss)):
-            return point.new_full((), math.inf), torch.zeros_like(point), point
-        return loss, gradient, point
-
-    def hessian(self, point: Tensor) -> Tensor | None:
-        """Return the Hessian of the negative log-density; None where it is not finite."""
-        loss, gradient, point = self.loss_and_gradient(point, graph=True)
-        if not bool(torch.isfinite(loss)):
-            return None
-        hessian = _by_products(gradient, point)
-        if hessian is None:
-            hessian = self._by_differences(point.detach(), gradient.detach())
-        return (hessian + hessian.T) / 2 if bool(torch.isfinite(hessian).all()) else None
-
-    def _by_differences(self, point: Tensor, gradient: Tensor) -> Tensor:
-        step = 1e-5 if point.dtype == torch.float64 else 1e-3
-        rows = []
-        for i in range(len(point)):
-            moved = point.clone()
-            moved[i] += step
-            rows.append((self.loss_and_gradient(moved)[1] - gradient) / step)
-        return torch.stack(rows).detach()
+            with torch.no_grad():
+                together = self(points)
+                apart = torch.stack([self(point) for point in points[:2]])
+        except (ValueError, RuntimeError, IndexError):
+            return False
+        return torch.allclose(together[:2], apart, 1e-4, 1e-4)
 
     # ---------------------------------------------------------------- values at many points
 
@@ -338,12 +353,8 @@ class LogPosterior:
         raise UnsupportedModelError("values of sites differ from run to run.")
 
     def _in_a_plate(self, points: Tensor) -> dict[str, Tensor] | None:
-        def inside(*args: Any, **kwargs: Any) -> Any:
-            with pyro.plate(PLATE, len(points), dim=-1 - self.nesting):
-                return self.model(*args, **kwargs)
-
         try:
-            values = self._run(points, model=inside, stop=True)[0].values
+            values = self._run(points, model=self._in_plate(len(points)), stop=True)[0].values
         except (ValueError, RuntimeError, IndexError):  # the model does not take batches
             return None
         found = {}
@@ -363,23 +374,15 @@ class LogPosterior:
         return {name: torch.stack([run[name] for run in runs]) for name in self.names}
 
 
-def _by_products(gradient: Tensor, point: Tensor) -> Tensor | None:
-    """Return the Hessian by the products with all unit vectors at once; None where operations do not allow that."""
-    eye = torch.eye(len(point)).to(point)
-    try:
-        (rows,) = torch.autograd.grad(gradient, point, eye, is_grads_batched=True)
-    except (RuntimeError, NotImplementedError):
-        return None
-    return rows.detach()
-
-
 # ---------------------------------------------------------------- the search
 
 
 def find_mode(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], traced: TracedModel
 ) -> Mode:
-    """Search for the mode of all latent sites given the data of a call; the random state is used and advanced.
+    """Search for a normal approximation of all latent sites given the data of a call.
+
+    The random state is used and advanced.
 
     Args:
         model: The model.
@@ -395,29 +398,74 @@ def find_mode(
     size = posterior.size
     if size > MOST_NUMBERS:
         raise UnsupportedModelError(f"the search for a mode has {size} numbers; {MOST_NUMBERS} are the most.")
+
+    def negative(point: Tensor) -> Tensor:
+        return -posterior(point)
+
     start = SPREAD * torch.randn(size, dtype=torch.float64)
-    loss = posterior.loss_and_gradient(start)[0]
     for _ in range(10):
-        if bool(torch.isfinite(loss)):
+        if bool(torch.isfinite(loss_and_gradient(negative, start)[0])):
             break
         start = torch.randn(size, dtype=torch.float64)
-        loss = posterior.loss_and_gradient(start)[0]
-    if not bool(torch.isfinite(loss)):
+    else:
         raise UnsupportedModelError("the model's density is not finite at any point that was tried.")
-    point, converged = _newton(posterior, start) if size <= MOST_NEWTON else _lbfgs(posterior, start)
-    hessian = posterior.hessian(point)
+    point = newton(negative, start) if size <= MOST_NEWTON else lbfgs(negative, start)
+    hessian = hessian_at(negative, point)
     if hessian is None:
         raise UnsupportedModelError("the curvature at the mode is not finite.")
-    factor = _square_root_of_inverse(hessian, LEAST_PRECISION if posterior.proper else None)
-    return Mode(posterior, point, factor, converged)
+    least = LEAST_PRECISION if posterior.proper else None
+    laplace = Mode(posterior, point, _square_root_of_inverse(hessian, least))
+    noise = torch.randn(NUM_DRAWS, size, dtype=torch.float64)
+    noise = torch.cat([noise, -noise])
+    if not posterior.takes_many(noise):
+        return laplace
+    evidence = float(posterior(point)) + size / 2 * LOG_2PI + laplace.log_volume
+    if abs(laplace.elbo(noise) - evidence) < CLOSE:
+        return laplace
+    others = _variational(posterior, start, laplace)
+    return max([laplace, *others], key=lambda each: each.elbo(noise))
 
 
-def _scaled_eigenvalues(hessian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return scales of the coordinates, and eigenvalues and eigenvectors of the Hessian in units of them."""
-    curvature = hessian.diagonal().abs()
-    width = curvature.clamp(min=max(1e-12 * float(curvature.max()), 1e-30)).rsqrt()
-    values, vectors = torch.linalg.eigh(hessian * width * width.unsqueeze(-1))
-    return width, values, vectors
+def _variational(posterior: LogPosterior, start: Tensor, laplace: Mode) -> list[Mode]:
+    """Return normal approximations at the optimum of the ELBO of independent normals, by fixed draws of noise [2].
+
+    Their covariances are those of independent normals, of the curvature at their mean, and of linear response [3].
+    """
+    size = len(start)
+    noise = torch.randn(NUM_DRAWS, size, dtype=torch.float64)
+    noise = torch.cat([noise, -noise])
+
+    def loss(both: Tensor) -> Tensor:
+        loc, log_scale = both[:size], both[size:]
+        return -posterior(loc + log_scale.exp() * noise).mean() - log_scale.sum()
+
+    first = []
+    for point in (laplace.point, start):
+        hessian = hessian_at(lambda point: -posterior(point), point)
+        if hessian is not None:
+            curvature = hessian.diagonal().clamp(min=1.0 if posterior.proper else 1e-12)
+            first.append(torch.cat([point, -curvature.log() / 2]))
+    losses = [float(loss_and_gradient(loss, both)[0]) for both in first]
+    if not math.isfinite(min(losses, default=math.inf)):
+        return []
+    both = first[losses.index(min(losses))]
+    is_small = 2 * size <= MOST_NEWTON_OF_NORMALS
+    both = newton(loss, both) if is_small else lbfgs(loss, both)
+    loc, scale = both[:size].detach(), both[size:].detach().exp()
+    found = [Mode(posterior, loc, scale.diag())]
+    own_hessian = hessian_at(lambda point: -posterior(point), loc)
+    if own_hessian is not None:
+        least = LEAST_PRECISION if posterior.proper else None
+        found.append(Mode(posterior, loc, _square_root_of_inverse(own_hessian, least)))
+    hessian = hessian_at(loss, both) if is_small else None
+    if hessian is not None:
+        width, values, vectors = scaled_eigenvalues(hessian)
+        if float(values.min()) > LEAST_CURVATURE * float(values.max()):
+            root = (width.unsqueeze(-1) * vectors * values.rsqrt())[:size]
+            factor, failed = torch.linalg.cholesky_ex(root @ root.T)
+            if not failed:
+                found.append(Mode(posterior, loc, factor))
+    return found
 
 
 def _square_root_of_inverse(hessian: Tensor, least: float | None) -> Tensor:
@@ -425,96 +473,6 @@ def _square_root_of_inverse(hessian: Tensor, least: float | None) -> Tensor:
     if least is not None:
         values, vectors = torch.linalg.eigh(hessian)
         return vectors * values.clamp(min=least).rsqrt()
-    width, values, vectors = _scaled_eigenvalues(hessian)
+    width, values, vectors = scaled_eigenvalues(hessian)
     values = values.abs().clamp(min=LEAST_CURVATURE * float(values.abs().max()))
     return width.unsqueeze(-1) * vectors * values.rsqrt()
-
-
-def _newton(posterior: LogPosterior, point: Tensor) -> tuple[Tensor, bool]:
-    """Go downhill by Newton's method, with absolute values of curvatures, so that saddles are left [2].
-
-    References:
-        [2] Dauphin et al. (2014), Identifying and attacking the saddle point problem, NeurIPS.
-    """
-    loss, gradient, _ = posterior.loss_and_gradient(point)
-    for _ in range(MOST_STEPS):
-        hessian = posterior.hessian(point)
-        if hessian is None:
-            return point, False
-        width, values, vectors = _scaled_eigenvalues(hessian)
-        values = values.abs().clamp(min=LEAST_CURVATURE * float(values.abs().max()))
-        step = -width * (vectors @ ((vectors.T @ (width * gradient)) / values))
-        found = _line_search(posterior, point, float(loss), gradient, step)
-        if found is None:
-            return point, bool(step.abs().max() < 1e-3)
-        moved, new_loss, gradient = found
-        gained = float(loss) - float(new_loss)
-        point, loss = moved, new_loss
-        if gained < ENOUGH * (1 + abs(float(loss))):
-            return point, True
-    return point, False
-
-
-def _lbfgs(posterior: LogPosterior, point: Tensor) -> tuple[Tensor, bool]:
-    """Go downhill by L-BFGS [3]; steps are shortened until the loss falls, also from where it is infinite.
-
-    References:
-        [3] Liu and Nocedal (1989), On the limited memory BFGS method, Mathematical Programming 45.
-    """
-    loss, gradient, _ = posterior.loss_and_gradient(point)
-    pairs: list[tuple[Tensor, Tensor]] = []
-    poor = 0
-    for _ in range(MOST_EVALUATIONS):
-        step = -_two_loops(gradient, pairs)
-        if not pairs:
-            step = step / max(1.0, float(step.norm()))
-        found = _line_search(posterior, point, float(loss), gradient, step)
-        if found is None:
-            if not pairs:
-                return point, False
-            pairs = []
-            continue
-        moved, new_loss, new_gradient = found
-        pair = moved - point, new_gradient - gradient
-        if float(pair[0] @ pair[1]) > 1e-10 * float(pair[0].norm() * pair[1].norm()):
-            pairs = [*pairs[-MEMORY + 1 :], pair]
-        gained = float(loss) - float(new_loss)
-        point, loss, gradient = moved, new_loss, new_gradient
-        poor = poor + 1 if gained < ENOUGH * (1 + abs(float(loss))) else 0
-        if poor == 3:
-            return point, True
-    return point, False
-
-
-def _two_loops(gradient: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the inverse Hessian that steps and changes of the gradient suggest, times a gradient."""
-    direction = gradient.clone()
-    shares = []
-    for step, change in reversed(pairs):
-        share = (step @ direction) / (step @ change)
-        direction = direction - share * change
-        shares.append(share)
-    if pairs:
-        step, change = pairs[-1]
-        direction = direction * (step @ change) / (change @ change)
-    for (step, change), share in zip(pairs, reversed(shares), strict=True):
-        direction = direction + (share - (change @ direction) / (step @ change)) * step
-    return direction
-
-
-def _line_search(
-    posterior: LogPosterior, point: Tensor, loss: float, gradient: Tensor, step: Tensor
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return a point along a step at which the loss is low enough, its loss and its gradient; None if there is none."""
-    slope = float(gradient @ step)
-    if not slope < 0:
-        return None
-    length = 1.0
-    while length > SHORTEST:
-        moved = point + length * step
-        new_loss, new_gradient, _ = posterior.loss_and_gradient(moved)
-        if float(new_loss) <= loss + SUFFICIENT * length * slope:
-            return moved, new_loss.detach(), new_gradient.detach()
-        length *= 0.5 if math.isfinite(float(new_loss)) else 0.1
-    return None
-

@@ -68,7 +68,7 @@ class ModelDraws:
         self.traced, self.sites, self.encodings = traced, sites, encodings
         self._kept: dict[str, Tensor] = {}
         self._num_kept = 0
-        self._batching: Batching | None = None
+        self._batchings: dict[bool, Batching] = {}  # of joint samples, and of the latents alone
         self._mode: Mode | UnsupportedModelError | None = None
         self._plates = plates_of(traced.trace)
         nodes: Any = traced.trace.nodes
@@ -81,6 +81,12 @@ class ModelDraws:
         found: list[Any] = [site.get("value") for site in self.traced.trace.nodes.values()]
         floats = [value for value in found if _is_float(value)]
         return max(floats, key=lambda value: value.dtype.itemsize, default=torch.zeros(()))
+
+    @property
+    def takes_plates(self) -> bool:
+        """Whether the model, as far as it was drawn from, gives many draws in an outermost plate."""
+        joint = self._batchings.get(False)
+        return joint is not None and joint.way == "plate"
 
     def argument(self, name: str) -> Tensor:
         """Return the value of an input, row for row of the plates of the call."""
@@ -110,7 +116,6 @@ class ModelDraws:
             return sample_prior(
                 *(self.model, self.args, self.kwargs),
                 num_samples=num_samples,
-                traced=self.traced,
                 batching=batching,
             )
         parts: dict[str, list[Tensor]] = {}
@@ -119,9 +124,7 @@ class ModelDraws:
             drawn = sample_prior(
                 *(self.model, args, kwargs),
                 num_samples=each,
-                traced=self.traced,
-                batching=batching,
-                indices=indices,
+                batching=replace(batching, indices=indices),
             )
             plates = {
                 name: replace(plate, indices=indices.get(name, plate.indices))
@@ -180,11 +183,12 @@ class ModelDraws:
     @property
     def note(self) -> str | None:
         """A sentence for the user if each joint sample took a run of its own."""
-        if self._batching is None or self._batching.way != "single":
+        single = [each for each in self._batchings.values() if each.way == "single"]
+        if not single:
             return None
         return (
             f"set-up is slow and has no more than {MOST_SINGLE_RUNS} joint samples, since each takes a run of the "
-            f"model: {self._batching.reason}."
+            f"model: {single[0].reason}."
         )
 
     def draw(self, num_samples: int, *, keep: bool = True, latents_only: bool = False) -> dict[str, Tensor]:
@@ -203,20 +207,20 @@ class ModelDraws:
         """
         samples = self._kept
         model, traced = _latents_of(self.model, self.traced) if latents_only else (self.model, self.traced)
-        if self._batching is None:
-            self._batching = find_batching(model, self.args, self.kwargs, traced=traced)
+        if latents_only not in self._batchings:
+            self._batchings[latents_only] = find_batching(model, self.args, self.kwargs, traced=traced)
+        batching = self._batchings[latents_only]
         num_samples = min(num_samples, self._most_draws)
-        if self._batching.way == "single":
+        if batching.way == "single":
             num_samples = min(num_samples, MOST_SINGLE_RUNS)
         if latents_only:
             samples = sample_prior(
                 *(model, self.args, self.kwargs),
                 num_samples=num_samples,
-                traced=traced,
-                batching=self._batching,
+                batching=batching,
             )
         elif num_samples > self._num_kept:
-            samples = self._draw(num_samples, self._batching)
+            samples = self._draw(num_samples, batching)
             if keep:
                 self._kept, self._num_kept = samples, num_samples
         return self._flat({name: value[:num_samples] for name, value in samples.items()}, num_samples)

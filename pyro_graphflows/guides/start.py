@@ -9,7 +9,7 @@ Sites whose elements have maps of their own get one regression for each index of
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from pyro_graphflows.guides.conditionals.contract import Conditionals, LinearCon
 from pyro_graphflows.guides.features import concatenate
 from pyro_graphflows.guides.samples import Samples
 from pyro_graphflows.guides.sites import LatentSite
-from pyro_graphflows.regression import WINSOR, Moments, in_float64, location_and_scale
+from pyro_graphflows.regression import WINSOR, Moments, Regression, in_float64, location_and_scale
 
 __all__ = ["Start", "conditionals_loss", "regress_", "start_at_", "start_block_", "whiten_block_"]
 
@@ -83,18 +83,19 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
             note = _regress_if_better_(conditionals, features, {n: v[finite] for n, v in latents.items()})
             kept = note is None
             notes += [] if note is None else [note]
-            if kept and (plan.non_exchangeable or plan.coupled):
+            own_maps = {s: p for s, p in plan.non_exchangeable.items() if s not in plan.per_element}
+            if samples.source == "mode":  # draws differ from element to element
+                own_maps |= dict.fromkeys(plan.per_element, plan.plates) if plan.plates else {}
+            if kept and (own_maps or plan.coupled):
                 aligned = samples.aligned([*block.inputs.names, *plan.sites])
                 context = block.inputs.features(concatenate([aligned[n] for n in block.inputs.names]))
                 of_sites = {site: aligned[site] for site in plan.sites}
-                notes += _start_indices_(conditionals, samples.plates, context, of_sites)
+                notes += _start_indices_(conditionals, own_maps, samples.plates, context, of_sites)
                 if plan.coupled:
                     conditionals.start_couplings_(samples.plates, context, of_sites)
     if plan.coupled and not kept:
         conditionals.start_couplings_(samples.plates)
-    if samples.source == "mode" and kept and plan.per_element:
-        notes += _start_elements_(conditionals, samples)
-    elif regression:
+    if regression and not (samples.source == "mode" and kept):
         conditionals.narrow_elements_(ELEMENT_SCALE)
     return Start(tuple(notes), moments)
 
@@ -282,46 +283,41 @@ def conditionals_loss(conditionals: Conditionals, context: Tensor, values: Mappi
 
 def _start_indices_(
     conditionals: Conditionals,
+    own_maps: Mapping[str, Sequence[str]],
     plates: Mapping[str, PlateState],
     context: Tensor,
     values: Mapping[str, Tensor],
 ) -> list[str]:
     """Start the maps that elements of a plate have of their own; say where that was not possible."""
-    plan = conditionals.block
     return [
-        f"the maps of the indices of {', '.join(plan.non_exchangeable[site])} for {site} start at one that is shared: "
+        f"the maps of the indices of {', '.join(own)} for {site} start at one that is shared: "
         "no regression of each was possible."
-        for site in plan.non_exchangeable
-        if site not in plan.per_element and not _regress_indices_(conditionals, site, plates, context, values)
+        for site, own in own_maps.items()
+        if not _regress_indices_(conditionals, site, [plates[name] for name in own], context, values)
     ]
-
-
-def _start_elements_(conditionals: Conditionals, samples: Samples) -> list[str]:
-    """Start per-element parameters by a regression of each element's draws; say where that was not possible."""
-    raise NotImplementedError
 
 
 @torch.no_grad()
 def _regress_indices_(
     conditionals: Conditionals,
     site: str,
-    plates: Mapping[str, PlateState],
+    around: Sequence[PlateState],
     context: Tensor,
     values: Mapping[str, Tensor],
 ) -> bool:
     """Set the maps of one site to the regressions within the indices; return whether that was possible."""
     own, inputs = list(conditionals.columns[site]), conditionals.inputs_of(site)
-    around = [plates[name] for name in conditionals.block.non_exchangeable[site]]
     joint = _by_index(conditionals, around, context, values)
     if site in conditionals.element_columns or len(joint) > MOST_INDICES:
         return False
     each = [rows[torch.isfinite(rows).all(-1)] for rows in joint]
-    if min(map(len, each)) < ROWS_PER_WEIGHT * (len(inputs) + 1):
+    if min(map(len, each)) >= ROWS_PER_WEIGHT * (len(inputs) + 1):
+        found = [Moments(rows.clamp(-WINSOR, WINSOR)).regress(inputs, own) for rows in each]
+    elif site in conditionals.block.per_element and min(map(len, each)) > 1:
+        found = _with_shared_slopes(each, inputs, own)
+    else:
         return False
-    fits = [
-        conditionals.linear_of(site, Moments(rows.clamp(-WINSOR, WINSOR)).regress(inputs, own))
-        for rows in each
-    ]
+    fits = [conditionals.linear_of(site, fit) for fit in found]
     return conditionals.set_linear_(
         site,
         LinearConditional(
@@ -330,6 +326,14 @@ def _regress_indices_(
             torch.stack([fit.scale_tril for fit in fits]),
         ),
     )
+
+
+def _with_shared_slopes(each: Sequence[Tensor], inputs: list[int], own: list[int]) -> list[Regression]:
+    """Return regressions that differ in their locations alone, from few rows of each index."""
+    means = [rows.mean(0) for rows in each]
+    within = torch.cat([rows - mean for rows, mean in zip(each, means, strict=True)])
+    fit = Moments(within.clamp(-WINSOR, WINSOR)).regress(inputs, own)
+    return [replace(fit, loc=mean[own] - fit.weights @ mean[inputs]) for mean in means]
 
 
 def _by_index(

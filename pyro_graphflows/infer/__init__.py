@@ -5,13 +5,15 @@ from pyro_graphflows.infer.calibration import sbc_ranks, sbc_uniformity
 from pyro_graphflows.infer.checkpoints import Checkpoint
 from pyro_graphflows.infer.comparison import compare, stacking_weights
 from pyro_graphflows.infer.evidence import Evidence, importance_log_weights, log_evidence
+from pyro_graphflows.infer.history import History, Progress
 from pyro_graphflows.infer.inference_compilation import InferenceCompilation
 from pyro_graphflows.infer.iwae import IWAE_ELBO
 from pyro_graphflows.infer.loo import LOO
 from pyro_graphflows.infer.posterior import Posterior, load_posterior, sample_posterior
 from pyro_graphflows.infer.predictive import Prediction
 from pyro_graphflows.infer.psis import effective_sample_size, psis_khat
-from pyro_graphflows.infer.training import History, Progress, Schedule, fit
+from pyro_graphflows.infer.schedule import Schedule
+from pyro_graphflows.infer.training import fit
 
 __all__ = [
     "IWAE_ELBO",

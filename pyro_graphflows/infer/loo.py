@@ -32,7 +32,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger, unwrap
 from pyro.poutine.util import site_is_factor
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.infer.enumeration import enumerated

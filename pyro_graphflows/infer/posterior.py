@@ -23,7 +23,7 @@ from pyro import poutine
 from pyro.distributions import Delta
 from pyro.poutine.util import site_is_factor
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
 from pyro_graphflows.infer.checkpoints import (

@@ -14,7 +14,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_factor
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.infer.model_runs import (

@@ -6,26 +6,24 @@ parameters of the model and the guide, wherever they are kept (see
 of a plain module, and an ELBO used as a module not those of ``pyro.param``. Everything is counted in nats per
 datum, so that learning rates, clipping and figures mean the same for every batch size.
 
-From top to bottom: the options of :func:`fit`, what it returns, :func:`fit` itself, the loop over epochs
-(``_Run``), one gradient step and one validation (``_Trainer``), the optimiser.
+Beside it: :mod:`~pyro_graphflows.infer.schedule` (how long), :mod:`~pyro_graphflows.infer.history` (what is reported),
+:mod:`~pyro_graphflows.infer.trainer` (one gradient step, one validation).
 """
 
+import logging
 import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from pyro import poutine
-from pyro.optim import PyroOptim
-from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
 from pyro_graphflows.infer.batches import Batch, TrainingData
@@ -37,188 +35,18 @@ from pyro_graphflows.infer.checkpoints import (
     seeded,
     set_random_state,
 )
-from pyro_graphflows.infer.objectives import Objective, SiteWatch
-from pyro_graphflows.infer.parameters import ParameterSet
-from pyro_graphflows.infer.particles import Program, evaluation_mode
+from pyro_graphflows.infer.history import History, Progress
+from pyro_graphflows.infer.objectives import Objective
+from pyro_graphflows.infer.particles import Program
+from pyro_graphflows.infer.schedule import Plateau, Schedule
+from pyro_graphflows.infer.trainer import NotFiniteError, Trainer
 
-__all__ = ["History", "NotFiniteError", "Progress", "Schedule", "fit"]
+__all__ = ["fit"]
 
-_VALIDATION_SEED = 20201  # the same random numbers for every epoch
+logger = logging.getLogger(__name__)
 _STEPS_WITHOUT_DATA = 100
-_DECAY = {"lr_factor": 0.1, "min_lr": 1e-6, "min_improvement": 1e-4}
 
 
-# ------------------------------------------------------------------------------------------------------- options
-@dataclass(frozen=True)
-class Schedule:
-    """How long to train, when the learning rate falls, and how large a step may be.
-
-    After ``patience`` epochs in which the monitored loss has not fallen by ``min_improvement`` the learning rate is
-    multiplied by ``lr_factor``. Training ends when the rate falls below ``min_lr``, after ``num_epochs`` or after
-    ``num_steps``, whichever comes first. ``fit(..., schedule=20)`` is short for ``Schedule(20)``.
-
-    Args:
-        num_epochs: The greatest number of epochs, those of resumed runs included.
-        num_steps: The greatest number of gradient steps, those of resumed runs included; the last epoch may be cut
-            short by it.
-        steps_per_epoch: The least number of steps in an epoch, which then walks through the data more than once if
-            need be. By default once; 100 steps without data. Few data at once make short epochs, whose losses are
-            noisy: give a greater number there for ``patience`` to be of use.
-        patience: The number of epochs without improvement before the rate falls; ``None`` keeps the rate.
-        lr_factor: What the learning rate is multiplied by.
-        min_lr: Stop when the learning rate falls below this.
-        min_improvement: The least decrease of the monitored loss, in nats per datum, that counts.
-        max_grad_norm: Clip the norm of the gradient (per datum) to this.
-
-    Raises:
-        GraphflowsError: If a number is out of range, nothing ends the training, or an option has no effect.
-
-    Example:
-        >>> Schedule(num_steps=2000, patience=None)
-        Schedule(num_epochs=None, num_steps=2000, patience=None)
-    """
-
-    num_epochs: int | None = None
-    num_steps: int | None = field(default=None, kw_only=True)
-    steps_per_epoch: int | None = field(default=None, kw_only=True)
-    patience: int | None = field(default=10, kw_only=True)
-    lr_factor: float = field(default=_DECAY["lr_factor"], kw_only=True)
-    min_lr: float = field(default=_DECAY["min_lr"], kw_only=True)
-    min_improvement: float = field(default=_DECAY["min_improvement"], kw_only=True)
-    max_grad_norm: float | None = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        for name, least in (("num_epochs", 0), ("num_steps", 0), ("steps_per_epoch", 1), ("patience", 1)):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise GraphflowsError(f"Expected {name} >= {least}; got {value!r}.")
-        if not (0 < self.lr_factor < 1 and self.min_lr >= 0 and self.min_improvement >= 0):
-            raise GraphflowsError(
-                "Expected lr_factor between 0 and 1 and min_lr and min_improvement not negative; got "
-                f"{self.lr_factor}, {self.min_lr} and {self.min_improvement}."
-            )
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise GraphflowsError(f"Expected a positive max_grad_norm; got {self.max_grad_norm}.")
-        if self.patience is None:
-            idle = [name for name, value in _DECAY.items() if getattr(self, name) != value]
-            if idle:
-                raise GraphflowsError(
-                    f"Expected patience for the rate to fall; with patience=None {', '.join(idle)} would have no "
-                    "effect."
-                )
-            if self.num_epochs is None and self.num_steps is None:
-                raise GraphflowsError(
-                    "Expected num_epochs, num_steps or patience; nothing would end the training."
-                )
-
-    @classmethod
-    def of(cls, schedule: "Schedule | int") -> "Schedule":
-        """Return ``schedule``, or that of a number of epochs."""
-        if isinstance(schedule, cls):
-            return schedule
-        if isinstance(schedule, int) and not isinstance(schedule, bool):
-            return cls(schedule)
-        raise GraphflowsError(f"Expected schedule to be a number of epochs or a Schedule; got {schedule!r}.")
-
-    def __repr__(self) -> str:
-        return _repr_of_changes(self, "num_epochs")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What is reported while :func:`fit` trains.
-
-    ``fit(..., progress=False)`` is short for ``Progress(bar=False)``.
-
-    Args:
-        bar: Whether to show a bar.
-        on_epoch: Called with the :class:`History` after each epoch; training stops if it returns something true.
-            Random numbers drawn there do not change the training.
-
-    Raises:
-        GraphflowsError: If ``on_epoch`` cannot be called.
-    """
-
-    bar: bool = field(default=True, kw_only=True)
-    on_epoch: "Callable[[History], Any] | None" = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        if self.on_epoch is not None and not callable(self.on_epoch):
-            raise GraphflowsError(
-                f"Expected on_epoch to be a function of the history; got {self.on_epoch!r}."
-            )
-
-    @classmethod
-    def of(cls, progress: "Progress | bool") -> "Progress":
-        """Return ``progress``, or one with or without a bar."""
-        if isinstance(progress, cls):
-            return progress
-        if isinstance(progress, bool):
-            return cls(bar=progress)
-        raise GraphflowsError(
-            f"Expected progress to be True, False or a Progress; got {progress!r}. A function to call after each epoch "
-            "is Progress(on_epoch=function)."
-        )
-
-
-def _repr_of_changes(options: Any, *always: str) -> str:
-    """Return the repr of a dataclass without what has its default."""
-    fields = type(options).__dataclass_fields__
-    shown = [
-        f"{name}={getattr(options, name)!r}"
-        for name, entry in fields.items()
-        if name in always or getattr(options, name) != entry.default
-    ]
-    return f"{type(options).__name__}({', '.join(shown)})"
-
-
-# --------------------------------------------------------------------------------------------------- the history
-@dataclass(repr=False)
-class History:
-    """What happened in a training run; lists have one entry per completed epoch.
-
-    Attributes:
-        loss: Training loss in nats per datum, averaged over the epoch while the parameters moved.
-        validation_loss: Validation loss in nats per datum after the epoch; empty without validation data.
-        learning_rate: The rate used in the epoch.
-        seconds: Wall-clock time since the start of training, resumed runs included.
-        num_steps: The number of gradient steps taken in completed epochs.
-        best_epoch: The epoch (from 0) with the lowest validation loss (training loss without validation
-            data).
-        stop_reason: Why training ended.
-    """
-
-    loss: list[float] = field(default_factory=list)
-    validation_loss: list[float] = field(default_factory=list)
-    learning_rate: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    num_steps: int = 0
-    best_epoch: int | None = None
-    stop_reason: str | None = None
-
-    def __len__(self) -> int:
-        """Return the number of completed epochs."""
-        return len(self.loss)
-
-    @property
-    def monitored(self) -> list[float]:
-        """The losses that decide which epoch is best."""
-        return self.validation_loss or self.loss
-
-    def __repr__(self) -> str:
-        """Return a line on the run; the lists are attributes."""
-        if not self.loss:
-            return f"History(no epoch completed; {self.stop_reason})"
-        best = self.best_epoch or 0
-        kind = "validation loss" if self.validation_loss else "loss"
-        return (
-            f"History({len(self)} epochs, {self.num_steps} steps, {self.seconds[-1]:.3g} s; {kind} "
-            f"{self.monitored[0]:.4g} -> {self.monitored[-1]:.4g}, best {self.monitored[best]:.4g} in epoch {best}; "
-            f"{self.stop_reason})"
-        )
-
-
-# ------------------------------------------------------------------------------------------------------- training
 def fit(
     model: Program,
     guide: Program,
@@ -317,47 +145,10 @@ def fit(
     ):
         # Pyro warns of what is handled here: a loss that is not finite
         warnings.filterwarnings("ignore", message=r"Encountered (NaN|\+?-?inf)")
-        trainer = _Trainer(Objective(model, guide, loss), data, optimizer, schedule.max_grad_norm, seed)
+        trainer = Trainer(Objective(model, guide, loss), data, optimizer, schedule.max_grad_norm, seed)
         run = _Run(trainer, schedule, checkpoint, {**trainer.settings(), "seed": seed}, progress)
         run.resume()
         return run.train()
-
-
-class _Plateau:
-    """Multiply the learning rate by a factor when the loss has stopped falling; say when it is too small.
-
-    Args:
-        optimizer: The optimiser whose rates are set.
-        schedule: When and by how much.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
-        self.optimizer = optimizer
-        self.schedule = schedule
-        self.reference = math.inf
-        self.num_bad = 0
-
-    @property
-    def learning_rate(self) -> float:
-        """The greatest rate of the optimiser's groups."""
-        return max(float(group["lr"]) for group in self.optimizer.param_groups)
-
-    def update(self, loss: float) -> str | None:
-        """Take note of an epoch's loss; return a reason to stop, if there is one."""
-        schedule = self.schedule
-        if loss < self.reference - schedule.min_improvement:
-            self.reference, self.num_bad = loss, 0
-        else:
-            self.num_bad += 1
-        if schedule.patience is None:
-            return None
-        if self.num_bad >= schedule.patience:
-            self.num_bad = 0
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["lr"] * schedule.lr_factor
-        if self.learning_rate < schedule.min_lr * (1 - 1e-9):
-            return f"the learning rate fell below {schedule.min_lr:g}"
-        return None
 
 
 class _Run:
@@ -365,7 +156,7 @@ class _Run:
 
     def __init__(
         self,
-        trainer: "_Trainer",
+        trainer: Trainer,
         schedule: Schedule,
         checkpoint: Checkpoint | None,
         settings: dict[str, Any],
@@ -373,7 +164,7 @@ class _Run:
     ) -> None:
         self.trainer = trainer
         self.schedule = schedule
-        self.plateau = _Plateau(trainer.optimizer, schedule)
+        self.plateau = Plateau(trainer.optimizer, schedule)
         self.checkpoint = checkpoint
         self.progress = progress
         without_data = trainer.data.data is None
@@ -411,6 +202,7 @@ class _Run:
                 stacklevel=3,
             )
         parameters.forget_gradients()
+        logger.info("Training ended: %r", history)
         return history
 
     def _reason_of_end(self) -> str | None:
@@ -469,6 +261,7 @@ class _Run:
         history.seconds.append(before + time.perf_counter() - begin)
         history.num_steps += steps
         monitored = loss if validation_loss is None else validation_loss
+        logger.debug("Epoch %d: loss %.6g at rate %.1e, monitored %.6g.", len(history), loss, rate, monitored)
         if history.best_epoch is None or monitored < history.monitored[history.best_epoch]:
             history.best_epoch = len(history) - 1
             self.best = self.trainer.parameters.state()
@@ -520,272 +313,4 @@ class _Run:
         self.best = state["best"]
         self.finished = state["finished"]
         self.history = History(**state["history"])
-
-
-class NotFiniteError(GraphflowsError):
-    """A loss or gradient is not finite; the message says where it began."""
-
-
-class _Trainer:
-    """One gradient step, one validation, and the state they depend on.
-
-    It refuses to step on a loss or a gradient that is not finite, and says which site is the first to blame. The first
-    batch is run in evaluation mode, once without gradients and once with, and without moving the random generators:
-    that creates lazy parameters, shows the sites and which parameters are in use.
-
-    Args:
-        objective: The loss with its model and guide.
-        data: The data.
-        optimizer: What :func:`make_optimizer` takes.
-        max_grad_norm: Clip the gradient's norm to this.
-        seed: The seed of the order of the data.
-
-    Raises:
-        GraphflowsError: If there is nothing to train.
-        NotFiniteError: If the loss of the first batch is not finite.
-    """
-
-    def __init__(
-        self,
-        objective: Objective,
-        data: TrainingData,
-        optimizer: Any,
-        max_grad_norm: float | None,
-        seed: int | None,
-    ) -> None:
-        self.objective = objective
-        self.data = data
-        self.batches = data.batches(seed)
-        self.held_out = data.held_out()
-        self.max_grad_norm = max_grad_norm
-
-        self.parameters = ParameterSet(model=objective.model, guide=objective.guide)
-        batch = self.batches.first()
-        watch = self._explore(batch)
-        if not self.parameters.trainable:
-            raise GraphflowsError(
-                "Expected the model or the guide to have parameters; there is nothing to train."
-            )
-        if not objective.compiles and data.full_size is None and batch.size < (self.batches.num_data or 0):
-            _warn_of_globals(watch, batch.size)
-        self.optimizer = make_optimizer(optimizer, self.parameters)
-        self._in_optimizer = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        self._grows = not isinstance(optimizer, torch.optim.Optimizer)
-
-    def step(self, batch: Batch) -> float:
-        """Take a gradient step.
-
-        Args:
-            batch: The data.
-
-        Returns:
-            The loss before the step in nats per datum.
-
-        Raises:
-            NotFiniteError: If the loss or the gradient is not finite; no step is taken.
-        """
-        self.parameters.forget_gradients()
-        state = random_state()
-        size = self.data.full_size or batch.size
-        try:
-            with poutine.trace(param_only=True) as capture:
-                loss = self.objective.add_gradients(
-                    size, batch.args, self._kwargs(batch), self.parameters.parameters.values
-                )
-        except (ValueError, RuntimeError) as error:  # a distribution may refuse what is not finite
-            guilty = self._first_not_finite(batch, state)
-            if guilty is None:
-                raise
-            raise NotFiniteError(f"{guilty} is not finite") from error
-        self._adopt(self.parameters.adopt(capture.trace))
-        if not math.isfinite(loss):
-            guilty = self._first_not_finite(batch, state)
-            raise NotFiniteError(f"the loss is {loss}" + ("" if guilty is None else f"; first {guilty}"))
-        gradients = {name: p.grad for name, p in self.parameters.parameters.items() if p.grad is not None}
-        if gradients:
-            norms = torch.stack(
-                [torch.linalg.vector_norm(gradient).float() for gradient in gradients.values()]
-            )
-            norm = torch.linalg.vector_norm(norms).item()
-            if not math.isfinite(norm):
-                bad = sorted(name for name, value in gradients.items() if not value.isfinite().all())
-                raise NotFiniteError(
-                    f"the loss is finite, but not the gradient of {bad[:5]}"
-                    if bad
-                    else f"the loss is finite ({loss:.3g}), but the norm of the gradient is too large to compute"
-                )
-            if self.max_grad_norm is not None and norm > self.max_grad_norm:
-                for gradient in gradients.values():
-                    gradient *= self.max_grad_norm / norm
-        self.optimizer.step()
-        return loss
-
-    def validate(self) -> float | None:
-        """Return the validation loss in nats per datum, or ``None`` without validation data.
-
-        Raises:
-            NotFiniteError: If it is not finite.
-        """
-        if self.held_out is None:
-            return None
-        total, count = 0.0, 0
-        with evaluation_mode(self.objective.model, self.objective.guide), seeded(_VALIDATION_SEED):
-            for batch in self.held_out:
-                loss = self._evaluate(batch, "in validation")
-                total += loss / (self.data.full_size or batch.size) * batch.size
-                count += batch.size
-        return total / count
-
-    # -------------------------------------------------------------------------------------------------- state
-    def settings(self) -> dict[str, Any]:
-        """Return what must be equal for one run to continue another."""
-        return {
-            "loss": type(self.objective.estimator).__name__,
-            "optimizer": type(self.optimizer).__name__,
-            "batch_size": self.batches.batch_size,
-            "num_batches": len(self.batches),
-            "num_data": self.batches.num_data,
-            "validation": None if self.held_out is None else [len(self.held_out), self.held_out.num_data],
-            "full_size": self.data.full_size,
-            "max_grad_norm": self.max_grad_norm,
-            "parameters": {name: list(p.shape) for name, p in self.parameters.parameters.items()},
-        }
-
-    def state(self) -> dict[str, Any]:
-        """Return everything that the next step depends on."""
-        return {
-            "parameters": self.parameters.state(),
-            "optimizer": self.optimizer.state_dict(),
-            "random": random_state(),
-            "order": self.batches.state(),
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Continue from a state."""
-        self.parameters.load(state["parameters"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.batches.load(state["order"])
-        set_random_state(state["random"])
-
-    # -------------------------------------------------------------------------------------------------- parts
-    def _explore(self, batch: Batch) -> SiteWatch:
-        """Run a batch once without gradients, for lazy parameters and sites, and once with, to see which are used."""
-        state, kwargs = random_state(), self._kwargs(batch)
-        with evaluation_mode(self.objective.model, self.objective.guide):
-            with self.objective.watched(check=False) as watch, poutine.trace(param_only=True) as capture:
-                self._evaluate(batch, "before the first step")
-            self.parameters.refresh()
-            self.parameters.forget_gradients(capture.trace)
-            set_random_state(state)
-            with poutine.trace(param_only=True) as capture:
-                self.objective.add_gradients(1.0, batch.args, kwargs, dict)
-        set_random_state(state)
-        self.parameters.adopt(capture.trace)
-        return watch
-
-    def _evaluate(self, batch: Batch, when: str) -> float:
-        """Return the loss of a batch without gradients; raise if it is not finite."""
-        state = random_state()
-        try:
-            loss = self.objective.evaluate(batch.args, self._kwargs(batch))
-        except (ValueError, RuntimeError) as error:  # a distribution may refuse what is not finite
-            guilty = self._first_not_finite(batch, state)
-            if guilty is None:
-                raise
-            raise NotFiniteError(f"{when}, {guilty} is not finite") from error
-        if not math.isfinite(loss):
-            guilty = self._first_not_finite(batch, state)
-            raise NotFiniteError(
-                f"{when}, the loss is {loss}" + ("" if guilty is None else f"; first {guilty}")
-            )
-        return loss
-
-    def _kwargs(self, batch: Batch) -> dict[str, Any]:
-        return {**(self.data.kwargs or {}), **batch.kwargs}
-
-    def _adopt(self, names: list[str]) -> None:
-        """Let parameters that first appeared in this step join the optimiser."""
-        new = [self.parameters.parameters[name] for name in names]
-        new = [p for p in new if p.requires_grad and id(p) not in self._in_optimizer]
-        if new and self._grows:
-            self.optimizer.add_param_group({"params": new})
-            self._in_optimizer.update(map(id, new))
-
-    def _first_not_finite(self, batch: Batch, state: dict[str, Any]) -> str | None:
-        """Run the loss once more with the same random numbers; return the first site that is not finite."""
-        now = random_state()
-        set_random_state(state)
-        try:
-            guilty = self.objective.first_not_finite(batch.args, self._kwargs(batch))
-        finally:
-            set_random_state(now)
-        given = (value for value in (*batch.args, *batch.kwargs.values()) if isinstance(value, torch.Tensor))
-        bad = sum(int((~value.isfinite()).sum()) for value in given)
-        if guilty and bad:
-            guilty = f"{guilty.removesuffix(')')}; {bad} of the data)"
-        return guilty
-
-
-def make_optimizer(optimizer: Any, parameters: ParameterSet) -> torch.optim.Optimizer:
-    """Return a torch optimiser over the trainable parameters.
-
-    Args:
-        optimizer: A rate for Adam, a torch optimiser (returned as it is), a
-            :class:`pyro.optim.PyroOptim`, or a function from a list of parameters to a torch optimiser.
-        parameters: The parameters.
-
-    Returns:
-        The optimiser.
-
-    Raises:
-        GraphflowsError: If it is none of these, or a PyroOptim that schedules or clips by itself.
-    """
-    trainable = parameters.trainable
-    if isinstance(optimizer, torch.optim.Optimizer):
-        return optimizer
-    if isinstance(optimizer, int | float):
-        return torch.optim.Adam(
-            list(trainable.values()), lr=float(optimizer), fused=_can_fuse(trainable.values())
-        )
-    if isinstance(optimizer, PyroOptim):
-        if isinstance(optimizer, PyroLRScheduler) or optimizer.pt_clip_args:
-            raise GraphflowsError(
-                "Expected a PyroOptim without schedule and without clip_args; fit schedules the rate itself "
-                "(Schedule: patience, lr_factor) and clips all gradients together (max_grad_norm)."
-            )
-        options: Callable[..., Any] | dict[str, Any] = optimizer.pt_optim_args
-        constructor: Any = optimizer.pt_optim_constructor
-        if not callable(options):
-            return constructor(list(trainable.values()), **options)
-        groups = [{"params": [p], **options(parameters.store_name(name))} for name, p in trainable.items()]
-        return constructor(groups)
-    made = optimizer(list(trainable.values())) if callable(optimizer) else None
-    if not isinstance(made, torch.optim.Optimizer):
-        raise GraphflowsError(
-            "Expected optimizer to be a learning rate, a torch or Pyro optimiser, or a function from parameters to a "
-            f"torch optimiser; got {optimizer!r}."
-        )
-    return made
-
-
-def _can_fuse(parameters: Iterable[Tensor]) -> bool | None:
-    """Return True where torch has Adam's step as one kernel, several times cheaper, for these parameters; else None."""
-    devices = {"cuda", "cpu"} if torch.__version__ >= "2.4" else {"cuda"}
-    return all(p.is_floating_point() and p.device.type in devices for p in parameters) or None
-
-
-def _warn_of_globals(watch: SiteWatch, size: int) -> None:
-    """Warn where a global latent site meets batches that stand for themselves only."""
-    in_batch = any(
-        observed and any(frame.size == size == (frame.full_size or size) for frame in frames)
-        for observed, frames in watch.sites.values()
-    )
-    outside = sorted(name for name, (observed, frames) in watch.sites.items() if not observed and not frames)
-    if in_batch and outside:
-        warnings.warn(
-            f"The latent sites {outside} are global, but the model sees each batch of {size} data as all there is: "
-            "their prior is counted once per batch. Train on all data at once, or let the model's plate have the full "
-            "size with the batch as its subsample and give TrainingData(..., full_size=...).",
-            GraphflowsWarning,
-            stacklevel=4,
-        )
+        logger.info("Continuing after epoch %d of %s.", len(self.history), self.checkpoint.path)

@@ -17,7 +17,7 @@ import os
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -44,12 +44,16 @@ class Batching:
     """How many samples of a model can be drawn in one run.
 
     Attributes:
+        traced: The model as traced.
         way: ``"plate"``, ``"vmap"`` or ``"single"``: in an outermost plate, by :func:`torch.vmap`, or not at all.
         reason: Why only single runs are possible: the site, the place in the user's code, and what to write instead.
+        indices: The indices of plates, as many as in ``traced``; those of ``traced`` where nothing is said.
     """
 
+    traced: TracedModel
     way: str
     reason: str = ""
+    indices: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def sample_prior(
@@ -59,9 +63,7 @@ def sample_prior(
     *,
     num_samples: int,
     vectorize: bool = True,
-    traced: TracedModel | None = None,
     batching: Batching | None = None,
-    indices: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Draw joint samples of all latent and observed sites of the unconditioned model.
 
@@ -72,9 +74,7 @@ def sample_prior(
         model_kwargs: Its keyword arguments.
         num_samples: How many samples.
         vectorize: Whether to draw them all in one run where the model allows it.
-        traced: The model as traced with these arguments, if that is at hand.
-        batching: What :func:`find_batching` says, if that is at hand.
-        indices: The indices of plates, as many as in ``traced``; those of ``traced`` where nothing is said.
+        batching: What :func:`find_batching` says of the model with these arguments, if that is at hand.
 
     Returns:
         For each latent, marginalised and observed site, samples of shape (num_samples, *batch shape, *event
@@ -98,15 +98,16 @@ def sample_prior(
     if num_samples < 1:
         raise GraphflowsError(f"Expected a positive number of samples; got {num_samples}.")
     args, kwargs = tuple(model_args), dict(model_kwargs or {})
-    traced = trace_model(model, args, kwargs, strict=False) if traced is None else traced
-    _require_generative(traced)
-    sites = _sites(traced)
-    unconditioned = _unconditioned(model, traced, indices or {})
+    if batching is None:
+        traced = trace_model(model, args, kwargs, strict=False)
+        many = vectorize and num_samples > 1
+        batching = find_batching(model, args, kwargs, traced=traced) if many else Batching(traced, "single")
+    _require_generative(batching.traced)
+    sites = _sites(batching.traced)
+    unconditioned = _unconditioned(model, batching.traced, batching.indices)
     nesting = _nesting(sites)
     with kept_buffers(model):
-        if batching is None and vectorize and num_samples > 1:
-            batching = _batching(unconditioned, args, kwargs, nesting, sites)
-        way = batching.way if batching is not None and vectorize and num_samples > 1 else "single"
+        way = batching.way if vectorize and num_samples > 1 else "single"
         if way == "plate":
             return _draw_at_once(unconditioned, args, kwargs, nesting, sites, num_samples)
         if way == "vmap":
@@ -145,17 +146,12 @@ def find_batching(
     args, kwargs = tuple(model_args), dict(model_kwargs or {})
     _require_generative(traced)
     sites = _sites(traced)
+    unconditioned = _unconditioned(model, traced)
     with kept_buffers(model):
-        return _batching(_unconditioned(model, traced), args, kwargs, _nesting(sites), sites)
-
-
-def _batching(
-    model: Callable, args: tuple, kwargs: dict[str, Any], nesting: int, sites: dict[str, Any]
-) -> Batching:
-    if _allows_batches(model, args, kwargs, nesting, sites):
-        return Batching("plate")
-    reason = _why_no_vmap(model, args, kwargs, sites)
-    return Batching("vmap") if reason is None else Batching("single", reason)
+        if _allows_batches(unconditioned, args, kwargs, _nesting(sites), sites):
+            return Batching(traced, "plate")
+        reason = _why_no_vmap(unconditioned, args, kwargs, sites)
+    return Batching(traced, "vmap") if reason is None else Batching(traced, "single", reason)
 
 
 def _require_generative(traced: TracedModel) -> None:

@@ -22,8 +22,9 @@ from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.graphs.model_graph import ModelGraph, Node, listed
 from pyro_graphflows.infer.batches import TrainingData
 from pyro_graphflows.infer.evidence import Evidence, evidence_from_log_weights
+from pyro_graphflows.infer.history import History
 from pyro_graphflows.infer.particles import evaluation_mode
-from pyro_graphflows.infer.training import History, fit
+from pyro_graphflows.infer.training import fit
 from pyro_graphflows.models.likelihood import Likelihood, Observation
 from pyro_graphflows.models.parameter_names import WithLayout, free_name
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.masks import LabelledMasks, SparseMask, allowed_mask, label_masks
+from pyro_graphflows.masks import LabelledMasks, SparseMask, UnitsPerSet, allowed_mask, label_masks
 from pyro_graphflows.nn.activations import make_activation
 from pyro_graphflows.nn.masked import MaskedLinear, SparsePattern, fastest_engine
 from pyro_graphflows.nn.natural_units import NaturalUnits
@@ -114,12 +114,9 @@ class MaskedMLP(nn.Module):
         masks = label_masks(
             allowed,
             input_dim,
-            hidden_layers=hidden_layers,
-            units_per_set=units_per_set,
-            hidden_dims=hidden_dims,
+            UnitsPerSet(units_per_set, hidden_layers) if hidden_dims is None else hidden_dims,
             input_levels=levels,
-            input_names=input_names,
-            output_names=output_names,
+            names=(input_names, output_names),
         )
         self.allowed = masks.allowed
         self.input_dim = input_dim

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.masks import SparseMask, label_masks
+from pyro_graphflows.masks import SparseMask, UnitsPerSet, label_masks
 from pyro_graphflows.nn.activations import Activation, make_activation
 from pyro_graphflows.nn.fused_residual import FusedResidual, OwnerPass, residual_chain
 from pyro_graphflows.nn.lipschitz import SpectralBound, bounded_entries
@@ -89,11 +89,8 @@ class MaskedResidualNet(nn.Module):
         masks = label_masks(
             allowed,
             num_inputs,
-            hidden_layers=hidden_layers,
-            units_per_set=units_per_set,
-            hidden_dims=hidden_dims,
-            input_names=names,
-            output_names=names,
+            UnitsPerSet(units_per_set, hidden_layers) if hidden_dims is None else hidden_dims,
+            names=(names, names),
         )
         if not masks.labels:
             raise GraphflowsError("Expected at least one hidden layer; got none.")

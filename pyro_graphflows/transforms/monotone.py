@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from pyro_graphflows.nn.activations import Activation
 from pyro_graphflows.nn.operation import Operation
-from pyro_graphflows.transforms.solver import Solver, solve_elementwise
+from pyro_graphflows.transforms.solver import Bounds, Solver, solve_elementwise
 
 __all__ = ["BlockForm", "BlockWeights", "MonotoneStack"]
 
@@ -303,9 +303,8 @@ class MonotoneStack(nn.Module):
         low, high = weights.slope_min[t].unsqueeze(-1), weights.slope_max[t].unsqueeze(-1)
         # A first Newton step from the target, kept inside the bracket; a much better start than the target itself.
         initial = target - residual / (1 + slope).clamp(min=low, max=high)
-        return solve_elementwise(
-            function, target, low, high, initial=initial, noise=noise, solver=solver, what=what
-        )
+        bounds = Bounds(low, high, noise)
+        return solve_elementwise(function, target, bounds, initial=initial, solver=solver, what=what)
 
 
 def _log_scale(block: Tensor, own: Tensor, form: BlockForm) -> tuple[Tensor, Tensor | None]:

@@ -33,7 +33,14 @@ from torch import Tensor
 from pyro_graphflows.errors import ConvergenceError, GraphflowsError, GraphflowsWarning
 from pyro_graphflows.nn.operation import Operation
 
-__all__ = ["Solver", "implicit_step", "implicit_triangular", "solve_elementwise", "solve_triangular"]
+__all__ = [
+    "Bounds",
+    "Solver",
+    "implicit_step",
+    "implicit_triangular",
+    "solve_elementwise",
+    "solve_triangular",
+]
 
 ValueAndSlope = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -87,15 +94,27 @@ class Solver:
         warnings.warn(message, GraphflowsWarning, stacklevel=3)
 
 
+class Bounds(NamedTuple):
+    """What is known of a map.
+
+    Attributes:
+        slope_min: A positive lower bound of its slopes, broadcastable with its values.
+        slope_max: An upper bound of its slopes.
+        noise: The size of the terms that are added up in an evaluation: rounding errors of these are allowed for.
+    """
+
+    slope_min: Tensor | float
+    slope_max: Tensor | float
+    noise: Tensor | float = 0.0
+
+
 @torch.no_grad()
 def solve_elementwise(
     function: ValueAndSlope,
     target: Tensor,
-    slope_min: Tensor | float,
-    slope_max: Tensor | float,
+    bounds: Bounds,
     *,
     initial: Tensor | None = None,
-    noise: Tensor | float = 0.0,
     solver: Solver | None = None,
     what: str = "a one-dimensional residual map",
 ) -> Tensor:
@@ -108,10 +127,8 @@ def solve_elementwise(
     Args:
         function: Maps y to the values :math:`f_i(y_i)` and the slopes :math:`f_i'(y_i)`.
         target: z.
-        slope_min: A positive lower bound of the slopes, broadcastable with ``target``.
-        slope_max: An upper bound of the slopes.
+        bounds: Bounds of the slopes.
         initial: Where to start; ``target`` by default.
-        noise: The size of the terms that are added up in an evaluation: rounding errors of these are allowed for.
         solver: Tolerance, iterations, what to do on failure.
         what: The name of the map in messages.
 
@@ -124,19 +141,17 @@ def solve_elementwise(
     Example:
         >>> import torch
         >>> z = torch.tensor([-3.0, 0.0, 10.0])
-        >>> y = solve_elementwise(lambda y: (y + 0.9 * y.sin(), 1 + 0.9 * y.cos()), z, 0.1, 1.9)
+        >>> y = solve_elementwise(lambda y: (y + 0.9 * y.sin(), 1 + 0.9 * y.cos()), z, Bounds(0.1, 1.9))
         >>> bool(((y + 0.9 * y.sin() - z).abs() < 1e-4).all())
         True
     """
     solver = solver or Solver()
-    accuracy = _Accuracy(target.abs().clamp_(min=1), noise, solver.resolve_tolerance(target.dtype))
+    accuracy = _Accuracy(target.abs().clamp_(min=1), bounds.noise, solver.resolve_tolerance(target.dtype))
     y = target if initial is None else initial
     y, going = _newton(function, target, y, accuracy, min(NEWTON_STEPS, solver.max_iterations))
     if going is None:
         return y
-    y, failure = _bracketed(
-        function, target, (y, going), (slope_min, slope_max), accuracy, solver.max_iterations
-    )
+    y, failure = _bracketed(function, target, (y, going), bounds[:2], accuracy, solver.max_iterations)
     if failure is not None:
         solver.fail(what, *failure)
     return y
@@ -287,7 +302,6 @@ def solve_triangular(
     levels: Sequence[Tensor],
     slopes: Interval | Callable[[], Interval],
     *,
-    initial: Tensor | None = None,
     solver: Solver | None = None,
     what: str = "a residual block",
 ) -> tuple[Tensor, Tensor]:
@@ -305,7 +319,6 @@ def solve_triangular(
         levels: The positions of the variables of each level, in order: index tensors.
         slopes: A positive lower bound and an upper bound of the diagonal of the Jacobian, numbers or of
             shape (D,), or a function that returns them if they are needed.
-        initial: Where to start; ``target`` by default.
         solver: Tolerance, iterations, what to do on failure.
         what: The name of the map in messages.
 
@@ -319,7 +332,7 @@ def solve_triangular(
     tolerance, rounding = solver.resolve_tolerance(target.dtype), torch.finfo(target.dtype).eps
     done: list[tuple[Tensor, Tensor, Tensor]] = []  # numbers, values and diagonals of samples
     columns: Tensor | None = None  # the numbers of those that are left, None for all
-    y, rest = target if initial is None else initial, target
+    y, rest = target, target
     size = target.abs().clamp_(min=1)
     error_before: Tensor | None = None
     limit = min(solver.max_iterations, 10 + 2 * len(levels))
@@ -377,7 +390,7 @@ def _solve_by_levels(
             value, diagonal = function(y, columns)
             return value[level], diagonal[level]
 
-        y[level] = solve(one_level, target[level], low[level], high[level])
+        y[level] = solve(one_level, target[level], Bounds(low[level], high[level]))
     return y, function(y, columns)[1]
 
 

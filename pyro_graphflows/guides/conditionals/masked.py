@@ -190,14 +190,15 @@ class MaskedConditionals(Conditionals):
             element_map.set_unit_(unit)
 
     def _set_maps_(self, site: str, factor: Factor, linear: LinearConditional) -> bool:
-        if site not in self._map_of or not isinstance(factor, NormalFactor):
+        per_element = site in self._table_columns
+        if isinstance(factor, DiscreteFactor | CoupledFactor) or not (per_element or site in self._map_of):
             return False
-        key, inputs = self._map_of[site]
-        element_map = self.maps[key]
-        assert isinstance(element_map, ElementMap)
-        if not element_map.offset:
-            return False
-        like = element_map.rows.table
+        inputs: list[int] = []
+        element_map: ElementMap | None = None
+        if site in self._map_of:
+            key, inputs = self._map_of[site]
+            element_map = self.maps[key]  # type: ignore[assignment]
+        like = self.table.table if self.table is not None and per_element else element_map.rows.table
         joint = torch.zeros(len(linear.loc), factor.size, self.num_columns).to(like)
         for parent, matrix in linear.weights.items():
             joint[..., list(self.columns[parent])] = matrix.to(like)
@@ -210,7 +211,12 @@ class MaskedConditionals(Conditionals):
         shared[:, inputs] = slopes.mean(0)
         units = factor.natural_units(linear.scale_tril.to(like).mean(0))
         self._set_rows_(site, shared, offsets.mean(0), units)
-        element_map.set_(slopes - slopes.mean(0), offsets - offsets.mean(0))
+        off_slopes, off = slopes - slopes.mean(0), offsets - offsets.mean(0)
+        if self.table is not None and per_element:
+            part = self.table.table[..., self._table_columns[site]]
+            part.copy_(off.reshape(part.shape))
+        if element_map is not None:
+            element_map.set_(off_slopes, None if per_element else off)
         return True
 
     @torch.no_grad()

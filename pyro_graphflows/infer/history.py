@@ -1,0 +1,91 @@
+"""What is reported of a training run, meanwhile and afterwards."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pyro_graphflows.errors import GraphflowsError
+
+__all__ = ["History", "Progress"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is reported while :func:`fit` trains.
+
+    ``fit(..., progress=False)`` is short for ``Progress(bar=False)``.
+
+    Args:
+        bar: Whether to show a bar.
+        on_epoch: Called with the :class:`History` after each epoch; training stops if it returns something true.
+            Random numbers drawn there do not change the training.
+
+    Raises:
+        GraphflowsError: If ``on_epoch`` cannot be called.
+    """
+
+    bar: bool = field(default=True, kw_only=True)
+    on_epoch: "Callable[[History], Any] | None" = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.on_epoch is not None and not callable(self.on_epoch):
+            raise GraphflowsError(
+                f"Expected on_epoch to be a function of the history; got {self.on_epoch!r}."
+            )
+
+    @classmethod
+    def of(cls, progress: "Progress | bool") -> "Progress":
+        """Return ``progress``, or one with or without a bar."""
+        if isinstance(progress, cls):
+            return progress
+        if isinstance(progress, bool):
+            return cls(bar=progress)
+        raise GraphflowsError(
+            f"Expected progress to be True, False or a Progress; got {progress!r}. A function to call after each epoch "
+            "is Progress(on_epoch=function)."
+        )
+
+
+@dataclass(repr=False)
+class History:
+    """What happened in a training run; lists have one entry per completed epoch.
+
+    Attributes:
+        loss: Training loss in nats per datum, averaged over the epoch while the parameters moved.
+        validation_loss: Validation loss in nats per datum after the epoch; empty without validation data.
+        learning_rate: The rate used in the epoch.
+        seconds: Wall-clock time since the start of training, resumed runs included.
+        num_steps: The number of gradient steps taken in completed epochs.
+        best_epoch: The epoch (from 0) with the lowest validation loss (training loss without validation
+            data).
+        stop_reason: Why training ended.
+    """
+
+    loss: list[float] = field(default_factory=list)
+    validation_loss: list[float] = field(default_factory=list)
+    learning_rate: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    num_steps: int = 0
+    best_epoch: int | None = None
+    stop_reason: str | None = None
+
+    def __len__(self) -> int:
+        """Return the number of completed epochs."""
+        return len(self.loss)
+
+    @property
+    def monitored(self) -> list[float]:
+        """The losses that decide which epoch is best."""
+        return self.validation_loss or self.loss
+
+    def __repr__(self) -> str:
+        """Return a line on the run; the lists are attributes."""
+        if not self.loss:
+            return f"History(no epoch completed; {self.stop_reason})"
+        best = self.best_epoch or 0
+        kind = "validation loss" if self.validation_loss else "loss"
+        return (
+            f"History({len(self)} epochs, {self.num_steps} steps, {self.seconds[-1]:.3g} s; {kind} "
+            f"{self.monitored[0]:.4g} -> {self.monitored[-1]:.4g}, best {self.monitored[best]:.4g} in epoch {best}; "
+            f"{self.stop_reason})"
+        )
