@@ -7,7 +7,7 @@ OUT ?= out
 # where a study keeps its runs, its page and pictures, and its checkpoints
 places = --results studies/$(1)/results.jsonl --out docs/results --work $(OUT)/$(1)
 
-.PHONY: help demo test test-slow test-oldest sdist-test types check comi table1 flows density graphvae-table real-models clean
+.PHONY: help demo test test-slow test-oldest sdist-test types docs check comi table1 flows density graphvae-table real-models clean
 
 help:
 	@echo "make demo       faithful guide for a gene network against the exact answer (tables, pictures in $(OUT)/)"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-oldest  the suite with the oldest supported versions (a virtual environment of its own)"
 	@echo "make sdist-test builds sdist and wheel, runs the tests from the sdist in an empty environment"
 	@echo "make check      ruff and mypy"
+	@echo "make docs       the documentation site, $(OUT)/site/index.html"
 	@echo "make types      pyright on a script of public calls"
 	@echo "make comi       the study of the CoMI paper (restartable; writes docs/results/comi.md)"
 	@echo "make table1     the study of the SIReN-VAE paper (restartable; writes docs/results/siren_vae.md)"
@@ -59,6 +60,18 @@ sdist-test:
 	$(DIST)/venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		"$$(ls $(DIST)/*.whl)[test]"
 	cd $(DIST)/empty && $(DIST)/venv/bin/python -m pytest $(TESTS)
+
+# MathJax is one file of its npm package, at this version; pages load nothing from elsewhere
+MATHJAX := 3.2.2
+DOCS := $(OUT)/docs
+docs:
+	test -x $(DOCS)/venv/bin/python || $(PYTHON) -m venv $(DOCS)/venv
+	$(DOCS)/venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	test -f $(DOCS)/mathjax.js || (npm install --silent --no-save --prefix $(DOCS) mathjax@$(MATHJAX) \
+		&& cp $(DOCS)/node_modules/mathjax/es5/tex-svg-full.js $(DOCS)/mathjax.js)
+	mkdir -p docs/_build && cp $(DOCS)/mathjax.js docs/_build/mathjax.js
+	$(DOCS)/venv/bin/python -m sphinx -W --keep-going -q -b html -d $(DOCS)/doctrees docs $(OUT)/site
+	@echo "$(OUT)/site/index.html"
 
 types: $(STAMP)
 	test -x $(OUT)/types/bin/pyright || ($(PYTHON) -m venv $(OUT)/types && $(OUT)/types/bin/pip install --quiet pyright)

@@ -23,7 +23,7 @@ import torch
 from pyro.infer import Trace_ELBO
 
 from pyro_graphflows import Schedule, TrainingData, auto_faithful_guide, fit, load_network, log_evidence
-from pyro_graphflows.plotting import plot_learning_curves, plot_marginals, plot_model_and_inverse
+from pyro_graphflows.plotting import plot_joints, plot_learning_curves, plot_marginals, plot_model_and_inverse
 
 GUIDES = {"faithful": "auto", "heuristic": "stochastic", "mean_field": "mean_field"}
 
@@ -145,7 +145,8 @@ def main(args):
     sds = np.sqrt(np.diag(covariance))
     exact_marginals = {name: (float(mean[0, i]), float(sds[i])) for i, name in enumerate(network.latent)}
     plot_marginals(samples, exact_marginals, path=out / "marginals.png")
-    print(f"\nPictures in {out}: inverse.png, learning_curves.png, marginals.png")
+    plot_joints(samples, (network.latent, mean[0], covariance), path=out / "joints.png")
+    print(f"\nPictures in {out}: inverse.png, learning_curves.png, marginals.png, joints.png")
     print(f"Total time {time.perf_counter() - start:.0f} s.")
 
 

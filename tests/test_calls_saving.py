@@ -18,7 +18,7 @@ from pyro.infer import SVI, Predictive, Trace_ELBO
 from toy_family import LogisticFamily
 
 from pyro_graphflows import guides, load_guide
-from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
+from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
 from pyro_graphflows.graphs import ModelGraph, faithful_inverse
 from pyro_graphflows.guides import DeepSet, Factor, Flow, Normal, NormalFactor, Spline, auto_faithful_guide
 from pyro_graphflows.guides.plain import Reader, Writer
@@ -373,7 +373,7 @@ def test_a_file_of_another_version_is_refused(tmp_path):
 
     rewritten(lambda new: new.update(format=0))
     with pytest.raises(
-        GraphflowsError, match=r"of format 1, .* is of format 0. Load it with the version that wrote"
+        GraphflowsError, match=r"of format 2, .* is of format 0. Load it with the version that wrote"
     ):
         load_guide(path, pair)
     rewritten(lambda new: new["objects"][0][1].update(unknown=3))
@@ -510,3 +510,87 @@ def test_a_loaded_guide_finds_fields_and_rows(kind, tmp_path):
     for rows in (ind, torch.tensor([0, 7])):
         expected, found = guide.median(data, rows), loaded.median(data, rows)
         assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+# ---------------------------------------------------------------- states and Pyro's parameter store
+
+
+def heavy(y):
+    """The mean of data with heavy tails: with many joint samples they come in by another map than with few."""
+    mu = pyro.sample("mu", N(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.StudentT(3.0, mu, 1.0), obs=y)
+
+
+def test_a_state_brings_the_kinds_of_features(tmp_path):
+    """Which map suits a feature is chosen from samples: with others the same weights would be another guide."""
+    few, many = (
+        auto_faithful_guide(heavy, X, pool="deepset", num_start_samples=number) for number in (30, 10_000)
+    )
+    kinds = [[m.kinds for m in one.blocks[0].inputs.pool("pooled(y; data)").maps] for one in (few, many)]
+    assert kinds[0] != kinds[1]
+    before = few.log_prob({"mu": torch.tensor(0.3)}, X)
+    few.load_state_dict(many.state_dict())
+    assert_same(few, many, 3 * X)
+    assert not torch.allclose(few.log_prob({"mu": torch.tensor(0.3)}, X), before)
+    few.save(tmp_path / "guide.safetensors")
+    assert_same(load_guide(tmp_path / "guide.safetensors", heavy), many, 3 * X)
+
+
+def test_a_state_of_another_plan_is_refused():
+    """Parameters of equal names and shapes, by which sites look at other things, would be misread in silence."""
+
+    def total_of_two(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", N(0.0, 1.0))
+            b = pyro.sample("b", N(0.0, 1.0))
+            pyro.sample("x", N(a + b, 1.0), obs=x)
+
+    one, other = (
+        auto_faithful_guide(total_of_two, X, inverse=order, num_start_samples=100)
+        for order in (["a", "b"], ["b", "a"])
+    )
+    shapes = [{name: value.shape for name, value in guide.state_dict().items()} for guide in (one, other)]
+    assert shapes[0] == shapes[1]
+    with pytest.raises(GraphflowsError, match="state of a guide of the same plan"):
+        one.load_state_dict(other.state_dict())
+    one.load_state_dict(copy.deepcopy(one.state_dict()))
+
+
+@pytest.mark.parametrize("when", ["before set-up", "after set-up", "after a call"])
+def test_the_parameter_store_that_was_loaded(when, tmp_path):
+    trained = auto_faithful_guide(pair, X, num_start_samples=100)
+    svi = SVI(pair, trained, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
+    for _ in range(5):
+        svi.step(X)
+    store = pyro.get_param_store()
+    store.save(tmp_path / "store")
+    expected = trained.median(X)["z"]
+    pyro.clear_param_store()
+    if when == "before set-up":
+        store.load(tmp_path / "store")
+    guide = auto_faithful_guide(pair, X, num_start_samples=100)
+    if when == "after a call":
+        SVI(pair, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO()).step(X)
+    if when != "before set-up":
+        store.load(tmp_path / "store")
+    assert not torch.allclose(guide.median(X)["z"], expected)
+    with pytest.warns(GraphflowsWarning, match="took the values that Pyro's parameter store had"):
+        guide(X)
+    torch.testing.assert_close(guide.median(X)["z"], expected)
+    SVI(pair, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO()).step(X)  # without a second warning
+    assert not torch.allclose(guide.median(X)["z"], expected)
+    other = auto_faithful_guide(pair, X, num_start_samples=100)
+    start = other.median(X)["z"]
+    other(X)  # its names are those of the first, whose values are not for it
+    assert torch.equal(other.median(X)["z"], start)
+
+
+def test_a_parameter_store_of_other_shapes_is_refused(tmp_path):
+    auto_faithful_guide(pair, X, num_start_samples=100)(X)
+    pyro.get_param_store().save(tmp_path / "store")
+    pyro.clear_param_store()
+    pyro.get_param_store().load(tmp_path / "store")
+    guide = auto_faithful_guide(vectors, X.reshape(4, 3), num_start_samples=100)
+    with pytest.raises(GraphflowsError, match="Pyro's parameter store has some of shape"):
+        guide(X.reshape(4, 3))

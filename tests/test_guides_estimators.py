@@ -118,7 +118,7 @@ def test_normal_guides(name, order):
 @pytest.mark.parametrize("flow", ["faithful", "graphical"])
 @pytest.mark.parametrize("order", ["forward", "reverse", "min_fill"])
 def test_flow_guides(order, flow):
-    """The other networks are in test_guides_flow.py."""
+    """The other networks are in test_guides_conditionals_flow.py."""
     network, model, data, exact = problem("regression")
     family = dataclasses.replace(FLOW, form=flow)
     options = {"family": family, "inverse": order, "init": "random"}

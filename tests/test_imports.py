@@ -33,7 +33,8 @@ MAY_IMPORT = {
     "nn": "errors graphs masks",
     "transforms": "errors graphs masks nn regression",
     "inspect": "errors graphs",
-    "guides": "distributions errors graphs inspect masks nn regression tensor_files transforms",
+    # guide.posterior() and what comes of it is of infer, which knows no guide
+    "guides": "distributions errors graphs infer inspect masks nn regression tensor_files transforms",
     # Any Pyro guide will do: nothing of our own guides.
     "infer": "errors graphs inspect masks nn transforms whole_files",
     "models": "errors graphs guides infer inspect masks nn transforms",

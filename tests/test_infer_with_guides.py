@@ -16,6 +16,7 @@ from pyro_graphflows.infer import (
     TrainingData,
     fit,
     log_evidence,
+    sample_posterior,
     sbc_ranks,
     sbc_uniformity,
 )
@@ -171,3 +172,13 @@ def test_covariates(tree):
     assert ((evidence.log_evidence - exact) / evidence.standard_error).abs().max() < 6
     loss = InferenceCompilation(model, guide, batch_size=200).loss(w) / 300
     assert loss == pytest.approx(0.5 * math.log(2 * math.pi * math.e / 5), abs=0.05)
+
+
+def test_the_short_form_of_a_posterior(tree):
+    network, model, x = tree
+    guide = auto_faithful_guide(model, x)
+    posterior = guide.posterior(x, num_draws=50, seed=3, progress=False)
+    same = sample_posterior(model, guide, x, num_draws=50, seed=3, progress=False)
+    assert all(torch.equal(posterior.draws[name], same.draws[name]) for name in same.draws)
+    error = posterior.evidence.log_evidence - torch.as_tensor(network.log_evidence(x.numpy()))
+    assert (error.abs() < 6 * posterior.evidence.standard_error + 1e-9).all()

@@ -8,6 +8,7 @@ from scipy.integrate import trapezoid
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs import library
 from pyro_graphflows.plotting import (
+    plot_joints,
     plot_learning_curves,
     plot_marginals,
 )
@@ -87,3 +88,24 @@ def test_marginals_of_several_guides():
 def test_missing_samples(samples, names, message):
     with pytest.raises(GraphflowsError, match=message):
         plot_marginals(samples, names=names)
+
+
+def test_joints_show_the_strongest_pairs(tmp_path):
+    covariance = np.array(
+        [[1.0, 0.1, 0.9, 0.0], [0.1, 1.0, 0.2, 0.8], [0.9, 0.2, 1.0, 0.1], [0.0, 0.8, 0.1, 1.0]]
+    )
+    mean, names = np.arange(4.0), ["a", "b", "c", "d"]
+    draws = np.random.default_rng(0).multivariate_normal(mean, covariance, size=500)
+    samples = {"right": dict(zip(names, draws.T, strict=True)), "wrong": dict.fromkeys(names, draws[:, 0])}
+    figure = plot_joints(samples, (names, mean, covariance), num_pairs=2, path=tmp_path / "joints.png")
+    assert (tmp_path / "joints.png").exists()
+    labels = [ax.get_ylabel().split("\n")[0] for ax in figure.axes if ax.get_ylabel()]
+    assert labels == ["c against a", "d against b"]
+    assert [ax.get_title() for ax in figure.axes[:2]] == ["right", "wrong"]
+    ellipse = figure.axes[0].lines[1].get_xydata() - mean[[0, 2]]  # two standard deviations
+    block = covariance[np.ix_([0, 2], [0, 2])]
+    np.testing.assert_allclose(np.einsum("ni,ij,nj->n", ellipse, np.linalg.inv(block), ellipse), 4.0)
+    with pytest.raises(GraphflowsError, match="got none of d"):
+        plot_joints({"g": dict.fromkeys("abc", draws[:, 0])}, (names, mean, covariance))
+    with pytest.raises(GraphflowsError, match="at least two sites"):
+        plot_joints(samples, (["a"], mean[:1], covariance[:1, :1]))

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.patches import Ellipse, FancyArrowPatch, Rectangle
+from matplotlib.patches import Ellipse, FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs import library
@@ -10,6 +10,7 @@ from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.inversion import faithful_inverse
 from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.plotting import (
+    plot_adjacency,
     plot_inverse,
     plot_learning_curves,
     plot_marginals,
@@ -33,6 +34,10 @@ def arrows(ax):
 
 def shapes(ax):
     return [artist for artist in ax.get_children() if isinstance(artist, Ellipse | Rectangle)][:-1]
+
+
+def boxes(ax):
+    return [artist for artist in ax.get_children() if isinstance(artist, FancyBboxPatch)]
 
 
 def names(ax):
@@ -80,6 +85,16 @@ def test_roles_and_plates():
     kinds = [type(shape) for shape in shapes(ax)]
     assert (kinds.count(Rectangle), kinds.count(Ellipse)) == (1, 4)
     assert "schools" in names(ax)
+    (box,) = boxes(ax)
+    inside = [
+        ax.texts[i].get_position() for i in range(len(ax.texts)) if ax.texts[i].get_text() in "theta y sigma"
+    ]
+    outside = [text.get_position() for text in ax.texts if text.get_text() in ("mu", "tau")]
+    (left, low), (right, high) = box.get_bbox().min, box.get_bbox().max
+    assert len(inside) == 3
+    assert all(left < x < right and low < y < high for x, y in inside)
+    assert len(outside) == 2
+    assert not any(left < x < right and low < y < high for x, y in outside)
     # One plate around everything says nothing.
     graph = library.four_cycle()
     everywhere = ModelGraph(graph.to_networkx(), graph.observed, plates={n: ["data"] for n in graph.nodes})
@@ -107,6 +122,44 @@ def test_ecoli70_is_drawn_legibly():
     for i, box in enumerate(boxes):
         assert not any(box.overlaps(other) for other in boxes[:i])
         assert box.width < shapes(ax)[i].get_window_extent().width
+
+
+def test_a_plate_whose_box_would_hold_other_nodes_is_written_beside_its_nodes():
+    graph = ModelGraph([("a", "m"), ("m", "b"), ("b", "x")], ["x"], plates={"a": ["p"], "b": ["p"]})
+    ax = plot_model_graph(graph)
+    assert not boxes(ax)
+    assert [text.get_text() for text in ax.texts].count("p") == 2
+
+
+def test_highlighted_nodes_stand_out():
+    inverse = faithful_inverse(library.student_network())
+    node = max(inverse.parents, key=lambda n: len(inverse.parents[n]))
+    for chosen in (node, [node]):
+        ax = plot_inverse(inverse, highlight=chosen)
+        strong = [arrow for arrow in arrows(ax) if arrow.get_alpha() > 0.5]
+        assert len(strong) == len(inverse.parents[node]) < inverse.num_edges
+        assert f"what {node} looks at" in ax.get_title()
+    with pytest.raises(GraphflowsError, match=r"Expected highlight= latent nodes .* got nobody"):
+        plot_inverse(inverse, highlight="nobody")
+
+
+def test_adjacency_has_a_cell_for_each_edge_and_none_on_or_above_the_diagonal():
+    graph = library.load_network("ecoli70").graph()
+    inverse = faithful_inverse(graph)
+    figure = plot_model_and_inverse(graph, inverse)
+    ax = figure.axes[2]
+    (image,) = ax.images
+    cells = np.asarray(image.get_array())
+    assert (cells > 0).sum() == inverse.num_edges == 182
+    assert (cells == 2).sum() == 112  # as the title of the drawing says
+    assert "112 added" in figure.axes[1].get_title()
+    square = cells[:, : len(cells)]
+    assert not np.triu(square).any()
+    rows = [label.get_text() for label in ax.get_yticklabels()]
+    columns = [label.get_text() for label in ax.get_xticklabels()]
+    for row, node in enumerate(rows):
+        assert {columns[j] for j in np.flatnonzero(cells[row])} == set(inverse.parents[node])
+    assert plot_adjacency(faithful_inverse(library.student_network())).figure is not None
 
 
 def test_inverse_of_another_graph():

@@ -1,6 +1,7 @@
-"""Distributions and coordinates for conditionals: normal scores of priors, fusion by precision, splines of noise."""
+"""Distributions and coordinates: normal scores of priors, fusion by precision, splines of noise, simulators."""
 
 from pyro_graphflows.distributions.coordinates import GaussianCoordinate, gaussian_coordinate
+from pyro_graphflows.distributions.simulated import Simulated
 from pyro_graphflows.distributions.spline import SplineDistribution
 
-__all__ = ["GaussianCoordinate", "SplineDistribution", "gaussian_coordinate"]
+__all__ = ["GaussianCoordinate", "Simulated", "SplineDistribution", "gaussian_coordinate"]

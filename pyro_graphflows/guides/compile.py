@@ -60,7 +60,14 @@ from pyro_graphflows.inspect.arguments import argument_leaves
 from pyro_graphflows.inspect.graph import split_elements
 from pyro_graphflows.inspect.probes import Rerun
 from pyro_graphflows.inspect.stability import changes
-from pyro_graphflows.inspect.trace import quiet_run, rows_of_plates, run_model, trace_once, undressed
+from pyro_graphflows.inspect.trace import (
+    log_density_at,
+    quiet_run,
+    rows_of_plates,
+    run_model,
+    trace_once,
+    undressed,
+)
 
 __all__ = ["Compiled", "GuideOptions", "compile_guide"]
 
@@ -503,7 +510,7 @@ def _require_possible_data(traced: TracedModel, encodings: InputEncodings) -> No
             continue
         mask = site_mask(site)
         seen = torch.as_tensor(True if mask is None else mask, device=value.device)
-        wrong = ~support.check(value) & ~torch.isfinite(site["fn"].log_prob(value)) & seen
+        wrong = ~support.check(value) & ~torch.isfinite(log_density_at(site["fn"], value)) & seen
         if bool(wrong.any()):
             raise GraphflowsError(
                 f"Expected data of {name!r} in the support of its distribution, {support}; {int(wrong.sum())} of "

@@ -6,6 +6,7 @@ stay linear), and all get a shift and a scale.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from pyro_graphflows.regression import HEAVY_TAIL, MOST_QUANTILE_ROWS, TINY, loc
 __all__ = ["FeatureMap", "concatenate"]
 
 _POSITIVE = (type(constraints.greater_than(0.0)), type(constraints.greater_than_eq(0.0)))
+KINDS = ("identity", "log", "logit", "log1p", "asinh")  # their places in states: new ones come last
 _COUNT = (type(constraints.nonnegative_integer), type(constraints.positive_integer))
 
 
@@ -58,6 +60,9 @@ def _kind(support: constraints.Constraint | None, sample: Tensor) -> str:
 class FeatureMap(nn.Module):
     """The elementwise map from the values of conditioning nodes to features of order one.
 
+    Which kinds of maps these are is part of the state, as it may have been chosen from samples: a state means nothing
+    with others.
+
     Args:
         support: The support of an observed site; ``None`` for an input.
         sample: Values in rows from which kind, shift and scale are found, shape ``(n, size)``.
@@ -68,6 +73,7 @@ class FeatureMap(nn.Module):
     width: Tensor
     shift: Tensor
     scale: Tensor
+    kind_of_columns: Tensor
 
     def __init__(
         self, support: constraints.Constraint | None, sample: Tensor, standardize: bool = True
@@ -76,7 +82,7 @@ class FeatureMap(nn.Module):
         sample = sample[torch.isfinite(sample).all(-1)]
         size = sample.shape[-1]
         kind = _kind(support, sample) if standardize else "identity"
-        self.kinds = [(kind, slice(0, size))]
+        self._set_kinds([(kind, slice(0, size))])
         centre, width = sample.new_zeros(size), sample.new_ones(size)
         if kind == "asinh":
             quartiles = sample.new_tensor([0.25, 0.5, 0.75])
@@ -93,12 +99,13 @@ class FeatureMap(nn.Module):
     def join(cls, maps: "list[FeatureMap]") -> "FeatureMap":
         """Return the map of the concatenation of several nodes' values."""
         joined = cls(None, torch.zeros(0, 0), standardize=False)
-        joined.kinds = []
+        kinds = []
         start = 0
         for each in maps:
             for kind, columns in each.kinds:
-                joined.kinds.append((kind, slice(start + columns.start, start + columns.stop)))
+                kinds.append((kind, slice(start + columns.start, start + columns.stop)))
             start += len(each.shift)
+        joined._set_kinds(kinds)
         for name in ("centre", "width", "shift", "scale"):
             setattr(
                 joined, name, torch.cat([getattr(each, name) for each in maps]) if maps else torch.zeros(0)
@@ -110,8 +117,19 @@ class FeatureMap(nn.Module):
         """Return a map of given kinds, without shift and scale, for a state that is loaded."""
         size = max((columns.stop for _, columns in kinds), default=0)
         new = cls(None, torch.zeros(0, size), standardize=False)
-        new.kinds = list(kinds)
+        new._set_kinds(kinds)
         return new
+
+    def _set_kinds(self, kinds: Sequence[tuple[str, slice]]) -> None:
+        self.kinds = list(kinds)
+        codes = [KINDS.index(kind) for kind, columns in kinds for _ in range(columns.start, columns.stop)]
+        self.register_buffer("kind_of_columns", torch.tensor(codes, dtype=torch.int8))
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if not self.kind_of_columns.is_meta:
+            codes = self.kind_of_columns.tolist()
+            self.kinds = [(KINDS[codes[c.start]] if c.stop > c.start else kind, c) for kind, c in self.kinds]
 
     def forward(self, flat: Tensor) -> Tensor:
         """Map values, shape ``(*batch, size)``, to features of the same shape; NaN for those outside of a support."""

@@ -31,7 +31,7 @@ from pyro_graphflows.transforms.solver import Solver
 
 __all__ = ["FORMAT", "read_guide", "write_guide"]
 
-FORMAT = 1  # another number wherever a file of before cannot be read any more
+FORMAT = 2  # another number wherever a file of before cannot be read any more
 KIND = "pyro_graphflows guide"
 CLASSES = (
     *(BlockPlan, BlockSpec, Conditioning, Coupling, DeepSet, DiscreteEncoding, DiscreteFactor),

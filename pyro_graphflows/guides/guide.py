@@ -24,6 +24,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from torch.distributions import biject_to
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
@@ -46,6 +47,8 @@ from pyro_graphflows.guides.plan import Description, Plan
 from pyro_graphflows.guides.samples import Samples
 from pyro_graphflows.guides.sites import LatentSite, is_constant
 from pyro_graphflows.guides.start import Start, start_at_, start_block_, whiten_block_
+from pyro_graphflows.guides.transport import Transport
+from pyro_graphflows.infer.posterior import Posterior, sample_posterior
 from pyro_graphflows.inspect import kept_random_state
 from pyro_graphflows.inspect.arguments import argument_leaves
 
@@ -56,6 +59,7 @@ logger = logging.getLogger(__name__)
 Emit = Callable[..., Tensor]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
+_OF_GUIDES = WeakTensorKeyDictionary()  # all their parameters; an attribute would be in files of the store
 NUM_START_DRAWS = 20  # of the guide at set-up, which say how large its inputs are
 
 
@@ -198,6 +202,7 @@ class AutoFaithfulGuide(AutoGuide):
             self._fitted = None
             chosen, choice = self._start(compiled, samples, (args, kwargs))
             self.blocks = chosen.blocks
+            self._mark_parameters()
             self._notes = () if chosen.note is None else (chosen.note,)
             self._start_notes = (*(() if choice is None else (choice,)), *chosen.notes)
         self.remember_data(*args, **kwargs)
@@ -555,19 +560,54 @@ class AutoFaithfulGuide(AutoGuide):
         return replace(call, supports={**call.supports, **changed})
 
     def _claim_parameter_names(self) -> None:
-        """Take entries of other guides out of the parameter store where their names are those of this one.
+        """Take this guide's names in the parameter store, from other guides or from a store that was loaded.
 
         The store would hand the optimiser of this call the parameters of the guide that came first, and none of this
-        guide's would ever be trained. Names are those of classes, so two guides in one program suffice.
+        guide's would ever be trained. Names are those of classes, so two guides in one program suffice. What is in the
+        store and belongs to no guide was loaded, or set: these are values for this guide.
+
+        Raises:
+            GraphflowsError: If the values are of other shapes.
         """
         store = pyro.get_param_store()
         if not len(store):
             return
         fullname = self._pyro_get_fullname("blocks")
-        for name, parameter in self._modules["blocks"].named_parameters():  # type: ignore[union-attr]
-            stored = store._params.get(f"{fullname}$$${name}")
-            if stored is not None and stored is not parameter:
-                del store[f"{fullname}$$${name}"]
+        loaded = []
+        for name, parameter in self._named_parameters():
+            full = f"{fullname}$$${name}"
+            stored = store._params.get(full)
+            if stored is None or stored is parameter:
+                continue
+            if stored not in _OF_GUIDES:
+                if stored.shape != parameter.shape:
+                    raise GraphflowsError(
+                        f"Expected values of shape {tuple(parameter.shape)} for the parameter {full!r} of this guide; "
+                        f"Pyro's parameter store has some of shape {tuple(stored.shape)}, of another guide. Clear the "
+                        "store, pyro.clear_param_store(), or set the guide up as that one was."
+                    )
+                parameter.data.copy_(stored.detach())
+                loaded.append(name)
+            del store[full]
+        if loaded and "the parameter store" not in self._warned:
+            self._warned.add("the parameter store")
+            warnings.warn(
+                f"{len(loaded)} parameters of the guide took the values that Pyro's parameter store had for them. A "
+                "store has parameters alone: the units of inputs and outputs are those of this guide's set-up, so the "
+                "values mean the same only if the guide that was stored was set up by the same call. "
+                "guide.save(path) and guide.state_dict() hold everything.",
+                GraphflowsWarning,
+                stacklevel=6,
+            )
+
+    def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        blocks: Any = self._modules["blocks"]  # not self.blocks, which would show all of them to Pyro
+        return blocks.named_parameters()
+
+    def _mark_parameters(self) -> None:
+        """Mark the parameters as those of a guide, by which they are told from values that were loaded."""
+        for _, parameter in self._named_parameters():
+            _OF_GUIDES[parameter] = True
 
     # ---------------------------------------------------------------- the data that were fitted
 
@@ -758,6 +798,45 @@ class AutoFaithfulGuide(AutoGuide):
             result[name] = value.sort(0).values[place.clamp(0, num_draws - 1).to(value.device)]
         return result
 
+    def posterior(
+        self, *args: Any, num_draws: int = 1000, seed: int | None = None, progress: bool = True, **kwargs: Any
+    ) -> Posterior:
+        """Return draws of the posterior with their weights: :func:`~pyro_graphflows.sample_posterior` of this guide.
+
+        Args:
+            *args: Positional arguments of the model.
+            num_draws: The number of draws.
+            seed: Seed of the random numbers; the global generators are put back afterwards.
+            progress: Whether to show a bar when it takes long.
+            **kwargs: Keyword arguments of the model.
+
+        Raises:
+            GraphflowsError: See :func:`~pyro_graphflows.sample_posterior`.
+            UnsupportedModelError: Likewise.
+        """
+        return sample_posterior(
+            self.model, self, *args, num_draws=num_draws, seed=seed, progress=progress, **kwargs
+        )
+
+    def transport(self, *args: Any, **kwargs: Any) -> Transport:
+        """Return the map from base noise to latents for the data of a call, and its log-determinant.
+
+        It is a change of variables for Hamiltonian Monte Carlo, ours (:meth:`~pyro_graphflows.infer.Posterior.refined`)
+        or Pyro's (:meth:`Transport.neutra`).
+
+        Args:
+            *args: Positional arguments of the model.
+            **kwargs: Keyword arguments of the model, and ``observations``.
+
+        Raises:
+            UnsupportedModelError: If the guide samples a discrete site, or has a distribution that is no map of noise
+                that is known. The message names the site.
+        """
+        observations = kwargs.pop("observations", None)
+        self._ensure_set_up(args, kwargs)
+        depth = max((-state.dim for state in self._plate_states.values()), default=0)
+        return Transport(lambda emit: self._run(args, kwargs, observations, emit), depth)
+
     def given(self, **observations: Tensor) -> Callable[..., dict[str, Tensor]]:
         """Return a callable guide with some observed values fixed.
 
@@ -872,14 +951,31 @@ class AutoFaithfulGuide(AutoGuide):
         """Load parameters and buffers; see :meth:`torch.nn.Module.load_state_dict`.
 
         Raises:
-            GraphflowsError: If the guide is not set up: it has no parameters yet.
+            GraphflowsError: If the guide is not set up: it has no parameters yet; if the state is that of a guide of
+                another plan.
         """
         if self._plan is None:
             raise GraphflowsError(
                 "Expected a guide that is set up, since it has no parameters before; call guide.setup(*args) with the "
                 "arguments of a typical call, then guide.load_state_dict(state)."
             )
-        return super().load_state_dict(state_dict, strict, assign)
+        found = super().load_state_dict(state_dict, strict, assign)
+        self._mark_parameters()
+        return found
+
+    def get_extra_state(self) -> Tensor:
+        """Return by what a state is told from those of guides whose networks read other things."""
+        digest = b"" if self._plan is None else self._plan.digest()
+        return torch.tensor(list(digest), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuse the state of a guide of another plan; see :meth:`get_extra_state`."""
+        if state.tolist() != self.get_extra_state().tolist():
+            raise GraphflowsError(
+                "Expected the state of a guide of the same plan, in which each site looks at the same; got another: "
+                "its model, its data or its options at set-up were others. Compare guide.describe() of both. "
+                "guide.save(path) keeps the plan too."
+            )
 
     # ---------------------------------------------------------------- copies and files
 
@@ -960,6 +1056,8 @@ class AutoFaithfulGuide(AutoGuide):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        if self._plan is not None:
+            self._mark_parameters()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AutoFaithfulGuide":
         new = type(self).__new__(type(self))
@@ -971,6 +1069,8 @@ class AutoFaithfulGuide(AutoGuide):
         state["plates"] = {}
         new.__dict__.update(shared)
         new.__dict__.update(copy.deepcopy(state, memo))
+        if new._plan is not None:
+            new._mark_parameters()
         return new
 
 

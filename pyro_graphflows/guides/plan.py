@@ -11,6 +11,7 @@ network calls is the number of levels and not the number of sites.
 A plan is complete when it is made, and nothing changes it.
 """
 
+import hashlib
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -121,6 +122,14 @@ class Plan:
     notes: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
     judged: InverseGraph | None = None
+
+    def digest(self) -> bytes:
+        """Return what tells plans apart whose networks read other things, or in another order."""
+        read = [
+            (b.plates, b.levels, [node.name for node in b.context], sorted(b.parents.items()), b.per_element)
+            for b in self.blocks
+        ]
+        return hashlib.sha256(repr(read).encode()).digest()
 
     def describe(self, notes: Sequence[str] = ()) -> Description:
         """Return the plan in words: a line for each latent site, in sampling order, and what is not faithful.

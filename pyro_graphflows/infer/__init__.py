@@ -1,10 +1,13 @@
 """Training and evaluation of guides; works with any Pyro guide."""
 
+from pyro_graphflows.infer.batched_hmc import HMC, NUTS
 from pyro_graphflows.infer.batches import TrainingData
 from pyro_graphflows.infer.calibration import sbc_ranks, sbc_uniformity
+from pyro_graphflows.infer.chains import Chains
 from pyro_graphflows.infer.checkpoints import Checkpoint
 from pyro_graphflows.infer.comparison import compare, stacking_weights
 from pyro_graphflows.infer.evidence import Evidence, importance_log_weights, log_evidence
+from pyro_graphflows.infer.fixed_simulations import Simulations
 from pyro_graphflows.infer.history import History, Progress
 from pyro_graphflows.infer.inference_compilation import InferenceCompilation
 from pyro_graphflows.infer.iwae import IWAE_ELBO
@@ -16,8 +19,11 @@ from pyro_graphflows.infer.schedule import Schedule
 from pyro_graphflows.infer.training import fit
 
 __all__ = [
+    "HMC",
     "IWAE_ELBO",
     "LOO",
+    "NUTS",
+    "Chains",
     "Checkpoint",
     "Evidence",
     "History",
@@ -26,6 +32,7 @@ __all__ = [
     "Prediction",
     "Progress",
     "Schedule",
+    "Simulations",
     "TrainingData",
     "compare",
     "effective_sample_size",

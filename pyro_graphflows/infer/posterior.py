@@ -3,18 +3,20 @@ r"""A posterior as an object: draws of a guide, how far to trust them, their rep
 A guide says :math:`q(z \mid x)`; what is wanted is :math:`p(z \mid x)`. :func:`sample_posterior` draws from the first
 and gives each draw its weight towards the second, :math:`w = p(x, z) / q(z \mid x)`. The weights say how far the two
 agree (:attr:`Posterior.khat`, :attr:`Posterior.ess`) and correct the draws where they do
-(:meth:`Posterior.reweighted`). Everything works with any Pyro guide: draws and densities are all that is asked of it.
+(:meth:`Posterior.reweighted`). Where they do not, Markov chains start from the draws (:meth:`Posterior.refined`).
+Everything works with any Pyro guide: draws and densities are all that is asked of it.
 
 *Per datum or joint.* Where every site of the model and the guide is inside the plate of the data, the posterior is a
 product over data and each datum has weights of its own, which stay even however many data there are. Otherwise a draw
 is a draw of everything, with one weight.
 """
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -26,6 +28,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
+from pyro_graphflows.infer.batched_hmc import Kernel
+from pyro_graphflows.infer.chains import Chains, bulk_ess, split_rhat
 from pyro_graphflows.infer.checkpoints import (
     load_checkpoint,
     random_state,
@@ -57,6 +61,14 @@ from pyro_graphflows.infer.particles import (
 )
 from pyro_graphflows.infer.predictive import Prediction, predict
 from pyro_graphflows.infer.psis import effective_sample_size, psis_khat, smoothed_log_weights
+from pyro_graphflows.infer.refinement import (
+    Target,
+    chosen_rows,
+    coordinates_of,
+    kernel_of,
+    refine,
+    starting_rows,
+)
 from pyro_graphflows.infer.tables import Table
 
 __all__ = ["Posterior", "load_posterior", "sample_posterior"]
@@ -64,6 +76,7 @@ __all__ = ["Posterior", "load_posterior", "sample_posterior"]
 _POOL = 10  # draws in the pool for each one kept
 _TRUSTED = 0.7
 _FEW = 100  # effective draws
+_AGREE = 1.01  # R-hat of chains that agree
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -79,8 +92,9 @@ class Posterior:
         ess: The effective number of draws by their weights.
         data_plate: The plate over which the posterior factorises; ``None`` where it is joint.
         observed: The observed values by site.
-        is_resampled: Whether the draws have been resampled by their weights.
+        is_resampled: Whether the draws have been resampled by their weights, or refined, so that all weigh the same.
         fitted: The model and the guide with their arguments.
+        chains: What is known of the Markov chains that the draws come from; ``None`` before :meth:`refined`.
     """
 
     draws: Mapping[str, Tensor]
@@ -91,6 +105,7 @@ class Posterior:
     observed: Mapping[str, Tensor]
     is_resampled: bool
     fitted: Fitted
+    chains: Chains | None = None
 
     @property
     def num_draws(self) -> int:
@@ -99,8 +114,9 @@ class Posterior:
 
     @property
     def evidence(self) -> Evidence | None:
-        """The log-evidence by the weights, of each datum or of all; ``None`` once the draws are resampled."""
-        return None if self.is_resampled else evidence_from_log_weights(self.log_weights)
+        """The log-evidence by the weights, of each datum or of all; ``None`` once draws are resampled or refined."""
+        changed = self.is_resampled or self.chains is not None
+        return None if changed else evidence_from_log_weights(self.log_weights)
 
     def __len__(self) -> int:
         return self.num_draws
@@ -109,13 +125,45 @@ class Posterior:
         plate = self.data_plate
         kind = "joint" if plate is None else f"one for each of {self.khat.numel()} elements of {plate!r}"
         origin = "draws resampled by their weights" if self.is_resampled else "draws of the guide"
+        if self.chains is not None:
+            count, of = int(self.chains.refined.sum()), self.chains.refined.numel()
+            some = "" if count == of else f", refined for {count} of {of} elements"
+            origin = f"draws of {self.chains.num_chains} chains" if not some else f"draws{some}"
         width = max(map(len, self.draws))
         lines = [f"Posterior({self.num_draws} {origin}; {kind})"]
         lines += [f"  {name:<{width}}  {tuple(value.shape[1:])}" for name, value in self.draws.items()]
         return "\n".join([*lines, *(f"  {line}" for line in self._advice())])
 
     def _advice(self) -> list[str]:
+        return [*self._advice_on_chains(), *self._advice_on_weights()]
+
+    def _advice_on_chains(self) -> list[str]:
+        chains = self.chains
+        if chains is None:
+            return []
+        divergent = int(chains.divergent.sum())
+        lines = [
+            f"R-hat {chains.worst_rhat:.3f} at the worst; effective draws {chains.least_ess:.0f} or more of "
+            f"{self.num_draws}; {divergent} trajectories left the posterior."
+        ]
+        apart = chains.num_rhat_above(_AGREE)
+        if apart:
+            numbers = sum(int((~value.isnan()).sum()) for value in chains.rhat.values())
+            lines.append(
+                f"R-hat is above {_AGREE} for {apart} of {numbers} numbers: more num_samples, or a better guide."
+            )
+        if divergent:
+            lines.append(
+                "Where trajectories leave, parts may be missing: aim at a higher acceptance (NUTS(acceptance=))."
+            )
+        return lines
+
+    def _advice_on_weights(self) -> list[str]:
+        if self.chains is not None and bool(self.chains.refined.all()):
+            return []
         ess, khat = self.ess.flatten(), self.khat.flatten()
+        if self.chains is not None:
+            ess, khat = ess[~self.chains.refined], khat[~self.chains.refined]
         if bool((ess == 0).all()):
             return [
                 "No draw has a positive density under the model: these draws say nothing. Train the guide."
@@ -133,7 +181,7 @@ class Posterior:
                 else "There the draws"
             )
             tail = ": " if self.data_plate is None else " cannot be repaired by weights: "
-            lines.append(f"{what}{tail}train the guide longer or give it a richer family.")
+            lines.append(f"{what}{tail}.refined() does by Markov chains; or train the guide longer.")
         elif not self.is_resampled and bool((ess < min(_FEW, num / 2)).any()):
             lines.append("Few of the draws count: ask for more, or train the guide longer.")
         elif not self.is_resampled and bool((ess < 0.9 * num).any()):
@@ -167,6 +215,8 @@ class Posterior:
             GraphflowsError: If these draws are resampled already, the number is not positive, or too few draws of the
                 pool have a positive weight.
         """
+        if self.chains is not None:
+            raise GraphflowsError("Expected draws of a guide; these are refined. Reweight before you refine.")
         if self.is_resampled:
             raise GraphflowsError("Expected draws of a guide; these are resampled by their weights already.")
         num = self.num_draws if num_draws is None else num_draws
@@ -200,6 +250,136 @@ class Posterior:
             khat=khat,
             ess=ess.clamp(max=num),
             is_resampled=True,
+        )
+
+    def refined(
+        self,
+        method: str | Kernel = "nuts",
+        *,
+        khat_above: float | None = 0.7,
+        num_chains: int = 4,
+        num_samples: int | None = None,
+        seed: int | None = None,
+        progress: bool = True,
+    ) -> "Posterior":
+        """Replace draws that cannot be trusted by those of Markov chains that start from them.
+
+        The chains move in the guide's base space where it has one (``guide.transport``), else among unconstrained
+        values. All move at once: chains of a joint posterior by NUTS, those of posteriors per datum by Hamiltonian
+        Monte Carlo with a step size for each datum. Interrupted (Ctrl-C) after warm-up, the draws so far are
+        returned, with a warning.
+
+        References:
+            [1] Hoffman et al. (2019), NeuTra-lizing bad geometry in Hamiltonian Monte Carlo using neural transport.
+
+        Args:
+            method: ``"nuts"`` (for posteriors per datum, ``"hmc"``), ``"hmc"``, or
+                :class:`~pyro_graphflows.infer.NUTS` or :class:`~pyro_graphflows.infer.HMC` with options.
+            khat_above: Refine where k-hat is above this number; everywhere for ``None``. A joint posterior below it
+                is returned as it is.
+            num_chains: The number of chains.
+            num_samples: The number of draws of each chain; by default there are about as many draws as before. If only
+                some data are refined, there are no more draws than before.
+            seed: Seed of the random numbers; the global generators are put back afterwards.
+            progress: Whether to show a bar when it takes long.
+
+        Returns:
+            A posterior whose ``chains`` has R-hat, effective numbers of draws, acceptance and costs.
+
+        Raises:
+            GraphflowsError: If a number is not positive, the method is unknown, or no draw has a positive density under
+                the model.
+            UnsupportedModelError: If the guide samples discrete sites.
+        """
+        _require_positive(num_chains=num_chains)
+        if num_samples is None:
+            num_samples = math.ceil(self.num_draws / num_chains)
+        _require_positive(num_samples=num_samples)
+        kernel = kernel_of(method, self.data_plate is None)
+        chosen = (
+            torch.ones_like(self.khat, dtype=torch.bool) if khat_above is None else self.khat > khat_above
+        )
+        if not bool(chosen.any()):
+            return self
+        kept = num_samples
+        if not bool(chosen.all()):
+            kept = min(num_samples, self.num_draws // num_chains)
+            if not kept:
+                raise GraphflowsError(
+                    f"Expected at least as many draws as chains, {num_chains}, where only some data are refined; got "
+                    f"{self.num_draws}."
+                )
+        fitted, latents = self.fitted, self._latent_draws()
+        with _evaluated(fitted), seeded(seed):
+            rows = starting_rows(self.log_weights, num_chains)
+            start = {
+                name: chosen_rows(value, rows, None if rows.dim() == 1 else self._data_axis(name))
+                for name, value in latents.items()
+            }
+            coordinates = coordinates_of(fitted, latents)
+            target = Target(fitted, coordinates, start, self.data_plate, chosen)
+            with tqdm(
+                total=kernel.warmup + num_samples,
+                disable=not progress,
+                delay=2.0,
+                unit="step",
+                desc="refining",
+            ) as bar:
+                refined = refine(target, kernel, num_samples, kept, bar.update)
+            draws = self._with_unrefined(refined.draws, chosen)
+            source = _Source.of(fitted.model, fitted.guide, fitted.args, fitted.kwargs)
+            draws |= source.deterministic(draws)
+        if refined.chains.interrupted:
+            _warn(
+                f"Refinement was interrupted after {len(next(iter(draws.values())))} draws, which are kept: "
+                f"{num_chains * kept} were asked for."
+            )
+        return self._refined(draws, refined.chains)
+
+    def _data_axis(self, name: str) -> int:
+        """Return the axis of the data among a site's draws, counted from the right."""
+        site = self.fitted.sites[name]
+        return next(dim for plate, dim, _ in site.plates if plate == self.data_plate) - site.event_dim
+
+    def _with_unrefined(self, refined: dict[str, Tensor], chosen: Tensor) -> dict[str, Tensor]:
+        """Return refined draws of the chosen data and those that there are of the others."""
+        if bool(chosen.all()):
+            return refined
+        result = {}
+        for name, value in refined.items():
+            axis = self._data_axis(name)
+            joined = self.draws[name][: len(value)].clone()
+            joined.movedim(axis, 1)[:, chosen] = value.movedim(axis, 1)[:, chosen]
+            result[name] = joined
+        return result
+
+    def _refined(self, draws: dict[str, Tensor], chains: Chains) -> "Posterior":
+        num, chosen = len(next(iter(draws.values()))), chains.refined
+        weights = (
+            self.log_weights[:num]
+            if not bool(chosen.all())
+            else self.log_weights.new_zeros(num, *chosen.shape)
+        )
+        log_weights = torch.where(chosen, 0.0, weights)
+        least = torch.full_like(self.ess, torch.inf)
+        for name, value in chains.ess.items():
+            if self.data_plate is None:
+                least = torch.minimum(least, value.min().to(least))
+            else:
+                by_datum = (
+                    value.movedim(self._data_axis(name), 0).flatten(1)
+                    if value.dim() > 1
+                    else value.unsqueeze(1)
+                )
+                least = torch.minimum(least, by_datum.amin(1).to(least))
+        return replace(
+            self,
+            draws=MappingProxyType({name: draws[name] for name in self.draws if name in draws}),
+            log_weights=log_weights,
+            khat=torch.where(chosen, -torch.inf, self.khat),
+            ess=torch.where(chosen, least, effective_sample_size(log_weights)),
+            is_resampled=self.is_resampled or bool(chosen.all()),
+            chains=chains,
         )
 
     # ------------------------------------------------------------------------------------------------------ use
@@ -344,6 +524,7 @@ class Posterior:
             mean = flat.mean(0)
             sd = flat.std(0) if self.num_draws > 1 else torch.full_like(mean, torch.nan)
             ess, khat = (self._of_elements(name, number).flatten() for number in (self.ess, self.khat))
+            rhat, effective = self._of_chains(name, ess)
             for place in range(flat.shape[1]):
                 index = torch.unravel_index(torch.tensor(place), value.shape[1:]) if value.dim() > 1 else ()
                 label = f"{name}[{', '.join(str(int(i)) for i in index)}]" if value.dim() > 1 else name
@@ -351,16 +532,18 @@ class Posterior:
                     "mean": mean[place].item(),
                     "sd": sd[place].item(),
                     **{f"{100 * level:.0f}%": q[place].item() for level, q in quantiles.items()},
-                    "mcse": sd[place].item() / self.num_draws**0.5,
-                    "ess": ess[place].item(),
+                    "mcse": sd[place].item()
+                    / (self.num_draws if rhat is None else effective[place].item()) ** 0.5,
+                    "ess": effective[place].item(),
                     "k-hat": khat[place].item(),
+                    **({} if rhat is None else {"r-hat": rhat[place].item()}),
                 }
         return Table("site", rows, " ".join(self._advice()))
 
     def to_arviz(
         self, *, log_likelihood: bool = True, posterior_predictive: bool = True, seed: int | None = None
     ) -> Any:
-        """Return the draws for ArviZ, as one chain; needs the extra ``[arviz]``.
+        """Return the draws for ArviZ, as one chain or as those of :meth:`refined`; needs the extra ``[arviz]``.
 
         The groups are ``posterior``, ``observed_data``, ``sample_stats`` (with ``log_weight``) and, if asked for,
         ``log_likelihood`` and ``posterior_predictive``. Dimensions have the names of the plates.
@@ -380,9 +563,9 @@ class Posterior:
                 "Expected arviz-base to be installed: pip install pyro-graphflows[arviz]."
             ) from error
         groups: dict[str, dict[str, Any]] = {
-            "posterior": {name: _chain(value) for name, value in self.draws.items()},
+            "posterior": {name: self._by_chain(value) for name, value in self.draws.items()},
             "observed_data": {name: value.detach().cpu().numpy() for name, value in self.observed.items()},
-            "sample_stats": {"log_weight": _chain(self.log_weights)},
+            "sample_stats": {"log_weight": self._by_chain(self.log_weights)},
         }
         dims = {
             name: [plate for plate, _, _ in site.plates]
@@ -391,13 +574,31 @@ class Posterior:
         }
         dims["log_weight"] = [] if self.data_plate is None else [self.data_plate]
         if log_likelihood:
-            groups["log_likelihood"] = {name: _chain(value) for name, value in self.log_likelihood().items()}
+            groups["log_likelihood"] = {
+                name: self._by_chain(value) for name, value in self.log_likelihood().items()
+            }
         if posterior_predictive:
             predicted = self.predict(seed=seed)
             groups["posterior_predictive"] = {
-                name: _chain(value) for name, value in predicted.items() if name in self.observed
+                name: self._by_chain(value) for name, value in predicted.items() if name in self.observed
             }
         return arviz_base.from_dict(groups, dims={name: value for name, value in dims.items() if value})
+
+    def _by_chain(self, value: Tensor) -> Any:
+        """Return draws as ArviZ has them, (chains, draws, *shape)."""
+        num_chains = 1 if self.chains is None else self.chains.num_chains
+        return value.detach().cpu().reshape((num_chains, -1, *value.shape[1:])).numpy()
+
+    def _of_chains(self, name: str, ess: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Return R-hat of a site's elements, if there are chains, and their effective number of draws."""
+        if self.chains is None:
+            return None, ess
+        if name not in self.chains.rhat:  # a deterministic site
+            draws = self.draws[name].to(torch.get_default_dtype())
+            by_chain = draws.reshape((self.chains.num_chains, -1, *draws.shape[1:]))
+            return split_rhat(by_chain).flatten(), bulk_ess(by_chain).flatten()
+        of_chains = self.chains.ess[name].flatten().to(ess)
+        return self.chains.rhat[name].flatten(), torch.where(of_chains.isnan(), ess, of_chains)
 
     def _latent_draws(self) -> dict[str, Tensor]:
         return {name: self.draws[name] for name in self.fitted.latents}
@@ -442,6 +643,7 @@ class Posterior:
                 "latents": list(fitted.latents),
                 "nesting": fitted.nesting,
                 "vectorize": fitted.vectorize,
+                "chains": None if self.chains is None else _plain(self.chains),
             },
             path,
         )
@@ -594,6 +796,7 @@ def load_posterior(
         observed=MappingProxyType(state["observed"]),
         is_resampled=state["is_resampled"],
         fitted=fitted,
+        chains=None if state.get("chains") is None else Chains(**state["chains"]),
     )
 
 
@@ -841,9 +1044,10 @@ def _quantiles(values: Tensor, levels: tuple[float, ...]) -> dict[float, Tensor]
     return result
 
 
-def _chain(value: Tensor) -> Any:
-    """Return draws as ArviZ has them: one chain."""
-    return value.detach().cpu().numpy()[None]
+def _plain(chains: Chains) -> dict[str, Any]:
+    """Return what is known of chains as a file holds it."""
+    state = {each.name: getattr(chains, each.name) for each in fields(chains)}
+    return {name: dict(value) if isinstance(value, Mapping) else value for name, value in state.items()}
 
 
 def _is_storable(value: Any) -> bool:

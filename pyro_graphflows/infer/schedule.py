@@ -75,7 +75,7 @@ class Schedule:
                 )
 
     @classmethod
-    def of(cls, schedule: "Schedule | int") -> "Schedule":
+    def of(cls, schedule: "Schedule | int | None") -> "Schedule":
         """Return ``schedule``, or that of a number of epochs."""
         if isinstance(schedule, cls):
             return schedule

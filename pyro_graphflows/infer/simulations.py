@@ -4,7 +4,7 @@ The conventions are those of :class:`pyro.infer.CSIS`: the model runs with its o
 and the guide is called with the same arguments and ``observations={site: value}``. Which sites count as
 observed is settled once:
 
-1. those named by the caller, else
+1. those named by the caller, ``pyro.deterministic`` ones among them, else
 2. those that are observed in the call (``obs=`` with a value, which only tells its shape), else
 3. those that ``guide.model_graph`` has as observed, if the guide has one, else
 4. those sites of the model that the guide does not sample.
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import prune_subsample_sites, site_is_factor
 
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
@@ -43,11 +44,15 @@ class JointLayout:
         observed: The sites whose values the guide is given.
         max_plate_nesting: The number of dimensions that the plates of the model and the guide take.
         shapes: The shape of each site of the model in one sample.
+        event_dims: How many of its rightmost dimensions are those of one event.
+        sampled: The latent sites that the guide samples.
     """
 
     observed: tuple[str, ...]
     max_plate_nesting: int
     shapes: dict[str, tuple[int, ...]]
+    event_dims: dict[str, int]
+    sampled: tuple[str, ...]
 
 
 def joint_layout(
@@ -108,13 +113,23 @@ def joint_layout(
         )
     if max_plate_nesting is None:
         max_plate_nesting = count_plate_dims(model_trace, guide_trace)
-    shapes = {name: tuple(site["value"].shape) for name, site in density_sites(model_trace)}
-    return JointLayout(tuple(observed), max_plate_nesting, shapes)
+    known = {name: site for name, site in all_sites(model_trace) if name in names or name in observed}
+    shapes = {name: tuple(site["value"].shape) for name, site in known.items()}
+    event_dims = {name: int(site["fn"].event_dim) for name, site in known.items()}
+    return JointLayout(tuple(observed), max_plate_nesting, shapes, event_dims, tuple(sampled))
 
 
 def sample_joint(model: Program, args: Iterable[Any], kwargs: dict[str, Any]) -> poutine.Trace:
     """Return a trace of the model that ignores every observation; sites of subsampling are kept."""
-    return poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
+    return poutine.trace(_Unconditioned()(model)).get_trace(*args, **kwargs)
+
+
+class _Unconditioned(UnconditionMessenger):
+    """Draws observed sites, and leaves those of pyro.deterministic, which are what they are."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["infer"].get("_deterministic"):
+            super()._pyro_sample(msg)
 
 
 def run_guide(
@@ -154,9 +169,10 @@ def _observed_sites(trace: poutine.Trace, guide: Program, observed: Iterable[str
     names = [name for name, _ in density_sites(trace)]
     if observed is not None:
         observed = list(observed)
-        unknown = sorted(set(observed) - set(names))
+        known = sorted(name for name, _ in all_sites(trace))
+        unknown = sorted(set(observed) - set(known))
         if unknown:
-            raise GraphflowsError(f"Expected observed sites among {sorted(names)}; got {unknown}.")
+            raise GraphflowsError(f"Expected observed sites among {known}; got {unknown}.")
         return observed
     given = [name for name, site in density_sites(trace) if "was_observed" in site["infer"]]
     if not given:

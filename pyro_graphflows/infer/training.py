@@ -35,6 +35,7 @@ from pyro_graphflows.infer.checkpoints import (
     seeded,
     set_random_state,
 )
+from pyro_graphflows.infer.fixed_simulations import Simulations
 from pyro_graphflows.infer.history import History, Progress
 from pyro_graphflows.infer.objectives import Objective
 from pyro_graphflows.infer.particles import Program
@@ -52,9 +53,10 @@ def fit(
     guide: Program,
     data: Any = None,
     *,
+    simulations: Any = None,
     loss: Any = None,
     optimizer: Any = 1e-3,
-    schedule: Schedule | int,
+    schedule: Schedule | int | None = None,
     checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
     progress: Progress | bool = True,
     seed: int | None = 0,
@@ -92,6 +94,10 @@ def fit(
             guide) with the data along the first dimension, a ``Dataset``, a ``DataLoader``, or a
             :class:`TrainingData`, which also has the batch size and validation data. ``None`` under inference
             compilation, which draws its own, or for a model that holds its data.
+        simulations: Joint samples of the model to learn from, without any density of it: their number, a dict from site
+            to values, a ``DataLoader`` of such dicts, or
+            :class:`~pyro_graphflows.infer.Simulations`, which also says what is held out. ``data`` then are the
+            arguments of one call, if the model needs some; they tell shapes. The loss is that of the class.
         loss: An ELBO object, an :class:`InferenceCompilation` object of this pair, or that class itself for one
             with its defaults; ``Trace_ELBO()`` by default.
         optimizer: A learning rate for Adam (in torch's fused form, where there is one), a function from a list of
@@ -99,7 +105,8 @@ def fit(
             (``torch.optim.AdamW``, ``functools.partial(torch.optim.Adam, lr=1e-2)``), a
             :class:`torch.optim.Optimizer`, or a :class:`pyro.optim.PyroOptim`, whose options per parameter
             are kept. One torch optimiser holds all parameters in every case.
-        schedule: A number of epochs, or a :class:`Schedule`.
+        schedule: A number of epochs, or a :class:`Schedule`. With ``simulations`` it may be left out: training then
+            ends when the loss of those that are held out has stopped falling.
         checkpoint: A file, or a :class:`Checkpoint`.
         progress: Whether to show a bar, or a :class:`Progress`.
         seed: Seed of all random numbers meanwhile; the global generators are put back afterwards. ``None``
@@ -128,7 +135,9 @@ def fit(
         >>> history.stop_reason, abs(pyro.param("slope").item() - 0.5) < 0.1
         ('all 20 epochs done', True)
     """
-    data, schedule, progress = TrainingData.of(data), Schedule.of(schedule), Progress.of(progress)
+    data, progress = TrainingData.of(data), Progress.of(progress)
+    simulations = None if simulations is None else Simulations.of(simulations)
+    schedule = Schedule.of(simulations.SCHEDULE if schedule is None and simulations is not None else schedule)
     if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint(checkpoint)
     if not torch.is_grad_enabled():
@@ -145,6 +154,8 @@ def fit(
     ):
         # Pyro warns of what is handled here: a loss that is not finite
         warnings.filterwarnings("ignore", message=r"Encountered (NaN|\+?-?inf)")
+        if simulations is not None:
+            loss, data = simulations.prepare(model, guide, args, kwargs, loss)
         trainer = Trainer(Objective(model, guide, loss), data, optimizer, schedule.max_grad_norm, seed)
         run = _Run(trainer, schedule, checkpoint, {**trainer.settings(), "seed": seed}, progress)
         run.resume()

@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.inspect.graph import trace_model
-from pyro_graphflows.inspect.trace import TracedModel, is_transparent, kept_buffers, quiet_run
+from pyro_graphflows.inspect.trace import TracedModel, is_transparent, kept_buffers, log_density_at, quiet_run
 from pyro_graphflows.inspect.tracer import in_library
 
 __all__ = ["Batching", "find_batching", "sample_prior"]
@@ -282,10 +282,10 @@ def _allows_batches(
             for name in sites:
                 node = both.nodes[name]
                 batch_dim = len(node["fn"].batch_shape)
-                together = node["fn"].log_prob(node["value"])
+                together = log_density_at(node["fn"], node["value"])
                 if together.dim() != batch_dim or batch_dim > nesting + 1:
                     return False
-                apart = [run.nodes[name]["fn"].log_prob(run.nodes[name]["value"]) for run in runs]
+                apart = [log_density_at(run.nodes[name]["fn"], run.nodes[name]["value"]) for run in runs]
                 expected = _stacked(apart, nesting, 0)
                 if not torch.allclose(together.expand(expected.shape), expected, 1e-4, 1e-6, equal_nan=True):
                     return False
@@ -397,7 +397,7 @@ def _why_no_vmap(model: Callable, args: tuple, kwargs: dict[str, Any], sites: di
     def score(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         given.values = values
         nodes = _run(given(model), args, kwargs).nodes
-        return {name: nodes[name]["fn"].log_prob(nodes[name]["value"]) for name in sites}
+        return {name: log_density_at(nodes[name]["fn"], nodes[name]["value"]) for name in sites}
 
     with quiet_run(model):
         try:
@@ -414,7 +414,7 @@ def _why_no_vmap(model: Callable, args: tuple, kwargs: dict[str, Any], sites: di
             return _why(error, drawn if given.last is None else given, sites)
         for name in sites:
             nodes = [run.nodes[name] for run in runs]
-            apart = torch.stack([node["fn"].log_prob(node["value"]) for node in nodes])
+            apart = torch.stack([log_density_at(node["fn"], node["value"]) for node in nodes])
             if not torch.allclose(together[name].expand(apart.shape), apart, 1e-4, 1e-6, equal_nan=True):
                 return f"site '{name}' has other log-densities in a batch of runs than in single ones"
     return None

@@ -46,6 +46,7 @@ from pyro_graphflows.inspect.arguments import (
 from pyro_graphflows.inspect.trace import (
     TracedModel,
     is_transparent,
+    log_density_at,
     quiet_run,
     run_model,
     some_value,
@@ -139,7 +140,7 @@ def density(site: Mapping[str, Any], *, elementwise: bool = False) -> torch.Tens
     fn, value = site["fn"], site["value"]
     base = undressed(fn) if elementwise else fn
     try:
-        log_density = base.log_prob(value)
+        log_density = log_density_at(base, value)
     except Exception as error:  # a flow may know its inverse only for values that it drew
         raise _failure(error) from error
     if not elementwise:

@@ -53,6 +53,7 @@ __all__ = [
     "is_improper",
     "is_transparent",
     "kept_buffers",
+    "log_density_at",
     "quiet_run",
     "rows_of_plates",
     "run_model",
@@ -71,8 +72,8 @@ _REMEDIES = {
     "float": "Keep the value as a tensor: leave out float(), and use torch functions.",
     "int": "Keep the value as a tensor: leave out int(); index with the tensor itself.",
     "index": "Index a tensor (torch.stack(items)[k]) instead of a Python list, and mask instead of range(k).",
-    "numpy": "Use torch functions instead of those of NumPy.",
-    "array": "Use torch functions instead of those of NumPy.",
+    "numpy": "Use torch functions instead of those of NumPy, or pyro.sample(name, Simulated(function, ...), obs=...).",
+    "array": "Use torch functions instead of those of NumPy, or pyro.sample(name, Simulated(function, ...), obs=...).",
     "tolist": "Keep the values as a tensor: leave out .tolist().",
 }
 
@@ -198,6 +199,20 @@ def undressed(fn: Any) -> Any:
     while isinstance(fn, (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)):
         fn = fn.base_dist
     return fn
+
+
+def log_density_at(fn: Any, value: torch.Tensor) -> torch.Tensor:
+    """Return the log-density of a distribution; of one without (a simulator's output) what stands in its place.
+
+    That is a number with the same batch shape which depends on the same values; it says what reaches a site.
+    """
+    stand_in = getattr(undressed(fn), "stand_in", None)
+    if stand_in is None:
+        log_density: torch.Tensor = fn.log_prob(value)
+        return log_density
+    number: torch.Tensor = stand_in()
+    inside = len(fn.event_shape) - len(undressed(fn).event_shape)  # made elements of the event by Independent
+    return number.flatten(number.dim() - inside).sum(-1) if inside else number.expand(fn.batch_shape)
 
 
 def is_transparent(msg: Mapping[str, Any]) -> bool:
@@ -456,7 +471,7 @@ class Recorder(PlateWatch):
                 value = value.detach().clone()
         tracker.absorb()
         try:
-            log_prob = fn.log_prob(value)
+            log_prob = log_density_at(fn, value)
         except Exception as error:
             raise UnsupportedModelError(
                 f"At site '{name}', the log-density of {type(fn).__name__} cannot be evaluated "

@@ -7,11 +7,18 @@ Roles by shape and colour: latent nodes are white circles, observed ones shaded,
 ones dashed.
 """
 
-from pyro_graphflows.plotting.curves import plot_learning_curves, plot_marginals
-from pyro_graphflows.plotting.networks import plot_inverse, plot_model_and_inverse, plot_model_graph
+from pyro_graphflows.plotting.curves import plot_joints, plot_learning_curves, plot_marginals
+from pyro_graphflows.plotting.networks import (
+    plot_adjacency,
+    plot_inverse,
+    plot_model_and_inverse,
+    plot_model_graph,
+)
 
 __all__ = [
+    "plot_adjacency",
     "plot_inverse",
+    "plot_joints",
     "plot_learning_curves",
     "plot_marginals",
     "plot_model_and_inverse",

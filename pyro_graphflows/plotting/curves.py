@@ -1,4 +1,4 @@
-"""Learning curves, and posterior marginals beside exact ones."""
+"""Learning curves; posterior marginals and joint distributions beside exact ones."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ import numpy as np
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.plotting.figures import INK, new_axes, saved
 
-__all__ = ["plot_learning_curves", "plot_marginals"]
+__all__ = ["plot_joints", "plot_learning_curves", "plot_marginals"]
 
 
 def plot_learning_curves(
@@ -137,6 +137,91 @@ def plot_marginals(
     }
     figure.legend(list(handles.values()), list(handles), **key)
     return saved(figure, path)
+
+
+def plot_joints(
+    samples: Mapping[str, Mapping[str, Any]],
+    exact: tuple[Iterable[str], Any, Any],
+    *,
+    num_pairs: int = 4,
+    path: str | Path | None = None,
+) -> Any:
+    """Draw posterior samples of the most strongly dependent pairs of sites, beside the exact normal posterior.
+
+    Marginals can all be right where the joint distribution is far off: a guide without dependence between latents
+    shows round clouds here, and the exact ellipses are narrow. A row for each pair, a column for each guide.
+
+    Args:
+        samples: For each label and site its samples for one datum (one dimension).
+        exact: The names of the sites, and the exact posterior's mean ``(D,)`` and covariance ``(D, D)``.
+        num_pairs: The number of pairs, those with the largest exact correlations; no site is in two of them.
+        path: Where to save the figure; not saved by default.
+
+    Returns:
+        The figure.
+
+    Raises:
+        GraphflowsError: If there are fewer than two sites, or a site of a pair has no samples.
+    """
+    from matplotlib.figure import Figure
+
+    names = list(exact[0])
+    mean, covariance = (np.asarray(value, dtype=float) for value in exact[1:])
+    pairs = _strongest_pairs(covariance, num_pairs)
+    if not pairs or not samples:
+        raise GraphflowsError(f"Expected at least two sites and one guide; got {names} and {list(samples)}.")
+    missing = sorted(
+        {names[i] for pair in pairs for i in pair if any(names[i] not in g for g in samples.values())}
+    )
+    if missing:
+        raise GraphflowsError(f"Expected samples of every site to draw; got none of {', '.join(missing)}.")
+    figure = Figure(figsize=(1.9 * len(samples) + 0.5, 1.75 * len(pairs) + 0.4), layout="constrained")
+    panels = figure.subplots(len(pairs), len(samples), squeeze=False)
+    for place, (row, (i, j)) in enumerate(zip(panels, pairs, strict=True)):
+        centre, block = mean[[i, j]], covariance[np.ix_([i, j], [i, j])]
+        reach = 4.2 * np.sqrt(np.diag(block))
+        correlation = block[0, 1] / np.sqrt(block[0, 0] * block[1, 1])
+        for ax, (label, group) in zip(row, samples.items(), strict=True):
+            x, y = _numbers(group[names[i]], names[i]), _numbers(group[names[j]], names[j])
+            ax.scatter(
+                x, y, s=2, alpha=0.15, linewidths=0, color=f"C{list(samples).index(label)}", rasterized=True
+            )
+            for radius in (1.0, 2.0, 3.0):
+                ax.plot(*_ellipse(centre, block, radius), color=INK, linewidth=0.8)
+            ax.set_xlim(centre[0] - reach[0], centre[0] + reach[0])
+            ax.set_ylim(centre[1] - reach[1], centre[1] + reach[1])
+            found = float(np.corrcoef(x, y)[0, 1]) if len(x) > 1 and x.std() and y.std() else float("nan")
+            ax.text(0.04, 0.96, f"{found:.2f}", transform=ax.transAxes, fontsize=7, va="top", color=INK)
+            ax.set_xticks([])
+            ax.set_yticks([])
+            if place == 0:
+                ax.set_title(label, fontsize=8)
+        row[0].set_ylabel(f"{names[j]} against {names[i]}\nexact correlation {correlation:.2f}", fontsize=7)
+    return saved(figure, path)
+
+
+def _strongest_pairs(covariance: np.ndarray, num: int) -> list[tuple[int, int]]:
+    """Return disjoint pairs of positions, most strongly correlated first."""
+    sd = np.sqrt(np.diag(covariance))
+    strength = np.triu(np.abs(covariance / np.outer(sd, sd)), 1)
+    pairs: list[tuple[int, int]] = []
+    used: set[int] = set()
+    for place in np.argsort(-strength, axis=None, kind="stable"):
+        i, j = map(int, np.unravel_index(place, strength.shape))
+        if len(pairs) == num or strength[i, j] == 0:
+            break
+        if not {i, j} & used:
+            pairs.append((i, j))
+            used |= {i, j}
+    return pairs
+
+
+def _ellipse(centre: np.ndarray, covariance: np.ndarray, radius: float) -> np.ndarray:
+    """Return points of the contour at so many standard deviations, (2, N)."""
+    angle = np.linspace(0.0, 2 * np.pi, 121)
+    circle = np.stack([np.cos(angle), np.sin(angle)])
+    points: np.ndarray = centre[:, None] + radius * np.linalg.cholesky(covariance) @ circle
+    return points
 
 
 def _range(draws: Iterable[np.ndarray], exact: tuple[float, float] | None) -> tuple[float, float]:

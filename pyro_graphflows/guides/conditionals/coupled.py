@@ -101,10 +101,34 @@ class CoupledNormal(dist.TorchDistribution):
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draw reparametrised values of shape ``sample_shape + batch_shape + event_shape``."""
         shape = torch.Size(sample_shape) + self.batch_shape + self.event_shape
-        noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+        return self._of_noise(torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device))
+
+    def _of_noise(self, noise: Tensor) -> Tensor:
         mixed = (self.mixing @ self._gather(noise).unsqueeze(-1)).squeeze(-1)
-        scattered = self._scatter(mixed, shape)
+        scattered = self._scatter(mixed, noise.shape)
         return self.loc + (self.scale_tril @ scattered.unsqueeze(-1)).squeeze(-1)
+
+    def push(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the value of some noise, and the logarithm of what each element is stretched by."""
+        value = self._of_noise(noise.expand(torch.broadcast_shapes(noise.shape, self.loc.shape)))
+        return value, self._log_stretch(value.shape)
+
+    def pull(self, value: Tensor) -> Tensor:
+        """Return the noise of a value."""
+        residual = (value - self.loc).unsqueeze(-1)
+        shape = residual.shape[:-1]
+        tril = self.scale_tril.expand(*shape[:-1], -1, -1)
+        flat = self._gather(torch.linalg.solve_triangular(tril, residual, upper=False).squeeze(-1))
+        mixing = self.mixing.expand(*flat.shape[:-1], -1, -1)
+        noise = torch.linalg.solve_triangular(mixing, flat.unsqueeze(-1), upper=False).squeeze(-1)
+        return self._scatter(noise, shape)
+
+    def _log_stretch(self, shape: torch.Size) -> Tensor:
+        """Return the diagonal of the map, summed over each element: ``shape`` without its last dimension."""
+        diagonal = self.mixing.diagonal(dim1=-2, dim2=-1).log()
+        flat = self._gather(self.loc.expand(shape))
+        mixed = self._scatter(diagonal.expand(flat.shape), shape)
+        return (mixed + self.scale_tril.diagonal(dim1=-2, dim2=-1).log()).sum(-1)
 
     @property
     def mean(self) -> Tensor:
@@ -113,17 +137,8 @@ class CoupledNormal(dist.TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the term of each element given the elements before it, shape ``batch_shape``."""
-        residual = (value - self.loc).unsqueeze(-1)
-        shape = residual.shape[:-1]
-        scaled = torch.linalg.solve_triangular(
-            self.scale_tril.expand(*shape[:-1], -1, -1), residual, upper=False
-        ).squeeze(-1)
-        flat = self._gather(scaled)
-        mixing = self.mixing.expand(*flat.shape[:-1], -1, -1)
-        noise = torch.linalg.solve_triangular(mixing, flat.unsqueeze(-1), upper=False).squeeze(-1)
-        terms = -0.5 * noise.square() - HALF_LOG_TWO_PI - mixing.diagonal(dim1=-2, dim2=-1).log()
-        inner = self.scale_tril.diagonal(dim1=-2, dim2=-1).log()
-        return (self._scatter(terms, shape) - inner).sum(-1)
+        noise = self.pull(value)
+        return (-0.5 * noise.square() - HALF_LOG_TWO_PI).sum(-1) - self._log_stretch(noise.shape)
 
 
 class CoupledFactor(NormalFactor):

@@ -164,23 +164,24 @@ class FactorDistribution(dist.TorchDistribution):
     def _constrain(self, flat: Tensor) -> Tensor:
         return self.transform(flat.reshape(flat.shape[:-1] + self.unconstrained_shape))
 
-    def _draw(self, flat: Tensor) -> Tensor:
+    def constrained(self, flat: Tensor) -> Tensor:
+        """Return the value of a flat unconstrained vector, which counts as drawn."""
         value = self._constrain(flat)
         self._drawn[:] = [(value, flat, torch.is_grad_enabled())]
         return value
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draw reparametrised values of shape ``sample_shape + batch_shape + event_shape``."""
-        return self._draw(self.base.rsample(sample_shape))
+        return self.constrained(self.base.rsample(sample_shape))
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draw values of shape ``sample_shape + batch_shape + event_shape`` without gradients."""
         with torch.no_grad():
-            return self._draw(self.base.sample(sample_shape))
+            return self.constrained(self.base.sample(sample_shape))
 
     def centre(self) -> Tensor:
         """Return the image of the base's median (its mean where that is the same)."""
-        return self._draw(self.base.mean)
+        return self.constrained(self.base.mean)
 
     def unconstrained(self, value: Tensor) -> Tensor:
         """Return the flat unconstrained vector of a value, shape ``(*batch, n)``."""
@@ -199,12 +200,17 @@ class FactorDistribution(dist.TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density of values, shape ``batch_shape``."""
         flat = self.unconstrained(value)
+        return self.base.log_prob(flat) - self._log_stretch(flat, value)
+
+    def log_stretch(self, flat: Tensor) -> Tensor:
+        """Return the log-determinant of the map from flat vectors to values, one for each vector."""
+        return self._log_stretch(flat, self._constrain(flat))
+
+    def _log_stretch(self, flat: Tensor, value: Tensor) -> Tensor:
         raw = flat.reshape(flat.shape[:-1] + self.unconstrained_shape)
         ladj = self.transform.log_abs_det_jacobian(raw, value)
         batch_dims = raw.dim() - len(self.unconstrained_shape)
-        if ladj.dim() > batch_dims:
-            ladj = ladj.flatten(batch_dims).sum(-1)
-        return self.base.log_prob(flat) - ladj
+        return ladj.flatten(batch_dims).sum(-1) if ladj.dim() > batch_dims else ladj
 
 
 class CopiedValue(dist.Delta):

@@ -427,6 +427,18 @@ class FlowLevel:
         self._after = (drawn, evaluation)
         return {site: (drawn[site], term[..., part].sum(-1)) for site, part in self.parts.items()}
 
+    def push_site(self, site: str, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Map the noise of one site to its vector; return it and the log-determinant of the map."""
+        part = self.parts[site]
+        joined = noise.new_zeros(*noise.shape[:-1], self.size)
+        joined[..., part] = noise
+        value, log_prob = self.push(joined)[site]
+        return value, _log_normal(noise).sum(-1) - log_prob
+
+    def pull_site(self, site: str, value: Tensor) -> Tensor:
+        """Return the noise of a vector of a site."""
+        return self._terms_of({site: value})[0][..., self.parts[site]]
+
     def _in_order(self, stages: list[Tensor]) -> Tensor:
         if len(stages) == 1:
             return stages[0]
@@ -474,18 +486,24 @@ class FlowLevel:
         return self._scored[1].pop(site)
 
     def _score(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        noise, log_diagonal = self._terms_of(values)
+        term = _log_normal(noise) - log_diagonal
+        return {site: term[..., self.parts[site]].sum(-1) for site in values}
+
+    def _terms_of(self, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the noise of all variables of the level, and the logarithms of the diagonal."""
         joined = self._join(values)
         evaluation = self.evaluation
-        terms = []
+        noises, log_diagonals = [], []
         for i, stage in enumerate(self.stages):
             part = joined if len(self.stages) == 1 else joined[..., stage]
             noise, log_diagonal = evaluation.terms(part)
-            terms.append(_log_normal(noise) - log_diagonal)
+            noises.append(noise)
+            log_diagonals.append(log_diagonal)
             if i + 1 < len(self.stages):
                 evaluation = evaluation.fork()
                 evaluation.accept(part)
-        term = self._in_order(terms)
-        return {site: term[..., self.parts[site]].sum(-1) for site in values}
+        return self._in_order(noises), self._in_order(log_diagonals)
 
 
 class FlowConditional(dist.TorchDistribution):
