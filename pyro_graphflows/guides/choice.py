@@ -135,7 +135,7 @@ def choose_start(
     if loss is None:
         return first, None
     losses = {first.name: loss}
-    is_for_these_data = bool(plan.inputs.per_element) or samples.source != "joint"
+    is_for_these_data = bool(plan.inputs.per_element) or samples.source == "none"
     if not is_for_these_data and loss <= judge.loss_of_prior() + MARGIN:
         return first, _sentence(first, losses)
     best, least = first, loss

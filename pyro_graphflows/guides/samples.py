@@ -38,6 +38,7 @@ MOST_POOLED_ROWS = 500_000  # the same where plates are pooled: a whole data set
 MOST_NUMBERS = 20_000_000  # in all joint samples together, as the data of one can be many
 FEWEST_DRAWS = 200  # even so
 MOST_BATCHES = 32  # of the rows of subsampled plates
+NO_SAMPLES = "no regression start and no standardisation of latents"
 DRAWS_NEAR_MODE = 2000  # at least
 FEWEST_OF_A_BATCH = 10  # joint samples; with fewer there is one batch
 MOST_SINGLE_RUNS = 1000  # where the model takes one run for each joint sample
@@ -326,7 +327,7 @@ class Samples:
                     source = "prior"
                     note = f"no regression start: the latents start at their prior. {reason}"
                 except UnsupportedModelError as improper:
-                    note = f"no regression start and no standardisation of latents: {improper}"
+                    note = f"{NO_SAMPLES}: {improper}"
         return cls(draws, plates, standardize, num_rows, values, note=note, source=source)
 
     def at_prior(self, plan: Plan) -> "Samples":
@@ -355,7 +356,10 @@ class Samples:
             )
         # elements with maps of their own have a regression each
         number = max(_number_of_draws(plan.blocks, self.plates, self.num_rows), DRAWS_NEAR_MODE)
-        return replace(self, values=self.draws.near_mode(number), note=None, source="mode")
+        values = self.draws.near_mode(number)
+        note = self.note if self.source == "none" else None
+        note = None if note is None else note.replace(NO_SAMPLES, "no regression start on samples of the model")
+        return replace(self, values=values, note=note, source="mode")
 
     def with_values(self, more: Mapping[str, Tensor]) -> "Samples":
         """Return the same with the values of summaries."""
