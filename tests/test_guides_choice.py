@@ -56,7 +56,9 @@ def loss_of(model, guide, *args, number=300):
 
 
 def test_unknown_starts_are_refused():
-    with pytest.raises(GraphflowsError, match="init= one of 'auto', 'regression', 'prior', 'random'; got 'mode'"):
+    with pytest.raises(
+        GraphflowsError, match="init= one of 'auto', 'regression', 'prior', 'random'; got 'mode'"
+    ):
         auto_faithful_guide(local, torch.zeros(3), init="mode")
     with pytest.raises(GraphflowsError, match="skip=True with init='prior'"):
         auto_faithful_guide(local, torch.zeros(3), init="prior", family=Normal(skip=False))

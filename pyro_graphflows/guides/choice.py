@@ -127,7 +127,9 @@ def choose_start(
         judge: The judge of losses.
     """
     plan = compiled.plan
-    first = build(samples, {"joint": "regression"}.get(samples.source, samples.source).replace("none", "random"))
+    first = build(
+        samples, {"joint": "regression"}.get(samples.source, samples.source).replace("none", "random")
+    )
     continuous = all(site.encoding is None for site in compiled.sites.values())
     if not continuous or plan.graph.marginalised or plan.changing or samples.num_rows == 0:
         return first, None
@@ -160,4 +162,3 @@ def _sentence(chosen: Candidate, losses: dict[str, float]) -> str:
     others = ", ".join(f"{name} {loss:.5g}" for name, loss in losses.items() if name != chosen.name)
     than = f" ({others})" if others else ""
     return f"the start is {chosen.name!r}, with a loss of {losses[chosen.name]:.5g} nats for the data of set-up{than}."
-

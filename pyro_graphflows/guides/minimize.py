@@ -167,4 +167,3 @@ def _line_search(
             return moved, new_loss, new_gradient
         length *= 0.5 if math.isfinite(float(new_loss)) else 0.1
     return None
-

@@ -50,11 +50,15 @@ from pyro_graphflows.inspect.trace import kept_buffers
 
 __all__ = ["Mode", "find_mode"]
 
-SPREAD = 1e-3  # of the first point about the centres of the priors: at an exact symmetry gradients cannot choose
+SPREAD = (
+    1e-3  # of the first point about the centres of the priors: at an exact symmetry gradients cannot choose
+)
 MOST_NEWTON = 300  # numbers up to which each step has a Hessian
 MOST_NEWTON_OF_NORMALS = 200  # the same where each point stands for many draws
 MOST_NUMBERS = 1000  # beyond which there is no Hessian at all
 LEAST_PRECISION = 0.25  # where all priors are proper: in their coordinates a prior's own precision is one
+NUM_JUDGING = 100  # draws that compare normals
+PREFERENCE = 1.0  # nats by which independent ones must be better
 NUM_DRAWS = 8  # pairs of opposite ones, for the ELBO
 CLOSE = 0.5  # nats: where a posterior is that normal about its mode, nothing else is tried
 LOG_2PI = math.log(2 * math.pi)
@@ -210,6 +214,11 @@ class Mode:
     factor: Tensor
 
     @property
+    def independent(self) -> bool:
+        """Whether the numbers are independent."""
+        return not bool(torch.triu(self.factor, 1).any() or torch.tril(self.factor, -1).any())
+
+    @property
     def log_volume(self) -> float:
         """Half the logarithm of the covariance's determinant."""
         return float(torch.linalg.slogdet(self.factor)[1])
@@ -360,14 +369,12 @@ class LogPosterior:
         found = {}
         for name, value in values.items():
             own = self.coordinates[name]
-            event = value.shape[value.dim() - self._event_dims(name, value, len(points)) :]
-            if value.shape[0] != len(points):
+            event = value.shape[1 + self.nesting :]
+            shape = torch.Size((len(points), *own.shape[: own.batch_dims], *event))
+            if value.dim() <= self.nesting or value.shape[0] != len(points) or value.numel() != shape.numel():
                 return None
-            found[name] = value.reshape((len(points), *own.shape[: own.batch_dims], *event))
+            found[name] = value.reshape(shape)
         return found
-
-    def _event_dims(self, name: str, value: Tensor, draws: int) -> int:
-        return value.dim() - 1 - self.nesting if value.dim() > self.nesting else 0
 
     def _one_by_one(self, points: Tensor) -> dict[str, Tensor]:
         runs = [self._run(point, stop=True)[0].values for point in points[:SINGLE_RUNS]]
@@ -422,8 +429,11 @@ def find_mode(
     evidence = float(posterior(point)) + size / 2 * LOG_2PI + laplace.log_volume
     if abs(laplace.elbo(noise) - evidence) < CLOSE:
         return laplace
-    others = _variational(posterior, start, laplace)
-    return max([laplace, *others], key=lambda each: each.elbo(noise))
+    found = [laplace, *_variational(posterior, start, laplace)]
+    noise = torch.randn(NUM_JUDGING, size, dtype=torch.float64)
+    # independent normals are too narrow beyond what their ELBO says: a guide will follow the dependences
+    elbos = [each.elbo(noise) - (PREFERENCE if each.independent else 0.0) for each in found]
+    return found[elbos.index(max(elbos))]
 
 
 def _variational(posterior: LogPosterior, start: Tensor, laplace: Mode) -> list[Mode]:

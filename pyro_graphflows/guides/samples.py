@@ -358,7 +358,9 @@ class Samples:
         number = max(_number_of_draws(plan.blocks, self.plates, self.num_rows), DRAWS_NEAR_MODE)
         values = self.draws.near_mode(number)
         note = self.note if self.source == "none" else None
-        note = None if note is None else note.replace(NO_SAMPLES, "no regression start on samples of the model")
+        note = (
+            None if note is None else note.replace(NO_SAMPLES, "no regression start on samples of the model")
+        )
         return replace(self, values=values, note=note, source="mode")
 
     def with_values(self, more: Mapping[str, Tensor]) -> "Samples":
