@@ -62,7 +62,7 @@ class FallingAdam(torch.optim.Adam):
 def default_optimizer(num_steps: int, *, lr: float = 0.01) -> PyroOptim:
     """Return an optimiser for :class:`~pyro.infer.SVI` that needs no tuning with this package's guides.
 
-    Their networks are trained in natural units (residual standard deviations and whitened inputs), so that one rate fits
+    Their networks are trained in natural units (residual standard deviations, whitened inputs), so that one rate fits
     data in any units.
 
     Args:
