@@ -110,7 +110,17 @@ class Moments:
     def __init__(self, rows: Tensor) -> None:
         self.rows = rows = in_float64(rows)
         self.number = len(rows)
-        self.mean, self.covariance = rows.mean(0), torch.atleast_2d(torch.cov(rows.T))
+        self.mean = rows.mean(0)
+
+    @cached_property
+    def covariance(self) -> Tensor:
+        """The covariance of all columns, found when it is first asked for."""
+        return torch.atleast_2d(torch.cov(self.rows.T))
+
+    @cached_property
+    def _by_column(self) -> Tensor:
+        """The samples with each column in one piece of memory."""
+        return self.rows.mT.contiguous()
 
     @cached_property
     def _split(self) -> tuple["Moments", Tensor]:
@@ -202,26 +212,72 @@ class Moments:
             outer: For each column its own share of the inputs.
             inner: For each column the positions in ``own`` of the earlier columns that it looks at.
         """
-        direct = self.covariance.new_zeros(len(own), len(inputs))
+        direct = self.mean.new_zeros(len(own), len(inputs))
         unit = torch.eye(len(own), dtype=direct.dtype, device=direct.device)  # I - A
-        variances = self.covariance.new_zeros(len(own))
+        variances = self.mean.new_zeros(len(own))
         place = {column: k for k, column in enumerate(inputs)}
-        for i, column in enumerate(own):
-            given = [*outer[i], *(own[j] for j in inner[i])]
-            weights = self.weights(given, [column])[0]
-            residual = self.covariance[column, column] - weights @ self.covariance[given, column]
-            variances[i] = residual * self._correction(len(given))
-            direct[i, [place[c] for c in outer[i]]] = weights[: len(outer[i])]
-            unit[i, list(inner[i])] = -weights[len(outer[i]) :]
-        mixing = torch.linalg.inv(unit)
-        weights = mixing @ direct
-        residual = mixing @ variances.clamp(min=RESIDUAL_FLOOR**2).diag_embed() @ mixing.T
+        given = [[*outer[i], *(own[j] for j in inner[i])] for i in range(len(own))]
+        for members in _by_length(given):
+            looks = [given[i] for i in members]
+            slopes, residuals = self._each(looks, [own[i] for i in members])
+            for i, weights, residual in zip(members, slopes, residuals, strict=True):
+                variances[i] = residual * self._correction(len(given[i]))
+                direct[i, [place[c] for c in outer[i]]] = weights[: len(outer[i])]
+                unit[i, list(inner[i])] = -weights[len(outer[i]) :]
+        if any(map(len, inner)):
+            mixing = torch.linalg.inv(unit)
+            weights = mixing @ direct
+            residual = mixing @ variances.clamp(min=RESIDUAL_FLOOR**2).diag_embed() @ mixing.T
+            root = square_root(residual)
+        else:
+            weights, root = direct, variances.clamp(min=RESIDUAL_FLOOR**2).sqrt().diag_embed()
         loc = self.mean[list(own)] - weights @ self.mean[list(inputs)]
-        return Regression(weights, loc, square_root(residual))
+        return Regression(weights, loc, root)
+
+    def _each(self, looks: list[list[int]], own: list[int]) -> tuple[Tensor, Tensor]:
+        """Return the slopes of regressions of one column each on as many inputs of its own, and residual variances."""
+        size = len(looks[0])
+        few = 4 * len(own) * (size + 1) ** 2 < len(self.mean) ** 2
+        if few and "covariance" not in self.__dict__:  # most of the covariance is not needed
+            by_column = self._by_column
+            moments = [
+                torch.atleast_2d(torch.cov(by_column[[*columns, column]]))
+                for columns, column in zip(looks, own, strict=True)
+            ]
+            joint = torch.stack(moments)
+            matrices, vectors = joint[:, :-1, :-1], joint[:, -1, :-1]
+            variances = joint[:, -1, -1]
+        else:
+            columns = torch.tensor(looks, device=self.mean.device)
+            targets = torch.tensor(own, device=self.mean.device)
+            matrices = self.covariance[columns.unsqueeze(-1), columns.unsqueeze(-2)]
+            vectors = self.covariance[columns, targets.unsqueeze(-1)]
+            variances = self.covariance[targets, targets]
+        _require_finite(matrices)
+        _require_finite(variances)
+        if not size:
+            return vectors, variances
+        eye = torch.eye(size, dtype=matrices.dtype, device=matrices.device)
+        ridge = matrices.new_full((len(own), 1, 1), RIDGE)
+        while True:
+            factor, failed = torch.linalg.cholesky_ex(matrices + ridge * eye)
+            if not bool(failed.any()):
+                break
+            ridge = torch.where(failed.view(-1, 1, 1) > 0, ridge * 100, ridge)
+        slopes = torch.cholesky_solve(vectors.unsqueeze(-1), factor).squeeze(-1)
+        return slopes, variances - (slopes * vectors).sum(-1)
 
     def _correction(self, num_inputs: float) -> float:
         """Return by what a residual variance must be multiplied, as weights have been fitted."""
         return (self.number - 1) / max(self.number - 1 - num_inputs, 1)
+
+
+def _by_length(lists: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Return the positions of lists of equal length together."""
+    groups: dict[int, list[int]] = {}
+    for position, each in enumerate(lists):
+        groups.setdefault(len(each), []).append(position)
+    return list(groups.values())
 
 
 def square_root(residual: Tensor) -> Tensor:
@@ -245,7 +301,9 @@ def _require_finite(covariance: Tensor) -> None:
 # ---------------------------------------------------------------- logistic regression
 
 
-def logistic_regression(inputs: Tensor, targets: Tensor, *, max_steps: int = 100) -> tuple[Tensor, Tensor]:
+def logistic_regression(
+    inputs: Tensor, targets: Tensor, *, offset: Tensor | None = None, max_steps: int = 100
+) -> tuple[Tensor, Tensor]:
     """Fit the logits of a binary variable or of indicators of classes by maximum penalised likelihood.
 
     If the inputs are normal given the class, with one covariance matrix for all classes, or if they are discrete and
@@ -261,6 +319,7 @@ def logistic_regression(inputs: Tensor, targets: Tensor, *, max_steps: int = 100
     Args:
         inputs: Inputs in rows.
         targets: The values.
+        offset: Logits to which those that are fitted are added, of the shape of the targets.
         max_steps: The number of quasi-Newton steps.
 
     Returns:
@@ -270,7 +329,10 @@ def logistic_regression(inputs: Tensor, targets: Tensor, *, max_steps: int = 100
     x, y = in_float64(inputs[:MOST_LOGISTIC_ROWS]), in_float64(targets[:MOST_LOGISTIC_ROWS])
     share = (y.sum(0) + PSEUDO_COUNT) / (len(y) + max(c, 2) * PSEUDO_COUNT)
     start = share.logit() if c == 1 else share.log()
-    if n == 0 or x.shape[-1] == 0:
+    known = torch.zeros_like(y) if offset is None else in_float64(offset[:MOST_LOGISTIC_ROWS])
+    if offset is not None:
+        start = torch.zeros_like(start)
+    if n == 0 or (x.shape[-1] == 0 and offset is None):
         return inputs.new_zeros(c, inputs.shape[-1]), _centred(start).to(inputs)
     mean, scale = x.mean(0), x.std(0, correction=0)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
@@ -287,7 +349,7 @@ def logistic_regression(inputs: Tensor, targets: Tensor, *, max_steps: int = 100
     def loss() -> Tensor:
         optimizer.zero_grad()
         slopes = parameters[:, :-1]
-        logits = F.linear(x, slopes, parameters[:, -1])
+        logits = F.linear(x, slopes, parameters[:, -1]) + known
         at_mean = parameters[:, -1]
         if c == 1:
             misfit = (F.softplus(logits) - y * logits).sum()

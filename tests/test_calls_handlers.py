@@ -344,3 +344,22 @@ def test_a_bound_through_a_delta():
     assert guide.plan.changing == {"b": ("a",)}
     drawn = guide(x)
     assert (drawn["b"] < drawn["a"] + 0.1).all()
+
+
+@pytest.mark.filterwarnings("ignore:The `random_module` primitive is deprecated")
+def test_random_modules():
+    """Pyro compares parameters with those of its store by identity, which reads no value."""
+    network = torch.nn.Linear(1, 1)
+    priors = {
+        "weight": dist.Normal(0.0, 1.0).expand([1, 1]).to_event(2),
+        "bias": dist.Normal(0.0, 1.0).expand([1]).to_event(1),
+    }
+
+    def model(x, y):
+        lifted = pyro.random_module("network", network, priors)()
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(lifted(x[:, None]).squeeze(-1), 0.5), obs=y)
+
+    x = torch.linspace(-1, 1, 5)
+    guide = auto_faithful_guide(model, x, x, num_start_samples=100)
+    assert set(guide(x, x)) == {"network$$$weight", "network$$$bias"}

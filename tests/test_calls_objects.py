@@ -7,7 +7,7 @@ the object of *this* call are read.
 import dataclasses
 import math
 import types
-from collections import OrderedDict, UserDict, namedtuple
+from collections import OrderedDict, UserDict, deque, namedtuple
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -140,6 +140,24 @@ class Graph:
         self._store[key] = value
 
 
+class Callable(Plain):
+    def __call__(self):
+        return self.w, self.y
+
+
+def deeply(w, y):
+    inner = [w, y]
+    for _ in range(8):
+        inner = types.SimpleNamespace(inner=inner)
+    return inner
+
+
+def at_the_bottom(batch):
+    while hasattr(batch, "inner"):
+        batch = batch.inner
+    return batch
+
+
 def by_fields(batch):
     datum(batch.w, batch.y)
 
@@ -179,6 +197,14 @@ OBJECTS = {
     "graph by items": (Graph, by_items, "batch['w']"),
     "list": (lambda w, y: [w, y], first_and_second, "batch[0]"),
     "tuple": (lambda w, y: (w, y), first_and_second, "batch[0]"),
+    "deque": (lambda w, y: deque([w, y]), first_and_second, "batch[0]"),
+    "callable object": (Callable, lambda batch: datum(*batch()), "batch.w"),
+    "sparse": (
+        lambda w, y: (w.to_sparse(), y),
+        lambda batch: datum(batch[0].to_dense(), batch[1]),
+        "batch[0]",
+    ),
+    "deeply nested": (deeply, lambda batch: datum(*at_the_bottom(batch)), "batch" + ".inner" * 8 + "[0]"),
     "nested": (
         lambda w, y: {"in": [Dataclass(w, None), {"out": Typed(None, y)}]},
         lambda batch: datum(batch["in"][0].w, batch["in"][1]["out"].y),
@@ -303,6 +329,45 @@ def test_arrays_that_cannot_be_followed_are_refused_with_a_line_to_write(how):
     with pytest.raises(UnsupportedModelError, match=line):
         auto_faithful_guide(REFUSED[how], w, y, **FEW)
     assert "not followed" in auto_faithful_guide(REFUSED[how], w, y, strict=False, **FEW).describe()
+
+
+OTHERS = {
+    "a list of numbers": (lambda w: w.tolist(), torch.tensor, r"torch\.tensor\(batch\['w'\]\)"),
+    "a structured NumPy array": (
+        lambda w: w.astype([("a", float)]),
+        lambda w: torch.tensor(w["a"].copy()),
+        r"for name in batch\['w'\]\.dtype\.names",
+    ),
+    "a pandas.Series": (
+        pd.Series,
+        lambda w: torch.tensor(w.to_numpy()),
+        r"pass torch\.tensor\(batch\['w'\]\.to_numpy",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_columns_of_other_kinds_are_refused_with_a_line_to_write(kind):
+    """What was there at set-up must not be a constant for ever."""
+    make, tensor_of, line = OTHERS[kind]
+    w, y = np.random.default_rng(0).normal(size=10), torch.zeros(10)
+    with pytest.raises(
+        UnsupportedModelError, match=f"'batch\\['w'\\]' is {kind}, which is not followed.*{line}"
+    ):
+        auto_faithful_guide(
+            lambda batch: datum(tensor_of(batch["w"]), batch["y"]), {"w": make(w), "y": y}, **FEW
+        )
+
+
+def test_lists_of_numbers_that_are_options_are_left_alone():
+    def model(options, y):
+        scales = options["scales"]
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, scales[0]))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    guide = auto_faithful_guide(model, {"scales": [0.5, 2.0]}, torch.zeros(4), **FEW)
+    assert "not followed" not in guide.describe()
 
 
 def test_arrays_of_observed_values_need_not_be_followed():

@@ -51,6 +51,7 @@ TAKE = {
     "torch.index_select": lambda x, ind: torch.index_select(x, 0, ind),
     "take_along_dim": lambda x, ind: torch.take_along_dim(x, ind, 0),
     "gather": lambda x, ind: x.gather(0, ind),
+    "take": lambda x, ind: x.take(ind),
     "embedding": lambda x, ind: F.embedding(ind, x[:, None])[:, 0],
     "a list": lambda x, ind: x[ind.tolist()],
     "an array": lambda x, ind: x[ind.numpy()],
@@ -489,6 +490,102 @@ def test_the_mean_over_all_batches_is_the_bound_of_all_data(set_up):
 
 
 # -------------------------------------------------------------------------------------------- what cannot be known
+def one_hot(x, ind):
+    return F.one_hot(ind, N).to(x) @ x
+
+
+def by_a_mask(x, ind):
+    return x[torch.zeros(N, dtype=torch.bool).index_fill(0, ind, True)]
+
+
+OTHER_ROWS = {
+    "turned": lambda x, ind: x.flip(0)[ind],
+    "delayed": lambda x, ind: x.roll(1)[ind],
+    "of a computed index": lambda x, ind: x[(ind + 1) % N],
+    "backwards": lambda x, ind: x[N - 1 - ind],
+}
+
+
+@pytest.mark.parametrize("set_up", ["all", "one", "some"])
+@pytest.mark.parametrize("how", OTHER_ROWS)
+def test_rows_that_are_not_the_elements_own_are_refused(how, set_up):
+    """The guide would pair each datum with the covariate of another."""
+    with pytest.raises(UnsupportedModelError, match="plate 'data' to depend on the row of its own of 'x'"):
+        auto_faithful_guide(
+            given_indices(OTHER_ROWS[how]), X, Y, torch.arange(N) if set_up == "all" else CALLS[set_up], **FEW
+        )
+
+
+@pytest.mark.parametrize("take", [one_hot, by_a_mask])
+def test_rows_that_are_taken_unseen_are_refused(take):
+    with pytest.raises(
+        UnsupportedModelError, match=r"'x': in order, or taken by the plate's indices, x\[ind\]"
+    ):
+        auto_faithful_guide(given_indices(take), X, Y, CALLS["some"], **FEW)
+
+
+def test_data_in_another_order_matter_only_to_sites_that_read_them():
+    """Regression on the covariate of the day before: parameters for one data set fit it."""
+
+    def model(x, y):
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        with pyro.plate("days", len(x)):
+            pyro.sample("y", dist.Normal(slope * x.roll(1), 0.5), obs=y)
+
+    assert set(auto_faithful_guide(model, X, Y, **FEW)(X, Y)) == {"slope"}
+    with pytest.raises(
+        UnsupportedModelError, match="Pass the tensor in the order in which the elements use it"
+    ):
+        auto_faithful_guide(model, X, Y, pool="deepset", **FEW)
+
+
+def test_covariates_whose_mean_is_used_stay_whole():
+    def model(x, y, ind=None):
+        with pyro.plate("data", N, subsample=ind) as rows:
+            datum(x.mean(), y[rows])
+
+    guide = auto_faithful_guide(model, X, Y, CALLS["some"], **FEW)
+    assert guide.model_graph.plates["x"] == ()
+
+
+@pytest.mark.parametrize("set_up", ["all", "some"])
+def test_covariates_that_the_model_moves_to_the_plates_dimension(set_up):
+    """The shape of the argument says nothing of the plate at dimension -2, nor of columns that are elements."""
+
+    def model(x, w, y, ind=None):
+        with pyro.plate("data", N, subsample=ind, dim=-2):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            loc = z + pyro.subsample(x[:, None], event_dim=0) + pyro.subsample(w.T[:, :1], event_dim=0)
+            pyro.sample("y", dist.Normal(loc, 0.5), obs=pyro.subsample(y[:, None], event_dim=0))
+
+    w = torch.randn(3, N)
+    guide = auto_faithful_guide(model, X, w, Y, CALLS[set_up], **FEW)
+    assert guide.inverse.parents["z"] == ("x", "w", "y")
+    guide.set_linear_("z", {"x": -0.8, "w": [[-0.8, 0.0, 0.0]], "y": 0.8}, 0.0, math.sqrt(0.2))
+    for ind in CALLS.values():
+        if ind is None or len(ind) < N:
+            rows = slice(None) if ind is None else ind
+            expected = 0.8 * (Y - X - w[0])[rows, None]
+            torch.testing.assert_close(guide.median(X, w, Y, ind)["z"], expected)
+
+
+def test_covariates_of_groups_that_the_model_widens():
+    """``u[:, None]`` for groups whose members are in a plate inside: the usual way to write it."""
+
+    def model(u, v, y):
+        with pyro.plate("groups", 4, dim=-2):
+            theta = pyro.sample("theta", dist.Normal(u[:, None], 1.0))
+            with pyro.plate("members", 3, dim=-1):
+                pyro.sample("y", dist.Normal(theta + v, 1.0), obs=y)
+
+    u, v, y = torch.randn(4), torch.randn(3), torch.randn(4, 3)
+    guide = auto_faithful_guide(model, u, v, y, pool="deepset", num_start_samples=4000)
+    for shift in (0.0, 2.0):
+        exact = (u + shift) / 4 + (y - v).sum(-1) / 4
+        # some 20 weights and 16,000 joint samples: a few hundredths
+        assert (guide.median(u + shift, v, y)["theta"][:, 0] - exact).abs().max() < 0.2
+
+
 def test_rows_of_a_tensor_computed_from_a_square_one_are_refused():
     def model(x, y, ind):
         with pyro.plate("data", N, subsample=ind):

@@ -287,6 +287,37 @@ def test_guides_that_lack_a_site(groups):
         sample_posterior(groups.model, guide, *groups.args)
 
 
+def test_guides_with_a_site_more(groups):
+    """The density of noise that the model has not would make weights of another size, without an error."""
+
+    def guide(y, s):
+        groups.guide()(y, s)
+        pyro.sample("noise", dist.Normal(0.0, 3.0))
+
+    with pytest.raises(UnsupportedModelError, match=r"latent site of the model; got \['noise'\]"):
+        sample_posterior(groups.model, guide, *groups.args)
+
+
+def test_data_of_another_shape(groups):
+    guide = auto_faithful_guide(groups.model, *groups.args)
+    with pytest.raises(GraphflowsError, match=r"Expected data of 'y' of shape \(6,\)"):
+        guide.posterior(torch.zeros(4, 6), groups.s)
+
+
+def test_a_guide_that_was_not_trained_says_so():
+    def model(x, y):
+        slope = pyro.sample("slope", dist.Normal(torch.zeros(5), 3.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal((slope.unsqueeze(-2) * x).sum(-1), 0.1), obs=y)
+
+    x = torch.randn(100, 5)
+    guide = AutoNormal(model)
+    guide(x, x.sum(-1))
+    posterior = sample_posterior(model, guide, x, x.sum(-1), num_draws=200, seed=0)
+    assert posterior.khat > 0.7
+    assert "train the guide" in repr(posterior)
+
+
 def test_densities_that_are_no_numbers(groups):
     def model(y, s):
         groups.model(y, s)

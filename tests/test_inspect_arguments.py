@@ -138,7 +138,28 @@ def test_alignment_of_inputs_in_two_plates():
 def test_inputs_that_align_with_no_plate_are_noted():
     def model(w):
         with pyro.plate("data", 4):
-            pyro.sample("x", dist.Normal(w[0], 1.0), obs=torch.zeros(4))
+            pyro.sample("x", dist.Normal(w.sum(), 1.0), obs=torch.zeros(4))
 
     (note,) = trace_model(model, (torch.ones(2, 3, 4)[:, 0],)).notes or ("",)
     assert "input 'w' of shape (2, 4) is taken as one value for all of plate 'data'" in note
+
+
+def test_rows_are_found_where_the_shape_does_not_show_them():
+    """By changing some rows, and seeing which elements change."""
+
+    def model(w, u, v):
+        with pyro.plate("outer", 3, dim=-2), pyro.plate("data", 4):
+            pyro.sample(
+                "x", dist.Normal(w[0] + u[:, None] + (v @ torch.ones(2))[:, None], 1.0), obs=torch.zeros(3, 4)
+            )
+
+    traced = trace_model(model, (torch.ones(2, 3, 4)[:, 0], torch.ones(3), torch.eye(3)[:, :2]))
+    assert traced.notes == ()
+    assert {name: traced.graph.plates[name] for name in "wuv"} == {
+        "w": ("data",),
+        "u": ("outer",),
+        "v": ("outer",),
+    }
+    assert traced.event_dims == {"w": 1, "u": 0, "v": 1}
+    assert dict(traced.places) == {"w": ((-1, -1),), "u": ((-1, -2),), "v": ((-2, -2),)}
+    assert traced.other_rows == {}

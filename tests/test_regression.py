@@ -160,9 +160,11 @@ def test_the_ridge_that_predicts():
 
 
 def test_too_few_samples_for_a_covariance_are_said():
-    with pytest.warns(UserWarning, match="degrees of freedom"):
-        moments = Moments(torch.randn(1, 3))
-    with pytest.raises(RuntimeError, match="too few finite joint samples"):
+    moments = Moments(torch.randn(1, 3))
+    with (
+        pytest.warns(UserWarning, match="degrees of freedom"),
+        pytest.raises(RuntimeError, match="too few finite joint samples"),
+    ):
         moments.regress([0], [1])
 
 

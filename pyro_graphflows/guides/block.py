@@ -5,13 +5,15 @@ Data, sampled values of other blocks and summaries of other plates become one ve
 (:mod:`~pyro_graphflows.guides.conditionals`).
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pyro_graphflows.capture import is_capturing
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.call import Call
 from pyro_graphflows.guides.conditionals.contract import (
@@ -33,7 +35,7 @@ from pyro_graphflows.guides.conditionals.pooling import (
 from pyro_graphflows.guides.features import FeatureMap, concatenate
 from pyro_graphflows.guides.inputs import Summary
 from pyro_graphflows.guides.plan import BlockPlan
-from pyro_graphflows.guides.samples import Samples, with_depth
+from pyro_graphflows.guides.samples import Samples, columns_of, with_depth
 from pyro_graphflows.guides.sites import REMEDIES_OF_NAN, InputEncodings
 
 __all__ = ["BlockInputs", "GuideBlock", "make_inputs"]
@@ -135,9 +137,45 @@ class BlockInputs(nn.Module):
                 f"Expected {expected} conditioning features in all, as when the guide was set up; got {sizes}."
             )
         features: Tensor = self.features(flat)
-        if not (features.is_meta or bool(torch.isfinite(features).all())):
+        if not (features.is_meta or is_capturing() or _all_finite(features)):
             raise self._not_finite(features, call, unconstrained)
         return features
+
+    def of_data(self, call: Call, observed: Collection[str]) -> Tensor | None:
+        """Return the features of data alone, ``(*batch, n)``; None if no observed site is among them.
+
+        Values outside of supports give NaN.
+
+        Args:
+            call: The call.
+            observed: The observed sites.
+        """
+        parts: dict[int, Tensor] = {}
+        read: set[str] = set()
+        for position, name in enumerate(self.names):
+            pool: Any = self.pool(name)
+            nodes = [name] if pool is None else [*self._members(name), *pool.indices]
+            if not all(node in call.values for node in nodes):
+                continue
+            read.update(nodes)
+            if pool is None:
+                parts[position] = self._flat(name, call, {})
+            else:
+                values = {member: self._flat(member, call, {}) for member in self._members(name)}
+                values.update({index: call.values[index] for index in pool.indices})
+                parts[position] = pool(values, call.plates, call.masks)
+        if not read.intersection(observed):
+            return None
+        shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts.values()))
+        flat, chosen = [], []
+        for position, size in enumerate(self.sizes.values()):
+            there = position in parts
+            flat.append(
+                parts[position].expand(*shape, size) if there else self.features.shift.new_zeros(*shape, size)
+            )
+            chosen += [there] * size
+        features: Tensor = self.features(torch.cat(flat, -1))
+        return features[..., torch.tensor(chosen, device=features.device)]
 
     def _not_finite(
         self, features: Tensor, call: Call, unconstrained: Mapping[str, Tensor]
@@ -197,6 +235,8 @@ class BlockInputs(nn.Module):
         like = self.features.shift
         if name in unconstrained:
             flat = unconstrained[name]
+        elif name in call.scores:
+            flat = call.scores[name].to(like.dtype)
         else:
             flat = self.encodings.flat(name, call.values[name], like.dtype)
         if flat.device != like.device:
@@ -297,15 +337,19 @@ class GuideBlock(nn.Module):
         weights: Mapping[str, Any],
         intercept: Tensor | float,
         scale: Tensor | float,
+        *,
+        fused: bool = False,
     ) -> None:
         """Make one site's conditional linear-Gaussian, in the units of the data and of unconstrained latents.
+
+        With ``fused`` it is the factor beside the prior that becomes linear-Gaussian, in the coordinate of the prior.
 
         The shifts and scales on the way, of data, of parents, of summaries of other plates and of the site itself, are
         worked into weights and location. Data on a half-line count by their logarithm, data in (0, 1) by their logit.
         See :meth:`~pyro_graphflows.guides.AutoFaithfulGuide.set_linear_`.
         """
         conditionals, parents = self.conditionals, self.plan.parents[site]
-        shift, width = conditionals.output_units(site)
+        shift, width = conditionals.fused_units(site) if fused else conditionals.output_units(site)
         loc = torch.as_tensor(intercept, dtype=shift.dtype).expand(len(shift)) - shift
         standard: dict[str, Tensor] = {}
         pooled: set[str] = set()
@@ -357,7 +401,10 @@ class GuideBlock(nn.Module):
                 f"with a positive diagonal; got {torch.as_tensor(scale).tolist()}."
             )
         linear = LinearConditional(standard, loc / width, tril / width.unsqueeze(-1))
-        conditionals.set_linear_(site, linear)
+        if fused:
+            conditionals.set_fused_(site, linear)
+        else:
+            conditionals.set_linear_(site, linear)
 
 
 def _require_coordinates(features: FeatureMap, part: slice, name: str) -> None:
@@ -387,11 +434,19 @@ def make_inputs(plan: BlockPlan, samples: Samples, deepset: DeepSet) -> tuple[Bl
             pools[node.name], values = _make_pool(node.summary, samples, deepset)
             samples = samples.with_values({} if values is None else {node.name: values})
     names = [node.name for node in plan.context]
-    samples = samples.for_block([*plan.sites, *names])
+    of_priors = [
+        column for site in plan.fused for column in columns_of(site) if column in (samples.values or {})
+    ]
+    samples = samples.for_block([*plan.sites, *names, *of_priors])
     rows = samples.rows
     maps = {}
+    scores = {node.name: node.score_of for node in plan.context if node.score_of is not None}
     for name in names:
-        if name in pools:
+        if name in scores:
+            size = samples.draws.sites[scores[name]].size
+            seen = torch.zeros(0, size).to(samples.draws.like) if rows is None else rows[name]
+            maps[name] = FeatureMap(None, seen, samples.standardize)
+        elif name in pools:
             seen = torch.zeros(0, pools[name].num_features) if rows is None else rows[name]
             maps[name] = FeatureMap(None, seen, samples.standardize)
         else:
@@ -456,3 +511,9 @@ def _make_pool(summary: Summary, samples: Samples, deepset: DeepSet) -> tuple[Po
     values = {name: with_depth(samples.values[name], depth) for name in summary.members}
     values.update({name: draws.argument(name) for name in pool.indices})
     return pool, pool.of_samples(values, samples.plates, fit=samples.standardize)
+
+
+def _all_finite(values: Tensor) -> bool:
+    """Whether all values are finite: by their sum, and one by one where that is not."""
+    values = values.detach()
+    return math.isfinite(values.sum().item()) or bool(torch.isfinite(values).all())

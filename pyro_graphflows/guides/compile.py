@@ -5,7 +5,7 @@ Each step takes values and returns new ones; none edits an earlier step's result
 
 import warnings
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import update_wrapper
 from typing import Any
 
@@ -18,11 +18,19 @@ from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, Unsupport
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.graphs.order_search import AutoOrder
-from pyro_graphflows.guides.call import CallReader, PlateState, plates_of, require_shape, site_mask
+from pyro_graphflows.guides.call import (
+    CallReader,
+    PlateState,
+    plates_of,
+    refuse_empty_plates,
+    require_shape,
+    site_mask,
+)
 from pyro_graphflows.guides.conditionals.contract import ElementParents, Family, SiteRole
 from pyro_graphflows.guides.conditionals.factors import ElementNormalFactor, Factor, NormalFactor
-from pyro_graphflows.guides.conditionals.pooling import DeepSet
+from pyro_graphflows.guides.conditionals.pooling import Attention, DeepSet
 from pyro_graphflows.guides.families import Normal
+from pyro_graphflows.guides.fusion import FusionQuestion, plan_fusion
 from pyro_graphflows.guides.inputs import InputOptions, InputPlan, plan_inputs, sites_concerned
 from pyro_graphflows.guides.orders import (
     NAMED_INVERSES,
@@ -45,8 +53,10 @@ from pyro_graphflows.guides.plan import (
     mean_field_condition,
     readers_of,
     ways_in,
+    with_scores,
 )
 from pyro_graphflows.guides.samples import ModelDraws
+from pyro_graphflows.guides.scores import ScoreReader, judge_scores, score_name, sites_with_scores
 from pyro_graphflows.guides.sites import (
     REMEDIES_OF_NAN,
     InputEncodings,
@@ -55,6 +65,7 @@ from pyro_graphflows.guides.sites import (
     is_constant,
     latent_sites,
 )
+from pyro_graphflows.guides.vectors import VectorOptions, Vectors, hold_vectors
 from pyro_graphflows.inspect import TracedModel, non_exchangeable_plates, seed_random_state, trace_model
 from pyro_graphflows.inspect.arguments import argument_leaves
 from pyro_graphflows.inspect.graph import split_elements
@@ -71,8 +82,10 @@ from pyro_graphflows.inspect.trace import (
 
 __all__ = ["Compiled", "GuideOptions", "compile_guide"]
 
+POOLINGS: Mapping[str, type[DeepSet]] = {"deepset": DeepSet, "attention": Attention}
 EXACT_KL = (NormalFactor, ElementNormalFactor)  # factors for which a KL is registered, before any bijection
 INITS = ("auto", "regression", "prior", "random")
+SCORE_DRAWS = 1000  # joint samples whose means are the reference values of scores
 MOST_VALUES_TRIED = 32  # of a discrete site, to see whether supports of others change with it
 
 
@@ -88,28 +101,38 @@ class GuideOptions:
     standardize: bool = True
     num_start_samples: int = 10_000
     strict: bool = True
-    resolution: str = "site"
+    resolution: str = "auto"
+    rank: int | None = None
+    budget: int | None = None
     coupled_rank: int | None = None
     enumerate_sites: bool | Collection[str] = False
     init_values: Mapping[str, Tensor] = field(default_factory=dict)
     setup_seed: int = 0
     optional: Sequence[str] = ()
+    features: str = "raw"
 
     def __post_init__(self) -> None:
         if isinstance(self.optional, str) or not all(isinstance(name, str) for name in self.optional):
             raise GraphflowsError(f"Expected optional=[names of sites]; got {self.optional!r}.")
         object.__setattr__(self, "optional", tuple(dict.fromkeys(self.optional)))
+        _ = self.vectors  # refuses what cannot be
         if self.optional and self.resolution == "element":
-            raise GraphflowsError("Expected resolution='site' with optional= sites.")
+            raise GraphflowsError("Expected resolution='auto' or 'site' with optional= sites.")
         if self.init not in INITS:
             names = ", ".join(map(repr, INITS))
             raise GraphflowsError(f"Expected init= one of {names}; got {self.init!r}.")
         if self.num_start_samples < 1:
             raise GraphflowsError(f"Expected num_start_samples >= 1; got {self.num_start_samples}.")
-        if self.resolution not in ("site", "element"):
-            raise GraphflowsError(f"Expected resolution='site' or 'element'; got {self.resolution!r}.")
-        if self.pool not in (None, "deepset") and not isinstance(self.pool, DeepSet):
-            raise GraphflowsError(f"Expected pool='deepset', a DeepSet or None; got {self.pool!r}.")
+        if self.features not in ("raw", "score", "auto"):
+            raise GraphflowsError(f"Expected features='raw', 'score' or 'auto'; got {self.features!r}.")
+        if self.features != "raw" and (self.resolution == "element" or self.optional):
+            raise GraphflowsError(
+                f"Expected features='raw' with resolution='element' or optional= sites; got {self.features!r}."
+            )
+        if self.pool not in (None, *POOLINGS) and not isinstance(self.pool, DeepSet):
+            raise GraphflowsError(
+                f"Expected pool='deepset', 'attention', a DeepSet, an Attention or None; got {self.pool!r}."
+            )
         if self.coupled_rank is not None and self.coupled_rank < 0:
             raise GraphflowsError(f"Expected coupled_rank >= 0 or None; got {self.coupled_rank}.")
         if self.init in ("regression", "prior") and not self.family.can_regress:
@@ -139,9 +162,14 @@ class GuideOptions:
             )
 
     @property
+    def vectors(self) -> VectorOptions:
+        """How long vectors are held."""
+        return VectorOptions(self.resolution, self.rank, self.budget)
+
+    @property
     def deepset(self) -> DeepSet | None:
         """The shape of pooled summaries; None where nothing is pooled."""
-        return DeepSet() if self.pool == "deepset" else self.pool  # type: ignore[return-value]
+        return POOLINGS[self.pool]() if isinstance(self.pool, str) else self.pool
 
     @property
     def num_rows(self) -> int:
@@ -170,7 +198,9 @@ class Compiled:
         plates: The plates of the call at set-up.
         families: For each site the family that serves it.
         element_parents: For sites whose elements are told apart, the parents of each element.
+        ranks: For vectors too long for a full covariance, the rank beside the diagonal.
         draws: The model's draws.
+        scores: The score features that sites read; None without.
     """
 
     plan: Plan
@@ -180,7 +210,9 @@ class Compiled:
     plates: dict[str, PlateState]
     families: dict[str, Family]
     element_parents: ElementParents
+    ranks: Mapping[str, int]
     draws: ModelDraws
+    scores: ScoreReader | None = None
 
 
 def compile_guide(
@@ -202,8 +234,12 @@ def compile_guide(
         GraphflowsError: If an option names a site that the model has not, or one that it does not fit.
     """
     argument_leaves(model, args, kwargs)  # refuses arguments that do not fit
-    with quiet_run(model):
-        run_model(model, args, kwargs)
+    try:
+        with quiet_run(model):
+            run_model(model, args, kwargs)
+    except ZeroDivisionError as error:
+        refuse_empty_plates(error)
+        raise
     seed_random_state(options.setup_seed)
     model = with_latent(model, options.optional)
     trace = _trace(model, args, kwargs, options)
@@ -219,8 +255,12 @@ def compile_guide(
     encodings = input_encodings(model, args, kwargs, traced)
     _require_possible_data(traced, encodings)
     draws = ModelDraws(model, args, kwargs, traced, sites, encodings)
-    inverse = found.inverse
     changing = _changing_supports(traced, model, args, kwargs)
+    vectors = _hold_vectors(
+        found, options, sites, changing, lambda names: _by_element(model, args, kwargs, trace, options, names)
+    )
+    found, elements = vectors.found, vectors.found.elements is not None
+    traced, inverse = found.traced, found.inverse
     is_free = options.inverse == "auto" and not elements and not options.optional
     if discrete:
         inverse = order_for_discrete_sites(inverse, discrete, enumerated, free=is_free)
@@ -244,16 +284,35 @@ def compile_guide(
         _input_options(options, found, sites),
         sites_concerned(inverse, uneven),
     )
-    families, keys = _families(options, sites, inputs, inverse.graph.plates)
+    families, keys = _families(options, sites, inputs, inverse.graph.plates, vectors.long)
     blocks = make_blocks(inverse, inputs, encodings.event_dims, keys)
     require_outer_sites_first(blocks, inverse, discrete)
     _require_known_indices(blocks, inputs, traced)
-    keep_masks = any(node.summary for block in blocks for node in block.context)
+    split = {} if found.elements is None else found.elements.parents
+    excluded = _not_fused(options, sites, inputs, split, changing)
+    excluded.update(dict.fromkeys(vectors.ranks, "its covariance is of low rank"))
+    indices = {name: plate.indices for name, plate in plates.items() if plate.indices is not None}
+    fusion = plan_fusion(
+        FusionQuestion(
+            *(model, (args, kwargs), traced, sites, families, inverse, blocks, enumerated, excluded, indices)
+        )
+    )
+    fused = fusion.priors.sites
+    blocks = tuple(replace(b, fused=tuple(site for site in b.sites if site in fused)) for b in blocks)
     readers = readers_of(blocks, inverse.graph.latent)
+    other_rows = _read_other_rows(readers, traced, strict=options.strict)
+    keep_masks = any(node.summary for block in blocks for node in block.context)
     read = {node.name for block in blocks for node in block.context}
     unread = [name for name in traced.graph.observed if name in traced.loops and name not in read]
     reader = CallReader(
         *(traced, encodings), keep_masks=keep_masks, readers=readers, unread=unread, optional=options.optional
+    )
+    scores, left_out, said = _scores(options, draws, inverse, plates, bool(changing) or elements)
+    if scores is not None:
+        blocks = with_scores(blocks, {site: score_name(site) for site in scores.observed_children}, left_out)
+    inputs = replace(
+        inputs,
+        remarks={**inputs.remarks, **{s: (*inputs.remarks.get(s, ()), line) for s, line in said.items()}},
     )
     order = [site for block in blocks for site in block.sites]
     _require_known_supports(changing, order, inverse.order, sites)
@@ -269,26 +328,82 @@ def compile_guide(
         inputs=inputs,
         blocks=blocks,
         analytic_kl=_analytic_kl(
-            options, inputs, families, sites, mean_field_condition(inverse.graph, inverse)
+            options,
+            inputs,
+            families,
+            sites,
+            mean_field_condition(inverse.graph, inverse),
+            {*vectors.ranks, *fused},
         ),
-        labels=_labels(options, sites, enumerated),
+        priors=fusion.priors,
+        labels=_labels(options, sites, enumerated, vectors),
+        not_fused=fusion.reasons,
         ways=ways_in(inverse, inputs, traced.without_data),
         changing=changing,
         enumerated=enumerated,
         copies=() if enumerated or traced.graph.marginalised else traced.copies,
-        notes=tuple(traced.notes),
+        notes=(*traced.notes, *other_rows),
         hints=hints,
         judged=judged or (None if found.judged is found.inverse else found.judged),
     )
     _require_served(plan, options.optional)
-    split = {} if found.elements is None else found.elements.parents
     element_parents = {
         name: parents for name, parents in split.items() if name not in options.factor_classes()
     }
-    return Compiled(plan, traced, sites, reader, plates, families, element_parents, draws)
+    return Compiled(
+        *(plan, traced, sites, reader, plates, families, element_parents, vectors.ranks, draws),
+        scores=scores,
+    )
 
 
 # ---------------------------------------------------------------- steps
+
+
+def _scores(
+    options: GuideOptions,
+    draws: ModelDraws,
+    inverse: InverseGraph,
+    plates: Mapping[str, PlateState],
+    varying: bool,
+) -> tuple[ScoreReader | None, dict[str, tuple[str, ...]], dict[str, str]]:
+    """Return the scores that sites read, the data that some leave out for them, and remarks on sites with data."""
+    if options.features == "raw":
+        return None, {}, {}
+    traced, sites, readable = draws.traced, draws.sites, draws.encodings.event_dims
+    found = sites_with_scores(traced, inverse, sites, plates, readable)
+    said = {site: f"no score feature: {reason}" for site, reason in found.reasons.items()}
+    children = dict(found.children)
+    if varying or draws.encodings.partly:
+        reason = "data or supports come and go, or elements of vectors have parents of their own"
+        said.update(dict.fromkeys(children, f"no score feature: {reason}"))
+        children = {}
+    if not children:
+        return None, {}, said
+    nodes: Any = traced.trace.nodes
+    event_dims = {name: len(nodes[name]["fn"].event_shape) for each in children.values() for name in each}
+    around = {name: tuple(inverse.graph.plates[name]) for name in sites}
+    reader = ScoreReader(children, sites, around, event_dims)
+    try:
+        reader.set_references_(draws, SCORE_DRAWS)
+        verdicts = judge_scores(reader, draws, inverse, plates, readable)
+    except UnsupportedModelError as error:
+        said.update(dict.fromkeys(children, f"no score feature: {error}"))
+        return None, {}, said
+    except (RuntimeError, ValueError, IndexError) as error:
+        reason = str(error).strip().split("\n")[0]
+        said.update(dict.fromkeys(children, f"no score feature: the model does not take batches ({reason})"))
+        return None, {}, said
+    kept = [site for site in children if options.features == "score" or verdicts[site].helps]
+    left_out = {site: children[site] for site in kept if verdicts[site].suffices}
+    for site in children:
+        what = "no score feature" if site not in kept else "reads its score"
+        instead = f" in place of {', '.join(left_out[site])}" if site in left_out else ""
+        said[site] = f"{what}{instead} ({verdicts[site]})"
+    if not kept:
+        return None, {}, said
+    chosen = ScoreReader({site: children[site] for site in kept}, sites, around, event_dims)
+    chosen.load_state_dict(reader.state_dict())
+    return chosen.to(draws.like.device, draws.like.dtype), left_out, said
 
 
 def _trace(
@@ -305,6 +420,42 @@ def _trace(
             f"{' or enumerated by the model' if traced.graph.marginalised else ''}: a guide has no site."
         )
     return traced
+
+
+def _hold_vectors(
+    found: FoundInverse,
+    options: GuideOptions,
+    sites: Mapping[str, LatentSite],
+    changing: Collection[str],
+    by_element: Callable[[Collection[str]], FoundInverse],
+) -> Vectors:
+    """Decide how long vectors are held; element by element only where one elimination order serves all sites."""
+    free = [name for name in sites if name not in options.factors]
+    own = {name: sites[name] for name in free if options.family.has_vectors}
+    if options.resolution == "element" or not own:
+        return Vectors(found)
+    apart = not (
+        changing
+        or options.optional
+        or found.lookups
+        or found.traced.loops
+        or found.inverse.order in ("stochastic", "mean_field", "custom")
+        or any(site.encoding is not None for site in sites.values())
+    )
+    return hold_vectors(found, own, options.vectors, options.family.full_size, by_element if apart else None)
+
+
+def _by_element(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    traced: TracedModel,
+    options: GuideOptions,
+    names: Collection[str],
+) -> FoundInverse:
+    """Return the inverse in which some vectors are told apart element by element, those that can be."""
+    split = split_elements(Rerun(model, args, kwargs, traced), only=names)
+    return find_inverse(model, args, kwargs, split, _order(options, traced), elements=True)
 
 
 class _Latent(Messenger):
@@ -364,7 +515,7 @@ def _order(options: GuideOptions, traced: TracedModel) -> Inverse:
 
 
 def _labels(
-    options: GuideOptions, sites: Mapping[str, LatentSite], enumerated: Collection[str]
+    options: GuideOptions, sites: Mapping[str, LatentSite], enumerated: Collection[str], vectors: Vectors
 ) -> dict[str, str]:
     """Return what is said of a site beside its inputs."""
     labels = {}
@@ -372,6 +523,7 @@ def _labels(
         said = [] if site.encoding is None else [str(site.encoding)]
         said += [] if site.encoding is None else ["enumerated" if name in enumerated else "score function"]
         said += ["data where a call has some"] if name in options.optional else []
+        said += [vectors.labels[name]] if name in vectors.labels else []
         if said:
             labels[name] = ", ".join(said)
     return labels
@@ -450,6 +602,7 @@ def _families(
     sites: Mapping[str, LatentSite],
     inputs: InputPlan,
     plates: Mapping[str, tuple[str, ...]],
+    long: Mapping[str, str],
 ) -> tuple[dict[str, Family], dict[str, Hashable]]:
     """Return for each site the family that serves it, and what the sites of one block have in common."""
     families: dict[str, Family] = {}
@@ -458,7 +611,7 @@ def _families(
     for name, site in sites.items():
         has_maps = name in inputs.per_element or name in inputs.non_exchangeable
         own_maps = has_maps and bool(plates[name])
-        role = SiteRole(site, name in inputs.coupled, own_maps, classes.get(name))
+        role = SiteRole(site, name in inputs.coupled, own_maps, classes.get(name), long.get(name))
         families[name] = options.family_of(role)
         alone = (
             name if options.enumerate_sites else None
@@ -473,6 +626,7 @@ def _analytic_kl(
     families: Mapping[str, Family],
     sites: Mapping[str, LatentSite],
     condition: Mapping[str, bool],
+    sampled: Collection[str],
 ) -> dict[str, bool]:
     """Return for each site whether its KL term may be analytic: the condition holds, and its factor has one."""
     classes = options.factor_classes()
@@ -481,8 +635,27 @@ def _analytic_kl(
         family = families[name]
         factor = classes.get(name, family.factor if isinstance(family, Normal) else None)
         normal = site.is_real and len(site.event_shape) < 2 and factor in EXACT_KL
-        found[name] = condition[name] and normal and name not in inputs.coupled
+        found[name] = condition[name] and normal and name not in inputs.coupled and name not in sampled
     return found
+
+
+def _not_fused(
+    options: GuideOptions,
+    sites: Mapping[str, LatentSite],
+    inputs: InputPlan,
+    split: Collection[str],
+    changing: Collection[str],
+) -> dict[str, str]:
+    """Return the sites whose factor cannot be multiplied by a prior, with the reasons."""
+    reasons = dict.fromkeys(changing, "its support depends on other latent sites")
+    reasons.update(dict.fromkeys(inputs.coupled, "its copies are drawn jointly"))
+    reasons.update(dict.fromkeys(split, "its elements have parents of their own"))
+    reasons.update(dict.fromkeys(options.factor_classes(), "it has a factor of the user's"))
+    family = options.family
+    if isinstance(family, Normal) and family.factor is not NormalFactor:
+        own = [name for name in sites if sites[name].encoding is None and name not in options.factors]
+        reasons.update(dict.fromkeys(own, "it has a factor of the user's"))
+    return {name: reason for name, reason in reasons.items() if name in sites}
 
 
 # ---------------------------------------------------------------- refusals
@@ -560,6 +733,25 @@ def _require_sites_by_position(
             f"of the datum in the subsampled plate {', '.join(sorted(plates))}. Name them by position, for k, i in "
             'enumerate(pyro.plate(...)): pyro.sample(f"z_{k}", ...), or vectorise: with pyro.plate(...) as ind.'
         )
+
+
+def _read_other_rows(
+    readers: Mapping[str, Sequence[str]], traced: TracedModel, *, strict: bool
+) -> tuple[str, ...]:
+    """Refuse inputs of whose rows the guide would read others than the model does; if not strict, note it."""
+    wrong = [name for name in traced.other_rows if name in readers]
+    if not wrong:
+        return ()
+    message = (
+        f"each element of plate {traced.other_rows[wrong[0]]!r} to depend on the row of its own of "
+        f"{', '.join(map(repr, wrong))}: in order, or taken by the plate's indices, x[ind], "
+        "x.index_select(0, ind) or pyro.subsample(x, event_dim=...); in the model it depends on another row "
+        "(turned, sorted or delayed ones), or on one taken in a way that cannot be followed. Pass the tensor in "
+        "the order in which the elements use it, and take rows by x[ind]."
+    )
+    if strict:
+        raise UnsupportedModelError(f"Expected {message}")
+    return (f"not faithful: expected {message}",)
 
 
 def _require_known_indices(blocks: Collection[BlockPlan], inputs: InputPlan, traced: TracedModel) -> None:

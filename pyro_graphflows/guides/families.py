@@ -11,7 +11,7 @@ dataclass that derives from :class:`Family`, and its conditionals a subclass of
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -47,11 +47,16 @@ class Normal(Family):
 
     Args:
         hidden_dims: Widths of the hidden layers; None for ``units_per_set`` units for each distinct set of parents.
-        units_per_set: See ``hidden_dims``.
+        units_per_set: See ``hidden_dims``; a quarter of them for each element of a long vector that is held by element
+            (:mod:`~pyro_graphflows.guides.vectors`).
         hidden_layers: The number of hidden layers where ``hidden_dims`` is None.
         activation: ``"elu"``, ``"relu"``, ``"tanh"`` ...
         skip: Whether a linear map from the parents runs beside the hidden layers. The regression start needs it.
         factor: The factor class of the continuous sites, for other conditionals than normal ones.
+        fusion: Whether a site's conditional is the model's own distribution of the site, given its parents in the
+            model, times a normal factor (of a discrete site, its logits plus some), in a coordinate in which the prior
+            is normal (:mod:`~pyro_graphflows.guides.fusion`). ``"auto"`` does so for each site where it can and has an
+            effect; True for all, and refuses models in which some site cannot.
 
     Raises:
         GraphflowsError: If a width or a number is not positive, the activation is unknown, or ``factor`` is no
@@ -68,9 +73,11 @@ class Normal(Family):
     activation: str = "elu"
     skip: bool = True
     factor: type[Factor] = field(default=NormalFactor, repr=False)
+    fusion: bool | str = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         _freeze_widths(self)
+        _require_fusion(self)
         _require_positive(self, "units_per_set", "hidden_layers")
         make_activation(self.activation)
         if not (isinstance(self.factor, type) and issubclass(self.factor, Factor)):
@@ -79,6 +86,8 @@ class Normal(Family):
     def __repr__(self) -> str:
         shown = {name: getattr(self, name) for name in NETWORK_OPTIONS}
         options = [f"{name}={value!r}" for name, value in shown.items()]
+        if self.fusion is not False:
+            options.append(f"fusion={self.fusion!r}")
         if self.factor is not NormalFactor:
             options.append(f"factor={self.factor.__name__}")
         return f"Normal({', '.join(options)})"
@@ -98,9 +107,16 @@ class Normal(Family):
         """Whether continuous sites are normal."""
         return self.factor is NormalFactor
 
+    @property
+    def has_vectors(self) -> bool:
+        """Whether continuous sites are normal."""
+        return self.factor is NormalFactor
+
     def serving(self, role: SiteRole) -> Family:
-        """Return this family: it serves every site."""
-        return self
+        """Return this family; with a quarter of the hidden units where each of many elements has units of its own."""
+        if role.long != "element" or self.hidden_dims is not None:
+            return self
+        return replace(self, units_per_set=-(-self.units_per_set // 4))
 
     def conditionals(self, spec: BlockSpec) -> Conditionals:
         """See :meth:`Family.conditionals`."""
@@ -133,6 +149,7 @@ class Spline(Family):
         hidden_layers: The number of hidden layers where ``hidden_dims`` is None.
         activation: ``"elu"``, ``"relu"``, ``"tanh"`` ...
         skip: Whether a linear map from the parents runs beside the hidden layers. The regression start needs it.
+        fusion: See :class:`Normal`. Location and scale of the spline are then those of the prior times a normal.
 
     Raises:
         GraphflowsError: If there are fewer than two bins, a number is not positive, or the base or the activation is
@@ -152,8 +169,10 @@ class Spline(Family):
     hidden_layers: int = 1
     activation: str = "elu"
     skip: bool = True
+    fusion: bool | str = False
 
     def __post_init__(self) -> None:
+        _require_fusion(self)
         if self.num_bins < 2:
             raise GraphflowsError(f"Expected num_bins >= 2; got {self.num_bins}.")
         if not 0 < self.bound < math.inf:
@@ -176,9 +195,16 @@ class Spline(Family):
         """Elements of a vector are mixed by one matrix."""
         return False
 
+    @property
+    def has_vectors(self) -> bool:
+        """Long vectors are normal."""
+        return True
+
     def serving(self, role: SiteRole) -> Family:
-        """Return this family: its network serves every site."""
-        return self
+        """Return this family, or normal conditionals with the same networks for long vectors."""
+        if role.long is None:
+            return self
+        return Normal(**{name: getattr(self, name) for name in NETWORK_OPTIONS}).serving(role)
 
     def conditionals(self, spec: BlockSpec) -> Conditionals:
         """See :meth:`Family.conditionals`."""
@@ -225,7 +251,7 @@ class Flow(Family):
         solver: How to invert numerically (:class:`~pyro_graphflows.transforms.solver.Solver`).
         masked: The family of the sites that a flow cannot serve: discrete ones, those whose copies are drawn jointly
             across a plate (:mod:`~pyro_graphflows.guides.conditionals.coupled`), those with a factor class of the
-            user's.
+            user's, long vectors (:mod:`~pyro_graphflows.guides.vectors`).
 
     Raises:
         GraphflowsError: If ``form``, ``closed_form`` or the activation is unknown, a number is out of range, or
@@ -283,10 +309,21 @@ class Flow(Family):
         """Whether there are linear maps to set, in the masked networks as well."""
         return self.masked.can_regress
 
+    @property
+    def has_vectors(self) -> bool:
+        """Whether the family of long vectors can serve them."""
+        return self.masked.has_vectors
+
+    def full_size(self, role: SiteRole, num_inputs: int) -> int:
+        """See :meth:`Family.full_size`: each element has blocks of hidden units that see all earlier ones."""
+        blocks = self.num_blocks or 3
+        return blocks * 5 * super().full_size(role, num_inputs) if role.site.size > 1 else 0
+
     def serving(self, role: SiteRole) -> Family:
         """Return this family, or ``masked`` for sites that a flow cannot serve."""
-        beyond = role.site.encoding is not None or role.coupled or role.factor is not None
-        return self.masked if beyond else self
+        given = role.coupled or role.factor is not None or role.long is not None
+        beyond = given or role.site.encoding is not None
+        return self.masked.serving(role) if beyond else self
 
     def block_key(self, role: SiteRole) -> Hashable:
         """Return the site itself where its elements have maps, which read all parents before the first level."""
@@ -360,6 +397,11 @@ def _freeze_widths(family: Any) -> None:
         object.__setattr__(family, "hidden_dims", tuple(widths))
         if any(not isinstance(width, int) or width < 1 for width in family.hidden_dims):
             raise GraphflowsError(f"Expected hidden_dims positive whole numbers; got {list(widths)}.")
+
+
+def _require_fusion(family: Any) -> None:
+    if family.fusion not in (True, False, "auto"):
+        raise GraphflowsError(f"Expected fusion='auto', True or False; got {family.fusion!r}.")
 
 
 def _require_positive(family: Any, *names: str) -> None:

@@ -20,6 +20,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
+from pyro.nn.module import _is_module_local_param_enabled
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
@@ -34,17 +35,21 @@ from pyro_graphflows.guides.call import Call, CallReader, PlateState, chosen_ind
 from pyro_graphflows.guides.choice import Candidate, Judge, choose_start
 from pyro_graphflows.guides.compile import Compiled, GuideOptions, compile_guide
 from pyro_graphflows.guides.conditionals.contract import Family
-from pyro_graphflows.guides.conditionals.distributions import CopiedValue, site_distribution
+from pyro_graphflows.guides.conditionals.distributions import CopiedValue, DrawnOrGiven, site_distribution
 from pyro_graphflows.guides.conditionals.factors import Factor
 from pyro_graphflows.guides.conditionals.model_conditionals import ModelConditionals
 from pyro_graphflows.guides.conditionals.new_elements import WithNewElements, beyond_fitted
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
+from pyro_graphflows.guides.conditionals.site_priors import SitePrior
 from pyro_graphflows.guides.families import make_family
 from pyro_graphflows.guides.files import read_guide, write_guide
 from pyro_graphflows.guides.fitted_data import CallData, FittedData
 from pyro_graphflows.guides.orders import Inverse
 from pyro_graphflows.guides.plan import Description, Plan
+from pyro_graphflows.guides.prior_samples import with_priors
+from pyro_graphflows.guides.priors import PriorReader
 from pyro_graphflows.guides.samples import Samples
+from pyro_graphflows.guides.scores import ScoreReader
 from pyro_graphflows.guides.sites import LatentSite, is_constant
 from pyro_graphflows.guides.start import Start, start_at_, start_block_, whiten_block_
 from pyro_graphflows.guides.transport import Transport
@@ -81,12 +86,15 @@ class AutoFaithfulGuide(AutoGuide):
         standardize: Whether inputs and outputs of the networks are standardised.
         num_start_samples: The number of joint samples of the model that are drawn at set-up.
         strict: Whether to refuse models whose dependencies cannot be traced in full.
-        resolution: ``"site"`` or ``"element"``.
+        resolution: ``"auto"``, ``"site"`` or ``"element"``.
+        rank: The rank of the covariance of long vectors beside its diagonal.
+        budget: The most weights of one site.
         coupled_rank: The rank of the dependence of copies that are drawn jointly.
         enumerate_sites: Discrete sites that are marked for ``TraceEnum_ELBO``.
         init_values: Values at which single sites start.
         setup_seed: The seed of everything random at set-up; the caller's random state is neither used nor advanced.
         optional: Sites that have data in some calls, in the order in which they are sampled where they have none.
+        features: ``"raw"``, ``"score"`` or ``"auto"``.
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
             that returns plates that exist already, for subsampling.
 
@@ -116,12 +124,15 @@ class AutoFaithfulGuide(AutoGuide):
         standardize: bool = True,
         num_start_samples: int = 10_000,
         strict: bool = True,
-        resolution: str = "site",
+        resolution: str = "auto",
+        rank: int | None = None,
+        budget: int | None = None,
         coupled_rank: int | None = None,
         enumerate_sites: bool | Collection[str] = False,
         init_values: Mapping[str, Tensor] = MappingProxyType({}),
         setup_seed: int = 0,
         optional: Sequence[str] = (),
+        features: str = "raw",
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__(model, create_plates=create_plates)
@@ -135,11 +146,14 @@ class AutoFaithfulGuide(AutoGuide):
             num_start_samples=num_start_samples,
             strict=strict,
             resolution=resolution,
+            rank=rank,
+            budget=budget,
             coupled_rank=coupled_rank,
             enumerate_sites=enumerate_sites,
             init_values=dict(init_values),
             setup_seed=setup_seed,
             optional=optional,
+            features=features,
         )
         self._plan: Plan | None = None
         self._notes: tuple[str, ...] = ()
@@ -148,10 +162,13 @@ class AutoFaithfulGuide(AutoGuide):
         self._fitted: FittedData | None = None
         self._is_fitting = False
         self._warned: set[str] = set()
+        self._places: list[tuple[str, dict[str, Any], str]] | None = None
         self._sites: dict[str, LatentSite]
         self._reader: CallReader
+        self._priors: PriorReader
         self._plate_states: dict[str, PlateState]
         self.blocks: nn.ModuleList
+        self.scores: ScoreReader | None = None
 
     # ---------------------------------------------------------------- set-up
 
@@ -190,8 +207,11 @@ class AutoFaithfulGuide(AutoGuide):
                 standardize=options.standardize,
                 num_rows=options.num_rows,
             )
+            self.scores = compiled.scores
             self._plan, self._sites, self._reader = compiled.plan, compiled.sites, compiled.reader
             self._plate_states = compiled.plates
+            self._priors = PriorReader(compiled.plan.priors, compiled.sites)
+            self._places = None
             self.prototype_trace = compiled.traced.trace
             self._prototype_frames = {
                 frame.name: frame
@@ -201,7 +221,7 @@ class AutoFaithfulGuide(AutoGuide):
             }
             self._fitted = None
             chosen, choice = self._start(compiled, samples, (args, kwargs))
-            self.blocks = chosen.blocks
+            self.blocks, self._places = chosen.blocks, None
             self._mark_parameters()
             self._notes = () if chosen.note is None else (chosen.note,)
             self._start_notes = (*(() if choice is None else (choice,)), *chosen.notes)
@@ -218,28 +238,36 @@ class AutoFaithfulGuide(AutoGuide):
         options, plan = self._options, compiled.plan
 
         def build(samples: Samples, name: str) -> Candidate:
+            samples = with_priors(samples, plan.priors)
+            if compiled.scores is not None and samples.values is not None:
+                number = len(next(iter(samples.values.values())))
+                scores = compiled.scores.of_draws(compiled.draws, number, compiled.plates)
+                samples = samples.with_values(scores)
             blocks, starts = self._make_blocks(compiled, samples, regression=name != "random")
-            self.blocks = nn.ModuleList(blocks)
+            self.blocks, self._places = nn.ModuleList(blocks), None
             self._whiten_blocks(starts, *call)
             notes = tuple(note for start in starts for note in start.notes)
             return Candidate(name, self.blocks, notes, samples.note)
 
         def loss_of(candidate: Candidate) -> float | None:
-            self.blocks = candidate.blocks
+            self.blocks, self._places = candidate.blocks, None
             return judge.loss(lambda *args, **kwargs: self._run(args, kwargs, None, pyro.sample))
 
-        if options.init == "auto" and options.family.can_regress:
+        if options.init == "auto" and options.family.can_regress and compiled.scores is None:
             draws = compiled.draws
             depth = max((-state.dim for state in self._plate_states.values()), default=0)
             judge = Judge(draws.model, call, options.setup_seed, -1 - depth if draws.takes_plates else None)
             return choose_start(compiled, samples, build, loss_of, judge)
         if options.init == "prior":
             try:
-                return build(samples.at_prior(plan), "prior"), None
+                at_prior = samples if compiled.scores is not None else samples.at_prior(plan)
+                return build(at_prior, "prior"), None
             except UnsupportedModelError as error:
                 note = f"no start at the prior, and no standardisation of latents: {error}"
                 return build(replace(samples, values=None, note=note), "random"), None
-        return build(samples, options.init.replace("auto", "random")), None
+        return build(
+            samples, "random" if options.init == "random" or not options.family.can_regress else "regression"
+        ), None
 
     def _make_blocks(
         self, compiled: Compiled, samples: Samples, *, regression: bool
@@ -247,7 +275,11 @@ class AutoFaithfulGuide(AutoGuide):
         """Return the blocks at their starts, and how these are."""
         options = self._options
         starts = []
-        further = {"element_parents": compiled.element_parents, "factors": options.factor_classes()}
+        further = {
+            "element_parents": compiled.element_parents,
+            "factors": options.factor_classes(),
+            "ranks": compiled.ranks,
+        }
         blocks = []
         for plan in compiled.plan.blocks:
             inputs, of_block = make_inputs(plan, samples, options.deepset or DeepSet())
@@ -268,7 +300,7 @@ class AutoFaithfulGuide(AutoGuide):
         draws: dict[str, Tensor] = {}
         if chosen:
             try:
-                call = self._read(args, kwargs, None)
+                call = self._read_with_scores(args, kwargs, None)
                 draws = self._flat_draws(args, kwargs)
             except GraphflowsError:  # set up without data: the call that needs them says so
                 call = None
@@ -358,7 +390,7 @@ class AutoFaithfulGuide(AutoGuide):
                 elements beyond those fitted.
         """
         self._ensure_set_up(args, kwargs)
-        self._claim_parameter_names()
+        self._show_parameters()
         return self._run(args, kwargs, observations, pyro.sample)
 
     def _run(
@@ -371,10 +403,13 @@ class AutoFaithfulGuide(AutoGuide):
     ) -> dict[str, Tensor]:
         """Read a call, and emit every latent site; ``unconstrained`` is filled with the flat vectors of its values."""
         plan = self.plan
-        call = self._read(args, kwargs, observations)
+        call = self._read_with_scores(args, kwargs, observations)
         values: dict[str, Tensor] = {}
         unconstrained = {} if unconstrained is None else unconstrained
-        blocks: Any = self.blocks  # once: each look-up shows all parameters to Pyro
+        of_call = None
+        if plan.priors.sites:
+            of_call = self._priors.begin(self.model, (args, kwargs), call, observations)
+        blocks: Any = self._modules["blocks"]  # not self.blocks: forward has shown the parameters to Pyro
         for block, block_plan in zip(blocks, plan.blocks, strict=True):
             conditionals = block.begin(call, unconstrained)
             new = beyond_fitted(block.spec.plates, call.plates) if block_plan.per_element else None
@@ -382,12 +417,18 @@ class AutoFaithfulGuide(AutoGuide):
                 if plan.changing and any(name in plan.changing for name in level):
                     call = self._with_supports(call, args, kwargs, values, level)
                 beyond = [] if new is None else [name for name in level if name in block_plan.per_element]
+                fuses = block.conditionals.fuses
+                priors = {} if of_call is None else of_call.before(values, self._fuses)
                 model = self._model_conditionals(beyond, block, call, (args, kwargs), values, observations)
                 with ExitStack() as stack:
                     for name in block_plan.plates:
                         stack.enter_context(self.plates[name])
-                    for name, conditional in conditionals.next().items():
-                        fn, read_back = self._at_site(name, conditional, call, block)
+                    for name, conditional in conditionals.next(priors).items():
+                        prior = priors[name] if name in priors and fuses(name) else None
+                        fn, read_back = self._at_site(name, conditional, call, block, prior)
+                        if name in conditionals.fixed and prior is not None:
+                            fixed = conditionals.fixed[name], call, block, prior.fixed
+                            fn = DrawnOrGiven(fn, self._at_site(name, *fixed)[0])
                         if name in model and new is not None:
                             fn = WithNewElements(fn, model[name], new)
                         given = call.given.get(name)
@@ -418,7 +459,12 @@ class AutoFaithfulGuide(AutoGuide):
                 pyro.sample(name, fn, infer=infer)
 
     def _at_site(
-        self, name: str, conditional: dist.TorchDistribution, call: Call, block: GuideBlock
+        self,
+        name: str,
+        conditional: dist.TorchDistribution,
+        call: Call,
+        block: GuideBlock,
+        prior: SitePrior | None,
     ) -> tuple[dist.TorchDistribution, Callable[[Tensor], Tensor]]:
         """Return the distribution to emit at a site, and the map from its value to the flat vector."""
         site = self._sites[name]
@@ -428,7 +474,12 @@ class AutoFaithfulGuide(AutoGuide):
             call.supports[name],
             analytic_kl=self.plan.analytic_kl[name],
             dtype=None if site.encoding is None else block.dtype,
+            coordinate=None if prior is None else prior.transform,
         )
+
+    def _fuses(self, name: str) -> bool:
+        blocks: Any = self._modules["blocks"]
+        return any(name in block.plan.fused and block.conditionals.fuses(name) for block in blocks)
 
     def _emit_site(self, name: str, fn: dist.TorchDistribution, call: Call, emit: Emit) -> Tensor:
         """Emit a distribution at its site, with the model's mask and scale; return the value."""
@@ -439,6 +490,20 @@ class AutoFaithfulGuide(AutoGuide):
             return emit(name, fn, **infer)
         with poutine.scale(scale=call.scales[name]):
             return emit(name, fn, **infer)
+
+    def _read_with_scores(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], observations: Mapping[str, Tensor] | None
+    ) -> Call:
+        """Read the call, and compute the score features that sites read."""
+        call = self._read(args, kwargs, observations)
+        if self.scores is None:
+            return call
+        missing = [name for name in self.scores.observed if name not in call.values]
+        if missing:
+            raise UnsupportedModelError(
+                f"Expected data of {', '.join(missing)}, whose scores sites read (features=); this call has none."
+            )
+        return replace(call, scores=self.scores.in_call(call, self.model, args, kwargs))
 
     def _read(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], observations: Mapping[str, Tensor] | None
@@ -559,7 +624,40 @@ class AutoFaithfulGuide(AutoGuide):
         changed = {name: supports[name] for name in level if name in self.plan.changing}
         return replace(call, supports={**call.supports, **changed})
 
-    def _claim_parameter_names(self) -> None:
+    def _show_parameters(self) -> None:
+        """Show the parameters to Pyro by ``param`` statements, as a look-up of a module of a PyroModule does.
+
+        Walking through all modules for that at each call would take a sixth of it: where parameters are kept is
+        remembered.
+        """
+        fullname = self._pyro_get_fullname("blocks")
+        places = self._parameter_places()
+        self._claim_parameter_names(fullname, places)
+        if _is_module_local_param_enabled():
+            _ = self.blocks
+            return
+        for name, kept, key in places:
+            parameter = kept[key]
+            if parameter.requires_grad and pyro.param(f"{fullname}$$${name}", parameter) is not parameter:
+                _ = self.blocks  # a handler has put something in its place, which the module takes on
+                return
+
+    def _parameter_places(self) -> list[tuple[str, dict[str, Any], str]]:
+        """Return for each parameter its name, and the dictionary and key where its module keeps it."""
+        if self._places is None:
+            blocks = self._modules["blocks"]
+            assert blocks is not None
+            self._places = [
+                (f"{prefix}.{key}" if prefix else key, module._parameters, key)
+                for prefix, module in blocks.named_modules()
+                for key, parameter in module._parameters.items()
+                if parameter is not None
+            ]
+        return self._places
+
+    def _claim_parameter_names(
+        self, fullname: str, places: Sequence[tuple[str, dict[str, Any], str]]
+    ) -> None:
         """Take this guide's names in the parameter store, from other guides or from a store that was loaded.
 
         The store would hand the optimiser of this call the parameters of the guide that came first, and none of this
@@ -572,10 +670,9 @@ class AutoFaithfulGuide(AutoGuide):
         store = pyro.get_param_store()
         if not len(store):
             return
-        fullname = self._pyro_get_fullname("blocks")
         loaded = []
-        for name, parameter in self._named_parameters():
-            full = f"{fullname}$$${name}"
+        for name, kept, key in places:
+            full, parameter = f"{fullname}$$${name}", kept[key]
             stored = store._params.get(full)
             if stored is None or stored is parameter:
                 continue
@@ -837,6 +934,27 @@ class AutoFaithfulGuide(AutoGuide):
         depth = max((-state.dim for state in self._plate_states.values()), default=0)
         return Transport(lambda emit: self._run(args, kwargs, observations, emit), depth)
 
+    def data_features(
+        self, *args: Any, observations: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> list[Tensor]:
+        """Return what the networks of the guide read of the data, for each block that reads observed values.
+
+        Args:
+            *args: Positional arguments of the model.
+            observations: Values of observed sites that replace those of the model; batches on the left are kept.
+            **kwargs: Keyword arguments of the model.
+
+        Returns:
+            For each such block the features of data, ``(*batch in the plates, number of features)``; NaN for values
+            outside of supports. An empty list if every latent has parameters instead of reading data.
+        """
+        self._ensure_set_up(args, kwargs)
+        with torch.no_grad(), poutine.block():
+            call = self._read(args, kwargs, observations)
+            blocks: Any = self.blocks
+            found = [block.inputs.of_data(call, self.plan.graph.observed) for block in blocks]
+        return [features for features in found if features is not None]
+
     def given(self, **observations: Tensor) -> Callable[..., dict[str, Tensor]]:
         """Return a callable guide with some observed values fixed.
 
@@ -904,6 +1022,40 @@ class AutoFaithfulGuide(AutoGuide):
             GraphflowsError: If the site or a parent is unknown, weights have another shape or the scale is not
                 positive.
         """
+        self._block_to_set(site, weights).set_linear_(site, weights, intercept, scale)
+
+    def set_fused_(
+        self,
+        site: str,
+        weights: Mapping[str, Any],
+        intercept: Tensor | float,
+        scale: Tensor | float = 1.0,
+    ) -> None:
+        r"""Make the factor beside a site's prior linear-Gaussian.
+
+        ``q(u) ~ prior(u) * Normal(u; intercept + sum_p weights[p] @ u_p, scale)``, where ``u`` is the coordinate in
+        which the prior is normal: of priors that are normal in unconstrained space that vector, of others the normal
+        score of the prior.
+
+        Args:
+            site: A latent site that is fused with its prior; ``describe()`` says which are.
+            weights: See :meth:`set_linear_`.
+            intercept: The location where all parents are zero, shape ``(size,)``.
+            scale: The scale, or a lower triangular square root of the covariance, shape ``(size, size)``.
+
+        Raises:
+            GraphflowsError: If the site is not fused with its prior or is discrete, or as for :meth:`set_linear_`.
+        """
+        block = self._block_to_set(site, weights)
+        if site not in block.plan.fused or self._sites[site].encoding is not None:
+            raise GraphflowsError(
+                f"Expected a continuous site that is fused with its prior (describe() says which are); got {site!r}. "
+                "Use set_linear_."
+            )
+        block.set_linear_(site, weights, intercept, scale, fused=True)
+
+    def _block_to_set(self, site: str, weights: Mapping[str, Any]) -> GuideBlock:
+        """Return the block of a site whose conditional is to be set; refuse weights of what is no parent."""
         plan = self.plan
         block = self.block_of(site)
         known = {*plan.inverse.parents[site], *block.inputs.names}
@@ -914,7 +1066,7 @@ class AutoFaithfulGuide(AutoGuide):
                 f"({', '.join(map(str, plan.inverse.parents[site])) or 'there are none'}); got "
                 f"{', '.join(unknown)}."
             )
-        block.set_linear_(site, weights, intercept, scale)
+        return block
 
     def block_of(self, site: str) -> GuideBlock:
         """Return the block of a latent site.
@@ -943,6 +1095,7 @@ class AutoFaithfulGuide(AutoGuide):
             self._sites = {name: site.moved(fn) for name, site in self._sites.items()}
             self._plate_states = {name: plate.moved(fn) for name, plate in self._plate_states.items()}
             self._fitted = None if self._fitted is None else self._fitted.moved(fn)
+            self._priors = PriorReader(self._plan.priors, self._sites)
         return self
 
     def load_state_dict(
@@ -1004,6 +1157,7 @@ class AutoFaithfulGuide(AutoGuide):
             "notes": (self._notes, self._start_notes),
             "fitted": None if self._fitted is None else (self._fitted.digests(), self._fitted.partial),
             "blocks": tuple(block.to_plain() for block in blocks),
+            "scores": None if self.scores is None else self.scores.to_plain(),
         }
         write_guide(path, self.model, contents, self.state_dict())
 
@@ -1014,8 +1168,10 @@ class AutoFaithfulGuide(AutoGuide):
         with torch.random.fork_rng(devices=[]):  # its random start is replaced
             blocks = [GuideBlock.from_plain(plain) for plain in contents["blocks"]]
         self._plan, self._sites = contents["plan"], contents["sites"]
+        self.scores = None if contents["scores"] is None else ScoreReader.from_plain(contents["scores"])
         self._reader = CallReader.from_plain(contents["reader"], device)
         self._plate_states = contents["plates"]
+        self._priors = PriorReader(self._plan.priors, self._sites)
         self._reader.remember(self._plate_states, {name: site.support for name, site in self._sites.items()})
         self._notes, self._start_notes = contents["notes"]
         self._fitted = None if contents["fitted"] is None else FittedData(*contents["fitted"])
@@ -1032,6 +1188,8 @@ class AutoFaithfulGuide(AutoGuide):
                 "version."
             ) from error
         self.blocks.to(device)
+        if self.scores is not None:
+            self.scores.to(device)
 
     def bind(self, model: Callable[..., Any]) -> "AutoFaithfulGuide":
         """Give a guide that was pickled its model back (models are not saved with guides)."""
@@ -1050,12 +1208,14 @@ class AutoFaithfulGuide(AutoGuide):
         state["create_plates"] = None
         if self._plan is not None:  # a function that makes inverses cannot be pickled
             state["_options"] = replace(self._options, inverse=self._plan.inverse, init_values={})
+            state["_priors"] = PriorReader(self._plan.priors, self._sites)
         state["prototype_trace"] = None
         state["_fitted"] = None  # no data in a pickle
+        state["_places"] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update({"_places": None, **state})
         if self._plan is not None:
             self._mark_parameters()
 
@@ -1066,7 +1226,9 @@ class AutoFaithfulGuide(AutoGuide):
             memo[id(part)] = part
         state = self.__dict__.copy()
         shared = {key: state.pop(key) for key in ("_model", "create_plates", "master", "prototype_trace")}
-        state["plates"] = {}
+        state["plates"], state["_places"] = {}, None
+        if self._plan is not None:
+            state["_priors"] = PriorReader(self._plan.priors, self._sites)
         new.__dict__.update(shared)
         new.__dict__.update(copy.deepcopy(state, memo))
         if new._plan is not None:
@@ -1085,12 +1247,15 @@ def auto_faithful_guide(
     standardize: bool = True,
     num_start_samples: int = 10_000,
     strict: bool = True,
-    resolution: str = "site",
+    resolution: str = "auto",
+    rank: int | None = None,
+    budget: int | None = None,
     coupled_rank: int | None = None,
     enumerate_sites: bool | Collection[str] = False,
     init_values: Mapping[str, Tensor] = MappingProxyType({}),
     setup_seed: int = 0,
     optional: Sequence[str] = (),
+    features: str = "raw",
     create_plates: Callable[..., Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
 ) -> AutoFaithfulGuide:
@@ -1120,7 +1285,8 @@ def auto_faithful_guide(
             :class:`~pyro_graphflows.ModelGraph`.
         pool: How the data in inner plates reach the sites outside of them (a group's data its own variable, all data
             the global variables): None gives such sites per-element parameters for the data set at hand; ``"deepset"``
-            (or a :class:`~pyro_graphflows.guides.DeepSet` that sets its sizes) summarises the data by a
+            (or a :class:`~pyro_graphflows.guides.DeepSet` that sets its sizes; ``"attention"`` or an
+            :class:`~pyro_graphflows.guides.Attention` weighs elements by what they are) summarises the data by a
             permutation-invariant network, so that they are amortised over data sets of any
             size (:mod:`~pyro_graphflows.guides.conditionals.pooling`; not over subsampled plates).
         init: How training starts. ``"regression"``: at the least-squares regression of each site on its parents over
@@ -1134,8 +1300,14 @@ def auto_faithful_guide(
         num_start_samples: The number of joint samples of the model that are drawn at set-up.
         strict: Whether to refuse models whose dependencies cannot be traced in full; if not, what cannot be
             followed counts as a dependency on all earlier sites.
-        resolution: ``"site"``, or ``"element"`` to give each element of a vector site its own parents (not with
-            a factor class; see :func:`~pyro_graphflows.get_model_graph` for when that is sound).
+        resolution: ``"auto"``: vectors whose conditional would take more than 200,000 weights are held element by
+            element where the model's elements fall into small groups, and with a covariance of low rank beside a
+            diagonal where they do not (:mod:`~pyro_graphflows.guides.vectors`; ``describe()`` says which); ``"site"``:
+            never element by element; ``"element"``: each element of every vector site has its own parents (not with a
+            factor class; see :func:`~pyro_graphflows.get_model_graph` for when that is sound).
+        rank: The rank of the covariance of long vectors beside its diagonal; None for at most 10.
+        budget: The most weights that the conditional of one vector may take; full covariances are used up to it. None
+            for 200,000 where the covariance is full, a million otherwise.
         coupled_rank: Of latents that stay dependent across a plate
             (:mod:`~pyro_graphflows.guides.conditionals.coupled`): the rank of the dependence, 0 for a parameter for
             each pair of elements; None to choose by the size of the plate.
@@ -1153,6 +1325,10 @@ def auto_faithful_guide(
             Deep Generative Models). They are sampled first, in this order. Each call returns the sites that are latent
             in it. With several, a later one may lack data where an earlier one has some; the reverse is refused where
             the two are dependent.
+        features: What sites read of their data beside the data themselves: ``"raw"``, nothing; ``"score"``, the
+            gradient of the data's log-density at fixed reference values of all latents, as wide as the site is, where
+            the model has one (:mod:`~pyro_graphflows.guides.scores`); ``"auto"``, the same where a regression on
+            held-out joint samples gains by it.
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
             that returns plates that exist already, for subsampling.
         example_kwargs: Keyword arguments of a typical call.
@@ -1189,11 +1365,14 @@ def auto_faithful_guide(
         num_start_samples=num_start_samples,
         strict=strict,
         resolution=resolution,
+        rank=rank,
+        budget=budget,
         coupled_rank=coupled_rank,
         enumerate_sites=enumerate_sites,
         init_values=init_values,
         setup_seed=setup_seed,
         optional=optional,
+        features=features,
         create_plates=create_plates,
     )
     if example_args or example_kwargs:

@@ -6,6 +6,7 @@ the networks (:mod:`~pyro_graphflows.guides.start`) use the same ones. Where the
 the call are all that is known.
 """
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,8 +31,9 @@ from pyro_graphflows.inspect import (
     sample_prior,
 )
 from pyro_graphflows.inspect.arguments import argument_leaves, replaced_arguments
+from pyro_graphflows.inspect.trace import quiet_run, run_model
 
-__all__ = ["MOST_ROWS", "ModelDraws", "Samples", "side_by_side", "with_depth"]
+__all__ = ["MOST_ROWS", "ModelDraws", "Samples", "columns_of", "side_by_side", "with_depth"]
 
 MOST_ROWS = 200_000  # in the block with the most elements, for a joint sample
 MOST_POOLED_ROWS = 500_000  # the same where plates are pooled: a whole data set is one sample
@@ -41,7 +43,9 @@ MOST_BATCHES = 32  # of the rows of subsampled plates
 NO_SAMPLES = "no regression start and no standardisation of latents"
 DRAWS_NEAR_MODE = 2000  # at least
 FEWEST_OF_A_BATCH = 10  # joint samples; with fewer there is one batch
-MOST_SINGLE_RUNS = 1000  # where the model takes one run for each joint sample
+# Where each joint sample takes a run of the model: as many of these as there is time for.
+SINGLE_RUNS = (1000, 500, 250, 100)
+SECONDS_OF_RUNS = 5.0
 
 
 class ModelDraws:
@@ -69,8 +73,10 @@ class ModelDraws:
         self.traced, self.sites, self.encodings = traced, sites, encodings
         self._kept: dict[str, Tensor] = {}
         self._num_kept = 0
+        self._last: Mapping[str, Tensor] = {}
         self._batchings: dict[bool, Batching] = {}  # of joint samples, and of the latents alone
         self._mode: Mode | UnsupportedModelError | None = None
+        self._most_single_runs: int | None = None
         self._plates = plates_of(traced.trace)
         nodes: Any = traced.trace.nodes
         size = sum(site["value"].numel() for site in nodes.values() if torch.is_tensor(site.get("value")))
@@ -181,16 +187,40 @@ class ModelDraws:
         replaced = {id(leaf): indices[name] for name, leaf in given.items() if leaf is not None}
         return replaced_arguments(self.args, self.kwargs, replaced)
 
+    def latent_values(self, number: int) -> dict[str, Tensor]:
+        """Return the values of the latent sites, as the model has them, in the first of the samples drawn last."""
+        return {name: self._last[name][:number] for name in self.sites}
+
     @property
     def note(self) -> str | None:
         """A sentence for the user if each joint sample took a run of its own."""
         single = [each for each in self._batchings.values() if each.way == "single"]
         if not single:
             return None
+        most = self._most_single_runs or SINGLE_RUNS[0]
         return (
-            f"set-up is slow and has no more than {MOST_SINGLE_RUNS} joint samples, since each takes a run of the "
-            f"model: {single[0].reason}."
+            f"set-up is slow and has no more than {most} joint samples, since each takes a run of the model: "
+            f"{single[0].reason}."
         )
+
+    def raw(self, num_samples: int) -> dict[str, Tensor]:
+        """Return joint samples as the model drew them, the first of those that :meth:`draw` keeps.
+
+        Args:
+            num_samples: How many.
+        """
+        self.draw(num_samples)
+        return {name: value[:num_samples] for name, value in self._kept.items()}
+
+    def _single_runs(self, model: Callable[..., Any]) -> int:
+        """Return how many joint samples are drawn one by one: fewer where a run is slow, and never more than wanted."""
+        seconds = []
+        for _ in range(3):
+            begin = time.thread_time()
+            with quiet_run(model), torch.no_grad():
+                run_model(model, self.args, self.kwargs)
+            seconds.append(time.thread_time() - begin)
+        return next((n for n in SINGLE_RUNS if n * min(seconds) <= SECONDS_OF_RUNS), SINGLE_RUNS[-1])
 
     def draw(self, num_samples: int, *, keep: bool = True, latents_only: bool = False) -> dict[str, Tensor]:
         """Return joint samples of all latent sites and of the nodes that can be network inputs.
@@ -212,8 +242,10 @@ class ModelDraws:
             self._batchings[latents_only] = find_batching(model, self.args, self.kwargs, traced=traced)
         batching = self._batchings[latents_only]
         num_samples = min(num_samples, self._most_draws)
-        if batching.way == "single":
-            num_samples = min(num_samples, MOST_SINGLE_RUNS)
+        if batching.way == "single" and num_samples > SINGLE_RUNS[-1]:
+            if self._most_single_runs is None:
+                self._most_single_runs = self._single_runs(model)
+            num_samples = min(num_samples, self._most_single_runs)
         if latents_only:
             samples = sample_prior(
                 *(model, self.args, self.kwargs),
@@ -224,6 +256,7 @@ class ModelDraws:
             samples = self._draw(num_samples, batching)
             if keep:
                 self._kept, self._num_kept = samples, num_samples
+        self._last = samples
         return self._flat({name: value[:num_samples] for name, value in samples.items()}, num_samples)
 
     def near_mode(self, num_samples: int) -> dict[str, Tensor]:
@@ -244,7 +277,7 @@ class ModelDraws:
                 self._mode = error
         if isinstance(self._mode, UnsupportedModelError):
             raise self._mode
-        values = self._mode.draw(min(num_samples, self._most_draws))
+        self._last = values = self._mode.draw(min(num_samples, self._most_draws))
         return self._flat(values, len(next(iter(values.values()))))
 
     def _flat(self, samples: Mapping[str, Tensor], num_samples: int) -> dict[str, Tensor]:
@@ -381,6 +414,11 @@ class Samples:
     def aligned(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return joint samples of some nodes, plates apart, with as many batch dimensions each."""
         return _at_one_depth(self.values or {}, names)
+
+
+def columns_of(site: str) -> tuple[str, str]:
+    """Return the names of a fused site's columns beside samples: its prior, its value in the coordinate of that."""
+    return f"{site}: prior", f"{site}: coordinate"
 
 
 def _latents_of(model: Callable[..., Any], traced: TracedModel) -> tuple[Callable[..., Any], TracedModel]:

@@ -6,6 +6,7 @@ from pyro_graphflows.infer.calibration import sbc_ranks, sbc_uniformity
 from pyro_graphflows.infer.chains import Chains
 from pyro_graphflows.infer.checkpoints import Checkpoint
 from pyro_graphflows.infer.comparison import compare, stacking_weights
+from pyro_graphflows.infer.compiled import CompiledLoss
 from pyro_graphflows.infer.evidence import Evidence, importance_log_weights, log_evidence
 from pyro_graphflows.infer.fixed_simulations import Simulations
 from pyro_graphflows.infer.history import History, Progress
@@ -26,6 +27,7 @@ __all__ = [
     "NUTS",
     "Chains",
     "Checkpoint",
+    "CompiledLoss",
     "Evidence",
     "History",
     "InferenceCompilation",

@@ -188,7 +188,8 @@ def prototype(
         The traces and the number of dimensions.
 
     Raises:
-        UnsupportedModelError: If a latent site of the model is missing in the guide.
+        UnsupportedModelError: If a latent site of the model is missing in the guide, or the guide has a site that the
+            model lacks and that is not marked ``infer={"is_auxiliary": True}``.
     """
     with poutine.block(), torch.no_grad():
         model_trace, guide_trace = run_pair(model, guide, args, kwargs)
@@ -205,6 +206,16 @@ def prototype(
             "Expected the guide to sample every latent site of the model; it does not sample "
             f"{sorted(missing)}. Give the guide these sites, or sum them out of the model (log_evidence does so for "
             "sites marked infer={'enumerate': 'parallel'})."
+        )
+    extra = sorted(
+        name
+        for name, site in density_sites(guide_trace)
+        if name not in model_trace and not (site["is_observed"] or site["infer"].get("is_auxiliary"))
+    )
+    if extra:
+        raise UnsupportedModelError(
+            f"Expected each site of the guide to be a latent site of the model; got {extra}. The density of more than "
+            "the model's latents is no proposal for these. Draw noise of the guide outside of pyro.sample."
         )
     if is_validation_enabled():
         for trace in (model_trace, guide_trace):

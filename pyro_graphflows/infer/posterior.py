@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -58,6 +59,7 @@ from pyro_graphflows.infer.particles import (
     inside,
     log_density,
     prototype,
+    run_pair,
 )
 from pyro_graphflows.infer.predictive import Prediction, predict
 from pyro_graphflows.infer.psis import effective_sample_size, psis_khat, smoothed_log_weights
@@ -69,6 +71,7 @@ from pyro_graphflows.infer.refinement import (
     refine,
     starting_rows,
 )
+from pyro_graphflows.infer.surprise import num_sets, surprise_of, warn_of_surprise
 from pyro_graphflows.infer.tables import Table
 
 __all__ = ["Posterior", "load_posterior", "sample_posterior"]
@@ -117,6 +120,29 @@ class Posterior:
         """The log-evidence by the weights, of each datum or of all; ``None`` once draws are resampled or refined."""
         changed = self.is_resampled or self.chains is not None
         return None if changed else evidence_from_log_weights(self.log_weights)
+
+    @cached_property
+    def surprise(self) -> Tensor | None:
+        """How often the model generates data at least as far out: a tail probability for each datum, or for all.
+
+        What the guide reads of the data is compared with that of at least 10,000 joint draws of the model, found when
+        first asked for (:mod:`~pyro_graphflows.infer.surprise`). ``None`` for guides that read no data, as those with
+        parameters for each latent.
+
+        Raises:
+            UnsupportedModelError: If joint draws of the model are not the model; the message names the site, as one
+                with an improper prior.
+
+        Warns:
+            GraphflowsWarning: If more data than chance allows are below 0.001.
+        """
+        fitted, plate = self.fitted, self.data_plate
+        num_data = 1 if plate is None else self.khat.numel()
+        with _evaluated(fitted), seeded(0), _bar(2 * num_sets(num_data), True, "simulating") as bar:
+            tail = surprise_of(fitted, plate, bar.update)
+        if tail is not None:
+            warn_of_surprise(tail, plate)
+        return tail
 
     def __len__(self) -> int:
         return self.num_draws
@@ -812,8 +838,8 @@ class _Source:
     @classmethod
     def of(cls, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Source":
         """Run both once, find out whether the posterior factorises and whether they can run in batches."""
-        alone = poutine.trace(model).get_trace(*args, **kwargs)
-        if not any(site["is_observed"] for _, site in density_sites(alone)):
+        model_trace, _ = run_pair(model, guide, args, kwargs)
+        if not any(site["is_observed"] for _, site in density_sites(model_trace)):
             raise UnsupportedModelError(
                 "Expected the model to have observed sites; without any there is no posterior. Give the data as its "
                 "arguments, or condition it (poutine.condition)."

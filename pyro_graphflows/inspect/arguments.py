@@ -14,10 +14,12 @@ import functools
 import inspect
 import os
 import types
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -45,7 +47,7 @@ ArgumentPath = tuple[Hashable, ...]
 objects (:class:`Attribute`), and last, for an observed site that is a row or a column of a tensor, into the tensor
 (``t`` or ``(..., j)``)."""
 
-MOST_DEPTH = 6  # of fields within fields
+MOST_DEPTH = 20  # of fields within fields
 MOST_ITEMS = 1000  # of a container outside of the arguments, a vocabulary may be one
 MOST_OUTSIDE = 3  # of functions that call functions, where tensors outside of the arguments are looked for
 # Values without fields of interest.
@@ -53,6 +55,7 @@ _WHOLE = (
     *(torch.Tensor, torch.nn.Module, torch.Generator, torch.dtype, torch.device),
     *(np.ndarray, np.generic, types.NoneType, types.ModuleType, types.GeneratorType),
     *(bool, int, float, complex, str, bytes, set, frozenset, range, slice),
+    *(type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial),
 )
 _CALL = "__call__"
 TABLES = ("pandas", "polars", "pyarrow", "xarray")
@@ -88,8 +91,24 @@ class LoopRow:
 def signature_of(model: Callable) -> inspect.Signature:
     """Return the signature with which a model is called; that of ``forward`` for modules."""
     inner = inspect.unwrap(model)  # poutine.condition(module, ...) and the like
+    called = inner.forward if isinstance(inner, torch.nn.Module) else model
+    if not (inspect.isfunction(called) or inspect.ismethod(called)):
+        return _signature(called)
+    # methods are made anew at each look-up, functions stay: signatures are kept as long as these
+    function = called.__func__ if inspect.ismethod(called) else called
+    known = _KNOWN_SIGNATURES.setdefault(function, {})
+    is_bound = function is not called
+    if is_bound not in known:
+        known[is_bound] = _signature(called)
+    return known[is_bound]
+
+
+_KNOWN_SIGNATURES: WeakKeyDictionary[Any, dict[bool, inspect.Signature]] = WeakKeyDictionary()
+
+
+def _signature(called: Callable) -> inspect.Signature:
     try:
-        return inspect.signature(inner.forward if isinstance(inner, torch.nn.Module) else model)
+        return inspect.signature(called)
     except (TypeError, ValueError):
         return inspect.signature(lambda *args, **kwargs: None)
 
@@ -159,7 +178,10 @@ def raw_argument(model: Callable, path: ArgumentPath, args: tuple, kwargs: Mappi
 
 def _follow(value: Any, path: ArgumentPath) -> Any:
     value = _followed(value, path)
-    return _array_as_tensor(value) if _is_numeric_array(value) else value
+    if _is_numeric_array(value):
+        return _array_as_tensor(value)
+    is_sparse = isinstance(value, torch.Tensor) and value.layout is not torch.strided
+    return value.to_dense() if is_sparse else value
 
 
 def _followed(value: Any, path: ArgumentPath) -> Any:
@@ -204,6 +226,17 @@ def argument_name(path: ArgumentPath) -> str:
     return written
 
 
+def _is_list_of_numbers(value: Any) -> bool:
+    """Whether a list holds numbers with fractions, as data of a column may."""
+    return (
+        isinstance(value, tuple | list)
+        and len(value) > 1
+        and not hasattr(value, "_fields")
+        and all(isinstance(item, float | int) for item in value)
+        and any(isinstance(item, float) for item in value)
+    )
+
+
 def _is_table(value: Any) -> bool:
     return type(value).__module__.split(".")[0] in TABLES
 
@@ -212,11 +245,11 @@ def fields_of(value: Any) -> list[tuple[Hashable, Any]] | None:
     """Return keys and values inside a container or an object; None for what is not followed."""
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return [(Attribute(name), getattr(value, name)) for name in value._fields]
-    if isinstance(value, tuple | list):
+    if isinstance(value, tuple | list | deque):
         return list(enumerate(value))
     if isinstance(value, Mapping):
         return list(value.items())
-    if isinstance(value, _WHOLE) or callable(value) or _is_table(value):
+    if isinstance(value, _WHOLE) or _is_table(value):
         return None
     keys = getattr(value, "keys", None)
     if keys is not None and hasattr(type(value), "__getitem__"):  # like a mapping
@@ -241,16 +274,24 @@ def _slots(kind: type) -> tuple[str, ...]:
 
 
 def _walk(
-    path: ArgumentPath, value: Any, inside: tuple[int, ...] = (), most: int | None = None
+    path: ArgumentPath,
+    value: Any,
+    inside: tuple[int, ...] = (),
+    most: int | None = None,
+    whole: Collection[int] = (),
 ) -> Iterator[tuple[ArgumentPath, Any]]:
-    """Yield what is inside of a value, by path; containers of more than ``most`` items are left whole."""
+    """Yield what is inside of a value, by path.
+
+    Containers of more than ``most`` items, lists of numbers and what has an ``id`` among ``whole`` are left whole.
+    """
     large = most is not None and isinstance(value, tuple | list | Mapping) and len(value) > most
-    fields = None if large or len(inside) > MOST_DEPTH or id(value) in inside else fields_of(value)
+    is_whole = large or len(inside) > MOST_DEPTH or id(value) in inside or id(value) in whole
+    fields = None if is_whole or _is_list_of_numbers(value) else fields_of(value)
     if fields is None:
         yield path, value
         return
     for key, item in fields:
-        yield from _walk((*path, key), item, (*inside, id(value)), most)
+        yield from _walk((*path, key), item, (*inside, id(value)), most, whole)
 
 
 def replaced_arguments(
@@ -264,7 +305,9 @@ def replaced_arguments(
 
 
 def _replaced(value: Any, replaced: Mapping[int, Any]) -> Any:
-    leaves = [leaf for _, leaf in _walk((), value)]
+    if id(value) in replaced:
+        return replaced[id(value)]
+    leaves = [leaf for _, leaf in _walk((), value, whole=replaced)]
     if not any(id(leaf) in replaced for leaf in leaves):
         return value
     if type(value) in (tuple, list):
@@ -439,16 +482,28 @@ def not_followed(model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dic
     for name, argument in _bind(model, args, kwargs).items():
         for path, value in _walk((name,), argument):
             written = argument_name(path)
-            if isinstance(value, np.ndarray):
+            if isinstance(value, np.ndarray) and value.dtype.names:
+                found[path] = (
+                    f"argument '{written}' is a structured NumPy array, which is not followed; if it holds covariates, "
+                    f"pass {{name: torch.tensor({written}[name]) for name in {written}.dtype.names}}"
+                )
+            elif isinstance(value, np.ndarray):
                 found[path] = (
                     f"argument '{written}' is a NumPy array, which is not followed; pass torch.as_tensor({written}), "
                     "or use torch.as_tensor in the model, if it is a covariate"
                 )
+            elif _is_list_of_numbers(value):
+                found[path] = (
+                    f"argument '{written}' is a list of numbers, which is not followed; pass torch.tensor({written}) "
+                    "if it is a covariate"
+                )
             elif _is_table(value):
                 kind = f"{type(value).__module__.split('.')[0]}.{type(value).__name__}"
+                column = f"torch.tensor({written}.to_numpy())"
+                columns = f"{{name: torch.tensor({written}[name].to_numpy()) for name in {written}}}"
                 found[path] = (
                     f"argument '{written}' is a {kind}, which is not followed; if it holds covariates, pass "
-                    f"{{name: torch.tensor({written}[name].to_numpy()) for name in {written}}}"
+                    f"{columns if hasattr(value, 'columns') else column}"
                 )
     return found
 

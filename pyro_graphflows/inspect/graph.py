@@ -22,9 +22,12 @@ parent.
 
 Elements of one site are joined by edges only where its distribution joins them: a multivariate normal becomes
 a chain in which each element has all earlier ones as parents; ``Normal(...).to_event(1)`` has no such edges.
+
+A row of a Jacobian takes a backward pass. Of long vectors, a Jacobian with few diagonals is found by a handful of
+passes that add up rows far apart, and confirmed by one with random weights (Curtis, Powell and Reid 1974).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -41,12 +44,15 @@ from pyro_graphflows.inspect.probes import (
     density,
     differentiable,
     require_followed,
+    with_known_rows,
 )
 from pyro_graphflows.inspect.trace import TracedModel, trace_once, undressed
 
 __all__ = ["get_model_graph", "trace_model"]
 
 _POINTS = 8
+_MOST_TOGETHER = 8  # elements of a long vector that may share something, for each to be told apart
+_MANY_ROWS = 32  # from which a Jacobian is looked at for diagonals first
 
 
 def get_model_graph(
@@ -128,7 +134,10 @@ def trace_model(
         raise GraphflowsError(f"Expected resolution 'site' or 'element'; got {resolution!r}.")
     args, kwargs = tuple(model_args), dict(model_kwargs or {})
     traced = trace_once(model, args, kwargs, strict=strict)
-    notes = require_followed(Rerun(model, args, kwargs, traced), strict=strict)
+    rerun = Rerun(model, args, kwargs, traced)
+    notes = require_followed(rerun, strict=strict)
+    if traced.graph.inputs:
+        traced = with_known_rows(rerun)
     traced = replace(traced, notes=tuple(dict.fromkeys((*traced.notes, *notes))))
     if validate:
         traced = _validated(traced, Validation(Rerun(model, args, kwargs, traced), strict).run())
@@ -149,7 +158,9 @@ def _validated(traced: TracedModel, validation: Validation) -> TracedModel:
     )
 
 
-def split_elements(rerun: Rerun, *, num_points: int = _POINTS) -> TracedModel:
+def split_elements(
+    rerun: Rerun, *, num_points: int = _POINTS, only: Collection[str] | None = None
+) -> TracedModel:
     """Refine a graph of sites to one of elements.
 
     Split are latent sites whose elements are constrained one by one (not simplices or matrices), and
@@ -159,6 +170,8 @@ def split_elements(rerun: Rerun, *, num_points: int = _POINTS) -> TracedModel:
     Args:
         rerun: The traced model.
         num_points: At how many random points to differentiate.
+        only: Latent sites to be split, with the sites that depend on them, if their elements fall into many small
+            groups that share nothing; the others stay whole. By default all sites are split.
 
     Returns:
         What was traced, with the refined graph and ``elements``; everything else is by site as before.
@@ -166,12 +179,17 @@ def split_elements(rerun: Rerun, *, num_points: int = _POINTS) -> TracedModel:
     traced, graph, nodes = rerun.traced, rerun.graph, rerun.sites
     sites = list(nodes)
     split = {name for name in sites if _can_split(nodes[name], name in graph.observed)}
+    if only is not None:
+        split &= {*only, *(child for name in only for child in _children(graph, name))}
     notes = traced.notes
     try:
-        patterns = _patterns(rerun, num_points)
+        patterns = _patterns(rerun, num_points, only)
     except RerunError as error:
         patterns = {}
         notes = (*notes, f"elements were not told apart: {error}")
+    if only is not None:
+        grouped = {name for name in only if name in split and _in_small_groups(rerun, name, split, patterns)}
+        split &= grouped | {child for name in grouped for child in _children(graph, name)}
 
     names: dict[str, list[str]] = {}
     taken = set(graph.nodes)
@@ -202,6 +220,27 @@ def split_elements(rerun: Rerun, *, num_points: int = _POINTS) -> TracedModel:
         plates=plates,
     )
     return replace(traced, graph=refined, elements=elements, notes=notes)
+
+
+def _children(graph: ModelGraph, name: str) -> list[str]:
+    return [str(child) for child in graph.nodes if name in graph.parents(child)]
+
+
+def _in_small_groups(
+    rerun: Rerun, name: str, split: Collection[str], patterns: Mapping[tuple[str, str], np.ndarray]
+) -> bool:
+    """Whether the elements of a site fall into small groups by the elements of other sites that depend on them."""
+    if undressed(rerun.sites[name]["fn"]).event_shape.numel() > 1:  # the distribution joins them
+        return False
+    together = nx.Graph()
+    together.add_nodes_from((name, j) for j in range(rerun.graph.event_sizes[name]))
+    for child in _children(rerun.graph, name):
+        pattern = patterns.get((name, child))
+        if pattern is None or child not in split or pattern.sum() > _MOST_TOGETHER * max(pattern.shape):
+            return False
+        together.add_edges_from(((child, i), (name, j)) for i, j in zip(*np.nonzero(pattern), strict=True))
+    groups = nx.connected_components(together)
+    return all(sum(site == name for site, _ in group) <= _MOST_TOGETHER for group in groups)
 
 
 def _can_split(site: Any, observed: bool) -> bool:
@@ -246,7 +285,9 @@ def _inner_edges(site: Any, names: list[str]) -> list[tuple[str, str]]:
     ]
 
 
-def _patterns(rerun: Rerun, num_points: int) -> dict[tuple[str, str], np.ndarray]:
+def _patterns(
+    rerun: Rerun, num_points: int, only: Collection[str] | None = None
+) -> dict[tuple[str, str], np.ndarray]:
     """Return which elements (rows) depend on which elements of a parent, where gradients show it."""
     traced, sites = rerun.traced, rerun.sites
     found: dict[tuple[str, str], np.ndarray] = {}
@@ -256,6 +297,8 @@ def _patterns(rerun: Rerun, num_points: int) -> dict[tuple[str, str], np.ndarray
         leaves = {}
         for name in sites:
             value = drawn.nodes[name]["value"]
+            if only is not None and name not in only:
+                continue
             if name not in traced.without_data and isinstance(value, torch.Tensor) and differentiable(value):
                 leaves[name] = value.detach().clone().requires_grad_()
         with torch.enable_grad():
@@ -277,15 +320,55 @@ def _jacobian(child: Any, parents: dict[str, torch.Tensor], nodes: Any) -> dict[
     if not parents or not log_density.requires_grad:
         return {}
     batch_dim = len(child["fn"].batch_shape)
-    entries = log_density.sum(tuple(range(batch_dim))) if batch_dim else log_density
+    entries = (log_density.sum(tuple(range(batch_dim))) if batch_dim else log_density).reshape(-1)
     block = max(1, undressed(child["fn"]).event_shape.numel())  # 0 at a factor
+    sizes = {name: torch.Size(nodes[name]["fn"].event_shape).numel() for name in parents}
+
+    def back(weights: torch.Tensor) -> dict[str, torch.Tensor]:
+        gradients = torch.autograd.grad(
+            entries, list(parents.values()), weights, retain_graph=True, allow_unused=True
+        )
+        return {
+            name: (torch.zeros_like(value) if gradient is None else gradient).reshape(-1, sizes[name])
+            for (name, value), gradient in zip(parents.items(), gradients, strict=True)
+        }
+
+    if len(entries) >= _MANY_ROWS and set(sizes.values()) == {len(entries)} and block == 1:
+        banded = _banded_jacobian(len(entries), entries, back)
+        if banded is not None:
+            return banded
     rows: dict[str, list[np.ndarray]] = {name: [] for name in parents}
-    for entry in entries.reshape(-1):
-        gradients = torch.autograd.grad(entry, list(parents.values()), retain_graph=True, allow_unused=True)
-        for (name, value), gradient in zip(parents.items(), gradients, strict=True):
-            size = torch.Size(nodes[name]["fn"].event_shape).numel()
-            if gradient is None:
-                gradient = torch.zeros_like(value)
-            seen = (gradient.reshape(-1, size) != 0).any(0).numpy(force=True)
-            rows[name] += [seen] * block
+    for one in torch.eye(len(entries), dtype=entries.dtype, device=entries.device):
+        for name, gradient in back(one).items():
+            rows[name] += [(gradient != 0).any(0).numpy(force=True)] * block
     return {name: np.stack(pattern) for name, pattern in rows.items()}
+
+
+def _banded_jacobian(
+    size: int, like: torch.Tensor, back: Callable[[torch.Tensor], dict[str, torch.Tensor]]
+) -> dict[str, np.ndarray] | None:
+    """Return where square Jacobians are not zero if all of that is near their diagonals; None if it is not."""
+    index = torch.arange(size, device=like.device)
+    weights = 0.5 + torch.rand(size, generator=torch.Generator().manual_seed(0)).to(like)
+    probe = back(weights)
+    for width in (0, 2):
+        period = 2 * width + 1
+        patterns = {name: np.zeros((size, size), dtype=bool) for name in probe}
+        explained = {name: torch.zeros_like(gradient) for name, gradient in probe.items()}
+        for phase in range(period):
+            chosen = index % period == phase
+            for name, gradient in back(chosen.to(like)).items():
+                row = index + (phase - index + width) % period - width  # the chosen row near each column
+                inside = (row >= 0) & (row < size)
+                row = row.clamp(0, size - 1)
+                explained[name] += torch.where(inside, weights[row] * gradient, torch.zeros_like(gradient))
+                seen = (gradient != 0).any(0) & inside
+                patterns[name][row[seen].numpy(force=True), index[seen].numpy(force=True)] = True
+        if all(
+            torch.allclose(
+                explained[name], probe[name], rtol=1e-3, atol=1e-5 * float(probe[name].abs().max())
+            )
+            for name in probe
+        ):
+            return patterns
+    return None

@@ -7,6 +7,10 @@ that pass by the tracer (values computed in another thread), and two properties 
 for granted: that sites in a plate depend on their own index only (``z.cumsum(-1)`` violates it), and that all
 indices are alike (constants in the model that vary along the plate violate it).
 
+**Rows.** Row n of an input is taken to belong to element n of a plate of its size. Changing half of the rows shows
+whether that is so, also for inputs whose shape does not show it (``x[:, None]`` in a plate at dimension -2), and
+for those that a model turns (``x.flip(0)``, lags).
+
 **Look-ups.** A graph over sites says that every datum depends on every group, and then the groups look
 dependent in the posterior whatever is known. If each datum looks up *one* group, the data are in fact nested
 in the groups. That is found by changing the values of some groups and seeing which log-densities change:
@@ -19,6 +23,7 @@ made at two sets of values, since an index that is itself a latent value looks u
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -65,6 +70,7 @@ __all__ = [
     "nested_by_index",
     "non_exchangeable_plates",
     "require_followed",
+    "with_known_rows",
     "with_loop_plates",
     "with_nested_plates",
 ]
@@ -285,14 +291,20 @@ def require_followed(rerun: Rerun, *, strict: bool) -> list[str]:
         UnsupportedModelError: If a distribution changes with such an argument. The message has a line to write.
     """
     notes = []
+    sizes = {frame.size for site in rerun.sites.values() for frame in vectorized_plates(site)}
     for path, what in not_followed(rerun.model, rerun.args, rerun.kwargs).items():
         value = raw_argument(rerun.model, path, rerun.args, rerun.kwargs)
+        is_list = isinstance(value, tuple | list)
+        if is_list and len(value) not in sizes:
+            continue  # options of the model
         try:
             before = rerun.densities(rerun.values)
             trace = rerun.at(rerun.values, replaced={id(value): _perturbed(value)})
             after = {name: density(trace.nodes[name]) for name in before}
         except (RerunError, KeyError, TypeError, ValueError):
-            notes.append(what)  # unknown
+            notes += (
+                [] if isinstance(value, tuple | list) else [what]
+            )  # unknown; numbers are options of a model
             continue
         changed = [name for name in before if not _alike(before[name], after[name])]
         if changed:
@@ -304,7 +316,14 @@ def require_followed(rerun: Rerun, *, strict: bool) -> list[str]:
 
 
 def _perturbed(value: Any) -> Any:
-    """Return an array or a pandas table with other numbers."""
+    """Return an array, a list of numbers or a pandas table with other numbers."""
+    if isinstance(value, tuple | list):
+        return type(value)(_perturbed(np.array(value, dtype=float)).tolist())
+    if isinstance(value, np.ndarray) and value.dtype.names:
+        other = value.copy()
+        for name in value.dtype.names:
+            other[name] = _perturbed(value[name])
+        return other
     if isinstance(value, np.ndarray):
         if value.dtype.kind in "iub":
             return np.roll(value, 1, axis=0)
@@ -313,6 +332,215 @@ def _perturbed(value: Any) -> Any:
         return type(value)(_perturbed(value.to_numpy()), index=value.index, name=value.name)
     columns = {name: _perturbed(value[name].to_numpy()) for name in value.columns}
     return type(value)(columns, index=value.index)
+
+
+def with_known_rows(rerun: Rerun) -> TracedModel:
+    """Return a traced model whose inputs are put down to the plates along which they vary.
+
+    Two runs for each input with a dimension of the size of a plate that its shape does not match, and two for all
+    others.
+
+    Args:
+        rerun: The traced model.
+
+    Returns:
+        The traced model, with inputs in the plates whose elements each depend on a row of theirs, and
+        ``other_rows`` for those of whose rows elements use others than their own, or some that were not seen
+        to be taken.
+    """
+    search = _Rows(rerun)
+    traced = rerun.traced
+    try:
+        for name, (dim, plate) in search.unmatched().items():
+            if search.is_own(name, dim, plate):
+                traced = _in_plate(traced, name, dim, search.frames[plate], search.shapes[name])
+        other = search.with_other_rows()
+    except RerunError:
+        return traced
+    return replace(traced, other_rows=other)
+
+
+def _in_plate(traced: TracedModel, name: str, dim: int, frame: Any, shape: torch.Size) -> TracedModel:
+    """Return a traced model in which a dimension of an input runs along a plate."""
+    frames = {f.name: f for site in traced.trace.nodes.values() if "cond_indep_stack" in site
+              for f in vectorized_plates(site)}  # fmt: skip
+    rows = dict(sorted({**traced.rows[name], dim: frame.name}.items(), key=lambda row: frames[row[1]].dim))
+    rest = [size for d, size in zip(range(-len(shape), 0), shape, strict=True) if d not in rows]
+    places = tuple((d, frames[plate].dim) for d, plate in rows.items())
+    graph = traced.graph
+    graph = ModelGraph(
+        graph.to_networkx(),
+        graph.observed,
+        inputs=graph.inputs,
+        marginalised=graph.marginalised,
+        event_sizes={**graph.event_sizes, name: torch.Size(rest).numel()},
+        plates={**graph.plates, name: tuple(rows.values())},
+    )
+    return replace(
+        traced,
+        graph=graph,
+        event_dims={**traced.event_dims, name: len(rest)},
+        rows={**traced.rows, name: rows},
+        places={**traced.places, name: places},
+        notes=tuple(note for note in traced.notes if not note.startswith(f"input '{name}' of shape")),
+    )
+
+
+class _Rows:
+    """The search for the rows of inputs that elements of plates use: some rows are changed, and then the others."""
+
+    def __init__(self, rerun: Rerun) -> None:
+        self.rerun = rerun
+        self.frames = {
+            f.name: f for site in rerun.sites.values() for f in vectorized_plates(site) if f.full_size > 1
+        }
+        paths = rerun.traced.argument_paths
+        leaves = rerun.leaves()
+        self.leaves = {
+            name: leaves[paths[name]]
+            for name in rerun.graph.inputs
+            if paths[name] in leaves
+            and leaves[paths[name]].is_floating_point()
+            and name not in rerun.traced.loops
+        }
+        self.shapes = {name: leaf.shape for name, leaf in self.leaves.items()}
+
+    def unmatched(self) -> dict[str, tuple[int, str]]:
+        """Return the inputs with one dimension of the size of a plate around their sites, which is in no plate yet."""
+        traced, found = self.rerun.traced, {}
+        for name, shape in self.shapes.items():
+            rows = traced.rows.get(name, {})
+            around = {plate for site in self._sites_of(name) for plate in traced.graph.plates[site]}
+            pairs = [
+                (dim, plate)
+                for plate in self.frames
+                if plate in around and plate not in rows.values()
+                for dim in range(-len(shape), 0)
+                if dim not in rows and shape[dim] == self.frames[plate].size
+            ]
+            if len(pairs) == 1 and name not in traced.taken:
+                found[name] = pairs[0]
+        return found
+
+    def is_own(self, name: str, dim: int, plate: str) -> bool:
+        """Whether each element of a plate depends on the row of its own, along a dimension of an input."""
+        some = self._half(self.frames[plate].size)
+        changed = self._changed({name: dim}, plate, self._elements)
+        return bool(changed) and all(
+            torch.equal(one, some) and torch.equal(other, ~some) for one, other in changed
+        )
+
+    def with_other_rows(self) -> dict[str, str]:
+        """Return the inputs of whose rows elements of a plate use others than their own, or some that were not seen."""
+        found: dict[str, str] = {}
+        for plate, frame in self.frames.items():
+            for name, shape in self.shapes.items() if frame.full_size != frame.size else ():
+                rows = self.rerun.traced.rows.get(name, {})
+                free = [d for d in range(-len(shape), 0) if shape[d] == frame.full_size and d not in rows]
+                if len(free) == 1 and plate not in rows.values() and self._are_rows({name: free[0]}, plate):
+                    found[name] = plate
+        for plate in self.frames:
+            dims = {
+                name: dim
+                for name in self.leaves
+                for dim, other in self.rerun.traced.rows.get(name, {}).items()
+                if other == plate
+            }
+            if dims and self._are_other(dims, plate):
+                found.update(
+                    {name: plate for name, dim in dims.items() if self._are_other({name: dim}, plate)}
+                )
+        return found
+
+    def _are_other(self, dims: Mapping[str, int], plate: str) -> bool:
+        """Whether an element changes with the rows of the others and not with its own: then it reads one of these."""
+        some = self._half(self.frames[plate].size)
+        return any(
+            bool((~one & other & some).any() | (one & ~other & ~some).any())
+            for one, other in self._changed(dims, plate, self._elements)
+        )
+
+    def _are_rows(self, dims: Mapping[str, int], plate: str) -> bool:
+        """Whether elements of a plate depend on some of the rows, and not all on all of them, as on a mean."""
+        return any(bool((one ^ other).any()) for one, other in self._changed(dims, plate, self._any))
+
+    def _changed(
+        self, dims: Mapping[str, int], plate: str, halves: Callable[[str, str], list[torch.Tensor]]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Change half of the rows of some inputs, and the others.
+
+        Args:
+            dims: The inputs, and the dimension of their rows.
+            plate: The plate.
+            halves: A function from input and plate to the numbers of the rows of both halves.
+
+        Returns:
+            For each site that changes, which elements of the plate do in either run.
+        """
+        frame = self.frames[plate]
+        sites = [
+            site
+            for site in dict.fromkeys(site for name in dims for site in self._sites_of(name))
+            if plate in self.rerun.graph.plates[site]
+        ]
+        before = self.rerun.densities(self.rerun.values, sites)
+        after = []
+        for half in (0, 1):
+            replaced = {
+                id(self.leaves[name]): _changed_in(self.leaves[name], dim, halves(name, plate)[half])
+                for name, dim in dims.items()
+            }
+            trace = self.rerun.at(self.rerun.values, replaced=replaced)
+            with torch.no_grad():
+                after.append({site: density(trace.nodes[site]) for site in sites})
+        changed = []
+        for site in sites:
+            if before[site].dim() < -frame.dim or before[site].shape[frame.dim] != frame.size:
+                continue
+            one, other = (
+                _differs(before[site], each[site]).movedim(frame.dim, 0).reshape(frame.size, -1).any(-1).cpu()
+                for each in after
+            )
+            if bool((one | other).any()):
+                changed.append((one, other))
+        return changed
+
+    def _half(self, size: int) -> torch.Tensor:
+        """Return half of some numbers, at random and always the same, as a mask."""
+        numbers = torch.as_tensor(np.random.default_rng(0).permutation(size))
+        mask = torch.zeros(size, dtype=torch.bool)
+        mask[numbers[: (size + 1) // 2]] = True
+        return mask
+
+    def _elements(self, name: str, plate: str) -> list[torch.Tensor]:
+        """Return the rows of half of the elements, by the plate's indices where rows are taken, and all other rows."""
+        mask = self._half(self.frames[plate].size)
+        if plate not in self.rerun.traced.taken.get(name, {}).values():
+            return [half.nonzero()[:, 0] for half in (mask, ~mask)]
+        indices = torch.as_tensor(self.rerun.subsamples[plate]).cpu()
+        rows = torch.zeros(self.frames[plate].full_size, dtype=torch.bool)
+        rows[indices[mask]] = True
+        return [half.nonzero()[:, 0] for half in (rows, ~rows)]
+
+    def _any(self, name: str, plate: str) -> list[torch.Tensor]:
+        """Return half of all rows, and the others."""
+        mask = self._half(self.frames[plate].full_size)
+        return [half.nonzero()[:, 0] for half in (mask, ~mask)]
+
+    def _sites_of(self, name: str) -> list[str]:
+        return [site for site in self.rerun.sites if name in self.rerun.graph.parents(site)]
+
+
+def _changed_in(tensor: torch.Tensor, dim: int, rows: torch.Tensor) -> torch.Tensor:
+    """Return a tensor with slightly other values, of the same signs, in some rows."""
+    if tensor.layout is not torch.strided:
+        return _changed_in(tensor.to_dense(), dim, rows).to_sparse(layout=tensor.layout)
+    kept = torch.ones(tensor.shape[dim], dtype=torch.bool, device=tensor.device)
+    kept[rows.to(tensor.device)] = False
+    shape = [1] * tensor.dim()
+    shape[dim] = len(kept)
+    other = torch.where(tensor == 0, 0.01, 1.01 * tensor)
+    return torch.where(kept.reshape(shape), tensor, other)
 
 
 def non_exchangeable_plates(
@@ -594,6 +822,8 @@ def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
 def _equal_along(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     if -dim > tensor.dim():
         return tensor
+    if tensor.layout is not torch.strided:
+        return _equal_along(tensor.to_dense(), dim).to_sparse(layout=tensor.layout)
     return tensor.narrow(dim, 0, 1).expand(tensor.shape).clone()
 
 

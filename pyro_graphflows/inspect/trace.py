@@ -132,6 +132,8 @@ class TracedModel:
         selectors: For sites, the sites by whose values entries of theirs are chosen.
         loops: For sites and inputs inside subsampled plates that are Python loops: which plates, and which iteration.
         converted: Whether tensors were given in the place of NumPy arrays.
+        other_rows: The inputs of whose rows the elements of a plate use others than their own, or some in a way that
+            is not followed; and that plate.
     """
 
     graph: ModelGraph
@@ -152,6 +154,7 @@ class TracedModel:
     selectors: Mapping[str, frozenset[str]] = field(default_factory=dict)
     loops: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
     converted: bool = False
+    other_rows: Mapping[str, str] = field(default_factory=dict)
 
 
 def trace_once(

@@ -414,7 +414,7 @@ _METADATA = _names(
     sparse_dim __dlpack_device__ is_same_size is_cuda is_sparse is_sparse_csr is_quantized is_meta is_mps
     is_cpu is_xpu is_mkldnn is_nested is_contiguous is_floating_point is_complex is_inference is_conj is_neg
     is_pinned is_shared is_set_to is_distributed is_signed is_coalesced is_tensor is_storage _is_view
-    _backward_hooks _has_symbolic_sizes_strides dim_order _has_compatible_shallow_copy_type"""
+    _backward_hooks _cdata _has_symbolic_sizes_strides dim_order _has_compatible_shallow_copy_type"""
 )
 # Operators whose result's size depends on values, and the ways to read a size.
 _SIZE_FROM_VALUES = _names(
@@ -563,6 +563,12 @@ def _schema(func: Any) -> _Schema:
 
 class _DispatchMode(TorchDispatchMode):
     supports_higher_order_operators = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Leave the handler undecorated: PyTorch's decorator imports its compiler, which takes a second or two."""
+        return False
+
     _schemas: dict[Any, _Schema] = {}  # noqa: RUF012 - one cache for all instances
 
     def __init__(self, tracker: TaintTracker) -> None:
@@ -690,7 +696,7 @@ class _DispatchMode(TorchDispatchMode):
             along = index.movedim(args[1], 0).reshape(index.shape[args[1]], -1) if index.dim() else index
             if along.dim() == 2 and along.shape[1] and bool((along == along[:, :1]).all()):
                 tracker.take_rows(tensor, args[1], along[:, 0].contiguous(), result)
-        elif name != "take":
+        elif name != "take" or tensor.dim() == 1:
             tracker.take_rows(tensor, args[1] if name == "index_select" else 0, index, result)
 
     def _select(self, values: int, chosen_by: int) -> None:

@@ -346,7 +346,7 @@ class NaturalUnits(Constants):
         self.register_buffer("offset", torch.zeros(0) if linear is None else torch.zeros_like(linear.weight))
         self.register_buffer("bias", torch.zeros(0 if linear is None else number))
         self.register_buffer("unit", torch.ones(number))
-        self.register_buffer("set_of_output", torch.tensor(set_of_output), persistent=False)
+        self.register_buffer("set_of_output", torch.tensor(set_of_output, dtype=torch.long), persistent=False)
         seen = torch.ones(number)
         if layers:
             rows = layers[-1].sparse_mask().indices[0]

@@ -20,7 +20,10 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_graphflows.distributions.autoregressive_normal import AutoregressiveNormal, sum_over_pairs
+from pyro_graphflows.distributions.fusion import fuse, fuse_matrix
 from pyro_graphflows.guides.conditionals.distributions import DiscreteVector, ScalarNormal
+from pyro_graphflows.guides.conditionals.site_priors import SitePrior
 from pyro_graphflows.guides.sites import LatentSite
 from pyro_graphflows.regression import logistic_regression
 
@@ -29,12 +32,18 @@ __all__ = [
     "ElementNormalFactor",
     "Factor",
     "NormalFactor",
+    "NormalOutputs",
+    "fused_elements",
+    "fused_scalar_normals",
+    "fused_vector",
     "positive_scale",
     "scalar_normals",
 ]
 
 LEAST_SHARE = 0.02  # of its marginal scale that an element may move alone in a step of training
 LOG_SCALE_BOUND = 20.0  # exp() of it is far outside of any standardised scale
+MOST_DENSE = 32  # elements up to which an autoregression is solved as a matrix
+MOST_DEPTH = 8  # of an autoregression that is solved round by round
 ROUNDINGS = 400.0  # a scale is at least so many times the rounding error of a value of the standardised size
 
 
@@ -84,6 +93,11 @@ class Factor(ABC):
         return None
 
     @property
+    def num_reading(self) -> int:
+        """The number of outputs that depend on the parents, the first ones; all unless the family says so."""
+        return self.num_outputs
+
+    @property
     def log_scale_outputs(self) -> tuple[int, ...]:
         """The outputs that are logarithms of scales; none unless the family says so."""
         return ()
@@ -117,6 +131,31 @@ class Factor(ABC):
             Weights of shape ``(num_outputs, num_inputs)`` and biases of shape ``(num_outputs,)``.
         """
 
+    @property
+    def can_fuse(self) -> bool:
+        """Whether the factor can be multiplied by the model's own distribution of the site (:meth:`fused`)."""
+        return False
+
+    def fused(
+        self, outputs: Tensor, shift: Tensor, scale: Tensor, prior: SitePrior
+    ) -> dist.TorchDistribution:
+        """Return the distribution proportional to the prior times the factor, in the coordinate of the prior.
+
+        Args:
+            outputs: The network's outputs, shape ``(*batch, num_outputs)``.
+            shift: The shift of the standardisation of the coordinate, shape ``(size,)``.
+            scale: Its scale, shape ``(size,)``.
+            prior: The model's distribution of the site.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be fused with a prior.")
+
+    def fused_start(self, weights: Tensor, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
+        """Return skip weights and biases for which the factor beside the prior is linear-Gaussian.
+
+        As :meth:`linear_start`, of the factor and not of the conditional.
+        """
+        return self.linear_start(weights, loc, scale_tril)
+
     def natural_units(self, scale_tril: Tensor) -> Tensor:
         """Return how much of each output is one step of training: of locations the scale, of all others 1.
 
@@ -148,7 +187,7 @@ class Factor(ABC):
         return None
 
 
-class _NormalOutputs(Factor):
+class NormalOutputs(Factor):
     """What normal factors share: locations first, then log-scales."""
 
     @property
@@ -157,7 +196,7 @@ class _NormalOutputs(Factor):
         return tuple(range(self.size, 2 * self.size))
 
 
-class NormalFactor(_NormalOutputs):
+class NormalFactor(NormalOutputs):
     r"""A normal conditional, ``u = shift + scale * (loc + D U eps)``, with a full covariance within the site.
 
     ``D`` is diagonal and positive (outputs are its logarithms) and ``U`` is unit lower triangular. This is a full
@@ -187,6 +226,28 @@ class NormalFactor(_NormalOutputs):
         unit[..., rows, columns] = outputs[..., 2 * n :]
         scale_tril = diagonal.unsqueeze(-1) * unit
         return dist.MultivariateNormal(loc, scale_tril=scale_tril, validate_args=False)
+
+    @property
+    def can_fuse(self) -> bool:
+        """See :attr:`Factor.can_fuse`; a subclass with another distribution cannot."""
+        return type(self).distribution is NormalFactor.distribution
+
+    def fused(
+        self, outputs: Tensor, shift: Tensor, scale: Tensor, prior: SitePrior
+    ) -> dist.TorchDistribution:
+        """See :meth:`Factor.fused`; ``U`` is then that of the square root of the factor's precision, ``D^-1 U``."""
+        if self.size == 1:
+            return fused_scalar_normals(outputs, shift, scale, [prior])[0]
+        loc, scale_tril = fused_vector(outputs, shift, scale, prior)
+        return dist.MultivariateNormal(loc, scale_tril=scale_tril, validate_args=False)
+
+    def fused_start(self, weights: Tensor, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`Factor.fused_start`."""
+        eye = torch.eye(self.size, dtype=scale_tril.dtype, device=scale_tril.device)
+        root = torch.linalg.solve_triangular(scale_tril, eye, upper=False)  # of the precision
+        diagonal = scale_tril.diagonal()
+        unit = root * diagonal.unsqueeze(-1)
+        return self.linear_start(weights, loc, diagonal.unsqueeze(-1) * unit)
 
     def linear_start(self, weights: Tensor, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`Factor.linear_start`."""
@@ -226,7 +287,77 @@ def scalar_normals(outputs: Tensor, shift: Tensor, scale: Tensor) -> list[Scalar
     ]
 
 
-class ElementNormalFactor(_NormalOutputs):
+def fused_scalar_normals(
+    outputs: Tensor, shift: Tensor, scale: Tensor, priors: Sequence[SitePrior]
+) -> list[ScalarNormal]:
+    """Return what :meth:`NormalFactor.fused` returns for several sites of size one, by one computation for all.
+
+    Args:
+        outputs: The outputs for all sites, one site after the other, shape ``(*batch, 2 n)``.
+        shift: The shifts of the standardisation, shape ``(n,)``.
+        scale: Its scales, shape ``(n,)``.
+        priors: The priors of the sites.
+    """
+    locs, log_scales = fused_elements(outputs[..., 0::2], outputs[..., 1::2], (shift, scale), priors)
+    return [
+        ScalarNormal(dist.Normal(loc, width, validate_args=False))
+        for loc, width in zip(locs.unbind(-1), log_scales.exp().unbind(-1), strict=True)
+    ]
+
+
+def fused_elements(
+    locs: Tensor, log_scales: Tensor, units: tuple[Tensor, Tensor], priors: Sequence[SitePrior]
+) -> tuple[Tensor, Tensor]:
+    """Return locations and log-scales of priors times normal factors, number by number.
+
+    Args:
+        locs: The locations of the factors, in standardised units, ``(*batch, n)``.
+        log_scales: The logarithms of their scales.
+        units: Shift and scale of the standardisation.
+        priors: The priors, side by side of length ``n``.
+    """
+    shift, scale = units
+    loc, log_scale = (
+        _side_by_side([each.loc for each in priors]),
+        _side_by_side([each.log_scale for each in priors]),
+    )
+    log_width = positive_scale(log_scales, shift, scale).log() + scale.log()
+    return fuse(loc, log_scale, torch.addcmul(shift, scale, locs), log_width)
+
+
+def fused_vector(outputs: Tensor, shift: Tensor, scale: Tensor, prior: SitePrior) -> tuple[Tensor, Tensor]:
+    """Return mean and Cholesky factor of a prior times the factor of a vector.
+
+    Args:
+        outputs: Locations, log-scales, and the entries of ``U`` below the diagonal, ``(*batch, outputs)``.
+        shift: The shift of the standardisation, ``(n,)``.
+        scale: Its scale, ``(n,)``.
+        prior: The prior.
+    """
+    n = len(shift)
+    loc = torch.addcmul(shift, scale, outputs[..., :n])
+    width = positive_scale(outputs[..., n : 2 * n], shift, scale)
+    rows, columns = torch.tril_indices(n, n, -1, device=outputs.device)
+    unit = (
+        torch.eye(n, dtype=outputs.dtype, device=outputs.device).expand((*outputs.shape[:-1], n, n)).clone()
+    )
+    unit[..., rows, columns] = outputs[..., 2 * n :]
+    root = unit / width.unsqueeze(-1) / scale
+    batch = torch.broadcast_shapes(loc.shape[:-1], prior.loc.shape[:-1])
+    tril = prior.tril().expand(*batch, n, n)
+    return fuse_matrix(
+        prior.loc.expand(*batch, n), tril, loc.expand(*batch, n), (root.mT @ root).expand(*batch, n, n)
+    )
+
+
+def _side_by_side(parts: list[Tensor]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+    return torch.cat([part.expand(*shape, part.shape[-1]) for part in parts], -1)
+
+
+class ElementNormalFactor(NormalOutputs):
     r"""A normal conditional in which each element has parents of its own.
 
     ``y_i = loc_i + sum_j A_ij y_j + d_i eps_i`` over the earlier elements ``j`` of the site that element ``i``
@@ -240,6 +371,10 @@ class ElementNormalFactor(_NormalOutputs):
         super().__init__(len(inner))
         self.rows = [i for i, earlier in enumerate(inner) for _ in earlier]
         self.columns = [j for earlier in inner for j in earlier]
+        depths: list[int] = []
+        for earlier in inner:
+            depths.append(1 + max((depths[j] for j in earlier), default=-1))
+        self.depth = max(depths, default=0)
 
     @property
     def num_outputs(self) -> int:
@@ -258,6 +393,11 @@ class ElementNormalFactor(_NormalOutputs):
         diagonal = positive_scale(outputs[..., n : 2 * n], shift, scale)
         if not self.rows:
             return dist.Normal(shift + scale * loc, scale * diagonal, validate_args=False).to_event(1)
+        if n > MOST_DENSE and self.depth <= MOST_DEPTH:
+            pairs = torch.tensor([self.rows, self.columns], device=outputs.device)
+            weights = scale[pairs[0]] / scale[pairs[1]] * outputs[..., 2 * n :]
+            own = shift + scale * loc - sum_over_pairs(weights, pairs, shift)
+            return AutoregressiveNormal(own, scale * diagonal, weights, pairs, self.depth)
         eye = torch.eye(n, dtype=outputs.dtype, device=outputs.device)
         unit = eye.expand((*outputs.shape[:-1], n, n)).clone()
         unit[..., self.rows, self.columns] = -outputs[..., 2 * n :]
@@ -315,6 +455,20 @@ class DiscreteFactor(Factor):
         if n == 1:
             return DiscreteVector(logits)
         return DiscreteVector(logits, outputs[..., self.size :].unflatten(-1, (self._num_pairs, c, c)))
+
+    @property
+    def can_fuse(self) -> bool:
+        """See :attr:`Factor.can_fuse`."""
+        return type(self).distribution is DiscreteFactor.distribution
+
+    def fused(
+        self, outputs: Tensor, shift: Tensor, scale: Tensor, prior: SitePrior
+    ) -> dist.TorchDistribution:
+        """See :meth:`Factor.fused`: the outputs are added to the logits of the prior."""
+        logits = outputs[..., : self.size] + prior.loc
+        batch = torch.broadcast_shapes(outputs.shape[:-1], logits.shape[:-1])
+        couplings = outputs[..., self.size :].expand(*batch, -1)
+        return self.distribution(torch.cat([logits, couplings], -1), shift, scale)
 
     def linear_start(self, weights: Tensor, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
         """Return weights and biases for which the logits are ``loc + weights @ inputs``, without couplings."""

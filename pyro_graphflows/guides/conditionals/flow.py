@@ -27,6 +27,7 @@ from torch.distributions import constraints
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.conditionals.contract import BlockSpec, Conditionals, LinearConditional, Pass
 from pyro_graphflows.guides.conditionals.elements import ElementMap, ElementTable, element_maps
+from pyro_graphflows.guides.conditionals.site_priors import SitePrior
 from pyro_graphflows.guides.features import concatenate
 from pyro_graphflows.regression import in_float64
 from pyro_graphflows.transforms.faithful import FaithfulEvaluation, FaithfulResidualNN
@@ -361,9 +362,7 @@ class FlowPass(Pass):
         self._depth = 0
         self._level: FlowLevel
 
-    def next(
-        self, priors: Mapping[str, dist.TorchDistribution] | None = None
-    ) -> dict[str, dist.TorchDistribution]:
+    def next(self, priors: Mapping[str, SitePrior] | None = None) -> dict[str, dist.TorchDistribution]:
         """See :meth:`Pass.next`."""
         self._level = FlowLevel(self._levels, self._depth, self._evaluation)
         return {site: FlowConditional(self._level, site, self._batch) for site in self._level.parts}

@@ -22,8 +22,11 @@ from pyro_graphflows.guides.conditionals.factors import (
     ElementNormalFactor,
     Factor,
     NormalFactor,
+    fused_scalar_normals,
     scalar_normals,
 )
+from pyro_graphflows.guides.conditionals.low_rank import LowRankNormalFactor
+from pyro_graphflows.guides.conditionals.site_priors import SitePrior
 from pyro_graphflows.guides.sites import LatentSite
 from pyro_graphflows.nn.mlp import LevelEvaluation, MaskedMLP
 from pyro_graphflows.regression import Moments
@@ -46,6 +49,9 @@ class MaskedConditionals(Conditionals):
     scale: Tensor
     input_shift: Tensor
     input_scale: Tensor
+    fusing: Tensor
+    fused_shift: Tensor
+    fused_scale: Tensor
 
     def __init__(self, spec: BlockSpec, make_factor: FactorMaker, network_options: Mapping[str, Any]) -> None:
         super().__init__(spec)
@@ -63,28 +69,43 @@ class MaskedConditionals(Conditionals):
         self._parts: dict[str, slice] = {}  # entries of the units
         for site in block.sites:
             own, start, size = self.factors[site], len(allowed), self.factors[site].size
+            seen_by_all = self.inputs_of(site)
             if site in self.element_columns and own.output_elements is not None:
                 allowed += [self.element_columns[site][i] for i in own.output_elements]
-            else:
-                allowed += [self.inputs_of(site)] * own.num_outputs
-            output_names += [site] * own.num_outputs
+            elif seen_by_all or not spec.ranks:
+                allowed += [seen_by_all] * own.num_reading
+            output_names += [site] * (len(allowed) - start)
             self.outputs[site] = slice(start, len(allowed))
             first = self.columns[site].start - self.num_features
             self._parts[site] = slice(first, first + size)
         # An element may see less than its site does; its outputs are wanted with those of the site.
         depths = {site: depth for depth, level in enumerate(block.levels) for site in level}
+        self.num_inputs = self.num_columns
+        if any(site in spec.ranks for site in block.levels[-1]):  # long, and no site looks at the last level
+            of_last = sum(self.factors[site].size for site in block.levels[-1])
+            self.num_inputs = max(self.num_columns - of_last, 1)
         self.network = MaskedMLP(
             allowed,
-            self.num_columns,
+            self.num_inputs,
             num_params=1,
-            input_levels=levels,
+            input_levels=levels[: self.num_inputs],
             output_levels=[depths[site] for site in output_names],
-            input_names=names,
+            input_names=names[: self.num_inputs],
             output_names=output_names,
             natural_units=True,
             **network_options,
         )
         num_rows = {site: own.num_outputs for site, own in self.factors.items()}
+        self.constants = nn.ModuleDict(  # by the position of the site
+            {
+                str(i): ElementTable((), own.num_outputs - (rows.stop - rows.start))
+                for i, (own, rows) in enumerate(
+                    zip(self.factors.values(), self.outputs.values(), strict=True)
+                )
+                if rows.stop - rows.start < own.num_outputs
+            }
+        )
+        self._constants_of = {site: str(i) for i, site in enumerate(block.sites) if str(i) in self.constants}
         self._table_columns: dict[str, slice] = {}
         start = 0
         for site in block.per_element:
@@ -110,6 +131,13 @@ class MaskedConditionals(Conditionals):
             self.register_buffer(name, torch.zeros(total))
         for name in ("scale", "input_scale"):
             self.register_buffer(name, torch.ones(total))
+        fusible = [site for site in block.sites if site in block.fused and self.factors[site].can_fuse]
+        self._fused_at: dict[str, int] = {site: i for i, site in enumerate(fusible)}
+        if fusible:
+            self.register_buffer("fusing", torch.ones(len(fusible), dtype=torch.bool))
+            self.register_buffer("fused_shift", torch.zeros(total))
+            self.register_buffer("fused_scale", torch.ones(total))
+        self._fusing: tuple[Any, list[bool]] = (None, [])
         self._scalar_levels = {
             i
             for i, level in enumerate(block.levels)
@@ -124,6 +152,8 @@ class MaskedConditionals(Conditionals):
             return CoupledFactor(site.size, spec.block.coupled[name].rank)
         if name in spec.factors:
             return spec.factors[name].for_site(site)
+        if name in spec.ranks:
+            return LowRankNormalFactor(site.size, spec.ranks[name])
         if site.encoding is not None:
             return DiscreteFactor.for_site(site)
         if name in spec.element_parents:
@@ -152,7 +182,49 @@ class MaskedConditionals(Conditionals):
     @torch.no_grad()
     def whiten_(self, moments: Tensor) -> None:
         """See :meth:`Conditionals.whiten_`."""
-        self.network.whiten_(moments)
+        self.network.whiten_(moments[: self.num_inputs, : self.num_inputs])
+
+    # ---------------------------------------------------------------- fusion
+
+    def fuses(self, site: str) -> bool:
+        """See :meth:`Conditionals.fuses`."""
+        if site not in self._fused_at:
+            return False
+        key = self.fusing.data_ptr(), self.fusing._version
+        if self._fusing[0] != key:  # reading the buffer may wait for a device
+            self._fusing = key, self.fusing.tolist()
+        return self._fusing[1][self._fused_at[site]]
+
+    @torch.no_grad()
+    def set_fusing_(self, site: str, fuse: bool) -> None:
+        """See :meth:`Conditionals.set_fusing_`."""
+        if site in self._fused_at:
+            self.fusing[self._fused_at[site]] = fuse
+
+    def fused_units(self, site: str) -> tuple[Tensor, Tensor]:
+        """See :meth:`Conditionals.fused_units`."""
+        return self.fused_shift[self._parts[site]], self.fused_scale[self._parts[site]]
+
+    @torch.no_grad()
+    def set_fused_units_(self, site: str, units: tuple[Tensor, Tensor]) -> None:
+        """See :meth:`Conditionals.set_fused_units_`."""
+        if site in self._fused_at:
+            self.fused_shift[self._parts[site]], self.fused_scale[self._parts[site]] = units
+
+    @torch.no_grad()
+    def set_fused_(self, site: str, linear: LinearConditional) -> bool:
+        """See :meth:`Conditionals.set_fused_`."""
+        factor = self.factors[site]
+        if linear.by_element:
+            return self._set_maps_(site, factor, linear, fused=True)
+        joint = self.shift.new_zeros(factor.size, self.num_columns)
+        for parent, matrix in linear.weights.items():
+            joint[:, list(self.columns[parent])] = matrix.to(joint)
+        tril = linear.scale_tril.to(joint)
+        start = factor.fused_start(joint, linear.loc.to(joint), tril)
+        self._set_rows_(site, *start, factor.natural_units(_no_wider_than_the_prior(tril)))
+        self.set_fusing_(site, True)
+        return True
 
     # ---------------------------------------------------------------- becoming linear
 
@@ -162,6 +234,7 @@ class MaskedConditionals(Conditionals):
         factor = self.factors[site]
         if linear.by_element:
             return self._set_maps_(site, factor, linear)
+        self.set_fusing_(site, False)
         joint = self.shift.new_zeros(factor.size, self.num_columns)
         for parent, matrix in linear.weights.items():
             joint[:, list(self.columns[parent])] = matrix.to(joint)
@@ -173,25 +246,46 @@ class MaskedConditionals(Conditionals):
 
     def _set_rows_(self, site: str, weights: Tensor, biases: Tensor, units: Tensor | None = None) -> None:
         """Make the outputs of one site linear: ``biases + weights @ inputs``, with columns for all inputs."""
-        self.network.set_linear_(self.outputs[site], weights, biases, units)
+        number = self.outputs[site].stop - self.outputs[site].start
+        if site in self._constants_of:
+            self._constants(site).set_(slice(None), biases[number:])
+            if units is not None:
+                self._constants(site).unit.copy_(units[number:])
+        units = None if units is None else units[:number]
+        weights = weights[:number, : self.num_inputs]
+        self.network.set_linear_(self.outputs[site], weights, biases[:number], units)
         if self.table is not None and site in self._table_columns:
             self.table.set_(self._table_columns[site], 0.0)
+        if site in self._map_of:
+            element_map: Any = self.maps[self._map_of[site][0]]
+            element_map.rows.set_(slice(None), 0.0)
         self._share_unit_(site)
+
+    def _constants(self, site: str) -> ElementTable:
+        """Return the outputs of a site that depend on nothing."""
+        module = self.constants[self._constants_of[site]]
+        assert isinstance(module, ElementTable)
+        return module
 
     def _share_unit_(self, site: str) -> None:
         """Hand the units of a site's outputs on to its per-element parameters and maps."""
         if self.network.units is None:
             return
         unit = self.network.units.unit[self.outputs[site]]
+        if site in self._constants_of:
+            unit = torch.cat([unit, self._constants(site).unit])
         if self.table is not None and site in self._table_columns:
             self.table.unit[self._table_columns[site]] = unit
         if site in self._map_of:
             element_map: Any = self.maps[self._map_of[site][0]]
             element_map.set_unit_(unit)
 
-    def _set_maps_(self, site: str, factor: Factor, linear: LinearConditional) -> bool:
+    def _set_maps_(
+        self, site: str, factor: Factor, linear: LinearConditional, *, fused: bool = False
+    ) -> bool:
         per_element = site in self._table_columns
-        if isinstance(factor, DiscreteFactor | CoupledFactor) or not (per_element or site in self._map_of):
+        cannot = isinstance(factor, DiscreteFactor | CoupledFactor) or (fused and not factor.can_fuse)
+        if cannot or not (per_element or site in self._map_of):
             return False
         inputs: list[int] = []
         element_map: ElementMap | None = None
@@ -203,13 +297,15 @@ class MaskedConditionals(Conditionals):
         for parent, matrix in linear.weights.items():
             joint[..., list(self.columns[parent])] = matrix.to(like)
         starts = [
-            factor.linear_start(w[:, inputs], loc.to(like), tril.to(like))
+            (factor.fused_start if fused else factor.linear_start)(w[:, inputs], loc.to(like), tril.to(like))
             for w, loc, tril in zip(joint, linear.loc, linear.scale_tril, strict=True)
         ]
         slopes, offsets = (torch.stack(parts) for parts in zip(*starts, strict=True))
         shared = torch.zeros(factor.num_outputs, self.num_columns).to(like)
         shared[:, inputs] = slopes.mean(0)
-        units = factor.natural_units(linear.scale_tril.to(like).mean(0))
+        tril = linear.scale_tril.to(like).mean(0)
+        units = factor.natural_units(_no_wider_than_the_prior(tril) if fused else tril)
+        self.set_fusing_(site, fused)
         self._set_rows_(site, shared, offsets.mean(0), units)
         off_slopes, off = slopes - slopes.mean(0), offsets - offsets.mean(0)
         if self.table is not None and per_element:
@@ -252,6 +348,8 @@ class MaskedConditionals(Conditionals):
         """See :meth:`Conditionals.narrow_elements_`."""
         for site, columns in self._table_columns.items():
             assert self.table is not None
+            if self.fuses(site):
+                continue
             own = self.factors[site]
             for output in own.log_scale_outputs:
                 self.table.table[..., columns.start + output] += math.log(factor)
@@ -304,6 +402,12 @@ class MaskedConditionals(Conditionals):
         return MaskedPass(self, context, rows, plates if self._map_of or self._coupling_of else None)
 
 
+def _no_wider_than_the_prior(scale_tril: Tensor) -> Tensor:
+    """Return about how wide a factor times a prior of scale one is."""
+    spread = torch.linalg.vector_norm(scale_tril, dim=-1)
+    return (spread / (1.0 + spread.square()).sqrt()).diag_embed()
+
+
 class MaskedPass(Pass):
     """One pass of :class:`MaskedConditionals`."""
 
@@ -315,6 +419,7 @@ class MaskedPass(Pass):
         plates: Mapping[str, PlateState] | None,
     ) -> None:
         self._module = conditionals
+        self.fixed: dict[str, dist.TorchDistribution] = {}
         self._rows = rows
         self._plates = plates  # where elements have maps of their own, or are drawn jointly
         self._known: list[Tensor] = []
@@ -322,28 +427,42 @@ class MaskedPass(Pass):
         self._level = 0
         self._new: Tensor = context
 
-    def next(
-        self, priors: Mapping[str, dist.TorchDistribution] | None = None
-    ) -> dict[str, dist.TorchDistribution]:
+    def next(self, priors: Mapping[str, SitePrior] | None = None) -> dict[str, dist.TorchDistribution]:
         """See :meth:`Pass.next`."""
         module = self._module
         level = module.block.levels[self._level]
         outputs = self._network.step(self._new if self._new.shape[-1] else None).squeeze(-1)
         if self._plates is not None:
             self._known.append(self._new)
-        if self._level in module._scalar_levels and self._rows is None and self._plates is None:
-            part = self._part_of(level)
-            normals = scalar_normals(outputs, module.shift[part], module.scale[part])
-            return dict(zip(level, normals, strict=True))
+        fused = (
+            {site: priors[site] for site in level if site in priors and module.fuses(site)} if priors else {}
+        )
+        if (
+            self._level in module._scalar_levels
+            and len(fused) in (0, len(level))
+            and self._plates is None
+            and (self._rows is None or fused)
+        ):
+            return self._scalars(level, outputs, fused)
         start = module.outputs[level[0]].start
         result: dict[str, dist.TorchDistribution] = {}
         for site in level:
             rows, part = module.outputs[site], module._parts[site]
             own = outputs[..., rows.start - start : rows.stop - start]
+            if site in module._constants_of:
+                constants = module._constants(site)({})
+                own = torch.cat([own, constants.expand(*own.shape[:-1], -1)], -1)
             if self._rows is not None and site in module._table_columns:
                 own = own + self._rows[..., module._table_columns[site]]
             if self._plates is not None and site in module._map_of:
                 own = own + self._own_map(site, self._plates)
+            if site in fused:
+                units = module.fused_shift[part], module.fused_scale[part]
+                result[site] = module.factors[site].fused(own, *units, fused[site])
+                fixed = fused[site].fixed
+                if fixed is not None:
+                    self.fixed[site] = module.factors[site].fused(own, *units, fixed)
+                continue
             shift, scale = module.shift[part], module.scale[part]
             if self._plates is not None and site in module._coupling_of:
                 terms: Any = module.couplings[module._coupling_of[site]]
@@ -351,6 +470,26 @@ class MaskedPass(Pass):
             else:
                 result[site] = module.factors[site].distribution(own, shift, scale)
         return result
+
+    def _scalars(
+        self, level: Sequence[str], outputs: Tensor, fused: Mapping[str, SitePrior]
+    ) -> dict[str, dist.TorchDistribution]:
+        """Return the conditionals of a level of scalar normals, by one computation for all."""
+        module, part = self._module, self._part_of(level)
+        if not fused:
+            normals = scalar_normals(outputs, module.shift[part], module.scale[part])
+            return dict(zip(level, normals, strict=True))
+        if self._rows is not None:
+            columns = [module._table_columns.get(site) for site in level]
+            rows = [self._rows.new_zeros(2) if c is None else self._rows[..., c] for c in columns]
+            shape = torch.broadcast_shapes(*(row.shape[:-1] for row in rows))
+            outputs = outputs + torch.cat([row.expand(*shape, 2) for row in rows], -1)
+        priors = [fused[site] for site in level]
+        units = module.fused_shift[part], module.fused_scale[part]
+        if any(prior.fixed is not None for prior in priors):
+            fixed = [prior.fixed or prior for prior in priors]
+            self.fixed.update(zip(level, fused_scalar_normals(outputs, *units, fixed), strict=True))
+        return dict(zip(level, fused_scalar_normals(outputs, *units, priors), strict=True))
 
     def _part_of(self, level: Sequence[str]) -> slice:
         parts = self._module._parts

@@ -1,0 +1,181 @@
+r"""How long vectors are held: what their conditionals depend on, element by element, and how many numbers that takes.
+
+A normal with a full covariance over N elements takes N (N - 1) / 2 outputs of a network, with weights from every parent
+to each. That is the right thing for short vectors. A vector whose conditional would take more than ``FULL`` weights is
+*long*, and held by the first of these that is within the budget:
+
+1. *by element*: where the elements fall into small groups that share nothing, as the graph of elements shows
+   (:func:`~pyro_graphflows.inspect.graph.split_elements`), each has the parents that a faithful inverse of that graph
+   gives it. As an example, ``z ~ N(0, I)`` and ``x ~ N(z, I)`` take a few weights for each element.
+2. *low rank*: independent elements but for a few directions, wider or narrower
+   (:mod:`~pyro_graphflows.guides.conditionals.low_rank`).
+
+Which of them follows from the model and the call, not from samples.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+
+from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.graphs.inverse_graph import InverseGraph
+from pyro_graphflows.guides.conditionals.contract import SiteRole
+from pyro_graphflows.guides.orders import FoundInverse
+from pyro_graphflows.guides.sites import LatentSite
+
+__all__ = ["BUDGET", "RANK", "VectorOptions", "Vectors", "hold_vectors"]
+
+FULL = 200_000  # weights up to which a covariance is full
+BUDGET = 1_000_000  # weights of one site, unless the user says otherwise
+RANK = 10
+UNITS = 17  # hidden units and the bias, which outputs have weights to beside those of the parents
+
+
+@dataclass(frozen=True)
+class VectorOptions:
+    """What the user asked for.
+
+    Attributes:
+        resolution: ``"auto"``, ``"site"`` (never element by element) or ``"element"`` (all vectors, long or not).
+        rank: The rank of the covariance of long vectors beside its diagonal; None to choose.
+        budget: The most weights of one site; None to choose.
+    """
+
+    resolution: str = "auto"
+    rank: int | None = None
+    budget: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.resolution not in ("auto", "site", "element"):
+            raise GraphflowsError(
+                f"Expected resolution='auto', 'site' or 'element'; got {self.resolution!r}."
+            )
+        if self.rank is not None and self.rank < 1:
+            raise GraphflowsError(f"Expected rank >= 1, or None to choose; got {self.rank}.")
+        if self.budget is not None and self.budget < 1:
+            raise GraphflowsError(f"Expected budget >= 1 weights, or None to choose; got {self.budget}.")
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """How the long vectors of a model are held.
+
+    Attributes:
+        found: The inverse, with elements where vectors are held by element.
+        ranks: For vectors of low rank, the rank.
+        labels: For each long vector what is said of it.
+    """
+
+    found: FoundInverse
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def long(self) -> Mapping[str, str]:
+        """How each long vector is held: ``"element"`` or ``"rank"``."""
+        return {name: "rank" if name in self.ranks else "element" for name in self.labels}
+
+
+def hold_vectors(
+    found: FoundInverse,
+    sites: Mapping[str, LatentSite],
+    options: VectorOptions,
+    full_size: Callable[[SiteRole, int], int],
+    by_element: Callable[[Collection[str]], FoundInverse] | None,
+) -> Vectors:
+    """Decide how long vectors are held.
+
+    Args:
+        found: The inverse over sites.
+        sites: The latent sites whose factors are the family's own.
+        options: What the user asked for.
+        full_size: From a site and the number of its inputs, the number of weights that its conditional would take.
+        by_element: Returns the inverse in which some sites are told apart element by element; None where that is
+            not possible.
+
+    Raises:
+        GraphflowsError: If the budget is too small. The message says the least that works.
+    """
+    inputs = {name: _num_inputs(found.inverse, name, sites) for name in sites}
+    full = {name: full_size(SiteRole(site), inputs[name]) for name, site in sites.items()}
+    most_full = options.budget or FULL
+    long = {
+        name: site
+        for name, site in sites.items()
+        if site.encoding is None and site.size > 1 and full[name] > most_full
+    }
+    if not long:
+        return Vectors(found)
+    labels: dict[str, str] = {}
+    if by_element is not None and options.resolution == "auto":
+        apart = _told_apart(by_element, long, options.budget or BUDGET)
+        if apart is not None:
+            found = apart
+            parents = {} if found.elements is None else found.elements.parents
+            labels = {
+                name: f"{sites[name].size} elements, each with parents of its own"
+                for name in parents
+                if name in long
+            }
+    ranks = {}
+    for name, site in long.items():
+        if name not in labels:
+            ranks[name] = _rank(name, site.size, inputs[name], options)
+            labels[name] = (
+                f"covariance of rank {ranks[name]} beside its diagonal; a full one of {site.size} elements would take "
+                f"{_short(full[name])} weights, of at most {_short(most_full)}"
+            )
+    return Vectors(found, ranks, labels)
+
+
+def _told_apart(
+    by_element: Callable[[Collection[str]], FoundInverse], long: Mapping[str, LatentSite], budget: int
+) -> FoundInverse | None:
+    """Return the inverse in which the long vectors that can be are told apart; None if none can."""
+    names = set(long)
+    while names:
+        found = by_element(names)
+        parents = {} if found.elements is None else found.elements.parents
+        kept = {name for name in names if name in parents and _element_weights(name, parents[name]) <= budget}
+        if kept == names:
+            return found
+        names = kept
+    return None
+
+
+def _element_weights(name: str, parents: tuple[tuple[tuple[str, int], ...], ...]) -> int:
+    """Return the number of weights of a site whose elements have parents of their own."""
+    total = 0
+    for own in parents:
+        inner = sum(parent == name for parent, _ in own)
+        total += (2 + inner) * (len(own) - inner + UNITS)
+    return total
+
+
+def _rank(name: str, size: int, num_inputs: int, options: VectorOptions) -> int:
+    """Return the rank that the budget leaves, and refuse a budget that leaves none."""
+    of_locations, of_each = size * (num_inputs + UNITS + 1), 2 * size
+    least = of_locations + of_each * (options.rank or 1)
+    if options.budget is not None and least > options.budget:
+        raise GraphflowsError(
+            f"Expected a budget of at least {least} weights for site {name!r} of {size} elements, which looks at "
+            f"{num_inputs} numbers, with rank={options.rank or 1}; got budget={options.budget}."
+        )
+    if options.rank is not None:
+        return options.rank
+    left = (options.budget or max(BUDGET, least)) - of_locations
+    return max(1, min(RANK, size // 4, left // of_each))
+
+
+def _num_inputs(inverse: InverseGraph, name: str, sites: Mapping[str, LatentSite]) -> int:
+    """Return how many numbers a site looks at, summaries of plates apart."""
+    sizes = inverse.graph.event_sizes
+    return sum(
+        sites[str(parent)].size if str(parent) in sites else sizes[parent]
+        for parent in inverse.parents[name]
+        if inverse.how[parent, name] != "pooled"
+    )
+
+
+def _short(number: int) -> str:
+    """Return a number of weights in words."""
+    return f"{number / 1e6:.2g} million" if number >= 1e6 else f"{number:,}"

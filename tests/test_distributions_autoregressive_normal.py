@@ -1,0 +1,54 @@
+"""A normal given by its sparse autoregression, against the multivariate normal that it is."""
+
+import pyro.distributions as dist
+import torch
+
+from pyro_graphflows.distributions.autoregressive_normal import AutoregressiveNormal, sum_over_pairs
+
+PAIRS = torch.tensor([[1, 2, 2, 4], [0, 0, 1, 3]])  # 0 -> 1 -> 2 and 3 -> 4
+DEPTH = 2
+
+
+def example(*batch):
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape):
+        return torch.randn(*batch, *shape, generator=generator, dtype=torch.float64)
+
+    return AutoregressiveNormal(draw(5), draw(5).exp(), draw(4), PAIRS, DEPTH)
+
+
+def joint(own):
+    """The multivariate normal with the same autoregression, by a dense solve."""
+    unit = torch.eye(5, dtype=torch.float64).repeat(*own.batch_shape, 1, 1)
+    unit[..., PAIRS[0], PAIRS[1]] = -own.weights
+    mean = torch.linalg.solve(unit, own.loc.unsqueeze(-1)).squeeze(-1)
+    return dist.MultivariateNormal(mean, scale_tril=torch.linalg.solve(unit, own.scale.diag_embed()))
+
+
+def test_density_and_mean_are_those_of_the_joint_normal():
+    own = example(3)
+    value = torch.randn(7, 3, 5, dtype=torch.float64)
+    torch.testing.assert_close(own.mean, joint(own).mean)
+    torch.testing.assert_close(own.log_prob(value), joint(own).log_prob(value))
+    torch.testing.assert_close(own.expand((4, 3)).log_prob(value[:4]), joint(own).log_prob(value[:4]))
+
+
+def test_draws_solve_the_autoregression():
+    own = example()
+    torch.manual_seed(0)
+    value = own.rsample((6,))
+    torch.manual_seed(0)
+    noise = torch.randn(6, 5, dtype=torch.float64)
+    torch.testing.assert_close(value, own.loc + sum_over_pairs(own.weights, PAIRS, value) + own.scale * noise)
+
+
+def test_draws_have_gradients():
+    loc = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    own = example()
+    drawn = AutoregressiveNormal(loc, own.scale, own.weights, PAIRS, DEPTH).rsample()
+    (slope,) = torch.autograd.grad(drawn[2], loc)
+    w10, w20, w21 = own.weights[:3]
+    torch.testing.assert_close(
+        slope, torch.stack([w20 + w21 * w10, w21, *torch.tensor([1.0, 0, 0], dtype=torch.float64)])
+    )

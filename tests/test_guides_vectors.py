@@ -1,0 +1,160 @@
+"""Vectors too long for a full covariance: element by element, or of low rank."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO
+from pyro.optim import Adam
+
+from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.guides import auto_faithful_guide, load_guide
+from pyro_graphflows.guides.conditionals.low_rank import LowRankNormalFactor
+from pyro_graphflows.inspect.graph import _banded_jacobian
+
+SIZE, ROWS = 40, 30
+BUDGET = 6000  # a full covariance of 40 elements that look at 40 numbers takes 49,020
+
+
+def elementwise(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, torch.ones(SIZE)).to_event(1))
+        pyro.sample("x", dist.Normal(0.5 * z, 0.7).to_event(1), obs=x)
+
+
+def in_pairs(x):
+    """Two elements each are joined by what is observed of them."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, torch.ones(2 * SIZE)).to_event(1))
+        both = z[..., ::2] + 2 * z[..., 1::2]
+        pyro.sample("x", dist.Normal(both, 0.7).to_event(1), obs=x)
+
+
+MIXING = torch.randn(3, SIZE, generator=torch.Generator().manual_seed(0)) / SIZE**0.5
+
+
+def mixed(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, torch.ones(SIZE)).to_event(1))
+        pyro.sample("x", dist.Normal(z @ MIXING.to(z).mT, 0.3).to_event(1), obs=x)
+
+
+def posterior(x, matrix, noise):
+    """The exact posterior of standard normal latents given ``matrix @ z`` plus noise."""
+    matrix = matrix.double()
+    size = matrix.shape[1]
+    covariance = torch.linalg.inv(torch.eye(size, dtype=torch.float64) + matrix.mT @ matrix / noise**2)
+    loc = x.double() @ matrix / noise**2 @ covariance
+    return dist.MultivariateNormal(loc, (covariance + covariance.mT) / 2)
+
+
+def num_parameters(guide):
+    return sum(parameter.numel() for parameter in guide.parameters())
+
+
+def gap(guide, exact, x):
+    """KL(guide | posterior) for each datum, in nats."""
+    total = 0.0
+    for _ in range(20):
+        with torch.no_grad():
+            site = poutine.trace(guide).get_trace(x).nodes["z"]
+        total += float((site["fn"].log_prob(site["value"]) - exact.log_prob(site["value"].double())).mean())
+    return total / 20
+
+
+@pytest.fixture
+def x():
+    torch.manual_seed(0)
+    return torch.randn(ROWS, SIZE)
+
+
+def test_elements_that_share_nothing_are_told_apart(x):
+    guide = auto_faithful_guide(elementwise, x, budget=BUDGET)
+    assert f"{SIZE} elements, each with parents of its own" in guide.describe()
+    full = auto_faithful_guide(elementwise, x)
+    assert "elements, each with" not in full.describe()
+    assert 2 * num_parameters(guide) < num_parameters(full)
+    exact = posterior(x, 0.5 * torch.eye(SIZE), 0.7)
+    own = gap(guide, exact, x)
+    assert (
+        own < 3 * 3 * SIZE / 2 / 10_000
+    )  # three numbers for each element from 10,000 samples: 0.006 on average
+    assert own < gap(full, exact, x) / 3
+
+
+def test_small_groups_are_joined_without_a_matrix(x):
+    guide = auto_faithful_guide(in_pairs, x, budget=20_000)
+    assert f"{2 * SIZE} elements, each with parents of its own" in guide.describe()
+    site = poutine.trace(guide).get_trace(x).nodes["z"]
+    assert type(site["fn"]).__name__ == "AutoregressiveNormal"
+    matrix = torch.zeros(SIZE, 2 * SIZE)
+    matrix[range(SIZE), range(0, 2 * SIZE, 2)] = 1.0
+    matrix[range(SIZE), range(1, 2 * SIZE, 2)] = 2.0
+    assert gap(guide, posterior(x, matrix, 0.7), x) < 3 * 8 * SIZE / 2 / 10_000
+
+
+def test_elements_that_share_something_have_a_low_rank(x):
+    guide = auto_faithful_guide(mixed, x[:, :3], budget=BUDGET, rank=3)
+    assert "covariance of rank 3 beside its diagonal" in guide.describe()
+    assert isinstance(guide.blocks[0].conditionals.factors["z"], LowRankNormalFactor)
+    exact = posterior(x[:, :3], MIXING, 0.3)
+    start = gap(guide, exact, x[:, :3])
+    elbo = SVI(mixed, guide, Adam({"lr": 0.01}), Trace_ELBO(num_particles=4, vectorize_particles=True))
+    for _ in range(200):
+        elbo.step(x[:, :3])
+    trained = gap(guide, exact, x[:, :3])
+    assert trained < start + 0.1
+    assert (
+        trained < 1.0
+    )  # a diagonal alone is 1.9 off at best: log det of the posterior's correlations, halved
+
+
+@pytest.mark.parametrize("family", ["normal", "spline", "flow"])
+def test_every_family_serves_long_vectors(x, family):
+    guide = auto_faithful_guide(elementwise, x, budget=BUDGET, family=family, num_start_samples=500)
+    assert f"{SIZE} elements, each with parents of its own" in guide.describe()
+    assert num_parameters(guide) < 40_000
+    assert guide(x)["z"].shape == (ROWS, SIZE)
+
+
+def test_elements_are_not_told_apart_where_that_is_not_wanted(x):
+    low = auto_faithful_guide(elementwise, x, resolution="site", budget=BUDGET, num_start_samples=500)
+    assert "covariance of rank" in low.describe()
+
+
+def test_saved_and_loaded(x, tmp_path):
+    for budget in (BUDGET, None):
+        model, data = (elementwise, x) if budget is None else (mixed, x[:, :3])
+        guide = auto_faithful_guide(model, data, budget=BUDGET, num_start_samples=500)
+        guide.save(tmp_path / "guide")
+        loaded = load_guide(tmp_path / "guide", model)
+        values = guide(data)
+        torch.testing.assert_close(loaded.log_prob(values, data), guide.log_prob(values, data))
+
+
+def test_bad_options(x):
+    with pytest.raises(GraphflowsError, match="rank >= 1"):
+        auto_faithful_guide(elementwise, rank=0)
+    with pytest.raises(GraphflowsError, match="budget >= 1"):
+        auto_faithful_guide(elementwise, budget=0)
+    with pytest.raises(GraphflowsError, match=r"at least 920 weights for site 'z'.*got budget=500"):
+        auto_faithful_guide(mixed, x[:, :3], budget=500)
+    assert auto_faithful_guide(mixed, x[:, :3], budget=920, num_start_samples=200).setup
+
+
+@pytest.mark.parametrize("width", [0, 1, 2])
+def test_jacobians_with_few_diagonals_are_found_and_others_are_not(width):
+    size = 40
+    index = torch.arange(size)
+    dense = torch.randn(size, size, generator=torch.Generator().manual_seed(width))
+    band = dense * ((index - index.unsqueeze(-1)).abs() <= width)
+    like = torch.zeros(size)
+
+    def found(matrix):
+        return _banded_jacobian(size, like, lambda weights: {"z": (weights @ matrix).unsqueeze(0)})
+
+    assert torch.equal(torch.from_numpy(found(band)["z"]), band != 0)
+    assert found(dense) is None
+    band[0, -1] = 0.01
+    assert found(band) is None
