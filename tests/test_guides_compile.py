@@ -45,8 +45,11 @@ def test_defaults():
     [
         ({"init": "zero"}, "Expected init= one of 'auto', 'regression', 'prior', 'random'; got 'zero'"),
         ({"num_start_samples": 0}, "Expected num_start_samples >= 1; got 0"),
-        ({"resolution": "pixel"}, "Expected resolution='site' or 'element'; got 'pixel'"),
-        ({"pool": "mean"}, "Expected pool='deepset', a DeepSet or None; got 'mean'"),
+        ({"resolution": "pixel"}, "Expected resolution='auto', 'site' or 'element'; got 'pixel'"),
+        (
+            {"pool": "mean"},
+            "Expected pool='deepset', 'attention', a DeepSet, an Attention or None; got 'mean'",
+        ),
         ({"coupled_rank": -1}, "Expected coupled_rank >= 0 or None; got -1"),
         (
             {"family": Normal(skip=False), "init": "regression"},

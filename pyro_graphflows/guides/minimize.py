@@ -36,7 +36,7 @@ def _with_graph(objective: Objective, point: Tensor, *, graph: bool) -> tuple[Te
         with torch.enable_grad():
             loss = objective(point)
             (gradient,) = torch.autograd.grad(loss, point, create_graph=graph)
-    except (ValueError, ArithmeticError, torch.linalg.LinAlgError):  # outside of where it is defined
+    except (ValueError, ArithmeticError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # outside of where it is defined
         return nothing
     finite = bool(torch.isfinite(gradient).all()) and bool(torch.isfinite(loss))
     return (loss, gradient, point) if finite else nothing

@@ -256,7 +256,8 @@ class LogPosterior:
     def __init__(
         self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], traced: TracedModel
     ) -> None:
-        graph, nodes = traced.graph, traced.trace.nodes
+        graph = traced.graph
+        nodes: Any = traced.trace.nodes
         names = [name for name in nodes if name in set(graph.latent)]
         discrete = [name for name in names if nodes[name]["fn"].support.is_discrete]
         if discrete or graph.marginalised:

@@ -292,7 +292,8 @@ class MaskedConditionals(Conditionals):
         if site in self._map_of:
             key, inputs = self._map_of[site]
             element_map = self.maps[key]  # type: ignore[assignment]
-        like = self.table.table if self.table is not None and per_element else element_map.rows.table
+        own: Any = self.table.table if self.table is not None and per_element else element_map
+        like: Tensor = own.rows.table if isinstance(own, ElementMap) else own
         joint = torch.zeros(len(linear.loc), factor.size, self.num_columns).to(like)
         for parent, matrix in linear.weights.items():
             joint[..., list(self.columns[parent])] = matrix.to(like)
