@@ -10,6 +10,7 @@ from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELB
 
 from pyro_graphflows import GraphflowsError, auto_faithful_guide
 from pyro_graphflows.capture import Captured, Draws
+from pyro_graphflows.guides import Flow
 from pyro_graphflows.infer import IWAE_ELBO, InferenceCompilation, Schedule, fit
 from pyro_graphflows.infer import compiled as compiled_module
 from pyro_graphflows.infer.compiled import CompiledLoss
@@ -131,6 +132,34 @@ def test_faithful_guides_are_compiled(family):
     for _ in range(3):  # compared with the programs in the first two
         loss.loss_and_grads(torch.randn(9))
     assert loss.report.startswith("compiled"), loss.report
+
+
+def _network(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.3), obs=x)
+
+
+def test_faithful_flows_are_compiled():
+    x = torch.randn(9)
+    loss = CompiledLoss(_network, auto_faithful_guide(_network, x, family="flow"))
+    optimizer = torch.optim.Adam(loss.parameters(x), lr=1e-2)
+    for _ in range(4):  # compared with the programs in calls 1, 2 and 4, at other parameters each
+        optimizer.zero_grad()
+        loss.loss_and_grads(x)
+        optimizer.step()
+    assert loss.report.startswith("compiled"), loss.report
+
+
+def test_networks_below_a_bound_are_computed_as_they_are_and_the_report_says_where():
+    x = torch.randn(9)
+    guide_of_bounds = auto_faithful_guide(_network, x, family=Flow(form="graphical"))
+    loss = CompiledLoss(_network, guide_of_bounds)
+    parameters = loss.parameters(x)
+    assert isinstance(loss.loss_and_grads(x), float)
+    assert loss.report.startswith("not compiled: a number is read out of a tensor"), loss.report
+    assert "lipschitz.py" in loss.report
+    assert any(parameter.grad is not None for parameter in parameters)
 
 
 def test_inference_compilation_is_compiled():

@@ -41,9 +41,9 @@ Mode = bool | Literal["auto"]
 BACKEND = "inductor"  # of fit
 MOST_SHAPES = 4  # of data that are compiled; each takes tens of seconds
 NUM_TIMED = 10  # steps without compilation, by which "auto" decides
-# Seconds of compilation (a first part, and for each operation) and of a compiled step, per operation: medians of
-# `python -m benchmarks.compiled`.
-COMPILE_SECONDS, COMPILE_SECONDS_PER_OPERATION = 10.0, 0.02
+# What "auto" estimates by: seconds of compilation, and of a compiled step, a first part and one for each operation. Two
+# models gave them, with 428 operations (24 s of processor time, 0.18 ms) and 2,387 (65 s, 0.89 ms).
+COMPILE_SECONDS, COMPILE_SECONDS_PER_OPERATION = 15.0, 0.02
 STEP_SECONDS, STEP_SECONDS_PER_OPERATION = 1e-4, 4e-7
 
 
