@@ -7,7 +7,7 @@ OUT ?= out
 # where a study keeps its runs, its page and pictures, and its checkpoints
 places = --results studies/$(1)/results.jsonl --out docs/results --work $(OUT)/$(1)
 
-.PHONY: help demo test test-slow test-oldest sdist-test types docs check comi table1 flows density graphvae-table real-models clean
+.PHONY: help demo test test-slow test-oldest sdist-test types docs check comi table1 flows density graphvae-table real-models sbibm workflow psychometric clean
 
 help:
 	@echo "make demo       faithful guide for a gene network against the exact answer (tables, pictures in $(OUT)/)"
@@ -23,7 +23,10 @@ help:
 	@echo "make flows      speed, memory and inversion of the flows beside others (writes docs/results/flows.md)"
 	@echo "make density    density-estimation study (DATA=the protein npz; restartable; docs/results/density.md)"
 	@echo "make graphvae-table  the Graph VAE study (restartable; image files from DATA=...; writes docs/results/graph_vae.md)"
+	@echo "make sbibm      C2ST on the tasks of sbibm (restartable; docs/results/sbibm.md)"
 	@echo "make real-models DATA=...  guides on real models (the folder of posteriors; restartable; docs/results/real_models.md)"
+	@echo "make workflow DATA=...  refinement, cross-validation, speed (the folder of posteriors; docs/results/workflow.md)"
+	@echo "make psychometric DATA=...  one guide for 8,526 data sets (the folder of the curves; docs/results/workflow.md)"
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit('Python >= 3.10 is needed; set PYTHON=...' if sys.version_info < (3, 10) else 0)"
@@ -34,8 +37,10 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/python examples/quickstart.py --out $(OUT)/quickstart
 
+# WORKERS: processes that share the test files, a thread each
+WORKERS ?= 2
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
@@ -102,6 +107,19 @@ density: $(STAMP)
 real-models: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m studies.real_models.run $(if $(DATA),--data $(DATA)) $(if $(WORKERS),--workers $(WORKERS))
 	$(BIN)/python -m studies.real_models.report --out docs/results
+
+sbibm: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps sbibm
+	OMP_NUM_THREADS=1 $(BIN)/python -m studies.sbibm.run --study $(call places,sbibm)
+	$(BIN)/python -m studies.sbibm.report
+
+workflow: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m studies.workflow.run $(if $(DATA),--data $(DATA)) --results studies/workflow/results.jsonl
+	$(BIN)/python -m studies.psychometric.report
+
+psychometric: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m studies.psychometric.run $(if $(DATA),--data $(DATA)) --results studies/psychometric/results.jsonl
+	$(BIN)/python -m studies.psychometric.report
 
 clean:
 	rm -rf $(VENV) $(OUT) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

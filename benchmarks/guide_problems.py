@@ -207,3 +207,96 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "chain": chain,
     "volatility": stochastic_volatility,
 }
+
+
+# ------------------------------------------------------------------------------------------- times of a step
+def line(w: Tensor, y: Tensor | None = None) -> None:
+    """The README's model: slopes and offsets of single data."""
+    with pyro.plate("data", len(w)):
+        slope = pyro.sample("slope", dist.Normal(1.0, 0.5))
+        offset = pyro.sample("offset", dist.Normal(0.0, 2.0))
+        pyro.sample("y", dist.Normal(slope * w + offset, 0.3), obs=y)
+
+
+def crossed_effects(row: Tensor, column: Tensor, y: Tensor | None = None, sizes: tuple = (20, 30)) -> None:
+    """Two crossed effects and noise."""
+    level = pyro.sample("level", dist.Normal(0.0, 2.0))
+    tau_row = pyro.sample("tau_row", dist.HalfNormal(1.0))
+    tau_column = pyro.sample("tau_column", dist.HalfNormal(1.0))
+    sigma = pyro.sample("sigma", dist.HalfNormal(1.0))
+    with pyro.plate("rows", sizes[0]):
+        a = pyro.sample("a", dist.Normal(0.0, tau_row))
+    with pyro.plate("columns", sizes[1]):
+        b = pyro.sample("b", dist.Normal(0.0, tau_column))
+    with pyro.plate("data", len(row)):
+        pyro.sample("y", dist.Normal(level + a[..., row] + b[..., column], sigma), obs=y)
+
+
+def crossed(rows: int = 20, columns: int = 30) -> Problem:
+    """Crossed effects with one datum in each cell."""
+    generator = torch.Generator().manual_seed(9)
+    row, column = torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)
+    a, b = 0.7 * torch.randn(rows, generator=generator), 0.5 * torch.randn(columns, generator=generator)
+    y = 1.0 + a[row] + b[column] + 0.4 * torch.randn(rows * columns, generator=generator)
+    return Problem("crossed", crossed_effects, None, (row, column, y))
+
+
+class VAELike:
+    """A decoder as a model: latents of each datum, and many pixels.
+
+    Args:
+        num_latents: The size of the latent vector.
+        num_pixels: The number of pixels.
+    """
+
+    def __init__(self, num_latents: int = 32, num_pixels: int = 784) -> None:
+        generator = torch.Generator().manual_seed(15)
+        self.first = torch.randn(num_latents, 200, generator=generator) / num_latents**0.5
+        self.second = torch.randn(200, num_pixels, generator=generator) / 200**0.5
+
+    def __call__(self, x: Tensor | None = None, num_data: int = 64) -> None:
+        """Run the model."""
+        with pyro.plate("data", num_data if x is None else len(x)):
+            scale = torch.ones(len(self.first))
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(scale), scale).to_event(1))
+            logits = (z @ self.first).tanh() @ self.second
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+
+def vae_like(num_data: int = 64) -> Problem:
+    """A decoder with 32 latents and 784 pixels, and its own data."""
+    model = VAELike()
+    with torch.random.fork_rng():
+        torch.manual_seed(16)
+        x = poutine.trace(model).get_trace(None, num_data).nodes["x"]["value"]
+    return Problem("VAE-like", model, None, (x,), num_data)
+
+
+def of_64(make: Callable[[], Problem]) -> Problem:
+    """Return a problem with the first 64 of its data."""
+    problem = make()
+    test = tuple(values[:64].to(torch.get_default_dtype()) for values in problem.test)
+    return Problem(problem.name, problem.model, problem.draw, test, len(test[0]), None, problem.options)
+
+
+def readme() -> Problem:
+    """The README's model with 200 data."""
+    generator = torch.Generator().manual_seed(17)
+    w, y = torch.randn(200, generator=generator), torch.randn(200, generator=generator)
+    return Problem("README", line, None, (w, y), 200)
+
+
+# The models of which the times of a step are reported, from few sites to many.
+STEPS: dict[str, Callable[[], Problem]] = {
+    "readme": readme,
+    "schools": schools,
+    "radon": lambda: radon(85, 919),
+    "crossed": crossed,
+    "vae": vae_like,
+    "circuit": lambda: of_64(circuit),
+    "tree": lambda: of_64(PROBLEMS["tree"]),
+    "chain": lambda: of_64(chain),
+    "volatility": lambda: of_64(stochastic_volatility),
+    "ecoli70": lambda: of_64(PROBLEMS["ecoli70"]),
+    "arth150": lambda: of_64(lambda: gaussian_network(load_network("arth150"), "arth150")),
+}

@@ -27,6 +27,7 @@ __all__ = [
     "square_root",
 ]
 
+CONSTANT = 1e-20  # variance up to which a column of about unit scale is one number
 RIDGE = 1e-10  # relative to unit variances; makes rank-deficient sets of inputs solvable
 RIDGES = (1e-2, 1e-3, 1e-4, 1e-6, 1e-8, RIDGE)
 HELD_OUT = 5  # one in this many rows judges a ridge
@@ -137,7 +138,7 @@ class Moments:
             inputs: The inputs.
             own: What is predicted.
         """
-        inputs, own = list(inputs), list(own)
+        inputs, own = self._varying(inputs), list(own)
         if not inputs or self.number < 2 * HELD_OUT:
             return RIDGE
         fitted, test = self._split
@@ -148,6 +149,11 @@ class Moments:
             losses.append(float(off.square().mean(0).clamp(min=RESIDUAL_FLOOR**2).log().mean()) / 2)
         least = min(losses)
         return next(r for r, loss in zip(RIDGES, losses, strict=True) if loss <= least + RIDGE_TIE)
+
+    def _varying(self, inputs: Sequence[int]) -> list[int]:
+        """Return the inputs that are not constant, as the data of one call are: these have no slopes."""
+        spread = self.covariance.diagonal()
+        return [i for i in inputs if not spread[i] <= CONSTANT]
 
     def weights(self, inputs: Sequence[int], own: Sequence[int], ridge: float = RIDGE) -> Tensor:
         """Return the slopes of the regression of some columns on others, ``(own, inputs)``."""
@@ -175,6 +181,12 @@ class Moments:
             ridge: Added to the variances of the inputs; see :meth:`ridge`.
         """
         inputs, own = list(inputs), list(own)
+        varying = self._varying(inputs)
+        if len(varying) < len(inputs):
+            fit = self.regress(varying, own, ridge)
+            whole = fit.weights.new_zeros(len(own), len(inputs))
+            whole[:, [inputs.index(i) for i in varying]] = fit.weights
+            return Regression(whole, fit.loc, fit.scale_tril)
         weights = self.weights(inputs, own, ridge)
         across = weights @ self.covariance[inputs][:, own]
         residual = self.covariance[own][:, own] - across
@@ -289,7 +301,9 @@ def _require_finite(covariance: Tensor) -> None:
 # ---------------------------------------------------------------- logistic regression
 
 
-def logistic_regression(inputs: Tensor, targets: Tensor, *, max_steps: int = 100) -> tuple[Tensor, Tensor]:
+def logistic_regression(
+    inputs: Tensor, targets: Tensor, *, offset: Tensor | None = None, max_steps: int = 100
+) -> tuple[Tensor, Tensor]:
     """Fit the logits of a binary variable or of indicators of classes by maximum penalised likelihood.
 
     If the inputs are normal given the class, with one covariance matrix for all classes, or if they are discrete and
@@ -305,6 +319,7 @@ def logistic_regression(inputs: Tensor, targets: Tensor, *, max_steps: int = 100
     Args:
         inputs: Inputs in rows.
         targets: The values.
+        offset: Logits to which those that are fitted are added, of the shape of the targets.
         max_steps: The number of quasi-Newton steps.
 
     Returns:
@@ -314,7 +329,10 @@ def logistic_regression(inputs: Tensor, targets: Tensor, *, max_steps: int = 100
     x, y = in_float64(inputs[:MOST_LOGISTIC_ROWS]), in_float64(targets[:MOST_LOGISTIC_ROWS])
     share = (y.sum(0) + PSEUDO_COUNT) / (len(y) + max(c, 2) * PSEUDO_COUNT)
     start = share.logit() if c == 1 else share.log()
-    if n == 0 or x.shape[-1] == 0:
+    known = torch.zeros_like(y) if offset is None else in_float64(offset[:MOST_LOGISTIC_ROWS])
+    if offset is not None:
+        start = torch.zeros_like(start)
+    if n == 0 or (x.shape[-1] == 0 and offset is None):
         return inputs.new_zeros(c, inputs.shape[-1]), _centred(start).to(inputs)
     mean, scale = x.mean(0), x.std(0, correction=0)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
@@ -331,7 +349,7 @@ def logistic_regression(inputs: Tensor, targets: Tensor, *, max_steps: int = 100
     def loss() -> Tensor:
         optimizer.zero_grad()
         slopes = parameters[:, :-1]
-        logits = F.linear(x, slopes, parameters[:, -1])
+        logits = F.linear(x, slopes, parameters[:, -1]) + known
         at_mean = parameters[:, -1]
         if c == 1:
             misfit = (F.softplus(logits) - y * logits).sum()

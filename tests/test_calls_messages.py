@@ -227,6 +227,7 @@ def test_khat_of_few_distinct_weights():
     ).sum()
     evidence = log_evidence(mixture, auto_faithful_guide(mixture, y), y, num_particles=1000)
     assert abs(evidence.log_evidence.sum() - exact) < 5 * evidence.standard_error.square().sum().sqrt() + 1e-3
+    assert "weights without a tail" in repr(evidence)
     assert (evidence.khat < 0.7).all()  # all moments are finite, and both values have been seen often
 
 
@@ -294,7 +295,23 @@ def test_a_flow_trained_on_epochs_with_an_empty_last_batch():
     assert all(parameter.isfinite().all() for parameter in flow.parameters())
 
 
-def test_an_empty_plate_is_refused_by_pyro(data):
+def test_an_empty_plate_is_refused(data):
+    """Pyro has none."""
     guide = auto_faithful_guide(model, *data)
-    with pytest.raises(ZeroDivisionError, match="size cannot be zero"):
-        SVI(model, guide, pyro.optim.Adam({}), Trace_ELBO()).step(data[0][:0], data[1][:0])
+    empty = data[0][:0], data[1][:0]
+    with pytest.raises(GraphflowsError, match=r"at least one element in each plate.*Leave out empty batches"):
+        SVI(model, guide, pyro.optim.Adam({}), Trace_ELBO()).step(*empty)
+    with pytest.raises(GraphflowsError, match="at least one element in each plate"):
+        auto_faithful_guide(model, *empty)
+
+
+def test_classes_that_there_are_not():
+    def labels(y):
+        with pyro.plate("d", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Categorical(logits=torch.stack([z, -z], -1)), obs=y)
+
+    guide = auto_faithful_guide(labels, torch.tensor([0, 1, 1]))
+    for wrong in (2, -1):
+        with pytest.raises(GraphflowsError, match="Expected values of y in the support"):
+            guide(torch.tensor([0, 1, wrong]))

@@ -187,3 +187,24 @@ def test_parts_of_a_guide_list():
     guide(X, Y)
     assert Predictive(line, guide=guide, num_samples=4)(NEW)["y"].shape == (4, 5)
     assert set(guide.median()) == {"a", "b"}
+
+
+def test_medians_have_all_elements_of_the_plates():
+    """Also of sites that look at nothing, whose conditionals are one for all elements."""
+
+    def model(x):
+        pyro.sample("g", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 2, dim=-2):
+            pyro.sample("a", dist.Normal(0.0, 1.0))
+            with pyro.plate("data", len(x), subsample_size=3, dim=-1) as ind:
+                pyro.sample("b", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(0.0, 1.0), obs=x[ind])
+
+    x = torch.zeros(5)
+    guide = auto_faithful_guide(model, x, num_start_samples=100)
+    for values in (guide.median(x), guide(x)):
+        assert {name: tuple(value.shape) for name, value in values.items()} == {
+            "g": (),
+            "a": (2, 1),
+            "b": (2, 3, 4),
+        }

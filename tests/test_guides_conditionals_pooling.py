@@ -442,5 +442,5 @@ def test_orders_of_pooling():
 
 
 def test_unknown_pools_are_refused():
-    with pytest.raises(GraphflowsError, match="pool='deepset', a DeepSet or None; got 'mean'"):
+    with pytest.raises(GraphflowsError, match="'attention', a DeepSet, an Attention or None; got 'mean'"):
         auto_faithful_guide(mean_model, pool="mean")

@@ -7,7 +7,7 @@ import torch
 from lookup_models import slopes
 from plated_guides import hierarchical
 
-from pyro_graphflows.guides import Normal, samples
+from pyro_graphflows.guides import Normal, auto_faithful_guide, samples
 from pyro_graphflows.guides.compile import GuideOptions, compile_guide
 from pyro_graphflows.guides.samples import MOST_ROWS, ModelDraws, Samples, side_by_side, with_depth
 from pyro_graphflows.guides.sites import input_encodings, latent_sites
@@ -223,3 +223,26 @@ def test_side_by_side_and_depth():
     assert crossed["c"].flatten().tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5]
     assert with_depth(torch.zeros(5, 3, 2), 1).shape == (5, 3, 2)
     assert with_depth(torch.zeros(5, 3, 2), 3).shape == (5, 1, 1, 3, 2)
+
+
+def test_a_slow_model_that_takes_a_run_for_each_sample_has_fewer(monkeypatch):
+    runs = []
+
+    def model(y=None):
+        runs.append(1)
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        x = pyro.sample("x", dist.Normal(float(z), 1.0))  # no batch of runs
+        pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    options = {"strict": False, "inverse": "reverse"}
+    monkeypatch.setattr(samples, "SINGLE_RUNS", (60, 30, 10))
+    monkeypatch.setattr(samples, "SECONDS_OF_RUNS", 1e6)
+    fast = auto_faithful_guide(model, torch.tensor(0.5), **options)
+    assert "no more than 60 joint samples" in str(fast.describe())
+    before = len(runs)
+    monkeypatch.setattr(samples, "SECONDS_OF_RUNS", 0.0)  # as if runs were slow
+    slow = auto_faithful_guide(model, torch.tensor(0.5), **options)
+    assert "no more than 10 joint samples" in str(slow.describe())
+    assert (before - 60) == (len(runs) - before - 10)  # all else takes as many runs
+    few = auto_faithful_guide(model, torch.tensor(0.5), num_start_samples=8, **options)
+    assert few.median(torch.tensor(0.5))["x"].isfinite()

@@ -23,6 +23,7 @@ def _layer(path):
 
 # layer: the layers that it may import from
 MAY_IMPORT = {
+    "capture": "errors",
     "errors": "",
     "graphs": "errors",
     "masks": "errors graphs",
@@ -34,9 +35,9 @@ MAY_IMPORT = {
     "transforms": "errors graphs masks nn regression",
     "inspect": "errors graphs",
     # guide.posterior() and what comes of it is of infer, which knows no guide
-    "guides": "distributions errors graphs infer inspect masks nn regression tensor_files transforms",
+    "guides": "capture distributions errors graphs infer inspect masks nn regression tensor_files transforms",
     # Any Pyro guide will do: nothing of our own guides.
-    "infer": "errors graphs inspect masks nn transforms whole_files",
+    "infer": "capture errors graphs inspect masks nn plotting transforms whole_files",
     "models": "errors graphs guides infer inspect masks nn transforms",
     "plotting": "errors graphs",
     "datasets": "errors",

@@ -440,7 +440,7 @@ class TestOptions:
             Progress(on_epoch=3)
 
     def test_abbreviations(self, x):
-        for schedule in ("20", 2.0, None, True):
+        for schedule in ("20", 2.0, True):
             with pytest.raises(GraphflowsError, match="a number of epochs or a Schedule"):
                 quiet_fit(normal_model, LinearGuide(), x, schedule=schedule)
         with pytest.raises(GraphflowsError, match=r"Progress\(on_epoch=function\)"):

@@ -7,11 +7,12 @@ from pyro_graphflows.guides.conditionals.factors import (
     Factor,
     NormalFactor,
 )
-from pyro_graphflows.guides.conditionals.pooling import DeepSet
+from pyro_graphflows.guides.conditionals.pooling import Attention, DeepSet
 from pyro_graphflows.guides.families import Family, Flow, Normal, Spline
 from pyro_graphflows.guides.guide import AutoFaithfulGuide, auto_faithful_guide, load_guide
 
 __all__ = [
+    "Attention",
     "AutoFaithfulGuide",
     "DeepSet",
     "DiscreteFactor",

@@ -5,13 +5,16 @@ Data, sampled values of other blocks and summaries of other plates become one ve
 (:mod:`~pyro_graphflows.guides.conditionals`).
 """
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pyro_graphflows.capture import is_capturing
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.call import Call
 from pyro_graphflows.guides.conditionals.contract import (
@@ -20,23 +23,30 @@ from pyro_graphflows.guides.conditionals.contract import (
     LinearConditional,
     Pass,
 )
+from pyro_graphflows.guides.conditionals.embedding import Embedding
 from pyro_graphflows.guides.conditionals.pooling import (
     POOLS,
     AllElements,
     DeepSet,
     DeepSetPool,
     LookedUp,
-    Pool,
     PoolMember,
     pooling_orders,
+)
+from pyro_graphflows.guides.conditionals.pooling import (
+    Pool as PlainPool,
 )
 from pyro_graphflows.guides.features import FeatureMap, concatenate
 from pyro_graphflows.guides.inputs import Summary
 from pyro_graphflows.guides.plan import BlockPlan
-from pyro_graphflows.guides.samples import Samples, with_depth
+from pyro_graphflows.guides.samples import Samples, columns_of, side_by_side, with_depth
 from pyro_graphflows.guides.sites import REMEDIES_OF_NAN, InputEncodings
 
+Pool = PlainPool | Embedding
+
 __all__ = ["BlockInputs", "GuideBlock", "make_inputs"]
+
+MOST_EMBEDDED_ROWS = 20_000  # of joint samples from which an embedding is found
 
 
 class BlockInputs(nn.Module):
@@ -68,8 +78,9 @@ class BlockInputs(nn.Module):
         learned = torch.zeros(sum(self.sizes.values()), dtype=torch.bool)
         start = 0
         for name, size in self.sizes.items():
-            if isinstance(pools.get(name), DeepSetPool):
-                learned[start : start + size] = torch.tensor(pools[name].learned)
+            of_pool = getattr(pools.get(name), "learned", None)
+            if of_pool is not None:
+                learned[start : start + size] = torch.tensor(of_pool)
             start += size
         self.register_buffer("learned", learned, persistent=False)
 
@@ -93,7 +104,10 @@ class BlockInputs(nn.Module):
             name: FeatureMap.of_kinds([(kind, slice(0, size))])
             for (name, size), kind in zip(plain["sizes"].items(), plain["kinds"], strict=True)
         }
-        pools = {name: POOLS[kind].from_plain(form) for name, (kind, form) in plain["pools"].items()}
+        kinds = {**POOLS, Embedding.__name__: Embedding}
+        pools: dict[str, Pool] = {
+            name: kinds[kind].from_plain(form) for name, (kind, form) in plain["pools"].items()
+        }
         return cls(maps, pools, plain["encodings"])
 
     def pool(self, name: str) -> Pool | None:
@@ -135,7 +149,7 @@ class BlockInputs(nn.Module):
                 f"Expected {expected} conditioning features in all, as when the guide was set up; got {sizes}."
             )
         features: Tensor = self.features(flat)
-        if not (features.is_meta or bool(torch.isfinite(features).all())):
+        if not (features.is_meta or is_capturing() or _all_finite(features)):
             raise self._not_finite(features, call, unconstrained)
         return features
 
@@ -233,6 +247,8 @@ class BlockInputs(nn.Module):
         like = self.features.shift
         if name in unconstrained:
             flat = unconstrained[name]
+        elif name in call.scores:
+            flat = call.scores[name].to(like.dtype)
         else:
             flat = self.encodings.flat(name, call.values[name], like.dtype)
         if flat.device != like.device:
@@ -333,15 +349,19 @@ class GuideBlock(nn.Module):
         weights: Mapping[str, Any],
         intercept: Tensor | float,
         scale: Tensor | float,
+        *,
+        fused: bool = False,
     ) -> None:
         """Make one site's conditional linear-Gaussian, in the units of the data and of unconstrained latents.
+
+        With ``fused`` it is the factor beside the prior that becomes linear-Gaussian, in the coordinate of the prior.
 
         The shifts and scales on the way, of data, of parents, of summaries of other plates and of the site itself, are
         worked into weights and location. Data on a half-line count by their logarithm, data in (0, 1) by their logit.
         See :meth:`~pyro_graphflows.guides.AutoFaithfulGuide.set_linear_`.
         """
         conditionals, parents = self.conditionals, self.plan.parents[site]
-        shift, width = conditionals.output_units(site)
+        shift, width = conditionals.fused_units(site) if fused else conditionals.output_units(site)
         loc = torch.as_tensor(intercept, dtype=shift.dtype).expand(len(shift)) - shift
         standard: dict[str, Tensor] = {}
         pooled: set[str] = set()
@@ -393,7 +413,10 @@ class GuideBlock(nn.Module):
                 f"with a positive diagonal; got {torch.as_tensor(scale).tolist()}."
             )
         linear = LinearConditional(standard, loc / width, tril / width.unsqueeze(-1))
-        conditionals.set_linear_(site, linear)
+        if fused:
+            conditionals.set_fused_(site, linear)
+        else:
+            conditionals.set_linear_(site, linear)
 
 
 def _require_coordinates(features: FeatureMap, part: slice, name: str) -> None:
@@ -409,25 +432,43 @@ def _require_coordinates(features: FeatureMap, part: slice, name: str) -> None:
 # ---------------------------------------------------------------- inputs from samples
 
 
-def make_inputs(plan: BlockPlan, samples: Samples, deepset: DeepSet) -> tuple[BlockInputs, Samples]:
+def make_inputs(
+    plan: BlockPlan,
+    samples: Samples,
+    deepset: DeepSet,
+    embedding: Mapping[str, nn.Module | str] = MappingProxyType({}),
+) -> tuple[BlockInputs, Samples]:
     """Return the inputs of a block, standardised, and the samples of the block with the values of its summaries.
 
     Args:
         plan: The block of the plan.
         samples: Joint samples.
         deepset: The shape of the learned parts of pooled summaries.
+        embedding: Networks of the nodes that are embedded.
     """
     pools: dict[str, Pool] = {}
     for node in plan.context:
         if node.summary is not None:
-            pools[node.name], values = _make_pool(node.summary, samples, deepset)
+            if node.summary.embedded:
+                name = node.summary.members[0]
+                pools[node.name], values = _make_embedding(name, plan, samples, embedding[name])
+            else:
+                pools[node.name], values = _make_pool(node.summary, samples, deepset)
             samples = samples.with_values({} if values is None else {node.name: values})
     names = [node.name for node in plan.context]
-    samples = samples.for_block([*plan.sites, *names])
+    of_priors = [
+        column for site in plan.fused for column in columns_of(site) if column in (samples.values or {})
+    ]
+    samples = samples.for_block([*plan.sites, *names, *of_priors])
     rows = samples.rows
     maps = {}
+    scores = {node.name: node.score_of for node in plan.context if node.score_of is not None}
     for name in names:
-        if name in pools:
+        if name in scores:
+            size = samples.draws.sites[scores[name]].size
+            seen = torch.zeros(0, size).to(samples.draws.like) if rows is None else rows[name]
+            maps[name] = FeatureMap(None, seen, samples.standardize)
+        elif name in pools:
             seen = torch.zeros(0, pools[name].num_features) if rows is None else rows[name]
             maps[name] = FeatureMap(None, seen, samples.standardize)
         else:
@@ -463,6 +504,23 @@ def _member_map(name: str, samples: Samples) -> FeatureMap:
     return FeatureMap(None, flat[flat[:, -1] > 0, :-1], samples.standardize)
 
 
+def _make_embedding(
+    name: str, plan: BlockPlan, samples: Samples, network: nn.Module | str
+) -> tuple[Embedding, Tensor | None]:
+    """Return the embedding of a node for the sites of a block, and its values in joint samples."""
+    draws = samples.draws
+    feature_map = _member_map(name, samples)
+    member = PoolMember(name, len(feature_map.shift), frozenset(draws.traced.graph.plates[name]))
+    number = sum(draws.sites[site].size for site in plan.sites)
+    pool = Embedding(member, feature_map, network, number).to(draws.like.device, draws.like.dtype)
+    if samples.values is None:
+        return pool, None
+    rows = side_by_side(samples.values, [name, *plan.sites])
+    few = slice(0, MOST_EMBEDDED_ROWS)
+    pool.fit_(rows[name][few], torch.cat([rows[site][few] for site in plan.sites], -1))
+    return pool, pool.of_samples({name: samples.values[name]}, samples.plates, fit=False)
+
+
 def _make_pool(summary: Summary, samples: Samples, deepset: DeepSet) -> tuple[Pool, Tensor | None]:
     """Return the summary of some nodes, standardised, and its values in joint samples."""
     draws = samples.draws
@@ -492,3 +550,9 @@ def _make_pool(summary: Summary, samples: Samples, deepset: DeepSet) -> tuple[Po
     values = {name: with_depth(samples.values[name], depth) for name in summary.members}
     values.update({name: draws.argument(name) for name in pool.indices})
     return pool, pool.of_samples(values, samples.plates, fit=samples.standardize)
+
+
+def _all_finite(values: Tensor) -> bool:
+    """Whether all values are finite: by their sum, and one by one where that is not."""
+    values = values.detach()
+    return math.isfinite(values.sum().item()) or bool(torch.isfinite(values).all())

@@ -27,6 +27,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
+from pyro_graphflows.capture import is_capturing
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides.sites import InputEncodings, is_constant, moved_support
 from pyro_graphflows.inspect import (
@@ -47,9 +48,11 @@ __all__ = [
     "CallReader",
     "PlateState",
     "SiteForm",
+    "call_key",
     "chosen_indices",
     "input_rows",
     "plates_of",
+    "refuse_empty_plates",
     "require_shape",
     "site_mask",
 ]
@@ -88,6 +91,7 @@ class Call:
         supports: The supports of the latent sites.
         given: The values of optional sites that have data in this call.
         in_part: Whether a plate that is a Python loop is subsampled: its sites are about other data in each call.
+        scores: Score features by name (:mod:`~pyro_graphflows.guides.scores`).
     """
 
     values: dict[str, Tensor]
@@ -97,6 +101,7 @@ class Call:
     supports: dict[str, constraints.Constraint] = field(default_factory=dict)
     given: dict[str, Tensor] = field(default_factory=dict)
     in_part: bool = False
+    scores: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -219,7 +224,10 @@ def chosen_indices(indices: Any, full_size: int) -> Tensor | None:
     if indices is None:
         return None
     indices = torch.as_tensor(indices)
-    if len(indices) == full_size and torch.equal(indices, torch.arange(full_size).to(indices)):
+    if len(indices) != full_size:
+        return indices
+    # while a call is captured no numbers are read: whoever captures compares with an ordinary call
+    if is_capturing() or torch.equal(indices, torch.arange(full_size).to(indices)):
         return None
     return indices
 
@@ -398,6 +406,7 @@ class CallReader:
         try:
             trace = self._shadow(model, args, kwargs, indices or {})
         except Exception as error:
+            refuse_empty_plates(error)
             self._require_one_device(model, args, kwargs, error)
             # Without any arguments the plates are as at set-up, if the guide needs no more.
             if args or kwargs or indices:
@@ -617,6 +626,15 @@ def input_rows(traced: TracedModel, name: str, value: Tensor, plates: Mapping[st
     return arranged(take_rows(name, value, rows, taken, plates), traced.places.get(name, ()))
 
 
+def refuse_empty_plates(error: Exception) -> None:
+    """Say what it means that Pyro has no empty plates, if that is why a model failed."""
+    if isinstance(error, ZeroDivisionError) and "size cannot be zero" in str(error):
+        raise GraphflowsError(
+            "Expected at least one element in each plate, since plates of Pyro cannot be empty; in this call one has "
+            "none. Leave out empty batches."
+        ) from error
+
+
 def require_shape(name: str, site: Mapping[str, Any]) -> None:
     """Refuse data that would be broadcast against their distribution: ``(n, 1)`` in a plate of n.
 
@@ -679,6 +697,15 @@ def _require_plates(name: str, site: Mapping[str, Any]) -> None:
             f"{tuple(site['fn'].batch_shape)}, whose dimension {dims[-1]} is in no plate. Give inputs and data one "
             "shape, for example by x.squeeze(-1)."
         )
+
+
+def call_key(arguments: Any) -> Hashable | None:
+    """Return a key that is equal for calls that differ in the contents of tensors only; None if unsure.
+
+    Args:
+        arguments: Positional and keyword arguments.
+    """
+    return _shape_of(arguments)
 
 
 def _shape_of(arguments: Any, *, of_objects: bool = False, depth: int = 0) -> Hashable | None:

@@ -5,24 +5,32 @@ Each step takes values and returns new ones; none edits an earlier step's result
 
 import warnings
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import update_wrapper
 from typing import Any
 
 import torch
 from pyro.poutine.messenger import Messenger
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.graphs.order_search import AutoOrder
-from pyro_graphflows.guides.call import CallReader, PlateState, plates_of, require_shape, site_mask
+from pyro_graphflows.guides.call import (
+    CallReader,
+    PlateState,
+    plates_of,
+    refuse_empty_plates,
+    require_shape,
+    site_mask,
+)
 from pyro_graphflows.guides.conditionals.contract import ElementParents, Family, SiteRole
 from pyro_graphflows.guides.conditionals.factors import ElementNormalFactor, Factor, NormalFactor
-from pyro_graphflows.guides.conditionals.pooling import DeepSet
+from pyro_graphflows.guides.conditionals.pooling import Attention, DeepSet
 from pyro_graphflows.guides.families import Normal
+from pyro_graphflows.guides.fusion import FusionQuestion, plan_fusion
 from pyro_graphflows.guides.inputs import InputOptions, InputPlan, plan_inputs, sites_concerned
 from pyro_graphflows.guides.orders import (
     NAMED_INVERSES,
@@ -45,8 +53,11 @@ from pyro_graphflows.guides.plan import (
     mean_field_condition,
     readers_of,
     ways_in,
+    with_embeddings,
+    with_scores,
 )
 from pyro_graphflows.guides.samples import ModelDraws
+from pyro_graphflows.guides.scores import ScoreReader, judge_scores, score_name, sites_with_scores
 from pyro_graphflows.guides.sites import (
     REMEDIES_OF_NAN,
     InputEncodings,
@@ -72,7 +83,10 @@ from pyro_graphflows.inspect.trace import (
 
 __all__ = ["Compiled", "GuideOptions", "compile_guide"]
 
+POOLINGS: Mapping[str, type[DeepSet]] = {"deepset": DeepSet, "attention": Attention}
 EXACT_KL = (NormalFactor, ElementNormalFactor)  # factors for which a KL is registered, before any bijection
+INITS = ("auto", "regression", "prior", "random")
+SCORE_DRAWS = 1000  # joint samples whose means are the reference values of scores
 MOST_VALUES_TRIED = 32  # of a discrete site, to see whether supports of others change with it
 
 
@@ -83,7 +97,7 @@ class GuideOptions:
     family: Family
     inverse: Inverse = "auto"
     pool: str | DeepSet | None = None
-    init: str = "regression"
+    init: str = "auto"
     factors: Mapping[str, type[Factor] | Family] = field(default_factory=dict)
     standardize: bool = True
     num_start_samples: int = 10_000
@@ -96,6 +110,8 @@ class GuideOptions:
     init_values: Mapping[str, Tensor] = field(default_factory=dict)
     setup_seed: int = 0
     optional: Sequence[str] = ()
+    features: str = "raw"
+    embedding: Mapping[str, nn.Module | str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.optional, str) or not all(isinstance(name, str) for name in self.optional):
@@ -104,17 +120,31 @@ class GuideOptions:
         _ = self.vectors  # refuses what cannot be
         if self.optional and self.resolution == "element":
             raise GraphflowsError("Expected resolution='auto' or 'site' with optional= sites.")
-        if self.init not in ("regression", "random"):
-            raise GraphflowsError(f"Expected init='regression' or 'random'; got {self.init!r}.")
+        if self.init not in INITS:
+            names = ", ".join(map(repr, INITS))
+            raise GraphflowsError(f"Expected init= one of {names}; got {self.init!r}.")
         if self.num_start_samples < 1:
             raise GraphflowsError(f"Expected num_start_samples >= 1; got {self.num_start_samples}.")
-        if self.pool not in (None, "deepset") and not isinstance(self.pool, DeepSet):
-            raise GraphflowsError(f"Expected pool='deepset', a DeepSet or None; got {self.pool!r}.")
+        for name, network in self.embedding.items():
+            if not isinstance(network, nn.Module) and network != "auto":
+                raise GraphflowsError(
+                    f"Expected embedding={{site: nn.Module or 'auto'}}; got {network!r} for {name!r}."
+                )
+        if self.features not in ("raw", "score", "auto"):
+            raise GraphflowsError(f"Expected features='raw', 'score' or 'auto'; got {self.features!r}.")
+        if self.features != "raw" and (self.resolution == "element" or self.optional):
+            raise GraphflowsError(
+                f"Expected features='raw' with resolution='element' or optional= sites; got {self.features!r}."
+            )
+        if self.pool not in (None, *POOLINGS) and not isinstance(self.pool, DeepSet):
+            raise GraphflowsError(
+                f"Expected pool='deepset', 'attention', a DeepSet, an Attention or None; got {self.pool!r}."
+            )
         if self.coupled_rank is not None and self.coupled_rank < 0:
             raise GraphflowsError(f"Expected coupled_rank >= 0 or None; got {self.coupled_rank}.")
-        if self.init == "regression" and not self.family.can_regress:
+        if self.init in ("regression", "prior") and not self.family.can_regress:
             raise GraphflowsError(
-                f"Expected skip=True with init='regression', which sets the linear maps; got {self.family!r}."
+                f"Expected skip=True with init={self.init!r}, which sets the linear maps; got {self.family!r}."
             )
         if self.init_values and not self.family.can_regress:
             raise GraphflowsError(
@@ -146,7 +176,7 @@ class GuideOptions:
     @property
     def deepset(self) -> DeepSet | None:
         """The shape of pooled summaries; None where nothing is pooled."""
-        return DeepSet() if self.pool == "deepset" else self.pool  # type: ignore[return-value]
+        return POOLINGS[self.pool]() if isinstance(self.pool, str) else self.pool
 
     @property
     def num_rows(self) -> int:
@@ -177,6 +207,7 @@ class Compiled:
         element_parents: For sites whose elements are told apart, the parents of each element.
         ranks: For vectors too long for a full covariance, the rank beside the diagonal.
         draws: The model's draws.
+        scores: The score features that sites read; None without.
     """
 
     plan: Plan
@@ -188,6 +219,7 @@ class Compiled:
     element_parents: ElementParents
     ranks: Mapping[str, int]
     draws: ModelDraws
+    scores: ScoreReader | None = None
 
 
 def compile_guide(
@@ -209,8 +241,12 @@ def compile_guide(
         GraphflowsError: If an option names a site that the model has not, or one that it does not fit.
     """
     argument_leaves(model, args, kwargs)  # refuses arguments that do not fit
-    with quiet_run(model):
-        run_model(model, args, kwargs)
+    try:
+        with quiet_run(model):
+            run_model(model, args, kwargs)
+    except ZeroDivisionError as error:
+        refuse_empty_plates(error)
+        raise
     seed_random_state(options.setup_seed)
     model = with_latent(model, options.optional)
     trace = _trace(model, args, kwargs, options)
@@ -259,13 +295,32 @@ def compile_guide(
     blocks = make_blocks(inverse, inputs, encodings.event_dims, keys)
     require_outer_sites_first(blocks, inverse, discrete)
     _require_known_indices(blocks, inputs, traced)
+    split = {} if found.elements is None else found.elements.parents
+    excluded = _not_fused(options, sites, inputs, split, changing)
+    excluded.update(dict.fromkeys(vectors.ranks, "its covariance is of low rank"))
+    indices = {name: plate.indices for name, plate in plates.items() if plate.indices is not None}
+    fusion = plan_fusion(
+        FusionQuestion(
+            *(model, (args, kwargs), traced, sites, families, inverse, blocks, enumerated, excluded, indices)
+        )
+    )
+    fused = fusion.priors.sites
+    blocks = tuple(replace(b, fused=tuple(site for site in b.sites if site in fused)) for b in blocks)
     readers = readers_of(blocks, inverse.graph.latent)
-    _require_own_rows(readers, traced)
+    other_rows = _read_other_rows(readers, traced, strict=options.strict)
     keep_masks = any(node.summary for block in blocks for node in block.context)
     read = {node.name for block in blocks for node in block.context}
     unread = [name for name in traced.graph.observed if name in traced.loops and name not in read]
     reader = CallReader(
         *(traced, encodings), keep_masks=keep_masks, readers=readers, unread=unread, optional=options.optional
+    )
+    scores, left_out, said = _scores(options, draws, inverse, plates, bool(changing) or elements)
+    if scores is not None:
+        blocks = with_scores(blocks, {site: score_name(site) for site in scores.observed_children}, left_out)
+    blocks = _embedded(options, blocks, traced, encodings, elements)
+    inputs = replace(
+        inputs,
+        remarks={**inputs.remarks, **{s: (*inputs.remarks.get(s, ()), line) for s, line in said.items()}},
     )
     order = [site for block in blocks for site in block.sites]
     _require_known_supports(changing, order, inverse.order, sites)
@@ -281,26 +336,109 @@ def compile_guide(
         inputs=inputs,
         blocks=blocks,
         analytic_kl=_analytic_kl(
-            options, inputs, families, sites, mean_field_condition(inverse.graph, inverse), vectors.ranks
+            options,
+            inputs,
+            families,
+            sites,
+            mean_field_condition(inverse.graph, inverse),
+            {*vectors.ranks, *fused},
         ),
+        priors=fusion.priors,
         labels=_labels(options, sites, enumerated, vectors),
+        not_fused=fusion.reasons,
         ways=ways_in(inverse, inputs, traced.without_data),
         changing=changing,
         enumerated=enumerated,
         copies=() if enumerated or traced.graph.marginalised else traced.copies,
-        notes=tuple(traced.notes),
+        notes=(*traced.notes, *other_rows),
         hints=hints,
         judged=judged or (None if found.judged is found.inverse else found.judged),
     )
     _require_served(plan, options.optional)
-    split = {} if found.elements is None else found.elements.parents
     element_parents = {
         name: parents for name, parents in split.items() if name not in options.factor_classes()
     }
-    return Compiled(plan, traced, sites, reader, plates, families, element_parents, vectors.ranks, draws)
+    return Compiled(
+        *(plan, traced, sites, reader, plates, families, element_parents, vectors.ranks, draws),
+        scores=scores,
+    )
 
 
 # ---------------------------------------------------------------- steps
+
+
+def _embedded(
+    options: GuideOptions,
+    blocks: tuple[BlockPlan, ...],
+    traced: TracedModel,
+    encodings: InputEncodings,
+    elements: bool,
+) -> tuple[BlockPlan, ...]:
+    """Return the blocks with embeddings in the place of the data that the user wants embedded."""
+    for name in options.embedding:
+        if name not in encodings.event_dims:
+            raise GraphflowsError(
+                f"Expected embedding= of data that the guide reads, {', '.join(encodings.event_dims) or 'none'}; got "
+                f"{name}."
+            )
+        elementwise = any(node.name == name and node.summary is None for b in blocks for node in b.context)
+        if name in encodings.partly or elements or not elementwise:
+            reason = (
+                "it is partly observed"
+                if name in encodings.partly
+                else "elements of vectors have parents of their own (resolution='site')"
+                if elements
+                else "no site reads it in its own plates: pool= has networks for data inside plates"
+            )
+            raise GraphflowsError(f"Expected no embedding of {name!r}: {reason}.")
+    return with_embeddings(blocks, options.embedding) if options.embedding else blocks
+
+
+def _scores(
+    options: GuideOptions,
+    draws: ModelDraws,
+    inverse: InverseGraph,
+    plates: Mapping[str, PlateState],
+    varying: bool,
+) -> tuple[ScoreReader | None, dict[str, tuple[str, ...]], dict[str, str]]:
+    """Return the scores that sites read, the data that some leave out for them, and remarks on sites with data."""
+    if options.features == "raw":
+        return None, {}, {}
+    traced, sites, readable = draws.traced, draws.sites, draws.encodings.event_dims
+    found = sites_with_scores(traced, inverse, sites, plates, readable)
+    said = {site: f"no score feature: {reason}" for site, reason in found.reasons.items()}
+    children = dict(found.children)
+    if varying or draws.encodings.partly:
+        reason = "data or supports come and go, or elements of vectors have parents of their own"
+        said.update(dict.fromkeys(children, f"no score feature: {reason}"))
+        children = {}
+    if not children:
+        return None, {}, said
+    nodes: Any = traced.trace.nodes
+    event_dims = {name: len(nodes[name]["fn"].event_shape) for each in children.values() for name in each}
+    around = {name: tuple(inverse.graph.plates[name]) for name in sites}
+    reader = ScoreReader(children, sites, around, event_dims)
+    try:
+        reader.set_references_(draws, SCORE_DRAWS)
+        verdicts = judge_scores(reader, draws, inverse, plates, readable)
+    except UnsupportedModelError as error:
+        said.update(dict.fromkeys(children, f"no score feature: {error}"))
+        return None, {}, said
+    except (RuntimeError, ValueError, IndexError) as error:
+        reason = str(error).strip().split("\n")[0]
+        said.update(dict.fromkeys(children, f"no score feature: the model does not take batches ({reason})"))
+        return None, {}, said
+    kept = [site for site in children if options.features == "score" or verdicts[site].helps]
+    left_out = {site: children[site] for site in kept if verdicts[site].suffices}
+    for site in children:
+        what = "no score feature" if site not in kept else "reads its score"
+        instead = f" in place of {', '.join(left_out[site])}" if site in left_out else ""
+        said[site] = f"{what}{instead} ({verdicts[site]})"
+    if not kept:
+        return None, {}, said
+    chosen = ScoreReader({site: children[site] for site in kept}, sites, around, event_dims)
+    chosen.load_state_dict(reader.state_dict())
+    return chosen.to(draws.like.device, draws.like.dtype), left_out, said
 
 
 def _trace(
@@ -523,7 +661,7 @@ def _analytic_kl(
     families: Mapping[str, Family],
     sites: Mapping[str, LatentSite],
     condition: Mapping[str, bool],
-    ranks: Collection[str],
+    sampled: Collection[str],
 ) -> dict[str, bool]:
     """Return for each site whether its KL term may be analytic: the condition holds, and its factor has one."""
     classes = options.factor_classes()
@@ -532,8 +670,27 @@ def _analytic_kl(
         family = families[name]
         factor = classes.get(name, family.factor if isinstance(family, Normal) else None)
         normal = site.is_real and len(site.event_shape) < 2 and factor in EXACT_KL
-        found[name] = condition[name] and normal and name not in inputs.coupled and name not in ranks
+        found[name] = condition[name] and normal and name not in inputs.coupled and name not in sampled
     return found
+
+
+def _not_fused(
+    options: GuideOptions,
+    sites: Mapping[str, LatentSite],
+    inputs: InputPlan,
+    split: Collection[str],
+    changing: Collection[str],
+) -> dict[str, str]:
+    """Return the sites whose factor cannot be multiplied by a prior, with the reasons."""
+    reasons = dict.fromkeys(changing, "its support depends on other latent sites")
+    reasons.update(dict.fromkeys(inputs.coupled, "its copies are drawn jointly"))
+    reasons.update(dict.fromkeys(split, "its elements have parents of their own"))
+    reasons.update(dict.fromkeys(options.factor_classes(), "it has a factor of the user's"))
+    family = options.family
+    if isinstance(family, Normal) and family.factor is not NormalFactor:
+        own = [name for name in sites if sites[name].encoding is None and name not in options.factors]
+        reasons.update(dict.fromkeys(own, "it has a factor of the user's"))
+    return {name: reason for name, reason in reasons.items() if name in sites}
 
 
 # ---------------------------------------------------------------- refusals
@@ -613,17 +770,23 @@ def _require_sites_by_position(
         )
 
 
-def _require_own_rows(readers: Mapping[str, Sequence[str]], traced: TracedModel) -> None:
-    """Refuse inputs of whose rows the guide would read others than the model does."""
+def _read_other_rows(
+    readers: Mapping[str, Sequence[str]], traced: TracedModel, *, strict: bool
+) -> tuple[str, ...]:
+    """Refuse inputs of whose rows the guide would read others than the model does; if not strict, note it."""
     wrong = [name for name in traced.other_rows if name in readers]
-    if wrong:
-        raise UnsupportedModelError(
-            f"Expected each element of plate {traced.other_rows[wrong[0]]!r} to depend on the row of its own of "
-            f"{', '.join(map(repr, wrong))}: in order, or taken by the plate's indices, x[ind], "
-            "x.index_select(0, ind) or pyro.subsample(x, event_dim=...); in the model it depends on another row "
-            "(turned, sorted or delayed ones), or on one taken in a way that cannot be followed. Pass the tensor in "
-            "the order in which the elements use it, and take rows by x[ind]."
-        )
+    if not wrong:
+        return ()
+    message = (
+        f"each element of plate {traced.other_rows[wrong[0]]!r} to depend on the row of its own of "
+        f"{', '.join(map(repr, wrong))}: in order, or taken by the plate's indices, x[ind], "
+        "x.index_select(0, ind) or pyro.subsample(x, event_dim=...); in the model it depends on another row "
+        "(turned, sorted or delayed ones), or on one taken in a way that cannot be followed. Pass the tensor in "
+        "the order in which the elements use it, and take rows by x[ind]."
+    )
+    if strict:
+        raise UnsupportedModelError(f"Expected {message}")
+    return (f"not faithful: expected {message}",)
 
 
 def _require_known_indices(blocks: Collection[BlockPlan], inputs: InputPlan, traced: TracedModel) -> None:

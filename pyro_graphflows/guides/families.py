@@ -53,6 +53,10 @@ class Normal(Family):
         activation: ``"elu"``, ``"relu"``, ``"tanh"`` ...
         skip: Whether a linear map from the parents runs beside the hidden layers. The regression start needs it.
         factor: The factor class of the continuous sites, for other conditionals than normal ones.
+        fusion: Whether a site's conditional is the model's own distribution of the site, given its parents in the
+            model, times a normal factor (of a discrete site, its logits plus some), in a coordinate in which the prior
+            is normal (:mod:`~pyro_graphflows.guides.fusion`). ``"auto"`` does so for each site where it can and has an
+            effect; True for all, and refuses models in which some site cannot.
 
     Raises:
         GraphflowsError: If a width or a number is not positive, the activation is unknown, or ``factor`` is no
@@ -69,9 +73,11 @@ class Normal(Family):
     activation: str = "elu"
     skip: bool = True
     factor: type[Factor] = field(default=NormalFactor, repr=False)
+    fusion: bool | str = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         _freeze_widths(self)
+        _require_fusion(self)
         _require_positive(self, "units_per_set", "hidden_layers")
         make_activation(self.activation)
         if not (isinstance(self.factor, type) and issubclass(self.factor, Factor)):
@@ -80,6 +86,8 @@ class Normal(Family):
     def __repr__(self) -> str:
         shown = {name: getattr(self, name) for name in NETWORK_OPTIONS}
         options = [f"{name}={value!r}" for name, value in shown.items()]
+        if self.fusion is not False:
+            options.append(f"fusion={self.fusion!r}")
         if self.factor is not NormalFactor:
             options.append(f"factor={self.factor.__name__}")
         return f"Normal({', '.join(options)})"
@@ -141,6 +149,7 @@ class Spline(Family):
         hidden_layers: The number of hidden layers where ``hidden_dims`` is None.
         activation: ``"elu"``, ``"relu"``, ``"tanh"`` ...
         skip: Whether a linear map from the parents runs beside the hidden layers. The regression start needs it.
+        fusion: See :class:`Normal`. Location and scale of the spline are then those of the prior times a normal.
 
     Raises:
         GraphflowsError: If there are fewer than two bins, a number is not positive, or the base or the activation is
@@ -160,8 +169,10 @@ class Spline(Family):
     hidden_layers: int = 1
     activation: str = "elu"
     skip: bool = True
+    fusion: bool | str = False
 
     def __post_init__(self) -> None:
+        _require_fusion(self)
         if self.num_bins < 2:
             raise GraphflowsError(f"Expected num_bins >= 2; got {self.num_bins}.")
         if not 0 < self.bound < math.inf:
@@ -386,6 +397,11 @@ def _freeze_widths(family: Any) -> None:
         object.__setattr__(family, "hidden_dims", tuple(widths))
         if any(not isinstance(width, int) or width < 1 for width in family.hidden_dims):
             raise GraphflowsError(f"Expected hidden_dims positive whole numbers; got {list(widths)}.")
+
+
+def _require_fusion(family: Any) -> None:
+    if family.fusion not in (True, False, "auto"):
+        raise GraphflowsError(f"Expected fusion='auto', True or False; got {family.fusion!r}.")
 
 
 def _require_positive(family: Any, *names: str) -> None:

@@ -19,11 +19,12 @@ from pyro_graphflows.guides.call import PlateState, SiteForm
 from pyro_graphflows.guides.compile import GuideOptions
 from pyro_graphflows.guides.conditionals.contract import BlockSpec
 from pyro_graphflows.guides.conditionals.factors import DiscreteFactor, ElementNormalFactor, NormalFactor
-from pyro_graphflows.guides.conditionals.pooling import DeepSet, PoolMember
+from pyro_graphflows.guides.conditionals.pooling import Attention, DeepSet, PoolMember
 from pyro_graphflows.guides.families import FAMILIES
 from pyro_graphflows.guides.inputs import Coupling, InputPlan, Summary
 from pyro_graphflows.guides.plain import GRAPHS, Reader, Writer
 from pyro_graphflows.guides.plan import BlockPlan, Conditioning, Plan
+from pyro_graphflows.guides.prior_plan import PriorPlan
 from pyro_graphflows.guides.sites import DiscreteEncoding, InputEncodings, LatentSite
 from pyro_graphflows.inspect.arguments import Attribute, LoopRow, Outside, signature_of
 from pyro_graphflows.tensor_files import read_tensors, write_tensors
@@ -31,10 +32,10 @@ from pyro_graphflows.transforms.solver import Solver
 
 __all__ = ["FORMAT", "read_guide", "write_guide"]
 
-FORMAT = 2  # another number wherever a file of before cannot be read any more
+FORMAT = 3  # another number wherever a file of before cannot be read any more
 KIND = "pyro_graphflows guide"
 CLASSES = (
-    *(BlockPlan, BlockSpec, Conditioning, Coupling, DeepSet, DiscreteEncoding, DiscreteFactor),
+    *(Attention, BlockPlan, BlockSpec, Conditioning, Coupling, DeepSet, DiscreteEncoding, DiscreteFactor),
     *(
         *FAMILIES.values(),
         ElementNormalFactor,
@@ -44,7 +45,7 @@ CLASSES = (
         LatentSite,
         NormalFactor,
     ),
-    *(Plan, PlateState, PoolMember, SiteForm, Solver, Summary),
+    *(Plan, PlateState, PoolMember, PriorPlan, SiteForm, Solver, Summary),
     *(Attribute, LoopRow, Outside),
 )
 

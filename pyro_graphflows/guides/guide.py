@@ -20,6 +20,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
+from pyro.nn.module import _is_module_local_param_enabled
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
@@ -31,19 +32,24 @@ from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.guides.block import GuideBlock, make_inputs
 from pyro_graphflows.guides.call import Call, CallReader, PlateState, chosen_indices, site_mask
+from pyro_graphflows.guides.choice import Candidate, Judge, choose_start
 from pyro_graphflows.guides.compile import Compiled, GuideOptions, compile_guide
 from pyro_graphflows.guides.conditionals.contract import Family
-from pyro_graphflows.guides.conditionals.distributions import CopiedValue, site_distribution
+from pyro_graphflows.guides.conditionals.distributions import CopiedValue, DrawnOrGiven, site_distribution
 from pyro_graphflows.guides.conditionals.factors import Factor
 from pyro_graphflows.guides.conditionals.model_conditionals import ModelConditionals
 from pyro_graphflows.guides.conditionals.new_elements import WithNewElements, beyond_fitted
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
+from pyro_graphflows.guides.conditionals.site_priors import SitePrior
 from pyro_graphflows.guides.families import make_family
 from pyro_graphflows.guides.files import read_guide, write_guide
 from pyro_graphflows.guides.fitted_data import CallData, FittedData
 from pyro_graphflows.guides.orders import Inverse
 from pyro_graphflows.guides.plan import Description, Plan
+from pyro_graphflows.guides.prior_samples import with_priors
+from pyro_graphflows.guides.priors import PriorReader
 from pyro_graphflows.guides.samples import Samples
+from pyro_graphflows.guides.scores import ScoreReader
 from pyro_graphflows.guides.sites import LatentSite, is_constant
 from pyro_graphflows.guides.start import Start, start_at_, start_block_, whiten_block_
 from pyro_graphflows.guides.transport import Transport
@@ -56,6 +62,7 @@ __all__ = ["AutoFaithfulGuide", "auto_faithful_guide", "load_guide"]
 logger = logging.getLogger(__name__)
 
 Emit = Callable[..., Tensor]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 _OF_GUIDES = WeakTensorKeyDictionary()  # all their parameters; an attribute would be in files of the store
 NUM_START_DRAWS = 20  # of the guide at set-up, which say how large its inputs are
@@ -74,7 +81,7 @@ class AutoFaithfulGuide(AutoGuide):
         family: See :func:`~pyro_graphflows.guides.auto_faithful_guide`, also for all other options.
         inverse: What each site is conditioned on.
         pool: How data in inner plates reach the sites outside of them.
-        init: ``"regression"`` or ``"random"``.
+        init: ``"auto"``, ``"regression"``, ``"prior"`` or ``"random"``.
         factors: Factor classes and families of single sites.
         standardize: Whether inputs and outputs of the networks are standardised.
         num_start_samples: The number of joint samples of the model that are drawn at set-up.
@@ -87,6 +94,8 @@ class AutoFaithfulGuide(AutoGuide):
         init_values: Values at which single sites start.
         setup_seed: The seed of everything random at set-up; the caller's random state is neither used nor advanced.
         optional: Sites that have data in some calls, in the order in which they are sampled where they have none.
+        features: ``"raw"``, ``"score"`` or ``"auto"``.
+        embedding: Networks of wide data.
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
             that returns plates that exist already, for subsampling.
 
@@ -111,7 +120,7 @@ class AutoFaithfulGuide(AutoGuide):
         family: str | Family | type[Factor] = "normal",
         inverse: Inverse = "auto",
         pool: str | DeepSet | None = None,
-        init: str = "regression",
+        init: str = "auto",
         factors: Mapping[str, type[Factor] | Family] = MappingProxyType({}),
         standardize: bool = True,
         num_start_samples: int = 10_000,
@@ -124,6 +133,8 @@ class AutoFaithfulGuide(AutoGuide):
         init_values: Mapping[str, Tensor] = MappingProxyType({}),
         setup_seed: int = 0,
         optional: Sequence[str] = (),
+        features: str = "raw",
+        embedding: Mapping[str, nn.Module | str] = MappingProxyType({}),
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__(model, create_plates=create_plates)
@@ -144,6 +155,8 @@ class AutoFaithfulGuide(AutoGuide):
             init_values=dict(init_values),
             setup_seed=setup_seed,
             optional=optional,
+            features=features,
+            embedding=dict(embedding),
         )
         self._plan: Plan | None = None
         self._notes: tuple[str, ...] = ()
@@ -152,10 +165,13 @@ class AutoFaithfulGuide(AutoGuide):
         self._fitted: FittedData | None = None
         self._is_fitting = False
         self._warned: set[str] = set()
+        self._places: list[tuple[str, dict[str, Any], str]] | None = None
         self._sites: dict[str, LatentSite]
         self._reader: CallReader
+        self._priors: PriorReader
         self._plate_states: dict[str, PlateState]
         self.blocks: nn.ModuleList
+        self.scores: ScoreReader | None = None
 
     # ---------------------------------------------------------------- set-up
 
@@ -194,13 +210,11 @@ class AutoFaithfulGuide(AutoGuide):
                 standardize=options.standardize,
                 num_rows=options.num_rows,
             )
-            blocks, starts = self._make_blocks(compiled, samples)
+            self.scores = compiled.scores
             self._plan, self._sites, self._reader = compiled.plan, compiled.sites, compiled.reader
             self._plate_states = compiled.plates
-            self._notes = () if samples.note is None else (samples.note,)
-            self._start_notes = tuple(note for start in starts for note in start.notes)
-            self.blocks = nn.ModuleList(blocks)
-            self._mark_parameters()
+            self._priors = PriorReader(compiled.plan.priors, compiled.sites)
+            self._places = None
             self.prototype_trace = compiled.traced.trace
             self._prototype_frames = {
                 frame.name: frame
@@ -209,16 +223,58 @@ class AutoFaithfulGuide(AutoGuide):
                 if frame.vectorized
             }
             self._fitted = None
-            self._whiten_blocks(starts, args, kwargs)
+            chosen, choice = self._start(compiled, samples, (args, kwargs))
+            self.blocks, self._places = chosen.blocks, None
+            self._mark_parameters()
+            self._notes = () if chosen.note is None else (chosen.note,)
+            self._start_notes = (*(() if choice is None else (choice,)), *chosen.notes)
         self.remember_data(*args, **kwargs)
-        logger.info("Guide set up: %d blocks (%.2f s).", len(blocks), time.perf_counter() - begin)
+        logger.info("Guide set up: %d blocks (%.2f s).", len(self.blocks), time.perf_counter() - begin)
         if compiled.plan.inputs.missing:
             warnings.warn("\n".join(compiled.plan.inputs.missing), GraphflowsWarning, stacklevel=2)
         if self.master is not None:
             self.master()._check_prototype(prune_subsample_sites(self.prototype_trace))
         return self
 
-    def _make_blocks(self, compiled: Compiled, samples: Samples) -> tuple[list[GuideBlock], list[Start]]:
+    def _start(self, compiled: Compiled, samples: Samples, call: Arguments) -> tuple[Candidate, str | None]:
+        """Return the start that the options ask for, and a sentence on the choice."""
+        options, plan = self._options, compiled.plan
+
+        def build(samples: Samples, name: str) -> Candidate:
+            samples = with_priors(samples, plan.priors)
+            if compiled.scores is not None and samples.values is not None:
+                number = len(next(iter(samples.values.values())))
+                scores = compiled.scores.of_draws(compiled.draws, number, compiled.plates)
+                samples = samples.with_values(scores)
+            blocks, starts = self._make_blocks(compiled, samples, regression=name != "random")
+            self.blocks, self._places = nn.ModuleList(blocks), None
+            self._whiten_blocks(starts, *call)
+            notes = tuple(note for start in starts for note in start.notes)
+            return Candidate(name, self.blocks, notes, samples.note)
+
+        def loss_of(candidate: Candidate) -> float | None:
+            self.blocks, self._places = candidate.blocks, None
+            return judge.loss(lambda *args, **kwargs: self._run(args, kwargs, None, pyro.sample))
+
+        if options.init == "auto" and options.family.can_regress and compiled.scores is None:
+            draws = compiled.draws
+            depth = max((-state.dim for state in self._plate_states.values()), default=0)
+            judge = Judge(draws.model, call, options.setup_seed, -1 - depth if draws.takes_plates else None)
+            return choose_start(compiled, samples, build, loss_of, judge)
+        if options.init == "prior":
+            try:
+                at_prior = samples if compiled.scores is not None else samples.at_prior(plan)
+                return build(at_prior, "prior"), None
+            except UnsupportedModelError as error:
+                note = f"no start at the prior, and no standardisation of latents: {error}"
+                return build(replace(samples, values=None, note=note), "random"), None
+        return build(
+            samples, "random" if options.init == "random" or not options.family.can_regress else "regression"
+        ), None
+
+    def _make_blocks(
+        self, compiled: Compiled, samples: Samples, *, regression: bool
+    ) -> tuple[list[GuideBlock], list[Start]]:
         """Return the blocks at their starts, and how these are."""
         options = self._options
         starts = []
@@ -229,9 +285,9 @@ class AutoFaithfulGuide(AutoGuide):
         }
         blocks = []
         for plan in compiled.plan.blocks:
-            inputs, of_block = make_inputs(plan, samples, options.deepset or DeepSet())
+            inputs, of_block = make_inputs(plan, samples, options.deepset or DeepSet(), options.embedding)
             block = GuideBlock.make(plan, compiled.families[plan.sites[0]], inputs, of_block, further)
-            start = start_block_(block, of_block, regression=options.init == "regression")
+            start = start_block_(block, of_block, regression=regression)
             given = start_at_(block, of_block, options.init_values, compiled.plan.changing)
             starts.append(replace(start, notes=(*start.notes, *given)))
             blocks.append(block)
@@ -247,7 +303,7 @@ class AutoFaithfulGuide(AutoGuide):
         draws: dict[str, Tensor] = {}
         if chosen:
             try:
-                call = self._read(args, kwargs, None)
+                call = self._read_with_scores(args, kwargs, None)
                 draws = self._flat_draws(args, kwargs)
             except GraphflowsError:  # set up without data: the call that needs them says so
                 call = None
@@ -337,7 +393,7 @@ class AutoFaithfulGuide(AutoGuide):
                 elements beyond those fitted.
         """
         self._ensure_set_up(args, kwargs)
-        self._claim_parameter_names()
+        self._show_parameters()
         return self._run(args, kwargs, observations, pyro.sample)
 
     def _run(
@@ -350,10 +406,13 @@ class AutoFaithfulGuide(AutoGuide):
     ) -> dict[str, Tensor]:
         """Read a call, and emit every latent site; ``unconstrained`` is filled with the flat vectors of its values."""
         plan = self.plan
-        call = self._read(args, kwargs, observations)
+        call = self._read_with_scores(args, kwargs, observations)
         values: dict[str, Tensor] = {}
         unconstrained = {} if unconstrained is None else unconstrained
-        blocks: Any = self.blocks  # once: each look-up shows all parameters to Pyro
+        of_call = None
+        if plan.priors.sites:
+            of_call = self._priors.begin(self.model, (args, kwargs), call, observations)
+        blocks: Any = self._modules["blocks"]  # not self.blocks: forward has shown the parameters to Pyro
         for block, block_plan in zip(blocks, plan.blocks, strict=True):
             conditionals = block.begin(call, unconstrained)
             new = beyond_fitted(block.spec.plates, call.plates) if block_plan.per_element else None
@@ -361,12 +420,18 @@ class AutoFaithfulGuide(AutoGuide):
                 if plan.changing and any(name in plan.changing for name in level):
                     call = self._with_supports(call, args, kwargs, values, level)
                 beyond = [] if new is None else [name for name in level if name in block_plan.per_element]
+                fuses = block.conditionals.fuses
+                priors = {} if of_call is None else of_call.before(values, self._fuses)
                 model = self._model_conditionals(beyond, block, call, (args, kwargs), values, observations)
                 with ExitStack() as stack:
                     for name in block_plan.plates:
                         stack.enter_context(self.plates[name])
-                    for name, conditional in conditionals.next().items():
-                        fn, read_back = self._at_site(name, conditional, call, block)
+                    for name, conditional in conditionals.next(priors).items():
+                        prior = priors[name] if name in priors and fuses(name) else None
+                        fn, read_back = self._at_site(name, conditional, call, block, prior)
+                        if name in conditionals.fixed and prior is not None:
+                            fixed = conditionals.fixed[name], call, block, prior.fixed
+                            fn = DrawnOrGiven(fn, self._at_site(name, *fixed)[0])
                         if name in model and new is not None:
                             fn = WithNewElements(fn, model[name], new)
                         given = call.given.get(name)
@@ -397,7 +462,12 @@ class AutoFaithfulGuide(AutoGuide):
                 pyro.sample(name, fn, infer=infer)
 
     def _at_site(
-        self, name: str, conditional: dist.TorchDistribution, call: Call, block: GuideBlock
+        self,
+        name: str,
+        conditional: dist.TorchDistribution,
+        call: Call,
+        block: GuideBlock,
+        prior: SitePrior | None,
     ) -> tuple[dist.TorchDistribution, Callable[[Tensor], Tensor]]:
         """Return the distribution to emit at a site, and the map from its value to the flat vector."""
         site = self._sites[name]
@@ -407,7 +477,12 @@ class AutoFaithfulGuide(AutoGuide):
             call.supports[name],
             analytic_kl=self.plan.analytic_kl[name],
             dtype=None if site.encoding is None else block.dtype,
+            coordinate=None if prior is None else prior.transform,
         )
+
+    def _fuses(self, name: str) -> bool:
+        blocks: Any = self._modules["blocks"]
+        return any(name in block.plan.fused and block.conditionals.fuses(name) for block in blocks)
 
     def _emit_site(self, name: str, fn: dist.TorchDistribution, call: Call, emit: Emit) -> Tensor:
         """Emit a distribution at its site, with the model's mask and scale; return the value."""
@@ -418,6 +493,20 @@ class AutoFaithfulGuide(AutoGuide):
             return emit(name, fn, **infer)
         with poutine.scale(scale=call.scales[name]):
             return emit(name, fn, **infer)
+
+    def _read_with_scores(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], observations: Mapping[str, Tensor] | None
+    ) -> Call:
+        """Read the call, and compute the score features that sites read."""
+        call = self._read(args, kwargs, observations)
+        if self.scores is None:
+            return call
+        missing = [name for name in self.scores.observed if name not in call.values]
+        if missing:
+            raise UnsupportedModelError(
+                f"Expected data of {', '.join(missing)}, whose scores sites read (features=); this call has none."
+            )
+        return replace(call, scores=self.scores.in_call(call, self.model, args, kwargs))
 
     def _read(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], observations: Mapping[str, Tensor] | None
@@ -538,7 +627,40 @@ class AutoFaithfulGuide(AutoGuide):
         changed = {name: supports[name] for name in level if name in self.plan.changing}
         return replace(call, supports={**call.supports, **changed})
 
-    def _claim_parameter_names(self) -> None:
+    def _show_parameters(self) -> None:
+        """Show the parameters to Pyro by ``param`` statements, as a look-up of a module of a PyroModule does.
+
+        Walking through all modules for that at each call would take a sixth of it: where parameters are kept is
+        remembered.
+        """
+        fullname = self._pyro_get_fullname("blocks")
+        places = self._parameter_places()
+        self._claim_parameter_names(fullname, places)
+        if _is_module_local_param_enabled():
+            _ = self.blocks
+            return
+        for name, kept, key in places:
+            parameter = kept[key]
+            if parameter.requires_grad and pyro.param(f"{fullname}$$${name}", parameter) is not parameter:
+                _ = self.blocks  # a handler has put something in its place, which the module takes on
+                return
+
+    def _parameter_places(self) -> list[tuple[str, dict[str, Any], str]]:
+        """Return for each parameter its name, and the dictionary and key where its module keeps it."""
+        if self._places is None:
+            blocks = self._modules["blocks"]
+            assert blocks is not None
+            self._places = [
+                (f"{prefix}.{key}" if prefix else key, module._parameters, key)
+                for prefix, module in blocks.named_modules()
+                for key, parameter in module._parameters.items()
+                if parameter is not None
+            ]
+        return self._places
+
+    def _claim_parameter_names(
+        self, fullname: str, places: Sequence[tuple[str, dict[str, Any], str]]
+    ) -> None:
         """Take this guide's names in the parameter store, from other guides or from a store that was loaded.
 
         The store would hand the optimiser of this call the parameters of the guide that came first, and none of this
@@ -551,10 +673,9 @@ class AutoFaithfulGuide(AutoGuide):
         store = pyro.get_param_store()
         if not len(store):
             return
-        fullname = self._pyro_get_fullname("blocks")
         loaded = []
-        for name, parameter in self._named_parameters():
-            full = f"{fullname}$$${name}"
+        for name, kept, key in places:
+            full, parameter = f"{fullname}$$${name}", kept[key]
             stored = store._params.get(full)
             if stored is None or stored is parameter:
                 continue
@@ -736,7 +857,19 @@ class AutoFaithfulGuide(AutoGuide):
         observations = kwargs.pop("observations", None)
         self._ensure_set_up(args, kwargs)
         with torch.no_grad(), poutine.block():
-            return self._run(args, kwargs, observations, _centre)
+            values = self._run(args, kwargs, observations, _centre)
+        return {name: self._in_plates(name, value) for name, value in values.items()}
+
+    def _in_plates(self, name: str, value: Tensor) -> Tensor:
+        """Return a value with all elements of the plates around its site, also of one that looks at nothing."""
+        event = self._sites[name].event_shape
+        plates = [self.plates[plate] for plate in self.block_of(name).plan.plates]
+        batch = [1] * max([value.dim() - len(event), *(-plate.dim for plate in plates)])
+        for plate in plates:
+            batch[plate.dim] = plate.subsample_size
+        for dim in range(-1, len(event) - value.dim() - 1, -1):
+            batch[dim] = max(batch[dim], value.shape[dim - len(event)])
+        return value.expand(torch.Size(batch) + event)
 
     def quantiles(
         self, quantiles: Sequence[float] | Tensor, *args: Any, num_draws: int = 1000, **kwargs: Any
@@ -904,6 +1037,40 @@ class AutoFaithfulGuide(AutoGuide):
             GraphflowsError: If the site or a parent is unknown, weights have another shape or the scale is not
                 positive.
         """
+        self._block_to_set(site, weights).set_linear_(site, weights, intercept, scale)
+
+    def set_fused_(
+        self,
+        site: str,
+        weights: Mapping[str, Any],
+        intercept: Tensor | float,
+        scale: Tensor | float = 1.0,
+    ) -> None:
+        r"""Make the factor beside a site's prior linear-Gaussian.
+
+        ``q(u) ~ prior(u) * Normal(u; intercept + sum_p weights[p] @ u_p, scale)``, where ``u`` is the coordinate in
+        which the prior is normal: of priors that are normal in unconstrained space that vector, of others the normal
+        score of the prior.
+
+        Args:
+            site: A latent site that is fused with its prior; ``describe()`` says which are.
+            weights: See :meth:`set_linear_`.
+            intercept: The location where all parents are zero, shape ``(size,)``.
+            scale: The scale, or a lower triangular square root of the covariance, shape ``(size, size)``.
+
+        Raises:
+            GraphflowsError: If the site is not fused with its prior or is discrete, or as for :meth:`set_linear_`.
+        """
+        block = self._block_to_set(site, weights)
+        if site not in block.plan.fused or self._sites[site].encoding is not None:
+            raise GraphflowsError(
+                f"Expected a continuous site that is fused with its prior (describe() says which are); got {site!r}. "
+                "Use set_linear_."
+            )
+        block.set_linear_(site, weights, intercept, scale, fused=True)
+
+    def _block_to_set(self, site: str, weights: Mapping[str, Any]) -> GuideBlock:
+        """Return the block of a site whose conditional is to be set; refuse weights of what is no parent."""
         plan = self.plan
         block = self.block_of(site)
         known = {*plan.inverse.parents[site], *block.inputs.names}
@@ -914,7 +1081,7 @@ class AutoFaithfulGuide(AutoGuide):
                 f"({', '.join(map(str, plan.inverse.parents[site])) or 'there are none'}); got "
                 f"{', '.join(unknown)}."
             )
-        block.set_linear_(site, weights, intercept, scale)
+        return block
 
     def block_of(self, site: str) -> GuideBlock:
         """Return the block of a latent site.
@@ -943,6 +1110,7 @@ class AutoFaithfulGuide(AutoGuide):
             self._sites = {name: site.moved(fn) for name, site in self._sites.items()}
             self._plate_states = {name: plate.moved(fn) for name, plate in self._plate_states.items()}
             self._fitted = None if self._fitted is None else self._fitted.moved(fn)
+            self._priors = PriorReader(self._plan.priors, self._sites)
         return self
 
     def load_state_dict(
@@ -1004,6 +1172,7 @@ class AutoFaithfulGuide(AutoGuide):
             "notes": (self._notes, self._start_notes),
             "fitted": None if self._fitted is None else (self._fitted.digests(), self._fitted.partial),
             "blocks": tuple(block.to_plain() for block in blocks),
+            "scores": None if self.scores is None else self.scores.to_plain(),
         }
         write_guide(path, self.model, contents, self.state_dict())
 
@@ -1014,8 +1183,10 @@ class AutoFaithfulGuide(AutoGuide):
         with torch.random.fork_rng(devices=[]):  # its random start is replaced
             blocks = [GuideBlock.from_plain(plain) for plain in contents["blocks"]]
         self._plan, self._sites = contents["plan"], contents["sites"]
+        self.scores = None if contents["scores"] is None else ScoreReader.from_plain(contents["scores"])
         self._reader = CallReader.from_plain(contents["reader"], device)
         self._plate_states = contents["plates"]
+        self._priors = PriorReader(self._plan.priors, self._sites)
         self._reader.remember(self._plate_states, {name: site.support for name, site in self._sites.items()})
         self._notes, self._start_notes = contents["notes"]
         self._fitted = None if contents["fitted"] is None else FittedData(*contents["fitted"])
@@ -1032,6 +1203,8 @@ class AutoFaithfulGuide(AutoGuide):
                 "version."
             ) from error
         self.blocks.to(device)
+        if self.scores is not None:
+            self.scores.to(device)
 
     def bind(self, model: Callable[..., Any]) -> "AutoFaithfulGuide":
         """Give a guide that was pickled its model back (models are not saved with guides)."""
@@ -1050,12 +1223,14 @@ class AutoFaithfulGuide(AutoGuide):
         state["create_plates"] = None
         if self._plan is not None:  # a function that makes inverses cannot be pickled
             state["_options"] = replace(self._options, inverse=self._plan.inverse, init_values={})
+            state["_priors"] = PriorReader(self._plan.priors, self._sites)
         state["prototype_trace"] = None
         state["_fitted"] = None  # no data in a pickle
+        state["_places"] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update({"_places": None, **state})
         if self._plan is not None:
             self._mark_parameters()
 
@@ -1066,7 +1241,9 @@ class AutoFaithfulGuide(AutoGuide):
             memo[id(part)] = part
         state = self.__dict__.copy()
         shared = {key: state.pop(key) for key in ("_model", "create_plates", "master", "prototype_trace")}
-        state["plates"] = {}
+        state["plates"], state["_places"] = {}, None
+        if self._plan is not None:
+            state["_priors"] = PriorReader(self._plan.priors, self._sites)
         new.__dict__.update(shared)
         new.__dict__.update(copy.deepcopy(state, memo))
         if new._plan is not None:
@@ -1080,7 +1257,7 @@ def auto_faithful_guide(
     family: str | Family | type[Factor] = "normal",
     inverse: Inverse = "auto",
     pool: str | DeepSet | None = None,
-    init: str = "regression",
+    init: str = "auto",
     factors: Mapping[str, type[Factor] | Family] = MappingProxyType({}),
     standardize: bool = True,
     num_start_samples: int = 10_000,
@@ -1093,6 +1270,8 @@ def auto_faithful_guide(
     init_values: Mapping[str, Tensor] = MappingProxyType({}),
     setup_seed: int = 0,
     optional: Sequence[str] = (),
+    features: str = "raw",
+    embedding: Mapping[str, nn.Module | str] = MappingProxyType({}),
     create_plates: Callable[..., Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
 ) -> AutoFaithfulGuide:
@@ -1122,11 +1301,16 @@ def auto_faithful_guide(
             :class:`~pyro_graphflows.ModelGraph`.
         pool: How the data in inner plates reach the sites outside of them (a group's data its own variable, all data
             the global variables): None gives such sites per-element parameters for the data set at hand; ``"deepset"``
-            (or a :class:`~pyro_graphflows.guides.DeepSet` that sets its sizes) summarises the data by a
+            (or a :class:`~pyro_graphflows.guides.DeepSet` that sets its sizes; ``"attention"`` or an
+            :class:`~pyro_graphflows.guides.Attention` weighs elements by what they are) summarises the data by a
             permutation-invariant network, so that they are amortised over data sets of any
             size (:mod:`~pyro_graphflows.guides.conditionals.pooling`; not over subsampled plates).
-        init: ``"regression"``: start from the least-squares regression of each site on its parents over joint samples
-            of the model (exact for linear-Gaussian models up to sampling error), or ``"random"``.
+        init: How training starts. ``"regression"``: at the least-squares regression of each site on its parents over
+            joint samples of the model (exact for linear-Gaussian models up to sampling error). ``"prior"``: at the
+            prior of the latents, whatever the data. ``"random"``: with random weights. ``"auto"``: at the best of
+            these and of a normal approximation about the posterior's mode for the data of set-up
+            (:mod:`~pyro_graphflows.guides.choice`, :mod:`~pyro_graphflows.guides.mode`);
+            ``guide.describe(verbose=True)`` says which.
         factors: For single sites, by name, a factor class or a family object.
         standardize: Whether inputs and outputs of the networks are standardised by constants found at set-up.
         num_start_samples: The number of joint samples of the model that are drawn at set-up.
@@ -1157,6 +1341,13 @@ def auto_faithful_guide(
             Deep Generative Models). They are sampled first, in this order. Each call returns the sites that are latent
             in it. With several, a later one may lack data where an earlier one has some; the reverse is refused where
             the two are dependent.
+        features: What sites read of their data beside the data themselves: ``"raw"``, nothing; ``"score"``, the
+            gradient of the data's log-density at fixed reference values of all latents, as wide as the site is, where
+            the model has one (:mod:`~pyro_graphflows.guides.scores`); ``"auto"``, the same where a regression on
+            held-out joint samples gains by it.
+        embedding: For wide data, by name, a network from ``(*batch, columns)`` to ``(*batch, features)`` that sites
+            read in their place, beside linear estimates of the latents; ``"auto"`` for a default one
+            (:mod:`~pyro_graphflows.guides.conditionals.embedding`).
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
             that returns plates that exist already, for subsampling.
         example_kwargs: Keyword arguments of a typical call.
@@ -1200,6 +1391,8 @@ def auto_faithful_guide(
         init_values=init_values,
         setup_seed=setup_seed,
         optional=optional,
+        features=features,
+        embedding=embedding,
         create_plates=create_plates,
     )
     if example_args or example_kwargs:

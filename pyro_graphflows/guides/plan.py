@@ -13,7 +13,7 @@ A plan is complete when it is made, and nothing changes it.
 
 import hashlib
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import networkx as nx
 
@@ -21,6 +21,7 @@ from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.graphs.separation import violated_independencies
 from pyro_graphflows.guides.inputs import Coupling, InputPlan, Summary
+from pyro_graphflows.guides.prior_plan import PriorPlan
 
 __all__ = [
     "BlockPlan",
@@ -31,6 +32,8 @@ __all__ = [
     "mean_field_condition",
     "readers_of",
     "ways_in",
+    "with_embeddings",
+    "with_scores",
 ]
 
 
@@ -51,11 +54,13 @@ class Conditioning:
         name: The node, or the name of a summary.
         how: ``"same"``, ``"broadcast"`` or ``"pooled"``.
         summary: What a summary is made of.
+        score_of: The site whose score this is.
     """
 
     name: str
     how: str
     summary: Summary | None = None
+    score_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ class BlockPlan:
             are in plates that they are not in.
         non_exchangeable: For sites that need an affine map for each index of some plates, these plates.
         coupled: The sites whose copies are drawn jointly across plates.
+        fused: The sites whose conditionals are their priors times a factor.
     """
 
     plates: tuple[str, ...]
@@ -81,6 +87,7 @@ class BlockPlan:
     per_element: tuple[str, ...] = ()
     non_exchangeable: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     coupled: Mapping[str, Coupling] = field(default_factory=dict)
+    fused: tuple[str, ...] = ()
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -105,6 +112,8 @@ class Plan:
         copies: The Delta sites of the model that the guide repeats.
         notes: Notes on the model as it was traced.
         hints: What else could be asked for.
+        priors: Which sites are fused with their priors, and the runs of the model that give these.
+        not_fused: Why sites that depend on others in the model are not fused.
         judged: The inverse whose faithfulness counts, where it is another than ``inverse``: of elements, or with plates
             nested by an index.
     """
@@ -122,6 +131,8 @@ class Plan:
     notes: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
     judged: InverseGraph | None = None
+    priors: PriorPlan = field(default_factory=PriorPlan)
+    not_fused: Mapping[str, str] = field(default_factory=dict)
 
     def digest(self) -> bytes:
         """Return what tells plans apart whose networks read other things, or in another order."""
@@ -154,9 +165,12 @@ class Plan:
                     looks = ", ".join(self._input(parent, site) for parent in inverse.parents[site])
                     term = "analytic KL" if self.analytic_kl[site] else "sampled KL"
                     kind = "per-element parameters" if site in block.per_element else "amortised"
-                    label = f", {self.labels[site]}" if site in self.labels else ""
+                    label = ", fused with its prior" if site in block.fused else ""
+                    label += f", {self.labels[site]}" if site in self.labels else ""
                     lines.append(f"  level {depth}: {site} | {looks or 'nothing'}  [{kind}, {term}{label}]")
                     lines += [f"    {remark}" for remark in self.inputs.remarks.get(site, ())]
+                    if site in self.not_fused:
+                        lines.append(f"    not fused with its prior: {self.not_fused[site]}")
         if graph.marginalised:
             lines.append(f"Marginalised (no factor): {', '.join(map(str, graph.marginalised))}.")
         lines += [
@@ -309,6 +323,59 @@ def make_blocks(
         done |= set(depth)
         remaining = [site for site in remaining if site not in depth]
     return tuple(blocks)
+
+
+def with_embeddings(blocks: Sequence[BlockPlan], embedded: Collection[str]) -> tuple[BlockPlan, ...]:
+    """Return blocks whose sites read embeddings of some nodes in their place, where these come in elementwise.
+
+    Args:
+        blocks: The blocks.
+        embedded: The nodes.
+    """
+    found = []
+    for block in blocks:
+        new = {
+            node.name: Conditioning(name, "pooled", summary)
+            for node in block.context
+            if node.name in embedded
+            for summary in [Summary((node.name,), (), embedded=True)]
+            for name in [summary.name]
+        }
+        names = {name: node.name for name, node in new.items()}
+        context = (
+            *(node for node in block.context if node.name not in new),
+            *new.values(),
+        )
+        parents = {
+            site: tuple(names.get(name, name) for name in seen) for site, seen in block.parents.items()
+        }
+        found.append(replace(block, context=context, parents=parents))
+    return tuple(found)
+
+
+def with_scores(
+    blocks: Sequence[BlockPlan], names: Mapping[str, str], left_out: Mapping[str, Collection[str]]
+) -> tuple[BlockPlan, ...]:
+    """Return blocks whose sites read scores too.
+
+    Args:
+        blocks: The blocks.
+        names: For each site that reads one, the name of its score.
+        left_out: The nodes that a site does not read any more.
+    """
+    found = []
+    for block in blocks:
+        mine = {site: names[site] for site in block.sites if site in names}
+        scores = tuple(Conditioning(name, "same", score_of=site) for site, name in mine.items())
+        parents = {
+            site: tuple(name for name in seen if name not in left_out.get(site, ()))
+            for site, seen in block.parents.items()
+        }
+        parents.update({site: (*parents[site], name) for site, name in mine.items()})
+        read = {name for seen in parents.values() for name in seen}
+        context = tuple(node for node in (*block.context, *scores) if node.name in read)
+        found.append(replace(block, context=context, parents=parents))
+    return tuple(found)
 
 
 def readers_of(blocks: Sequence[BlockPlan], latent: Collection[str]) -> dict[str, tuple[str, ...]]:

@@ -306,7 +306,11 @@ class InputEncodings:
         """
         dtype = dtype or torch.get_default_dtype()
         if name in self.classes and name not in self.partly:
-            return self.classes[name].encode(value, dtype)
+            encoding = self.classes[name]
+            flat = encoding.encode(value, dtype)
+            outside = (value < encoding.lowest) | (value >= encoding.lowest + encoding.num_classes)
+            outside = outside.reshape(*flat.shape[:-1], -1).repeat_interleave(encoding.num_classes, -1)
+            return flat.masked_fill(outside, torch.nan)  # which is refused by name
         flat = value.reshape(*value.shape[: value.dim() - self.event_dims[name]], -1)
         return flat if flat.is_floating_point() else flat.to(dtype)
 

@@ -9,7 +9,7 @@ Sites whose elements have maps of their own get one regression for each index of
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,9 +20,10 @@ from pyro_graphflows.guides.block import GuideBlock
 from pyro_graphflows.guides.call import Call, PlateState
 from pyro_graphflows.guides.conditionals.contract import Conditionals, LinearConditional
 from pyro_graphflows.guides.features import concatenate
-from pyro_graphflows.guides.samples import Samples
+from pyro_graphflows.guides.fused_rows import FusedRows
+from pyro_graphflows.guides.samples import Samples, columns_of
 from pyro_graphflows.guides.sites import LatentSite
-from pyro_graphflows.regression import WINSOR, Moments, in_float64, location_and_scale
+from pyro_graphflows.regression import WINSOR, Moments, Regression, in_float64, location_and_scale
 
 __all__ = ["Start", "conditionals_loss", "regress_", "start_at_", "start_block_", "whiten_block_"]
 
@@ -31,6 +32,8 @@ ELEMENT_SCALE = 0.1  # sites with per-element parameters start at their prior, t
 HELD_OUT = 5  # one in this many samples judges the regression start
 LEAST_ROWS = 20  # finite ones, without which there is no regression
 
+MOST_SQUARES = 3_000_000_000  # of features, over all rows of a regression
+ROWS_PER_FEATURE = 4  # at least, even so
 ROWS_PER_WEIGHT = 20  # with fewer joint samples of an index for each weight its map stays at the shared one
 MOST_INDICES = 2000
 MOST_PRODUCTS = 10_000_000_000  # for the moments by which inputs are whitened, which need no accuracy
@@ -70,29 +73,46 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
             # Vectors of discrete sites are zeros and ones, and stay so.
             if samples.standardize and samples.draws.sites[site].encoding is None:
                 conditionals.set_units_(site, location_and_scale(values))
+        fused = FusedRows.of_block(plan, samples)
+        if samples.standardize:
+            fused.set_units_(conditionals)
         if regression:
             features = block.inputs.features(concatenate([samples.rows[n] for n in block.inputs.names]))
             finite = torch.isfinite(torch.cat([features, *latents.values()], -1)).all(-1)
+            finite = _few_enough(finite, features.shape[-1])
             features = features[finite] if features.shape[-1] else features
+            fused = fused.at(finite)
             if samples.standardize:
                 moments = _input_moments(block, features, {n: v[finite] for n, v in latents.items()})
             # A regression on learned features would be another one as soon as these are trained.
             features = torch.where(block.inputs.learned, torch.zeros(()).to(features), features)
-            note = _regress_if_better_(conditionals, features, {n: v[finite] for n, v in latents.items()})
+            note = _regress_if_better_(
+                conditionals, features, {n: v[finite] for n, v in latents.items()}, fused
+            )
             kept = note is None
             notes += [] if note is None else [note]
-            if kept and (plan.non_exchangeable or plan.coupled):
-                aligned = samples.aligned([*block.inputs.names, *plan.sites])
+            own_maps = {s: p for s, p in plan.non_exchangeable.items() if s not in plan.per_element}
+            if samples.source == "mode":  # draws differ from element to element
+                own_maps |= dict.fromkeys(plan.per_element, plan.plates) if plan.plates else {}
+            if kept and (own_maps or plan.coupled):
+                further = [name for site in fused.priors for name in columns_of(site) if name in samples.rows]
+                aligned = samples.aligned([*block.inputs.names, *plan.sites, *further])
                 context = block.inputs.features(concatenate([aligned[n] for n in block.inputs.names]))
-                of_sites = {site: aligned[site] for site in plan.sites}
-                notes += _start_indices_(conditionals, samples.plates, context, of_sites)
+                of_sites = {site: aligned[site] for site in (*plan.sites, *further)}
+                notes += _start_indices_(conditionals, own_maps, samples.plates, context, of_sites)
                 if plan.coupled:
                     conditionals.start_couplings_(samples.plates, context, of_sites)
     if plan.coupled and not kept:
         conditionals.start_couplings_(samples.plates)
-    if regression:
+    if regression and not (samples.source == "mode" and kept):
         conditionals.narrow_elements_(ELEMENT_SCALE)
     return Start(tuple(notes), moments)
+
+
+def _few_enough(chosen: Tensor, num_features: int) -> Tensor:
+    """Return the mask of the first chosen rows, as many as a regression on wide inputs can take in a second."""
+    most = max(MOST_SQUARES // max(num_features, 1) ** 2, ROWS_PER_FEATURE * num_features)
+    return chosen & (chosen.cumsum(0) <= most)
 
 
 def whiten_block_(block: GuideBlock, moments: Tensor, call: Call | None, draws: Mapping[str, Tensor]) -> None:
@@ -182,7 +202,9 @@ def _unconstrained(site: LatentSite, value: Tensor, plates: Sequence[PlateState]
     return raw.reshape(*shape, -1)
 
 
-def _regress_if_better_(conditionals: Conditionals, context: Tensor, values: dict[str, Tensor]) -> str | None:
+def _regress_if_better_(
+    conditionals: Conditionals, context: Tensor, values: dict[str, Tensor], fused: FusedRows
+) -> str | None:
     """Set the conditionals by regression, or go back, and say so, if held-out samples like the random start better."""
     number = len(next(iter(values.values())))
     sites = ", ".join(conditionals.block.sites)
@@ -196,16 +218,17 @@ def _regress_if_better_(conditionals: Conditionals, context: Tensor, values: dic
     rest = torch.arange(number) % HELD_OUT != 0
     fitted = {site: value[rest] for site, value in values.items()}
     random_state = {key: value.clone() for key, value in conditionals.state_dict().items()}
-    random_loss = conditionals_loss(conditionals, context[held_out], test)
-    regress_(conditionals, context[rest] if context.shape[-1] else context, fitted)
-    loss = conditionals_loss(conditionals, context[held_out], test)
+    tested, used = fused.at(held_out), fused.at(rest)
+    random_loss = conditionals_loss(conditionals, context[held_out], test, tested)
+    regress_(conditionals, context[rest] if context.shape[-1] else context, fitted, used)
+    loss = conditionals_loss(conditionals, context[held_out], test, tested)
     if not (loss <= random_loss + TIE or (random_loss != random_loss and loss == loss)):
         conditionals.load_state_dict(random_state)
         return (
             f"the random start was kept for {sites}: its loss on prior samples is "
             f"{random_loss:.3g} nats, that of the regression start {loss:.3g}."
         )
-    regress_(conditionals, context, values)
+    regress_(conditionals, context, values, fused)
     return None
 
 
@@ -238,35 +261,55 @@ def _input_moments(block: GuideBlock, features: Tensor, values: Mapping[str, Ten
     return moments
 
 
-def regress_(conditionals: Conditionals, context: Tensor, values: Mapping[str, Tensor]) -> None:
-    """Set each conditional of a block to the regression on its parents.
+def regress_(
+    conditionals: Conditionals,
+    context: Tensor,
+    values: Mapping[str, Tensor],
+    fused: FusedRows | None = None,
+) -> None:
+    """Set each conditional of a block to the regression on its parents, of a fused site the factor beside its prior.
 
     Args:
         conditionals: The conditionals; their units are used and not changed.
         context: Features of the context nodes in rows, shape ``(n, num_features)``.
         values: Unconstrained vectors of the sites in rows, each of shape ``(n, size)``.
+        fused: The priors of fused sites in the same rows.
     """
     columns = [in_float64(context)]
     for site in conditionals.block.sites:
         shift, scale = conditionals.output_units(site)
         columns.append(in_float64((values[site] - shift) / scale))
     rows = torch.cat(columns, -1)
-    rows = rows[torch.isfinite(rows).all(-1)].clamp(-WINSOR, WINSOR)
+    finite = torch.isfinite(rows).all(-1)
+    rows = rows[finite].clamp(-WINSOR, WINSOR)
     moments = Moments(rows)
     for site in conditionals.block.sites:
-        conditionals.regress_(site, rows, moments)
+        if fused is not None and site in fused.priors and conditionals.fuses(site):
+            fused.at(finite).fit_(conditionals, site, rows)
+        else:
+            conditionals.regress_(site, rows, moments)
 
 
 @torch.no_grad()
-def conditionals_loss(conditionals: Conditionals, context: Tensor, values: Mapping[str, Tensor]) -> float:
-    """Return the mean of ``-log q`` of the sites' unconstrained vectors given context, in nats."""
+def conditionals_loss(
+    conditionals: Conditionals,
+    context: Tensor,
+    values: Mapping[str, Tensor],
+    fused: FusedRows | None = None,
+) -> float:
+    """Return the mean of ``-log q`` of the sites' unconstrained vectors given context, in nats.
+
+    Of fused sites, it is the density in the coordinates of their priors.
+    """
     evaluation = conditionals.begin(context)
     total = 0.0
     for level in conditionals.block.levels:
-        of_level = evaluation.next()
+        of_level = evaluation.next({} if fused is None else fused.priors)
         evaluation.accept({site: values[site] for site in level})
         for site, conditional in of_level.items():
-            total -= float(conditional.log_prob(values[site]).mean())
+            known = fused is not None and site in fused.values and conditionals.fuses(site)
+            value = fused.values[site] if fused is not None and known else values[site]
+            total -= float(conditional.log_prob(value).mean())
     return total
 
 
@@ -275,17 +318,17 @@ def conditionals_loss(conditionals: Conditionals, context: Tensor, values: Mappi
 
 def _start_indices_(
     conditionals: Conditionals,
+    own_maps: Mapping[str, Sequence[str]],
     plates: Mapping[str, PlateState],
     context: Tensor,
     values: Mapping[str, Tensor],
 ) -> list[str]:
     """Start the maps that elements of a plate have of their own; say where that was not possible."""
-    plan = conditionals.block
     return [
-        f"the maps of the indices of {', '.join(plan.non_exchangeable[site])} for {site} start at one that is shared: "
+        f"the maps of the indices of {', '.join(own)} for {site} start at one that is shared: "
         "no regression of each was possible."
-        for site in plan.non_exchangeable
-        if site not in plan.per_element and not _regress_indices_(conditionals, site, plates, context, values)
+        for site, own in own_maps.items()
+        if not _regress_indices_(conditionals, site, [plates[name] for name in own], context, values)
     ]
 
 
@@ -293,41 +336,63 @@ def _start_indices_(
 def _regress_indices_(
     conditionals: Conditionals,
     site: str,
-    plates: Mapping[str, PlateState],
+    around: Sequence[PlateState],
     context: Tensor,
     values: Mapping[str, Tensor],
 ) -> bool:
     """Set the maps of one site to the regressions within the indices; return whether that was possible."""
     own, inputs = list(conditionals.columns[site]), conditionals.inputs_of(site)
-    around = [plates[name] for name in conditionals.block.non_exchangeable[site]]
-    joint = _by_index(conditionals, around, context, values)
+    fused = [name for name in columns_of(site) if name in values and conditionals.fuses(site)]
+    joint = _by_index(conditionals, around, context, values, fused)
     if site in conditionals.element_columns or len(joint) > MOST_INDICES:
         return False
     each = [rows[torch.isfinite(rows).all(-1)] for rows in joint]
-    if min(map(len, each)) < ROWS_PER_WEIGHT * (len(inputs) + 1):
+    few = min(map(len, each)) < ROWS_PER_WEIGHT * (len(inputs) + 1)
+    if few and (site not in conditionals.block.per_element or fused or min(map(len, each)) < 2):
         return False
-    fits = [
-        conditionals.linear_of(site, Moments(rows.clamp(-WINSOR, WINSOR)).regress(inputs, own))
-        for rows in each
-    ]
-    return conditionals.set_linear_(
-        site,
-        LinearConditional(
-            {parent: torch.stack([fit.weights[parent] for fit in fits]) for parent in fits[0].weights},
-            torch.stack([fit.loc for fit in fits]),
-            torch.stack([fit.scale_tril for fit in fits]),
-        ),
+    if fused:
+        sizes = [conditionals.num_columns, *(values[name].shape[-1] for name in fused)]
+        parts = [rows.split(sizes, -1) for rows in each]
+        shift, scale = (part.to(joint) for part in conditionals.output_units(site))
+        found = []
+        for rows, *columns in parts:
+            of_site = dict(zip(fused, columns, strict=True)) | {site: rows[:, own] * scale + shift}
+            of_index = FusedRows.of_sites([site], of_site)
+            found.append(of_index.fit(conditionals, site, rows.clamp(-WINSOR, WINSOR)[:, inputs]).linear)
+    elif few:
+        found = _with_shared_slopes(each, inputs, own)
+    else:
+        found = [Moments(rows.clamp(-WINSOR, WINSOR)).regress(inputs, own) for rows in each]
+    fits = [conditionals.linear_of(site, one) for one in found]
+    linear = LinearConditional(
+        {parent: torch.stack([fit.weights[parent] for fit in fits]) for parent in fits[0].weights},
+        torch.stack([fit.loc for fit in fits]),
+        torch.stack([fit.scale_tril for fit in fits]),
     )
+    return conditionals.set_fused_(site, linear) if fused else conditionals.set_linear_(site, linear)
+
+
+def _with_shared_slopes(each: Sequence[Tensor], inputs: list[int], own: list[int]) -> list[Regression]:
+    """Return regressions that differ in their locations alone, from few rows of each index."""
+    means = [rows.mean(0) for rows in each]
+    within = torch.cat([rows - mean for rows, mean in zip(each, means, strict=True)])
+    fit = Moments(within.clamp(-WINSOR, WINSOR)).regress(inputs, own)
+    return [replace(fit, loc=mean[own] - fit.weights @ mean[inputs]) for mean in means]
 
 
 def _by_index(
-    conditionals: Conditionals, own: Sequence[PlateState], context: Tensor, values: Mapping[str, Tensor]
+    conditionals: Conditionals,
+    own: Sequence[PlateState],
+    context: Tensor,
+    values: Mapping[str, Tensor],
+    further: Sequence[str],
 ) -> Tensor:
-    """Return the joint samples as ``(indices, rows, columns)``, in standardised units."""
+    """Return the joint samples as ``(indices, rows, columns)``, in standardised units, and further columns."""
     parts = [context]
     for site in conditionals.block.sites:
         shift, scale = conditionals.output_units(site)
         parts.append((values[site] - shift) / scale)
+    parts += [values[name] for name in further]
     depth = max(part.dim() for part in parts)
     parts = [p.reshape(p.shape[:1] + (1,) * (depth - p.dim()) + p.shape[1:]) for p in parts if p.shape[-1]]
     joint = in_float64(concatenate(parts))

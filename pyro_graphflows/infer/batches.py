@@ -186,6 +186,11 @@ class Batches:
             for _ in range(self._calls):
                 yield Batch((), {}, 1)
 
+    @property
+    def is_shuffled(self) -> bool:
+        """Whether each pass takes the data in a new random order, so that the first batches are as good as any."""
+        return self._shuffle and self._loader is None
+
     def first(self) -> Batch:
         """Return the first batch without moving on in the order of this object or of its loader."""
         state, loader_state = self._generator.get_state(), self._loader_state()

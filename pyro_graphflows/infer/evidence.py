@@ -56,9 +56,11 @@ class Evidence(NamedTuple):
             return "Evidence(no data)"
         data = "all data together" if self.log_evidence.dim() == 0 else f"{self.log_evidence.numel()} data"
         error = self.standard_error.square().sum().sqrt()
+        khat = self.khat.max()  # minus infinity where the weights have few values, so that there is no tail
+        tail = "weights without a tail" if khat == -torch.inf else f"khat <= {khat:.2f}"
         return (
             f"Evidence({self.log_evidence.sum():.6g} ± {error:.2g} nats for {data}; ESS >= {self.ess.min():.3g}, "
-            f"khat <= {self.khat.max():.2f})"
+            f"{tail})"
         )
 
 

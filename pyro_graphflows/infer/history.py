@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.infer.gap import Gap
 
 __all__ = ["History", "Progress"]
 
@@ -59,6 +60,10 @@ class History:
         best_epoch: The epoch (from 0) with the lowest validation loss (training loss without validation
             data).
         stop_reason: Why training ended.
+        simulated: The training on simulations of the model that came first, if there was one.
+        gap: The estimated gap to the log-evidence at the end, where training was left to ``fit``.
+        notes: What was left out, and why.
+        compilation: With ``fit(..., compile=...)``, what was compiled and how long that took, or why nothing was.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -68,6 +73,16 @@ class History:
     num_steps: int = 0
     best_epoch: int | None = None
     stop_reason: str | None = None
+    simulated: "History | None" = None
+    gap: Gap | None = None
+    notes: list[str] = field(default_factory=list)
+    compilation: str | None = None
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> "History":
+        """Return the history whose fields, as a dictionary, these are."""
+        earlier = state.get("simulated")
+        return cls(**{**state, "simulated": None if earlier is None else cls.of(earlier)})
 
     def __len__(self) -> int:
         """Return the number of completed epochs."""
@@ -79,13 +94,21 @@ class History:
         return self.validation_loss or self.loss
 
     def __repr__(self) -> str:
-        """Return a line on the run; the lists are attributes."""
+        """Return a line on the run, and what else there is to say; the lists are attributes."""
+        lines = [self._line(), *(note for note in self.notes)]
+        if self.simulated is not None:
+            lines.append(f"before, on simulations of the model: {self.simulated._line()}")
+        if self.gap is not None:
+            lines.append(repr(self.gap))
+        return "History(" + "\n        ".join(lines) + ")"
+
+    def _line(self) -> str:
         if not self.loss:
-            return f"History(no epoch completed; {self.stop_reason})"
+            return f"no epoch completed; {self.stop_reason}"
         best = self.best_epoch or 0
         kind = "validation loss" if self.validation_loss else "loss"
         return (
-            f"History({len(self)} epochs, {self.num_steps} steps, {self.seconds[-1]:.3g} s; {kind} "
+            f"{len(self)} epochs, {self.num_steps} steps, {self.seconds[-1]:.3g} s; {kind} "
             f"{self.monitored[0]:.4g} -> {self.monitored[-1]:.4g}, best {self.monitored[best]:.4g} in epoch {best}; "
-            f"{self.stop_reason})"
+            f"{self.stop_reason}"
         )

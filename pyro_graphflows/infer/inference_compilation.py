@@ -11,7 +11,7 @@ loss trace by trace in a Python loop; here a whole batch of joint samples is one
 the guide inside a plate.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyro.infer
@@ -21,7 +21,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.infer.particles import Program, density_sites, keep_dims, particle_plate
+from pyro_graphflows.infer.particles import Program, Site, density_sites, keep_dims, particle_plate
 from pyro_graphflows.infer.simulations import JointLayout, joint_layout, run_guide, sample_joint
 
 __all__ = ["InferenceCompilation"]
@@ -65,6 +65,9 @@ class InferenceCompilation:
         vectorize: If false, draw and score the joint samples one by one: for models whose control flow
             depends on sampled values.
 
+    Attributes:
+        sites: The latent sites whose log-densities count; ``None`` for all. The others get no gradient of their own.
+
     Raises:
         GraphflowsError: If ``batch_size`` is not positive, or :meth:`step` is called without an optimiser.
         UnsupportedModelError: If samples of the unconditioned model are not samples of its joint density
@@ -106,6 +109,7 @@ class InferenceCompilation:
         self.observed = None if observed is None else tuple(observed)
         self.max_plate_nesting = max_plate_nesting
         self.vectorize = vectorize
+        self.sites: tuple[str, ...] | None = None
         self._layout: JointLayout | None = None
         self._validation: tuple[poutine.Trace, ...] | None = None
 
@@ -231,7 +235,7 @@ class InferenceCompilation:
             self._layout = joint_layout(
                 self.model, self.guide, args, kwargs, self.observed, self.max_plate_nesting
             )
-        model, runs = (self._in_plate(self.model), 1) if self.vectorize else (self.model, self.batch_size)
+        model, runs = (self.in_plate(self.model), 1) if self.vectorize else (self.model, self.batch_size)
         with torch.no_grad(), poutine.block():
             return tuple(sample_joint(model, args, kwargs) for _ in range(runs))
 
@@ -242,16 +246,20 @@ class InferenceCompilation:
         guide, size = self.guide, 1
         dims: tuple[int, ...] = ()
         if self.vectorize:
-            guide, dims, size = self._in_plate(guide), (self._dim,), self.batch_size
+            guide, dims, size = self.in_plate(guide), (self._dim,), self.batch_size
         scores = []
         for trace in joint:
             guide_trace = run_guide(guide, trace, self._layout.observed, args, kwargs)
             guide_trace.compute_log_prob()
-            terms = [keep_dims(site["log_prob"], dims) for _, site in density_sites(guide_trace)]
+            terms = [keep_dims(site["log_prob"], dims) for _, site in self._scored(guide_trace)]
             scores.append(sum(terms, torch.zeros(())).expand(size))
         return torch.cat(scores)
 
-    def _in_plate(self, program: Program) -> Program:
+    def _scored(self, trace: poutine.Trace) -> Iterator[tuple[str, Site]]:
+        return (pair for pair in density_sites(trace) if self.sites is None or pair[0] in self.sites)
+
+    def in_plate(self, program: Program) -> Program:
+        """Return a program inside the plate of joint samples."""
         return particle_plate(program, self.batch_size, self._dim)
 
     @property

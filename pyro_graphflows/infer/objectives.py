@@ -5,7 +5,7 @@ can be run once more under watch to find the first site whose value or log-densi
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.infer import Trace_ELBO
 from pyro.poutine.messenger import Messenger, unwrap
 from pyro.poutine.util import site_is_subsample
+from torch import Tensor
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.infer.inference_compilation import InferenceCompilation
@@ -135,6 +136,35 @@ class Objective:
             if parameter.grad is not None:
                 parameter.grad /= size
         return value / size
+
+    def loss_and_gradients(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], parameters: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Return the loss as a tensor and its gradients, which are not added to the parameters.
+
+        Args:
+            args: Positional arguments of the model and the guide.
+            kwargs: Their keyword arguments.
+            parameters: The parameters; those that are not in use have no gradient.
+        """
+        programs = () if self.compiles else (self.model, self.guide)
+        if callable(getattr(self.estimator, "differentiable_loss", None)):
+            loss = torch.as_tensor(self.estimator.differentiable_loss(*programs, *args, **kwargs))
+            if not loss.requires_grad:
+                return loss, [None for _ in parameters]
+            gradients: Any = torch.autograd.grad(loss, parameters, allow_unused=True)
+            return loss.detach(), list(gradients)
+        before = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        try:
+            loss = self.estimator.loss_and_grads(*programs, *args, **kwargs)
+            return torch.as_tensor(sum(loss) if isinstance(loss, tuple) else loss), [
+                parameter.grad for parameter in parameters
+            ]
+        finally:
+            for parameter, gradient in zip(parameters, before, strict=True):
+                parameter.grad = gradient
 
     def evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
         """Return the loss without gradients."""

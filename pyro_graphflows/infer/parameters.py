@@ -89,6 +89,11 @@ class ParameterSet:
         """The parameters that require gradients."""
         return {name: tensor for name, tensor in self.parameters.items() if tensor.requires_grad}
 
+    @property
+    def modes(self) -> tuple[bool, ...]:
+        """For each module, whether it is in training mode."""
+        return tuple(module.training for module in self._modules.values())
+
     # -------------------------------------------------------------------------------------------------- state
     def state(self) -> dict[str, Tensor]:
         """Return copies of all parameters and buffers by name."""

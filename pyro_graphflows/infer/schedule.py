@@ -1,13 +1,14 @@
-"""How long to train, and when the learning rate falls."""
+"""How long to train, and when the learning rate falls: a schedule that is given, and the pace it sets."""
 
 import math
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 
 from pyro_graphflows.errors import GraphflowsError
 
-__all__ = ["Plateau", "Schedule"]
+__all__ = ["Pace", "Plateau", "Schedule"]
 
 _DECAY = {"lr_factor": 0.1, "min_lr": 1e-6, "min_improvement": 1e-4}
 
@@ -17,13 +18,14 @@ class Schedule:
     """How long to train, when the learning rate falls, and how large a step may be.
 
     After ``patience`` epochs in which the monitored loss has not fallen by ``min_improvement`` the learning rate is
-    multiplied by ``lr_factor``. Training ends when the rate falls below ``min_lr``, after ``num_epochs`` or after
-    ``num_steps``, whichever comes first. ``fit(..., schedule=20)`` is short for ``Schedule(20)``.
+    multiplied by ``lr_factor``. Training ends when the rate falls below ``min_lr``, after ``num_epochs``,
+    ``num_steps`` or ``num_seconds``, whichever comes first. ``fit(..., schedule=20)`` is short for ``Schedule(20)``.
 
     Args:
         num_epochs: The greatest number of epochs, those of resumed runs included.
         num_steps: The greatest number of gradient steps, those of resumed runs included; the last epoch may be cut
             short by it.
+        num_seconds: The time after which no further epoch begins, that of resumed runs included.
         steps_per_epoch: The least number of steps in an epoch, which then walks through the data more than once if
             need be. By default once; 100 steps without data. Few data at once make short epochs, whose losses are
             noisy: give a greater number there for ``patience`` to be of use.
@@ -43,6 +45,7 @@ class Schedule:
 
     num_epochs: int | None = None
     num_steps: int | None = field(default=None, kw_only=True)
+    num_seconds: float | None = field(default=None, kw_only=True)
     steps_per_epoch: int | None = field(default=None, kw_only=True)
     patience: int | None = field(default=10, kw_only=True)
     lr_factor: float = field(default=_DECAY["lr_factor"], kw_only=True)
@@ -60,6 +63,8 @@ class Schedule:
                 "Expected lr_factor between 0 and 1 and min_lr and min_improvement not negative; got "
                 f"{self.lr_factor}, {self.min_lr} and {self.min_improvement}."
             )
+        if self.num_seconds is not None and not self.num_seconds > 0:
+            raise GraphflowsError(f"Expected a positive num_seconds; got {self.num_seconds!r}.")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise GraphflowsError(f"Expected a positive max_grad_norm; got {self.max_grad_norm}.")
         if self.patience is None:
@@ -69,9 +74,9 @@ class Schedule:
                     f"Expected patience for the rate to fall; with patience=None {', '.join(idle)} would have no "
                     "effect."
                 )
-            if self.num_epochs is None and self.num_steps is None:
+            if self.num_epochs is None and self.num_steps is None and self.num_seconds is None:
                 raise GraphflowsError(
-                    "Expected num_epochs, num_steps or patience; nothing would end the training."
+                    "Expected num_epochs, num_steps, num_seconds or patience; nothing would end the training."
                 )
 
     @classmethod
@@ -93,17 +98,62 @@ class Schedule:
         return f"Schedule({', '.join(shown)})"
 
 
+class Pace(Protocol):
+    """What decides on rates, and when training ends; :func:`~pyro_graphflows.infer.fit` asks it as it goes."""
+
+    @property
+    def judges(self) -> bool:
+        """Whether it decides which parameters remain."""
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of now."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The least number of steps in an epoch."""
+
+    @property
+    def cuts_passes(self) -> bool:
+        """Whether an epoch ends after that number of steps, in the middle of the data."""
+
+    def before_step(self) -> None:
+        """Set the rate of a step."""
+
+    def after_epoch(self, loss: float, seconds: float) -> str | None:
+        """Take note of an epoch's loss and of the time so far; return a reason to stop, if there is one."""
+
+    def recover(self) -> bool:
+        """Return to usable parameters after something was not finite; return whether to go on."""
+
+    def finish(self) -> None:
+        """Leave the parameters that are to remain."""
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that later decisions depend on."""
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue from a state."""
+
+
 class Plateau:
     """Multiply the learning rate by a factor when the loss has stopped falling; say when it is too small.
 
     Args:
         optimizer: The optimiser whose rates are set.
         schedule: When and by how much.
+        steps_per_epoch: The least number of steps in an epoch, where the schedule does not say.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
+    judges = False
+    cuts_passes = False
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, schedule: Schedule, steps_per_epoch: int = 1
+    ) -> None:
         self.optimizer = optimizer
         self.schedule = schedule
+        self.steps_per_epoch = schedule.steps_per_epoch or steps_per_epoch
         self.reference = math.inf
         self.num_bad = 0
 
@@ -112,7 +162,10 @@ class Plateau:
         """The greatest rate of the optimiser's groups."""
         return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
-    def update(self, loss: float) -> str | None:
+    def before_step(self) -> None:
+        """Leave the rate as it is."""
+
+    def after_epoch(self, loss: float, seconds: float) -> str | None:
         """Take note of an epoch's loss; return a reason to stop, if there is one."""
         schedule = self.schedule
         if loss < self.reference - schedule.min_improvement:
@@ -128,3 +181,18 @@ class Plateau:
         if self.learning_rate < schedule.min_lr * (1 - 1e-9):
             return f"the learning rate fell below {schedule.min_lr:g}"
         return None
+
+    def recover(self) -> bool:
+        """End the training."""
+        return False
+
+    def finish(self) -> None:
+        """Leave the parameters as they are."""
+
+    def state(self) -> dict[str, Any]:
+        """Return the best loss so far and the epochs without improvement."""
+        return {"reference": self.reference, "num_bad": self.num_bad}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue from a state."""
+        self.reference, self.num_bad = state["reference"], state["num_bad"]

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.distributions import ImproperUniform
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import prune_subsample_sites, site_is_factor
 
@@ -31,7 +33,7 @@ from pyro_graphflows.infer.particles import (
     is_enumerated,
     plates_of,
 )
-from pyro_graphflows.inspect import is_transparent
+from pyro_graphflows.inspect import is_transparent, undressed
 
 __all__ = ["JointLayout", "joint_layout", "run_guide", "sample_joint"]
 
@@ -120,8 +122,26 @@ def joint_layout(
 
 
 def sample_joint(model: Program, args: Iterable[Any], kwargs: dict[str, Any]) -> poutine.Trace:
-    """Return a trace of the model that ignores every observation; sites of subsampling are kept."""
-    return poutine.trace(_Unconditioned()(model)).get_trace(*args, **kwargs)
+    """Return a trace of the model that ignores every observation; sites of subsampling are kept.
+
+    Raises:
+        UnsupportedModelError: If a prior is improper.
+    """
+    with _RefuseImproper():
+        return poutine.trace(_Unconditioned()(model)).get_trace(*args, **kwargs)
+
+
+class _RefuseImproper(Messenger):
+    """Say which prior it is that cannot be drawn from."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        drawn = msg["value"] is None or "was_observed" in msg["infer"]
+        if drawn and isinstance(undressed(msg["fn"]), ImproperUniform):
+            raise UnsupportedModelError(
+                f"Expected proper priors, to simulate data from the model; that of site {msg['name']!r} is improper, "
+                "and nothing can be drawn from it. Give it a proper prior, or use what needs the data alone: an ELBO, "
+                "importance weights, prediction."
+            )
 
 
 class _Unconditioned(UnconditionMessenger):

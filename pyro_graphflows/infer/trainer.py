@@ -2,14 +2,17 @@
 
 import math
 import warnings
+from itertools import islice
 from typing import Any
 
 import torch
 from pyro import poutine
+from torch import Tensor
 
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
-from pyro_graphflows.infer.batches import Batch, TrainingData
+from pyro_graphflows.infer.batches import Batch, Batches, TrainingData
 from pyro_graphflows.infer.checkpoints import random_state, seeded, set_random_state
+from pyro_graphflows.infer.compiled import Compiler, Mode
 from pyro_graphflows.infer.objectives import Objective, SiteWatch
 from pyro_graphflows.infer.optimizers import make_optimizer
 from pyro_graphflows.infer.parameters import ParameterSet
@@ -37,6 +40,7 @@ class Trainer:
         optimizer: What :func:`make_optimizer` takes.
         max_grad_norm: Clip the gradient's norm to this.
         seed: The seed of the order of the data.
+        compile: Whether gradients come from compiled code, or ``"auto"``.
 
     Raises:
         GraphflowsError: If there is nothing to train.
@@ -50,14 +54,17 @@ class Trainer:
         optimizer: Any,
         max_grad_norm: float | None,
         seed: int | None,
+        compile: Mode = False,
     ) -> None:
         self.objective = objective
         self.data = data
         self.batches = data.batches(seed)
         self.held_out = data.held_out()
         self.max_grad_norm = max_grad_norm
+        self._judged: list[Batch] | None = None
 
         self.parameters = ParameterSet(model=objective.model, guide=objective.guide)
+        self.compiler = Compiler(objective, self.parameters, compile) if compile else None
         batch = self.batches.first()
         watch = self._explore(batch)
         if not self.parameters.trainable:
@@ -87,9 +94,7 @@ class Trainer:
         size = self.data.full_size or batch.size
         try:
             with poutine.trace(param_only=True) as capture:
-                loss = self.objective.add_gradients(
-                    size, batch.args, self._kwargs(batch), self.parameters.parameters.values
-                )
+                loss = self._add_gradients(size, batch)
         except (ValueError, RuntimeError) as error:  # a distribution may refuse what is not finite
             guilty = self._first_not_finite(batch, state)
             if guilty is None:
@@ -101,10 +106,10 @@ class Trainer:
             raise NotFiniteError(f"the loss is {loss}" + ("" if guilty is None else f"; first {guilty}"))
         gradients = {name: p.grad for name, p in self.parameters.parameters.items() if p.grad is not None}
         if gradients:
-            norms = torch.stack(
-                [torch.linalg.vector_norm(gradient).float() for gradient in gradients.values()]
-            )
-            norm = torch.linalg.vector_norm(norms).item()
+            norms = torch._foreach_norm(
+                list(gradients.values())
+            )  # one call for all, which a loop takes longer than
+            norm = torch.linalg.vector_norm(torch.stack([each.float() for each in norms])).item()
             if not math.isfinite(norm):
                 bad = sorted(name for name, value in gradients.items() if not value.isfinite().all())
                 raise NotFiniteError(
@@ -133,6 +138,36 @@ class Trainer:
                 total += loss / (self.data.full_size or batch.size) * batch.size
                 count += batch.size
         return total / count
+
+    def replicates(self, num: int) -> Tensor:
+        """Return losses in nats per datum that differ between two states of the parameters by these alone.
+
+        Each is of a batch, of the validation data where there are some, with random numbers of its own, the same in
+        every call.
+
+        Args:
+            num: Their number.
+
+        Raises:
+            NotFiniteError: If one is not finite.
+        """
+        if self._judged is None:
+            data, size = self.data.data, self.batches.batch_size
+            if self.held_out is not None:
+                self._judged = list(islice(self.held_out, num))
+            elif self.batches.is_shuffled:
+                self._judged = list(islice(Batches(data, size, shuffle=True, seed=_VALIDATION_SEED), num))
+            else:
+                self._judged = [self.batches.first()]
+        losses = []
+        with evaluation_mode(self.objective.model, self.objective.guide):
+            for place in range(num):
+                batch = self._judged[place % len(self._judged)]
+                with seeded(_VALIDATION_SEED + place):
+                    losses.append(
+                        self._evaluate(batch, "between two cycles") / (self.data.full_size or batch.size)
+                    )
+        return torch.tensor(losses, dtype=torch.double)
 
     # -------------------------------------------------------------------------------------------------- state
     def settings(self) -> dict[str, Any]:
@@ -166,6 +201,13 @@ class Trainer:
         set_random_state(state["random"])
 
     # -------------------------------------------------------------------------------------------------- parts
+    def _add_gradients(self, size: float, batch: Batch) -> float:
+        """Set the gradients of a batch's loss divided by ``size``; return the loss divided by it."""
+        if self.compiler is not None:
+            return self.compiler.add_gradients(size, batch.args, self._kwargs(batch))
+        values = self.parameters.parameters.values
+        return self.objective.add_gradients(size, batch.args, self._kwargs(batch), values)
+
     def _explore(self, batch: Batch) -> SiteWatch:
         """Run a batch once without gradients, for lazy parameters and sites, and once with, to see which are used."""
         state, kwargs = random_state(), self._kwargs(batch)
@@ -214,7 +256,8 @@ class Trainer:
         now = random_state()
         set_random_state(state)
         try:
-            guilty = self.objective.first_not_finite(batch.args, self._kwargs(batch))
+            source = self.objective if self.compiler is None else self.compiler
+            guilty = source.first_not_finite(batch.args, self._kwargs(batch))
         finally:
             set_random_state(now)
         given = (value for value in (*batch.args, *batch.kwargs.values()) if isinstance(value, torch.Tensor))

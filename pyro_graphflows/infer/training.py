@@ -10,42 +10,30 @@ Beside it: :mod:`~pyro_graphflows.infer.schedule` (how long), :mod:`~pyro_graphf
 :mod:`~pyro_graphflows.infer.trainer` (one gradient step, one validation).
 """
 
-import logging
-import math
 import os
-import time
 import warnings
-from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm.auto import tqdm
 
-from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
-from pyro_graphflows.infer.batches import Batch, TrainingData
-from pyro_graphflows.infer.checkpoints import (
-    Checkpoint,
-    load_checkpoint,
-    random_state,
-    save_checkpoint,
-    seeded,
-    set_random_state,
-)
+from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.infer.automatic import Automatic, limits_of
+from pyro_graphflows.infer.batches import TrainingData
+from pyro_graphflows.infer.checkpoints import Checkpoint, seeded
+from pyro_graphflows.infer.compiled import Mode
+from pyro_graphflows.infer.epochs import Run
 from pyro_graphflows.infer.fixed_simulations import Simulations
 from pyro_graphflows.infer.history import History, Progress
 from pyro_graphflows.infer.objectives import Objective
 from pyro_graphflows.infer.particles import Program
 from pyro_graphflows.infer.schedule import Plateau, Schedule
-from pyro_graphflows.infer.trainer import NotFiniteError, Trainer
+from pyro_graphflows.infer.trainer import Trainer
 
 __all__ = ["fit"]
 
-logger = logging.getLogger(__name__)
 _STEPS_WITHOUT_DATA = 100
+_RATE = 1e-3
 
 
 def fit(
@@ -55,17 +43,26 @@ def fit(
     *,
     simulations: Any = None,
     loss: Any = None,
-    optimizer: Any = 1e-3,
+    optimizer: Any = None,
     schedule: Schedule | int | None = None,
     checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
     progress: Progress | bool = True,
     seed: int | None = 0,
+    compile: Mode = False,
 ) -> History:
     r"""Train a guide, and the model's own parameters, until the loss stops falling.
 
     Each epoch walks through the data once in random batches. The monitored loss is that of the validation
     data, evaluated after each epoch in evaluation mode with the same random numbers every time, or else the
     epoch's mean training loss. What it decides is said in :class:`Schedule`.
+
+    *Left to itself* (``loss="auto"``, or neither ``loss`` nor ``schedule``): the guide first learns from simulations of
+    the model, then from the data by ``Trace_ELBO``, at a rate that is found by trials and for as long as it helps, in
+    cycles at whose ends the rate has fallen to nothing (:mod:`~pyro_graphflows.infer.cycles`). At the end the gap to
+    the log-evidence is estimated by importance weights, and shown; it is ``history.gap``. Where a model cannot be
+    simulated (an improper prior, a factor) or the guide reads no data, that step is left out, which
+    ``history.notes`` says. ``schedule`` then has only limits: ``Schedule(num_seconds=60)``. With a loss and without a
+    schedule the rate and the length are found in the same way.
 
     *Which parameters remain.* With validation data, those of the best epoch. Without, the last ones: epochs
     differ by less than the noise of their training loss. After Ctrl-C, those of the best epoch so far (the
@@ -99,18 +96,24 @@ def fit(
             :class:`~pyro_graphflows.infer.Simulations`, which also says what is held out. ``data`` then are the
             arguments of one call, if the model needs some; they tell shapes. The loss is that of the class.
         loss: An ELBO object, an :class:`InferenceCompilation` object of this pair, or that class itself for one
-            with its defaults; ``Trace_ELBO()`` by default.
+            with its defaults. ``"auto"`` is said above, and the default without a schedule; with
+            one it is ``Trace_ELBO()``.
         optimizer: A learning rate for Adam (in torch's fused form, where there is one), a function from a list of
             parameters to a torch optimiser
             (``torch.optim.AdamW``, ``functools.partial(torch.optim.Adam, lr=1e-2)``), a
             :class:`torch.optim.Optimizer`, or a :class:`pyro.optim.PyroOptim`, whose options per parameter
-            are kept. One torch optimiser holds all parameters in every case.
-        schedule: A number of epochs, or a :class:`Schedule`. With ``simulations`` it may be left out: training then
-            ends when the loss of those that are held out has stopped falling.
+            are kept. One torch optimiser holds all parameters in every case. By default Adam, at 1e-3 if there is a
+            schedule and else at a rate that is found.
+        schedule: A number of epochs, or a :class:`Schedule`; found by default. With ``simulations`` training
+            by default ends when the loss of those that are held out has stopped falling.
         checkpoint: A file, or a :class:`Checkpoint`.
         progress: Whether to show a bar, or a :class:`Progress`.
         seed: Seed of all random numbers meanwhile; the global generators are put back afterwards. ``None``
             uses them as they are.
+        compile: Whether steps are computed by compiled code (:mod:`~pyro_graphflows.infer.compiled`), which takes
+            tens of seconds at first and then is many times faster where models are small. ``"auto"`` compiles where
+            the steps that are left are estimated to be worth it. What cannot be compiled is computed as without;
+            ``history.compilation`` says what was done, and why. The random numbers are others than without.
 
     Returns:
         The history, with the reason of the end.
@@ -137,7 +140,6 @@ def fit(
     """
     data, progress = TrainingData.of(data), Progress.of(progress)
     simulations = None if simulations is None else Simulations.of(simulations)
-    schedule = Schedule.of(simulations.SCHEDULE if schedule is None and simulations is not None else schedule)
     if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint(checkpoint)
     if not torch.is_grad_enabled():
@@ -145,6 +147,8 @@ def fit(
             "Expected gradients to be enabled; got a call under torch.no_grad() or inference mode, where nothing would "
             "be trained. Call fit outside of it."
         )
+    if compile not in (True, False, "auto"):
+        raise GraphflowsError(f"Expected compile to be True, False or 'auto'; got {compile!r}.")
     args, kwargs = data.arguments()
     fitting_to = getattr(guide, "fitting_to", None)  # for guides that remember what they were trained on
     with (
@@ -154,174 +158,20 @@ def fit(
     ):
         # Pyro warns of what is handled here: a loss that is not finite
         warnings.filterwarnings("ignore", message=r"Encountered (NaN|\+?-?inf)")
+        is_auto = isinstance(loss, str) and loss == "auto"
         if simulations is not None:
             loss, data = simulations.prepare(model, guide, args, kwargs, loss)
-        trainer = Trainer(Objective(model, guide, loss), data, optimizer, schedule.max_grad_norm, seed)
-        run = _Run(trainer, schedule, checkpoint, {**trainer.settings(), "seed": seed}, progress)
+            schedule = simulations.SCHEDULE if schedule is None else schedule
+        elif is_auto or schedule is None:
+            first = is_auto or loss is None
+            automatic = Automatic(model, guide, data, limits_of(schedule), optimizer, seed, compile)
+            return automatic.fit(None if is_auto else loss, checkpoint, progress, on_simulations=first)
+        schedule = Schedule.of(schedule)
+        optimizer = _RATE if optimizer is None else optimizer
+        trainer = Trainer(
+            Objective(model, guide, loss), data, optimizer, schedule.max_grad_norm, seed, compile
+        )
+        pace = Plateau(trainer.optimizer, schedule, _STEPS_WITHOUT_DATA if data.data is None else 1)
+        run = Run(trainer, pace, schedule, checkpoint, {"seed": seed}, progress)
         run.resume()
         return run.train()
-
-
-class _Run:
-    """The loop over epochs, with what it must remember."""
-
-    def __init__(
-        self,
-        trainer: Trainer,
-        schedule: Schedule,
-        checkpoint: Checkpoint | None,
-        settings: dict[str, Any],
-        progress: Progress,
-    ) -> None:
-        self.trainer = trainer
-        self.schedule = schedule
-        self.plateau = Plateau(trainer.optimizer, schedule)
-        self.checkpoint = checkpoint
-        self.progress = progress
-        without_data = trainer.data.data is None
-        self.steps_per_epoch = schedule.steps_per_epoch or (_STEPS_WITHOUT_DATA if without_data else 1)
-        self.settings = {**settings, "steps_per_epoch": self.steps_per_epoch}
-        self.history = History()
-        self.start = trainer.parameters.state()
-        self.best: dict[str, Tensor] | None = None
-        self.finished = False  # no more epochs wanted, however many are allowed
-
-    # ------------------------------------------------------------------------------------------------- epochs
-    def train(self) -> History:
-        """Run the epochs that are left; always leave usable parameters."""
-        history, parameters = self.history, self.trainer.parameters
-        total, shown = self._steps_left(), self.progress.bar
-        try:
-            with tqdm(total=total or None, disable=not shown, unit="step", mininterval=0.5) as bar:
-                while self._reason_of_end() is None and not self.finished:
-                    self._epoch(bar)
-            if not self.finished:
-                history.stop_reason = self._reason_of_end()
-            if history.validation_loss and self.best is not None:
-                parameters.load(self.best)
-        except KeyboardInterrupt:
-            history.stop_reason = "interrupted"
-            if self.best is not None:
-                parameters.load(self.best)
-        except NotFiniteError as error:
-            history.stop_reason = f"not finite in epoch {len(history)}: {error}"
-            parameters.load(self.start if self.best is None else self.best)
-            where = "the start" if self.best is None else f"epoch {history.best_epoch}"
-            warnings.warn(
-                f"Training stopped: {error}. The parameters are those of {where}.",
-                GraphflowsWarning,
-                stacklevel=3,
-            )
-        parameters.forget_gradients()
-        logger.info("Training ended: %r", history)
-        return history
-
-    def _reason_of_end(self) -> str | None:
-        schedule, history = self.schedule, self.history
-        if schedule.num_epochs is not None and len(history) >= schedule.num_epochs:
-            return f"all {schedule.num_epochs} epochs done"
-        if schedule.num_steps is not None and history.num_steps >= schedule.num_steps:
-            return f"all {schedule.num_steps} steps done"
-        return None
-
-    def _steps_left(self) -> int:
-        """Return how many steps there are at most, as far as that is known; else 0."""
-        per_pass = len(self.trainer.batches)
-        left = math.inf
-        if self.schedule.num_epochs is not None and per_pass:
-            passes = max(1, -(-self.steps_per_epoch // per_pass))
-            left = max(0, self.schedule.num_epochs - len(self.history)) * passes * per_pass
-        if self.schedule.num_steps is not None:
-            left = min(left, max(0, self.schedule.num_steps - self.history.num_steps))
-        return 0 if left == math.inf else int(left)
-
-    def _batches(self) -> Iterator[Batch]:
-        """Yield the batches of an epoch: whole passes through the data, unless the number of steps ends."""
-        count, limit = 0, self.schedule.num_steps
-        while count < self.steps_per_epoch:
-            before = count
-            for batch in self.trainer.batches:
-                yield batch
-                count += 1
-                if limit is not None and self.history.num_steps + count >= limit:
-                    return
-            if count == before:
-                raise GraphflowsError(
-                    "Expected at least one batch of data in each pass; the iterable has none."
-                )
-
-    def _epoch(self, bar: Any) -> None:
-        history, limit = self.history, self.schedule.num_epochs
-        of = "" if limit is None else f"/{limit}"
-        bar.set_description(f"epoch {len(history) + 1}{of}", refresh=False)
-        begin, rate = time.perf_counter(), self.plateau.learning_rate
-        total, count, steps = 0.0, 0, 0
-        for batch in self._batches():
-            total += self.trainer.step(batch) * batch.size
-            count += batch.size
-            steps += 1
-            bar.update()
-        loss = total / count
-        validation_loss = self.trainer.validate()
-
-        before = history.seconds[-1] if history.seconds else 0.0
-        history.loss.append(loss)
-        if validation_loss is not None:
-            history.validation_loss.append(validation_loss)
-        history.learning_rate.append(rate)
-        history.seconds.append(before + time.perf_counter() - begin)
-        history.num_steps += steps
-        monitored = loss if validation_loss is None else validation_loss
-        logger.debug("Epoch %d: loss %.6g at rate %.1e, monitored %.6g.", len(history), loss, rate, monitored)
-        if history.best_epoch is None or monitored < history.monitored[history.best_epoch]:
-            history.best_epoch = len(history) - 1
-            self.best = self.trainer.parameters.state()
-        bar.set_postfix_str(
-            f"loss {loss:.4g}"
-            + (f", validation {validation_loss:.4g}" if validation_loss is not None else "")
-            + f", rate {rate:.1e}",
-            refresh=False,
-        )
-        reason = self.plateau.update(monitored)
-        if self.progress.on_epoch is not None:
-            state = random_state()  # what is computed there must not change the training
-            if self.progress.on_epoch(history):
-                reason = reason or "on_epoch asked to stop"
-            set_random_state(state)
-        if reason is not None:
-            history.stop_reason, self.finished = reason, True
-        if self.checkpoint is not None:
-            due = len(history) % self.checkpoint.every == 0
-            if due or self.finished or self._reason_of_end() is not None:
-                self._save(self.checkpoint)
-
-    # -------------------------------------------------------------------------------------------- checkpoints
-    def _save(self, checkpoint: Checkpoint) -> None:
-        state = {
-            "settings": self.settings,
-            "trainer": self.trainer.state(),
-            "schedule": {"reference": self.plateau.reference, "num_bad": self.plateau.num_bad},
-            "best": self.best,
-            "finished": self.finished,
-            "history": asdict(self.history),
-        }
-        save_checkpoint(state, checkpoint.path)
-
-    def resume(self) -> None:
-        """Continue from the checkpoint, if there is one and that is wanted."""
-        if self.checkpoint is None or not self.checkpoint.resume or not Path(self.checkpoint.path).exists():
-            return
-        state = load_checkpoint(self.checkpoint.path)
-        differing = [key for key, value in self.settings.items() if state["settings"].get(key) != value]
-        if differing:
-            raise GraphflowsError(
-                f"The checkpoint {str(self.checkpoint.path)!r} belongs to another run: {differing} differ. Give "
-                "another file, or Checkpoint(path, resume=False) to start again and overwrite it."
-            )
-        self.trainer.load(state["trainer"])
-        self.plateau.reference = state["schedule"]["reference"]
-        self.plateau.num_bad = state["schedule"]["num_bad"]
-        self.best = state["best"]
-        self.finished = state["finished"]
-        self.history = History(**state["history"])
-        logger.info("Continuing after epoch %d of %s.", len(self.history), self.checkpoint.path)

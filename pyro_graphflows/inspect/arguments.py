@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, 
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -90,8 +91,24 @@ class LoopRow:
 def signature_of(model: Callable) -> inspect.Signature:
     """Return the signature with which a model is called; that of ``forward`` for modules."""
     inner = inspect.unwrap(model)  # poutine.condition(module, ...) and the like
+    called = inner.forward if isinstance(inner, torch.nn.Module) else model
+    if not (inspect.isfunction(called) or inspect.ismethod(called)):
+        return _signature(called)
+    # methods are made anew at each look-up, functions stay: signatures are kept as long as these
+    function = called.__func__ if inspect.ismethod(called) else called
+    known = _KNOWN_SIGNATURES.setdefault(function, {})
+    is_bound = function is not called
+    if is_bound not in known:
+        known[is_bound] = _signature(called)
+    return known[is_bound]
+
+
+_KNOWN_SIGNATURES: WeakKeyDictionary[Any, dict[bool, inspect.Signature]] = WeakKeyDictionary()
+
+
+def _signature(called: Callable) -> inspect.Signature:
     try:
-        return inspect.signature(inner.forward if isinstance(inner, torch.nn.Module) else model)
+        return inspect.signature(called)
     except (TypeError, ValueError):
         return inspect.signature(lambda *args, **kwargs: None)
 

@@ -28,6 +28,7 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch.overrides import TorchFunctionMode
+from tqdm import tqdm
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.inspect.graph import trace_model
@@ -37,6 +38,7 @@ from pyro_graphflows.inspect.tracer import in_library
 __all__ = ["Batching", "find_batching", "sample_prior"]
 
 _PLATE = "_pyro_graphflows_samples"
+SECONDS_WITHOUT_A_BAR = 3.0
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,8 @@ def _draw_one_by_one(
     model: Callable, args: tuple, kwargs: dict[str, Any], sites: dict[str, Any], num_samples: int
 ) -> dict[str, torch.Tensor]:
     draws: dict[str, list[torch.Tensor]] = {name: [] for name in sites}
-    for _ in range(num_samples):
+    runs = range(num_samples)
+    for _ in tqdm(runs, "joint samples of the model", leave=False, delay=SECONDS_WITHOUT_A_BAR, unit="run"):
         trace = _run(model, args, kwargs)
         for name in sites:
             if name not in trace:

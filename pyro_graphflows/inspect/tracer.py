@@ -563,6 +563,12 @@ def _schema(func: Any) -> _Schema:
 
 class _DispatchMode(TorchDispatchMode):
     supports_higher_order_operators = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Leave the handler undecorated: PyTorch's decorator imports its compiler, which takes a second or two."""
+        return False
+
     _schemas: dict[Any, _Schema] = {}  # noqa: RUF012 - one cache for all instances
 
     def __init__(self, tracker: TaintTracker) -> None:

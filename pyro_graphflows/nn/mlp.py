@@ -450,7 +450,9 @@ class LevelCut(nn.Module):
         """Cut the layer's entries and biases into the rows of each level."""
         if bias is not None and self.output_order is not None:
             bias = bias[self.output_order]
-        biases = [None] * len(self.rows) if bias is None else bias.split(self.rows)
+        biases: Sequence[Tensor | None] = [None] * len(self.rows)
+        if bias is not None:
+            biases = bias.split(self.rows) if len(self.rows) > 1 else [bias]
         if self.is_sparse:
             patterns = [pattern for pattern in self.patterns if isinstance(pattern, SparsePattern)]
             values = weights[self.value_order].split([pattern.nnz for pattern in patterns])
@@ -461,7 +463,7 @@ class LevelCut(nn.Module):
             weights = weights[self.output_order]
         blocks = weights.split(self.rows) if len(self.rows) > 1 else [weights]
         return [
-            LevelRows(block[:, :width], b)
+            LevelRows(block if width == block.shape[1] else block[:, :width], b)
             for block, width, b in zip(blocks, self.columns, biases, strict=True)
         ]
 

@@ -13,6 +13,7 @@ are of ``u``, in nats.
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import pyro.distributions as dist
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.conditionals.factors import Factor
+from pyro_graphflows.guides.conditionals.site_priors import SitePrior
 from pyro_graphflows.guides.plan import BlockPlan
 from pyro_graphflows.guides.sites import LatentSite
 from pyro_graphflows.regression import Moments, Regression
@@ -89,6 +91,11 @@ class Family(ABC):
         return None
 
     @property
+    def fusion(self) -> bool | str:
+        """Whether conditionals are the model's own distributions of their sites times a factor, or ``"auto"``."""
+        return False
+
+    @property
     def can_regress(self) -> bool:
         """Whether its conditionals can become linear-Gaussian."""
         return True
@@ -142,20 +149,26 @@ class LinearConditional:
 
 
 class Pass(ABC):
-    """One evaluation of a block's conditionals; alternates :meth:`next` and :meth:`accept`, level by level."""
+    """One evaluation of a block's conditionals; alternates :meth:`next` and :meth:`accept`, level by level.
+
+    Attributes:
+        fixed: The conditionals of fused sites whose priors depend on parameters of the model, without gradients for
+            these.
+    """
+
+    fixed: Mapping[str, dist.TorchDistribution] = MappingProxyType({})
 
     @abstractmethod
-    def next(
-        self, priors: Mapping[str, dist.TorchDistribution] | None = None
-    ) -> dict[str, dist.TorchDistribution]:
+    def next(self, priors: Mapping[str, SitePrior] | None = None) -> dict[str, dist.TorchDistribution]:
         """Return the conditionals of the next level's sites.
 
         Args:
             priors: The model's own distributions of these sites at the sampled values of their parents, for families
-                that use them.
+                that use them (:meth:`Conditionals.fuses`).
 
         Returns:
-            For each site a distribution with batch shape ``batch`` and event shape ``(size,)``.
+            For each site a distribution with batch shape ``batch`` and event shape ``(size,)``: of the unconstrained
+            vector, or where the site is fused in the coordinate of its prior.
         """
 
     @abstractmethod
@@ -233,6 +246,28 @@ class Conditionals(nn.Module, ABC):
         self, site: str, outputs: tuple[Tensor, Tensor], inputs: tuple[Tensor, Tensor] | None = None
     ) -> None:
         """Set the standardisations of a site; that of inputs is the same as that of outputs by default."""
+
+    def fuses(self, site: str) -> bool:
+        """Whether the conditional of a site is its prior times a factor; False for families without fusion."""
+        return False
+
+    def set_fusing_(self, site: str, fuse: bool) -> None:
+        """Let a site that can be fused have its prior times a factor, or the factor alone."""
+
+    def fused_units(self, site: str) -> tuple[Tensor, Tensor]:
+        """Return shift and scale of the factor in the coordinate of the prior, ``(size,)`` each."""
+        return self.output_units(site)
+
+    def set_fused_units_(self, site: str, units: tuple[Tensor, Tensor]) -> None:
+        """Set the standardisation of the factor in the coordinate of the prior."""
+
+    def set_fused_(self, site: str, linear: LinearConditional) -> bool:
+        """Make the factor beside the prior linear-Gaussian, in units of :meth:`fused_units`; the site is fused then.
+
+        Returns:
+            Whether the family can do that, as for :meth:`set_linear_`.
+        """
+        raise GraphflowsError(f"{type(self).__name__} cannot fuse {site!r} with its prior.")
 
     def whiten_(self, moments: Tensor) -> None:
         """Let trained weights act on inputs that are uncorrelated in joint samples; families need not.

@@ -9,6 +9,7 @@ have no reparametrised draws: gradients of ELBOs are of the score-function kind,
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
@@ -25,6 +26,7 @@ __all__ = [
     "CopiedValue",
     "DiscreteDistribution",
     "DiscreteVector",
+    "DrawnOrGiven",
     "FactorDistribution",
     "SampledNormal",
     "ScalarNormal",
@@ -213,6 +215,68 @@ class FactorDistribution(dist.TorchDistribution):
         return ladj.flatten(batch_dims).sum(-1) if ladj.dim() > batch_dims else ladj
 
 
+class DrawnOrGiven(dist.TorchDistribution):
+    """A distribution that moves with the model's parameters for values that it draws, and not for values given to it.
+
+    A conditional that is fused with the prior has the model's parameters in it. Of the bound on the evidence, where
+    values are drawn from it, the total derivative is wanted. Where they are given, as in inference compilation, a
+    better density of the values is no reason to change the model.
+
+    Args:
+        live: The distribution.
+        fixed: The same without gradients for the model's parameters.
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+
+    def __init__(self, live: Any, fixed: Any) -> None:
+        self.live, self.fixed = live, fixed
+        self.has_rsample = live.has_rsample
+        self.has_enumerate_support = live.has_enumerate_support
+        self._drawn: list[Tensor] = []  # shared with expanded copies
+        super().__init__(live.batch_shape, live.event_shape, validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """The support of the site."""
+        support: constraints.Constraint = self.live.support
+        return support
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "DrawnOrGiven":
+        """Return the same at a larger batch shape."""
+        shape = torch.Size(batch_shape)
+        new = DrawnOrGiven(self.live.expand(shape), self.fixed.expand(shape))
+        new._drawn = self._drawn
+        return new
+
+    def _keep(self, value: Tensor) -> Tensor:
+        self._drawn[:] = [value]
+        return value
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Draw reparametrised values of shape ``sample_shape + batch_shape + event_shape``."""
+        return self._keep(self.live.rsample(sample_shape))
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Draw values of shape ``sample_shape + batch_shape + event_shape`` without gradients."""
+        return self._keep(self.live.sample(sample_shape))
+
+    def centre(self) -> Tensor:
+        """Return the centre of the distribution."""
+        return self._keep(self.live.centre() if hasattr(self.live, "centre") else self.live.mean)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log-density of values, shape ``batch_shape``."""
+        drawn = bool(self._drawn) and self._drawn[0] is value
+        log_prob: Tensor = (self.live if drawn or value.requires_grad else self.fixed).log_prob(value)
+        return log_prob
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """Return all values of a discrete site."""
+        values: Tensor = self.live.enumerate_support(expand=expand)
+        return values
+
+
 class CopiedValue(dist.Delta):
     """The value of a Delta site of the model, repeated by the guide: without a density of its own.
 
@@ -395,6 +459,7 @@ def site_distribution(
     *,
     analytic_kl: bool,
     dtype: torch.dtype | None = None,
+    coordinate: Transform | None = None,
 ) -> tuple[dist.TorchDistribution, Callable[[Tensor], Tensor]]:
     """Return the distribution to emit at a site and the map from its value to the unconstrained vector.
 
@@ -404,6 +469,8 @@ def site_distribution(
         support: The support in this call.
         analytic_kl: Whether the distribution may be one for which a KL divergence is registered.
         dtype: The type of the vectors of discrete sites; the default type if not given.
+        coordinate: The map to the site's values from the coordinate of the factor, where this is not the unconstrained
+            vector.
 
     Raises:
         GraphflowsError: If a discrete site has other values than at set-up, or a factor another event shape.
@@ -422,6 +489,10 @@ def site_distribution(
             f"vector of the site; got {tuple(factor.event_shape)} ({type(factor).__name__}). Use .to_event(1)."
         )
     as_at_set_up = support is site.support
+    if coordinate is not None:
+        back = site.transform if as_at_set_up else biject_to(support)
+        shapes = site.unconstrained_shape, site.event_shape, support
+        return FactorDistribution(factor, coordinate, *shapes), partial(_unconstrained, back, site)
     transform = site.transform if as_at_set_up else biject_to(support)
     is_real = site.is_real if as_at_set_up else is_identity(transform)
     if is_real and isinstance(factor, ScalarNormal) and not site.event_shape:
@@ -430,6 +501,13 @@ def site_distribution(
         return factor, _itself
     emitted = FactorDistribution(factor, transform, site.unconstrained_shape, site.event_shape, support)
     return emitted, emitted.unconstrained
+
+
+def _unconstrained(transform: Transform, site: LatentSite, value: Tensor) -> Tensor:
+    """Return the flat unconstrained vectors of values, ``(*batch, size)``."""
+    raw = transform.inv(value)
+    dims = len(site.unconstrained_shape)
+    return raw.reshape(*raw.shape[: raw.dim() - dims], -1)
 
 
 def _itself(value: Tensor) -> Tensor:

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from pyro_graphflows.distributions.autoregressive_normal import AutoregressiveNormal, sum_over_pairs
+from pyro_graphflows.distributions.fusion import fuse, fuse_matrix
 from pyro_graphflows.guides.conditionals.distributions import DiscreteVector, ScalarNormal
+from pyro_graphflows.guides.conditionals.site_priors import SitePrior
 from pyro_graphflows.guides.sites import LatentSite
 from pyro_graphflows.regression import logistic_regression
 
@@ -31,10 +33,14 @@ __all__ = [
     "Factor",
     "NormalFactor",
     "NormalOutputs",
+    "fused_elements",
+    "fused_scalar_normals",
+    "fused_vector",
     "positive_scale",
     "scalar_normals",
 ]
 
+LEAST_SHARE = 0.02  # of its marginal scale that an element may move alone in a step of training
 LOG_SCALE_BOUND = 20.0  # exp() of it is far outside of any standardised scale
 MOST_DENSE = 32  # elements up to which an autoregression is solved as a matrix
 MOST_DEPTH = 8  # of an autoregression that is solved round by round
@@ -125,6 +131,31 @@ class Factor(ABC):
             Weights of shape ``(num_outputs, num_inputs)`` and biases of shape ``(num_outputs,)``.
         """
 
+    @property
+    def can_fuse(self) -> bool:
+        """Whether the factor can be multiplied by the model's own distribution of the site (:meth:`fused`)."""
+        return False
+
+    def fused(
+        self, outputs: Tensor, shift: Tensor, scale: Tensor, prior: SitePrior
+    ) -> dist.TorchDistribution:
+        """Return the distribution proportional to the prior times the factor, in the coordinate of the prior.
+
+        Args:
+            outputs: The network's outputs, shape ``(*batch, num_outputs)``.
+            shift: The shift of the standardisation of the coordinate, shape ``(size,)``.
+            scale: Its scale, shape ``(size,)``.
+            prior: The model's distribution of the site.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be fused with a prior.")
+
+    def fused_start(self, weights: Tensor, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
+        """Return skip weights and biases for which the factor beside the prior is linear-Gaussian.
+
+        As :meth:`linear_start`, of the factor and not of the conditional.
+        """
+        return self.linear_start(weights, loc, scale_tril)
+
     def natural_units(self, scale_tril: Tensor) -> Tensor:
         """Return how much of each output is one step of training: of locations the scale, of all others 1.
 
@@ -196,6 +227,28 @@ class NormalFactor(NormalOutputs):
         scale_tril = diagonal.unsqueeze(-1) * unit
         return dist.MultivariateNormal(loc, scale_tril=scale_tril, validate_args=False)
 
+    @property
+    def can_fuse(self) -> bool:
+        """See :attr:`Factor.can_fuse`; a subclass with another distribution cannot."""
+        return type(self).distribution is NormalFactor.distribution
+
+    def fused(
+        self, outputs: Tensor, shift: Tensor, scale: Tensor, prior: SitePrior
+    ) -> dist.TorchDistribution:
+        """See :meth:`Factor.fused`; ``U`` is then that of the square root of the factor's precision, ``D^-1 U``."""
+        if self.size == 1:
+            return fused_scalar_normals(outputs, shift, scale, [prior])[0]
+        loc, scale_tril = fused_vector(outputs, shift, scale, prior)
+        return dist.MultivariateNormal(loc, scale_tril=scale_tril, validate_args=False)
+
+    def fused_start(self, weights: Tensor, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`Factor.fused_start`."""
+        eye = torch.eye(self.size, dtype=scale_tril.dtype, device=scale_tril.device)
+        root = torch.linalg.solve_triangular(scale_tril, eye, upper=False)  # of the precision
+        diagonal = scale_tril.diagonal()
+        unit = root * diagonal.unsqueeze(-1)
+        return self.linear_start(weights, loc, diagonal.unsqueeze(-1) * unit)
+
     def linear_start(self, weights: Tensor, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`Factor.linear_start`."""
         n = self.size
@@ -205,6 +258,17 @@ class NormalFactor(NormalOutputs):
         unit = scale_tril / diagonal.unsqueeze(-1)
         rows, columns = torch.tril_indices(n, n, -1, device=weights.device)
         return all_weights, torch.cat([loc, diagonal.log(), unit[rows, columns]])
+
+    def natural_units(self, scale_tril: Tensor) -> Tensor:
+        """See :meth:`Factor.natural_units`: what moves an element by its scale given all other elements.
+
+        Where elements are correlated, one of them alone may move by no more than that.
+        """
+        marginal, diagonal = scale_tril.square().sum(-1).sqrt(), scale_tril.diagonal()
+        given_others = torch.linalg.inv(scale_tril).square().sum(-2).rsqrt()
+        step = torch.maximum(given_others, LEAST_SHARE * marginal)
+        rows = torch.tril_indices(self.size, self.size, -1, device=scale_tril.device)[0]
+        return torch.cat([step, step / marginal, (step / diagonal)[rows]])
 
 
 def scalar_normals(outputs: Tensor, shift: Tensor, scale: Tensor) -> list[ScalarNormal]:
@@ -221,6 +285,76 @@ def scalar_normals(outputs: Tensor, shift: Tensor, scale: Tensor) -> list[Scalar
         ScalarNormal(dist.Normal(loc, width, validate_args=False))
         for loc, width in zip(locs.unbind(-1), scales.unbind(-1), strict=True)
     ]
+
+
+def fused_scalar_normals(
+    outputs: Tensor, shift: Tensor, scale: Tensor, priors: Sequence[SitePrior]
+) -> list[ScalarNormal]:
+    """Return what :meth:`NormalFactor.fused` returns for several sites of size one, by one computation for all.
+
+    Args:
+        outputs: The outputs for all sites, one site after the other, shape ``(*batch, 2 n)``.
+        shift: The shifts of the standardisation, shape ``(n,)``.
+        scale: Its scales, shape ``(n,)``.
+        priors: The priors of the sites.
+    """
+    locs, log_scales = fused_elements(outputs[..., 0::2], outputs[..., 1::2], (shift, scale), priors)
+    return [
+        ScalarNormal(dist.Normal(loc, width, validate_args=False))
+        for loc, width in zip(locs.unbind(-1), log_scales.exp().unbind(-1), strict=True)
+    ]
+
+
+def fused_elements(
+    locs: Tensor, log_scales: Tensor, units: tuple[Tensor, Tensor], priors: Sequence[SitePrior]
+) -> tuple[Tensor, Tensor]:
+    """Return locations and log-scales of priors times normal factors, number by number.
+
+    Args:
+        locs: The locations of the factors, in standardised units, ``(*batch, n)``.
+        log_scales: The logarithms of their scales.
+        units: Shift and scale of the standardisation.
+        priors: The priors, side by side of length ``n``.
+    """
+    shift, scale = units
+    loc, log_scale = (
+        _side_by_side([each.loc for each in priors]),
+        _side_by_side([each.log_scale for each in priors]),
+    )
+    log_width = positive_scale(log_scales, shift, scale).log() + scale.log()
+    return fuse(loc, log_scale, torch.addcmul(shift, scale, locs), log_width)
+
+
+def fused_vector(outputs: Tensor, shift: Tensor, scale: Tensor, prior: SitePrior) -> tuple[Tensor, Tensor]:
+    """Return mean and Cholesky factor of a prior times the factor of a vector.
+
+    Args:
+        outputs: Locations, log-scales, and the entries of ``U`` below the diagonal, ``(*batch, outputs)``.
+        shift: The shift of the standardisation, ``(n,)``.
+        scale: Its scale, ``(n,)``.
+        prior: The prior.
+    """
+    n = len(shift)
+    loc = torch.addcmul(shift, scale, outputs[..., :n])
+    width = positive_scale(outputs[..., n : 2 * n], shift, scale)
+    rows, columns = torch.tril_indices(n, n, -1, device=outputs.device)
+    unit = (
+        torch.eye(n, dtype=outputs.dtype, device=outputs.device).expand((*outputs.shape[:-1], n, n)).clone()
+    )
+    unit[..., rows, columns] = outputs[..., 2 * n :]
+    root = unit / width.unsqueeze(-1) / scale
+    batch = torch.broadcast_shapes(loc.shape[:-1], prior.loc.shape[:-1])
+    tril = prior.tril().expand(*batch, n, n)
+    return fuse_matrix(
+        prior.loc.expand(*batch, n), tril, loc.expand(*batch, n), (root.mT @ root).expand(*batch, n, n)
+    )
+
+
+def _side_by_side(parts: list[Tensor]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+    return torch.cat([part.expand(*shape, part.shape[-1]) for part in parts], -1)
 
 
 class ElementNormalFactor(NormalOutputs):
@@ -321,6 +455,20 @@ class DiscreteFactor(Factor):
         if n == 1:
             return DiscreteVector(logits)
         return DiscreteVector(logits, outputs[..., self.size :].unflatten(-1, (self._num_pairs, c, c)))
+
+    @property
+    def can_fuse(self) -> bool:
+        """See :attr:`Factor.can_fuse`."""
+        return type(self).distribution is DiscreteFactor.distribution
+
+    def fused(
+        self, outputs: Tensor, shift: Tensor, scale: Tensor, prior: SitePrior
+    ) -> dist.TorchDistribution:
+        """See :meth:`Factor.fused`: the outputs are added to the logits of the prior."""
+        logits = outputs[..., : self.size] + prior.loc
+        batch = torch.broadcast_shapes(outputs.shape[:-1], logits.shape[:-1])
+        couplings = outputs[..., self.size :].expand(*batch, -1)
+        return self.distribution(torch.cat([logits, couplings], -1), shift, scale)
 
     def linear_start(self, weights: Tensor, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
         """Return weights and biases for which the logits are ``loc + weights @ inputs``, without couplings."""

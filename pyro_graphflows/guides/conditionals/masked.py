@@ -22,9 +22,11 @@ from pyro_graphflows.guides.conditionals.factors import (
     ElementNormalFactor,
     Factor,
     NormalFactor,
+    fused_scalar_normals,
     scalar_normals,
 )
 from pyro_graphflows.guides.conditionals.low_rank import LowRankNormalFactor
+from pyro_graphflows.guides.conditionals.site_priors import SitePrior
 from pyro_graphflows.guides.sites import LatentSite
 from pyro_graphflows.nn.mlp import LevelEvaluation, MaskedMLP
 from pyro_graphflows.regression import Moments
@@ -47,6 +49,9 @@ class MaskedConditionals(Conditionals):
     scale: Tensor
     input_shift: Tensor
     input_scale: Tensor
+    fusing: Tensor
+    fused_shift: Tensor
+    fused_scale: Tensor
 
     def __init__(self, spec: BlockSpec, make_factor: FactorMaker, network_options: Mapping[str, Any]) -> None:
         super().__init__(spec)
@@ -126,6 +131,13 @@ class MaskedConditionals(Conditionals):
             self.register_buffer(name, torch.zeros(total))
         for name in ("scale", "input_scale"):
             self.register_buffer(name, torch.ones(total))
+        fusible = [site for site in block.sites if site in block.fused and self.factors[site].can_fuse]
+        self._fused_at: dict[str, int] = {site: i for i, site in enumerate(fusible)}
+        if fusible:
+            self.register_buffer("fusing", torch.ones(len(fusible), dtype=torch.bool))
+            self.register_buffer("fused_shift", torch.zeros(total))
+            self.register_buffer("fused_scale", torch.ones(total))
+        self._fusing: tuple[Any, list[bool]] = (None, [])
         self._scalar_levels = {
             i
             for i, level in enumerate(block.levels)
@@ -172,6 +184,48 @@ class MaskedConditionals(Conditionals):
         """See :meth:`Conditionals.whiten_`."""
         self.network.whiten_(moments[: self.num_inputs, : self.num_inputs])
 
+    # ---------------------------------------------------------------- fusion
+
+    def fuses(self, site: str) -> bool:
+        """See :meth:`Conditionals.fuses`."""
+        if site not in self._fused_at:
+            return False
+        key = self.fusing.data_ptr(), self.fusing._version
+        if self._fusing[0] != key:  # reading the buffer may wait for a device
+            self._fusing = key, self.fusing.tolist()
+        return self._fusing[1][self._fused_at[site]]
+
+    @torch.no_grad()
+    def set_fusing_(self, site: str, fuse: bool) -> None:
+        """See :meth:`Conditionals.set_fusing_`."""
+        if site in self._fused_at:
+            self.fusing[self._fused_at[site]] = fuse
+
+    def fused_units(self, site: str) -> tuple[Tensor, Tensor]:
+        """See :meth:`Conditionals.fused_units`."""
+        return self.fused_shift[self._parts[site]], self.fused_scale[self._parts[site]]
+
+    @torch.no_grad()
+    def set_fused_units_(self, site: str, units: tuple[Tensor, Tensor]) -> None:
+        """See :meth:`Conditionals.set_fused_units_`."""
+        if site in self._fused_at:
+            self.fused_shift[self._parts[site]], self.fused_scale[self._parts[site]] = units
+
+    @torch.no_grad()
+    def set_fused_(self, site: str, linear: LinearConditional) -> bool:
+        """See :meth:`Conditionals.set_fused_`."""
+        factor = self.factors[site]
+        if linear.by_element:
+            return self._set_maps_(site, factor, linear, fused=True)
+        joint = self.shift.new_zeros(factor.size, self.num_columns)
+        for parent, matrix in linear.weights.items():
+            joint[:, list(self.columns[parent])] = matrix.to(joint)
+        tril = linear.scale_tril.to(joint)
+        start = factor.fused_start(joint, linear.loc.to(joint), tril)
+        self._set_rows_(site, *start, factor.natural_units(_no_wider_than_the_prior(tril)))
+        self.set_fusing_(site, True)
+        return True
+
     # ---------------------------------------------------------------- becoming linear
 
     @torch.no_grad()
@@ -180,6 +234,7 @@ class MaskedConditionals(Conditionals):
         factor = self.factors[site]
         if linear.by_element:
             return self._set_maps_(site, factor, linear)
+        self.set_fusing_(site, False)
         joint = self.shift.new_zeros(factor.size, self.num_columns)
         for parent, matrix in linear.weights.items():
             joint[:, list(self.columns[parent])] = matrix.to(joint)
@@ -201,6 +256,9 @@ class MaskedConditionals(Conditionals):
         self.network.set_linear_(self.outputs[site], weights, biases[:number], units)
         if self.table is not None and site in self._table_columns:
             self.table.set_(self._table_columns[site], 0.0)
+        if site in self._map_of:
+            element_map: Any = self.maps[self._map_of[site][0]]
+            element_map.rows.set_(slice(None), 0.0)
         self._share_unit_(site)
 
     def _constants(self, site: str) -> ElementTable:
@@ -222,28 +280,40 @@ class MaskedConditionals(Conditionals):
             element_map: Any = self.maps[self._map_of[site][0]]
             element_map.set_unit_(unit)
 
-    def _set_maps_(self, site: str, factor: Factor, linear: LinearConditional) -> bool:
-        if site not in self._map_of or not isinstance(factor, NormalFactor):
+    def _set_maps_(
+        self, site: str, factor: Factor, linear: LinearConditional, *, fused: bool = False
+    ) -> bool:
+        per_element = site in self._table_columns
+        cannot = isinstance(factor, DiscreteFactor | CoupledFactor) or (fused and not factor.can_fuse)
+        if cannot or not (per_element or site in self._map_of):
             return False
-        key, inputs = self._map_of[site]
-        element_map = self.maps[key]
-        assert isinstance(element_map, ElementMap)
-        if not element_map.offset:
-            return False
-        like = element_map.rows.table
+        inputs: list[int] = []
+        element_map: ElementMap | None = None
+        if site in self._map_of:
+            key, inputs = self._map_of[site]
+            element_map = self.maps[key]  # type: ignore[assignment]
+        own: Any = self.table.table if self.table is not None and per_element else element_map
+        like: Tensor = own.rows.table if isinstance(own, ElementMap) else own
         joint = torch.zeros(len(linear.loc), factor.size, self.num_columns).to(like)
         for parent, matrix in linear.weights.items():
             joint[..., list(self.columns[parent])] = matrix.to(like)
         starts = [
-            factor.linear_start(w[:, inputs], loc.to(like), tril.to(like))
+            (factor.fused_start if fused else factor.linear_start)(w[:, inputs], loc.to(like), tril.to(like))
             for w, loc, tril in zip(joint, linear.loc, linear.scale_tril, strict=True)
         ]
         slopes, offsets = (torch.stack(parts) for parts in zip(*starts, strict=True))
         shared = torch.zeros(factor.num_outputs, self.num_columns).to(like)
         shared[:, inputs] = slopes.mean(0)
-        units = factor.natural_units(linear.scale_tril.to(like).mean(0))
+        tril = linear.scale_tril.to(like).mean(0)
+        units = factor.natural_units(_no_wider_than_the_prior(tril) if fused else tril)
+        self.set_fusing_(site, fused)
         self._set_rows_(site, shared, offsets.mean(0), units)
-        element_map.set_(slopes - slopes.mean(0), offsets - offsets.mean(0))
+        off_slopes, off = slopes - slopes.mean(0), offsets - offsets.mean(0)
+        if self.table is not None and per_element:
+            part = self.table.table[..., self._table_columns[site]]
+            part.copy_(off.reshape(part.shape))
+        if element_map is not None:
+            element_map.set_(off_slopes, None if per_element else off)
         return True
 
     @torch.no_grad()
@@ -279,6 +349,8 @@ class MaskedConditionals(Conditionals):
         """See :meth:`Conditionals.narrow_elements_`."""
         for site, columns in self._table_columns.items():
             assert self.table is not None
+            if self.fuses(site):
+                continue
             own = self.factors[site]
             for output in own.log_scale_outputs:
                 self.table.table[..., columns.start + output] += math.log(factor)
@@ -331,6 +403,12 @@ class MaskedConditionals(Conditionals):
         return MaskedPass(self, context, rows, plates if self._map_of or self._coupling_of else None)
 
 
+def _no_wider_than_the_prior(scale_tril: Tensor) -> Tensor:
+    """Return about how wide a factor times a prior of scale one is."""
+    spread = torch.linalg.vector_norm(scale_tril, dim=-1)
+    return (spread / (1.0 + spread.square()).sqrt()).diag_embed()
+
+
 class MaskedPass(Pass):
     """One pass of :class:`MaskedConditionals`."""
 
@@ -342,6 +420,7 @@ class MaskedPass(Pass):
         plates: Mapping[str, PlateState] | None,
     ) -> None:
         self._module = conditionals
+        self.fixed: dict[str, dist.TorchDistribution] = {}
         self._rows = rows
         self._plates = plates  # where elements have maps of their own, or are drawn jointly
         self._known: list[Tensor] = []
@@ -349,19 +428,23 @@ class MaskedPass(Pass):
         self._level = 0
         self._new: Tensor = context
 
-    def next(
-        self, priors: Mapping[str, dist.TorchDistribution] | None = None
-    ) -> dict[str, dist.TorchDistribution]:
+    def next(self, priors: Mapping[str, SitePrior] | None = None) -> dict[str, dist.TorchDistribution]:
         """See :meth:`Pass.next`."""
         module = self._module
         level = module.block.levels[self._level]
         outputs = self._network.step(self._new if self._new.shape[-1] else None).squeeze(-1)
         if self._plates is not None:
             self._known.append(self._new)
-        if self._level in module._scalar_levels and self._rows is None and self._plates is None:
-            part = self._part_of(level)
-            normals = scalar_normals(outputs, module.shift[part], module.scale[part])
-            return dict(zip(level, normals, strict=True))
+        fused = (
+            {site: priors[site] for site in level if site in priors and module.fuses(site)} if priors else {}
+        )
+        if (
+            self._level in module._scalar_levels
+            and len(fused) in (0, len(level))
+            and self._plates is None
+            and (self._rows is None or fused)
+        ):
+            return self._scalars(level, outputs, fused)
         start = module.outputs[level[0]].start
         result: dict[str, dist.TorchDistribution] = {}
         for site in level:
@@ -374,6 +457,13 @@ class MaskedPass(Pass):
                 own = own + self._rows[..., module._table_columns[site]]
             if self._plates is not None and site in module._map_of:
                 own = own + self._own_map(site, self._plates)
+            if site in fused:
+                units = module.fused_shift[part], module.fused_scale[part]
+                result[site] = module.factors[site].fused(own, *units, fused[site])
+                fixed = fused[site].fixed
+                if fixed is not None:
+                    self.fixed[site] = module.factors[site].fused(own, *units, fixed)
+                continue
             shift, scale = module.shift[part], module.scale[part]
             if self._plates is not None and site in module._coupling_of:
                 terms: Any = module.couplings[module._coupling_of[site]]
@@ -381,6 +471,26 @@ class MaskedPass(Pass):
             else:
                 result[site] = module.factors[site].distribution(own, shift, scale)
         return result
+
+    def _scalars(
+        self, level: Sequence[str], outputs: Tensor, fused: Mapping[str, SitePrior]
+    ) -> dict[str, dist.TorchDistribution]:
+        """Return the conditionals of a level of scalar normals, by one computation for all."""
+        module, part = self._module, self._part_of(level)
+        if not fused:
+            normals = scalar_normals(outputs, module.shift[part], module.scale[part])
+            return dict(zip(level, normals, strict=True))
+        if self._rows is not None:
+            columns = [module._table_columns.get(site) for site in level]
+            rows = [self._rows.new_zeros(2) if c is None else self._rows[..., c] for c in columns]
+            shape = torch.broadcast_shapes(*(row.shape[:-1] for row in rows))
+            outputs = outputs + torch.cat([row.expand(*shape, 2) for row in rows], -1)
+        priors = [fused[site] for site in level]
+        units = module.fused_shift[part], module.fused_scale[part]
+        if any(prior.fixed is not None for prior in priors):
+            fixed = [prior.fixed or prior for prior in priors]
+            self.fixed.update(zip(level, fused_scalar_normals(outputs, *units, fixed), strict=True))
+        return dict(zip(level, fused_scalar_normals(outputs, *units, priors), strict=True))
 
     def _part_of(self, level: Sequence[str]) -> slice:
         parts = self._module._parts

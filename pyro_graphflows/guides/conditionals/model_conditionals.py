@@ -252,9 +252,13 @@ def same_distribution(one: Any, other: Any) -> bool:
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(same_distribution, one, other))
     if isinstance(one, torch.distributions.Distribution | torch.distributions.Transform):
-        mine = {key: value for key, value in vars(one).items() if not key.startswith("_cached")}
-        theirs = {key: value for key, value in vars(other).items() if not key.startswith("_cached")}
+        mine, theirs = _own_parts(one), _own_parts(other)
         return mine.keys() == theirs.keys() and all(same_distribution(mine[key], theirs[key]) for key in mine)
     if isinstance(one, int | float | bool | str | torch.Size) or one is None:
         return bool(one == other)
     return True  # constraints and the like hold no parameters of their own
+
+
+def _own_parts(one: Any) -> dict[str, Any]:
+    """Return the parts of a distribution or a transform, without what is kept of calls and inverses."""
+    return {key: value for key, value in vars(one).items() if not key.startswith("_cached") and key != "_inv"}

@@ -24,6 +24,7 @@ from pyro_graphflows.distributions.spline import SplineDistribution
 from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.guides.conditionals.coupled import CoupledNormal
 from pyro_graphflows.guides.conditionals.distributions import (
+    DrawnOrGiven,
     FactorDistribution,
     SampledNormal,
     ScalarNormal,
@@ -147,6 +148,16 @@ def _(fn: SampledNormal, noise: Tensor) -> tuple[Tensor, Tensor]:
 @pull.register(SampledNormal)
 def _(fn: SampledNormal, value: Tensor) -> Tensor:
     return pull(fn.normal, value)
+
+
+@push.register(DrawnOrGiven)
+def _(fn: DrawnOrGiven, noise: Tensor) -> tuple[Tensor, Tensor]:
+    return push(fn.live, noise)
+
+
+@pull.register(DrawnOrGiven)
+def _(fn: DrawnOrGiven, value: Tensor) -> Tensor:
+    return pull(fn.live, value)
 
 
 @push.register(FactorDistribution)

@@ -11,6 +11,8 @@ averaged over the plate (Zaheer et al. 2017). The features are
 - the logarithm of the number of elements, as the precision of a posterior grows with it.
 
 Nested plates are pooled from the inside out, so that the spread between groups and that within them are told apart.
+With ``pool="attention"`` the learned features are weighed by a learned query instead of averaged (:class:`Attention`).
+
 Crossed plates have no inner one; they are pooled in one order for each of them. Data that look up a group by an index
 (``theta[group]``) count as nested in the groups: they are pooled group by group.
 
@@ -33,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.features import FeatureMap, concatenate
 from pyro_graphflows.guides.inputs import subsampled_message
@@ -42,6 +44,7 @@ from pyro_graphflows.nn.activations import make_activation
 __all__ = [
     "POOLS",
     "AllElements",
+    "Attention",
     "DeepSet",
     "DeepSetPool",
     "LookedUp",
@@ -115,6 +118,75 @@ class DeepSet:
         for before, after in itertools.pairwise(widths):
             layers += [nn.Linear(before, after), make_activation(self.activation)]
         return nn.Sequential(*layers, nn.Linear(widths[-1], self.embedding_dim))
+
+
+@dataclass(frozen=True)
+class Attention(DeepSet):
+    """Learned features that are pooled by attention instead of averaged: elements are weighed by what they are.
+
+    A learned query looks at the learned features of all elements (PyTorch's multi-head attention); moments, random
+    features and the number of elements are those of a deep set.
+
+    Attributes:
+        num_heads: The number of heads, which divides ``embedding_dim``.
+
+    References:
+        [1] Lee et al. (2019), Set Transformer, Section 3.2 (pooling by attention, with one seed).
+
+    Raises:
+        GraphflowsError: If there are no learned features, or the heads do not divide them.
+    """
+
+    num_heads: int = 4
+
+    def __post_init__(self) -> None:
+        if self.num_heads < 1 or self.embedding_dim < 1 or self.embedding_dim % self.num_heads:
+            raise GraphflowsError(
+                "Expected a positive embedding_dim that num_heads divides; got "
+                f"{self.embedding_dim} and {self.num_heads}."
+            )
+
+    def attention(self) -> "QueryAttention":
+        """Return new attention over learned features."""
+        return QueryAttention(self.embedding_dim, self.num_heads)
+
+
+class QueryAttention(nn.Module):
+    """Pools the elements of a plate by one learned query.
+
+    Args:
+        size: The number of features.
+        num_heads: The number of heads.
+    """
+
+    def __init__(self, size: int, num_heads: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(1, 1, size) / size**0.5)
+        self.attention = nn.MultiheadAttention(size, num_heads, batch_first=True)
+
+    def forward(self, each: Tensor, weight: Tensor | None, dim: int) -> Tensor:
+        """Return the pooled features; zeros where no element is there.
+
+        Args:
+            each: Features of the elements, ``(*batch, size)``.
+            weight: One where an element is there, zero where not, ``(*batch, 1)``; None if all are.
+            dim: The dimension of the elements, of the batch shape.
+        """
+        moved = each.movedim(dim - 1, -2)  # (*rest, elements, size)
+        rows = moved.reshape(-1, *moved.shape[-2:])
+        missing, there = None, None
+        if weight is not None:
+            seen = (weight.expand(*each.shape[:-1], 1) > 0).movedim(dim - 1, -2)
+            missing = ~seen.reshape(-1, seen.shape[-2])
+            there = ~missing.all(-1)
+            missing = missing & there.unsqueeze(
+                -1
+            )  # a softmax over nothing is NaN: empty ones are zeroed below
+        query = self.query.expand(len(rows), 1, -1)
+        pooled, _ = self.attention(query, rows, rows, key_padding_mask=missing, need_weights=False)
+        if there is not None:
+            pooled = torch.where(there[:, None, None], pooled, torch.zeros_like(pooled))
+        return pooled.reshape(*moved.shape[:-2], 1, moved.shape[-1]).movedim(-2, dim - 1)
 
 
 class RandomFeatures(nn.Module):
@@ -194,9 +266,11 @@ class PoolStage(nn.Module):
             pairs = torch.arange(core).expand(2, core).clone()
         self.register_buffer("pairs", pairs, persistent=False)
         self.embedding: nn.Module | None = None
+        self.attention: QueryAttention | None = None
         self.random: RandomFeatures | None = None
         if options.embedding_dim:
             self.embedding = options.network(core + carried)
+            self.attention = options.attention() if isinstance(options, Attention) else None
             self.random = RandomFeatures(options.network(core + learned.count(False)))
         self._fixed = [i for i, each in enumerate(learned) if not each]
         size = options.embedding_dim
@@ -234,7 +308,8 @@ class PoolStage(nn.Module):
             fixed = joint
             if len(self._fixed) < self.num_carried:
                 fixed = torch.cat([core, carried[..., self._fixed]], -1)
-            parts += [self.random(fixed), self.embedding(joint)]
+            learned: Tensor = self.embedding(joint)
+            parts += [self.random(fixed), learned]
         each = torch.cat(parts, -1)
         if segments is not None or weight is not None:
             weight = each.new_ones(1) if weight is None else weight
@@ -250,6 +325,9 @@ class PoolStage(nn.Module):
             )
             mean = total / number.clamp(min=1.0)
             there = (number > 0).to(each.dtype)
+        if self.attention is not None:
+            attended = self.attention(learned, weight, dim)
+            mean = torch.cat([mean[..., : -attended.shape[-1]], attended], -1)
         sizes = [self.core_size, square.shape[-1], mean.shape[-1] - self.core_size - square.shape[-1]]
         first, second, rest = mean.split(sizes, -1)
         own = second[..., self.pairs[0] == self.pairs[1]]
@@ -323,6 +401,11 @@ class DeepSetPool(nn.Module):
         self.members = tuple(members)
         self.options = options
         self.segments = tuple(segments)
+        if self.segments and isinstance(options, Attention):
+            raise UnsupportedModelError(
+                f"Expected pool='deepset' where elements are pooled group by group, by {segments[0][2]}; got "
+                "pool='attention', which pools whole plates."
+            )
         self.indices = tuple(dict.fromkeys(index for _, _, index in segments))
         self.maps = nn.ModuleList(maps)
         self.orders = tuple(map(tuple, orders))

@@ -21,7 +21,14 @@ from torch.distributions import constraints
 
 from pyro_graphflows.distributions.rational_spline import num_spline_parameters
 from pyro_graphflows.distributions.spline import SplineDistribution
-from pyro_graphflows.guides.conditionals.factors import Factor, NormalFactor, positive_scale
+from pyro_graphflows.guides.conditionals.factors import (
+    Factor,
+    NormalFactor,
+    fused_elements,
+    fused_vector,
+    positive_scale,
+)
+from pyro_graphflows.guides.conditionals.site_priors import SitePrior
 
 __all__ = ["SplineFactor", "SplineVector"]
 
@@ -66,17 +73,45 @@ class SplineFactor(Factor):
         n, inner = self.size, self._inner.num_outputs
         loc = torch.addcmul(shift, scale, outputs[..., :n])
         diagonal = scale * positive_scale(outputs[..., n : 2 * n], shift, scale)
-        knots = outputs[..., inner:].unflatten(-1, (n, -1))
-        df = self.df if self.base == "student" else None
         if n == 1:
-            return SplineDistribution(loc, diagonal, knots, bound=self.bound, base=self.base, df=df)
-        zero, one = torch.zeros_like(loc), torch.ones_like(diagonal)
-        elements = SplineDistribution(zero, one, knots, bound=self.bound, base=self.base, df=df)
+            return self._splines(outputs, loc, diagonal)
         rows, columns = torch.tril_indices(n, n, -1, device=outputs.device)
         unit = torch.eye(n, dtype=outputs.dtype, device=outputs.device)
         unit = unit.expand((*outputs.shape[:-1], n, n)).clone()
         unit[..., rows, columns] = outputs[..., 2 * n : inner]
+        elements = self._splines(outputs, torch.zeros_like(loc), torch.ones_like(diagonal))
         return SplineVector(elements, loc, diagonal.unsqueeze(-1) * unit)
+
+    def _splines(self, outputs: Tensor, loc: Tensor, scale: Tensor) -> SplineDistribution:
+        knots = outputs[..., self._inner.num_outputs :].unflatten(-1, (self.size, -1))
+        df = self.df if self.base == "student" else None
+        return SplineDistribution(loc, scale, knots, bound=self.bound, base=self.base, df=df)
+
+    @property
+    def can_fuse(self) -> bool:
+        """See :attr:`Factor.can_fuse`."""
+        return True
+
+    def fused(
+        self, outputs: Tensor, shift: Tensor, scale: Tensor, prior: SitePrior
+    ) -> dist.TorchDistribution:
+        """See :meth:`Factor.fused`: location and scale are those of the prior times a normal."""
+        n, inner = self.size, self._inner.num_outputs
+        if n == 1:
+            parts = outputs[..., :1], outputs[..., 1:2]
+            loc, log_scale = fused_elements(*parts, (shift, scale), [prior])
+            return self._splines(outputs, loc, log_scale.exp())
+        loc, scale_tril = fused_vector(outputs[..., :inner], shift, scale, prior)
+        elements = self._splines(outputs, torch.zeros_like(loc), torch.ones_like(loc))
+        return SplineVector(elements, loc, scale_tril)
+
+    def fused_start(self, weights: Tensor, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`Factor.fused_start`; the splines become the identity."""
+        rows, biases = self._inner.fused_start(weights, loc, scale_tril)
+        more = self.num_outputs - len(biases)
+        return torch.cat([rows, rows.new_zeros(more, rows.shape[-1])]), torch.cat(
+            [biases, biases.new_zeros(more)]
+        )
 
     def linear_start(self, weights: Tensor, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`Factor.linear_start`; the splines become the identity."""
@@ -85,6 +120,11 @@ class SplineFactor(Factor):
         return torch.cat([rows, rows.new_zeros(more, rows.shape[-1])]), torch.cat(
             [biases, biases.new_zeros(more)]
         )
+
+    def natural_units(self, scale_tril: Tensor) -> Tensor:
+        """See :meth:`Factor.natural_units`: those of a normal factor, and ones for the knots."""
+        own = self._inner.natural_units(scale_tril)
+        return torch.cat([own, own.new_ones(self.num_outputs - len(own))])
 
 
 class SplineVector(dist.TorchDistribution):

@@ -1,0 +1,154 @@
+"""Steps of training on eleven models: ours beside AutoNormal's, and compiled.
+
+    nice python -m benchmarks.compiled --out docs/results          # about half an hour on one thread
+    python -m benchmarks.compiled --render --out docs/results      # the page from the saved results
+
+Each model is a line of OUT/steps/results.jsonl, written when it is done; models that are there are left out, so a run
+that was cut off goes on. Times of a step are medians of processor time of one thread, taken in turns: ``SVI.step`` with
+AutoNormal and with guides of normal and flow conditionals (Pyro's ClippedAdam, one particle), and the step of ``fit``
+with compiled loss and gradients for the normal guide (torch's fused Adam). The seconds of compilation are processor
+time of capturing and compiling, the C++ compiler's included, and wall-clock time.
+"""
+
+import argparse
+import datetime
+import os
+import resource
+import statistics
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+
+from benchmarks.guide_problems import STEPS, Problem
+from pyro_graphflows import auto_faithful_guide
+from pyro_graphflows.infer import CompiledLoss
+from studies.results import Results
+
+
+def guides_of(problem: Problem) -> dict[str, Any]:
+    """Return the guides, ours set up by the data."""
+    made: dict[str, Any] = {"AutoNormal": AutoNormal(problem.model)}
+    for family in ("normal", "flow"):
+        pyro.set_rng_seed(0)
+        made[family] = auto_faithful_guide(problem.model, *problem.test, family=family, **problem.options)
+    return made
+
+
+def processor_seconds() -> float:
+    """Return the processor time of this process and of those that it has waited for."""
+    parts = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(part.ru_utime + part.ru_stime for part in parts)
+
+
+def measure(key: str, rounds: int, compiled: bool = True) -> dict[str, Any]:
+    """Return the record of a model."""
+    problem = STEPS[key]()
+    steps: dict[str, Any] = {}
+    record: dict[str, Any] = {"name": problem.name, "date": str(datetime.date.today())}
+    guides = guides_of(problem)
+    for name, guide in guides.items():
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = SVI(problem.model, guide, pyro.optim.ClippedAdam({"lr": 1e-4}), Trace_ELBO())
+        for _ in range(3):
+            svi.step(*problem.test)
+        steps[name] = (lambda svi=svi: svi.step(*problem.test), pyro.get_param_store().get_state())
+    if compiled:
+        pyro.clear_param_store()
+        loss = CompiledLoss(problem.model, guides["normal"])
+        optimizer = torch.optim.Adam(loss.parameters(*problem.test), lr=1e-4, fused=True)
+        begin, wall = processor_seconds(), time.perf_counter()
+        loss.loss_and_grads(*problem.test)
+        record["compile_cpu"], record["compile_wall"] = (
+            processor_seconds() - begin,
+            time.perf_counter() - wall,
+        )
+        record["report"] = loss.report
+
+        def step() -> None:
+            optimizer.zero_grad()
+            loss.loss_and_grads(*problem.test)
+            optimizer.step()
+
+        for _ in range(8):  # the comparisons with the programs come first
+            step()
+        steps["compiled"] = (step, pyro.get_param_store().get_state())
+        record["report"] = loss.report
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, (step_once, state) in steps.items():
+            pyro.get_param_store().set_state(state)
+            for _ in range(3):
+                begin = time.thread_time()
+                step_once()
+                taken[name].append(time.thread_time() - begin)
+    record["ms"] = {name: 1e3 * statistics.median(times) for name, times in taken.items()}
+    return record
+
+
+def page(records: dict[str, dict[str, Any]]) -> str:
+    """Return the page."""
+    dates = sorted({record["date"] for record in records.values()})
+    lines = [
+        "# Steps of training on eleven models",
+        "",
+        f"Made by `python -m benchmarks.compiled --out docs/results` on {' and '.join(dates)}, on 2 CPU cores shared "
+        "with other work; the script says what is timed. Milliseconds of processor time of one `SVI.step`, medians of "
+        "steps taken in turns, one thread, float32. In brackets the ratio to AutoNormal's. *Compiled* is the step of "
+        "`fit(..., compile=True)` for the normal guide; in brackets how many times faster than `SVI.step` with the "
+        "same guide, with the processor and wall-clock seconds of compilation.",
+        "",
+        "| model | AutoNormal | normal | flow | compiled | compilation |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key in [key for key in STEPS if key in records]:
+        record = records[key]
+        ms = record["ms"]
+        base = ms["AutoNormal"]
+        ours = [f"{ms[name]:.1f} ({ms[name] / base:.2f})" for name in ("normal", "flow")]
+        done = record["report"].startswith("compiled")
+        fast = f"{ms['compiled']:.2f} ({ms['normal'] / ms['compiled']:.1f}×)" if done else "–"
+        cost = f"{record['compile_cpu']:.0f} s, {record['compile_wall']:.0f} s" if done else record["report"]
+        lines.append(f"| {record['name']} | {base:.1f} | {' | '.join(ours)} | {fast} | {cost} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", default="out", help="steps.md and the folder steps go there")
+    parser.add_argument("--models", nargs="*", default=list(STEPS))
+    parser.add_argument("--rounds", type=int, default=10, help="rounds of three timed steps")
+    parser.add_argument(
+        "--steps-only", action="store_true", help="print the times without compiling; keep nothing"
+    )
+    parser.add_argument("--again", action="store_true", help="measure models that are there already, too")
+    parser.add_argument("--render", action="store_true", help="the page from the saved results")
+    args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    saved = Results(Path(args.out) / "steps" / "results.jsonl")
+    for key in [] if args.render else args.models:
+        if args.steps_only:
+            ms = measure(key, args.rounds, compiled=False)["ms"]
+            ratios = {name: f"{value:.2f} ({value / ms['AutoNormal']:.2f})" for name, value in ms.items()}
+            print(key, ratios, flush=True)
+        elif args.again or key not in saved:
+            record = measure(key, args.rounds)
+            print(key, record, flush=True)
+            saved.append(key, record)
+    if not args.steps_only:
+        (Path(args.out) / "steps.md").write_text(page(saved.read()))
+
+
+if __name__ == "__main__":
+    main()

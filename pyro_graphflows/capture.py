@@ -1,0 +1,428 @@
+r"""A program of torch as one graph of tensor operations, with its noise among the inputs.
+
+A Pyro program spends most of a step of training in Python. :func:`capture` runs a function of tensors once, writes down
+every tensor operation on the way, those of going backward included, and returns them as one function: of the
+tensors given, of the random numbers (*noise*), and of whatever other tensors the program reads (constants, which are
+read again at each call). What cannot be written down is refused with the reason: numbers read out of tensors, on which
+Python code could depend, shapes that depend on values, and draws that are no function of uniform or normal noise.
+
+Noise makes a run repeatable: :class:`Draws` gives a program the random numbers it is handed, so the captured function
+and the program itself can be compared at the same noise.
+"""
+
+import math
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyro_graphflows.errors import GraphflowsError
+
+__all__ = ["Captured", "Draws", "Noise", "NotCapturedError", "capture", "is_capturing"]
+
+_CAPTURING: ContextVar[bool] = ContextVar("capturing", default=False)
+_LIFTED = ("lift_fresh", "lift_fresh_copy")
+_TORCH, _PACKAGE = str(Path(torch.__file__).parent), str(Path(__file__).parent)
+_SITES = str(Path(torch.__file__).parent.parent)
+
+
+class NotCapturedError(GraphflowsError):
+    """A program is no graph of tensor operations; the message says why."""
+
+
+def is_capturing() -> bool:
+    """Return whether a program is being captured: checks that read numbers out of tensors have to be left out."""
+    return _CAPTURING.get()
+
+
+# --------------------------------------------------------------------------------------------------------- noise
+class Noise(NamedTuple):
+    """A kind of random numbers.
+
+    Attributes:
+        kind: ``"normal"``, or ``"uniform"`` in [0, 1).
+        dtype: Their type.
+        device: Where they are.
+    """
+
+    kind: str
+    dtype: torch.dtype
+    device: torch.device
+
+    def draw(self, shape: Sequence[int]) -> Tensor:
+        """Return fresh numbers."""
+        make = torch.randn if self.kind == "normal" else torch.rand
+        return make(list(shape), dtype=self.dtype, device=self.device)
+
+
+class Draws(TorchDispatchMode):
+    """Give a program its random numbers, or count them.
+
+    Every random operation of torch that is a function of normal or uniform numbers takes them from here, in the order
+    in which the program asks. The distributions are the same; the numbers are not those that the generator gives
+    without this mode.
+
+    Args:
+        given: One flat tensor for each kind of noise; None for fresh numbers.
+
+    Attributes:
+        counts: How many numbers of each kind have been taken.
+
+    Raises:
+        NotCapturedError: If the program draws in another way, or more numbers than are given.
+
+    Example:
+        >>> with Draws() as draws:
+        ...     _ = torch.randn(3), torch.rand(2), torch.bernoulli(torch.ones(4))
+        >>> [(noise.kind, count) for noise, count in draws.counts.items()]
+        [('normal', 3), ('uniform', 6)]
+    """
+
+    def __init__(self, given: Mapping[Noise, Tensor] | None = None) -> None:
+        super().__init__()
+        self.given = given
+        self.counts: dict[Noise, int] = {}
+
+    def fresh(self) -> dict[Noise, Tensor]:
+        """Return as many fresh numbers as have been taken."""
+        return {noise: noise.draw([count]) for noise, count in self.counts.items()}
+
+    def _take(self, kind: str, like: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+        shape = like.shape if shape is None else torch.Size(shape)
+        dtype = like.dtype if like.dtype.is_floating_point else torch.get_default_dtype()
+        noise = Noise(kind, dtype, like.device)
+        start, count = self.counts.get(noise, 0), math.prod(shape)
+        self.counts[noise] = start + count
+        if self.given is None:
+            return noise.draw(shape)
+        flat = self.given.get(noise)
+        if flat is None or start + count > flat.numel():
+            raise NotCapturedError("it draws more random numbers than in the call that was captured")
+        return flat[start : start + count].reshape(shape)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and is_capturing():
+            answer = _answer()
+            if answer is not None:
+                return answer
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            if is_capturing():
+                _require_fixed_shape(func, args)
+            return func(*args, **kwargs)
+        name = func._schema.name.removeprefix("aten::")
+        draw = _DRAWS.get(name)
+        if draw is None or kwargs.get("generator") is not None:
+            raise NotCapturedError(
+                f"it draws by torch's {name}, which is no function of uniform or normal numbers"
+                if draw is None
+                else f"it draws by {name} with a generator of its own"
+            )
+        return draw(self._take, func, args, kwargs)
+
+
+Take = Callable[..., Tensor]
+
+
+def _bound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of an operation by name, with defaults."""
+    named = {}
+    for i, argument in enumerate(func._schema.arguments):
+        if i < len(args):
+            named[argument.name] = args[i]
+        elif argument.name in kwargs:
+            named[argument.name] = kwargs[argument.name]
+        else:
+            named[argument.name] = argument.default_value
+    return named
+
+
+def _empty(named: dict[str, Any], shape: Any = None) -> Tensor:
+    """Return an empty tensor of the type and device that an operation is asked for."""
+    like = named.get("self")
+    options = {key: named[key] for key in ("dtype", "device") if named.get(key) is not None}
+    if torch.is_tensor(like):
+        return torch.empty(like.shape, **{"dtype": like.dtype, "device": like.device, **options})
+    return torch.empty(named["size"] if shape is None else shape, **options)
+
+
+def _fresh(kind: str) -> Callable[..., Tensor]:
+    def draw(take: Take, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        return take(kind, _empty(_bound(func, args, kwargs)))
+
+    return draw
+
+
+def _in_place(formula: Callable[..., Tensor], kind: str) -> Callable[..., Tensor]:
+    """Return how an operation on a tensor draws: ``formula`` of noise and of the named arguments."""
+
+    def draw(take: Take, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        named = _bound(func, args, kwargs)
+        out: Tensor = named["self"]
+        value = formula(take(kind, out), named)
+        if func._schema.name.endswith("_"):
+            return out.copy_(value)
+        return value.to(out.dtype)
+
+    return draw
+
+
+def _normal(take: Take, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    named = _bound(func, args, kwargs)
+    mean, std = named["mean"], named["std"]
+    if "size" in named:  # numbers for all
+        return take("normal", _empty(named)) * std + mean
+    first = mean if torch.is_tensor(mean) else std
+    shape = torch.broadcast_shapes(*(part.shape for part in (mean, std) if torch.is_tensor(part)))
+    return take("normal", first, shape) * std + mean
+
+
+def _bernoulli(noise: Tensor, named: dict[str, Any]) -> Tensor:
+    p = named.get("p")
+    return (noise < (named["self"] if p is None else p)).to(named["self"].dtype)
+
+
+def _multinomial(take: Take, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Draw classes by the largest of log-probabilities with Gumbel noise."""
+    named = _bound(func, args, kwargs)
+    p, count, replacement = named["self"], named["num_samples"], named["replacement"]
+    if count == 1 or replacement:
+        u = take("uniform", p, (*p.shape[:-1], count, p.shape[-1]))
+        return (p.log()[..., None, :] - (-u.log()).log()).argmax(-1)
+    return (p.log() - (-take("uniform", p).log()).log()).topk(count, -1).indices
+
+
+def _randperm(take: Take, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    named = _bound(func, args, kwargs)
+    like = torch.empty(0, device=named.get("device"))
+    return take("uniform", like, (named["n"],)).argsort()
+
+
+def _affine(noise: Tensor, named: dict[str, Any]) -> Tensor:
+    return noise * named["std"] + named["mean"]
+
+
+def _between(noise: Tensor, named: dict[str, Any]) -> Tensor:
+    low, high = named["from"], named["to"]
+    return noise * (high - low) + low
+
+
+_DRAWS: dict[str, Callable[..., Tensor]] = {
+    "randn": _fresh("normal"),
+    "randn_like": _fresh("normal"),
+    "rand": _fresh("uniform"),
+    "rand_like": _fresh("uniform"),
+    "normal_": _in_place(_affine, "normal"),
+    "normal_functional": _in_place(_affine, "normal"),
+    "normal": _normal,
+    "uniform_": _in_place(_between, "uniform"),
+    "uniform": _in_place(_between, "uniform"),
+    "exponential_": _in_place(lambda noise, named: -torch.log1p(-noise) / named["lambd"], "uniform"),
+    "cauchy_": _in_place(
+        lambda noise, named: torch.tan(math.pi * (noise - 0.5)) * named["sigma"] + named["median"], "uniform"
+    ),
+    "bernoulli": _in_place(_bernoulli, "uniform"),
+    "bernoulli_": _in_place(_bernoulli, "uniform"),
+    "multinomial": _multinomial,
+    "randperm": _randperm,
+}
+
+
+# ------------------------------------------------------------------------------------------------------- capturing
+class _Numbers(TorchFunctionMode):
+    """Keep ``x.item()`` a tensor, as numbers that are only added up may be; no tensor counts as all zeros or ones."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.item:
+            if sys._getframe(1).f_code.co_name in ("is_identically_zero", "is_identically_one"):
+                return math.nan  # equal to none of them
+            return args[0].detach().reshape(())
+        return func(*args, **(kwargs or {}))
+
+
+# Questions of Pyro's to tensors that have an answer good for all values: no warning of NaN, which the caller watches
+# for; no values left out of a sum, which are zeros.
+_ANSWERS = {
+    ("pyro.util", "warn_if_nan"): False,
+    ("pyro.util", "warn_if_inf"): False,
+    ("pyro.infer.util", "compute_expectation"): True,
+}
+
+
+def _answer() -> bool | None:
+    """Return the answer to the question that is being asked, if it is one of Pyro's above."""
+    frame = sys._getframe(2)
+    for _ in range(12):
+        answer = _ANSWERS.get((frame.f_globals.get("__name__", ""), frame.f_code.co_name))
+        if answer is not None or frame.f_back is None:
+            return answer
+        frame = frame.f_back
+    return None
+
+
+def _require_fixed_shape(func: Any, args: tuple[Any, ...]) -> None:
+    """Refuse operations whose shape depends on the values of tensors that change from call to call."""
+    if torch.Tag.dynamic_output_shape not in func.tags:
+        return
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    mode: Any = get_proxy_mode()
+    by_index = func._schema.name == "aten::index"
+    parts = [part for part in (args[1] if by_index else args) if torch.is_tensor(part)]
+    if by_index:
+        parts = [part for part in parts if part.dtype in (torch.bool, torch.uint8)]
+    if mode is not None and any(part in mode.tracer.tensor_tracker for part in parts):
+        raise NotCapturedError(
+            f"the shape of {func._schema.name.removeprefix('aten::')} depends on values{_place()}; "
+            "torch.where and masks keep shapes"
+        )
+
+
+def _place(stack: Sequence[traceback.FrameSummary] | None = None) -> str:
+    """Return where a program is: in the user's code, else in this package or Pyro, else in torch."""
+    stack = traceback.extract_stack() if stack is None else stack
+    entries = [entry for entry in reversed(stack) if entry.filename not in (__file__, "<string>")]
+    for hidden in ((_SITES, _PACKAGE), (_TORCH,), ()):
+        for entry in entries:
+            if not entry.filename.startswith(hidden):
+                return f" ({entry.filename}:{entry.lineno}: `{(entry.line or '').strip()}`)"
+    return ""
+
+
+def _place_of(error: BaseException) -> str:
+    return _place(traceback.extract_tb(error.__traceback__))
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A program as a function of tensors.
+
+    Attributes:
+        graph: The operations: a module of ``(*inputs, *noise, *constants)`` that returns a tuple of tensors.
+        noise: How many random numbers of each kind it takes, in the order of its arguments.
+        constants: The other tensors that it reads, as they are at each call.
+        num_operations: The number of operations, by which the time of compiling goes.
+    """
+
+    graph: torch.fx.GraphModule
+    noise: dict[Noise, int]
+    constants: tuple[Tensor, ...]
+    num_operations: int
+
+    def draw(self) -> tuple[Tensor, ...]:
+        """Return fresh noise."""
+        return tuple(noise.draw([count]) for noise, count in self.noise.items())
+
+    def arguments(self, inputs: Sequence[Tensor], noise: Sequence[Tensor]) -> list[Tensor]:
+        """Return all arguments of :attr:`graph`."""
+        return [*inputs, *noise, *self.constants]
+
+
+@contextmanager
+def _capturing() -> Iterator[None]:
+    token = _CAPTURING.set(True)
+    try:
+        yield
+    finally:
+        _CAPTURING.reset(token)
+
+
+def capture(
+    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], counts: Mapping[Noise, int]
+) -> Captured:
+    """Write a program down as tensor operations.
+
+    Args:
+        function: The program: of tensors, to a sequence of tensors. It may go backward on the way, and draws random
+            numbers as it likes. Whatever else it reads is taken as it is: Python values are fixed from here on, other
+            tensors are read again at each call.
+        inputs: The tensors to run it with; the program may reach the same tensors by other ways.
+        counts: How many random numbers of each kind it draws, as :class:`Draws` has counted them.
+
+    Returns:
+        The captured program.
+
+    Raises:
+        NotCapturedError: If it cannot be written down.
+
+    Example:
+        >>> x = torch.zeros(3)
+        >>> captured = capture(lambda x: [(x + torch.randn(3)).sum()], [x], {Noise("normal", x.dtype, x.device): 3})
+        >>> (total,) = captured.graph(torch.ones(3), torch.ones(3))
+        >>> total.item()
+        6.0
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    kinds = list(counts)
+
+    def run(*flat: Tensor) -> list[Tensor]:
+        given = dict(zip(kinds, flat[len(inputs) :], strict=True))
+        with _Numbers(), Draws(given):
+            return list(function(*flat[: len(inputs)]))
+
+    noise = [kind.draw([count]) for kind, count in counts.items()]
+    try:
+        with _capturing():
+            traced = make_fx(run, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs, *noise)
+    except NotCapturedError:
+        raise
+    except RuntimeError as error:
+        if "get value out of a tracing tensor" in str(error):
+            why = "a number is read out of a tensor that changes from call to call, and Python code may depend on it"
+            raise NotCapturedError(f"{why}{_place_of(error)}") from error
+        raise NotCapturedError(f"{type(error).__name__}: {error}{_place_of(error)}") from error
+    except (TypeError, NotImplementedError, AssertionError) as error:
+        raise NotCapturedError(f"{type(error).__name__}: {error}{_place_of(error)}") from error
+    return _lifted(traced, dict(counts))
+
+
+def _lifted(traced: torch.fx.GraphModule, counts: dict[Noise, int]) -> Captured:
+    """Return the graph with constants as arguments, since a compiler might fix their values; literals stay."""
+    traced.graph.eliminate_dead_code()
+    graph = torch.fx.Graph()
+    nodes: dict[torch.fx.Node, Any] = {}
+    for i, node in enumerate(node for node in traced.graph.nodes if node.op == "placeholder"):
+        nodes[node] = graph.placeholder(f"input_{i}")
+    constants: dict[int, tuple[Any, Tensor]] = {}
+    literals = {}
+    for node in traced.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        value = getattr(traced, str(node.target))
+        if all(_is_lift(user) for user in node.users) and value.numel() == 1:
+            literals[node] = value
+            continue
+        if id(value) not in constants:
+            constants[id(value)] = graph.placeholder(f"constant_{len(constants)}"), value
+        nodes[node] = constants[id(value)][0]
+    for node, value in literals.items():
+        options = {"dtype": value.dtype, "device": value.device}
+        full = torch.ops.aten.full.default
+        nodes[node] = graph.call_function(full, (list(value.shape), value.item()), options)
+    count = 0
+    for node in traced.graph.nodes:
+        if node.op == "output":
+            graph.output(tuple(torch.fx.map_arg(node.args[0], lambda old: nodes[old])))
+        elif node not in nodes:
+            nodes[node] = graph.node_copy(node, lambda old: nodes[old])
+            count += 1
+    module = torch.fx.GraphModule(torch.nn.Module(), graph)
+    return Captured(module, counts, tuple(value for _, value in constants.values()), count)
+
+
+def _is_lift(node: torch.fx.Node) -> bool:
+    return getattr(node.target, "__name__", "").split(".")[0] in _LIFTED

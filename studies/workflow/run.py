@@ -1,0 +1,399 @@
+"""What a posterior from a guide is worth: refinement, new groups, cross-validation, speed, against exact answers.
+
+    python -m studies.workflow.run                      # all that is missing
+    python -m studies.workflow.run --only schools banana
+    python -m studies.workflow.run --data FOLDER        # with the radon data of posteriordb (log_radon, county, floor)
+    python -m studies.psychometric.report               # the page
+
+Each part is a line of ``results.jsonl``. The references are integrals on grids, where the parts that are normal given
+scales are done in closed form.
+"""
+
+import argparse
+import math
+import resource
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_graphflows import auto_faithful_guide, sample_posterior
+from pyro_graphflows.infer import NUTS, InferenceCompilation
+from pyro_graphflows.infer.batched_hmc import run_chains
+from pyro_graphflows.infer.chains import split_rhat
+from pyro_graphflows.infer.refinement import Target, Unconstrained
+from studies.flags import add_places
+from studies.real_models.hierarchical import eight_schools, radon
+from studies.real_models.models import find
+from studies.real_models.posterior import DATA_VARIABLE, data_folder, read_reference
+from studies.results import Results
+
+EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0], dtype=torch.float64)
+ERRORS = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0], dtype=torch.float64)
+CHAINS = 8
+ERROR, AGREE = 0.05, 1.01
+Moments = dict[str, tuple[Tensor, Tensor]]
+
+
+# --------------------------------------------------------------------------------------------------------- references
+def schools_grid() -> tuple[Tensor, Tensor, Tensor]:
+    """Return tau and mu on a grid and the logarithms of their posterior weights (not normalised)."""
+    log_tau = torch.linspace(-9.0, 6.0, 500, dtype=torch.float64)
+    mu = torch.linspace(-25.0, 25.0, 301, dtype=torch.float64)
+    tau = log_tau.exp()
+    scale = (tau.square()[:, None] + ERRORS.square()).sqrt()  # (T, 8)
+    terms = dist.Normal(mu[None, :, None], scale[:, None, :]).log_prob(EFFECTS)  # (T, M, 8)
+    prior = (
+        dist.HalfCauchy(5.0).log_prob(tau)[:, None] + log_tau[:, None] + dist.Normal(0.0, 5.0).log_prob(mu)
+    )
+    return tau, mu, torch.cat([terms, prior[..., None]], -1)
+
+
+def schools_moments() -> Moments:
+    """Return exact means and standard deviations."""
+    tau, mu, terms = schools_grid()
+    weight = torch.softmax(terms.sum(-1).flatten(), 0).reshape(terms.shape[:2])
+    precision = 1 / tau.square()[:, None] + 1 / ERRORS.square()  # (T, 8)
+    mean = (mu[None, :, None] / tau.square()[:, None, None] + EFFECTS / ERRORS.square()) / precision[:, None]
+    first = (weight[..., None] * mean).sum((0, 1))
+    second = (weight[..., None] * (mean.square() + 1 / precision[:, None])).sum((0, 1))
+    found = {"theta": (first, (second - first.square()).sqrt())}
+    for name, value in (("mu", mu[None].expand_as(weight)), ("tau", tau[:, None].expand_as(weight))):
+        m = (weight * value).sum()
+        found[name] = (m, ((weight * value.square()).sum() - m.square()).sqrt())
+    return found
+
+
+def schools_loo() -> Tensor:
+    """Return log p(y_n | y_-n) by the ratio of two evidences."""
+    _, _, terms = schools_grid()
+    whole = torch.logsumexp(terms.sum(-1).flatten(), 0)
+    return torch.stack(
+        [whole - torch.logsumexp((terms.sum(-1) - terms[..., n]).flatten(), 0) for n in range(8)]
+    )
+
+
+def banana(x: Tensor) -> None:
+    a = pyro.sample("a", dist.Normal(0.0, 2.0))
+    b = pyro.sample("b", dist.Normal(0.0, 5.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(b - 0.5 * a.square(), 0.5), obs=x)
+
+
+def banana_moments(x: Tensor) -> Moments:
+    a = torch.linspace(-12.0, 12.0, 2401, dtype=torch.float64)[:, None]
+    b = torch.linspace(-20.0, 60.0, 4001, dtype=torch.float64)[None]
+    log_weight = dist.Normal(0.0, 2.0).log_prob(a) + dist.Normal(0.0, 5.0).log_prob(b)
+    for value in x:
+        log_weight = log_weight + dist.Normal(b - 0.5 * a.square(), 0.5).log_prob(value)
+    weight = torch.softmax(log_weight.flatten(), 0).reshape(log_weight.shape)
+    found = {}
+    for name, grid in (("a", a), ("b", b)):
+        mean = (weight * grid).sum()
+        found[name] = (mean, (weight * (grid - mean).square()).sum().sqrt())
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------- refinement
+def worst(draws: dict[str, Tensor], moments: Moments, chains: int) -> tuple[float, float]:
+    """Return the largest error of a mean in standard deviations, and the largest R-hat."""
+    error = max(float(((draws[n].mean(0) - m) / s).abs().max()) for n, (m, s) in moments.items())
+    rhat = max(float(split_rhat(draws[n].reshape(chains, -1, *draws[n].shape[1:])).max()) for n in moments)
+    return error, rhat
+
+
+def refinement(model: Any, args: tuple[Tensor, ...], moments: Moments) -> dict[str, Any]:
+    """Compare chains from a spoilt guide in its base space with chains from the prior in unconstrained space.
+
+    The same kernel in both; lengths double until means are within 0.05 standard deviations and R-hat is below 1.01.
+    """
+    record: dict[str, Any] = {}
+    pyro.set_rng_seed(0)
+    guide = auto_faithful_guide(model, *args)
+    narrow(guide, args)
+    posterior = sample_posterior(model, guide, *args, num_draws=1000, seed=0, progress=False)
+    record["khat"], record["ess"] = float(posterior.khat), float(posterior.ess)
+    record["guide_error"] = worst(dict(posterior.draws), moments, 1)[0]
+    num = 250
+    while True:
+        start = time.process_time()
+        refined = posterior.refined(
+            khat_above=None, num_chains=CHAINS, num_samples=num, seed=1, progress=False
+        )
+        error, rhat = worst(dict(refined.draws), moments, CHAINS)
+        assert refined.chains is not None
+        record["refined"] = {
+            "samples": num,
+            "gradients": refined.chains.gradients,
+            "seconds": time.process_time() - start,
+            "error": error,
+            "rhat": rhat,
+            "divergent": int(refined.chains.divergent.sum()),
+        }
+        print(record["refined"], flush=True)
+        if (error <= ERROR and rhat < AGREE) or num >= 8000:
+            break
+        num *= 2
+    num = 250
+    while True:
+        record["prior"] = from_the_prior(posterior, moments, num)
+        print(record["prior"], flush=True)
+        if (record["prior"]["error"] <= ERROR and record["prior"]["rhat"] < AGREE) or num >= 8000:
+            break
+        num *= 2
+    record["ratio"] = record["prior"]["gradients"] / record["refined"]["gradients"]
+    return record
+
+
+def from_the_prior(posterior: Any, moments: Moments, num: int) -> dict[str, Any]:
+    """Run the kernel in unconstrained coordinates, chains started from draws of the prior."""
+    fitted = posterior.fitted
+    start = time.process_time()
+    pyro.set_rng_seed(2)
+    with torch.no_grad(), pyro.poutine.block():
+        runs = [
+            pyro.poutine.trace(pyro.poutine.uncondition(fitted.model)).get_trace(*fitted.args)
+            for _ in range(100)
+        ]
+        prior = {name: torch.stack([run.nodes[name]["value"] for run in runs]) for name in fitted.latents}
+        coordinates = Unconstrained(fitted, prior)
+        first = {name: value[:CHAINS] for name, value in prior.items()}
+        target = Target(fitted, coordinates, first, None, torch.tensor(True))
+        visited = run_chains(NUTS(), target, target.start, num)
+        draws = [target.values(chain) for chain in visited.points.transpose(0, 1)]
+    joined = {name: torch.cat([each[name] for each in draws]) for name in fitted.latents}
+    error, rhat = worst(joined, moments, CHAINS)
+    return {
+        "samples": num,
+        "gradients": visited.gradients,
+        "seconds": time.process_time() - start,
+        "error": error,
+        "rhat": rhat,
+        "divergent": int(visited.divergent.sum()),
+    }
+
+
+def narrow(guide: Any, args: tuple[Tensor, ...]) -> None:
+    """Spoil a guide that is not trained: the first site that it samples is far too narrow."""
+    site = guide.plan.blocks[0].sites[0]
+    centre = guide.median(*args)[site]
+    guide.set_linear_(site, {}, centre.log() if site == "tau" else centre, 0.3)
+
+
+def part_schools() -> dict[str, Any]:
+    return refinement(eight_schools, (ERRORS, EFFECTS), schools_moments())
+
+
+def part_banana() -> dict[str, Any]:
+    x = torch.tensor([1.0, 1.5], dtype=torch.float64)
+    return refinement(banana, (x,), banana_moments(x))
+
+
+# -------------------------------------------------------------------------------------------------- prediction and LOO
+def grouped(num_groups: int, y: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+    tau = pyro.sample("tau", dist.HalfNormal(2.0))
+    with pyro.plate("groups", num_groups, dim=-2):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        with pyro.plate("data", 5, dim=-1):
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+
+def part_groups() -> dict[str, Any]:
+    """Coverage of 90 % intervals for the values of groups never seen, over 200 simulated data sets."""
+    num, new = 12, 5
+    pyro.set_rng_seed(0)
+    example = torch.randn(num, 5, dtype=torch.float64)
+    guide = auto_faithful_guide(grouped, num, example, pool="deepset")
+    compilation = InferenceCompilation(
+        grouped, guide, torch.optim.Adam(guide.parameters(), lr=2e-3), batch_size=100
+    )
+    start = time.process_time()
+    while time.process_time() - start < 60:
+        compilation.step(num, example)
+    covered, total, sets = 0, 0, []
+    for seed in range(200):
+        pyro.set_rng_seed(1000 + seed)
+        mu, tau = 3 * torch.randn(()), 2 * torch.randn(()).abs()
+        theta = mu + tau * torch.randn(num + new, 1)
+        y = (theta + torch.randn(num + new, 5)).double()
+        posterior = sample_posterior(grouped, guide, num, y[:num], num_draws=1000, seed=seed, progress=False)
+        posterior = posterior.reweighted(1000, seed=seed, progress=False)
+        predicted = posterior.predict(
+            num + new, torch.zeros(num + new, 5).double(), seed=seed, progress=False
+        )["y"]
+        low, high = torch.quantile(predicted[:, num:, 0], torch.tensor([0.05, 0.95]).double(), dim=0)
+        inside = (y[num:, 0] >= low) & (y[num:, 0] <= high)
+        covered, total = covered + int(inside.sum()), total + new
+        sets.append(int(inside.sum()) / new)
+    values = torch.tensor(sets)
+    return {
+        "covered": covered,
+        "total": total,
+        "coverage": covered / total,
+        "se": float(values.std() / 200**0.5),
+    }
+
+
+def part_schools_loo() -> dict[str, Any]:
+    """LOO of eight schools by a trained guide against exact ratios of evidences."""
+    pyro.set_rng_seed(0)
+    guide = auto_faithful_guide(eight_schools, ERRORS, EFFECTS)
+    start = time.process_time()
+    fit_to(eight_schools, guide, (ERRORS, EFFECTS), 1500)
+    trained = time.process_time() - start
+    posterior = sample_posterior(
+        eight_schools, guide, ERRORS, EFFECTS, num_draws=4000, seed=0, progress=False
+    )
+    loo, exact = posterior.loo(seed=0, progress=False), schools_loo()
+    return {
+        "train_seconds": trained,
+        "khat": float(posterior.khat),
+        "elpd": loo.elpd,
+        "exact": float(exact.sum()),
+        "worst": float((loo.pointwise - exact).abs().max()),
+        "loo_khat": float(loo.khat.max()),
+    }
+
+
+def fit_to(model: Any, guide: Any, args: tuple[Tensor, ...], steps: int) -> None:
+    """Train on one data set by the ELBO, the rate falling to a hundredth."""
+    loss = pyro.infer.Trace_ELBO(num_particles=4, vectorize_particles=True).differentiable_loss
+    optimizer = torch.optim.Adam(guide.parameters(), lr=1e-2)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * 0.01 ** max(0.0, 2 * step / steps - 1)
+        optimizer.zero_grad()
+        loss(model, guide, *args).backward()
+        optimizer.step()
+
+
+def radon_loo(county: Tensor, floor: Tensor, y: Tensor, num: int) -> Tensor:
+    """Return exact log p(y_n | y_-n): normal given the two scales, which are summed over a grid."""
+    indicator = torch.nn.functional.one_hot(county, num).to(y)
+    fixed = 100.0 * (1 + torch.outer(floor, floor))  # prior variances of mu_alpha and beta
+    groups = indicator @ indicator.T
+    alpha = torch.linspace(0.02, 0.8, 24, dtype=y.dtype)
+    noise = torch.linspace(0.62, 0.84, 20, dtype=y.dtype)
+    whole, without = [], []
+    for a in alpha:
+        for s in noise:
+            cov = fixed + a.square() * groups + s.square() * torch.eye(len(y), dtype=y.dtype)
+            factor = torch.linalg.cholesky(cov)
+            inverse = torch.cholesky_inverse(factor)
+            solved = inverse @ y
+            log_p = -0.5 * y @ solved - factor.diagonal().log().sum() - 0.5 * len(y) * math.log(2 * math.pi)
+            log_p = log_p + dist.HalfNormal(1.0).log_prob(a) + dist.HalfNormal(1.0).log_prob(s)
+            variance = 1 / inverse.diagonal()
+            own = dist.Normal(y - solved * variance, variance.sqrt()).log_prob(y)
+            whole.append(log_p)
+            without.append(log_p - own)
+    return torch.logsumexp(torch.stack(whole), 0) - torch.logsumexp(torch.stack(without), 0)
+
+
+def part_radon(folder: Path) -> dict[str, Any]:
+    """LOO of the radon model by a guide, refined, against exact values of all houses; and the time of 10,000 draws."""
+    posterior_db = find(["radon"])[0]
+    args = posterior_db.arguments(read_reference(posterior_db, folder).data)
+    county, floor, y, num = args
+    pyro.set_rng_seed(0)
+    guide = auto_faithful_guide(radon, *args)
+    start = time.process_time()
+    fit_to(radon, guide, args, 1500)
+    record: dict[str, Any] = {"houses": len(y), "train_seconds": time.process_time() - start}
+    clock, start = time.perf_counter(), time.process_time()
+    many = sample_posterior(radon, guide, *args, num_draws=10_000, seed=0, progress=False)
+    record |= {"draws_seconds": time.process_time() - start, "draws_wall": time.perf_counter() - clock}
+    record["khat"] = float(many.khat)
+    start = time.process_time()
+    few = sample_posterior(radon, guide, *args, num_draws=2000, seed=1, progress=False)
+    refined = few.refined(khat_above=None, num_chains=8, num_samples=250, seed=1, progress=False)
+    assert refined.chains is not None
+    record |= {"refine_seconds": time.process_time() - start, "rhat": refined.chains.worst_rhat}
+    loo, exact = refined.loo(seed=0, progress=False), radon_loo(county, floor, y, num)
+    record |= {
+        "elpd": loo.elpd,
+        "exact": float(exact.sum()),
+        "worst": float((loo.pointwise - exact).abs().max()),
+        "loo_khat": float(loo.khat.max()),
+    }
+    return record
+
+
+def part_stream() -> dict[str, Any]:
+    """Log-likelihoods of a million data at a thousand draws, in chunks, and the memory of the process."""
+    num = 1_000_000
+
+    def line(x: Tensor, y: Tensor) -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(a + b * x, 1.0), obs=y)
+
+    def guide(x: Tensor, y: Tensor) -> None:
+        pyro.sample("a", dist.Normal(0.0, 1e-3))
+        pyro.sample("b", dist.Normal(1.0, 1e-3))
+
+    x = torch.randn(num, dtype=torch.float32)
+    y = x + torch.randn(num)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    start = time.process_time()
+    posterior = sample_posterior(line, guide, x, y, num_draws=1000, seed=0, progress=False)
+    total, draws = torch.zeros(()), 0
+    for part in posterior.log_likelihood_chunks():
+        total, draws = total + part["y"].double().sum(), draws + len(part["y"])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {
+        "draws": draws,
+        "mean": float(total) / draws / num,
+        "peak_gib": peak,
+        "before_gib": before,
+        "seconds": time.process_time() - start,
+    }
+
+
+PARTS: dict[str, Callable[..., dict[str, Any]]] = {
+    "stream": part_stream,  # first: the peak of memory is that of the process
+    "schools": part_schools,
+    "banana": part_banana,
+    "schools_loo": part_schools_loo,
+    "radon": part_radon,
+    "groups": part_groups,
+}
+
+
+def main() -> None:
+    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_places(parse, "workflow")
+    parse.add_argument(
+        "--data", type=Path, help=f"the folder of posteriors (or the variable {DATA_VARIABLE})"
+    )
+    parse.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="the parts to do")
+    args = parse.parse_args()
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    warnings.simplefilter("ignore")
+    results = Results(args.results)
+    for name in args.only:
+        if name in results:
+            continue
+        options = {}
+        if name == "radon":
+            try:
+                options = {"folder": data_folder(args.data)}
+            except (SystemExit, FileNotFoundError, ValueError) as error:
+                print(f"radon is left out: {error}")
+                continue
+        record = PARTS[name](**options)
+        results.append(name, record)
+        print(name, record, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+import pyro.distributions as dist
+import pytest
+import torch
+
+from studies.psychometric import report
+from studies.results import Results
+from studies.workflow import run
+
+
+def test_cross_validation_of_eight_schools():
+    assert run.schools_loo().sum().item() == pytest.approx(-30.742, abs=2e-3)
+
+
+def test_moments_of_eight_schools():
+    """As by importance sampling from the posterior of all parameters given tau."""
+    moments = run.schools_moments()
+    tau = dist.HalfCauchy(5.0).sample((400_000,)).double()
+    precision = (1 / (tau.square()[:, None] + run.ERRORS.square())).sum(-1) + 1 / 25
+    centre = (run.EFFECTS / (tau.square()[:, None] + run.ERRORS.square())).sum(-1) / precision
+    scale = (tau.square()[:, None] + run.ERRORS.square()).sqrt()
+    log_weight = (
+        dist.Normal(centre[:, None], scale).log_prob(run.EFFECTS).sum(-1)
+        + dist.Normal(0.0, 5.0).log_prob(centre)
+        - 0.5 * precision.log()
+    )
+    weight = torch.softmax(log_weight, 0)
+    assert moments["tau"][0].item() == pytest.approx((weight * tau).sum().item(), abs=0.05)
+    assert moments["mu"][0].item() == pytest.approx((weight * centre).sum().item(), abs=0.05)
+
+
+def test_cross_validation_of_grouped_data():
+    """The formula by the inverse covariance is that of leaving a datum out, at each pair of scales."""
+    county, floor = torch.tensor([0, 0, 1, 2, 2]), torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0])
+    y = torch.tensor([1.2, 1.5, 0.7, 1.1, 1.4])
+    terms = run.radon_loo(county, floor, y, 3)
+    keep = torch.arange(5) != 2
+
+    def log_evidence(rows):
+        total = []
+        alpha, noise = torch.linspace(0.02, 0.8, 24), torch.linspace(0.62, 0.84, 20)
+        for a in alpha:
+            for s in noise:
+                cov = (
+                    100 * (1 + torch.outer(floor, floor))
+                    + a**2 * (county[:, None] == county)
+                    + s**2 * torch.eye(5)
+                )
+                normal = dist.MultivariateNormal(torch.zeros(int(rows.sum())), cov[rows][:, rows])
+                prior = dist.HalfNormal(1.0).log_prob(a) + dist.HalfNormal(1.0).log_prob(s)
+                total.append(normal.log_prob(y[rows]) + prior)
+        return torch.logsumexp(torch.stack(total), 0)
+
+    expected = log_evidence(torch.ones(5, dtype=torch.bool)) - log_evidence(keep)
+    assert terms[2].item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_errors_are_in_standard_deviations():
+    moments = {"a": (torch.tensor(1.0), torch.tensor(2.0))}
+    draws = {"a": torch.randn(400) * 2 + 1.5}
+    error, rhat = run.worst(draws, moments, 4)
+    assert error == pytest.approx(abs(draws["a"].mean() - 1).item() / 2)
+    assert rhat < 1.1
+
+
+def test_the_page_of_what_was_run(tmp_path):
+    results = Results(tmp_path / "workflow.jsonl")
+    one = {"samples": 250, "gradients": 1000, "seconds": 1.0, "error": 0.01, "rhat": 1.001, "divergent": 0}
+    record = {
+        "khat": 1.2,
+        "ess": 3.0,
+        "guide_error": 0.9,
+        "refined": one,
+        "prior": {**one, "gradients": 4000},
+    }
+    results.append("schools", {**record, "ratio": 4.0})
+    results.append("stream", {"peak_gib": 0.5, "seconds": 12.0, "draws": 1000})
+    report.render(tmp_path / "none.jsonl", tmp_path / "workflow.jsonl", tmp_path)
+    page = (tmp_path / "workflow.md").read_text()
+    assert "| eight schools | 1.20 | 0.90 | 0.010 / 1.001 / 1,000 | 0.010 / 1.001 / 4,000 | 4.0 |" in page
+    assert "| banana | not run |" in page
+    assert "0.50 GiB" in page
