@@ -280,7 +280,9 @@ def draw(problems: list[dict[str, Any]], path: Path) -> None:
         axis.set_ylabel("estimated KL (nats per datum)" if exact is not None else "loss − lowest (nats)")
         axis.grid(alpha=0.3)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.suptitle("Grey: the axis is linear there, and differences are mostly noise of the estimate", fontsize=9)
+    figure.suptitle(
+        "Grey: the axis is linear there, and differences are mostly noise of the estimate", fontsize=9
+    )
     figure.tight_layout(rect=(0, 0.08, 1, 1))
     figure.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
