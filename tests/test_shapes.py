@@ -5,12 +5,13 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyro_graphflows.shapes import broadcast_shapes
 
 
+@settings(deadline=None)  # PyTorch's own imports much the first time
 @given(st.lists(st.lists(st.integers(0, 3), max_size=4).map(tuple), max_size=3))
 def test_broadcasting_is_that_of_pytorch(shapes):
     try:
