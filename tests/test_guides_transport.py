@@ -20,6 +20,8 @@ FAMILIES = {
     "flow": Flow(units_per_variable=3, conditioner_units=3),
     "graphical": Flow(form="graphical", units_per_variable=3),
     "density": Flow(closed_form="density", units_per_variable=3, conditioner_units=3),
+    "fused": Normal(fusion="auto"),
+    "fused student": Spline(base="student", fusion="auto"),
 }
 
 
@@ -72,7 +74,7 @@ def test_the_map_its_inverse_and_its_determinant(family, data):
     assert mapped.total[0].item() == pytest.approx(torch.linalg.slogdet(jacobian)[1].item(), abs=1e-8)
 
 
-@pytest.mark.parametrize("family", ["normal", "spline", "flow", "graphical"])
+@pytest.mark.parametrize("family", ["normal", "spline", "flow", "graphical", "fused"])
 def test_the_guides_density_is_that_of_the_noise_over_the_determinant(family, data):
     guide = moved(auto_faithful_guide(hierarchical, *data, family=FAMILIES[family]))
     transport = guide.transport(*data)

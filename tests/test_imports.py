@@ -38,7 +38,7 @@ MAY_IMPORT = {
     # guide.posterior() and what comes of it is of infer, which knows no guide
     "guides": "capture distributions errors graphs infer inspect masks nn regression shapes tensor_files transforms",
     # Any Pyro guide will do: nothing of our own guides.
-    "infer": "capture errors graphs inspect masks nn transforms whole_files",
+    "infer": "capture errors graphs inspect masks nn plotting transforms whole_files",
     "models": "errors graphs guides infer inspect masks nn transforms",
     "plotting": "errors graphs",
     "datasets": "errors",

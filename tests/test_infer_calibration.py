@@ -7,7 +7,13 @@ from scipy.stats import chi2, chisquare
 from torch import nn
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
-from pyro_graphflows.infer.calibration import _ranks, sbc_ranks, sbc_uniformity
+from pyro_graphflows.infer.calibration import (
+    _ranks,
+    calibration_report,
+    sbc_ranks,
+    sbc_uniformity,
+    tarp_ranks,
+)
 
 
 def normal(x=None):
@@ -131,3 +137,111 @@ def test_p_values_against_scipy():
     counts = torch.stack([torch.bincount(column // 5, minlength=20) for column in ranks.T], 1)
     expected = [chisquare(column.numpy()).pvalue for column in counts.T]
     assert sbc_uniformity(ranks, 99, num_bins=20).tolist() == pytest.approx(expected)
+
+
+class TestJointRanks:
+    @staticmethod
+    def draws(correlation):
+        """Posteriors of a pair whose truths have correlation .9, and draws with the given one; marginals are right."""
+        shift = torch.randn(1500, 2)
+
+        def pair(*shape, rho):
+            one, two = torch.randn(*shape), torch.randn(*shape)
+            return torch.stack([one, rho * one + (1 - rho**2) ** 0.5 * two], -1)
+
+        return shift + pair(1500, rho=0.9), shift + pair(99, 1500, rho=correlation)
+
+    def test_dependence_is_seen_where_single_ranks_see_none(self):
+        truth, draws = self.draws(-0.9)
+        ranks = tarp_ranks(truth, draws)
+        assert ranks.shape == (1500,)
+        assert sbc_uniformity(ranks, 99).item() < 1e-6
+        assert sbc_uniformity(_ranks(truth, draws), 99).min().item() > 1e-4
+
+    def test_the_posterior_is_uniform(self):
+        assert sbc_uniformity(tarp_ranks(*self.draws(0.9)), 99).item() > 1e-4
+
+    def test_shapes_are_checked(self):
+        with pytest.raises(GraphflowsError, match=r"got the shapes \(3, 2\) and \(9, 4, 2\)"):
+            tarp_ranks(torch.zeros(3, 2), torch.zeros(9, 4, 2))
+
+
+class TestReport:
+    def test_of_the_posterior(self):
+        """Contraction is one minus the posterior's over the prior's variance: 1/2. z-scores are standard normal."""
+        report = calibration_report(normal, guide_of(), num_simulations=3000, num_draws=199)
+        assert report.num_simulations == 3000
+        assert report.contraction["z"].mean().item() == pytest.approx(0.5, abs=0.02)
+        assert abs(report.z_scores["z"].mean().item()) < 5 / 3000**0.5
+        assert report.z_scores["z"].std().item() == pytest.approx(1.0, abs=0.07)
+        assert report.joint_p_value > 1e-4
+        assert report.coverage("z").num_simulations == 3000
+        row = report.summary()["z"]
+        assert row["90%"] == pytest.approx(0.9, abs=5 * (0.09 / 3000) ** 0.5)
+        assert report.summary().note.startswith("Nothing against the guide in 3000 simulations")
+        assert repr(report).startswith("CalibrationReport(3000 simulations, 199 draws for each)")
+
+    @pytest.mark.parametrize(
+        ("shift", "scale", "words"),
+        [
+            (0.3, 0.5**0.5, "z: the guide's draws are too high"),
+            (-0.3, 0.5**0.5, "z: the guide's draws are too low"),
+            (0.0, 0.5, "z: the guide is too narrow"),
+            (0.0, 1.0, "z: the guide is too wide"),
+        ],
+    )
+    def test_what_is_wrong_is_said(self, shift, scale, words):
+        report = calibration_report(normal, guide_of(shift, scale), num_simulations=2000)
+        assert words in report.summary().note
+
+    def test_wrong_dependence_alone(self):
+        def model(x=None):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 0.1), obs=x)
+
+        def marginals(x=None, observations=None):  # z given x: each N(x / 2.01, 1 - 1 / 2.01)
+            mean = (observations["x"] / 2.01)[..., None].expand(*observations["x"].shape, 2)
+            pyro.sample("z", dist.Normal(mean, (1 - 1 / 2.01) ** 0.5).to_event(1))
+
+        report = calibration_report(model, marginals, num_simulations=1500)
+        assert "have their dependence wrong" in report.summary().note.replace("has", "have")
+        assert report.ranks["z"].shape == (1500, 2)
+
+    def test_discrete_sites_have_no_distances(self):
+        def model(x=None):
+            b = pyro.sample("b", dist.Bernoulli(0.3))
+            pyro.sample("x", dist.Normal(3 * b, 1.0), obs=x)
+
+        def prior(x=None, observations=None):
+            pyro.sample("b", dist.Bernoulli(0.3))
+
+        report = calibration_report(model, prior, num_simulations=500)
+        assert report.joint_ranks is None
+        assert report.joint_p_value is None
+        assert report.contraction["b"].mean().item() == pytest.approx(0.0, abs=0.05)
+
+    def test_chunks_join(self, monkeypatch):
+        monkeypatch.setattr("pyro_graphflows.infer.calibration._NUMBERS_AT_ONCE", 4000)
+        report = calibration_report(normal, guide_of(), num_simulations=105, num_draws=19)
+        assert report.ranks["z"].shape == report.z_scores["z"].shape == (105,)
+
+    def test_unknown_sites_and_numbers(self):
+        report = calibration_report(normal, guide_of(), num_simulations=50)
+        with pytest.raises(GraphflowsError, match="Expected a site among"):
+            report.coverage("y")
+        with pytest.raises(GraphflowsError, match="Expected positive num_simulations"):
+            calibration_report(normal, guide_of(), num_simulations=0)
+
+    def test_improper_priors_are_named(self):
+        def model(x=None):
+            z = pyro.sample("z", dist.ImproperUniform(dist.constraints.real, (), ()))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        with pytest.raises(UnsupportedModelError, match="site 'z' is improper"):
+            calibration_report(model, guide_of())
+
+    def test_plot(self, tmp_path):
+        report = calibration_report(normal, guide_of(), num_simulations=200)
+        figure = report.plot(tmp_path / "report.png")
+        assert len(figure.axes) == 4
+        assert (tmp_path / "report.png").stat().st_size > 10_000

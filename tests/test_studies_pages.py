@@ -8,6 +8,7 @@ import pytest
 from studies.density import report as density
 from studies.graph_vae import report as graph_vae
 from studies.results import Results
+from studies.sbibm import report as sbibm
 from studies.siren_vae import report as siren_vae
 
 ROOT = Path(__file__).parent.parent
@@ -22,13 +23,15 @@ def test_results_are_whole(path):
     assert all(records.values())
 
 
-@pytest.mark.parametrize("study", ["siren_vae", "density", "graph_vae"])
+@pytest.mark.parametrize("study", ["siren_vae", "density", "graph_vae", "sbibm"])
 def test_a_page_is_what_its_report_draws(study, tmp_path):
     """Make the page again after a change of report or results: ``python -m studies.NAME.report``."""
     (tmp_path / study).mkdir()
     for picture in (PAGES / study).glob("*.png"):  # pages show those that are there
         (tmp_path / study / picture.name).write_bytes(picture.read_bytes())
-    render = {"siren_vae": siren_vae, "density": density, "graph_vae": graph_vae}[study].render
+    render = {"siren_vae": siren_vae, "density": density, "graph_vae": graph_vae, "sbibm": sbibm}[
+        study
+    ].render
     render(ROOT / "studies" / study / "results.jsonl", tmp_path)
     drawn = sorted(tmp_path.glob("*.md"))
     assert drawn

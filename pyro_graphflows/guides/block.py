@@ -8,6 +8,7 @@ Data, sampled values of other blocks and summaries of other plates become one ve
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,24 +23,31 @@ from pyro_graphflows.guides.conditionals.contract import (
     LinearConditional,
     Pass,
 )
+from pyro_graphflows.guides.conditionals.embedding import Embedding
 from pyro_graphflows.guides.conditionals.pooling import (
     POOLS,
     AllElements,
     DeepSet,
     DeepSetPool,
     LookedUp,
-    Pool,
     PoolMember,
     pooling_orders,
+)
+from pyro_graphflows.guides.conditionals.pooling import (
+    Pool as PlainPool,
 )
 from pyro_graphflows.guides.features import FeatureMap, concatenate
 from pyro_graphflows.guides.inputs import Summary
 from pyro_graphflows.guides.plan import BlockPlan
-from pyro_graphflows.guides.samples import Samples, columns_of, with_depth
+from pyro_graphflows.guides.samples import Samples, columns_of, side_by_side, with_depth
 from pyro_graphflows.guides.sites import REMEDIES_OF_NAN, InputEncodings
 from pyro_graphflows.shapes import broadcast_shapes
 
+Pool = PlainPool | Embedding
+
 __all__ = ["BlockInputs", "GuideBlock", "make_inputs"]
+
+MOST_EMBEDDED_ROWS = 20_000  # of joint samples from which an embedding is found
 
 
 class BlockInputs(nn.Module):
@@ -71,8 +79,9 @@ class BlockInputs(nn.Module):
         learned = torch.zeros(sum(self.sizes.values()), dtype=torch.bool)
         start = 0
         for name, size in self.sizes.items():
-            if isinstance(pools.get(name), DeepSetPool):
-                learned[start : start + size] = torch.tensor(pools[name].learned)
+            of_pool = getattr(pools.get(name), "learned", None)
+            if of_pool is not None:
+                learned[start : start + size] = torch.tensor(of_pool)
             start += size
         self.register_buffer("learned", learned, persistent=False)
 
@@ -96,7 +105,10 @@ class BlockInputs(nn.Module):
             name: FeatureMap.of_kinds([(kind, slice(0, size))])
             for (name, size), kind in zip(plain["sizes"].items(), plain["kinds"], strict=True)
         }
-        pools = {name: POOLS[kind].from_plain(form) for name, (kind, form) in plain["pools"].items()}
+        kinds = {**POOLS, Embedding.__name__: Embedding}
+        pools: dict[str, Pool] = {
+            name: kinds[kind].from_plain(form) for name, (kind, form) in plain["pools"].items()
+        }
         return cls(maps, pools, plain["encodings"])
 
     def pool(self, name: str) -> Pool | None:
@@ -421,18 +433,28 @@ def _require_coordinates(features: FeatureMap, part: slice, name: str) -> None:
 # ---------------------------------------------------------------- inputs from samples
 
 
-def make_inputs(plan: BlockPlan, samples: Samples, deepset: DeepSet) -> tuple[BlockInputs, Samples]:
+def make_inputs(
+    plan: BlockPlan,
+    samples: Samples,
+    deepset: DeepSet,
+    embedding: Mapping[str, nn.Module | str] = MappingProxyType({}),
+) -> tuple[BlockInputs, Samples]:
     """Return the inputs of a block, standardised, and the samples of the block with the values of its summaries.
 
     Args:
         plan: The block of the plan.
         samples: Joint samples.
         deepset: The shape of the learned parts of pooled summaries.
+        embedding: Networks of the nodes that are embedded.
     """
     pools: dict[str, Pool] = {}
     for node in plan.context:
         if node.summary is not None:
-            pools[node.name], values = _make_pool(node.summary, samples, deepset)
+            if node.summary.embedded:
+                name = node.summary.members[0]
+                pools[node.name], values = _make_embedding(name, plan, samples, embedding[name])
+            else:
+                pools[node.name], values = _make_pool(node.summary, samples, deepset)
             samples = samples.with_values({} if values is None else {node.name: values})
     names = [node.name for node in plan.context]
     of_priors = [
@@ -481,6 +503,23 @@ def _member_map(name: str, samples: Samples) -> FeatureMap:
     value = samples.draws.data(name) if values is None else values[name]
     flat = value.flatten(0, -2)
     return FeatureMap(None, flat[flat[:, -1] > 0, :-1], samples.standardize)
+
+
+def _make_embedding(
+    name: str, plan: BlockPlan, samples: Samples, network: nn.Module | str
+) -> tuple[Embedding, Tensor | None]:
+    """Return the embedding of a node for the sites of a block, and its values in joint samples."""
+    draws = samples.draws
+    feature_map = _member_map(name, samples)
+    member = PoolMember(name, len(feature_map.shift), frozenset(draws.traced.graph.plates[name]))
+    number = sum(draws.sites[site].size for site in plan.sites)
+    pool = Embedding(member, feature_map, network, number).to(draws.like.device, draws.like.dtype)
+    if samples.values is None:
+        return pool, None
+    rows = side_by_side(samples.values, [name, *plan.sites])
+    few = slice(0, MOST_EMBEDDED_ROWS)
+    pool.fit_(rows[name][few], torch.cat([rows[site][few] for site in plan.sites], -1))
+    return pool, pool.of_samples({name: samples.values[name]}, samples.plates, fit=False)
 
 
 def _make_pool(summary: Summary, samples: Samples, deepset: DeepSet) -> tuple[Pool, Tensor | None]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from pyro.poutine.messenger import Messenger
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
@@ -53,6 +53,7 @@ from pyro_graphflows.guides.plan import (
     mean_field_condition,
     readers_of,
     ways_in,
+    with_embeddings,
     with_scores,
 )
 from pyro_graphflows.guides.samples import ModelDraws
@@ -109,6 +110,7 @@ class GuideOptions:
     setup_seed: int = 0
     optional: Sequence[str] = ()
     features: str = "raw"
+    embedding: Mapping[str, nn.Module | str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.optional, str) or not all(isinstance(name, str) for name in self.optional):
@@ -121,6 +123,11 @@ class GuideOptions:
             raise GraphflowsError(f"Expected init='regression' or 'random'; got {self.init!r}.")
         if self.num_start_samples < 1:
             raise GraphflowsError(f"Expected num_start_samples >= 1; got {self.num_start_samples}.")
+        for name, network in self.embedding.items():
+            if not isinstance(network, nn.Module) and network != "auto":
+                raise GraphflowsError(
+                    f"Expected embedding={{site: nn.Module or 'auto'}}; got {network!r} for {name!r}."
+                )
         if self.features not in ("raw", "score", "auto"):
             raise GraphflowsError(f"Expected features='raw', 'score' or 'auto'; got {self.features!r}.")
         if self.features != "raw" and (self.resolution == "element" or self.optional):
@@ -308,6 +315,7 @@ def compile_guide(
     scores, left_out, said = _scores(options, draws, inverse, plates, bool(changing) or elements)
     if scores is not None:
         blocks = with_scores(blocks, {site: score_name(site) for site in scores.observed_children}, left_out)
+    blocks = _embedded(options, blocks, traced, encodings, elements)
     inputs = replace(
         inputs,
         remarks={**inputs.remarks, **{s: (*inputs.remarks.get(s, ()), line) for s, line in said.items()}},
@@ -355,6 +363,33 @@ def compile_guide(
 
 
 # ---------------------------------------------------------------- steps
+
+
+def _embedded(
+    options: GuideOptions,
+    blocks: tuple[BlockPlan, ...],
+    traced: TracedModel,
+    encodings: InputEncodings,
+    elements: bool,
+) -> tuple[BlockPlan, ...]:
+    """Return the blocks with embeddings in the place of the data that the user wants embedded."""
+    for name in options.embedding:
+        if name not in encodings.event_dims:
+            raise GraphflowsError(
+                f"Expected embedding= of data that the guide reads, {', '.join(encodings.event_dims) or 'none'}; got "
+                f"{name}."
+            )
+        elementwise = any(node.name == name and node.summary is None for b in blocks for node in b.context)
+        if name in encodings.partly or elements or not elementwise:
+            reason = (
+                "it is partly observed"
+                if name in encodings.partly
+                else "elements of vectors have parents of their own (resolution='site')"
+                if elements
+                else "no site reads it in its own plates: pool= has networks for data inside plates"
+            )
+            raise GraphflowsError(f"Expected no embedding of {name!r}: {reason}.")
+    return with_embeddings(blocks, options.embedding) if options.embedding else blocks
 
 
 def _scores(

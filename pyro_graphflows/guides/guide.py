@@ -93,6 +93,7 @@ class AutoFaithfulGuide(AutoGuide):
         setup_seed: The seed of everything random at set-up; the caller's random state is neither used nor advanced.
         optional: Sites that have data in some calls, in the order in which they are sampled where they have none.
         features: ``"raw"``, ``"score"`` or ``"auto"``.
+        embedding: Networks of wide data.
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
             that returns plates that exist already, for subsampling.
 
@@ -131,6 +132,7 @@ class AutoFaithfulGuide(AutoGuide):
         setup_seed: int = 0,
         optional: Sequence[str] = (),
         features: str = "raw",
+        embedding: Mapping[str, nn.Module | str] = MappingProxyType({}),
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__(model, create_plates=create_plates)
@@ -152,6 +154,7 @@ class AutoFaithfulGuide(AutoGuide):
             setup_seed=setup_seed,
             optional=optional,
             features=features,
+            embedding=dict(embedding),
         )
         self._plan: Plan | None = None
         self._notes: tuple[str, ...] = ()
@@ -249,7 +252,7 @@ class AutoFaithfulGuide(AutoGuide):
         }
         blocks = []
         for plan in compiled.plan.blocks:
-            inputs, of_block = make_inputs(plan, samples, options.deepset or DeepSet())
+            inputs, of_block = make_inputs(plan, samples, options.deepset or DeepSet(), options.embedding)
             block = GuideBlock.make(plan, compiled.families[plan.sites[0]], inputs, of_block, further)
             start = start_block_(block, of_block, regression=options.init == "regression")
             given = start_at_(block, of_block, options.init_values, compiled.plan.changing)
@@ -1235,6 +1238,7 @@ def auto_faithful_guide(
     setup_seed: int = 0,
     optional: Sequence[str] = (),
     features: str = "raw",
+    embedding: Mapping[str, nn.Module | str] = MappingProxyType({}),
     create_plates: Callable[..., Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
 ) -> AutoFaithfulGuide:
@@ -1304,6 +1308,9 @@ def auto_faithful_guide(
             gradient of the data's log-density at fixed reference values of all latents, as wide as the site is, where
             the model has one (:mod:`~pyro_graphflows.guides.scores`); ``"auto"``, the same where a regression on
             held-out joint samples gains by it.
+        embedding: For wide data, by name, a network from ``(*batch, columns)`` to ``(*batch, features)`` that sites
+            read in their place, beside linear estimates of the latents; ``"auto"`` for a default one
+            (:mod:`~pyro_graphflows.guides.conditionals.embedding`).
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
             that returns plates that exist already, for subsampling.
         example_kwargs: Keyword arguments of a typical call.
@@ -1348,6 +1355,7 @@ def auto_faithful_guide(
         setup_seed=setup_seed,
         optional=optional,
         features=features,
+        embedding=embedding,
         create_plates=create_plates,
     )
     if example_args or example_kwargs:

@@ -55,6 +55,7 @@ class Summary:
         inner: See ``index``.
         segments: Triples (inner, outer, index): pooling over the inner plate gives one summary for each element of the
             outer one, of those that look it up by the index.
+        embedded: Whether this is an embedding of one node, over no plates.
     """
 
     members: tuple[str, ...]
@@ -63,6 +64,7 @@ class Summary:
     index: str | None = None
     inner: str | None = None
     segments: tuple[tuple[str, str, str], ...] = ()
+    embedded: bool = False
 
     def inside(self, plates: Collection[str]) -> frozenset[str]:
         """Return the plates around a node, with those whose elements are looked up from inside them."""
@@ -81,6 +83,8 @@ class Summary:
         """
         if self.index is not None:
             return f"{self.members[0]}[{self.index}]"
+        if self.embedded:
+            return f"embedding({self.members[0]})"
         by = {inner: f" by {index}" for inner, _, index in self.segments}
         over = ", ".join(plate + by.get(plate, "") for plate in self.over)
         return f"{'all' if self.one_by_one else 'pooled'}({', '.join(self.members)}; {over})"

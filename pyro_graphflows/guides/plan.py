@@ -32,6 +32,7 @@ __all__ = [
     "mean_field_condition",
     "readers_of",
     "ways_in",
+    "with_embeddings",
     "with_scores",
 ]
 
@@ -322,6 +323,34 @@ def make_blocks(
         done |= set(depth)
         remaining = [site for site in remaining if site not in depth]
     return tuple(blocks)
+
+
+def with_embeddings(blocks: Sequence[BlockPlan], embedded: Collection[str]) -> tuple[BlockPlan, ...]:
+    """Return blocks whose sites read embeddings of some nodes in their place, where these come in elementwise.
+
+    Args:
+        blocks: The blocks.
+        embedded: The nodes.
+    """
+    found = []
+    for block in blocks:
+        new = {
+            node.name: Conditioning(name, "pooled", summary)
+            for node in block.context
+            if node.name in embedded
+            for summary in [Summary((node.name,), (), embedded=True)]
+            for name in [summary.name]
+        }
+        names = {name: node.name for name, node in new.items()}
+        context = (
+            *(node for node in block.context if node.name not in new),
+            *new.values(),
+        )
+        parents = {
+            site: tuple(names.get(name, name) for name in seen) for site, seen in block.parents.items()
+        }
+        found.append(replace(block, context=context, parents=parents))
+    return tuple(found)
 
 
 def with_scores(

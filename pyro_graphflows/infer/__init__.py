@@ -2,13 +2,22 @@
 
 from pyro_graphflows.infer.batched_hmc import HMC, NUTS
 from pyro_graphflows.infer.batches import TrainingData
-from pyro_graphflows.infer.calibration import sbc_ranks, sbc_uniformity
+from pyro_graphflows.infer.calibration import (
+    CalibrationReport,
+    calibration_report,
+    sbc_ranks,
+    sbc_uniformity,
+    tarp_ranks,
+)
 from pyro_graphflows.infer.chains import Chains
 from pyro_graphflows.infer.checkpoints import Checkpoint
+from pyro_graphflows.infer.classifier_test import c2st
 from pyro_graphflows.infer.comparison import compare, stacking_weights
 from pyro_graphflows.infer.compiled import CompiledLoss
+from pyro_graphflows.infer.coverage import Coverage, coverage
 from pyro_graphflows.infer.evidence import Evidence, importance_log_weights, log_evidence
 from pyro_graphflows.infer.fixed_simulations import Simulations
+from pyro_graphflows.infer.gap import Gap
 from pyro_graphflows.infer.history import History, Progress
 from pyro_graphflows.infer.inference_compilation import InferenceCompilation
 from pyro_graphflows.infer.iwae import IWAE_ELBO
@@ -24,10 +33,13 @@ __all__ = [
     "IWAE_ELBO",
     "LOO",
     "NUTS",
+    "CalibrationReport",
     "Chains",
     "Checkpoint",
     "CompiledLoss",
+    "Coverage",
     "Evidence",
+    "Gap",
     "History",
     "InferenceCompilation",
     "Posterior",
@@ -36,7 +48,10 @@ __all__ = [
     "Schedule",
     "Simulations",
     "TrainingData",
+    "c2st",
+    "calibration_report",
     "compare",
+    "coverage",
     "effective_sample_size",
     "fit",
     "importance_log_weights",
@@ -47,4 +62,5 @@ __all__ = [
     "sbc_ranks",
     "sbc_uniformity",
     "stacking_weights",
+    "tarp_ranks",
 ]

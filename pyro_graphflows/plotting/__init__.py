@@ -7,6 +7,12 @@ Roles by shape and colour: latent nodes are white circles, observed ones shaded,
 ones dashed.
 """
 
+from pyro_graphflows.plotting.calibration import (
+    plot_calibration,
+    plot_contraction,
+    plot_coverage,
+    plot_ranks,
+)
 from pyro_graphflows.plotting.curves import plot_joints, plot_learning_curves, plot_marginals
 from pyro_graphflows.plotting.networks import (
     plot_adjacency,
@@ -14,13 +20,22 @@ from pyro_graphflows.plotting.networks import (
     plot_model_and_inverse,
     plot_model_graph,
 )
+from pyro_graphflows.plotting.posteriors import plot_forest, plot_khat, plot_pairs, plot_predictive
 
 __all__ = [
     "plot_adjacency",
+    "plot_calibration",
+    "plot_contraction",
+    "plot_coverage",
+    "plot_forest",
     "plot_inverse",
     "plot_joints",
+    "plot_khat",
     "plot_learning_curves",
     "plot_marginals",
     "plot_model_and_inverse",
     "plot_model_graph",
+    "plot_pairs",
+    "plot_predictive",
+    "plot_ranks",
 ]

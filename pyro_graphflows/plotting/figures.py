@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-__all__ = ["INK", "new_axes", "saved"]
+import numpy as np
+
+__all__ = ["INK", "new_axes", "numbers_of", "saved"]
 
 INK = "#1d2733"
 
@@ -20,3 +22,9 @@ def saved(figure: Any, path: str | Path | None) -> Any:
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
+
+
+def numbers_of(values: Any) -> np.ndarray:
+    """Return a tensor, an array or a number as an array of floating numbers."""
+    detach = getattr(values, "detach", None)
+    return np.asarray(detach().cpu() if detach else values, dtype=float)

@@ -33,7 +33,7 @@ from studies.flags import add_places
 from studies.psychometric.curves import DATA_VARIABLE, FILE, Curves, data_folder, model, of_draws, read
 from studies.results import Results
 
-FAMILY = Spline(base="student", hidden_dims=(128, 128))
+FAMILY = Spline(base="student", hidden_dims=(128, 128), fusion=True)
 BATCH = 512
 RATE, LAST = 2e-3, 0.01
 NUM_DRAWS = 4000

@@ -1,0 +1,158 @@
+"""The page of the sbibm study: a table and a picture from whatever runs are there (see run.py).
+
+python -m studies.sbibm.report
+"""
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from studies.flags import add_places
+from studies.results import Results
+from studies.tables import table
+
+TASKS = (
+    *("gaussian_linear", "gaussian_linear_uniform", "gaussian_mixture", "two_moons"),
+    *("slcp", "bernoulli_glm", "bernoulli_glm_raw"),
+)
+ROWS = ("normal", "spline", "flow", "spline reweighted", "npe", "npe nsf")
+COLOURS = {
+    "normal": "C2",
+    "spline": "C0",
+    "flow": "C3",
+    "spline reweighted": "C1",
+    "npe": "0.5",
+    "npe nsf": "0.3",
+}
+# means over ten observations of [1]: NPE with 10,000 simulations; the best of eight methods with 100,000
+PUBLISHED = {
+    "gaussian_linear": (0.552, 0.506),
+    "gaussian_linear_uniform": (0.553, 0.506),
+    "gaussian_mixture": (0.615, 0.531),
+    "two_moons": (0.606, 0.530),
+    "slcp": (0.901, 0.578),
+    "bernoulli_glm": (0.678, 0.522),
+    "bernoulli_glm_raw": (0.765, 0.552),
+}
+INTRODUCTION = """\
+Classifier two-sample tests (C2ST) against the reference posteriors of sbibm (Lueckmann et al. 2021): 0.5 where draws
+cannot be told from those of the reference, 1 where they always can. 10,000 draws for each observation; the published
+classifier (`studies/sbibm/c2st.py`). `normal`, `spline` and `flow` are guides that learn from simulations alone, as
+neural posterior estimation does. `spline reweighted` is the same guide with the model's density: 10,000 of 300,000 of
+its draws, by importance weights; nothing is trained further.
+
+The models are written with the structure that they have (`studies/sbibm/tasks.py`): independent dimensions and
+exchangeable data are plates, so that the two linear tasks are amortised over their ten dimensions and *slcp* has pooled
+inputs. That is knowledge which the methods of the publication do not get.
+"""
+ENDING = """\
+Published: NPE with 10,000 simulations, and the best of eight methods with 100,000, means over ten observations. A mean
+± its standard error over observations; in brackets their number where it is not ten. One seed; k-hat is the largest of
+an observation's importance weights. Machine: 2 CPU cores, shared. `make sbibm` goes on from
+`studies/sbibm/results.jsonl` and makes this page again: a dash, a task or a row that is missing was not run.
+
+References: Lueckmann, Boelts, Greenberg, Goncalves and Macke (2021), Benchmarking Simulation-Based Inference, AISTATS.
+"""
+
+
+def load(results: Path) -> tuple[dict[tuple[str, str, int], list[dict]], dict[tuple[str, str, int], dict]]:
+    """Return the tests and the trainings of the study by task, row and number of simulations."""
+    tests: dict[tuple[str, str, int], list[dict]] = defaultdict(list)
+    trainings: dict[tuple[str, str, int], dict] = {}
+    for key, record in Results(results).read().items():
+        task, row, simulations, _, *number = key.split("/")
+        at = (task, row, int(simulations))
+        if number:
+            tests[at].append(record)
+        else:
+            trainings[at] = record
+    return tests, trainings
+
+
+def cell(records: list[dict]) -> str:
+    """Return a mean with its standard error over observations."""
+    values = np.array([record["c2st"] for record in records])
+    error = f" ± {values.std(ddof=1) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
+    return f"{values.mean():.3f}{error}" + ("" if len(values) == 10 else f" ({len(values)})")
+
+
+def render(results: Path, out: Path) -> None:
+    """Write the page; the picture is made by :func:`draw`."""
+    tests, trainings = load(results)
+    lines = ["# sbibm", "", INTRODUCTION]
+    for simulations in sorted({at[2] for at in tests}, reverse=True):
+        rows = [row for row in ROWS if any((task, row, simulations) in tests for task in TASKS)]
+        published = simulations == 10_000
+        head = ["task", *rows, *(["published NPE", "published best at 10⁵"] if published else [])]
+        body = []
+        for task in TASKS:
+            if not any((task, row, simulations) in tests for row in rows):
+                continue
+            cells = [
+                cell(tests[task, row, simulations]) if (task, row, simulations) in tests else "–"
+                for row in rows
+            ]
+            body.append(
+                [f"`{task}`", *cells, *((f"{value:.3f}" for value in PUBLISHED[task]) if published else [])]
+            )
+        lines += [f"## {simulations:,} simulations", "", table(head, body), ""]
+        head = ["task", "row", "held-out loss (nats)", "epochs", "CPU seconds", "largest k-hat"]
+        body = []
+        for (task, row, number), run in sorted(trainings.items()):
+            if number == simulations:
+                khats = [r["khat"] for r in tests.get((task, f"{row} reweighted", number), []) if "khat" in r]
+                worst = f"{max(khats):.2f}" if khats else "–"
+                cells = [f"{run['held_out_nll']:.3f}", str(run["epochs"]), f"{run['seconds']:.0f}", worst]
+                body.append([f"`{task}`", row, *cells])
+        lines += ["Trainings:", "", table(head, body), ""]
+    if (out / "sbibm" / "c2st.png").exists():
+        lines += ["![C2ST by task](sbibm/c2st.png)", ""]
+    lines.append(ENDING)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "sbibm.md").write_text("\n".join(lines))
+
+
+def draw(results: Path, out: Path) -> None:
+    """C2ST of each observation by task, with 10,000 simulations."""
+    tests, _ = load(results)
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    axes = figure.subplots()
+    rows = [row for row in ROWS if any((task, row, 10_000) in tests for task in TASKS)]
+    for place, task in enumerate(TASKS):
+        for offset, row in enumerate(rows):
+            values = [record["c2st"] for record in tests.get((task, row, 10_000), [])]
+            x = place + 0.7 * ((offset + 0.5) / len(rows) - 0.5)
+            axes.plot([x] * len(values), values, "o", color=COLOURS[row], ms=4, label=None if place else row)
+        for value, style, name in zip(
+            PUBLISHED[task], ("-", ":"), ("published NPE", "published best at 10⁵"), strict=True
+        ):
+            axes.hlines(
+                value, place - 0.4, place + 0.4, color="0.4", ls=style, lw=1, label=None if place else name
+            )
+    axes.axhline(0.5, color="0.8", lw=0.8, zorder=0)
+    axes.set_xticks(range(len(TASKS)), TASKS, rotation=20, ha="right")
+    axes.set_ylim(0.45, 1.0)
+    axes.set_ylabel("C2ST, one point an observation")
+    for row in rows:
+        axes.plot([], [], "o", color=COLOURS[row], ms=4, label=row)
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    axes.legend(unique.values(), unique.keys(), fontsize=8, ncols=2)
+    (out / "sbibm").mkdir(parents=True, exist_ok=True)
+    figure.savefig(out / "sbibm" / "c2st.png", dpi=110)
+
+
+def main() -> None:
+    """Write page and picture."""
+    parse = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_places(parse, "sbibm", report=True)
+    args = parse.parse_args()
+    draw(args.results, args.out)
+    render(args.results, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+r"""Amortised guides on the tasks of sbibm: C2ST against the reference posteriors of ten observations.
+
+Rows, each for a number of simulations:
+
+- ``normal``, ``spline``, ``flow``: the guide of that family learns from the simulations alone (``fit(...,
+  simulations=)``), as neural posterior estimation does; those that set up the guide are counted among them;
+- ``... reweighted``: the same guide with the model's density. Of a large pool of its draws, those that remain are
+  drawn without replacement by their importance weights (``sample_posterior``), as ``Posterior.reweighted`` does with a
+  smaller pool. Nothing is trained further;
+- ``npe``, ``npe nsf``: neural posterior estimation of the package ``sbi`` with its defaults, where it is installed.
+
+    python -m studies.sbibm.run --task two_moons --rows spline "spline reweighted" --simulations 10000
+    python -m studies.sbibm.run --study          # everything that is not there yet; `make sbibm`
+
+A line of ``--results`` is one trained guide or one C2ST; what is there is not done again. It needs the package sbibm
+(``pip install --no-deps sbibm``) for its files.
+
+References:
+    [1] Lueckmann, Boelts, Greenberg, Goncalves and Macke (2021), Benchmarking Simulation-Based Inference, AISTATS.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_graphflows.guides import Family, Flow, Normal, Spline, auto_faithful_guide, load_guide
+from pyro_graphflows.infer import Simulations, fit, sample_posterior
+from studies.flags import add_places
+from studies.results import Results
+from studies.sbibm.c2st import c2st
+from studies.sbibm.tasks import NUM_OBSERVATIONS, TASKS, Crescent, GLMStatistics, Task
+
+NUM_DRAWS = 10_000
+POOL = 300_000  # draws of which those that are reweighted are taken
+BATCH, RATE = 500, 2e-3
+SET_UP = 10  # one in so many simulations sets up the guide, the others train it
+WIDTHS: Mapping[str, Any] = {"units_per_set": 64, "hidden_layers": 2}
+FAMILIES: Mapping[str, Callable[[], Family]] = {
+    "normal": lambda: Normal(**WIDTHS),
+    "spline": lambda: Spline(num_bins=12, **WIDTHS),
+    "flow": lambda: Flow(closed_form="density", conditioner_units=64),
+}
+# what a study does, in this order: (tasks, rows, simulations)
+ROWS = ("spline", "spline reweighted")
+STUDY = (
+    (("two_moons", "gaussian_mixture", "slcp"), ROWS, 10_000),
+    (("bernoulli_glm", "gaussian_linear_uniform", "gaussian_linear", "bernoulli_glm_raw"), ROWS, 10_000),
+    (("two_moons", "gaussian_mixture"), ("normal", "flow"), 10_000),
+    (("slcp", "bernoulli_glm", "bernoulli_glm_raw"), ("normal",), 10_000),
+    (tuple(TASKS), ROWS, 1000),
+    (tuple(TASKS), ("npe", "npe nsf"), 10_000),
+)
+
+
+def train(task: Task, family: str, simulations: int, seed: int, path: Path) -> dict[str, Any]:
+    """Train a guide by simulation alone and save it; return what is to be kept of the run."""
+    pyro.clear_param_store()
+    begin = time.process_time()
+    guide = auto_faithful_guide(
+        *(task.model, task.observation(1)),
+        family=FAMILIES[family](),
+        num_start_samples=simulations // SET_UP,
+        setup_seed=seed,
+        **task.guide_options,
+    )
+    history = fit(
+        *(task.model, guide, task.observation(1)),
+        simulations=Simulations(simulations - simulations // SET_UP, batch_size=BATCH),
+        optimizer=RATE,
+        progress=False,
+        seed=seed,
+    )
+    guide.save(path)
+    return {
+        "held_out_nll": min(history.validation_loss),
+        "epochs": len(history),
+        "stop": history.stop_reason,
+        "seconds": time.process_time() - begin,
+    }
+
+
+def draw(task: Task, row: str, path: Path, number: int, seed: int) -> tuple[Tensor, dict[str, float]]:
+    """Return draws for an observation, in the columns of the reference, and figures about them."""
+    guide = load_guide(path, task.model, classes=(Crescent, GLMStatistics))
+    x = task.observation(number)
+    reweighted = row.endswith("reweighted")
+    size = POOL if reweighted else NUM_DRAWS
+    posterior = sample_posterior(task.model, guide, x, num_draws=size, seed=seed, progress=False)
+    figures = {"khat": float(posterior.khat.max()), "ess": float(posterior.ess.min())}
+    columns = task.columns(posterior.draws)
+    if reweighted:
+        torch.manual_seed(seed)
+        weights = posterior.log_weights.reshape(
+            size, -1
+        )  # a column for each datum where the posterior factorises
+        noise = -torch.empty_like(weights).exponential_().log()  # the largest with it: no draw comes twice
+        chosen = (weights + noise).topk(NUM_DRAWS, 0).indices
+        chosen = chosen.gather(0, torch.rand(chosen.shape).argsort(0))
+        columns = columns.gather(0, chosen.expand(-1, columns.shape[-1]))
+    return columns, figures
+
+
+def train_npe(task: Task, density: str, simulations: int, seed: int) -> tuple[Any, dict[str, Any]]:
+    """Train the package sbi's NPE with its defaults; return its posterior and what is to be kept of the run."""
+    from sbi.inference import NPE  # not in the environment of the tests
+    from sbi.utils import BoxUniform
+
+    torch.manual_seed(seed)
+    loss_of = Simulations(simulations).prepare(task.model, _Nobody(task), (task.observation(1),), {})[0]
+    values = loss_of.draw(simulations, vectorize=True)
+    theta = task.columns({name: value for name, value in values.items() if name != "x"})
+    low, high = theta.min(0).values - 1.0, theta.max(0).values + 1.0
+    begin = time.process_time()
+    inference = NPE(prior=BoxUniform(low, high), density_estimator=density, show_progress_bars=False)
+    inference.append_simulations(theta, values["x"].reshape(simulations, -1))
+    estimator = inference.train()
+    seconds = time.process_time() - begin
+    losses = inference.summary["validation_loss"]
+    return estimator, {"held_out_nll": min(losses), "epochs": len(losses), "seconds": seconds}
+
+
+class _Nobody:
+    """A guide that samples all parameters from the model's prior: who draws simulations only."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    def __call__(self, x: Tensor, observations: Mapping[str, Tensor] | None = None) -> None:
+        with pyro.poutine.block(hide=["x"]):
+            self.task.model(x)
+
+
+def prepare(task: Task, trained: str, simulations: int, seed: int, results: Results, work: Path) -> Path:
+    """Train a guide if that has not been done; return where it is saved."""
+    base = f"{task.name}/{trained}/{simulations}/{seed}"
+    path = work / f"{base.replace('/', '-').replace(' ', '_')}.safetensors"
+    if base not in results or not path.exists():
+        figures = train(task, trained, simulations, seed, path)
+        results.append(base, {**figures, "date": str(date.today())})
+        print(base, figures, flush=True)
+    return path
+
+
+def measure(
+    task: Task, name: str, number: int, draws: Tensor, figures: dict[str, float], results: Results
+) -> None:
+    """Append the C2ST of draws for an observation."""
+    begin = time.process_time()
+    value = c2st(task.reference(number), draws, seed=1)
+    record = {"c2st": value, **figures, "c2st_seconds": time.process_time() - begin}
+    results.append(f"{name}/{number}", record)
+    print(f"{name}/{number}", record, flush=True)
+
+
+def run(task: Task, row: str, simulations: int, seed: int, number: int, results: Results, work: Path) -> None:
+    """Do one observation of a row, if it is missing: its C2ST, and before it what must be trained."""
+    name = f"{task.name}/{row}/{simulations}/{seed}"
+    if f"{name}/{number}" in results:
+        return
+    path = prepare(task, row.removesuffix(" reweighted"), simulations, seed, results, work)
+    begin = time.process_time()
+    draws, figures = draw(task, row, path, number, seed)
+    figures["seconds"] = time.process_time() - begin
+    measure(task, name, number, draws, figures, results)
+
+
+def run_npe(task: Task, row: str, simulations: int, seed: int, results: Results) -> None:
+    """Do all observations of a row of the package sbi that are missing."""
+    name = f"{task.name}/{row}/{simulations}/{seed}"
+    missing = [number for number in range(1, NUM_OBSERVATIONS + 1) if f"{name}/{number}" not in results]
+    if not missing:
+        return
+    try:
+        estimator, figures = train_npe(task, "nsf" if row == "npe nsf" else "maf", simulations, seed)
+    except ImportError:
+        print(f"{name}: left out, sbi is not installed")
+        return
+    results.append(name, {**figures, "date": str(date.today())})
+    for number in missing:
+        with torch.no_grad():
+            draws = estimator.sample((NUM_DRAWS,), condition=task.observation(number).reshape(1, -1))[:, 0]
+        measure(task, name, number, draws, {}, results)
+
+
+def main() -> None:
+    """Run rows from the command line."""
+    parse = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parse.add_argument("--study", action="store_true", help="all rows of the page, in order")
+    parse.add_argument("--task", nargs="*", default=["two_moons"], choices=list(TASKS))
+    parse.add_argument("--rows", nargs="*", default=["spline", "spline reweighted"])
+    parse.add_argument("--simulations", type=int, default=1000)
+    parse.add_argument("--seed", type=int, default=0)
+    every = list(range(1, NUM_OBSERVATIONS + 1))
+    parse.add_argument(
+        "--only", nargs="*", type=int, default=every, choices=every, help="numbers of observations"
+    )
+    add_places(parse, "sbibm")
+    args = parse.parse_args()
+    torch.set_num_threads(1)
+    args.work.mkdir(parents=True, exist_ok=True)
+    results = Results(args.results)
+    plan = STUDY if args.study else ((args.task, args.rows, args.simulations),)
+    for number in args.only:  # the first observation of all rows first
+        for tasks, rows, simulations in plan:
+            for name in tasks:
+                for row in rows:
+                    if not row.startswith("npe"):
+                        run(TASKS[name], row, simulations, args.seed, number, results, args.work)
+    for tasks, rows, simulations in plan:
+        for name in tasks:
+            for row in rows:
+                if row.startswith("npe"):
+                    run_npe(TASKS[name], row, simulations, args.seed, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_graphflows.infer import Simulations
+from studies.results import Results
+from studies.sbibm import report, run
+from studies.sbibm.c2st import c2st
+from studies.sbibm.tasks import (
+    Crescent,
+    GLMStatistics,
+    Task,
+    gaussian_linear,
+    gaussian_mixture,
+    slcp,
+    two_moons,
+)
+
+
+class TestC2ST:
+    def test_known_accuracies(self):
+        """Of shifted normals the best classifier has accuracy Phi(d / 2); 4,000 draws judge."""
+        torch.manual_seed(0)
+        reference = torch.randn(2000, 2)
+        same, other = torch.randn(2000, 2), torch.randn(2000, 2) + torch.tensor([1.5, 0.0])
+        assert c2st(reference, same) == pytest.approx(0.5, abs=5 * 0.5 / 4000**0.5)
+        best = 0.5 * (1 + math.erf(0.75 / 2**0.5))
+        assert c2st(reference, other) == pytest.approx(best, abs=5 * 0.5 / 4000**0.5)
+
+    def test_other_shapes_of_the_same_moments_are_seen(self):
+        torch.manual_seed(1)
+        normal, two = torch.randn(1500, 1), 2 * torch.bernoulli(torch.full((1500, 1), 0.5)) - 1
+        assert c2st(normal, two + 0.1 * torch.randn(1500, 1)) > 0.8
+
+
+class TestDistributions:
+    def test_the_crescent_has_its_density(self):
+        """On a grid the density sums to one and has the mean of the draws."""
+        torch.manual_seed(0)
+        axis = torch.linspace(-0.2, 0.5, 801)
+        grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
+        density = Crescent(torch.zeros(2)).log_prob(grid).exp() * (axis[1] - axis[0]) ** 2
+        draws = Crescent(torch.zeros(2)).sample((20_000,))
+        assert density.sum() == pytest.approx(1.0, abs=2e-3)  # the edge at half a cell
+        error = draws.std(0) / 20_000**0.5
+        assert ((density @ grid - draws.mean(0)).abs() < 5 * error + 1e-4).all()
+
+    def test_statistics_of_the_glm(self):
+        """The density differs from that of any bits with these sums by a constant in the weights."""
+        design, bits = torch.randn(30, 3), torch.bernoulli(torch.full((30,), 0.4))
+        weights = torch.randn(5, 3)
+        of_bits = dist.Bernoulli(logits=weights @ design.T).log_prob(bits).sum(-1)
+        assert torch.allclose(GLMStatistics(weights, design).log_prob(bits @ design), of_bits)
+        draws = GLMStatistics(torch.zeros(3), design).sample((4000,))
+        assert torch.allclose(draws.mean(0), design.sum(0) / 2, atol=5 * 30**0.5 / 2 / 4000**0.5)
+
+
+def columns(draws):
+    return draws["theta"].reshape(len(draws["theta"]), -1)
+
+
+class Toy(Task):
+    """A task without files: normal means, whose posterior is known."""
+
+    def observation(self, number):
+        return torch.full((2,), 0.1 * number)
+
+    def reference(self, number):
+        torch.manual_seed(100 + number)
+        return self.observation(number) / 2 + 0.05**0.5 * torch.randn(400, 2)
+
+
+@pytest.mark.parametrize("model", [gaussian_linear, gaussian_mixture, two_moons])
+def test_models_run(model):
+    trace = pyro.poutine.trace(model).get_trace(torch.zeros(2))
+    assert torch.isfinite(trace.log_prob_sum()) or model is two_moons
+
+
+def test_slcp_has_five_parameters():
+    trace = pyro.poutine.trace(slcp).get_trace(torch.zeros(4, 2))
+    assert [name for name in trace.stochastic_nodes if name.startswith("theta")] == [
+        f"theta_{i}" for i in range(5)
+    ]
+
+
+def test_a_row_from_training_to_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "NUM_DRAWS", 400)
+    monkeypatch.setattr(run, "POOL", 2000)
+    monkeypatch.setattr(run, "BATCH", 100)
+    monkeypatch.setattr(
+        run, "Simulations", lambda number, **options: Simulations(number, batch_size=options["batch_size"])
+    )
+    task = Toy("gaussian_linear", gaussian_linear, columns, (2,), {})
+    results = Results(tmp_path / "results.jsonl")
+    for number in (1, 2):
+        for row in ("normal", "spline reweighted"):
+            run.run(task, row, 200, 0, number, results, tmp_path)
+    keys = list(results.read())
+    assert len(keys) == 6  # two trainings, four tests
+    again = results.path.read_bytes()
+    run.run(task, "normal", 200, 0, 1, results, tmp_path)
+    assert results.path.read_bytes() == again
+    assert results.get("gaussian_linear/spline reweighted/200/0/1")["c2st"] < 0.65
+    report.draw(results.path, tmp_path)
+    report.render(results.path, tmp_path)
+    page = (tmp_path / "sbibm.md").read_text()
+    assert "| `gaussian_linear` | 0." in page
+    assert "(2)" in page
