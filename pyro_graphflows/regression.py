@@ -27,6 +27,7 @@ __all__ = [
     "square_root",
 ]
 
+CONSTANT = 1e-20  # variance up to which a column of about unit scale is one number
 RIDGE = 1e-10  # relative to unit variances; makes rank-deficient sets of inputs solvable
 RIDGES = (1e-2, 1e-3, 1e-4, 1e-6, 1e-8, RIDGE)
 HELD_OUT = 5  # one in this many rows judges a ridge
@@ -137,7 +138,7 @@ class Moments:
             inputs: The inputs.
             own: What is predicted.
         """
-        inputs, own = list(inputs), list(own)
+        inputs, own = self._varying(inputs), list(own)
         if not inputs or self.number < 2 * HELD_OUT:
             return RIDGE
         fitted, test = self._split
@@ -148,6 +149,11 @@ class Moments:
             losses.append(float(off.square().mean(0).clamp(min=RESIDUAL_FLOOR**2).log().mean()) / 2)
         least = min(losses)
         return next(r for r, loss in zip(RIDGES, losses, strict=True) if loss <= least + RIDGE_TIE)
+
+    def _varying(self, inputs: Sequence[int]) -> list[int]:
+        """Return the inputs that are not constant, as the data of one call are: these have no slopes."""
+        spread = self.covariance.diagonal()
+        return [i for i in inputs if not spread[i] <= CONSTANT]
 
     def weights(self, inputs: Sequence[int], own: Sequence[int], ridge: float = RIDGE) -> Tensor:
         """Return the slopes of the regression of some columns on others, ``(own, inputs)``."""
@@ -175,6 +181,12 @@ class Moments:
             ridge: Added to the variances of the inputs; see :meth:`ridge`.
         """
         inputs, own = list(inputs), list(own)
+        varying = self._varying(inputs)
+        if len(varying) < len(inputs):
+            fit = self.regress(varying, own, ridge)
+            whole = fit.weights.new_zeros(len(own), len(inputs))
+            whole[:, [inputs.index(i) for i in varying]] = fit.weights
+            return Regression(whole, fit.loc, fit.scale_tril)
         weights = self.weights(inputs, own, ridge)
         across = weights @ self.covariance[inputs][:, own]
         residual = self.covariance[own][:, own] - across

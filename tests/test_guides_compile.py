@@ -43,13 +43,16 @@ def test_defaults():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"init": "zero"}, "Expected init='regression' or 'random'; got 'zero'"),
+        ({"init": "zero"}, "Expected init= one of 'auto', 'regression', 'prior', 'random'; got 'zero'"),
         ({"num_start_samples": 0}, "Expected num_start_samples >= 1; got 0"),
-        ({"resolution": "pixel"}, "Expected resolution='site' or 'element'; got 'pixel'"),
-        ({"pool": "mean"}, "Expected pool='deepset', a DeepSet or None; got 'mean'"),
+        ({"resolution": "pixel"}, "Expected resolution='auto', 'site' or 'element'; got 'pixel'"),
+        (
+            {"pool": "mean"},
+            "Expected pool='deepset', 'attention', a DeepSet, an Attention or None; got 'mean'",
+        ),
         ({"coupled_rank": -1}, "Expected coupled_rank >= 0 or None; got -1"),
         (
-            {"family": Normal(skip=False)},
+            {"family": Normal(skip=False), "init": "regression"},
             r"Expected skip=True with init='regression'.*; got Normal\(.*skip=False",
         ),
         ({"factors": {"z": "normal"}}, "Expected factors=.*; got 'normal' for 'z'"),

@@ -284,10 +284,12 @@ def test_inverse_in_every_form(data):
 def test_wrong_options_are_named(data):
     with pytest.raises(GraphflowsError, match="Expected family= 'normal', 'spline', 'flow', a family object"):
         auto_faithful_guide(regression, *data, family="gaussian")
-    with pytest.raises(GraphflowsError, match="Expected init='regression' or 'random'"):
+    with pytest.raises(
+        GraphflowsError, match="Expected init= one of 'auto', 'regression', 'prior', 'random'"
+    ):
         auto_faithful_guide(regression, *data, init="zero")
     with pytest.raises(GraphflowsError, match="skip=True"):
-        auto_faithful_guide(regression, *data, family=Normal(skip=False))
+        auto_faithful_guide(regression, *data, family=Normal(skip=False), init="regression")
     guide = auto_faithful_guide(regression, *data)
     with pytest.raises(GraphflowsError, match="missing: noise"):
         guide.log_prob({"slope": torch.zeros(12), "offset.of.it": torch.zeros(12)}, *data)

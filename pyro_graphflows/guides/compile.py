@@ -85,6 +85,7 @@ __all__ = ["Compiled", "GuideOptions", "compile_guide"]
 
 POOLINGS: Mapping[str, type[DeepSet]] = {"deepset": DeepSet, "attention": Attention}
 EXACT_KL = (NormalFactor, ElementNormalFactor)  # factors for which a KL is registered, before any bijection
+INITS = ("auto", "regression", "prior", "random")
 SCORE_DRAWS = 1000  # joint samples whose means are the reference values of scores
 MOST_VALUES_TRIED = 32  # of a discrete site, to see whether supports of others change with it
 
@@ -96,7 +97,7 @@ class GuideOptions:
     family: Family
     inverse: Inverse = "auto"
     pool: str | DeepSet | None = None
-    init: str = "regression"
+    init: str = "auto"
     factors: Mapping[str, type[Factor] | Family] = field(default_factory=dict)
     standardize: bool = True
     num_start_samples: int = 10_000
@@ -119,8 +120,9 @@ class GuideOptions:
         _ = self.vectors  # refuses what cannot be
         if self.optional and self.resolution == "element":
             raise GraphflowsError("Expected resolution='auto' or 'site' with optional= sites.")
-        if self.init not in ("regression", "random"):
-            raise GraphflowsError(f"Expected init='regression' or 'random'; got {self.init!r}.")
+        if self.init not in INITS:
+            names = ", ".join(map(repr, INITS))
+            raise GraphflowsError(f"Expected init= one of {names}; got {self.init!r}.")
         if self.num_start_samples < 1:
             raise GraphflowsError(f"Expected num_start_samples >= 1; got {self.num_start_samples}.")
         for name, network in self.embedding.items():
@@ -140,9 +142,9 @@ class GuideOptions:
             )
         if self.coupled_rank is not None and self.coupled_rank < 0:
             raise GraphflowsError(f"Expected coupled_rank >= 0 or None; got {self.coupled_rank}.")
-        if self.init == "regression" and not self.family.can_regress:
+        if self.init in ("regression", "prior") and not self.family.can_regress:
             raise GraphflowsError(
-                f"Expected skip=True with init='regression', which sets the linear maps; got {self.family!r}."
+                f"Expected skip=True with init={self.init!r}, which sets the linear maps; got {self.family!r}."
             )
         if self.init_values and not self.family.can_regress:
             raise GraphflowsError(

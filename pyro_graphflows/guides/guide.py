@@ -32,6 +32,7 @@ from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.guides.block import GuideBlock, make_inputs
 from pyro_graphflows.guides.call import Call, CallReader, PlateState, chosen_indices, site_mask
+from pyro_graphflows.guides.choice import Candidate, Judge, choose_start
 from pyro_graphflows.guides.compile import Compiled, GuideOptions, compile_guide
 from pyro_graphflows.guides.conditionals.contract import Family
 from pyro_graphflows.guides.conditionals.distributions import CopiedValue, DrawnOrGiven, site_distribution
@@ -61,6 +62,7 @@ __all__ = ["AutoFaithfulGuide", "auto_faithful_guide", "load_guide"]
 logger = logging.getLogger(__name__)
 
 Emit = Callable[..., Tensor]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 _OF_GUIDES = WeakTensorKeyDictionary()  # all their parameters; an attribute would be in files of the store
 NUM_START_DRAWS = 20  # of the guide at set-up, which say how large its inputs are
@@ -79,7 +81,7 @@ class AutoFaithfulGuide(AutoGuide):
         family: See :func:`~pyro_graphflows.guides.auto_faithful_guide`, also for all other options.
         inverse: What each site is conditioned on.
         pool: How data in inner plates reach the sites outside of them.
-        init: ``"regression"`` or ``"random"``.
+        init: ``"auto"``, ``"regression"``, ``"prior"`` or ``"random"``.
         factors: Factor classes and families of single sites.
         standardize: Whether inputs and outputs of the networks are standardised.
         num_start_samples: The number of joint samples of the model that are drawn at set-up.
@@ -118,7 +120,7 @@ class AutoFaithfulGuide(AutoGuide):
         family: str | Family | type[Factor] = "normal",
         inverse: Inverse = "auto",
         pool: str | DeepSet | None = None,
-        init: str = "regression",
+        init: str = "auto",
         factors: Mapping[str, type[Factor] | Family] = MappingProxyType({}),
         standardize: bool = True,
         num_start_samples: int = 10_000,
@@ -208,22 +210,11 @@ class AutoFaithfulGuide(AutoGuide):
                 standardize=options.standardize,
                 num_rows=options.num_rows,
             )
-            samples = with_priors(samples, compiled.plan.priors)
-            if compiled.scores is not None and samples.values is not None:
-                number = len(next(iter(samples.values.values())))
-                samples = samples.with_values(
-                    compiled.scores.of_draws(compiled.draws, number, compiled.plates)
-                )
             self.scores = compiled.scores
-            blocks, starts = self._make_blocks(compiled, samples)
             self._plan, self._sites, self._reader = compiled.plan, compiled.sites, compiled.reader
             self._plate_states = compiled.plates
             self._priors = PriorReader(compiled.plan.priors, compiled.sites)
-            self._notes = () if samples.note is None else (samples.note,)
-            self._start_notes = tuple(note for start in starts for note in start.notes)
-            self.blocks = nn.ModuleList(blocks)
             self._places = None
-            self._mark_parameters()
             self.prototype_trace = compiled.traced.trace
             self._prototype_frames = {
                 frame.name: frame
@@ -232,16 +223,58 @@ class AutoFaithfulGuide(AutoGuide):
                 if frame.vectorized
             }
             self._fitted = None
-            self._whiten_blocks(starts, args, kwargs)
+            chosen, choice = self._start(compiled, samples, (args, kwargs))
+            self.blocks, self._places = chosen.blocks, None
+            self._mark_parameters()
+            self._notes = () if chosen.note is None else (chosen.note,)
+            self._start_notes = (*(() if choice is None else (choice,)), *chosen.notes)
         self.remember_data(*args, **kwargs)
-        logger.info("Guide set up: %d blocks (%.2f s).", len(blocks), time.perf_counter() - begin)
+        logger.info("Guide set up: %d blocks (%.2f s).", len(self.blocks), time.perf_counter() - begin)
         if compiled.plan.inputs.missing:
             warnings.warn("\n".join(compiled.plan.inputs.missing), GraphflowsWarning, stacklevel=2)
         if self.master is not None:
             self.master()._check_prototype(prune_subsample_sites(self.prototype_trace))
         return self
 
-    def _make_blocks(self, compiled: Compiled, samples: Samples) -> tuple[list[GuideBlock], list[Start]]:
+    def _start(self, compiled: Compiled, samples: Samples, call: Arguments) -> tuple[Candidate, str | None]:
+        """Return the start that the options ask for, and a sentence on the choice."""
+        options, plan = self._options, compiled.plan
+
+        def build(samples: Samples, name: str) -> Candidate:
+            samples = with_priors(samples, plan.priors)
+            if compiled.scores is not None and samples.values is not None:
+                number = len(next(iter(samples.values.values())))
+                scores = compiled.scores.of_draws(compiled.draws, number, compiled.plates)
+                samples = samples.with_values(scores)
+            blocks, starts = self._make_blocks(compiled, samples, regression=name != "random")
+            self.blocks, self._places = nn.ModuleList(blocks), None
+            self._whiten_blocks(starts, *call)
+            notes = tuple(note for start in starts for note in start.notes)
+            return Candidate(name, self.blocks, notes, samples.note)
+
+        def loss_of(candidate: Candidate) -> float | None:
+            self.blocks, self._places = candidate.blocks, None
+            return judge.loss(lambda *args, **kwargs: self._run(args, kwargs, None, pyro.sample))
+
+        if options.init == "auto" and options.family.can_regress and compiled.scores is None:
+            draws = compiled.draws
+            depth = max((-state.dim for state in self._plate_states.values()), default=0)
+            judge = Judge(draws.model, call, options.setup_seed, -1 - depth if draws.takes_plates else None)
+            return choose_start(compiled, samples, build, loss_of, judge)
+        if options.init == "prior":
+            try:
+                at_prior = samples if compiled.scores is not None else samples.at_prior(plan)
+                return build(at_prior, "prior"), None
+            except UnsupportedModelError as error:
+                note = f"no start at the prior, and no standardisation of latents: {error}"
+                return build(replace(samples, values=None, note=note), "random"), None
+        return build(
+            samples, "random" if options.init == "random" or not options.family.can_regress else "regression"
+        ), None
+
+    def _make_blocks(
+        self, compiled: Compiled, samples: Samples, *, regression: bool
+    ) -> tuple[list[GuideBlock], list[Start]]:
         """Return the blocks at their starts, and how these are."""
         options = self._options
         starts = []
@@ -254,7 +287,7 @@ class AutoFaithfulGuide(AutoGuide):
         for plan in compiled.plan.blocks:
             inputs, of_block = make_inputs(plan, samples, options.deepset or DeepSet(), options.embedding)
             block = GuideBlock.make(plan, compiled.families[plan.sites[0]], inputs, of_block, further)
-            start = start_block_(block, of_block, regression=options.init == "regression")
+            start = start_block_(block, of_block, regression=regression)
             given = start_at_(block, of_block, options.init_values, compiled.plan.changing)
             starts.append(replace(start, notes=(*start.notes, *given)))
             blocks.append(block)
@@ -1224,7 +1257,7 @@ def auto_faithful_guide(
     family: str | Family | type[Factor] = "normal",
     inverse: Inverse = "auto",
     pool: str | DeepSet | None = None,
-    init: str = "regression",
+    init: str = "auto",
     factors: Mapping[str, type[Factor] | Family] = MappingProxyType({}),
     standardize: bool = True,
     num_start_samples: int = 10_000,
@@ -1272,8 +1305,12 @@ def auto_faithful_guide(
             :class:`~pyro_graphflows.guides.Attention` weighs elements by what they are) summarises the data by a
             permutation-invariant network, so that they are amortised over data sets of any
             size (:mod:`~pyro_graphflows.guides.conditionals.pooling`; not over subsampled plates).
-        init: ``"regression"``: start from the least-squares regression of each site on its parents over joint samples
-            of the model (exact for linear-Gaussian models up to sampling error), or ``"random"``.
+        init: How training starts. ``"regression"``: at the least-squares regression of each site on its parents over
+            joint samples of the model (exact for linear-Gaussian models up to sampling error). ``"prior"``: at the
+            prior of the latents, whatever the data. ``"random"``: with random weights. ``"auto"``: at the best of
+            these and of a normal approximation about the posterior's mode for the data of set-up
+            (:mod:`~pyro_graphflows.guides.choice`, :mod:`~pyro_graphflows.guides.mode`);
+            ``guide.describe(verbose=True)`` says which.
         factors: For single sites, by name, a factor class or a family object.
         standardize: Whether inputs and outputs of the networks are standardised by constants found at set-up.
         num_start_samples: The number of joint samples of the model that are drawn at set-up.

@@ -95,6 +95,7 @@ MOST_EDGES = 2.0  # times those of the sparsest inverse found, for discrete site
 NUM_ROWS = 5000  # of joint samples that judge smoothness
 FEWEST_ROWS = 500
 MOST_SITES = 64
+MOST_ELEMENTS = 64  # of one node that are looked at, evenly spaced
 MOST_PRODUCTS = 12  # inputs up to which products of two are taken, and not squares alone
 GAIN = 0.1  # nats; less cannot be told from noise in the samples
 JUDGE_WINSOR = 6.0  # standard deviations: squares of columns are inputs here
@@ -699,7 +700,7 @@ class _ConditionalScores:
         self.num_rows = int(finite.sum())
         self.samples = {}
         for name, value in samples.items():
-            wide = in_float64(value[finite])
+            wide = in_float64(value[finite][:, :: -(-value.shape[-1] // MOST_ELEMENTS)])
             shift, scale = location_and_scale(wide)
             self.samples[name] = ((wide - shift) / scale).clamp(-JUDGE_WINSOR, JUDGE_WINSOR)
         self.known: dict[tuple[str, tuple[str, ...], bool], float] = {}

@@ -18,6 +18,7 @@ from torch.distributions import biject_to
 
 from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.guides.call import PlateState, argument_in_trace, input_rows, plates_of
+from pyro_graphflows.guides.mode import Mode, find_mode
 from pyro_graphflows.guides.plan import BlockPlan, Plan
 from pyro_graphflows.guides.sites import InputEncodings, LatentSite, flatten_event
 from pyro_graphflows.inspect import (
@@ -40,6 +41,8 @@ MOST_POOLED_ROWS = 500_000  # the same where plates are pooled: a whole data set
 MOST_NUMBERS = 20_000_000  # in all joint samples together, as the data of one can be many
 FEWEST_DRAWS = 200  # even so
 MOST_BATCHES = 32  # of the rows of subsampled plates
+NO_SAMPLES = "no regression start and no standardisation of latents"
+DRAWS_NEAR_MODE = 2000  # at least
 FEWEST_OF_A_BATCH = 10  # joint samples; with fewer there is one batch
 # Where each joint sample takes a run of the model: as many of these as there is time for.
 SINGLE_RUNS = (1000, 500, 250, 100)
@@ -71,7 +74,9 @@ class ModelDraws:
         self.traced, self.sites, self.encodings = traced, sites, encodings
         self._kept: dict[str, Tensor] = {}
         self._num_kept = 0
-        self._batching: Batching | None = None
+        self._last: Mapping[str, Tensor] = {}
+        self._batchings: dict[bool, Batching] = {}  # of joint samples, and of the latents alone
+        self._mode: Mode | UnsupportedModelError | None = None
         self._most_single_runs: int | None = None
         self._plates = plates_of(traced.trace)
         nodes: Any = traced.trace.nodes
@@ -84,6 +89,12 @@ class ModelDraws:
         found: list[Any] = [site.get("value") for site in self.traced.trace.nodes.values()]
         floats = [value for value in found if _is_float(value)]
         return max(floats, key=lambda value: value.dtype.itemsize, default=torch.zeros(()))
+
+    @property
+    def takes_plates(self) -> bool:
+        """Whether the model, as far as it was drawn from, gives many draws in an outermost plate."""
+        joint = self._batchings.get(False)
+        return joint is not None and joint.way == "plate"
 
     def argument(self, name: str) -> Tensor:
         """Return the value of an input, row for row of the plates of the call."""
@@ -178,18 +189,19 @@ class ModelDraws:
         return replaced_arguments(self.args, self.kwargs, replaced)
 
     def latent_values(self, number: int) -> dict[str, Tensor]:
-        """Return the values of the latent sites, as the model has them, in the first of the joint samples kept."""
-        return {name: self._kept[name][:number] for name in self.sites}
+        """Return the values of the latent sites, as the model has them, in the first of the samples drawn last."""
+        return {name: self._last[name][:number] for name in self.sites}
 
     @property
     def note(self) -> str | None:
         """A sentence for the user if each joint sample took a run of its own."""
-        if self._batching is None or self._batching.way != "single":
+        single = [each for each in self._batchings.values() if each.way == "single"]
+        if not single:
             return None
         most = self._most_single_runs or SINGLE_RUNS[0]
         return (
             f"set-up is slow and has no more than {most} joint samples, since each takes a run of the model: "
-            f"{self._batching.reason}."
+            f"{single[0].reason}."
         )
 
     def raw(self, num_samples: int) -> dict[str, Tensor]:
@@ -218,7 +230,7 @@ class ModelDraws:
 
         Args:
             num_samples: How many; fewer are drawn where so many would fill the memory, as data are drawn with them.
-            keep: Whether they are kept for whoever asks next.
+            keep: Whether they are kept for whoever asks next; those of latents alone never are.
             latents_only: Whether to draw latent sites from their priors and leave observed ones at the data of this
                 call; that takes no more than proper priors. Factors, masks and scales of the data do not count then.
 
@@ -227,25 +239,50 @@ class ModelDraws:
         """
         samples = self._kept
         model, traced = _latents_of(self.model, self.traced) if latents_only else (self.model, self.traced)
-        if self._batching is None:
-            self._batching = find_batching(model, self.args, self.kwargs, traced=traced)
+        if latents_only not in self._batchings:
+            self._batchings[latents_only] = find_batching(model, self.args, self.kwargs, traced=traced)
+        batching = self._batchings[latents_only]
         num_samples = min(num_samples, self._most_draws)
-        if self._batching.way == "single" and num_samples > SINGLE_RUNS[-1]:
+        if batching.way == "single" and num_samples > SINGLE_RUNS[-1]:
             if self._most_single_runs is None:
                 self._most_single_runs = self._single_runs(model)
             num_samples = min(num_samples, self._most_single_runs)
-        if num_samples > self._num_kept:
-            if latents_only:
-                samples = sample_prior(
-                    *(model, self.args, self.kwargs),
-                    num_samples=num_samples,
-                    batching=self._batching,
-                )
-            else:
-                samples = self._draw(num_samples, self._batching)
+        if latents_only:
+            samples = sample_prior(
+                *(model, self.args, self.kwargs),
+                num_samples=num_samples,
+                batching=batching,
+            )
+        elif num_samples > self._num_kept:
+            samples = self._draw(num_samples, batching)
             if keep:
                 self._kept, self._num_kept = samples, num_samples
-        samples = {name: value[:num_samples] for name, value in samples.items()}
+        self._last = samples
+        return self._flat({name: value[:num_samples] for name, value in samples.items()}, num_samples)
+
+    def near_mode(self, num_samples: int) -> dict[str, Tensor]:
+        """Return draws of all latent sites near the posterior's mode for the data of this call, beside these data.
+
+        The mode is searched for once (:mod:`~pyro_graphflows.guides.mode`).
+
+        Args:
+            num_samples: How many; fewer are drawn where so many would fill the memory.
+
+        Raises:
+            UnsupportedModelError: If no mode was found.
+        """
+        if self._mode is None:
+            try:
+                self._mode = find_mode(self.model, self.args, self.kwargs, self.traced)
+            except UnsupportedModelError as error:
+                self._mode = error
+        if isinstance(self._mode, UnsupportedModelError):
+            raise self._mode
+        self._last = values = self._mode.draw(min(num_samples, self._most_draws))
+        return self._flat(values, len(next(iter(values.values()))))
+
+    def _flat(self, samples: Mapping[str, Tensor], num_samples: int) -> dict[str, Tensor]:
+        """Return samples as flat vectors, with the data of the call where nodes have no samples."""
         flat = {}
         for name, site in self.sites.items():
             if site.encoding is not None:
@@ -266,7 +303,10 @@ class ModelDraws:
 
 @dataclass(frozen=True)
 class Samples:
-    """What blocks are made from: joint samples in numbers that suit a plan, or the data of one call alone.
+    """What blocks are made from: samples in numbers that suit a plan, or the data of one call alone.
+
+    They are joint samples of the model; where there are none, or for other starts, the latents' prior beside the data
+    of the call, or draws near the posterior's mode beside them.
 
     Attributes:
         draws: The model, its call, and its draws.
@@ -276,6 +316,7 @@ class Samples:
         values: Joint samples by site, conditioning node and summary; None where there are none.
         rows: Of the nodes of one block, one row for each draw and each element of the plates.
         note: Why there are none, or few.
+        source: ``"joint"``, ``"prior"``, ``"mode"`` or ``"none"``.
     """
 
     draws: ModelDraws
@@ -285,6 +326,7 @@ class Samples:
     values: Mapping[str, Tensor] | None = None
     rows: Mapping[str, Tensor] | None = None
     note: str | None = None
+    source: str = "none"
 
     @classmethod
     def for_plan(
@@ -305,21 +347,55 @@ class Samples:
             standardize: Whether network inputs and outputs are standardised.
             num_rows: The number of rows that each block should have; none are drawn for 0.
         """
-        values, note = None, None
+        values, note, source = None, None, "none"
         if num_rows and plan.changing:
             note = f"no regression start: the supports of {', '.join(plan.changing)} depend on other latent sites."
         elif num_rows:
             try:
-                values = draws.draw(_number_of_draws(plan.blocks, plates, num_rows))
+                values, source = draws.draw(_number_of_draws(plan.blocks, plates, num_rows)), "joint"
                 note = draws.note
             except UnsupportedModelError as error:
                 reason = str(error)
                 try:
                     values = draws.draw(_number_of_draws(plan.blocks, plates, num_rows), latents_only=True)
+                    source = "prior"
                     note = f"no regression start: the latents start at their prior. {reason}"
                 except UnsupportedModelError as improper:
-                    note = f"no regression start and no standardisation of latents: {improper}"
-        return cls(draws, plates, standardize, num_rows, values, note=note)
+                    note = f"{NO_SAMPLES}: {improper}"
+        return cls(draws, plates, standardize, num_rows, values, note=note, source=source)
+
+    def at_prior(self, plan: Plan) -> "Samples":
+        """Return draws of the latents from their prior instead, beside the data of the call.
+
+        Raises:
+            UnsupportedModelError: If a prior is improper, or a support depends on other latent sites.
+        """
+        if plan.changing:
+            raise UnsupportedModelError(
+                f"the supports of {', '.join(plan.changing)} depend on other latent sites."
+            )
+        number = _number_of_draws(plan.blocks, self.plates, self.num_rows)
+        values = self.draws.draw(number, latents_only=True)
+        return replace(self, values=values, note=None, source="prior")
+
+    def at_mode(self, plan: Plan) -> "Samples":
+        """Return draws near the mode of the posterior for the data of the call instead, beside these data.
+
+        Raises:
+            UnsupportedModelError: If no mode was found, or a support depends on other latent sites.
+        """
+        if plan.changing:
+            raise UnsupportedModelError(
+                f"the supports of {', '.join(plan.changing)} depend on other latent sites."
+            )
+        # elements with maps of their own have a regression each
+        number = max(_number_of_draws(plan.blocks, self.plates, self.num_rows), DRAWS_NEAR_MODE)
+        values = self.draws.near_mode(number)
+        note = self.note if self.source == "none" else None
+        note = (
+            None if note is None else note.replace(NO_SAMPLES, "no regression start on samples of the model")
+        )
+        return replace(self, values=values, note=note, source="mode")
 
     def with_values(self, more: Mapping[str, Tensor]) -> "Samples":
         """Return the same with the values of summaries."""

@@ -9,7 +9,7 @@ Sites whose elements have maps of their own get one regression for each index of
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from pyro_graphflows.guides.features import concatenate
 from pyro_graphflows.guides.fused_rows import FusedRows
 from pyro_graphflows.guides.samples import Samples, columns_of
 from pyro_graphflows.guides.sites import LatentSite
-from pyro_graphflows.regression import WINSOR, Moments, in_float64, location_and_scale
+from pyro_graphflows.regression import WINSOR, Moments, Regression, in_float64, location_and_scale
 
 __all__ = ["Start", "conditionals_loss", "regress_", "start_at_", "start_block_", "whiten_block_"]
 
@@ -32,6 +32,8 @@ ELEMENT_SCALE = 0.1  # sites with per-element parameters start at their prior, t
 HELD_OUT = 5  # one in this many samples judges the regression start
 LEAST_ROWS = 20  # finite ones, without which there is no regression
 
+MOST_SQUARES = 3_000_000_000  # of features, over all rows of a regression
+ROWS_PER_FEATURE = 4  # at least, even so
 ROWS_PER_WEIGHT = 20  # with fewer joint samples of an index for each weight its map stays at the shared one
 MOST_INDICES = 2000
 MOST_PRODUCTS = 10_000_000_000  # for the moments by which inputs are whitened, which need no accuracy
@@ -77,6 +79,7 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
         if regression:
             features = block.inputs.features(concatenate([samples.rows[n] for n in block.inputs.names]))
             finite = torch.isfinite(torch.cat([features, *latents.values()], -1)).all(-1)
+            finite = _few_enough(finite, features.shape[-1])
             features = features[finite] if features.shape[-1] else features
             fused = fused.at(finite)
             if samples.standardize:
@@ -88,19 +91,28 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
             )
             kept = note is None
             notes += [] if note is None else [note]
-            if kept and (plan.non_exchangeable or plan.coupled):
+            own_maps = {s: p for s, p in plan.non_exchangeable.items() if s not in plan.per_element}
+            if samples.source == "mode":  # draws differ from element to element
+                own_maps |= dict.fromkeys(plan.per_element, plan.plates) if plan.plates else {}
+            if kept and (own_maps or plan.coupled):
                 further = [name for site in fused.priors for name in columns_of(site) if name in samples.rows]
                 aligned = samples.aligned([*block.inputs.names, *plan.sites, *further])
                 context = block.inputs.features(concatenate([aligned[n] for n in block.inputs.names]))
                 of_sites = {site: aligned[site] for site in (*plan.sites, *further)}
-                notes += _start_indices_(conditionals, samples.plates, context, of_sites)
+                notes += _start_indices_(conditionals, own_maps, samples.plates, context, of_sites)
                 if plan.coupled:
                     conditionals.start_couplings_(samples.plates, context, of_sites)
     if plan.coupled and not kept:
         conditionals.start_couplings_(samples.plates)
-    if regression:
+    if regression and not (samples.source == "mode" and kept):
         conditionals.narrow_elements_(ELEMENT_SCALE)
     return Start(tuple(notes), moments)
+
+
+def _few_enough(chosen: Tensor, num_features: int) -> Tensor:
+    """Return the mask of the first chosen rows, as many as a regression on wide inputs can take in a second."""
+    most = max(MOST_SQUARES // max(num_features, 1) ** 2, ROWS_PER_FEATURE * num_features)
+    return chosen & (chosen.cumsum(0) <= most)
 
 
 def whiten_block_(block: GuideBlock, moments: Tensor, call: Call | None, draws: Mapping[str, Tensor]) -> None:
@@ -306,17 +318,17 @@ def conditionals_loss(
 
 def _start_indices_(
     conditionals: Conditionals,
+    own_maps: Mapping[str, Sequence[str]],
     plates: Mapping[str, PlateState],
     context: Tensor,
     values: Mapping[str, Tensor],
 ) -> list[str]:
     """Start the maps that elements of a plate have of their own; say where that was not possible."""
-    plan = conditionals.block
     return [
-        f"the maps of the indices of {', '.join(plan.non_exchangeable[site])} for {site} start at one that is shared: "
+        f"the maps of the indices of {', '.join(own)} for {site} start at one that is shared: "
         "no regression of each was possible."
-        for site in plan.non_exchangeable
-        if site not in plan.per_element and not _regress_indices_(conditionals, site, plates, context, values)
+        for site, own in own_maps.items()
+        if not _regress_indices_(conditionals, site, [plates[name] for name in own], context, values)
     ]
 
 
@@ -324,19 +336,19 @@ def _start_indices_(
 def _regress_indices_(
     conditionals: Conditionals,
     site: str,
-    plates: Mapping[str, PlateState],
+    around: Sequence[PlateState],
     context: Tensor,
     values: Mapping[str, Tensor],
 ) -> bool:
     """Set the maps of one site to the regressions within the indices; return whether that was possible."""
     own, inputs = list(conditionals.columns[site]), conditionals.inputs_of(site)
-    around = [plates[name] for name in conditionals.block.non_exchangeable[site]]
     fused = [name for name in columns_of(site) if name in values and conditionals.fuses(site)]
     joint = _by_index(conditionals, around, context, values, fused)
     if site in conditionals.element_columns or len(joint) > MOST_INDICES:
         return False
     each = [rows[torch.isfinite(rows).all(-1)] for rows in joint]
-    if min(map(len, each)) < ROWS_PER_WEIGHT * (len(inputs) + 1):
+    few = min(map(len, each)) < ROWS_PER_WEIGHT * (len(inputs) + 1)
+    if few and (site not in conditionals.block.per_element or fused or min(map(len, each)) < 2):
         return False
     if fused:
         sizes = [conditionals.num_columns, *(values[name].shape[-1] for name in fused)]
@@ -347,6 +359,8 @@ def _regress_indices_(
             of_site = dict(zip(fused, columns, strict=True)) | {site: rows[:, own] * scale + shift}
             of_index = FusedRows.of_sites([site], of_site)
             found.append(of_index.fit(conditionals, site, rows.clamp(-WINSOR, WINSOR)[:, inputs]).linear)
+    elif few:
+        found = _with_shared_slopes(each, inputs, own)
     else:
         found = [Moments(rows.clamp(-WINSOR, WINSOR)).regress(inputs, own) for rows in each]
     fits = [conditionals.linear_of(site, one) for one in found]
@@ -356,6 +370,14 @@ def _regress_indices_(
         torch.stack([fit.scale_tril for fit in fits]),
     )
     return conditionals.set_fused_(site, linear) if fused else conditionals.set_linear_(site, linear)
+
+
+def _with_shared_slopes(each: Sequence[Tensor], inputs: list[int], own: list[int]) -> list[Regression]:
+    """Return regressions that differ in their locations alone, from few rows of each index."""
+    means = [rows.mean(0) for rows in each]
+    within = torch.cat([rows - mean for rows, mean in zip(each, means, strict=True)])
+    fit = Moments(within.clamp(-WINSOR, WINSOR)).regress(inputs, own)
+    return [replace(fit, loc=mean[own] - fit.weights @ mean[inputs]) for mean in means]
 
 
 def _by_index(

@@ -22,6 +22,7 @@ from pyro_graphflows.infer.history import History, Progress
 from pyro_graphflows.infer.inference_compilation import InferenceCompilation
 from pyro_graphflows.infer.iwae import IWAE_ELBO
 from pyro_graphflows.infer.loo import LOO
+from pyro_graphflows.infer.optimizers import default_optimizer
 from pyro_graphflows.infer.posterior import Posterior, load_posterior, sample_posterior
 from pyro_graphflows.infer.predictive import Prediction
 from pyro_graphflows.infer.psis import effective_sample_size, psis_khat
@@ -52,6 +53,7 @@ __all__ = [
     "calibration_report",
     "compare",
     "coverage",
+    "default_optimizer",
     "effective_sample_size",
     "fit",
     "importance_log_weights",

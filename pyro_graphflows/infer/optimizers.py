@@ -11,7 +11,74 @@ from torch import Tensor
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.infer.parameters import ParameterSet
 
-__all__ = ["make_optimizer"]
+__all__ = ["FallingAdam", "default_optimizer", "make_optimizer"]
+
+LAST = 0.01  # of the rate, at the end
+
+
+class FallingAdam(torch.optim.Adam):
+    """Adam with a rate that stays for the first half of the steps and then falls exponentially to a hundredth.
+
+    The rate at the start finds the region, the fall averages out the noise of single draws. Steps beyond the last one
+    keep the last rate. The count of steps is part of the state.
+
+    Args:
+        params: The parameters.
+        lr: The rate of the first half.
+        num_steps: The number of steps.
+
+    Raises:
+        GraphflowsError: If the number of steps is not positive.
+
+    Example:
+        >>> optimizer = FallingAdam([torch.nn.Parameter(torch.zeros(2))], lr=0.1, num_steps=100)
+        >>> optimizer.rate_at(0), optimizer.rate_at(50), round(optimizer.rate_at(75), 4), optimizer.rate_at(100)
+        (0.1, 0.1, 0.01, 0.001)
+    """
+
+    def __init__(self, params: Any, lr: float = 0.01, *, num_steps: int) -> None:
+        if num_steps < 1:
+            raise GraphflowsError(f"Expected num_steps >= 1; got {num_steps}.")
+        super().__init__(params, lr=lr)
+        for group in self.param_groups:
+            group.update(first_rate=group["lr"], num_steps=num_steps, steps_done=0)
+
+    def rate_at(self, step: int, group: int = 0) -> float:
+        """Return the rate of a step, counted from zero."""
+        options = self.param_groups[group]
+        share = min(step / options["num_steps"], 1.0)
+        rate: float = options["first_rate"] * LAST ** max(0.0, 2 * share - 1)
+        return rate
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Take a step at the rate of its number."""
+        for number, group in enumerate(self.param_groups):
+            group["lr"] = self.rate_at(group["steps_done"], number)
+            group["steps_done"] += 1
+        return super().step(closure)
+
+
+def default_optimizer(num_steps: int, *, lr: float = 0.01) -> PyroOptim:
+    """Return an optimiser for :class:`~pyro.infer.SVI` that needs no tuning with this package's guides.
+
+    Their networks are trained in natural units (residual standard deviations, whitened inputs), so that one rate fits
+    data in any units.
+
+    Args:
+        num_steps: How many steps will be taken.
+        lr: The rate of the first half.
+
+    Raises:
+        GraphflowsError: If the number of steps or the rate is not positive.
+
+    Example:
+        >>> from pyro.infer import SVI, Trace_ELBO
+        >>> svi = SVI(lambda: None, lambda: None, default_optimizer(1000), Trace_ELBO())
+    """
+    if num_steps < 1 or not lr > 0:
+        raise GraphflowsError(f"Expected num_steps >= 1 and lr > 0; got {num_steps} and {lr}.")
+    return PyroOptim(FallingAdam, {"lr": lr, "num_steps": num_steps})
 
 
 def make_optimizer(optimizer: Any, parameters: ParameterSet) -> torch.optim.Optimizer:

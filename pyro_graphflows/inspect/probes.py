@@ -54,6 +54,7 @@ from pyro_graphflows.inspect.trace import (
     log_density_at,
     quiet_run,
     run_model,
+    some_value,
     trace_once,
     undressed,
     vectorized_plates,
@@ -939,7 +940,7 @@ class _LookUps:
                     if fn.support.is_discrete and fn.has_enumerate_support:
                         values[name] = _next_class(fn, values[name])
                     else:
-                        values[name] = torch.as_tensor(fn()).detach()
+                        values[name] = some_value(fn).detach()
         return values
 
     def _is_chosen_by_latents(self, moving: Iterable[str]) -> bool:

@@ -50,12 +50,14 @@ __all__ = [
     "IMPROPER",
     "Leak",
     "TracedModel",
+    "is_improper",
     "is_transparent",
     "kept_buffers",
     "log_density_at",
     "quiet_run",
     "rows_of_plates",
     "run_model",
+    "some_value",
     "trace_once",
     "undressed",
     "vectorized_plates",
@@ -318,11 +320,22 @@ class _ImproperPoint(Messenger):
     """Give sites with an improper prior, which cannot be drawn, some value in their support."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        improper = isinstance(undressed(msg["fn"]), dist.ImproperUniform)
-        if improper and msg["value"] is None and not msg["is_observed"]:
-            transform = torch.distributions.biject_to(msg["fn"].support)
-            msg["value"] = transform(torch.randn(transform.inverse_shape(msg["fn"].shape())))
+        if is_improper(msg["fn"]) and msg["value"] is None and not msg["is_observed"]:
+            msg["value"] = some_value(msg["fn"])
             msg["done"] = True
+
+
+def is_improper(fn: Any) -> bool:
+    """Whether a distribution has no density that integrates to one, and cannot be drawn."""
+    return isinstance(undressed(fn), dist.ImproperUniform)
+
+
+def some_value(fn: Any) -> torch.Tensor:
+    """Return a draw of a distribution, or, where it is improper, some random value in its support."""
+    if not is_improper(fn):
+        return torch.as_tensor(fn())
+    transform = torch.distributions.biject_to(fn.support)
+    return transform(torch.randn(transform.inverse_shape(fn.shape())))
 
 
 def run_model(model: Callable, args: tuple, kwargs: dict[str, Any], *handlers: Any) -> Trace:
@@ -812,7 +825,7 @@ class _Assembly:
             if record.name in self.without_data:
                 self.not_generative.setdefault(record.name, "it is a factor, not data")
                 continue
-            if isinstance(undressed(site["fn"]), dist.ImproperUniform):
+            if is_improper(site["fn"]):
                 self.not_generative[record.name] = IMPROPER
             plain = record.name.removesuffix("_observed").removesuffix("_unobserved")
             half_observed = (

@@ -381,7 +381,7 @@ conditionals share units. (How the paper spread its units over the conditionals 
 ### From the regression start
 
 The same minimal guide with a linear map beside the hidden layers, set to the least-squares regression on 10,000
-joint samples before the first step (`init="regression"`, the default of `auto_faithful_guide`), then trained.
+joint samples before the first step (`init="regression"`), then trained.
 
 {regression}
 

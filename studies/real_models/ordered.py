@@ -1,11 +1,24 @@
 """Normals restricted to positive increasing vectors."""
 
 import math
+from functools import lru_cache
 
 import numpy as np
 import torch
 from pyro.distributions import Normal, TorchDistribution, constraints
 from torch import Tensor
+
+
+@lru_cache(maxsize=32)
+def log_normalizer(m1: float, m2: float, s1: float, s2: float) -> float:
+    """Return the logarithm of the probability that two normal values are positive and in order, by quadrature."""
+    nodes, weights = np.polynomial.legendre.leggauss(400)
+    low, high = max(0.0, m1 - 12 * s1), max(0.0, m1) + 12 * s1
+    x = torch.as_tensor(low + (high - low) * (nodes + 1) / 2, dtype=torch.float64)
+    log_density = Normal(m1, s1).log_prob(x)
+    log_above = torch.special.log_ndtr((m2 - x) / s2)
+    log_weights = torch.as_tensor(np.log(weights * (high - low) / 2), dtype=torch.float64)
+    return float(torch.logsumexp(log_density + log_above + log_weights, 0))
 
 
 class PositiveOrderedNormal(TorchDistribution):
@@ -28,18 +41,9 @@ class PositiveOrderedNormal(TorchDistribution):
             raise ValueError(
                 f"Expected two means and two standard deviations; got shape {tuple(self.loc.shape)}."
             )
-        self._log_normalizer = self._quadrature()
-        super().__init__((), (2,), validate_args=validate_args)
-
-    def _quadrature(self) -> float:
-        nodes, weights = np.polynomial.legendre.leggauss(400)
         (m1, m2), (s1, s2) = self.loc.tolist(), self.scale.tolist()
-        low, high = max(0.0, m1 - 12 * s1), max(0.0, m1) + 12 * s1
-        x = torch.as_tensor(low + (high - low) * (nodes + 1) / 2, dtype=torch.float64)
-        log_density = Normal(m1, s1).log_prob(x)
-        log_above = torch.special.log_ndtr((m2 - x) / s2)
-        log_weights = torch.as_tensor(np.log(weights * (high - low) / 2), dtype=torch.float64)
-        return float(torch.logsumexp(log_density + log_above + log_weights, 0))
+        self._log_normalizer = log_normalizer(m1, m2, s1, s2)
+        super().__init__((), (2,), validate_args=validate_args)
 
     def expand(self, batch_shape, _instance=None):  # type: ignore[no-untyped-def]
         """Return the distribution with another batch shape."""

@@ -41,6 +41,7 @@ __all__ = [
     "scalar_normals",
 ]
 
+LEAST_SHARE = 0.02  # of its marginal scale that an element may move alone in a step of training
 LOG_SCALE_BOUND = 20.0  # exp() of it is far outside of any standardised scale
 MOST_DENSE = 32  # elements up to which an autoregression is solved as a matrix
 MOST_DEPTH = 8  # of an autoregression that is solved round by round
@@ -258,6 +259,17 @@ class NormalFactor(NormalOutputs):
         unit = scale_tril / diagonal.unsqueeze(-1)
         rows, columns = torch.tril_indices(n, n, -1, device=weights.device)
         return all_weights, torch.cat([loc, diagonal.log(), unit[rows, columns]])
+
+    def natural_units(self, scale_tril: Tensor) -> Tensor:
+        """See :meth:`Factor.natural_units`: what moves an element by its scale given all other elements.
+
+        Where elements are correlated, one of them alone may move by no more than that.
+        """
+        marginal, diagonal = scale_tril.square().sum(-1).sqrt(), scale_tril.diagonal()
+        given_others = torch.linalg.inv(scale_tril).square().sum(-2).rsqrt()
+        step = torch.maximum(given_others, LEAST_SHARE * marginal)
+        rows = torch.tril_indices(self.size, self.size, -1, device=scale_tril.device)[0]
+        return torch.cat([step, step / marginal, (step / diagonal)[rows]])
 
 
 def scalar_normals(outputs: Tensor, shift: Tensor, scale: Tensor) -> list[ScalarNormal]:

@@ -246,6 +246,8 @@ class FlowConditionals(Conditionals):
 
     def _set_maps_(self, site: str, linear: LinearConditional) -> bool:
         """Make the maps of a scalar site linear-Gaussian; parents within the block keep a slope that all share."""
+        if site in self.block.per_element:
+            return self._set_own_(site, linear)
         if site not in self._map_of or linear.loc.shape[1] != 1:
             return False
         key, columns = self._map_of[site]
@@ -269,16 +271,30 @@ class FlowConditionals(Conditionals):
         element_map.set_(slopes, torch.stack([linear.loc[:, 0], most * ratio.atanh()], -1).to(like))
         return True
 
+    def _set_own_(self, site: str, linear: LinearConditional) -> bool:
+        """Make the conditionals of elements linear-Gaussian with own locations; slopes and scales are shared."""
+        if self.table is None or self.affine.closed_form == "density":
+            return False
+        weights = {parent: matrix.mean(0) for parent, matrix in linear.weights.items()}
+        self.set_linear_(site, LinearConditional(weights, linear.loc.mean(0), linear.scale_tril.mean(0)))
+        self._put_locations_(site, linear.loc)
+        return True
+
+    def _put_locations_(self, site: str, locs: Tensor) -> None:
+        like, part = self.table.table, self.parts[site]  # type: ignore[union-attr]
+        off = (locs - locs.reshape(-1, locs.shape[-1]).mean(0)).reshape(*like.shape[:-1], -1)
+        for i, v in enumerate(range(part.start, part.stop)):
+            like[..., self._table_columns[v] - self.num_features] = off[..., i].to(like)
+
     @torch.no_grad()
     def set_elements_(self, site: str, locs: Tensor, scale_tril: Tensor) -> bool:
         """See :meth:`Conditionals.set_elements_`."""
         if self.table is None or site not in self.block.per_element or self.affine.closed_form == "density":
             return False
-        like, part = self.table.table, self.parts[site]
+        like = self.table.table
         mean = locs.reshape(-1, locs.shape[-1]).mean(0)
         self.set_linear_(site, LinearConditional({}, mean.to(like), scale_tril.to(like)))
-        for i, v in enumerate(range(part.start, part.stop)):
-            like[..., self._table_columns[v] - self.num_features] = (locs - mean)[..., i].to(like)
+        self._put_locations_(site, locs)
         return True
 
     @torch.no_grad()

@@ -257,6 +257,9 @@ class MaskedConditionals(Conditionals):
         self.network.set_linear_(self.outputs[site], weights, biases[:number], units)
         if self.table is not None and site in self._table_columns:
             self.table.set_(self._table_columns[site], 0.0)
+        if site in self._map_of:
+            element_map: Any = self.maps[self._map_of[site][0]]
+            element_map.rows.set_(slice(None), 0.0)
         self._share_unit_(site)
 
     def _constants(self, site: str) -> ElementTable:
@@ -281,15 +284,17 @@ class MaskedConditionals(Conditionals):
     def _set_maps_(
         self, site: str, factor: Factor, linear: LinearConditional, *, fused: bool = False
     ) -> bool:
-        normal = isinstance(factor, NormalFactor) or (fused and factor.can_fuse)
-        if site not in self._map_of or not normal:
+        per_element = site in self._table_columns
+        cannot = isinstance(factor, DiscreteFactor | CoupledFactor) or (fused and not factor.can_fuse)
+        if cannot or not (per_element or site in self._map_of):
             return False
-        key, inputs = self._map_of[site]
-        element_map = self.maps[key]
-        assert isinstance(element_map, ElementMap)
-        if not element_map.offset:
-            return False
-        like = element_map.rows.table
+        inputs: list[int] = []
+        element_map: ElementMap | None = None
+        if site in self._map_of:
+            key, inputs = self._map_of[site]
+            element_map = self.maps[key]  # type: ignore[assignment]
+        own: Any = self.table.table if self.table is not None and per_element else element_map
+        like: Tensor = own.rows.table if isinstance(own, ElementMap) else own
         joint = torch.zeros(len(linear.loc), factor.size, self.num_columns).to(like)
         for parent, matrix in linear.weights.items():
             joint[..., list(self.columns[parent])] = matrix.to(like)
@@ -304,7 +309,12 @@ class MaskedConditionals(Conditionals):
         units = factor.natural_units(_no_wider_than_the_prior(tril) if fused else tril)
         self.set_fusing_(site, fused)
         self._set_rows_(site, shared, offsets.mean(0), units)
-        element_map.set_(slopes - slopes.mean(0), offsets - offsets.mean(0))
+        off_slopes, off = slopes - slopes.mean(0), offsets - offsets.mean(0)
+        if self.table is not None and per_element:
+            part = self.table.table[..., self._table_columns[site]]
+            part.copy_(off.reshape(part.shape))
+        if element_map is not None:
+            element_map.set_(off_slopes, None if per_element else off)
         return True
 
     @torch.no_grad()

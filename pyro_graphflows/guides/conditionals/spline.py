@@ -121,6 +121,11 @@ class SplineFactor(Factor):
             [biases, biases.new_zeros(more)]
         )
 
+    def natural_units(self, scale_tril: Tensor) -> Tensor:
+        """See :meth:`Factor.natural_units`: those of a normal factor, and ones for the knots."""
+        own = self._inner.natural_units(scale_tril)
+        return torch.cat([own, own.new_ones(self.num_outputs - len(own))])
+
 
 class SplineVector(dist.TorchDistribution):
     """Splines of noise, mixed by a triangular matrix: ``loc + scale_tril @ y``.

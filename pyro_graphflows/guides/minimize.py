@@ -1,0 +1,169 @@
+"""Going downhill on a smooth function of some hundred numbers: Newton's method and L-BFGS, from poor first points.
+
+Functions may be infinite or undefined far out; steps are shortened until the loss is finite and falls.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["LEAST_CURVATURE", "hessian_at", "lbfgs", "loss_and_gradient", "newton", "scaled_eigenvalues"]
+
+Objective = Callable[[Tensor], Tensor]  # from a vector to a number
+
+MOST_EVALUATIONS = 300  # of L-BFGS, line searches not counted
+MOST_STEPS = 60  # of Newton's method
+MEMORY = 20
+ENOUGH = 1e-6  # relative decrease in a step, below which a search ends
+SHORTEST = 1e-8  # step of a line search
+SUFFICIENT = 1e-4  # Armijo's constant
+LEAST_CURVATURE = 1e-7  # relative to the greatest, after each coordinate is scaled by its own
+DIFFERENCE = 1e-5  # of points, where products with Hessians cannot be computed
+
+
+def loss_and_gradient(objective: Objective, point: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a function's value and gradient; where it cannot be evaluated, infinity and zeros."""
+    loss, gradient, _ = _with_graph(objective, point, graph=False)
+    return loss.detach(), gradient.detach()
+
+
+def _with_graph(objective: Objective, point: Tensor, *, graph: bool) -> tuple[Tensor, Tensor, Tensor]:
+    point = point.detach().requires_grad_()
+    nothing = point.new_full((), math.inf), torch.zeros_like(point), point
+    try:
+        with torch.enable_grad():
+            loss = objective(point)
+            (gradient,) = torch.autograd.grad(loss, point, create_graph=graph)
+    except (ValueError, ArithmeticError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # outside of where it is defined
+        return nothing
+    finite = bool(torch.isfinite(gradient).all()) and bool(torch.isfinite(loss))
+    return (loss, gradient, point) if finite else nothing
+
+
+def hessian_at(objective: Objective, point: Tensor) -> Tensor | None:
+    """Return the Hessian of a function; None where it is not finite."""
+    loss, gradient, point = _with_graph(objective, point, graph=True)
+    if not bool(torch.isfinite(loss)):
+        return None
+    hessian = _by_products(gradient, point)
+    if hessian is None:
+        hessian = _by_differences(objective, point.detach(), gradient.detach())
+    return (hessian + hessian.T) / 2 if bool(torch.isfinite(hessian).all()) else None
+
+
+def _by_products(gradient: Tensor, point: Tensor) -> Tensor | None:
+    """Return the Hessian by the products with all unit vectors at once; None where operations do not allow that."""
+    eye = torch.eye(len(point)).to(point)
+    try:
+        (rows,) = torch.autograd.grad(gradient, point, eye, is_grads_batched=True)
+    except (RuntimeError, NotImplementedError):
+        return None
+    return rows.detach()
+
+
+def _by_differences(objective: Objective, point: Tensor, gradient: Tensor) -> Tensor:
+    rows = []
+    for i in range(len(point)):
+        moved = point.clone()
+        moved[i] += DIFFERENCE
+        rows.append((loss_and_gradient(objective, moved)[1] - gradient) / DIFFERENCE)
+    return torch.stack(rows)
+
+
+def scaled_eigenvalues(hessian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return scales of the coordinates, and eigenvalues and eigenvectors of the Hessian in units of them."""
+    curvature = hessian.diagonal().abs()
+    width = curvature.clamp(min=max(1e-12 * float(curvature.max()), 1e-30)).rsqrt()
+    values, vectors = torch.linalg.eigh(hessian * width * width.unsqueeze(-1))
+    return width, values, vectors
+
+
+def newton(objective: Objective, point: Tensor) -> Tensor:
+    """Go downhill by Newton's method, with absolute values of curvatures, so that saddles are left [2].
+
+    References:
+        [2] Dauphin et al. (2014), Identifying and attacking the saddle point problem, NeurIPS.
+    """
+    loss, gradient = loss_and_gradient(objective, point)
+    for _ in range(MOST_STEPS):
+        hessian = hessian_at(objective, point)
+        if hessian is None:
+            return point
+        width, values, vectors = scaled_eigenvalues(hessian)
+        values = values.abs().clamp(min=LEAST_CURVATURE * float(values.abs().max()))
+        step = -width * (vectors @ ((vectors.T @ (width * gradient)) / values))
+        found = _line_search(objective, point, float(loss), gradient, step)
+        if found is None:
+            return point
+        moved, new_loss, gradient = found
+        gained = float(loss) - float(new_loss)
+        point, loss = moved, new_loss
+        if gained < ENOUGH * (1 + abs(float(loss))):
+            return point
+    return point
+
+
+def lbfgs(objective: Objective, point: Tensor) -> Tensor:
+    """Go downhill by L-BFGS [3]; steps are shortened until the loss falls, also from where it is infinite.
+
+    References:
+        [3] Liu and Nocedal (1989), On the limited memory BFGS method, Mathematical Programming 45.
+    """
+    loss, gradient = loss_and_gradient(objective, point)
+    pairs: list[tuple[Tensor, Tensor]] = []
+    poor = 0
+    for _ in range(MOST_EVALUATIONS):
+        step = -_two_loops(gradient, pairs)
+        if not pairs:
+            step = step / max(1.0, float(step.norm()))
+        found = _line_search(objective, point, float(loss), gradient, step)
+        if found is None:
+            if not pairs:
+                return point
+            pairs = []
+            continue
+        moved, new_loss, new_gradient = found
+        pair = moved - point, new_gradient - gradient
+        if float(pair[0] @ pair[1]) > 1e-10 * float(pair[0].norm() * pair[1].norm()):
+            pairs = [*pairs[-MEMORY + 1 :], pair]
+        gained = float(loss) - float(new_loss)
+        point, loss, gradient = moved, new_loss, new_gradient
+        poor = poor + 1 if gained < ENOUGH * (1 + abs(float(loss))) else 0
+        if poor == 3:
+            return point
+    return point
+
+
+def _two_loops(gradient: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the inverse Hessian that steps and changes of the gradient suggest, times a gradient."""
+    direction = gradient.clone()
+    shares = []
+    for step, change in reversed(pairs):
+        share = (step @ direction) / (step @ change)
+        direction = direction - share * change
+        shares.append(share)
+    if pairs:
+        step, change = pairs[-1]
+        direction = direction * (step @ change) / (change @ change)
+    for (step, change), share in zip(pairs, reversed(shares), strict=True):
+        direction = direction + (share - (change @ direction) / (step @ change)) * step
+    return direction
+
+
+def _line_search(
+    objective: Objective, point: Tensor, loss: float, gradient: Tensor, step: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return a point along a step at which the loss is low enough, its loss and its gradient; None if there is none."""
+    slope = float(gradient @ step)
+    if not slope < 0:
+        return None
+    length = 1.0
+    while length > SHORTEST:
+        moved = point + length * step
+        new_loss, new_gradient = loss_and_gradient(objective, moved)
+        if float(new_loss) <= loss + SUFFICIENT * length * slope:
+            return moved, new_loss, new_gradient
+        length *= 0.5 if math.isfinite(float(new_loss)) else 0.1
+    return None

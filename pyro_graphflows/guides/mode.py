@@ -1,0 +1,489 @@
+r"""Draws near the posterior's mode for the data of one call, from which a guide for these data can start.
+
+Joint samples of the model say nothing of where the posterior is when priors are wide, and there are none when a prior
+is improper. Then the mode, and the curvature of the log-density there, give location and units.
+
+The search is over all latent sites at once, proper ones in the coordinate in which their prior is standard normal
+given the values of their parents (:mod:`~pyro_graphflows.distributions.coordinates`), others in unconstrained space.
+In these coordinates hierarchies have modes: in centred ones the density of effects and their scale grows without
+bound as the scale goes to zero. Where there are few numbers Newton's method is used, since raw units differ by many
+orders of magnitude, otherwise L-BFGS. The draws are those of the normal with the mode and the curvature [1], mapped to
+the sites' values, so that effects keep the dependence on their scale which the prior gives them.
+
+The mode of many effects and their scale together is far from where the posterior is. If the ELBO of the normal shows
+that, independent normals are fitted by their ELBO, over fixed draws of noise and hence by the same methods [2], and get
+the covariances of linear response [3]; what has the best ELBO is kept.
+
+References:
+    [1] Tierney and Kadane (1986), Accurate Approximations for Posterior Moments and Marginal Densities, JASA 81.
+    [2] Giordano, Ingram and Broderick (2024), Black Box Variational Inference with a Deterministic Objective, JMLR 25.
+    [3] Giordano, Broderick and Jordan (2018), Covariances, Robustness, and Variational Bayes, JMLR 19.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyro_graphflows.distributions.coordinates import gaussian_coordinate
+from pyro_graphflows.errors import UnsupportedModelError
+from pyro_graphflows.guides.minimize import (
+    LEAST_CURVATURE,
+    hessian_at,
+    lbfgs,
+    loss_and_gradient,
+    newton,
+    scaled_eigenvalues,
+)
+from pyro_graphflows.inspect import TracedModel, undressed
+from pyro_graphflows.inspect.trace import kept_buffers
+
+__all__ = ["Mode", "find_mode"]
+
+SPREAD = (
+    1e-3  # of the first point about the centres of the priors: at an exact symmetry gradients cannot choose
+)
+MOST_NEWTON = 300  # numbers up to which each step has a Hessian
+MOST_NEWTON_OF_NORMALS = 200  # the same where each point stands for many draws
+MOST_NUMBERS = 1000  # beyond which there is no Hessian at all
+LEAST_PRECISION = 0.25  # where all priors are proper: in their coordinates a prior's own precision is one
+NUM_JUDGING = 100  # draws that compare normals
+PREFERENCE = 1.0  # nats by which independent ones must be better
+NUM_DRAWS = 8  # pairs of opposite ones, for the ELBO
+CLOSE = 0.5  # nats: where a posterior is that normal about its mode, nothing else is tried
+LOG_2PI = math.log(2 * math.pi)
+WIDEST = 60.0  # units of logarithms between scores of -2 and 2
+PLATE = "_pyro_graphflows_draws_near_mode"
+SINGLE_RUNS = 200  # where the model cannot map many draws at once
+
+
+@dataclass(frozen=True)
+class Coordinate:
+    """Where the numbers of a site are in the vector of the search.
+
+    Attributes:
+        part: The numbers.
+        shape: Their shape at the site.
+        batch_dims: How many of its dimensions are the site's batch.
+        proper: Whether the prior is standard normal in this coordinate.
+    """
+
+    part: slice
+    shape: torch.Size
+    batch_dims: int
+    proper: bool
+
+
+class _AllGiven(Exception):
+    """All latent sites have their values: what follows is not needed."""
+
+
+class _AtPoint(Messenger):
+    """Gives latent sites the values that belong to a point, and adds up their log-densities there.
+
+    It must be outside of the model's own plates, so that it sees distributions in their full batch shape.
+
+    Args:
+        coordinates: Of the sites; filled in a first run, in which all sites are drawn at the centres of their priors.
+        names: The latent sites.
+        point: Shape ``(*draws, numbers)``; None in the first run.
+        stop: Whether to end the run once all sites have their values.
+    """
+
+    def __init__(
+        self, names: Sequence[str], coordinates: dict[str, Coordinate], point: Tensor | None, *, stop: bool
+    ) -> None:
+        super().__init__()
+        self.names, self.coordinates, self.point, self.stop = frozenset(names), coordinates, point, stop
+        self.values: dict[str, Tensor] = {}
+        self.log_densities: dict[str, Tensor] = {}
+        self.terms: list[Tensor] = []
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name, fn = msg["name"], msg["fn"]
+        if name not in self.names or msg["is_observed"]:
+            return
+        known = self.coordinates.get(name)
+        wanted = _is_moderate(fn) if known is None else known.proper
+        coordinate = gaussian_coordinate(fn) if wanted else None
+        if coordinate is not None:
+            coordinate = coordinate.expand(fn.batch_shape)
+            shape = coordinate.loc.shape
+        else:
+            transform = biject_to(fn.support)
+            shape = torch.Size(transform.inverse_shape(fn.shape()))
+        if self.point is None:
+            start = sum(each.shape.numel() for each in self.coordinates.values())
+            part = slice(start, start + shape.numel())
+            self.coordinates[name] = Coordinate(part, shape, len(fn.batch_shape), coordinate is not None)
+            w = torch.zeros(shape, dtype=_float_type(fn))
+        else:
+            w = self._numbers(name, fn)
+        if coordinate is not None:
+            tril = coordinate.scale_tril
+            spread = coordinate.scale * w if tril is None else (tril @ w.unsqueeze(-1)).squeeze(-1)
+            value = coordinate.transform(coordinate.loc + spread)
+            log_density = -0.5 * w.square()
+        else:
+            value = transform(w)
+            log_density = transform.log_abs_det_jacobian(w, value)
+            if _has_density(fn):
+                log_density = _summed(log_density, fn) + fn.log_prob(value)
+        self.values[name] = value
+        self.log_densities[name] = _summed(log_density, fn)
+        msg["value"], msg["done"] = value, True
+
+    def _numbers(self, name: str, fn: Any) -> Tensor:
+        assert self.point is not None
+        own = self.coordinates[name]
+        flat = self.point[..., own.part].to(_float_type(fn))
+        event = own.shape[own.batch_dims :]
+        draws = flat.shape[:-1]
+        batch = own.shape[: own.batch_dims]
+        if draws:  # many draws are along the outermost plate
+            depth = len(fn.batch_shape) - len(draws)
+            batch = torch.Size((1,) * (depth - len(batch))) + batch
+        return flat.reshape((*draws, *batch, *event))
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] not in self.log_densities:
+            return
+        own = self.log_densities.pop(msg["name"])
+        self.terms.append(scale_and_mask(own, msg["scale"], msg["mask"]))
+        if self.stop and len(self.values) == len(self.names):
+            raise _AllGiven
+
+
+def _summed(log_density: Tensor, fn: Any) -> Tensor:
+    batch_dims = len(fn.batch_shape)
+    return log_density.flatten(batch_dims).sum(-1) if log_density.dim() > batch_dims else log_density
+
+
+def _has_density(fn: Any) -> bool:
+    return not isinstance(undressed(fn), pyro.distributions.ImproperUniform)
+
+
+def _is_moderate(fn: Any) -> bool:
+    """Whether the prior's own coordinate is fit for a search.
+
+    That of a gamma prior with the shape 0.001 is not: its median is 1e-300.
+    """
+    coordinate = gaussian_coordinate(fn) if _has_density(fn) else None
+    if coordinate is None or not coordinate.standard:
+        return coordinate is not None
+    try:
+        ends = [biject_to(fn.support).inv(coordinate.transform(w + coordinate.loc)) for w in (-2.0, 2.0)]
+    except ValueError:  # scores so far out that they cannot be inverted
+        return False
+    width = (ends[1] - ends[0]).abs()
+    unbounded = biject_to(fn.support).domain is fn.support
+    return bool(torch.isfinite(width).all()) and (unbounded or bool((width < WIDEST).all()))
+
+
+def _float_type(fn: Any) -> torch.dtype:
+    """Return the type of a distribution's parameters."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    found = [getattr(fn, name, None) for name in getattr(fn, "arg_constraints", {}) if name in vars(fn)]
+    types = [each.dtype for each in found if torch.is_tensor(each) and each.is_floating_point()]
+    return types[0] if types else torch.get_default_dtype()
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A normal approximation of the posterior, in the coordinates of the search.
+
+    Attributes:
+        posterior: The log-density of all latent sites of one call.
+        point: Its mean.
+        factor: A square root of its covariance.
+    """
+
+    posterior: "LogPosterior"
+    point: Tensor
+    factor: Tensor
+
+    @property
+    def independent(self) -> bool:
+        """Whether the numbers are independent."""
+        return not bool(torch.triu(self.factor, 1).any() or torch.tril(self.factor, -1).any())
+
+    @property
+    def log_volume(self) -> float:
+        """Half the logarithm of the covariance's determinant."""
+        return float(torch.linalg.slogdet(self.factor)[1])
+
+    @torch.no_grad()
+    def elbo(self, noise: Tensor) -> float:
+        """Return the ELBO, up to what priors in their own coordinates lack, by normal noise ``(draws, numbers)``."""
+        mean = float(self.posterior(self.point + noise @ self.factor.T).mean())
+        found = mean + len(self.point) / 2 * (1 + LOG_2PI) + self.log_volume
+        return found if math.isfinite(found) else -math.inf
+
+    def draw(self, number: int) -> dict[str, Tensor]:
+        """Return draws of all sites, along the first dimension; the random state is used and advanced.
+
+        Args:
+            number: How many; fewer are drawn where the model takes a run for each.
+        """
+        noise = torch.randn(number, len(self.point)).to(self.point)
+        return self.posterior.values(self.point + noise @ self.factor.T)
+
+
+class LogPosterior:
+    """The log-density of all latent sites given the data of one call, in coordinates that suit a search.
+
+    Args:
+        model: The model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        traced: The model as traced with them.
+
+    Raises:
+        UnsupportedModelError: If a latent site is discrete, or the model marginalises sites.
+    """
+
+    def __init__(
+        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], traced: TracedModel
+    ) -> None:
+        graph = traced.graph
+        nodes: Any = traced.trace.nodes
+        names = [name for name in nodes if name in set(graph.latent)]
+        discrete = [name for name in names if nodes[name]["fn"].support.is_discrete]
+        if discrete or graph.marginalised:
+            raise UnsupportedModelError(
+                f"there is no mode in continuous space: {', '.join(discrete or graph.marginalised)} is discrete."
+            )
+        if traced.loops:
+            raise UnsupportedModelError("plates are loops over a part of their elements.")
+        rows = Trace()
+        for name, node in nodes.items():
+            if node["type"] == "sample" and site_is_subsample(node):
+                rows.add_node(name, **node)
+        self.model = poutine.replay(model, trace=rows)
+        self.args, self.kwargs, self.names = args, kwargs, names
+        self.original = model
+        sites = [node for node in nodes.values() if node["type"] == "sample" and not site_is_subsample(node)]
+        self.nesting = max(
+            [len(node["fn"].batch_shape) for node in sites]
+            + [-frame.dim for node in sites for frame in node["cond_indep_stack"] if frame.vectorized],
+            default=0,
+        )
+        self.coordinates: dict[str, Coordinate] = {}
+        with torch.no_grad():
+            self._run(None)
+        if set(self.coordinates) != set(names):
+            raise UnsupportedModelError("sites differ from run to run.")
+
+    @property
+    def size(self) -> int:
+        """How many numbers there are."""
+        return max(each.part.stop for each in self.coordinates.values())
+
+    @property
+    def proper(self) -> bool:
+        """Whether all sites are in coordinates in which their prior is standard normal."""
+        return all(each.proper for each in self.coordinates.values())
+
+    def _run(
+        self, point: Tensor | None, *, model: Callable[..., Any] | None = None, stop: bool = False
+    ) -> tuple[_AtPoint, Any]:
+        messenger = _AtPoint(self.names, self.coordinates, point, stop=stop)
+        handler = poutine.trace()
+        with kept_buffers(self.original), poutine.block(), pyro.validation_enabled(False), messenger:
+            try:
+                with handler:
+                    (model or self.model)(*self.args, **self.kwargs)
+            except _AllGiven:
+                pass
+        return messenger, handler.trace
+
+    def __call__(self, point: Tensor) -> Tensor:
+        """Return the log-density at a point, ``(numbers,)``, or at many, ``(draws, numbers)``.
+
+        Raises:
+            UnsupportedModelError: If the model does not take many draws at once.
+        """
+        messenger, trace = self._run(point, model=self._in_plate(len(point)) if point.dim() > 1 else None)
+        terms = messenger.terms
+        for name, node in trace.nodes.items():
+            if node["type"] == "sample" and name not in self.coordinates and not site_is_subsample(node):
+                own = node["fn"].log_prob(node["value"])
+                terms.append(scale_and_mask(own, node["scale"], node["mask"]))
+        if point.dim() == 1:
+            return sum((term.sum().double() for term in terms), torch.zeros((), dtype=torch.float64))
+        if any(term.dim() != 1 + self.nesting or len(term) != len(point) for term in terms):
+            raise UnsupportedModelError("the model does not take many draws at once.")
+        flat = [term.flatten(1).sum(-1).double() for term in terms]
+        return sum(flat, torch.zeros(len(point), dtype=torch.float64))
+
+    def _in_plate(self, number: int) -> Callable[..., Any]:
+        """Return the model inside a plate of draws."""
+
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            with pyro.plate(PLATE, number, dim=-1 - self.nesting):
+                return self.model(*args, **kwargs)
+
+        return inside
+
+    def takes_many(self, points: Tensor) -> bool:
+        """Whether the log-densities at many points at once are those at each."""
+        try:
+            with torch.no_grad():
+                together = self(points)
+                apart = torch.stack([self(point) for point in points[:2]])
+        except (ValueError, RuntimeError, IndexError):
+            return False
+        return torch.allclose(together[:2], apart, 1e-4, 1e-4)
+
+    # ---------------------------------------------------------------- values at many points
+
+    @torch.no_grad()
+    def values(self, points: Tensor) -> dict[str, Tensor]:
+        """Return the values of the sites at many points, ``(draws, *batch shape, *event shape)`` each."""
+        checked = [self._run(point, stop=True)[0].values for point in points[:2]]
+        for way in (self._in_a_plate, self._one_by_one):
+            found = way(points)
+            if found is not None and all(
+                torch.allclose(found[name][i], each[name], 1e-3, 1e-6, equal_nan=True)
+                for i, each in enumerate(checked)
+                for name in self.names
+            ):
+                return found
+        raise UnsupportedModelError("values of sites differ from run to run.")
+
+    def _in_a_plate(self, points: Tensor) -> dict[str, Tensor] | None:
+        try:
+            values = self._run(points, model=self._in_plate(len(points)), stop=True)[0].values
+        except (ValueError, RuntimeError, IndexError):  # the model does not take batches
+            return None
+        found = {}
+        for name, value in values.items():
+            own = self.coordinates[name]
+            event = value.shape[1 + self.nesting :]
+            shape = torch.Size((len(points), *own.shape[: own.batch_dims], *event))
+            if value.dim() <= self.nesting or value.shape[0] != len(points) or value.numel() != shape.numel():
+                return None
+            found[name] = value.reshape(shape)
+        return found
+
+    def _one_by_one(self, points: Tensor) -> dict[str, Tensor]:
+        runs = [self._run(point, stop=True)[0].values for point in points[:SINGLE_RUNS]]
+        return {name: torch.stack([run[name] for run in runs]) for name in self.names}
+
+
+# ---------------------------------------------------------------- the search
+
+
+def find_mode(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], traced: TracedModel
+) -> Mode:
+    """Search for a normal approximation of all latent sites given the data of a call.
+
+    The random state is used and advanced.
+
+    Args:
+        model: The model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        traced: The model as traced with them.
+
+    Raises:
+        UnsupportedModelError: If there is none that can be found: discrete sites, too many numbers, or no point near
+            the centres of the priors at which the density is finite.
+    """
+    posterior = LogPosterior(model, args, kwargs, traced)
+    size = posterior.size
+    if size > MOST_NUMBERS:
+        raise UnsupportedModelError(f"the search for a mode has {size} numbers; {MOST_NUMBERS} are the most.")
+
+    def negative(point: Tensor) -> Tensor:
+        return -posterior(point)
+
+    start = SPREAD * torch.randn(size, dtype=torch.float64)
+    for _ in range(10):
+        if bool(torch.isfinite(loss_and_gradient(negative, start)[0])):
+            break
+        start = torch.randn(size, dtype=torch.float64)
+    else:
+        raise UnsupportedModelError("the model's density is not finite at any point that was tried.")
+    point = newton(negative, start) if size <= MOST_NEWTON else lbfgs(negative, start)
+    hessian = hessian_at(negative, point)
+    if hessian is None:
+        raise UnsupportedModelError("the curvature at the mode is not finite.")
+    least = LEAST_PRECISION if posterior.proper else None
+    laplace = Mode(posterior, point, _square_root_of_inverse(hessian, least))
+    noise = torch.randn(NUM_DRAWS, size, dtype=torch.float64)
+    noise = torch.cat([noise, -noise])
+    if not posterior.takes_many(noise):
+        return laplace
+    evidence = float(posterior(point)) + size / 2 * LOG_2PI + laplace.log_volume
+    if abs(laplace.elbo(noise) - evidence) < CLOSE:
+        return laplace
+    found = [laplace, *_variational(posterior, start, laplace)]
+    noise = torch.randn(NUM_JUDGING, size, dtype=torch.float64)
+    # independent normals are too narrow beyond what their ELBO says: a guide will follow the dependences
+    elbos = [each.elbo(noise) - (PREFERENCE if each.independent else 0.0) for each in found]
+    return found[elbos.index(max(elbos))]
+
+
+def _variational(posterior: LogPosterior, start: Tensor, laplace: Mode) -> list[Mode]:
+    """Return normal approximations at the optimum of the ELBO of independent normals, by fixed draws of noise [2].
+
+    Their covariances are those of independent normals, of the curvature at their mean, and of linear response [3].
+    """
+    size = len(start)
+    noise = torch.randn(NUM_DRAWS, size, dtype=torch.float64)
+    noise = torch.cat([noise, -noise])
+
+    def loss(both: Tensor) -> Tensor:
+        loc, log_scale = both[:size], both[size:]
+        return -posterior(loc + log_scale.exp() * noise).mean() - log_scale.sum()
+
+    first = []
+    for point in (laplace.point, start):
+        hessian = hessian_at(lambda point: -posterior(point), point)
+        if hessian is not None:
+            curvature = hessian.diagonal().clamp(min=1.0 if posterior.proper else 1e-12)
+            first.append(torch.cat([point, -curvature.log() / 2]))
+    losses = [float(loss_and_gradient(loss, both)[0]) for both in first]
+    if not math.isfinite(min(losses, default=math.inf)):
+        return []
+    both = first[losses.index(min(losses))]
+    is_small = 2 * size <= MOST_NEWTON_OF_NORMALS
+    both = newton(loss, both) if is_small else lbfgs(loss, both)
+    loc, scale = both[:size].detach(), both[size:].detach().exp()
+    found = [Mode(posterior, loc, scale.diag())]
+    own_hessian = hessian_at(lambda point: -posterior(point), loc)
+    if own_hessian is not None:
+        least = LEAST_PRECISION if posterior.proper else None
+        found.append(Mode(posterior, loc, _square_root_of_inverse(own_hessian, least)))
+    hessian = hessian_at(loss, both) if is_small else None
+    if hessian is not None:
+        width, values, vectors = scaled_eigenvalues(hessian)
+        if float(values.min()) > LEAST_CURVATURE * float(values.max()):
+            root = (width.unsqueeze(-1) * vectors * values.rsqrt())[:size]
+            factor, failed = torch.linalg.cholesky_ex(root @ root.T)
+            if not failed:
+                found.append(Mode(posterior, loc, factor))
+    return found
+
+
+def _square_root_of_inverse(hessian: Tensor, least: float | None) -> Tensor:
+    """Return a square root of the inverse of a Hessian; directions of no or negative curvature count as flat ones."""
+    if least is not None:
+        values, vectors = torch.linalg.eigh(hessian)
+        return vectors * values.clamp(min=least).rsqrt()
+    width, values, vectors = scaled_eigenvalues(hessian)
+    values = values.abs().clamp(min=LEAST_CURVATURE * float(values.abs().max()))
+    return width.unsqueeze(-1) * vectors * values.rsqrt()

@@ -1,0 +1,77 @@
+"""Going downhill: exact on quadratics, out of saddles, back from where a function is not defined."""
+
+import pytest
+import torch
+
+from pyro_graphflows.guides.minimize import hessian_at, lbfgs, loss_and_gradient, newton
+
+
+def random_quadratic(size):
+    root = torch.randn(size, size)
+    matrix = root @ root.T + 0.1 * torch.eye(size)
+    lowest = torch.randn(size)
+    return matrix, lowest, lambda x: (x - lowest) @ matrix @ (x - lowest) / 2
+
+
+def rosenbrock(x):
+    return (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()
+
+
+@pytest.mark.parametrize("search", [newton, lbfgs])
+def test_lowest_points_of_quadratics(search):
+    _, lowest, function = random_quadratic(6)
+    found = search(function, torch.zeros(6))
+    torch.testing.assert_close(found, lowest, rtol=0, atol=1e-2)
+    assert float(function(found)) < 1e-5
+
+
+def test_newton_follows_a_curved_valley_and_leaves_a_saddle():
+    found = newton(rosenbrock, torch.tensor([-1.2, 1.0, -0.5]))
+    torch.testing.assert_close(found, torch.ones(3), rtol=0, atol=1e-2)
+    found = newton(lambda x: (x**4 / 4 - x**2 / 2).sum(), torch.tensor([1e-3, -1e-3]))
+    torch.testing.assert_close(found, torch.tensor([1.0, -1.0]), rtol=0, atol=1e-2)
+
+
+def test_units_of_very_different_size_are_no_trouble():
+    units = torch.tensor([1e6, 1e-3, 1.0])
+    found = newton(lambda x: ((x / units - 1) ** 2).sum(), torch.zeros(3))
+    torch.testing.assert_close(found / units, torch.ones(3))
+
+
+def test_hessians_by_products_and_by_differences():
+    matrix, _, function = random_quadratic(4)
+
+    class Plain(torch.autograd.Function):
+        """The same by an operation that products of many vectors at once cannot go through."""
+
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return function(x)
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, grad):
+            (x,) = ctx.saved_tensors
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                return grad * torch.autograd.grad(function(x), x)[0]
+
+    point = torch.randn(4)
+    torch.testing.assert_close(hessian_at(function, point), matrix)
+    torch.testing.assert_close(hessian_at(Plain.apply, point), matrix, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("search", [newton, lbfgs])
+def test_steps_into_undefined_regions_are_shortened(search):
+    def function(x):
+        if bool((x <= 0).any()):
+            raise ValueError("not defined there")
+        return (x - x.log()).sum()
+
+    found = search(function, torch.tensor([8.0, 0.1]))
+    torch.testing.assert_close(found, torch.ones(2), rtol=0, atol=1e-2)
+    loss, gradient = loss_and_gradient(function, torch.tensor([-1.0, 1.0]))
+    assert loss == float("inf")
+    assert not gradient.any()
+    assert hessian_at(function, torch.tensor([-1.0, 1.0])) is None

@@ -1,0 +1,189 @@
+"""Draws near the posterior's mode: exact where posteriors are normal, in units of the sites, for any prior."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions import constraints
+from torch.distributions import Normal
+
+from pyro_graphflows.errors import UnsupportedModelError
+from pyro_graphflows.guides.mode import LogPosterior, find_mode
+from pyro_graphflows.inspect import trace_model
+
+POSITIVE = dist.ImproperUniform(constraints.positive, (), ())
+
+
+def mode_of(model, *args):
+    return find_mode(model, args, {}, trace_model(model, args, strict=False))
+
+
+def flat_regression(x, y):
+    beta = pyro.sample("beta", dist.ImproperUniform(constraints.real_vector, (), (x.shape[-1],)))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal((x * beta.unsqueeze(-2)).sum(-1), 2.0), obs=y)
+
+
+def test_flat_regression_in_raw_units_is_exact():
+    x = torch.stack([torch.ones(50), 1e4 + 10 * torch.randn(50), 1e-3 * torch.randn(50)], -1)
+    y = 5 + 0.01 * x[:, 1] + torch.randn(50)
+    mode = mode_of(flat_regression, x, y)
+    precision = x.T @ x / 4.0
+    torch.testing.assert_close(mode.point, torch.linalg.solve(precision, x.T @ y / 4), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mode.factor.T @ precision @ mode.factor, torch.eye(3), rtol=0, atol=1e-3)
+    draws = mode.draw(4000)["beta"]
+    assert draws.shape == (4000, 3)
+    error = (draws.mean(0) - mode.point) / (draws.std(0) / 4000**0.5)
+    assert bool((error.abs() < 5).all())
+
+
+def groups(sigma, y):
+    mu = pyro.sample("mu", dist.Normal(3.0, 10.0))
+    with pyro.plate("groups", len(y)):
+        theta = pyro.sample("theta", dist.Normal(mu, 2.0))
+        pyro.sample("y", dist.Normal(theta, sigma), obs=y)
+
+
+def test_normal_hierarchies_have_their_evidence():
+    sigma, y = torch.rand(6) + 0.5, 5 + 3 * torch.randn(6)
+    mode = mode_of(groups, sigma, y)
+    covariance = torch.diag(4 + sigma**2) + 100.0
+    exact = dist.MultivariateNormal(torch.full((6,), 3.0), covariance).log_prob(y)
+    found = float(mode.posterior(mode.point)) + mode.log_volume  # priors are standard normal: (2 pi)s cancel
+    assert abs(found - float(exact)) < 1e-5
+    values = mode.posterior.values(mode.point.expand(2, -1))
+    mean_mu = torch.linalg.solve(covariance, y - 3.0).sum() * 100 + 3.0
+    torch.testing.assert_close(values["mu"], mean_mu.expand(2), rtol=1e-4, atol=1e-4)
+    assert values["theta"].shape == (2, 6)
+
+
+def scale_alone(y):
+    sigma = pyro.sample("sigma", POSITIVE)
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(0.0, sigma.unsqueeze(-1)), obs=y)
+
+
+def test_an_improper_scale_has_its_mode_in_logarithms():
+    y = 1e5 * torch.randn(400)
+    mode = mode_of(scale_alone, y)
+    best = (y.square().sum() / 399).log() / 2  # of 400 factors and the flat density of sigma in log sigma
+    torch.testing.assert_close(mode.point, best.reshape(1), rtol=0, atol=1e-3)
+    torch.testing.assert_close(mode.factor.abs(), torch.full((1, 1), (2 * 399) ** -0.5), rtol=1e-2, atol=0)
+
+
+PRIORS = {
+    "half-Cauchy": lambda: dist.HalfCauchy(5.0),
+    "exponential": lambda: dist.Exponential(0.1),
+    "gamma": lambda: dist.Gamma(3.0, 2.0),
+    "log-normal": lambda: dist.LogNormal(1.0, 2.0),
+    "uniform": lambda: dist.Uniform(-3.0, 9.0),
+    "normal vector": lambda: dist.MultivariateNormal(torch.ones(2), torch.tensor([[2.0, 0.5], [0.5, 1.0]])),
+    "independent": lambda: dist.HalfNormal(torch.ones(3)).to_event(1),
+}
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_standard_normal_points_are_draws_of_the_prior(name):
+    prior = PRIORS[name]()
+
+    def model():
+        z = pyro.sample("z", prior)
+        pyro.factor("nothing", 0.0 * z.sum())
+
+    posterior = LogPosterior(model, (), {}, trace_model(model, (), strict=False))
+    assert posterior.proper
+    point = torch.randn(posterior.size)
+    values = posterior.values(point.expand(1, -1))["z"][0]
+    assert abs(float(posterior(point)) + float(point.square().sum()) / 2) < 1e-9
+    if hasattr(prior, "cdf") and not prior.event_shape:
+        torch.testing.assert_close(prior.cdf(values), Normal(0.0, 1.0).cdf(point[0]))
+
+
+def test_priors_that_are_too_extreme_are_searched_in_logarithms():
+    def model(y):
+        tau = pyro.sample("tau", dist.Gamma(0.001, 0.001))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(0.0, tau.rsqrt()), obs=y)
+
+    y = 0.1 * torch.randn(200)
+    mode = mode_of(model, y)
+    assert not mode.posterior.proper
+    exact = (100.001 / (0.001 + y.square().sum() / 2)).log()  # mode of log tau under its gamma posterior
+    torch.testing.assert_close(mode.point, exact.reshape(1), rtol=0, atol=1e-3)
+
+
+def test_scales_and_masks_of_sites_count():
+    x = torch.randn(6)
+
+    def model(x):
+        mu = pyro.sample("mu", dist.ImproperUniform(constraints.real, (), ()))
+        with pyro.plate("data", 12, subsample_size=6), pyro.poutine.mask(mask=torch.arange(6) < 4):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    mode = mode_of(model, x)
+    torch.testing.assert_close(mode.point, x[:4].mean().reshape(1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(mode.factor.abs(), torch.full((1, 1), 8**-0.5), rtol=1e-4, atol=0)
+
+
+def many_effects(group, y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+    sigma = pyro.sample("sigma", dist.HalfNormal(1.0))
+    noise = pyro.sample("noise", dist.HalfNormal(1.0))
+    with pyro.plate("groups", 20):
+        theta = pyro.sample("theta", dist.Normal(mu, sigma))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(theta[..., group], noise), obs=y)
+
+
+def test_where_the_mode_is_far_off_normals_are_fitted_by_their_elbo():
+    group = torch.arange(20).repeat_interleave(3)
+    y = 1.5 + (0.5 * torch.randn(20))[group] + 0.7 * torch.randn(60)
+    mode = mode_of(many_effects, group, y)
+    # the exact evidence by the integral over both scales, the effects and their mean in closed form
+    grid = torch.linspace(-6.0, 2.0, 161)
+    log_sigma, log_noise = torch.meshgrid(grid, grid, indexing="ij")
+    sigma2, noise2 = (2 * log_sigma).exp()[..., None, None], (2 * log_noise).exp()[..., None, None]
+    same = (group[:, None] == group).to(y)
+    covariance = 100.0 + sigma2 * same + noise2 * torch.eye(60)
+    log_lik = dist.MultivariateNormal(torch.zeros(60), covariance).log_prob(y)
+    log_prior = sum(
+        dist.HalfNormal(torch.ones(())).log_prob(each.exp()) + each for each in (log_sigma, log_noise)
+    )
+    step = float(grid[1] - grid[0])
+    exact = float(torch.logsumexp((log_lik + log_prior).flatten(), 0)) + 2 * math.log(step)
+    noise = torch.randn(2000, len(mode.point))
+    gap = exact - (mode.elbo(noise) - len(mode.point) / 2 * math.log(2 * math.pi))
+    assert -0.2 < gap < 2.0, gap  # the normal about the mode itself is several nats off
+
+
+def test_what_has_no_mode_says_so():
+    def coin(y):
+        z = pyro.sample("z", dist.Bernoulli(0.5))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    with pytest.raises(UnsupportedModelError, match="z is discrete"):
+        mode_of(coin, torch.zeros(()))
+
+    def nowhere(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+        pyro.factor("never", z * math.inf)
+
+    with pytest.raises(UnsupportedModelError, match="not finite at any point"):
+        mode_of(nowhere, torch.zeros(()))
+
+
+def test_models_that_take_no_batches_are_mapped_draw_by_draw():
+    def model(y):
+        m = pyro.sample("m", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("groups", 3):
+            t = pyro.sample("t", dist.Normal(m[0], 0.5))
+            pyro.sample("y", dist.Normal(t + m[1], 1.0), obs=y)
+
+    draws = mode_of(model, torch.randn(3)).draw(2000)
+    assert draws["m"].shape[1:] == (2,)
+    assert len(draws["m"]) == len(draws["t"])
+    off = (draws["t"] - draws["m"][:, :1]).std(0)  # less than the prior's, which they follow
+    assert bool((off < 0.6).all())
