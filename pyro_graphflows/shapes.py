@@ -1,11 +1,13 @@
 """Shapes of tensors, without PyTorch's symbolic shapes, whose import takes a second."""
 
+from collections.abc import Sequence
+
 import torch
 
 __all__ = ["broadcast_shapes"]
 
 
-def broadcast_shapes(*shapes: tuple[int, ...]) -> torch.Size:
+def broadcast_shapes(*shapes: Sequence[int]) -> torch.Size:
     """Return the shape to which tensors of some shapes broadcast, as :func:`torch.broadcast_shapes` does.
 
     The first call of PyTorch's own function in a process imports its reference implementations and SymPy.
