@@ -266,16 +266,25 @@ def draw(problems: list[dict[str, Any]], path: Path) -> None:
         exact = problem["exact"]
         best = min(run["loss"] for run in problem["runs"].values())
         for i, (name, run) in enumerate(problem["runs"].items()):
-            offset = exact if exact is not None else 0.1 - best
+            offset = exact if exact is not None else -best
             seconds = [row[0] for row in run["history"]]
-            values = [max(row[1] + offset, 1e-3) for row in run["history"]]
+            values = [row[1] + offset for row in run["history"]]
             own = name in ("normal", "flow")
             axis.plot(seconds, values, label=name, color=f"C{i}", linewidth=2.2 if own else 1.2)
-        axis.set(yscale="log", xlabel="processor seconds", title=problem["name"])
-        axis.set_ylabel("KL (nats per datum)" if exact is not None else "loss − lowest + 0.1 (nats)")
+        # the losses are estimates: near zero noise takes them to either side, where the axis is linear
+        linear = 0.1 if exact is not None else 1.0
+        axis.set_yscale("symlog", linthresh=linear)
+        axis.axhspan(-linear, linear, color="0.93", zorder=0)
+        axis.axhline(0.0, color="0.5", linewidth=0.8)
+        axis.set(xlabel="processor seconds", title=problem["name"])
+        axis.set_ylabel("estimated KL (nats per datum)" if exact is not None else "loss − lowest (nats)")
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=7)
-    figure.tight_layout()
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.suptitle(
+        "Grey: the axis is linear there, and differences are mostly noise of the estimate", fontsize=9
+    )
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

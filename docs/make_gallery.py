@@ -58,13 +58,10 @@ def run(name: str) -> None:
 
 
 def page() -> str:
-    """Return the page of all scripts that were run."""
+    """Return the page: what each script is, and what those that were run printed and drew."""
     parts = [INTRODUCTION]
     for name in ORDER:
         text = OUT / f"{name}.txt"
-        if not text.exists():
-            continue
-        day, *lines = text.read_text().splitlines()
         head, body = ast.get_docstring(ast.parse((SCRIPTS / f"{name}.py").read_text())).split("\n\n", 1)
         body = body.split("\n\n    python")[0]
         parts.append(
@@ -72,9 +69,12 @@ def page() -> str:
         )
         if (OUT / f"{name}.png").exists():
             parts.append(f"![{head.strip()}](gallery/{name}.png)\n")
-        parts.append(
-            "```text\n" + "\n".join(lines) + f"\n```\n\n`examples/gallery/{name}.py`, run on {day[2:]}.\n"
-        )
+        when = ""
+        if text.exists():
+            day, *lines = text.read_text().splitlines()
+            parts.append("```text\n" + "\n".join(lines) + "\n```\n")
+            when = f", run on {day[2:]}"
+        parts.append(f"`examples/gallery/{name}.py`{when}.\n")
     return "\n".join(parts)
 
 

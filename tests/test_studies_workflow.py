@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pyro.distributions as dist
 import pytest
 import torch
@@ -79,3 +82,15 @@ def test_the_page_of_what_was_run(tmp_path):
     assert "| eight schools | 1.20 | 0.90 | 0.010 / 1.001 / 1,000 | 0.010 / 1.001 / 4,000 | 4.0 |" in page
     assert "| banana | not run |" in page
     assert "0.50 GiB" in page
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_log_likelihoods_of_a_million_data_are_streamed():
+    """A million data at a thousand draws: eight gigabytes of numbers, of which two at most are held at once."""
+    code = "from studies.workflow.run import part_stream; print(part_stream()['peak_gib'])"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
+    print("peak GiB", done.stdout)
+    assert float(done.stdout) < 2

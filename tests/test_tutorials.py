@@ -16,7 +16,11 @@ def test_there_are_tutorials():
     assert TUTORIALS
 
 
-@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=[] if p.stem.startswith(("01", "02")) else pytest.mark.slow) for p in TUTORIALS],
+    ids=lambda path: path.stem,
+)
 def test_tutorial_runs(path):
     environment = {**os.environ, "CI": "true", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     # A pytest of its own: this one's settings (doctests, warnings as errors) are for modules.

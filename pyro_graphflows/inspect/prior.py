@@ -79,7 +79,7 @@ def sample_prior(
         batching: What :func:`find_batching` says of the model with these arguments, if that is at hand.
 
     Returns:
-        For each latent, marginalised and observed site, samples of shape (num_samples, *batch shape, *event
+        For each latent, marginalised and observed site, samples of shape (num_samples, batch shape, event
         shape). The present random state is used and advanced.
 
     Raises:
