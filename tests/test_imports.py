@@ -28,19 +28,22 @@ MAY_IMPORT = {
     "graphs": "errors",
     "masks": "errors graphs",
     "regression": "errors",
+    "shapes": "",
     "whole_files": "",
     "tensor_files": "errors whole_files",
-    "distributions": "errors",
-    "nn": "errors graphs masks",
+    "distributions": "errors shapes",
+    "nn": "errors graphs masks shapes",
     "transforms": "errors graphs masks nn regression",
     "inspect": "errors graphs",
     # guide.posterior() and what comes of it is of infer, which knows no guide
-    "guides": "capture distributions errors graphs infer inspect masks nn regression tensor_files transforms",
+    "guides": "capture distributions errors graphs infer inspect masks nn regression shapes tensor_files transforms",
     # Any Pyro guide will do: nothing of our own guides.
     "infer": "capture errors graphs inspect masks nn plotting transforms whole_files",
     "models": "errors graphs guides infer inspect masks nn transforms",
     "plotting": "errors graphs",
     "datasets": "errors",
+    "report": "errors graphs guides infer plotting whole_files",
+    "__main__": "report",
     "testing": "errors graphs guides",
 }
 # Layers whose modules still import each other in circles, hidden under TYPE_CHECKING: none is to be added.

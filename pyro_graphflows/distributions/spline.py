@@ -19,6 +19,7 @@ from torch.nn.functional import softplus
 from pyro_graphflows.distributions.normal_tails import normal_log_density
 from pyro_graphflows.distributions.rational_spline import RationalSpline
 from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = ["BASES", "SplineDistribution"]
 
@@ -80,7 +81,7 @@ class SplineDistribution(dist.TorchDistribution):
             raise GraphflowsError(f"Expected positive degrees of freedom; got df={df}.")
         self.spline = RationalSpline(spline, bound)
         self._parameters = spline
-        shape = torch.broadcast_shapes(loc.shape, scale.shape, spline.shape[:-1])
+        shape = broadcast_shapes(loc.shape, scale.shape, spline.shape[:-1])
         self.loc, self.scale, self.base = loc.expand(shape), scale.expand(shape), base
         self.df = (
             None if df is None else torch.as_tensor(df, dtype=loc.dtype, device=loc.device).expand(shape)

@@ -41,6 +41,7 @@ from pyro_graphflows.guides.inputs import Summary
 from pyro_graphflows.guides.plan import BlockPlan
 from pyro_graphflows.guides.samples import Samples, columns_of, side_by_side, with_depth
 from pyro_graphflows.guides.sites import REMEDIES_OF_NAN, InputEncodings
+from pyro_graphflows.shapes import broadcast_shapes
 
 Pool = PlainPool | Embedding
 
@@ -178,7 +179,7 @@ class BlockInputs(nn.Module):
                 parts[position] = pool(values, call.plates, call.masks)
         if not read.intersection(observed):
             return None
-        shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts.values()))
+        shape = broadcast_shapes(*(part.shape[:-1] for part in parts.values()))
         flat, chosen = [], []
         for position, size in enumerate(self.sizes.values()):
             there = position in parts

@@ -42,6 +42,7 @@ from pyro_graphflows.inspect import (
     undressed,
 )
 from pyro_graphflows.inspect.arguments import MOST_DEPTH, LoopRow, argument_leaves, fields_of
+from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = [
     "Call",
@@ -644,7 +645,7 @@ def require_shape(name: str, site: Mapping[str, Any]) -> None:
     if not torch.is_tensor(value):
         return
     try:
-        whole = torch.broadcast_shapes(value.shape, expected)
+        whole = broadcast_shapes(value.shape, expected)
     except RuntimeError:
         whole = value.shape
     outer = _dims_outside()
@@ -672,7 +673,7 @@ def _require_observation(name: str, value: Any, expected: torch.Size | None) -> 
         return
     last = value.shape[max(0, value.dim() - len(expected)) :]
     try:
-        whole = torch.broadcast_shapes(last, expected) == expected
+        whole = broadcast_shapes(last, expected) == expected
     except RuntimeError:
         whole = False
     if not whole or (value.dim() > len(expected) and last != expected):

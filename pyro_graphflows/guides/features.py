@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_graphflows.regression import HEAVY_TAIL, MOST_QUANTILE_ROWS, TINY, location_and_scale
+from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = ["FeatureMap", "concatenate"]
 
@@ -33,7 +34,7 @@ def concatenate(parts: Sequence[Tensor], like: Tensor | None = None) -> Tensor:
     if len(parts) == 1 and like is None:
         return parts[0]
     shapes = [part.shape[:-1] for part in parts] + ([] if like is None else [like.shape[:-1]])
-    shape = torch.broadcast_shapes(*shapes)
+    shape = broadcast_shapes(*shapes)
     return torch.cat([part.expand(*shape, part.shape[-1]) for part in parts], -1)
 
 

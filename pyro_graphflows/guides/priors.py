@@ -19,6 +19,7 @@ from pyro_graphflows.guides.conditionals.model_conditionals import ModelConditio
 from pyro_graphflows.guides.conditionals.site_priors import SitePrior, site_prior
 from pyro_graphflows.guides.prior_plan import PriorPlan
 from pyro_graphflows.guides.sites import LatentSite
+from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = ["PriorReader", "PriorsOfCall", "read_priors"]
 
@@ -181,7 +182,7 @@ def _leading_shape(values: Mapping[str, Tensor], ranks: Mapping[str, tuple[int, 
         for name, value in values.items()
         if name in ranks and value.dim() > depth + ranks[name][1]
     ]
-    return torch.broadcast_shapes(*shapes) if shapes else torch.Size()
+    return broadcast_shapes(*shapes) if shapes else torch.Size()
 
 
 def _one_of(value: Tensor, number: int, lead: torch.Size, rank: tuple[int, int]) -> Tensor:

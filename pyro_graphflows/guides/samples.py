@@ -32,6 +32,7 @@ from pyro_graphflows.inspect import (
 )
 from pyro_graphflows.inspect.arguments import argument_leaves, replaced_arguments
 from pyro_graphflows.inspect.trace import quiet_run, run_model
+from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = ["MOST_ROWS", "ModelDraws", "Samples", "columns_of", "side_by_side", "with_depth"]
 
@@ -459,7 +460,7 @@ def _number_of_draws(blocks: Sequence[BlockPlan], plates: Mapping[str, PlateStat
 def side_by_side(samples: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
     """Return one row for each draw and each element of the plates of some nodes, ``(rows, size)`` each."""
     aligned = _at_one_depth(samples, names)
-    shape = torch.broadcast_shapes(*(value.shape[:-1] for value in aligned.values()))
+    shape = broadcast_shapes(*(value.shape[:-1] for value in aligned.values()))
     return {
         name: value.expand(*shape, value.shape[-1]).reshape(-1, value.shape[-1])
         for name, value in aligned.items()

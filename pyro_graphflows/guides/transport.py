@@ -31,6 +31,7 @@ from torch.distributions.transforms import Transform
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides.conditionals.new_elements import WithNewElements
 from pyro_graphflows.guides.conditionals.noise import pull, push
+from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = ["Transport", "Transported"]
 
@@ -98,7 +99,7 @@ class Transport:
 
         def look(name: str, fn: Any, **_: Any) -> Tensor:
             value: Tensor = fn.rsample() if fn.has_rsample else fn.sample()
-            batch = torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim])
+            batch = broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim])
             try:
                 self._require_map(fn)
                 noise = pull(fn, value)

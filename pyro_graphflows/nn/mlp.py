@@ -25,6 +25,7 @@ from pyro_graphflows.masks import LabelledMasks, SparseMask, UnitsPerSet, allowe
 from pyro_graphflows.nn.activations import make_activation
 from pyro_graphflows.nn.masked import MaskedLinear, SparsePattern, fastest_engine
 from pyro_graphflows.nn.natural_units import NaturalUnits
+from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = ["LevelEvaluation", "MaskedMLP"]
 
@@ -319,7 +320,7 @@ class LevelEvaluation:
         if x_new is not None:
             self._inputs.append(x_new)
             if x_new.shape[:-1] != self._batch_shape:
-                self._batch_shape = torch.broadcast_shapes(self._batch_shape, x_new.shape[:-1])
+                self._batch_shape = broadcast_shapes(self._batch_shape, x_new.shape[:-1])
 
         terms = []
         below = self._inputs
@@ -377,7 +378,7 @@ class Runs:
     def sparse_linear(self, pattern: SparsePattern, values: Tensor, bias: Tensor | None) -> Tensor:
         """Apply the sparse matrix to the concatenation of all runs, expanded."""
         if len(self._runs) > 1:
-            shape = torch.broadcast_shapes(*(run.shape[:-1] for run in self._runs))
+            shape = broadcast_shapes(*(run.shape[:-1] for run in self._runs))
             self._runs = [torch.cat([run.expand(*shape, -1) for run in self._runs], -1)]
         known = self._runs[0] if self._runs else values.new_zeros(0)
         return pattern.linear(values, known, bias)

@@ -36,6 +36,7 @@ from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.conditionals.elements import ElementTable
 from pyro_graphflows.guides.conditionals.factors import NormalFactor, positive_scale
+from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = ["CoupledFactor", "CoupledNormal", "CouplingTerms", "exchangeable_start"]
 
@@ -110,7 +111,7 @@ class CoupledNormal(dist.TorchDistribution):
 
     def push(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Return the value of some noise, and the logarithm of what each element is stretched by."""
-        value = self._of_noise(noise.expand(torch.broadcast_shapes(noise.shape, self.loc.shape)))
+        value = self._of_noise(noise.expand(broadcast_shapes(noise.shape, self.loc.shape)))
         return value, self._log_stretch(value.shape)
 
     def pull(self, value: Tensor) -> Tensor:
@@ -240,7 +241,7 @@ class CouplingTerms(nn.Module):
         batch = [1] * max(outputs.dim() - 1, *(-plate.dim for plate in coupled))
         for plate in coupled:
             batch[plate.dim] = plate.size
-        outputs = outputs.expand(*torch.broadcast_shapes(outputs.shape[:-1], batch), outputs.shape[-1])
+        outputs = outputs.expand(*broadcast_shapes(outputs.shape[:-1], batch), outputs.shape[-1])
         n = factor.size
         loc = torch.addcmul(shift, scale, outputs[..., :n])
         diagonal = scale * positive_scale(outputs[..., n : 2 * n], shift, scale)

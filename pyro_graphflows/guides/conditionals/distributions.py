@@ -21,6 +21,7 @@ from torch.distributions.transforms import Transform
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.sites import DiscreteEncoding, LatentSite, is_identity
+from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = [
     "CopiedValue",
@@ -285,7 +286,7 @@ class CopiedValue(dist.Delta):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Return zero, shape ``batch_shape``."""
-        return x.new_zeros(torch.broadcast_shapes(x.shape[: x.dim() - self.event_dim], self.batch_shape))
+        return x.new_zeros(broadcast_shapes(x.shape[: x.dim() - self.event_dim], self.batch_shape))
 
 
 class DiscreteVector(dist.TorchDistribution):

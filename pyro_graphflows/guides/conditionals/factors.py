@@ -26,6 +26,7 @@ from pyro_graphflows.guides.conditionals.distributions import DiscreteVector, Sc
 from pyro_graphflows.guides.conditionals.site_priors import SitePrior
 from pyro_graphflows.guides.sites import LatentSite
 from pyro_graphflows.regression import logistic_regression
+from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = [
     "DiscreteFactor",
@@ -343,7 +344,7 @@ def fused_vector(outputs: Tensor, shift: Tensor, scale: Tensor, prior: SitePrior
     )
     unit[..., rows, columns] = outputs[..., 2 * n :]
     root = unit / width.unsqueeze(-1) / scale
-    batch = torch.broadcast_shapes(loc.shape[:-1], prior.loc.shape[:-1])
+    batch = broadcast_shapes(loc.shape[:-1], prior.loc.shape[:-1])
     tril = prior.tril().expand(*batch, n, n)
     return fuse_matrix(
         prior.loc.expand(*batch, n), tril, loc.expand(*batch, n), (root.mT @ root).expand(*batch, n, n)
@@ -353,7 +354,7 @@ def fused_vector(outputs: Tensor, shift: Tensor, scale: Tensor, prior: SitePrior
 def _side_by_side(parts: list[Tensor]) -> Tensor:
     if len(parts) == 1:
         return parts[0]
-    shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+    shape = broadcast_shapes(*(part.shape[:-1] for part in parts))
     return torch.cat([part.expand(*shape, part.shape[-1]) for part in parts], -1)
 
 
@@ -466,7 +467,7 @@ class DiscreteFactor(Factor):
     ) -> dist.TorchDistribution:
         """See :meth:`Factor.fused`: the outputs are added to the logits of the prior."""
         logits = outputs[..., : self.size] + prior.loc
-        batch = torch.broadcast_shapes(outputs.shape[:-1], logits.shape[:-1])
+        batch = broadcast_shapes(outputs.shape[:-1], logits.shape[:-1])
         couplings = outputs[..., self.size :].expand(*batch, -1)
         return self.distribution(torch.cat([logits, couplings], -1), shift, scale)
 

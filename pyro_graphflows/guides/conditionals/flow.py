@@ -30,6 +30,7 @@ from pyro_graphflows.guides.conditionals.elements import ElementMap, ElementTabl
 from pyro_graphflows.guides.conditionals.site_priors import SitePrior
 from pyro_graphflows.guides.features import concatenate
 from pyro_graphflows.regression import in_float64
+from pyro_graphflows.shapes import broadcast_shapes
 from pyro_graphflows.transforms.faithful import FaithfulEvaluation, FaithfulResidualNN
 from pyro_graphflows.transforms.graphical import AffineGraphicalEvaluation, AffineGraphicalNN
 from pyro_graphflows.transforms.structure import FlowStructure
@@ -358,7 +359,7 @@ class FlowPass(Pass):
     def __init__(self, levels: FlowLevels, evaluation: Evaluation, batches: Sequence[torch.Size]) -> None:
         self._levels = levels
         self._evaluation = evaluation
-        self._batch = torch.broadcast_shapes(*batches)
+        self._batch = broadcast_shapes(*batches)
         self._depth = 0
         self._level: FlowLevel
 
@@ -372,7 +373,7 @@ class FlowPass(Pass):
         self._depth += 1
         last = self._depth == len(self._levels.levels)
         self._evaluation = self._level.accept(values, last)
-        self._batch = torch.broadcast_shapes(self._batch, *(value.shape[:-1] for value in values.values()))
+        self._batch = broadcast_shapes(self._batch, *(value.shape[:-1] for value in values.values()))
 
 
 class FlowLevel:
@@ -465,7 +466,7 @@ class FlowLevel:
         """Put values beside each other; sites without one get any value, since no other site of the level sees it."""
         if len(self.parts) == 1:
             return next(iter(values.values()))
-        batch = torch.broadcast_shapes(*(value.shape[:-1] for value in values.values()))
+        batch = broadcast_shapes(*(value.shape[:-1] for value in values.values()))
         parts = [values.get(site, self.loc[part]) for site, part in self.parts.items()]
         return torch.cat([part.expand(*batch, -1) for part in parts], -1)
 
@@ -557,7 +558,7 @@ class FlowConditional(dist.TorchDistribution):
             if drawn is value and (with_gradients or not torch.is_grad_enabled()):
                 return log_prob
         log_prob = self.level.score(self.site, value)
-        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+        return log_prob.expand(broadcast_shapes(log_prob.shape, self.batch_shape))
 
 
 def _log_normal(noise: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from pyro_graphflows.guides.conditionals.site_priors import SitePrior
 from pyro_graphflows.guides.sites import LatentSite
 from pyro_graphflows.nn.mlp import LevelEvaluation, MaskedMLP
 from pyro_graphflows.regression import Moments
+from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = ["MaskedConditionals"]
 
@@ -483,7 +484,7 @@ class MaskedPass(Pass):
         if self._rows is not None:
             columns = [module._table_columns.get(site) for site in level]
             rows = [self._rows.new_zeros(2) if c is None else self._rows[..., c] for c in columns]
-            shape = torch.broadcast_shapes(*(row.shape[:-1] for row in rows))
+            shape = broadcast_shapes(*(row.shape[:-1] for row in rows))
             outputs = outputs + torch.cat([row.expand(*shape, 2) for row in rows], -1)
         priors = [fused[site] for site in level]
         units = module.fused_shift[part], module.fused_scale[part]
@@ -498,7 +499,7 @@ class MaskedPass(Pass):
 
     def _own_map(self, site: str, plates: Mapping[str, PlateState]) -> Tensor:
         key, columns = self._module._map_of[site]
-        shape = torch.broadcast_shapes(*(part.shape[:-1] for part in self._known))
+        shape = broadcast_shapes(*(part.shape[:-1] for part in self._known))
         known = torch.cat([part.expand(*shape, part.shape[-1]) for part in self._known], -1)
         element_map: Any = self._module.maps[key]
         contribution: Tensor = element_map(plates, known[..., columns])
@@ -513,7 +514,7 @@ class MaskedPass(Pass):
             return
         raw = [values[site] for site in level]
         if any(value.shape != raw[0].shape for value in raw):
-            shape = torch.broadcast_shapes(*(value.shape[:-1] for value in raw))
+            shape = broadcast_shapes(*(value.shape[:-1] for value in raw))
             raw = [
                 value if value.shape[:-1] == shape else value.expand(*shape, value.shape[-1]) for value in raw
             ]

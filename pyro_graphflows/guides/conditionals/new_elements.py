@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_graphflows.guides.call import PlateState
+from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = ["WithNewElements", "beyond_fitted"]
 
@@ -56,7 +57,7 @@ class WithNewElements(dist.TorchDistribution):
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
 
     def __init__(self, fitted: Any, model: Any, new: Tensor) -> None:
-        shape = torch.broadcast_shapes(fitted.batch_shape, model.batch_shape, new.shape)
+        shape = broadcast_shapes(fitted.batch_shape, model.batch_shape, new.shape)
         self.fitted, self.model, self.new = fitted.expand(shape), model.expand(shape), new
         self.has_rsample = fitted.has_rsample and model.has_rsample
         self.has_enumerate_support = fitted.has_enumerate_support

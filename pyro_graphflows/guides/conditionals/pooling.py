@@ -40,6 +40,7 @@ from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.features import FeatureMap, concatenate
 from pyro_graphflows.guides.inputs import subsampled_message
 from pyro_graphflows.nn.activations import make_activation
+from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = [
     "POOLS",
@@ -313,7 +314,7 @@ class PoolStage(nn.Module):
         each = torch.cat(parts, -1)
         if segments is not None or weight is not None:
             weight = each.new_ones(1) if weight is None else weight
-            weight = weight.expand(torch.broadcast_shapes(weight.shape, (*each.shape[:-1], 1)))
+            weight = weight.expand(broadcast_shapes(weight.shape, (*each.shape[:-1], 1)))
         if weight is None:
             mean = each.mean(dim - 1, keepdim=True)
             number = each.new_full((1,) * mean.dim(), float(size))

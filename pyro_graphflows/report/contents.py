@@ -1,0 +1,421 @@
+"""What a report says: model, what each latent looks at, training, posterior, trust, calibration, predictions."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyro
+from torch import Tensor
+
+from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.guides import AutoFaithfulGuide
+from pyro_graphflows.infer import (
+    CalibrationReport,
+    History,
+    Posterior,
+    Schedule,
+    TrainingData,
+    calibration_report,
+    fit,
+    sample_posterior,
+)
+from pyro_graphflows.infer.checkpoints import seeded
+from pyro_graphflows.plotting import (
+    plot_forest,
+    plot_inverse,
+    plot_khat,
+    plot_learning_curves,
+    plot_model_graph,
+    plot_predictive,
+)
+from pyro_graphflows.report.page import Page, Section
+
+__all__ = ["ReportOptions", "make_report"]
+
+TRUSTED = 0.7
+MANY_DATA = 1000  # beyond which steps take batches, where the posterior factorises over the data
+MOST_ROWS = 40
+EXTREME = 0.01
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """How a report is made.
+
+    Args:
+        seconds: How long to train at most; 0 for not at all.
+        family: The family of the guide's conditionals.
+        num_draws: The number of draws of the posterior.
+        num_simulations: The number of simulated data sets for calibration; 0 for none.
+        seed: The seed of all random numbers.
+        progress: Whether to show bars.
+
+    Raises:
+        GraphflowsError: If a number is out of range.
+    """
+
+    seconds: float = 60.0
+    family: Any = "normal"
+    num_draws: int = 1000
+    num_simulations: int = 500
+    seed: int = 0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.seconds < 0 or self.num_simulations < 0 or self.num_draws < 10:
+            raise GraphflowsError(
+                "Expected seconds and num_simulations of 0 or more and at least 10 draws; got "
+                f"{self.seconds}, {self.num_simulations} and {self.num_draws}."
+            )
+
+
+@dataclass
+class _Findings:
+    """What the sections say, as far as it was found; the last section is written from it."""
+
+    graph: ModelGraph
+    guide: AutoFaithfulGuide
+    history: History | None = None
+    posterior: Posterior | None = None
+    calibration: CalibrationReport | str | None = None
+    extreme: tuple[str, ...] = ()
+
+
+def make_report(
+    model: Callable[..., Any],
+    data: dict[str, Any],
+    options: ReportOptions | None = None,
+    *,
+    title: str = "",
+) -> Page:
+    """Set a guide up for a model and its data, train it, and write a page about it.
+
+    Args:
+        model: A Pyro model.
+        data: Its arguments by name.
+        options: How long to train, and the like.
+        title: What the page is called; the model's name by default.
+
+    Returns:
+        The page; ``page.save(path)`` writes it.
+
+    Raises:
+        GraphflowsError: If the model has no observed or no latent sites with these data, or cannot be compiled.
+    """
+    options = options or ReportOptions()
+    with seeded(options.seed):
+        pyro.clear_param_store()
+        guide = AutoFaithfulGuide(model, family=options.family).setup(**data)
+        found = _Findings(guide.model_graph, guide)
+        if not found.graph.observed:
+            raise GraphflowsError(
+                "Expected the model to have observed sites with these data; it has none. Give the data that its obs= "
+                f"takes: the arrays given are {', '.join(data) or 'none'}."
+            )
+        sections = [
+            _model_section(found),
+            _guide_section(found),
+            _training_section(model, data, options, found),
+            _posterior_section(model, data, options, found),
+            _trust_section(found),
+            _calibration_section(model, data, options, found),
+            _prediction_section(options, found),
+        ]
+        sections.insert(0, _advice_section(options, found))
+    shapes = ", ".join(f"{name} {_shape(value)}" for name, value in data.items())
+    name = title or getattr(model, "__name__", type(model).__name__)
+    return Page(f"Report on {name}", f"Data: {shapes}.", sections)
+
+
+def _plate_sizes(guide: AutoFaithfulGuide) -> dict[str, int]:
+    trace: Any = guide.prototype_trace
+    return {
+        frame.name: frame.full_size or frame.size
+        for site in trace.nodes.values()
+        if site["type"] == "sample"
+        for frame in site["cond_indep_stack"]
+    }
+
+
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else repr(value)
+
+
+# ------------------------------------------------------------------------------------------------- model and guide
+def _model_section(found: _Findings) -> Section:
+    graph = found.graph
+    section = Section("The model")
+    section.picture(plot_model_graph(graph), "the model's sites and what they depend on")
+    by_plate: dict[str, list[str]] = {}
+    for node in graph.nodes:
+        for plate in graph.plates[node]:
+            by_plate.setdefault(plate, []).append(str(node))
+    frames = _plate_sizes(found.guide)
+    for plate, nodes in by_plate.items():
+        section.text(f"Plate {plate} ({frames[plate]} elements): {', '.join(nodes)}.")
+    rows = {
+        str(node): (
+            graph.role(node),
+            ", ".join(graph.plates[node]) or "–",
+            graph.event_sizes[node],
+            ", ".join(map(str, graph.parents(node))) or "–",
+        )
+        for node in graph.nodes
+    }
+    return section.table(("site", "role", "plates", "numbers", "depends on"), rows)
+
+
+def _guide_section(found: _Findings) -> Section:
+    section = Section("What each latent looks at")
+    section.text(
+        "The guide samples the latent sites one after the other. Each looks at what its posterior depends on, given "
+        "what was sampled before, and at nothing else."
+    )
+    section.verbatim(repr(found.guide.describe()))
+    return section.picture(plot_inverse(found.guide.inverse), "the guide's factorisation")
+
+
+# ------------------------------------------------------------------------------------------------------- training
+def _training_section(
+    model: Callable[..., Any], data: dict[str, Any], options: ReportOptions, found: _Findings
+) -> Section:
+    section = Section("Training")
+    if options.seconds == 0:
+        return section.text("The guide was not trained (0 seconds were asked for).", "care")
+    history = fit(
+        model,
+        found.guide,
+        _training_data(data, found),
+        loss="auto",
+        schedule=Schedule(num_seconds=options.seconds),
+        progress=options.progress,
+        seed=options.seed,
+    )
+    found.history = history
+    for note in history.notes:
+        section.text(note[0].upper() + note[1:], "note")
+    curves = {"simulations": history.simulated, "data": history}
+    for name, each in curves.items():
+        if each is not None and len(each) > 1:
+            axes = plot_learning_curves({f"on {name}": each})
+            axes.set_ylabel("loss (nats per datum)")
+            section.picture(axes, f"the loss on {name}")
+    if history.simulated is not None:
+        steps, seconds = history.simulated.num_steps, _seconds(history.simulated)
+        section.text(
+            f"On simulations of the model: {steps} steps in {seconds:.0f} s ({history.simulated.stop_reason})."
+        )
+    section.text(
+        f"On the data: {history.num_steps} steps in {_seconds(history):.0f} s ({history.stop_reason})."
+    )
+    if history.gap is not None:
+        section.text(f"Distance to the posterior: {history.gap!r}.")
+    return section
+
+
+def _seconds(history: History) -> float:
+    return history.seconds[-1] if history.seconds else 0.0
+
+
+def _training_data(data: dict[str, Any], found: _Findings) -> TrainingData:
+    """Return all data at once, or batches where these are many and the posterior factorises over them."""
+    graph = found.graph
+    sizes = _plate_sizes(found.guide)
+    common = set.intersection(*(set(graph.plates[node]) for node in (*graph.latent, *graph.observed)))
+    size = max((sizes[plate] for plate in common), default=0)
+    fixed = {name: value for name, value in data.items() if not (isinstance(value, Tensor) and value.dim())}
+    rows = {name: value for name, value in data.items() if name not in fixed}
+    if size > MANY_DATA and all(len(value) == size for value in rows.values()):
+        return TrainingData(rows, batch_size=MANY_DATA // 4, kwargs=fixed)
+    observed = sum(int(np.prod([sizes[plate] for plate in graph.plates[node]])) for node in graph.observed)
+    return TrainingData(kwargs=data, full_size=max(1, observed))
+
+
+# ------------------------------------------------------------------------------------------------ posterior and trust
+def _posterior_section(
+    model: Callable[..., Any], data: dict[str, Any], options: ReportOptions, found: _Findings
+) -> Section:
+    section = Section("The posterior")
+    found.posterior = posterior = sample_posterior(
+        model, found.guide, num_draws=options.num_draws, seed=options.seed, progress=options.progress, **data
+    )
+    table = posterior.summary()
+    columns = list(table[0])
+    rows = {name: tuple(row.values()) for name, row in list(table.rows.items())[:MOST_ROWS]}
+    section.table(("site", *columns), rows)
+    if len(table) > len(rows):
+        section.text(f"The first {len(rows)} of {len(table)} numbers are shown.", "note")
+    section.text(
+        "mean to 95%: of the guide's draws; mcse: Monte Carlo error of the mean; ess, k-hat: of importance weights.",
+        "note",
+    )
+    draws = {name: posterior.draws[name] for name in posterior.fitted.latents}
+    spread = {name: value for name, value in draws.items() if value.is_floating_point()}
+    if spread:
+        section.picture(plot_forest(spread), "medians, 50% and 90% intervals")
+    return section
+
+
+def _trust_section(found: _Findings) -> Section:
+    section = Section("How far to trust the draws")
+    posterior = found.posterior
+    assert posterior is not None
+    khat = posterior.khat.flatten()
+    bad = int((khat > TRUSTED).sum())
+    whole = posterior.data_plate is None
+    if whole:
+        section.text(
+            f"k-hat of the importance weights is {khat.item():.2f}; the {posterior.num_draws} draws count for "
+            f"{posterior.ess.item():.0f}.",
+            "bad" if bad else "good",
+        )
+    else:
+        section.text(
+            f"k-hat is above {TRUSTED} for {bad} of {len(khat)} elements of {posterior.data_plate!r}; at the worst it "
+            f"is {khat.max().item():.2f}.",
+            "good" if not bad else "care" if bad < 0.1 * len(khat) else "bad",
+        )
+        section.picture(plot_khat(khat), "k-hat of each datum")
+    section.text(
+        f"k-hat says how heavy the tail of the importance weights is. Up to {TRUSTED} weights repair what is wrong "
+        "with the draws; above, they cannot. It cannot see a mode that no draw is near.",
+        "note",
+    )
+    return section
+
+
+def _calibration_section(
+    model: Callable[..., Any], data: dict[str, Any], options: ReportOptions, found: _Findings
+) -> Section:
+    section = Section("Calibration on simulated data")
+    if options.num_simulations == 0:
+        return section.text("No simulations were asked for.", "note")
+    local = found.guide.plan.inputs.per_element
+    if local:
+        found.calibration = (
+            f"left out, since the guide has parameters for these data alone ({', '.join(map(str, local))}), which say "
+            "nothing of simulated ones"
+        )
+        return section.text(f"Calibration was {found.calibration}.", "note")
+    try:
+        report = calibration_report(model, found.guide, num_simulations=options.num_simulations, **data)
+    except GraphflowsError as error:
+        found.calibration = str(error)
+        return section.text(f"Calibration was left out: {error}", "note")
+    found.calibration = report
+    section.text(report.summary().note, "good" if report.summary().note.startswith("Nothing") else "bad")
+    section.verbatim(repr(report))
+    section.picture(report.plot(), "ranks, coverage, z-scores and contraction")
+    return section.text(
+        "Data were simulated from the model and the guide was asked for the values behind them. Ranks of the true "
+        "values among the draws should be even (grey: the range of chance), intervals should hold the truth as often "
+        "as they say. p: of the worst number of a site, times their count; 50%, 90%: shares in such intervals; "
+        "contraction: how much narrower than the prior the posterior is.",
+        "note",
+    )
+
+
+# --------------------------------------------------------------------------------------------------- predictions
+def _prediction_section(options: ReportOptions, found: _Findings) -> Section:
+    section = Section("Predictive check")
+    posterior = found.posterior
+    assert posterior is not None
+    source = posterior
+    if not bool((posterior.khat > TRUSTED).any()) and posterior.num_draws >= 200:
+        source = posterior.reweighted(
+            max(100, posterior.num_draws // 4), seed=options.seed, progress=options.progress
+        )
+        section.text("Predictions are made with draws that are corrected by their weights.", "note")
+    predicted = source.predict(seed=options.seed + 1, progress=options.progress)
+    extreme = []
+    for name, observed in posterior.observed.items():
+        draws = predicted[name]
+        if draws.shape[1:] != observed.shape:
+            continue
+        axes = plot_predictive(observed, draws)
+        axes.set_title(name, loc="left", fontsize=10)
+        section.picture(axes, f"{name}: data and predictions")
+        rows = {}
+        for label, statistic in _STATISTICS.items():
+            value, spread = statistic(observed.double()[None]), statistic(draws.double())
+            share = ((spread < value).double() + 0.5 * (spread == value).double()).mean().item()
+            rows[label] = (value.item(), spread.mean().item(), spread.std().item(), share)
+            if min(share, 1 - share) < EXTREME:
+                extreme.append(f"the {label} of {name}")
+        section.table(("statistic", "data", "predicted", "sd", "share of predictions below"), rows)
+    found.extreme = tuple(extreme)
+    if extreme:
+        section.text(
+            f"The model does not reproduce {', '.join(extreme)}: less than {100 * EXTREME:g} in 100 predictions are as "
+            "extreme as the data.",
+            "bad",
+        )
+    else:
+        section.text("Nothing in these statistics of the data is strange to the model.", "good")
+    return section
+
+
+_STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda values: values.flatten(1).mean(1),
+    "standard deviation": lambda values: values.flatten(1).std(1),
+    "least": lambda values: values.flatten(1).min(1).values,
+    "greatest": lambda values: values.flatten(1).max(1).values,
+}
+
+
+# -------------------------------------------------------------------------------------------------------- advice
+def _advice_section(options: ReportOptions, found: _Findings) -> Section:
+    """Say what to do next, from everything that was found."""
+    section = Section("What to do next")
+    posterior, history, advice = found.posterior, found.history, []
+    assert posterior is not None
+    khat = posterior.khat.flatten()
+    share = (khat > TRUSTED).double().mean().item()
+    trusted = share == 0
+    if history is None:
+        advice.append("The guide is not trained. Train it before anything else: --train 60.")
+    elif "time" in (history.stop_reason or "") or "seconds" in (history.stop_reason or ""):
+        advice.append(
+            f"Training was stopped by its time of {options.seconds:g} s while it may still have helped: give it more "
+            "(--train)."
+        )
+    if not trusted and history is not None:
+        richer = "" if str(options.family) != "normal" else " a richer family (--family spline) or"
+        advice.append(
+            f"The draws are not good enough to be corrected by weights for {100 * share:.0f} in 100 of the weights: try"
+            f"{richer} longer training, or correct them by Markov chains that start from them (posterior.refined())."
+        )
+    elif trusted and bool((posterior.ess < 0.9 * posterior.num_draws).any()):
+        advice.append("Use posterior.reweighted(): weights make these draws those of the posterior.")
+    elif trusted:
+        advice.append("Use the draws as they are: their weights are nearly even.")
+    calibration = found.calibration
+    if isinstance(calibration, CalibrationReport) and not calibration.summary().note.startswith("Nothing"):
+        advice.append(
+            "The guide is not calibrated on data that the model simulates. For other data than these do not use it "
+            f"without checking k-hat there. {calibration.summary().note}"
+        )
+    elif isinstance(calibration, CalibrationReport):
+        advice.append(
+            "The guide may be used for new data like those that the model simulates, without training."
+        )
+    elif isinstance(calibration, str) and "parameters for these data" in calibration:
+        advice.append(
+            "The guide is for these data. For others, train it again, or set it up with pool='deepset'."
+        )
+    if found.extreme:
+        advice.append(
+            f"Change the model before trusting what it says: it does not reproduce {', '.join(found.extreme)}."
+        )
+    elif trusted:
+        advice.append("Compare with other models by posterior.loo() and compare().")
+    good = trusted and history is not None and not found.extreme
+    section.text(
+        "The draws can be relied on, and the model reproduces the data in what was looked at."
+        if good
+        else "Something needs attention before the results are used.",
+        "good" if good else "care",
+    )
+    return section.items(advice)
