@@ -422,7 +422,7 @@ def test_what_is_refused():
         auto_faithful_guide(labels, X, optional="y")
     with pytest.raises(GraphflowsError, match="no such site as 'w' in this call, whose sites are z, y, x"):
         auto_faithful_guide(labels, X, optional=["w"])
-    with pytest.raises(GraphflowsError, match="resolution='site' with optional="):
+    with pytest.raises(GraphflowsError, match="or 'site' with optional="):
         auto_faithful_guide(labels, X, optional=["y"], resolution="element")
 
     def summed(x, y=None):

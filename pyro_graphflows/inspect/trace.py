@@ -6,6 +6,7 @@ arguments become inputs.
 """
 
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -37,6 +38,7 @@ from pyro_graphflows.inspect.arguments import (
 from pyro_graphflows.inspect.randomness import kept_random_state
 from pyro_graphflows.inspect.rows import PlateWatch, rows_taken, watch_leaves
 from pyro_graphflows.inspect.tracer import (
+    COMPILER,
     Escape,
     Noise,
     PlateRows,
@@ -185,13 +187,24 @@ def trace_once(
                 converted = True
             except Exception:  # the model wants arrays: torch.from_numpy, NumPy functions
                 given = args, kwargs
-    tracker = TaintTracker()
-    leaves, outside = watch_leaves(tracker, model, *given)
-    recorder = Recorder(tracker)
-    with quiet_run(model), warnings.catch_warnings():
-        if converted:
-            warnings.filterwarnings("ignore", "To copy construct from a tensor")
-        trace = run_model(model, *given, recorder, _GivenRows(indices or {}), watching(tracker))
+
+    def run() -> tuple[Recorder, Any, Any, Any]:
+        tracker = TaintTracker()
+        leaves, outside = watch_leaves(tracker, model, *given)
+        recorder = Recorder(tracker)
+        with quiet_run(model), warnings.catch_warnings():
+            if converted:
+                warnings.filterwarnings("ignore", "To copy construct from a tensor")
+            trace = run_model(model, *given, recorder, _GivenRows(indices or {}), watching(tracker))
+        return recorder, trace, leaves, outside
+
+    was_there = COMPILER in sys.modules
+    try:
+        recorder, trace, leaves, outside = run()
+    except Exception:
+        if was_there or COMPILER not in sys.modules:
+            raise
+        recorder, trace, leaves, outside = run()  # now with handlers that the compiler does not look into
     for name, value in recorder.data.items():
         trace.nodes[name]["value"] = value
     return _Assembly(recorder, trace, leaves, outside, strict).finish(converted)

@@ -407,6 +407,7 @@ _NOT_FIRST = _names("full_like new_full new_tensor")
 # Calls with one result for each argument: the dispatch mode keeps these apart, a union would not.
 _SIDE_BY_SIDE = _names("broadcast_tensors meshgrid atleast_1d atleast_2d atleast_3d align_tensors")
 # Calls whose result is no tensor and says nothing about values (attributes appear under their own names).
+COMPILER = "torch._dynamo"
 _METADATA = _names(
     """dim ndim ndimension numel nelement size shape stride storage_offset element_size itemsize nbytes dtype
     device layout requires_grad is_leaf grad_fn names has_names output_nr _version __len__ __hash__ __repr__
@@ -452,7 +453,9 @@ def watching(tracker: TaintTracker) -> Iterator[None]:
         >>> tracker.sources(tracker.of(buffer))
         ['z']
     """
-    with _FunctionMode(tracker), _DispatchMode(tracker):
+    # Operators with branches run PyTorch's compiler, which must not look into the handler once it is there.
+    handler = _HiddenDispatchMode if COMPILER in sys.modules else _DispatchMode
+    with _FunctionMode(tracker), handler(tracker):
         yield
 
 
@@ -702,6 +705,10 @@ class _DispatchMode(TorchDispatchMode):
     def _select(self, values: int, chosen_by: int) -> None:
         if values and chosen_by:
             self.tracker.selections[values, chosen_by] = None
+
+
+class _HiddenDispatchMode(_DispatchMode):
+    __torch_dispatch__ = torch._disable_dynamo(_DispatchMode.__torch_dispatch__, recursive=True)  # type: ignore[no-untyped-call]
 
 
 def _is_index(index: torch.Tensor) -> bool:
