@@ -237,7 +237,7 @@ def test_families_are_values():
         (lambda: Flow(masked=Flow()), r"masked= a Normal\(...\)"),
         (
             lambda: make_family("gaussian"),
-            "Expected family= 'normal', 'spline', 'flow', a family object.*got 'gaussian'",
+            "Expected family= 'auto', 'normal', 'spline', 'flow', a family object.*got 'gaussian'",
         ),
         (lambda: make_family(Flow), r"Did you mean Flow\(\)\?"),
     ],
