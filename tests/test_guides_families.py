@@ -199,7 +199,7 @@ def test_strings_abbreviate_the_defaults():
     assert make_family("normal") == Normal()
     assert make_family("flow") == Flow()
     assert make_family("spline") == Spline()
-    assert set(FAMILIES) == {"normal", "spline", "flow"}
+    assert set(FAMILIES) == {"auto", "normal", "spline", "flow"}
     assert make_family(Student) == Normal(factor=Student)
     assert make_family(Flow(num_blocks=2)).num_blocks == 2
 
