@@ -199,7 +199,7 @@ def test_strings_abbreviate_the_defaults():
     assert make_family("normal") == Normal()
     assert make_family("flow") == Flow()
     assert make_family("spline") == Spline()
-    assert set(FAMILIES) == {"normal", "spline", "flow"}
+    assert set(FAMILIES) == {"auto", "normal", "spline", "flow"}
     assert make_family(Student) == Normal(factor=Student)
     assert make_family(Flow(num_blocks=2)).num_blocks == 2
 
@@ -237,7 +237,7 @@ def test_families_are_values():
         (lambda: Flow(masked=Flow()), r"masked= a Normal\(...\)"),
         (
             lambda: make_family("gaussian"),
-            "Expected family= 'normal', 'spline', 'flow', a family object.*got 'gaussian'",
+            "Expected family= 'auto', 'normal', 'spline', 'flow', a family object.*got 'gaussian'",
         ),
         (lambda: make_family(Flow), r"Did you mean Flow\(\)\?"),
     ],

@@ -176,6 +176,11 @@ class CoupledFactor(NormalFactor):
             [biases, biases.new_zeros(more)]
         )
 
+    def natural_units(self, scale_tril: Tensor) -> Tensor:
+        """See :meth:`Factor.natural_units`; of the columns, ones."""
+        units = NormalFactor(self.size).natural_units(scale_tril)
+        return torch.cat([units, units.new_ones(self.num_outputs - self.num_inner)])
+
 
 class CouplingTerms(nn.Module):
     """What turns a site's outputs into a joint normal over plates.
