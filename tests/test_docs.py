@@ -17,7 +17,13 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.glob("*.md"), *DOCS.glob("how_to/*.md"), *DOCS.glob("tutorials/*.md")])
 WITH_CODE = [page for page in PAGES if ">>>" in page.read_text()]
-INTERNAL = {"regression", "tensor_files", "whole_files"}  # modules that only other modules use
+INTERNAL = {
+    "regression",
+    "report",
+    "shapes",
+    "tensor_files",
+    "whole_files",
+}  # used by other modules, or as a command
 
 
 def load(name):

@@ -229,5 +229,3 @@ class TestBadInput:
             Simulations([], batch_size=10)
         with pytest.raises(GraphflowsError, match="Expected no loss with simulations"):
             self.fit(100, loss=InferenceCompilation)
-        with pytest.raises(GraphflowsError, match="number of epochs or a Schedule"):
-            fit(normal, LinearGuide(), torch.zeros(1), progress=False)

@@ -1111,6 +1111,8 @@ class AutoFaithfulGuide(AutoGuide):
             self._plate_states = {name: plate.moved(fn) for name, plate in self._plate_states.items()}
             self._fitted = None if self._fitted is None else self._fitted.moved(fn)
             self._priors = PriorReader(self._plan.priors, self._sites)
+            self._places = None
+            self._mark_parameters()  # other objects, on another device or of another type
         return self
 
     def load_state_dict(

@@ -39,7 +39,7 @@ def _with_graph(objective: Objective, point: Tensor, *, graph: bool) -> tuple[Te
     except (ValueError, ArithmeticError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # outside of where it is defined
         return nothing
     finite = bool(torch.isfinite(gradient).all()) and bool(torch.isfinite(loss))
-    return (loss, gradient, point) if finite else nothing
+    return (loss.detach(), gradient, point) if finite else nothing
 
 
 def hessian_at(objective: Objective, point: Tensor) -> Tensor | None:

@@ -427,7 +427,8 @@ def find_mode(
     noise = torch.cat([noise, -noise])
     if not posterior.takes_many(noise):
         return laplace
-    evidence = float(posterior(point)) + size / 2 * LOG_2PI + laplace.log_volume
+    with torch.no_grad():
+        evidence = float(posterior(point)) + size / 2 * LOG_2PI + laplace.log_volume
     if abs(laplace.elbo(noise) - evidence) < CLOSE:
         return laplace
     found = [laplace, *_variational(posterior, start, laplace)]

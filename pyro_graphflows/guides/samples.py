@@ -276,6 +276,8 @@ class ModelDraws:
                 self._mode = find_mode(self.model, self.args, self.kwargs, self.traced)
             except UnsupportedModelError as error:
                 self._mode = error
+            except (RuntimeError, ValueError, ArithmeticError) as error:  # of the model, at values far out
+                self._mode = UnsupportedModelError(f"the search for a mode failed: {error}")
         if isinstance(self._mode, UnsupportedModelError):
             raise self._mode
         self._last = values = self._mode.draw(min(num_samples, self._most_draws))
