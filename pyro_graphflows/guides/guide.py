@@ -225,7 +225,6 @@ class AutoFaithfulGuide(AutoGuide):
             self._fitted = None
             chosen, choice = self._start(compiled, samples, (args, kwargs))
             self.blocks, self._places = chosen.blocks, None
-            self._mark_parameters()
             self._notes = () if chosen.note is None else (chosen.note,)
             self._start_notes = (*(() if choice is None else (choice,)), *chosen.notes)
         self.remember_data(*args, **kwargs)
@@ -248,6 +247,7 @@ class AutoFaithfulGuide(AutoGuide):
                 samples = samples.with_values(scores)
             blocks, starts = self._make_blocks(compiled, samples, regression=name != "random")
             self.blocks, self._places = nn.ModuleList(blocks), None
+            self._mark_parameters()  # runs at set-up may show them to Pyro
             self._whiten_blocks(starts, *call)
             notes = tuple(note for start in starts for note in start.notes)
             return Candidate(name, self.blocks, notes, samples.note)
