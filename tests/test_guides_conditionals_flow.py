@@ -470,7 +470,7 @@ def test_wrong_options_are_named(data):
         flow_guide(model, x, form="graphical", num_blocks=1)
     with pytest.raises(GraphflowsError, match="Expected closed_form 'sampling' or 'density'"):
         Flow(closed_form="both")
-    with pytest.raises(GraphflowsError, match="Expected family= 'normal', 'spline', 'flow'"):
+    with pytest.raises(GraphflowsError, match="Expected family= 'auto', 'normal', 'spline', 'flow'"):
         auto_faithful_guide(mixed, family="gaussian")
     assert isinstance(flow_guide(mixed).family, Flow)
 
