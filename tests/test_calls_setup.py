@@ -13,7 +13,7 @@ from pyro_graphflows.guides import auto_faithful_guide
 from pyro_graphflows.inspect import find_batching, sample_prior, trace_model
 
 X = torch.tensor([[0.5, -1.0, 2.0], [1.0, 0.3, -0.2], [0.1, 0.9, 1.1], [-1.0, 0.2, 0.4]])
-FEW_RUNS = 60
+FEW_RUNS = 120  # the search for a start near the posterior's mode among them
 
 
 def coefficients():
@@ -157,7 +157,7 @@ def measured(x):
 def test_what_cannot_be_batched_is_named_with_the_remedy(model, place, remedy, options):
     model_runs, runs = counted(model)
     guide = auto_faithful_guide(model_runs, Y.double(), **options)
-    assert 1000 < runs[0] < 1100
+    assert 1000 < runs[0] < 1200
     (note,) = (line for line in guide.describe().splitlines() if "set-up is slow" in line)
     assert "site 'y'" in note
     assert place in note

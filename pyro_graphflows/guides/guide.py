@@ -225,7 +225,7 @@ class AutoFaithfulGuide(AutoGuide):
             self._fitted = None
             chosen, choice = self._start(compiled, samples, (args, kwargs))
             self.blocks, self._places = chosen.blocks, None
-            self._notes = () if chosen.note is None else (chosen.note,)
+            self._notes = tuple(dict.fromkeys(n for n in (compiled.draws.note, chosen.note) if n is not None))
             self._start_notes = (*(() if choice is None else (choice,)), *chosen.notes)
         self.remember_data(*args, **kwargs)
         logger.info("Guide set up: %d blocks (%.2f s).", len(self.blocks), time.perf_counter() - begin)

@@ -96,6 +96,12 @@ class ModelDraws:
         joint = self._batchings.get(False)
         return joint is not None and joint.way == "plate"
 
+    @property
+    def one_by_one(self) -> bool:
+        """Whether each joint sample takes a run of the model."""
+        joint = self._batchings.get(False)
+        return joint is not None and joint.way == "single"
+
     def argument(self, name: str) -> Tensor:
         """Return the value of an input, row for row of the plates of the call."""
         path = self.traced.argument_paths[name]
