@@ -708,7 +708,7 @@ class _DispatchMode(TorchDispatchMode):
 
 
 class _HiddenDispatchMode(_DispatchMode):
-    __torch_dispatch__ = torch._disable_dynamo(_DispatchMode.__torch_dispatch__, recursive=True)  # type: ignore[no-untyped-call]
+    __torch_dispatch__ = torch._disable_dynamo(_DispatchMode.__torch_dispatch__, recursive=True)  # type: ignore[attr-defined]
 
 
 def _is_index(index: torch.Tensor) -> bool:
