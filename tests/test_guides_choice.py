@@ -66,7 +66,7 @@ def test_unknown_starts_are_refused():
 
 def test_amortised_guides_keep_the_regression_whatever_the_data_of_set_up():
     x = 3.0 + torch.randn(10)  # quite likely under the model, as examples are
-    guide = auto_faithful_guide(local, x)
+    guide = auto_faithful_guide(local, x, init="auto")
     text = str(guide.describe(verbose=True))
     assert "the start is 'regression'" in text
     assert "the start is" not in str(guide.describe())
@@ -77,7 +77,7 @@ def test_amortised_guides_keep_the_regression_whatever_the_data_of_set_up():
 @pytest.mark.parametrize("family", [Normal(), Flow(), Spline()], ids=["normal", "flow", "spline"])
 def test_improper_priors_in_raw_units_start_at_the_posterior(family):
     x, y = raw_data()
-    guide = auto_faithful_guide(raw_regression, x, y, family=family)
+    guide = auto_faithful_guide(raw_regression, x, y, family=family, init="auto")
     assert "the start is 'mode'" in str(guide.describe(verbose=True))
     # the exact evidence under the flat prior: a normal and an inverse-gamma integral
     design = torch.stack([torch.ones_like(x), x], -1)
@@ -97,7 +97,7 @@ def test_training_keeps_starts_at_the_mode_in_float32(make, rate):
     try:
         model, args = make()
         pyro.set_rng_seed(1)
-        guide = auto_faithful_guide(model, *args)
+        guide = auto_faithful_guide(model, *args, init="auto")
         start = loss_of(model, guide, *args)
         optimizer = torch.optim.Adam(guide.parameters(), lr=rate)
         for _ in range(100):
@@ -113,7 +113,7 @@ def test_training_keeps_starts_at_the_mode_in_float32(make, rate):
 
 def test_elements_start_where_their_data_are():
     rat, x, y = rats_data()
-    guide = auto_faithful_guide(rats, rat, x, y)
+    guide = auto_faithful_guide(rats, rat, x, y, init="auto")
     assert "the start is 'mode'" in str(guide.describe(verbose=True))
     means = torch.stack([(y - 5 * x)[rat == i].mean() for i in range(8)])
     with torch.no_grad():
@@ -142,7 +142,7 @@ def test_factors_start_at_the_prior():
         pyro.sample("y", dist.Normal(z, 10.0), obs=y)
 
     y = torch.tensor(60.0)
-    guide = auto_faithful_guide(model, y)
+    guide = auto_faithful_guide(model, y, init="auto")
     assert "the start is 'prior'" in str(guide.describe(verbose=True))
     with torch.no_grad():
         z = torch.stack([guide(y)["z"] for _ in range(2000)])
@@ -158,5 +158,5 @@ def test_wide_data_do_not_slow_down_a_search_among_orders():
         pyro.sample("y", dist.Normal(a.unsqueeze(-1) * torch.ones(400), b.unsqueeze(-1)).to_event(1), obs=y)
 
     y = 0.5 + 0.3 * torch.randn(400)
-    guide = auto_faithful_guide(model, y, num_start_samples=2000)
+    guide = auto_faithful_guide(model, y, num_start_samples=2000, init="auto")
     assert math.isfinite(loss_of(model, guide, y, number=5))

@@ -152,7 +152,7 @@ def choose_start(
         try:
             there = {"mode": samples.at_mode, "prior": samples.at_prior}.get(name, lambda _: samples)(plan)
             other = build(there, name)
-        except UnsupportedModelError as error:
+        except (UnsupportedModelError, RuntimeError) as error:  # of algebra on draws that suit no regression
             reasons.append(f"no start at the {name}: {error}")
             continue
         found = loss_of(other)

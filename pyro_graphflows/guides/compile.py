@@ -99,7 +99,7 @@ class GuideOptions:
     family: Family
     inverse: Inverse = "auto"
     pool: str | DeepSet | None = None
-    init: str = "auto"
+    init: str = "regression"
     factors: Mapping[str, type[Factor] | Family] = field(default_factory=dict)
     standardize: bool = True
     num_start_samples: int = 10_000
