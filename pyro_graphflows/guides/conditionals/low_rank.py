@@ -27,7 +27,9 @@ from pyro_graphflows.regression import RESIDUAL_FLOOR, Moments, in_float64
 
 __all__ = ["LowRankNormalFactor", "leading_directions"]
 
-NUM_ROUNDS = 30
+NUM_ROUNDS, FEW_ROUNDS = 30, 10  # of short vectors, and of others
+SHORT = 200
+MOST_ROWS = 4000  # of samples, for directions
 OVERSAMPLED = 6  # columns of the subspace beside those wanted
 
 
@@ -89,6 +91,7 @@ class LowRankNormalFactor(NormalOutputs):
         loc = y.mean(0) - weights @ x.mean(0)
         residual = y - loc - x @ weights.mT
         spread = residual.square().mean(0).sqrt().clamp(min=RESIDUAL_FLOOR)
+        residual = residual[:MOST_ROWS]
         scaled = residual / spread / len(residual) ** 0.5
         found = leading_directions(
             lambda v: scaled.mT @ (scaled @ v), spread, self.rank, (self.size / len(residual)) ** 0.5
@@ -136,9 +139,9 @@ def leading_directions(
         basis = torch.linalg.qr(start[:, :number])[0]
         directions = torch.zeros_like(start[:, :rank])
         directions[:, :most] = basis[:, :most]
-        for _ in range(NUM_ROUNDS):
+        for _ in range(NUM_ROUNDS if n <= SHORT else FEW_ROUNDS):
             root = left.sqrt().unsqueeze(-1)
-            for _ in range(3):
+            for _ in range(2):
                 basis = torch.linalg.qr(correlate(basis / root) / root - basis)[0]
             image = correlate(basis / root) / root
             values, vectors = torch.linalg.eigh((basis.mT @ image + image.mT @ basis) / 2)
