@@ -145,10 +145,8 @@ def choose_start(
     for name in ("mode", "prior", "random"):
         if name in losses or (name == "random" and least < math.inf):
             continue
-        if (
-            name == "prior" and samples.draws.one_by_one and least < math.inf
-        ):  # as many runs of the model again
-            continue
+        if name == "prior" and samples.draws.one_by_one and least < math.inf:
+            continue  # it would take as many runs of the model again
         try:
             there = {"mode": samples.at_mode, "prior": samples.at_prior}.get(name, lambda _: samples)(plan)
             other = build(there, name)

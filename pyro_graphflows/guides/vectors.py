@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
-from pyro_graphflows.guides.conditionals.contract import SiteRole
+from pyro_graphflows.guides.conditionals.contract import UNITS, SiteRole
 from pyro_graphflows.guides.orders import FoundInverse
 from pyro_graphflows.guides.sites import LatentSite
 
@@ -27,7 +27,6 @@ __all__ = ["BUDGET", "RANK", "VectorOptions", "Vectors", "hold_vectors"]
 FULL = 200_000  # weights up to which a covariance is full
 BUDGET = 1_000_000  # weights of one site, unless the user says otherwise
 RANK = 10
-UNITS = 17  # hidden units and the bias, which outputs have weights to beside those of the parents
 
 
 @dataclass(frozen=True)

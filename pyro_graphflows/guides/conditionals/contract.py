@@ -26,7 +26,18 @@ from pyro_graphflows.guides.plan import BlockPlan
 from pyro_graphflows.guides.sites import LatentSite
 from pyro_graphflows.regression import Moments, Regression
 
-__all__ = ["BlockSpec", "Conditionals", "ElementParents", "Family", "LinearConditional", "Pass", "SiteRole"]
+__all__ = [
+    "UNITS",
+    "BlockSpec",
+    "Conditionals",
+    "ElementParents",
+    "Family",
+    "LinearConditional",
+    "Pass",
+    "SiteRole",
+]
+
+UNITS = 17  # hidden units and the bias, to which outputs have weights beside those of the parents
 
 ElementParents = Mapping[str, Sequence[Sequence[tuple[str, int]]]]
 
@@ -131,7 +142,7 @@ class Family(ABC):
             num_inputs: The number of its inputs.
         """
         n = role.site.size
-        return (2 * n + n * (n - 1) // 2) * (num_inputs + 17)
+        return (2 * n + n * (n - 1) // 2) * (num_inputs + UNITS)
 
     @property
     def can_couple(self) -> bool:
