@@ -53,6 +53,7 @@ SCRIPTS = {
         set(),
     ),
 }
+LONG = {"siren_vae_digits.py", "gallery/semi_supervised_digits.py"}  # whose parts other tests run
 # run by a test of their own: test_examples_distributed.py
 ELSEWHERE = {"distributed/ddp.py", "distributed/draws.py", "distributed/fabric.py"}
 # script of the gallery -> flags that make it tiny (and --out), words of its output; all print figures and draw one
@@ -116,7 +117,10 @@ def test_scripts_are_short_and_use_what_is_public(name):
                 assert {alias.name for alias in node.names} <= set(PUBLIC[node.module]), node.module
 
 
-@pytest.mark.parametrize("name", sorted(SCRIPTS))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in LONG else []) for name in sorted(SCRIPTS)],
+)
 def test_script_runs(name, tmp_path):
     flags, words, pictures = SCRIPTS[name]
     done = call(name, *flags.replace("OUT", str(tmp_path)).split())
@@ -152,7 +156,7 @@ def test_the_page_of_the_gallery_has_every_script():
     assert {name for name in scripts if f'"{name}",' in page} == scripts
 
 
-@pytest.mark.parametrize("sizes", [["10"], ["100", "2000"]])
+@pytest.mark.parametrize("sizes", [["100", "2000"], pytest.param(["10"], marks=pytest.mark.slow)])
 def test_numbers_of_digits_there_are(tmp_path, sizes):
     done = call("siren_vae_digits.py", "--sizes", *sizes, "--out", str(tmp_path))
     assert done.returncode == 1

@@ -90,8 +90,10 @@ def test_improper_priors_in_raw_units_start_at_the_posterior(family):
     assert -0.05 < gap < 0.1, gap
 
 
-@pytest.mark.parametrize("rate", [1e-3, 1e-2])
-@pytest.mark.parametrize("make", [lambda: (rats, rats_data()), lambda: (raw_regression, raw_data())])
+@pytest.mark.parametrize("rate", [pytest.param(1e-3, marks=pytest.mark.slow), 1e-2])
+@pytest.mark.parametrize(
+    "make", [lambda: (rats, rats_data()), lambda: (raw_regression, raw_data())], ids=["rats", "raw"]
+)
 def test_training_keeps_starts_at_the_mode_in_float32(make, rate):
     torch.set_default_dtype(torch.float32)
     try:
