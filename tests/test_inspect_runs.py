@@ -12,6 +12,13 @@ from pyro_graphflows.inspect import get_model_graph, trace_model
 from pyro_graphflows.inspect.runs import GivenRows, GivenValues, Replaced, is_transparent, run_model
 
 
+def regression(w, x=None):
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 4):
+        z = pyro.sample("z", dist.Normal(a, 1.0))
+        pyro.sample("x", dist.Normal(z * w, 1.0), obs=x)
+
+
 def test_random_state_and_parameters_are_left_alone():
     def model():
         scale = pyro.param("scale", torch.ones(()))
