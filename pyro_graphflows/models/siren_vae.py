@@ -193,9 +193,8 @@ class SIReNVAE(LatentModel):
         num_blocks: The number of blocks of each flow.
         inverse: The encoder's structure: an order of :func:`~pyro_graphflows.faithful_inverse`, an
             :class:`~pyro_graphflows.InverseGraph` of ``graph``, or a sequence of latent nodes to eliminate.
-        decoder: None for masked networks, or modules for some observed nodes, as
-            :class:`~pyro_graphflows.models.siren_vae.MaskedDecoder` takes them (a single module if there is one observed
-            node). For images and the like.
+        decoder: None for masked networks, or modules for some observed nodes, as :class:`MaskedDecoder` takes them (a
+            single module if there is one observed node). For images and the like.
         encoder: Modules for some known nodes, which turn the node's features (rows, size) into those that the encoder
             sees instead (a single module if there is one known node).
         likelihood: The likelihood of all observed nodes or of each: ``"normal"``, ``"bernoulli"`` or
