@@ -5,11 +5,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+from pyro_graphflows.guides import auto_faithful_guide
 from pyro_graphflows.infer import Simulations
 from studies.results import Results
 from studies.sbibm import report, run
 from studies.sbibm.c2st import c2st
 from studies.sbibm.tasks import (
+    Box,
     Crescent,
     GLMStatistics,
     Task,
@@ -60,6 +62,29 @@ class TestDistributions:
 
 def columns(draws):
     return draws["theta"].reshape(len(draws["theta"]), -1)
+
+
+def in_a_box(x):
+    """Normal means under a uniform prior that cuts their posteriors at one side."""
+    with pyro.plate("dimensions", 2):
+        theta = pyro.sample("theta", Box(0.0, 1.0))
+        pyro.sample("x", dist.Normal(theta, 0.3), obs=x)
+
+
+@pytest.mark.parametrize("row", ["normal", "normal reweighted"])
+def test_draws_outside_the_prior_are_dropped(tmp_path, monkeypatch, row):
+    monkeypatch.setattr(run, "NUM_DRAWS", 200)
+    monkeypatch.setattr(run, "POOL", 1600)
+    task = Toy("box", in_a_box, columns, (2,), {})
+    guide = auto_faithful_guide(task.model, task.observation(1))
+    guide.save(tmp_path / "guide")
+    draws, figures = run.draw(task, row, tmp_path / "guide", 1, 0)
+    assert draws.shape == (200, 2)
+    assert ((draws >= 0) & (draws <= 1)).all()
+    assert 0.3 < figures["inside"] < 1
+    monkeypatch.setattr(run, "OUTSIDE", 1)
+    with pytest.raises(SystemExit, match="of 200 draws only"):
+        run.draw(task, "normal", tmp_path / "guide", 1, 0)
 
 
 class Toy(Task):

@@ -3,7 +3,8 @@ r"""Amortised guides on the tasks of sbibm: C2ST against the reference posterior
 Rows, each for a number of simulations:
 
 - ``normal``, ``spline``, ``flow``: the guide of that family learns from the simulations alone (``fit(...,
-  simulations=)``), as neural posterior estimation does; those that set up the guide are counted among them;
+  simulations=)``), as neural posterior estimation does; those that set up the guide are counted among them. Draws
+  outside the bounds of a uniform prior are dropped, as they are there;
 - ``... reweighted``: the same guide with the model's density. Of a large pool of its draws, those that remain are
   drawn without replacement by their importance weights (``sample_posterior``), as ``Posterior.reweighted`` does with a
   smaller pool. Nothing is trained further;
@@ -35,10 +36,11 @@ from pyro_graphflows.infer import Simulations, fit, sample_posterior
 from studies.flags import add_places
 from studies.results import Results
 from studies.sbibm.c2st import c2st
-from studies.sbibm.tasks import NUM_OBSERVATIONS, TASKS, Crescent, GLMStatistics, Task
+from studies.sbibm.tasks import NUM_OBSERVATIONS, TASKS, Box, Crescent, GLMStatistics, Task
 
 NUM_DRAWS = 10_000
 POOL = 300_000  # draws of which those that are reweighted are taken
+OUTSIDE = 8  # times as many are drawn, since a guide without bounds has draws outside the prior's, which are dropped
 BATCH, RATE = 500, 2e-3
 SET_UP = 10  # one in so many simulations sets up the guide, the others train it
 WIDTHS: Mapping[str, Any] = {"units_per_set": 64, "hidden_layers": 2}
@@ -88,22 +90,27 @@ def train(task: Task, family: str, simulations: int, seed: int, path: Path) -> d
 
 def draw(task: Task, row: str, path: Path, number: int, seed: int) -> tuple[Tensor, dict[str, float]]:
     """Return draws for an observation, in the columns of the reference, and figures about them."""
-    guide = load_guide(path, task.model, classes=(Crescent, GLMStatistics))
+    guide = load_guide(path, task.model, classes=(Box, Crescent, GLMStatistics))
     x = task.observation(number)
     reweighted = row.endswith("reweighted")
-    size = POOL if reweighted else NUM_DRAWS
+    size = POOL if reweighted else OUTSIDE * NUM_DRAWS
     posterior = sample_posterior(task.model, guide, x, num_draws=size, seed=seed, progress=False)
     figures = {"khat": float(posterior.khat.max()), "ess": float(posterior.ess.min())}
     columns = task.columns(posterior.draws)
-    if reweighted:
-        torch.manual_seed(seed)
-        weights = posterior.log_weights.reshape(
-            size, -1
-        )  # a column for each datum where the posterior factorises
-        noise = -torch.empty_like(weights).exponential_().log()  # the largest with it: no draw comes twice
-        chosen = (weights + noise).topk(NUM_DRAWS, 0).indices
-        chosen = chosen.gather(0, torch.rand(chosen.shape).argsort(0))
-        columns = columns.gather(0, chosen.expand(-1, columns.shape[-1]))
+    torch.manual_seed(seed)
+    # a column for each datum where the posterior factorises
+    weights = posterior.log_weights.reshape(size, -1)
+    inside = weights > -torch.inf
+    if int(inside.sum(0).min()) < NUM_DRAWS:
+        found = int(inside.sum(0).min())
+        raise SystemExit(f"{task.name}: of {size} draws only {found} are inside the prior's bounds")
+    figures["inside"] = float(inside.double().mean())
+    if not reweighted:
+        weights = torch.zeros_like(weights).masked_fill(~inside, -torch.inf)
+    noise = -torch.empty_like(weights).exponential_().log()  # the largest with it: no draw comes twice
+    chosen = (weights + noise).topk(NUM_DRAWS, 0).indices
+    chosen = chosen.gather(0, torch.rand(chosen.shape).argsort(0))
+    columns = columns.gather(0, chosen.expand(-1, columns.shape[-1]))
     return columns, figures
 
 
