@@ -1,8 +1,9 @@
 """Parameters for each element of a plate, and maps: for data that no network reads, and non-exchangeable elements.
 
-Elements of a plate beyond those whose parameters were fitted follow the model's own conditional. A site with per-element parameters has none for a group that it has not seen. Given the outer sites, and without data
-of its own, such a group's posterior is the model's conditional. So the distribution of the site is, element by element,
-the guide's where there are parameters, and the model's beyond.
+Elements of a plate beyond those whose parameters were fitted follow the model's own conditional. A site with
+per-element parameters has none for a group that it has not seen. Given the outer sites, and without data of its own,
+such a group's posterior is the model's conditional. So the distribution of the site is, element by element, the guide's
+where there are parameters, and the model's beyond.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -25,6 +26,8 @@ __all__ = [
     "WithNewElements",
     "beyond_fitted",
     "element_maps",
+    "grown_plates",
+    "require_model_conditionals",
 ]
 
 MOST_SLOPES = 64  # inputs up to which elements with parameters have slopes too
