@@ -171,7 +171,7 @@ class AutoFaithfulGuide(AutoGuide):
         self._shown = ShownParameters()
         self._sites: dict[str, LatentSite]
         self._reader: CallReader
-        self._priors: PriorReader
+        self._priors: PriorReader | None = None
         self._plate_states: dict[str, PlateState]
         self.blocks: nn.ModuleList
         self.scores: ScoreReader | None = None
@@ -216,7 +216,7 @@ class AutoFaithfulGuide(AutoGuide):
             self.scores = compiled.scores
             self._plan, self._sites, self._reader = compiled.plan, compiled.sites, compiled.reader
             self._plate_states = compiled.plates
-            self._priors = PriorReader(compiled.plan.priors, compiled.sites)
+            self._priors = None
             self.prototype_trace = compiled.traced.trace
             self._prototype_frames = {
                 frame.name: frame
@@ -412,6 +412,8 @@ class AutoFaithfulGuide(AutoGuide):
         unconstrained = {} if unconstrained is None else unconstrained
         of_call = None
         if plan.priors.sites:
+            if self._priors is None:
+                self._priors = PriorReader(plan.priors, self._sites)
             of_call = self._priors.begin(self.model, (args, kwargs), call, observations)
         blocks: Any = self._modules["blocks"]  # not self.blocks: forward has shown the parameters to Pyro
         for block, block_plan in zip(blocks, plan.blocks, strict=True):
@@ -1017,7 +1019,7 @@ class AutoFaithfulGuide(AutoGuide):
             self._sites = {name: site.moved(fn) for name, site in self._sites.items()}
             self._plate_states = {name: plate.moved(fn) for name, plate in self._plate_states.items()}
             self._fitted = None if self._fitted is None else self._fitted.moved(fn)
-            self._priors = PriorReader(self._plan.priors, self._sites)
+            self._priors = None
             self._shown.forget()
             self._mark_parameters()  # other objects, on another device or of another type
         return self
@@ -1095,7 +1097,7 @@ class AutoFaithfulGuide(AutoGuide):
         self.scores = None if contents["scores"] is None else ScoreReader.from_plain(contents["scores"])
         self._reader = CallReader.from_plain(contents["reader"], device)
         self._plate_states = contents["plates"]
-        self._priors = PriorReader(self._plan.priors, self._sites)
+        self._priors = None
         self._reader.remember(self._plate_states, {name: site.support for name, site in self._sites.items()})
         self._notes, self._start_notes = contents["notes"]
         self._fitted = None if contents["fitted"] is None else FittedData(*contents["fitted"])
@@ -1132,7 +1134,7 @@ class AutoFaithfulGuide(AutoGuide):
         state["create_plates"] = None
         if self._plan is not None:  # a function that makes inverses cannot be pickled
             state["_options"] = replace(self._options, inverse=self._plan.inverse, init_values={})
-            state["_priors"] = PriorReader(self._plan.priors, self._sites)
+        state["_priors"] = None
         state["prototype_trace"] = None
         state["_fitted"] = None  # no data in a pickle
         return state
@@ -1150,8 +1152,7 @@ class AutoFaithfulGuide(AutoGuide):
         state = self.__dict__.copy()
         shared = {key: state.pop(key) for key in ("_model", "create_plates", "master", "prototype_trace")}
         state["plates"] = {}
-        if self._plan is not None:
-            state["_priors"] = PriorReader(self._plan.priors, self._sites)
+        state["_priors"] = None
         new.__dict__.update(shared)
         new.__dict__.update(copy.deepcopy(state, memo))
         if new._plan is not None:
