@@ -168,8 +168,10 @@ def expand(graph: ModelGraph, copies: int = 2) -> Expansion:
 
     parents: list[tuple[int, ...]] = []
     children: list[list[int]] = [[] for _ in site]
-    for i, name in enumerate(names):
-        above = [position[parent] for parent in graph.parents(name)]
+    above_site: list[list[int]] = [[] for _ in names]
+    for parent, child in graph.edges:
+        above_site[position[child]].append(position[parent])
+    for i, (name, above) in enumerate(zip(names, above_site, strict=True)):
         for node in of_site[i]:
             at = dict(zip(plates[name], index[node], strict=True))
             found: list[int] = []

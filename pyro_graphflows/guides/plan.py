@@ -114,7 +114,7 @@ class BlockPlan:
     coupled: Mapping[str, Coupling] = field(default_factory=dict)
     fused: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def sites(self) -> tuple[str, ...]:
         """The sites in sampling order."""
         return tuple(site for level in self.levels for site in level)

@@ -242,11 +242,11 @@ def _input_moments(block: GuideBlock, features: Tensor, values: Mapping[str, Ten
         features: Features of the context nodes, ``(*batch, num_features)``.
         values: Unconstrained vectors of the sites, each of shape ``(*batch, size)``.
     """
-    columns = [in_float64(features)] if features.shape[-1] else []
+    columns = [features] if features.shape[-1] else []
     for site in block.plan.sites:
         shift, scale = block.conditionals.input_units(site)
-        columns.append(in_float64((values[site] - shift) / scale))
-    joint = concatenate(columns)
+        columns.append((values[site] - shift) / scale)
+    joint = in_float64(concatenate(columns))
     rows = joint.reshape(-1, joint.shape[-1])
     step = -(-len(rows) * rows.shape[-1] ** 2 // MOST_PRODUCTS)
     if step > 1:
@@ -274,11 +274,11 @@ def regress_(
         values: Unconstrained vectors of the sites in rows, each of shape ``(n, size)``.
         fused: The priors of fused sites in the same rows.
     """
-    columns = [in_float64(context)]
+    columns = [context]
     for site in conditionals.block.sites:
         shift, scale = conditionals.output_units(site)
-        columns.append(in_float64((values[site] - shift) / scale))
-    rows = torch.cat(columns, -1)
+        columns.append((values[site] - shift) / scale)
+    rows = in_float64(torch.cat(columns, -1))
     finite = torch.isfinite(rows).all(-1)
     rows = rows[finite].clamp(-WINSOR, WINSOR)
     moments = Moments(rows)
