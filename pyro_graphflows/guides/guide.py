@@ -28,10 +28,9 @@ from torch.distributions import biject_to
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph
-from pyro_graphflows.guides.block import GuideBlock, make_inputs
+from pyro_graphflows.guides.block import GuideBlock
 from pyro_graphflows.guides.call import Call, CallReader, PlateState, chosen_indices, site_mask
-from pyro_graphflows.guides.choice import Candidate, Judge, choose_start
-from pyro_graphflows.guides.compile import Compiled, GuideOptions, compile_guide
+from pyro_graphflows.guides.compile import GuideOptions, compile_guide
 from pyro_graphflows.guides.conditionals.contract import Family
 from pyro_graphflows.guides.conditionals.distributions import CopiedValue, DrawnOrGiven, site_distribution
 from pyro_graphflows.guides.conditionals.elements import (
@@ -47,7 +46,6 @@ from pyro_graphflows.guides.conditionals.site_priors import SitePrior
 from pyro_graphflows.guides.families import make_family
 from pyro_graphflows.guides.files import write_guide
 from pyro_graphflows.guides.fitted_data import CallData, FittedData
-from pyro_graphflows.guides.fused_rows import with_priors
 from pyro_graphflows.guides.orders import Inverse
 from pyro_graphflows.guides.parameters import ShownParameters
 from pyro_graphflows.guides.plan import Description, Plan
@@ -55,7 +53,7 @@ from pyro_graphflows.guides.priors import PriorReader
 from pyro_graphflows.guides.samples import Samples
 from pyro_graphflows.guides.scores import ScoreReader
 from pyro_graphflows.guides.sites import LatentSite, is_constant
-from pyro_graphflows.guides.start import Start, start_at_, start_block_, whiten_block_
+from pyro_graphflows.guides.start import Trial, start_guide
 from pyro_graphflows.guides.transport import Transport
 from pyro_graphflows.infer.posterior import Posterior, sample_posterior
 from pyro_graphflows.inspect import kept_random_state
@@ -67,8 +65,6 @@ logger = logging.getLogger(__name__)
 
 Emit = Callable[..., Tensor]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-NUM_START_DRAWS = 20  # of the guide at set-up, which say how large its inputs are
 
 
 class AutoFaithfulGuide(AutoGuide):
@@ -225,7 +221,7 @@ class AutoFaithfulGuide(AutoGuide):
                 if frame.vectorized
             }
             self._fitted = None
-            chosen, choice = self._start(compiled, samples, (args, kwargs))
+            chosen, choice = start_guide(compiled, samples, options, _Trial(self, args, kwargs))
             self._take_blocks(chosen.blocks)
             self._notes = tuple(dict.fromkeys(n for n in (compiled.draws.note, chosen.note) if n is not None))
             self._start_notes = (*(() if choice is None else (choice,)), *chosen.notes)
@@ -236,89 +232,6 @@ class AutoFaithfulGuide(AutoGuide):
         if self.master is not None:
             self.master()._check_prototype(prune_subsample_sites(self.prototype_trace))
         return self
-
-    def _start(self, compiled: Compiled, samples: Samples, call: Arguments) -> tuple[Candidate, str | None]:
-        """Return the start that the options ask for, and a sentence on the choice."""
-        options, plan = self._options, compiled.plan
-
-        def build(samples: Samples, name: str) -> Candidate:
-            samples = with_priors(samples, plan.priors)
-            if compiled.scores is not None and samples.values is not None:
-                number = len(next(iter(samples.values.values())))
-                scores = compiled.scores.of_draws(compiled.draws, number, compiled.plates)
-                samples = samples.with_values(scores)
-            blocks, starts = self._make_blocks(compiled, samples, regression=name != "random")
-            self._take_blocks(nn.ModuleList(blocks))  # runs at set-up may show their parameters to Pyro
-            self._whiten_blocks(starts, *call)
-            notes = tuple(note for start in starts for note in start.notes)
-            return Candidate(name, self.blocks, notes, samples.note)
-
-        def loss_of(candidate: Candidate) -> float | None:
-            self._take_blocks(candidate.blocks)
-            return judge.loss(lambda *args, **kwargs: self._run(args, kwargs, None, pyro.sample))
-
-        if options.init == "auto" and options.family.can_regress and compiled.scores is None:
-            draws = compiled.draws
-            depth = max((-state.dim for state in self._plate_states.values()), default=0)
-            judge = Judge(draws.model, call, options.setup_seed, -1 - depth if draws.takes_plates else None)
-            return choose_start(compiled, samples, build, loss_of, judge)
-        if options.init == "prior":
-            try:
-                at_prior = samples if compiled.scores is not None else samples.at_prior(plan)
-                return build(at_prior, "prior"), None
-            except UnsupportedModelError as error:
-                note = f"no start at the prior, and no standardisation of latents: {error}"
-                return build(replace(samples, values=None, note=note), "random"), None
-        return build(
-            samples, "random" if options.init == "random" or not options.family.can_regress else "regression"
-        ), None
-
-    def _make_blocks(
-        self, compiled: Compiled, samples: Samples, *, regression: bool
-    ) -> tuple[list[GuideBlock], list[Start]]:
-        """Return the blocks at their starts, and how these are."""
-        options = self._options
-        starts = []
-        further = {
-            "element_parents": compiled.element_parents,
-            "factors": options.factor_classes(),
-            "ranks": compiled.ranks,
-        }
-        blocks = []
-        for plan in compiled.plan.blocks:
-            inputs, of_block = make_inputs(plan, samples, options.deepset or DeepSet(), options.embedding)
-            block = GuideBlock.make(plan, compiled.families[plan.sites[0]], inputs, of_block, further)
-            start = start_block_(block, of_block, regression=regression)
-            given = start_at_(block, of_block, options.init_values, compiled.plan.changing)
-            starts.append(replace(start, notes=(*start.notes, *given)))
-            blocks.append(block)
-        return blocks, starts
-
-    @torch.no_grad()
-    def _whiten_blocks(self, starts: Sequence[Start], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Find the coordinates in which the blocks are trained, from joint samples and the data of set-up."""
-        chosen = [
-            (block, s.moments) for block, s in zip(self.blocks, starts, strict=True) if s.moments is not None
-        ]
-        call: Call | None = None
-        draws: dict[str, Tensor] = {}
-        if chosen:
-            try:
-                call = self._read_with_scores(args, kwargs, None)
-                draws = self._flat_draws(args, kwargs)
-            except GraphflowsError:  # set up without data: the call that needs them says so
-                call = None
-        for block, moments in chosen:
-            assert isinstance(block, GuideBlock)
-            whiten_block_(block, moments, call, draws)
-
-    def _flat_draws(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-        """Return draws as flat unconstrained vectors, along a plate of their own."""
-        flat: dict[str, Tensor] = {}
-        depth = max((-state.dim for state in self._plate_states.values()), default=0)
-        with pyro.plate("_pyro_graphflows_draws", NUM_START_DRAWS, dim=-1 - depth):
-            self._run(args, kwargs, None, pyro.sample, flat)
-        return flat
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         self.setup(*args, **kwargs)
@@ -1158,6 +1071,32 @@ class AutoFaithfulGuide(AutoGuide):
         if new._plan is not None:
             new._mark_parameters()
         return new
+
+
+class _Trial(Trial):
+    """A guide at set-up, tried with blocks at some start for the call that it is set up by."""
+
+    def __init__(self, guide: AutoFaithfulGuide, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.guide, self.call = guide, (args, kwargs)
+
+    def take(self, blocks: nn.ModuleList) -> None:
+        """Let the guide have these blocks; runs at set-up may show their parameters to Pyro."""
+        self.guide._take_blocks(blocks)
+
+    def read(self) -> Call:
+        """Read the call."""
+        return self.guide._read_with_scores(*self.call, None)
+
+    def run(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draw latents for a call."""
+        return self.guide._run(args, kwargs, None, pyro.sample)
+
+    def draws(self, number: int, dim: int) -> dict[str, Tensor]:
+        """Return draws for the call as flat unconstrained vectors, along a plate of their own."""
+        flat: dict[str, Tensor] = {}
+        with pyro.plate("_pyro_graphflows_draws", number, dim=dim):
+            self.guide._run(*self.call, None, pyro.sample, flat)
+        return flat
 
 
 def _centre(name: str, fn: Any, **_: Any) -> Tensor:

@@ -83,7 +83,7 @@ def auto_faithful_guide(
             joint samples of the model (exact for linear-Gaussian models up to sampling error). ``"prior"``: at the
             prior of the latents, whatever the data. ``"random"``: with random weights. ``"auto"``: at the best of
             these and of a normal approximation about the posterior's mode for the data of set-up
-            (:mod:`~pyro_graphflows.guides.choice`, :mod:`~pyro_graphflows.guides.mode`);
+            (:mod:`~pyro_graphflows.guides.start`, :mod:`~pyro_graphflows.guides.mode`);
             ``guide.describe(verbose=True)`` says which.
         factors: For single sites, by name, a factor class or a family object.
         standardize: Whether inputs and outputs of the networks are standardised by constants found at set-up.
