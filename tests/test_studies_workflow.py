@@ -80,7 +80,9 @@ def test_the_page_of_what_was_run(tmp_path):
     results.append("stream", {"peak_gib": 0.5, "seconds": 12.0, "draws": 1000})
     report.render(tmp_path / "none.jsonl", tmp_path / "workflow.jsonl", tmp_path)
     page = (tmp_path / "workflow.md").read_text()
-    assert "| eight schools | 1.20 | 0.90 | 0.010 / 1.001 / 1,000 | 0.010 / 1.001 / 4,000 | 4.0 | 3.0 |" in page
+    assert (
+        "| eight schools | 1.20 | 0.90 | 0.010 / 1.001 / 1,000 | 0.010 / 1.001 / 4,000 | 4.0 | 3.0 |" in page
+    )
     assert "| banana | not run |" in page
     assert "0.50 GiB" in page
 

@@ -85,7 +85,8 @@ def schools_loo() -> Tensor:
 
 def banana(x: Tensor) -> None:
     b = pyro.sample("b", dist.Normal(0.0, 5.0))
-    a = pyro.sample("a", dist.Normal(0.0, 2.0))  # last: guides sample it first, and given a the law of b has one mode
+    # last: guides sample it first, and given a the law of b has one mode
+    a = pyro.sample("a", dist.Normal(0.0, 2.0))
     with pyro.plate("data", len(x)):
         pyro.sample("x", dist.Normal(b - 0.5 * a.square(), 0.5), obs=x)
 
