@@ -21,7 +21,7 @@ from pyro_graphflows import guides, load_guide
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
 from pyro_graphflows.graphs import ModelGraph, faithful_inverse
 from pyro_graphflows.guides import DeepSet, Factor, Flow, Normal, NormalFactor, Spline, auto_faithful_guide
-from pyro_graphflows.guides.plain import Reader, Writer
+from pyro_graphflows.guides.files import Reader, Writer
 from pyro_graphflows.nn.activations import make_activation
 from pyro_graphflows.tensor_files import read_tensors, write_tensors
 from pyro_graphflows.transforms.solver import Solver

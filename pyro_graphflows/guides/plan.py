@@ -14,6 +14,7 @@ A plan is complete when it is made, and nothing changes it.
 import hashlib
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import networkx as nx
 
@@ -55,7 +56,7 @@ class PriorPlan:
     ranks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     batches: bool = True
 
-    @property
+    @cached_property
     def sites(self) -> frozenset[str]:
         """The fused sites."""
         return frozenset(site for run in self.runs for site in run)
@@ -113,7 +114,7 @@ class BlockPlan:
     coupled: Mapping[str, Coupling] = field(default_factory=dict)
     fused: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def sites(self) -> tuple[str, ...]:
         """The sites in sampling order."""
         return tuple(site for level in self.levels for site in level)
