@@ -7,7 +7,7 @@ OUT ?= out
 # where a study keeps its runs, its page and pictures, and its checkpoints
 places = --results studies/$(1)/results.jsonl --out docs/results --work $(OUT)/$(1)
 
-.PHONY: help demo test test-slow test-oldest sdist-test types docs check comi table1 flows density graphvae-table real-models sbibm workflow psychometric clean
+.PHONY: help demo test test-slow test-oldest sdist-test types docs check comi table1 flows density graphvae-table real-models sbibm multilevel workflow psychometric clean
 
 help:
 	@echo "make demo       faithful guide for a gene network against the exact answer (tables, pictures in $(OUT)/)"
@@ -24,6 +24,7 @@ help:
 	@echo "make density    density-estimation study (DATA=the protein npz; restartable; docs/results/density.md)"
 	@echo "make graphvae-table  the Graph VAE study (restartable; image files from DATA=...; writes docs/results/graph_vae.md)"
 	@echo "make sbibm      C2ST on the tasks of sbibm (restartable; docs/results/sbibm.md)"
+	@echo "make multilevel  one guide for two-level data sets of any size (restartable; docs/results/multilevel.md)"
 	@echo "make real-models DATA=...  guides on real models (the folder of posteriors; restartable; docs/results/real_models.md)"
 	@echo "make workflow DATA=...  refinement, cross-validation, speed (the folder of posteriors; docs/results/workflow.md)"
 	@echo "make psychometric DATA=...  one guide for 8,526 data sets (the folder of the curves; docs/results/workflow.md)"
@@ -112,6 +113,10 @@ sbibm: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps sbibm
 	OMP_NUM_THREADS=1 $(BIN)/python -m studies.sbibm.run --study $(call places,sbibm)
 	$(BIN)/python -m studies.sbibm.report
+
+multilevel: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m studies.multilevel.run --study $(call places,multilevel)
+	$(BIN)/python -m studies.multilevel.report
 
 workflow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m studies.workflow.run $(if $(DATA),--data $(DATA)) --results studies/workflow/results.jsonl
