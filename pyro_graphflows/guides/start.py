@@ -148,7 +148,8 @@ def start_guide(
     depth = max((-state.dim for state in compiled.plates.values()), default=0)
 
     def build(samples: Samples, name: str) -> Candidate:
-        samples = with_priors(samples, plan.priors)
+        if plan.priors.sites:
+            samples = with_priors(samples, plan.priors)
         if compiled.scores is not None and samples.values is not None:
             number = len(next(iter(samples.values.values())))
             scores = compiled.scores.of_draws(compiled.draws, number, compiled.plates)
@@ -238,15 +239,15 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
             # Vectors of discrete sites are zeros and ones, and stay so.
             if samples.standardize and samples.draws.sites[site].encoding is None:
                 conditionals.set_units_(site, location_and_scale(values))
-        fused = FusedRows.of_block(plan, samples)
-        if samples.standardize:
+        fused = FusedRows.of_block(plan, samples) if plan.fused else None
+        if samples.standardize and fused is not None:
             fused.set_units_(conditionals)
         if regression:
             features = block.inputs.features(concatenate([samples.rows[n] for n in block.inputs.names]))
             finite = torch.isfinite(torch.cat([features, *latents.values()], -1)).all(-1)
             finite = _few_enough(finite, features.shape[-1])
             features = features[finite] if features.shape[-1] else features
-            fused = fused.at(finite)
+            fused = None if fused is None else fused.at(finite)
             if samples.standardize:
                 moments = _input_moments(block, features, {n: v[finite] for n, v in latents.items()})
             # A regression on learned features would be another one as soon as these are trained.
@@ -260,7 +261,8 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
             if samples.source == "mode":  # draws differ from element to element
                 own_maps |= dict.fromkeys(plan.per_element, plan.plates) if plan.plates else {}
             if kept and (own_maps or plan.coupled):
-                further = [name for site in fused.priors for name in columns_of(site) if name in samples.rows]
+                known = () if fused is None else fused.priors
+                further = [name for site in known for name in columns_of(site) if name in samples.rows]
                 aligned = samples.aligned([*block.inputs.names, *plan.sites, *further])
                 context = block.inputs.features(concatenate([aligned[n] for n in block.inputs.names]))
                 of_sites = {site: aligned[site] for site in (*plan.sites, *further)}
@@ -368,7 +370,7 @@ def _unconstrained(site: LatentSite, value: Tensor, plates: Sequence[PlateState]
 
 
 def _regress_if_better_(
-    conditionals: Conditionals, context: Tensor, values: dict[str, Tensor], fused: FusedRows
+    conditionals: Conditionals, context: Tensor, values: dict[str, Tensor], fused: FusedRows | None
 ) -> str | None:
     """Set the conditionals by regression, or go back, and say so, if held-out samples like the random start better."""
     number = len(next(iter(values.values())))
@@ -383,7 +385,7 @@ def _regress_if_better_(
     rest = torch.arange(number) % HELD_OUT != 0
     fitted = {site: value[rest] for site, value in values.items()}
     random_state = {key: value.clone() for key, value in conditionals.state_dict().items()}
-    tested, used = fused.at(held_out), fused.at(rest)
+    tested, used = (None, None) if fused is None else (fused.at(held_out), fused.at(rest))
     random_loss = conditionals_loss(conditionals, context[held_out], test, tested)
     regress_(conditionals, context[rest] if context.shape[-1] else context, fitted, used)
     loss = conditionals_loss(conditionals, context[held_out], test, tested)
