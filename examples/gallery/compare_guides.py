@@ -27,7 +27,7 @@ def add_flags(parser, steps, out):
     return parser
 
 
-def compare(args, model, arguments, *, lr=1e-2, particles=5, loss=None, others=True, hidden=(), family="auto", init="auto", **options):
+def compare(args, model, arguments, *, lr=1e-2, particles=5, loss=None, others=True, hidden=(), **options):
     """Train the faithful guide and Pyro's, print a table; return the posteriors by name.
 
     Args:
@@ -39,9 +39,7 @@ def compare(args, model, arguments, *, lr=1e-2, particles=5, loss=None, others=T
         loss: An ELBO instead of Trace_ELBO.
         others: Whether Pyro's guides can serve the model.
         hidden: Sites that the model sums over, which Pyro's guides must not see.
-        family: The family of the faithful guide.
-        init: How it starts.
-        **options: Of the faithful guide.
+        **options: Of the faithful guide, beside ``family="auto"`` and ``init="auto"``.
     """
     torch.set_num_threads(1)
     names = ["faithful"] + (["AutoNormal", "AutoMultivariateNormal"] if others else [])
@@ -55,7 +53,7 @@ def compare(args, model, arguments, *, lr=1e-2, particles=5, loss=None, others=T
         if name in makers:
             guide = makers[name](poutine.block(model, hide=list(hidden)), init_scale=0.1)
         else:
-            guide = auto_faithful_guide(model, *arguments, family=family, init=init, **options)
+            guide = auto_faithful_guide(model, *arguments, **{"family": "auto", "init": "auto", **options})
         objective = loss or Trace_ELBO(num_particles=particles, vectorize_particles=particles > 1)
         epoch = max(1, args.steps // 20)
         fit(

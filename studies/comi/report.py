@@ -146,8 +146,8 @@ def plot_log_posterior(trained, path, hidden_dims=NARROW):
             row[0].set_ylim(3 * low, 30)
             units = min(hidden_dims) / (2 ** (depth - 1) - 1)
             note = (
-                f"depth {depth}: logarithmic below −10. A layer has {units:.1f} units for each latent: some of the sparse "
-                "guides are blind (dead units), whatever their factorisation"
+                f"depth {depth}: logarithmic below −10. A layer has {units:.1f} units for each latent: some of the "
+                "sparse guides are blind (dead units), whatever their factorisation"
             )
             row[columns // 2].set_title(note, fontsize=8)
         for ax in row:
