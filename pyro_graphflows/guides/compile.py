@@ -34,12 +34,14 @@ from pyro_graphflows.guides.families import MOST_GLOBALS, Auto, Normal, Spline
 from pyro_graphflows.guides.fusion import FusionQuestion, plan_fusion
 from pyro_graphflows.guides.inputs import InputOptions, InputPlan, plan_inputs, sites_concerned
 from pyro_graphflows.guides.orders import (
+    MOST_EDGES_OF_HIERARCHIES,
     NAMED_INVERSES,
     FoundInverse,
     Inverse,
     find_inverse,
     optional_sites_first,
     order_for_discrete_sites,
+    order_for_hierarchies,
     order_for_supports,
     outer_sites_first,
     outside_of_loops,
@@ -280,6 +282,15 @@ def compile_guide(
         ways = [find_inverse(model, args, kwargs, trace, one, elements=elements) for one in orders]
         found = min(ways, key=lambda way: way.inverse.num_edges)
         traced, inverse = found.traced, outer_sites_first(found.inverse) if discrete else found.inverse
+    scales: Mapping[str, Sequence[str]] = {}
+    if options.family.fusion is not False or options.family.tells_roles:
+        scales = sites_of_scales(model, (args, kwargs), traced, sites, inverse.graph, _scalars(sites))
+    if is_free and scales and not discrete and not traced.loops and not changing:
+        hierarchical = order_for_hierarchies(inverse, scales)
+        if hierarchical is not None:
+            way = find_inverse(model, args, kwargs, trace, hierarchical, elements=elements)
+            if way.inverse.num_edges < MOST_EDGES_OF_HIERARCHIES * inverse.num_edges:
+                found, traced, inverse = way, way.traced, way.inverse
     judged = found.judged if traced.loops else None
     if traced.loops:
         inverse = outside_of_loops(inverse, traced.graph)
@@ -293,7 +304,7 @@ def compile_guide(
         _input_options(options, found, sites),
         sites_concerned(inverse, uneven),
     )
-    role_facts = _roles(options, sites, inverse.graph, traced, (model, (args, kwargs)))
+    role_facts = _roles(options, sites, inverse.graph, traced, scales)
     families, keys = _families(options, sites, inputs, inverse.graph.plates, vectors.long, role_facts)
     blocks = make_blocks(inverse, inputs, encodings.event_dims, keys)
     require_outer_sites_first(blocks, inverse, discrete)
@@ -668,20 +679,22 @@ def _families(
     return families, keys
 
 
+def _scalars(sites: Mapping[str, LatentSite]) -> list[str]:
+    return [name for name, site in sites.items() if site.size == 1 and site.encoding is None]
+
+
 def _roles(
     options: GuideOptions,
     sites: Mapping[str, LatentSite],
     graph: ModelGraph,
     traced: TracedModel,
-    call: tuple[Callable[..., Any], tuple[tuple[Any, ...], dict[str, Any]]],
+    scales: Collection[str],
 ) -> dict[str, dict[str, bool]]:
     """Return what a family that tells roles asks of each site beside its inputs; nothing for other families."""
     if not options.family.tells_roles:
         return {}
     nodes: Any = traced.trace.nodes
-    scalars = [name for name, site in sites.items() if site.size == 1 and site.encoding is None]
-    outside = [name for name in scalars if not graph.plates[name] and name not in traced.loops]
-    scales = sites_of_scales(*call, traced, sites, graph, scalars)
+    outside = [name for name in _scalars(sites) if not graph.plates[name] and name not in traced.loops]
     return {
         name: {
             "is_global": len(outside) <= MOST_GLOBALS and name in outside,

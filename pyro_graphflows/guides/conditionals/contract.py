@@ -120,6 +120,11 @@ class Family(ABC):
         return False
 
     @property
+    def can_fuse(self) -> bool:
+        """Whether the sites that it serves itself can be fused with their priors."""
+        return self.fusion is not False
+
+    @property
     def can_regress(self) -> bool:
         """Whether its conditionals can become linear-Gaussian."""
         return True
