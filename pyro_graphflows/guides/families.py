@@ -285,8 +285,8 @@ class Flow(Family):
         _require_fusion(self)
         if self.fusion is True:
             raise GraphflowsError(
-                "Expected fusion='auto' or False with Flow(...): a residual flow times a prior has no density in closed "
-                "form. Use Spline(fusion=True), which is flexible too."
+                "Expected fusion='auto' or False with Flow(...): a residual flow times a prior has no density in "
+                "closed form. Use Spline(fusion=True), which is flexible too."
             )
         if self.form not in ("faithful", "graphical"):
             raise GraphflowsError(f"Expected form='faithful' or 'graphical'; got {self.form!r}.")

@@ -195,7 +195,9 @@ def _on_a_line(zero: SitePrior, one: SitePrior, other: SitePrior) -> bool:
         torch.allclose(a, b, rtol=1e-4, atol=1e-6)
         for a, b in ((zero.tril(), one.tril()), (zero.tril(), other.tril()))
     )
-    return same and torch.allclose(expected, other.loc, rtol=1e-4, atol=1e-4 * float(zero.log_scale.exp().max()))
+    return same and torch.allclose(
+        expected, other.loc, rtol=1e-4, atol=1e-4 * float(zero.log_scale.exp().max())
+    )
 
 
 def _read_moved(
