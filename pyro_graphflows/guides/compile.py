@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from functools import update_wrapper
 from typing import Any
 
+import networkx as nx
+import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
@@ -265,6 +267,7 @@ def compile_guide(
     enumerated = sites_to_enumerate(options.enumerate_sites, sites)
     encodings = input_encodings(model, args, kwargs, traced)
     _require_possible_data(traced, encodings)
+    _require_data_of_flat_priors(traced)
     draws = ModelDraws(model, args, kwargs, traced, sites, encodings)
     changing = _changing_supports(traced, model, args, kwargs)
     vectors = _hold_vectors(
@@ -774,6 +777,20 @@ def _require_possible_data(traced: TracedModel, encodings: InputEncodings) -> No
             raise GraphflowsError(
                 f"Expected data of {name!r} in the support of its distribution, {support}; {int(wrong.sum())} of "
                 f"{wrong.numel()} values are outside of it."
+            )
+
+
+def _require_data_of_flat_priors(traced: TracedModel) -> None:
+    """Refuse improper priors on which no data depend: the posterior is improper too."""
+    nodes: Any = traced.trace.nodes
+    dag = traced.graph.to_networkx()
+    for name in traced.graph.latent:
+        improper = name in nodes and isinstance(undressed(nodes[name]["fn"]), dist.ImproperUniform)
+        if improper and nx.descendants(dag, name).isdisjoint(traced.graph.observed):
+            raise GraphflowsError(
+                f"Expected data that depend on {name!r}, whose prior is improper; there are none in this call, so that "
+                "its posterior is improper too. Set the guide up with data, guide.setup(*args), or give the site a "
+                "proper prior."
             )
 
 

@@ -175,14 +175,14 @@ class Spline(Family):
 
     def __post_init__(self) -> None:
         _require_fusion(self)
-        if self.num_bins < 2:
-            raise GraphflowsError(f"Expected num_bins >= 2; got {self.num_bins}.")
-        if not 0 < self.bound < math.inf:
-            raise GraphflowsError(f"Expected a positive, finite bound; got {self.bound}.")
+        if not isinstance(self.num_bins, int) or self.num_bins < 2:
+            raise GraphflowsError(f"Expected num_bins a whole number >= 2; got {self.num_bins!r}.")
+        if not isinstance(self.bound, int | float) or not 0 < self.bound < math.inf:
+            raise GraphflowsError(f"Expected a positive, finite bound; got {self.bound!r}.")
         if self.base not in BASES:
             raise GraphflowsError(f"Expected a base among {', '.join(BASES)}; got {self.base!r}.")
-        if not 0 < self.df < math.inf:
-            raise GraphflowsError(f"Expected positive, finite degrees of freedom; got {self.df}.")
+        if not isinstance(self.df, int | float) or not 0 < self.df < math.inf:
+            raise GraphflowsError(f"Expected positive, finite degrees of freedom; got {self.df!r}.")
         _freeze_widths(self)
         _require_positive(self, "units_per_set", "hidden_layers")
         make_activation(self.activation)
@@ -501,5 +501,6 @@ def _require_fusion(family: Any) -> None:
 
 def _require_positive(family: Any, *names: str) -> None:
     for name in names:
-        if getattr(family, name) < 1:
-            raise GraphflowsError(f"Expected {name} >= 1; got {getattr(family, name)}.")
+        value = getattr(family, name)
+        if not isinstance(value, int) or value < 1:
+            raise GraphflowsError(f"Expected {name} a whole number >= 1; got {value!r}.")

@@ -152,9 +152,15 @@ def _fusible(question: FusionQuestion, excluded: Mapping[str, str]) -> FusionPla
 
 
 def _changes_nothing(question: FusionQuestion, name: str, prior: SitePrior) -> bool:
-    """Whether a site's prior is the same normal in each call: times a factor it is any normal, as without fusion."""
-    per_element = any(name in block.per_element for block in question.blocks)
-    return prior.transform is None and not question.inverse.graph.parents(name) and not per_element
+    """Whether a site's prior is the same normal in each call: times a factor it is any normal, as without fusion.
+
+    So it is with the logits of a discrete site that depend on one discrete parent alone: a table has them.
+    """
+    graph, sites = question.inverse.graph, question.sites
+    parents = graph.parents(name)
+    if sites[name].encoding is not None and len(parents) == 1:
+        return parents[0] in sites and sites[parents[0]].encoding is not None
+    return prior.transform is None and not parents
 
 
 def _linear_sites(

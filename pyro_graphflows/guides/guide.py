@@ -5,6 +5,7 @@ a call:  read it; for each block, level by level: conditionals, emitted at their
 """
 
 import copy
+import inspect
 import logging
 import os
 import time
@@ -55,7 +56,7 @@ from pyro_graphflows.guides.start import Start, start_at_, start_block_, whiten_
 from pyro_graphflows.guides.transport import Transport
 from pyro_graphflows.infer.posterior import Posterior, sample_posterior
 from pyro_graphflows.inspect import kept_random_state
-from pyro_graphflows.inspect.arguments import argument_leaves
+from pyro_graphflows.inspect.arguments import argument_leaves, replaced_arguments
 
 __all__ = ["AutoFaithfulGuide", "auto_faithful_guide", "load_guide"]
 
@@ -166,6 +167,7 @@ class AutoFaithfulGuide(AutoGuide):
         self._is_fitting = False
         self._warned: set[str] = set()
         self._places: list[tuple[str, dict[str, Any], str]] | None = None
+        self._setup_call: Arguments | None = None
         self._sites: dict[str, LatentSite]
         self._reader: CallReader
         self._priors: PriorReader
@@ -214,6 +216,7 @@ class AutoFaithfulGuide(AutoGuide):
             self._plan, self._sites, self._reader = compiled.plan, compiled.sites, compiled.reader
             self._plate_states = compiled.plates
             self._priors = PriorReader(compiled.plan.priors, compiled.sites)
+            self._setup_call = args, kwargs
             self._places = None
             self.prototype_trace = compiled.traced.trace
             self._prototype_frames = {
@@ -411,7 +414,7 @@ class AutoFaithfulGuide(AutoGuide):
         unconstrained = {} if unconstrained is None else unconstrained
         of_call = None
         if plan.priors.sites:
-            of_call = self._priors.begin(self.model, (args, kwargs), call, observations)
+            of_call = self._priors.begin(self.model, self._for_priors(args, kwargs), call, observations)
         blocks: Any = self._modules["blocks"]  # not self.blocks: forward has shown the parameters to Pyro
         for block, block_plan in zip(blocks, plan.blocks, strict=True):
             conditionals = block.begin(call, unconstrained)
@@ -479,6 +482,26 @@ class AutoFaithfulGuide(AutoGuide):
             dtype=None if site.encoding is None else block.dtype,
             coordinate=None if prior is None else prior.transform,
         )
+
+    def _for_priors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        """Return the arguments for runs of the model that give priors: those of set-up in a call without any.
+
+        Raises:
+            UnsupportedModelError: If there are none.
+        """
+        if args or kwargs:
+            return args, kwargs
+        if self._setup_call is not None:
+            return self._setup_call
+        try:
+            inspect.signature(self.model).bind()
+        except (TypeError, ValueError) as error:
+            raise UnsupportedModelError(
+                f"Expected the model's arguments: {', '.join(sorted(self.plan.priors.sites))} are fused with their "
+                "priors, which a run of the model gives, and a loaded guide holds no data. Call it with them, as in "
+                "guide.median(*args)."
+            ) from error
+        return args, kwargs
 
     def _fuses(self, name: str) -> bool:
         blocks: Any = self._modules["blocks"]
@@ -1111,9 +1134,17 @@ class AutoFaithfulGuide(AutoGuide):
             self._plate_states = {name: plate.moved(fn) for name, plate in self._plate_states.items()}
             self._fitted = None if self._fitted is None else self._fitted.moved(fn)
             self._priors = PriorReader(self._plan.priors, self._sites)
+            self._setup_call = self._moved_call(fn)
             self._places = None
             self._mark_parameters()  # other objects, on another device or of another type
         return self
+
+    def _moved_call(self, fn: Callable[[Tensor], Tensor]) -> Arguments | None:
+        """Return the arguments of set-up on a device or in a type."""
+        if self._setup_call is None or self._model is None:
+            return None
+        leaves = argument_leaves(self.model, *self._setup_call).values()
+        return replaced_arguments(*self._setup_call, {id(leaf): fn(leaf) for leaf in leaves})
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -1227,12 +1258,12 @@ class AutoFaithfulGuide(AutoGuide):
             state["_options"] = replace(self._options, inverse=self._plan.inverse, init_values={})
             state["_priors"] = PriorReader(self._plan.priors, self._sites)
         state["prototype_trace"] = None
-        state["_fitted"] = None  # no data in a pickle
+        state["_fitted"] = state["_setup_call"] = None  # no data in a pickle
         state["_places"] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({"_places": None, **state})
+        self.__dict__.update({"_places": None, "_setup_call": None, **state})
         if self._plan is not None:
             self._mark_parameters()
 
@@ -1242,7 +1273,8 @@ class AutoFaithfulGuide(AutoGuide):
         for part in (self._model, self.create_plates, self.master):
             memo[id(part)] = part
         state = self.__dict__.copy()
-        shared = {key: state.pop(key) for key in ("_model", "create_plates", "master", "prototype_trace")}
+        of_others = ("_model", "create_plates", "master", "prototype_trace", "_setup_call")
+        shared = {key: state.pop(key) for key in of_others}
         state["plates"], state["_places"] = {}, None
         if self._plan is not None:
             state["_priors"] = PriorReader(self._plan.priors, self._sites)

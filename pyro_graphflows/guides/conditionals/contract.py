@@ -360,8 +360,13 @@ class Conditionals(nn.Module, ABC):
                 weights[parent] = matrix * (input_scale / scale)
         return LinearConditional(weights, loc, fit.scale_tril)
 
-    def narrow_elements_(self, factor: float) -> None:
-        """Multiply the scales of the sites with per-element parameters; nothing without such sites."""
+    def narrow_elements_(self, factor: float, *, fitted: bool = True) -> None:
+        """Multiply the scales of the sites with per-element parameters; nothing without such sites.
+
+        Args:
+            factor: The number.
+            fitted: Whether factors beside priors were fitted; those of sites in no plate are made narrow if not.
+        """
         if self.block.per_element:
             raise GraphflowsError(f"{type(self).__name__} has no per-element parameters.")
 

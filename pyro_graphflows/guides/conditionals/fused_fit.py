@@ -51,7 +51,8 @@ def fit_factor(inputs: Tensor, values: Tensor, prior: SitePrior) -> FactorFit:
     inputs, values = in_float64(inputs), in_float64(values)
     prior = prior.map(in_float64)
     # Rows are chosen by their priors alone: without those of large values the prior would not be that of the others.
-    near = (prior.loc.abs() < WINSOR) & (prior.log_scale < math.log(WINSOR)) & values.isfinite()
+    near = (prior.loc.abs() < WINSOR) & (prior.log_scale < math.log(WINSOR)) & prior.log_scale.isfinite()
+    near &= values.isfinite()
     near = near.all(-1) & inputs.isfinite().all(-1)
     flat = FactorFit(_flat(inputs, prior), False)
     inputs, values, prior = inputs[near], values[near], prior.map(lambda each: each[near])

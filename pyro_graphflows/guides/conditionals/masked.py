@@ -138,7 +138,7 @@ class MaskedConditionals(Conditionals):
             self.register_buffer("fusing", torch.ones(len(fusible), dtype=torch.bool))
             self.register_buffer("fused_shift", torch.zeros(total))
             self.register_buffer("fused_scale", torch.ones(total))
-        self._fusing: tuple[Any, list[bool]] = (None, [])
+        self._is_fusing = [True] * len(fusible)  # the same as the buffer, which may be on a device
         self._scalar_levels = {
             i
             for i, level in enumerate(block.levels)
@@ -189,18 +189,18 @@ class MaskedConditionals(Conditionals):
 
     def fuses(self, site: str) -> bool:
         """See :meth:`Conditionals.fuses`."""
-        if site not in self._fused_at:
-            return False
-        key = self.fusing.data_ptr(), self.fusing._version
-        if self._fusing[0] != key:  # reading the buffer may wait for a device
-            self._fusing = key, self.fusing.tolist()
-        return self._fusing[1][self._fused_at[site]]
+        return site in self._fused_at and self._is_fusing[self._fused_at[site]]
 
     @torch.no_grad()
     def set_fusing_(self, site: str, fuse: bool) -> None:
         """See :meth:`Conditionals.set_fusing_`."""
         if site in self._fused_at:
-            self.fusing[self._fused_at[site]] = fuse
+            self.fusing[self._fused_at[site]] = self._is_fusing[self._fused_at[site]] = fuse
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self._fused_at and not self.fusing.is_meta:
+            self._is_fusing = self.fusing.tolist()
 
     def fused_units(self, site: str) -> tuple[Tensor, Tensor]:
         """See :meth:`Conditionals.fused_units`."""
@@ -346,11 +346,11 @@ class MaskedConditionals(Conditionals):
         self._set_rows_(site, weights, fitted[1])
 
     @torch.no_grad()
-    def narrow_elements_(self, factor: float) -> None:
+    def narrow_elements_(self, factor: float, *, fitted: bool = True) -> None:
         """See :meth:`Conditionals.narrow_elements_`."""
         for site, columns in self._table_columns.items():
             assert self.table is not None
-            if self.fuses(site):
+            if self.fuses(site) and (fitted or self.block.plates):
                 continue
             own = self.factors[site]
             for output in own.log_scale_outputs:

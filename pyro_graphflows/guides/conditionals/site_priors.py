@@ -67,12 +67,13 @@ class SitePrior:
         return self.log_scale.exp().diag_embed() if self.scale_tril is None else self.scale_tril
 
 
-def site_prior(site: LatentSite, fn: Any) -> SitePrior:
+def site_prior(site: LatentSite, fn: Any, *, checked: bool = True) -> SitePrior:
     """Return a distribution of the model as the prior of a site.
 
     Args:
         site: The site.
         fn: Its distribution, for which :func:`has_prior` holds.
+        checked: Whether to refuse parameters out of their range.
 
     Raises:
         GraphflowsError: If a parameter is not in its range, a scale zero or infinite for example.
@@ -88,6 +89,19 @@ def site_prior(site: LatentSite, fn: Any) -> SitePrior:
         part.unsqueeze(-1) if part.dim() == dims else part.flatten(dims)
         for part in (coordinate.loc, coordinate.scale)
     )
+    log_scale = scale.log()
+    if checked and not loc.is_meta:
+        total = float(loc.detach().sum() + log_scale.detach().sum())  # finite if all of them are
+        if coordinate.standard or not math.isfinite(total):
+            _require_well_defined(site, fn, coordinate, loc, scale)
+    transform = None if _is_unconstrained(site, coordinate) else coordinate.transform
+    return SitePrior(loc, log_scale, coordinate.scale_tril, transform, coordinate.standard)
+
+
+def _require_well_defined(
+    site: LatentSite, fn: Any, coordinate: GaussianCoordinate, loc: Tensor, scale: Tensor
+) -> None:
+    """Refuse a prior with a parameter out of its range."""
     good = torch.isfinite(loc) & torch.isfinite(scale) & (scale > 0)
     if coordinate.standard:
         defined = is_well_defined(fn)
@@ -100,8 +114,6 @@ def site_prior(site: LatentSite, fn: Any) -> SitePrior:
             "parents that does not reach there, or leave the prior out: "
             f"factors={{{site.name!r}: Normal(fusion=False)}}."
         )
-    transform = None if _is_unconstrained(site, coordinate) else coordinate.transform
-    return SitePrior(loc, scale.log(), coordinate.scale_tril, transform, coordinate.standard)
 
 
 def has_prior(site: LatentSite, fn: Any) -> bool:
