@@ -36,11 +36,10 @@ from pyro_graphflows.guides.conditionals.pooling import (
 from pyro_graphflows.guides.conditionals.pooling import (
     Pool as PlainPool,
 )
-from pyro_graphflows.guides.features import FeatureMap, concatenate
 from pyro_graphflows.guides.inputs import Summary
 from pyro_graphflows.guides.plan import BlockPlan
 from pyro_graphflows.guides.samples import Samples, columns_of, side_by_side, with_depth
-from pyro_graphflows.guides.sites import REMEDIES_OF_NAN, InputEncodings
+from pyro_graphflows.guides.sites import REMEDIES_OF_NAN, FeatureMap, InputEncodings, concatenate
 from pyro_graphflows.shapes import broadcast_shapes
 
 Pool = PlainPool | Embedding

@@ -23,8 +23,7 @@ from pyro_graphflows.guides.conditionals.pooling import Attention, DeepSet, Pool
 from pyro_graphflows.guides.families import FAMILIES
 from pyro_graphflows.guides.inputs import Coupling, InputPlan, Summary
 from pyro_graphflows.guides.plain import GRAPHS, Reader, Writer
-from pyro_graphflows.guides.plan import BlockPlan, Conditioning, Plan
-from pyro_graphflows.guides.prior_plan import PriorPlan
+from pyro_graphflows.guides.plan import BlockPlan, Conditioning, Plan, PriorPlan
 from pyro_graphflows.guides.sites import DiscreteEncoding, InputEncodings, LatentSite
 from pyro_graphflows.inspect.arguments import Attribute, LoopRow, Outside, signature_of
 from pyro_graphflows.tensor_files import read_tensors, write_tensors

@@ -37,17 +37,17 @@ from pyro_graphflows.guides.choice import Candidate, Judge, choose_start
 from pyro_graphflows.guides.compile import Compiled, GuideOptions, compile_guide
 from pyro_graphflows.guides.conditionals.contract import Family
 from pyro_graphflows.guides.conditionals.distributions import CopiedValue, DrawnOrGiven, site_distribution
+from pyro_graphflows.guides.conditionals.elements import WithNewElements, beyond_fitted
 from pyro_graphflows.guides.conditionals.factors import Factor
 from pyro_graphflows.guides.conditionals.model_conditionals import ModelConditionals
-from pyro_graphflows.guides.conditionals.new_elements import WithNewElements, beyond_fitted
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
 from pyro_graphflows.guides.conditionals.site_priors import SitePrior
 from pyro_graphflows.guides.families import make_family
 from pyro_graphflows.guides.files import read_guide, write_guide
 from pyro_graphflows.guides.fitted_data import CallData, FittedData
+from pyro_graphflows.guides.fused_rows import with_priors
 from pyro_graphflows.guides.orders import Inverse
 from pyro_graphflows.guides.plan import Description, Plan
-from pyro_graphflows.guides.prior_samples import with_priors
 from pyro_graphflows.guides.priors import PriorReader
 from pyro_graphflows.guides.samples import Samples
 from pyro_graphflows.guides.scores import ScoreReader

@@ -19,10 +19,9 @@ from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.block import GuideBlock
 from pyro_graphflows.guides.call import Call, PlateState
 from pyro_graphflows.guides.conditionals.contract import Conditionals, LinearConditional
-from pyro_graphflows.guides.features import concatenate
 from pyro_graphflows.guides.fused_rows import FusedRows
 from pyro_graphflows.guides.samples import Samples, columns_of
-from pyro_graphflows.guides.sites import LatentSite
+from pyro_graphflows.guides.sites import LatentSite, concatenate
 from pyro_graphflows.regression import WINSOR, Moments, Regression, in_float64, location_and_scale
 
 __all__ = ["Start", "conditionals_loss", "regress_", "start_at_", "start_block_", "whiten_block_"]

@@ -32,7 +32,8 @@ from tqdm import tqdm
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.inspect.graph import trace_model
-from pyro_graphflows.inspect.trace import TracedModel, is_transparent, kept_buffers, log_density_at, quiet_run
+from pyro_graphflows.inspect.runs import is_transparent, kept_buffers, log_density_at, quiet_run
+from pyro_graphflows.inspect.trace import TracedModel
 from pyro_graphflows.inspect.tracer import in_library
 
 __all__ = ["Batching", "find_batching", "sample_prior"]
