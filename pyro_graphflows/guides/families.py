@@ -175,8 +175,9 @@ class Spline(Family):
 
     def __post_init__(self) -> None:
         _require_fusion(self)
-        if not isinstance(self.num_bins, int) or self.num_bins < 2:
-            raise GraphflowsError(f"Expected num_bins a whole number >= 2; got {self.num_bins!r}.")
+        _require_positive(self, "num_bins")
+        if self.num_bins < 2:
+            raise GraphflowsError(f"Expected num_bins >= 2; got {self.num_bins}.")
         if not isinstance(self.bound, int | float) or not 0 < self.bound < math.inf:
             raise GraphflowsError(f"Expected a positive, finite bound; got {self.bound!r}.")
         if self.base not in BASES:
@@ -502,5 +503,7 @@ def _require_fusion(family: Any) -> None:
 def _require_positive(family: Any, *names: str) -> None:
     for name in names:
         value = getattr(family, name)
-        if not isinstance(value, int) or value < 1:
-            raise GraphflowsError(f"Expected {name} a whole number >= 1; got {value!r}.")
+        if not isinstance(value, int):
+            raise GraphflowsError(f"Expected {name} a whole number; got {value!r}.")
+        if value < 1:
+            raise GraphflowsError(f"Expected {name} >= 1; got {value}.")

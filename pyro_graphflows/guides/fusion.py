@@ -20,7 +20,7 @@ from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.guides.conditionals.contract import Family
 from pyro_graphflows.guides.conditionals.fusible_sites import FusionPlan, fusible_sites
 from pyro_graphflows.guides.conditionals.model_conditionals import ModelConditionals
-from pyro_graphflows.guides.conditionals.site_priors import SitePrior, has_prior
+from pyro_graphflows.guides.conditionals.site_priors import SitePrior, has_prior, is_moderate
 from pyro_graphflows.guides.plan import BlockPlan, PriorPlan
 from pyro_graphflows.guides.priors import read_priors
 from pyro_graphflows.guides.sites import LatentSite
@@ -111,6 +111,8 @@ def plan_fusion(question: FusionQuestion) -> Fusion:
     for name in asked:
         if name in linear or _changes_nothing(question, name, priors[name]):
             excluded[name] = ""
+        elif question.sites[name].encoding is None and not is_moderate(nodes[name]["fn"]):
+            excluded[name] = "its prior spans too many orders of magnitude"
     found = _fusible(question, excluded)
     if found.depth > MOST_RUNS:
         for depth, run in enumerate(found.runs):

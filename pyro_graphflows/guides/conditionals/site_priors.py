@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.transforms import OrderedTransform
 from torch import Tensor
+from torch.distributions import biject_to
 from torch.distributions.transforms import (
     ExpTransform,
     IndependentTransform,
@@ -22,8 +23,9 @@ from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.sites import LatentSite, is_identity
 from pyro_graphflows.inspect.runs import undressed
 
-__all__ = ["SitePrior", "has_prior", "is_normal_unconstrained", "site_prior"]
+__all__ = ["SitePrior", "has_prior", "is_moderate", "is_normal_unconstrained", "site_prior"]
 
+WIDEST = 60.0  # units of logarithms between scores of -2 and 2 of a prior that is not extreme
 WITHOUT_PARAMETERS = (ExpTransform, SigmoidTransform, StickBreakingTransform, OrderedTransform)
 
 
@@ -142,6 +144,27 @@ def is_normal_unconstrained(site: LatentSite, fn: Any) -> bool:
         return True
     coordinate = gaussian_coordinate(fn)
     return coordinate is not None and _is_unconstrained(site, coordinate)
+
+
+def is_moderate(fn: Any) -> bool:
+    """Whether the coordinate in which a prior is normal is fit for a search, and for a start.
+
+    That of a gamma prior with the shape 0.001 is not: its median is 1e-300.
+
+    Args:
+        fn: The model's distribution of a site.
+    """
+    improper = isinstance(undressed(fn), dist.ImproperUniform)
+    coordinate = None if improper else gaussian_coordinate(fn)
+    if coordinate is None or not coordinate.standard:
+        return coordinate is not None
+    try:
+        ends = [biject_to(fn.support).inv(coordinate.transform(w + coordinate.loc)) for w in (-2.0, 2.0)]
+    except ValueError:  # scores so far out that they cannot be inverted
+        return False
+    width = (ends[1] - ends[0]).abs()
+    unbounded = biject_to(fn.support).domain is fn.support
+    return bool(torch.isfinite(width).all()) and (unbounded or bool((width < WIDEST).all()))
 
 
 def _is_unconstrained(site: LatentSite, coordinate: GaussianCoordinate) -> bool:
