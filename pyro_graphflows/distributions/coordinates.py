@@ -337,14 +337,20 @@ class PriorQuantile(Transform):
             most = torch.nextafter(most, torch.full_like(most, -math.inf))
         return value.maximum(least.detach()).minimum(most.detach())
 
+    def _shape_of(self, like: Tensor) -> Tensor:
+        """Return the answer on the meta device, which has shapes alone."""
+        return torch.empty_like(torch.broadcast_tensors(like, *(part.to(like) for part in self.parameters))[0])
+
     def _call(self, x: Tensor) -> Tensor:
-        return self._inside(self._quantile(x))
+        return self._shape_of(x) if x.is_meta else self._inside(self._quantile(x))
 
     def _inverse(self, y: Tensor) -> Tensor:
-        return self._score(self._inside(y))
+        return self._shape_of(y) if y.is_meta else self._score(self._inside(y))
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Return log N(u; 0, 1) - log p(z), elementwise."""
+        if x.is_meta:
+            return self._shape_of(x)
         return normal_log_density(x) - self._log_density(self._inside(y))
 
 

@@ -247,7 +247,7 @@ def score(kernel: SkewedKernel, x: Tensor) -> Tensor:
         >>> score(LogitBeta(half, half), torch.zeros(1, dtype=torch.float64)).abs().item() < 1e-12
         True
     """
-    return _without_values(kernel, x) if x.is_meta else _score(kernel, x)
+    return _score(kernel, x)
 
 
 class _Unscore(torch.autograd.Function):
@@ -361,11 +361,4 @@ def unscore(kernel: SkewedKernel, u: Tensor) -> Tensor:
         >>> round(unscore(LogGamma(one), 0.0 * one).exp().item(), 6)  # the median of the exponential
         0.693147
     """
-    if u.is_meta:
-        return _without_values(kernel, u)
     return _Unscore.apply(type(kernel), u, *kernel.parameters)
-
-
-def _without_values(kernel: SkewedKernel, like: Tensor) -> Tensor:
-    """Return the answer on the meta device, which has shapes alone."""
-    return torch.empty_like(torch.broadcast_tensors(like, *kernel.parameters)[0])
