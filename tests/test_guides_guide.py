@@ -93,7 +93,7 @@ def test_particles_are_independent_draws(data):
 
 
 def test_every_call_reads_its_own_data_and_size(data):
-    guide = auto_faithful_guide(regression, *data, init="regression")
+    guide = auto_faithful_guide(regression, *data, init="regression", family=Normal(fusion=False))
     for n in (12, 5, 1, 30, 12):
         w, y = torch.randn(n), torch.randn(n)
         values = guide(w, y)

@@ -339,7 +339,9 @@ class PriorQuantile(Transform):
 
     def _shape_of(self, like: Tensor) -> Tensor:
         """Return the answer on the meta device, which has shapes alone."""
-        return torch.empty_like(torch.broadcast_tensors(like, *(part.to(like) for part in self.parameters))[0])
+        return torch.empty_like(
+            torch.broadcast_tensors(like, *(part.to(like) for part in self.parameters))[0]
+        )
 
     def _call(self, x: Tensor) -> Tensor:
         return self._shape_of(x) if x.is_meta else self._inside(self._quantile(x))

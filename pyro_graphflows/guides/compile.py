@@ -36,11 +36,11 @@ from pyro_graphflows.guides.families import MOST_GLOBALS, Auto, Normal, Spline
 from pyro_graphflows.guides.fusion import FusionQuestion, plan_fusion
 from pyro_graphflows.guides.inputs import InputOptions, InputPlan, plan_inputs, sites_concerned
 from pyro_graphflows.guides.orders import (
-    MOST_EDGES_OF_HIERARCHIES,
     NAMED_INVERSES,
     FoundInverse,
     Inverse,
     find_inverse,
+    most_edges_of_hierarchy,
     optional_sites_first,
     order_for_discrete_sites,
     order_for_hierarchies,
@@ -291,7 +291,7 @@ def compile_guide(
         hierarchical = order_for_hierarchies(inverse, scales)
         if hierarchical is not None:
             way = find_inverse(model, args, kwargs, trace, hierarchical, elements=elements)
-            if way.inverse.num_edges < MOST_EDGES_OF_HIERARCHIES * inverse.num_edges:
+            if way.inverse.num_edges <= most_edges_of_hierarchy(inverse, scales):
                 found, traced, inverse = way, way.traced, way.inverse
     judged = found.judged if traced.loops else None
     if traced.loops:

@@ -188,20 +188,18 @@ def _linear_sites(
     ]
     if not asked:
         return frozenset()
-    try:
-        zero, one, other = (_read_moved(question, asked, values, move) for move in MOVES)
-    except GraphflowsError:  # a prior that is not defined there
-        return frozenset()
+    zero, one, other = (_read_moved(question, asked, values, move) for move in MOVES)
     return frozenset(name for name in asked if _on_a_line(zero[name], one[name], other[name]))
 
 
 def _on_a_line(zero: SitePrior, one: SitePrior, other: SitePrior) -> bool:
     """Whether locations at the three moves are on a line, and scales the same."""
     expected = zero.loc + (one.loc - zero.loc) * ((MOVES[2] - MOVES[0]) / (MOVES[1] - MOVES[0]))
-    same = all(
-        torch.allclose(a, b, rtol=1e-4, atol=1e-6)
-        for a, b in ((zero.tril(), one.tril()), (zero.tril(), other.tril()))
-    )
+    same = all(torch.allclose(zero.log_scale, each.log_scale, atol=1e-4) for each in (one, other))
+    if zero.scale_tril is not None:
+        unit = zero.log_scale.exp().unsqueeze(-1)
+        rows = [each.tril() / unit for each in (zero, one, other)]
+        same = same and all(torch.allclose(rows[0], each, atol=1e-4) for each in rows[1:])
     return same and torch.allclose(
         expected, other.loc, rtol=1e-4, atol=1e-4 * float(zero.log_scale.exp().max())
     )
@@ -238,6 +236,7 @@ def _read(
     question: FusionQuestion, wanted: Sequence[str], values: Mapping[str, Tensor], plan: PriorPlan
 ) -> dict[str, SitePrior]:
     given = {"latents": values, "observed": {}, "indices": question.indices}
+    plan = replace(plan, checked=False)  # a draw may be one at which a prior is not defined; others are
     with torch.no_grad():
         return read_priors(
             ModelConditionals(question.model), wanted, question.arguments, question.sites, plan, given

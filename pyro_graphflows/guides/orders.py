@@ -80,6 +80,7 @@ __all__ = [
     "drawn_after_enumerated",
     "find_inverse",
     "joint_rows",
+    "most_edges_of_hierarchy",
     "optional_sites_first",
     "order_for_discrete_sites",
     "order_for_hierarchies",
@@ -561,15 +562,15 @@ def order_for_hierarchies(inverse: InverseGraph, scales: Mapping[str, Collection
     """Return an elimination order near that of an inverse in which sites follow those that set their scale.
 
     Only after all of its parents in the model can a site be fused with its prior, and the posterior of effects whose
-    scale is unknown is far from normal, as that of a scale given the effects is. Scales are sampled first, then the
-    others in their order.
+    scale is unknown is far from normal, as that of a scale given the effects is. Given the scales, conjugate
+    hierarchies are normal, their means too: scales are sampled first, then the others in their order.
 
     Args:
         inverse: The inverse.
         scales: For sites that set the scale of others, these others.
 
     Returns:
-        Sites to eliminate in turn; None if the inverse samples such sites after all of their parents in the model.
+        Sites to eliminate in turn; None if that is how the inverse samples them.
 
     Example:
         >>> from pyro_graphflows.graphs.model_graph import ModelGraph
@@ -580,11 +581,28 @@ def order_for_hierarchies(inverse: InverseGraph, scales: Mapping[str, Collection
     graph, rank = inverse.graph, {site: i for i, site in enumerate(inverse.sampling_order)}
     effects = {effect for children in scales.values() for effect in children}
     after = nx.DiGraph((p, effect) for effect in effects for p in graph.parents(effect) if p in rank)
-    if all(rank[one] < rank[other] for one, other in after.edges):
-        return None
     after.add_nodes_from(rank)
     sampling = nx.lexicographical_topological_sort(after, key=lambda site: (site not in scales, rank[site]))
-    return list(sampling)[::-1]
+    order = list(sampling)[::-1]
+    return None if order == list(inverse.sampling_order)[::-1] else order
+
+
+def most_edges_of_hierarchy(inverse: InverseGraph, scales: Mapping[str, Collection[str]]) -> float:
+    """Return how many edges an inverse may have that samples scales first in place of another.
+
+    Args:
+        inverse: The other.
+        scales: For sites that set the scale of others, these others.
+    """
+    rank = {site: i for i, site in enumerate(inverse.sampling_order)}
+    effects = {effect for children in scales.values() for effect in children}
+    after = all(
+        rank[parent] < rank[effect]
+        for effect in effects
+        for parent in inverse.graph.parents(effect)
+        if parent in rank
+    )
+    return inverse.num_edges if after else MOST_EDGES_OF_HIERARCHIES * inverse.num_edges
 
 
 # ---------------------------------------------------------------- sites that are observed in some calls

@@ -18,7 +18,7 @@ from pyro_graphflows.regression import RIDGE, WINSOR, Regression, in_float64, lo
 
 __all__ = ["FactorFit", "fit_factor", "fit_logits"]
 
-FLAT = 4.0  # logarithm of the scale of a factor that says nothing, in units of the prior's spread
+FLAT = 2.5  # logarithm of the scale of a factor that says nothing, in units of the prior's spread
 LEAST_GAIN = 2e-3  # nats by which a factor must improve on the prior
 MOST_ROWS = 4000  # by which a scale is found
 COARSE, FINE = 13, 7  # numbers of scales tried

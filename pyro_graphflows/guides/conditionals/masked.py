@@ -7,6 +7,7 @@ standardised units, inputs and outputs.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyro.distributions as dist
@@ -410,6 +411,14 @@ def _no_wider_than_the_prior(scale_tril: Tensor) -> Tensor:
     return (spread / (1.0 + spread.square()).sqrt()).diag_embed()
 
 
+def _in_type(prior: SitePrior, dtype: torch.dtype) -> SitePrior:
+    """Return a prior in the type of the parameters: constants of a model are in the default type."""
+    if prior.loc.dtype == dtype:
+        return prior
+    fixed = None if prior.fixed is None else prior.fixed.map(lambda each: each.to(dtype))
+    return replace(prior.map(lambda each: each.to(dtype)), fixed=fixed)
+
+
 class MaskedPass(Pass):
     """One pass of :class:`MaskedConditionals`."""
 
@@ -436,9 +445,8 @@ class MaskedPass(Pass):
         outputs = self._network.step(self._new if self._new.shape[-1] else None).squeeze(-1)
         if self._plates is not None:
             self._known.append(self._new)
-        fused = (
-            {site: priors[site] for site in level if site in priors and module.fuses(site)} if priors else {}
-        )
+        chosen = [site for site in level if site in priors and module.fuses(site)] if priors else []
+        fused = {site: _in_type(priors[site], outputs.dtype) for site in chosen} if priors else {}
         if (
             self._level in module._scalar_levels
             and len(fused) in (0, len(level))
