@@ -344,7 +344,7 @@ class PriorQuantile(Transform):
         )
 
     def _call(self, x: Tensor) -> Tensor:
-        return self._shape_of(x) if x.is_meta else self._inside(self._quantile(x))
+        return self._shape_of(x) if x.is_meta else self._inside(self._quantile(x)).to(x.dtype)
 
     def _inverse(self, y: Tensor) -> Tensor:
         return self._shape_of(y) if y.is_meta else self._score(self._inside(y))

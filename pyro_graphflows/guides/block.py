@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_graphflows.capture import is_capturing
+from pyro_graphflows.capture import CAPTURING
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.call import Call
 from pyro_graphflows.guides.conditionals.contract import (
@@ -149,7 +149,7 @@ class BlockInputs(nn.Module):
                 f"Expected {expected} conditioning features in all, as when the guide was set up; got {sizes}."
             )
         features: Tensor = self.features(flat)
-        if not (features.is_meta or is_capturing() or _all_finite(features)):
+        if not (features.is_meta or CAPTURING.get() or _all_finite(features)):
             raise self._not_finite(features, call, unconstrained)
         return features
 

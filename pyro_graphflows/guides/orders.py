@@ -70,7 +70,7 @@ from pyro_graphflows.guides.plan import BlockPlan
 from pyro_graphflows.guides.samples import MOST_ROWS, ModelDraws, side_by_side
 from pyro_graphflows.guides.sites import LatentSite
 from pyro_graphflows.inspect import TracedModel, get_argument, nested_by_index, with_nested_plates
-from pyro_graphflows.regression import Moments, in_float64, location_and_scale, square_root
+from pyro_graphflows.regression import in_float64, location_and_scale, white_residuals
 
 __all__ = [
     "ElementInverse",
@@ -229,7 +229,8 @@ def find_inverse(
     if elements:
         return _invert_elements(traced, option)
     graph = with_loop_plates(traced.graph, traced.loops)
-    nested = nested_by_index(model, args, kwargs, traced=traced)
+    several = len({plate for around in graph.plates.values() for plate in around}) > 1
+    nested = nested_by_index(model, args, kwargs, traced=traced) if several else {}
     if not nested:
         return FoundInverse(traced, resolve_inverse(graph, option))
     inside = resolve_inverse(with_nested_plates(graph, nested), option)
@@ -789,12 +790,7 @@ class _ConditionalScores:
         elif not linear:
             inputs = torch.cat([inputs, inputs.square()], -1)
         judging = torch.arange(len(own)) % HELD_OUT == 0
-        joint = torch.cat([inputs, own], -1)
-        number = inputs.shape[-1]
-        fit = Moments(joint[~judging]).regress(range(number), range(number, joint.shape[-1]))
-        residual = own[judging] - fit.loc - inputs[judging] @ fit.weights.T
-        root = square_root(residual.T @ residual / len(residual))
-        white = torch.linalg.solve_triangular(root, residual.T, upper=False)
+        root, white = white_residuals(inputs, own, judging)
         return float(root.diagonal().log().sum() + _log_scales(white).sum())
 
 

@@ -14,6 +14,7 @@ A plan is complete when it is made, and nothing changes it.
 import hashlib
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import networkx as nx
 
@@ -57,7 +58,7 @@ class PriorPlan:
     batches: bool = True
     checked: bool = True
 
-    @property
+    @cached_property
     def sites(self) -> frozenset[str]:
         """The fused sites."""
         return frozenset(site for run in self.runs for site in run)
@@ -115,7 +116,7 @@ class BlockPlan:
     coupled: Mapping[str, Coupling] = field(default_factory=dict)
     fused: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def sites(self) -> tuple[str, ...]:
         """The sites in sampling order."""
         return tuple(site for level in self.levels for site in level)

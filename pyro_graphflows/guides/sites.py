@@ -409,7 +409,9 @@ def concatenate(parts: Sequence[Tensor], like: Tensor | None = None) -> Tensor:
     if len(parts) == 1 and like is None:
         return parts[0]
     shapes = [part.shape[:-1] for part in parts] + ([] if like is None else [like.shape[:-1]])
-    shape = broadcast_shapes(*shapes)
+    shape = shapes[0]
+    if any(other != shape for other in shapes):
+        shape = broadcast_shapes(*shapes)
     return torch.cat([part.expand(*shape, part.shape[-1]) for part in parts], -1)
 
 

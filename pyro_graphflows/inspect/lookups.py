@@ -18,7 +18,7 @@ from torch.distributions import biject_to
 
 from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.inspect.probes import Rerun, RerunError, differentiable, differs
-from pyro_graphflows.inspect.runs import some_value, vectorized_plates
+from pyro_graphflows.inspect.runs import plates_of_sites, some_value
 from pyro_graphflows.inspect.trace import TracedModel
 
 __all__ = ["nested_by_index", "with_nested_plates"]
@@ -154,9 +154,7 @@ class _LookUps:
         outer: str,
     ) -> list[torch.Tensor] | None:
         """Return for each child the number of the element that each index looks up, -1 for none; None if two."""
-        frames = {
-            frame.name: frame for site in self.rerun.sites.values() for frame in vectorized_plates(site)
-        }
+        frames = plates_of_sites(self.rerun.sites)
         size = frames[outer].size
         before = self.rerun.densities(values, children)
         groups = [torch.zeros(frames[inner].size, dtype=torch.long) for _ in children]

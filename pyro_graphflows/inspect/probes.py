@@ -44,10 +44,11 @@ from pyro_graphflows.inspect.arguments import (
 from pyro_graphflows.inspect.runs import (
     GivenValues,
     Replaced,
-    is_transparent,
     kept_random_state,
     log_density_at,
+    plates_of_sites,
     quiet_run,
+    random_sites,
     rows_of_plates,
     run_model,
     seed_random_state,
@@ -242,7 +243,7 @@ def require_followed(rerun: Rerun, *, strict: bool) -> list[str]:
         UnsupportedModelError: If a distribution changes with such an argument. The message has a line to write.
     """
     notes = []
-    sizes = {frame.size for site in rerun.sites.values() for frame in vectorized_plates(site)}
+    sizes = {frame.size for frame in plates_of_sites(rerun.sites).values()}
     for path, what in not_followed(rerun.model, rerun.args, rerun.kwargs).items():
         value = raw_argument(rerun.model, path, rerun.args, rerun.kwargs)
         is_list = isinstance(value, tuple | list)
@@ -313,8 +314,8 @@ def with_known_rows(rerun: Rerun) -> TracedModel:
 
 def _in_plate(traced: TracedModel, name: str, dim: int, frame: Any, shape: torch.Size) -> TracedModel:
     """Return a traced model in which a dimension of an input runs along a plate."""
-    frames = {f.name: f for site in traced.trace.nodes.values() if "cond_indep_stack" in site
-              for f in vectorized_plates(site)}  # fmt: skip
+    nodes: Mapping[str, Any] = traced.trace.nodes
+    frames = plates_of_sites({name: site for name, site in nodes.items() if "cond_indep_stack" in site})
     rows = dict(sorted({**traced.rows[name], dim: frame.name}.items(), key=lambda row: frames[row[1]].dim))
     rest = [size for d, size in zip(range(-len(shape), 0), shape, strict=True) if d not in rows]
     places = tuple((d, frames[plate].dim) for d, plate in rows.items())
@@ -342,9 +343,7 @@ class _Rows:
 
     def __init__(self, rerun: Rerun) -> None:
         self.rerun = rerun
-        self.frames = {
-            f.name: f for site in rerun.sites.values() for f in vectorized_plates(site) if f.full_size > 1
-        }
+        self.frames = {name: f for name, f in plates_of_sites(rerun.sites).items() if f.full_size > 1}
         paths = rerun.traced.argument_paths
         leaves = rerun.leaves()
         self.leaves = {
@@ -711,7 +710,7 @@ class Validation:
     def _equalise_plates(self) -> None:
         """Make all that enters a plate equal along it: log-densities that vary show constants that do."""
         rerun = self.rerun
-        frames = {frame.name: frame for site in rerun.sites.values() for frame in vectorized_plates(site)}
+        frames = plates_of_sites(rerun.sites)
         leaves = rerun.leaves()
         paths = rerun.traced.argument_paths
         known = {paths[name]: rows for name, rows in rerun.traced.rows.items()}
@@ -720,15 +719,14 @@ class Validation:
             inside = {
                 name: site
                 for name, site in rerun.sites.items()
-                if plate in {other.name for other in vectorized_plates(site)}
+                if any(other.name == plate and other.vectorized for other in site["cond_indep_stack"])
             }
             values = {
                 name: _equal_along(value, frame.dim - rerun.event_dim(name)) if name in inside else value
                 for name, value in rerun.values.items()
             }
-            sizes = {
-                f.dim: (f.name, {f.size, f.full_size}) for s in inside.values() for f in vectorized_plates(s)
-            }
+            around = plates_of_sites(inside).values()
+            sizes = {frame.dim: (frame.name, {frame.size, frame.full_size}) for frame in around}
             replaced: dict[int, torch.Tensor] = {}
             for path, leaf in leaves.items():
                 dims = [dim for dim, other in known.get(path, {}).items() if other == plate]
@@ -829,7 +827,7 @@ def _pairs(edges: Iterable[tuple[Any, Any]]) -> list[str]:
 
 def changes_of_sites(one: Any, other: Any) -> list[str]:
     """Return in words which sites of two traces differ, in existence, role, plates or shape."""
-    mine, theirs = _sites(one), _sites(other)
+    mine, theirs = random_sites(one), random_sites(other)
     for name in sorted(set(mine) ^ set(theirs)):
         return [f"site '{name}' is there in one run and not in another"]
     for name, site in mine.items():
@@ -845,14 +843,6 @@ def _shape(site: Any) -> tuple[int, ...]:
     return tuple(site["fn"].batch_shape + site["fn"].event_shape)
 
 
-def _sites(trace: Any) -> dict[str, Any]:
-    return {
-        name: site
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not site_is_subsample(site) and not is_transparent(site)
-    }
-
-
 def changes_of_data(
     one: Any, other: Any, given: Mapping[Any, torch.Tensor], computed: Iterable[str] = ()
 ) -> list[str]:
@@ -866,7 +856,7 @@ def changes_of_data(
         given: The tensors that the model uses.
         computed: Observed sites whose values are computed from latent sites.
     """
-    mine, theirs = _sites(one), _sites(other)
+    mine, theirs = random_sites(one), random_sites(other)
     changed = []
     for name, site in mine.items():
         if not site["is_observed"] or name in computed or name not in theirs:

@@ -30,7 +30,9 @@ __all__ = [
     "kept_buffers",
     "kept_random_state",
     "log_density_at",
+    "plates_of_sites",
     "quiet_run",
+    "random_sites",
     "rows_of_plates",
     "run_model",
     "seed_random_state",
@@ -262,6 +264,20 @@ def vectorized_plates(msg: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return the vectorised plates around a site, outer to inner."""
     frames = [frame for frame in msg["cond_indep_stack"] if frame.vectorized]
     return tuple(sorted(frames, key=lambda frame: frame.dim))
+
+
+def plates_of_sites(sites: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the vectorised plates around any of some sites, by name."""
+    return {frame.name: frame for site in sites.values() for frame in vectorized_plates(site)}
+
+
+def random_sites(trace: Any) -> dict[str, Any]:
+    """Return the sample sites of a trace that are random or data: not the indices of plates, nor transparent."""
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site_is_subsample(site) and not is_transparent(site)
+    }
 
 
 def subsampled_loops(msg: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:

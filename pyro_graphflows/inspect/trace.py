@@ -174,6 +174,8 @@ def trace_once(
             except Exception:  # the model wants arrays: torch.from_numpy, NumPy functions
                 given = args, kwargs
 
+    rows = (GivenRows(indices),) if indices else ()
+
     def run() -> tuple[Recorder, Any, Any, Any]:
         tracker = TaintTracker()
         leaves, outside = watch_leaves(tracker, model, *given)
@@ -181,7 +183,7 @@ def trace_once(
         with quiet_run(model), warnings.catch_warnings():
             if converted:
                 warnings.filterwarnings("ignore", "To copy construct from a tensor")
-            trace = run_model(watched(tracker, model), *given, recorder, GivenRows(indices or {}))
+            trace = run_model(watched(tracker, model), *given, recorder, *rows)
         return recorder, trace, leaves, outside
 
     was_there = COMPILER in sys.modules
@@ -404,12 +406,13 @@ class _Assembly:
 
     def _connect(self, i: int, record: SiteRecord) -> None:
         parents = self.parents[record.name]
-        for source in self.tracker.sources(record.reaches_value):
+        for source in self.tracker.sources(record.reaches_value) if record.reaches_value else ():
             if isinstance(source, str):
                 parents[source] = None
                 if source not in self.observed:
                     self.without_data.add(record.name)
-        for source in self.tracker.sources(record.reaches_distribution):
+        reaches = record.reaches_distribution
+        for source in self.tracker.sources(reaches) if reaches else ():
             if isinstance(source, str):
                 parents[source] = None
                 continue

@@ -1,13 +1,12 @@
 """Parameters for each element of a plate, and maps: for data that no network reads, and non-exchangeable elements.
 
-Elements of a plate beyond those whose parameters were fitted: they follow the model's own conditional.
-
-A site with per-element parameters has none for a group that it has not seen. Given the outer sites, and without data
-of its own, such a group's posterior is the model's conditional. So the distribution of the site is, element by element,
-the guide's where there are parameters, and the model's beyond.
+Elements of a plate beyond those whose parameters were fitted follow the model's own conditional. A site with
+per-element parameters has none for a group that it has not seen. Given the outer sites, and without data of its own,
+such a group's posterior is the model's conditional. So the distribution of the site is, element by element, the guide's
+where there are parameters, and the model's beyond.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
+from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.plan import BlockPlan
 from pyro_graphflows.shapes import broadcast_shapes
@@ -26,6 +26,8 @@ __all__ = [
     "WithNewElements",
     "beyond_fitted",
     "element_maps",
+    "grown_plates",
+    "require_model_conditionals",
 ]
 
 MOST_SLOPES = 64  # inputs up to which elements with parameters have slopes too
@@ -223,6 +225,54 @@ def beyond_fitted(fitted: Iterable[PlateState], plates: Mapping[str, PlateState]
         new = (indices >= plate.full_size).reshape(-1, *(1,) * (-now.dim - 1))
         found = new if found is None else found | new.to(found.device)
     return found
+
+
+def grown_plates(fitted: Iterable[PlateState], plates: Mapping[str, PlateState]) -> str:
+    """Return in words which plates of a call have more elements than at set-up, with both numbers.
+
+    Args:
+        fitted: The plates at set-up.
+        plates: The plates of the call.
+    """
+    return ", ".join(
+        f"{plate.name!r} ({plate.full_size} elements when the guide was set up, now {plates[plate.name].full_size})"
+        for plate in fitted
+        if plates[plate.name].full_size > plate.full_size
+    )
+
+
+def require_model_conditionals(
+    sites: Sequence[str], block: BlockPlan, graph: ModelGraph, sampled: Collection[str], grown: str
+) -> None:
+    """Refuse new elements of sites for which the model has no conditional when they are sampled.
+
+    Args:
+        sites: Sites with parameters for each element.
+        block: Their block.
+        graph: The model.
+        sampled: The latent sites that are sampled before them.
+        grown: The plates with new elements, in words.
+
+    Raises:
+        UnsupportedModelError: If a conditional depends on what is sampled later, or is summed over by the model.
+        GraphflowsError: If copies of a site are drawn jointly.
+    """
+    for site in sites:
+        if site in block.coupled:
+            raise GraphflowsError(
+                f"Expected no new elements of plate {grown}: copies of {site!r} are drawn jointly "
+                f"across {', '.join(block.coupled[site].plates)}, by parameters for the elements there were. "
+                "Set up a guide for the new data, or use pool='deepset'."
+            )
+        late = [p for p in graph.parents(site) if p in graph.latent and p not in sampled]
+        late += [p for p in graph.parents(site) if p in graph.marginalised]
+        if late:
+            raise UnsupportedModelError(
+                f"Expected no new elements of plate {grown}: {site!r} has parameters for each element, "
+                "and beyond them would follow the model's conditional, but its parents "
+                f"{', '.join(map(repr, late))} are not sampled before it. Use inverse='reverse', "
+                "which follows the model's order, or set up a guide for the new data."
+            )
 
 
 class WithNewElements(dist.TorchDistribution):
