@@ -696,7 +696,7 @@ def test_saved_copied_and_loaded_guides_are_the_same(family, tmp_path):
 
 def test_a_conditional_that_is_set_is_as_it_was_set():
     """Whatever the prior is: the site is not fused then."""
-    guide = guide_of(half_cauchy_schools, Y, SIGMA)
+    guide = guide_of(half_cauchy_schools, Y, SIGMA, inverse=["theta", "tau", "mu"])
     guide.set_linear_("tau", {"mu": 0.5}, 0.2, 0.3)
     latents = {"tau": torch.tensor(2.0), "mu": torch.tensor(1.0), "theta": torch.zeros(8)}
     fn = poutine.trace(poutine.condition(guide, data=latents)).get_trace(Y, SIGMA).nodes["tau"]["fn"]
