@@ -75,7 +75,7 @@ def test_density_is_that_of_the_multivariate_normal():
 
 
 def test_draws_mix_noise_and_their_density_is_that_of_the_noise():
-    own = mixed_mixed_example()
+    own = mixed_example()
     torch.manual_seed(0)
     value = own.rsample((6,))
     torch.manual_seed(0)
