@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
+from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.guides.conditionals.contract import Conditionals
 from pyro_graphflows.guides.conditionals.fused_fit import FactorFit, fit_factor, fit_logits
 from pyro_graphflows.guides.conditionals.model_conditionals import ModelConditionals
@@ -45,19 +45,27 @@ def with_priors(samples: Samples, plan: PriorPlan) -> Samples:
     if not plan.batches:
         number = min(number, MOST_RUNS)
         samples = replace(samples, values={name: value[:number] for name, value in samples.values.items()})
+    drawn = draws.observed_values(
+        number, [name for site in sites for name in draws.traced.graph.parents(site)]
+    )
+    nodes: Any = draws.traced.trace.nodes
+    ranks = {name: (len(nodes[name]["fn"].batch_shape), len(nodes[name]["fn"].event_shape)) for name in drawn}
+    plan = replace(plan, ranks={**plan.ranks, **ranks}, checked=False)  # rows with such priors are left out
     depth = max(batch for batch, _ in plan.ranks.values())
-    latents = {}
-    for name, value in draws.latent_values(number).items():
-        missing = depth - plan.ranks[name][0]
-        latents[name] = value.reshape(number, *(1,) * missing, *value.shape[1:])
+
+    def beside_plates(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        missing = {name: (1,) * (depth - plan.ranks[name][0]) for name in values}
+        return {name: v.reshape(number, *missing[name], *v.shape[1:]) for name, v in values.items()}
+
+    latents = beside_plates(draws.latent_values(number))
     indices = {name: plate.indices for name, plate in samples.plates.items() if plate.indices is not None}
-    given = {"latents": latents, "observed": {}, "indices": indices}
+    given = {"latents": latents, "observed": beside_plates(drawn), "indices": indices}
     try:
         with torch.no_grad():
             priors = read_priors(
                 *(ModelConditionals(draws.model), sites, (draws.args, draws.kwargs), draws.sites, plan), given
             )
-    except (UnsupportedModelError, GraphflowsError):  # a draw at which a prior is not defined
+    except UnsupportedModelError:
         return samples
     more: dict[str, Tensor] = {}
     for name in sites:

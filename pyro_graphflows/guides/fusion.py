@@ -3,7 +3,9 @@
 A site can be fused where all its latent parents in the model are sampled before it
 (:mod:`~pyro_graphflows.guides.conditionals.fusible_sites`), its prior is normal in a coordinate that can be computed,
 the prior is the same in each run of the model, and its family has a factor for it. With ``fusion="auto"`` a site is
-left alone where that would change nothing but the form of its parameters, and where it would take many runs.
+left alone where that would change nothing but the form of its parameters (a prior that is the same normal in each
+call; one that is linear in latent parents, with one scale, of a site whose parameters come from networks), and where
+it would take many runs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +20,7 @@ from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.guides.conditionals.contract import Family
 from pyro_graphflows.guides.conditionals.fusible_sites import FusionPlan, fusible_sites
 from pyro_graphflows.guides.conditionals.model_conditionals import ModelConditionals
-from pyro_graphflows.guides.conditionals.site_priors import SitePrior, has_prior
+from pyro_graphflows.guides.conditionals.site_priors import SitePrior, has_prior, is_moderate
 from pyro_graphflows.guides.plan import BlockPlan, PriorPlan
 from pyro_graphflows.guides.priors import read_priors
 from pyro_graphflows.guides.sites import LatentSite
@@ -82,7 +84,8 @@ def plan_fusion(question: FusionQuestion) -> Fusion:
         GraphflowsError: If a site whose family has ``fusion=True`` cannot be fused. The message names it and why.
     """
     nodes: Any = question.traced.trace.nodes
-    wanted = {name: question.families[name].fusion for name in question.sites}
+    families = question.families
+    wanted = {name: families[name].can_fuse and families[name].fusion for name in question.sites}
     if not any(wanted.values()):
         return Fusion()
     excluded = dict(question.excluded)
@@ -103,9 +106,13 @@ def plan_fusion(question: FusionQuestion) -> Fusion:
         excluded.update(_random_priors(question, candidates, values))
         candidates = [name for name in candidates if name not in excluded]
         priors = _read(question, candidates, values, PriorPlan(ranks=ranks))
-    for name in candidates:
-        if wanted[name] == "auto" and _changes_nothing(question, name, priors[name]):
+    asked = [name for name in candidates if wanted[name] == "auto"]
+    linear = _linear_sites(question, asked, values, priors)
+    for name in asked:
+        if name in linear or _changes_nothing(question, name, priors[name]):
             excluded[name] = ""
+        elif question.sites[name].encoding is None and not is_moderate(nodes[name]["fn"]):
+            excluded[name] = "its prior spans too many orders of magnitude"
     found = _fusible(question, excluded)
     if found.depth > MOST_RUNS:
         for depth, run in enumerate(found.runs):
@@ -146,9 +153,68 @@ def _fusible(question: FusionQuestion, excluded: Mapping[str, str]) -> FusionPla
 
 
 def _changes_nothing(question: FusionQuestion, name: str, prior: SitePrior) -> bool:
-    """Whether a site's prior is the same normal in each call: times a factor it is any normal, as without fusion."""
-    per_element = any(name in block.per_element for block in question.blocks)
-    return prior.transform is None and not question.inverse.graph.parents(name) and not per_element
+    """Whether a site's prior is the same normal in each call: times a factor it is any normal, as without fusion.
+
+    So it is with the logits of a discrete site that depend on one discrete parent alone: a table has them.
+    """
+    graph, sites = question.inverse.graph, question.sites
+    parents = graph.parents(name)
+    if sites[name].encoding is not None and len(parents) == 1:
+        return parents[0] in sites and sites[parents[0]].encoding is not None
+    return prior.transform is None and not parents
+
+
+def _linear_sites(
+    question: FusionQuestion,
+    candidates: Sequence[str],
+    values: Mapping[str, Tensor],
+    priors: Mapping[str, SitePrior],
+) -> frozenset[str]:
+    """Return the sites whose priors are normal with one scale, and linear in their parents, all of them latent numbers.
+
+    Times a normal factor that is linear in what the site reads, these are the linear conditionals that there are
+    without a prior, which a regression on joint samples finds exactly and which take no run of the model.
+    """
+    graph = question.inverse.graph
+    own = {name for block in question.blocks for name in (*block.per_element, *block.non_exchangeable)}
+    asked = [
+        name
+        for name in candidates
+        if priors[name].transform is None
+        and question.sites[name].encoding is None
+        and name not in own
+        and graph.parents(name)
+        and all(p in question.sites and question.sites[p].encoding is None for p in graph.parents(name))
+    ]
+    if not asked:
+        return frozenset()
+    zero, one, other = (_read_moved(question, asked, values, move) for move in MOVES)
+    return frozenset(name for name in asked if _on_a_line(zero[name], one[name], other[name]))
+
+
+def _on_a_line(zero: SitePrior, one: SitePrior, other: SitePrior) -> bool:
+    """Whether locations at the three moves are on a line, and scales the same."""
+    expected = zero.loc + (one.loc - zero.loc) * ((MOVES[2] - MOVES[0]) / (MOVES[1] - MOVES[0]))
+    same = all(torch.allclose(zero.log_scale, each.log_scale, atol=1e-4) for each in (one, other))
+    if zero.scale_tril is not None:
+        unit = zero.log_scale.exp().unsqueeze(-1)
+        rows = [each.tril() / unit for each in (zero, one, other)]
+        same = same and all(torch.allclose(rows[0], each, atol=1e-4) for each in rows[1:])
+    return same and torch.allclose(
+        expected, other.loc, rtol=1e-4, atol=1e-4 * float(zero.log_scale.exp().max())
+    )
+
+
+def _read_moved(
+    question: FusionQuestion, wanted: Sequence[str], values: Mapping[str, Tensor], move: float
+) -> dict[str, SitePrior]:
+    moved = {name: _moved_by(question.sites[name], value, move) for name, value in values.items()}
+    return _read(question, wanted, moved, PriorPlan())
+
+
+def _moved_by(site: LatentSite, value: Tensor, move: float) -> Tensor:
+    """Return a value at some distance in unconstrained space; of a discrete site the value itself."""
+    return value if site.encoding is not None else site.transform(site.transform.inv(value) + move)
 
 
 def _random_priors(
@@ -170,6 +236,7 @@ def _read(
     question: FusionQuestion, wanted: Sequence[str], values: Mapping[str, Tensor], plan: PriorPlan
 ) -> dict[str, SitePrior]:
     given = {"latents": values, "observed": {}, "indices": question.indices}
+    plan = replace(plan, checked=False)  # a draw may be one at which a prior is not defined; others are
     with torch.no_grad():
         return read_priors(
             ModelConditionals(question.model), wanted, question.arguments, question.sites, plan, given
@@ -191,12 +258,7 @@ def _takes_batches(question: FusionQuestion, plan: PriorPlan, values: Mapping[st
 def _moved(site: LatentSite, value: Tensor, ranks: Mapping[str, tuple[int, int]]) -> Tensor:
     """Return several values near one, along a dimension on the left of all plates."""
     depth = max(batch for batch, _ in ranks.values())
-    if site.encoding is not None:
-        copies = [value] * len(MOVES)
-    else:
-        raw = site.transform.inv(value)
-        copies = [site.transform(raw + move) for move in MOVES]
-    joined = torch.stack(copies)
+    joined = torch.stack([_moved_by(site, value, move) for move in MOVES])
     missing = depth - ranks[site.name][0]
     return joined.reshape(len(MOVES), *(1,) * missing, *value.shape)
 

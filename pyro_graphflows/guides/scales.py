@@ -26,8 +26,8 @@ def sites_of_scales(
     sites: Mapping[str, LatentSite],
     graph: ModelGraph,
     candidates: Sequence[str],
-) -> frozenset[str]:
-    """Return the sites with a latent child whose prior has another scale where they have another value.
+) -> dict[str, tuple[str, ...]]:
+    """Return the sites with latent children whose priors have another scale where they have another value, and these.
 
     Args:
         model: The model.
@@ -44,17 +44,17 @@ def sites_of_scales(
     }
     children = {name: own for name, own in children.items() if own}
     if not children or len(children) > MOST_CANDIDATES:
-        return frozenset()
+        return {}
     values = {name: nodes[name]["value"].detach() for name in sites}
     indices = {n: node["value"] for n, node in nodes.items() if type(node.get("fn")).__name__ == "_Subsample"}
     conditionals = ModelConditionals(model)
 
     def scales(at: Mapping[str, Tensor], wanted: Sequence[str]) -> dict[str, Tensor]:
         args, kwargs = arguments
-        found = conditionals(wanted, args, kwargs, latents=at, indices=indices)
-        return {name: site_prior(sites[name], found[name]).log_scale for name in wanted}
+        priors = conditionals(wanted, args, kwargs, latents=at, indices=indices)
+        return {name: site_prior(sites[name], priors[name]).log_scale for name in wanted}
 
-    chosen = []
+    found = {}
     with torch.no_grad():
         for name, own in children.items():
             transform = sites[name].transform
@@ -63,6 +63,7 @@ def sites_of_scales(
                 before, after = scales(values, own), scales({**values, name: moved}, own)
             except GraphflowsError:  # a prior that is not defined there, or a model that cannot be run for it
                 continue
-            if any(not torch.allclose(before[c], after[c], atol=1e-3) for c in own):
-                chosen.append(name)
-    return frozenset(chosen)
+            changed = tuple(c for c in own if not torch.allclose(before[c], after[c], atol=1e-3))
+            if changed:
+                found[name] = changed
+    return found

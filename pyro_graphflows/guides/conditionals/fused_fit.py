@@ -18,7 +18,7 @@ from pyro_graphflows.regression import RIDGE, WINSOR, Regression, in_float64, lo
 
 __all__ = ["FactorFit", "fit_factor", "fit_logits"]
 
-FLAT = 4.0  # logarithm of the scale of a factor that says nothing, in units of the prior's spread
+FLAT = 2.5  # logarithm of the scale of a factor that says nothing, in units of the prior's spread
 LEAST_GAIN = 2e-3  # nats by which a factor must improve on the prior
 MOST_ROWS = 4000  # by which a scale is found
 COARSE, FINE = 13, 7  # numbers of scales tried
@@ -51,7 +51,8 @@ def fit_factor(inputs: Tensor, values: Tensor, prior: SitePrior) -> FactorFit:
     inputs, values = in_float64(inputs), in_float64(values)
     prior = prior.map(in_float64)
     # Rows are chosen by their priors alone: without those of large values the prior would not be that of the others.
-    near = (prior.loc.abs() < WINSOR) & (prior.log_scale < math.log(WINSOR)) & values.isfinite()
+    near = (prior.loc.abs() < WINSOR) & (prior.log_scale < math.log(WINSOR)) & prior.log_scale.isfinite()
+    near &= values.isfinite()
     near = near.all(-1) & inputs.isfinite().all(-1)
     flat = FactorFit(_flat(inputs, prior), False)
     inputs, values, prior = inputs[near], values[near], prior.map(lambda each: each[near])
