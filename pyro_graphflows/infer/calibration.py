@@ -369,7 +369,7 @@ def calibration_report(
             names = [name for name, value in chunk.truth.items() if _is_continuous(prior[name])]
             if names:
                 done = sum(map(len, joint))
-                columns = [_columns(each, names, lead) for each, lead in ((chunk.truth, 1), (chunk.draws, 2))]
+                columns = _columns(chunk.truth, names, 1), _columns(chunk.draws, names, 2)
                 joint.append(tarp_ranks(*columns, _columns(prior, names, 1).roll(-done, 0)))
     truth_of = {name: torch.cat(part) for name, part in truths.items()}
     variance_of = {name: torch.cat(part) for name, part in variances.items()}
