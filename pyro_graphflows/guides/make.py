@@ -25,7 +25,7 @@ __all__ = ["auto_faithful_guide", "load_guide"]
 def auto_faithful_guide(
     model: Callable[..., Any],
     *example_args: Any,
-    family: str | Family | type[Factor] = "normal",
+    family: str | Family | type[Factor] = "auto",
     inverse: Inverse = "auto",
     pool: str | DeepSet | None = None,
     init: str = "regression",
@@ -60,8 +60,8 @@ def auto_faithful_guide(
         *example_args: Arguments of a typical call. If given (or ``example_kwargs``), the guide is set up at once and
             its parameters exist, as optimisers of PyTorch need; if not, on its first call or by ``guide.setup``.
         family: The kind of conditionals, an object with options of its own: :class:`~pyro_graphflows.guides.Auto`
-            (in hierarchies, splines for scalar globals and scales, and conditionals that are fused with the priors;
-            normal elsewhere),
+            (splines for scalar globals, for scalar sites that set the scale of others and for those with bounded or
+            heavy-tailed priors, normal conditionals elsewhere, fused with the priors),
             :class:`~pyro_graphflows.guides.Normal`, :class:`~pyro_graphflows.guides.Spline` or
             :class:`~pyro_graphflows.guides.Flow` (flexible conditionals, at several times the cost of a step);
             ``"auto"``, ``"normal"``, ``"spline"`` and ``"flow"`` abbreviate their defaults; or a subclass of
