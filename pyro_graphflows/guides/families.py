@@ -374,7 +374,7 @@ class Flow(Family):
 
 @dataclass(frozen=True)
 class Auto(Family):
-    """Splines where conditionals are seldom normal, and normal conditionals elsewhere, fused with the priors: the default.
+    """The default: splines where conditionals are seldom normal, normal conditionals elsewhere, fused with the priors.
 
     Of the continuous sites of one number, those have splines that are in no plate (in models with at most
     ``MOST_GLOBALS`` such sites), that set the scale of others, or whose prior is not normal in unconstrained space:
