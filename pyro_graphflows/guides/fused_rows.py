@@ -48,7 +48,7 @@ def with_priors(samples: Samples, plan: PriorPlan) -> Samples:
     drawn = draws.observed_values(
         number, [name for site in sites for name in draws.traced.graph.parents(site)]
     )
-    nodes = draws.traced.trace.nodes
+    nodes: Any = draws.traced.trace.nodes
     ranks = {name: (len(nodes[name]["fn"].batch_shape), len(nodes[name]["fn"].event_shape)) for name in drawn}
     plan = replace(plan, ranks={**plan.ranks, **ranks}, checked=False)  # rows with such priors are left out
     depth = max(batch for batch, _ in plan.ranks.values())
