@@ -19,6 +19,7 @@ from pyro_graphflows.regression import RIDGE, WINSOR, Regression, in_float64, lo
 __all__ = ["FactorFit", "fit_factor", "fit_logits"]
 
 FLAT = 2.5  # logarithm of the scale of a factor that says nothing, in units of the prior's spread
+WIDEST = 12.0  # the most of it
 LEAST_GAIN = 2e-3  # nats by which a factor must improve on the prior
 MOST_ROWS = 4000  # by which a scale is found
 COARSE, FINE = 13, 7  # numbers of scales tried
@@ -62,14 +63,15 @@ def fit_factor(inputs: Tensor, values: Tensor, prior: SitePrior) -> FactorFit:
 
 
 def _flat(inputs: Tensor, prior: SitePrior) -> Regression:
-    """Return a factor that is wide beside all priors but the widest."""
-    wide = (
-        torch.quantile(prior.log_scale[:MOST_ROWS], 0.975, dim=0)
-        if len(prior.log_scale)
-        else prior.log_scale.sum(0)
-    )
+    """Return a factor that is wide beside all priors, with a margin for those wider than seen."""
+    scales = prior.log_scale[:MOST_ROWS]
+    if len(scales):
+        middle, most = (torch.quantile(scales, at, dim=0) for at in (0.5, 0.975))
+        wide = most + (most - middle)
+    else:
+        wide = scales.sum(0)
     size = prior.loc.shape[-1]
-    width = (wide + FLAT - 1.0).clamp(FLAT, 3.0 * FLAT).exp().diag_embed()
+    width = (wide + FLAT).clamp(FLAT, WIDEST).exp().diag_embed()
     return Regression(width.new_zeros(size, inputs.shape[-1]), width.new_zeros(size), width)
 
 
