@@ -33,7 +33,7 @@ from pyro_graphflows.guides.conditionals.factors import ElementNormalFactor, Fac
 from pyro_graphflows.guides.conditionals.pooling import Attention, DeepSet
 from pyro_graphflows.guides.conditionals.site_priors import is_normal_unconstrained
 from pyro_graphflows.guides.families import MOST_GLOBALS, Auto, Normal, Spline
-from pyro_graphflows.guides.fusion import FusionQuestion, plan_fusion
+from pyro_graphflows.guides.fusion import FusionQuestion, plan_fusion, sites_of_scales
 from pyro_graphflows.guides.inputs import InputOptions, InputPlan, plan_inputs, sites_concerned
 from pyro_graphflows.guides.orders import (
     NAMED_INVERSES,
@@ -62,7 +62,6 @@ from pyro_graphflows.guides.plan import (
     with_scores,
 )
 from pyro_graphflows.guides.samples import ModelDraws
-from pyro_graphflows.guides.scales import sites_of_scales
 from pyro_graphflows.guides.scores import ScoreReader, judge_scores, score_name, sites_with_scores
 from pyro_graphflows.guides.sites import (
     REMEDIES_OF_NAN,

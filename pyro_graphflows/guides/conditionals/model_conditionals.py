@@ -171,7 +171,7 @@ class ModelConditionals:
 
         Args:
             wanted: The latent sites. Their latent parents in the model must be in ``latents``; see
-                :func:`~pyro_graphflows.guides.conditionals.fusible_sites.fusible_sites`.
+                :func:`~pyro_graphflows.guides.fusion.fusible_sites`.
             args: The model's positional arguments.
             kwargs: Its keyword arguments.
             latents: Values of latent sites; further dimensions on the left (particles) are for the model to broadcast.
