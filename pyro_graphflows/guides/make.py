@@ -80,7 +80,8 @@ def auto_faithful_guide(
             permutation-invariant network, so that they are amortised over data sets of any
             size (:mod:`~pyro_graphflows.guides.conditionals.pooling`; not over subsampled plates).
         init: How training starts. ``"regression"``: at the least-squares regression of each site on its parents over
-            joint samples of the model (exact for linear-Gaussian models up to sampling error). ``"prior"``: at the
+            joint samples of the model (exact for linear-Gaussian models up to sampling error); where priors are
+            improper there are none, and it is as ``"auto"``. ``"prior"``: at the
             prior of the latents, whatever the data. ``"random"``: with random weights. ``"auto"``: at the best of
             these and of a normal approximation about the posterior's mode for the data of set-up
             (:mod:`~pyro_graphflows.guides.start`, :mod:`~pyro_graphflows.guides.mode`);

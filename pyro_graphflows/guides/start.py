@@ -164,7 +164,9 @@ def start_guide(
         trial.take(candidate.blocks)
         return judge.loss(trial.run)
 
-    if options.init == "auto" and options.family.can_regress and compiled.scores is None:
+    nothing_to_regress_on = options.init == "regression" and samples.source == "none" and samples.num_rows > 0
+    several = options.init == "auto" or nothing_to_regress_on
+    if several and options.family.can_regress and compiled.scores is None:
         draws = compiled.draws
         judge = Judge(draws.model, trial.call, options.setup_seed, -1 - depth if draws.takes_plates else None)
         return choose_start(compiled, samples, build, loss_of, judge)
@@ -668,7 +670,7 @@ def choose_start(
         try:
             there = {"mode": samples.at_mode, "prior": samples.at_prior}.get(name, lambda _: samples)(plan)
             other = build(there, name)
-        except (UnsupportedModelError, RuntimeError) as error:  # of algebra on draws that suit no regression
+        except (ValueError, ArithmeticError, RuntimeError) as error:  # of algebra on draws that suit no regression
             reasons.append(f"no start at the {name}: {error}")
             continue
         found = loss_of(other)
