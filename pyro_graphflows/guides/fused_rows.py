@@ -355,12 +355,15 @@ class FusedRows:
         values: The values of sites whose coordinate is not their unconstrained vector.
         flat: The unconstrained vectors.
         classes: For discrete sites the number of classes of each variable.
+        narrow: Whether sites with per-element parameters of which samples say nothing start narrow in no plate; wide
+            beside their prior if not, as samples of the prior are.
     """
 
     priors: Mapping[str, SitePrior]
     values: Mapping[str, Tensor]
     flat: Mapping[str, Tensor]
     classes: Mapping[str, int]
+    narrow: bool = True
 
     @classmethod
     def of_block(cls, plan: BlockPlan, samples: Samples) -> "FusedRows":
@@ -400,6 +403,7 @@ class FusedRows:
             {site: value[chosen] for site, value in self.values.items()},
             {site: value[chosen] for site, value in self.flat.items()},
             self.classes,
+            self.narrow,
         )
 
     def set_units_(self, conditionals: Conditionals) -> None:
@@ -440,7 +444,7 @@ class FusedRows:
         """
         fit = self.fit(conditionals, site, rows[:, conditionals.inputs_of(site)])
         linear = fit.linear
-        if site in conditionals.block.per_element and not fit.says_something:
+        if self.narrow and site in conditionals.block.per_element and not fit.says_something:
             eye = torch.eye(len(linear.loc)).to(linear.loc)
             width = WIDTH if conditionals.block.plates else ROOT_WIDTH
             linear = replace(linear, scale_tril=width * eye)

@@ -647,9 +647,9 @@ def choose_start(
         judge: The judge of losses.
     """
     plan = compiled.plan
-    first = build(
-        samples, {"joint": "regression"}.get(samples.source, samples.source).replace("none", "random")
-    )
+    first = build(samples, {"joint": "regression", "none": "regression"}.get(samples.source, samples.source))
+    if samples.source == "none":  # nothing to regress on
+        first = replace(first, name="random")
     continuous = all(site.encoding is None for site in compiled.sites.values())
     if not continuous or plan.graph.marginalised or plan.changing or samples.num_rows == 0:
         return first, None
@@ -670,7 +670,11 @@ def choose_start(
         try:
             there = {"mode": samples.at_mode, "prior": samples.at_prior}.get(name, lambda _: samples)(plan)
             other = build(there, name)
-        except (ValueError, ArithmeticError, RuntimeError) as error:  # of algebra on draws that suit no regression
+        except (
+            ValueError,
+            ArithmeticError,
+            RuntimeError,
+        ) as error:  # of algebra on draws that suit no regression
             reasons.append(f"no start at the {name}: {error}")
             continue
         found = loss_of(other)
