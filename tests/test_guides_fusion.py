@@ -398,6 +398,26 @@ def test_priors_that_are_linear_are_left_to_regression():
     assert every.plan.priors.sites == set("abcde")
 
 
+def test_globals_of_crossed_effects_keep_the_regression_start():
+    """Judged at the width of the prior, on enough joint samples, and a tenth as wide then."""
+
+    def model(row, column, y):
+        tau = pyro.sample("tau", dist.HalfNormal(1.0))
+        sigma = pyro.sample("sigma", dist.HalfNormal(1.0))
+        with pyro.plate("rows", 4):
+            a = pyro.sample("a", dist.Normal(0.0, tau))
+        with pyro.plate("columns", 5):
+            b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(a[..., row] + b[..., column], sigma), obs=y)
+
+    row, column = torch.arange(4).repeat_interleave(5), torch.arange(5).repeat(4)
+    guide = guide_of(model, row, column, torch.randn(20), family="auto")
+    assert "random start was kept" not in guide.describe(verbose=True)
+    sigma = draws(guide, row, column, torch.randn(20)).nodes["sigma"]["value"]
+    assert 0.3 < float(sigma.min()) < float(sigma.max()) < 1.2  # the prior's median is .67
+
+
 def test_effects_are_sampled_after_their_scales():
     """And before all else; an inverse that the user names is kept."""
 

@@ -387,7 +387,9 @@ def _regress_if_better_(
     rest = torch.arange(number) % HELD_OUT != 0
     fitted = {site: value[rest] for site, value in values.items()}
     random_state = {key: value.clone() for key, value in conditionals.state_dict().items()}
-    tested, used = (None, None) if fused is None else (fused.at(held_out), fused.at(rest))
+    tested, used = (
+        (None, None) if fused is None else (fused.at(held_out), replace(fused.at(rest), narrow=False))
+    )
     random_loss = conditionals_loss(conditionals, context[held_out], test, tested)
     regress_(conditionals, context[rest] if context.shape[-1] else context, fitted, used)
     loss = conditionals_loss(conditionals, context[held_out], test, tested)
