@@ -412,9 +412,10 @@ def test_globals_of_crossed_effects_keep_the_regression_start():
             pyro.sample("y", dist.Normal(a[..., row] + b[..., column], sigma), obs=y)
 
     row, column = torch.arange(4).repeat_interleave(5), torch.arange(5).repeat(4)
-    guide = guide_of(model, row, column, torch.randn(20), family="auto")
+    y = torch.randn(20)
+    guide = guide_of(model, row, column, y, family="auto")
     assert "random start was kept" not in guide.describe(verbose=True)
-    sigma = draws(guide, row, column, torch.randn(20)).nodes["sigma"]["value"]
+    sigma = draws(guide, row, column, y).nodes["sigma"]["value"]
     assert 0.3 < float(sigma.min()) < float(sigma.max()) < 1.2  # the prior's median is .67
 
 
