@@ -41,7 +41,14 @@ from pyro_graphflows.inspect import (
     take_rows,
     undressed,
 )
-from pyro_graphflows.inspect.arguments import MOST_DEPTH, LoopRow, argument_leaves, fields_of
+from pyro_graphflows.inspect.arguments import (
+    MOST_DEPTH,
+    LoopRow,
+    argument_leaves,
+    code_of,
+    fields_of,
+    held_by_function,
+)
 from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = [
@@ -150,15 +157,22 @@ class _EndAfter(Messenger):
 
 
 class _FeasiblePoint(Messenger):
-    """Give every latent site a feasible value without random numbers, and plates the indices asked for."""
+    """Give every latent site a feasible value without random numbers, and plates the indices asked for.
+
+    Attributes:
+        given: The plates whose indices the model itself gives (``subsample=``), perhaps others in the next call.
+    """
 
     def __init__(self, indices: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.indices = indices
         self.like = like
+        self.given: set[str] = set()
 
     def _pyro_sample(self, msg: Any) -> None:
         if type(msg["fn"]).__name__ == "_Subsample":
+            if msg["value"] is not None:
+                self.given.add(msg["name"])
             if msg["name"] in self.indices:
                 msg["value"] = self.indices[msg["name"]]
         elif not msg["is_observed"] and not msg["done"] and not isinstance(undressed(msg["fn"]), dist.Delta):
@@ -404,8 +418,9 @@ class CallReader:
             given = {name: values[name] for name in self.optional if name in values}
             return replace(known, values=values, given=given)
 
+        point = _FeasiblePoint(indices or {}, self.like)
         try:
-            trace = self._shadow(model, args, kwargs, indices or {})
+            trace = self._shadow(model, args, kwargs, point)
         except Exception as error:
             refuse_empty_plates(error)
             self._require_one_device(model, args, kwargs, error)
@@ -489,7 +504,8 @@ class CallReader:
         self._find_paths(given, model, args, kwargs)
         call = Call(values, plates, masks, scales, supports, given, _has_part_of_a_loop(trace))
         self._unverified = False
-        if shape is not None and not call.in_part and self._arguments_say_all(call, model, args, kwargs):
+        varies = call.in_part or bool(point.given)
+        if shape is not None and not varies and self._arguments_say_all(call, model, args, kwargs):
             self._known[shape], self._shapes[shape] = call, shapes
         return call
 
@@ -553,9 +569,9 @@ class CallReader:
         )
 
     def _shadow(
-        self, model: Callable[..., Any], args: Any, kwargs: Any, indices: Mapping[str, Tensor]
+        self, model: Callable[..., Any], args: Any, kwargs: Any, point: _FeasiblePoint
     ) -> poutine.Trace:
-        with torch.no_grad(), poutine.block(), _FeasiblePoint(indices, self.like):
+        with torch.no_grad(), poutine.block(), point:
             return poutine.trace(model).get_trace(*args, **kwargs)
 
     def _rows_taken(
@@ -721,15 +737,20 @@ def _shape_of(arguments: Any, *, of_objects: bool = False, depth: int = 0) -> Ha
         return ("tensor", tuple(arguments.shape), arguments.dtype, arguments.device)
     if arguments is None or isinstance(arguments, bool | int | float | str):
         return (type(arguments), arguments)
+    code = None
     if isinstance(arguments, dict):
         items: Any = arguments.items()
     elif isinstance(arguments, tuple | list):
         items = enumerate(arguments)
+    elif of_objects and depth > MOST_DEPTH:
+        items = ()
+    elif of_objects and (held := held_by_function(arguments)) is not None:
+        items, code = held, code_of(arguments)
     elif of_objects:
-        items = () if depth > MOST_DEPTH else fields_of(arguments)
+        items = fields_of(arguments)
     else:
         return None
     if items is None:  # a function, a module: the same one
         return (type(arguments), id(arguments))
     parts = [(key, _shape_of(value, of_objects=of_objects, depth=depth + 1)) for key, value in items]
-    return None if any(part is None for _, part in parts) else (type(arguments), tuple(parts))
+    return None if any(part is None for _, part in parts) else (type(arguments), code, tuple(parts))

@@ -67,13 +67,14 @@ from pyro_graphflows.guides.sites import (
     input_encodings,
     is_constant,
     latent_sites,
+    outside_of_support,
 )
 from pyro_graphflows.guides.vectors import VectorOptions, Vectors, hold_vectors
 from pyro_graphflows.inspect import TracedModel, non_exchangeable_plates, seed_random_state, trace_model
-from pyro_graphflows.inspect.arguments import argument_leaves
+from pyro_graphflows.inspect.arguments import argument_leaves, require_rereadable
 from pyro_graphflows.inspect.graph import split_elements
 from pyro_graphflows.inspect.probes import Rerun
-from pyro_graphflows.inspect.stability import changes
+from pyro_graphflows.inspect.stability import OTHER_SEED, changes
 from pyro_graphflows.inspect.trace import (
     log_density_at,
     quiet_run,
@@ -243,6 +244,7 @@ def compile_guide(
         GraphflowsError: If an option names a site that the model has not, or one that it does not fit.
     """
     argument_leaves(model, args, kwargs)  # refuses arguments that do not fit
+    require_rereadable(model, args, kwargs)
     try:
         with quiet_run(model):
             run_model(model, args, kwargs)
@@ -262,7 +264,7 @@ def compile_guide(
     discrete = [name for name, site in sites.items() if site.encoding is not None]
     enumerated = sites_to_enumerate(options.enumerate_sites, sites)
     encodings = input_encodings(model, args, kwargs, traced)
-    _require_possible_data(traced, encodings)
+    _require_possible_data(traced, encodings, lambda: _another_run(model, args, kwargs))
     draws = ModelDraws(model, args, kwargs, traced, sites, encodings)
     changing = _changing_supports(traced, model, args, kwargs)
     vectors = _hold_vectors(
@@ -734,9 +736,19 @@ def _not_fused(
 # ---------------------------------------------------------------- refusals
 
 
-def _require_possible_data(traced: TracedModel, encodings: InputEncodings) -> None:
+def _another_run(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the sites of a run with other random numbers."""
+    with quiet_run(model):
+        seed_random_state(OTHER_SEED)
+        return run_model(model, args, kwargs).nodes
+
+
+def _require_possible_data(
+    traced: TracedModel, encodings: InputEncodings, another_run: Callable[[], Any]
+) -> None:
     """Refuse data that no training could use: missing without a word, of another shape, outside of a support."""
     nodes: Any = traced.trace.nodes
+    others: Any = None
     for name in traced.graph.observed:
         site = nodes.get(name)
         if site is None or name in traced.without_data or name in encodings.partly:
@@ -752,11 +764,13 @@ def _require_possible_data(traced: TracedModel, encodings: InputEncodings) -> No
                 f"{REMEDIES_OF_NAN}"
             )
         support = site["fn"].support
-        if not is_constant(support):
-            continue
+        if not is_constant(support):  # with numbers, perhaps of latent sites
+            others = another_run() if others is None else others
+            if name not in others or not _same_bounds(support, others[name]["fn"].support):
+                continue
         mask = site_mask(site)
         seen = torch.as_tensor(True if mask is None else mask, device=value.device)
-        wrong = ~support.check(value) & ~torch.isfinite(log_density_at(site["fn"], value)) & seen
+        wrong = outside_of_support(support, value, log_density_at(site["fn"], value)) & seen
         if bool(wrong.any()):
             raise GraphflowsError(
                 f"Expected data of {name!r} in the support of its distribution, {support}; {int(wrong.sum())} of "

@@ -22,7 +22,7 @@ made at two sets of values, since an index that is itself a latent value looks u
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import replace
 from typing import Any
 
@@ -39,7 +39,6 @@ from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.inspect.arguments import (
     ArgumentPath,
-    Outside,
     alignment_of,
     argument_leaves,
     not_followed,
@@ -216,9 +215,9 @@ class Rerun:
     def leaves(self) -> dict[ArgumentPath, torch.Tensor]:
         """Return the tensors among the arguments, and inputs that the model has from elsewhere, by path."""
         leaves = argument_leaves(self.model, self.args, self.kwargs)
-        paths = {path for path in self.traced.argument_paths.values() if isinstance(path[0], Outside)}
+        paths = {path for path in self.traced.argument_paths.values() if path not in leaves}
         if paths:
-            outside = outside_tensors(self.model)
+            outside = outside_tensors(self.model, self.args, self.kwargs)
             leaves.update({path: outside[path] for path in paths if path in outside})
         return leaves
 
@@ -316,9 +315,13 @@ def require_followed(rerun: Rerun, *, strict: bool) -> list[str]:
 
 
 def _perturbed(value: Any) -> Any:
-    """Return an array, a list of numbers or a pandas table with other numbers."""
+    """Return an array, a list of numbers, a set of tensors or a pandas table with other numbers."""
     if isinstance(value, tuple | list):
         return type(value)(_perturbed(np.array(value, dtype=float)).tolist())
+    if isinstance(value, Set):
+        return type(value)(map(_perturbed, value))  # type: ignore[call-arg]
+    if isinstance(value, torch.Tensor):
+        return torch.as_tensor(_perturbed(value.numpy(force=True))).to(value)
     if isinstance(value, np.ndarray) and value.dtype.names:
         other = value.copy()
         for name in value.dtype.names:
@@ -327,7 +330,8 @@ def _perturbed(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         if value.dtype.kind in "iub":
             return np.roll(value, 1, axis=0)
-        return value + np.random.default_rng(0).normal(size=value.shape) * (0.1 + value.std())
+        noise = np.random.default_rng(0).normal(size=value.shape) * (0.1 + value.std())
+        return (value + noise).astype(value.dtype)
     if type(value).__name__ == "Series":
         return type(value)(_perturbed(value.to_numpy()), index=value.index, name=value.name)
     columns = {name: _perturbed(value[name].to_numpy()) for name in value.columns}

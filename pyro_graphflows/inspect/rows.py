@@ -41,12 +41,23 @@ class PlateWatch(Messenger):
         if site_is_subsample(msg):
             self.tracker.watch_plate(msg["name"], msg["value"])
 
+    def _pyro_subsample(self, msg: Any) -> None:
+        """Note which rows ``pyro.subsample`` takes, also of plates in full, where it returns the tensor itself."""
+        data = msg["args"][0] if msg["args"] else msg["kwargs"].get("data")
+        event_dim = msg["kwargs"].get("event_dim")
+        if not isinstance(data, torch.Tensor) or event_dim is None:
+            return  # Pyro leaves the tensor as it is then
+        for frame in msg["cond_indep_stack"]:
+            dim = None if frame.dim is None else frame.dim - event_dim
+            if dim is not None and data.dim() >= -dim and data.shape[dim] == frame.full_size > 1:
+                self.tracker.subsample(frame.name, data, dim)
+
 
 def watch_leaves(
     tracker: TaintTracker, model: Callable, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[dict[ArgumentPath, torch.Tensor], dict[ArgumentPath, torch.Tensor]]:
     """Let a tracker watch the tensors that a model is given, and those that it uses without; return both."""
-    leaves, outside = argument_leaves(model, args, kwargs), outside_tensors(model)
+    leaves, outside = argument_leaves(model, args, kwargs), outside_tensors(model, args, kwargs)
     for leaf in leaves.values():
         tracker.watch_argument(leaf)
     for leaf in outside.values():

@@ -51,7 +51,8 @@ def changes(
     different = changes_of_sites(traced.trace, again.trace) or _changes_of_graph(traced, again)
     if different:
         return different[0], REMEDY_STRUCTURE
-    given = {**outside_tensors(model), **argument_leaves(model, *with_tensors(args, kwargs))}
+    args, kwargs = with_tensors(args, kwargs)
+    given = {**outside_tensors(model, args, kwargs), **argument_leaves(model, args, kwargs)}
     rows = changes_of_data(traced.trace, again.trace, given, traced.without_data)
     if rows:
         return f"the data of site {', '.join(map(repr, rows))} are other rows in every run", REMEDY_ROWS

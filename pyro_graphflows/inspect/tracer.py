@@ -280,6 +280,13 @@ class TaintTracker:
         if storage is not None and result.dim() == tensor.dim():
             self.row_results[storage._cdata] = (result, use)
 
+    def subsample(self, plate: str, tensor: torch.Tensor, dim: int) -> None:
+        """Note that ``pyro.subsample`` took the rows of a plate; of one in full it takes all, in their own order."""
+        with self.pause():
+            indices = self.plates.get(plate)
+            if indices is not None and _same_indices(indices, torch.arange(tensor.shape[dim])):
+                self.row_uses.append(RowUse(tensor, dim, plate, self.of_tensor(tensor)[0]))
+
     def of(self, value: Any) -> int:
         """Return the taint of a tensor, or the union over a nested container of tensors."""
         if isinstance(value, torch.Tensor):
