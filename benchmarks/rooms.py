@@ -6,7 +6,7 @@ of the README's example (normal and flow), for its evidence, and for the faithfu
 the house: files, lines, import circles.
 
     python -m benchmarks.rooms
-    python -m benchmarks.rooms --pairs      # the busiest pairs of files as well
+    python -m benchmarks.rooms --pairs      # the busiest pairs of files and of functions, and who is counted, as well
 """
 
 import argparse
@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import networkx as nx
@@ -36,29 +37,35 @@ def readme_model(w, y=None):
         pyro.sample("y", dist.Normal(slope * w + offset, 0.3), obs=y)
 
 
-def walk(work: Callable[[], Any]) -> tuple[set[str], Counter]:
-    """Run some work; return the package's files that it entered, and crossings by pair of files."""
+def walk(work: Callable[[], Any]) -> tuple[Counter, Counter, Counter]:
+    """Run some work; return the calls in each file of the package, and crossings by pair of files and of functions."""
     prefix = str(PACKAGE) + "/"
-    files: set[str] = set()
+    files: Counter = Counter()
     pairs: Counter = Counter()
+    functions: Counter = Counter()
 
     def profile(frame: Any, event: str, _: Any) -> None:
         if event != "call" or not frame.f_code.co_filename.startswith(prefix):
             return
         callee = frame.f_code.co_filename
-        files.add(callee)
+        files[callee[len(prefix) :]] += 1
         caller = frame.f_back
         while caller is not None and not caller.f_code.co_filename.startswith(prefix):
             caller = caller.f_back
         if caller is not None and caller.f_code.co_filename != callee:
             pairs[caller.f_code.co_filename[len(prefix) :], callee[len(prefix) :]] += 2
+            functions[_place(caller.f_code, prefix), _place(frame.f_code, prefix)] += 2
 
     sys.setprofile(profile)
     try:
         work()
     finally:
         sys.setprofile(None)
-    return files, pairs
+    return files, pairs, functions
+
+
+def _place(code: CodeType, prefix: str) -> str:
+    return f"{code.co_filename[len(prefix) :]}:{code.co_qualname}"
 
 
 def modules() -> dict[str, ast.Module]:
@@ -84,8 +91,8 @@ def imports(trees: dict[str, ast.Module]) -> nx.DiGraph:
     return graph
 
 
-def house() -> None:
-    """Print counts of files, lines, circles, single importers and long signatures."""
+def house(names: bool) -> None:
+    """Print counts of files, lines, circles, single importers and long signatures; with names, which these are."""
     trees = modules()
     graph = imports(trees)
     lines = {path: len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
@@ -109,7 +116,11 @@ def house() -> None:
         inside = [count for path, count in lines.items() if path.parent == package]
         print(f"  {package.relative_to(PACKAGE.parent)}: {len(inside)} files, {sum(inside)} lines")
     print(f"import circles {len(circles)}, modules with one importer {len(single)}")
+    for name in single if names else ():
+        print(f"    {name}  <-  {next(iter(graph.predecessors(name)))}")
     print(f"functions with {MANY_PARAMETERS} parameters or more {len(long)}")
+    for name in long if names else ():
+        print(f"    {name}")
 
 
 def _num_parameters(node: ast.FunctionDef) -> int:
@@ -119,19 +130,23 @@ def _num_parameters(node: ast.FunctionDef) -> int:
 
 
 def report(name: str, work: Callable[[], Any], pairs: bool) -> None:
-    files, crossings = walk(work)
+    files, crossings, functions = walk(work)
     print(f"{name}: {len(files)} files, {sum(crossings.values())} crossings")
-    for (caller, callee), count in crossings.most_common(40 if pairs else 0):
-        print(f"    {count:5d}  {caller} -> {callee}")
+    if not pairs:
+        return
+    print(f"    calls: {', '.join(f'{file} {count}' for file, count in files.most_common())}")
+    for found in (crossings, functions):
+        for (caller, callee), count in found.most_common(40):
+            print(f"    {count:5d}  {caller} -> {callee}")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pairs", action="store_true", help="print the busiest pairs of files")
+    parser.add_argument("--pairs", action="store_true", help="print the busiest pairs, and names")
     args = parser.parse_args(argv)
-    house()
+    house(args.pairs)
     pyro.set_rng_seed(0)
     w, y = torch.randn(200), torch.randn(200)
     guides = {}

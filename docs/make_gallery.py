@@ -1,7 +1,7 @@
 """Run the scripts of the gallery in full, and write their page: `python docs/make_gallery.py [NAME ...]`.
 
 What a script prints goes to docs/gallery/NAME.txt, its figure to docs/gallery/NAME.png; the page shows all there are.
-With names only those are run; with `--page` none is.
+Scripts whose output is there are not run again unless they are named; with `--page` none is.
 """
 
 import ast
@@ -37,7 +37,7 @@ in nats for the whole data set: ELBO; IWAE, the log-evidence by importance weigh
 in the mean, with this many draws); and k-hat, above 0.7 where the weights, and so that IWAE, should not be trusted.
 Pyro's `AutoNormal` and `AutoMultivariateNormal` are trained alike, with the same number of steps, where they can
 serve the model. Training is short: these are figures of examples, not of a study ([studies](studies.md)). Seconds
-are of two CPU cores that were shared with other work. Written by `python docs/make_gallery.py` from the scripts'
+are those of one thread on a CPU, set-up and training. Written by `python docs/make_gallery.py` from the scripts'
 own output.
 """
 
@@ -81,7 +81,8 @@ def page() -> str:
 def main(names: list[str]) -> None:
     """Run what is asked for, and write the page."""
     OUT.mkdir(exist_ok=True)
-    for name in [] if "--page" in names else names or ORDER:
+    missing = [name for name in ORDER if not (OUT / f"{name}.txt").exists()]
+    for name in [] if "--page" in names else names or missing:
         run(name)
     (ROOT / "docs" / "gallery.md").write_text(page())
 

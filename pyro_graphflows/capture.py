@@ -27,9 +27,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_graphflows.errors import GraphflowsError
 
-__all__ = ["Captured", "Draws", "Noise", "NotCapturedError", "capture", "is_capturing"]
+__all__ = [
+    "CAPTURING",
+    "Captured",
+    "Draws",
+    "Noise",
+    "NotCapturedError",
+    "capture",
+]
 
-_CAPTURING: ContextVar[bool] = ContextVar("capturing", default=False)
+CAPTURING: ContextVar[bool] = ContextVar("capturing", default=False)
+"""Whether a program is being captured: checks that read numbers out of tensors have to be left out."""
+
 _LIFTED = ("lift_fresh", "lift_fresh_copy")
 _TORCH, _PACKAGE = str(Path(torch.__file__).parent), str(Path(__file__).parent)
 _SITES = str(Path(torch.__file__).parent.parent)
@@ -37,11 +46,6 @@ _SITES = str(Path(torch.__file__).parent.parent)
 
 class NotCapturedError(GraphflowsError):
     """A program is no graph of tensor operations; the message says why."""
-
-
-def is_capturing() -> bool:
-    """Return whether a program is being captured: checks that read numbers out of tensors have to be left out."""
-    return _CAPTURING.get()
 
 
 # --------------------------------------------------------------------------------------------------------- noise
@@ -113,12 +117,12 @@ class Draws(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.aten._local_scalar_dense.default and is_capturing():
+        if func is torch.ops.aten._local_scalar_dense.default and CAPTURING.get():
             answer = _answer()
             if answer is not None:
                 return answer
         if torch.Tag.nondeterministic_seeded not in func.tags:
-            if is_capturing():
+            if CAPTURING.get():
                 _require_fixed_shape(func, args)
             return func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
@@ -333,11 +337,11 @@ class Captured:
 
 @contextmanager
 def _capturing() -> Iterator[None]:
-    token = _CAPTURING.set(True)
+    token = CAPTURING.set(True)
     try:
         yield
     finally:
-        _CAPTURING.reset(token)
+        CAPTURING.reset(token)
 
 
 def capture(

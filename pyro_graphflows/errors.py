@@ -12,6 +12,7 @@ __all__ = [
     "NotADAGError",
     "UnfaithfulInverseError",
     "UnsupportedModelError",
+    "reason_of",
 ]
 
 
@@ -41,3 +42,8 @@ class MissingExtraError(GraphflowsError, ImportError):
 
 class GraphflowsWarning(UserWarning):
     """Something is correct but probably not what the user wants."""
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what an error says, without the shapes of all sites, which Pyro adds to errors inside of a trace."""
+    return str(error).partition("Trace Shapes:")[0].strip()

@@ -15,7 +15,7 @@ from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro_graphflows import TrainingData, auto_faithful_guide, fit, load_guide, log_evidence
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
 from pyro_graphflows.guides import Flow, Spline
-from pyro_graphflows.guides.conditionals.new_elements import WithNewElements
+from pyro_graphflows.guides.conditionals.elements import WithNewElements
 from pyro_graphflows.guides.fitted_data import CallData, FittedData
 
 N = dist.Normal

@@ -477,6 +477,23 @@ def test_table_of_a_constant_density():
     assert len(skewed_scores._TABLES.tables) == 2
 
 
+def test_draws_beyond_the_table_do_not_make_the_others_wait(monkeypatch):
+    """Heavy-tailed noise has such draws among any thousands; only these are solved for."""
+    kernel = LogitBeta(torch.tensor(1.0), torch.tensor(10.0))
+    for _ in range(skewed_scores.ASKED_OFTEN):
+        unscore(kernel, torch.zeros(2))
+    solved = []
+    solve = skewed_scores._solve
+    monkeypatch.setattr(
+        skewed_scores, "_solve", lambda kernel, u: solved.append(u.numel()) or solve(kernel, u)
+    )
+    u = torch.linspace(-12.0, 12.0, 241).reshape(1, 241)
+    x = unscore(kernel, u)
+    assert solved == [int((u.abs() > skewed_scores.TABLE_REACH).sum())]
+    assert (score(kernel, x) - u).abs().max() < 1e-9
+    assert torch.isnan(unscore(kernel, torch.tensor([0.0, math.nan]))).tolist() == [False, True]
+
+
 def test_nan_parameters_stay_nan():
     nan = torch.tensor(math.nan)
     assert torch.isnan(unscore(LogGamma(nan), torch.zeros(2))).all()

@@ -15,7 +15,7 @@ from scipy.stats import multivariate_normal
 from pyro_graphflows.errors import GraphflowsError, NotADAGError
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.inversion import faithful_inverse
-from pyro_graphflows.graphs.linear_gaussian import LinearGaussianNetwork
+from pyro_graphflows.graphs.linear_gaussian import LinearGaussianNetwork, half_log_det, regress, triangle
 from pyro_graphflows.graphs.model_graph import ModelGraph
 
 
@@ -396,3 +396,20 @@ def test_exact_posterior_as_guide_has_no_variance():
     for _ in range(3):
         elbo = -pyro.infer.Trace_ELBO().loss(net.pyro_model(), guide, data)
         assert elbo == pytest.approx(net.log_evidence(x).sum(), abs=1e-10)
+
+
+@given(st.integers(1, 5), st.integers(0, 4), st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_regression_and_determinant(num_targets, num_regressors, seed):
+    rng = np.random.default_rng(seed)
+    rows = rng.standard_normal((num_targets + num_regressors, 10)) * 10.0 ** rng.integers(-4, 4, (1, 1))
+    targets, regressors = rows[:num_targets], rows[num_targets:]
+    coefficients, residual = regress(targets, regressors)
+    np.testing.assert_allclose(coefficients @ regressors + residual, targets, atol=1e-9 * abs(rows).max())
+    np.testing.assert_allclose(residual @ regressors.T, 0, atol=1e-9 * np.square(rows).max())
+    upper, lengths = triangle(targets)
+    product = lengths[:, None] * (upper.T @ upper) * lengths
+    np.testing.assert_allclose(product, targets @ targets.T, atol=1e-9 * np.square(rows).max())
+    assert half_log_det(upper, lengths) == pytest.approx(
+        0.5 * np.linalg.slogdet(targets @ targets.T)[1], abs=1e-8
+    )

@@ -16,8 +16,7 @@ from pyro_graphflows.guides import DeepSet, auto_faithful_guide
 from pyro_graphflows.guides.block import BlockInputs, GuideBlock
 from pyro_graphflows.guides.call import Call, PlateState
 from pyro_graphflows.guides.conditionals.pooling import AllElements, LookedUp, PoolMember
-from pyro_graphflows.guides.features import FeatureMap
-from pyro_graphflows.guides.sites import DiscreteEncoding, InputEncodings
+from pyro_graphflows.guides.sites import DiscreteEncoding, FeatureMap, InputEncodings
 
 N = dist.Normal
 

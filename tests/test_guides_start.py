@@ -1,11 +1,17 @@
 """The start of guides: what samples of the prior set."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.distributions import constraints
+from pyro.infer import Trace_ELBO
 
 from pyro_graphflows import auto_faithful_guide
+from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.guides import Flow, Normal, Spline
 from pyro_graphflows.regression import location_and_scale
 
 
@@ -58,3 +64,151 @@ def test_data_in_large_numbers_are_not_drawn_thousands_of_times(monkeypatch):
     assert max(drawn) <= 300_000
     assert max(drawn) > 100_000  # and there still are samples to start from
     assert guide(x, y)["slope"].isfinite()
+
+
+def local(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def raw_regression(x, y):
+    """Improper priors and raw units."""
+    beta = pyro.sample("beta", dist.ImproperUniform(constraints.real_vector, (), (2,)))
+    sigma = pyro.sample("sigma", dist.ImproperUniform(constraints.positive, (), ()))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(beta[..., 0, None] + beta[..., 1, None] * x, sigma[..., None]), obs=y)
+
+
+def rats(rat, x, y):
+    """Groups that an index looks up, with improper scales."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 100.0))
+    scale = pyro.sample("scale", dist.ImproperUniform(constraints.positive, (), ()))
+    noise = pyro.sample("noise", dist.ImproperUniform(constraints.positive, (), ()))
+    with pyro.plate("rats", 8):
+        alpha = pyro.sample("alpha", dist.Normal(mu, scale))
+    with pyro.plate("measurements", len(y)):
+        pyro.sample("y", dist.Normal(alpha[..., rat] + 5.0 * x, noise), obs=y)
+
+
+def raw_data():
+    x = 60 + 5 * torch.randn(100)
+    return x, 2e4 + 150 * x + 300 * torch.randn(100)
+
+
+def rats_data():
+    rat = torch.arange(8).repeat_interleave(5)
+    x = torch.arange(5.0).repeat(8)
+    return rat, x, 240 + 15 * torch.randn(8)[rat] + 5 * x + 6 * torch.randn(40)
+
+
+def loss_of(model, guide, *args, number=300):
+    with torch.no_grad():
+        return sum(Trace_ELBO().loss(model, guide, *args) for _ in range(number)) / number
+
+
+def test_unknown_starts_are_refused():
+    with pytest.raises(
+        GraphflowsError, match="init= one of 'auto', 'regression', 'prior', 'random'; got 'mode'"
+    ):
+        auto_faithful_guide(local, torch.zeros(3), init="mode")
+    with pytest.raises(GraphflowsError, match="skip=True with init='prior'"):
+        auto_faithful_guide(local, torch.zeros(3), init="prior", family=Normal(skip=False))
+
+
+def test_amortised_guides_keep_the_regression_whatever_the_data_of_set_up():
+    x = 3.0 + torch.randn(10)  # quite likely under the model, as examples are
+    guide = auto_faithful_guide(local, x, init="auto")
+    text = str(guide.describe(verbose=True))
+    assert "the start is 'regression'" in text
+    assert "the start is" not in str(guide.describe())
+    other = torch.tensor([-2.0, 2.0])
+    assert torch.allclose(guide.median(other)["z"], other / 2, atol=0.1)
+
+
+@pytest.mark.parametrize("family", [Normal(), Flow(), Spline()], ids=["normal", "flow", "spline"])
+def test_improper_priors_in_raw_units_start_at_the_posterior(family):
+    x, y = raw_data()
+    guide = auto_faithful_guide(raw_regression, x, y, family=family, init="auto")
+    assert "the start is 'mode'" in str(guide.describe(verbose=True))
+    # the exact evidence under the flat prior: a normal and an inverse-gamma integral
+    design = torch.stack([torch.ones_like(x), x], -1)
+    gram = design.T @ design
+    fit = torch.linalg.solve(gram, design.T @ y)
+    squares, k = (y - design @ fit).square().sum(), 100 - 2 - 1
+    exact = -(100 - 2) / 2 * math.log(2 * math.pi) - torch.linalg.slogdet(gram)[1] / 2
+    exact = exact - k / 2 * squares.log() + (k / 2 - 1) * math.log(2) + math.lgamma(k / 2)
+    gap = loss_of(raw_regression, guide, x, y) + float(exact)
+    assert -0.05 < gap < 0.1, gap
+
+
+@pytest.mark.parametrize("rate", [1e-3, 1e-2])
+@pytest.mark.parametrize("make", [lambda: (rats, rats_data()), lambda: (raw_regression, raw_data())])
+def test_training_keeps_starts_at_the_mode_in_float32(make, rate):
+    torch.set_default_dtype(torch.float32)
+    try:
+        model, args = make()
+        pyro.set_rng_seed(1)
+        guide = auto_faithful_guide(model, *args, init="auto")
+        start = loss_of(model, guide, *args)
+        optimizer = torch.optim.Adam(guide.parameters(), lr=rate)
+        for _ in range(100):
+            optimizer.zero_grad()
+            Trace_ELBO().differentiable_loss(model, guide, *args).backward()
+            optimizer.step()
+        end = loss_of(model, guide, *args)
+    finally:
+        torch.set_default_dtype(torch.float64)
+    assert math.isfinite(start)
+    assert end < start + 0.3, (start, end)
+
+
+def test_elements_start_where_their_data_are():
+    rat, x, y = rats_data()
+    guide = auto_faithful_guide(rats, rat, x, y, init="auto")
+    assert "the start is 'mode'" in str(guide.describe(verbose=True))
+    means = torch.stack([(y - 5 * x)[rat == i].mean() for i in range(8)])
+    with torch.no_grad():
+        draws = torch.stack([guide(rat, x, y)["alpha"] for _ in range(200)])
+    off = (draws.mean(0) - means) / draws.std(0)
+    assert bool((off.abs() < 2.0).all())  # shrunken towards their mean
+    assert bool((draws.std(0) < 2 * 6 / 5**0.5).all())
+
+
+def test_a_start_at_the_prior_is_the_prior():
+    def model(x):
+        z = pyro.sample("z", dist.Normal(3.0, 2.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    guide = auto_faithful_guide(model, torch.tensor(9.0), init="prior")
+    with torch.no_grad():
+        z = torch.stack([guide(torch.tensor(-4.0))["z"] for _ in range(2000)])
+    assert abs(float(z.mean()) - 3) < 5 * 2 / 2000**0.5
+    assert abs(float(z.std()) - 2) < 0.2
+
+
+def test_factors_start_at_the_prior():
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 100.0))
+        pyro.factor("soft", -0.5 * (z - 70.0) ** 2)
+        pyro.sample("y", dist.Normal(z, 10.0), obs=y)
+
+    y = torch.tensor(60.0)
+    guide = auto_faithful_guide(model, y, init="auto")
+    assert "the start is 'prior'" in str(guide.describe(verbose=True))
+    with torch.no_grad():
+        z = torch.stack([guide(y)["z"] for _ in range(2000)])
+    assert abs(float(z.std()) / 100 - 1) < 0.1
+
+
+def test_wide_data_do_not_slow_down_a_search_among_orders():
+    """A series of many numbers at one site, on which all latents depend."""
+
+    def model(y):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        b = pyro.sample("b", dist.HalfNormal(1.0))
+        pyro.sample("y", dist.Normal(a.unsqueeze(-1) * torch.ones(400), b.unsqueeze(-1)).to_event(1), obs=y)
+
+    y = 0.5 + 0.3 * torch.randn(400)
+    guide = auto_faithful_guide(model, y, num_start_samples=2000, init="auto")
+    assert math.isfinite(loss_of(model, guide, y, number=5))

@@ -11,7 +11,7 @@ from pyro.infer import MCMC, NUTS
 from pyro_graphflows import Flow, Normal, Spline, auto_faithful_guide
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
 from pyro_graphflows.guides import Factor
-from pyro_graphflows.guides.conditionals.noise import pull, push
+from pyro_graphflows.guides.transport import pull, push
 
 FAMILIES = {
     "normal": "normal",

@@ -38,6 +38,8 @@ def test_each_target_has_its_own_scales_and_step_size(kernel):
     assert ((visited.acceptance > 0.6) & (visited.acceptance < 0.99)).all()
     assert not visited.divergent.any()
     assert visited.gradients >= 140 * 8 * 3
+    assert visited.gradients_after[-1] == visited.gradients
+    assert (visited.gradients_after.diff() > 0).all()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -54,35 +54,6 @@ def test_index_inputs_are_reported():
     assert traced.index_inputs == {"group"}
 
 
-def test_random_state_and_parameters_are_left_alone():
-    def model():
-        scale = pyro.param("scale", torch.ones(()))
-        pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, scale)), 1.0))
-
-    state = torch.get_rng_state()
-    get_model_graph(model)
-    assert torch.equal(state, torch.get_rng_state())
-    assert list(pyro.get_param_store()) == ["scale"]
-    assert pyro.param("scale").requires_grad
-
-
-def test_running_statistics_are_restored():
-    class Model(PyroModule):
-        def __init__(self):
-            super().__init__()
-            self.norm = nn.BatchNorm1d(2)
-
-        def forward(self, x):
-            with pyro.plate("data", 5):
-                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-                pyro.sample("x", dist.Normal(self.norm(z), 1.0).to_event(1), obs=x)
-
-    model = Model().double()
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    assert get_model_graph(model, (torch.zeros(5, 2),)).edges == (("z", "x"),)
-    assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
-
-
 def test_arguments_of_a_module_inside_a_handler():
     class Model(PyroModule):
         def __init__(self):
@@ -102,23 +73,6 @@ def test_arguments_of_a_module_inside_a_handler():
         assert dict(traced.argument_paths) == {"w": ("w",), "x": ("x",)}
     sample_prior(model, (w, x), num_samples=3)
     assert module.norm.num_batches_tracked == 0
-
-
-def test_handlers_outside_see_nothing():
-    with poutine.trace() as outside, poutine.mask(mask=torch.tensor(False)):
-        traced = trace_model(regression, (torch.ones(4),), {"x": torch.zeros(4)})
-    assert len(outside.trace.nodes) == 0
-    assert dict(traced.not_generative) == {}
-
-
-def test_validation_setting_is_restored():
-    def model():
-        raise RuntimeError("the model's own error")
-
-    with pytest.raises(RuntimeError, match="the model's own error"):
-        get_model_graph(model)
-    with pytest.raises(ValueError, match="invalid values"):
-        dist.Normal(0.0, torch.tensor(-1.0))
 
 
 def test_site_without_density_is_refused():

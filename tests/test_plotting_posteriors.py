@@ -8,6 +8,7 @@ from pyro_graphflows.plotting import (
     plot_contraction,
     plot_coverage,
     plot_forest,
+    plot_intervals,
     plot_khat,
     plot_pairs,
     plot_predictive,
@@ -43,6 +44,21 @@ def test_a_forest_has_a_row_for_each_number(draws):
     assert len(plot_forest({"x": torch.randn(20, 100)}).get_yticklabels()) == 60
     median = [line for line in plot_forest({"x": torch.arange(101.0)}).lines if len(line.get_xdata()) == 1]
     assert median[0].get_xdata()[0] == 50
+
+
+def test_intervals_have_a_panel_for_each_site(draws):
+    shifted = draws["theta"] + torch.tensor([3.0, 1.0, 2.0, 0.0])
+    axes = plot_intervals({**draws, "theta": shifted, "many": torch.randn(50, 300)}, num_columns=2)
+    assert [ax.get_visible() for ax in axes.ravel()] == [True, True, True, False]
+    assert [ax.get_title(loc="left") for ax in axes.ravel()[:3]] == ["mu", "theta (4)", "many (300)"]
+    medians = axes[0, 1].lines[0].get_ydata()
+    assert list(medians) == sorted(np.quantile(shifted.numpy(), 0.5, axis=0))
+    with pytest.raises(GraphflowsError, match="2 axes or more"):
+        plot_intervals(draws, axes[:1, :1])
+    with pytest.raises(GraphflowsError, match=r"got \['nu'\]"):
+        plot_intervals(draws, names=["nu"])
+    with pytest.raises(GraphflowsError, match="finite draws of 'mu'"):
+        plot_intervals({"mu": torch.full((3,), torch.nan)})
 
 
 def test_pairs_are_a_triangle(draws):

@@ -68,6 +68,7 @@ def test_errors_are_in_standard_deviations():
 def test_the_page_of_what_was_run(tmp_path):
     results = Results(tmp_path / "workflow.jsonl")
     one = {"samples": 250, "gradients": 1000, "seconds": 1.0, "error": 0.01, "rhat": 1.001, "divergent": 0}
+    one["enough"] = True
     record = {
         "khat": 1.2,
         "ess": 3.0,
@@ -75,11 +76,13 @@ def test_the_page_of_what_was_run(tmp_path):
         "refined": one,
         "prior": {**one, "gradients": 4000},
     }
-    results.append("schools", {**record, "ratio": 4.0})
+    results.append("schools", {**record, "ratio": 4.0, "ratio_with_training": 3.0})
     results.append("stream", {"peak_gib": 0.5, "seconds": 12.0, "draws": 1000})
     report.render(tmp_path / "none.jsonl", tmp_path / "workflow.jsonl", tmp_path)
     page = (tmp_path / "workflow.md").read_text()
-    assert "| eight schools | 1.20 | 0.90 | 0.010 / 1.001 / 1,000 | 0.010 / 1.001 / 4,000 | 4.0 |" in page
+    assert (
+        "| eight schools | 1.20 | 0.90 | 0.010 / 1.001 / 1,000 | 0.010 / 1.001 / 4,000 | 4.0 | 3.0 |" in page
+    )
     assert "| banana | not run |" in page
     assert "0.50 GiB" in page
 

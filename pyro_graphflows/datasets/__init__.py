@@ -28,15 +28,17 @@ from pyro_graphflows.datasets.files import INNER_FOLDERS, VARIABLE
 from pyro_graphflows.datasets.images import (
     DATA_SETS,
     MNIST_TEST_COUNTS,
+    BinarizedBatches,
     Images,
+    binarize,
     binarized_mnist,
     cifar10,
+    dequantize,
     digits,
     load_images,
     mnist,
     omniglot,
 )
-from pyro_graphflows.datasets.pixels import BinarizedBatches, binarize, dequantize
 
 __all__ = [
     "CHECKSUMS",

@@ -256,7 +256,13 @@ class _Unscore(torch.autograd.Function):
         ctx.kind = kind
         kernel = kind(*parameters)
         table = _TABLES.find(kernel, u)
-        x = _solve(kernel, u) if table is None else table(u)
+        if table is None:
+            x = _solve(kernel, u)
+        else:
+            beyond = ~(u.abs() <= TABLE_REACH)
+            x = table(u.masked_fill(beyond, 0.0))
+            if bool(beyond.any()):  # a few of many draws of heavy tails: the others do not wait for them
+                x[beyond] = _solve(kernel, u[beyond])
         ctx.save_for_backward(x, u, *parameters)
         return x
 
@@ -326,7 +332,7 @@ class _Tables:
         self.tables: dict[Hashable, _Table] = {}
 
     def find(self, kernel: SkewedKernel, u: Tensor) -> _Table | None:
-        if any(p.numel() != 1 for p in kernel.parameters) or bool((u.abs() > TABLE_REACH).any()):
+        if any(p.numel() != 1 for p in kernel.parameters):
             return None
         key = (type(kernel), u.device, *map(float, kernel.parameters))
         if key not in self.tables:

@@ -23,10 +23,9 @@ from typing import NamedTuple
 import networkx as nx
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.graphs.elimination import ancestors
+from pyro_graphflows.graphs.elimination import Expansion, ancestors, expand
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph, Node, listed
-from pyro_graphflows.graphs.plates import Expansion, expand
 
 __all__ = ["Independence", "is_imap", "is_minimal_imap", "violated_independencies"]
 

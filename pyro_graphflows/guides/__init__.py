@@ -9,7 +9,8 @@ from pyro_graphflows.guides.conditionals.factors import (
 )
 from pyro_graphflows.guides.conditionals.pooling import Attention, DeepSet
 from pyro_graphflows.guides.families import Auto, Family, Flow, Normal, Spline
-from pyro_graphflows.guides.guide import AutoFaithfulGuide, auto_faithful_guide, load_guide
+from pyro_graphflows.guides.guide import AutoFaithfulGuide
+from pyro_graphflows.guides.make import auto_faithful_guide, load_guide
 
 __all__ = [
     "Attention",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_graphflows.capture import is_capturing
+from pyro_graphflows.capture import CAPTURING
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.call import Call
 from pyro_graphflows.guides.conditionals.contract import (
@@ -36,11 +36,10 @@ from pyro_graphflows.guides.conditionals.pooling import (
 from pyro_graphflows.guides.conditionals.pooling import (
     Pool as PlainPool,
 )
-from pyro_graphflows.guides.features import FeatureMap, concatenate
 from pyro_graphflows.guides.inputs import Summary
 from pyro_graphflows.guides.plan import BlockPlan
 from pyro_graphflows.guides.samples import Samples, columns_of, side_by_side, with_depth
-from pyro_graphflows.guides.sites import REMEDIES_OF_NAN, InputEncodings
+from pyro_graphflows.guides.sites import REMEDIES_OF_NAN, FeatureMap, InputEncodings, concatenate
 from pyro_graphflows.shapes import broadcast_shapes
 
 Pool = PlainPool | Embedding
@@ -150,7 +149,7 @@ class BlockInputs(nn.Module):
                 f"Expected {expected} conditioning features in all, as when the guide was set up; got {sizes}."
             )
         features: Tensor = self.features(flat)
-        if not (features.is_meta or is_capturing() or _all_finite(features)):
+        if not (features.is_meta or CAPTURING.get() or _all_finite(features)):
             raise self._not_finite(features, call, unconstrained)
         return features
 

@@ -27,7 +27,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
-from pyro_graphflows.capture import is_capturing
+from pyro_graphflows.capture import CAPTURING
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides.sites import InputEncodings, is_constant, moved_support
 from pyro_graphflows.inspect import (
@@ -242,7 +242,7 @@ def chosen_indices(indices: Any, full_size: int) -> Tensor | None:
     if len(indices) != full_size:
         return indices
     # while a call is captured no numbers are read: whoever captures compares with an ordinary call
-    if is_capturing() or torch.equal(indices, torch.arange(full_size).to(indices)):
+    if CAPTURING.get() or torch.equal(indices, torch.arange(full_size).to(indices)):
         return None
     return indices
 

@@ -27,13 +27,13 @@ from pyro_graphflows.guides.call import site_mask
 from pyro_graphflows.guides.guide import AutoFaithfulGuide
 from pyro_graphflows.inspect import is_transparent, kept_random_state, seed_random_state
 from pyro_graphflows.inspect.arguments import argument_leaves, outside_tensors, with_tensors
-from pyro_graphflows.inspect.stability import (
+from pyro_graphflows.inspect.probes import (
     REMEDY_ROWS,
     REMEDY_STRUCTURE,
     changes_of_data,
     changes_of_sites,
 )
-from pyro_graphflows.inspect.trace import rows_of_plates
+from pyro_graphflows.inspect.runs import rows_of_plates
 
 __all__ = ["GuideCheck", "check_guide"]
 

@@ -1,4 +1,8 @@
-"""The start of fused sites: their factors fitted to rows of joint samples, with the priors in these rows."""
+"""The start of fused sites: their priors at joint samples of the model, and their factors fitted beside these.
+
+The priors are kept as columns with the samples, under names of their own, so that whatever is done to rows of samples
+is done to them too.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,15 +12,84 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides.conditionals.contract import Conditionals
 from pyro_graphflows.guides.conditionals.fused_fit import FactorFit, fit_factor, fit_logits
+from pyro_graphflows.guides.conditionals.model_conditionals import ModelConditionals
 from pyro_graphflows.guides.conditionals.site_priors import SitePrior
-from pyro_graphflows.guides.plan import BlockPlan
-from pyro_graphflows.guides.prior_samples import prior_of_rows
+from pyro_graphflows.guides.plan import BlockPlan, PriorPlan
+from pyro_graphflows.guides.priors import read_priors
 from pyro_graphflows.guides.samples import Samples, columns_of
 from pyro_graphflows.regression import location_and_scale
 
-__all__ = ["FusedRows"]
+__all__ = [
+    "FusedRows",
+    "prior_of_rows",
+    "with_priors",
+]
+
+MOST_RUNS = 300  # of the model, where each joint sample takes one
+
+
+def with_priors(samples: Samples, plan: PriorPlan) -> Samples:
+    """Return joint samples with the priors of fused sites at them.
+
+    Args:
+        samples: The samples.
+        plan: Which sites are fused.
+    """
+    if samples.values is None or not plan.sites:
+        return samples
+    draws, sites = samples.draws, sorted(plan.sites)
+    number = len(next(iter(samples.values.values())))
+    if not plan.batches:
+        number = min(number, MOST_RUNS)
+        samples = replace(samples, values={name: value[:number] for name, value in samples.values.items()})
+    depth = max(batch for batch, _ in plan.ranks.values())
+    latents = {}
+    for name, value in draws.latent_values(number).items():
+        missing = depth - plan.ranks[name][0]
+        latents[name] = value.reshape(number, *(1,) * missing, *value.shape[1:])
+    indices = {name: plate.indices for name, plate in samples.plates.items() if plate.indices is not None}
+    given = {"latents": latents, "observed": {}, "indices": indices}
+    try:
+        with torch.no_grad():
+            priors = read_priors(
+                *(ModelConditionals(draws.model), sites, (draws.args, draws.kwargs), draws.sites, plan), given
+            )
+    except (UnsupportedModelError, GraphflowsError):  # a draw at which a prior is not defined
+        return samples
+    more: dict[str, Tensor] = {}
+    for name in sites:
+        prior, value = priors[name], latents[name]
+        of_prior, of_value = columns_of(name)
+        shape = (number, *value.shape[1 : value.dim() - plan.ranks[name][1]])
+        parts = [prior.loc, prior.log_scale]
+        if prior.scale_tril is not None:
+            parts.append(prior.scale_tril.flatten(-2))
+        joined = torch.cat([part.expand(*shape, part.shape[-1]) for part in parts], -1)
+        more[of_prior] = joined
+        if prior.transform is not None:
+            raw = prior.transform.inv(value)
+            more[of_value] = raw.reshape(*shape, -1)
+    return samples.with_values(more)
+
+
+def prior_of_rows(site: str, size: int, rows: Mapping[str, Tensor]) -> SitePrior | None:
+    """Return the prior of a site at rows of joint samples; None where it is not known.
+
+    Args:
+        site: The site.
+        size: The length of its flat vector.
+        rows: The rows, by name.
+    """
+    column, of_value = columns_of(site)
+    if column not in rows:
+        return None
+    loc, log_scale, tril = rows[column].split([size, size, rows[column].shape[-1] - 2 * size], -1)
+    root = tril.unflatten(-1, (size, size)) if tril.shape[-1] else None
+    return SitePrior(loc, log_scale, root, standard=of_value in rows)
+
 
 WIDTH = 2.0  # of the factors that sites with per-element parameters start with, in units of the prior
 ROOT_WIDTH = (

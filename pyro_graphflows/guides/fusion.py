@@ -19,8 +19,7 @@ from pyro_graphflows.guides.conditionals.contract import Family
 from pyro_graphflows.guides.conditionals.fusible_sites import FusionPlan, fusible_sites
 from pyro_graphflows.guides.conditionals.model_conditionals import ModelConditionals
 from pyro_graphflows.guides.conditionals.site_priors import SitePrior, has_prior
-from pyro_graphflows.guides.plan import BlockPlan
-from pyro_graphflows.guides.prior_plan import PriorPlan
+from pyro_graphflows.guides.plan import BlockPlan, PriorPlan
 from pyro_graphflows.guides.priors import read_priors
 from pyro_graphflows.guides.sites import LatentSite
 from pyro_graphflows.inspect import TracedModel

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -20,52 +20,51 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
-from pyro.nn.module import _is_module_local_param_enabled
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from torch.distributions import biject_to
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph
-from pyro_graphflows.guides.block import GuideBlock, make_inputs
+from pyro_graphflows.guides.block import GuideBlock
 from pyro_graphflows.guides.call import Call, CallReader, PlateState, chosen_indices, site_mask
-from pyro_graphflows.guides.choice import Candidate, Judge, choose_start
-from pyro_graphflows.guides.compile import Compiled, GuideOptions, compile_guide
+from pyro_graphflows.guides.compile import GuideOptions, compile_guide
 from pyro_graphflows.guides.conditionals.contract import Family
 from pyro_graphflows.guides.conditionals.distributions import CopiedValue, DrawnOrGiven, site_distribution
+from pyro_graphflows.guides.conditionals.elements import (
+    WithNewElements,
+    beyond_fitted,
+    grown_plates,
+    require_model_conditionals,
+)
 from pyro_graphflows.guides.conditionals.factors import Factor
 from pyro_graphflows.guides.conditionals.model_conditionals import ModelConditionals
-from pyro_graphflows.guides.conditionals.new_elements import WithNewElements, beyond_fitted
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
 from pyro_graphflows.guides.conditionals.site_priors import SitePrior
 from pyro_graphflows.guides.families import make_family
-from pyro_graphflows.guides.files import read_guide, write_guide
+from pyro_graphflows.guides.files import write_guide
 from pyro_graphflows.guides.fitted_data import CallData, FittedData
 from pyro_graphflows.guides.orders import Inverse
+from pyro_graphflows.guides.parameters import ShownParameters
 from pyro_graphflows.guides.plan import Description, Plan
-from pyro_graphflows.guides.prior_samples import with_priors
 from pyro_graphflows.guides.priors import PriorReader
 from pyro_graphflows.guides.samples import Samples
 from pyro_graphflows.guides.scores import ScoreReader
 from pyro_graphflows.guides.sites import LatentSite, is_constant
-from pyro_graphflows.guides.start import Start, start_at_, start_block_, whiten_block_
+from pyro_graphflows.guides.start import Trial, start_guide
 from pyro_graphflows.guides.transport import Transport
 from pyro_graphflows.infer.posterior import Posterior, sample_posterior
 from pyro_graphflows.inspect import kept_random_state
 from pyro_graphflows.inspect.arguments import argument_leaves
 
-__all__ = ["AutoFaithfulGuide", "auto_faithful_guide", "load_guide"]
+__all__ = ["AutoFaithfulGuide"]
 
 logger = logging.getLogger(__name__)
 
 Emit = Callable[..., Tensor]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-_OF_GUIDES = WeakTensorKeyDictionary()  # all their parameters; an attribute would be in files of the store
-NUM_START_DRAWS = 20  # of the guide at set-up, which say how large its inputs are
 
 
 class AutoFaithfulGuide(AutoGuide):
@@ -165,10 +164,10 @@ class AutoFaithfulGuide(AutoGuide):
         self._fitted: FittedData | None = None
         self._is_fitting = False
         self._warned: set[str] = set()
-        self._places: list[tuple[str, dict[str, Any], str]] | None = None
+        self._shown = ShownParameters()
         self._sites: dict[str, LatentSite]
         self._reader: CallReader
-        self._priors: PriorReader
+        self._priors: PriorReader | None = None
         self._plate_states: dict[str, PlateState]
         self.blocks: nn.ModuleList
         self.scores: ScoreReader | None = None
@@ -213,8 +212,7 @@ class AutoFaithfulGuide(AutoGuide):
             self.scores = compiled.scores
             self._plan, self._sites, self._reader = compiled.plan, compiled.sites, compiled.reader
             self._plate_states = compiled.plates
-            self._priors = PriorReader(compiled.plan.priors, compiled.sites)
-            self._places = None
+            self._priors = None
             self.prototype_trace = compiled.traced.trace
             self._prototype_frames = {
                 frame.name: frame
@@ -223,8 +221,8 @@ class AutoFaithfulGuide(AutoGuide):
                 if frame.vectorized
             }
             self._fitted = None
-            chosen, choice = self._start(compiled, samples, (args, kwargs))
-            self.blocks, self._places = chosen.blocks, None
+            chosen, choice = start_guide(compiled, samples, options, _Trial(self, args, kwargs))
+            self._take_blocks(chosen.blocks)
             self._notes = tuple(dict.fromkeys(n for n in (compiled.draws.note, chosen.note) if n is not None))
             self._start_notes = (*(() if choice is None else (choice,)), *chosen.notes)
         self.remember_data(*args, **kwargs)
@@ -234,90 +232,6 @@ class AutoFaithfulGuide(AutoGuide):
         if self.master is not None:
             self.master()._check_prototype(prune_subsample_sites(self.prototype_trace))
         return self
-
-    def _start(self, compiled: Compiled, samples: Samples, call: Arguments) -> tuple[Candidate, str | None]:
-        """Return the start that the options ask for, and a sentence on the choice."""
-        options, plan = self._options, compiled.plan
-
-        def build(samples: Samples, name: str) -> Candidate:
-            samples = with_priors(samples, plan.priors)
-            if compiled.scores is not None and samples.values is not None:
-                number = len(next(iter(samples.values.values())))
-                scores = compiled.scores.of_draws(compiled.draws, number, compiled.plates)
-                samples = samples.with_values(scores)
-            blocks, starts = self._make_blocks(compiled, samples, regression=name != "random")
-            self.blocks, self._places = nn.ModuleList(blocks), None
-            self._mark_parameters()  # runs at set-up may show them to Pyro
-            self._whiten_blocks(starts, *call)
-            notes = tuple(note for start in starts for note in start.notes)
-            return Candidate(name, self.blocks, notes, samples.note)
-
-        def loss_of(candidate: Candidate) -> float | None:
-            self.blocks, self._places = candidate.blocks, None
-            return judge.loss(lambda *args, **kwargs: self._run(args, kwargs, None, pyro.sample))
-
-        if options.init == "auto" and options.family.can_regress and compiled.scores is None:
-            draws = compiled.draws
-            depth = max((-state.dim for state in self._plate_states.values()), default=0)
-            judge = Judge(draws.model, call, options.setup_seed, -1 - depth if draws.takes_plates else None)
-            return choose_start(compiled, samples, build, loss_of, judge)
-        if options.init == "prior":
-            try:
-                at_prior = samples if compiled.scores is not None else samples.at_prior(plan)
-                return build(at_prior, "prior"), None
-            except UnsupportedModelError as error:
-                note = f"no start at the prior, and no standardisation of latents: {error}"
-                return build(replace(samples, values=None, note=note), "random"), None
-        return build(
-            samples, "random" if options.init == "random" or not options.family.can_regress else "regression"
-        ), None
-
-    def _make_blocks(
-        self, compiled: Compiled, samples: Samples, *, regression: bool
-    ) -> tuple[list[GuideBlock], list[Start]]:
-        """Return the blocks at their starts, and how these are."""
-        options = self._options
-        starts = []
-        further = {
-            "element_parents": compiled.element_parents,
-            "factors": options.factor_classes(),
-            "ranks": compiled.ranks,
-        }
-        blocks = []
-        for plan in compiled.plan.blocks:
-            inputs, of_block = make_inputs(plan, samples, options.deepset or DeepSet(), options.embedding)
-            block = GuideBlock.make(plan, compiled.families[plan.sites[0]], inputs, of_block, further)
-            start = start_block_(block, of_block, regression=regression)
-            given = start_at_(block, of_block, options.init_values, compiled.plan.changing)
-            starts.append(replace(start, notes=(*start.notes, *given)))
-            blocks.append(block)
-        return blocks, starts
-
-    @torch.no_grad()
-    def _whiten_blocks(self, starts: Sequence[Start], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Find the coordinates in which the blocks are trained, from joint samples and the data of set-up."""
-        chosen = [
-            (block, s.moments) for block, s in zip(self.blocks, starts, strict=True) if s.moments is not None
-        ]
-        call: Call | None = None
-        draws: dict[str, Tensor] = {}
-        if chosen:
-            try:
-                call = self._read_with_scores(args, kwargs, None)
-                draws = self._flat_draws(args, kwargs)
-            except GraphflowsError:  # set up without data: the call that needs them says so
-                call = None
-        for block, moments in chosen:
-            assert isinstance(block, GuideBlock)
-            whiten_block_(block, moments, call, draws)
-
-    def _flat_draws(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-        """Return draws as flat unconstrained vectors, along a plate of their own."""
-        flat: dict[str, Tensor] = {}
-        depth = max((-state.dim for state in self._plate_states.values()), default=0)
-        with pyro.plate("_pyro_graphflows_draws", NUM_START_DRAWS, dim=-1 - depth):
-            self._run(args, kwargs, None, pyro.sample, flat)
-        return flat
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         self.setup(*args, **kwargs)
@@ -393,7 +307,7 @@ class AutoFaithfulGuide(AutoGuide):
                 elements beyond those fitted.
         """
         self._ensure_set_up(args, kwargs)
-        self._show_parameters()
+        self._shown.show(self)
         return self._run(args, kwargs, observations, pyro.sample)
 
     def _run(
@@ -411,6 +325,8 @@ class AutoFaithfulGuide(AutoGuide):
         unconstrained = {} if unconstrained is None else unconstrained
         of_call = None
         if plan.priors.sites:
+            if self._priors is None:
+                self._priors = PriorReader(plan.priors, self._sites)
             of_call = self._priors.begin(self.model, (args, kwargs), call, observations)
         blocks: Any = self._modules["blocks"]  # not self.blocks: forward has shown the parameters to Pyro
         for block, block_plan in zip(blocks, plan.blocks, strict=True):
@@ -556,34 +472,13 @@ class AutoFaithfulGuide(AutoGuide):
         """
         if not sites:
             return {}
-        grown = [
-            f"{plate.name!r} ({plate.full_size} elements when the guide was set up, now "
-            f"{call.plates[plate.name].full_size})"
-            for plate in block.spec.plates
-            if call.plates[plate.name].full_size > plate.full_size
-        ]
-        graph = self.plan.graph
-        for site in sites:
-            if site in block.plan.coupled:
-                raise GraphflowsError(
-                    f"Expected no new elements of plate {', '.join(grown)}: copies of {site!r} are drawn jointly "
-                    f"across {', '.join(block.plan.coupled[site].plates)}, by parameters for the elements there were. "
-                    "Set up a guide for the new data, or use pool='deepset'."
-                )
-            late = [p for p in graph.parents(site) if p in graph.latent and p not in values]
-            late += [p for p in graph.parents(site) if p in graph.marginalised]
-            if late:
-                raise UnsupportedModelError(
-                    f"Expected no new elements of plate {', '.join(grown)}: {site!r} has parameters for each element, "
-                    "and beyond them would follow the model's conditional, but its parents "
-                    f"{', '.join(map(repr, late))} are not sampled before it. Use inverse='reverse', "
-                    "which follows the model's order, or set up a guide for the new data."
-                )
+        grown = grown_plates(block.spec.plates, call.plates)
+        require_model_conditionals(sites, block.plan, self.plan.graph, values, grown)
         unwarned = [site for site in sites if f"new elements of {site}" not in self._warned]
         if unwarned:
             self._warned.update(f"new elements of {site}" for site in unwarned)
             warnings.warn(
-                f"Elements beyond those fitted, in plate {', '.join(grown)}: there {', '.join(unwarned)} follow the "
+                f"Elements beyond those fitted, in plate {grown}: there {', '.join(unwarned)} follow the "
                 "model's conditional given the sites sampled before, and no data.",
                 GraphflowsWarning,
                 stacklevel=7,
@@ -627,87 +522,14 @@ class AutoFaithfulGuide(AutoGuide):
         changed = {name: supports[name] for name in level if name in self.plan.changing}
         return replace(call, supports={**call.supports, **changed})
 
-    def _show_parameters(self) -> None:
-        """Show the parameters to Pyro by ``param`` statements, as a look-up of a module of a PyroModule does.
-
-        Walking through all modules for that at each call would take a sixth of it: where parameters are kept is
-        remembered.
-        """
-        fullname = self._pyro_get_fullname("blocks")
-        places = self._parameter_places()
-        self._claim_parameter_names(fullname, places)
-        if _is_module_local_param_enabled():
-            _ = self.blocks
-            return
-        for name, kept, key in places:
-            parameter = kept[key]
-            if parameter.requires_grad and pyro.param(f"{fullname}$$${name}", parameter) is not parameter:
-                _ = self.blocks  # a handler has put something in its place, which the module takes on
-                return
-
-    def _parameter_places(self) -> list[tuple[str, dict[str, Any], str]]:
-        """Return for each parameter its name, and the dictionary and key where its module keeps it."""
-        if self._places is None:
-            blocks = self._modules["blocks"]
-            assert blocks is not None
-            self._places = [
-                (f"{prefix}.{key}" if prefix else key, module._parameters, key)
-                for prefix, module in blocks.named_modules()
-                for key, parameter in module._parameters.items()
-                if parameter is not None
-            ]
-        return self._places
-
-    def _claim_parameter_names(
-        self, fullname: str, places: Sequence[tuple[str, dict[str, Any], str]]
-    ) -> None:
-        """Take this guide's names in the parameter store, from other guides or from a store that was loaded.
-
-        The store would hand the optimiser of this call the parameters of the guide that came first, and none of this
-        guide's would ever be trained. Names are those of classes, so two guides in one program suffice. What is in the
-        store and belongs to no guide was loaded, or set: these are values for this guide.
-
-        Raises:
-            GraphflowsError: If the values are of other shapes.
-        """
-        store = pyro.get_param_store()
-        if not len(store):
-            return
-        loaded = []
-        for name, kept, key in places:
-            full, parameter = f"{fullname}$$${name}", kept[key]
-            stored = store._params.get(full)
-            if stored is None or stored is parameter:
-                continue
-            if stored not in _OF_GUIDES:
-                if stored.shape != parameter.shape:
-                    raise GraphflowsError(
-                        f"Expected values of shape {tuple(parameter.shape)} for the parameter {full!r} of this guide; "
-                        f"Pyro's parameter store has some of shape {tuple(stored.shape)}, of another guide. Clear the "
-                        "store, pyro.clear_param_store(), or set the guide up as that one was."
-                    )
-                parameter.data.copy_(stored.detach())
-                loaded.append(name)
-            del store[full]
-        if loaded and "the parameter store" not in self._warned:
-            self._warned.add("the parameter store")
-            warnings.warn(
-                f"{len(loaded)} parameters of the guide took the values that Pyro's parameter store had for them. A "
-                "store has parameters alone: the units of inputs and outputs are those of this guide's set-up, so the "
-                "values mean the same only if the guide that was stored was set up by the same call. "
-                "guide.save(path) and guide.state_dict() hold everything.",
-                GraphflowsWarning,
-                stacklevel=6,
-            )
-
-    def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        blocks: Any = self._modules["blocks"]  # not self.blocks, which would show all of them to Pyro
-        return blocks.named_parameters()
+    def _take_blocks(self, blocks: nn.ModuleList) -> None:
+        self.blocks = blocks
+        self._shown.forget()
+        self._mark_parameters()
 
     def _mark_parameters(self) -> None:
-        """Mark the parameters as those of a guide, by which they are told from values that were loaded."""
-        for _, parameter in self._named_parameters():
-            _OF_GUIDES[parameter] = True
+        blocks: Any = self._modules["blocks"]  # not self.blocks, which would show all of them to Pyro
+        self._shown.mark(blocks)
 
     # ---------------------------------------------------------------- the data that were fitted
 
@@ -1110,8 +932,8 @@ class AutoFaithfulGuide(AutoGuide):
             self._sites = {name: site.moved(fn) for name, site in self._sites.items()}
             self._plate_states = {name: plate.moved(fn) for name, plate in self._plate_states.items()}
             self._fitted = None if self._fitted is None else self._fitted.moved(fn)
-            self._priors = PriorReader(self._plan.priors, self._sites)
-            self._places = None
+            self._priors = None
+            self._shown.forget()
             self._mark_parameters()  # other objects, on another device or of another type
         return self
 
@@ -1188,7 +1010,7 @@ class AutoFaithfulGuide(AutoGuide):
         self.scores = None if contents["scores"] is None else ScoreReader.from_plain(contents["scores"])
         self._reader = CallReader.from_plain(contents["reader"], device)
         self._plate_states = contents["plates"]
-        self._priors = PriorReader(self._plan.priors, self._sites)
+        self._priors = None
         self._reader.remember(self._plate_states, {name: site.support for name, site in self._sites.items()})
         self._notes, self._start_notes = contents["notes"]
         self._fitted = None if contents["fitted"] is None else FittedData(*contents["fitted"])
@@ -1225,14 +1047,13 @@ class AutoFaithfulGuide(AutoGuide):
         state["create_plates"] = None
         if self._plan is not None:  # a function that makes inverses cannot be pickled
             state["_options"] = replace(self._options, inverse=self._plan.inverse, init_values={})
-            state["_priors"] = PriorReader(self._plan.priors, self._sites)
+        state["_priors"] = None
         state["prototype_trace"] = None
         state["_fitted"] = None  # no data in a pickle
-        state["_places"] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({"_places": None, **state})
+        self.__dict__.update(state)
         if self._plan is not None:
             self._mark_parameters()
 
@@ -1243,9 +1064,8 @@ class AutoFaithfulGuide(AutoGuide):
             memo[id(part)] = part
         state = self.__dict__.copy()
         shared = {key: state.pop(key) for key in ("_model", "create_plates", "master", "prototype_trace")}
-        state["plates"], state["_places"] = {}, None
-        if self._plan is not None:
-            state["_priors"] = PriorReader(self._plan.priors, self._sites)
+        state["plates"] = {}
+        state["_priors"] = None
         new.__dict__.update(shared)
         new.__dict__.update(copy.deepcopy(state, memo))
         if new._plan is not None:
@@ -1253,205 +1073,30 @@ class AutoFaithfulGuide(AutoGuide):
         return new
 
 
-def auto_faithful_guide(
-    model: Callable[..., Any],
-    *example_args: Any,
-    family: str | Family | type[Factor] = "normal",
-    inverse: Inverse = "auto",
-    pool: str | DeepSet | None = None,
-    init: str = "regression",
-    factors: Mapping[str, type[Factor] | Family] = MappingProxyType({}),
-    standardize: bool = True,
-    num_start_samples: int = 10_000,
-    strict: bool = True,
-    resolution: str = "auto",
-    rank: int | None = None,
-    budget: int | None = None,
-    coupled_rank: int | None = None,
-    enumerate_sites: bool | Collection[str] = False,
-    init_values: Mapping[str, Tensor] = MappingProxyType({}),
-    setup_seed: int = 0,
-    optional: Sequence[str] = (),
-    features: str = "raw",
-    embedding: Mapping[str, nn.Module | str] = MappingProxyType({}),
-    create_plates: Callable[..., Any] | None = None,
-    example_kwargs: Mapping[str, Any] | None = None,
-) -> AutoFaithfulGuide:
-    """Compile a Pyro model into an amortised guide that follows the faithful inverse of its Bayesian network.
+class _Trial(Trial):
+    """A guide at set-up, tried with blocks at some start for the call that it is set up by."""
 
-    Discrete latent sites have Bernoulli and categorical factors in all families, for inference compilation and
-    score-function gradients; ``enumerate_sites=True`` marks them for ``TraceEnum_ELBO`` instead. Sites that the model
-    marks for enumeration have no factor: the model sums over them.
+    def __init__(self, guide: AutoFaithfulGuide, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.guide, self.call = guide, (args, kwargs)
 
-    References:
-        [1] Webb et al. (2018), Faithful Inversion of Generative Models for Effective Amortized Inference.
+    def take(self, blocks: nn.ModuleList) -> None:
+        """Let the guide have these blocks; runs at set-up may show their parameters to Pyro."""
+        self.guide._take_blocks(blocks)
 
-    Args:
-        model: The model.
-        *example_args: Arguments of a typical call. If given (or ``example_kwargs``), the guide is set up at once and
-            its parameters exist, as optimisers of PyTorch need; if not, on its first call or by ``guide.setup``.
-        family: The kind of conditionals, an object with options of its own: :class:`~pyro_graphflows.guides.Auto`
-            (in hierarchies, splines for scalar globals and scales, and conditionals that are fused with the priors;
-            normal elsewhere),
-            :class:`~pyro_graphflows.guides.Normal`, :class:`~pyro_graphflows.guides.Spline` or
-            :class:`~pyro_graphflows.guides.Flow` (flexible conditionals, at several times the cost of a step);
-            ``"auto"``, ``"normal"``, ``"spline"`` and ``"flow"`` abbreviate their defaults; or a subclass of
-            :class:`~pyro_graphflows.guides.Factor` for all continuous sites.
-        inverse: What each site is conditioned on: ``"auto"`` (the faithful inverse with the fewest edges and, among
-            these, smooth conditionals (:mod:`~pyro_graphflows.guides.orders`); discrete sites sampled before
-            the continuous ones of their plates unless that doubles the edges), another order
-            of :func:`~pyro_graphflows.faithful_inverse`, :class:`~pyro_graphflows.AutoOrder` (a search for fewer
-            edges, for a given time) or an elimination sequence; ``"stochastic"``, ``"full"``,
-            ``"mean_field"``; an :class:`~pyro_graphflows.InverseGraph`, or a function that makes one from the
-            :class:`~pyro_graphflows.ModelGraph`.
-        pool: How the data in inner plates reach the sites outside of them (a group's data its own variable, all data
-            the global variables): None gives such sites per-element parameters for the data set at hand; ``"deepset"``
-            (or a :class:`~pyro_graphflows.guides.DeepSet` that sets its sizes; ``"attention"`` or an
-            :class:`~pyro_graphflows.guides.Attention` weighs elements by what they are) summarises the data by a
-            permutation-invariant network, so that they are amortised over data sets of any
-            size (:mod:`~pyro_graphflows.guides.conditionals.pooling`; not over subsampled plates).
-        init: How training starts. ``"regression"``: at the least-squares regression of each site on its parents over
-            joint samples of the model (exact for linear-Gaussian models up to sampling error). ``"prior"``: at the
-            prior of the latents, whatever the data. ``"random"``: with random weights. ``"auto"``: at the best of
-            these and of a normal approximation about the posterior's mode for the data of set-up
-            (:mod:`~pyro_graphflows.guides.choice`, :mod:`~pyro_graphflows.guides.mode`);
-            ``guide.describe(verbose=True)`` says which.
-        factors: For single sites, by name, a factor class or a family object.
-        standardize: Whether inputs and outputs of the networks are standardised by constants found at set-up.
-        num_start_samples: The number of joint samples of the model that are drawn at set-up.
-        strict: Whether to refuse models whose dependencies cannot be traced in full; if not, what cannot be
-            followed counts as a dependency on all earlier sites.
-        resolution: ``"auto"``: vectors whose conditional would take more than 200,000 weights are held element by
-            element where the model's elements fall into small groups, and with a covariance of low rank beside a
-            diagonal where they do not (:mod:`~pyro_graphflows.guides.vectors`; ``describe()`` says which); ``"site"``:
-            never element by element; ``"element"``: each element of every vector site has its own parents (not with a
-            factor class; see :func:`~pyro_graphflows.get_model_graph` for when that is sound).
-        rank: The rank of the covariance of long vectors beside its diagonal; None for at most 10.
-        budget: The most weights that the conditional of one vector may take; full covariances are used up to it. None
-            for 200,000 where the covariance is full, a million otherwise.
-        coupled_rank: Of latents that stay dependent across a plate
-            (:mod:`~pyro_graphflows.guides.conditionals.coupled`): the rank of the dependence, 0 for a parameter for
-            each pair of elements; None to choose by the size of the plate.
-        enumerate_sites: Discrete sites that the guide marks ``infer={"enumerate": "parallel"}``, so that
-            ``TraceEnum_ELBO`` sums over their values instead of drawing them: their names, or True for all. Every
-            latent site then has a network of its own, so that each only meets the values of its own parents.
-        init_values: For single continuous sites, the value at which training starts, of a shape that broadcasts to that
-            of the site: the site's conditional is centred there, a tenth as wide as its prior, whatever the data are.
-            Elements of a plate may differ at sites with per-element parameters.
-        setup_seed: The seed of everything that is random at set-up: joint samples, and with them the order, the start
-            and the features, and the weights of the networks. Guides of the same model and call are equal whatever the
-            caller's random state, which is not advanced; for other initial weights, take another seed.
-        optional: Sites that have data in some calls and none in others, as labels have: latent where they have none,
-            conditioned on where they have, by the same networks (Kingma et al. 2014, Semi-supervised Learning with
-            Deep Generative Models). They are sampled first, in this order. Each call returns the sites that are latent
-            in it. With several, a later one may lack data where an earlier one has some; the reverse is refused where
-            the two are dependent.
-        features: What sites read of their data beside the data themselves: ``"raw"``, nothing; ``"score"``, the
-            gradient of the data's log-density at fixed reference values of all latents, as wide as the site is, where
-            the model has one (:mod:`~pyro_graphflows.guides.scores`); ``"auto"``, the same where a regression on
-            held-out joint samples gains by it.
-        embedding: For wide data, by name, a network from ``(*batch, columns)`` to ``(*batch, features)`` that sites
-            read in their place, beside linear estimates of the latents; ``"auto"`` for a default one
-            (:mod:`~pyro_graphflows.guides.conditionals.embedding`).
-        create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
-            that returns plates that exist already, for subsampling.
-        example_kwargs: Keyword arguments of a typical call.
+    def read(self) -> Call:
+        """Read the call."""
+        return self.guide._read_with_scores(*self.call, None)
 
-    Returns:
-        An :class:`~pyro.infer.autoguide.AutoGuide`, for ``SVI``, ``Trace_ELBO``, ``TraceMeanField_ELBO``,
-        ``RenyiELBO``, ``Predictive``, and inference compilation.
+    def run(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draw latents for a call."""
+        return self.guide._run(args, kwargs, None, pyro.sample)
 
-    Raises:
-        GraphflowsError: If the family or the value of an option is unknown, or ``factors`` names a site that the
-            model has not.
-        UnsupportedModelError: If the model cannot be compiled (on set-up).
-
-    Example:
-        >>> import pyro, torch, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> guide = auto_faithful_guide(model, torch.zeros(10))
-        >>> guide.inverse.parents["z"]
-        ('x',)
-        >>> guide(torch.zeros(7))["z"].shape
-        torch.Size([7])
-    """
-    guide = AutoFaithfulGuide(
-        model,
-        family=family,
-        inverse=inverse,
-        pool=pool,
-        init=init,
-        factors=factors,
-        standardize=standardize,
-        num_start_samples=num_start_samples,
-        strict=strict,
-        resolution=resolution,
-        rank=rank,
-        budget=budget,
-        coupled_rank=coupled_rank,
-        enumerate_sites=enumerate_sites,
-        init_values=init_values,
-        setup_seed=setup_seed,
-        optional=optional,
-        features=features,
-        embedding=embedding,
-        create_plates=create_plates,
-    )
-    if example_args or example_kwargs:
-        guide.setup(*example_args, **(example_kwargs or {}))
-    return guide
-
-
-def load_guide(
-    path: str | os.PathLike[str],
-    model: Callable[..., Any],
-    *,
-    classes: Collection[type] = (),
-    device: torch.device | str = "cpu",
-    create_plates: Callable[..., Any] | None = None,
-) -> AutoFaithfulGuide:
-    """Return the guide of a file that :meth:`AutoFaithfulGuide.save` wrote: ready for new data, without other data.
-
-    Loading runs no code: the file has tensors and plain data, and makes objects of the classes of this package alone.
-    A family or factor of the user's is named in the file, and taken from ``classes``; it is imported by nobody.
-    The model is run when the guide is called, not before.
-
-    Args:
-        path: The file.
-        model: The model that the guide was made for. Parameters of its own, those of networks, are not in the file.
-        classes: The classes of the user's families and factors in the guide, if there are any.
-        device: Where the guide shall be, whichever device it was saved from.
-        create_plates: As in :func:`auto_faithful_guide`.
-
-    Returns:
-        The guide.
-
-    Raises:
-        GraphflowsError: If the file is damaged, holds no guide, or is of another version; if it names a class that
-            is not given.
-        UnsupportedModelError: If the model has other parameters. Whether it has the same sites is found at the
-            first call.
-
-    Example:
-        >>> import tempfile, pyro, torch, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     auto_faithful_guide(model, torch.zeros(10)).save(f"{folder}/guide.safetensors")
-        ...     guide = load_guide(f"{folder}/guide.safetensors", model)
-        >>> guide(torch.zeros(7))["z"].shape
-        torch.Size([7])
-    """
-    contents, state = read_guide(path, model, classes)
-    options = {each.name: getattr(contents["options"], each.name) for each in fields(contents["options"])}
-    guide = AutoFaithfulGuide(model, create_plates=create_plates, **options)
-    guide._restore(contents, state, device)
-    return guide
+    def draws(self, number: int, dim: int) -> dict[str, Tensor]:
+        """Return draws for the call as flat unconstrained vectors, along a plate of their own."""
+        flat: dict[str, Tensor] = {}
+        with pyro.plate("_pyro_graphflows_draws", number, dim=dim):
+            self.guide._run(*self.call, None, pyro.sample, flat)
+        return flat
 
 
 def _centre(name: str, fn: Any, **_: Any) -> Tensor:

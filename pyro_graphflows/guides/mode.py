@@ -46,7 +46,7 @@ from pyro_graphflows.guides.minimize import (
     scaled_eigenvalues,
 )
 from pyro_graphflows.inspect import TracedModel, undressed
-from pyro_graphflows.inspect.trace import kept_buffers
+from pyro_graphflows.inspect.runs import kept_buffers
 
 __all__ = ["Mode", "find_mode"]
 

@@ -67,8 +67,7 @@ from pyro_graphflows.guides.plan import BlockPlan
 from pyro_graphflows.guides.samples import MOST_ROWS, ModelDraws, side_by_side
 from pyro_graphflows.guides.sites import LatentSite
 from pyro_graphflows.inspect import TracedModel, get_argument, nested_by_index, with_nested_plates
-from pyro_graphflows.inspect.probes import with_loop_plates
-from pyro_graphflows.regression import Moments, in_float64, location_and_scale, square_root
+from pyro_graphflows.regression import in_float64, location_and_scale, white_residuals
 
 __all__ = [
     "ElementInverse",
@@ -224,7 +223,8 @@ def find_inverse(
     if elements:
         return _invert_elements(traced, option)
     graph = with_loop_plates(traced.graph, traced.loops)
-    nested = nested_by_index(model, args, kwargs, traced=traced)
+    several = len({plate for around in graph.plates.values() for plate in around}) > 1
+    nested = nested_by_index(model, args, kwargs, traced=traced) if several else {}
     if not nested:
         return FoundInverse(traced, resolve_inverse(graph, option))
     inside = resolve_inverse(with_nested_plates(graph, nested), option)
@@ -734,12 +734,7 @@ class _ConditionalScores:
         elif not linear:
             inputs = torch.cat([inputs, inputs.square()], -1)
         judging = torch.arange(len(own)) % HELD_OUT == 0
-        joint = torch.cat([inputs, own], -1)
-        number = inputs.shape[-1]
-        fit = Moments(joint[~judging]).regress(range(number), range(number, joint.shape[-1]))
-        residual = own[judging] - fit.loc - inputs[judging] @ fit.weights.T
-        root = square_root(residual.T @ residual / len(residual))
-        white = torch.linalg.solve_triangular(root, residual.T, upper=False)
+        root, white = white_residuals(inputs, own, judging)
         return float(root.diagonal().log().sum() + _log_scales(white).sum())
 
 
@@ -748,3 +743,28 @@ def _log_scales(rows: Tensor) -> Tensor:
     log_scales = torch.linspace(-6.0, 1.0, 141).to(rows).view(-1, 1, 1)
     ratio = rows / log_scales.exp()
     return (log_scales.squeeze(-1) + 2.5 * (ratio.square() / 4).log1p().mean(-1)).amin(0)
+
+
+def with_loop_plates(graph: ModelGraph, loops: Mapping[str, tuple[tuple[str, int], ...]]) -> ModelGraph:
+    """Return the graph with a plate around what is in each iteration of a subsampled loop.
+
+    Like the elements of a subsampled plate, these are not there for sites outside.
+
+    Args:
+        graph: A model graph.
+        loops: For nodes in such loops, names of plates and iterations, outer to inner.
+    """
+    if not loops:
+        return graph
+    plates = {
+        node: (*(f"{name}@{position}" for name, position in loops.get(str(node), ())), *around)
+        for node, around in graph.plates.items()
+    }
+    return ModelGraph(
+        graph.to_networkx(),
+        graph.observed,
+        inputs=graph.inputs,
+        marginalised=graph.marginalised,
+        event_sizes=graph.event_sizes,
+        plates=plates,
+    )

@@ -14,6 +14,7 @@ A plan is complete when it is made, and nothing changes it.
 import hashlib
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import networkx as nx
 
@@ -21,13 +22,13 @@ from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.graphs.separation import violated_independencies
 from pyro_graphflows.guides.inputs import Coupling, InputPlan, Summary
-from pyro_graphflows.guides.prior_plan import PriorPlan
 
 __all__ = [
     "BlockPlan",
     "Conditioning",
     "Description",
     "Plan",
+    "PriorPlan",
     "make_blocks",
     "mean_field_condition",
     "readers_of",
@@ -35,6 +36,30 @@ __all__ = [
     "with_embeddings",
     "with_scores",
 ]
+
+
+@dataclass(frozen=True)
+class PriorPlan:
+    """Which sites are fused, and the runs of the model that give their priors.
+
+    Attributes:
+        runs: For each depth the sites whose priors are known after its run; those of depth 0 have no latent parents.
+        stages: For each depth the number of the level before which the run takes place.
+        constant: The sites of depth 0 whose priors depend on nothing in a call, the model's parameters apart.
+        ranks: For each latent site the numbers of batch and of event dimensions of its values.
+        batches: Whether a run of the model takes values with further dimensions on the left.
+    """
+
+    runs: tuple[tuple[str, ...], ...] = ((),)
+    stages: tuple[int, ...] = (0,)
+    constant: frozenset[str] = frozenset()
+    ranks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    batches: bool = True
+
+    @cached_property
+    def sites(self) -> frozenset[str]:
+        """The fused sites."""
+        return frozenset(site for run in self.runs for site in run)
 
 
 class Description(str):
@@ -89,7 +114,7 @@ class BlockPlan:
     coupled: Mapping[str, Coupling] = field(default_factory=dict)
     fused: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def sites(self) -> tuple[str, ...]:
         """The sites in sampling order."""
         return tuple(site for level in self.levels for site in level)

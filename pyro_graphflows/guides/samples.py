@@ -31,7 +31,7 @@ from pyro_graphflows.inspect import (
     sample_prior,
 )
 from pyro_graphflows.inspect.arguments import argument_leaves, replaced_arguments
-from pyro_graphflows.inspect.trace import quiet_run, run_model
+from pyro_graphflows.inspect.runs import quiet_run, run_model
 from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = ["MOST_ROWS", "ModelDraws", "Samples", "columns_of", "side_by_side", "with_depth"]

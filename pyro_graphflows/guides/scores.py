@@ -41,7 +41,7 @@ from pyro_graphflows.guides.conditionals.pooling import without_leading_ones
 from pyro_graphflows.guides.samples import ModelDraws
 from pyro_graphflows.guides.sites import LatentSite, is_constant
 from pyro_graphflows.inspect import TracedModel
-from pyro_graphflows.inspect.trace import undressed
+from pyro_graphflows.inspect.runs import undressed
 from pyro_graphflows.regression import WINSOR, in_float64, location_and_scale
 from pyro_graphflows.shapes import broadcast_shapes
 

@@ -1,4 +1,4 @@
-r"""The start of a block: standardised, by regression if that is better than at random.
+"""The start of a guide: its blocks standardised and set by regression, at the prior or at random; and which is kept.
 
 Joint samples of the model are turned into one covariance matrix per block; each site's conditional is set to the
 least-squares regression of its unconstrained vector on its parents in the inverse, with the residual covariance
@@ -6,27 +6,59 @@ as scale. For a linear-Gaussian model with a faithful inverse the expected KL di
 then about (number of weights) / (2 number of samples) nats, so that a sparse inverse also needs fewer samples.
 
 Sites whose elements have maps of their own get one regression for each index of the plate.
+
+With ``init="auto"`` the start is kept that has the least loss for the data of set-up, by draws that no start has seen.
+Candidates, in this order:
+
+- *regression* on joint samples of the model, or, where these are not what the model's density says (factors, masks),
+  on draws of the latents from their prior;
+- *mode*: regression on draws near the posterior's mode for the data of set-up (:mod:`~pyro_graphflows.guides.mode`);
+- *prior*: the latents' prior, whatever the data;
+- *random*: random weights, if nothing else has a finite loss.
+
+A guide that is amortised must not take the data of set-up, which may be a mere example, for all that it will see. The
+other candidates are tried there only if the regression does much worse for these data than draws of the prior would.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import pyro
 import torch
-from torch import Tensor
+from pyro import poutine
+from torch import Tensor, nn
 from torch.distributions import biject_to
 
-from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.guides.block import GuideBlock
+from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
+from pyro_graphflows.guides.block import GuideBlock, make_inputs
 from pyro_graphflows.guides.call import Call, PlateState
+from pyro_graphflows.guides.compile import Compiled, GuideOptions
 from pyro_graphflows.guides.conditionals.contract import Conditionals, LinearConditional
-from pyro_graphflows.guides.features import concatenate
-from pyro_graphflows.guides.fused_rows import FusedRows
+from pyro_graphflows.guides.conditionals.pooling import DeepSet
+from pyro_graphflows.guides.fused_rows import FusedRows, with_priors
 from pyro_graphflows.guides.samples import Samples, columns_of
-from pyro_graphflows.guides.sites import LatentSite
+from pyro_graphflows.guides.sites import LatentSite, concatenate
 from pyro_graphflows.regression import WINSOR, Moments, Regression, in_float64, location_and_scale
 
-__all__ = ["Start", "conditionals_loss", "regress_", "start_at_", "start_block_", "whiten_block_"]
+__all__ = [
+    "Candidate",
+    "Judge",
+    "Start",
+    "Trial",
+    "choose_start",
+    "conditionals_loss",
+    "regress_",
+    "start_at_",
+    "start_block_",
+    "start_guide",
+    "whiten_block_",
+]
 
+NUM_START_DRAWS = 20  # of the guide at set-up, which say how large its inputs are
 TIE = 0.01  # nats by which the regression start may seem worse; without parents both starts are alike
 ELEMENT_SCALE = 0.1  # sites with per-element parameters start at their prior, this much narrower
 HELD_OUT = 5  # one in this many samples judges the regression start
@@ -37,6 +69,29 @@ ROWS_PER_FEATURE = 4  # at least, even so
 ROWS_PER_WEIGHT = 20  # with fewer joint samples of an index for each weight its map stays at the shared one
 MOST_INDICES = 2000
 MOST_PRODUCTS = 10_000_000_000  # for the moments by which inputs are whitened, which need no accuracy
+
+
+NUM_DRAWS = 20
+MARGIN = 20.0  # nats by which the prior must be better than an amortised guide's start
+Program = Callable[..., Any]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A guide's blocks at a start.
+
+    Attributes:
+        name: ``"regression"``, ``"mode"``, ``"prior"`` or ``"random"``.
+        blocks: The blocks.
+        notes: Notes for the user.
+        note: Why there are no joint samples, or few; None otherwise.
+    """
+
+    name: str
+    blocks: nn.ModuleList
+    notes: tuple[str, ...]
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +105,117 @@ class Start:
 
     notes: tuple[str, ...] = ()
     moments: Tensor | None = None
+
+
+class Trial(ABC):
+    """A guide while it is set up: it takes blocks at some start, and is run with them for the call of set-up.
+
+    Attributes:
+        call: Positional and keyword arguments of that call.
+    """
+
+    call: Arguments
+
+    @abstractmethod
+    def take(self, blocks: nn.ModuleList) -> None:
+        """Let the guide have these blocks."""
+
+    @abstractmethod
+    def read(self) -> Call:
+        """Read the call."""
+
+    @abstractmethod
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Draw latents for a call."""
+
+    @abstractmethod
+    def draws(self, number: int, dim: int) -> dict[str, Tensor]:
+        """Return draws for the call as flat unconstrained vectors, along a plate at a dimension."""
+
+
+def start_guide(
+    compiled: Compiled, samples: Samples, options: GuideOptions, trial: Trial
+) -> tuple[Candidate, str | None]:
+    """Return the blocks at the start that the options ask for, and a sentence on the choice.
+
+    Args:
+        compiled: What the guide is made from.
+        samples: Joint samples, or what there is instead.
+        options: The options of the guide.
+        trial: The guide.
+    """
+    plan = compiled.plan
+    depth = max((-state.dim for state in compiled.plates.values()), default=0)
+
+    def build(samples: Samples, name: str) -> Candidate:
+        if plan.priors.sites:
+            samples = with_priors(samples, plan.priors)
+        if compiled.scores is not None and samples.values is not None:
+            number = len(next(iter(samples.values.values())))
+            scores = compiled.scores.of_draws(compiled.draws, number, compiled.plates)
+            samples = samples.with_values(scores)
+        blocks, starts = _start_blocks(compiled, samples, options, regression=name != "random")
+        modules = nn.ModuleList(blocks)
+        trial.take(modules)
+        _whiten_blocks(blocks, starts, trial, -1 - depth)
+        return Candidate(name, modules, tuple(note for start in starts for note in start.notes), samples.note)
+
+    def loss_of(candidate: Candidate) -> float | None:
+        trial.take(candidate.blocks)
+        return judge.loss(trial.run)
+
+    if options.init == "auto" and options.family.can_regress and compiled.scores is None:
+        draws = compiled.draws
+        judge = Judge(draws.model, trial.call, options.setup_seed, -1 - depth if draws.takes_plates else None)
+        return choose_start(compiled, samples, build, loss_of, judge)
+    if options.init == "prior":
+        try:
+            return build(samples if compiled.scores is not None else samples.at_prior(plan), "prior"), None
+        except UnsupportedModelError as error:
+            note = f"no start at the prior, and no standardisation of latents: {error}"
+            return build(replace(samples, values=None, note=note), "random"), None
+    at_random = options.init == "random" or not options.family.can_regress
+    return build(samples, "random" if at_random else "regression"), None
+
+
+def _start_blocks(
+    compiled: Compiled, samples: Samples, options: GuideOptions, *, regression: bool
+) -> tuple[list[GuideBlock], list[Start]]:
+    """Return the blocks at their starts, and how these are."""
+    further = {
+        "element_parents": compiled.element_parents,
+        "factors": options.factor_classes(),
+        "ranks": compiled.ranks,
+    }
+    blocks, starts = [], []
+    for plan in compiled.plan.blocks:
+        inputs, of_block = make_inputs(plan, samples, options.deepset or DeepSet(), options.embedding)
+        block = GuideBlock.make(plan, compiled.families[plan.sites[0]], inputs, of_block, further)
+        start = start_block_(block, of_block, regression=regression)
+        given = start_at_(block, of_block, options.init_values, compiled.plan.changing)
+        starts.append(replace(start, notes=(*start.notes, *given)))
+        blocks.append(block)
+    return blocks, starts
+
+
+@torch.no_grad()
+def _whiten_blocks(blocks: Sequence[GuideBlock], starts: Sequence[Start], trial: Trial, dim: int) -> None:
+    """Find the coordinates in which the blocks are trained, from joint samples and the data of set-up."""
+    chosen = [
+        (block, start.moments)
+        for block, start in zip(blocks, starts, strict=True)
+        if start.moments is not None
+    ]
+    call: Call | None = None
+    draws: dict[str, Tensor] = {}
+    if chosen:
+        try:
+            call = trial.read()
+            draws = trial.draws(NUM_START_DRAWS, dim)
+        except GraphflowsError:  # set up without data: the call that needs them says so
+            call = None
+    for block, moments in chosen:
+        whiten_block_(block, moments, call, draws)
 
 
 def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> Start:
@@ -73,15 +239,15 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
             # Vectors of discrete sites are zeros and ones, and stay so.
             if samples.standardize and samples.draws.sites[site].encoding is None:
                 conditionals.set_units_(site, location_and_scale(values))
-        fused = FusedRows.of_block(plan, samples)
-        if samples.standardize:
+        fused = FusedRows.of_block(plan, samples) if plan.fused else None
+        if samples.standardize and fused is not None:
             fused.set_units_(conditionals)
         if regression:
             features = block.inputs.features(concatenate([samples.rows[n] for n in block.inputs.names]))
             finite = torch.isfinite(torch.cat([features, *latents.values()], -1)).all(-1)
             finite = _few_enough(finite, features.shape[-1])
             features = features[finite] if features.shape[-1] else features
-            fused = fused.at(finite)
+            fused = None if fused is None else fused.at(finite)
             if samples.standardize:
                 moments = _input_moments(block, features, {n: v[finite] for n, v in latents.items()})
             # A regression on learned features would be another one as soon as these are trained.
@@ -94,12 +260,13 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
             if samples.source == "mode":  # draws differ from element to element
                 own_maps |= dict.fromkeys(plan.per_element, plan.plates) if plan.plates else {}
             at_random: dict[str, Tensor] | None = None
-            if not kept and own_maps and not (fused.priors or plan.coupled):
+            if not kept and own_maps and not (plan.coupled or (fused is not None and fused.priors)):
                 # One regression for indices that differ much may be worse than none; each has its own.
                 at_random = {key: value.clone() for key, value in conditionals.state_dict().items()}
                 regress_(conditionals, features, {n: v[finite] for n, v in latents.items()})
             if (kept or at_random is not None) and (own_maps or plan.coupled):
-                further = [name for site in fused.priors for name in columns_of(site) if name in samples.rows]
+                known = () if fused is None else fused.priors
+                further = [name for site in known for name in columns_of(site) if name in samples.rows]
                 aligned = samples.aligned([*block.inputs.names, *plan.sites, *further])
                 context = block.inputs.features(concatenate([aligned[n] for n in block.inputs.names]))
                 of_sites = {site: aligned[site] for site in (*plan.sites, *further)}
@@ -211,7 +378,7 @@ def _unconstrained(site: LatentSite, value: Tensor, plates: Sequence[PlateState]
 
 
 def _regress_if_better_(
-    conditionals: Conditionals, context: Tensor, values: dict[str, Tensor], fused: FusedRows
+    conditionals: Conditionals, context: Tensor, values: dict[str, Tensor], fused: FusedRows | None
 ) -> str | None:
     """Set the conditionals by regression, or go back, and say so, if held-out samples like the random start better."""
     number = len(next(iter(values.values())))
@@ -226,7 +393,7 @@ def _regress_if_better_(
     rest = torch.arange(number) % HELD_OUT != 0
     fitted = {site: value[rest] for site, value in values.items()}
     random_state = {key: value.clone() for key, value in conditionals.state_dict().items()}
-    tested, used = fused.at(held_out), fused.at(rest)
+    tested, used = (None, None) if fused is None else (fused.at(held_out), fused.at(rest))
     random_loss = conditionals_loss(conditionals, context[held_out], test, tested)
     regress_(conditionals, context[rest] if context.shape[-1] else context, fitted, used)
     loss = conditionals_loss(conditionals, context[held_out], test, tested)
@@ -251,11 +418,11 @@ def _input_moments(block: GuideBlock, features: Tensor, values: Mapping[str, Ten
         features: Features of the context nodes, ``(*batch, num_features)``.
         values: Unconstrained vectors of the sites, each of shape ``(*batch, size)``.
     """
-    columns = [in_float64(features)] if features.shape[-1] else []
+    columns = [features] if features.shape[-1] else []
     for site in block.plan.sites:
         shift, scale = block.conditionals.input_units(site)
-        columns.append(in_float64((values[site] - shift) / scale))
-    joint = concatenate(columns)
+        columns.append((values[site] - shift) / scale)
+    joint = in_float64(concatenate(columns))
     rows = joint.reshape(-1, joint.shape[-1])
     step = -(-len(rows) * rows.shape[-1] ** 2 // MOST_PRODUCTS)
     if step > 1:
@@ -283,11 +450,11 @@ def regress_(
         values: Unconstrained vectors of the sites in rows, each of shape ``(n, size)``.
         fused: The priors of fused sites in the same rows.
     """
-    columns = [in_float64(context)]
+    columns = [context]
     for site in conditionals.block.sites:
         shift, scale = conditionals.output_units(site)
-        columns.append(in_float64((values[site] - shift) / scale))
-    rows = torch.cat(columns, -1)
+        columns.append((values[site] - shift) / scale)
+    rows = in_float64(torch.cat(columns, -1))
     finite = torch.isfinite(rows).all(-1)
     rows = rows[finite].clamp(-WINSOR, WINSOR)
     moments = Moments(rows)
@@ -431,3 +598,117 @@ def _by_index(
     joint = joint.movedim(dims, list(range(len(dims))))
     indices = joint.shape[: len(dims)].numel()
     return joint.reshape(indices, -1, joint.shape[-1])
+
+
+class Judge:
+    """The losses of starts for the data of one call: the mean of ``log q - log p`` over draws of the guide.
+
+    Args:
+        model: The model.
+        call: Its arguments.
+        seed: The seed of the draws, the same for all starts.
+        dim: The dimension of a plate in which the model gives many draws at once; None if it cannot.
+    """
+
+    def __init__(self, model: Program, call: Arguments, seed: int, dim: int | None) -> None:
+        self.model, self.call, self.seed, self.dim = model, call, seed, dim
+
+    @torch.no_grad()
+    def loss(self, guide: Program) -> float | None:
+        """Return the loss of a guide, infinite where it cannot be computed; None if there are no data."""
+        args, kwargs = self.call
+
+        def one() -> float:
+            drawn = poutine.trace(guide).get_trace(*args, **kwargs)
+            replayed = poutine.trace(poutine.replay(self.model, trace=drawn)).get_trace(*args, **kwargs)
+            return float(drawn.log_prob_sum() - replayed.log_prob_sum())
+
+        return self._mean(one)
+
+    @torch.no_grad()
+    def loss_of_prior(self) -> float:
+        """Return the loss of draws from the prior; infinite where there is none."""
+        args, kwargs = self.call
+
+        def one() -> float:
+            trace = poutine.trace(self.model).get_trace(*args, **kwargs)
+            trace.compute_log_prob()
+            observed = [trace.nodes[name]["log_prob_sum"] for name in trace.observation_nodes]
+            return -float(sum(observed))
+
+        found = self._mean(one)
+        return math.inf if found is None else found
+
+    def _mean(self, one: Callable[[], float]) -> float | None:
+        losses = []
+        with warnings.catch_warnings(), pyro.validation_enabled(False):
+            warnings.simplefilter("ignore")  # of losses that are not finite
+            pyro.set_rng_seed(self.seed)
+            try:
+                if self.dim is not None:
+                    with pyro.plate("_pyro_graphflows_draws", NUM_DRAWS, dim=self.dim):
+                        losses.append(one() / NUM_DRAWS)
+                else:
+                    losses = [one() for _ in range(NUM_DRAWS)]
+            except UnsupportedModelError:
+                return None
+            except (ValueError, ArithmeticError, RuntimeError, NotImplementedError):
+                return math.inf  # draws so far out that the model cannot be evaluated there
+        mean = sum(losses) / len(losses)
+        return mean if math.isfinite(mean) else math.inf
+
+
+def choose_start(
+    compiled: Compiled,
+    samples: Samples,
+    build: Callable[[Samples, str], Candidate],
+    loss_of: Callable[[Candidate], float | None],
+    judge: Judge,
+) -> tuple[Candidate, str | None]:
+    """Return the best start, and a sentence on the choice; None where there was none to make.
+
+    Args:
+        compiled: What the guide is made from.
+        samples: Joint samples, or what there is instead.
+        build: Makes the guide's blocks start from samples; the second argument is the name of the start.
+        loss_of: Returns the loss of a start.
+        judge: The judge of losses.
+    """
+    plan = compiled.plan
+    first = build(
+        samples, {"joint": "regression"}.get(samples.source, samples.source).replace("none", "random")
+    )
+    continuous = all(site.encoding is None for site in compiled.sites.values())
+    if not continuous or plan.graph.marginalised or plan.changing or samples.num_rows == 0:
+        return first, None
+    loss = loss_of(first)
+    if loss is None:
+        return first, None
+    losses = {first.name: loss}
+    is_for_these_data = bool(plan.inputs.per_element) or samples.source == "none"
+    if not is_for_these_data and loss <= judge.loss_of_prior() + MARGIN:
+        return first, _sentence(first, losses)
+    best, least = first, loss
+    reasons = []
+    for name in ("mode", "prior", "random"):
+        if name in losses or (name == "random" and least < math.inf):
+            continue
+        if name == "prior" and samples.draws.one_by_one and least < math.inf:
+            continue  # it would take as many runs of the model again
+        try:
+            there = {"mode": samples.at_mode, "prior": samples.at_prior}.get(name, lambda _: samples)(plan)
+            other = build(there, name)
+        except (UnsupportedModelError, RuntimeError) as error:  # of algebra on draws that suit no regression
+            reasons.append(f"no start at the {name}: {error}")
+            continue
+        found = loss_of(other)
+        losses[name] = math.inf if found is None else found
+        if losses[name] < least:
+            best, least = other, losses[name]
+    return best, " ".join([_sentence(best, losses), *reasons])
+
+
+def _sentence(chosen: Candidate, losses: dict[str, float]) -> str:
+    others = ", ".join(f"{name} {loss:.5g}" for name, loss in losses.items() if name != chosen.name)
+    than = f" ({others})" if others else ""
+    return f"the start is {chosen.name!r}, with a loss of {losses[chosen.name]:.5g} nats for the data of set-up{than}."

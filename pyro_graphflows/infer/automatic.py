@@ -14,7 +14,7 @@ import pyro
 import torch
 from tqdm.auto import tqdm
 
-from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.errors import GraphflowsError, reason_of
 from pyro_graphflows.infer.batches import TrainingData
 from pyro_graphflows.infer.checkpoints import Checkpoint, load_checkpoint, seeded
 from pyro_graphflows.infer.compiled import Mode
@@ -164,7 +164,7 @@ class Automatic:
             options = self._options(replace(CycleOptions(), longest=LONGEST_ON_SIMULATIONS))
             pace = Cycles(simulator, options, limits)
         except NotFiniteError as error:
-            return None, f"no training on simulations: {error}"
+            return None, f"no training on simulations: {reason_of(error)}"
         run = Run(simulator, pace, limits, checkpoint, {"seed": self.seed, "stage": "simulations"}, progress)
         run.resume()
         history = run.train()
@@ -184,7 +184,7 @@ class Automatic:
             gap = estimate_gap(self.model, self.guide, self.data, num_draws)
         if isinstance(gap, Gap):
             return gap
-        self._no_gap = str(gap)
+        self._no_gap = reason_of(gap)
         return None
 
 

@@ -389,6 +389,7 @@ class ChainDraws:
         step_size: The step size of each target.
         divergent: The number of trajectories of each target that left it, after warm-up.
         gradients: The number of gradients, those of warm-up included; each chain of each target counts.
+        gradients_after: That number after each sample, (samples,).
         interrupted: Whether it was ended before all samples were there.
     """
 
@@ -397,6 +398,7 @@ class ChainDraws:
     step_size: Tensor
     divergent: Tensor
     gradients: int
+    gradients_after: Tensor
     interrupted: bool = field(default=False)
 
 
@@ -431,7 +433,7 @@ def run_chains(
         )
     state = _everywhere_finite(space, state)
     state, sizes = _warm_up(kernel, space, state, tick)
-    points, acceptance = [], torch.zeros_like(state.energy)
+    points, spent, acceptance = [], [], torch.zeros_like(state.energy)
     divergent = torch.zeros_like(state.energy)
     interrupted = False
     try:
@@ -439,6 +441,7 @@ def run_chains(
             moved = kernel(space, state, sizes)
             state = moved.state
             points.append(state.position)
+            spent.append(space.gradients)
             acceptance, divergent = acceptance + moved.acceptance, divergent + moved.divergent
             tick()
     except KeyboardInterrupt:
@@ -451,6 +454,7 @@ def run_chains(
         sizes[0],
         divergent.sum(0).long(),
         space.gradients,
+        torch.tensor(spent),
         interrupted,
     )
 

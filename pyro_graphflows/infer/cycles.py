@@ -100,6 +100,8 @@ class Cycles:
         )
         self.step = 0  # of the epoch
         self.steps_done = 0
+        self.epochs = 0
+        self.kept: list[int] = []
         self.best = self._standing(trainer.replicates(REPLICATES))
         self.begin = self.best  # where trials start
         self.found: dict[str, Any] | None = None  # the best trial so far
@@ -130,6 +132,8 @@ class Cycles:
         now = self.position
         now.place += 1
         now.seconds = seconds
+        self.kept.append(self.epochs)
+        self.epochs += 1
         self.steps_done += self.step
         self.step = 0
         over = self._left() < 1
@@ -171,6 +175,7 @@ class Cycles:
             losses = torch.full_like(best["losses"], math.inf)
         if not losses.mean() <= best["losses"].mean():
             self.trainer.parameters.load(best["parameters"])
+            self.kept = list(best["epochs"])
 
     # ------------------------------------------------------------------------------------------------- decisions
     def _after_trial(self, losses: Tensor) -> str | None:
@@ -233,18 +238,20 @@ class Cycles:
 
     # ----------------------------------------------------------------------------------------------------- states
     def _standing(self, losses: Tensor, **more: Any) -> dict[str, Any]:
-        """Return parameters and optimiser as they are, with their losses."""
+        """Return parameters and optimiser as they are, with their losses and the epochs that led to them."""
         optimizer = copy.deepcopy(self.optimizer.state_dict())
         return {
             "losses": losses,
             "parameters": self.trainer.parameters.state(),
             "optimizer": optimizer,
+            "epochs": list(self.kept),
             **more,
         }
 
     def _put(self, standing: dict[str, Any], *, fresh: bool = False) -> None:
         """Go back to parameters, and to the optimiser they came with, or a fresh one."""
         self.trainer.parameters.load(standing["parameters"])
+        self.kept = list(standing["epochs"])
         groups = standing["optimizer"]["param_groups"]
         if fresh or [len(group["params"]) for group in groups] != [
             len(group["params"]) for group in self.optimizer.param_groups
@@ -258,6 +265,8 @@ class Cycles:
         return {
             "position": asdict(self.position),
             "steps_done": self.steps_done,
+            "epochs": self.epochs,
+            "kept": self.kept,
             "best": self.best,
             "begin": self.begin if self.position.trials else self.best,
             "found": self.found,
@@ -267,6 +276,7 @@ class Cycles:
         """Continue from a state."""
         self.position = _Position(**state["position"])
         self.steps_done = state["steps_done"]
+        self.epochs, self.kept = state["epochs"], state["kept"]
         self.best, self.begin, self.found = state["best"], state["begin"], state["found"]
         self.reason = None
 

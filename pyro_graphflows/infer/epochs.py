@@ -105,6 +105,7 @@ class Run:
                 stacklevel=3,
             )
         history.compilation = None if compiler is None else compiler.report
+        history.kept = self.pace.kept
         parameters.forget_gradients()
         logger.info("Training ended: %r", history)
         return history

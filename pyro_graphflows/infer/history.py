@@ -63,6 +63,8 @@ class History:
         simulated: The training on simulations of the model that came first, if there was one.
         gap: The estimated gap to the log-evidence at the end, where training was left to ``fit``.
         notes: What was left out, and why.
+        kept: The epochs (from 0) whose steps led to the parameters that remain, where trials at other rates and cycles
+            that made things worse were undone; ``None`` where every step counts.
         compilation: With ``fit(..., compile=...)``, what was compiled and how long that took, or why nothing was.
     """
 
@@ -76,6 +78,7 @@ class History:
     simulated: "History | None" = None
     gap: Gap | None = None
     notes: list[str] = field(default_factory=list)
+    kept: list[int] | None = None
     compilation: str | None = None
 
     @classmethod

@@ -117,6 +117,10 @@ class Pace(Protocol):
     def cuts_passes(self) -> bool:
         """Whether an epoch ends after that number of steps, in the middle of the data."""
 
+    @property
+    def kept(self) -> list[int] | None:
+        """The epochs (from 0) that led to the parameters of now; ``None`` where all did."""
+
     def before_step(self) -> None:
         """Set the rate of a step."""
 
@@ -147,6 +151,7 @@ class Plateau:
 
     judges = False
     cuts_passes = False
+    kept = None
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, schedule: Schedule, steps_per_epoch: int = 1

@@ -7,17 +7,18 @@ Sites that read no data learn nothing but their prior there, and are left alone.
 """
 
 import inspect
+import math
 from typing import Any
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.errors import GraphflowsError, reason_of
 from pyro_graphflows.infer.batches import Batch
 from pyro_graphflows.infer.inference_compilation import InferenceCompilation
 from pyro_graphflows.infer.particles import Program, density_sites, errors_of_batches, evaluation_mode
-from pyro_graphflows.infer.simulations import joint_layout, run_guide
+from pyro_graphflows.infer.simulations import JointLayout, joint_layout, run_guide
 
 __all__ = ["simulation_loss"]
 
@@ -39,19 +40,29 @@ def simulation_loss(
     if not _takes_observations(guide):
         return "the guide takes no observations="
     call = {**kwargs, **batch.kwargs}
-    size = min(_MOST, max(_FEWEST, _ELEMENTS // batch.size))
-    loss = InferenceCompilation(model, guide, batch_size=size)
     try:
         with evaluation_mode(model, guide), torch.no_grad(), poutine.block():
             guide(*batch.args, **call)  # sets up guides that make themselves at the first call
-            observed = joint_layout(model, guide, batch.args, call).observed
-            if not observed:
+            layout = joint_layout(model, guide, batch.args, call)
+            if not layout.observed:
                 return "the model has no observed sites"
+            size = min(_MOST, max(_FEWEST, _ELEMENTS // _num_data(layout)))
+            loss = InferenceCompilation(model, guide, batch_size=size)
             with errors_of_batches(size):
-                loss.sites = _sites_that_read(loss, observed, batch.args, call)
+                loss.sites = _sites_that_read(loss, layout.observed, batch.args, call)
     except GraphflowsError as error:
-        return str(error)
+        return reason_of(error)
     return loss if loss.sites else "no site of the guide reads data"
+
+
+def _num_data(layout: JointLayout) -> int:
+    """Return how many data one joint sample has: those of its largest observed site, however the data are given."""
+    plates = [
+        shape[: len(shape) - layout.event_dims[name]]
+        for name, shape in layout.shapes.items()
+        if name in layout.observed
+    ]
+    return max(1, *(math.prod(shape) for shape in plates))
 
 
 def _takes_observations(guide: Program) -> bool:

@@ -46,7 +46,8 @@ from pyro_graphflows.inspect.probes import (
     require_followed,
     with_known_rows,
 )
-from pyro_graphflows.inspect.trace import TracedModel, trace_once, undressed
+from pyro_graphflows.inspect.runs import undressed
+from pyro_graphflows.inspect.trace import TracedModel, trace_once
 
 __all__ = ["get_model_graph", "trace_model"]
 

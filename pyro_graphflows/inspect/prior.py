@@ -33,7 +33,8 @@ from tqdm import tqdm
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.inspect.graph import trace_model
-from pyro_graphflows.inspect.trace import TracedModel, is_transparent, kept_buffers, log_density_at, quiet_run
+from pyro_graphflows.inspect.runs import is_transparent, kept_buffers, log_density_at, quiet_run, random_sites
+from pyro_graphflows.inspect.trace import TracedModel
 from pyro_graphflows.inspect.tracer import in_library
 
 __all__ = ["Batching", "find_batching", "sample_prior"]
@@ -106,7 +107,7 @@ def sample_prior(
         many = vectorize and num_samples > 1
         batching = find_batching(model, args, kwargs, traced=traced) if many else Batching(traced, "single")
     _require_generative(batching.traced)
-    sites = _sites(batching.traced)
+    sites = random_sites(batching.traced.trace)
     unconditioned = _unconditioned(model, batching.traced, batching.indices)
     nesting = _nesting(sites)
     with kept_buffers(model):
@@ -148,7 +149,7 @@ def find_batching(
     """
     args, kwargs = tuple(model_args), dict(model_kwargs or {})
     _require_generative(traced)
-    sites = _sites(traced)
+    sites = random_sites(traced.trace)
     unconditioned = _unconditioned(model, traced)
     with kept_buffers(model):
         if _allows_batches(unconditioned, args, kwargs, _nesting(sites), sites):
@@ -161,14 +162,6 @@ def _require_generative(traced: TracedModel) -> None:
     if traced.not_generative:
         reasons = "; ".join(f"site '{name}': {why}" for name, why in traced.not_generative.items())
         raise UnsupportedModelError(f"Samples of the unconditioned model are not the model: {reasons}.")
-
-
-def _sites(traced: TracedModel) -> dict[str, Any]:
-    return {
-        name: site
-        for name, site in traced.trace.nodes.items()
-        if site["type"] == "sample" and not site_is_subsample(site) and not is_transparent(site)
-    }
 
 
 def _unconditioned(

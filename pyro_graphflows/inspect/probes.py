@@ -1,4 +1,4 @@
-"""Run a traced model again at other values, and see which log-densities change.
+"""Run a traced model again, at other values or with other random numbers, and see what changes.
 
 The tracer follows values; probes change them, and look at what happens to the log-densities.
 
@@ -11,18 +11,14 @@ indices are alike (constants in the model that vary along the plate violate it).
 whether that is so, also for inputs whose shape does not show it (``x[:, None]`` in a plate at dimension -2), and
 for those that a model turns (``x.flip(0)``, lags).
 
-**Look-ups.** A graph over sites says that every datum depends on every group, and then the groups look
-dependent in the posterior whatever is known. If each datum looks up *one* group, the data are in fact nested
-in the groups. That is found by changing the values of some groups and seeing which log-densities change:
-group g is changed in run b if bit b of its number is set, and in a second run if it is not. A datum that
-depends on one group changes in just one of the two runs, for every bit; one that depends on two groups
-changes in both, for a bit in which their numbers differ. So some ``2 log2(groups)`` runs are enough. They are
-made at two sets of values, since an index that is itself a latent value looks up other groups at the second.
+**Stability.** A guide reads the data in a run of the model of its own. What the model draws outside of ``pyro.sample``
+differs there from what the likelihood sees: a mini-batch by ``torch.randperm`` pairs the latents with the rows of
+another batch, and nothing shows it but the loss. Sites and edges that come and go would make the structure of a guide
+a matter of luck. Two runs with different random numbers are compared.
 """
 
-import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import replace
 from typing import Any
 
@@ -30,10 +26,7 @@ import numpy as np
 import pyro.distributions as dist
 import torch
 from pyro.distributions.util import scale_and_mask
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
-from torch.distributions import biject_to
-from torch.overrides import TorchFunctionMode
 
 from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.graphs.model_graph import ModelGraph
@@ -47,31 +40,37 @@ from pyro_graphflows.inspect.arguments import (
     replaced_arguments,
     with_tensors,
 )
-from pyro_graphflows.inspect.trace import (
-    TracedModel,
-    is_transparent,
+from pyro_graphflows.inspect.runs import (
+    GivenValues,
+    Replaced,
+    kept_random_state,
     log_density_at,
+    plates_of_sites,
     quiet_run,
+    random_sites,
+    rows_of_plates,
     run_model,
-    some_value,
-    trace_once,
+    seed_random_state,
     undressed,
     vectorized_plates,
 )
+from pyro_graphflows.inspect.trace import TracedModel, trace_once
 
 __all__ = [
-    "GivenValues",
+    "REMEDY_ROWS",
+    "REMEDY_STRUCTURE",
     "Rerun",
     "RerunError",
     "Validation",
+    "changes",
+    "changes_of_data",
+    "changes_of_sites",
     "density",
     "differentiable",
-    "nested_by_index",
+    "differs",
     "non_exchangeable_plates",
     "require_followed",
     "with_known_rows",
-    "with_loop_plates",
-    "with_nested_plates",
 ]
 
 _MANY_SITES = 200  # more are not changed one by one
@@ -79,54 +78,6 @@ _MANY_SITES = 200  # more are not changed one by one
 
 class RerunError(UnsupportedModelError):
     """A model cannot be evaluated at other values than those it drew."""
-
-
-class GivenValues(Messenger):
-    """Gives sites their values, whether the model samples or observes them, and subsamples their indices.
-
-    Args:
-        values: Values by site name; other sites are as in the model.
-        stir: Whether to add noise to parameters, which are often equal in the beginning.
-    """
-
-    def __init__(self, values: Mapping[str, torch.Tensor], *, stir: bool = False) -> None:
-        super().__init__()
-        self.values, self.stir = values, stir
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.values and (site_is_subsample(msg) or not is_transparent(msg)):
-            msg["value"], msg["done"] = self.values[msg["name"]], True
-
-    def _pyro_post_param(self, msg: Any) -> None:
-        if (
-            not self.stir
-            or not isinstance(msg["value"], torch.Tensor)
-            or not msg["value"].is_floating_point()
-        ):
-            return
-        transform = biject_to(msg["kwargs"].get("constraint", dist.constraints.real))
-        free = transform.inv(msg["value"].detach())
-        msg["value"] = transform(free + 0.1 * torch.randn_like(free))
-
-
-class _Replaced(TorchFunctionMode):
-    """Puts tensors in the place of others wherever a function gets these, by their ``id``."""
-
-    def __init__(self, replaced: Mapping[int, torch.Tensor]) -> None:
-        super().__init__()
-        self.replaced = replaced
-
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return func(*self._other(args), **{key: self._other(value) for key, value in (kwargs or {}).items()})
-
-    def _other(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return self.replaced.get(id(value), value)
-        if type(value) in (tuple, list):
-            return type(value)(map(self._other, value))
-        return value
 
 
 def density(site: Mapping[str, Any], *, elementwise: bool = False) -> torch.Tensor:
@@ -200,7 +151,8 @@ class Rerun:
         self.model, self.args, self.kwargs, self.traced = model, args, kwargs, traced
         self.graph = traced.graph
         nodes: Mapping[str, Any] = traced.trace.nodes
-        self.sites = {name: nodes[name] for name in nodes if name in self.graph}
+        known = set(self.graph.nodes)
+        self.sites = {name: nodes[name] for name in nodes if name in known}
         self.values = {
             name: torch.as_tensor(site["value"]).detach().clone()
             for name, site in self.sites.items()
@@ -209,7 +161,7 @@ class Rerun:
         self.subsamples = {
             name: node["value"]
             for name, node in nodes.items()
-            if name not in self.graph and node["type"] == "sample" and site_is_subsample(node)
+            if name not in known and node["type"] == "sample" and site_is_subsample(node)
         }
 
     def leaves(self) -> dict[ArgumentPath, torch.Tensor]:
@@ -256,7 +208,7 @@ class Rerun:
             handlers: list[Any] = [GivenValues({**self.subsamples, **values}, stir=stir)]
             if replaced:
                 args, kwargs = replaced_arguments(args, kwargs, replaced)
-                handlers.append(_Replaced(replaced))
+                handlers.append(Replaced(replaced))
             with quiet_run(self.model), torch.set_grad_enabled(gradients):
                 torch.manual_seed(seed)
                 return run_model(self.model, args, kwargs, *handlers)
@@ -290,7 +242,7 @@ def require_followed(rerun: Rerun, *, strict: bool) -> list[str]:
         UnsupportedModelError: If a distribution changes with such an argument. The message has a line to write.
     """
     notes = []
-    sizes = {frame.size for site in rerun.sites.values() for frame in vectorized_plates(site)}
+    sizes = {frame.size for frame in plates_of_sites(rerun.sites).values()}
     for path, what in not_followed(rerun.model, rerun.args, rerun.kwargs).items():
         value = raw_argument(rerun.model, path, rerun.args, rerun.kwargs)
         is_list = isinstance(value, tuple | list)
@@ -366,8 +318,8 @@ def with_known_rows(rerun: Rerun) -> TracedModel:
 
 def _in_plate(traced: TracedModel, name: str, dim: int, frame: Any, shape: torch.Size) -> TracedModel:
     """Return a traced model in which a dimension of an input runs along a plate."""
-    frames = {f.name: f for site in traced.trace.nodes.values() if "cond_indep_stack" in site
-              for f in vectorized_plates(site)}  # fmt: skip
+    nodes: Mapping[str, Any] = traced.trace.nodes
+    frames = plates_of_sites({name: site for name, site in nodes.items() if "cond_indep_stack" in site})
     rows = dict(sorted({**traced.rows[name], dim: frame.name}.items(), key=lambda row: frames[row[1]].dim))
     rest = [size for d, size in zip(range(-len(shape), 0), shape, strict=True) if d not in rows]
     places = tuple((d, frames[plate].dim) for d, plate in rows.items())
@@ -395,9 +347,7 @@ class _Rows:
 
     def __init__(self, rerun: Rerun) -> None:
         self.rerun = rerun
-        self.frames = {
-            f.name: f for site in rerun.sites.values() for f in vectorized_plates(site) if f.full_size > 1
-        }
+        self.frames = {name: f for name, f in plates_of_sites(rerun.sites).items() if f.full_size > 1}
         paths = rerun.traced.argument_paths
         leaves = rerun.leaves()
         self.leaves = {
@@ -502,7 +452,7 @@ class _Rows:
             if before[site].dim() < -frame.dim or before[site].shape[frame.dim] != frame.size:
                 continue
             one, other = (
-                _differs(before[site], each[site]).movedim(frame.dim, 0).reshape(frame.size, -1).any(-1).cpu()
+                differs(before[site], each[site]).movedim(frame.dim, 0).reshape(frame.size, -1).any(-1).cpu()
                 for each in after
             )
             if bool((one | other).any()):
@@ -764,7 +714,7 @@ class Validation:
     def _equalise_plates(self) -> None:
         """Make all that enters a plate equal along it: log-densities that vary show constants that do."""
         rerun = self.rerun
-        frames = {frame.name: frame for site in rerun.sites.values() for frame in vectorized_plates(site)}
+        frames = plates_of_sites(rerun.sites)
         leaves = rerun.leaves()
         paths = rerun.traced.argument_paths
         known = {paths[name]: rows for name, rows in rerun.traced.rows.items()}
@@ -773,15 +723,14 @@ class Validation:
             inside = {
                 name: site
                 for name, site in rerun.sites.items()
-                if plate in {other.name for other in vectorized_plates(site)}
+                if any(other.name == plate and other.vectorized for other in site["cond_indep_stack"])
             }
             values = {
                 name: _equal_along(value, frame.dim - rerun.event_dim(name)) if name in inside else value
                 for name, value in rerun.values.items()
             }
-            sizes = {
-                f.dim: (f.name, {f.size, f.full_size}) for s in inside.values() for f in vectorized_plates(s)
-            }
+            around = plates_of_sites(inside).values()
+            sizes = {frame.dim: (frame.name, {frame.size, frame.full_size}) for frame in around}
             replaced: dict[int, torch.Tensor] = {}
             for path, leaf in leaves.items():
                 dims = [dim for dim, other in known.get(path, {}).items() if other == plate]
@@ -813,14 +762,14 @@ class Validation:
         return {name for name in one if not _alike(one[name], two[name])}
 
 
-def _differs(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
+def differs(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
     """Return where two tensors differ by more than rounding."""
     tolerance = 1e-9 if one.dtype == torch.float64 else 1e-5
     return ~torch.isclose(one, two, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and not bool(_differs(one, other).any())
+    return one.shape == other.shape and not bool(differs(one, other).any())
 
 
 def _equal_along(tensor: torch.Tensor, dim: int) -> torch.Tensor:
@@ -831,247 +780,103 @@ def _equal_along(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     return tensor.narrow(dim, 0, 1).expand(tensor.shape).clone()
 
 
-def nested_by_index(
-    model: Callable,
-    model_args: tuple = (),
-    model_kwargs: dict[str, Any] | None = None,
-    *,
-    traced: TracedModel,
-) -> dict[str, dict[str, torch.Tensor]]:
-    """Find the plates each of whose elements looks up one element of another plate.
+OTHER_SEED = 10_007
+REMEDY_ROWS = (
+    "Let a plate draw the rows, pyro.plate(name, size, subsample_size=...), so that guide and model have the same, or "
+    "take them before the call and pass them as arguments"
+)
+REMEDY_STRUCTURE = "Sample all sites in every run, and choose between values with torch.where"
+
+
+def changes(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], traced: TracedModel
+) -> tuple[str, str] | None:
+    """Run a model again with other random numbers; return what is not the same, and the remedy, in words.
+
+    Subsampled plates have the rows that they had. The random state is as before.
 
     Args:
         model: A Pyro model.
-        model_args: Its positional arguments.
-        model_kwargs: Its keyword arguments.
-        traced: The model as traced with these arguments.
-
-    Returns:
-        By nested plate and outer plate, the number of the element that each element looks up, -1 where it was not
-        seen to look up any. There are several outer plates where each element looks up one element of each
-        (crossed effects). What cannot be evaluated at other values is left out.
-
-    Example:
-        >>> import pyro, pyro.distributions as dist, torch
-        >>> from pyro_graphflows.inspect import trace_model
-        >>> def model(group, x):
-        ...     with pyro.plate("groups", 2):
-        ...         theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
-        ...     with pyro.plate("data", 3):
-        ...         pyro.sample("x", dist.Normal(theta[group], 1.0), obs=x)
-        >>> args = (torch.tensor([0, 1, 1]), torch.zeros(3))
-        >>> nested_by_index(model, args, traced=trace_model(model, args))
-        {'data': {'groups': tensor([0, 1, 1])}}
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        traced: The model as traced with these arguments, with one node for each site.
     """
-    pairs = list(_candidates(traced.graph))
-    if not pairs:
-        return {}
-    search = _LookUps(Rerun(model, tuple(model_args), dict(model_kwargs or {}), traced))
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    for inner, outer in pairs:
-        try:
-            groups = search.looked_up(inner, outer)
-        except RerunError:
-            continue
-        if groups is not None:
-            found.setdefault(inner, {})[outer] = groups
-    return found
+    with kept_random_state():
+        seed_random_state(OTHER_SEED)
+        again = trace_once(model, args, kwargs, strict=False, indices=rows_of_plates(traced.trace))
+    different = changes_of_sites(traced.trace, again.trace) or _changes_of_graph(traced, again)
+    if different:
+        return different[0], REMEDY_STRUCTURE
+    args, kwargs = with_tensors(args, kwargs)
+    given = {**outside_tensors(model, args, kwargs), **argument_leaves(model, args, kwargs)}
+    rows = changes_of_data(traced.trace, again.trace, given, traced.without_data)
+    if rows:
+        return f"the data of site {', '.join(map(repr, rows))} are other rows in every run", REMEDY_ROWS
+    return None
 
 
-def _candidates(graph: ModelGraph) -> Iterator[tuple[str, str]]:
-    """Yield the pairs (inner, outer) of plates that only edges from the outer to the inner one join."""
-    plates = {plate for around in graph.plates.values() for plate in around}
-    together = {(one, other) for around in graph.plates.values() for one in around for other in around}
-    crossing = {
-        (inner, outer): None
-        for parent, child in graph.edges
-        for outer in graph.plates[parent]
-        for inner in graph.plates[child]
-        if outer not in graph.plates[child] and inner not in graph.plates[parent]
-    }
-    for inner, outer in crossing:
-        if (outer, inner) not in crossing and (inner, outer) not in together and {inner, outer} <= plates:
-            yield inner, outer
+def _changes_of_graph(one: TracedModel, other: TracedModel) -> list[str]:
+    edges = sorted(map(str, _pairs(set(one.graph.edges) ^ set(other.graph.edges))))
+    if edges:
+        return [f"the dependence {edges[0]} is there in one run and not in another"]
+    found_by_probes = set(one.places) - set(other.places)
+    for node in one.graph.nodes:
+        if node not in found_by_probes and one.graph.plates[node] != other.graph.plates.get(node):
+            return [f"'{node}' is in other plates from run to run"]
+    return []
 
 
-class _LookUps:
-    """The search for the elements of one plate that the elements of another look up."""
-
-    def __init__(self, rerun: Rerun) -> None:
-        self.rerun, self.graph = rerun, rerun.graph
-
-    def looked_up(self, inner: str, outer: str) -> torch.Tensor | None:
-        """Return the one element of the outer plate that each of the inner depends on; None if there are others."""
-        sites = self.rerun.sites
-        parents = [n for n in sites if outer in self.graph.plates[n] and inner not in self.graph.plates[n]]
-        moving = [n for n in parents if self.graph.role(n) in ("latent", "marginalised")]
-        children = [
-            n
-            for n in sites
-            if inner in self.graph.plates[n]
-            and outer not in self.graph.plates[n]
-            and any(parent in moving for parent in self.graph.parents(n))
-        ]
-        values = self.rerun.values
-        if not all(n in values and differentiable(values[n]) for n in moving):
-            return None
-        if self._is_chosen_by_latents(moving):
-            return None
-        first = self._groups(values, moving, children, inner, outer)
-        if first is None:
-            return None
-        second = self._groups(self._other_values(), moving, children, inner, outer)
-        if second is None:
-            return None
-        known = [one[(one >= 0) & (two >= 0)] for one, two in zip(first, second, strict=True)]
-        again = [two[(one >= 0) & (two >= 0)] for one, two in zip(first, second, strict=True)]
-        if not all(torch.equal(one, two) for one, two in zip(known, again, strict=True)):
-            return None
-        # all that is in the inner plate must look up the same element
-        flat = [torch.maximum(one, two) for one, two in zip(first, second, strict=True)]
-        if not flat or not all(_agree(flat[0], other) for other in flat[1:]):
-            return None
-        return torch.stack(flat).amax(0)
-
-    def _other_values(self) -> dict[str, torch.Tensor]:
-        """Return other values of the latent sites; of those with few classes, the next class everywhere."""
-        values = dict(self.rerun.values)
-        with torch.no_grad(), torch.random.fork_rng():
-            torch.manual_seed(1)
-            for name, site in self.rerun.sites.items():
-                if name in values and self.graph.role(name) in ("latent", "marginalised"):
-                    fn = site["fn"]
-                    if fn.support.is_discrete and fn.has_enumerate_support:
-                        values[name] = _next_class(fn, values[name])
-                    else:
-                        values[name] = some_value(fn).detach()
-        return values
-
-    def _is_chosen_by_latents(self, moving: Iterable[str]) -> bool:
-        """Whether what is looked up depends on latent values: what an index is decides, and draws may only confirm."""
-        hidden = {n for n in self.graph.nodes if self.graph.role(n) in ("latent", "marginalised")}
-        return any(self.rerun.traced.selectors.get(name, frozenset()) & hidden for name in moving)
-
-    def _groups(
-        self,
-        values: Mapping[str, torch.Tensor],
-        moving: list[str],
-        children: list[str],
-        inner: str,
-        outer: str,
-    ) -> list[torch.Tensor] | None:
-        """Return for each child the number of the element that each index looks up, -1 for none; None if two."""
-        frames = {
-            frame.name: frame for site in self.rerun.sites.values() for frame in vectorized_plates(site)
-        }
-        size = frames[outer].size
-        before = self.rerun.densities(values, children)
-        groups = [torch.zeros(frames[inner].size, dtype=torch.long) for _ in children]
-        any_change = [torch.zeros(frames[inner].size, dtype=torch.bool) for _ in children]
-        for bit in range(max(1, math.ceil(math.log2(size)))):
-            changed = []
-            for wanted in (0, 1):
-                chosen = (torch.arange(size) >> bit) % 2 == wanted
-                after = self.rerun.densities(
-                    {**values, **{n: self._moved(n, values[n], chosen, frames[outer].dim) for n in moving}},
-                    children,
-                )
-                changed.append(
-                    [
-                        _along(_differs(before[n], after[n]), frames[inner].dim, frames[inner].size)
-                        for n in children
-                    ]
-                )
-            for i in range(len(children)):
-                if bool((changed[0][i] & changed[1][i]).any()):
-                    return None
-                groups[i] += changed[1][i].long() << bit
-                any_change[i] |= changed[0][i] | changed[1][i]
-        return [torch.where(any_change[i], groups[i], -1) for i in range(len(children))]
-
-    def _moved(self, name: str, value: torch.Tensor, chosen: torch.Tensor, dim: int) -> torch.Tensor:
-        """Return the value of a site with the chosen elements of a plate changed."""
-        site = self.rerun.sites[name]
-        at = dim - len(site["fn"].event_shape)
-        transform = biject_to(site["fn"].support)
-        free = transform.inv(value)
-        step = 0.3 + 0.4 * torch.rand(
-            free.shape, generator=torch.Generator().manual_seed(2), dtype=free.dtype
-        )
-        other = transform(free + step.to(free.device))
-        mask = chosen.to(value.device).reshape(-1, *[1] * (-at - 1))
-        return torch.where(mask, other, value)
+def _pairs(edges: Iterable[tuple[Any, Any]]) -> list[str]:
+    return [f"of '{child}' on '{parent}'" for parent, child in edges]
 
 
-def _next_class(fn: Any, value: torch.Tensor) -> torch.Tensor:
-    """Return the class after each value, in the order of the support; after the last one the first."""
-    classes = fn.enumerate_support(expand=False)
-    event_dim = len(fn.event_shape)
-    classes = classes.reshape(len(classes), *classes.shape[classes.dim() - event_dim :])
-    if event_dim:  # one-hot
-        return value.roll(1, -1)
-    place = (value.unsqueeze(-1) == classes).long().argmax(-1)
-    return classes[(place + 1) % len(classes)]
+def changes_of_sites(one: Any, other: Any) -> list[str]:
+    """Return in words which sites of two traces differ, in existence, role, plates or shape."""
+    mine, theirs = random_sites(one), random_sites(other)
+    for name in sorted(set(mine) ^ set(theirs)):
+        return [f"site '{name}' is there in one run and not in another"]
+    for name, site in mine.items():
+        again = theirs[name]
+        if site["is_observed"] != again["is_observed"]:
+            return [f"site '{name}' is observed in one run and not in another"]
+        if _shape(site) != _shape(again):
+            return [f"site '{name}' has shape {_shape(site)} in one run and {_shape(again)} in another"]
+    return []
 
 
-def _along(changed: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-    """Return whether anything changed at each index of a plate."""
-    changed = changed.cpu()
-    changed = changed.reshape((1,) * (-dim - changed.dim()) + changed.shape)
-    moved = changed.movedim(dim, 0).reshape(changed.shape[dim], -1).any(1)
-    return moved.expand(size)
+def _shape(site: Any) -> tuple[int, ...]:
+    return tuple(site["fn"].batch_shape + site["fn"].event_shape)
 
 
-def _agree(one: torch.Tensor, two: torch.Tensor) -> bool:
-    both = (one >= 0) & (two >= 0)
-    return torch.equal(one[both], two[both])
+def changes_of_data(
+    one: Any, other: Any, given: Mapping[Any, torch.Tensor], computed: Iterable[str] = ()
+) -> list[str]:
+    """Return the observed sites whose values are other rows of the same data in two runs.
 
-
-def with_loop_plates(graph: ModelGraph, loops: Mapping[str, tuple[tuple[str, int], ...]]) -> ModelGraph:
-    """Return the graph with a plate around what is in each iteration of a subsampled loop.
-
-    Like the elements of a subsampled plate, these are not there for sites outside.
+    Data with noise on top (dequantisation) are no such change.
 
     Args:
-        graph: A model graph.
-        loops: For nodes in such loops, names of plates and iterations, outer to inner.
+        one: A trace.
+        other: A trace at the same arguments, with the same indices of plates.
+        given: The tensors that the model uses.
+        computed: Observed sites whose values are computed from latent sites.
     """
-    if not loops:
-        return graph
-    plates = {
-        node: (*(f"{name}@{position}" for name, position in loops.get(str(node), ())), *around)
-        for node, around in graph.plates.items()
-    }
-    return ModelGraph(
-        graph.to_networkx(),
-        graph.observed,
-        inputs=graph.inputs,
-        marginalised=graph.marginalised,
-        event_sizes=graph.event_sizes,
-        plates=plates,
-    )
+    mine, theirs = random_sites(one), random_sites(other)
+    changed = []
+    for name, site in mine.items():
+        if not site["is_observed"] or name in computed or name not in theirs:
+            continue
+        first, second = site["value"], theirs[name]["value"]
+        if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)):
+            continue
+        if first.shape == second.shape and torch.equal(torch.nan_to_num(first), torch.nan_to_num(second)):
+            continue
+        if any(_are_entries(first, leaf) and _are_entries(second, leaf) for leaf in given.values()):
+            changed.append(name)
+    return changed
 
 
-def with_nested_plates(graph: ModelGraph, nested: Mapping[str, Iterable[str]]) -> ModelGraph:
-    """Return the graph with nested plates inside those that their elements look up.
-
-    Example:
-        >>> graph = ModelGraph([("theta", "x")], observed=["x"], plates={"theta": ["groups"], "x": ["data"]})
-        >>> with_nested_plates(graph, {"data": ("groups",)}).plates["x"]
-        ('groups', 'data')
-    """
-    plates = {}
-    for node, around in graph.plates.items():
-        whole = around
-        for _ in nested:  # groups may be nested in others themselves
-            outer = [other for plate in whole for other in nested.get(plate, ()) if other not in whole]
-            whole = (*dict.fromkeys(outer), *whole)
-        plates[node] = whole
-    return ModelGraph(
-        graph.to_networkx(),
-        graph.observed,
-        inputs=graph.inputs,
-        marginalised=graph.marginalised,
-        event_sizes=graph.event_sizes,
-        plates=plates,
-    )
+def _are_entries(value: torch.Tensor, leaf: torch.Tensor) -> bool:
+    if value.dtype != leaf.dtype or leaf.layout is not torch.strided:
+        return False
+    return bool(torch.isin(value, leaf.to(value.device)).all())

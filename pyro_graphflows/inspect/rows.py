@@ -11,8 +11,6 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 
 from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.inspect.arguments import (
@@ -22,35 +20,12 @@ from pyro_graphflows.inspect.arguments import (
     outside_tensors,
     with_tensors,
 )
-from pyro_graphflows.inspect.tracer import Region, RowUse, TaintTracker, storage_of, watching
+from pyro_graphflows.inspect.tracer import PlateWatch, Region, RowUse, TaintTracker, storage_of, watching
 
-__all__ = ["PlateWatch", "Rows", "arranged", "rows_of_run", "rows_taken", "take_rows", "watch_leaves"]
+__all__ = ["Rows", "arranged", "rows_of_run", "rows_taken", "take_rows", "watch_leaves"]
 
 Rows = Mapping[int, str]
 """For dimensions of a tensor, counted from the right, the plate whose rows are taken."""
-
-
-class PlateWatch(Messenger):
-    """Tells a tracker of the indices of plates."""
-
-    def __init__(self, tracker: TaintTracker) -> None:
-        super().__init__()
-        self.tracker = tracker
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg):
-            self.tracker.watch_plate(msg["name"], msg["value"])
-
-    def _pyro_subsample(self, msg: Any) -> None:
-        """Note which rows ``pyro.subsample`` takes, also of plates in full, where it returns the tensor itself."""
-        data = msg["args"][0] if msg["args"] else msg["kwargs"].get("data")
-        event_dim = msg["kwargs"].get("event_dim")
-        if not isinstance(data, torch.Tensor) or event_dim is None:
-            return  # Pyro leaves the tensor as it is then
-        for frame in msg["cond_indep_stack"]:
-            dim = None if frame.dim is None else frame.dim - event_dim
-            if dim is not None and data.dim() >= -dim and data.shape[dim] == frame.full_size > 1:
-                self.tracker.subsample(frame.name, data, dim)
 
 
 def watch_leaves(

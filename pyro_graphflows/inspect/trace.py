@@ -5,21 +5,16 @@ each site which sources reach its distribution and its value; then sources becom
 arguments become inputs.
 """
 
-import inspect
 import sys
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import networkx as nx
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro.poutine import Trace
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 
 from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.graphs.model_graph import ModelGraph, Node
@@ -35,34 +30,25 @@ from pyro_graphflows.inspect.arguments import (
     part_of,
     with_tensors,
 )
-from pyro_graphflows.inspect.randomness import kept_random_state
-from pyro_graphflows.inspect.rows import PlateWatch, rows_taken, watch_leaves
+from pyro_graphflows.inspect.rows import rows_taken, watch_leaves
+from pyro_graphflows.inspect.runs import GivenRows, is_improper, quiet_run, run_model
 from pyro_graphflows.inspect.tracer import (
     COMPILER,
     Escape,
     Noise,
     PlateRows,
+    Recorder,
     Region,
+    SiteRecord,
     TaintTracker,
-    storage_of,
-    watching,
+    watched,
 )
 
 __all__ = [
     "IMPROPER",
     "Leak",
     "TracedModel",
-    "is_improper",
-    "is_transparent",
-    "kept_buffers",
-    "log_density_at",
-    "quiet_run",
-    "rows_of_plates",
-    "run_model",
-    "some_value",
     "trace_once",
-    "undressed",
-    "vectorized_plates",
 ]
 
 IMPROPER = "its prior is improper"  # a reason of TracedModel.not_generative: such a site cannot be drawn
@@ -187,6 +173,8 @@ def trace_once(
             except Exception:  # the model wants arrays: torch.from_numpy, NumPy functions
                 given = args, kwargs
 
+    rows = (GivenRows(indices),) if indices else ()
+
     def run() -> tuple[Recorder, Any, Any, Any]:
         tracker = TaintTracker()
         leaves, outside = watch_leaves(tracker, model, *given)
@@ -194,7 +182,7 @@ def trace_once(
         with quiet_run(model), warnings.catch_warnings():
             if converted:
                 warnings.filterwarnings("ignore", "To copy construct from a tensor")
-            trace = run_model(model, *given, recorder, _GivenRows(indices or {}), watching(tracker))
+            trace = run_model(watched(tracker, model), *given, recorder, *rows)
         return recorder, trace, leaves, outside
 
     was_there = COMPILER in sys.modules
@@ -207,312 +195,6 @@ def trace_once(
     for name, value in recorder.data.items():
         trace.nodes[name]["value"] = value
     return _Assembly(recorder, trace, leaves, outside, strict).finish(converted)
-
-
-def undressed(fn: Any) -> Any:
-    """Strip what only changes the shape or the mask of a distribution."""
-    while isinstance(fn, (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)):
-        fn = fn.base_dist
-    return fn
-
-
-def log_density_at(fn: Any, value: torch.Tensor) -> torch.Tensor:
-    """Return the log-density of a distribution; of one without (a simulator's output) what stands in its place.
-
-    That is a number with the same batch shape which depends on the same values; it says what reaches a site.
-    """
-    stand_in = getattr(undressed(fn), "stand_in", None)
-    if stand_in is None:
-        log_density: torch.Tensor = fn.log_prob(value)
-        return log_density
-    number: torch.Tensor = stand_in()
-    inside = len(fn.event_shape) - len(undressed(fn).event_shape)  # made elements of the event by Independent
-    return number.flatten(number.dim() - inside).sum(-1) if inside else number.expand(fn.batch_shape)
-
-
-def _is_outside(fn: Any, value: torch.Tensor) -> bool:
-    """Whether some values are outside of the support of a distribution, as far as can be told."""
-    try:
-        return not bool(fn.support.check(value).all())
-    except Exception:  # a distribution of the user's may have no support
-        return False
-
-
-def is_transparent(msg: Mapping[str, Any]) -> bool:
-    """Whether a site passes values on without randomness or data of its own.
-
-    True for :class:`~pyro.distributions.Delta` (also as ``pyro.deterministic`` and ``poutine.reparam`` write
-    it, as an observation of itself) and for observations masked out entirely.
-    """
-    fn = undressed(msg["fn"])
-    if isinstance(fn, dist.Delta):
-        value = msg["value"]
-        return (
-            not msg["is_observed"]
-            or msg["infer"].get("_deterministic", False)
-            or fn.v is value
-            or (isinstance(value, torch.Tensor) and _same_memory(fn.v, value))
-        )
-    return bool(msg["is_observed"] and msg["mask"] is False)
-
-
-def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    mine, theirs = storage_of(one), storage_of(other)
-    return mine is not None and theirs is not None and mine._cdata == theirs._cdata
-
-
-def vectorized_plates(msg: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return the vectorised plates around a site, outer to inner."""
-    frames = [frame for frame in msg["cond_indep_stack"] if frame.vectorized]
-    return tuple(sorted(frames, key=lambda frame: frame.dim))
-
-
-def subsampled_loops(msg: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
-    """Return the subsampled plates that are Python loops around a site, and the iterations that it is in."""
-    return tuple(
-        (frame.name, (frame.counter - 1) % frame.size)
-        for frame in reversed(msg["cond_indep_stack"])
-        if not frame.vectorized and frame.full_size is not None and frame.size < frame.full_size
-    )
-
-
-def _module_of(model: Callable) -> torch.nn.Module | None:
-    inner = inspect.unwrap(model)  # poutine.condition(module, ...) and the like
-    owner = getattr(inner, "__self__", inner)
-    return owner if isinstance(owner, torch.nn.Module) else None
-
-
-@contextmanager
-def kept_buffers(model: Callable) -> Iterator[None]:
-    """Put the buffers of a model that is a module, or a method of one, back as they were (running statistics)."""
-    module = _module_of(model)
-    before = {} if module is None else {name: buffer.clone() for name, buffer in module.named_buffers()}
-    try:
-        yield
-    finally:
-        current = {} if module is None else dict(module.named_buffers())
-        with torch.no_grad():
-            for name, value in before.items():
-                if name in current and current[name].shape == value.shape:
-                    current[name].copy_(value)
-
-
-@contextmanager
-def quiet_run(model: Callable) -> Iterator[None]:
-    """Run a model without traces elsewhere.
-
-    The random state, gradients, Pyro's handlers outside and the buffers of the model are as before; parameters
-    that the model creates stay.
-    """
-    with (
-        kept_buffers(model),
-        kept_random_state(),
-        torch.no_grad(),
-        pyro.poutine.block(),
-        pyro.validation_enabled(False),
-    ):
-        yield
-
-
-class _GivenRows(Messenger):
-    """Gives plates their indices."""
-
-    def __init__(self, indices: Mapping[str, torch.Tensor]) -> None:
-        super().__init__()
-        self.indices = indices
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg) and msg["name"] in self.indices and msg["value"] is None:
-            msg["value"] = self.indices[msg["name"]].clone()
-
-
-def rows_of_plates(trace: Trace) -> dict[str, torch.Tensor]:
-    """Return the indices of the plates of a trace."""
-    nodes = {name: node for name, node in trace.nodes.items() if node["type"] == "sample"}
-    return {
-        name: node["value"]
-        for name, node in nodes.items()
-        if site_is_subsample(node) and isinstance(node["value"], torch.Tensor)
-    }
-
-
-class _ImproperPoint(Messenger):
-    """Give sites with an improper prior, which cannot be drawn, some value in their support."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if is_improper(msg["fn"]) and msg["value"] is None and not msg["is_observed"]:
-            msg["value"] = some_value(msg["fn"])
-            msg["done"] = True
-
-
-def is_improper(fn: Any) -> bool:
-    """Whether a distribution has no density that integrates to one, and cannot be drawn."""
-    return isinstance(undressed(fn), dist.ImproperUniform)
-
-
-def some_value(fn: Any) -> torch.Tensor:
-    """Return a draw of a distribution, or, where it is improper, some random value in its support."""
-    if not is_improper(fn):
-        return torch.as_tensor(fn())
-    transform = torch.distributions.biject_to(fn.support)
-    return transform(torch.randn(transform.inverse_shape(fn.shape())))
-
-
-def run_model(model: Callable, args: tuple, kwargs: dict[str, Any], *handlers: Any) -> Trace:
-    """Trace a model inside handlers, outermost first."""
-    traced = pyro.poutine.trace(model)
-    with ExitStack() as stack:
-        stack.enter_context(_ImproperPoint())
-        for handler in handlers:
-            stack.enter_context(handler)
-        return traced.get_trace(*args, **kwargs)
-
-
-@dataclass(frozen=True)
-class SiteRecord:
-    """What one run shows about a sample site.
-
-    ``reaches_distribution`` and ``reaches_value`` are taints; ``region`` is the piece of an argument that an
-    observed value is, ``holds_data`` says whether an observed value is data rather than computed from latent
-    variables (or absent, as at a factor).
-    """
-
-    name: str
-    observed: bool
-    enumerated: bool
-    holds_data: bool
-    reaches_distribution: int
-    reaches_value: int
-    region: Region | None
-    value_id: int
-    plates: tuple[Any, ...]
-    loops: tuple[tuple[str, int], ...]
-    event_size: int
-    event_shape: torch.Size
-    batch_shape: torch.Size
-
-
-def _parameters(fn: Any) -> list[torch.Tensor]:
-    found = []
-    while fn is not None:
-        found += [value for value in vars(fn).values() if isinstance(value, torch.Tensor)]
-        fn = vars(fn).get("base_dist")
-    return found
-
-
-class Recorder(PlateWatch):
-    """Notes the taints at each sample site and starts the site's own taint; and the rows of plates.
-
-    It must be outside all other handlers: then it sees each site as the model leaves it, and nothing else
-    happens between its two methods but the drawing of a value.
-    """
-
-    def __init__(self, tracker: TaintTracker) -> None:
-        super().__init__(tracker)
-        self.records: list[SiteRecord] = []
-        self.deltas: dict[
-            str, tuple[int, tuple[Any, ...]]
-        ] = {}  # taint and plates of sites that pass values on
-        self.data: dict[str, torch.Tensor] = {}  # observed values that lie in the memory of arguments
-
-    def _pyro_sample(self, msg: Any) -> None:
-        self.tracker.absorb()
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        drawing = self.tracker.absorbed()
-        if site_is_subsample(msg):
-            super()._pyro_post_sample(msg)
-            return
-        fn, value = msg["fn"], msg["value"]
-        with self.tracker.pause():
-            transparent = is_transparent(msg)
-        factor = isinstance(fn, dist.Unit)
-        if transparent:
-            if not msg["is_observed"]:
-                self.deltas[msg["name"]] = self.tracker.quietly_of(_parameters(fn)), vectorized_plates(msg)
-            log_density = self._log_density(fn)
-            if log_density is None:
-                return
-            factor, density = True, self.tracker.quietly_of(log_density)
-        elif isinstance(value, torch.Tensor):
-            density = self._density_taint(msg["name"], fn, value, msg["is_observed"])
-        elif msg["is_observed"]:  # a Python number
-            density = self._density_taint(msg["name"], fn, torch.as_tensor(value), False)
-        else:
-            raise UnsupportedModelError(
-                f"At site '{msg['name']}', expected a tensor; {type(fn).__name__} gave a {type(value).__name__}. "
-                "Sample tensors only."
-            )
-        with self.tracker.pause():
-            self._note(msg, density | drawing, transparent, factor)
-
-    def _note(self, msg: Any, reaches: int, transparent: bool, factor: bool) -> None:
-        tracker, fn, value, name = self.tracker, msg["fn"], msg["value"], msg["name"]
-        is_data = msg["is_observed"] and isinstance(value, torch.Tensor)
-        region = Region.of(value) if is_data and tracker.is_argument(value) else None
-        from_value = 0 if transparent else tracker.of(value)
-        # A log-density may leave out a parameter at some values (missing data); the distribution holds it.
-        reaches |= tracker.of((msg["mask"], msg["scale"], _parameters(fn)))
-        self.records.append(
-            SiteRecord(
-                name=name,
-                observed=msg["is_observed"] or factor,
-                enumerated=msg["infer"].get("enumerate") == "parallel" and not msg["is_observed"],
-                holds_data=msg["is_observed"] and not factor,
-                reaches_distribution=reaches if msg["is_observed"] else reaches | from_value,
-                reaches_value=from_value if msg["is_observed"] else 0,
-                region=region,
-                value_id=id(value),
-                plates=vectorized_plates(msg),
-                loops=subsampled_loops(msg),
-                event_size=1 if factor else max(1, torch.Size(fn.event_shape).numel()),
-                event_shape=fn.event_shape,
-                batch_shape=fn.batch_shape,
-            )
-        )
-        tracker.moment += 1
-        if not transparent and isinstance(value, torch.Tensor):
-            if region is not None:  # what pyro.sample returns can then be told from the data themselves
-                self.data[name] = value
-            msg["value"] = value.detach().clone()
-            tracker.set(msg["value"], tracker.bit(name))
-
-    def _log_density(self, fn: Any) -> torch.Tensor | None:
-        """Return the log-density that a Delta carries: a factor of the model; None if there is none."""
-        if not isinstance(undressed(fn), dist.Delta) or getattr(fn, "_mask", None) is False:
-            return None
-        log_density = undressed(fn).log_density
-        with self.tracker.pause():
-            used = isinstance(log_density, torch.Tensor) and bool((log_density != 0).any())
-        return log_density if used else None
-
-    def _density_taint(self, name: str, fn: Any, value: torch.Tensor, clean: bool) -> int:
-        """Return what reaches the log-density of a site; with ``clean``, other than through its value."""
-        tracker = self.tracker
-        if clean:
-            with tracker.pause():
-                value = value.detach().clone()
-        tracker.absorb()
-        try:
-            log_prob = log_density_at(fn, value)
-        except Exception as error:
-            if _is_outside(fn, value):
-                raise UnsupportedModelError(
-                    f"Expected data of '{name}' in the support of its distribution, {fn.support}; got others."
-                ) from error
-            raise UnsupportedModelError(
-                f"At site '{name}', the log-density of {type(fn).__name__} cannot be evaluated "
-                f"({type(error).__name__}: {error}). Give the distribution a log_prob() for such values."
-            ) from error
-        finally:
-            absorbed = tracker.absorbed()
-        return tracker.quietly_of(log_prob) | absorbed
-
-    def _pyro_post_param(self, msg: Any) -> None:
-        # A parameter may be initialised from data, or from samples; from then on it is on its own.
-        if isinstance(msg["value"], torch.Tensor):
-            with self.tracker.pause():
-                self.tracker.set(msg["value"], 0)
 
 
 class _Assembly:
@@ -718,12 +400,13 @@ class _Assembly:
 
     def _connect(self, i: int, record: SiteRecord) -> None:
         parents = self.parents[record.name]
-        for source in self.tracker.sources(record.reaches_value):
+        for source in self.tracker.sources(record.reaches_value) if record.reaches_value else ():
             if isinstance(source, str):
                 parents[source] = None
                 if source not in self.observed:
                     self.without_data.add(record.name)
-        for source in self.tracker.sources(record.reaches_distribution):
+        reaches = record.reaches_distribution
+        for source in self.tracker.sources(reaches) if reaches else ():
             if isinstance(source, str):
                 parents[source] = None
                 continue

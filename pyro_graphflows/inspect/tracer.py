@@ -1,4 +1,4 @@
-"""Which random variables a tensor depends on: the book-keeping, and two interceptors that let taints flow.
+"""Which random variables a tensor depends on: the book-keeping, what lets taints flow, and what notes them at sites.
 
 A *taint* is a set of sources (sample sites, and regions of the tensors given as arguments), kept as the bits
 of a Python integer. Most taints belong to a storage, so that they are seen through every view of it; some
@@ -19,6 +19,8 @@ Compiled functions (``torch.compile``) run uncompiled while a dispatch mode is o
 operations in other threads, nor code that gets at memory without asking the tensor
 (``torch.utils.dlpack.to_dlpack``); comparing with the model's behaviour (``validate=True``) finds what passes
 there.
+
+A recorder, a messenger of Pyro, starts the taint of each sample site, and notes what reaches its distribution.
 """
 
 import linecache
@@ -26,25 +28,43 @@ import os
 import sys
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pyro
+import pyro.distributions as dist
 import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
+
+from pyro_graphflows.errors import UnsupportedModelError
+from pyro_graphflows.inspect.runs import (
+    is_outside,
+    is_transparent,
+    stand_in,
+    subsampled_loops,
+    undressed,
+    vectorized_plates,
+)
 
 __all__ = [
     "Escape",
     "Known",
     "Noise",
     "PlateRows",
+    "PlateWatch",
+    "Recorder",
     "Region",
     "RowUse",
+    "SiteRecord",
     "TaintTracker",
     "in_library",
     "storage_of",
+    "watched",
     "watching",
 ]
 
@@ -716,6 +736,187 @@ class _DispatchMode(TorchDispatchMode):
 
 class _HiddenDispatchMode(_DispatchMode):
     __torch_dispatch__ = torch._disable_dynamo(_DispatchMode.__torch_dispatch__, recursive=True)  # type: ignore[attr-defined]
+
+
+def watched(tracker: TaintTracker, model: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a model that lets taints flow through all that it does (:func:`watching`)."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with watching(tracker):
+            return model(*args, **kwargs)
+
+    return run
+
+
+class PlateWatch(Messenger):
+    """Tells a tracker of the indices of plates."""
+
+    def __init__(self, tracker: TaintTracker) -> None:
+        super().__init__()
+        self.tracker = tracker
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            self.tracker.watch_plate(msg["name"], msg["value"])
+
+    def _pyro_subsample(self, msg: Any) -> None:
+        """Note which rows ``pyro.subsample`` takes, also of plates in full, where it returns the tensor itself."""
+        data = msg["args"][0] if msg["args"] else msg["kwargs"].get("data")
+        event_dim = msg["kwargs"].get("event_dim")
+        if not isinstance(data, torch.Tensor) or event_dim is None:
+            return  # Pyro leaves the tensor as it is then
+        for frame in msg["cond_indep_stack"]:
+            dim = None if frame.dim is None else frame.dim - event_dim
+            if dim is not None and data.dim() >= -dim and data.shape[dim] == frame.full_size > 1:
+                self.tracker.subsample(frame.name, data, dim)
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """What one run shows about a sample site.
+
+    ``reaches_distribution`` and ``reaches_value`` are taints; ``region`` is the piece of an argument that an
+    observed value is, ``holds_data`` says whether an observed value is data rather than computed from latent
+    variables (or absent, as at a factor).
+    """
+
+    name: str
+    observed: bool
+    enumerated: bool
+    holds_data: bool
+    reaches_distribution: int
+    reaches_value: int
+    region: Region | None
+    value_id: int
+    plates: tuple[Any, ...]
+    loops: tuple[tuple[str, int], ...]
+    event_size: int
+    event_shape: torch.Size
+    batch_shape: torch.Size
+
+
+def _parameters(fn: Any) -> list[torch.Tensor]:
+    found = []
+    while fn is not None:
+        found += [value for value in vars(fn).values() if isinstance(value, torch.Tensor)]
+        fn = vars(fn).get("base_dist")
+    return found
+
+
+class Recorder(PlateWatch):
+    """Notes the taints at each sample site and starts the site's own taint; and the rows of plates.
+
+    It must be outside all other handlers: then it sees each site as the model leaves it, and nothing else
+    happens between its two methods but the drawing of a value.
+    """
+
+    def __init__(self, tracker: TaintTracker) -> None:
+        super().__init__(tracker)
+        self.records: list[SiteRecord] = []
+        self.deltas: dict[
+            str, tuple[int, tuple[Any, ...]]
+        ] = {}  # taint and plates of sites that pass values on
+        self.data: dict[str, torch.Tensor] = {}  # observed values that lie in the memory of arguments
+
+    def _pyro_sample(self, msg: Any) -> None:
+        self.tracker.absorb()
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        drawing = self.tracker.absorbed()
+        if site_is_subsample(msg):
+            super()._pyro_post_sample(msg)
+            return
+        fn, value = msg["fn"], msg["value"]
+        with self.tracker.pause():
+            transparent = is_transparent(msg)
+        factor = isinstance(fn, dist.Unit)
+        if transparent:
+            if not msg["is_observed"]:
+                self.deltas[msg["name"]] = self.tracker.quietly_of(_parameters(fn)), vectorized_plates(msg)
+            log_density = self._log_density(fn)
+            if log_density is None:
+                return
+            factor, density = True, self.tracker.quietly_of(log_density)
+        elif isinstance(value, torch.Tensor):
+            density = self._density_taint(msg["name"], fn, value, msg["is_observed"])
+        elif msg["is_observed"]:  # a Python number
+            density = self._density_taint(msg["name"], fn, torch.as_tensor(value), False)
+        else:
+            raise UnsupportedModelError(
+                f"At site '{msg['name']}', expected a tensor; {type(fn).__name__} gave a {type(value).__name__}. "
+                "Sample tensors only."
+            )
+        with self.tracker.pause():
+            self._note(msg, density | drawing, transparent, factor)
+
+    def _note(self, msg: Any, reaches: int, transparent: bool, factor: bool) -> None:
+        tracker, fn, value, name = self.tracker, msg["fn"], msg["value"], msg["name"]
+        is_data = msg["is_observed"] and isinstance(value, torch.Tensor)
+        region = Region.of(value) if is_data and tracker.is_argument(value) else None
+        from_value = 0 if transparent else tracker.of(value)
+        # A log-density may leave out a parameter at some values (missing data); the distribution holds it.
+        reaches |= tracker.of((msg["mask"], msg["scale"], _parameters(fn)))
+        self.records.append(
+            SiteRecord(
+                name=name,
+                observed=msg["is_observed"] or factor,
+                enumerated=msg["infer"].get("enumerate") == "parallel" and not msg["is_observed"],
+                holds_data=msg["is_observed"] and not factor,
+                reaches_distribution=reaches if msg["is_observed"] else reaches | from_value,
+                reaches_value=from_value if msg["is_observed"] else 0,
+                region=region,
+                value_id=id(value),
+                plates=vectorized_plates(msg),
+                loops=subsampled_loops(msg),
+                event_size=1 if factor else max(1, torch.Size(fn.event_shape).numel()),
+                event_shape=fn.event_shape,
+                batch_shape=fn.batch_shape,
+            )
+        )
+        tracker.moment += 1
+        if not transparent and isinstance(value, torch.Tensor):
+            if region is not None:  # what pyro.sample returns can then be told from the data themselves
+                self.data[name] = value
+            msg["value"] = value.detach().clone()
+            tracker.set(msg["value"], tracker.bit(name))
+
+    def _log_density(self, fn: Any) -> torch.Tensor | None:
+        """Return the log-density that a Delta carries: a factor of the model; None if there is none."""
+        if not isinstance(undressed(fn), dist.Delta) or getattr(fn, "_mask", None) is False:
+            return None
+        log_density = undressed(fn).log_density
+        with self.tracker.pause():
+            used = isinstance(log_density, torch.Tensor) and bool((log_density != 0).any())
+        return log_density if used else None
+
+    def _density_taint(self, name: str, fn: Any, value: torch.Tensor, clean: bool) -> int:
+        """Return what reaches the log-density of a site; with ``clean``, other than through its value."""
+        tracker = self.tracker
+        if clean:
+            with tracker.pause():
+                value = value.detach().clone()
+        tracker.absorb()
+        try:
+            instead = stand_in(fn)
+            log_prob = fn.log_prob(value) if instead is None else instead
+        except Exception as error:
+            if is_outside(fn, value):
+                raise UnsupportedModelError(
+                    f"Expected data of '{name}' in the support of its distribution, {fn.support}; got others."
+                ) from error
+            raise UnsupportedModelError(
+                f"At site '{name}', the log-density of {type(fn).__name__} cannot be evaluated "
+                f"({type(error).__name__}: {error}). Give the distribution a log_prob() for such values."
+            ) from error
+        finally:
+            absorbed = tracker.absorbed()
+        return tracker.quietly_of(log_prob) | absorbed
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        # A parameter may be initialised from data, or from samples; from then on it is on its own.
+        if isinstance(msg["value"], torch.Tensor):
+            with self.tracker.pause():
+                self.tracker.set(msg["value"], 0)
 
 
 def _is_index(index: torch.Tensor) -> bool:

@@ -319,8 +319,10 @@ class LevelEvaluation:
         self._level += 1
         if x_new is not None:
             self._inputs.append(x_new)
-            if x_new.shape[:-1] != self._batch_shape:
-                self._batch_shape = broadcast_shapes(self._batch_shape, x_new.shape[:-1])
+            shape = x_new.shape[:-1]
+            if shape != self._batch_shape:
+                known = self._batch_shape
+                self._batch_shape = broadcast_shapes(known, shape) if len(known) else shape
 
         terms = []
         below = self._inputs

@@ -20,7 +20,13 @@ from pyro_graphflows.plotting.networks import (
     plot_model_and_inverse,
     plot_model_graph,
 )
-from pyro_graphflows.plotting.posteriors import plot_forest, plot_khat, plot_pairs, plot_predictive
+from pyro_graphflows.plotting.posteriors import (
+    plot_forest,
+    plot_intervals,
+    plot_khat,
+    plot_pairs,
+    plot_predictive,
+)
 
 __all__ = [
     "plot_adjacency",
@@ -28,6 +34,7 @@ __all__ = [
     "plot_contraction",
     "plot_coverage",
     "plot_forest",
+    "plot_intervals",
     "plot_inverse",
     "plot_joints",
     "plot_khat",

@@ -64,6 +64,7 @@ def plot_learning_curves(
     low, high = (min(shown), max(shown)) if shown else (0.0, 1.0)
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     ax.set_ylim(low - margin, high + margin)
+    ax.locator_params(axis="x", integer=True)
     ax.set_xlabel(xlabel)
     ax.set_ylabel(quantity)
     ax.legend(frameon=False)

@@ -1,6 +1,7 @@
 """Model graphs and their inverses in levels, on one layout; an inverse as a matrix, where a drawing is too full."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,9 @@ def plot_model_graph(graph: ModelGraph, ax: Any = None, *, layout: Layout | None
     layout = layout or layered_layout(graph.to_networkx())
     own = ax is None
     ax = new_axes(_size(graph, layout)) if own else ax
-    patches = _draw_nodes(graph, layout, ax)
+    drawing = _Drawing(ax, layout, _draw_nodes(graph, layout, ax))
     for parent, child in graph.edges:
-        _draw_edge(ax, layout, patches, (parent, child), route=layout.routes.get((parent, child), ()))
+        _draw_edge(drawing, (parent, child), route=layout.routes.get((parent, child), ()))
     _finish(ax, layout, f"Model: {len(graph.edges)} edges")
     if own:
         _legend(ax.figure, graph)
@@ -76,7 +77,8 @@ def plot_inverse(
     layout = layout or layered_layout(graph.to_networkx())
     own = ax is None
     ax = new_axes(_size(graph, layout)) if own else ax
-    patches = _draw_nodes(graph, layout, ax, pale=set(graph.nodes) - shown if chosen else ())
+    shapes = _draw_nodes(graph, layout, ax, pale=set(graph.nodes) - shown if chosen else ())
+    drawing = _Drawing(ax, layout, shapes)
     old, new = _edges_by_origin(inverse)
     low, high = _extent(layout)
     box = ax.get_position()
@@ -84,11 +86,11 @@ def plot_inverse(
     for parent, child in new:
         bulge = _bulge(layout, unit, parent, child)
         pale = bool(chosen) and child not in chosen
-        _draw_edge(ax, layout, patches, (parent, child), bulge=bulge, pale=pale)
+        _draw_edge(drawing, (parent, child), bulge=bulge, pale=pale)
     for parent, child in old:
         route = layout.routes.get((parent, child), layout.routes.get((child, parent), ())[::-1])
         pale = bool(chosen) and child not in chosen
-        _draw_edge(ax, layout, patches, (parent, child), route=route, pale=pale)
+        _draw_edge(drawing, (parent, child), route=route, pale=pale)
     counts = f"{inverse.num_edges} edges ({len(new)} added), {len(inverse.levels)} levels"
     looked = f"\nHighlighted: what {', '.join(map(str, sorted(chosen, key=str)))} looks at" if chosen else ""
     _finish(ax, layout, f"Inverse, {inverse.order}: {counts}{looked}")
@@ -315,10 +317,17 @@ def _draw_nodes(graph: ModelGraph, layout: Layout, ax: Any, pale: Collection[Nod
     return patches
 
 
+@dataclass(frozen=True)
+class _Drawing:
+    """Nodes that are drawn: where, on what, and as which shapes."""
+
+    ax: Any
+    layout: Layout
+    shapes: Mapping[Node, Any]
+
+
 def _draw_edge(
-    ax: Any,
-    layout: Layout,
-    patches: Mapping[Node, Any],
+    drawing: _Drawing,
     edge: tuple[Node, Node],
     *,
     route: Sequence[tuple[float, float]] = (),
@@ -326,7 +335,8 @@ def _draw_edge(
     pale: bool = False,
 ) -> None:
     """Draw an edge along its route; added edges are coloured, and bent by their bulge."""
-    (parent, child), colour = edge, EDGE if bulge is None else ADDED
+    ax, layout, (parent, child) = drawing.ax, drawing.layout, edge
+    colour = EDGE if bulge is None else ADDED
     bulge = bulge or 0.0
     from matplotlib.patches import ConnectionStyle, FancyArrowPatch
     from matplotlib.path import Path as Curve
@@ -347,8 +357,8 @@ def _draw_edge(
         layout.positions[parent],
         layout.positions[child],
         connectionstyle=style,
-        patchA=patches[parent],
-        patchB=patches[child],
+        patchA=drawing.shapes[parent],
+        patchB=drawing.shapes[child],
         shrinkA=0,
         shrinkB=1,
         arrowstyle="-|>",

@@ -8,10 +8,10 @@ import numpy as np
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.plotting.figures import INK, new_axes, numbers_of
 
-__all__ = ["plot_forest", "plot_khat", "plot_pairs", "plot_predictive"]
+__all__ = ["plot_forest", "plot_intervals", "plot_khat", "plot_pairs", "plot_predictive"]
 
 REFERENCE = "#d1570c"
-MOST_ROWS, MOST_PAIRS, MOST_INTERVALS = 60, 8, 80
+MOST_ROWS, MOST_PAIRS, MOST_INTERVALS, MOST_PANELS = 60, 8, 80, 24
 
 
 def plot_forest(
@@ -63,6 +63,75 @@ def _interval(ax: Any, values: np.ndarray, height: float, colour: str) -> None:
     ax.plot(
         [middle], [height], "o", color="white", markeredgecolor=colour, markersize=4.2, markeredgewidth=1.1
     )
+
+
+def plot_intervals(
+    draws: Mapping[str, Any], axes: Any = None, *, names: Iterable[str] | None = None, num_columns: int = 4
+) -> Any:
+    """Draw a panel for each site: medians, 50% and 90% intervals of its elements, in the order of their medians.
+
+    For sites of many elements, where a forest with a row for each would be pages long.
+
+    Args:
+        draws: By site draws along the first dimension, as ``posterior.draws``.
+        axes: An array of matplotlib axes, one for each site at least; a new figure by default.
+        names: The sites to draw; all by default, of which the first 24.
+        num_columns: The number of panels in a row of a new figure.
+
+    Returns:
+        The array of axes; those beyond the last site are not visible.
+
+    Raises:
+        GraphflowsError: If a site is unknown, draws are not finite, or there are too few axes.
+    """
+    chosen = list(draws if names is None else names)[:MOST_PANELS]
+    unknown = [name for name in chosen if name not in draws]
+    if unknown or not chosen:
+        raise GraphflowsError(f"Expected sites among {sorted(draws)}; got {unknown or 'none'}.")
+    if axes is None:
+        from matplotlib.figure import Figure
+
+        columns = min(num_columns, len(chosen))
+        rows = -(-len(chosen) // columns)
+        figure = Figure(figsize=(max(2.6, 2.1 * columns), 0.3 + 1.5 * rows), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False)
+    panels = np.asarray(axes, dtype=object).reshape(-1)
+    if len(panels) < len(chosen):
+        raise GraphflowsError(f"Expected {len(chosen)} axes or more, one for each site; got {len(panels)}.")
+    for ax in panels[len(chosen) :]:
+        ax.set_visible(False)
+    for name, ax in zip(chosen, panels, strict=False):
+        values = numbers_of(draws[name])
+        values = values.reshape(len(values), -1)
+        if not values.size or not np.isfinite(values).all():
+            raise GraphflowsError(f"Expected finite draws of {name!r}; some are not, or there are none.")
+        low, left, middle, right, high = np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95), axis=0)
+        order = np.argsort(middle, kind="stable")
+        places = np.arange(len(order))
+        if len(order) <= MOST_INTERVALS:
+            ax.vlines(places, low[order], high[order], color="C0", linewidth=1.0)
+            ax.vlines(places, left[order], right[order], color="C0", linewidth=2.6)
+            ax.plot(
+                places,
+                middle[order],
+                "o",
+                color="white",
+                markeredgecolor="C0",
+                markersize=3.2,
+                markeredgewidth=0.9,
+            )
+            ax.set_xlim(-1, len(order))
+        else:
+            ax.fill_between(places, low[order], high[order], color="C0", alpha=0.25, linewidth=0)
+            ax.fill_between(places, left[order], right[order], color="C0", alpha=0.45, linewidth=0)
+            ax.plot(places, middle[order], color="C0", linewidth=1.0)
+            ax.set_xlim(0, len(order) - 1)
+        ax.set_xticks([])
+        ax.set_title(f"{name} ({len(order)})" if len(order) > 1 else name, fontsize=8, loc="left")
+        ax.tick_params(labelsize=7)
+        ax.locator_params(axis="y", nbins=4)
+        ax.spines[["top", "right"]].set_visible(False)
+    return axes
 
 
 def plot_pairs(

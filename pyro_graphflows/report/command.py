@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.add_argument("--data", required=True, help="a .npz file; its arrays have the names of arguments")
     report.add_argument("--train", type=float, default=60.0, metavar="SECONDS", help="0 for no training (60)")
     report.add_argument("--out", default="report.html", help="the page to write (report.html)")
-    report.add_argument("--family", default="normal", help="normal, flow or spline (normal)")
+    report.add_argument("--family", default="auto", help="auto, normal, flow or spline (auto)")
     report.add_argument("--draws", type=int, default=1000, help="draws of the posterior (1000)")
     report.add_argument("--simulations", type=int, default=500, help="for calibration; 0 for none (500)")
     report.add_argument("--seed", type=int, default=0)

@@ -1,5 +1,6 @@
 """What a report says: model, what each latent looks at, training, posterior, trust, calibration, predictions."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -8,13 +9,10 @@ import numpy as np
 import pyro
 from torch import Tensor
 
-from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError, reason_of
 from pyro_graphflows.guides import AutoFaithfulGuide
 from pyro_graphflows.infer import (
-    CalibrationReport,
     History,
-    Posterior,
     Schedule,
     TrainingData,
     calibration_report,
@@ -24,19 +22,22 @@ from pyro_graphflows.infer import (
 from pyro_graphflows.infer.checkpoints import seeded
 from pyro_graphflows.plotting import (
     plot_forest,
+    plot_intervals,
     plot_inverse,
     plot_khat,
     plot_learning_curves,
     plot_model_graph,
     plot_predictive,
 )
+from pyro_graphflows.plotting.posteriors import MOST_PANELS
+from pyro_graphflows.report.advice import TRUSTED, Findings, judge_draws, judge_model, next_steps, unlikely
 from pyro_graphflows.report.page import Page, Section
 
 __all__ = ["ReportOptions", "make_report"]
 
-TRUSTED = 0.7
 MANY_DATA = 1000  # beyond which steps take batches, where the posterior factorises over the data
 MOST_ROWS = 40
+MOST_OF_A_SITE = 20  # numbers of a site with a row for each in a forest
 EXTREME = 0.01
 
 
@@ -57,7 +58,7 @@ class ReportOptions:
     """
 
     seconds: float = 60.0
-    family: Any = "normal"
+    family: Any = "auto"
     num_draws: int = 1000
     num_simulations: int = 500
     seed: int = 0
@@ -69,18 +70,6 @@ class ReportOptions:
                 "Expected seconds and num_simulations of 0 or more and at least 10 draws; got "
                 f"{self.seconds}, {self.num_simulations} and {self.num_draws}."
             )
-
-
-@dataclass
-class _Findings:
-    """What the sections say, as far as it was found; the last section is written from it."""
-
-    graph: ModelGraph
-    guide: AutoFaithfulGuide
-    history: History | None = None
-    posterior: Posterior | None = None
-    calibration: CalibrationReport | str | None = None
-    extreme: tuple[str, ...] = ()
 
 
 def make_report(
@@ -108,7 +97,7 @@ def make_report(
     with seeded(options.seed):
         pyro.clear_param_store()
         guide = AutoFaithfulGuide(model, family=options.family).setup(**data)
-        found = _Findings(guide.model_graph, guide)
+        found = Findings(guide.model_graph, guide, options.seconds, str(options.family))
         if not found.graph.observed:
             raise GraphflowsError(
                 "Expected the model to have observed sites with these data; it has none. Give the data that its obs= "
@@ -119,11 +108,11 @@ def make_report(
             _guide_section(found),
             _training_section(model, data, options, found),
             _posterior_section(model, data, options, found),
-            _trust_section(found),
+            _trust_section(options, found),
             _calibration_section(model, data, options, found),
             _prediction_section(options, found),
         ]
-        sections.insert(0, _advice_section(options, found))
+        sections.insert(0, _advice_section(found))
     shapes = ", ".join(f"{name} {_shape(value)}" for name, value in data.items())
     name = title or getattr(model, "__name__", type(model).__name__)
     return Page(f"Report on {name}", f"Data: {shapes}.", sections)
@@ -144,7 +133,7 @@ def _shape(value: Any) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- model and guide
-def _model_section(found: _Findings) -> Section:
+def _model_section(found: Findings) -> Section:
     graph = found.graph
     section = Section("The model")
     section.picture(plot_model_graph(graph), "the model's sites and what they depend on")
@@ -167,7 +156,7 @@ def _model_section(found: _Findings) -> Section:
     return section.table(("site", "role", "plates", "numbers", "depends on"), rows)
 
 
-def _guide_section(found: _Findings) -> Section:
+def _guide_section(found: Findings) -> Section:
     section = Section("What each latent looks at")
     section.text(
         "The guide samples the latent sites one after the other. Each looks at what its posterior depends on, given "
@@ -179,7 +168,7 @@ def _guide_section(found: _Findings) -> Section:
 
 # ------------------------------------------------------------------------------------------------------- training
 def _training_section(
-    model: Callable[..., Any], data: dict[str, Any], options: ReportOptions, found: _Findings
+    model: Callable[..., Any], data: dict[str, Any], options: ReportOptions, found: Findings
 ) -> Section:
     section = Section("Training")
     if options.seconds == 0:
@@ -196,12 +185,9 @@ def _training_section(
     found.history = history
     for note in history.notes:
         section.text(note[0].upper() + note[1:], "note")
-    curves = {"simulations": history.simulated, "data": history}
-    for name, each in curves.items():
-        if each is not None and len(each) > 1:
-            axes = plot_learning_curves({f"on {name}": each})
-            axes.set_ylabel("loss (nats per datum)")
-            section.picture(axes, f"the loss on {name}")
+    for name, each in {"simulations": history.simulated, "data": history}.items():
+        if each is not None:
+            _curve(section, name, each)
     if history.simulated is not None:
         steps, seconds = history.simulated.num_steps, _seconds(history.simulated)
         section.text(
@@ -215,11 +201,28 @@ def _training_section(
     return section
 
 
+def _curve(section: Section, name: str, history: History) -> None:
+    """Draw the losses of the epochs that led to the parameters that remain."""
+    kept = range(len(history)) if history.kept is None else history.kept
+    if len(kept) > 1:
+        axes = plot_learning_curves({f"on {name}": [history.loss[epoch] for epoch in kept]})
+        axes.set_ylabel("loss (nats per datum)")
+        axes.figure.set_size_inches(5.2, 2.7)
+        section.picture(axes, f"the loss on {name}")
+    undone = len(history) - len(kept)
+    if undone:
+        section.text(
+            f"Of {len(history)} epochs on {name} {undone} were undone and are not drawn: trials at other rates, and "
+            "what made the loss worse.",
+            "note",
+        )
+
+
 def _seconds(history: History) -> float:
     return history.seconds[-1] if history.seconds else 0.0
 
 
-def _training_data(data: dict[str, Any], found: _Findings) -> TrainingData:
+def _training_data(data: dict[str, Any], found: Findings) -> TrainingData:
     """Return all data at once, or batches where these are many and the posterior factorises over them."""
     graph = found.graph
     sizes = _plate_sizes(found.guide)
@@ -235,7 +238,7 @@ def _training_data(data: dict[str, Any], found: _Findings) -> TrainingData:
 
 # ------------------------------------------------------------------------------------------------ posterior and trust
 def _posterior_section(
-    model: Callable[..., Any], data: dict[str, Any], options: ReportOptions, found: _Findings
+    model: Callable[..., Any], data: dict[str, Any], options: ReportOptions, found: Findings
 ) -> Section:
     section = Section("The posterior")
     found.posterior = posterior = sample_posterior(
@@ -243,39 +246,61 @@ def _posterior_section(
     )
     table = posterior.summary()
     columns = list(table[0])
-    rows = {name: tuple(row.values()) for name, row in list(table.rows.items())[:MOST_ROWS]}
-    section.table(("site", *columns), rows)
-    if len(table) > len(rows):
-        section.text(f"The first {len(rows)} of {len(table)} numbers are shown.", "note")
+    shown = _shown_rows(list(table.rows))
+    section.table(("site", *columns), {name: tuple(table.rows[name].values()) for name in shown})
+    if len(table) > len(shown):
+        section.text(
+            f"{len(shown)} of {len(table)} numbers are shown, the first of each site; posterior.summary() has all.",
+            "note",
+        )
     section.text(
         "mean to 95%: of the guide's draws; mcse: Monte Carlo error of the mean; ess, k-hat: of importance weights.",
         "note",
     )
     draws = {name: posterior.draws[name] for name in posterior.fitted.latents}
-    spread = {name: value for name, value in draws.items() if value.is_floating_point()}
-    if spread:
-        section.picture(plot_forest(spread), "medians, 50% and 90% intervals")
+    real = {name: value for name, value in draws.items() if value.is_floating_point()}
+    few = {name: value for name, value in real.items() if value[0].numel() <= MOST_OF_A_SITE}
+    if sum(value[0].numel() for value in few.values()) > MOST_ROWS:
+        few = {}
+    many = {name: value for name, value in real.items() if name not in few}
+    if few:
+        section.picture(plot_forest(few), "medians, 50% and 90% intervals")
+    if many:
+        section.picture(
+            plot_intervals(many).flat[0], "medians, 50% and 90% intervals of each site's elements, by median"
+        )
+        note = "A panel for each site: medians, 50% and 90% intervals of its elements, in the order of their medians."
+        if len(many) > MOST_PANELS:
+            note += f" The first {MOST_PANELS} of {len(many)} sites are drawn."
+        section.text(note, "note")
     return section
 
 
-def _trust_section(found: _Findings) -> Section:
+def _shown_rows(rows: list[str]) -> list[str]:
+    """Return the rows to show: all, or the first of each site, of as many sites as there is room for."""
+    if len(rows) <= MOST_ROWS:
+        return rows
+    by_site: dict[str, list[str]] = {}
+    for row in rows:
+        by_site.setdefault(row.partition("[")[0], []).append(row)
+    each = max(1, MOST_ROWS // len(by_site))
+    return [row for own in list(by_site.values())[:MOST_ROWS] for row in own[:each]]
+
+
+def _trust_section(options: ReportOptions, found: Findings) -> Section:
     section = Section("How far to trust the draws")
-    posterior = found.posterior
-    assert posterior is not None
-    khat = posterior.khat.flatten()
-    bad = int((khat > TRUSTED).sum())
-    whole = posterior.data_plate is None
-    if whole:
+    posterior, doubtful = found.drawn, found.doubtful
+    section.text(judge_draws(found)[1], judge_draws(found)[0])
+    khat, ess, num = posterior.khat.flatten(), posterior.ess.flatten(), posterior.num_draws
+    if posterior.data_plate is None:
         section.text(
-            f"k-hat of the importance weights is {khat.item():.2f}; the {posterior.num_draws} draws count for "
-            f"{posterior.ess.item():.0f}.",
-            "bad" if bad else "good",
+            f"k-hat of the importance weights is {khat.item():.2f}; {num} draws count for {ess.item():.0f}."
         )
     else:
         section.text(
-            f"k-hat is above {TRUSTED} for {bad} of {len(khat)} elements of {posterior.data_plate!r}; at the worst it "
-            f"is {khat.max().item():.2f}.",
-            "good" if not bad else "care" if bad < 0.1 * len(khat) else "bad",
+            f"k-hat is above {TRUSTED} for {int(doubtful.sum())} of {len(khat)} elements of {posterior.data_plate!r}; "
+            f"at the worst it is {khat.max().item():.2f}. {num} draws count for {ess.min().item():.0f} or more, in the "
+            f"median for {ess.median().item():.0f}."
         )
         section.picture(plot_khat(khat), "k-hat of each datum")
     section.text(
@@ -283,11 +308,44 @@ def _trust_section(found: _Findings) -> Section:
         "with the draws; above, they cannot. It cannot see a mode that no draw is near.",
         "note",
     )
-    return section
+    return _add_surprise(section, options, found)
+
+
+def _add_surprise(section: Section, options: ReportOptions, found: Findings) -> Section:
+    """Say whether the data are like those that the model generates."""
+    posterior = found.drawn
+    if options.num_simulations == 0:
+        return section
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", GraphflowsWarning)  # said on the page
+            tail = posterior.surprise
+    except UnsupportedModelError as error:
+        found.surprise = reason_of(error)
+        return section.text(f"Whether the data are surprising was left out: {found.surprise}", "note")
+    if tail is None:
+        found.surprise = "the guide reads no data"
+        return section.text(
+            "The guide has parameters for these data and reads none: whether they are surprising does not matter to "
+            "it.",
+            "note",
+        )
+    found.surprise = tail
+    count, chance = unlikely(found)
+    if posterior.data_plate is None:
+        said = f"In {100 * float(tail):.2g} of 100 simulations what the guide reads of the data is as far out as here"
+    else:
+        said = (
+            f"{count} of {tail.numel()} data are farther out than 999 of 1,000 that the model generates (by chance, up "
+            f"to {chance})"
+        )
+    kind = "bad" if count > chance else "good"
+    tail_text = "; of such data the guide has learned nothing from simulations." if kind == "bad" else "."
+    return section.text(said + tail_text, kind)
 
 
 def _calibration_section(
-    model: Callable[..., Any], data: dict[str, Any], options: ReportOptions, found: _Findings
+    model: Callable[..., Any], data: dict[str, Any], options: ReportOptions, found: Findings
 ) -> Section:
     section = Section("Calibration on simulated data")
     if options.num_simulations == 0:
@@ -302,8 +360,8 @@ def _calibration_section(
     try:
         report = calibration_report(model, found.guide, num_simulations=options.num_simulations, **data)
     except GraphflowsError as error:
-        found.calibration = str(error)
-        return section.text(f"Calibration was left out: {error}", "note")
+        found.calibration = reason_of(error)
+        return section.text(f"Calibration was left out: {reason_of(error)}", "note")
     found.calibration = report
     section.text(report.summary().note, "good" if report.summary().note.startswith("Nothing") else "bad")
     section.verbatim(repr(report))
@@ -318,12 +376,11 @@ def _calibration_section(
 
 
 # --------------------------------------------------------------------------------------------------- predictions
-def _prediction_section(options: ReportOptions, found: _Findings) -> Section:
+def _prediction_section(options: ReportOptions, found: Findings) -> Section:
     section = Section("Predictive check")
-    posterior = found.posterior
-    assert posterior is not None
+    posterior = found.drawn
     source = posterior
-    if not bool((posterior.khat > TRUSTED).any()) and posterior.num_draws >= 200:
+    if not bool(found.doubtful.any()) and posterior.num_draws >= 200:
         source = posterior.reweighted(
             max(100, posterior.num_draws // 4), seed=options.seed, progress=options.progress
         )
@@ -366,56 +423,8 @@ _STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 # -------------------------------------------------------------------------------------------------------- advice
-def _advice_section(options: ReportOptions, found: _Findings) -> Section:
-    """Say what to do next, from everything that was found."""
+def _advice_section(found: Findings) -> Section:
     section = Section("What to do next")
-    posterior, history, advice = found.posterior, found.history, []
-    assert posterior is not None
-    khat = posterior.khat.flatten()
-    share = (khat > TRUSTED).double().mean().item()
-    trusted = share == 0
-    if history is None:
-        advice.append("The guide is not trained. Train it before anything else: --train 60.")
-    elif "time" in (history.stop_reason or "") or "seconds" in (history.stop_reason or ""):
-        advice.append(
-            f"Training was stopped by its time of {options.seconds:g} s while it may still have helped: give it more "
-            "(--train)."
-        )
-    if not trusted and history is not None:
-        richer = "" if str(options.family) != "normal" else " a richer family (--family spline) or"
-        advice.append(
-            f"The draws are not good enough to be corrected by weights for {100 * share:.0f} in 100 of the weights: try"
-            f"{richer} longer training, or correct them by Markov chains that start from them (posterior.refined())."
-        )
-    elif trusted and bool((posterior.ess < 0.9 * posterior.num_draws).any()):
-        advice.append("Use posterior.reweighted(): weights make these draws those of the posterior.")
-    elif trusted:
-        advice.append("Use the draws as they are: their weights are nearly even.")
-    calibration = found.calibration
-    if isinstance(calibration, CalibrationReport) and not calibration.summary().note.startswith("Nothing"):
-        advice.append(
-            "The guide is not calibrated on data that the model simulates. For other data than these do not use it "
-            f"without checking k-hat there. {calibration.summary().note}"
-        )
-    elif isinstance(calibration, CalibrationReport):
-        advice.append(
-            "The guide may be used for new data like those that the model simulates, without training."
-        )
-    elif isinstance(calibration, str) and "parameters for these data" in calibration:
-        advice.append(
-            "The guide is for these data. For others, train it again, or set it up with pool='deepset'."
-        )
-    if found.extreme:
-        advice.append(
-            f"Change the model before trusting what it says: it does not reproduce {', '.join(found.extreme)}."
-        )
-    elif trusted:
-        advice.append("Compare with other models by posterior.loo() and compare().")
-    good = trusted and history is not None and not found.extreme
-    section.text(
-        "The draws can be relied on, and the model reproduces the data in what was looked at."
-        if good
-        else "Something needs attention before the results are used.",
-        "good" if good else "care",
-    )
-    return section.items(advice)
+    for kind, sentence in (judge_draws(found), judge_model(found)):
+        section.text(sentence, kind)
+    return section.items(next_steps(found))

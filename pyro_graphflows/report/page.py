@@ -19,7 +19,8 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1d2733; background: #fff; m
 h1 { font-size: 1.7rem; margin-bottom: 0; }
 h2 { font-size: 1.25rem; margin-top: 2.4rem; border-bottom: 1px solid #d9dee4; padding-bottom: .2rem; }
 img { max-width: 100%; height: auto; display: block; margin: 1rem 0; }
-pre { background: #f4f6f8; padding: .8rem; overflow-x: auto; font-size: .84rem; line-height: 1.4; border-radius: 4px; }
+pre { background: #f4f6f8; padding: .8rem; overflow-x: auto; white-space: pre-wrap;
+      font-size: .84rem; line-height: 1.4; border-radius: 4px; }
 table { border-collapse: collapse; font-size: .9rem; margin: 1rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .8rem .2rem 0; text-align: right; border-bottom: 1px solid #e8ebef; }
 th:first-child, td:first-child { text-align: left; }

@@ -330,11 +330,9 @@ class _Stack(Operation):
         ctx: Any,
         y: Tensor,  # (n, N)
         inputs: Tensor,  # (n, T K, N)
-        inner: Tensor,  # (T, n, H)
-        outer: Tensor,  # (T, n, H)
-        log_scale: Tensor,  # (T, n)
-        options: _Options,
+        *rest: Any,
     ) -> tuple[Tensor, Tensor]:
+        inner, outer, log_scale, options = rest  # (T, n, H), (T, n, H), (T, n)
         activation, form, _ = options
         hidden = inner.shape[-1]
         both = outer * inner

@@ -39,6 +39,7 @@ def refinement(records: dict[str, Record]) -> str:
             rows.append([title, *["not run"] * 6])
             continue
         record = records[key]
+        short = "" if record["prior"]["enough"] else "≥ "
         rows.append(
             [
                 title,
@@ -46,20 +47,31 @@ def refinement(records: dict[str, Record]) -> str:
                 f"{record['guide_error']:.2f}",
                 *(
                     f"{each['error']:.3f} / {each['rhat']:.3f} / {each['gradients']:,}"
+                    + ("" if each["enough"] else " (not enough)")
                     for each in (record["refined"], record["prior"])
                 ),
-                f"{record['ratio']:.1f}",
+                f"{short}{record['ratio']:.1f}",
+                f"{short}{record['ratio_with_training']:.1f}",
             ]
         )
-    head = ["model", "k-hat", "error before", "from the guide", "from the prior", "ratio"]
+    head = [
+        "model",
+        "k-hat",
+        "error before",
+        "from the guide",
+        "from the prior",
+        "ratio",
+        "training counted",
+    ]
     return "\n\n".join(
         [
             "### Refinement of a bad guide",
-            "The guide is not trained, and the first site that it samples is made far too narrow. Eight chains by one "
-            "kernel (`NUTS()`), from the guide's draws in its base space and from draws of the prior in unconstrained "
-            "space; the number of samples doubles from 250 until all means are within 0.05 posterior standard "
-            "deviations and R-hat is below 1.01 (at most 8,000). Columns: largest error of a mean in standard "
-            "deviations / largest R-hat / gradients, those of warm-up included.",
+            "The guide of eight schools is not trained, that of the banana is (1,500 steps of four draws); then the "
+            "first site that it samples is made far too narrow. Eight chains by one kernel (`NUTS()`), from the "
+            "guide's draws in its base space and from draws of the prior in unconstrained space. Columns: largest "
+            "error of a mean in standard deviations / largest R-hat / gradients, those of warm-up included, at the "
+            "first of the lengths 250 to 4,000 at which all means are within 0.05 posterior standard deviations and "
+            "R-hat is below 1.01; the ratio of the numbers of gradients, without and with those of training.",
             table(head, rows),
         ]
     )

@@ -27,7 +27,8 @@ from pyro_graphflows import auto_faithful_guide, sample_posterior
 from pyro_graphflows.infer import NUTS, InferenceCompilation
 from pyro_graphflows.infer.batched_hmc import run_chains
 from pyro_graphflows.infer.chains import split_rhat
-from pyro_graphflows.infer.refinement import Target, Unconstrained
+from pyro_graphflows.infer.model_runs import Fitted
+from pyro_graphflows.infer.refinement import Target, Unconstrained, coordinates_of, starting_rows
 from studies.flags import add_places
 from studies.real_models.hierarchical import eight_schools, radon
 from studies.real_models.models import find
@@ -38,6 +39,9 @@ EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0], dtype=torc
 ERRORS = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0], dtype=torch.float64)
 CHAINS = 8
 ERROR, AGREE = 0.05, 1.01
+LENGTHS = (250, 500, 750, 1000, 1500, 2000, 3000, 4000)  # of a chain, at which means and R-hat are looked at
+ATTEMPTS = (750, 4000)
+PARTICLES = 4
 Moments = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -80,8 +84,9 @@ def schools_loo() -> Tensor:
 
 
 def banana(x: Tensor) -> None:
-    a = pyro.sample("a", dist.Normal(0.0, 2.0))
     b = pyro.sample("b", dist.Normal(0.0, 5.0))
+    # last: guides sample it first, and given a the law of b has one mode
+    a = pyro.sample("a", dist.Normal(0.0, 2.0))
     with pyro.plate("data", len(x)):
         pyro.sample("x", dist.Normal(b - 0.5 * a.square(), 0.5), obs=x)
 
@@ -108,75 +113,82 @@ def worst(draws: dict[str, Tensor], moments: Moments, chains: int) -> tuple[floa
     return error, rhat
 
 
-def refinement(model: Any, args: tuple[Tensor, ...], moments: Moments) -> dict[str, Any]:
+def refinement(
+    model: Any, args: tuple[Tensor, ...], moments: Moments, steps: int, **options: Any
+) -> dict[str, Any]:
     """Compare chains from a spoilt guide in its base space with chains from the prior in unconstrained space.
 
-    The same kernel in both; lengths double until means are within 0.05 standard deviations and R-hat is below 1.01.
+    The same kernel in both; what is reported is the first of some lengths at which means are within 0.05 standard
+    deviations and R-hat is below 1.01.
+
+    Args:
+        model: The model.
+        args: Its arguments.
+        moments: Its posterior means and standard deviations.
+        steps: How long the guide is trained before it is spoilt.
+        options: Of the guide.
     """
-    record: dict[str, Any] = {}
+    record: dict[str, Any] = {"steps": steps}
     pyro.set_rng_seed(0)
-    guide = auto_faithful_guide(model, *args)
+    guide = auto_faithful_guide(model, *args, **options)
+    start = time.process_time()
+    if steps:
+        fit_to(model, guide, args, steps)
+    record["train_seconds"] = time.process_time() - start
     narrow(guide, args)
     posterior = sample_posterior(model, guide, *args, num_draws=1000, seed=0, progress=False)
     record["khat"], record["ess"] = float(posterior.khat), float(posterior.ess)
     record["guide_error"] = worst(dict(posterior.draws), moments, 1)[0]
-    num = 250
-    while True:
-        start = time.process_time()
-        refined = posterior.refined(
-            khat_above=None, num_chains=CHAINS, num_samples=num, seed=1, progress=False
-        )
-        error, rhat = worst(dict(refined.draws), moments, CHAINS)
-        assert refined.chains is not None
-        record["refined"] = {
-            "samples": num,
-            "gradients": refined.chains.gradients,
-            "seconds": time.process_time() - start,
-            "error": error,
-            "rhat": rhat,
-            "divergent": int(refined.chains.divergent.sum()),
-        }
-        print(record["refined"], flush=True)
-        if (error <= ERROR and rhat < AGREE) or num >= 8000:
-            break
-        num *= 2
-    num = 250
-    while True:
-        record["prior"] = from_the_prior(posterior, moments, num)
-        print(record["prior"], flush=True)
-        if (record["prior"]["error"] <= ERROR and record["prior"]["rhat"] < AGREE) or num >= 8000:
-            break
-        num *= 2
+    coordinates = coordinates_of(posterior.fitted, posterior.draws)
+    rows = starting_rows(posterior.log_weights, CHAINS)
+    first = {name: posterior.draws[name][rows] for name in posterior.fitted.latents}
+    pyro.set_rng_seed(1)
+    record["refined"] = run(posterior.fitted, coordinates, first, moments)
+    pyro.set_rng_seed(2)
+    record["prior"] = run(posterior.fitted, *from_the_prior(posterior.fitted), moments)
+    trained = record["refined"]["gradients"] + PARTICLES * steps
     record["ratio"] = record["prior"]["gradients"] / record["refined"]["gradients"]
+    record["ratio_with_training"] = record["prior"]["gradients"] / trained
     return record
 
 
-def from_the_prior(posterior: Any, moments: Moments, num: int) -> dict[str, Any]:
-    """Run the kernel in unconstrained coordinates, chains started from draws of the prior."""
-    fitted = posterior.fitted
+def run(fitted: Fitted, coordinates: Any, first: dict[str, Tensor], moments: Moments) -> dict[str, Any]:
+    """Run chains and return the first of some lengths that is enough, or the longest."""
     start = time.process_time()
-    pyro.set_rng_seed(2)
+    target = Target(fitted, coordinates, first, None, torch.tensor(True))
+    for longest in ATTEMPTS:
+        visited = run_chains(NUTS(), target, target.start, longest)
+        with torch.no_grad():
+            chains = [target.values(chain) for chain in visited.points.transpose(0, 1)]
+        for num in (num for num in LENGTHS if num <= longest):
+            error, rhat = worst(
+                {name: torch.cat([each[name][:num] for each in chains]) for name in moments}, moments, CHAINS
+            )
+            enough = error <= ERROR and rhat < AGREE
+            if enough or num == ATTEMPTS[-1]:
+                record = {
+                    "samples": num,
+                    "gradients": int(visited.gradients_after[num - 1]),
+                    "seconds": time.process_time() - start,
+                    "error": error,
+                    "rhat": rhat,
+                    "divergent": int(visited.divergent.sum()),
+                    "enough": enough,
+                }
+                print(record, flush=True)
+                return record
+    raise AssertionError("the longest is the last")
+
+
+def from_the_prior(fitted: Fitted) -> tuple[Unconstrained, dict[str, Tensor]]:
+    """Return unconstrained coordinates in units of the prior, and draws of it where chains start."""
     with torch.no_grad(), pyro.poutine.block():
         runs = [
             pyro.poutine.trace(pyro.poutine.uncondition(fitted.model)).get_trace(*fitted.args)
             for _ in range(100)
         ]
         prior = {name: torch.stack([run.nodes[name]["value"] for run in runs]) for name in fitted.latents}
-        coordinates = Unconstrained(fitted, prior)
-        first = {name: value[:CHAINS] for name, value in prior.items()}
-        target = Target(fitted, coordinates, first, None, torch.tensor(True))
-        visited = run_chains(NUTS(), target, target.start, num)
-        draws = [target.values(chain) for chain in visited.points.transpose(0, 1)]
-    joined = {name: torch.cat([each[name] for each in draws]) for name in fitted.latents}
-    error, rhat = worst(joined, moments, CHAINS)
-    return {
-        "samples": num,
-        "gradients": visited.gradients,
-        "seconds": time.process_time() - start,
-        "error": error,
-        "rhat": rhat,
-        "divergent": int(visited.divergent.sum()),
-    }
+        return Unconstrained(fitted, prior), {name: value[:CHAINS] for name, value in prior.items()}
 
 
 def narrow(guide: Any, args: tuple[Tensor, ...]) -> None:
@@ -187,12 +199,12 @@ def narrow(guide: Any, args: tuple[Tensor, ...]) -> None:
 
 
 def part_schools() -> dict[str, Any]:
-    return refinement(eight_schools, (ERRORS, EFFECTS), schools_moments())
+    return refinement(eight_schools, (ERRORS, EFFECTS), schools_moments(), 0, family="auto")
 
 
 def part_banana() -> dict[str, Any]:
     x = torch.tensor([1.0, 1.5], dtype=torch.float64)
-    return refinement(banana, (x,), banana_moments(x))
+    return refinement(banana, (x,), banana_moments(x), 1500)
 
 
 # -------------------------------------------------------------------------------------------------- prediction and LOO
@@ -264,7 +276,7 @@ def part_schools_loo() -> dict[str, Any]:
 
 def fit_to(model: Any, guide: Any, args: tuple[Tensor, ...], steps: int) -> None:
     """Train on one data set by the ELBO, the rate falling to a hundredth."""
-    loss = pyro.infer.Trace_ELBO(num_particles=4, vectorize_particles=True).differentiable_loss
+    loss = pyro.infer.Trace_ELBO(num_particles=PARTICLES, vectorize_particles=True).differentiable_loss
     optimizer = torch.optim.Adam(guide.parameters(), lr=1e-2)
     for step in range(steps):
         for group in optimizer.param_groups:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.conditionals.pooling import PoolMember, without_leading_ones
-from pyro_graphflows.guides.features import FeatureMap
+from pyro_graphflows.guides.sites import FeatureMap
 from pyro_graphflows.regression import in_float64, location_and_scale
 
 __all__ = ["Embedding", "default_network"]

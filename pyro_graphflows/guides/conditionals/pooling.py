@@ -37,8 +37,8 @@ from torch import Tensor, nn
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides.call import PlateState
-from pyro_graphflows.guides.features import FeatureMap, concatenate
 from pyro_graphflows.guides.inputs import subsampled_message
+from pyro_graphflows.guides.sites import FeatureMap, concatenate
 from pyro_graphflows.nn.activations import make_activation
 from pyro_graphflows.shapes import broadcast_shapes
 

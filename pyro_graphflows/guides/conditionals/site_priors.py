@@ -20,7 +20,7 @@ from torch.distributions.transforms import (
 from pyro_graphflows.distributions.coordinates import GaussianCoordinate, gaussian_coordinate, is_well_defined
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.sites import LatentSite, is_identity
-from pyro_graphflows.inspect.trace import undressed
+from pyro_graphflows.inspect.runs import undressed
 
 __all__ = ["SitePrior", "has_prior", "is_normal_unconstrained", "site_prior"]
 
