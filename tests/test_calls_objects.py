@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 import types
+import warnings
 from collections import OrderedDict, UserDict, deque, namedtuple
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -21,7 +22,7 @@ import pytest
 import torch
 from pyro.infer import Trace_ELBO
 
-from pyro_graphflows.errors import UnsupportedModelError
+from pyro_graphflows.errors import GraphflowsWarning, UnsupportedModelError
 from pyro_graphflows.guides import auto_faithful_guide
 from pyro_graphflows.inspect import get_model_graph, trace_model
 from pyro_graphflows.inspect.arguments import argument_leaves
@@ -362,6 +363,23 @@ def test_iterators_are_refused():
 
 
 # ------------------------------------------------------------------------------------------------------ rows, and more
+def test_covariates_that_set_up_had_not_are_warned_of_once():
+    def model(y, x=None):
+        datum(torch.zeros(len(y)) if x is None else x, y)
+
+    guide = auto_faithful_guide(model, torch.randn(5), **FEW)
+    with pytest.warns(
+        GraphflowsWarning, match=r"This call has x, on which y depend .*guide\.setup\(\*args\)"
+    ):
+        guide(torch.randn(5), torch.randn(5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        guide(torch.randn(5), torch.randn(5))
+        guide(torch.randn(4))
+    guide.setup(torch.randn(5), torch.randn(5))
+    assert guide.inverse.parents["z"] == ("x", "y")
+
+
 def test_objects_with_rows_of_a_subsampled_plate():
     def model(batch, ind=None):
         with pyro.plate("data", len(batch.w), subsample=ind) as rows:

@@ -344,6 +344,17 @@ def test_indices_that_come_in_order_first():
                 assert torch.allclose(guide.median(X, Y[ind], ind)["z"], means()[ind])
 
 
+def test_indices_that_are_computed_from_an_argument():
+    def model(x, y, seen):
+        with pyro.plate("data", N, subsample=seen.nonzero()[:, 0]) as rows:
+            datum(x[rows], y[rows])
+
+    guide = auto_faithful_guide(model, X, Y, torch.arange(N) % 2 == 0, **FEW)
+    exact_(guide)
+    for seen in (torch.arange(N) % 3 == 0, torch.ones(N, dtype=torch.bool)):
+        assert torch.allclose(guide.median(X, Y, seen)["z"], means()[seen])
+
+
 class Net(torch.nn.Module):
     """A module that a call is given, with data in a buffer or in a field."""
 

@@ -12,6 +12,7 @@ Covariates of plates with indices are read row for row. Which of them the model 
 already, is seen by the tracer once for each kind of call (:mod:`~pyro_graphflows.inspect.rows`).
 """
 
+import warnings
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,7 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from pyro_graphflows.capture import CAPTURING
-from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
+from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
 from pyro_graphflows.guides.sites import InputEncodings, is_constant, moved_support
 from pyro_graphflows.inspect import (
     ArgumentPath,
@@ -49,6 +50,8 @@ from pyro_graphflows.inspect.arguments import (
     fields_of,
     held_by_function,
 )
+from pyro_graphflows.inspect.runs import rows_of_plates
+from pyro_graphflows.inspect.trace import trace_once
 from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = [
@@ -268,7 +271,12 @@ class CallReader:
             default all sites read all of them.
         unread: Observed sites whose values no site of the guide reads.
         optional: The latent sites that have data in some calls.
+
+    Attributes:
+        given: Where the tensors among the arguments of set-up were; None if that is not known.
     """
+
+    given: frozenset[ArgumentPath] | None = None
 
     def __init__(
         self,
@@ -295,6 +303,7 @@ class CallReader:
         self.rows = {name: dict(rows) for name, rows in traced.rows.items()}
         self.places = dict(traced.places)
         self._taken: dict[Hashable, dict[str, dict[int, str]]] = {}
+        self._told: set[Hashable] = set()
         values = {name: traced.trace.nodes[name]["value"] for name in self.latent}
         self.like = {name: value for name, value in values.items() if torch.is_tensor(value)}
         sites = (*self.latent, *self.observed)
@@ -362,7 +371,7 @@ class CallReader:
             name: torch.zeros((), dtype=dtype, device=device) for name, dtype in plain["like"].items()
         }
         new._unverified, new._known, new._taken = True, {}, {}
-        new._shapes, new._at_set_up = {}, None
+        new._shapes, new._at_set_up, new._told = {}, None, set()
         return new
 
     def _verify(self, trace: poutine.Trace) -> None:
@@ -502,12 +511,37 @@ class CallReader:
                 scales[name] = scale
             supports[name] = site["fn"].support
         self._find_paths(given, model, args, kwargs)
+        self._say_what_is_new(model, args, kwargs, trace)
         call = Call(values, plates, masks, scales, supports, given, _has_part_of_a_loop(trace))
         self._unverified = False
         varies = call.in_part or bool(point.given)
         if shape is not None and not varies and self._arguments_say_all(call, model, args, kwargs):
             self._known[shape], self._shapes[shape] = call, shapes
         return call
+
+    def _say_what_is_new(
+        self, model: Callable[..., Any], args: Any, kwargs: Any, trace: poutine.Trace
+    ) -> None:
+        """Warn of covariates that were not there at set-up, once for each kind of call: they are not read."""
+        leaves = argument_leaves(model, args, kwargs) if self.given is not None else {}
+        new = [path for path in leaves if self.given is not None and path not in self.given]
+        kind = _shape_of((args, kwargs), of_objects=True) if new else None
+        if not new or kind in self._told:
+            return
+        self._told.add(kind)
+        with suppress(UnsupportedModelError):
+            again = trace_once(model, args, kwargs, strict=False, indices=rows_of_plates(trace))
+            more = [name for name in again.graph.inputs if again.argument_paths[name] in new]
+            if more:
+                sites = [
+                    str(site) for site in again.graph.nodes if set(more) & set(again.graph.parents(site))
+                ]
+                warnings.warn(
+                    f"This call has {_few(more)}, on which {_few(sites)} depend and which the guide does not read, as "
+                    "there was none when it was set up. Set it up with a call that has all: guide.setup(*args).",
+                    GraphflowsWarning,
+                    stacklevel=4,
+                )
 
     def supports_given(
         self,

@@ -318,6 +318,7 @@ def compile_guide(
     reader = CallReader(
         *(traced, encodings), keep_masks=keep_masks, readers=readers, unread=unread, optional=options.optional
     )
+    reader.given = frozenset(argument_leaves(model, args, kwargs))
     scores, left_out, said = _scores(options, draws, inverse, plates, bool(changing) or elements)
     if scores is not None:
         blocks = with_scores(blocks, {site: score_name(site) for site in scores.observed_children}, left_out)

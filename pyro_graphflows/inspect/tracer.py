@@ -276,7 +276,9 @@ class TaintTracker:
             storage = storage_of(indices)
             own = None if storage is None else storage._cdata
             # an index without sources was made outside of the tensors, from a list or an array
-            known = all(
+            # and one in the memory of the plate's is these, whatever they were computed from
+            of_index = storage_of(index)
+            known = (own is not None and of_index is not None and of_index._cdata == own) or all(
                 _same_indices(self.plates[source.plate], indices)
                 if isinstance(source, PlateRows)
                 else getattr(source, "storage", -1) == own
