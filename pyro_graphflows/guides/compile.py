@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from functools import update_wrapper
 from typing import Any
 
+import networkx as nx
+import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
@@ -31,15 +33,17 @@ from pyro_graphflows.guides.conditionals.factors import ElementNormalFactor, Fac
 from pyro_graphflows.guides.conditionals.pooling import Attention, DeepSet
 from pyro_graphflows.guides.conditionals.site_priors import is_normal_unconstrained
 from pyro_graphflows.guides.families import MOST_GLOBALS, Auto, Normal, Spline
-from pyro_graphflows.guides.fusion import FusionQuestion, plan_fusion
+from pyro_graphflows.guides.fusion import FusionQuestion, plan_fusion, sites_of_scales
 from pyro_graphflows.guides.inputs import InputOptions, InputPlan, plan_inputs, sites_concerned
 from pyro_graphflows.guides.orders import (
     NAMED_INVERSES,
     FoundInverse,
     Inverse,
     find_inverse,
+    most_edges_of_hierarchy,
     optional_sites_first,
     order_for_discrete_sites,
+    order_for_hierarchies,
     order_for_supports,
     outer_sites_first,
     outside_of_loops,
@@ -58,7 +62,6 @@ from pyro_graphflows.guides.plan import (
     with_scores,
 )
 from pyro_graphflows.guides.samples import ModelDraws
-from pyro_graphflows.guides.scales import sites_of_scales
 from pyro_graphflows.guides.scores import ScoreReader, judge_scores, score_name, sites_with_scores
 from pyro_graphflows.guides.sites import (
     REMEDIES_OF_NAN,
@@ -264,6 +267,7 @@ def compile_guide(
     enumerated = sites_to_enumerate(options.enumerate_sites, sites)
     encodings = input_encodings(model, args, kwargs, traced)
     _require_possible_data(traced, encodings, lambda: _another_run(model, args, kwargs))
+    _require_data_of_flat_priors(traced)
     draws = ModelDraws(model, args, kwargs, traced, sites, encodings)
     changing = _changing_supports(traced, model, args, kwargs)
     vectors = _hold_vectors(
@@ -281,6 +285,15 @@ def compile_guide(
         ways = [find_inverse(model, args, kwargs, trace, one, elements=elements) for one in orders]
         found = min(ways, key=lambda way: way.inverse.num_edges)
         traced, inverse = found.traced, outer_sites_first(found.inverse) if discrete else found.inverse
+    scales: Mapping[str, Sequence[str]] = {}
+    if options.family.fusion is not False or options.family.tells_roles:
+        scales = sites_of_scales(model, (args, kwargs), traced, sites, inverse.graph, _scalars(sites))
+    if is_free and scales and not discrete and not traced.loops and not changing:
+        hierarchical = order_for_hierarchies(inverse, scales)
+        if hierarchical is not None:
+            way = find_inverse(model, args, kwargs, trace, hierarchical, elements=elements)
+            if way.inverse.num_edges <= most_edges_of_hierarchy(inverse, scales):
+                found, traced, inverse = way, way.traced, way.inverse
     judged = found.judged if traced.loops else None
     if traced.loops:
         inverse = outside_of_loops(inverse, traced.graph)
@@ -294,7 +307,7 @@ def compile_guide(
         _input_options(options, found, sites),
         sites_concerned(inverse, uneven),
     )
-    role_facts = _roles(options, sites, inverse.graph, traced, (model, (args, kwargs)))
+    role_facts = _roles(options, sites, inverse.graph, traced, scales)
     families, keys = _families(options, sites, inputs, inverse.graph.plates, vectors.long, role_facts)
     blocks = make_blocks(inverse, inputs, encodings.event_dims, keys)
     require_outer_sites_first(blocks, inverse, discrete)
@@ -670,20 +683,22 @@ def _families(
     return families, keys
 
 
+def _scalars(sites: Mapping[str, LatentSite]) -> list[str]:
+    return [name for name, site in sites.items() if site.size == 1 and site.encoding is None]
+
+
 def _roles(
     options: GuideOptions,
     sites: Mapping[str, LatentSite],
     graph: ModelGraph,
     traced: TracedModel,
-    call: tuple[Callable[..., Any], tuple[tuple[Any, ...], dict[str, Any]]],
+    scales: Collection[str],
 ) -> dict[str, dict[str, bool]]:
     """Return what a family that tells roles asks of each site beside its inputs; nothing for other families."""
     if not options.family.tells_roles:
         return {}
     nodes: Any = traced.trace.nodes
-    scalars = [name for name, site in sites.items() if site.size == 1 and site.encoding is None]
-    outside = [name for name in scalars if not graph.plates[name] and name not in traced.loops]
-    scales = sites_of_scales(*call, traced, sites, graph, scalars)
+    outside = [name for name in _scalars(sites) if not graph.plates[name] and name not in traced.loops]
     return {
         name: {
             "is_global": len(outside) <= MOST_GLOBALS and name in outside,
@@ -775,6 +790,20 @@ def _require_possible_data(
             raise GraphflowsError(
                 f"Expected data of {name!r} in the support of its distribution, {support}; {int(wrong.sum())} of "
                 f"{wrong.numel()} values are outside of it."
+            )
+
+
+def _require_data_of_flat_priors(traced: TracedModel) -> None:
+    """Refuse improper priors on which no data depend: the posterior is improper too."""
+    nodes: Any = traced.trace.nodes
+    dag = traced.graph.to_networkx()
+    for name in traced.graph.latent:
+        improper = name in nodes and isinstance(undressed(nodes[name]["fn"]), dist.ImproperUniform)
+        if improper and nx.descendants(dag, name).isdisjoint(traced.graph.observed):
+            raise GraphflowsError(
+                f"Expected data that depend on {name!r}, whose prior is improper; there are none in this call, so that "
+                "its posterior is improper too. Set the guide up with data, guide.setup(*args), or give the site a "
+                "proper prior."
             )
 
 

@@ -7,7 +7,7 @@ the call are all that is known.
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -197,6 +197,16 @@ class ModelDraws:
     def latent_values(self, number: int) -> dict[str, Tensor]:
         """Return the values of the latent sites, as the model has them, in the first of the samples drawn last."""
         return {name: self._last[name][:number] for name in self.sites}
+
+    def observed_values(self, number: int, names: Collection[str]) -> dict[str, Tensor]:
+        """Return the values of observed sites in the first of the samples drawn last, where they were drawn.
+
+        Args:
+            number: How many.
+            names: The nodes that are asked about.
+        """
+        observed = self.traced.graph.observed
+        return {name: self._last[name][:number] for name in names if name in observed and name in self._last}
 
     @property
     def note(self) -> str | None:

@@ -280,7 +280,7 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
     if plan.coupled and not kept:
         conditionals.start_couplings_(samples.plates)
     if regression and not (samples.source == "mode" and kept):
-        conditionals.narrow_elements_(ELEMENT_SCALE)
+        conditionals.narrow_elements_(ELEMENT_SCALE, fitted=kept)
     return Start(tuple(notes), moments)
 
 

@@ -12,7 +12,7 @@ from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.guides import AutoFaithfulGuide
 from pyro_graphflows.infer import CalibrationReport, History, Posterior
 
-__all__ = ["TRUSTED", "Findings", "judge_draws", "judge_model", "next_steps", "unlikely"]
+__all__ = ["NEARLY_EVEN", "TRUSTED", "Findings", "judge_draws", "judge_model", "next_steps", "unlikely"]
 
 TRUSTED = 0.7
 FEW = 0.1  # a share of data for which chains are cheaper than more training

@@ -120,6 +120,11 @@ class Family(ABC):
         return False
 
     @property
+    def can_fuse(self) -> bool:
+        """Whether the sites that it serves itself can be fused with their priors."""
+        return self.fusion is not False
+
+    @property
     def can_regress(self) -> bool:
         """Whether its conditionals can become linear-Gaussian."""
         return True
@@ -355,8 +360,13 @@ class Conditionals(nn.Module, ABC):
                 weights[parent] = matrix * (input_scale / scale)
         return LinearConditional(weights, loc, fit.scale_tril)
 
-    def narrow_elements_(self, factor: float) -> None:
-        """Multiply the scales of the sites with per-element parameters; nothing without such sites."""
+    def narrow_elements_(self, factor: float, *, fitted: bool = True) -> None:
+        """Multiply the scales of the sites with per-element parameters; nothing without such sites.
+
+        Args:
+            factor: The number.
+            fitted: Whether factors beside priors were fitted; those of sites in no plate are made narrow if not.
+        """
         if self.block.per_element:
             raise GraphflowsError(f"{type(self).__name__} has no per-element parameters.")
 

@@ -298,7 +298,7 @@ class FlowConditionals(Conditionals):
         return True
 
     @torch.no_grad()
-    def narrow_elements_(self, factor: float) -> None:
+    def narrow_elements_(self, factor: float, *, fitted: bool = True) -> None:
         """See :meth:`Conditionals.narrow_elements_`."""
         if self.table is not None and self.affine.stack.conditional_scale:
             self.table.table[..., 1::2] += math.log(factor)
