@@ -253,6 +253,37 @@ def test_scales_that_are_none(data, family, scale):
         guide.set_linear_("z", {}, 0.0, scale)
 
 
+WRONG = {
+    "another length": (lambda x, y: (x, y[:5]), r"data of 'y' of shape \(12,\).*got \(5,\)"),
+    "a list": (lambda x, y: (x, y.tolist()), r"data of 'y' in a tensor; got a list\. Pass torch\.as_tensor"),
+    "an array": (lambda x, y: (x, y.numpy()), r"data of 'y' in a tensor; got a ndarray"),
+    "words": (lambda x, y: (x, "a"), r"data of 'y' in a tensor; got a str"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_data_that_no_model_takes(data, kind):
+    """Said with the name of the site, or of the argument, at set-up and in later calls."""
+    make, match = WRONG[kind]
+    with pytest.raises(GraphflowsError, match=match):
+        auto_faithful_guide(model, *make(*data), num_start_samples=50)
+    guide = auto_faithful_guide(model, *data, num_start_samples=50)
+    with pytest.raises(GraphflowsError, match=match):
+        guide(*make(*data))
+
+
+@pytest.mark.parametrize("validation", [False, True])
+def test_missing_covariates_that_the_model_does_not_fill(data, validation):
+    x, y = data
+    x = x.clone()
+    x[2] = float("nan")
+    with (
+        pyro.validation_enabled(validation),
+        pytest.raises(GraphflowsError, match=r"x have NaN .*(of 'y' is no number|the model fails).*obs_mask"),
+    ):
+        auto_faithful_guide(model, x, y, num_start_samples=50)
+
+
 # ---------------------------------------------------------------- order of calls
 
 

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from numbers import Number
 from typing import Any
 
 import pyro.distributions as dist
@@ -30,7 +31,7 @@ from torch.distributions import biject_to, constraints
 
 from pyro_graphflows.capture import CAPTURING
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
-from pyro_graphflows.guides.sites import InputEncodings, is_constant, moved_support
+from pyro_graphflows.guides.sites import REMEDIES_OF_NAN, InputEncodings, is_constant, moved_support
 from pyro_graphflows.inspect import (
     ArgumentPath,
     TracedModel,
@@ -46,6 +47,7 @@ from pyro_graphflows.inspect.arguments import (
     MOST_DEPTH,
     LoopRow,
     argument_leaves,
+    argument_name,
     code_of,
     fields_of,
     held_by_function,
@@ -59,12 +61,14 @@ __all__ = [
     "CallReader",
     "PlateState",
     "SiteForm",
+    "blame_missing_entries",
     "call_key",
     "chosen_indices",
     "input_rows",
     "plates_of",
     "refuse_empty_plates",
     "require_shape",
+    "require_tensor",
     "site_mask",
 ]
 
@@ -433,6 +437,9 @@ class CallReader:
         except Exception as error:
             refuse_empty_plates(error)
             self._require_one_device(model, args, kwargs, error)
+            if isinstance(error, ValueError) and not isinstance(error, GraphflowsError):
+                what = f"the model fails, {str(error).splitlines()[0].rstrip(':.')}."
+                blame_missing_entries(model, args, kwargs, what, error)
             # Without any arguments the plates are as at set-up, if the guide needs no more.
             if args or kwargs or indices:
                 raise
@@ -524,7 +531,8 @@ class CallReader:
     ) -> None:
         """Warn of covariates that were not there at set-up, once for each kind of call: they are not read."""
         leaves = argument_leaves(model, args, kwargs) if self.given is not None else {}
-        new = [path for path in leaves if self.given is not None and path not in self.given]
+        known = {*self.paths.values(), *(self.given or ())}
+        new = [path for path in leaves if path not in known]
         kind = _shape_of((args, kwargs), of_objects=True) if new else None
         if not new or kind in self._told:
             return
@@ -693,6 +701,7 @@ def require_shape(name: str, site: Mapping[str, Any]) -> None:
     """
     value, expected = site["value"], site["fn"].shape()
     if not torch.is_tensor(value):
+        require_tensor(name, value)
         return
     try:
         whole = broadcast_shapes(value.shape, expected)
@@ -709,6 +718,42 @@ def require_shape(name: str, site: Mapping[str, Any]) -> None:
         raise GraphflowsError(
             f"Expected data of {name!r} of shape {tuple(expected)}, that of its distribution; got "
             f"{tuple(value.shape)}. Give both one shape, for example by y.squeeze(-1)."
+        )
+
+
+def blame_missing_entries(
+    model: Callable[..., Any], args: Any, kwargs: Any, what: str, error: Exception | None = None
+) -> None:
+    """Blame NaN among the arguments, if there are any, for what went wrong.
+
+    Args:
+        model: The model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        what: What went wrong, in words.
+        error: The error of the model.
+
+    Raises:
+        GraphflowsError: If an argument has entries that are not finite. The message names it.
+    """
+    leaves = argument_leaves(model, args, kwargs).items()
+    wrong = [
+        argument_name(path)
+        for path, leaf in leaves
+        if leaf.is_floating_point() and not leaf.is_meta and not bool(torch.isfinite(leaf).all())
+    ]
+    if wrong:
+        raise GraphflowsError(
+            f"Expected finite arguments, or a model that can do without; {_few(wrong)} have NaN or infinite entries: "
+            f"{what} {REMEDIES_OF_NAN}"
+        ) from error
+
+
+def require_tensor(name: str, value: Any) -> None:
+    """Refuse data that are no tensor, and no number."""
+    if not torch.is_tensor(value) and not isinstance(value, Number):
+        raise GraphflowsError(
+            f"Expected data of {name!r} in a tensor; got a {type(value).__name__}. Pass torch.as_tensor(...) of them."
         )
 
 

@@ -23,9 +23,11 @@ from pyro_graphflows.graphs.order_search import AutoOrder
 from pyro_graphflows.guides.call import (
     CallReader,
     PlateState,
+    blame_missing_entries,
     plates_of,
     refuse_empty_plates,
     require_shape,
+    require_tensor,
     site_mask,
 )
 from pyro_graphflows.guides.conditionals.contract import ElementParents, Family, SiteRole
@@ -249,10 +251,13 @@ def compile_guide(
     require_rereadable(model, args, kwargs)
     try:
         with quiet_run(model):
-            run_model(model, args, kwargs)
+            first = run_model(model, args, kwargs)
     except ZeroDivisionError as error:
         refuse_empty_plates(error)
         raise
+    for name, site in first.nodes.items():
+        if site["type"] == "sample" and site["is_observed"]:
+            require_tensor(name, site["value"])
     seed_random_state(options.setup_seed)
     model = with_latent(model, options.optional)
     trace = _trace(model, args, kwargs, options)
@@ -266,7 +271,7 @@ def compile_guide(
     discrete = [name for name, site in sites.items() if site.encoding is not None]
     enumerated = sites_to_enumerate(options.enumerate_sites, sites)
     encodings = input_encodings(model, args, kwargs, traced)
-    _require_possible_data(traced, encodings, lambda: _another_run(model, args, kwargs))
+    _require_possible_data(traced, encodings, (model, args, kwargs))
     _require_data_of_flat_priors(traced)
     draws = ModelDraws(model, args, kwargs, traced, sites, encodings)
     changing = _changing_supports(traced, model, args, kwargs)
@@ -759,7 +764,9 @@ def _another_run(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
 
 
 def _require_possible_data(
-    traced: TracedModel, encodings: InputEncodings, another_run: Callable[[], Any]
+    traced: TracedModel,
+    encodings: InputEncodings,
+    call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]],
 ) -> None:
     """Refuse data that no training could use: missing without a word, of another shape, outside of a support."""
     nodes: Any = traced.trace.nodes
@@ -780,12 +787,15 @@ def _require_possible_data(
             )
         support = site["fn"].support
         if not is_constant(support):  # with numbers, perhaps of latent sites
-            others = another_run() if others is None else others
+            others = _another_run(*call) if others is None else others
             if name not in others or not _same_bounds(support, others[name]["fn"].support):
                 continue
         mask = site_mask(site)
         seen = torch.as_tensor(True if mask is None else mask, device=value.device)
-        wrong = outside_of_support(support, value, log_density_at(site["fn"], value)) & seen
+        log_density = log_density_at(site["fn"], value)
+        if bool((log_density.isnan() & seen).any()):
+            blame_missing_entries(*call, f"the density of {name!r} is no number.")
+        wrong = outside_of_support(support, value, log_density) & seen
         if bool(wrong.any()):
             raise GraphflowsError(
                 f"Expected data of {name!r} in the support of its distribution, {support}; {int(wrong.sum())} of "

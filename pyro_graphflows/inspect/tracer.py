@@ -750,6 +750,10 @@ def watched(tracker: TaintTracker, model: Callable[..., Any]) -> Callable[..., A
     return run
 
 
+def _broadcast(one: torch.Size, other: torch.Size) -> bool:
+    return all(a == b or 1 in (a, b) for a, b in zip(reversed(one), reversed(other), strict=False))
+
+
 class PlateWatch(Messenger):
     """Tells a tracker of the indices of plates."""
 
@@ -905,6 +909,11 @@ class Recorder(PlateWatch):
             if is_outside(fn, value):
                 raise UnsupportedModelError(
                     f"Expected data of '{name}' in the support of its distribution, {fn.support}; got others."
+                ) from error
+            if not _broadcast(value.shape, fn.shape()):
+                raise UnsupportedModelError(
+                    f"Expected data of '{name}' of shape {tuple(fn.shape())}, that of its distribution; got "
+                    f"{tuple(value.shape)}."
                 ) from error
             raise UnsupportedModelError(
                 f"At site '{name}', the log-density of {type(fn).__name__} cannot be evaluated "
