@@ -170,7 +170,7 @@ def _about_other_data(found: Findings) -> list[str]:
     assert isinstance(found.calibration, CalibrationReport)
     problem = found.calibration.summary().note.removeprefix("Not calibrated. ").rstrip(".")
     return [
-        f"For other data than these, look at k-hat before you use the guide: on simulated data {problem}. "
+        f"For other data than these, look at k-hat before you use the guide. On simulated data: {problem}. "
         "fit(model, guide, data, simulations=100_000) trains it on such data."
     ]
 

@@ -195,7 +195,7 @@ def _training_section(
     )
     found.history = history
     for note in history.notes:
-        section.text(note[0].upper() + note[1:], "note")
+        section.text(f"{note[0].upper()}{note[1:].rstrip('.')}.", "note")
     for name, each in {"simulations": history.simulated, "data": history}.items():
         if each is not None:
             _curve(section, name, each)
