@@ -257,17 +257,18 @@ class _Numbers(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-# Questions of Pyro's to tensors that have an answer good for all values: no warning of NaN, which the caller watches
-# for; no values left out of a sum, which are zeros.
+# Questions to tensors that have an answer good for all values: no warning of NaN, which the caller watches for; no
+# values left out of a sum, which are zeros; a branch for tails, chosen element by element.
 _ANSWERS = {
     ("pyro.util", "warn_if_nan"): False,
     ("pyro.util", "warn_if_inf"): False,
     ("pyro.infer.util", "compute_expectation"): True,
+    ("pyro_graphflows.distributions.normal_tails", "forward"): True,
 }
 
 
 def _answer() -> bool | None:
-    """Return the answer to the question that is being asked, if it is one of Pyro's above."""
+    """Return the answer to the question that is being asked, if it is one of those above."""
     frame = sys._getframe(2)
     for _ in range(12):
         answer = _ANSWERS.get((frame.f_globals.get("__name__", ""), frame.f_code.co_name))
@@ -281,9 +282,9 @@ def _require_fixed_shape(func: Any, args: tuple[Any, ...]) -> None:
     """Refuse operations whose shape depends on the values of tensors that change from call to call."""
     if torch.Tag.dynamic_output_shape not in func.tags:
         return
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+    from torch.fx.experimental.proxy_tensor import get_innermost_proxy_mode
 
-    mode: Any = get_proxy_mode()
+    mode: Any = get_innermost_proxy_mode()
     by_index = func._schema.name == "aten::index"
     parts = [part for part in (args[1] if by_index else args) if torch.is_tensor(part)]
     if by_index:

@@ -353,7 +353,8 @@ def logistic_regression(
         start = torch.zeros_like(start)
     if n == 0 or (x.shape[-1] == 0 and offset is None):
         return inputs.new_zeros(c, inputs.shape[-1]), _centred(start).to(inputs)
-    mean, scale = x.mean(0), x.std(0, correction=0)
+    mean = x.mean(0)
+    scale = (x - mean).square().mean(0).sqrt()  # also of no columns, of which std() warns
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     x = (x - mean) / scale
     parameters = torch.cat([x.new_zeros(c, x.shape[-1]), start.unsqueeze(-1)], -1).requires_grad_()

@@ -66,6 +66,7 @@ def set_tables_(guide, model):
 
 def _set_table_(guide, index, site, values, log_joint):
     block = guide.blocks[index].conditionals
+    block.set_fusing_(site, False)
     encoding = guide._sites[site].encoding
     parents = list(guide.plan.blocks[index].parents[site])
     first = keys(values, parents)

@@ -18,7 +18,7 @@ from pyro.infer import SVI, Predictive, Trace_ELBO
 from toy_family import LogisticFamily
 
 from pyro_graphflows import guides, load_guide
-from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
+from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.graphs import ModelGraph, faithful_inverse
 from pyro_graphflows.guides import DeepSet, Factor, Flow, Normal, NormalFactor, Spline, auto_faithful_guide
 from pyro_graphflows.guides.files import Reader, Writer
@@ -555,42 +555,3 @@ def test_a_state_of_another_plan_is_refused():
     with pytest.raises(GraphflowsError, match="state of a guide of the same plan"):
         one.load_state_dict(other.state_dict())
     one.load_state_dict(copy.deepcopy(one.state_dict()))
-
-
-@pytest.mark.parametrize("when", ["before set-up", "after set-up", "after a call"])
-def test_the_parameter_store_that_was_loaded(when, tmp_path):
-    trained = auto_faithful_guide(pair, X, num_start_samples=100)
-    svi = SVI(pair, trained, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
-    for _ in range(5):
-        svi.step(X)
-    store = pyro.get_param_store()
-    store.save(tmp_path / "store")
-    expected = trained.median(X)["z"]
-    pyro.clear_param_store()
-    if when == "before set-up":
-        store.load(tmp_path / "store")
-    guide = auto_faithful_guide(pair, X, num_start_samples=100)
-    if when == "after a call":
-        SVI(pair, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO()).step(X)
-    if when != "before set-up":
-        store.load(tmp_path / "store")
-    assert not torch.allclose(guide.median(X)["z"], expected)
-    with pytest.warns(GraphflowsWarning, match="took the values that Pyro's parameter store had"):
-        guide(X)
-    torch.testing.assert_close(guide.median(X)["z"], expected)
-    SVI(pair, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO()).step(X)  # without a second warning
-    assert not torch.allclose(guide.median(X)["z"], expected)
-    other = auto_faithful_guide(pair, X, num_start_samples=100)
-    start = other.median(X)["z"]
-    other(X)  # its names are those of the first, whose values are not for it
-    assert torch.equal(other.median(X)["z"], start)
-
-
-def test_a_parameter_store_of_other_shapes_is_refused(tmp_path):
-    auto_faithful_guide(pair, X, num_start_samples=100)(X)
-    pyro.get_param_store().save(tmp_path / "store")
-    pyro.clear_param_store()
-    pyro.get_param_store().load(tmp_path / "store")
-    guide = auto_faithful_guide(vectors, X.reshape(4, 3), num_start_samples=100)
-    with pytest.raises(GraphflowsError, match="Pyro's parameter store has some of shape"):
-        guide(X.reshape(4, 3))

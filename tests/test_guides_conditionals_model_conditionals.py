@@ -17,8 +17,8 @@ from pyro_graphflows.distributions.normal_tails import HALF_LOG_TWO_PI
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.model_graph import ModelGraph
-from pyro_graphflows.guides.conditionals.fusible_sites import fusible_sites
 from pyro_graphflows.guides.conditionals.model_conditionals import ModelConditionals, same_distribution
+from pyro_graphflows.guides.fusion import fusible_sites
 
 
 class Schools:

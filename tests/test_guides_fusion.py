@@ -1,5 +1,6 @@
 """Conditionals that are the model's own distribution of a site times a factor: exact where they should be."""
 
+import copy
 import math
 import warnings
 
@@ -20,8 +21,8 @@ from pyro.infer import (
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
 
 from pyro_graphflows import auto_faithful_guide, load_guide
-from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.guides import Auto, Normal, Spline
+from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
+from pyro_graphflows.guides import Auto, Flow, Normal, Spline
 from pyro_graphflows.infer import IWAE_ELBO, InferenceCompilation
 
 FUSED = Normal(fusion="auto")
@@ -376,7 +377,165 @@ def test_sites_before_their_model_parents_are_left_alone_and_refused_on_demand()
     assert "not fused with its prior: its model parent 'a' is sampled after it" in guide.describe()
     with pytest.raises(GraphflowsError, match=r"'b' to be fused.*'a' is sampled after it"):
         guide_of(model, x, inverse="forward", family=Normal(fusion=True))
-    assert "b" in guide_of(model, x, inverse="reverse").plan.priors.sites
+    assert "b" in guide_of(model, x, inverse="reverse", family=Normal(fusion=True)).plan.priors.sites
+
+
+def test_priors_that_are_linear_are_left_to_regression():
+    """Their conditionals are linear with or without the prior; those whose scale or slope varies are not."""
+
+    def model(w, x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+            b = pyro.sample("b", dist.Normal(0.5 * a - 1.0, 2.0))
+            c = pyro.sample("c", dist.Normal(a + b, (0.3 * a).exp()))
+            d = pyro.sample("d", dist.Normal(w * a, 1.0))
+            e = pyro.sample("e", dist.Normal(a * b, 1.0))
+            pyro.sample("x", dist.Normal(b + c + d + e, 1.0), obs=x)
+
+    w, x = torch.randn(4), torch.ones(4)
+    assert guide_of(model, w, x, inverse="reverse").plan.priors.sites == {"c", "d", "e"}
+    every = guide_of(model, w, x, inverse="reverse", family=Normal(fusion=True))
+    assert every.plan.priors.sites == set("abcde")
+
+
+def test_globals_of_crossed_effects_keep_the_regression_start():
+    """Judged at the width of the prior, on enough joint samples, and a tenth as wide then."""
+
+    def model(row, column, y):
+        tau = pyro.sample("tau", dist.HalfNormal(1.0))
+        sigma = pyro.sample("sigma", dist.HalfNormal(1.0))
+        with pyro.plate("rows", 4):
+            a = pyro.sample("a", dist.Normal(0.0, tau))
+        with pyro.plate("columns", 5):
+            b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(a[..., row] + b[..., column], sigma), obs=y)
+
+    row, column = torch.arange(4).repeat_interleave(5), torch.arange(5).repeat(4)
+    y = torch.randn(20)
+    guide = guide_of(model, row, column, y, family="auto")
+    assert "random start was kept" not in guide.describe(verbose=True)
+    sigma = draws(guide, row, column, y).nodes["sigma"]["value"]
+    assert 0.3 < float(sigma.min()) < float(sigma.max()) < 1.2  # the prior's median is .67
+
+
+def test_effects_are_sampled_after_their_scales():
+    """And before all else; an inverse that the user names is kept."""
+
+    def model(x, y):
+        log_scale = pyro.sample("log_scale", dist.Normal(0.0, 1.0))
+        level, slope = (pyro.sample(name, dist.Normal(0.0, 5.0)) for name in ("level", "slope"))
+        with pyro.plate("plates", len(x)):
+            effect = pyro.sample("effect", dist.Normal(0.0, log_scale.exp()))
+            pyro.sample("y", dist.Poisson((level + slope * x + effect).exp()), obs=y)
+
+    x, y = torch.linspace(-1.0, 1.0, 6), torch.tensor([0.0, 1.0, 3.0, 2.0, 5.0, 4.0])
+    guide = guide_of(model, x, y)
+    order = guide.inverse.sampling_order
+    assert order[0] == "log_scale"
+    assert order[-1] == "effect"
+    assert "effect" in guide.plan.priors.sites
+    named = guide_of(model, x, y, inverse=["effect", "log_scale", "level", "slope"])
+    assert named.inverse.sampling_order == ("slope", "level", "log_scale", "effect")
+
+
+@pytest.mark.parametrize("fusion", ["auto", False])
+def test_flows_are_not_fused_but_the_sites_that_they_do_not_serve(fusion):
+    def model(w, x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Gamma(2.0, 2.0))
+            k = pyro.sample("k", dist.Bernoulli(logits=w * a))
+            pyro.sample("x", dist.Normal(a + k, 1.0), obs=x)
+
+    data = torch.randn(4), torch.ones(4)
+    guide = guide_of(model, *data, family=Flow(fusion=fusion), inverse="reverse", num_start_samples=500)
+    assert guide.plan.priors.sites == ({"k"} if fusion else set())
+    with pytest.raises(GraphflowsError, match=r"fusion='auto' or False with Flow.*Spline\(fusion=True\)"):
+        Flow(fusion=True)
+
+
+def test_parents_that_the_guide_enumerates_leave_a_site_alone():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(0.3))
+            z = pyro.sample("z", dist.Normal(0.0, (3.0 * k).exp()))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.ones(3)
+    assert "z" in guide_of(model, x, inverse="reverse").plan.priors.sites
+    guide = guide_of(model, x, inverse="reverse", enumerate_sites=True)
+    assert not guide.plan.priors.sites
+    latents = {"k": torch.ones(3), "z": torch.zeros(3)}
+    assert torch.equal(log_q(guide, latents, x), log_q(guide, latents, x))
+
+
+def test_outer_sites_with_a_parent_in_an_inner_plate_are_left_alone():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        top = pyro.sample("top", dist.Normal(0.0, (0.1 * z).exp().sum(-1, keepdim=True)).to_event(1))
+        pyro.sample("x", dist.Normal(z + top, 1.0).to_event(1), obs=x)
+
+    x = torch.ones(3)
+    guide = guide_of(model, x, inverse="reverse")
+    assert "top" not in guide.plan.priors.sites
+    assert "not fused with its prior: its model parent 'z' is sampled after it" in guide.describe()
+
+
+def rows_of_groups(group, y):
+    """Three groups whose effects have parameters of their own."""
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("groups", 3):
+        theta = pyro.sample("theta", dist.Normal(1.0, tau))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(theta[..., group], 1.0), obs=y)
+
+
+GROUP = torch.tensor([0, 1, 2, 0, 1])
+
+
+def test_fused_sites_without_arguments_have_the_priors_of_set_up():
+    guide = guide_of(rows_of_groups, GROUP, Y[:5])
+    assert guide.plan.priors.sites == {"tau", "theta"}
+    given, remembered = guide.median(GROUP, Y[:5]), guide.median()
+    assert all(torch.allclose(given[name], value) for name, value in remembered.items())
+    copied = copy.deepcopy(guide).float()
+    assert copied.median()["tau"].dtype == torch.float32
+    assert guide.median()["tau"].dtype == torch.float64
+
+
+def test_a_loaded_guide_asks_for_the_arguments_by_which_priors_are_found(tmp_path):
+    guide = guide_of(rows_of_groups, GROUP, Y[:5])
+    guide.save(tmp_path / "guide.safetensors")
+    loaded = load_guide(tmp_path / "guide.safetensors", rows_of_groups)
+    assert loaded.median(GROUP, Y[:5])["tau"] == guide.median(GROUP, Y[:5])["tau"]
+    with pytest.raises(UnsupportedModelError, match=r"model's arguments: tau, theta are fused"):
+        loaded.median()
+
+
+def test_joint_samples_with_undefined_priors_are_left_out():
+    """exp(log_tau) overflows or is zero in some of them; the start is fitted to the others, and stays fused."""
+
+    def model(y, sigma):
+        log_tau = pyro.sample("log_tau", dist.Normal(0.0, 30.0))
+        with pyro.plate("schools", len(y)):
+            theta = pyro.sample("theta", dist.Normal(0.0, log_tau.exp(), validate_args=False))
+            pyro.sample("y", dist.Normal(theta, sigma, validate_args=False), obs=y)
+
+    guide = guide_of(model, Y.float(), SIGMA.float(), inverse="reverse")
+    assert guide.block_of("theta").conditionals.fuses("theta")
+    guide.set_linear_("log_tau", {}, 0.0, 1.0)
+    theta = guide(Y.float(), SIGMA.float())["theta"]
+    assert theta.isfinite().all()
+
+
+def test_fused_roots_start_narrow():
+    """A tenth as wide as the prior: at its width the first losses are those of wild guesses."""
+    guide = guide_of(half_cauchy_schools, Y, SIGMA, family=Normal(fusion=True))
+    trace = draws(guide, Y, SIGMA, number=2000)
+    score = torch.atan(trace.nodes["tau"]["value"] / 5.0) * (2.0 / math.pi)  # the prior's cdf
+    assert 0.05 < float(dist.Normal(0.0, 1.0).icdf(score).std()) < 0.2
+    assert 0.25 < float(trace.nodes["mu"]["value"].std()) < 1.0
 
 
 def test_priors_that_change_by_chance_are_left_alone():
@@ -468,8 +627,10 @@ def test_discrete_sites_have_the_logits_of_the_prior_and_more():
             pyro.sample("x", dist.Normal(k.to(x.dtype), 0.5), obs=x)
 
     x = torch.linspace(-1.0, 3.0, 9)
-    guide = auto_faithful_guide(model, x, inverse="reverse", family=FUSED)
+    guide = auto_faithful_guide(model, x, inverse="reverse", family=Normal(fusion=True))
     assert "k" in guide.plan.priors.sites
+    # a table of the one discrete parent is learned as well without the prior
+    assert not guide_of(model, x, inverse="reverse", num_start_samples=500).plan.priors.sites
     for z in (0.0, 1.0):
         latents = {"z": torch.full((9,), z), "k": torch.ones(9).long()}
         got = guide.log_prob(latents, x) - poutine.trace(poutine.condition(guide, data=latents)).get_trace(
@@ -556,7 +717,7 @@ def test_saved_copied_and_loaded_guides_are_the_same(family, tmp_path):
 
 def test_a_conditional_that_is_set_is_as_it_was_set():
     """Whatever the prior is: the site is not fused then."""
-    guide = guide_of(half_cauchy_schools, Y, SIGMA)
+    guide = guide_of(half_cauchy_schools, Y, SIGMA, inverse=["theta", "tau", "mu"])
     guide.set_linear_("tau", {"mu": 0.5}, 0.2, 0.3)
     latents = {"tau": torch.tensor(2.0), "mu": torch.tensor(1.0), "theta": torch.zeros(8)}
     fn = poutine.trace(poutine.condition(guide, data=latents)).get_trace(Y, SIGMA).nodes["tau"]["fn"]
@@ -590,7 +751,7 @@ def _kinds(guide):
 def test_hierarchies_have_splines_for_globals_and_are_fused_by_auto():
     guide = auto_faithful_guide(half_cauchy_schools, Y, SIGMA, family="auto", num_start_samples=2000)
     assert _kinds(guide) == {"tau": "Spline", "mu": "Spline", "theta": "Normal"}
-    assert guide.plan.priors.sites == {"tau", "mu", "theta"}
+    assert guide.plan.priors.sites == {"tau", "theta"}  # that of mu is one and the same normal
     assert "fused with its prior, spline" in guide.describe()
 
 
@@ -608,23 +769,36 @@ def test_scales_in_plates_have_splines():
     assert _kinds(guide) == {"log_scale": "Spline", "a": "Normal", "z": "Normal"}
 
 
-def test_other_models_have_normal_conditionals_by_auto():
-    """The same ones, weight for weight."""
+def test_the_default_is_auto():
+    def model(w, x):
+        p = pyro.sample("p", dist.Beta(2.0, 2.0))
+        v = pyro.sample("v", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(p + v.sum(-1), 1.0))
+            g = pyro.sample("g", dist.Gamma(2.0, 2.0))
+            pyro.sample("x", dist.Normal(w * z, g), obs=x)
+
+    data = torch.randn(4), torch.ones(4)
+    guide = auto_faithful_guide(model, *data, num_start_samples=500)
+    assert guide.family == Auto()
+    assert _kinds(guide) == {"p": "Spline", "v": "Normal", "z": "Normal", "g": "Spline"}
+    assert {"p", "g"} <= guide.plan.priors.sites
+    assert guide.describe().count("fused with its prior, spline]") == 2
+
+
+def test_amortised_sites_with_normal_priors_are_as_in_the_normal_family():
+    """Weight for weight."""
 
     def model(x):
-        p = pyro.sample("p", dist.Beta(2.0, 2.0))
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(p, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            u = pyro.sample("u", dist.Normal(z, 1.0))
+            pyro.sample("x", dist.Normal(u, 1.0), obs=x)
 
     x = torch.ones(4)
     one, other = (auto_faithful_guide(model, x, family=f, num_start_samples=500) for f in ("auto", "normal"))
-    assert not one.plan.priors.sites
     assert one.state_dict().keys() == other.state_dict().keys()
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
-    everywhere = auto_faithful_guide(model, x, family=Auto(everywhere=True), num_start_samples=500)
-    assert _kinds(everywhere)["p"] == "Spline"
-    assert "p" in everywhere.plan.priors.sites
 
 
 def test_the_parts_of_the_auto_family_are_families():

@@ -7,6 +7,7 @@ from scipy.stats import chi2, chisquare
 from torch import nn
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
+from pyro_graphflows.infer import calibration
 from pyro_graphflows.infer.calibration import (
     _ranks,
     calibration_report,
@@ -161,12 +162,40 @@ class TestJointRanks:
     def test_the_posterior_is_uniform(self):
         assert sbc_uniformity(tarp_ranks(*self.draws(0.9)), 99).item() > 1e-4
 
+    def test_few_simulations_at_a_time(self):
+        """Units in which a truth itself takes part would put all of its numbers at one distance."""
+        truth, draws = torch.randn(600, 100), torch.randn(99, 600, 100)
+        threes = [tarp_ranks(*each) for each in zip(truth.split(3), draws.split(3, 1), strict=True)]
+        twos = [
+            tarp_ranks(*each, torch.randn(50, 100))
+            for each in zip(truth.split(2), draws.split(2, 1), strict=True)
+        ]
+        for ranks in (threes, twos):
+            assert sbc_uniformity(torch.cat(ranks), 99).item() > 1e-4
+
     def test_shapes_are_checked(self):
         with pytest.raises(GraphflowsError, match=r"got the shapes \(3, 2\) and \(9, 4, 2\)"):
             tarp_ranks(torch.zeros(3, 2), torch.zeros(9, 4, 2))
 
 
 class TestReport:
+    def test_many_numbers_are_calibrated_together(self, monkeypatch):
+        """So many numbers that two simulations fit into one run."""
+        monkeypatch.setattr(calibration, "_NUMBERS_AT_ONCE", 1)
+
+        def model(x):
+            with pyro.plate("data", 50):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        def guide(x, observations=None):
+            with pyro.plate("data", 50):
+                pyro.sample("z", dist.Normal(observations["x"] / 2, 0.5**0.5))
+
+        report = calibration_report(model, guide, torch.zeros(50), num_simulations=101)
+        assert len(report.joint_ranks) == 101
+        assert report.joint_p_value > 1e-4
+
     def test_of_the_posterior(self):
         """Contraction is one minus the posterior's over the prior's variance: 1/2. z-scores are standard normal."""
         report = calibration_report(normal, guide_of(), num_simulations=3000, num_draws=199)

@@ -167,6 +167,24 @@ def test_without_simulations():
     assert "No simulations were asked for" in sections["Calibration on simulated data"]
 
 
+def test_many_sites_share_a_picture_and_a_table():
+    """Six observed sites: a panel each, a table of shares, and a bound that allows for their number."""
+
+    def wide(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            for i in range(6):
+                pyro.sample(f"y{i}", dist.Normal(z, 1.0), obs=y[:, i])
+
+    z = torch.randn(30, 1)
+    sections = page_of(wide, {"y": z + torch.randn(30, 6)}, seconds=0.0, num_simulations=0)
+    check = sections["Predictive check"]
+    assert check.count("<img") == 1
+    assert check.count("<tr>") == 7
+    assert "Nothing in these statistics" in check
+    assert sections["The posterior"].count("<tr>") == 31
+
+
 def test_text_cannot_become_html():
     page = Page("<b>", "&", [Section("a <i>").text("<script>").verbatim("<x>").items(["<y>"])])
     text = page.to_html()

@@ -15,8 +15,6 @@ import pyro.distributions as dist
 import torch
 from compare_guides import add_flags, compare, figure, save
 
-from pyro_graphflows import Spline
-
 EFFECT = [28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0]
 ERROR = [15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0]
 
@@ -33,7 +31,7 @@ def model(sigma, y=None):
 def main(args):
     """Compare the guides; draw effects against the spread."""
     arguments = (torch.tensor(ERROR), torch.tensor(EFFECT))
-    posteriors = compare(args, model, arguments, factors={"tau": Spline()})
+    posteriors = compare(args, model, arguments)
     made, axes = figure(len(posteriors))
     for ax, (name, posterior) in zip(axes, posteriors.items(), strict=True):
         ax.plot(posterior.draws["tau"], posterior.draws["theta"][:, 0], ".", markersize=2, alpha=0.4)

@@ -58,6 +58,7 @@ from pyro_graphflows.distributions.skewed_scores import (
     score,
     unscore,
 )
+from pyro_graphflows.regression import in_float64
 
 __all__ = ["QUANTILES", "GaussianCoordinate", "PriorQuantile", "gaussian_coordinate", "is_well_defined"]
 
@@ -336,14 +337,22 @@ class PriorQuantile(Transform):
             most = torch.nextafter(most, torch.full_like(most, -math.inf))
         return value.maximum(least.detach()).minimum(most.detach())
 
+    def _shape_of(self, like: Tensor) -> Tensor:
+        """Return the answer on the meta device, which has shapes alone."""
+        return torch.empty_like(
+            torch.broadcast_tensors(like, *(part.to(like) for part in self.parameters))[0]
+        )
+
     def _call(self, x: Tensor) -> Tensor:
-        return self._inside(self._quantile(x))
+        return self._shape_of(x) if x.is_meta else self._inside(self._quantile(x)).to(x.dtype)
 
     def _inverse(self, y: Tensor) -> Tensor:
-        return self._score(self._inside(y))
+        return self._shape_of(y) if y.is_meta else self._score(self._inside(y))
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Return log N(u; 0, 1) - log p(z), elementwise."""
+        if x.is_meta:
+            return self._shape_of(x)
         return normal_log_density(x) - self._log_density(self._inside(y))
 
 
@@ -571,7 +580,7 @@ def _shrunk(tensor: Tensor) -> Tensor:
     """Return a single number in double precision where all entries are one and the same, else the tensor."""
     if tensor.dim() and tensor.numel() and not any(tensor.stride()):
         tensor = tensor[(0,) * tensor.dim()]
-    return tensor.double()
+    return in_float64(tensor)
 
 
 class _Skewed(PriorQuantile):
@@ -590,10 +599,10 @@ class _Skewed(PriorQuantile):
         """Return the variable from the value, in double precision."""
 
     def _quantile(self, u: Tensor) -> Tensor:
-        return self._from(unscore(self._kernel(), u.double())).to(u.dtype)
+        return self._from(unscore(self._kernel(), in_float64(u))).to(u)
 
     def _score(self, value: Tensor) -> Tensor:
-        return score(self._kernel(), self._to(value.double())).to(value.dtype)
+        return score(self._kernel(), self._to(in_float64(value))).to(value)
 
 
 class _Gamma(_Skewed, _Positive):
@@ -603,18 +612,19 @@ class _Gamma(_Skewed, _Positive):
         return LogGamma(_shrunk(self.parameters[0]))
 
     def _from(self, x: Tensor) -> Tensor:
-        return x.exp() / self.parameters[1]
+        return x.exp() / in_float64(self.parameters[1])
 
     def _to(self, value: Tensor) -> Tensor:
-        return value.log() + self.parameters[1].log()
+        return value.log() + in_float64(self.parameters[1]).log()
 
 
 class _InverseGamma(_Gamma):
     def _quantile(self, u: Tensor) -> Tensor:
-        return (self.parameters[1] * torch.exp(-unscore(self._kernel(), -u.double()))).to(u.dtype)
+        return (in_float64(self.parameters[1]) * torch.exp(-unscore(self._kernel(), -in_float64(u)))).to(u)
 
     def _score(self, value: Tensor) -> Tensor:
-        return -score(self._kernel(), self.parameters[1].log() - value.double().log()).to(value.dtype)
+        log_rate = in_float64(self.parameters[1]).log()
+        return -score(self._kernel(), log_rate - in_float64(value).log()).to(value)
 
 
 class _Beta(_Skewed, _Positive):
@@ -641,10 +651,10 @@ class _FisherSnedecor(_Skewed, _Positive):
         return LogitBeta(0.5 * _shrunk(self.parameters[0]), 0.5 * _shrunk(self.parameters[1]))
 
     def _from(self, x: Tensor) -> Tensor:
-        return self.parameters[1] / self.parameters[0] * x.exp()
+        return in_float64(self.parameters[1] / self.parameters[0]) * x.exp()
 
     def _to(self, value: Tensor) -> Tensor:
-        return value.log() + (self.parameters[0] / self.parameters[1]).log()
+        return value.log() + in_float64(self.parameters[0] / self.parameters[1]).log()
 
 
 class _StudentT(PriorQuantile):
@@ -655,20 +665,20 @@ class _StudentT(PriorQuantile):
         return LogitBeta(half, half)
 
     def _quantile(self, u: Tensor) -> Tensor:
-        df, loc, scale = self.parameters
-        kernel, u64 = self._kernel(), u.double()
+        df, loc, scale = map(in_float64, self.parameters)
+        kernel, u64 = self._kernel(), in_float64(u)
         at_centre = torch.exp(normal_log_density(0.0 * u64) - kernel.log_density(0.0 * u64))
         small = u64.abs() < SMALL_SCORE
         x = torch.where(small, u64 * at_centre, unscore(kernel, torch.where(small, 1.0, u64)))
-        return (loc + scale * df.sqrt() * torch.sinh(0.5 * x)).to(u.dtype)
+        return (loc + scale * df.sqrt() * torch.sinh(0.5 * x)).to(u)
 
     def _score(self, value: Tensor) -> Tensor:
-        df, loc, scale = self.parameters
+        df, loc, scale = map(in_float64, self.parameters)
         kernel = self._kernel()
-        x = 2.0 * torch.asinh((value.double() - loc) / (scale * df.sqrt()))
+        x = 2.0 * torch.asinh((in_float64(value) - loc) / (scale * df.sqrt()))
         slope = torch.exp(kernel.log_density(0.0 * x) - normal_log_density(0.0 * x))
         small = (x * slope).abs() < SMALL_SCORE
-        return torch.where(small, x * slope, score(kernel, torch.where(small, 1.0, x))).to(value.dtype)
+        return torch.where(small, x * slope, score(kernel, torch.where(small, 1.0, x))).to(value)
 
 
 QUANTILES: dict[type, type[PriorQuantile]] = {

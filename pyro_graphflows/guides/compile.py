@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from functools import update_wrapper
 from typing import Any
 
+import networkx as nx
+import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
@@ -21,9 +23,11 @@ from pyro_graphflows.graphs.order_search import AutoOrder
 from pyro_graphflows.guides.call import (
     CallReader,
     PlateState,
+    blame_missing_entries,
     plates_of,
     refuse_empty_plates,
     require_shape,
+    require_tensor,
     site_mask,
 )
 from pyro_graphflows.guides.conditionals.contract import ElementParents, Family, SiteRole
@@ -31,15 +35,17 @@ from pyro_graphflows.guides.conditionals.factors import ElementNormalFactor, Fac
 from pyro_graphflows.guides.conditionals.pooling import Attention, DeepSet
 from pyro_graphflows.guides.conditionals.site_priors import is_normal_unconstrained
 from pyro_graphflows.guides.families import MOST_GLOBALS, Auto, Normal, Spline
-from pyro_graphflows.guides.fusion import FusionQuestion, plan_fusion
+from pyro_graphflows.guides.fusion import FusionQuestion, plan_fusion, sites_of_scales
 from pyro_graphflows.guides.inputs import InputOptions, InputPlan, plan_inputs, sites_concerned
 from pyro_graphflows.guides.orders import (
     NAMED_INVERSES,
     FoundInverse,
     Inverse,
     find_inverse,
+    most_edges_of_hierarchy,
     optional_sites_first,
     order_for_discrete_sites,
+    order_for_hierarchies,
     order_for_supports,
     outer_sites_first,
     outside_of_loops,
@@ -58,7 +64,6 @@ from pyro_graphflows.guides.plan import (
     with_scores,
 )
 from pyro_graphflows.guides.samples import ModelDraws
-from pyro_graphflows.guides.scales import sites_of_scales
 from pyro_graphflows.guides.scores import ScoreReader, judge_scores, score_name, sites_with_scores
 from pyro_graphflows.guides.sites import (
     REMEDIES_OF_NAN,
@@ -67,12 +72,13 @@ from pyro_graphflows.guides.sites import (
     input_encodings,
     is_constant,
     latent_sites,
+    outside_of_support,
 )
 from pyro_graphflows.guides.vectors import VectorOptions, Vectors, hold_vectors
 from pyro_graphflows.inspect import TracedModel, non_exchangeable_plates, seed_random_state, trace_model
-from pyro_graphflows.inspect.arguments import argument_leaves
+from pyro_graphflows.inspect.arguments import argument_leaves, require_rereadable
 from pyro_graphflows.inspect.graph import split_elements
-from pyro_graphflows.inspect.probes import Rerun, changes
+from pyro_graphflows.inspect.probes import OTHER_SEED, Rerun, changes
 from pyro_graphflows.inspect.runs import (
     log_density_at,
     quiet_run,
@@ -242,12 +248,16 @@ def compile_guide(
         GraphflowsError: If an option names a site that the model has not, or one that it does not fit.
     """
     argument_leaves(model, args, kwargs)  # refuses arguments that do not fit
+    require_rereadable(model, args, kwargs)
     try:
         with quiet_run(model):
-            run_model(model, args, kwargs)
+            first = run_model(model, args, kwargs)
     except ZeroDivisionError as error:
         refuse_empty_plates(error)
         raise
+    for name, site in first.nodes.items():
+        if site["type"] == "sample" and site["is_observed"]:
+            require_tensor(name, site["value"])
     seed_random_state(options.setup_seed)
     model = with_latent(model, options.optional)
     trace = _trace(model, args, kwargs, options)
@@ -261,7 +271,8 @@ def compile_guide(
     discrete = [name for name, site in sites.items() if site.encoding is not None]
     enumerated = sites_to_enumerate(options.enumerate_sites, sites)
     encodings = input_encodings(model, args, kwargs, traced)
-    _require_possible_data(traced, encodings)
+    _require_possible_data(traced, encodings, (model, args, kwargs))
+    _require_data_of_flat_priors(traced)
     draws = ModelDraws(model, args, kwargs, traced, sites, encodings)
     changing = _changing_supports(traced, model, args, kwargs)
     vectors = _hold_vectors(
@@ -279,6 +290,15 @@ def compile_guide(
         ways = [find_inverse(model, args, kwargs, trace, one, elements=elements) for one in orders]
         found = min(ways, key=lambda way: way.inverse.num_edges)
         traced, inverse = found.traced, outer_sites_first(found.inverse) if discrete else found.inverse
+    scales: Mapping[str, Sequence[str]] = {}
+    if options.family.fusion is not False or options.family.tells_roles:
+        scales = sites_of_scales(model, (args, kwargs), traced, sites, inverse.graph, _scalars(sites))
+    if is_free and scales and not discrete and not traced.loops and not changing:
+        hierarchical = order_for_hierarchies(inverse, scales)
+        if hierarchical is not None:
+            way = find_inverse(model, args, kwargs, trace, hierarchical, elements=elements)
+            if way.inverse.num_edges <= most_edges_of_hierarchy(inverse, scales):
+                found, traced, inverse = way, way.traced, way.inverse
     judged = found.judged if traced.loops else None
     if traced.loops:
         inverse = outside_of_loops(inverse, traced.graph)
@@ -292,7 +312,7 @@ def compile_guide(
         _input_options(options, found, sites),
         sites_concerned(inverse, uneven),
     )
-    role_facts = _roles(options, sites, inverse.graph, traced, (model, (args, kwargs)))
+    role_facts = _roles(options, sites, inverse.graph, traced, scales)
     families, keys = _families(options, sites, inputs, inverse.graph.plates, vectors.long, role_facts)
     blocks = make_blocks(inverse, inputs, encodings.event_dims, keys)
     require_outer_sites_first(blocks, inverse, discrete)
@@ -316,6 +336,7 @@ def compile_guide(
     reader = CallReader(
         *(traced, encodings), keep_masks=keep_masks, readers=readers, unread=unread, optional=options.optional
     )
+    reader.given = frozenset(argument_leaves(model, args, kwargs))
     scores, left_out, said = _scores(options, draws, inverse, plates, bool(changing) or elements)
     if scores is not None:
         blocks = with_scores(blocks, {site: score_name(site) for site in scores.observed_children}, left_out)
@@ -667,26 +688,27 @@ def _families(
     return families, keys
 
 
+def _scalars(sites: Mapping[str, LatentSite]) -> list[str]:
+    return [name for name, site in sites.items() if site.size == 1 and site.encoding is None]
+
+
 def _roles(
     options: GuideOptions,
     sites: Mapping[str, LatentSite],
     graph: ModelGraph,
     traced: TracedModel,
-    call: tuple[Callable[..., Any], tuple[tuple[Any, ...], dict[str, Any]]],
+    scales: Collection[str],
 ) -> dict[str, dict[str, bool]]:
     """Return what a family that tells roles asks of each site beside its inputs; nothing for other families."""
     if not options.family.tells_roles:
         return {}
     nodes: Any = traced.trace.nodes
-    scalars = [name for name, site in sites.items() if site.size == 1 and site.encoding is None]
-    outside = [name for name in scalars if not graph.plates[name] and name not in traced.loops]
-    scales = sites_of_scales(*call, traced, sites, graph, scalars)
+    outside = [name for name in _scalars(sites) if not graph.plates[name] and name not in traced.loops]
     return {
         name: {
             "is_global": len(outside) <= MOST_GLOBALS and name in outside,
             "sets_scale": name in scales,
             "normal_prior": is_normal_unconstrained(site, nodes[name]["fn"]),
-            "in_hierarchy": bool(scales),
         }
         for name, site in sites.items()
     }
@@ -733,9 +755,21 @@ def _not_fused(
 # ---------------------------------------------------------------- refusals
 
 
-def _require_possible_data(traced: TracedModel, encodings: InputEncodings) -> None:
+def _another_run(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the sites of a run with other random numbers."""
+    with quiet_run(model):
+        seed_random_state(OTHER_SEED)
+        return run_model(model, args, kwargs).nodes
+
+
+def _require_possible_data(
+    traced: TracedModel,
+    encodings: InputEncodings,
+    call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]],
+) -> None:
     """Refuse data that no training could use: missing without a word, of another shape, outside of a support."""
     nodes: Any = traced.trace.nodes
+    others: Any = None
     for name in traced.graph.observed:
         site = nodes.get(name)
         if site is None or name in traced.without_data or name in encodings.partly:
@@ -751,15 +785,34 @@ def _require_possible_data(traced: TracedModel, encodings: InputEncodings) -> No
                 f"{REMEDIES_OF_NAN}"
             )
         support = site["fn"].support
-        if not is_constant(support):
-            continue
+        if not is_constant(support):  # with numbers, perhaps of latent sites
+            others = _another_run(*call) if others is None else others
+            if name not in others or not _same_bounds(support, others[name]["fn"].support):
+                continue
         mask = site_mask(site)
         seen = torch.as_tensor(True if mask is None else mask, device=value.device)
-        wrong = ~support.check(value) & ~torch.isfinite(log_density_at(site["fn"], value)) & seen
+        log_density = log_density_at(site["fn"], value)
+        if bool((log_density.isnan() & seen).any()):
+            blame_missing_entries(*call, f"the density of {name!r} is no number.")
+        wrong = outside_of_support(support, value, log_density) & seen
         if bool(wrong.any()):
             raise GraphflowsError(
                 f"Expected data of {name!r} in the support of its distribution, {support}; {int(wrong.sum())} of "
                 f"{wrong.numel()} values are outside of it."
+            )
+
+
+def _require_data_of_flat_priors(traced: TracedModel) -> None:
+    """Refuse improper priors on which no data depend: the posterior is improper too."""
+    nodes: Any = traced.trace.nodes
+    dag = traced.graph.to_networkx()
+    for name in traced.graph.latent:
+        improper = name in nodes and isinstance(undressed(nodes[name]["fn"]), dist.ImproperUniform)
+        if improper and nx.descendants(dag, name).isdisjoint(traced.graph.observed):
+            raise GraphflowsError(
+                f"Expected data that depend on {name!r}, whose prior is improper; there are none in this call, so that "
+                "its posterior is improper too. Set the guide up with data, guide.setup(*args), or give the site a "
+                "proper prior."
             )
 
 

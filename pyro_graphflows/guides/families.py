@@ -75,7 +75,7 @@ class Normal(Family):
     activation: str = "elu"
     skip: bool = True
     factor: type[Factor] = field(default=NormalFactor, repr=False)
-    fusion: bool | str = field(default=False, repr=False)
+    fusion: bool | str = field(default="auto", repr=False)
 
     def __post_init__(self) -> None:
         _freeze_widths(self)
@@ -88,7 +88,7 @@ class Normal(Family):
     def __repr__(self) -> str:
         shown = {name: getattr(self, name) for name in NETWORK_OPTIONS}
         options = [f"{name}={value!r}" for name, value in shown.items()]
-        if self.fusion is not False:
+        if self.fusion != "auto":
             options.append(f"fusion={self.fusion!r}")
         if self.factor is not NormalFactor:
             options.append(f"factor={self.factor.__name__}")
@@ -171,18 +171,19 @@ class Spline(Family):
     hidden_layers: int = 1
     activation: str = "elu"
     skip: bool = True
-    fusion: bool | str = False
+    fusion: bool | str = "auto"
 
     def __post_init__(self) -> None:
         _require_fusion(self)
+        _require_positive(self, "num_bins")
         if self.num_bins < 2:
             raise GraphflowsError(f"Expected num_bins >= 2; got {self.num_bins}.")
-        if not 0 < self.bound < math.inf:
-            raise GraphflowsError(f"Expected a positive, finite bound; got {self.bound}.")
+        if not isinstance(self.bound, int | float) or not 0 < self.bound < math.inf:
+            raise GraphflowsError(f"Expected a positive, finite bound; got {self.bound!r}.")
         if self.base not in BASES:
             raise GraphflowsError(f"Expected a base among {', '.join(BASES)}; got {self.base!r}.")
-        if not 0 < self.df < math.inf:
-            raise GraphflowsError(f"Expected positive, finite degrees of freedom; got {self.df}.")
+        if not isinstance(self.df, int | float) or not 0 < self.df < math.inf:
+            raise GraphflowsError(f"Expected positive, finite degrees of freedom; got {self.df!r}.")
         _freeze_widths(self)
         _require_positive(self, "units_per_set", "hidden_layers")
         make_activation(self.activation)
@@ -254,10 +255,12 @@ class Flow(Family):
         masked: The family of the sites that a flow cannot serve: discrete ones, those whose copies are drawn jointly
             across a plate (:mod:`~pyro_graphflows.guides.conditionals.coupled`), those with a factor class of the
             user's, long vectors (:mod:`~pyro_graphflows.guides.vectors`).
+        fusion: ``"auto"``: the sites that ``masked`` serves are fused with their priors as it says; False: none is.
+            Sites with flows are not: a flow times a prior has no density in closed form, which a :class:`Spline` has.
 
     Raises:
-        GraphflowsError: If ``form``, ``closed_form`` or the activation is unknown, a number is out of range, or
-            ``masked`` is no :class:`Normal`.
+        GraphflowsError: If ``form``, ``closed_form`` or the activation is unknown, a number is out of range,
+            ``masked`` is no :class:`Normal`, or ``fusion`` is True.
 
     Example:
         >>> Flow(num_blocks=5).num_blocks
@@ -277,8 +280,15 @@ class Flow(Family):
     conditioner_layers: int = 2
     solver: Solver | None = None
     masked: Normal = field(default_factory=Normal)
+    fusion: bool | str = "auto"
 
     def __post_init__(self) -> None:
+        _require_fusion(self)
+        if self.fusion is True:
+            raise GraphflowsError(
+                "Expected fusion='auto' or False with Flow(...): a residual flow times a prior has no density in "
+                "closed form. Use Spline(fusion=True), which is flexible too."
+            )
         if self.form not in ("faithful", "graphical"):
             raise GraphflowsError(f"Expected form='faithful' or 'graphical'; got {self.form!r}.")
         if self.closed_form not in ("sampling", "density"):
@@ -300,6 +310,11 @@ class Flow(Family):
             make_activation(self.activation)
         if not isinstance(self.masked, Normal):
             raise GraphflowsError(f"Expected masked= a Normal(...); got {self.masked!r}.")
+
+    @property
+    def can_fuse(self) -> bool:
+        """Flows times priors have no density in closed form."""
+        return False
 
     @property
     def can_couple(self) -> bool:
@@ -325,7 +340,8 @@ class Flow(Family):
         """Return this family, or ``masked`` for sites that a flow cannot serve."""
         given = role.coupled or role.factor is not None or role.long is not None
         beyond = given or role.site.encoding is not None
-        return self.masked.serving(role) if beyond else self
+        masked = self.masked if self.fusion else replace(self.masked, fusion=False)
+        return masked.serving(role) if beyond else self
 
     def block_key(self, role: SiteRole) -> Hashable:
         """Return the site itself where its elements have maps, which read all parents before the first level."""
@@ -358,26 +374,23 @@ class Flow(Family):
 
 @dataclass(frozen=True)
 class Auto(Family):
-    """Splines where conditionals are seldom normal, and normal conditionals elsewhere, fused with the priors.
+    """The default: splines where conditionals are seldom normal, normal conditionals elsewhere, fused with the priors.
 
-    In hierarchies, models in which a latent site sets the scale of another, sites are fused with their priors. Of the
-    continuous sites of one number, those have splines that are in no plate (in models with at most ``MOST_GLOBALS``
-    such sites), that set the scale of others, or whose prior is not normal in unconstrained space: bounded, or with
-    heavier tails. ``describe()`` says which. In other models conditionals are normal and are not fused.
+    Of the continuous sites of one number, those have splines that are in no plate (in models with at most
+    ``MOST_GLOBALS`` such sites), that set the scale of others, or whose prior is not normal in unconstrained space:
+    bounded, or with heavier tails. ``describe()`` says which.
 
     Args:
-        normal: The family of all other sites of hierarchies.
+        normal: The family of all other sites.
         spline: The family of these.
-        everywhere: Whether to treat all models as hierarchies.
 
     Example:
         >>> Auto(spline=Spline(num_bins=16)).spline.num_bins
         16
     """
 
-    normal: Normal = field(default_factory=lambda: Normal(fusion="auto"))
-    spline: Spline = field(default_factory=lambda: Spline(fusion="auto"))
-    everywhere: bool = False
+    normal: Normal = field(default_factory=Normal)
+    spline: Spline = field(default_factory=Spline)
 
     def __post_init__(self) -> None:
         if not isinstance(self.normal, Normal) or not isinstance(self.spline, Spline):
@@ -422,8 +435,6 @@ class Auto(Family):
     def serving(self, role: SiteRole) -> Family:
         """Return the family that serves a site."""
         site = role.site
-        if not (role.in_hierarchy or self.everywhere):
-            return replace(self.normal, fusion=False).serving(role)
         other = role.coupled or role.factor is not None or site.encoding is not None or site.size != 1
         flexible = role.is_global or role.sets_scale or not role.normal_prior
         return self.spline if flexible and not other else self.normal.serving(role)
@@ -486,5 +497,8 @@ def _require_fusion(family: Any) -> None:
 
 def _require_positive(family: Any, *names: str) -> None:
     for name in names:
-        if getattr(family, name) < 1:
-            raise GraphflowsError(f"Expected {name} >= 1; got {getattr(family, name)}.")
+        value = getattr(family, name)
+        if not isinstance(value, int):
+            raise GraphflowsError(f"Expected {name} a whole number; got {value!r}.")
+        if value < 1:
+            raise GraphflowsError(f"Expected {name} >= 1; got {value}.")

@@ -2,8 +2,16 @@
 
 The priors are kept as columns with the samples, under names of their own, so that whatever is done to rows of samples
 is done to them too.
+
+**The factor.** It is the one that, times the prior, fits joint samples. With the prior :math:`N(a_i, b_i^2)` of row i
+and a factor :math:`N(W x_i + c, s^2)` the conditional has the location :math:`a_i + K_i (W x_i + c - a_i)` and the
+variance :math:`K_i s^2`, where :math:`K_i = b_i^2 / (b_i^2 + s^2)`. Given s, the best W and c are a least-squares
+regression with weights :math:`K_i`; s is found by a search. Where the prior's scale is the same in all rows, as in
+linear-Gaussian models, s follows from the residual variance, and the start is exact. Vectors have the precision that
+the regression has beyond the prior's, on average over rows.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -12,21 +20,254 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
+from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.guides.conditionals.contract import Conditionals
-from pyro_graphflows.guides.conditionals.fused_fit import FactorFit, fit_factor, fit_logits
 from pyro_graphflows.guides.conditionals.model_conditionals import ModelConditionals
 from pyro_graphflows.guides.conditionals.site_priors import SitePrior
 from pyro_graphflows.guides.plan import BlockPlan, PriorPlan
 from pyro_graphflows.guides.priors import read_priors
 from pyro_graphflows.guides.samples import Samples, columns_of
-from pyro_graphflows.regression import location_and_scale
+from pyro_graphflows.regression import (
+    RIDGE,
+    WINSOR,
+    Regression,
+    in_float64,
+    location_and_scale,
+    logistic_regression,
+    square_root,
+)
 
 __all__ = [
+    "FactorFit",
     "FusedRows",
+    "fit_factor",
+    "fit_logits",
     "prior_of_rows",
     "with_priors",
 ]
+
+FLAT = 2.5  # logarithm of the scale of a factor that says nothing, in units of the prior's spread
+WIDEST = 12.0  # the most of it
+LEAST_GAIN = 2e-3  # nats by which a factor must improve on the prior
+MOST_ROWS = 4000  # by which a scale is found
+COARSE, FINE = 13, 7  # numbers of scales tried
+LEAST_PRECISION = 1e-7  # of what a factor adds to the prior's
+RIDGES = (RIDGE, 1e-3, 1e-1)
+HELD_OUT = 5
+
+
+@dataclass(frozen=True)
+class FactorFit:
+    """A factor, in standardised units of the coordinate.
+
+    Attributes:
+        linear: The factor ``N(loc + weights @ inputs, scale_tril @ scale_tril.T)``.
+        says_something: Whether samples say more of the site than its prior does.
+    """
+
+    linear: Regression
+    says_something: bool
+
+
+def fit_factor(inputs: Tensor, values: Tensor, prior: SitePrior) -> FactorFit:
+    """Fit a factor to joint samples.
+
+    Args:
+        inputs: What the factor may look at, in rows, ``(n, num_inputs)``.
+        values: The site in the coordinate of the prior, standardised, ``(n, size)``.
+        prior: The prior in the same units, of each row.
+    """
+    inputs, values = in_float64(inputs), in_float64(values)
+    prior = prior.map(in_float64)
+    # Rows are chosen by their priors alone: without those of large values the prior would not be that of the others.
+    near = (prior.loc.abs() < WINSOR) & (prior.log_scale < math.log(WINSOR)) & prior.log_scale.isfinite()
+    near &= values.isfinite()
+    near = near.all(-1) & inputs.isfinite().all(-1)
+    flat = FactorFit(_flat(inputs, prior), False)
+    inputs, values, prior = inputs[near], values[near], prior.map(lambda each: each[near])
+    if len(values) < HELD_OUT * (inputs.shape[-1] + 2):
+        return flat
+    return (_fit_number if values.shape[-1] == 1 else _fit_vector)(inputs, values, prior) or flat
+
+
+def _flat(inputs: Tensor, prior: SitePrior) -> Regression:
+    """Return a factor that is wide beside all priors, with a margin for those wider than seen."""
+    scales = prior.log_scale[:MOST_ROWS]
+    if len(scales):
+        middle, most = (torch.quantile(scales, at, dim=0) for at in (0.5, 0.975))
+        wide = most + (most - middle)
+    else:
+        wide = scales.sum(0)
+    size = prior.loc.shape[-1]
+    width = (wide + FLAT).clamp(FLAT, WIDEST).exp().diag_embed()
+    return Regression(width.new_zeros(size, inputs.shape[-1]), width.new_zeros(size), width)
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def fit_logits(inputs: Tensor, values: Tensor, prior: SitePrior, num_classes: int) -> FactorFit:
+    """Fit what is added to a prior's logits.
+
+    Args:
+        inputs: What it may look at, in rows, ``(n, num_inputs)``.
+        values: The flat vectors of the site, ``(n, size)``.
+        prior: The prior of each row.
+        num_classes: The number of classes of each variable; 1 for binary ones.
+    """
+    slopes, intercepts = zip(
+        *(
+            logistic_regression(inputs, own, offset=logits)
+            for own, logits in zip(
+                values.split(num_classes, -1), prior.loc.to(inputs).split(num_classes, -1), strict=True
+            )
+        ),
+        strict=True,
+    )
+    eye = torch.eye(values.shape[-1], dtype=inputs.dtype, device=inputs.device)
+    return FactorFit(Regression(torch.cat(slopes), torch.cat(intercepts), eye), True)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of a scalar site: inputs with a column of ones, values, and location and log-scale of their priors."""
+
+    inputs: Tensor
+    value: Tensor
+    loc: Tensor
+    log_scale: Tensor
+
+    def at(self, chosen: Tensor) -> "_Rows":
+        return _Rows(self.inputs[chosen], self.value[chosen], self.loc[chosen], self.log_scale[chosen])
+
+    def regress(self, log_width: float, ridge: float) -> Tensor:
+        """Return slopes and intercept of a factor of a given scale."""
+        gain = torch.sigmoid(2.0 * (self.log_scale - log_width))
+        weighted = gain.unsqueeze(-1) * self.inputs
+        matrix = weighted.T @ self.inputs / len(self.value)
+        target = self.inputs.T @ (self.value - (1.0 - gain) * self.loc) / len(self.value)
+        penalty = torch.full_like(target, ridge * max(float(gain.mean()), 1e-12))
+        penalty[-1] *= 1e-3
+        factor, failed = torch.linalg.cholesky_ex(matrix + penalty.diag())
+        if failed:
+            penalty = penalty + 1e-6 * matrix.diagonal().mean()
+            factor = torch.linalg.cholesky(matrix + penalty.diag())
+        return torch.cholesky_solve(target.unsqueeze(-1), factor).squeeze(-1)
+
+    def loss(self, log_width: float, weights: Tensor | None) -> float:
+        """Return the mean of -log q; of the prior without weights."""
+        if weights is None:
+            log_scale, off = self.log_scale, self.value - self.loc
+        else:
+            ratio = 2.0 * (self.log_scale - log_width)
+            log_scale = self.log_scale - 0.5 * torch.nn.functional.softplus(ratio)
+            off = self.value - self.loc - torch.sigmoid(ratio) * (self.inputs @ weights - self.loc)
+        return float((log_scale + 0.5 * (off * torch.exp(-log_scale)).square()).mean())
+
+
+def _fit_number(inputs: Tensor, values: Tensor, prior: SitePrior) -> FactorFit | None:
+    one = inputs.new_ones(len(inputs), 1)
+    rows = _Rows(torch.cat([inputs, one], -1), values[:, 0], prior.loc[:, 0], prior.log_scale[:, 0])
+    held_out = torch.arange(len(inputs), device=inputs.device) % HELD_OUT == 0
+    some = torch.arange(len(inputs), device=inputs.device) < MOST_ROWS
+    most, test = rows.at(~held_out & some), rows.at(held_out)
+    constant = bool(rows.log_scale.max() - rows.log_scale.min() < 1e-6)
+    chosen = None
+    for ridge in RIDGES:
+        log_width = _of_constant_scale(most, ridge) if constant else _search(most, ridge)
+        if log_width is None:
+            continue
+        loss = test.loss(log_width, most.regress(log_width, ridge))
+        if chosen is None or loss < chosen[0] - 1e-4:
+            chosen = loss, ridge, log_width
+    if chosen is None or not chosen[0] < test.loss(0.0, None) - LEAST_GAIN:
+        return None
+    _, ridge, log_width = chosen
+    if constant:
+        log_width = _of_constant_scale(rows, ridge) or log_width
+    weights = rows.regress(log_width, ridge)
+    tril = values.new_full((1, 1), math.exp(log_width))
+    return FactorFit(Regression(weights[:-1].unsqueeze(0), weights[-1:], tril), True)
+
+
+def _of_constant_scale(rows: _Rows, ridge: float) -> float | None:
+    """Return the scale that leaves the residual variance, of priors of one scale; None if a factor adds nothing."""
+    log_scale = float(rows.log_scale[0])
+    weights = rows.regress(log_scale - 20.0, ridge)  # the factor alone: least squares
+    off = rows.value - rows.inputs @ weights
+    freedom = max(len(off) - rows.inputs.shape[-1], 1)
+    variance = float(off.square().sum()) / freedom
+    precision = 1.0 / max(variance, 1e-12) - math.exp(-2.0 * log_scale)
+    if precision * math.exp(2.0 * log_scale) < LEAST_PRECISION:
+        return None
+    return -0.5 * math.log(precision)
+
+
+def _search(rows: _Rows, ridge: float) -> float:
+    """Return the scale that fits best: first coarsely, then between the neighbours of the best."""
+    middle = float(rows.log_scale.median())
+    low, high = min(middle, 0.0) - 6.0, max(middle, 0.0) + FLAT
+    grid = torch.linspace(low, high, COARSE).tolist()
+    for number in (FINE, 0):
+        losses = [rows.loss(each, rows.regress(each, ridge)) for each in grid]
+        best = min(range(len(grid)), key=losses.__getitem__)
+        if not number:
+            break
+        step = grid[1] - grid[0]
+        grid = torch.linspace(grid[best] - step, grid[best] + step, number).tolist()
+    return grid[best]
+
+
+# ---------------------------------------------------------------- vectors
+
+
+def _fit_vector(inputs: Tensor, values: Tensor, prior: SitePrior) -> FactorFit | None:
+    size = values.shape[-1]
+    slopes, shift, covariance = _least_squares(inputs, values)
+    of_prior, prior_shift, _ = _least_squares(inputs, prior.loc)
+    tril = prior.tril()
+    eye = torch.eye(size, dtype=values.dtype, device=values.device)
+    same = bool((tril - tril[0]).abs().max() < 1e-9)
+    root = tril[0] if same else torch.linalg.cholesky((tril @ tril.mT).mean(0) + 1e-12 * eye)
+    precision = torch.cholesky_inverse(root)
+    posterior = torch.linalg.inv(covariance)
+    extra = posterior - precision
+    values_, vectors = torch.linalg.eigh(_whitened(extra, precision))
+    if not bool((values_ > 10.0 * LEAST_GAIN).any()):
+        return None
+    root = torch.linalg.cholesky(precision + 1e-12 * eye)
+    kept = values_.clamp(min=1e-8)
+    extra = root @ (vectors * kept) @ vectors.T @ root.T
+    back = torch.linalg.inv(extra)
+    weights = back @ (posterior @ slopes - precision @ of_prior)
+    loc = back @ (posterior @ shift - precision @ prior_shift)
+    shown = (values_ > 10.0 * LEAST_GAIN).to(values.dtype)  # elsewhere the location has no say
+    keep = torch.linalg.solve(root.T, (vectors * shown) @ vectors.T @ root.T)
+    return FactorFit(Regression(keep @ weights, keep @ loc, square_root(back)), True)
+
+
+def _whitened(matrix: Tensor, precision: Tensor) -> Tensor:
+    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    root = torch.linalg.cholesky(precision + 1e-12 * eye)
+    inner = torch.linalg.solve_triangular(root, matrix, upper=False)
+    inner = torch.linalg.solve_triangular(root, inner.T, upper=False)
+    return 0.5 * (inner + inner.T)
+
+
+def _least_squares(inputs: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return slopes, intercepts and the residual covariance."""
+    number, width = inputs.shape
+    mean, centre = inputs.mean(0), values.mean(0)
+    centred, off = inputs - mean, values - centre
+    among = centred.T @ centred / number + RIDGE * torch.eye(width, dtype=inputs.dtype, device=inputs.device)
+    slopes = (
+        torch.linalg.solve(among, centred.T @ off / number).T if width else values.new_zeros(len(centre), 0)
+    )
+    residual = off - centred @ slopes.T
+    covariance = residual.T @ residual / max(number - width - 1, 1)
+    eye = torch.eye(len(centre), dtype=values.dtype, device=values.device)
+    return slopes, centre - slopes @ mean, covariance + 1e-12 * eye
+
 
 MOST_RUNS = 300  # of the model, where each joint sample takes one
 
@@ -45,19 +286,27 @@ def with_priors(samples: Samples, plan: PriorPlan) -> Samples:
     if not plan.batches:
         number = min(number, MOST_RUNS)
         samples = replace(samples, values={name: value[:number] for name, value in samples.values.items()})
+    drawn = draws.observed_values(
+        number, [name for site in sites for name in draws.traced.graph.parents(site)]
+    )
+    nodes: Any = draws.traced.trace.nodes
+    ranks = {name: (len(nodes[name]["fn"].batch_shape), len(nodes[name]["fn"].event_shape)) for name in drawn}
+    plan = replace(plan, ranks={**plan.ranks, **ranks}, checked=False)  # rows with such priors are left out
     depth = max(batch for batch, _ in plan.ranks.values())
-    latents = {}
-    for name, value in draws.latent_values(number).items():
-        missing = depth - plan.ranks[name][0]
-        latents[name] = value.reshape(number, *(1,) * missing, *value.shape[1:])
+
+    def beside_plates(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        missing = {name: (1,) * (depth - plan.ranks[name][0]) for name in values}
+        return {name: v.reshape(number, *missing[name], *v.shape[1:]) for name, v in values.items()}
+
+    latents = beside_plates(draws.latent_values(number))
     indices = {name: plate.indices for name, plate in samples.plates.items() if plate.indices is not None}
-    given = {"latents": latents, "observed": {}, "indices": indices}
+    given = {"latents": latents, "observed": beside_plates(drawn), "indices": indices}
     try:
         with torch.no_grad():
             priors = read_priors(
                 *(ModelConditionals(draws.model), sites, (draws.args, draws.kwargs), draws.sites, plan), given
             )
-    except (UnsupportedModelError, GraphflowsError):  # a draw at which a prior is not defined
+    except UnsupportedModelError:
         return samples
     more: dict[str, Tensor] = {}
     for name in sites:
@@ -106,12 +355,15 @@ class FusedRows:
         values: The values of sites whose coordinate is not their unconstrained vector.
         flat: The unconstrained vectors.
         classes: For discrete sites the number of classes of each variable.
+        narrow: Whether sites with per-element parameters of which samples say nothing start narrow in no plate; wide
+            beside their prior if not, as samples of the prior are.
     """
 
     priors: Mapping[str, SitePrior]
     values: Mapping[str, Tensor]
     flat: Mapping[str, Tensor]
     classes: Mapping[str, int]
+    narrow: bool = True
 
     @classmethod
     def of_block(cls, plan: BlockPlan, samples: Samples) -> "FusedRows":
@@ -151,6 +403,7 @@ class FusedRows:
             {site: value[chosen] for site, value in self.values.items()},
             {site: value[chosen] for site, value in self.flat.items()},
             self.classes,
+            self.narrow,
         )
 
     def set_units_(self, conditionals: Conditionals) -> None:
@@ -191,7 +444,7 @@ class FusedRows:
         """
         fit = self.fit(conditionals, site, rows[:, conditionals.inputs_of(site)])
         linear = fit.linear
-        if site in conditionals.block.per_element and not fit.says_something:
+        if self.narrow and site in conditionals.block.per_element and not fit.says_something:
             eye = torch.eye(len(linear.loc)).to(linear.loc)
             width = WIDTH if conditionals.block.plates else ROOT_WIDTH
             linear = replace(linear, scale_tril=width * eye)

@@ -1,13 +1,24 @@
 """Which sites of a guide are fused with their priors, and why others are not.
 
-A site can be fused where all its latent parents in the model are sampled before it
-(:mod:`~pyro_graphflows.guides.conditionals.fusible_sites`), its prior is normal in a coordinate that can be computed,
-the prior is the same in each run of the model, and its family has a factor for it. With ``fusion="auto"`` a site is
-left alone where that would change nothing but the form of its parameters, and where it would take many runs.
+A site can be fused where all its latent parents in the model are sampled before it (:func:`fusible_sites`), its prior
+is normal in a coordinate that can be computed, the prior is the same in each run of the model, and its family has a
+factor for it. With ``fusion="auto"`` a site is left alone where that would change nothing but the form of its
+parameters (a prior that is the same normal in each call; one that is linear in latent parents, with one scale, of a
+site whose parameters come from networks), and where it would take many runs.
+
+**Which sites may be.** The conditional of a site is fused with the model's own distribution of that site where all
+its latent parents *in the model* are sampled before it. They are then among its parents in a faithful inverse, so
+that nothing new is looked at. One run of the model at the values sampled so far gives the distributions of all sites
+whose latent parents have values by then. As an example, ``tau, mu -> theta -> x`` sampled in the order ``tau, mu,
+theta`` needs one run: ``tau`` and ``mu`` have no latent parents.
+
+**Hierarchies.** Given latent sites that set the scale of other latent sites, the posterior of a scale is far from
+normal (:func:`sites_of_scales`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,16 +26,175 @@ from torch import Tensor
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.graphs.inverse_graph import InverseGraph
+from pyro_graphflows.graphs.model_graph import ModelGraph, Node, listed
 from pyro_graphflows.guides.conditionals.contract import Family
-from pyro_graphflows.guides.conditionals.fusible_sites import FusionPlan, fusible_sites
 from pyro_graphflows.guides.conditionals.model_conditionals import ModelConditionals
-from pyro_graphflows.guides.conditionals.site_priors import SitePrior, has_prior
+from pyro_graphflows.guides.conditionals.site_priors import (
+    SitePrior,
+    has_prior,
+    is_moderate,
+    is_normal_unconstrained,
+    site_prior,
+)
 from pyro_graphflows.guides.plan import BlockPlan, PriorPlan
 from pyro_graphflows.guides.priors import read_priors
 from pyro_graphflows.guides.sites import LatentSite
 from pyro_graphflows.inspect import TracedModel
 
-__all__ = ["Fusion", "FusionQuestion", "plan_fusion"]
+__all__ = [
+    "Fusion",
+    "FusionPlan",
+    "FusionQuestion",
+    "SiteFusion",
+    "fusible_sites",
+    "plan_fusion",
+    "sites_of_scales",
+]
+
+
+@dataclass(frozen=True)
+class SiteFusion:
+    """Whether a site can be fused.
+
+    Attributes:
+        site: The site.
+        depth: The number of the run that gives its prior: 0 where no latent site is above it, so that reading the call
+            is enough; None where the site cannot be fused.
+        reason: Why it cannot be fused; None where it can.
+    """
+
+    site: Node
+    depth: int | None
+    reason: str | None
+
+    @property
+    def fusible(self) -> bool:
+        """Whether the site can be fused."""
+        return self.reason is None
+
+
+@dataclass(frozen=True)
+class FusionPlan:
+    """Which sites can be fused, and the runs that their priors need.
+
+    Attributes:
+        sites: The outcome for each latent site.
+        runs: For each depth, the sites whose priors are then known. Those of depth 0 have no latent parents.
+        stages: For each depth, the position of the stage of sampling before which the run takes place.
+    """
+
+    sites: Mapping[Node, SiteFusion]
+    runs: tuple[tuple[Node, ...], ...]
+    stages: tuple[int, ...]
+
+    @property
+    def depth(self) -> int:
+        """The number of runs of the model beside the reading of the call."""
+        return len(self.runs) - 1
+
+
+def fusible_sites(
+    graph: ModelGraph,
+    inverse: InverseGraph,
+    *,
+    stages: Sequence[Sequence[Node]] | None = None,
+    enumerated: Collection[Node] = (),
+    excluded: Mapping[Node, str] | None = None,
+) -> FusionPlan:
+    """Say which latent sites can be fused with their prior, why others cannot, and which runs of the model that takes.
+
+    Args:
+        graph: The model graph.
+        inverse: The guide's factorisation.
+        stages: The latent sites in the order in which the guide draws them, those drawn together in one stage; by
+            default one stage for each site in ``inverse.sampling_order``.
+        enumerated: Sites that the guide enumerates.
+        excluded: Sites that must not be fused for reasons that the graph does not show (random networks in the prior,
+            parents outside of the graph, no coordinate), with these reasons.
+
+    Returns:
+        The plan. A run happens as late as it can, so that it serves as many sites as it can.
+
+    Raises:
+        GraphflowsError: If the stages are not the latent sites of the graph, each once.
+
+    Example:
+        >>> graph = ModelGraph([("tau", "theta"), ("mu", "theta"), ("theta", "x")], observed=["x"],
+        ...                    plates={"theta": ["schools"], "x": ["schools"]})
+        >>> top_down = InverseGraph(graph, {"tau": ["x"], "mu": ["tau", "x"], "theta": ["tau", "mu", "x"]})
+        >>> fusible_sites(graph, top_down).runs
+        (('tau', 'mu'), ('theta',))
+        >>> bottom_up = InverseGraph(graph, {"theta": ["x"], "tau": ["theta"], "mu": ["tau", "theta"]})
+        >>> fusible_sites(graph, bottom_up).sites["theta"].reason
+        "its model parents 'tau', 'mu' are sampled after it"
+    """
+    if stages is None:
+        stages = [(site,) for site in inverse.sampling_order]
+    drawn = [site for stage in stages for site in stage]
+    if len(drawn) != len(graph.latent) or set(drawn) != set(graph.latent):
+        raise GraphflowsError(
+            f"Expected stages of the latent sites {listed(graph.latent)}, each once; got {listed(drawn)}."
+        )
+    stage_of = {site: i for i, stage in enumerate(stages) for site in stage}
+    excluded = excluded or {}
+    reasons = {
+        site: excluded[site] if site in excluded else _obstacle(graph, inverse, site, stage_of, enumerated)
+        for site in drawn
+    }
+    above = {site: [p for p in graph.parents(site) if p in stage_of] for site in drawn}
+    fused = [site for site in drawn if reasons[site] is None]
+    runs: list[tuple[Node, ...]] = [tuple(site for site in fused if not above[site])]
+    starts = [0]
+    depth = dict.fromkeys(runs[0], 0)
+    for i, stage in enumerate(stages):
+        if any(reasons[site] is None and site not in depth for site in stage):
+            known = tuple(
+                site
+                for site in fused
+                if site not in depth and all(stage_of[parent] < i for parent in above[site])
+            )
+            depth.update(dict.fromkeys(known, len(runs)))
+            runs.append(known)
+            starts.append(i)
+    return FusionPlan(
+        MappingProxyType({site: SiteFusion(site, depth.get(site), reasons[site]) for site in drawn}),
+        tuple(runs),
+        tuple(starts),
+    )
+
+
+def _obstacle(
+    graph: ModelGraph,
+    inverse: InverseGraph,
+    site: Node,
+    stage_of: Mapping[Node, int],
+    enumerated: Collection[Node],
+) -> str | None:
+    """Return why a site cannot be fused; None if it can."""
+    parents = graph.parents(site)
+    summed = [p for p in parents if graph.role(p) == "marginalised" or p in enumerated]
+    if summed:
+        return f"its model {_named(summed)} summed over or enumerated"
+    if site in enumerated:
+        return "it is enumerated"
+    late = [p for p in parents if p in stage_of and stage_of[p] >= stage_of[site]]
+    if late:
+        return f"its model {_named(late)} sampled after it"
+    unread = [p for p in parents if p in stage_of and p not in inverse.parents[site]]
+    if unread:
+        return f"its model {_named(unread)} not among its parents in the inverse {inverse.order!r}"
+    inner = [
+        p for p in parents if graph.role(p) != "input" and set(graph.plates[site]) < set(graph.plates[p])
+    ]
+    if inner:
+        return f"its model {_named(inner)} in a plate that it is not in"
+    return None
+
+
+def _named(parents: Sequence[Node]) -> str:
+    names = ", ".join(repr(str(parent)) for parent in parents)
+    return f"parents {names} are" if len(parents) > 1 else f"parent {names} is"
+
 
 MOST_RUNS = 4  # of the model in a call, beside that of the call, with fusion="auto"
 MOVES = (0.0, 0.4, -0.7)  # of unconstrained vectors, for a run with several values at once
@@ -82,7 +252,8 @@ def plan_fusion(question: FusionQuestion) -> Fusion:
         GraphflowsError: If a site whose family has ``fusion=True`` cannot be fused. The message names it and why.
     """
     nodes: Any = question.traced.trace.nodes
-    wanted = {name: question.families[name].fusion for name in question.sites}
+    families = question.families
+    wanted = {name: families[name].can_fuse and families[name].fusion for name in question.sites}
     if not any(wanted.values()):
         return Fusion()
     excluded = dict(question.excluded)
@@ -91,6 +262,8 @@ def plan_fusion(question: FusionQuestion) -> Fusion:
             excluded[name] = "its family has fusion=False"
         elif name not in excluded and not has_prior(site, nodes[name]["fn"]):
             excluded[name] = "no coordinate in which its prior is normal can be computed"
+        elif name not in excluded and wanted[name] == "auto" and _is_any_normal(question, name):
+            excluded[name] = ""
     values = {name: nodes[name]["value"].detach() for name in question.sites}
     ranks = {
         name: (len(nodes[name]["fn"].batch_shape), len(nodes[name]["fn"].event_shape))
@@ -103,9 +276,13 @@ def plan_fusion(question: FusionQuestion) -> Fusion:
         excluded.update(_random_priors(question, candidates, values))
         candidates = [name for name in candidates if name not in excluded]
         priors = _read(question, candidates, values, PriorPlan(ranks=ranks))
-    for name in candidates:
-        if wanted[name] == "auto" and _changes_nothing(question, name, priors[name]):
+    asked = [name for name in candidates if wanted[name] == "auto"]
+    linear = _linear_sites(question, asked, values, priors)
+    for name in asked:
+        if name in linear or _changes_nothing(question, name, priors[name]):
             excluded[name] = ""
+        elif question.sites[name].encoding is None and not is_moderate(nodes[name]["fn"]):
+            excluded[name] = "its prior spans too many orders of magnitude"
     found = _fusible(question, excluded)
     if found.depth > MOST_RUNS:
         for depth, run in enumerate(found.runs):
@@ -145,10 +322,77 @@ def _fusible(question: FusionQuestion, excluded: Mapping[str, str]) -> FusionPla
     )
 
 
+def _is_any_normal(question: FusionQuestion, name: str) -> bool:
+    """Whether a site without parents has the same normal as its prior in each call; seen without a run of the model."""
+    nodes: Any = question.traced.trace.nodes
+    return not question.inverse.graph.parents(name) and is_normal_unconstrained(
+        question.sites[name], nodes[name]["fn"]
+    )
+
+
 def _changes_nothing(question: FusionQuestion, name: str, prior: SitePrior) -> bool:
-    """Whether a site's prior is the same normal in each call: times a factor it is any normal, as without fusion."""
-    per_element = any(name in block.per_element for block in question.blocks)
-    return prior.transform is None and not question.inverse.graph.parents(name) and not per_element
+    """Whether a site's prior is the same normal in each call: times a factor it is any normal, as without fusion.
+
+    So it is with the logits of a discrete site that depend on one discrete parent alone: a table has them.
+    """
+    graph, sites = question.inverse.graph, question.sites
+    parents = graph.parents(name)
+    if sites[name].encoding is not None and len(parents) == 1:
+        return parents[0] in sites and sites[parents[0]].encoding is not None
+    return prior.transform is None and not parents
+
+
+def _linear_sites(
+    question: FusionQuestion,
+    candidates: Sequence[str],
+    values: Mapping[str, Tensor],
+    priors: Mapping[str, SitePrior],
+) -> frozenset[str]:
+    """Return the sites whose priors are normal with one scale, and linear in their parents, all of them latent numbers.
+
+    Times a normal factor that is linear in what the site reads, these are the linear conditionals that there are
+    without a prior, which a regression on joint samples finds exactly and which take no run of the model.
+    """
+    graph = question.inverse.graph
+    own = {name for block in question.blocks for name in (*block.per_element, *block.non_exchangeable)}
+    asked = [
+        name
+        for name in candidates
+        if priors[name].transform is None
+        and question.sites[name].encoding is None
+        and name not in own
+        and graph.parents(name)
+        and all(p in question.sites and question.sites[p].encoding is None for p in graph.parents(name))
+    ]
+    if not asked:
+        return frozenset()
+    zero, one, other = (_read_moved(question, asked, values, move) for move in MOVES)
+    return frozenset(name for name in asked if _on_a_line(zero[name], one[name], other[name]))
+
+
+def _on_a_line(zero: SitePrior, one: SitePrior, other: SitePrior) -> bool:
+    """Whether locations at the three moves are on a line, and scales the same."""
+    expected = zero.loc + (one.loc - zero.loc) * ((MOVES[2] - MOVES[0]) / (MOVES[1] - MOVES[0]))
+    same = all(torch.allclose(zero.log_scale, each.log_scale, atol=1e-4) for each in (one, other))
+    if zero.scale_tril is not None:
+        unit = zero.log_scale.exp().unsqueeze(-1)
+        rows = [each.tril() / unit for each in (zero, one, other)]
+        same = same and all(torch.allclose(rows[0], each, atol=1e-4) for each in rows[1:])
+    return same and torch.allclose(
+        expected, other.loc, rtol=1e-4, atol=1e-4 * float(zero.log_scale.exp().max())
+    )
+
+
+def _read_moved(
+    question: FusionQuestion, wanted: Sequence[str], values: Mapping[str, Tensor], move: float
+) -> dict[str, SitePrior]:
+    moved = {name: _moved_by(question.sites[name], value, move) for name, value in values.items()}
+    return _read(question, wanted, moved, PriorPlan())
+
+
+def _moved_by(site: LatentSite, value: Tensor, move: float) -> Tensor:
+    """Return a value at some distance in unconstrained space; of a discrete site the value itself."""
+    return value if site.encoding is not None else site.transform(site.transform.inv(value) + move)
 
 
 def _random_priors(
@@ -170,6 +414,7 @@ def _read(
     question: FusionQuestion, wanted: Sequence[str], values: Mapping[str, Tensor], plan: PriorPlan
 ) -> dict[str, SitePrior]:
     given = {"latents": values, "observed": {}, "indices": question.indices}
+    plan = replace(plan, checked=False)  # a draw may be one at which a prior is not defined; others are
     with torch.no_grad():
         return read_priors(
             ModelConditionals(question.model), wanted, question.arguments, question.sites, plan, given
@@ -191,12 +436,7 @@ def _takes_batches(question: FusionQuestion, plan: PriorPlan, values: Mapping[st
 def _moved(site: LatentSite, value: Tensor, ranks: Mapping[str, tuple[int, int]]) -> Tensor:
     """Return several values near one, along a dimension on the left of all plates."""
     depth = max(batch for batch, _ in ranks.values())
-    if site.encoding is not None:
-        copies = [value] * len(MOVES)
-    else:
-        raw = site.transform.inv(value)
-        copies = [site.transform(raw + move) for move in MOVES]
-    joined = torch.stack(copies)
+    joined = torch.stack([_moved_by(site, value, move) for move in MOVES])
     missing = depth - ranks[site.name][0]
     return joined.reshape(len(MOVES), *(1,) * missing, *value.shape)
 
@@ -216,3 +456,57 @@ def _same(site: LatentSite, one: SitePrior, other: SitePrior) -> bool:
         return all(bool(torch.isclose(a, b, rtol=1e-4, atol=1e-5).all()) for a, b in pairs)
     except RuntimeError:
         return False
+
+
+MOST_CANDIDATES = 20  # each takes a run of the model at set-up
+MOVE = 0.7  # of an unconstrained value
+
+
+def sites_of_scales(
+    model: Callable[..., Any],
+    arguments: tuple[tuple[Any, ...], dict[str, Any]],
+    traced: TracedModel,
+    sites: Mapping[str, LatentSite],
+    graph: ModelGraph,
+    candidates: Sequence[str],
+) -> dict[str, tuple[str, ...]]:
+    """Return the sites with latent children whose priors have another scale where they have another value, and these.
+
+    Args:
+        model: The model.
+        arguments: Its positional and keyword arguments.
+        traced: The model as traced with them.
+        sites: The latent sites.
+        graph: The graph of the model's sites.
+        candidates: The continuous sites that are asked about; none is found among more than ``MOST_CANDIDATES``.
+    """
+    nodes: Any = traced.trace.nodes
+    children = {
+        name: [c for c in sites if name in graph.parents(c) and has_prior(sites[c], nodes[c]["fn"])]
+        for name in candidates
+    }
+    children = {name: own for name, own in children.items() if own}
+    if not children or len(children) > MOST_CANDIDATES:
+        return {}
+    values = {name: nodes[name]["value"].detach() for name in sites}
+    indices = {n: node["value"] for n, node in nodes.items() if type(node.get("fn")).__name__ == "_Subsample"}
+    conditionals = ModelConditionals(model)
+
+    def scales(at: Mapping[str, Tensor], wanted: Sequence[str]) -> dict[str, Tensor]:
+        args, kwargs = arguments
+        priors = conditionals(wanted, args, kwargs, latents=at, indices=indices)
+        return {name: site_prior(sites[name], priors[name]).log_scale for name in wanted}
+
+    found = {}
+    with torch.no_grad():
+        for name, own in children.items():
+            transform = sites[name].transform
+            moved = transform(transform.inv(values[name]) + MOVE)
+            try:
+                before, after = scales(values, own), scales({**values, name: moved}, own)
+            except GraphflowsError:  # a prior that is not defined there, or a model that cannot be run for it
+                continue
+            changed = tuple(c for c in own if not torch.allclose(before[c], after[c], atol=1e-3))
+            if changed:
+                found[name] = changed
+    return found

@@ -5,6 +5,7 @@ a call:  read it; for each block, level by level: conditionals, emitted at their
 """
 
 import copy
+import inspect
 import logging
 import os
 import time
@@ -57,7 +58,7 @@ from pyro_graphflows.guides.start import Trial, start_guide
 from pyro_graphflows.guides.transport import Transport
 from pyro_graphflows.infer.posterior import Posterior, sample_posterior
 from pyro_graphflows.inspect import kept_random_state
-from pyro_graphflows.inspect.arguments import argument_leaves
+from pyro_graphflows.inspect.arguments import argument_leaves, replaced_arguments
 
 __all__ = ["AutoFaithfulGuide"]
 
@@ -116,7 +117,7 @@ class AutoFaithfulGuide(AutoGuide):
         self,
         model: Callable[..., Any],
         *,
-        family: str | Family | type[Factor] = "normal",
+        family: str | Family | type[Factor] = "auto",
         inverse: Inverse = "auto",
         pool: str | DeepSet | None = None,
         init: str = "regression",
@@ -165,6 +166,7 @@ class AutoFaithfulGuide(AutoGuide):
         self._is_fitting = False
         self._warned: set[str] = set()
         self._shown = ShownParameters()
+        self._setup_call: Arguments | None = None
         self._sites: dict[str, LatentSite]
         self._reader: CallReader
         self._priors: PriorReader | None = None
@@ -213,6 +215,7 @@ class AutoFaithfulGuide(AutoGuide):
             self._plan, self._sites, self._reader = compiled.plan, compiled.sites, compiled.reader
             self._plate_states = compiled.plates
             self._priors = None
+            self._setup_call = args, kwargs
             self.prototype_trace = compiled.traced.trace
             self._prototype_frames = {
                 frame.name: frame
@@ -327,7 +330,7 @@ class AutoFaithfulGuide(AutoGuide):
         if plan.priors.sites:
             if self._priors is None:
                 self._priors = PriorReader(plan.priors, self._sites)
-            of_call = self._priors.begin(self.model, (args, kwargs), call, observations)
+            of_call = self._priors.begin(self.model, self._for_priors(args, kwargs), call, observations)
         blocks: Any = self._modules["blocks"]  # not self.blocks: forward has shown the parameters to Pyro
         for block, block_plan in zip(blocks, plan.blocks, strict=True):
             conditionals = block.begin(call, unconstrained)
@@ -395,6 +398,26 @@ class AutoFaithfulGuide(AutoGuide):
             dtype=None if site.encoding is None else block.dtype,
             coordinate=None if prior is None else prior.transform,
         )
+
+    def _for_priors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        """Return the arguments for runs of the model that give priors: those of set-up in a call without any.
+
+        Raises:
+            UnsupportedModelError: If there are none.
+        """
+        if args or kwargs:
+            return args, kwargs
+        if self._setup_call is not None:
+            return self._setup_call
+        try:
+            inspect.signature(self.model).bind()
+        except (TypeError, ValueError) as error:
+            raise UnsupportedModelError(
+                f"Expected the model's arguments: {', '.join(sorted(self.plan.priors.sites))} are fused with their "
+                "priors, which a run of the model gives, and a loaded guide holds no data. Call it with them, as in "
+                "guide.median(*args)."
+            ) from error
+        return args, kwargs
 
     def _fuses(self, name: str) -> bool:
         blocks: Any = self._modules["blocks"]
@@ -933,9 +956,17 @@ class AutoFaithfulGuide(AutoGuide):
             self._plate_states = {name: plate.moved(fn) for name, plate in self._plate_states.items()}
             self._fitted = None if self._fitted is None else self._fitted.moved(fn)
             self._priors = None
+            self._setup_call = self._moved_call(fn)
             self._shown.forget()
             self._mark_parameters()  # other objects, on another device or of another type
         return self
+
+    def _moved_call(self, fn: Callable[[Tensor], Tensor]) -> Arguments | None:
+        """Return the arguments of set-up on a device or in a type."""
+        if self._setup_call is None or self._model is None:
+            return None
+        leaves = argument_leaves(self.model, *self._setup_call).values()
+        return replaced_arguments(*self._setup_call, {id(leaf): fn(leaf) for leaf in leaves})
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -1049,7 +1080,7 @@ class AutoFaithfulGuide(AutoGuide):
             state["_options"] = replace(self._options, inverse=self._plan.inverse, init_values={})
         state["_priors"] = None
         state["prototype_trace"] = None
-        state["_fitted"] = None  # no data in a pickle
+        state["_fitted"] = state["_setup_call"] = None  # no data in a pickle
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -1063,7 +1094,8 @@ class AutoFaithfulGuide(AutoGuide):
         for part in (self._model, self.create_plates, self.master):
             memo[id(part)] = part
         state = self.__dict__.copy()
-        shared = {key: state.pop(key) for key in ("_model", "create_plates", "master", "prototype_trace")}
+        of_others = ("_model", "create_plates", "master", "prototype_trace", "_setup_call")
+        shared = {key: state.pop(key) for key in of_others}
         state["plates"] = {}
         state["_priors"] = None
         new.__dict__.update(shared)

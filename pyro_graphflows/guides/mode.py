@@ -37,6 +37,7 @@ from torch.distributions import biject_to
 
 from pyro_graphflows.distributions.coordinates import gaussian_coordinate
 from pyro_graphflows.errors import UnsupportedModelError
+from pyro_graphflows.guides.conditionals.site_priors import is_moderate
 from pyro_graphflows.guides.minimize import (
     LEAST_CURVATURE,
     hessian_at,
@@ -62,7 +63,6 @@ PREFERENCE = 1.0  # nats by which independent ones must be better
 NUM_DRAWS = 8  # pairs of opposite ones, for the ELBO
 CLOSE = 0.5  # nats: where a posterior is that normal about its mode, nothing else is tried
 LOG_2PI = math.log(2 * math.pi)
-WIDEST = 60.0  # units of logarithms between scores of -2 and 2
 PLATE = "_pyro_graphflows_draws_near_mode"
 SINGLE_RUNS = 200  # where the model cannot map many draws at once
 
@@ -114,7 +114,7 @@ class _AtPoint(Messenger):
         if name not in self.names or msg["is_observed"]:
             return
         known = self.coordinates.get(name)
-        wanted = _is_moderate(fn) if known is None else known.proper
+        wanted = is_moderate(fn) if known is None else known.proper
         coordinate = gaussian_coordinate(fn) if wanted else None
         if coordinate is not None:
             coordinate = coordinate.expand(fn.batch_shape)
@@ -171,23 +171,6 @@ def _summed(log_density: Tensor, fn: Any) -> Tensor:
 
 def _has_density(fn: Any) -> bool:
     return not isinstance(undressed(fn), pyro.distributions.ImproperUniform)
-
-
-def _is_moderate(fn: Any) -> bool:
-    """Whether the prior's own coordinate is fit for a search.
-
-    That of a gamma prior with the shape 0.001 is not: its median is 1e-300.
-    """
-    coordinate = gaussian_coordinate(fn) if _has_density(fn) else None
-    if coordinate is None or not coordinate.standard:
-        return coordinate is not None
-    try:
-        ends = [biject_to(fn.support).inv(coordinate.transform(w + coordinate.loc)) for w in (-2.0, 2.0)]
-    except ValueError:  # scores so far out that they cannot be inverted
-        return False
-    width = (ends[1] - ends[0]).abs()
-    unbounded = biject_to(fn.support).domain is fn.support
-    return bool(torch.isfinite(width).all()) and (unbounded or bool((width < WIDEST).all()))
 
 
 def _float_type(fn: Any) -> torch.dtype:

@@ -33,6 +33,9 @@ lowers the score and adds no edge and no sampling level. Models whose own condit
 **Sites after those that bound their supports.** With :math:`b \sim U(0, a)` a value of b is known to lie in its support
 only after a. Where another order was found, the sites that it bounds are moved behind.
 
+**Effects after their scales.** In hierarchies, where a site sets the scale of others, these are sampled after all of
+their parents in the model unless that makes the inverse half as large again: then they can be fused with their priors.
+
 **Elements.** A graph of elements says which entries of vector sites depend on which; its inverse is sparser than
 that of the sites. A site is emitted as one value, so the elements of a site must be sampled one after the other,
 with no element of another site between them. Hence the order of *sites* is found first, by inverting the graph that
@@ -77,8 +80,10 @@ __all__ = [
     "drawn_after_enumerated",
     "find_inverse",
     "joint_rows",
+    "most_edges_of_hierarchy",
     "optional_sites_first",
     "order_for_discrete_sites",
+    "order_for_hierarchies",
     "order_for_supports",
     "outer_sites_first",
     "outside_of_loops",
@@ -90,6 +95,7 @@ __all__ = [
 ]
 
 MOST_EDGES = 2.0  # times those of the sparsest inverse found, for discrete sites first
+MOST_EDGES_OF_HIERARCHIES = 1.5  # the same, for effects after their scales
 
 NUM_ROWS = 5000  # of joint samples that judge smoothness
 FEWEST_ROWS = 500
@@ -548,6 +554,56 @@ def order_for_supports(inverse: InverseGraph, changing: Mapping[str, Collection[
     bounds.add_nodes_from(rank)
     sampling = list(nx.lexicographical_topological_sort(bounds, key=rank.__getitem__))
     return sampling[::-1]
+
+
+# ---------------------------------------------------------------- hierarchies
+
+
+def order_for_hierarchies(inverse: InverseGraph, scales: Mapping[str, Collection[str]]) -> list[str] | None:
+    """Return an elimination order near that of an inverse in which sites follow those that set their scale.
+
+    Only after all of its parents in the model can a site be fused with its prior, and the posterior of effects whose
+    scale is unknown is far from normal, as that of a scale given the effects is. Given the scales, conjugate
+    hierarchies are normal, their means too: scales are sampled first, then the others in their order.
+
+    Args:
+        inverse: The inverse.
+        scales: For sites that set the scale of others, these others.
+
+    Returns:
+        Sites to eliminate in turn; None if that is how the inverse samples them.
+
+    Example:
+        >>> from pyro_graphflows.graphs.model_graph import ModelGraph
+        >>> graph = ModelGraph(["ab", "sb", "bx"], observed=["x"])
+        >>> order_for_hierarchies(faithful_inverse(graph, ["s", "b", "a"]), {"s": ["b"]})
+        ['b', 'a', 's']
+    """
+    graph, rank = inverse.graph, {site: i for i, site in enumerate(inverse.sampling_order)}
+    effects = {effect for children in scales.values() for effect in children}
+    after = nx.DiGraph((p, effect) for effect in effects for p in graph.parents(effect) if p in rank)
+    after.add_nodes_from(rank)
+    sampling = nx.lexicographical_topological_sort(after, key=lambda site: (site not in scales, rank[site]))
+    order = list(sampling)[::-1]
+    return None if order == list(inverse.sampling_order)[::-1] else order
+
+
+def most_edges_of_hierarchy(inverse: InverseGraph, scales: Mapping[str, Collection[str]]) -> float:
+    """Return how many edges an inverse may have that samples scales first in place of another.
+
+    Args:
+        inverse: The other.
+        scales: For sites that set the scale of others, these others.
+    """
+    rank = {site: i for i, site in enumerate(inverse.sampling_order)}
+    effects = {effect for children in scales.values() for effect in children}
+    after = all(
+        rank[parent] < rank[effect]
+        for effect in effects
+        for parent in inverse.graph.parents(effect)
+        if parent in rank
+    )
+    return inverse.num_edges if after else MOST_EDGES_OF_HIERARCHIES * inverse.num_edges
 
 
 # ---------------------------------------------------------------- sites that are observed in some calls

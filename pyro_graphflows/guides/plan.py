@@ -48,6 +48,7 @@ class PriorPlan:
         constant: The sites of depth 0 whose priors depend on nothing in a call, the model's parameters apart.
         ranks: For each latent site the numbers of batch and of event dimensions of its values.
         batches: Whether a run of the model takes values with further dimensions on the left.
+        checked: Whether priors with a parameter out of its range are refused, or kept for others to see.
     """
 
     runs: tuple[tuple[str, ...], ...] = ((),)
@@ -55,6 +56,7 @@ class PriorPlan:
     constant: frozenset[str] = frozenset()
     ranks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     batches: bool = True
+    checked: bool = True
 
     @cached_property
     def sites(self) -> frozenset[str]:

@@ -156,19 +156,24 @@ def read_priors(
         arguments: Positional and keyword arguments of the model.
         sites: The latent sites.
         plan: Says whether the model takes values with dimensions on the left.
-        given: Values of ``latents`` and ``observed``, and ``indices`` of plates.
+        given: Values of ``latents`` and ``observed``, and ``indices`` of plates. Observed sites that are in
+            ``plan.ranks`` have values for each of the draws too.
     """
     args, kwargs = arguments
-    latents = given["latents"]
+    latents, observed = given["latents"], given["observed"]
     lead = torch.Size() if plan.batches else _leading_shape(latents, plan.ranks)
     if not lead:
         found = conditionals(wanted, args, kwargs, **given)
-        return {name: site_prior(sites[name], found[name]) for name in wanted}
+        return {name: site_prior(sites[name], found[name], checked=plan.checked) for name in wanted}
     each = []
     for number in range(lead.numel()):
         own = {name: _one_of(value, number, lead, plan.ranks[name]) for name, value in latents.items()}
-        found = conditionals(wanted, args, kwargs, **{**given, "latents": own})
-        each.append({name: site_prior(sites[name], found[name]) for name in wanted})
+        data = {
+            name: _one_of(value, number, lead, plan.ranks[name]) if name in plan.ranks else value
+            for name, value in observed.items()
+        }
+        found = conditionals(wanted, args, kwargs, **{**given, "latents": own, "observed": data})
+        each.append({name: site_prior(sites[name], found[name], checked=plan.checked) for name in wanted})
     depth = max(batch for batch, _ in plan.ranks.values())
     shapes = {name: (*lead, *(1,) * (depth - plan.ranks[name][0])) for name in wanted}
     return {name: stacked([one[name] for one in each], lead, shapes[name]) for name in wanted}

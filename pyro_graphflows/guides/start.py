@@ -148,7 +148,8 @@ def start_guide(
     depth = max((-state.dim for state in compiled.plates.values()), default=0)
 
     def build(samples: Samples, name: str) -> Candidate:
-        samples = with_priors(samples, plan.priors)
+        if plan.priors.sites:
+            samples = with_priors(samples, plan.priors)
         if compiled.scores is not None and samples.values is not None:
             number = len(next(iter(samples.values.values())))
             scores = compiled.scores.of_draws(compiled.draws, number, compiled.plates)
@@ -163,7 +164,9 @@ def start_guide(
         trial.take(candidate.blocks)
         return judge.loss(trial.run)
 
-    if options.init == "auto" and options.family.can_regress and compiled.scores is None:
+    nothing_to_regress_on = options.init == "regression" and samples.source == "none" and samples.num_rows > 0
+    several = options.init == "auto" or nothing_to_regress_on
+    if several and options.family.can_regress and compiled.scores is None:
         draws = compiled.draws
         judge = Judge(draws.model, trial.call, options.setup_seed, -1 - depth if draws.takes_plates else None)
         return choose_start(compiled, samples, build, loss_of, judge)
@@ -238,15 +241,15 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
             # Vectors of discrete sites are zeros and ones, and stay so.
             if samples.standardize and samples.draws.sites[site].encoding is None:
                 conditionals.set_units_(site, location_and_scale(values))
-        fused = FusedRows.of_block(plan, samples)
-        if samples.standardize:
+        fused = FusedRows.of_block(plan, samples) if plan.fused else None
+        if samples.standardize and fused is not None:
             fused.set_units_(conditionals)
         if regression:
             features = block.inputs.features(concatenate([samples.rows[n] for n in block.inputs.names]))
             finite = torch.isfinite(torch.cat([features, *latents.values()], -1)).all(-1)
             finite = _few_enough(finite, features.shape[-1])
             features = features[finite] if features.shape[-1] else features
-            fused = fused.at(finite)
+            fused = None if fused is None else fused.at(finite)
             if samples.standardize:
                 moments = _input_moments(block, features, {n: v[finite] for n, v in latents.items()})
             # A regression on learned features would be another one as soon as these are trained.
@@ -255,22 +258,31 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
                 conditionals, features, {n: v[finite] for n, v in latents.items()}, fused
             )
             kept = note is None
-            notes += [] if note is None else [note]
             own_maps = {s: p for s, p in plan.non_exchangeable.items() if s not in plan.per_element}
             if samples.source == "mode":  # draws differ from element to element
                 own_maps |= dict.fromkeys(plan.per_element, plan.plates) if plan.plates else {}
-            if kept and (own_maps or plan.coupled):
-                further = [name for site in fused.priors for name in columns_of(site) if name in samples.rows]
+            at_random: dict[str, Tensor] | None = None
+            if not kept and own_maps and not (plan.coupled or (fused is not None and fused.priors)):
+                # One regression for indices that differ much may be worse than none; each has its own.
+                at_random = {key: value.clone() for key, value in conditionals.state_dict().items()}
+                regress_(conditionals, features, {n: v[finite] for n, v in latents.items()})
+            if (kept or at_random is not None) and (own_maps or plan.coupled):
+                known = () if fused is None else fused.priors
+                further = [name for site in known for name in columns_of(site) if name in samples.rows]
                 aligned = samples.aligned([*block.inputs.names, *plan.sites, *further])
                 context = block.inputs.features(concatenate([aligned[n] for n in block.inputs.names]))
                 of_sites = {site: aligned[site] for site in (*plan.sites, *further)}
-                notes += _start_indices_(conditionals, own_maps, samples.plates, context, of_sites)
+                left = _start_indices_(conditionals, own_maps, samples.plates, context, of_sites)
+                if at_random is not None:
+                    kept = not left and _is_better(conditionals, at_random, context, of_sites, samples.plates)
+                notes += left if kept else []
                 if plan.coupled:
                     conditionals.start_couplings_(samples.plates, context, of_sites)
+            notes += [] if kept or note is None else [note]
     if plan.coupled and not kept:
         conditionals.start_couplings_(samples.plates)
     if regression and not (samples.source == "mode" and kept):
-        conditionals.narrow_elements_(ELEMENT_SCALE)
+        conditionals.narrow_elements_(ELEMENT_SCALE, fitted=kept)
     return Start(tuple(notes), moments)
 
 
@@ -368,7 +380,7 @@ def _unconstrained(site: LatentSite, value: Tensor, plates: Sequence[PlateState]
 
 
 def _regress_if_better_(
-    conditionals: Conditionals, context: Tensor, values: dict[str, Tensor], fused: FusedRows
+    conditionals: Conditionals, context: Tensor, values: dict[str, Tensor], fused: FusedRows | None
 ) -> str | None:
     """Set the conditionals by regression, or go back, and say so, if held-out samples like the random start better."""
     number = len(next(iter(values.values())))
@@ -383,7 +395,9 @@ def _regress_if_better_(
     rest = torch.arange(number) % HELD_OUT != 0
     fitted = {site: value[rest] for site, value in values.items()}
     random_state = {key: value.clone() for key, value in conditionals.state_dict().items()}
-    tested, used = fused.at(held_out), fused.at(rest)
+    tested, used = (
+        (None, None) if fused is None else (fused.at(held_out), replace(fused.at(rest), narrow=False))
+    )
     random_loss = conditionals_loss(conditionals, context[held_out], test, tested)
     regress_(conditionals, context[rest] if context.shape[-1] else context, fitted, used)
     loss = conditionals_loss(conditionals, context[held_out], test, tested)
@@ -455,18 +469,37 @@ def regress_(
             conditionals.regress_(site, rows, moments)
 
 
+def _is_better(
+    conditionals: Conditionals,
+    other: Mapping[str, Tensor],
+    context: Tensor,
+    values: Mapping[str, Tensor],
+    plates: Mapping[str, PlateState],
+) -> bool:
+    """Whether conditionals with maps of elements lose less than in another state; leave them in the better one."""
+    own = {key: value.clone() for key, value in conditionals.state_dict().items()}
+    loss = conditionals_loss(conditionals, context, values, plates=plates)
+    conditionals.load_state_dict(other)
+    if not loss <= conditionals_loss(conditionals, context, values, plates=plates):
+        return False
+    conditionals.load_state_dict(own)
+    return True
+
+
 @torch.no_grad()
 def conditionals_loss(
     conditionals: Conditionals,
     context: Tensor,
     values: Mapping[str, Tensor],
     fused: FusedRows | None = None,
+    plates: Mapping[str, PlateState] | None = None,
 ) -> float:
     """Return the mean of ``-log q`` of the sites' unconstrained vectors given context, in nats.
 
-    Of fused sites, it is the density in the coordinates of their priors.
+    Of fused sites, it is the density in the coordinates of their priors. With plates, parameters and maps of their
+    elements count.
     """
-    evaluation = conditionals.begin(context)
+    evaluation = conditionals.begin(context, plates)
     total = 0.0
     for level in conditionals.block.levels:
         of_level = evaluation.next({} if fused is None else fused.priors)
@@ -561,8 +594,11 @@ def _by_index(
     depth = max(part.dim() for part in parts)
     parts = [p.reshape(p.shape[:1] + (1,) * (depth - p.dim()) + p.shape[1:]) for p in parts if p.shape[-1]]
     joint = in_float64(concatenate(parts))
-    # the table of an element map is laid out by dimension, left to right
+    # the table of an element map is laid out by dimension, left to right, and by the numbers of the elements
     dims = sorted(plate.dim - 1 for plate in own)
+    for plate in own:
+        if plate.indices is not None and not plate.subsampled:
+            joint = joint.index_select(plate.dim - 1, plate.indices.argsort().to(joint.device))
     joint = joint.movedim(dims, list(range(len(dims))))
     indices = joint.shape[: len(dims)].numel()
     return joint.reshape(indices, -1, joint.shape[-1])
@@ -643,9 +679,9 @@ def choose_start(
         judge: The judge of losses.
     """
     plan = compiled.plan
-    first = build(
-        samples, {"joint": "regression"}.get(samples.source, samples.source).replace("none", "random")
-    )
+    first = build(samples, {"joint": "regression", "none": "regression"}.get(samples.source, samples.source))
+    if samples.source == "none":  # nothing to regress on
+        first = replace(first, name="random")
     continuous = all(site.encoding is None for site in compiled.sites.values())
     if not continuous or plan.graph.marginalised or plan.changing or samples.num_rows == 0:
         return first, None
@@ -666,7 +702,11 @@ def choose_start(
         try:
             there = {"mode": samples.at_mode, "prior": samples.at_prior}.get(name, lambda _: samples)(plan)
             other = build(there, name)
-        except (UnsupportedModelError, RuntimeError) as error:  # of algebra on draws that suit no regression
+        except (
+            ValueError,
+            ArithmeticError,
+            RuntimeError,
+        ) as error:  # of algebra on draws that suit no regression
             reasons.append(f"no start at the {name}: {error}")
             continue
         found = loss_of(other)

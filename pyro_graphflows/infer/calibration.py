@@ -32,6 +32,7 @@ from pyro_graphflows.infer.tables import Table
 __all__ = ["CalibrationReport", "calibration_report", "sbc_ranks", "sbc_uniformity", "tarp_ranks"]
 
 _NUMBERS_AT_ONCE = 2**21  # draws of latent numbers held by one chunk of simulations
+_PRIOR_DRAWS = 200  # that distances start from, and their units
 _LEAST_P = 1e-3  # of the smallest p-value times their number
 
 
@@ -141,13 +142,14 @@ def sbc_uniformity(ranks: Tensor, num_draws: int, *, num_bins: int | None = None
     return torch.special.gammaincc(degrees, statistic / 2).reshape(ranks.shape[1:])
 
 
-def tarp_ranks(truth: Tensor, draws: Tensor) -> Tensor:
+def tarp_ranks(truth: Tensor, draws: Tensor, prior: Tensor | None = None) -> Tensor:
     r"""Rank the true values by their distance to random points, among the draws (tests of accuracy with random points).
 
     Of each simulation the point is the truth of another one, so a draw of the prior. If the guide is the posterior, the
     truth is as likely nearer to it than a draw as not, and the ranks are uniform from 0 to the number of draws, which
     :func:`sbc_uniformity` tests. It looks at all numbers together: dependence between them counts, which ranks of
-    single numbers do not see. Distances are in units of the standard deviations of the truths.
+    single numbers do not see. Distances are in units of the standard deviations of the truths of the other
+    simulations: with its own truth among them no truth would be like a draw.
 
     References:
         [1] Lemos, Coogan, Hezaveh and Perreault-Levasseur (2023), Sampling-based accuracy testing of posterior
@@ -156,6 +158,8 @@ def tarp_ranks(truth: Tensor, draws: Tensor) -> Tensor:
     Args:
         truth: The true values, ``(simulations, numbers)``.
         draws: Draws of the guide for each, ``(draws, simulations, numbers)``.
+        prior: Draws of the prior, ``(any number, numbers)``, that points and units are taken from in place of the
+            truths, which may be too few for it.
 
     Returns:
         Ranks, ``(simulations,)``.
@@ -163,16 +167,33 @@ def tarp_ranks(truth: Tensor, draws: Tensor) -> Tensor:
     Raises:
         GraphflowsError: If there are fewer than two simulations, or the shapes differ.
     """
-    if truth.dim() != 2 or draws.dim() != 3 or draws.shape[1:] != truth.shape or len(truth) < 2:
+    if (
+        truth.dim() != 2
+        or draws.dim() != 3
+        or draws.shape[1:] != truth.shape
+        or (prior is None and len(truth) < 2)
+    ):
         raise GraphflowsError(
             "Expected truths (simulations, numbers) of two or more simulations and draws (draws, simulations, "
             f"numbers); got the shapes {tuple(truth.shape)} and {tuple(draws.shape)}."
         )
-    points = truth.roll(1, 0)
-    scale = truth.std(0)
+    if prior is None:
+        points, scale = truth.roll(1, 0), _spread_of_others(truth)
+    else:
+        points, scale = prior[torch.arange(len(truth), device=prior.device) % len(prior)], prior.std(0)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     distance = ((truth - points) / scale).norm(dim=-1)
     return _ranks(distance, ((draws - points) / scale).norm(dim=-1))
+
+
+def _spread_of_others(values: Tensor) -> Tensor:
+    """Return for each row the standard deviations of the other rows; zero where these are fewer than two."""
+    num = len(values)
+    if num < 3:
+        return torch.zeros_like(values)
+    squares = (values - values.mean(0)).square()
+    variance = (squares.sum(0) - squares * num / (num - 1)) / (num - 2)
+    return variance.clamp(min=0.0).sqrt()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -337,6 +358,7 @@ def calibration_report(
         layout = joint_layout(model, guide, args, kwargs)
         numbers = sum(torch.Size(layout.shapes[name]).numel() for name in layout.shapes)
         size = max(2, min(1000, _NUMBERS_AT_ONCE // (numbers * num_draws)))
+        prior = _prior(model, layout, (args, kwargs), min(_PRIOR_DRAWS, max(10, _NUMBERS_AT_ONCE // numbers)))
         for chunk in _simulated((model, guide), (args, kwargs), layout, (num_simulations, num_draws, size)):
             for name, part in _ranks_of(chunk).items():
                 truth, draws = chunk.truth[name].double(), chunk.draws[name].double()
@@ -344,9 +366,11 @@ def calibration_report(
                 truths.setdefault(name, []).append(truth)
                 means.setdefault(name, []).append(draws.mean(0))
                 variances.setdefault(name, []).append(draws.var(0) if num_draws > 1 else draws[0] * torch.nan)
-            columns = _real_numbers(chunk)
-            if columns is not None and len(columns[0]) > 1:
-                joint.append(tarp_ranks(*columns))
+            names = [name for name, value in chunk.truth.items() if _is_continuous(prior[name])]
+            if names:
+                done = sum(map(len, joint))
+                columns = _columns(chunk.truth, names, 1), _columns(chunk.draws, names, 2)
+                joint.append(tarp_ranks(*columns, _columns(prior, names, 1).roll(-done, 0)))
     truth_of = {name: torch.cat(part) for name, part in truths.items()}
     variance_of = {name: torch.cat(part) for name, part in variances.items()}
     z_scores = {
@@ -401,17 +425,19 @@ def _ranks_of(chunk: _Chunk) -> dict[str, Tensor]:
     return {name: _ranks(chunk.truth[name], draws) for name, draws in chunk.draws.items()}
 
 
-def _real_numbers(chunk: _Chunk) -> tuple[Tensor, Tensor] | None:
-    """Return all latent numbers that are not classes or counts as columns: (S, D) and (L, S, D)."""
-    names = [
-        name for name, value in chunk.truth.items() if value.is_floating_point() and _is_continuous(value)
-    ]
-    if not names:
-        return None
-    return (
-        torch.cat([_rows(chunk.truth[name], 1) for name in names], -1),
-        torch.cat([_rows(chunk.draws[name], 2) for name in names], -1),
-    )
+def _prior(
+    model: Program, layout: JointLayout, arguments: tuple[tuple[Any, ...], dict[str, Any]], num: int
+) -> dict[str, Tensor]:
+    """Return draws of the latent sites of the model."""
+    args, kwargs = arguments
+    joint = sample_joint(particle_plate(model, num, -1 - layout.max_plate_nesting), args, kwargs)
+    values: dict[str, Any] = {name: joint.nodes[name]["value"] for name in layout.sampled}
+    return {name: value.reshape(num, *layout.shapes[name]) for name, value in values.items()}
+
+
+def _columns(values: dict[str, Tensor], names: list[str], lead: int) -> Tensor:
+    """Return the numbers of some sites side by side, after ``lead`` dimensions of draws."""
+    return torch.cat([_rows(values[name], lead) for name in names], -1)
 
 
 def _rows(value: Tensor, keep: int) -> Tensor:
@@ -419,7 +445,8 @@ def _rows(value: Tensor, keep: int) -> Tensor:
 
 
 def _is_continuous(value: Tensor) -> bool:
-    return bool((value != value.round()).any())
+    """Return whether values are real numbers, no classes or counts."""
+    return value.is_floating_point() and bool((value != value.round()).any())
 
 
 def _share_inside(ranks: Tensor, num_draws: int, level: float) -> float:

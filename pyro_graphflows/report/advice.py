@@ -12,7 +12,7 @@ from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.guides import AutoFaithfulGuide
 from pyro_graphflows.infer import CalibrationReport, History, Posterior
 
-__all__ = ["TRUSTED", "Findings", "judge_draws", "judge_model", "next_steps", "unlikely"]
+__all__ = ["NEARLY_EVEN", "TRUSTED", "Findings", "judge_draws", "judge_model", "next_steps", "unlikely"]
 
 TRUSTED = 0.7
 FEW = 0.1  # a share of data for which chains are cheaper than more training
@@ -170,7 +170,7 @@ def _about_other_data(found: Findings) -> list[str]:
     assert isinstance(found.calibration, CalibrationReport)
     problem = found.calibration.summary().note.removeprefix("Not calibrated. ").rstrip(".")
     return [
-        f"For other data than these, look at k-hat before you use the guide: on simulated data {problem}. "
+        f"For other data than these, look at k-hat before you use the guide. On simulated data: {problem}. "
         "fit(model, guide, data, simulations=100_000) trains it on such data."
     ]
 

@@ -1,7 +1,7 @@
 """What a report says: model, what each latent looks at, training, posterior, trust, calibration, predictions."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,13 +30,23 @@ from pyro_graphflows.plotting import (
     plot_predictive,
 )
 from pyro_graphflows.plotting.posteriors import MOST_PANELS
-from pyro_graphflows.report.advice import TRUSTED, Findings, judge_draws, judge_model, next_steps, unlikely
+from pyro_graphflows.report.advice import (
+    NEARLY_EVEN,
+    TRUSTED,
+    Findings,
+    judge_draws,
+    judge_model,
+    next_steps,
+    unlikely,
+)
 from pyro_graphflows.report.page import Page, Section
 
 __all__ = ["ReportOptions", "make_report"]
 
 MANY_DATA = 1000  # beyond which steps take batches, where the posterior factorises over the data
 MOST_ROWS = 40
+MOST_PICTURES = 4  # observed sites with a picture of their own
+MOST_SIMULATED, FEWEST_SIMULATIONS = 50_000, 50  # latent numbers in simulated data sets; data sets
 MOST_OF_A_SITE = 20  # numbers of a site with a row for each in a forest
 EXTREME = 0.01
 
@@ -49,7 +59,8 @@ class ReportOptions:
         seconds: How long to train at most; 0 for not at all.
         family: The family of the guide's conditionals.
         num_draws: The number of draws of the posterior.
-        num_simulations: The number of simulated data sets for calibration; 0 for none.
+        num_simulations: The number of simulated data sets for calibration; 0 for none, and fewer than asked for, but
+            not below 50, where each has many latent numbers.
         seed: The seed of all random numbers.
         progress: Whether to show bars.
 
@@ -184,7 +195,7 @@ def _training_section(
     )
     found.history = history
     for note in history.notes:
-        section.text(note[0].upper() + note[1:], "note")
+        section.text(f"{note[0].upper()}{note[1:].rstrip('.')}.", "note")
     for name, each in {"simulations": history.simulated, "data": history}.items():
         if each is not None:
             _curve(section, name, each)
@@ -358,7 +369,7 @@ def _calibration_section(
         )
         return section.text(f"Calibration was {found.calibration}.", "note")
     try:
-        report = calibration_report(model, found.guide, num_simulations=options.num_simulations, **data)
+        report = calibration_report(model, found.guide, num_simulations=_simulations(options, found), **data)
     except GraphflowsError as error:
         found.calibration = reason_of(error)
         return section.text(f"Calibration was left out: {reason_of(error)}", "note")
@@ -375,43 +386,88 @@ def _calibration_section(
     )
 
 
+def _simulations(options: ReportOptions, found: Findings) -> int:
+    """Return how many data sets to simulate: so many that they do not take longer than training."""
+    numbers = sum(value[0].numel() for value in found.drawn.draws.values())
+    return min(options.num_simulations, max(FEWEST_SIMULATIONS, MOST_SIMULATED // numbers))
+
+
 # --------------------------------------------------------------------------------------------------- predictions
 def _prediction_section(options: ReportOptions, found: Findings) -> Section:
     section = Section("Predictive check")
     posterior = found.drawn
     source = posterior
-    if not bool(found.doubtful.any()) and posterior.num_draws >= 200:
+    uneven = bool((posterior.ess < NEARLY_EVEN * posterior.num_draws).any())
+    if uneven and not bool(found.doubtful.any()) and posterior.num_draws >= 200:
         source = posterior.reweighted(
             max(100, posterior.num_draws // 4), seed=options.seed, progress=options.progress
         )
         section.text("Predictions are made with draws that are corrected by their weights.", "note")
     predicted = source.predict(seed=options.seed + 1, progress=options.progress)
-    extreme = []
-    for name, observed in posterior.observed.items():
-        draws = predicted[name]
-        if draws.shape[1:] != observed.shape:
-            continue
-        axes = plot_predictive(observed, draws)
-        axes.set_title(name, loc="left", fontsize=10)
-        section.picture(axes, f"{name}: data and predictions")
-        rows = {}
-        for label, statistic in _STATISTICS.items():
-            value, spread = statistic(observed.double()[None]), statistic(draws.double())
-            share = ((spread < value).double() + 0.5 * (spread == value).double()).mean().item()
-            rows[label] = (value.item(), spread.mean().item(), spread.std().item(), share)
-            if min(share, 1 - share) < EXTREME:
-                extreme.append(f"the {label} of {name}")
-        section.table(("statistic", "data", "predicted", "sd", "share of predictions below"), rows)
+    observed = {
+        name: value for name, value in posterior.observed.items() if predicted[name].shape[1:] == value.shape
+    }
+    bound = EXTREME / max(1, len(observed))  # of many sites some are extreme by chance
+    shares, extreme = {}, []
+    for name, value in observed.items():
+        rows = {label: _beside(statistic, value, predicted[name]) for label, statistic in _STATISTICS.items()}
+        shares[name] = tuple(row[-1] for row in rows.values())
+        extreme += [
+            f"the {label} of {name}" for label, row in rows.items() if min(row[-1], 1 - row[-1]) < bound
+        ]
+        if len(observed) <= MOST_PICTURES:
+            axes = plot_predictive(value, predicted[name])
+            axes.set_title(name, loc="left", fontsize=10)
+            section.picture(axes, f"{name}: data and predictions")
+            section.table(("statistic", "data", "predicted", "sd", "share of predictions below"), rows)
+    if len(observed) > MOST_PICTURES:
+        section.picture(_many_predictions(observed, predicted), "data and predictions of each site")
+        section.text("The share of predictions below the data, for four statistics of each site:", "note")
+        section.table(("site", *_STATISTICS), shares)
     found.extreme = tuple(extreme)
     if extreme:
         section.text(
-            f"The model does not reproduce {', '.join(extreme)}: less than {100 * EXTREME:g} in 100 predictions are as "
+            f"The model does not reproduce {', '.join(extreme)}: less than {100 * bound:.2g} in 100 predictions are as "
             "extreme as the data.",
             "bad",
         )
     else:
         section.text("Nothing in these statistics of the data is strange to the model.", "good")
     return section
+
+
+def _beside(
+    statistic: Callable[[Tensor], Tensor], observed: Tensor, draws: Tensor
+) -> tuple[float, float, float, float]:
+    """Return a statistic of the data, its mean and deviation in predictions, and the share of these below."""
+    value, spread = statistic(observed.double()[None]), statistic(draws.double())
+    share = ((spread < value).double() + 0.5 * (spread == value).double()).mean().item()
+    return value.item(), spread.mean().item(), spread.std().item(), share
+
+
+def _many_predictions(observed: Mapping[str, Tensor], predicted: Mapping[str, Tensor]) -> Any:
+    """Draw a panel for each observed site."""
+    from matplotlib.figure import Figure
+
+    names = list(observed)[:MOST_PANELS]
+    rows = -(-len(names) // 4)
+    figure = Figure(figsize=(8.4, 0.3 + 1.4 * rows), layout="constrained")
+    panels = figure.subplots(rows, 4, squeeze=False).reshape(-1)
+    for ax in panels[len(names) :]:
+        ax.set_visible(False)
+    for name, ax in zip(names, panels, strict=False):
+        plot_predictive(observed[name], predicted[name], ax)
+        ax.set_title(name, fontsize=8, loc="left")
+        ax.set_xlabel("")
+        ax.tick_params(labelsize=6)
+        if name != names[0]:
+            ax.get_legend().remove()
+        else:
+            figure.legend(
+                handles=ax.get_legend().legend_handles, loc="outside upper right", ncols=2, frameon=False
+            )
+            ax.get_legend().remove()
+    return figure
 
 
 _STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -141,6 +141,15 @@ def plot_log_posterior(trained, path, hidden_dims=NARROW):
                 ax.axhline(best[i], color=colour, linestyle="--", linewidth=1)
         row[0].set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
         row[0].set_ylabel(f"depth {depth}", fontsize=9)
+        if low < -100:  # samples of blind latents: no scale shows them and the others at once
+            row[0].set_yscale("symlog", linthresh=10)
+            row[0].set_ylim(3 * low, 30)
+            units = min(hidden_dims) / (2 ** (depth - 1) - 1)
+            note = (
+                f"depth {depth}: logarithmic below −10. A layer has {units:.1f} units for each latent: some of the "
+                "sparse guides are blind (dead units), whatever their factorisation"
+            )
+            row[columns // 2].set_title(note, fontsize=8)
         for ax in row:
             ax.tick_params(labelsize=7)
             ax.spines[["top", "right"]].set_visible(False)

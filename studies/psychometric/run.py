@@ -225,6 +225,7 @@ def main() -> None:
         "--train", type=float, default=300.0, help="processor seconds of training (default: 300)"
     )
     parse.add_argument("--only", nargs="+", choices=STEPS, default=STEPS, help="the steps to take")
+    parse.add_argument("--most", type=int, default=10**9, help="end after so many new records (default: all)")
     args = parse.parse_args()
     folder = data_folder(args.data)
     if folder is None:
@@ -235,8 +236,11 @@ def main() -> None:
     curves, results = read(folder), Results(args.results)
     args.work.mkdir(parents=True, exist_ok=True)
 
+    made: list[str] = []
+
     def once(key: str, compute: Any) -> None:
-        if key not in results:
+        if key not in results and len(made) < args.most:
+            made.append(key)
             record = compute()
             results.append(key, record)
             print(key, f"{record['seconds']:.1f} s", flush=True)
@@ -249,7 +253,7 @@ def main() -> None:
             once(f"draws {block}", lambda block=block: draw(curves, guide, block))
     if "surprise" in args.only:
         once("surprise", lambda: surprise(curves, guide))
-    if "refine" in args.only:
+    if "refine" in args.only and len(made) < args.most:
         bad = (khats(results, curves) > TRUSTED).nonzero().squeeze(-1)
         for number, rows in enumerate(bad.split(REFINED_AT_ONCE)):
             once(f"refine {number}", lambda rows=rows, number=number: refine(curves, guide, rows, number))

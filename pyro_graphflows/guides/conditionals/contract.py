@@ -56,7 +56,6 @@ class SiteRole:
         is_global: Whether it is in no plate, in a model that has few such sites.
         sets_scale: Whether the scale of another latent site depends on it.
         normal_prior: Whether its prior is normal in unconstrained space.
-        in_hierarchy: Whether some latent site of the model sets the scale of another.
     """
 
     site: LatentSite
@@ -67,7 +66,6 @@ class SiteRole:
     is_global: bool = False
     sets_scale: bool = False
     normal_prior: bool = True
-    in_hierarchy: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,6 +116,11 @@ class Family(ABC):
     def fusion(self) -> bool | str:
         """Whether conditionals are the model's own distributions of their sites times a factor, or ``"auto"``."""
         return False
+
+    @property
+    def can_fuse(self) -> bool:
+        """Whether the sites that it serves itself can be fused with their priors."""
+        return self.fusion is not False
 
     @property
     def can_regress(self) -> bool:
@@ -355,8 +358,13 @@ class Conditionals(nn.Module, ABC):
                 weights[parent] = matrix * (input_scale / scale)
         return LinearConditional(weights, loc, fit.scale_tril)
 
-    def narrow_elements_(self, factor: float) -> None:
-        """Multiply the scales of the sites with per-element parameters; nothing without such sites."""
+    def narrow_elements_(self, factor: float, *, fitted: bool = True) -> None:
+        """Multiply the scales of the sites with per-element parameters; nothing without such sites.
+
+        Args:
+            factor: The number.
+            fitted: Whether factors beside priors were fitted; those of sites in no plate are made narrow if not.
+        """
         if self.block.per_element:
             raise GraphflowsError(f"{type(self).__name__} has no per-element parameters.")
 

@@ -20,8 +20,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_graphflows.distributions.autoregressive_normal import AutoregressiveNormal, sum_over_pairs
 from pyro_graphflows.distributions.fusion import fuse, fuse_matrix
+from pyro_graphflows.distributions.long_normals import AutoregressiveNormal, sum_over_pairs
 from pyro_graphflows.guides.conditionals.distributions import DiscreteVector, ScalarNormal
 from pyro_graphflows.guides.conditionals.site_priors import SitePrior
 from pyro_graphflows.guides.sites import LatentSite

@@ -6,8 +6,8 @@ million weights for 200 elements. Here
 .. math:: u = \text{shift} + \text{scale} \odot \bigl(\text{loc}(x) + d \odot (I + U V^\top) \varepsilon\bigr), \qquad
           \varepsilon \sim N(0, I),
 
-with r columns in U and V (:mod:`~pyro_graphflows.distributions.mixed_noise`). Only the location depends on the parents;
-scales and directions are parameters, N (1 + 2 r) of them.
+with r columns in U and V (:mod:`~pyro_graphflows.distributions.long_normals`). Only the location depends on the
+parents; scales and directions are parameters, N (1 + 2 r) of them.
 
 References:
     [1] Ong, Nott and Smith (2018), Gaussian variational approximation with a factor covariance structure: the case of
@@ -21,7 +21,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_graphflows.distributions.mixed_noise import MixedNoiseNormal
+from pyro_graphflows.distributions.long_normals import MixedNoiseNormal
 from pyro_graphflows.guides.conditionals.factors import NormalOutputs, positive_scale
 from pyro_graphflows.regression import RESIDUAL_FLOOR, Moments, in_float64
 

@@ -7,6 +7,7 @@ standardised units, inputs and outputs.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyro.distributions as dist
@@ -138,7 +139,7 @@ class MaskedConditionals(Conditionals):
             self.register_buffer("fusing", torch.ones(len(fusible), dtype=torch.bool))
             self.register_buffer("fused_shift", torch.zeros(total))
             self.register_buffer("fused_scale", torch.ones(total))
-        self._fusing: tuple[Any, list[bool]] = (None, [])
+        self._is_fusing = [True] * len(fusible)  # the same as the buffer, which may be on a device
         self._scalar_levels = {
             i
             for i, level in enumerate(block.levels)
@@ -189,18 +190,18 @@ class MaskedConditionals(Conditionals):
 
     def fuses(self, site: str) -> bool:
         """See :meth:`Conditionals.fuses`."""
-        if site not in self._fused_at:
-            return False
-        key = self.fusing.data_ptr(), self.fusing._version
-        if self._fusing[0] != key:  # reading the buffer may wait for a device
-            self._fusing = key, self.fusing.tolist()
-        return self._fusing[1][self._fused_at[site]]
+        return site in self._fused_at and self._is_fusing[self._fused_at[site]]
 
     @torch.no_grad()
     def set_fusing_(self, site: str, fuse: bool) -> None:
         """See :meth:`Conditionals.set_fusing_`."""
         if site in self._fused_at:
-            self.fusing[self._fused_at[site]] = fuse
+            self.fusing[self._fused_at[site]] = self._is_fusing[self._fused_at[site]] = fuse
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self._fused_at and not self.fusing.is_meta:
+            self._is_fusing = self.fusing.tolist()
 
     def fused_units(self, site: str) -> tuple[Tensor, Tensor]:
         """See :meth:`Conditionals.fused_units`."""
@@ -346,11 +347,11 @@ class MaskedConditionals(Conditionals):
         self._set_rows_(site, weights, fitted[1])
 
     @torch.no_grad()
-    def narrow_elements_(self, factor: float) -> None:
+    def narrow_elements_(self, factor: float, *, fitted: bool = True) -> None:
         """See :meth:`Conditionals.narrow_elements_`."""
         for site, columns in self._table_columns.items():
             assert self.table is not None
-            if self.fuses(site):
+            if self.fuses(site) and (fitted or self.block.plates):
                 continue
             own = self.factors[site]
             for output in own.log_scale_outputs:
@@ -410,6 +411,14 @@ def _no_wider_than_the_prior(scale_tril: Tensor) -> Tensor:
     return (spread / (1.0 + spread.square()).sqrt()).diag_embed()
 
 
+def _in_type(prior: SitePrior, dtype: torch.dtype) -> SitePrior:
+    """Return a prior in the type of the parameters: constants of a model are in the default type."""
+    if prior.loc.dtype == dtype:
+        return prior
+    fixed = None if prior.fixed is None else prior.fixed.map(lambda each: each.to(dtype))
+    return replace(prior.map(lambda each: each.to(dtype)), fixed=fixed)
+
+
 class MaskedPass(Pass):
     """One pass of :class:`MaskedConditionals`."""
 
@@ -436,9 +445,8 @@ class MaskedPass(Pass):
         outputs = self._network.step(self._new if self._new.shape[-1] else None).squeeze(-1)
         if self._plates is not None:
             self._known.append(self._new)
-        fused = (
-            {site: priors[site] for site in level if site in priors and module.fuses(site)} if priors else {}
-        )
+        chosen = [site for site in level if site in priors and module.fuses(site)] if priors else []
+        fused = {site: _in_type(priors[site], outputs.dtype) for site in chosen} if priors else {}
         if (
             self._level in module._scalar_levels
             and len(fused) in (0, len(level))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -71,7 +72,7 @@ class _Given(Messenger):
         elif fn.subsample_size is not None and fn.subsample_size < fn.size and msg["value"] is None:
             raise UnsupportedModelError(
                 f"Expected the indices of the subsampled plate {name!r}; got none, and other rows than those of this "
-                "call would be taken. Give indices={...}."
+                "call would be taken. Give indices={...}; a guide: call it with the model's arguments."
             )
 
 
@@ -170,7 +171,7 @@ class ModelConditionals:
 
         Args:
             wanted: The latent sites. Their latent parents in the model must be in ``latents``; see
-                :func:`~pyro_graphflows.guides.conditionals.fusible_sites.fusible_sites`.
+                :func:`~pyro_graphflows.guides.fusion.fusible_sites`.
             args: The model's positional arguments.
             kwargs: Its keyword arguments.
             latents: Values of latent sites; further dimensions on the left (particles) are for the model to broadcast.
@@ -189,7 +190,8 @@ class ModelConditionals:
             return {}
         given = _Given(names, latents, observed or {}, indices or {})
         self.runs += 1
-        with kept_running_statistics(), poutine.block():
+        # Parameters out of their range are for whoever reads the distributions, who knows the site and the remedy.
+        with kept_running_statistics(), poutine.block(), pyro.validation_enabled(False):
             try:
                 with given:
                     self.model(*args, **(kwargs or {}))

@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.transforms import OrderedTransform
 from torch import Tensor
+from torch.distributions import biject_to
 from torch.distributions.transforms import (
     ExpTransform,
     IndependentTransform,
@@ -17,13 +18,15 @@ from torch.distributions.transforms import (
     Transform,
 )
 
+from pyro_graphflows.capture import CAPTURING
 from pyro_graphflows.distributions.coordinates import GaussianCoordinate, gaussian_coordinate, is_well_defined
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.sites import LatentSite, is_identity
 from pyro_graphflows.inspect.runs import undressed
 
-__all__ = ["SitePrior", "has_prior", "is_normal_unconstrained", "site_prior"]
+__all__ = ["SitePrior", "has_prior", "is_moderate", "is_normal_unconstrained", "site_prior"]
 
+WIDEST = 60.0  # units of logarithms between scores of -2 and 2 of a prior that is not extreme
 WITHOUT_PARAMETERS = (ExpTransform, SigmoidTransform, StickBreakingTransform, OrderedTransform)
 
 
@@ -67,12 +70,13 @@ class SitePrior:
         return self.log_scale.exp().diag_embed() if self.scale_tril is None else self.scale_tril
 
 
-def site_prior(site: LatentSite, fn: Any) -> SitePrior:
+def site_prior(site: LatentSite, fn: Any, *, checked: bool = True) -> SitePrior:
     """Return a distribution of the model as the prior of a site.
 
     Args:
         site: The site.
         fn: Its distribution, for which :func:`has_prior` holds.
+        checked: Whether to refuse parameters out of their range.
 
     Raises:
         GraphflowsError: If a parameter is not in its range, a scale zero or infinite for example.
@@ -88,6 +92,19 @@ def site_prior(site: LatentSite, fn: Any) -> SitePrior:
         part.unsqueeze(-1) if part.dim() == dims else part.flatten(dims)
         for part in (coordinate.loc, coordinate.scale)
     )
+    log_scale = scale.log()
+    if checked and not (loc.is_meta or CAPTURING.get()):
+        total = float(loc.detach().sum() + log_scale.detach().sum())  # finite if all of them are
+        if coordinate.standard or not math.isfinite(total):
+            _require_well_defined(site, fn, coordinate, loc, scale)
+    transform = None if _is_unconstrained(site, coordinate) else coordinate.transform
+    return SitePrior(loc, log_scale, coordinate.scale_tril, transform, coordinate.standard)
+
+
+def _require_well_defined(
+    site: LatentSite, fn: Any, coordinate: GaussianCoordinate, loc: Tensor, scale: Tensor
+) -> None:
+    """Refuse a prior with a parameter out of its range."""
     good = torch.isfinite(loc) & torch.isfinite(scale) & (scale > 0)
     if coordinate.standard:
         defined = is_well_defined(fn)
@@ -100,8 +117,6 @@ def site_prior(site: LatentSite, fn: Any) -> SitePrior:
             "parents that does not reach there, or leave the prior out: "
             f"factors={{{site.name!r}: Normal(fusion=False)}}."
         )
-    transform = None if _is_unconstrained(site, coordinate) else coordinate.transform
-    return SitePrior(loc, scale.log(), coordinate.scale_tril, transform, coordinate.standard)
 
 
 def has_prior(site: LatentSite, fn: Any) -> bool:
@@ -130,6 +145,27 @@ def is_normal_unconstrained(site: LatentSite, fn: Any) -> bool:
         return True
     coordinate = gaussian_coordinate(fn)
     return coordinate is not None and _is_unconstrained(site, coordinate)
+
+
+def is_moderate(fn: Any) -> bool:
+    """Whether the coordinate in which a prior is normal is fit for a search, and for a start.
+
+    That of a gamma prior with the shape 0.001 is not: its median is 1e-300.
+
+    Args:
+        fn: The model's distribution of a site.
+    """
+    improper = isinstance(undressed(fn), dist.ImproperUniform)
+    coordinate = None if improper else gaussian_coordinate(fn)
+    if coordinate is None or not coordinate.standard:
+        return coordinate is not None
+    try:
+        ends = [biject_to(fn.support).inv(coordinate.transform(w + coordinate.loc)) for w in (-2.0, 2.0)]
+    except ValueError:  # scores so far out that they cannot be inverted
+        return False
+    width = (ends[1] - ends[0]).abs()
+    unbounded = biject_to(fn.support).domain is fn.support
+    return bool(torch.isfinite(width).all()) and (unbounded or bool((width < WIDEST).all()))
 
 
 def _is_unconstrained(site: LatentSite, coordinate: GaussianCoordinate) -> bool:

@@ -3,7 +3,7 @@
 import pyro.distributions as dist
 import torch
 
-from pyro_graphflows.distributions.autoregressive_normal import AutoregressiveNormal, sum_over_pairs
+from pyro_graphflows.distributions.long_normals import AutoregressiveNormal, MixedNoiseNormal, sum_over_pairs
 
 PAIRS = torch.tensor([[1, 2, 2, 4], [0, 0, 1, 3]])  # 0 -> 1 -> 2 and 3 -> 4
 DEPTH = 2
@@ -52,3 +52,43 @@ def test_draws_have_gradients():
     torch.testing.assert_close(
         slope, torch.stack([w20 + w21 * w10, w21, *torch.tensor([1.0, 0, 0], dtype=torch.float64)])
     )
+
+
+SIZE, RANK = 7, 2
+
+
+def mixed_example(*batch):
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(*shape):
+        return torch.randn(*batch, *shape, generator=generator, dtype=torch.float64)
+
+    return MixedNoiseNormal(draw(SIZE), draw(SIZE).exp(), draw(SIZE, RANK), draw(SIZE, RANK) / SIZE**0.5)
+
+
+def test_density_is_that_of_the_multivariate_normal():
+    own = mixed_example(3)
+    value = torch.randn(5, 3, SIZE, dtype=torch.float64)
+    joint = dist.MultivariateNormal(own.loc, own.covariance_matrix)
+    torch.testing.assert_close(own.log_prob(value), joint.log_prob(value))
+    torch.testing.assert_close(own.expand((5, 3)).log_prob(value), joint.log_prob(value))
+
+
+def test_draws_mix_noise_and_their_density_is_that_of_the_noise():
+    own = mixed_example()
+    torch.manual_seed(0)
+    value = own.rsample((6,))
+    torch.manual_seed(0)
+    noise = torch.randn(6, SIZE, dtype=torch.float64)
+    mixing = own.scale.unsqueeze(-1) * (torch.eye(SIZE, dtype=torch.float64) + own.left @ own.right.mT)
+    torch.testing.assert_close(value, own.loc + noise @ mixing.mT)
+    of_noise = dist.Normal(torch.zeros(SIZE, dtype=torch.float64), 1.0).to_event(1).log_prob(noise)
+    torch.testing.assert_close(own.log_prob(value), of_noise - torch.linalg.slogdet(mixing)[1])
+
+
+def test_pull_inverts_push():
+    own = mixed_example(3)
+    noise = torch.randn(5, 3, SIZE, dtype=torch.float64)
+    value, log_det = own.push(noise)
+    torch.testing.assert_close(own.pull(value), noise)
+    assert log_det.shape == (5, 3)
