@@ -181,9 +181,7 @@ def _obstacle(
     if late:
         return f"its model {_named(late)} sampled after it"
     # Data and inputs too: the inverse says what the site may look at.
-    unread = [
-        p for p in parents if p not in inverse.parents[site]
-    ]  # data and inputs too: the inverse says what is read
+    unread = [p for p in parents if p not in inverse.parents[site]]
     if unread:
         return f"its model {_named(unread)} not among its parents in the inverse {inverse.order!r}"
     inner = [
