@@ -59,8 +59,12 @@ def pages() -> dict[str, str]:
 
 
 def write_api_pages(folder: Path) -> None:
-    """Write the pages and their index; files that are the same already are left alone."""
+    """Write the pages and their index; files that are the same already are left alone, and stale ones removed."""
     folder.mkdir(exist_ok=True)
+    public = {f"{package}.{name}" for package in PACKAGES for name in public_names(package)}
+    for page in (folder / "generated").glob("*.rst"):
+        if page.stem not in public:
+            page.unlink()
     texts = {f"{package.split('.', 1)[1]}.md": text for package, text in pages().items()}
     index = [
         "# API reference",

@@ -257,17 +257,18 @@ class _Numbers(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-# Questions of Pyro's to tensors that have an answer good for all values: no warning of NaN, which the caller watches
-# for; no values left out of a sum, which are zeros.
+# Questions to tensors that have an answer good for all values: no warning of NaN, which the caller watches for; no
+# values left out of a sum, which are zeros; a branch for tails, chosen element by element.
 _ANSWERS = {
     ("pyro.util", "warn_if_nan"): False,
     ("pyro.util", "warn_if_inf"): False,
     ("pyro.infer.util", "compute_expectation"): True,
+    ("pyro_graphflows.distributions.normal_tails", "forward"): True,
 }
 
 
 def _answer() -> bool | None:
-    """Return the answer to the question that is being asked, if it is one of Pyro's above."""
+    """Return the answer to the question that is being asked, if it is one of those above."""
     frame = sys._getframe(2)
     for _ in range(12):
         answer = _ANSWERS.get((frame.f_globals.get("__name__", ""), frame.f_code.co_name))

@@ -350,7 +350,7 @@ def test_groups_have_the_summaries_of_their_own_data():
     index, groups = torch.tensor([0, 2, 2, 1, 0, 2, 1, 2]), 4  # none in the last
     y, w, there = torch.randn(8), torch.randn(8), torch.rand(8) > 0.3
     args = (index, y, groups, w, there)
-    guide = auto_faithful_guide(intercepts, *args, pool="deepset", **FEW)
+    guide = auto_faithful_guide(intercepts, *args, pool="deepset", family="normal", **FEW)
 
     def loc(site, *args):
         pyro.set_rng_seed(0)

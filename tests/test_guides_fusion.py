@@ -398,6 +398,27 @@ def test_priors_that_are_linear_are_left_to_regression():
     assert every.plan.priors.sites == set("abcde")
 
 
+def test_globals_of_crossed_effects_keep_the_regression_start():
+    """Judged at the width of the prior, on enough joint samples, and a tenth as wide then."""
+
+    def model(row, column, y):
+        tau = pyro.sample("tau", dist.HalfNormal(1.0))
+        sigma = pyro.sample("sigma", dist.HalfNormal(1.0))
+        with pyro.plate("rows", 4):
+            a = pyro.sample("a", dist.Normal(0.0, tau))
+        with pyro.plate("columns", 5):
+            b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(a[..., row] + b[..., column], sigma), obs=y)
+
+    row, column = torch.arange(4).repeat_interleave(5), torch.arange(5).repeat(4)
+    y = torch.randn(20)
+    guide = guide_of(model, row, column, y, family="auto")
+    assert "random start was kept" not in guide.describe(verbose=True)
+    sigma = draws(guide, row, column, y).nodes["sigma"]["value"]
+    assert 0.3 < float(sigma.min()) < float(sigma.max()) < 1.2  # the prior's median is .67
+
+
 def test_effects_are_sampled_after_their_scales():
     """And before all else; an inverse that the user names is kept."""
 
@@ -748,25 +769,36 @@ def test_scales_in_plates_have_splines():
     assert _kinds(guide) == {"log_scale": "Spline", "a": "Normal", "z": "Normal"}
 
 
-def test_other_models_have_normal_conditionals_by_auto():
-    """The same ones, weight for weight."""
+def test_the_default_is_auto():
+    def model(w, x):
+        p = pyro.sample("p", dist.Beta(2.0, 2.0))
+        v = pyro.sample("v", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(p + v.sum(-1), 1.0))
+            g = pyro.sample("g", dist.Gamma(2.0, 2.0))
+            pyro.sample("x", dist.Normal(w * z, g), obs=x)
+
+    data = torch.randn(4), torch.ones(4)
+    guide = auto_faithful_guide(model, *data, num_start_samples=500)
+    assert guide.family == Auto()
+    assert _kinds(guide) == {"p": "Spline", "v": "Normal", "z": "Normal", "g": "Spline"}
+    assert {"p", "g"} <= guide.plan.priors.sites
+    assert guide.describe().count("fused with its prior, spline]") == 2
+
+
+def test_amortised_sites_with_normal_priors_are_as_in_the_normal_family():
+    """Weight for weight."""
 
     def model(x):
-        p = pyro.sample("p", dist.Beta(2.0, 2.0))
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(p, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            u = pyro.sample("u", dist.Normal(z, 1.0))
+            pyro.sample("x", dist.Normal(u, 1.0), obs=x)
 
     x = torch.ones(4)
-    one, other = (
-        auto_faithful_guide(model, x, family=f, num_start_samples=500) for f in ("auto", Normal(fusion=False))
-    )
-    assert not one.plan.priors.sites
+    one, other = (auto_faithful_guide(model, x, family=f, num_start_samples=500) for f in ("auto", "normal"))
     assert one.state_dict().keys() == other.state_dict().keys()
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
-    everywhere = auto_faithful_guide(model, x, family=Auto(everywhere=True), num_start_samples=500)
-    assert _kinds(everywhere)["p"] == "Spline"
-    assert "p" in everywhere.plan.priors.sites
 
 
 def test_the_parts_of_the_auto_family_are_families():

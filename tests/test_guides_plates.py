@@ -196,7 +196,9 @@ def test_what_describe_says_of_parents():
         (None, "not read", "per-element parameters"),
         ("deepset", "pooled by group", "amortised"),
     ):
-        text = auto_faithful_guide(model, group, torch.randn(4), pool=pool, init="random").describe()
+        text = auto_faithful_guide(
+            model, group, torch.randn(4), pool=pool, init="random", family="normal"
+        ).describe()
         index = "not read" if pool is None else "index"
         assert f"mu | group ({index}), tilt (no data to read), y ({how})  [{label}, analytic KL]" in text
         assert "z | group (index), theta (looked up by group), tilt (no data to read), y  [amortised" in text

@@ -129,7 +129,7 @@ def test_amortised_guides_keep_the_regression_whatever_the_data_of_set_up():
 @pytest.mark.parametrize("family", [Normal(), Flow(), Spline()], ids=["normal", "flow", "spline"])
 def test_improper_priors_in_raw_units_start_at_the_posterior(family):
     x, y = raw_data()
-    guide = auto_faithful_guide(raw_regression, x, y, family=family, init="auto")
+    guide = auto_faithful_guide(raw_regression, x, y, family=family)
     assert "the start is 'mode'" in str(guide.describe(verbose=True))
     # the exact evidence under the flat prior: a normal and an inverse-gamma integral
     design = torch.stack([torch.ones_like(x), x], -1)

@@ -104,7 +104,9 @@ def test_khat_of_few_distinct_weights():
 
 
 def test_smoothed_weights_against_arviz():
-    psislw = pytest.importorskip("arviz_stats.base").array_stats.psislw
+    psislw = getattr(pytest.importorskip("arviz_stats.base").array_stats, "psislw", None)
+    if psislw is None:
+        pytest.skip("this version of arviz_stats has no psislw")
     # 900: there the paper's ceil(3 sqrt(S)) and their floor agree
     log_weights = torch.randn(900, 4) * torch.tensor([0.5, 1.0, 2.0, 4.0])
     smoothed, khat = smoothed_log_weights(log_weights)

@@ -60,7 +60,7 @@ def main(args):
         shown = torch.stack([model.emit(posterior.draws[f"z{t}"][:50, 0]) for t in range(args.length)], 1)
     ax.plot(*shown.permute(2, 1, 0), color="C0", linewidth=0.4, alpha=0.4)
     ax.plot(*x[0].T, "k.-", markersize=4, linewidth=0.6)
-    ax.set(xlabel="data of one series (black), and draws of the model around it", aspect="equal")
+    ax.set(xlabel="black: data of a series; blue: draws", aspect="equal")
     save(made, args)
 
 

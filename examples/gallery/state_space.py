@@ -3,7 +3,7 @@
 Durbin and Koopman (2012), Time Series Analysis by State Space Methods. A state moves by 0.9 of itself and noise;
 what is seen is the state (``--observe linear``) or its square over five (``--observe squared``, as in Gordon,
 Salmond and Smith 1993), with noise. Several series are simulated. For the linear model the guide is exact at its
-start.
+start. Of a square the sign stays open: a guide of normal conditionals finds one of the two, which no weight shows.
 
     python examples/gallery/state_space.py --observe squared
 """

@@ -701,7 +701,6 @@ def _roles(
             "is_global": len(outside) <= MOST_GLOBALS and name in outside,
             "sets_scale": name in scales,
             "normal_prior": is_normal_unconstrained(site, nodes[name]["fn"]),
-            "in_hierarchy": bool(scales),
         }
         for name, site in sites.items()
     }

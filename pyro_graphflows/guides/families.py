@@ -374,26 +374,23 @@ class Flow(Family):
 
 @dataclass(frozen=True)
 class Auto(Family):
-    """Splines where conditionals are seldom normal, and normal conditionals elsewhere, fused with the priors.
+    """The default: splines where conditionals are seldom normal, normal conditionals elsewhere, fused with the priors.
 
-    In hierarchies, models in which a latent site sets the scale of another, sites are fused with their priors. Of the
-    continuous sites of one number, those have splines that are in no plate (in models with at most ``MOST_GLOBALS``
-    such sites), that set the scale of others, or whose prior is not normal in unconstrained space: bounded, or with
-    heavier tails. ``describe()`` says which. In other models conditionals are normal and are not fused.
+    Of the continuous sites of one number, those have splines that are in no plate (in models with at most
+    ``MOST_GLOBALS`` such sites), that set the scale of others, or whose prior is not normal in unconstrained space:
+    bounded, or with heavier tails. ``describe()`` says which.
 
     Args:
-        normal: The family of all other sites of hierarchies.
+        normal: The family of all other sites.
         spline: The family of these.
-        everywhere: Whether to treat all models as hierarchies.
 
     Example:
         >>> Auto(spline=Spline(num_bins=16)).spline.num_bins
         16
     """
 
-    normal: Normal = field(default_factory=lambda: Normal(fusion="auto"))
-    spline: Spline = field(default_factory=lambda: Spline(fusion="auto"))
-    everywhere: bool = False
+    normal: Normal = field(default_factory=Normal)
+    spline: Spline = field(default_factory=Spline)
 
     def __post_init__(self) -> None:
         if not isinstance(self.normal, Normal) or not isinstance(self.spline, Spline):
@@ -438,8 +435,6 @@ class Auto(Family):
     def serving(self, role: SiteRole) -> Family:
         """Return the family that serves a site."""
         site = role.site
-        if not (role.in_hierarchy or self.everywhere):
-            return replace(self.normal, fusion=False).serving(role)
         other = role.coupled or role.factor is not None or site.encoding is not None or site.size != 1
         flexible = role.is_global or role.sets_scale or not role.normal_prior
         return self.spline if flexible and not other else self.normal.serving(role)

@@ -47,6 +47,7 @@ __all__ = [
 ]
 
 FLAT = 2.5  # logarithm of the scale of a factor that says nothing, in units of the prior's spread
+WIDEST = 12.0  # the most of it
 LEAST_GAIN = 2e-3  # nats by which a factor must improve on the prior
 MOST_ROWS = 4000  # by which a scale is found
 COARSE, FINE = 13, 7  # numbers of scales tried
@@ -90,14 +91,15 @@ def fit_factor(inputs: Tensor, values: Tensor, prior: SitePrior) -> FactorFit:
 
 
 def _flat(inputs: Tensor, prior: SitePrior) -> Regression:
-    """Return a factor that is wide beside all priors but the widest."""
-    wide = (
-        torch.quantile(prior.log_scale[:MOST_ROWS], 0.975, dim=0)
-        if len(prior.log_scale)
-        else prior.log_scale.sum(0)
-    )
+    """Return a factor that is wide beside all priors, with a margin for those wider than seen."""
+    scales = prior.log_scale[:MOST_ROWS]
+    if len(scales):
+        middle, most = (torch.quantile(scales, at, dim=0) for at in (0.5, 0.975))
+        wide = most + (most - middle)
+    else:
+        wide = scales.sum(0)
     size = prior.loc.shape[-1]
-    width = (wide + FLAT - 1.0).clamp(FLAT, 3.0 * FLAT).exp().diag_embed()
+    width = (wide + FLAT).clamp(FLAT, WIDEST).exp().diag_embed()
     return Regression(width.new_zeros(size, inputs.shape[-1]), width.new_zeros(size), width)
 
 
@@ -353,12 +355,15 @@ class FusedRows:
         values: The values of sites whose coordinate is not their unconstrained vector.
         flat: The unconstrained vectors.
         classes: For discrete sites the number of classes of each variable.
+        narrow: Whether sites with per-element parameters of which samples say nothing start narrow in no plate; wide
+            beside their prior if not, as samples of the prior are.
     """
 
     priors: Mapping[str, SitePrior]
     values: Mapping[str, Tensor]
     flat: Mapping[str, Tensor]
     classes: Mapping[str, int]
+    narrow: bool = True
 
     @classmethod
     def of_block(cls, plan: BlockPlan, samples: Samples) -> "FusedRows":
@@ -398,6 +403,7 @@ class FusedRows:
             {site: value[chosen] for site, value in self.values.items()},
             {site: value[chosen] for site, value in self.flat.items()},
             self.classes,
+            self.narrow,
         )
 
     def set_units_(self, conditionals: Conditionals) -> None:
@@ -438,7 +444,7 @@ class FusedRows:
         """
         fit = self.fit(conditionals, site, rows[:, conditionals.inputs_of(site)])
         linear = fit.linear
-        if site in conditionals.block.per_element and not fit.says_something:
+        if self.narrow and site in conditionals.block.per_element and not fit.says_something:
             eye = torch.eye(len(linear.loc)).to(linear.loc)
             width = WIDTH if conditionals.block.plates else ROOT_WIDTH
             linear = replace(linear, scale_tril=width * eye)

@@ -117,7 +117,7 @@ class AutoFaithfulGuide(AutoGuide):
         self,
         model: Callable[..., Any],
         *,
-        family: str | Family | type[Factor] = "normal",
+        family: str | Family | type[Factor] = "auto",
         inverse: Inverse = "auto",
         pool: str | DeepSet | None = None,
         init: str = "regression",

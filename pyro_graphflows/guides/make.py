@@ -25,7 +25,7 @@ __all__ = ["auto_faithful_guide", "load_guide"]
 def auto_faithful_guide(
     model: Callable[..., Any],
     *example_args: Any,
-    family: str | Family | type[Factor] = "normal",
+    family: str | Family | type[Factor] = "auto",
     inverse: Inverse = "auto",
     pool: str | DeepSet | None = None,
     init: str = "regression",
@@ -60,8 +60,8 @@ def auto_faithful_guide(
         *example_args: Arguments of a typical call. If given (or ``example_kwargs``), the guide is set up at once and
             its parameters exist, as optimisers of PyTorch need; if not, on its first call or by ``guide.setup``.
         family: The kind of conditionals, an object with options of its own: :class:`~pyro_graphflows.guides.Auto`
-            (in hierarchies, splines for scalar globals and scales, and conditionals that are fused with the priors;
-            normal elsewhere),
+            (splines for scalar globals, for scalar sites that set the scale of others and for those with bounded or
+            heavy-tailed priors, normal conditionals elsewhere, fused with the priors),
             :class:`~pyro_graphflows.guides.Normal`, :class:`~pyro_graphflows.guides.Spline` or
             :class:`~pyro_graphflows.guides.Flow` (flexible conditionals, at several times the cost of a step);
             ``"auto"``, ``"normal"``, ``"spline"`` and ``"flow"`` abbreviate their defaults; or a subclass of
@@ -80,7 +80,8 @@ def auto_faithful_guide(
             permutation-invariant network, so that they are amortised over data sets of any
             size (:mod:`~pyro_graphflows.guides.conditionals.pooling`; not over subsampled plates).
         init: How training starts. ``"regression"``: at the least-squares regression of each site on its parents over
-            joint samples of the model (exact for linear-Gaussian models up to sampling error). ``"prior"``: at the
+            joint samples of the model (exact for linear-Gaussian models up to sampling error); where priors are
+            improper there are none, and it is as ``"auto"``. ``"prior"``: at the
             prior of the latents, whatever the data. ``"random"``: with random weights. ``"auto"``: at the best of
             these and of a normal approximation about the posterior's mode for the data of set-up
             (:mod:`~pyro_graphflows.guides.start`, :mod:`~pyro_graphflows.guides.mode`);

@@ -91,6 +91,20 @@ class ModelDraws:
         return max(floats, key=lambda value: value.dtype.itemsize, default=torch.zeros(()))
 
     @property
+    def most_elements(self) -> int:
+        """The most elements that a site has in its plates."""
+        nodes: Any = self.traced.trace.nodes
+        sizes = [
+            len(plate.indices) if plate.indices is not None else plate.size for plate in self._plates.values()
+        ]
+        shapes = [
+            torch.Size(nodes[name]["fn"].batch_shape).numel()
+            for name in self.encodings.event_dims
+            if name in nodes
+        ]
+        return max([1, *sizes, *shapes])
+
+    @property
     def takes_plates(self) -> bool:
         """Whether the model, as far as it was drawn from, gives many draws in an outermost plate."""
         joint = self._batchings.get(False)
@@ -370,12 +384,18 @@ class Samples:
             note = f"no regression start: the supports of {', '.join(plan.changing)} depend on other latent sites."
         elif num_rows:
             try:
-                values, source = draws.draw(_number_of_draws(plan.blocks, plates, num_rows)), "joint"
+                values, source = (
+                    draws.draw(_number_of_draws(plan.blocks, plates, num_rows, draws.most_elements)),
+                    "joint",
+                )
                 note = draws.note
             except UnsupportedModelError as error:
                 reason = str(error)
                 try:
-                    values = draws.draw(_number_of_draws(plan.blocks, plates, num_rows), latents_only=True)
+                    values = draws.draw(
+                        _number_of_draws(plan.blocks, plates, num_rows, draws.most_elements),
+                        latents_only=True,
+                    )
                     source = "prior"
                     note = f"no regression start: the latents start at their prior. {reason}"
                 except UnsupportedModelError as improper:
@@ -392,7 +412,7 @@ class Samples:
             raise UnsupportedModelError(
                 f"the supports of {', '.join(plan.changing)} depend on other latent sites."
             )
-        number = _number_of_draws(plan.blocks, self.plates, self.num_rows)
+        number = _number_of_draws(plan.blocks, self.plates, self.num_rows, self.draws.most_elements)
         values = self.draws.draw(number, latents_only=True)
         return replace(self, values=values, note=None, source="prior")
 
@@ -407,7 +427,10 @@ class Samples:
                 f"the supports of {', '.join(plan.changing)} depend on other latent sites."
             )
         # elements with maps of their own have a regression each
-        number = max(_number_of_draws(plan.blocks, self.plates, self.num_rows), DRAWS_NEAR_MODE)
+        number = max(
+            _number_of_draws(plan.blocks, self.plates, self.num_rows, self.draws.most_elements),
+            DRAWS_NEAR_MODE,
+        )
         values = self.draws.near_mode(number)
         note = self.note if self.source == "none" else None
         note = (
@@ -456,8 +479,17 @@ def _latents_of(model: Callable[..., Any], traced: TracedModel) -> tuple[Callabl
     return poutine.block(model, hide=hidden), replace(traced, trace=trace, not_generative=improper)
 
 
-def _number_of_draws(blocks: Sequence[BlockPlan], plates: Mapping[str, PlateState], wanted_rows: int) -> int:
-    """Return enough joint samples that each block has its rows, and not so many that the largest block fills memory."""
+def _number_of_draws(
+    blocks: Sequence[BlockPlan], plates: Mapping[str, PlateState], wanted_rows: int, elements: int
+) -> int:
+    """Return enough joint samples that each block has its rows, and not so many that the largest block fills memory.
+
+    Args:
+        blocks: The blocks.
+        plates: The plates.
+        wanted_rows: How many rows each block should have.
+        elements: The most elements that a site has: as many are pooled for each joint sample.
+    """
     copies = []
     for block in blocks:
         copies.append(1)
@@ -467,9 +499,6 @@ def _number_of_draws(blocks: Sequence[BlockPlan], plates: Mapping[str, PlateStat
     if any(block.non_exchangeable for block in blocks):  # a regression for each index
         wanted = max(wanted, wanted_rows // 10)
     if any(node.summary for block in blocks for node in block.context):
-        elements = 1
-        for plate in plates.values():
-            elements *= plate.size
         return max(2, min(wanted, -(-MOST_POOLED_ROWS // elements)))
     affordable = -(-MOST_ROWS // max(copies))
     return max(2, min(wanted, affordable))

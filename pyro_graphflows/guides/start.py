@@ -164,7 +164,9 @@ def start_guide(
         trial.take(candidate.blocks)
         return judge.loss(trial.run)
 
-    if options.init == "auto" and options.family.can_regress and compiled.scores is None:
+    nothing_to_regress_on = options.init == "regression" and samples.source == "none" and samples.num_rows > 0
+    several = options.init == "auto" or nothing_to_regress_on
+    if several and options.family.can_regress and compiled.scores is None:
         draws = compiled.draws
         judge = Judge(draws.model, trial.call, options.setup_seed, -1 - depth if draws.takes_plates else None)
         return choose_start(compiled, samples, build, loss_of, judge)
@@ -385,7 +387,9 @@ def _regress_if_better_(
     rest = torch.arange(number) % HELD_OUT != 0
     fitted = {site: value[rest] for site, value in values.items()}
     random_state = {key: value.clone() for key, value in conditionals.state_dict().items()}
-    tested, used = (None, None) if fused is None else (fused.at(held_out), fused.at(rest))
+    tested, used = (
+        (None, None) if fused is None else (fused.at(held_out), replace(fused.at(rest), narrow=False))
+    )
     random_loss = conditionals_loss(conditionals, context[held_out], test, tested)
     regress_(conditionals, context[rest] if context.shape[-1] else context, fitted, used)
     loss = conditionals_loss(conditionals, context[held_out], test, tested)
@@ -645,9 +649,9 @@ def choose_start(
         judge: The judge of losses.
     """
     plan = compiled.plan
-    first = build(
-        samples, {"joint": "regression"}.get(samples.source, samples.source).replace("none", "random")
-    )
+    first = build(samples, {"joint": "regression", "none": "regression"}.get(samples.source, samples.source))
+    if samples.source == "none":  # nothing to regress on
+        first = replace(first, name="random")
     continuous = all(site.encoding is None for site in compiled.sites.values())
     if not continuous or plan.graph.marginalised or plan.changing or samples.num_rows == 0:
         return first, None
@@ -668,7 +672,11 @@ def choose_start(
         try:
             there = {"mode": samples.at_mode, "prior": samples.at_prior}.get(name, lambda _: samples)(plan)
             other = build(there, name)
-        except (UnsupportedModelError, RuntimeError) as error:  # of algebra on draws that suit no regression
+        except (
+            ValueError,
+            ArithmeticError,
+            RuntimeError,
+        ) as error:  # of algebra on draws that suit no regression
             reasons.append(f"no start at the {name}: {error}")
             continue
         found = loss_of(other)

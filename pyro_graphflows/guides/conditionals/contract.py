@@ -56,7 +56,6 @@ class SiteRole:
         is_global: Whether it is in no plate, in a model that has few such sites.
         sets_scale: Whether the scale of another latent site depends on it.
         normal_prior: Whether its prior is normal in unconstrained space.
-        in_hierarchy: Whether some latent site of the model sets the scale of another.
     """
 
     site: LatentSite
@@ -67,7 +66,6 @@ class SiteRole:
     is_global: bool = False
     sets_scale: bool = False
     normal_prior: bool = True
-    in_hierarchy: bool = False
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch.distributions.transforms import (
     Transform,
 )
 
+from pyro_graphflows.capture import CAPTURING
 from pyro_graphflows.distributions.coordinates import GaussianCoordinate, gaussian_coordinate, is_well_defined
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.sites import LatentSite, is_identity
@@ -92,7 +93,7 @@ def site_prior(site: LatentSite, fn: Any, *, checked: bool = True) -> SitePrior:
         for part in (coordinate.loc, coordinate.scale)
     )
     log_scale = scale.log()
-    if checked and not loc.is_meta:
+    if checked and not (loc.is_meta or CAPTURING.get()):
         total = float(loc.detach().sum() + log_scale.detach().sum())  # finite if all of them are
         if coordinate.standard or not math.isfinite(total):
             _require_well_defined(site, fn, coordinate, loc, scale)
