@@ -167,6 +167,70 @@ def test_values_outside_of_a_support(data, family):
     assert guide.log_prob({"z": torch.ones(12)}, x, y).isfinite().all()
 
 
+SUPPORTS = {  # data with one value outside of the support, and inside or beside it by rounding
+    "beta": (lambda z: dist.Beta(1.0, 1.0), [0.5, 1.5], [0.5, 1.0]),
+    "exponential": (lambda z: dist.Exponential(z.exp()), [0.5, -1.0], [0.5, 0.0]),
+    "gamma": (lambda z: dist.Gamma(z.exp(), 1.0), [0.5, -1.0], [0.5, 2.0]),
+    "inverse gamma": (lambda z: dist.InverseGamma(1.0, z.exp()), [0.5, -1.0], [0.5, 2.0]),
+    "mixture": (
+        lambda z: dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.Beta(torch.ones(2), 1.0)),
+        [0.5, 1.5],
+        [0.5, 0.7],
+    ),
+    "logit normal": (
+        lambda z: dist.TransformedDistribution(dist.Normal(z, 1.0), dist.transforms.SigmoidTransform()),
+        [0.5, 1.5],
+        [0.5, 0.7],
+    ),
+    "dirichlet": (
+        lambda z: dist.Dirichlet(torch.ones(3)),
+        [[0.2, 0.3, 0.5], [0.5, 0.6, -0.1]],
+        [[0.2, 0.3, 0.5], [0.2, 0.3, 0.50001]],
+    ),
+    "vector": (
+        lambda z: dist.Beta(torch.ones(2), 1.0).to_event(1),
+        [[0.5, 0.5], [0.5, 1.5]],
+        [[0.5, 0.5], [0.5, 0.9]],
+    ),
+    "bernoulli": (lambda z: dist.Bernoulli(logits=z), [1.0, 2.0], [1.0, 0.3]),  # soft labels are possible
+    "poisson": (lambda z: dist.Poisson(z.exp()), [1.0, -0.5], [1.0, 0.0]),
+    "binomial": (lambda z: dist.Binomial(5, logits=z), [1.0, 7.0], [1.0, 5.0]),
+    "geometric": (lambda z: dist.Geometric(logits=z), [1.0, -1.0], [1.0, 0.0]),
+    "one-hot": (
+        lambda z: dist.OneHotCategorical(logits=torch.zeros(3)),
+        [[0.0, 1.0, 0.0], [0.0, 1.0, 1.0]],
+        [[0.0, 1.0, 0.0], [0.2, 0.8, 0.0]],
+    ),
+    "categorical": (lambda z: dist.Categorical(torch.ones(3)), [0, 3], [0, 2]),
+}
+
+
+@pytest.mark.parametrize("kind", SUPPORTS)
+def test_data_outside_of_supports_of_each_kind(kind):
+    """Formulas of densities that hold outside of their supports are no reason to take such data."""
+    make, wrong, right = SUPPORTS[kind]
+
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("d", len(y)):
+            pyro.sample("y", make(z), obs=y)
+
+    with pytest.raises(GraphflowsError, match="data of 'y' in the support"):
+        auto_faithful_guide(model, torch.tensor(wrong), num_start_samples=50)
+    auto_faithful_guide(model, torch.tensor(right), num_start_samples=50)
+
+
+def test_supports_that_depend_on_latents_are_no_reason():
+    """What is outside of the support at one draw of the latents may be inside at another."""
+
+    def model(y):
+        a = pyro.sample("a", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("d", len(y)):
+            pyro.sample("y", dist.Uniform(-a, a), obs=y)
+
+    auto_faithful_guide(model, torch.tensor([0.1, 60.0]), num_start_samples=50)
+
+
 def test_masked_data_may_be_anything(data):
     def masked(x, y, seen):
         with pyro.plate("d", len(x)):
@@ -187,6 +251,37 @@ def test_scales_that_are_none(data, family, scale):
     guide = auto_faithful_guide(model, *data, family=family)
     with pytest.raises(GraphflowsError, match="positive scale of 'z'"):
         guide.set_linear_("z", {}, 0.0, scale)
+
+
+WRONG = {
+    "another length": (lambda x, y: (x, y[:5]), r"data of 'y' of shape \(12,\).*got \(5,\)"),
+    "a list": (lambda x, y: (x, y.tolist()), r"data of 'y' in a tensor; got a list\. Pass torch\.as_tensor"),
+    "an array": (lambda x, y: (x, y.numpy()), r"data of 'y' in a tensor; got a ndarray"),
+    "words": (lambda x, y: (x, "a"), r"data of 'y' in a tensor; got a str"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_data_that_no_model_takes(data, kind):
+    """Said with the name of the site, or of the argument, at set-up and in later calls."""
+    make, match = WRONG[kind]
+    with pytest.raises(GraphflowsError, match=match):
+        auto_faithful_guide(model, *make(*data), num_start_samples=50)
+    guide = auto_faithful_guide(model, *data, num_start_samples=50)
+    with pytest.raises(GraphflowsError, match=match):
+        guide(*make(*data))
+
+
+@pytest.mark.parametrize("validation", [False, True])
+def test_missing_covariates_that_the_model_does_not_fill(data, validation):
+    x, y = data
+    x = x.clone()
+    x[2] = float("nan")
+    with (
+        pyro.validation_enabled(validation),
+        pytest.raises(GraphflowsError, match=r"x have NaN .*(of 'y' is no number|the model fails).*obs_mask"),
+    ):
+        auto_faithful_guide(model, x, y, num_start_samples=50)
 
 
 # ---------------------------------------------------------------- order of calls

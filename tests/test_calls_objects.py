@@ -5,8 +5,10 @@ the object of *this* call are read.
 """
 
 import dataclasses
+import functools
 import math
 import types
+import warnings
 from collections import OrderedDict, UserDict, deque, namedtuple
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -20,7 +22,7 @@ import pytest
 import torch
 from pyro.infer import Trace_ELBO
 
-from pyro_graphflows.errors import UnsupportedModelError
+from pyro_graphflows.errors import GraphflowsWarning, UnsupportedModelError
 from pyro_graphflows.guides import auto_faithful_guide
 from pyro_graphflows.inspect import get_model_graph, trace_model
 from pyro_graphflows.inspect.arguments import argument_leaves
@@ -244,6 +246,138 @@ def test_the_start_is_near_exact(kind):
     assert (
         guide.median(make(w, y))["z"] - 0.8 * (y - w)
     ).abs().max() < 0.1  # some .01: two weights, 10,000 samples
+
+
+# --------------------------------------------------------------------------------------------------------- functions
+def same(w):
+    return w
+
+
+def a_closure(w):
+    def give():
+        return w
+
+    return give
+
+
+def a_default(w):
+    def give(w=w):
+        return w
+
+    return give
+
+
+def a_closure_of_a_closure(w):
+    inner = a_closure(w)
+
+    def give():
+        return inner()
+
+    return give
+
+
+class Source:
+    def __init__(self, w):
+        self.w = w
+
+    def give(self):
+        return self.w
+
+
+FUNCTIONS = {
+    "partial": (lambda w: functools.partial(same, w), "give.argument 0"),
+    "partial by keyword": (lambda w: functools.partial(same, w=w), "give.w"),
+    "partial of an array": (lambda w: functools.partial(torch.as_tensor, w.numpy()), "give.argument 0"),
+    "closure": (a_closure, "give.w"),
+    "lambda": (lambda w: lambda: w, "give.w"),
+    "default": (a_default, "give.w"),
+    "closure of a closure": (a_closure_of_a_closure, "give.inner.w"),
+    "bound method": (lambda w: Source(w).give, "give.self.w"),
+    "in a dict": (lambda w: {"give": a_closure(w)}, "give['give'].w"),
+}
+
+
+def by_a_function(give, y):
+    datum((give["give"] if isinstance(give, dict) else give)(), y)
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_data_that_functions_among_the_arguments_hold_are_followed(kind):
+    make, name = FUNCTIONS[kind]
+    guide = auto_faithful_guide(by_a_function, make(torch.randn(10)), torch.randn(10), **FEW)
+    assert guide.inverse.parents["z"] == (name, "y")
+    exact_(guide, name)
+    for size in (10, 7):
+        w, y = torch.randn(size), torch.randn(size)
+        assert torch.allclose(guide.median(make(w), y)["z"], 0.8 * (y - w))
+
+
+def test_rows_that_functions_take():
+    def model(rows_of, y, ind=None):
+        with pyro.plate("data", len(y), subsample=ind) as rows:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z + rows_of(rows), 0.5), obs=y[rows])
+
+    w, y = torch.randn(9), torch.randn(9)
+    guide = auto_faithful_guide(model, lambda rows: w[rows], y, torch.tensor([3, 1]), **FEW)
+    exact_(guide, "rows_of.w")
+    for ind in (None, torch.tensor([8, 0, 4]), torch.tensor([2])):
+        chosen = torch.arange(9) if ind is None else ind
+        assert torch.allclose(guide.median(lambda rows: w[rows], y, ind)["z"], 0.8 * (y - w)[chosen])
+
+
+def test_functions_that_hold_arrays_the_model_computes_with_are_refused():
+    def of_an_array(w):
+        return lambda: torch.from_numpy(np.exp(w))
+
+    w = np.random.default_rng(0).normal(size=10)
+    with pytest.raises(UnsupportedModelError, match=r"'give\.w' is a NumPy array.*torch\.as_tensor"):
+        auto_faithful_guide(by_a_function, of_an_array(w), torch.zeros(10), **FEW)
+
+
+# ------------------------------------------------------------------------------------------------- sets and iterators
+@pytest.mark.parametrize("kind", [set, frozenset])
+def test_sets_of_covariates_are_refused(kind):
+    with pytest.raises(UnsupportedModelError, match=rf"'w' is a {kind.__name__} of tensors.*pass a list"):
+        auto_faithful_guide(lambda w, y: datum(next(iter(w)), y), kind([torch.randn(5)]), torch.zeros(5))
+    guide = auto_faithful_guide(lambda names, y: datum(torch.zeros(5), y), kind(["a"]), torch.zeros(5), **FEW)
+    assert guide.inverse.parents["z"] == ("y",)
+
+
+def test_iterators_are_refused():
+    """The model is run more than once: a second run would have no data."""
+
+    def model(batches):
+        for w, y in batches:
+            datum(w, y)
+
+    batches = [(torch.randn(5), torch.randn(5))]
+    for iterator in (
+        iter(batches),
+        (batch for batch in batches),
+        zip(*zip(*batches, strict=True), strict=True),
+    ):
+        with pytest.raises(UnsupportedModelError, match=r"'batches' is an iterator .*Pass list\(batches\)"):
+            auto_faithful_guide(model, iterator, **FEW)
+    auto_faithful_guide(model, batches, **FEW)
+
+
+# ------------------------------------------------------------------------------------------------------ rows, and more
+def test_covariates_that_set_up_had_not_are_warned_of_once():
+    def model(y, x=None):
+        datum(torch.zeros(len(y)) if x is None else x, y)
+
+    guide = auto_faithful_guide(model, torch.randn(5), **FEW)
+    with pytest.warns(
+        GraphflowsWarning, match=r"This call has x, on which y depend .*guide\.setup\(\*args\)"
+    ):
+        guide(torch.randn(5), torch.randn(5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        guide(torch.randn(5), torch.randn(5))
+        guide(torch.randn(4))
+    guide.setup(torch.randn(5), torch.randn(5))
+    assert guide.inverse.parents["z"] == ("x", "y")
 
 
 def test_objects_with_rows_of_a_subsampled_plate():

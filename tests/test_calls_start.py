@@ -10,7 +10,7 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 
 from pyro_graphflows import GraphflowsError
-from pyro_graphflows.guides import Flow, Normal, auto_faithful_guide
+from pyro_graphflows.guides import Flow, Normal, Spline, auto_faithful_guide
 
 FAMILIES = pytest.mark.parametrize(
     "family",
@@ -202,8 +202,21 @@ def groups(y):
             pyro.sample("y", dist.Normal(t + m[1], 1.0), obs=y)
 
 
+SMALL = {"units_per_variable": 3, "conditioner_units": 3}
+
+
 @pytest.mark.parametrize(
-    "family", ["normal", Flow(units_per_variable=3, conditioner_units=3)], ids=["normal", "flow"]
+    "family",
+    [
+        "normal",
+        "spline",
+        Spline(fusion=True),
+        Flow(**SMALL),
+        Flow(closed_form="density", **SMALL),
+        Flow(form="graphical", **SMALL),
+        Flow(form="graphical", closed_form="density", **SMALL),
+    ],
+    ids=["normal", "spline", "fused spline", "flow", "density", "graphical", "graphical density"],
 )
 def test_init_values(family):
     y = torch.randn(3, 4)

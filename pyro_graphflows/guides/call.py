@@ -12,9 +12,11 @@ Covariates of plates with indices are read row for row. Which of them the model 
 already, is seen by the tracer once for each kind of call (:mod:`~pyro_graphflows.inspect.rows`).
 """
 
+import warnings
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from numbers import Number
 from typing import Any
 
 import pyro.distributions as dist
@@ -28,8 +30,8 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from pyro_graphflows.capture import CAPTURING
-from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
-from pyro_graphflows.guides.sites import InputEncodings, is_constant, moved_support
+from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
+from pyro_graphflows.guides.sites import REMEDIES_OF_NAN, InputEncodings, is_constant, moved_support
 from pyro_graphflows.inspect import (
     ArgumentPath,
     TracedModel,
@@ -41,7 +43,17 @@ from pyro_graphflows.inspect import (
     take_rows,
     undressed,
 )
-from pyro_graphflows.inspect.arguments import MOST_DEPTH, LoopRow, argument_leaves, fields_of
+from pyro_graphflows.inspect.arguments import (
+    MOST_DEPTH,
+    LoopRow,
+    argument_leaves,
+    argument_name,
+    code_of,
+    fields_of,
+    held_by_function,
+)
+from pyro_graphflows.inspect.runs import rows_of_plates
+from pyro_graphflows.inspect.trace import trace_once
 from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = [
@@ -49,12 +61,14 @@ __all__ = [
     "CallReader",
     "PlateState",
     "SiteForm",
+    "blame_missing_entries",
     "call_key",
     "chosen_indices",
     "input_rows",
     "plates_of",
     "refuse_empty_plates",
     "require_shape",
+    "require_tensor",
     "site_mask",
 ]
 
@@ -150,15 +164,22 @@ class _EndAfter(Messenger):
 
 
 class _FeasiblePoint(Messenger):
-    """Give every latent site a feasible value without random numbers, and plates the indices asked for."""
+    """Give every latent site a feasible value without random numbers, and plates the indices asked for.
+
+    Attributes:
+        given: The plates whose indices the model itself gives (``subsample=``), perhaps others in the next call.
+    """
 
     def __init__(self, indices: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.indices = indices
         self.like = like
+        self.given: set[str] = set()
 
     def _pyro_sample(self, msg: Any) -> None:
         if type(msg["fn"]).__name__ == "_Subsample":
+            if msg["value"] is not None:
+                self.given.add(msg["name"])
             if msg["name"] in self.indices:
                 msg["value"] = self.indices[msg["name"]]
         elif not msg["is_observed"] and not msg["done"] and not isinstance(undressed(msg["fn"]), dist.Delta):
@@ -254,7 +275,12 @@ class CallReader:
             default all sites read all of them.
         unread: Observed sites whose values no site of the guide reads.
         optional: The latent sites that have data in some calls.
+
+    Attributes:
+        given: Where the tensors among the arguments of set-up were; None if that is not known.
     """
+
+    given: frozenset[ArgumentPath] | None = None
 
     def __init__(
         self,
@@ -281,6 +307,7 @@ class CallReader:
         self.rows = {name: dict(rows) for name, rows in traced.rows.items()}
         self.places = dict(traced.places)
         self._taken: dict[Hashable, dict[str, dict[int, str]]] = {}
+        self._told: set[Hashable] = set()
         values = {name: traced.trace.nodes[name]["value"] for name in self.latent}
         self.like = {name: value for name, value in values.items() if torch.is_tensor(value)}
         sites = (*self.latent, *self.observed)
@@ -348,7 +375,7 @@ class CallReader:
             name: torch.zeros((), dtype=dtype, device=device) for name, dtype in plain["like"].items()
         }
         new._unverified, new._known, new._taken = True, {}, {}
-        new._shapes, new._at_set_up = {}, None
+        new._shapes, new._at_set_up, new._told = {}, None, set()
         return new
 
     def _verify(self, trace: poutine.Trace) -> None:
@@ -404,11 +431,15 @@ class CallReader:
             given = {name: values[name] for name in self.optional if name in values}
             return replace(known, values=values, given=given)
 
+        point = _FeasiblePoint(indices or {}, self.like)
         try:
-            trace = self._shadow(model, args, kwargs, indices or {})
+            trace = self._shadow(model, args, kwargs, point)
         except Exception as error:
             refuse_empty_plates(error)
             self._require_one_device(model, args, kwargs, error)
+            if isinstance(error, ValueError) and not isinstance(error, GraphflowsError):
+                what = f"the model fails, {str(error).splitlines()[0].rstrip(':.')}."
+                blame_missing_entries(model, args, kwargs, what, error)
             # Without any arguments the plates are as at set-up, if the guide needs no more.
             if args or kwargs or indices:
                 raise
@@ -487,11 +518,38 @@ class CallReader:
                 scales[name] = scale
             supports[name] = site["fn"].support
         self._find_paths(given, model, args, kwargs)
+        self._say_what_is_new(model, args, kwargs, trace)
         call = Call(values, plates, masks, scales, supports, given, _has_part_of_a_loop(trace))
         self._unverified = False
-        if shape is not None and not call.in_part and self._arguments_say_all(call, model, args, kwargs):
+        varies = call.in_part or bool(point.given)
+        if shape is not None and not varies and self._arguments_say_all(call, model, args, kwargs):
             self._known[shape], self._shapes[shape] = call, shapes
         return call
+
+    def _say_what_is_new(
+        self, model: Callable[..., Any], args: Any, kwargs: Any, trace: poutine.Trace
+    ) -> None:
+        """Warn of covariates that were not there at set-up, once for each kind of call: they are not read."""
+        leaves = argument_leaves(model, args, kwargs) if self.given is not None else {}
+        known = {*self.paths.values(), *(self.given or ())}
+        new = [path for path in leaves if path not in known]
+        kind = _shape_of((args, kwargs), of_objects=True) if new else None
+        if not new or kind in self._told:
+            return
+        self._told.add(kind)
+        with suppress(UnsupportedModelError):
+            again = trace_once(model, args, kwargs, strict=False, indices=rows_of_plates(trace))
+            more = [name for name in again.graph.inputs if again.argument_paths[name] in new]
+            if more:
+                sites = [
+                    str(site) for site in again.graph.nodes if set(more) & set(again.graph.parents(site))
+                ]
+                warnings.warn(
+                    f"This call has {_few(more)}, on which {_few(sites)} depend and which the guide does not read, as "
+                    "there was none when it was set up. Set it up with a call that has all: guide.setup(*args).",
+                    GraphflowsWarning,
+                    stacklevel=4,
+                )
 
     def supports_given(
         self,
@@ -553,9 +611,9 @@ class CallReader:
         )
 
     def _shadow(
-        self, model: Callable[..., Any], args: Any, kwargs: Any, indices: Mapping[str, Tensor]
+        self, model: Callable[..., Any], args: Any, kwargs: Any, point: _FeasiblePoint
     ) -> poutine.Trace:
-        with torch.no_grad(), poutine.block(), _FeasiblePoint(indices, self.like):
+        with torch.no_grad(), poutine.block(), point:
             return poutine.trace(model).get_trace(*args, **kwargs)
 
     def _rows_taken(
@@ -643,6 +701,7 @@ def require_shape(name: str, site: Mapping[str, Any]) -> None:
     """
     value, expected = site["value"], site["fn"].shape()
     if not torch.is_tensor(value):
+        require_tensor(name, value)
         return
     try:
         whole = broadcast_shapes(value.shape, expected)
@@ -659,6 +718,42 @@ def require_shape(name: str, site: Mapping[str, Any]) -> None:
         raise GraphflowsError(
             f"Expected data of {name!r} of shape {tuple(expected)}, that of its distribution; got "
             f"{tuple(value.shape)}. Give both one shape, for example by y.squeeze(-1)."
+        )
+
+
+def blame_missing_entries(
+    model: Callable[..., Any], args: Any, kwargs: Any, what: str, error: Exception | None = None
+) -> None:
+    """Blame NaN among the arguments, if there are any, for what went wrong.
+
+    Args:
+        model: The model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        what: What went wrong, in words.
+        error: The error of the model.
+
+    Raises:
+        GraphflowsError: If an argument has entries that are not finite. The message names it.
+    """
+    leaves = argument_leaves(model, args, kwargs).items()
+    wrong = [
+        argument_name(path)
+        for path, leaf in leaves
+        if leaf.is_floating_point() and not leaf.is_meta and not bool(torch.isfinite(leaf).all())
+    ]
+    if wrong:
+        raise GraphflowsError(
+            f"Expected finite arguments, or a model that can do without; {_few(wrong)} have NaN or infinite entries: "
+            f"{what} {REMEDIES_OF_NAN}"
+        ) from error
+
+
+def require_tensor(name: str, value: Any) -> None:
+    """Refuse data that are no tensor, and no number."""
+    if not torch.is_tensor(value) and not isinstance(value, Number):
+        raise GraphflowsError(
+            f"Expected data of {name!r} in a tensor; got a {type(value).__name__}. Pass torch.as_tensor(...) of them."
         )
 
 
@@ -721,15 +816,20 @@ def _shape_of(arguments: Any, *, of_objects: bool = False, depth: int = 0) -> Ha
         return ("tensor", tuple(arguments.shape), arguments.dtype, arguments.device)
     if arguments is None or isinstance(arguments, bool | int | float | str):
         return (type(arguments), arguments)
+    code = None
     if isinstance(arguments, dict):
         items: Any = arguments.items()
     elif isinstance(arguments, tuple | list):
         items = enumerate(arguments)
+    elif of_objects and depth > MOST_DEPTH:
+        items = ()
+    elif of_objects and (held := held_by_function(arguments)) is not None:
+        items, code = held, code_of(arguments)
     elif of_objects:
-        items = () if depth > MOST_DEPTH else fields_of(arguments)
+        items = fields_of(arguments)
     else:
         return None
     if items is None:  # a function, a module: the same one
         return (type(arguments), id(arguments))
     parts = [(key, _shape_of(value, of_objects=of_objects, depth=depth + 1)) for key, value in items]
-    return None if any(part is None for _, part in parts) else (type(arguments), tuple(parts))
+    return None if any(part is None for _, part in parts) else (type(arguments), code, tuple(parts))

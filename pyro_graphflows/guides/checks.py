@@ -177,7 +177,8 @@ def _other_in_every_run(
     changes = changes_of_sites(trace, again)
     if changes:
         return [f"the model is another one in every run: {changes[0]}. {REMEDY_STRUCTURE}."]
-    given = {**outside_tensors(model), **argument_leaves(model, *with_tensors(args, dict(kwargs)))}
+    args, kwargs = with_tensors(args, dict(kwargs))
+    given = {**outside_tensors(model, args, kwargs), **argument_leaves(model, args, kwargs)}
     rows = changes_of_data(trace, again, given)
     if not rows:
         return []

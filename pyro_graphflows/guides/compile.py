@@ -23,9 +23,11 @@ from pyro_graphflows.graphs.order_search import AutoOrder
 from pyro_graphflows.guides.call import (
     CallReader,
     PlateState,
+    blame_missing_entries,
     plates_of,
     refuse_empty_plates,
     require_shape,
+    require_tensor,
     site_mask,
 )
 from pyro_graphflows.guides.conditionals.contract import ElementParents, Family, SiteRole
@@ -70,12 +72,13 @@ from pyro_graphflows.guides.sites import (
     input_encodings,
     is_constant,
     latent_sites,
+    outside_of_support,
 )
 from pyro_graphflows.guides.vectors import VectorOptions, Vectors, hold_vectors
 from pyro_graphflows.inspect import TracedModel, non_exchangeable_plates, seed_random_state, trace_model
-from pyro_graphflows.inspect.arguments import argument_leaves
+from pyro_graphflows.inspect.arguments import argument_leaves, require_rereadable
 from pyro_graphflows.inspect.graph import split_elements
-from pyro_graphflows.inspect.probes import Rerun, changes
+from pyro_graphflows.inspect.probes import OTHER_SEED, Rerun, changes
 from pyro_graphflows.inspect.runs import (
     log_density_at,
     quiet_run,
@@ -245,12 +248,16 @@ def compile_guide(
         GraphflowsError: If an option names a site that the model has not, or one that it does not fit.
     """
     argument_leaves(model, args, kwargs)  # refuses arguments that do not fit
+    require_rereadable(model, args, kwargs)
     try:
         with quiet_run(model):
-            run_model(model, args, kwargs)
+            first = run_model(model, args, kwargs)
     except ZeroDivisionError as error:
         refuse_empty_plates(error)
         raise
+    for name, site in first.nodes.items():
+        if site["type"] == "sample" and site["is_observed"]:
+            require_tensor(name, site["value"])
     seed_random_state(options.setup_seed)
     model = with_latent(model, options.optional)
     trace = _trace(model, args, kwargs, options)
@@ -264,7 +271,7 @@ def compile_guide(
     discrete = [name for name, site in sites.items() if site.encoding is not None]
     enumerated = sites_to_enumerate(options.enumerate_sites, sites)
     encodings = input_encodings(model, args, kwargs, traced)
-    _require_possible_data(traced, encodings)
+    _require_possible_data(traced, encodings, (model, args, kwargs))
     _require_data_of_flat_priors(traced)
     draws = ModelDraws(model, args, kwargs, traced, sites, encodings)
     changing = _changing_supports(traced, model, args, kwargs)
@@ -329,6 +336,7 @@ def compile_guide(
     reader = CallReader(
         *(traced, encodings), keep_masks=keep_masks, readers=readers, unread=unread, optional=options.optional
     )
+    reader.given = frozenset(argument_leaves(model, args, kwargs))
     scores, left_out, said = _scores(options, draws, inverse, plates, bool(changing) or elements)
     if scores is not None:
         blocks = with_scores(blocks, {site: score_name(site) for site in scores.observed_children}, left_out)
@@ -747,9 +755,21 @@ def _not_fused(
 # ---------------------------------------------------------------- refusals
 
 
-def _require_possible_data(traced: TracedModel, encodings: InputEncodings) -> None:
+def _another_run(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the sites of a run with other random numbers."""
+    with quiet_run(model):
+        seed_random_state(OTHER_SEED)
+        return run_model(model, args, kwargs).nodes
+
+
+def _require_possible_data(
+    traced: TracedModel,
+    encodings: InputEncodings,
+    call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]],
+) -> None:
     """Refuse data that no training could use: missing without a word, of another shape, outside of a support."""
     nodes: Any = traced.trace.nodes
+    others: Any = None
     for name in traced.graph.observed:
         site = nodes.get(name)
         if site is None or name in traced.without_data or name in encodings.partly:
@@ -765,11 +785,16 @@ def _require_possible_data(traced: TracedModel, encodings: InputEncodings) -> No
                 f"{REMEDIES_OF_NAN}"
             )
         support = site["fn"].support
-        if not is_constant(support):
-            continue
+        if not is_constant(support):  # with numbers, perhaps of latent sites
+            others = _another_run(*call) if others is None else others
+            if name not in others or not _same_bounds(support, others[name]["fn"].support):
+                continue
         mask = site_mask(site)
         seen = torch.as_tensor(True if mask is None else mask, device=value.device)
-        wrong = ~support.check(value) & ~torch.isfinite(log_density_at(site["fn"], value)) & seen
+        log_density = log_density_at(site["fn"], value)
+        if bool((log_density.isnan() & seen).any()):
+            blame_missing_entries(*call, f"the density of {name!r} is no number.")
+        wrong = outside_of_support(support, value, log_density) & seen
         if bool(wrong.any()):
             raise GraphflowsError(
                 f"Expected data of {name!r} in the support of its distribution, {support}; {int(wrong.sum())} of "

@@ -18,6 +18,7 @@ import pyro.infer.reparam
 import torch
 from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
+from torch.distributions.constraints import MixtureSameFamilyConstraint
 from torch.distributions.transforms import IndependentTransform, Transform, identity_transform
 
 from pyro_graphflows.errors import UnsupportedModelError
@@ -38,9 +39,11 @@ __all__ = [
     "is_identity",
     "latent_sites",
     "moved_support",
+    "outside_of_support",
     "partly_observed",
 ]
 
+ROUNDING = 1e-4  # relative; beside a support by this much is inside
 REMEDIES_OF_NAN = (
     "Remove them, or model them as missing, with values of any kind in their places: with seen = torch.isfinite(y) and "
     "obs=torch.nan_to_num(y), either pyro.sample(..., obs_mask=seen) or poutine.mask(mask=seen) around the site. Set "
@@ -195,6 +198,58 @@ class LatentSite:
         if is_constant(self.support):
             return self
         return replace(self, support=moved_support(self.support, convert))
+
+
+def outside_of_support(support: constraints.Constraint, value: Tensor, log_density: Tensor) -> Tensor:
+    """Return which data are outside of the support of their distribution.
+
+    A finite density says little: many densities are formulas that hold anywhere. Beside the support by rounding is
+    inside; so are values between those of a discrete distribution, as soft labels are, if they have a density.
+
+    Args:
+        support: The support.
+        value: The data.
+        log_density: Their log-density, of their batch shape.
+
+    Example:
+        >>> from torch.distributions import constraints
+        >>> y = torch.tensor([0.5, 1.5])
+        >>> outside_of_support(constraints.unit_interval, y, torch.zeros(2)).tolist()
+        [False, True]
+        >>> outside_of_support(constraints.boolean, y, torch.zeros(2)).tolist()
+        [False, True]
+    """
+    outside = ~support.check(value)
+    if not bool(outside.any()):
+        return outside
+    near = _between(support, value) if support.is_discrete else _beside(support, value)
+    return outside & ~(near & torch.isfinite(log_density))
+
+
+def _beside(support: constraints.Constraint, value: Tensor) -> Tensor:
+    """Return which values are in a continuous support but for rounding: where a map into it and back leaves them."""
+    event_dim = support.event_dim
+    while isinstance(support, MixtureSameFamilyConstraint):
+        support = support.base_constraint
+    none = torch.zeros(value.shape[: value.dim() - event_dim], dtype=torch.bool, device=value.device)
+    try:
+        into = biject_to(support)
+        back = into(into.inv(value))
+    except (NotImplementedError, RuntimeError):  # no such map; no inverse of what is far outside
+        return none
+    close = (back - value).abs() <= ROUNDING * (1 + value.abs())
+    return close.flatten(close.dim() - event_dim).all(-1) if event_dim else close
+
+
+def _between(support: constraints.Constraint, value: Tensor) -> Tensor:
+    """Return which values are between those of a discrete support."""
+    base = _base(support)
+    if base.event_dim == 0:
+        return support.check(value.floor()) & support.check(value.ceil())
+    positive = (value >= 0).all(-1)
+    if base is constraints.one_hot:
+        positive &= (value.sum(-1) - 1).abs() <= ROUNDING
+    return positive.flatten(value.dim() - support.event_dim).all(-1) if support.event_dim > 1 else positive
 
 
 def is_constant(support: constraints.Constraint) -> bool:

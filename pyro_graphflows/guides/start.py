@@ -258,19 +258,27 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
                 conditionals, features, {n: v[finite] for n, v in latents.items()}, fused
             )
             kept = note is None
-            notes += [] if note is None else [note]
             own_maps = {s: p for s, p in plan.non_exchangeable.items() if s not in plan.per_element}
             if samples.source == "mode":  # draws differ from element to element
                 own_maps |= dict.fromkeys(plan.per_element, plan.plates) if plan.plates else {}
-            if kept and (own_maps or plan.coupled):
+            at_random: dict[str, Tensor] | None = None
+            if not kept and own_maps and not (plan.coupled or (fused is not None and fused.priors)):
+                # One regression for indices that differ much may be worse than none; each has its own.
+                at_random = {key: value.clone() for key, value in conditionals.state_dict().items()}
+                regress_(conditionals, features, {n: v[finite] for n, v in latents.items()})
+            if (kept or at_random is not None) and (own_maps or plan.coupled):
                 known = () if fused is None else fused.priors
                 further = [name for site in known for name in columns_of(site) if name in samples.rows]
                 aligned = samples.aligned([*block.inputs.names, *plan.sites, *further])
                 context = block.inputs.features(concatenate([aligned[n] for n in block.inputs.names]))
                 of_sites = {site: aligned[site] for site in (*plan.sites, *further)}
-                notes += _start_indices_(conditionals, own_maps, samples.plates, context, of_sites)
+                left = _start_indices_(conditionals, own_maps, samples.plates, context, of_sites)
+                if at_random is not None:
+                    kept = not left and _is_better(conditionals, at_random, context, of_sites, samples.plates)
+                notes += left if kept else []
                 if plan.coupled:
                     conditionals.start_couplings_(samples.plates, context, of_sites)
+            notes += [] if kept or note is None else [note]
     if plan.coupled and not kept:
         conditionals.start_couplings_(samples.plates)
     if regression and not (samples.source == "mode" and kept):
@@ -461,18 +469,37 @@ def regress_(
             conditionals.regress_(site, rows, moments)
 
 
+def _is_better(
+    conditionals: Conditionals,
+    other: Mapping[str, Tensor],
+    context: Tensor,
+    values: Mapping[str, Tensor],
+    plates: Mapping[str, PlateState],
+) -> bool:
+    """Whether conditionals with maps of elements lose less than in another state; leave them in the better one."""
+    own = {key: value.clone() for key, value in conditionals.state_dict().items()}
+    loss = conditionals_loss(conditionals, context, values, plates=plates)
+    conditionals.load_state_dict(other)
+    if not loss <= conditionals_loss(conditionals, context, values, plates=plates):
+        return False
+    conditionals.load_state_dict(own)
+    return True
+
+
 @torch.no_grad()
 def conditionals_loss(
     conditionals: Conditionals,
     context: Tensor,
     values: Mapping[str, Tensor],
     fused: FusedRows | None = None,
+    plates: Mapping[str, PlateState] | None = None,
 ) -> float:
     """Return the mean of ``-log q`` of the sites' unconstrained vectors given context, in nats.
 
-    Of fused sites, it is the density in the coordinates of their priors.
+    Of fused sites, it is the density in the coordinates of their priors. With plates, parameters and maps of their
+    elements count.
     """
-    evaluation = conditionals.begin(context)
+    evaluation = conditionals.begin(context, plates)
     total = 0.0
     for level in conditionals.block.levels:
         of_level = evaluation.next({} if fused is None else fused.priors)
@@ -567,8 +594,11 @@ def _by_index(
     depth = max(part.dim() for part in parts)
     parts = [p.reshape(p.shape[:1] + (1,) * (depth - p.dim()) + p.shape[1:]) for p in parts if p.shape[-1]]
     joint = in_float64(concatenate(parts))
-    # the table of an element map is laid out by dimension, left to right
+    # the table of an element map is laid out by dimension, left to right, and by the numbers of the elements
     dims = sorted(plate.dim - 1 for plate in own)
+    for plate in own:
+        if plate.indices is not None and not plate.subsampled:
+            joint = joint.index_select(plate.dim - 1, plate.indices.argsort().to(joint.device))
     joint = joint.movedim(dims, list(range(len(dims))))
     indices = joint.shape[: len(dims)].numel()
     return joint.reshape(indices, -1, joint.shape[-1])

@@ -1,11 +1,13 @@
 """The tensors that a model uses: where they are, how to find them on a later call, what they mean.
 
-A *leaf* is a tensor reached from the arguments through tuples, lists, mappings and the fields of objects (dataclasses,
-named tuples, objects like the data of PyTorch Geometric). Its *path* is the name of the parameter followed by the
+A *leaf* is a tensor reached from the arguments through tuples, lists, mappings, the fields of objects (dataclasses,
+named tuples, objects like the data of PyTorch Geometric) and what functions among them hold (``functools.partial``,
+closures, defaults, bound methods). Its *path* is the name of the parameter followed by the
 keys, e.g. ``("batch", 0)``, named ``"batch[0]"``, or ``("batch", Attribute("w"))``, named ``"batch.w"``. Values given
 by position and by keyword have the same path. NumPy arrays count as leaves where the model takes tensors in their
-place (:func:`with_tensors`). What a model uses without being given it, in a closure, in a global variable or as a
-field of itself, has a path too (:func:`outside_tensors`); it is a constant unless a plate's rows are taken from it.
+place (:func:`with_tensors`). What a model uses without being given it, in a closure, in a global variable, as a
+field of itself or of a module, has a path too (:func:`outside_tensors`); it is a constant unless a plate's rows are
+taken from it.
 """
 
 import copy
@@ -13,9 +15,10 @@ import dataclasses
 import functools
 import inspect
 import os
+import sys
 import types
 from collections import deque
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -34,10 +37,13 @@ __all__ = [
     "Outside",
     "argument_leaves",
     "argument_name",
+    "code_of",
     "fields_of",
     "get_argument",
     "get_arguments",
+    "held_by_function",
     "outside_tensors",
+    "require_rereadable",
     "same_tensor",
     "with_tensors",
 ]
@@ -53,11 +59,12 @@ MOST_OUTSIDE = 3  # of functions that call functions, where tensors outside of t
 # Values without fields of interest.
 _WHOLE = (
     *(torch.Tensor, torch.nn.Module, torch.Generator, torch.dtype, torch.device),
-    *(np.ndarray, np.generic, types.NoneType, types.ModuleType, types.GeneratorType),
-    *(bool, int, float, complex, str, bytes, set, frozenset, range, slice),
+    *(np.ndarray, np.generic, types.NoneType, types.ModuleType, Iterator),
+    *(bool, int, float, complex, str, bytes, Set, range, slice),
     *(type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial),
 )
 _CALL = "__call__"
+_OF_MODULES = frozenset(vars(torch.nn.Module()))
 TABLES = ("pandas", "polars", "pyarrow", "xarray")
 
 
@@ -113,10 +120,17 @@ def _signature(called: Callable) -> inspect.Signature:
         return inspect.signature(lambda *args, **kwargs: None)
 
 
-def _bind(model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments by parameter name; keywords collected by ``**kwargs`` under their own names."""
+def _bind(
+    model: Callable, args: tuple, kwargs: Mapping[str, Any], *, defaults: bool = False
+) -> dict[str, Any]:
+    """Return the arguments by parameter name; keywords collected by ``**kwargs`` under their own names.
+
+    With ``defaults``, the default values of arguments that are not given are there as well.
+    """
     signature = signature_of(model)
     bound = signature.bind(*args, **kwargs)
+    if defaults:
+        bound.apply_defaults()
     arguments: dict[str, Any] = {}
     for name, value in bound.arguments.items():
         if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
@@ -162,7 +176,7 @@ def get_arguments(
         {'a': 3, 'b': 4}
     """
     try:
-        arguments = _bind(model, args, kwargs or {})
+        arguments = _bind(model, args, kwargs or {}, defaults=True)
     except TypeError:
         return dict.fromkeys(paths)
     return {
@@ -273,25 +287,42 @@ def _slots(kind: type) -> tuple[str, ...]:
     return tuple(name for name in names if not name.startswith("__"))
 
 
+def held_by_function(value: Any) -> list[tuple[Hashable, Any]] | None:
+    """Return what a function of the user's among the arguments was made with; None for other values."""
+    kinds = types.FunctionType, types.MethodType, functools.partial
+    if not isinstance(value, kinds) or not _is_users(value):
+        return None
+    return [(Outside(name), item) for name, item in _outside_of(value, of_globals=False).items()]
+
+
 def _walk(
     path: ArgumentPath,
     value: Any,
     inside: tuple[int, ...] = (),
+    *,
     most: int | None = None,
     whole: Collection[int] = (),
+    functions: bool = False,
 ) -> Iterator[tuple[ArgumentPath, Any]]:
     """Yield what is inside of a value, by path.
 
-    Containers of more than ``most`` items, lists of numbers and what has an ``id`` among ``whole`` are left whole.
+    Containers of more than ``most`` items, lists of numbers and what has an ``id`` among ``whole`` are left whole, and
+    so are functions if these are not asked for.
     """
     large = most is not None and isinstance(value, tuple | list | Mapping) and len(value) > most
     is_whole = large or len(inside) > MOST_DEPTH or id(value) in inside or id(value) in whole
-    fields = None if is_whole or _is_list_of_numbers(value) else fields_of(value)
+    fields = held_by_function(value) if functions and not is_whole else None
+    if fields is not None:
+        most = MOST_ITEMS
+    elif not (is_whole or _is_list_of_numbers(value)):
+        fields = fields_of(value)
     if fields is None:
         yield path, value
         return
     for key, item in fields:
-        yield from _walk((*path, key), item, (*inside, id(value)), most, whole)
+        yield from _walk(
+            (*path, key), item, (*inside, id(value)), most=most, whole=whole, functions=functions
+        )
 
 
 def replaced_arguments(
@@ -299,23 +330,48 @@ def replaced_arguments(
 ) -> tuple[tuple, dict[str, Any]]:
     """Return copies of arguments with other values in place of some, found by their ``id``.
 
-    Containers and objects that hold what is replaced are copied; tensors, arrays, modules and functions never are.
+    Containers, objects and functions that hold what is replaced are copied; tensors, arrays and modules never are.
     """
     return _replaced(args, replaced), _replaced(kwargs, replaced)
 
 
-def _replaced(value: Any, replaced: Mapping[int, Any]) -> Any:
+def _replaced(value: Any, replaced: Mapping[int, Any], inside: tuple[int, ...] = ()) -> Any:
     if id(value) in replaced:
         return replaced[id(value)]
-    leaves = [leaf for _, leaf in _walk((), value, whole=replaced)]
-    if not any(id(leaf) in replaced for leaf in leaves):
+    leaves = [leaf for _, leaf in _walk((), value, whole=replaced, functions=True)]
+    if id(value) in inside or not any(id(leaf) in replaced for leaf in leaves):
         return value
+
+    def other(item: Any) -> Any:
+        return _replaced(item, replaced, (*inside, id(value)))
+
     if type(value) in (tuple, list):
-        return type(value)(_replaced(item, replaced) for item in value)
+        return type(value)(map(other, value))
     if type(value) is dict:
-        return {key: _replaced(item, replaced) for key, item in value.items()}
+        return {key: other(item) for key, item in value.items()}
+    if isinstance(value, functools.partial):
+        return functools.partial(other(value.func), *map(other, value.args), **other(value.keywords))
+    if isinstance(value, types.MethodType):
+        return types.MethodType(value.__func__, other(value.__self__))
+    if isinstance(value, types.FunctionType):
+        return _function_with(value, other)
     # Objects copy themselves as they know how; what is in the memo counts as copied.
     return copy.deepcopy(value, {id(leaf): replaced.get(id(leaf), leaf) for leaf in leaves})
+
+
+def _function_with(function: types.FunctionType, other: Callable[[Any], Any]) -> types.FunctionType:
+    """Return a function that holds other values in its closure and as its defaults."""
+    cells = []
+    for cell in function.__closure__ or ():
+        try:
+            cells.append(types.CellType(other(cell.cell_contents)))
+        except ValueError:  # not bound yet
+            cells.append(cell)
+    defaults, closure = other(function.__defaults__), tuple(cells) or None
+    new = types.FunctionType(function.__code__, function.__globals__, function.__name__, defaults, closure)
+    new.__kwdefaults__ = other(function.__kwdefaults__)
+    vars(new).update({key: item for key, item in vars(function).items() if key != "__wrapped__"})
+    return new
 
 
 def with_tensors(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -327,7 +383,7 @@ def with_tensors(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, 
     """
     arrays = {
         id(value): _array_as_tensor(value)
-        for _, value in _walk((), (args, kwargs))
+        for _, value in _walk((), (args, kwargs), functions=True)
         if _is_numeric_array(value)
     }
     return replaced_arguments(args, kwargs, arrays) if arrays else (args, kwargs)
@@ -336,7 +392,7 @@ def with_tensors(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, 
 # ---------------------------------------------------------------- what a model uses without being given it
 
 
-def _outside_of(function: Any) -> dict[str, Any]:
+def _outside_of(function: Any, *, of_globals: bool = True) -> dict[str, Any]:
     """Return the variables that a function or a callable object uses beside its arguments, by name."""
     inner = inspect.unwrap(function) if callable(function) else function
     found: dict[str, Any] = {}
@@ -359,10 +415,19 @@ def _outside_of(function: Any) -> dict[str, Any]:
             found[name] = cell.cell_contents
         except ValueError:  # not bound yet
             continue
-    for name in _names_in(code):
+    for name, value in _defaults_of(inner).items():
+        found.setdefault(name, value)
+    for name in _names_in(code) if of_globals else ():
         if name in inner.__globals__:
             found.setdefault(name, inner.__globals__[name])
     return found
+
+
+def _defaults_of(function: Any) -> dict[str, Any]:
+    """Return the default values of a function's parameters, by name."""
+    code, defaults = function.__code__, function.__defaults__ or ()
+    names = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
+    return {**dict(zip(names, defaults, strict=True)), **(function.__kwdefaults__ or {})}
 
 
 def _names_in(code: types.CodeType) -> list[str]:
@@ -373,17 +438,24 @@ def _names_in(code: types.CodeType) -> list[str]:
     return names
 
 
-def outside_tensors(model: Callable) -> dict[ArgumentPath, torch.Tensor]:
+def outside_tensors(
+    model: Callable, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+) -> dict[ArgumentPath, torch.Tensor]:
     """List the tensors that a model uses without being given them, by path; parameters are left out.
 
-    They are looked for in closures, global variables, fields of the model itself and buffers of modules, and in
-    functions of the user's that the model calls.
+    They are looked for in closures, default values, global variables, fields of the model itself, buffers and fields
+    of modules, those among the arguments too, and in functions of the user's that the model calls.
+
+    Args:
+        model: The model.
+        args: The positional arguments of a call.
+        kwargs: Its keyword arguments.
 
     Example:
         >>> w = torch.ones(3)
-        >>> def model(x, v=w): return x * w
+        >>> def model(x, v=torch.ones(2)): return x * w
         >>> list(outside_tensors(model))
-        [(Outside(name='w'),)]
+        [('v',), (Outside(name='w'),)]
     """
     found: dict[ArgumentPath, torch.Tensor] = {}
     seen: set[int] = set()
@@ -399,36 +471,62 @@ def outside_tensors(model: Callable) -> dict[ArgumentPath, torch.Tensor]:
                 if item.dim() and item.numel():
                     found[key] = item
             elif isinstance(item, torch.nn.Module):
-                for name, held in _held_by(item):
-                    visit((*key, *map(Attribute, name.split("."))), held, depth)
+                for field, held in _held_by(item):
+                    visit((*key, *field), held, depth)
             elif depth < MOST_OUTSIDE and _is_users(item):
                 look(key, item, depth + 1)
 
     def look(path: ArgumentPath, function: Any, depth: int) -> None:
+        parameters = {} if path else signature_of(model).parameters
         for name, value in _outside_of(function).items():
-            if name == "self" and callable(value) and not isinstance(value, torch.nn.Module):
+            if name in parameters and parameters[name].default is value:
+                visit((name,), value, depth)  # where the argument is in calls that give it
+            elif name == "self" and callable(value) and not isinstance(value, torch.nn.Module):
                 for field, item in vars(value).items() if hasattr(value, "__dict__") else ():
                     visit((*path, Outside("self"), Attribute(field)), item, depth)
             else:
                 visit((*path, Outside(name)), value, depth)
 
     look((), model, 0)
+    for name, argument in _bind(model, args, kwargs or {}).items() if args or kwargs else ():
+        for path, item in _walk((name,), argument, functions=True):
+            if isinstance(item, torch.nn.Module):
+                visit(path, item, MOST_OUTSIDE)
     return found
 
 
-def _held_by(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Return the buffers of a module and of those inside, and tensors that are plain fields of it."""
-    plain = [(name, value) for name, value in vars(module).items() if isinstance(value, torch.Tensor)]
-    return [*module.named_buffers(), *plain]
+def _held_by(module: torch.nn.Module) -> list[tuple[tuple[Attribute, ...], Any]]:
+    """Return the buffers of a module and of those inside, and what is in plain fields of them."""
+    found: list[tuple[tuple[Attribute, ...], Any]] = [
+        (tuple(map(Attribute, name.split("."))), buffer) for name, buffer in module.named_buffers()
+    ]
+    for name, inner in module.named_modules():
+        path = tuple(map(Attribute, name.split("."))) if name else ()
+        if in_library(
+            os.path.abspath(getattr(sys.modules.get(type(inner).__module__), "__file__", None) or "")
+        ):
+            continue
+        for field, value in vars(inner).items():
+            if field not in _OF_MODULES and not field.startswith("_pyro"):
+                found.append(((*path, Attribute(field)), value))
+    return found
 
 
 def _is_users(value: Any) -> bool:
     """Whether something is a function of the user's."""
-    inner = inspect.unwrap(value) if callable(value) else value
-    if isinstance(inner, functools.partial):
+    if isinstance(inspect.unwrap(value) if callable(value) else value, functools.partial):
         return True
-    code = getattr(getattr(inner, "__func__", inner), "__code__", None)
+    code = code_of(value)
     return code is not None and not in_library(os.path.abspath(code.co_filename))
+
+
+def code_of(value: Any) -> types.CodeType | None:
+    """Return the code of a function, a method or a partial function; None if it is none that Python ran."""
+    inner = inspect.unwrap(value) if callable(value) else value
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    code: types.CodeType | None = getattr(getattr(inner, "__func__", inner), "__code__", None)
+    return code
 
 
 def argument_leaves(
@@ -464,7 +562,7 @@ def argument_leaves(
     leaves: dict[ArgumentPath, torch.Tensor] = {}
     seen = set()
     for name, argument in arguments.items():
-        for path, value in _walk((name,), argument):
+        for path, value in _walk((name,), argument, functions=True):
             if (
                 isinstance(value, torch.Tensor)
                 and not isinstance(value, torch.nn.Parameter)
@@ -480,7 +578,7 @@ def not_followed(model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dic
     """List arguments that may hold covariates and cannot be followed: what they are, and what to write instead."""
     found: dict[ArgumentPath, str] = {}
     for name, argument in _bind(model, args, kwargs).items():
-        for path, value in _walk((name,), argument):
+        for path, value in _walk((name,), argument, functions=True):
             written = argument_name(path)
             if isinstance(value, np.ndarray) and value.dtype.names:
                 found[path] = (
@@ -497,6 +595,11 @@ def not_followed(model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dic
                     f"argument '{written}' is a list of numbers, which is not followed; pass torch.tensor({written}) "
                     "if it is a covariate"
                 )
+            elif isinstance(value, Set) and any(isinstance(i, torch.Tensor | np.ndarray) for i in value):
+                found[path] = (
+                    f"argument '{written}' is a {type(value).__name__} of tensors, which has no order and is not "
+                    "followed; pass a list or a dict of them"
+                )
             elif _is_table(value):
                 kind = f"{type(value).__module__.split('.')[0]}.{type(value).__name__}"
                 column = f"torch.tensor({written}.to_numpy())"
@@ -506,6 +609,22 @@ def not_followed(model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dic
                     f"{columns if hasattr(value, 'columns') else column}"
                 )
     return found
+
+
+def require_rereadable(model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    """Refuse iterators among the arguments: a guide runs the model more than once, and they are then at their end.
+
+    Raises:
+        UnsupportedModelError: If there is one. The message names it.
+    """
+    for name, argument in _bind(model, args, kwargs).items():
+        for path, value in _walk((name,), argument, functions=True):
+            if isinstance(value, Iterator):
+                written = argument_name(path)
+                raise UnsupportedModelError(
+                    f"Expected arguments that can be read more than once; argument '{written}' is an iterator "
+                    f"({type(value).__name__}), which is at its end after one run of the model. Pass list({written})."
+                )
 
 
 @lru_cache(maxsize=4096)

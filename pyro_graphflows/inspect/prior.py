@@ -13,6 +13,7 @@ Hence a check of the first two: two single runs are replayed side by side, and m
 Subsampled plates keep the rows that they had when the model was traced.
 """
 
+import itertools
 import os
 import traceback
 import warnings
@@ -268,9 +269,12 @@ def _allows_batches(
     model: Callable, args: tuple, kwargs: dict[str, Any], nesting: int, sites: dict[str, Any]
 ) -> bool:
     """Whether the model gives the same log-densities with and without an outermost plate."""
+    sizes = {size for site in sites.values() for size in (*site["fn"].batch_shape, *site["fn"].event_shape)}
+    # As many as the model has nowhere else, so that a dimension cannot fit by chance.
+    number = next(number for number in itertools.count(2) if number not in sizes)
     with quiet_run(model):
         try:
-            runs = [_run(model, args, kwargs), _run(model, args, kwargs)]
+            runs = [_run(model, args, kwargs) for _ in range(number)]
             if any(name not in run for name in sites for run in runs):
                 return False
             replayed = _SideBySide(runs, nesting)(_batched(model, nesting, len(runs)))

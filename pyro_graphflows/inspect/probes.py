@@ -18,7 +18,7 @@ a matter of luck. Two runs with different random numbers are compared.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +32,6 @@ from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.inspect.arguments import (
     ArgumentPath,
-    Outside,
     alignment_of,
     argument_leaves,
     not_followed,
@@ -168,9 +167,9 @@ class Rerun:
     def leaves(self) -> dict[ArgumentPath, torch.Tensor]:
         """Return the tensors among the arguments, and inputs that the model has from elsewhere, by path."""
         leaves = argument_leaves(self.model, self.args, self.kwargs)
-        paths = {path for path in self.traced.argument_paths.values() if isinstance(path[0], Outside)}
+        paths = {path for path in self.traced.argument_paths.values() if path not in leaves}
         if paths:
-            outside = outside_tensors(self.model)
+            outside = outside_tensors(self.model, self.args, self.kwargs)
             leaves.update({path: outside[path] for path in paths if path in outside})
         return leaves
 
@@ -268,9 +267,13 @@ def require_followed(rerun: Rerun, *, strict: bool) -> list[str]:
 
 
 def _perturbed(value: Any) -> Any:
-    """Return an array, a list of numbers or a pandas table with other numbers."""
+    """Return an array, a list of numbers, a set of tensors or a pandas table with other numbers."""
     if isinstance(value, tuple | list):
         return type(value)(_perturbed(np.array(value, dtype=float)).tolist())
+    if isinstance(value, Set):
+        return type(value)(map(_perturbed, value))  # type: ignore[call-arg]
+    if isinstance(value, torch.Tensor):
+        return torch.as_tensor(_perturbed(value.numpy(force=True))).to(value)
     if isinstance(value, np.ndarray) and value.dtype.names:
         other = value.copy()
         for name in value.dtype.names:
@@ -279,7 +282,8 @@ def _perturbed(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         if value.dtype.kind in "iub":
             return np.roll(value, 1, axis=0)
-        return value + np.random.default_rng(0).normal(size=value.shape) * (0.1 + value.std())
+        noise = np.random.default_rng(0).normal(size=value.shape) * (0.1 + value.std())
+        return (value + noise).astype(value.dtype)
     if type(value).__name__ == "Series":
         return type(value)(_perturbed(value.to_numpy()), index=value.index, name=value.name)
     columns = {name: _perturbed(value[name].to_numpy()) for name in value.columns}
@@ -803,7 +807,8 @@ def changes(
     different = changes_of_sites(traced.trace, again.trace) or _changes_of_graph(traced, again)
     if different:
         return different[0], REMEDY_STRUCTURE
-    given = {**outside_tensors(model), **argument_leaves(model, *with_tensors(args, kwargs))}
+    args, kwargs = with_tensors(args, kwargs)
+    given = {**outside_tensors(model, args, kwargs), **argument_leaves(model, args, kwargs)}
     rows = changes_of_data(traced.trace, again.trace, given, traced.without_data)
     if rows:
         return f"the data of site {', '.join(map(repr, rows))} are other rows in every run", REMEDY_ROWS

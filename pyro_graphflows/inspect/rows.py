@@ -32,7 +32,7 @@ def watch_leaves(
     tracker: TaintTracker, model: Callable, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[dict[ArgumentPath, torch.Tensor], dict[ArgumentPath, torch.Tensor]]:
     """Let a tracker watch the tensors that a model is given, and those that it uses without; return both."""
-    leaves, outside = argument_leaves(model, args, kwargs), outside_tensors(model)
+    leaves, outside = argument_leaves(model, args, kwargs), outside_tensors(model, args, kwargs)
     for leaf in leaves.values():
         tracker.watch_argument(leaf)
     for leaf in outside.values():

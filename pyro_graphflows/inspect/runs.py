@@ -26,6 +26,7 @@ __all__ = [
     "GivenValues",
     "Replaced",
     "is_improper",
+    "is_outside",
     "is_transparent",
     "kept_buffers",
     "kept_random_state",
@@ -233,6 +234,14 @@ def stand_in(fn: Any) -> torch.Tensor | None:
     number: torch.Tensor = make()
     inside = len(fn.event_shape) - len(undressed(fn).event_shape)  # made elements of the event by Independent
     return number.flatten(number.dim() - inside).sum(-1) if inside else number.expand(fn.batch_shape)
+
+
+def is_outside(fn: Any, value: torch.Tensor) -> bool:
+    """Whether some values are outside of the support of a distribution, as far as can be told."""
+    try:
+        return not bool(fn.support.check(value).all())
+    except Exception:  # a distribution of the user's may have no support
+        return False
 
 
 def is_transparent(msg: Mapping[str, Any]) -> bool:

@@ -53,7 +53,6 @@ __all__ = [
 
 IMPROPER = "its prior is improper"  # a reason of TracedModel.not_generative: such a site cannot be drawn
 
-MOST_CONSTANT_ROWS = 2000  # more are data, wherever the model has them from
 _REMEDIES = {
     "bool": "Choose between tensors with torch.where(condition, a, b) instead of a Python condition.",
     "item": "Keep the value as a tensor: leave out .item().",
@@ -213,7 +212,13 @@ class _Assembly:
         self.notes: list[str] = []
         self.tracker, self.records, self.deltas = recorder.tracker, recorder.records, recorder.deltas
         self.taken, self.clashes = rows_taken(self.tracker, {**outside, **leaves})
-        data = {path: leaf for path, leaf in outside.items() if self._is_data(self.taken.get(path, {}), leaf)}
+        # What is used as it is stays a constant; its indices are told apart as any other constants' are.
+        sizes = {f.size for record in recorder.records for f in record.plates if f.size > 1}
+        data = {
+            path: leaf
+            for path, leaf in outside.items()
+            if self.taken.get(path) or (_is_inside_an_argument(path) and not sizes.isdisjoint(leaf.shape))
+        }
         self.leaves = {**data, **leaves}
         self.rows: dict[str, dict[int, str]] = {}
         self.places: dict[str, tuple[tuple[int, int], ...]] = {}
@@ -227,17 +232,6 @@ class _Assembly:
         self.alignments: dict[str, Alignment] = {}
         self.without_data = {r.name for r in records if r.observed and not r.holds_data}
         self.not_generative: dict[str, str] = {}
-
-    def _is_data(self, rows: Mapping[int, str], leaf: torch.Tensor) -> bool:
-        """Whether a tensor that the model has from elsewhere is data: it takes the rows of a batch, or of many.
-
-        What it uses in full stays a constant: its indices are told apart as any other constants' are.
-        """
-        nodes: Any = self.trace.nodes
-        batches = [
-            plate for plate in rows.values() if len(self.tracker.plates[plate]) < nodes[plate]["fn"].size
-        ]
-        return bool(batches) or any(leaf.shape[dim] > MOST_CONSTANT_ROWS for dim in rows)
 
     def finish(self, converted: bool) -> TracedModel:
         """Return everything that the run shows."""
@@ -572,6 +566,10 @@ class _Assembly:
             event_sizes=sizes,
             plates=plates,
         )
+
+
+def _is_inside_an_argument(path: ArgumentPath) -> bool:
+    return isinstance(path[0], str) and len(path) > 1
 
 
 def _equals(scale: float | torch.Tensor, expected: float) -> bool:

@@ -43,6 +43,7 @@ from torch.utils._pytree import tree_map
 
 from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.inspect.runs import (
+    is_outside,
     is_transparent,
     stand_in,
     subsampled_loops,
@@ -275,7 +276,9 @@ class TaintTracker:
             storage = storage_of(indices)
             own = None if storage is None else storage._cdata
             # an index without sources was made outside of the tensors, from a list or an array
-            known = all(
+            # and one in the memory of the plate's is these, whatever they were computed from
+            of_index = storage_of(index)
+            known = (own is not None and of_index is not None and of_index._cdata == own) or all(
                 _same_indices(self.plates[source.plate], indices)
                 if isinstance(source, PlateRows)
                 else getattr(source, "storage", -1) == own
@@ -298,6 +301,13 @@ class TaintTracker:
         storage = storage_of(result) if isinstance(result, torch.Tensor) else None
         if storage is not None and result.dim() == tensor.dim():
             self.row_results[storage._cdata] = (result, use)
+
+    def subsample(self, plate: str, tensor: torch.Tensor, dim: int) -> None:
+        """Note that ``pyro.subsample`` took the rows of a plate; of one in full it takes all, in their own order."""
+        with self.pause():
+            indices = self.plates.get(plate)
+            if indices is not None and _same_indices(indices, torch.arange(tensor.shape[dim])):
+                self.row_uses.append(RowUse(tensor, dim, plate, self.of_tensor(tensor)[0]))
 
     def of(self, value: Any) -> int:
         """Return the taint of a tensor, or the union over a nested container of tensors."""
@@ -740,6 +750,10 @@ def watched(tracker: TaintTracker, model: Callable[..., Any]) -> Callable[..., A
     return run
 
 
+def _broadcast(one: torch.Size, other: torch.Size) -> bool:
+    return all(a == b or 1 in (a, b) for a, b in zip(reversed(one), reversed(other), strict=False))
+
+
 class PlateWatch(Messenger):
     """Tells a tracker of the indices of plates."""
 
@@ -750,6 +764,17 @@ class PlateWatch(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):
             self.tracker.watch_plate(msg["name"], msg["value"])
+
+    def _pyro_subsample(self, msg: Any) -> None:
+        """Note which rows ``pyro.subsample`` takes, also of plates in full, where it returns the tensor itself."""
+        data = msg["args"][0] if msg["args"] else msg["kwargs"].get("data")
+        event_dim = msg["kwargs"].get("event_dim")
+        if not isinstance(data, torch.Tensor) or event_dim is None:
+            return  # Pyro leaves the tensor as it is then
+        for frame in msg["cond_indep_stack"]:
+            dim = None if frame.dim is None else frame.dim - event_dim
+            if dim is not None and data.dim() >= -dim and data.shape[dim] == frame.full_size > 1:
+                self.tracker.subsample(frame.name, data, dim)
 
 
 @dataclass(frozen=True)
@@ -881,6 +906,15 @@ class Recorder(PlateWatch):
             instead = stand_in(fn)
             log_prob = fn.log_prob(value) if instead is None else instead
         except Exception as error:
+            if is_outside(fn, value):
+                raise UnsupportedModelError(
+                    f"Expected data of '{name}' in the support of its distribution, {fn.support}; got others."
+                ) from error
+            if not _broadcast(value.shape, fn.shape()):
+                raise UnsupportedModelError(
+                    f"Expected data of '{name}' of shape {tuple(fn.shape())}, that of its distribution; got "
+                    f"{tuple(value.shape)}."
+                ) from error
             raise UnsupportedModelError(
                 f"At site '{name}', the log-density of {type(fn).__name__} cannot be evaluated "
                 f"({type(error).__name__}: {error}). Give the distribution a log_prob() for such values."

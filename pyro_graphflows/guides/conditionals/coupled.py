@@ -25,6 +25,7 @@ That is exact for exchangeable elements, as with an observed total of a plate (:
 """
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
@@ -58,16 +59,25 @@ class CoupledNormal(dist.TorchDistribution):
         mixing: Lower triangular matrices over all elements (all dimensions of one element beside each other), ``(*rest,
             n * size, n * size)``, where ``rest`` is the batch shape without the coupled dimensions.
         dims: The coupled dimensions of the batch shape, negative, increasing.
+        orders: For coupled dimensions whose elements are not in the order of ``mixing``, where it has each of them.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     has_rsample = True
 
-    def __init__(self, loc: Tensor, scale_tril: Tensor, mixing: Tensor, dims: Sequence[int]) -> None:
+    def __init__(
+        self,
+        loc: Tensor,
+        scale_tril: Tensor,
+        mixing: Tensor,
+        dims: Sequence[int],
+        orders: Mapping[int, Tensor] = MappingProxyType({}),
+    ) -> None:
         self.loc = loc
         self.scale_tril = scale_tril
         self.mixing = mixing
         self.dims = tuple(dims)
+        self.orders = dict(orders)
         super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=False)
 
     @constraints.dependent_property(is_discrete=False, event_dim=1)
@@ -84,10 +94,13 @@ class CoupledNormal(dist.TorchDistribution):
             self.scale_tril.expand(*batch_shape, size, size),
             self.mixing,
             self.dims,
+            self.orders,
         )
 
     def _gather(self, value: Tensor) -> Tensor:
-        """Bring the elements of the coupled plates beside each other: ``(*rest, n * size)``."""
+        """Bring the elements of the coupled plates beside each other, in order: ``(*rest, n * size)``."""
+        for dim, order in self.orders.items():
+            value = value.index_select(dim - 1, order.argsort())
         places = [dim - 1 for dim in self.dims]
         moved = value.movedim(places, [i - 1 - len(places) for i in range(len(places))])
         return moved.flatten(-1 - len(places))
@@ -97,7 +110,10 @@ class CoupledNormal(dist.TorchDistribution):
         places = [dim - 1 for dim in self.dims]
         sizes = [shape[place] for place in places]
         parts = flat.unflatten(-1, (*sizes, self.event_shape[0]))
-        return parts.movedim([i - 1 - len(places) for i in range(len(places))], places)
+        value = parts.movedim([i - 1 - len(places) for i in range(len(places))], places)
+        for dim, order in self.orders.items():
+            value = value.index_select(dim - 1, order)
+        return value
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draw reparametrised values of shape ``sample_shape + batch_shape + event_shape``."""
@@ -231,17 +247,17 @@ class CouplingTerms(nn.Module):
                     "drawn jointly; it is subsampled in this call. Set up the guide with a subsampled plate to have "
                     "independent copies, which is said by guide.describe()."
                 )
-            if self.table is not None and plate.indices is not None:
-                raise GraphflowsError(
-                    f"Expected the elements of plate {plate.name!r} in the order of the data: the dependence of its "
-                    "elements is given by parameters for each pair; this call has them in another order. Leave out "
-                    "subsample=, or use coupled_rank=4."
-                )
             if self.table is not None and plate.size != self.sizes[plate.name]:
                 raise GraphflowsError(
                     f"Expected plate {plate.name!r} to have {self.sizes[plate.name]} elements, as when the guide was "
                     f"set up: the dependence of its elements is given by parameters; got {plate.size}. Set up a guide "
                     "for the new data, or use pool='deepset'."
+                )
+            if plate.indices is not None and len(plate.indices.unique()) != plate.size:
+                raise GraphflowsError(
+                    f"Expected each element of plate {plate.name!r} once, as copies of a latent site are drawn jointly "
+                    "across it; the indices of this call have some twice. Pass torch.randperm(size), or leave out "
+                    "subsample=."
                 )
         batch = [1] * max(outputs.dim() - 1, *(-plate.dim for plate in coupled))
         for plate in coupled:
@@ -258,7 +274,10 @@ class CouplingTerms(nn.Module):
         mixing = (
             self._table_mixing(plates, dims) if self.table is not None else self._ranked_mixing(outputs, dims)
         )
-        return CoupledNormal(loc, diagonal.unsqueeze(-1) * unit, mixing, dims)
+        orders = {}
+        if self.table is not None:  # pairs are of elements, in whichever order a call has these
+            orders = {p.dim: p.indices.to(loc.device) for p in coupled if p.indices is not None}
+        return CoupledNormal(loc, diagonal.unsqueeze(-1) * unit, mixing, dims, orders)
 
     def _table_mixing(self, plates: Mapping[str, PlateState], dims: tuple[int, ...]) -> Tensor:
         assert self.table is not None

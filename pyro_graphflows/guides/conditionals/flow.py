@@ -253,7 +253,7 @@ class FlowConditionals(Conditionals):
         key, columns = self._map_of[site]
         element_map = self.maps[key]
         assert isinstance(element_map, ElementMap)
-        if not element_map.offset or self.affine.closed_form == "density":
+        if not element_map.offset:
             return False
         within = {p: matrix.mean(0) for p, matrix in linear.weights.items() if p in self.parts}
         log_scales = linear.scale_tril[:, 0, 0].log()
@@ -273,7 +273,7 @@ class FlowConditionals(Conditionals):
 
     def _set_own_(self, site: str, linear: LinearConditional) -> bool:
         """Make the conditionals of elements linear-Gaussian with own locations; slopes and scales are shared."""
-        if self.table is None or self.affine.closed_form == "density":
+        if self.table is None:
             return False
         weights = {parent: matrix.mean(0) for parent, matrix in linear.weights.items()}
         self.set_linear_(site, LinearConditional(weights, linear.loc.mean(0), linear.scale_tril.mean(0)))
@@ -289,7 +289,7 @@ class FlowConditionals(Conditionals):
     @torch.no_grad()
     def set_elements_(self, site: str, locs: Tensor, scale_tril: Tensor) -> bool:
         """See :meth:`Conditionals.set_elements_`."""
-        if self.table is None or site not in self.block.per_element or self.affine.closed_form == "density":
+        if self.table is None or site not in self.block.per_element:
             return False
         like = self.table.table
         mean = locs.reshape(-1, locs.shape[-1]).mean(0)
