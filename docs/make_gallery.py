@@ -35,10 +35,10 @@ INTRODUCTION = """# Gallery
 Fifteen models, one script each in `examples/gallery/`, to read and to copy. Each prints how close the guide comes,
 in nats for the whole data set: ELBO; IWAE, the log-evidence by importance weights of the same draws (a lower bound
 in the mean, with this many draws); and k-hat, above 0.7 where the weights, and so that IWAE, should not be trusted.
-Pyro's `AutoNormal` and `AutoMultivariateNormal` are trained alike, with the same number of steps, where they can
-serve the model. Training is short: these are figures of examples, not of a study ([studies](studies.md)). Seconds
-are those of one thread on a CPU, set-up and training. Written by `python docs/make_gallery.py` from the scripts'
-own output.
+Pyro's `AutoNormal` and `AutoMultivariateNormal` are trained alike, with the same number of steps, where they
+can serve the model; the faithful guide has `family="auto"` and `init="auto"` unless its script says otherwise.
+Training is short: these are figures of examples, not of a study ([studies](studies.md)). Seconds are those of
+one thread on a CPU, set-up and training. Written by `python docs/make_gallery.py` from the scripts' own output.
 """
 
 

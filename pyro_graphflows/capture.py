@@ -282,9 +282,9 @@ def _require_fixed_shape(func: Any, args: tuple[Any, ...]) -> None:
     """Refuse operations whose shape depends on the values of tensors that change from call to call."""
     if torch.Tag.dynamic_output_shape not in func.tags:
         return
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+    from torch.fx.experimental.proxy_tensor import get_innermost_proxy_mode
 
-    mode: Any = get_proxy_mode()
+    mode: Any = get_innermost_proxy_mode()
     by_index = func._schema.name == "aten::index"
     parts = [part for part in (args[1] if by_index else args) if torch.is_tensor(part)]
     if by_index:

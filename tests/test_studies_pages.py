@@ -7,6 +7,7 @@ import pytest
 
 from studies.density import report as density
 from studies.graph_vae import report as graph_vae
+from studies.psychometric import report as psychometric
 from studies.results import Results
 from studies.sbibm import report as sbibm
 from studies.siren_vae import report as siren_vae
@@ -37,6 +38,14 @@ def test_a_page_is_what_its_report_draws(study, tmp_path):
     assert drawn
     for page in drawn:
         assert page.read_text() == (PAGES / page.name).read_text(), page.name
+
+
+def test_the_page_of_the_workflow_is_what_its_report_draws(tmp_path):
+    """Two studies make it; again by ``python -m studies.psychometric.report``."""
+    psychometric.render(
+        *(ROOT / "studies" / name / "results.jsonl" for name in ("psychometric", "workflow")), tmp_path
+    )
+    assert (tmp_path / "workflow.md").read_text() == (PAGES / "workflow.md").read_text()
 
 
 def test_few_json_files():

@@ -340,7 +340,7 @@ def prior_of_rows(site: str, size: int, rows: Mapping[str, Tensor]) -> SitePrior
     return SitePrior(loc, log_scale, root, standard=of_value in rows)
 
 
-WIDTH = 2.0  # of the factors that sites with per-element parameters start with, in units of the prior
+WIDTH = 1.0  # of the factors that sites with per-element parameters start with, in units of the prior
 ROOT_WIDTH = (
     0.1  # the same of sites in no plate: at the width of their prior the first losses are of wild guesses
 )
