@@ -20,7 +20,7 @@ from pyro.infer import (
 )
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
 
-from pyro_graphflows import auto_faithful_guide, load_guide
+from pyro_graphflows import InverseGraph, auto_faithful_guide, load_guide
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides import Auto, Flow, Normal, Spline
 from pyro_graphflows.infer import IWAE_ELBO, InferenceCompilation
@@ -555,6 +555,22 @@ def test_priors_that_change_by_chance_are_left_alone():
     assert "differs from run to run" in guide.describe()
     latents = {"a": torch.zeros(8), "z": torch.ones(8)}
     assert torch.equal(guide.log_prob(latents, x), guide.log_prob(latents, x))
+
+
+def test_covariates_that_the_inverse_leaves_out_leave_a_site_alone():
+    """The prior would bring in what the site is not to look at."""
+
+    def model(w, y):
+        with pyro.plate("data", len(w)):
+            z = pyro.sample("z", dist.Normal(w, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    w, y = torch.randn(5), torch.randn(5)
+    blind = guide_of(model, w, y, inverse=lambda graph: InverseGraph(graph, {"z": ["y"]}))
+    assert not blind.plan.priors.sites
+    latents = {"z": torch.zeros(5)}
+    assert torch.equal(log_q(blind, latents, w, y), log_q(blind, latents, w + 1.0, y))
+    assert "z" in guide_of(model, w, y).plan.priors.sites
 
 
 def test_parents_summed_over_by_the_model_leave_a_site_alone():

@@ -180,7 +180,8 @@ def _obstacle(
     late = [p for p in parents if p in stage_of and stage_of[p] >= stage_of[site]]
     if late:
         return f"its model {_named(late)} sampled after it"
-    unread = [p for p in parents if p in stage_of and p not in inverse.parents[site]]
+    # Data and inputs too: the inverse says what the site may look at.
+    unread = [p for p in parents if p not in inverse.parents[site]]
     if unread:
         return f"its model {_named(unread)} not among its parents in the inverse {inverse.order!r}"
     inner = [
