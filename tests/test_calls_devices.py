@@ -15,7 +15,7 @@ from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 from torch.distributions import constraints
 
 from pyro_graphflows import GraphflowsError
-from pyro_graphflows.guides import DeepSet, Flow, auto_faithful_guide
+from pyro_graphflows.guides import DeepSet, Flow, Normal, auto_faithful_guide
 
 FAMILIES = {
     "normal": "normal",
@@ -24,6 +24,7 @@ FAMILIES = {
     "graphical": Flow(form="graphical", units_per_variable=3),
 }
 families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+SPLINES = {"spline": "spline", "auto": "auto", "fused": Normal(fusion="auto")}
 
 
 def chain(w, y=None):
@@ -262,13 +263,27 @@ def test_set_up_where_there_is_no_double(model, family, init, monkeypatch):
     assert all(part.dtype == torch.float32 for part in guide.parameters())
 
 
+@pytest.mark.parametrize("family", SPLINES.values(), ids=SPLINES)
+def test_splines_and_fused_conditionals_elsewhere_and_without_double(family, monkeypatch):
+    """The same for the families whose priors come from the model."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "double", _no_double)
+        guide = made(chain, family)
+    assert all(part.dtype == torch.float32 for part in guide.parameters())
+    pyro.enable_validation(False)
+    moved = made(chain, family).to("meta")
+    assert {value.device.type for value in moved(*data(device="meta")).values()} == {"meta"}
+    w, y = data(dtype=torch.double)
+    assert {value.dtype for value in made(chain, family).double()(w, y).values()} == {torch.double}
+
+
 # ---------------------------------------------------------------- a real one
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @models
-@families
+@pytest.mark.parametrize("family", [*FAMILIES.values(), *SPLINES.values()], ids=[*FAMILIES, *SPLINES])
 def test_on_a_gpu(model, family):
     """Set up on the GPU, and set up on the CPU and moved, trained for a step, and back."""
     w, y = data(device="cuda")
