@@ -299,6 +299,27 @@ def test_global_latents_in_self_sufficient_batches_warn():
     with pytest.warns(GraphflowsWarning, match=r"\['mu'\] are global"):
         quiet_fit(hierarchy.model, guide, TrainingData(hierarchy.x, batch_size=10), schedule=1)
     quiet_fit(hierarchy.model, guide, hierarchy.x, schedule=1)  # all data at once: no warning
+    loader = DataLoader(TensorDataset(hierarchy.x), batch_size=10)
+    with pytest.warns(GraphflowsWarning, match=r"\['mu'\] are global"):
+        quiet_fit(hierarchy.model, guide, loader, schedule=1)
+
+
+@pytest.mark.parametrize("loss", [None, "auto"], ids=["elbo", "auto"])
+def test_data_are_not_divided_by_default_where_latents_are_global(loss):
+    """Batches would count the prior of mu once each."""
+    hierarchy, sizes = Hierarchy(num_data=230), []
+
+    def guide(x):
+        sizes.append(len(x))
+        hierarchy.guide(x + pyro.param("shift", torch.tensor(0.5)))
+
+    history = quiet_fit(hierarchy.model, guide, hierarchy.x, schedule=Schedule(num_steps=2), loss=loss)
+    assert history.num_steps == 2
+    assert set(sizes[-2:]) == {230}
+    if loss is None:  # in nats per datum
+        pyro.get_param_store()["shift"] = torch.tensor(0.5)
+        expected = Trace_ELBO(num_particles=500).loss(hierarchy.model, guide, hierarchy.x) / 230
+        assert history.loss[0] == pytest.approx(expected, abs=0.5)
 
 
 # -------------------------------------------------------------------------------------------------------------- data

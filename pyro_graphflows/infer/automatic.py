@@ -90,6 +90,7 @@ class Automatic:
             on_simulations: Whether to begin with simulations of the model.
         """
         trainer = self._trainer(loss, self.compile)
+        self.data = trainer.data
         simulated, notes = None, []
         earlier = _past_simulations(checkpoint)
         if earlier is not None:

@@ -30,7 +30,8 @@ class TrainingData:
             a :class:`~torch.utils.data.DataLoader` or a list of tuples. NumPy arrays are taken as tensors, floating
             ones in torch's default dtype. ``None`` under inference compilation, which draws its own data, or for a
             model that holds its data.
-        batch_size: The number of data per step, 100 by default; a ``DataLoader`` has its own.
+        batch_size: The number of data per step; a ``DataLoader`` has its own. By default 100, or all where the model
+            has global latent sites and takes a batch as all data there are: each batch would count their prior.
         validation: Data like ``data``, never trained on. Without data, the number of calls in an evaluation under
             inference compilation.
         full_size: What a batch's loss is divided by, if not its number of data: the size of the plate for a model that
@@ -98,6 +99,11 @@ class TrainingData:
         if isinstance(data, dict):
             return (), {**data, **kwargs}
         return () if data is None else (data,) if isinstance(data, Tensor) else tuple(data), kwargs
+
+    @property
+    def divides_by_default(self) -> bool:
+        """Whether the data are divided into batches here, and of a size that nobody has asked for."""
+        return self.batch_size is None and _is_batched_here(self.data)
 
     def batches(self, seed: int | None) -> "Batches":
         """Return the batches to train on, in a new random order for each epoch."""

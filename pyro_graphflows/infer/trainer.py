@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -58,6 +59,7 @@ class Trainer:
     ) -> None:
         self.objective = objective
         self.data = data
+        self.seed = seed
         self.batches = data.batches(seed)
         self.held_out = data.held_out()
         self.max_grad_norm = max_grad_norm
@@ -72,10 +74,21 @@ class Trainer:
                 "Expected the model or the guide to have parameters; there is nothing to train."
             )
         if not objective.compiles and data.full_size is None and batch.size < (self.batches.num_data or 0):
-            _warn_of_globals(watch, batch.size)
+            self._take_all_or_warn(_global_sites(watch, batch.size), batch.size)
         self.optimizer = make_optimizer(optimizer, self.parameters)
         self._in_optimizer = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         self._grows = not isinstance(optimizer, torch.optim.Optimizer)
+
+    def _take_all_or_warn(self, outside: list[str], size: int) -> None:
+        """Do not divide the data where each batch would count the prior of global sites, unless it was asked for."""
+        if not outside:
+            return
+        if self.data.divides_by_default:
+            self.data = replace(self.data, batch_size=self.batches.num_data)
+            self.batches, self.held_out = self.data.batches(self.seed), self.data.held_out()
+            self._explore(self.batches.first())
+        else:
+            _warn_of_globals(outside, size)
 
     def step(self, batch: Batch) -> float:
         """Take a gradient step.
@@ -267,18 +280,22 @@ class Trainer:
         return guilty
 
 
-def _warn_of_globals(watch: SiteWatch, size: int) -> None:
-    """Warn where a global latent site meets batches that stand for themselves only."""
+def _global_sites(watch: SiteWatch, size: int) -> list[str]:
+    """Return the global latent sites of a model that takes a batch as all data there are."""
     in_batch = any(
         observed and any(frame.size == size == (frame.full_size or size) for frame in frames)
         for observed, frames in watch.sites.values()
     )
-    outside = sorted(name for name, (observed, frames) in watch.sites.items() if not observed and not frames)
-    if in_batch and outside:
-        warnings.warn(
-            f"The latent sites {outside} are global, but the model sees each batch of {size} data as all there is: "
-            "their prior is counted once per batch. Train on all data at once, or let the model's plate have the full "
-            "size with the batch as its subsample and give TrainingData(..., full_size=...).",
-            GraphflowsWarning,
-            stacklevel=4,
-        )
+    outside = (name for name, (observed, frames) in watch.sites.items() if not observed and not frames)
+    return sorted(outside) if in_batch else []
+
+
+def _warn_of_globals(outside: list[str], size: int) -> None:
+    """Warn where global latent sites meet batches that stand for themselves only."""
+    warnings.warn(
+        f"The latent sites {outside} are global, but the model sees each batch of {size} data as all there is: "
+        "their prior is counted once per batch. Train on all data at once, or let the model's plate have the full "
+        "size with the batch as its subsample and give TrainingData(..., full_size=...).",
+        GraphflowsWarning,
+        stacklevel=5,
+    )
