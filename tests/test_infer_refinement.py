@@ -9,7 +9,7 @@ from infer_models import Chain
 from infer_posteriors import Groups
 from pyro.infer.autoguide import AutoNormal
 
-from pyro_graphflows import auto_faithful_guide
+from pyro_graphflows import Spline, auto_faithful_guide
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
 from pyro_graphflows.infer import HMC, NUTS, load_posterior, sample_posterior
 from pyro_graphflows.infer.refinement import Target, coordinates_of
@@ -72,6 +72,30 @@ def test_the_target_is_the_base_times_the_weight(groups):
         energy = target(target.start)
     expected = -posterior.log_weights - dist.Normal(0.0, 1.0).log_prob(target.start).sum(-1).squeeze(-1)
     assert torch.allclose(energy.squeeze(-1), expected)
+
+
+def test_points_where_no_noise_ever_is_have_infinite_energies():
+    """A step of a chain may go there; the prior's quantile function has no number for it."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            p = pyro.sample("p", dist.Beta(2.0, 2.0))
+            pyro.sample("x", dist.Binomial(10, p), obs=x)
+
+    x = torch.tensor([1.0, 5.0, 9.0])
+    guide = auto_faithful_guide(model, x, family=Spline(base="student", fusion=True))
+    posterior = guide.posterior(x, num_draws=4, seed=0)
+    draws = {"p": posterior.draws["p"]}
+    coordinates = coordinates_of(posterior.fitted, draws)
+    target = Target(posterior.fitted, coordinates, draws, "data", torch.tensor([True, False, True]))
+    points = target.start.clone()
+    near = target(points)
+    points[0, 0], points[1, 1], points[2, 1] = 6e9, -math.inf, math.nan
+    energy = target(points)
+    assert energy.isinf().nonzero().tolist() == [[0, 0], [1, 1], [2, 1]]
+    assert torch.equal(energy[energy.isfinite()], near[energy.isfinite()])
+    space = target.start.clone().requires_grad_()
+    assert torch.autograd.grad(target(space).sum(), space)[0].isfinite().all()
 
 
 def test_posteriors_that_can_be_trusted_are_left_alone(groups):

@@ -40,6 +40,8 @@ __all__ = [
     "starting_rows",
 ]
 
+FARTHEST = 1e4  # of noise in the coordinates of a guide; steps of chains go beyond, where quantile functions end
+
 METHODS = ("nuts", "hmc")
 
 
@@ -272,7 +274,11 @@ class Target:
         return others.index_copy(1, place, points)
 
     def __call__(self, points: Tensor) -> Tensor:
-        """Return energies (C, G) of points (C, G, D)."""
+        """Return energies (C, G) of points (C, G, D), infinite where no noise ever is."""
+        far = None
+        if not isinstance(self.coordinates, Unconstrained):
+            far = ~(points.abs() <= FARTHEST).all(-1)
+            points = points.masked_fill(far.unsqueeze(-1), 0.0)
         with pyro.validation_enabled(False):
             values, log_det = self.coordinates(self.unpack(self.whole(points)))
             energy = -self._log_joint(values)
@@ -280,7 +286,8 @@ class Target:
             axis = self.axes[name]
             moved = term.unsqueeze(1) if axis is None else term.movedim(axis + 1, 1)
             energy = energy - moved.reshape((*moved.shape[:2], -1)).sum(-1)
-        return energy if self.data_plate is None else energy[:, self.chosen]
+        energy = energy if self.data_plate is None else energy[:, self.chosen]
+        return energy if far is None else energy.masked_fill(far, math.inf)
 
     def values(self, points: Tensor) -> dict[str, Tensor]:
         """Return the values of latent sites at points (C, G, D)."""
