@@ -3,10 +3,10 @@ r"""A two-level normal model, amortised over data sets of 5 to 50 groups and 1 t
     mu ~ N(0, 1);  theta_j ~ N(mu, 1) for groups j;  x_nj ~ N(theta_j, 1) for data n
 
 The posterior is known for each data set: normal, of mu, and of each effect given mu. A guide with pooled inputs learns
-by forward KL on joint samples whose numbers of groups and data are drawn anew for each step. What is reported is the gap,
-the mean over held-out data sets of KL(p(mu, theta | x) || q(mu, theta | x)) in nats a data set, estimated by draws of
-the exact posterior (its standard error is over data sets), for small, middle and large numbers of groups; and whether the
-ranks of mu among draws of the guide are uniform.
+by forward KL on joint samples whose numbers of groups and data are drawn anew for each step. What is reported is the
+gap, the mean over held-out data sets of KL(p(mu, theta | x) || q(mu, theta | x)) in nats a data set, estimated by draws
+of the exact posterior (its standard error is over data sets), for small, middle and large numbers of groups; and
+whether the ranks of mu among draws of the guide are uniform.
 
 Rows: ``deepset``, ``attention`` (pooling), and ``one size``: the deep set trained at one size alone, 20 groups of 8.
 
