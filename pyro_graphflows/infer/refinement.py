@@ -40,7 +40,9 @@ __all__ = [
     "starting_rows",
 ]
 
-FARTHEST = 1e4  # of noise in the coordinates of a guide; steps of chains go beyond, where quantile functions end
+FARTHEST = (
+    1e4  # of noise in the coordinates of a guide; steps of chains go beyond, where quantile functions end
+)
 
 METHODS = ("nuts", "hmc")
 
