@@ -313,6 +313,16 @@ def test_covariates_from_outside_of_the_call(kind, set_up):
         assert loss == pytest.approx(-float(evidence(x, y).sum()) * N / len(chosen))
 
 
+def test_rows_in_their_own_order_beside_permuted_indices_are_refused():
+    """Pyro's subsample leaves a tensor as it is where a plate has all its indices."""
+    message = r"rows of 'x' that belong to the indices of plate 'data'.*x\[indices\]"
+    with pytest.raises(UnsupportedModelError, match=message):
+        auto_faithful_guide(subsampled_closure(X), Y, CALLS["permuted"], **FEW)
+    guide = auto_faithful_guide(closure(X), Y, CALLS["permuted"], **FEW)
+    exact_(guide, "x")
+    assert torch.allclose(guide.median(Y, CALLS["some"])["z"], means(X, Y)[CALLS["some"]])
+
+
 @pytest.mark.parametrize("family", ["normal", Flow(closed_form="density", units_per_variable=2)])
 def test_constants_that_are_used_as_they_are_have_maps_for_each_index(family):
     """One regression for all of them would be worse than none here."""

@@ -40,9 +40,8 @@ __all__ = [
     "starting_rows",
 ]
 
-FARTHEST = (
-    1e4  # of noise in the coordinates of a guide; steps of chains go beyond, where quantile functions end
-)
+# of noise in the coordinates of a guide; steps of chains go beyond, where quantile functions have no number
+FARTHEST = 1e4
 
 METHODS = ("nuts", "hmc")
 

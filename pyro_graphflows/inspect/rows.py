@@ -22,7 +22,15 @@ from pyro_graphflows.inspect.arguments import (
 )
 from pyro_graphflows.inspect.tracer import PlateWatch, Region, RowUse, TaintTracker, storage_of, watching
 
-__all__ = ["Rows", "arranged", "rows_of_run", "rows_taken", "take_rows", "watch_leaves"]
+__all__ = [
+    "Rows",
+    "arranged",
+    "require_rows_of_indices",
+    "rows_of_run",
+    "rows_taken",
+    "take_rows",
+    "watch_leaves",
+]
 
 Rows = Mapping[int, str]
 """For dimensions of a tensor, counted from the right, the plate whose rows are taken."""
@@ -68,6 +76,22 @@ def rows_taken(
                     f"those of {before!r} and of {use.plate!r} along dimension {dim}. Pass the tensor twice."
                 )
     return found, clashes
+
+
+def require_rows_of_indices(tracker: TaintTracker, outside: Mapping[ArgumentPath, torch.Tensor]) -> None:
+    """Refuse tensors from outside of a call that ``pyro.subsample`` left in their own order beside permuted indices.
+
+    Raises:
+        UnsupportedModelError: If there is one. The message names it, and what to write.
+    """
+    for use in tracker.by_position:
+        for path, _ in _origins(tracker, outside, use.tensor, use.dim, use.taint, use.plate):
+            name = argument_name(path)
+            raise UnsupportedModelError(
+                f"Expected rows of {name!r} that belong to the indices of plate {use.plate!r}; these are all there "
+                "are, in another order, for which pyro.subsample returns the tensor as it is. Set the guide up with the "
+                f"indices in order or with fewer, or index with those of the plate ({name}[indices])."
+            )
 
 
 def _read_one_by_one(tracker: TaintTracker) -> list[RowUse]:

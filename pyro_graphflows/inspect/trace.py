@@ -30,7 +30,7 @@ from pyro_graphflows.inspect.arguments import (
     part_of,
     with_tensors,
 )
-from pyro_graphflows.inspect.rows import rows_taken, watch_leaves
+from pyro_graphflows.inspect.rows import require_rows_of_indices, rows_taken, watch_leaves
 from pyro_graphflows.inspect.runs import GivenRows, is_improper, quiet_run, run_model
 from pyro_graphflows.inspect.tracer import (
     COMPILER,
@@ -211,6 +211,7 @@ class _Assembly:
         self.trace, self.strict = trace, strict
         self.notes: list[str] = []
         self.tracker, self.records, self.deltas = recorder.tracker, recorder.records, recorder.deltas
+        require_rows_of_indices(self.tracker, outside)
         self.taken, self.clashes = rows_taken(self.tracker, {**outside, **leaves})
         # What is used as it is stays a constant; its indices are told apart as any other constants' are.
         sizes = {f.size for record in recorder.records for f in record.plates if f.size > 1}

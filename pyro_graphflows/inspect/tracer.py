@@ -198,6 +198,7 @@ class TaintTracker:
         self.hidden = 0  # taints of scalars read inside the present call
         self.plates: dict[str, torch.Tensor] = {}  # the indices of plates
         self.row_uses: list[RowUse] = []
+        self.by_position: list[RowUse] = []  # all rows in their own order, beside indices in another
         self.row_reads: list[
             tuple[torch.Tensor, int, int]
         ] = []  # single entries read: tensor, dimension, index
@@ -306,8 +307,13 @@ class TaintTracker:
         """Note that ``pyro.subsample`` took the rows of a plate; of one in full it takes all, in their own order."""
         with self.pause():
             indices = self.plates.get(plate)
-            if indices is not None and _same_indices(indices, torch.arange(tensor.shape[dim])):
-                self.row_uses.append(RowUse(tensor, dim, plate, self.of_tensor(tensor)[0]))
+            if indices is None:
+                return
+            use = RowUse(tensor, dim, plate, self.of_tensor(tensor)[0])
+            if _same_indices(indices, torch.arange(tensor.shape[dim])):
+                self.row_uses.append(use)
+            elif len(indices) == tensor.shape[dim]:  # of fewer it takes the rows by their indices
+                self.by_position.append(use)
 
     def of(self, value: Any) -> int:
         """Return the taint of a tensor, or the union over a nested container of tensors."""
