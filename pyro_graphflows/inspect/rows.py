@@ -89,7 +89,7 @@ def require_rows_of_indices(tracker: TaintTracker, outside: Mapping[ArgumentPath
             name = argument_name(path)
             raise UnsupportedModelError(
                 f"Expected rows of {name!r} that belong to the indices of plate {use.plate!r}; these are all there "
-                "are, in another order, for which pyro.subsample returns the tensor as it is. Set the guide up with the "
+                "are, in another order, for which pyro.subsample returns the tensor as it is. Set up with the "
                 f"indices in order or with fewer, or index with those of the plate ({name}[indices])."
             )
 
