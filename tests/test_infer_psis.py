@@ -13,6 +13,7 @@ from pyro_graphflows.infer.psis import (
     fit_generalized_pareto,
     psis_khat,
     smoothed_log_weights,
+    smoothed_tail,
     tail_size,
 )
 
@@ -144,3 +145,18 @@ def test_khat_does_not_see_constants_order_or_neighbours(num, constant, seed):
     assert torch.allclose(psis_khat(shuffled), khat, atol=1e-7)
     assert torch.allclose(psis_khat(log_weights[:, :1]), khat[:1])
     assert torch.allclose(psis_khat(log_weights.T.reshape(3, 1, num), dim=-1)[:, 0], khat)
+
+
+def test_ripples_of_nearly_equal_weights_are_no_tail():
+    """Many weights near a smooth maximum, few beyond it: the fit alone finds any shape, here infinite moments."""
+    torch.manual_seed(0)
+    ripples = -0.02 * torch.rand(20_000) ** 4
+    ripples[:20] = torch.linspace(0.001, 0.06, 20)
+    tail = ripples.sort().values[-tail_size(20_000) :].unsqueeze(-1)
+    assert smoothed_tail(tail, ripples.sort().values[-tail_size(20_000) - 1].unsqueeze(-1))[1].item() > 0.7
+    smoothed, khat = smoothed_log_weights(ripples)
+    assert khat.item() == -math.inf
+    assert torch.equal(smoothed, ripples)
+    assert effective_sample_size(ripples).item() > 0.999 * 20_000
+    heavy = -(1 - torch.rand(20_000)).log() * 0.9  # Pareto weights of shape 0.9
+    assert psis_khat(heavy).item() > 0.7

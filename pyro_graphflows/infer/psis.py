@@ -30,6 +30,9 @@ __all__ = [
 _MIN_TAIL = 5  # fewer points than this cannot show the shape of a tail
 _SAME = 1e-5  # log-weights that differ by less, in nats, are the same value
 _TIMES = 10  # a value seen less often than this is rare
+_TRUSTED = 0.7  # a greater shape is no longer trusted
+_LEVEL = math.log(1.5)  # of the largest weight over the mean: with less, such a shape is not believed ...
+_ENOUGH = 100  # ... if there are this many weights
 
 
 def effective_sample_size(log_weights: Tensor, dim: int = 0) -> Tensor:
@@ -105,6 +108,10 @@ def psis_khat(log_weights: Tensor, dim: int = 0) -> Tensor:
     question is whether the values that matter have been seen often enough to know their frequency. If values seen
     fewer than ten times carry less than a twentieth of the sum, the answer is ``-inf``, else ``inf``.
 
+    *Nearly equal weights*, those of a nearly perfect proposal: where many are close to a maximum and few beyond it, a
+    fit judges ripples and finds any shape. If it is above 0.7 although the largest of a hundred weights or more is less
+    than one and a half times their mean, the answer is ``-inf``.
+
     References:
         [1] Vehtari, Simpson, Gelman, Yao and Gabry (2024), Pareto smoothed importance sampling, JMLR 25,
         Section 2.4 and appendix. Weights of finite support are not treated there.
@@ -115,8 +122,7 @@ def psis_khat(log_weights: Tensor, dim: int = 0) -> Tensor:
 
     Returns:
         A tensor without that dimension. ``inf`` where too few weights are in the tail to judge it (also where all
-        weights are zero); ``-inf`` where all weights are equal up to rounding (a perfect proposal), or few and well
-        known.
+        weights are zero); ``-inf`` where all weights are nearly equal (a perfect proposal), or few and well known.
 
     Example:
         >>> psis_khat(torch.zeros(100, 2)).tolist()
@@ -150,9 +156,13 @@ def smoothed_log_weights(log_weights: Tensor, dim: int = 0) -> tuple[Tensor, Ten
     batch, num = weights.shape[1:], weights.shape[0]
     values, order = weights.reshape(num, -1).sort(dim=0)  # (K, B), ascending
     khat = judged_without_tail(values)
+    level = values[-1] - (torch.logsumexp(values, 0) - math.log(num))
+    near = (level < _LEVEL) & (num >= _ENOUGH)
+    khat = torch.where(near & (khat > _TRUSTED), -math.inf, khat)
     size = tail_size(num)
     if size >= _MIN_TAIL:
         tail, shape = smoothed_tail(values[-size:], values[-size - 1])
+        shape = torch.where(near & (shape > _TRUSTED), -math.inf, shape)
         open_ = khat.isnan()
         khat = torch.where(open_, shape, khat)
         values[-size:] = torch.where(open_ & shape.isfinite(), tail, values[-size:])
