@@ -76,7 +76,7 @@ def test_draws_outside_the_prior_are_dropped(tmp_path, monkeypatch, row):
     monkeypatch.setattr(run, "NUM_DRAWS", 200)
     monkeypatch.setattr(run, "POOL", 1600)
     task = Toy("box", in_a_box, columns, (2,), {})
-    guide = auto_faithful_guide(task.model, task.observation(1))
+    guide = auto_faithful_guide(task.model, task.observation(1), family=run.FAMILIES["normal"]())
     guide.save(tmp_path / "guide")
     draws, figures = run.draw(task, row, tmp_path / "guide", 1, 0)
     assert draws.shape == (200, 2)
