@@ -31,7 +31,7 @@ _MIN_TAIL = 5  # fewer points than this cannot show the shape of a tail
 _SAME = 1e-5  # log-weights that differ by less, in nats, are the same value
 _TIMES = 10  # a value seen less often than this is rare
 _TRUSTED = 0.7  # a greater shape is no longer trusted
-_LEVEL = math.log(1.5)  # of the largest weight over the mean: with less, such a shape is not believed ...
+_LEVEL = math.log(2.0)  # of the largest weight over the mean: with less, such a shape is not believed ...
 _ENOUGH = 100  # ... if there are this many weights
 
 
@@ -110,7 +110,7 @@ def psis_khat(log_weights: Tensor, dim: int = 0) -> Tensor:
 
     *Nearly equal weights*, those of a nearly perfect proposal: where many are close to a maximum and few beyond it, a
     fit judges ripples and finds any shape. If it is above 0.7 although the largest of a hundred weights or more is less
-    than one and a half times their mean, the answer is ``-inf``.
+    than twice their mean, the answer is ``-inf``.
 
     References:
         [1] Vehtari, Simpson, Gelman, Yao and Gabry (2024), Pareto smoothed importance sampling, JMLR 25,
