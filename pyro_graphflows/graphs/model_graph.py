@@ -283,6 +283,25 @@ class ModelGraph:
             plates=self.plates,
         )
 
+    def with_plates(self, plates: Mapping[Node, tuple[str, ...]]) -> "ModelGraph":
+        """Return this graph with other plates around its nodes, outer to inner; none where nothing is said.
+
+        Raises:
+            GraphflowsError: If a node is unknown.
+
+        Example:
+            >>> ModelGraph(["zx"], observed=["x"]).with_plates({"x": ("data",)}).plates["x"]
+            ('data',)
+        """
+        return ModelGraph(
+            self.to_networkx(),
+            self.observed,
+            inputs=self.inputs,
+            marginalised=self.marginalised,
+            event_sizes=self.event_sizes,
+            plates=plates,
+        )
+
     def __contains__(self, name: object) -> bool:
         return name in self._roles
 

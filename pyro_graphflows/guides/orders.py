@@ -816,11 +816,4 @@ def with_loop_plates(graph: ModelGraph, loops: Mapping[str, tuple[tuple[str, int
         node: (*(f"{name}@{position}" for name, position in loops.get(str(node), ())), *around)
         for node, around in graph.plates.items()
     }
-    return ModelGraph(
-        graph.to_networkx(),
-        graph.observed,
-        inputs=graph.inputs,
-        marginalised=graph.marginalised,
-        event_sizes=graph.event_sizes,
-        plates=plates,
-    )
+    return graph.with_plates(plates)

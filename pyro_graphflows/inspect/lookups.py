@@ -233,11 +233,4 @@ def with_nested_plates(graph: ModelGraph, nested: Mapping[str, Iterable[str]]) -
             outer = [other for plate in whole for other in nested.get(plate, ()) if other not in whole]
             whole = (*dict.fromkeys(outer), *whole)
         plates[node] = whole
-    return ModelGraph(
-        graph.to_networkx(),
-        graph.observed,
-        inputs=graph.inputs,
-        marginalised=graph.marginalised,
-        event_sizes=graph.event_sizes,
-        plates=plates,
-    )
+    return graph.with_plates(plates)

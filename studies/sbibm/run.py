@@ -43,14 +43,11 @@ POOL = 300_000  # draws of which those that are reweighted are taken
 OUTSIDE = 8  # times as many are drawn, since a guide without bounds has draws outside the prior's, which are dropped
 BATCH, RATE = 500, 2e-3
 SET_UP = 10  # one in so many simulations sets up the guide, the others train it
-WIDTHS: Mapping[str, Any] = {
-    "units_per_set": 64,
-    "hidden_layers": 2,
-    "fusion": False,
-}  # no density of the prior
+# fusion would use the density of the prior
+OPTIONS: Mapping[str, Any] = {"units_per_set": 64, "hidden_layers": 2, "fusion": False}
 FAMILIES: Mapping[str, Callable[[], Family]] = {
-    "normal": lambda: Normal(**WIDTHS),
-    "spline": lambda: Spline(num_bins=12, **WIDTHS),
+    "normal": lambda: Normal(**OPTIONS),
+    "spline": lambda: Spline(num_bins=12, **OPTIONS),
     "flow": lambda: Flow(closed_form="density", conditioner_units=64),
 }
 # what a study does, in this order: (tasks, rows, simulations)
