@@ -105,6 +105,12 @@ class ModelDraws:
         return max([1, *sizes, *shapes])
 
     @property
+    def has_data(self) -> bool:
+        """Whether all observed sites of the model have values in this call."""
+        nodes: Any = self.traced.trace.nodes
+        return all(nodes[name]["is_observed"] for name in self.traced.graph.observed if name in nodes)
+
+    @property
     def takes_plates(self) -> bool:
         """Whether the model, as far as it was drawn from, gives many draws in an outermost plate."""
         joint = self._batchings.get(False)
