@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
-from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.graphs.order_search import AutoOrder
+from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph
 from pyro_graphflows.guides.call import (
     CallReader,
     PlateState,

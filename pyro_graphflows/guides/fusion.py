@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
-from pyro_graphflows.graphs.model_graph import ModelGraph, Node, listed
+from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph, Node, listed
 from pyro_graphflows.guides.conditionals.contract import Family
 from pyro_graphflows.guides.conditionals.model_conditionals import ModelConditionals
 from pyro_graphflows.guides.conditionals.site_priors import (

@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
-from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph
 from pyro_graphflows.guides.block import GuideBlock
 from pyro_graphflows.guides.call import Call, CallReader, PlateState, chosen_indices, site_mask
 from pyro_graphflows.guides.compile import GuideOptions, compile_guide

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
+from pyro_graphflows.graphs.structures import InverseGraph
 from pyro_graphflows.guides.conditionals.contract import UNITS, SiteRole
 from pyro_graphflows.guides.orders import FoundInverse
 from pyro_graphflows.guides.sites import LatentSite

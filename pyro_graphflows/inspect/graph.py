@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.graphs.model_graph import ModelGraph, Node
+from pyro_graphflows.graphs.structures import ModelGraph, Node
 from pyro_graphflows.inspect.probes import (
     Rerun,
     RerunError,

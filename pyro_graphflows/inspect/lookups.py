@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.distributions import biject_to
 
-from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.graphs.structures import ModelGraph
 from pyro_graphflows.inspect.probes import Rerun, RerunError, differentiable, differs
 from pyro_graphflows.inspect.runs import plates_of_sites, some_value
 from pyro_graphflows.inspect.trace import TracedModel

@@ -29,7 +29,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
 
 from pyro_graphflows.errors import UnsupportedModelError
-from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.graphs.structures import ModelGraph
 from pyro_graphflows.inspect.arguments import (
     ArgumentPath,
     alignment_of,

@@ -17,7 +17,7 @@ import torch
 from pyro.poutine import Trace
 
 from pyro_graphflows.errors import UnsupportedModelError
-from pyro_graphflows.graphs.model_graph import ModelGraph, Node
+from pyro_graphflows.graphs.structures import ModelGraph, Node
 from pyro_graphflows.inspect.arguments import (
     Alignment,
     ArgumentPath,
