@@ -76,8 +76,8 @@ from pyro_graphflows.guides.sites import (
 from pyro_graphflows.guides.vectors import VectorOptions, Vectors, hold_vectors
 from pyro_graphflows.inspect import TracedModel, non_exchangeable_plates, seed_random_state, trace_model
 from pyro_graphflows.inspect.arguments import argument_leaves, require_rereadable
-from pyro_graphflows.inspect.graph import split_elements
-from pyro_graphflows.inspect.probes import OTHER_SEED, Rerun, changes
+from pyro_graphflows.inspect.elements import split_elements
+from pyro_graphflows.inspect.model_graph import OTHER_SEED, changes
 from pyro_graphflows.inspect.runs import (
     log_density_at,
     quiet_run,
@@ -85,7 +85,7 @@ from pyro_graphflows.inspect.runs import (
     run_model,
     undressed,
 )
-from pyro_graphflows.inspect.trace import trace_once
+from pyro_graphflows.inspect.trace import Rerun, trace_once
 
 __all__ = ["Compiled", "GuideOptions", "compile_guide"]
 

@@ -5,8 +5,8 @@ to each. That is the right thing for short vectors. A vector whose conditional w
 *long*, and held by the first of these that is within the budget:
 
 1. *by element*: where the elements fall into small groups that share nothing, as the graph of elements shows
-   (:func:`~pyro_graphflows.inspect.graph.split_elements`), each has the parents that a faithful inverse of that graph
-   gives it. As an example, ``z ~ N(0, I)`` and ``x ~ N(z, I)`` take a few weights for each element.
+   (:func:`~pyro_graphflows.inspect.elements.split_elements`), each has the parents that a faithful inverse of that
+   graph gives it. As an example, ``z ~ N(0, I)`` and ``x ~ N(z, I)`` take a few weights for each element.
 2. *low rank*: independent elements but for a few directions, wider or narrower
    (:mod:`~pyro_graphflows.guides.conditionals.low_rank`).
 
