@@ -123,7 +123,14 @@ class GuideOptions:
         if isinstance(self.optional, str) or not all(isinstance(name, str) for name in self.optional):
             raise GraphflowsError(f"Expected optional=[names of sites]; got {self.optional!r}.")
         object.__setattr__(self, "optional", tuple(dict.fromkeys(self.optional)))
-        _ = self.vectors  # refuses what cannot be
+        if self.resolution not in ("auto", "site", "element"):
+            raise GraphflowsError(
+                f"Expected resolution='auto', 'site' or 'element'; got {self.resolution!r}."
+            )
+        if self.rank is not None and self.rank < 1:
+            raise GraphflowsError(f"Expected rank >= 1, or None to choose; got {self.rank}.")
+        if self.budget is not None and self.budget < 1:
+            raise GraphflowsError(f"Expected budget >= 1 weights, or None to choose; got {self.budget}.")
         if self.optional and self.resolution == "element":
             raise GraphflowsError("Expected resolution='auto' or 'site' with optional= sites.")
         if self.init not in INITS:
@@ -173,11 +180,6 @@ class GuideOptions:
                 "Expected a family that can give each element parents of its own, 'normal' or 'flow', with "
                 f"resolution='element'; got {self.family!r}."
             )
-
-    @property
-    def vectors(self) -> VectorOptions:
-        """How long vectors are held."""
-        return VectorOptions(self.resolution, self.rank, self.budget)
 
     @property
     def deepset(self) -> DeepSet | None:
@@ -489,7 +491,8 @@ def _hold_vectors(
     """Decide how long vectors are held; element by element only where one elimination order serves all sites."""
     free = [name for name in sites if name not in options.factors]
     own = {name: sites[name] for name in free if options.family.has_vectors}
-    if options.resolution == "element" or not own:
+    has_vectors = any(site.encoding is None and site.size > 1 for site in own.values())
+    if options.resolution == "element" or not has_vectors:
         return Vectors(found)
     apart = not (
         changing
@@ -499,7 +502,8 @@ def _hold_vectors(
         or found.inverse.order in ("stochastic", "mean_field", "custom")
         or any(site.encoding is not None for site in sites.values())
     )
-    return hold_vectors(found, own, options.vectors, options.family.full_size, by_element if apart else None)
+    asked = VectorOptions(options.resolution, options.rank, options.budget)
+    return hold_vectors(found, own, asked, options.family.full_size, by_element if apart else None)
 
 
 def _by_element(

@@ -43,16 +43,6 @@ class VectorOptions:
     rank: int | None = None
     budget: int | None = None
 
-    def __post_init__(self) -> None:
-        if self.resolution not in ("auto", "site", "element"):
-            raise GraphflowsError(
-                f"Expected resolution='auto', 'site' or 'element'; got {self.resolution!r}."
-            )
-        if self.rank is not None and self.rank < 1:
-            raise GraphflowsError(f"Expected rank >= 1, or None to choose; got {self.rank}.")
-        if self.budget is not None and self.budget < 1:
-            raise GraphflowsError(f"Expected budget >= 1 weights, or None to choose; got {self.budget}.")
-
 
 @dataclass(frozen=True)
 class Vectors:
@@ -62,16 +52,13 @@ class Vectors:
         found: The inverse, with elements where vectors are held by element.
         ranks: For vectors of low rank, the rank.
         labels: For each long vector what is said of it.
+        long: How each long vector is held: ``"element"`` or ``"rank"``.
     """
 
     found: FoundInverse
     ranks: Mapping[str, int] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def long(self) -> Mapping[str, str]:
-        """How each long vector is held: ``"element"`` or ``"rank"``."""
-        return {name: "rank" if name in self.ranks else "element" for name in self.labels}
+    long: Mapping[str, str] = field(default_factory=dict)
 
 
 def hold_vectors(
@@ -123,7 +110,7 @@ def hold_vectors(
                 f"covariance of rank {ranks[name]} beside its diagonal; a full one of {site.size} elements would take "
                 f"{_short(full[name])} weights, of at most {_short(most_full)}"
             )
-    return Vectors(found, ranks, labels)
+    return Vectors(found, ranks, labels, {name: "rank" if name in ranks else "element" for name in labels})
 
 
 def _told_apart(
