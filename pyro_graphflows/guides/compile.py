@@ -32,7 +32,6 @@ from pyro_graphflows.guides.call import (
 from pyro_graphflows.guides.conditionals.contract import ElementParents, Family, SiteRole
 from pyro_graphflows.guides.conditionals.factors import ElementNormalFactor, Factor, NormalFactor
 from pyro_graphflows.guides.conditionals.pooling import Attention, DeepSet
-from pyro_graphflows.guides.conditionals.site_priors import is_normal_unconstrained
 from pyro_graphflows.guides.families import MOST_GLOBALS, Auto, Normal, Spline
 from pyro_graphflows.guides.fusion import FusionQuestion, plan_fusion, sites_of_scales
 from pyro_graphflows.guides.inputs import InputOptions, InputPlan, plan_inputs, sites_concerned
@@ -70,6 +69,7 @@ from pyro_graphflows.guides.sites import (
     LatentSite,
     input_encodings,
     is_constant,
+    is_normal_unconstrained,
     latent_sites,
     outside_of_support,
 )
