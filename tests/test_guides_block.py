@@ -281,7 +281,7 @@ def test_a_block_comes_back_from_plain_data_and_a_state():
         assert loaded.inputs.sizes == block.inputs.sizes
 
 
-X = torch.randn(12)
+DATA = torch.randn(12)
 
 
 def pair(x):
@@ -300,52 +300,52 @@ def triples(x):
 
 @pytest.mark.parametrize("when", ["before set-up", "after set-up", "after a call"])
 def test_the_parameter_store_that_was_loaded(when, tmp_path):
-    trained = auto_faithful_guide(pair, X, num_start_samples=100)
+    trained = auto_faithful_guide(pair, DATA, num_start_samples=100)
     svi = SVI(pair, trained, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
     for _ in range(5):
-        svi.step(X)
+        svi.step(DATA)
     store = pyro.get_param_store()
     store.save(tmp_path / "store")
-    expected = trained.median(X)["z"]
+    expected = trained.median(DATA)["z"]
     pyro.clear_param_store()
     if when == "before set-up":
         store.load(tmp_path / "store")
-    guide = auto_faithful_guide(pair, X, num_start_samples=100)
+    guide = auto_faithful_guide(pair, DATA, num_start_samples=100)
     if when == "after a call":
-        SVI(pair, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO()).step(X)
+        SVI(pair, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO()).step(DATA)
     if when != "before set-up":
         store.load(tmp_path / "store")
-    assert not torch.allclose(guide.median(X)["z"], expected)
+    assert not torch.allclose(guide.median(DATA)["z"], expected)
     with pytest.warns(GraphflowsWarning, match="took the values that Pyro's parameter store had"):
-        guide(X)
-    torch.testing.assert_close(guide.median(X)["z"], expected)
-    SVI(pair, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO()).step(X)  # without a second warning
-    assert not torch.allclose(guide.median(X)["z"], expected)
-    other = auto_faithful_guide(pair, X, num_start_samples=100)
-    start = other.median(X)["z"]
-    other(X)  # its names are those of the first, whose values are not for it
-    assert torch.equal(other.median(X)["z"], start)
+        guide(DATA)
+    torch.testing.assert_close(guide.median(DATA)["z"], expected)
+    SVI(pair, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO()).step(DATA)  # without a second warning
+    assert not torch.allclose(guide.median(DATA)["z"], expected)
+    other = auto_faithful_guide(pair, DATA, num_start_samples=100)
+    start = other.median(DATA)["z"]
+    other(DATA)  # its names are those of the first, whose values are not for it
+    assert torch.equal(other.median(DATA)["z"], start)
 
 
 def test_a_parameter_store_of_other_shapes_is_refused(tmp_path):
-    auto_faithful_guide(pair, X, num_start_samples=100)(X)
+    auto_faithful_guide(pair, DATA, num_start_samples=100)(DATA)
     pyro.get_param_store().save(tmp_path / "store")
     pyro.clear_param_store()
     pyro.get_param_store().load(tmp_path / "store")
-    guide = auto_faithful_guide(triples, X.reshape(4, 3), num_start_samples=100)
+    guide = auto_faithful_guide(triples, DATA.reshape(4, 3), num_start_samples=100)
     with pytest.raises(GraphflowsError, match="Pyro's parameter store has some of shape"):
-        guide(X.reshape(4, 3))
+        guide(DATA.reshape(4, 3))
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda guide: pickle.loads(pickle.dumps(guide))])
 def test_a_copy_shows_its_own_parameters(copied):
-    guide = auto_faithful_guide(pair, X, num_start_samples=100)
-    guide(X)
+    guide = auto_faithful_guide(pair, DATA, num_start_samples=100)
+    guide(DATA)
     other = copied(guide).bind(pair)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.add_(0.1)
     pyro.clear_param_store()
-    other(X)
+    other(DATA)
     shown = {id(value.unconstrained()) for value in pyro.get_param_store().values()}
     assert {id(parameter) for parameter in other.parameters()} == shown
