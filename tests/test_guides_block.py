@@ -1,4 +1,4 @@
-"""Blocks at work: features of a call, errors by node, linear conditionals in units of data, parameters in Pyro's store."""
+"""Blocks at work: features of a call, errors by node, linear conditionals in units of data, parameters in a store."""
 
 import copy
 import math
