@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from numbers import Number
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -117,6 +118,32 @@ class Call:
     given: dict[str, Tensor] = field(default_factory=dict)
     in_part: bool = False
     scores: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def indices(self) -> dict[str, Tensor]:
+        """The indices of the plates of which some elements are there, or all in another order."""
+        return {name: plate.indices for name, plate in self.plates.items() if plate.indices is not None}
+
+    def make_plates(self, existing: Mapping[str, pyro.plate]) -> dict[str, pyro.plate]:
+        """Return the plates of the call as plates of Pyro: those that exist already, and the others made."""
+        plates = dict(existing)
+        for name, state in sorted(self.plates.items()):
+            if name not in plates:
+                plates[name] = pyro.plate(name, state.full_size, subsample=state.indices, dim=state.dim)
+        return plates
+
+    def require_given_in_support(self) -> None:
+        """Refuse data of optional sites that are not in their supports.
+
+        Raises:
+            GraphflowsError: If there are any. The message names the site.
+        """
+        for name, value in self.given.items():
+            if not bool(self.supports[name].check(value).all()):
+                raise GraphflowsError(
+                    f"Expected data of {name!r} in its support, {self.supports[name]}; some are not, or are NaN. "
+                    "Entries that are missing within a site are for pyro.sample(..., obs_mask=...)."
+                )
 
 
 @dataclass(frozen=True)
