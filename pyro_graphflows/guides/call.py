@@ -9,7 +9,7 @@ skipped for calls that look like an earlier one in which it reported nothing bey
 masks, every observed value an argument.
 
 Covariates of plates with indices are read row for row. Which of them the model takes rows of, and which are a batch
-already, is seen by the tracer once for each kind of call (:mod:`~pyro_graphflows.inspect.rows`).
+already, is seen by the tracer once for each kind of call (:mod:`~pyro_graphflows.inspect.trace`).
 """
 
 import warnings
@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from numbers import Number
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -117,6 +118,32 @@ class Call:
     given: dict[str, Tensor] = field(default_factory=dict)
     in_part: bool = False
     scores: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def indices(self) -> dict[str, Tensor]:
+        """The indices of the plates of which some elements are there, or all in another order."""
+        return {name: plate.indices for name, plate in self.plates.items() if plate.indices is not None}
+
+    def make_plates(self, existing: Mapping[str, pyro.plate]) -> dict[str, pyro.plate]:
+        """Return the plates of the call as plates of Pyro: those that exist already, and the others made."""
+        plates = dict(existing)
+        for name, state in sorted(self.plates.items()):
+            if name not in plates:
+                plates[name] = pyro.plate(name, state.full_size, subsample=state.indices, dim=state.dim)
+        return plates
+
+    def require_given_in_support(self) -> None:
+        """Refuse data of optional sites that are not in their supports.
+
+        Raises:
+            GraphflowsError: If there are any. The message names the site.
+        """
+        for name, value in self.given.items():
+            if not bool(self.supports[name].check(value).all()):
+                raise GraphflowsError(
+                    f"Expected data of {name!r} in its support, {self.supports[name]}; some are not, or are NaN. "
+                    "Entries that are missing within a site are for pyro.sample(..., obs_mask=...)."
+                )
 
 
 @dataclass(frozen=True)

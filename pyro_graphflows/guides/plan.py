@@ -18,9 +18,9 @@ from functools import cached_property
 
 import networkx as nx
 
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
-from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.graphs.separation import violated_independencies
+from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph
 from pyro_graphflows.guides.inputs import Coupling, InputPlan, Summary
 
 __all__ = [
@@ -231,6 +231,24 @@ class Plan:
         return tuple(
             pair for pair in found if frozenset(pair) not in always and pair[0] not in self.inputs.per_element
         )
+
+    def require_served(self, observed: Collection[str]) -> None:
+        """Refuse a call in which some latent sites are observed if the guide is not faithful then.
+
+        Args:
+            observed: Sites that are latent in the plan and have data in a call.
+
+        Raises:
+            UnsupportedModelError: If a dependence is missing, beside those always missing.
+        """
+        missing = self.missing_with(observed)
+        if missing:
+            site, other = missing[0]
+            raise UnsupportedModelError(
+                f"Expected data for {site!r} too where there are some for {other!r}: {site!r} depends on it, and is "
+                f"sampled before {other!r} without looking at it. Name the optional sites in another order "
+                f"(optional={[other, site]}), or set up a guide of its own for such calls."
+            )
 
     def _missing_dependences(self) -> list[str]:
         missing = list(violated_independencies(self.judged or self.inverse))
