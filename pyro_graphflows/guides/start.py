@@ -12,7 +12,8 @@ start has seen. Candidates, in this order:
 
 - *mode*: regression on draws near the posterior's mode for the data of set-up (:mod:`~pyro_graphflows.guides.mode`);
 - *regression* on joint samples of the model, or, where these are not what the model's density says (factors, masks),
-  on draws of the latents from their prior; not tried where the first seems near enough;
+  on draws of the latents from their prior; not tried where the first seems near enough and no
+  site reads data;
 - *mode and regression*: the first for sites with per-element parameters, the second for those that read data;
 - *prior*: the latents' prior, whatever the data, if no mode was found;
 - *random*: random weights, if nothing else has a finite loss.
@@ -76,7 +77,7 @@ ROWS_PER_WEIGHT = 20  # with fewer joint samples of an index for each weight its
 MOST_PRODUCTS = 10_000_000_000  # for the moments by which inputs are whitened, which need no accuracy
 
 
-NUM_DRAWS = 200  # by which starts are judged
+NUM_DRAWS = 1000  # by which starts are judged
 FEWEST_DRAWS = 20  # the same where the model cannot give many at once
 BOTH = "mode and regression"
 MOST_AT_ONCE = 1_000_000  # elements of the largest site over all draws of a judgement
@@ -157,6 +158,7 @@ def start_guide(
     depth = max((-state.dim for state in compiled.plates.values()), default=0)
 
     def build(samples: Samples, name: str) -> Candidate:
+        samples.draws.recall(samples.drawn)
         if plan.priors.sites:
             samples = with_priors(samples, plan.priors)
         if compiled.scores is not None and samples.values is not None:
@@ -753,7 +755,7 @@ class Judge:
         for name in names:
             own = trace.nodes[name]["log_prob"].double().cpu()
             if self.dim is not None and own.dim() >= -self.dim and own.shape[self.dim] == self.number:
-                total = total + own.movedim(self.dim, 0).flatten(1).sum(-1)
+                total = total + own.movedim(self.dim, 0).reshape(self.number, -1).sum(-1)
             else:
                 total = total + own.sum() / len(total)
         return total
@@ -844,7 +846,8 @@ def choose_start(
         losses[name], candidates[name] = found.loss, built
         if best is None or found.loss < least:
             best, least = built, found.loss
-        if name == "mode" and is_for_these_data and found.gap <= NEAR:
+        all_fitted = all(block.per_element for block in plan.blocks)
+        if name == "mode" and is_for_these_data and all_fitted and found.gap <= NEAR:
             break
         if name == usual and not is_for_these_data and found.loss <= judge.loss_of_prior() + MARGIN:
             break
