@@ -103,6 +103,7 @@ class BlockPlan:
         per_element: The sites with parameters for each element of their plates, since some of their parents
             are in plates that they are not in.
         non_exchangeable: For sites that need an affine map for each index of some plates, these plates.
+        at_rows: For those of them whose maps hold for the rows that some inputs had at set-up: these inputs.
         coupled: The sites whose copies are drawn jointly across plates.
         fused: The sites whose conditionals are their priors times a factor.
     """
@@ -113,6 +114,7 @@ class BlockPlan:
     parents: Mapping[str, tuple[str, ...]]
     per_element: tuple[str, ...] = ()
     non_exchangeable: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    at_rows: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     coupled: Mapping[str, Coupling] = field(default_factory=dict)
     fused: tuple[str, ...] = ()
 
@@ -362,6 +364,7 @@ def make_blocks(
                 non_exchangeable={
                     site: inputs.non_exchangeable[site] for site in depth if site in inputs.non_exchangeable
                 },
+                at_rows={site: inputs.at_rows[site] for site in depth if site in inputs.at_rows},
                 coupled={site: inputs.coupled[site] for site in depth if site in inputs.coupled},
             )
         )

@@ -46,6 +46,7 @@ from pyro_graphflows.graphs.structures import ModelGraph
 from pyro_graphflows.inspect.arguments import (
     alignment_of,
     argument_leaves,
+    is_outside,
     not_followed,
     outside_tensors,
     raw_argument,
@@ -365,6 +366,7 @@ def non_exchangeable_plates(
     model_kwargs: dict[str, Any] | None = None,
     *,
     traced: TracedModel | None = None,
+    known_rows: bool = False,
 ) -> dict[str, tuple[str, ...]]:
     """Find the sites for which the indices of a plate differ even if all that enters is equal along it.
 
@@ -377,6 +379,8 @@ def non_exchangeable_plates(
         model_args: Its positional arguments.
         model_kwargs: Its keyword arguments.
         traced: The model as traced with these arguments, if that is at hand.
+        known_rows: Whether inputs from outside of the call count as constants along plates that are there in full:
+            their rows are the same in every call, as long as nobody changes them.
 
     Returns:
         Names of plates by site. Nothing if the model cannot be evaluated at other values than those it drew; sites that
@@ -395,7 +399,7 @@ def non_exchangeable_plates(
     """
     args, kwargs = tuple(model_args), dict(model_kwargs or {})
     traced = trace_once(model, args, kwargs, strict=False) if traced is None else traced
-    return Validation(Rerun(model, args, kwargs, traced), strict=False).equalise_plates()
+    return Validation(Rerun(model, args, kwargs, traced), strict=False).equalise_plates(known_rows=known_rows)
 
 
 class Validation:
@@ -434,10 +438,14 @@ class Validation:
             )
         return self
 
-    def equalise_plates(self) -> dict[str, tuple[str, ...]]:
-        """Return for which sites the indices of which plates are non-exchangeable."""
+    def equalise_plates(self, *, known_rows: bool = False) -> dict[str, tuple[str, ...]]:
+        """Return for which sites the indices of which plates are non-exchangeable.
+
+        Args:
+            known_rows: Whether inputs from outside of the call count as constants along plates in full.
+        """
         try:
-            self._equalise_plates()
+            self._equalise_plates(known_rows=known_rows)
         except RerunError as error:
             self.notes.append(f"not validated (equalise plates): {error}")
         return self.non_exchangeable
@@ -573,13 +581,16 @@ class Validation:
                 if not _alike(one, two):
                     self._across(parent, str(child), frame.name)
 
-    def _equalise_plates(self) -> None:
+    def _equalise_plates(self, *, known_rows: bool = False) -> None:
         """Make all that enters a plate equal along it: log-densities that vary show constants that do."""
         rerun = self.rerun
         frames = plates_of_sites(rerun.sites)
         leaves = rerun.leaves()
         paths = rerun.traced.argument_paths
         known = {paths[name]: rows for name, rows in rerun.traced.rows.items()}
+        indices = {
+            paths[name] for name in rerun.traced.index_inputs
+        }  # what they look up is not equal along a plate
         noisy: set[str] | None = None
         for plate, frame in frames.items():
             inside = {
@@ -595,6 +606,11 @@ class Validation:
             sizes = {frame.dim: (frame.name, {frame.size, frame.full_size}) for frame in around}
             replaced: dict[int, torch.Tensor] = {}
             for path, leaf in leaves.items():
+                in_full = frame.size == (frame.full_size or frame.size)
+                if known_rows and is_outside(path) and in_full and path not in indices:
+                    continue
+                if _are_indices(leaf, rerun.subsamples.get(plate)):
+                    continue  # of equal ones all that the model takes by them would be equal
                 dims = [dim for dim, other in known.get(path, {}).items() if other == plate]
                 if path not in known:
                     alignment = alignment_of(leaf.shape, sizes)
@@ -626,6 +642,13 @@ class Validation:
 
 def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and not bool(differs(one, other).any())
+
+
+def _are_indices(leaf: torch.Tensor, indices: Any) -> bool:
+    """Whether a tensor among the arguments holds the indices of a plate."""
+    if not isinstance(indices, torch.Tensor) or leaf.is_floating_point() or leaf.shape != indices.shape:
+        return False
+    return torch.equal(leaf.to(indices), indices)
 
 
 def _equal_along(tensor: torch.Tensor, dim: int) -> torch.Tensor:
