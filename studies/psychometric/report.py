@@ -156,13 +156,18 @@ def curves(records: dict[str, Record]) -> str:
         rows.append(
             ["refined", f"{len(chains):,} data sets, {seconds:.0f} CPU s; R-hat < 1.05 for {agree:,}"]
         )
-    for name, group in (("guide's draws", [records[key] for key in blocks]), ("refined draws", refined)):
-        found = [e for record in group for e in record["errors"].values()]
+    drawn_records = [records[key] for key in blocks]
+    for name, field, group in (
+        ("guide's draws", "errors", drawn_records),
+        ("weighted draws", "weighted_errors", drawn_records),
+        ("refined draws", "errors", refined),
+    ):
+        found = [e for record in group for e in record.get(field, {}).values()]
         if found:
             largest = sorted(max(map(abs, each["mean"])) for each in found)
             rows.append(
                 [
-                    f"error of means, {name}, {len(found)} data sets with a reference",
+                    f"error of means, {name}, the worst of four, {len(found)} data sets with a reference",
                     f"median {largest[len(largest) // 2]:.3f}, largest {largest[-1]:.3f} standard deviations",
                 ]
             )
