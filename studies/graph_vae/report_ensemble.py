@@ -27,14 +27,14 @@ def remedies_section(records):
             "## Why the learned structure is behind after a short training, and what helps",
             "",
             f"Digits, {len(full['settings']['seeds'])} seeds in one ensemble, {full['epochs']} epochs, by "
-            "`studies/graph_vae/remedies.py`. Differences from the full structure are paired by seed, mean ± standard "
-            "error. *Signal* is the mean of a gate's gradient over its standard deviation from batch to batch, at "
-            "fixed parameters, the median over gates at the end (pure noise would have the figure in brackets); "
-            "*relaxed − hard* is the training bound with the gates of training minus that with the gates of "
-            "evaluation. *gates k*: their learning rate is k times the others'; *frozen k*: hard gates after k epochs; *gates of "
-            "each datum*: relaxed gates are drawn for each datum instead of for a batch; *straight-through*: hard "
-            "gates forward, relaxed gradient; *start p*: the gates' first probability; *annealed t*: the "
-            "temperature's factor each epoch (the paper's is 0.99).",
+            "`studies/graph_vae/remedies.py`. Differences from the full structure are paired by seed, mean ± "
+            "standard error. *Signal* is the mean of a gate's gradient over its standard deviation from batch to "
+            "batch, at fixed parameters, the median over gates at the end (pure noise would have the figure in "
+            "brackets); *relaxed − hard* is the training bound with the gates of training minus that with the "
+            "gates of evaluation. *gates k*: their learning rate is k times the others'; *frozen k*: hard gates "
+            "after k epochs; *gates of each datum*: relaxed gates are drawn for each datum instead of for a "
+            "batch; *straight-through*: hard gates forward, relaxed gradient; *start p*: the gates' first "
+            "probability; *annealed t*: the temperature's factor each epoch (the paper's is 0.99).",
             "",
             table(
                 [
