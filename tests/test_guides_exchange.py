@@ -12,7 +12,7 @@ from pyro.infer import Trace_ELBO
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs.inversion import faithful_inverse, mean_field_inverse
-from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.graphs.structures import ModelGraph
 from pyro_graphflows.guides import auto_faithful_guide
 from pyro_graphflows.guides.conditionals.contract import LinearConditional
 from pyro_graphflows.guides.inputs import sites_concerned

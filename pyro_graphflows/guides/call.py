@@ -9,7 +9,7 @@ skipped for calls that look like an earlier one in which it reported nothing bey
 masks, every observed value an argument.
 
 Covariates of plates with indices are read row for row. Which of them the model takes rows of, and which are a batch
-already, is seen by the tracer once for each kind of call (:mod:`~pyro_graphflows.inspect.rows`).
+already, is seen by the tracer once for each kind of call (:mod:`~pyro_graphflows.inspect.trace`).
 """
 
 import warnings

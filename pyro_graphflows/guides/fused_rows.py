@@ -23,10 +23,10 @@ from torch import Tensor
 from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.guides.conditionals.contract import Conditionals
 from pyro_graphflows.guides.conditionals.model_conditionals import ModelConditionals
-from pyro_graphflows.guides.conditionals.site_priors import SitePrior
 from pyro_graphflows.guides.plan import BlockPlan, PriorPlan
 from pyro_graphflows.guides.priors import read_priors
 from pyro_graphflows.guides.samples import Samples, columns_of
+from pyro_graphflows.guides.sites import SitePrior
 from pyro_graphflows.regression import (
     RIDGE,
     WINSOR,

@@ -27,9 +27,8 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
-from pyro_graphflows.graphs.model_graph import ModelGraph
-from pyro_graphflows.guides.block import GuideBlock
+from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph
+from pyro_graphflows.guides.block import GuideBlock, ShownParameters
 from pyro_graphflows.guides.call import Call, CallReader, PlateState, chosen_indices, site_mask
 from pyro_graphflows.guides.compile import GuideOptions, compile_guide
 from pyro_graphflows.guides.conditionals.contract import Family
@@ -43,17 +42,15 @@ from pyro_graphflows.guides.conditionals.elements import (
 from pyro_graphflows.guides.conditionals.factors import Factor
 from pyro_graphflows.guides.conditionals.model_conditionals import ModelConditionals
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
-from pyro_graphflows.guides.conditionals.site_priors import SitePrior
 from pyro_graphflows.guides.families import make_family
 from pyro_graphflows.guides.files import write_guide
 from pyro_graphflows.guides.fitted_data import CallData, FittedData
 from pyro_graphflows.guides.orders import Inverse
-from pyro_graphflows.guides.parameters import ShownParameters
 from pyro_graphflows.guides.plan import Description, Plan
 from pyro_graphflows.guides.priors import PriorReader
 from pyro_graphflows.guides.samples import Samples
 from pyro_graphflows.guides.scores import ScoreReader
-from pyro_graphflows.guides.sites import LatentSite, is_constant
+from pyro_graphflows.guides.sites import LatentSite, SitePrior, is_constant
 from pyro_graphflows.guides.start import Trial, start_guide
 from pyro_graphflows.guides.transport import Transport
 from pyro_graphflows.infer.posterior import Posterior, sample_posterior

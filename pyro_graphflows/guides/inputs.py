@@ -20,9 +20,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pyro_graphflows.errors import UnsupportedModelError
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
-from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.graphs.separation import violated_independencies
+from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph
 from pyro_graphflows.guides.call import PlateState
 
 __all__ = [

@@ -18,9 +18,8 @@ from functools import cached_property
 
 import networkx as nx
 
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
-from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.graphs.separation import violated_independencies
+from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph
 from pyro_graphflows.guides.inputs import Coupling, InputPlan, Summary
 
 __all__ = [

@@ -16,9 +16,8 @@ from torch.distributions.transforms import Transform
 
 from pyro_graphflows.guides.call import Call, call_key
 from pyro_graphflows.guides.conditionals.model_conditionals import ModelConditionals
-from pyro_graphflows.guides.conditionals.site_priors import SitePrior, site_prior
 from pyro_graphflows.guides.plan import PriorPlan
-from pyro_graphflows.guides.sites import LatentSite
+from pyro_graphflows.guides.sites import LatentSite, SitePrior, site_prior
 from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = ["PriorReader", "PriorsOfCall", "read_priors"]

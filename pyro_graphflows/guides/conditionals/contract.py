@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.conditionals.factors import Factor
-from pyro_graphflows.guides.conditionals.site_priors import SitePrior
 from pyro_graphflows.guides.plan import BlockPlan
-from pyro_graphflows.guides.sites import LatentSite
+from pyro_graphflows.guides.sites import LatentSite, SitePrior
 from pyro_graphflows.regression import Moments, Regression
 
 __all__ = [

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
-from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.graphs.structures import ModelGraph
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.plan import BlockPlan
 from pyro_graphflows.shapes import broadcast_shapes

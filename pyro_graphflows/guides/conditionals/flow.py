@@ -27,8 +27,7 @@ from torch.distributions import constraints
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.conditionals.contract import BlockSpec, Conditionals, LinearConditional, Pass
 from pyro_graphflows.guides.conditionals.elements import ElementMap, ElementTable, element_maps
-from pyro_graphflows.guides.conditionals.site_priors import SitePrior
-from pyro_graphflows.guides.sites import concatenate
+from pyro_graphflows.guides.sites import SitePrior, concatenate
 from pyro_graphflows.regression import in_float64
 from pyro_graphflows.shapes import broadcast_shapes
 from pyro_graphflows.transforms.faithful import FaithfulEvaluation, FaithfulResidualNN

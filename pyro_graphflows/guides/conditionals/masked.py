@@ -27,8 +27,7 @@ from pyro_graphflows.guides.conditionals.factors import (
     scalar_normals,
 )
 from pyro_graphflows.guides.conditionals.low_rank import LowRankNormalFactor
-from pyro_graphflows.guides.conditionals.site_priors import SitePrior
-from pyro_graphflows.guides.sites import LatentSite
+from pyro_graphflows.guides.sites import LatentSite, SitePrior
 from pyro_graphflows.nn.mlp import LevelEvaluation, MaskedMLP
 from pyro_graphflows.regression import Moments
 from pyro_graphflows.shapes import broadcast_shapes

@@ -28,7 +28,7 @@ from pyro_graphflows.guides.conditionals.factors import (
     fused_vector,
     positive_scale,
 )
-from pyro_graphflows.guides.conditionals.site_priors import SitePrior
+from pyro_graphflows.guides.sites import SitePrior
 
 __all__ = ["SplineFactor", "SplineVector"]
 
