@@ -70,7 +70,7 @@ def refinement(records: dict[str, Record]) -> str:
             "first site that it samples is made far too narrow. Eight chains by one kernel (`NUTS()`), from the "
             "guide's draws in its base space and from draws of the prior in unconstrained space. Columns: largest "
             "error of a mean in standard deviations / largest R-hat / gradients, those of warm-up included, at the "
-            "first of the lengths 250 to 4,000 at which all means are within 0.05 posterior standard deviations and "
+            "first of the lengths 250 to 1,500 at which all means are within 0.05 posterior standard deviations and "
             "R-hat is below 1.01; the ratio of the numbers of gradients, without and with those of training.",
             table(head, rows),
         ]

@@ -39,8 +39,8 @@ EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0], dtype=torc
 ERRORS = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0], dtype=torch.float64)
 CHAINS = 8
 ERROR, AGREE = 0.05, 1.01
-LENGTHS = (250, 500, 750, 1000, 1500, 2000, 3000, 4000)  # of a chain, at which means and R-hat are looked at
-ATTEMPTS = (750, 4000)
+LENGTHS = (250, 500, 750, 1000, 1500)  # of a chain, at which means and R-hat are looked at
+ATTEMPTS = (750, 1500)
 PARTICLES = 4
 Moments = dict[str, tuple[Tensor, Tensor]]
 
