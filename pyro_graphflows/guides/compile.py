@@ -75,7 +75,7 @@ from pyro_graphflows.guides.sites import (
 )
 from pyro_graphflows.guides.vectors import VectorOptions, Vectors, hold_vectors
 from pyro_graphflows.inspect import TracedModel, non_exchangeable_plates, seed_random_state, trace_model
-from pyro_graphflows.inspect.arguments import argument_leaves, require_rereadable
+from pyro_graphflows.inspect.arguments import argument_leaves, is_outside, require_rereadable
 from pyro_graphflows.inspect.elements import split_elements
 from pyro_graphflows.inspect.model_graph import OTHER_SEED, changes
 from pyro_graphflows.inspect.runs import (
@@ -305,13 +305,17 @@ def compile_guide(
         inverse = outside_of_loops(inverse, traced.graph)
     plates = plates_of(traced.trace)
     uneven = non_exchangeable_plates(model, args, kwargs, traced=traced) if plates else {}
+    outside = [name for name in traced.graph.inputs if is_outside(traced.argument_paths[name])]
+    by_rows: Mapping[str, tuple[str, ...]] = {}
+    if any(traced.graph.plates[name] for name in outside) and options.pool is None:
+        by_rows = non_exchangeable_plates(model, args, kwargs, traced=traced, known_rows=True)
     inputs = plan_inputs(
         inverse,
         plates,
         encodings.event_dims,
         traced.index_inputs,
         _input_options(options, found, sites),
-        sites_concerned(inverse, uneven),
+        sites_concerned(inverse, uneven).with_known_rows(inverse, by_rows, outside, plates),
     )
     role_facts = _roles(options, sites, inverse.graph, traced, scales)
     families, keys = _families(options, sites, inputs, inverse.graph.plates, vectors.long, role_facts)

@@ -61,6 +61,7 @@ __all__ = [
     "moved_support",
     "outside_of_support",
     "partly_observed",
+    "require_inside",
     "site_prior",
 ]
 
@@ -245,6 +246,22 @@ def outside_of_support(support: constraints.Constraint, value: Tensor, log_densi
         return outside
     near = _between(support, value) if support.is_discrete else _beside(support, value)
     return outside & ~(near & torch.isfinite(log_density))
+
+
+def require_inside(name: str, value: Tensor, support: constraints.Constraint) -> None:
+    """Refuse values of a site outside of its support.
+
+    Raises:
+        GraphflowsError: If there are any. The message names the site.
+    """
+    inside = torch.as_tensor(support.check(value))
+    # Beside it by rounding, as sums of probabilities are, does no harm.
+    harmless = not support.is_discrete and bool(biject_to(support).inv(value).isfinite().all())
+    if not (harmless or bool(inside.all())):
+        raise GraphflowsError(
+            f"Expected values of {name!r} in its support, {support}; {int((~inside).sum())} of {inside.numel()} are "
+            "outside of it or NaN."
+        )
 
 
 def _beside(support: constraints.Constraint, value: Tensor) -> Tensor:
@@ -607,6 +624,8 @@ class FeatureMap(nn.Module):
         """Name the kinds of the maps."""
         return ", ".join(kind for kind, _ in self.kinds)
 
+
+# ---------------------------------------------------------------- priors of sites
 
 WIDEST = 60.0  # units of logarithms between scores of -2 and 2 of a prior that is not extreme
 WITHOUT_PARAMETERS = (ExpTransform, SigmoidTransform, StickBreakingTransform, OrderedTransform)

@@ -46,6 +46,7 @@ from pyro_graphflows.graphs.structures import ModelGraph
 from pyro_graphflows.inspect.arguments import (
     alignment_of,
     argument_leaves,
+    is_outside,
     not_followed,
     outside_tensors,
     raw_argument,
@@ -85,6 +86,118 @@ __all__ = [
 ]
 
 _MANY_SITES = 200  # more are not changed one by one
+OTHER_SEED = 10_007
+REMEDY_ROWS = (
+    "Let a plate draw the rows, pyro.plate(name, size, subsample_size=...), so that guide and model have the same, or "
+    "take them before the call and pass them as arguments"
+)
+REMEDY_STRUCTURE = "Sample all sites in every run, and choose between values with torch.where"
+
+
+def get_model_graph(
+    model: Callable,
+    model_args: tuple = (),
+    model_kwargs: dict[str, Any] | None = None,
+    *,
+    strict: bool = True,
+    resolution: str = "site",
+    validate: bool = False,
+) -> ModelGraph:
+    """Find the Bayesian network that a Pyro model defines.
+
+    The model runs once, without gradients and without touching the random state. Parameters that it creates
+    stay.
+
+    Args:
+        model: A Pyro model.
+        model_args: Its positional arguments: example data.
+        model_kwargs: Its keyword arguments.
+        strict: What to do where a random value turns into a Python value, so that it cannot be followed:
+            raise (True), or make all earlier sites parents of the sites after it (False).
+        resolution: ``"site"``, or ``"element"`` to split vector sites into their elements.
+        validate: Whether to compare with gradients, and with the log-densities at other values, which takes
+            about two more runs for each site and plate.
+
+    Returns:
+        Sites as latent, observed or marginalised nodes (those enumerated in parallel), and tensor arguments
+        that reach a distribution as inputs; event sizes and plates.
+
+    Raises:
+        UnsupportedModelError: If a random value turns into a Python value (with ``strict``), a site has
+            dimensions outside of plates, or a log-density cannot be evaluated. The message names the site,
+            and what to do.
+        GraphflowsError: If ``resolution`` is unknown.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, torch
+        >>> def model(w, x=None):
+        ...     a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", 3):
+        ...         pyro.sample("x", dist.Normal(a * w, 1.0), obs=x)
+        >>> graph = get_model_graph(model, (torch.ones(3),), {"x": torch.zeros(3)})
+        >>> graph.edges, graph.inputs, graph.plates["w"]
+        ((('w', 'x'), ('a', 'x')), ('w',), ('data',))
+    """
+    return trace_model(
+        model, model_args, model_kwargs, strict=strict, resolution=resolution, validate=validate
+    ).graph
+
+
+def trace_model(
+    model: Callable,
+    model_args: tuple = (),
+    model_kwargs: dict[str, Any] | None = None,
+    *,
+    strict: bool = True,
+    resolution: str = "site",
+    validate: bool = False,
+) -> TracedModel:
+    """Like :func:`get_model_graph`, with everything else that the run shows.
+
+    Args:
+        model: A Pyro model.
+        model_args: Its positional arguments: example data.
+        model_kwargs: Its keyword arguments.
+        strict: Whether to raise where a random value cannot be followed.
+        resolution: ``"site"`` or ``"element"``.
+        validate: Whether to compare with the model's behaviour.
+
+    Returns:
+        The graph, the trace, paths of arguments, leaks and notes.
+
+    Raises:
+        UnsupportedModelError: As :func:`get_model_graph`.
+        GraphflowsError: If ``resolution`` is unknown.
+    """
+    if resolution not in ("site", "element"):
+        raise GraphflowsError(f"Expected resolution 'site' or 'element'; got {resolution!r}.")
+    args, kwargs = tuple(model_args), dict(model_kwargs or {})
+    traced = trace_once(model, args, kwargs, strict=strict)
+    rerun = Rerun(model, args, kwargs, traced)
+    notes = require_followed(rerun, strict=strict)
+    if traced.graph.inputs:
+        traced = with_known_rows(rerun)
+    traced = replace(traced, notes=tuple(dict.fromkeys((*traced.notes, *notes))))
+    if validate:
+        traced = _validated(traced, Validation(Rerun(model, args, kwargs, traced), strict).run())
+    if resolution == "element":
+        traced = split_elements(Rerun(model, args, kwargs, traced))
+    return traced
+
+
+def _validated(traced: TracedModel, validation: "Validation") -> TracedModel:
+    graph = traced.graph
+    if validation.missed:
+        graph = graph.with_edges([*graph.edges, *validation.missed])
+    return replace(
+        traced,
+        graph=graph,
+        notes=tuple(dict.fromkeys((*traced.notes, *validation.notes))),
+        non_exchangeable=validation.non_exchangeable,
+    )
+
+
+# ---------------------------------------------------------------- runs at other values
 
 
 def require_followed(rerun: Rerun, *, strict: bool) -> list[str]:
@@ -365,6 +478,7 @@ def non_exchangeable_plates(
     model_kwargs: dict[str, Any] | None = None,
     *,
     traced: TracedModel | None = None,
+    known_rows: bool = False,
 ) -> dict[str, tuple[str, ...]]:
     """Find the sites for which the indices of a plate differ even if all that enters is equal along it.
 
@@ -377,6 +491,8 @@ def non_exchangeable_plates(
         model_args: Its positional arguments.
         model_kwargs: Its keyword arguments.
         traced: The model as traced with these arguments, if that is at hand.
+        known_rows: Whether inputs from outside of the call count as constants along plates that are there in full:
+            their rows are the same in every call, as long as nobody changes them.
 
     Returns:
         Names of plates by site. Nothing if the model cannot be evaluated at other values than those it drew; sites that
@@ -395,7 +511,7 @@ def non_exchangeable_plates(
     """
     args, kwargs = tuple(model_args), dict(model_kwargs or {})
     traced = trace_once(model, args, kwargs, strict=False) if traced is None else traced
-    return Validation(Rerun(model, args, kwargs, traced), strict=False).equalise_plates()
+    return Validation(Rerun(model, args, kwargs, traced), strict=False).equalise_plates(known_rows=known_rows)
 
 
 class Validation:
@@ -434,10 +550,14 @@ class Validation:
             )
         return self
 
-    def equalise_plates(self) -> dict[str, tuple[str, ...]]:
-        """Return for which sites the indices of which plates are non-exchangeable."""
+    def equalise_plates(self, *, known_rows: bool = False) -> dict[str, tuple[str, ...]]:
+        """Return for which sites the indices of which plates are non-exchangeable.
+
+        Args:
+            known_rows: Whether inputs from outside of the call count as constants along plates in full.
+        """
         try:
-            self._equalise_plates()
+            self._equalise_plates(known_rows=known_rows)
         except RerunError as error:
             self.notes.append(f"not validated (equalise plates): {error}")
         return self.non_exchangeable
@@ -573,13 +693,16 @@ class Validation:
                 if not _alike(one, two):
                     self._across(parent, str(child), frame.name)
 
-    def _equalise_plates(self) -> None:
+    def _equalise_plates(self, *, known_rows: bool = False) -> None:
         """Make all that enters a plate equal along it: log-densities that vary show constants that do."""
         rerun = self.rerun
         frames = plates_of_sites(rerun.sites)
         leaves = rerun.leaves()
         paths = rerun.traced.argument_paths
         known = {paths[name]: rows for name, rows in rerun.traced.rows.items()}
+        indices = {
+            paths[name] for name in rerun.traced.index_inputs
+        }  # what they look up is not equal along a plate
         noisy: set[str] | None = None
         for plate, frame in frames.items():
             inside = {
@@ -595,6 +718,11 @@ class Validation:
             sizes = {frame.dim: (frame.name, {frame.size, frame.full_size}) for frame in around}
             replaced: dict[int, torch.Tensor] = {}
             for path, leaf in leaves.items():
+                in_full = frame.size == (frame.full_size or frame.size)
+                if known_rows and is_outside(path) and in_full and path not in indices:
+                    continue
+                if _are_indices(leaf, rerun.subsamples.get(plate)):
+                    continue  # of equal ones all that the model takes by them would be equal
                 dims = [dim for dim, other in known.get(path, {}).items() if other == plate]
                 if path not in known:
                     alignment = alignment_of(leaf.shape, sizes)
@@ -628,6 +756,13 @@ def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and not bool(differs(one, other).any())
 
 
+def _are_indices(leaf: torch.Tensor, indices: Any) -> bool:
+    """Whether a tensor among the arguments holds the indices of a plate."""
+    if not isinstance(indices, torch.Tensor) or leaf.is_floating_point() or leaf.shape != indices.shape:
+        return False
+    return torch.equal(leaf.to(indices), indices)
+
+
 def _equal_along(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     if -dim > tensor.dim():
         return tensor
@@ -636,12 +771,7 @@ def _equal_along(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     return tensor.narrow(dim, 0, 1).expand(tensor.shape).clone()
 
 
-OTHER_SEED = 10_007
-REMEDY_ROWS = (
-    "Let a plate draw the rows, pyro.plate(name, size, subsample_size=...), so that guide and model have the same, or "
-    "take them before the call and pass them as arguments"
-)
-REMEDY_STRUCTURE = "Sample all sites in every run, and choose between values with torch.where"
+# ---------------------------------------------------------------- two runs with different random numbers
 
 
 def changes(
@@ -736,106 +866,3 @@ def _are_entries(value: torch.Tensor, leaf: torch.Tensor) -> bool:
     if value.dtype != leaf.dtype or leaf.layout is not torch.strided:
         return False
     return bool(torch.isin(value, leaf.to(value.device)).all())
-
-
-def get_model_graph(
-    model: Callable,
-    model_args: tuple = (),
-    model_kwargs: dict[str, Any] | None = None,
-    *,
-    strict: bool = True,
-    resolution: str = "site",
-    validate: bool = False,
-) -> ModelGraph:
-    """Find the Bayesian network that a Pyro model defines.
-
-    The model runs once, without gradients and without touching the random state. Parameters that it creates
-    stay.
-
-    Args:
-        model: A Pyro model.
-        model_args: Its positional arguments: example data.
-        model_kwargs: Its keyword arguments.
-        strict: What to do where a random value turns into a Python value, so that it cannot be followed:
-            raise (True), or make all earlier sites parents of the sites after it (False).
-        resolution: ``"site"``, or ``"element"`` to split vector sites into their elements.
-        validate: Whether to compare with gradients, and with the log-densities at other values, which takes
-            about two more runs for each site and plate.
-
-    Returns:
-        Sites as latent, observed or marginalised nodes (those enumerated in parallel), and tensor arguments
-        that reach a distribution as inputs; event sizes and plates.
-
-    Raises:
-        UnsupportedModelError: If a random value turns into a Python value (with ``strict``), a site has
-            dimensions outside of plates, or a log-density cannot be evaluated. The message names the site,
-            and what to do.
-        GraphflowsError: If ``resolution`` is unknown.
-
-    Example:
-        >>> import pyro, pyro.distributions as dist, torch
-        >>> def model(w, x=None):
-        ...     a = pyro.sample("a", dist.Normal(0.0, 1.0))
-        ...     with pyro.plate("data", 3):
-        ...         pyro.sample("x", dist.Normal(a * w, 1.0), obs=x)
-        >>> graph = get_model_graph(model, (torch.ones(3),), {"x": torch.zeros(3)})
-        >>> graph.edges, graph.inputs, graph.plates["w"]
-        ((('w', 'x'), ('a', 'x')), ('w',), ('data',))
-    """
-    return trace_model(
-        model, model_args, model_kwargs, strict=strict, resolution=resolution, validate=validate
-    ).graph
-
-
-def trace_model(
-    model: Callable,
-    model_args: tuple = (),
-    model_kwargs: dict[str, Any] | None = None,
-    *,
-    strict: bool = True,
-    resolution: str = "site",
-    validate: bool = False,
-) -> TracedModel:
-    """Like :func:`get_model_graph`, with everything else that the run shows.
-
-    Args:
-        model: A Pyro model.
-        model_args: Its positional arguments: example data.
-        model_kwargs: Its keyword arguments.
-        strict: Whether to raise where a random value cannot be followed.
-        resolution: ``"site"`` or ``"element"``.
-        validate: Whether to compare with the model's behaviour.
-
-    Returns:
-        The graph, the trace, paths of arguments, leaks and notes.
-
-    Raises:
-        UnsupportedModelError: As :func:`get_model_graph`.
-        GraphflowsError: If ``resolution`` is unknown.
-    """
-    if resolution not in ("site", "element"):
-        raise GraphflowsError(f"Expected resolution 'site' or 'element'; got {resolution!r}.")
-    args, kwargs = tuple(model_args), dict(model_kwargs or {})
-    traced = trace_once(model, args, kwargs, strict=strict)
-    rerun = Rerun(model, args, kwargs, traced)
-    notes = require_followed(rerun, strict=strict)
-    if traced.graph.inputs:
-        traced = with_known_rows(rerun)
-    traced = replace(traced, notes=tuple(dict.fromkeys((*traced.notes, *notes))))
-    if validate:
-        traced = _validated(traced, Validation(Rerun(model, args, kwargs, traced), strict).run())
-    if resolution == "element":
-        traced = split_elements(Rerun(model, args, kwargs, traced))
-    return traced
-
-
-def _validated(traced: TracedModel, validation: Validation) -> TracedModel:
-    graph = traced.graph
-    if validation.missed:
-        graph = graph.with_edges([*graph.edges, *validation.missed])
-    return replace(
-        traced,
-        graph=graph,
-        notes=tuple(dict.fromkeys((*traced.notes, *validation.notes))),
-        non_exchangeable=validation.non_exchangeable,
-    )

@@ -35,6 +35,7 @@ from pyro_graphflows.inspect.arguments import (
     argument_leaves,
     argument_name,
     covering,
+    is_outside,
     not_followed,
     outside_tensors,
     part_of,
@@ -253,7 +254,8 @@ class _Assembly:
         data = {
             path: leaf
             for path, leaf in outside.items()
-            if self.taken.get(path) or (_is_inside_an_argument(path) and not sizes.isdisjoint(leaf.shape))
+            if (self.taken.get(path) and not self._is_constant(path, leaf))
+            or (_is_inside_an_argument(path) and not sizes.isdisjoint(leaf.shape))
         }
         self.leaves = {**data, **leaves}
         self.rows: dict[str, dict[int, str]] = {}
@@ -268,6 +270,25 @@ class _Assembly:
         self.alignments: dict[str, Alignment] = {}
         self.without_data = {r.name for r in records if r.observed and not r.holds_data}
         self.not_generative: dict[str, str] = {}
+
+    def _is_constant(self, path: ArgumentPath, leaf: torch.Tensor) -> bool:
+        """Whether a tensor from outside of the call is no input although rows of plates are taken from it.
+
+        So are integers that choose among no site's values, numbers of trials for example: no network reads integers,
+        and where the plates are there in full each index can have a map of its own.
+        """
+        nodes: Any = self.trace.nodes
+        if not is_outside(path) or not _is_integer(leaf):
+            return False
+        if any(len(self.tracker.plates[p]) < nodes[p]["fn"].size for p in self.taken[path].values()):
+            return False
+        storage = leaf.untyped_storage()._cdata
+        return not any(
+            isinstance(source, Region) and source.storage == storage
+            for values, chosen_by in self.tracker.selections
+            if any(isinstance(value, str) for value in self.tracker.sources(values))
+            for source in self.tracker.sources(chosen_by)
+        )
 
     def finish(self, converted: bool) -> TracedModel:
         """Return everything that the run shows."""
@@ -618,6 +639,9 @@ def _is_integer(tensor: torch.Tensor) -> bool:
     return not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool)
 
 
+# ---------------------------------------------------------------- the same model at other values
+
+
 class RerunError(UnsupportedModelError):
     """A model cannot be evaluated at other values than those it drew."""
 
@@ -775,6 +799,9 @@ def differs(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
 
 Rows = Mapping[int, str]
 """For dimensions of a tensor, counted from the right, the plate whose rows are taken."""
+
+
+# ---------------------------------------------------------------- rows of data that plates take
 
 
 def watch_leaves(

@@ -367,6 +367,19 @@ class Conditionals(nn.Module, ABC):
         if self.block.per_element:
             raise GraphflowsError(f"{type(self).__name__} has no per-element parameters.")
 
+    def keep_rows_(self, plates: Mapping[str, PlateState], context: Tensor) -> None:
+        """Note for which rows of covariates maps of elements are made (``BlockPlan.at_rows``).
+
+        Families without maps need not.
+
+        Args:
+            plates: The plates at set-up.
+            context: Features of the context, ``(*batch, num_features)``.
+        """
+
+    def leave_out_maps_(self, site: str) -> None:
+        """Let the maps that elements have of their own for a site be zero, and stay so in training."""
+
     def start_couplings_(
         self,
         plates: Mapping[str, PlateState],
