@@ -258,8 +258,9 @@ def test_sites_that_read_data_keep_their_regression_beside_the_mode():
     text = str(guide.describe(verbose=True))
     assert "mode and regression" in text
     by_regression = auto_faithful_guide(wide_schools, sigma, y, init="regression")
-    with pyro.plate("draws", 1000, dim=-2):
-        losses = [loss_of(wide_schools, each, sigma, y, number=1) / 1000 for each in (guide, by_regression)]
+    with torch.random.fork_rng():
+        judge = Judge(wide_schools, ((sigma, y), {}), 0, -2, 2000)
+        losses = [judge.judge(each).loss for each in (guide, by_regression)]
     assert losses[0] < 31.261 + 1.0 < losses[1], losses  # the exact evidence, by quadrature, is exp(-31.261)
 
 
