@@ -35,7 +35,7 @@ from pyro_graphflows.guides.conditionals.factors import ElementNormalFactor, Fac
 from pyro_graphflows.guides.conditionals.pooling import Attention, DeepSet
 from pyro_graphflows.guides.conditionals.site_priors import is_normal_unconstrained
 from pyro_graphflows.guides.families import MOST_GLOBALS, Auto, Normal, Spline
-from pyro_graphflows.guides.fusion import FusionQuestion, plan_fusion, sites_of_scales
+from pyro_graphflows.guides.fusion import Fusion, FusionQuestion, plan_fusion, sites_of_scales
 from pyro_graphflows.guides.inputs import InputOptions, InputPlan, plan_inputs, sites_concerned
 from pyro_graphflows.guides.orders import (
     NAMED_INVERSES,
@@ -74,6 +74,7 @@ from pyro_graphflows.guides.sites import (
     latent_sites,
     outside_of_support,
 )
+from pyro_graphflows.guides.summed_sites import SummedSite, sites_to_sum
 from pyro_graphflows.guides.vectors import VectorOptions, Vectors, hold_vectors
 from pyro_graphflows.inspect import TracedModel, non_exchangeable_plates, seed_random_state, trace_model
 from pyro_graphflows.inspect.arguments import argument_leaves, require_rereadable
@@ -321,13 +322,15 @@ def compile_guide(
     excluded = _not_fused(options, sites, inputs, split, changing)
     excluded.update(dict.fromkeys(vectors.ranks, "its covariance is of low rank"))
     indices = {name: plate.indices for name, plate in plates.items() if plate.indices is not None}
+    summed = _summed(options, inverse, inputs, sites, families, encodings.event_dims)
     fusion = plan_fusion(
         FusionQuestion(
-            *(model, (args, kwargs), traced, sites, families, inverse, blocks, enumerated, excluded, indices)
+            *(model, (args, kwargs), traced, sites, families, inverse, blocks, enumerated, excluded, indices),
+            summed=summed,
         )
     )
     fused = fusion.priors.sites
-    blocks = tuple(replace(b, fused=tuple(site for site in b.sites if site in fused)) for b in blocks)
+    blocks = _with_fusion(blocks, fusion, summed)
     readers = readers_of(blocks, inverse.graph.latent)
     other_rows = _read_other_rows(readers, traced, strict=options.strict)
     keep_masks = any(node.summary for block in blocks for node in block.context)
@@ -364,7 +367,7 @@ def compile_guide(
             families,
             sites,
             mean_field_condition(inverse.graph, inverse),
-            {*vectors.ranks, *fused},
+            {*vectors.ranks, *(fused - fusion.only_summed)},
         ),
         priors=fusion.priors,
         labels=_labels(options, sites, enumerated, vectors, families),
@@ -388,6 +391,38 @@ def compile_guide(
 
 
 # ---------------------------------------------------------------- steps
+
+
+def _summed(
+    options: GuideOptions,
+    inverse: InverseGraph,
+    inputs: InputPlan,
+    sites: Mapping[str, LatentSite],
+    families: Mapping[str, Family],
+    readable: Collection[str],
+) -> dict[str, SummedSite]:
+    """Return the sites that may have one factor for each element of a plate."""
+    deepset = options.deepset
+    if deepset is None or not deepset.sums or options.features != "raw" or options.embedding:
+        return {}
+    scalars = [name for name in _scalars(sites) if families[name].can_fuse and name not in options.optional]
+    return sites_to_sum(inverse, inputs, scalars, readable)
+
+
+def _with_fusion(
+    blocks: Sequence[BlockPlan], fusion: Fusion, summed: Mapping[str, SummedSite]
+) -> tuple[BlockPlan, ...]:
+    """Return the blocks with the sites that are fused, and those that may have factors of elements."""
+    found = []
+    for block in blocks:
+        fused = tuple(site for site in block.sites if site in fusion.priors.sites)
+        own = {
+            site: replace(summed[site], only_summed=site in fusion.only_summed)
+            for site in fused
+            if site in summed
+        }
+        found.append(replace(block, fused=fused, summed=own))
+    return tuple(found)
 
 
 def _embedded(

@@ -191,10 +191,13 @@ def _start_blocks(
     }
     blocks, starts = [], []
     for plan in compiled.plan.blocks:
-        inputs, of_block = make_inputs(plan, samples, options.deepset or DeepSet(), options.embedding)
-        block = GuideBlock.make(plan, compiled.families[plan.sites[0]], inputs, of_block, further)
+        inputs, elements, of_block = make_inputs(
+            plan, samples, options.deepset or DeepSet(), options.embedding
+        )
+        block = GuideBlock.make(plan, compiled.families[plan.sites[0]], inputs, of_block, further, elements)
         start = start_block_(block, of_block, regression=regression)
         given = start_at_(block, of_block, options.init_values, compiled.plan.changing)
+        block.leave_out_unused_elements_()
         starts.append(replace(start, notes=(*start.notes, *given)))
         blocks.append(block)
     return blocks, starts
@@ -463,8 +466,9 @@ def regress_(
     rows = rows[finite].clamp(-WINSOR, WINSOR)
     moments = Moments(rows)
     for site in conditionals.block.sites:
-        if fused is not None and site in fused.priors and conditionals.fuses(site):
-            fused.at(finite).fit_(conditionals, site, rows)
+        known = fused is not None and site in fused.priors
+        if fused is not None and known and (conditionals.fuses(site) or site in conditionals.block.summed):
+            fused.at(finite).fit_(conditionals, site, rows, moments)
         else:
             conditionals.regress_(site, rows, moments)
 

@@ -296,6 +296,18 @@ class Conditionals(nn.Module, ABC):
         """
         raise GraphflowsError(f"{type(self).__name__} cannot fuse {site!r} with its prior.")
 
+    def sums(self, site: str) -> bool:
+        """Whether a site is fused with factors of the elements of a plate, which its own outputs correct."""
+        return False
+
+    def set_summed_(self, site: str, width: Tensor | None) -> None:
+        """Let a site have its prior times the factors of elements, as they are.
+
+        Args:
+            site: The site.
+            width: How wide it is then, in standardised units, ``(1, 1)``; None for a factor of its own instead.
+        """
+
     def whiten_(self, moments: Tensor) -> None:
         """Let trained weights act on inputs that are uncorrelated in joint samples; families need not.
 
