@@ -28,8 +28,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
-from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph
 from pyro_graphflows.guides.call import PlateState, SiteForm
 from pyro_graphflows.guides.compile import GuideOptions
 from pyro_graphflows.guides.conditionals.contract import BlockSpec

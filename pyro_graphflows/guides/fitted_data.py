@@ -18,7 +18,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.graphs.structures import ModelGraph
 from pyro_graphflows.guides.call import Call
 from pyro_graphflows.guides.plan import Plan
 from pyro_graphflows.inspect.arguments import ArgumentPath

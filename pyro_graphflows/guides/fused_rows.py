@@ -25,10 +25,10 @@ from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.guides.conditionals.contract import Conditionals
 from pyro_graphflows.guides.conditionals.factors import fused_elements
 from pyro_graphflows.guides.conditionals.model_conditionals import ModelConditionals
-from pyro_graphflows.guides.conditionals.site_priors import Evidence, SitePrior
 from pyro_graphflows.guides.plan import BlockPlan, PriorPlan
 from pyro_graphflows.guides.priors import read_priors
 from pyro_graphflows.guides.samples import Samples, columns_of, evidence_of
+from pyro_graphflows.guides.sites import Evidence, SitePrior
 from pyro_graphflows.regression import (
     RIDGE,
     WINSOR,

@@ -25,20 +25,19 @@ import torch
 from torch import Tensor
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
-from pyro_graphflows.graphs.model_graph import ModelGraph, Node, listed
+from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph, Node, listed
 from pyro_graphflows.guides.conditionals.contract import Family
 from pyro_graphflows.guides.conditionals.model_conditionals import ModelConditionals
-from pyro_graphflows.guides.conditionals.site_priors import (
+from pyro_graphflows.guides.plan import BlockPlan, PriorPlan
+from pyro_graphflows.guides.priors import read_priors
+from pyro_graphflows.guides.sites import (
+    LatentSite,
     SitePrior,
     has_prior,
     is_moderate,
     is_normal_unconstrained,
     site_prior,
 )
-from pyro_graphflows.guides.plan import BlockPlan, PriorPlan
-from pyro_graphflows.guides.priors import read_priors
-from pyro_graphflows.guides.sites import LatentSite
 from pyro_graphflows.inspect import TracedModel
 
 __all__ = [

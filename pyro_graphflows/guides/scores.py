@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
+from pyro_graphflows.graphs.structures import InverseGraph
 from pyro_graphflows.guides.call import Call, PlateState
 from pyro_graphflows.guides.conditionals.pooling import without_leading_ones
 from pyro_graphflows.guides.samples import ModelDraws

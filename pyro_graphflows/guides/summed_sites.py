@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import networkx as nx
 
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
+from pyro_graphflows.graphs.structures import InverseGraph
 from pyro_graphflows.guides.conditionals.pooling import pooling_orders
 from pyro_graphflows.guides.inputs import InputPlan, Summary
 

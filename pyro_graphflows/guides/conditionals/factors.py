@@ -23,8 +23,7 @@ from torch import Tensor
 from pyro_graphflows.distributions.fusion import fuse, fuse_matrix, fuse_natural
 from pyro_graphflows.distributions.long_normals import AutoregressiveNormal, sum_over_pairs
 from pyro_graphflows.guides.conditionals.distributions import DiscreteVector, ScalarNormal
-from pyro_graphflows.guides.conditionals.site_priors import SitePrior
-from pyro_graphflows.guides.sites import LatentSite
+from pyro_graphflows.guides.sites import LatentSite, SitePrior
 from pyro_graphflows.regression import logistic_regression
 from pyro_graphflows.shapes import broadcast_shapes
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.conditionals.contract import BlockSpec, Conditionals, LinearConditional, Pass
 from pyro_graphflows.guides.conditionals.coupled import WAKE, CoupledFactor, CouplingTerms, exchangeable_start
-from pyro_graphflows.guides.conditionals.elements import ElementMap, ElementTable, element_maps
+from pyro_graphflows.guides.conditionals.elements import ElementMap, ElementTable, element_maps, keep_rows_
 from pyro_graphflows.guides.conditionals.factors import (
     DiscreteFactor,
     ElementNormalFactor,
@@ -27,8 +27,7 @@ from pyro_graphflows.guides.conditionals.factors import (
     scalar_normals,
 )
 from pyro_graphflows.guides.conditionals.low_rank import LowRankNormalFactor
-from pyro_graphflows.guides.conditionals.site_priors import SitePrior
-from pyro_graphflows.guides.sites import LatentSite
+from pyro_graphflows.guides.sites import LatentSite, SitePrior
 from pyro_graphflows.nn.mlp import LevelEvaluation, MaskedMLP
 from pyro_graphflows.regression import Moments
 from pyro_graphflows.shapes import broadcast_shapes
@@ -119,7 +118,7 @@ class MaskedConditionals(Conditionals):
         self.maps = nn.ModuleDict()
         self._map_of: dict[str, tuple[str, list[int]]] = {}
         if block.per_element or block.non_exchangeable:
-            self.maps, self._map_of = element_maps(block, seen, num_rows, spec.plates)
+            self.maps, self._map_of = element_maps(block, seen, num_rows, spec.plates, self.columns)
         self.couplings = nn.ModuleDict()  # by the position of the site
         self._coupling_of: dict[str, str] = {}
         for position, site in enumerate(block.sites):
@@ -377,6 +376,16 @@ class MaskedConditionals(Conditionals):
             own = self.factors[site]
             for output in own.log_scale_outputs:
                 self.table.table[..., columns.start + output] += math.log(factor)
+
+    def keep_rows_(self, plates: Mapping[str, PlateState], context: Tensor) -> None:
+        """See :meth:`Conditionals.keep_rows_`."""
+        keep_rows_(self.maps, self._map_of, plates, context)
+
+    def leave_out_maps_(self, site: str) -> None:
+        """See :meth:`Conditionals.leave_out_maps_`."""
+        if site in self._map_of:
+            element_map: Any = self.maps[self._map_of[site][0]]
+            element_map.leave_out_()
 
     @torch.no_grad()
     def start_couplings_(

@@ -29,7 +29,7 @@ from pyro_graphflows.guides.conditionals.factors import (
     positive_scale,
     share_of_evidence,
 )
-from pyro_graphflows.guides.conditionals.site_priors import SitePrior
+from pyro_graphflows.guides.sites import SitePrior
 from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = ["SplineFactor", "SplineVector"]

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from pyro_graphflows.guides.conditionals.factors import LOG_SCALE_BOUND
 from pyro_graphflows.guides.conditionals.pooling import DeepSetPool, Elements
-from pyro_graphflows.guides.conditionals.site_priors import Evidence
+from pyro_graphflows.guides.sites import Evidence
 from pyro_graphflows.nn.mlp import MaskedMLP
 from pyro_graphflows.regression import WINSOR, in_float64
 from pyro_graphflows.shapes import broadcast_shapes
