@@ -778,6 +778,8 @@ def _all_finite(values: Tensor) -> bool:
     return math.isfinite(values.sum().item()) or bool(torch.isfinite(values).all())
 
 
+# ---------------------------------------------------------------- parameters in the store of Pyro
+
 Place = tuple[str, dict[str, Any], str]
 
 _OF_GUIDES = WeakTensorKeyDictionary()  # all their parameters; an attribute would be in files of the store

@@ -626,6 +626,8 @@ class FeatureMap(nn.Module):
         return ", ".join(kind for kind, _ in self.kinds)
 
 
+# ---------------------------------------------------------------- priors of sites
+
 WIDEST = 60.0  # units of logarithms between scores of -2 and 2 of a prior that is not extreme
 WITHOUT_PARAMETERS = (ExpTransform, SigmoidTransform, StickBreakingTransform, OrderedTransform)
 

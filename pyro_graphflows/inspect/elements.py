@@ -263,6 +263,9 @@ def _banded_jacobian(
     return None
 
 
+# ---------------------------------------------------------------- plates
+
+
 def nested_by_index(
     model: Callable,
     model_args: tuple = (),
