@@ -6,6 +6,7 @@ Data, sampled values of other blocks and summaries of other plates become one ve
 under names that the guide takes for itself (:class:`ShownParameters`).
 """
 
+import copy
 import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -419,6 +420,31 @@ class GuideBlock(nn.Module):
             sites[int(key)]: each for key, each in self.elements.items() if isinstance(each, SiteElements)
         }
 
+    def _new_elements(self, site: str) -> SiteElements:
+        """Return what gives the factors of elements of a site, for a state that is loaded."""
+        summed = self.plan.summed[site]
+        sizes = {**self.inputs.sizes, **{name: each.size for name, each in self.spec.sites.items()}}
+        maps = {name: FeatureMap.of_kinds([("identity", slice(0, sizes[name]))]) for name in summed.above}
+        above = BlockInputs(maps, {}, self.inputs.encodings)
+        pool = self.inputs.pool(summed.summary)
+        assert isinstance(pool, DeepSetPool)
+        form = ElementForm.of_pool(pool, summed.responses, sum(above.sizes.values()))
+        like = self.inputs.features.shift
+        return SiteElements(above, ElementFactors(form, torch.zeros(1), torch.ones(1))).to(
+            like.device, like.dtype
+        )
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Have factors of elements where the state has some: samples decide at set-up which sites do."""
+        for key, site in enumerate(self.plan.sites):
+            if site in self.plan.summed:
+                there = any(name.startswith(f"{prefix}elements.{key}.") for name in state_dict)
+                if there and str(key) not in self.elements:
+                    self.elements[str(key)] = self._new_elements(site)
+                elif not there and str(key) in self.elements:
+                    del self.elements[str(key)]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def leave_out_unused_elements_(self) -> None:
         """Drop the factors of elements of sites that do without, after the start."""
         unused = [site for site in self.site_elements() if not self.conditionals.sums(site)]
@@ -709,10 +735,10 @@ def _member_map(name: str, samples: Samples) -> FeatureMap:
     return FeatureMap(None, flat[flat[:, -1] > 0, :-1], samples.standardize)
 
 
-def _linear_map(name: str, own: FeatureMap, samples: Samples) -> FeatureMap | None:
-    """Return an affine map of a node whose values have heavy tails, and so another map; None for others."""
+def _linear_map(name: str, own: FeatureMap, samples: Samples) -> FeatureMap:
+    """Return the map of a node, or an affine one if its values have heavy tails and so another."""
     if samples.values is None or not any(kind == "asinh" for kind, _ in own.kinds):
-        return None
+        return copy.deepcopy(own)
     rows = samples.values[name].flatten(0, -2)[:, : len(own.shift)]
     linear = FeatureMap(None, rows[:0], standardize=False)
     linear.shift, linear.scale = location_and_scale(rows)
@@ -753,11 +779,8 @@ def _make_pool(summary: Summary, samples: Samples, deepset: DeepSet) -> tuple[Po
         pool = AllElements(members, maps, [samples.plates[name] for name in summary.over])
     else:
         orders = pooling_orders(summary.over, list(around.values()))
-        linear = {
-            name: each
-            for name, own in zip(summary.members, maps, strict=True)
-            if (each := _linear_map(name, own, samples)) is not None and deepset.sums
-        }
+        linear = {n: _linear_map(n, m, samples) for n, m in zip(summary.members, maps, strict=True)}
+        linear = linear if deepset.sums and len(orders) == 1 else {}
         pool = DeepSetPool(members, maps, orders, deepset, summary.segments, linear)
     pool = pool.to(draws.like.device, draws.like.dtype)
     if samples.values is None:

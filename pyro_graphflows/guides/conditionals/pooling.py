@@ -544,7 +544,7 @@ class DeepSetPool(nn.Module):
             "options": self.options,
             "segments": self.segments,
             "maps": _kinds(self.maps),
-            "linear": {self.names()[int(key)]: _size(each) for key, each in self.linear.items()},
+            "linear": _kinds(nn.ModuleList(self.linear.values())),
             "stages": tuple((tuple(s.core_map.kinds), tuple(s.carried_map.kinds)) for s in stages),
         }
 
@@ -554,8 +554,8 @@ class DeepSetPool(nn.Module):
         pool = cls(
             *(plain["members"], _maps(plain["maps"]), plain["orders"], plain["options"], plain["segments"]),
             {
-                name: FeatureMap(None, torch.zeros(0, size), standardize=False)
-                for name, size in plain["linear"].items()
+                member.name: each
+                for member, each in zip(plain["members"], _maps(plain["linear"]), strict=False)
             },
         )
         stages = [stage for branch in pool.branches for stage in _stages(branch)]
@@ -820,11 +820,6 @@ def _stages(branch: nn.Module) -> list[PoolStage]:
 
 def _kinds(maps: nn.ModuleList) -> tuple[tuple[tuple[str, slice], ...], ...]:
     return tuple(tuple(each.kinds) for each in maps if isinstance(each, FeatureMap))
-
-
-def _size(feature_map: nn.Module) -> int:
-    assert isinstance(feature_map, FeatureMap)
-    return len(feature_map.shift)
 
 
 def _maps(kinds: Sequence[Sequence[tuple[str, slice]]]) -> list[FeatureMap]:
