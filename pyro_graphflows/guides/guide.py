@@ -24,7 +24,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
-from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
+from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
 from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph
 from pyro_graphflows.guides.block import GuideBlock, ShownParameters
 from pyro_graphflows.guides.call import Call, CallReader, PlateState, chosen_indices, site_mask
@@ -320,8 +320,9 @@ class AutoFaithfulGuide(AutoGuide):
             conditionals = block.begin(call, unconstrained)
             new = beyond_fitted(block.spec.plates, call.plates) if block_plan.per_element else None
             for level in block_plan.levels:
-                if plan.changing and any(name in plan.changing for name in level):
-                    call = self._with_supports(call, args, kwargs, values, level)
+                changing = [name for name in level if name in plan.changing] if plan.changing else []
+                if changing:
+                    call = self._reader.at_values(call, self.model, (args, kwargs), values, changing)
                 beyond = [] if new is None else [name for name in level if name in block_plan.per_element]
                 fuses = block.conditionals.fuses
                 priors = {} if of_call is None else of_call.before(values, self._fuses)
@@ -408,14 +409,7 @@ class AutoFaithfulGuide(AutoGuide):
     ) -> Call:
         """Read the call, and compute the score features that sites read."""
         call = self._read(args, kwargs, observations)
-        if self.scores is None:
-            return call
-        missing = [name for name in self.scores.observed if name not in call.values]
-        if missing:
-            raise UnsupportedModelError(
-                f"Expected data of {', '.join(missing)}, whose scores sites read (features=); this call has none."
-            )
-        return replace(call, scores=self.scores.in_call(call, self.model, args, kwargs))
+        return call if self.scores is None else self.scores.added_to(call, self.model, args, kwargs)
 
     def _read(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], observations: Mapping[str, Tensor] | None
@@ -474,19 +468,6 @@ class AutoFaithfulGuide(AutoGuide):
             )
         conditionals = ModelConditionals(self.model)
         return conditionals(sites, *arguments, latents=values, observed=observations, indices=call.indices)
-
-    def _with_supports(
-        self,
-        call: Call,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        latents: Mapping[str, Tensor],
-        level: Sequence[str],
-    ) -> Call:
-        """Return the call with the supports of a level's sites as they are given the values sampled so far."""
-        supports = self._reader.supports_given(self.model, args, kwargs, latents, call.indices)
-        changed = {name: supports[name] for name in level if name in self.plan.changing}
-        return replace(call, supports={**call.supports, **changed})
 
     def _take_blocks(self, blocks: nn.ModuleList) -> None:
         self.blocks = blocks
@@ -570,14 +551,9 @@ class AutoFaithfulGuide(AutoGuide):
         sites = [] if fitted is None else [site for site in self._per_element() if site not in self._warned]
         if fitted is None or not sites or not any(name in call.values for name in self.plan.graph.observed):
             return
-        leaves = argument_leaves(self.model, args, kwargs)
-        if fitted.is_known(leaves) and not observations:
-            return
-        now = CallData(call, leaves, observations or {})
-        found = fitted.sites_of_other_data(now, self.plan, self._reader.paths, sites, always=False)
+        now = CallData(call, argument_leaves(self.model, args, kwargs), observations or {})
+        found = fitted.sites_of_new_data(now, self.plan, self._reader.paths, sites)
         if not found:
-            if not observations:
-                fitted.take_as_known(leaves)
             return
         self._warned.update(found)
         warnings.warn(
