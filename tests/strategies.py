@@ -6,7 +6,7 @@ import networkx as nx
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.graphs.structures import ModelGraph
 
 __all__ = [
     "dag_edges",

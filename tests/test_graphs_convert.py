@@ -9,7 +9,7 @@ from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs import library
 from pyro_graphflows.graphs.convert import from_bif, from_pgmpy, to_pgmpy
 from pyro_graphflows.graphs.linear_gaussian import LinearGaussianNetwork
-from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.graphs.structures import ModelGraph
 
 BIF = """network sprinkler { }
 variable rain { type discrete [ 2 ] { yes, no }; }

@@ -18,10 +18,9 @@ from pyro_graphflows.graphs.elimination import (
     moral_graph,
     reachable,
 )
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.inversion import faithful_inverse, fully_connected_inverse, mean_field_inverse
-from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.graphs.separation import is_imap, is_minimal_imap, violated_independencies
+from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph
 
 
 def expansion(num_nodes, edges):

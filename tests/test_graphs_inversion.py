@@ -20,7 +20,7 @@ from pyro_graphflows.graphs.inversion import (
     mean_field_inverse,
     stochastic_inverse,
 )
-from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.graphs.structures import ModelGraph
 
 RULES = ("forward", "reverse", "min_fill", "min_fill_all")
 

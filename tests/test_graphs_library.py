@@ -7,10 +7,9 @@ import pytest
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs import library
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.inversion import faithful_inverse, stochastic_inverse
 from pyro_graphflows.graphs.linear_gaussian import LinearGaussianNetwork
-from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "gbn"
 

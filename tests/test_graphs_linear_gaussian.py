@@ -13,10 +13,9 @@ from hypothesis import given, settings
 from scipy.stats import multivariate_normal
 
 from pyro_graphflows.errors import GraphflowsError, NotADAGError
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.inversion import faithful_inverse
 from pyro_graphflows.graphs.linear_gaussian import LinearGaussianNetwork, half_log_det, regress, triangle
-from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph
 
 
 def chain(scale=1.0):

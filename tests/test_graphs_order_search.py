@@ -17,9 +17,9 @@ from pyro_graphflows.graphs.convert import from_bif
 from pyro_graphflows.graphs.elimination import SiteElimination
 from pyro_graphflows.graphs.inversion import faithful_inverse
 from pyro_graphflows.graphs.library import factor_analysis, load_network
-from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.graphs.order_search import AutoOrder, EliminationTree
 from pyro_graphflows.graphs.separation import is_imap, is_minimal_imap
+from pyro_graphflows.graphs.structures import ModelGraph
 
 BIF = Path(pgmpy.utils.__file__).parent / "example_models"
 FEW = 0.02  # nominal seconds

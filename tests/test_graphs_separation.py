@@ -7,20 +7,19 @@ from hypothesis import strategies as st
 from strategies import examples, labelled_dags, model_graphs, role_assignments
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.inversion import (
     faithful_inverse,
     fully_connected_inverse,
     mean_field_inverse,
     stochastic_inverse,
 )
-from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.graphs.separation import (
     Independence,
     is_imap,
     is_minimal_imap,
     violated_independencies,
 )
+from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph
 
 
 @st.composite

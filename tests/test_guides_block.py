@@ -1,6 +1,8 @@
-"""Blocks at work: features of a call, errors by node, and linear conditionals in the units of data and latents."""
+"""Blocks at work: features of a call, errors by node, linear conditionals in units of data, parameters in a store."""
 
+import copy
 import math
+import pickle
 
 import pyro
 import pyro.distributions as dist
@@ -9,9 +11,10 @@ import torch
 from lookup_models import crossed, members
 from plated_guides import hierarchical
 from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO
 from torch.distributions import constraints
 
-from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
 from pyro_graphflows.guides import DeepSet, auto_faithful_guide
 from pyro_graphflows.guides.block import BlockInputs, GuideBlock
 from pyro_graphflows.guides.call import Call, PlateState
@@ -276,3 +279,73 @@ def test_a_block_comes_back_from_plain_data_and_a_state():
         assert loaded.plan == block.plan
         assert loaded.dtype == block.dtype
         assert loaded.inputs.sizes == block.inputs.sizes
+
+
+DATA = torch.randn(12)
+
+
+def pair(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", N(0.0, 1.0))
+        pyro.sample("x", N(z, 1.0), obs=x)
+
+
+def triples(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", N(torch.zeros(3), 1.0).to_event(1))
+        pyro.sample(
+            "x", N(torch.stack([z[..., 0], z[..., 0] + z[..., 1], z[..., 2]], -1), 1.0).to_event(1), obs=x
+        )
+
+
+@pytest.mark.parametrize("when", ["before set-up", "after set-up", "after a call"])
+def test_the_parameter_store_that_was_loaded(when, tmp_path):
+    trained = auto_faithful_guide(pair, DATA, num_start_samples=100)
+    svi = SVI(pair, trained, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
+    for _ in range(5):
+        svi.step(DATA)
+    store = pyro.get_param_store()
+    store.save(tmp_path / "store")
+    expected = trained.median(DATA)["z"]
+    pyro.clear_param_store()
+    if when == "before set-up":
+        store.load(tmp_path / "store")
+    guide = auto_faithful_guide(pair, DATA, num_start_samples=100)
+    if when == "after a call":
+        SVI(pair, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO()).step(DATA)
+    if when != "before set-up":
+        store.load(tmp_path / "store")
+    assert not torch.allclose(guide.median(DATA)["z"], expected)
+    with pytest.warns(GraphflowsWarning, match="took the values that Pyro's parameter store had"):
+        guide(DATA)
+    torch.testing.assert_close(guide.median(DATA)["z"], expected)
+    SVI(pair, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO()).step(DATA)  # without a second warning
+    assert not torch.allclose(guide.median(DATA)["z"], expected)
+    other = auto_faithful_guide(pair, DATA, num_start_samples=100)
+    start = other.median(DATA)["z"]
+    other(DATA)  # its names are those of the first, whose values are not for it
+    assert torch.equal(other.median(DATA)["z"], start)
+
+
+def test_a_parameter_store_of_other_shapes_is_refused(tmp_path):
+    auto_faithful_guide(pair, DATA, num_start_samples=100)(DATA)
+    pyro.get_param_store().save(tmp_path / "store")
+    pyro.clear_param_store()
+    pyro.get_param_store().load(tmp_path / "store")
+    guide = auto_faithful_guide(triples, DATA.reshape(4, 3), num_start_samples=100)
+    with pytest.raises(GraphflowsError, match="Pyro's parameter store has some of shape"):
+        guide(DATA.reshape(4, 3))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda guide: pickle.loads(pickle.dumps(guide))])
+def test_a_copy_shows_its_own_parameters(copied):
+    guide = auto_faithful_guide(pair, DATA, num_start_samples=100)
+    guide(DATA)
+    other = copied(guide).bind(pair)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1)
+    pyro.clear_param_store()
+    other(DATA)
+    shown = {id(value.unconstrained()) for value in pyro.get_param_store().values()}
+    assert {id(parameter) for parameter in other.parameters()} == shown

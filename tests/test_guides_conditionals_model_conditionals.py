@@ -15,8 +15,7 @@ from pyro_graphflows.distributions.coordinates import gaussian_coordinate
 from pyro_graphflows.distributions.fusion import fuse
 from pyro_graphflows.distributions.normal_tails import HALF_LOG_TWO_PI
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
-from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph
 from pyro_graphflows.guides.conditionals.model_conditionals import ModelConditionals, same_distribution
 from pyro_graphflows.guides.fusion import fusible_sites
 

@@ -34,7 +34,7 @@ from pyro.infer.tracegraph_elbo import TrackNonReparam
 from pyro.ops.provenance import get_provenance
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
+from pyro_graphflows.graphs.structures import InverseGraph
 from pyro_graphflows.guides import Factor, Normal, auto_faithful_guide
 from pyro_graphflows.guides.conditionals.distributions import DiscreteVector
 from pyro_graphflows.infer import (

@@ -14,9 +14,9 @@ from torch.distributions import constraints
 
 from pyro_graphflows import AutoOrder
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.inversion import faithful_inverse
 from pyro_graphflows.graphs.library import binary_tree, load_network
+from pyro_graphflows.graphs.structures import InverseGraph
 from pyro_graphflows.guides import AutoFaithfulGuide, Factor, Normal, NormalFactor, auto_faithful_guide
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from strategies import examples, model_graphs, plated_model_graphs
 
 from pyro_graphflows.graphs import ModelGraph
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
+from pyro_graphflows.graphs.structures import InverseGraph
 from pyro_graphflows.guides.inputs import Coupling, InputPlan, Summary
 from pyro_graphflows.guides.plan import (
     BlockPlan,

@@ -11,7 +11,7 @@ from pyro.optim import Adam
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides import auto_faithful_guide, load_guide
 from pyro_graphflows.guides.conditionals.low_rank import LowRankNormalFactor
-from pyro_graphflows.inspect.graph import _banded_jacobian
+from pyro_graphflows.inspect.elements import _banded_jacobian
 
 SIZE, ROWS = 40, 30
 BUDGET = 6000  # a full covariance of 40 elements that look at 40 numbers takes 49,020

@@ -9,7 +9,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoDiagonalNormal
 
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
-from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.graphs.structures import ModelGraph
 from pyro_graphflows.infer.inference_compilation import InferenceCompilation
 from pyro_graphflows.infer.simulations import joint_layout, run_guide, sample_joint
 

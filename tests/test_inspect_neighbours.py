@@ -8,7 +8,7 @@ from torch.distributions import biject_to
 
 from pyro_graphflows.inspect import trace_model
 from pyro_graphflows.inspect.neighbours import find_chain
-from pyro_graphflows.inspect.probes import Rerun
+from pyro_graphflows.inspect.trace import Rerun
 
 SIZE = 12
 X = torch.randn(SIZE, generator=torch.Generator().manual_seed(0))

@@ -9,7 +9,7 @@ import torch
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs import library
 from pyro_graphflows.graphs.linear_gaussian import LinearGaussianNetwork
-from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.graphs.structures import ModelGraph
 from pyro_graphflows.inspect import get_model_graph
 from pyro_graphflows.models import textbook
 

@@ -6,8 +6,7 @@ from pyro.distributions.transforms import AffineAutoregressive, ConditionalAffin
 from pyro.nn import AutoRegressiveNN
 
 from pyro_graphflows.errors import GraphflowsError, NotADAGError
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
-from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph
 from pyro_graphflows.nn.autoregressive import ConditionalGraphicalAutoRegressiveNN, GraphicalAutoRegressiveNN
 from tests.networks import randomise
 

@@ -6,9 +6,8 @@ from matplotlib.patches import Ellipse, FancyArrowPatch, FancyBboxPatch, Rectang
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs import library
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.inversion import faithful_inverse
-from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph
 from pyro_graphflows.plotting import (
     plot_adjacency,
     plot_inverse,

@@ -26,7 +26,7 @@ from pyro.infer import (
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal, AutoStructured
 
 from pyro_graphflows.errors import UnsupportedModelError
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
+from pyro_graphflows.graphs.structures import InverseGraph
 from pyro_graphflows.guides import Normal, auto_faithful_guide, check_guide
 from pyro_graphflows.infer import IWAE_ELBO, InferenceCompilation
 

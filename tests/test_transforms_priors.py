@@ -10,7 +10,7 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.graphs.structures import ModelGraph
 from pyro_graphflows.transforms import GraphicalFlowPrior
 
 COLLIDER = nx.DiGraph([("a", "c"), ("b", "c")])

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
-from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph
 from pyro_graphflows.transforms import (
     FaithfulResidual,
     FlowStructure,

@@ -5,9 +5,6 @@ from pyro_graphflows.graphs.convert import (
     from_pgmpy,
     to_pgmpy,
 )
-from pyro_graphflows.graphs.inverse_graph import (
-    InverseGraph,
-)
 from pyro_graphflows.graphs.inversion import (
     faithful_inverse,
     fully_connected_inverse,
@@ -33,9 +30,6 @@ from pyro_graphflows.graphs.library import (
 from pyro_graphflows.graphs.linear_gaussian import (
     LinearGaussianNetwork,
 )
-from pyro_graphflows.graphs.model_graph import (
-    ModelGraph,
-)
 from pyro_graphflows.graphs.order_search import (
     AutoOrder,
 )
@@ -44,6 +38,10 @@ from pyro_graphflows.graphs.separation import (
     is_imap,
     is_minimal_imap,
     violated_independencies,
+)
+from pyro_graphflows.graphs.structures import (
+    InverseGraph,
+    ModelGraph,
 )
 
 __all__ = [

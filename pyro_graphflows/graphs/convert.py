@@ -13,7 +13,7 @@ import networkx as nx
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs.linear_gaussian import LinearGaussianNetwork
-from pyro_graphflows.graphs.model_graph import ModelGraph, Node, listed
+from pyro_graphflows.graphs.structures import ModelGraph, Node, listed
 
 __all__ = ["from_bif", "from_pgmpy", "to_pgmpy"]
 

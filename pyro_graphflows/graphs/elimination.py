@@ -52,7 +52,7 @@ depend on that number, and two copies are enough to see everything: a dependence
 copy looks the same whichever other copy it is. One copy is not enough, since it loses the coupling of two
 copies through a common parent or child.
 
-Words: a *site* is a node of the :class:`~pyro_graphflows.graphs.model_graph.ModelGraph`, a *copy* is a node
+Words: a *site* is a node of the :class:`~pyro_graphflows.graphs.structures.ModelGraph`, a *copy* is a node
 of the expansion. A copy has one index for each plate around its site. An edge ``u -> v`` joins the copies of
 ``u`` and ``v`` whose indices agree in the plates they share. So a parent in fewer plates is *broadcast* (one
 copy to many children) and a parent in more plates is *pooled* (many copies to one child).
@@ -70,8 +70,7 @@ from itertools import product
 import numpy as np
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
-from pyro_graphflows.graphs.model_graph import ModelGraph, Node, listed
+from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph, Node, listed
 
 __all__ = [
     "Draft",

@@ -44,9 +44,8 @@ from collections.abc import Iterable
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs.elimination import Draft, SiteElimination
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
-from pyro_graphflows.graphs.model_graph import ModelGraph, Node
 from pyro_graphflows.graphs.order_search import AutoOrder, search
+from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph, Node
 
 __all__ = ["faithful_inverse", "fully_connected_inverse", "mean_field_inverse", "stochastic_inverse"]
 

@@ -2,7 +2,7 @@
 
 :func:`load_network` and :func:`binary_tree` return a
 :class:`~pyro_graphflows.graphs.linear_gaussian.LinearGaussianNetwork`, with numbers and exact answers; the
-others return a :class:`~pyro_graphflows.graphs.model_graph.ModelGraph`. Pyro models of the textbook graphs
+others return a :class:`~pyro_graphflows.graphs.structures.ModelGraph`. Pyro models of the textbook graphs
 are in :mod:`pyro_graphflows.models.textbook`, under the same names with ``_model``.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs.linear_gaussian import LinearGaussianNetwork
-from pyro_graphflows.graphs.model_graph import ModelGraph, Node
+from pyro_graphflows.graphs.structures import ModelGraph, Node
 
 __all__ = [
     "arithmetic_circuit",

@@ -33,8 +33,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.linalg import qr, solve_triangular
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
-from pyro_graphflows.graphs.model_graph import ModelGraph, listed, topological_order
+from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph, listed, topological_order
 
 __all__ = [
     "Array",

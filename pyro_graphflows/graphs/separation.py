@@ -24,8 +24,7 @@ import networkx as nx
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs.elimination import Expansion, ancestors, expand
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
-from pyro_graphflows.graphs.model_graph import ModelGraph, Node, listed
+from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph, Node, listed
 
 __all__ = ["Independence", "is_imap", "is_minimal_imap", "violated_independencies"]
 

@@ -9,7 +9,7 @@ skipped for calls that look like an earlier one in which it reported nothing bey
 masks, every observed value an argument.
 
 Covariates of plates with indices are read row for row. Which of them the model takes rows of, and which are a batch
-already, is seen by the tracer once for each kind of call (:mod:`~pyro_graphflows.inspect.rows`).
+already, is seen by the tracer once for each kind of call (:mod:`~pyro_graphflows.inspect.trace`).
 """
 
 import warnings
@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from numbers import Number
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -117,6 +118,32 @@ class Call:
     given: dict[str, Tensor] = field(default_factory=dict)
     in_part: bool = False
     scores: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def indices(self) -> dict[str, Tensor]:
+        """The indices of the plates of which some elements are there, or all in another order."""
+        return {name: plate.indices for name, plate in self.plates.items() if plate.indices is not None}
+
+    def make_plates(self, existing: Mapping[str, pyro.plate]) -> dict[str, pyro.plate]:
+        """Return the plates of the call as plates of Pyro: those that exist already, and the others made."""
+        plates = dict(existing)
+        for name, state in sorted(self.plates.items()):
+            if name not in plates:
+                plates[name] = pyro.plate(name, state.full_size, subsample=state.indices, dim=state.dim)
+        return plates
+
+    def require_given_in_support(self) -> None:
+        """Refuse data of optional sites that are not in their supports.
+
+        Raises:
+            GraphflowsError: If there are any. The message names the site.
+        """
+        for name, value in self.given.items():
+            if not bool(self.supports[name].check(value).all()):
+                raise GraphflowsError(
+                    f"Expected data of {name!r} in its support, {self.supports[name]}; some are not, or are NaN. "
+                    "Entries that are missing within a site are for pyro.sample(..., obs_mask=...)."
+                )
 
 
 @dataclass(frozen=True)
@@ -412,65 +439,112 @@ class CallReader:
                 their distribution.
         """
         observations = observations or {}
-        unknown = [
-            name for name in observations if name not in self.known
-        ]  # values of latent sites do no harm
+        self._require_known(observations)
+        shape = None if indices else _shape_of((args, kwargs))
+        if shape is not None and shape in self._known:
+            return self._read_arguments(shape, model, args, kwargs, observations)
+        point = _FeasiblePoint(indices or {}, self.like)
+        try:
+            trace = self._shadow(model, args, kwargs, point)
+        except Exception as error:
+            return self._without_run(error, model, args, kwargs, bool(args or kwargs or indices))
+        plates = plates_of(trace)
+        taken = self._rows_taken(model, args, kwargs, plates)
+        if self._unverified:
+            self._verify(trace)
+        nodes: Any = trace.nodes
+        shapes = {name: nodes[name]["fn"].shape() for name in self.observed if name in nodes}
+        values = self._observed_values(nodes, observations, shapes)
+        self._require_same_sites(nodes)
+        for name in self.inputs:
+            value = argument_in_trace(model, self.paths[name], args, kwargs, trace)
+            if value is None and name in self.readers:
+                raise self._without_data([name])
+            if value is not None:
+                value = take_rows(name, value, self.rows.get(name, {}), taken.get(name, {}), plates)
+                values[name] = self.encodings.input_value(name, arranged(value, self.places.get(name, ())))
+        for name in self.encodings.partly:
+            if name in nodes and name in values:
+                values[name] = self.encodings.masked_value(name, values[name], site_mask(nodes[name]))
+        masks, scales, supports, given = self._in_force(nodes, observations)
+        call = Call(values, plates, masks, scales, supports, given, _has_part_of_a_loop(trace))
+        self._find_paths(call.given, model, args, kwargs)
+        self._say_what_is_new(model, args, kwargs, trace)
+        self._unverified = False
+        varies = call.in_part or bool(point.given)
+        if shape is not None and not varies and self._arguments_say_all(call, model, args, kwargs):
+            self._known[shape], self._shapes[shape] = call, shapes
+        return call
+
+    def _require_known(self, observations: Mapping[str, Tensor]) -> None:
+        """Refuse observations of sites that the model has not; values of latent sites do no harm."""
+        unknown = [name for name in observations if name not in self.known]
         if unknown:
             raise GraphflowsError(
                 f"Expected observations of {', '.join(self.observed) or 'nothing'}, the sites with data when the guide "
                 f"was set up; got {', '.join(unknown)}."
             )
-        shape = None if indices else _shape_of((args, kwargs))
-        known = self._known.get(shape) if shape is not None else None
-        if known is not None:
-            paths = {name: self.paths[name] for name in known.values}
-            paths.update((name, self.paths[name]) for name in known.given)
-            for name, value in observations.items():
-                _require_observation(name, value, self._shapes[shape].get(name))
-            values: dict[str, Any] = {**get_arguments(model, paths, args, kwargs), **observations}
-            given = {name: values[name] for name in self.optional if name in values}
-            return replace(known, values=values, given=given)
 
-        point = _FeasiblePoint(indices or {}, self.like)
-        try:
-            trace = self._shadow(model, args, kwargs, point)
-        except Exception as error:
-            refuse_empty_plates(error)
-            self._require_one_device(model, args, kwargs, error)
-            if isinstance(error, ValueError) and not isinstance(error, GraphflowsError):
-                what = f"the model fails, {str(error).splitlines()[0].rstrip(':.')}."
-                blame_missing_entries(model, args, kwargs, what, error)
-            # Without any arguments the plates are as at set-up, if the guide needs no more.
-            if args or kwargs or indices:
-                raise
-            if not self.readers and self._at_set_up is not None:
-                return self._at_set_up
-            raise self._without_data(list(self.readers)) from error
-        plates = plates_of(trace)
-        taken = self._rows_taken(model, args, kwargs, plates)
-        if self._unverified:
-            self._verify(trace)
-        values = {}
-        missing = []
-        nodes: Any = trace.nodes
-        shapes = {name: nodes[name]["fn"].shape() for name in self.observed if name in nodes}
+    def _read_arguments(
+        self,
+        shape: Hashable,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        observations: Mapping[str, Tensor],
+    ) -> Call:
+        """Return a call of a kind of which the arguments are known to say all, without a run of the model."""
+        known = self._known[shape]
+        paths = {name: self.paths[name] for name in known.values}
+        paths.update((name, self.paths[name]) for name in known.given)
+        for name, value in observations.items():
+            _require_observation(name, value, self._shapes[shape].get(name))
+        values: dict[str, Any] = {**get_arguments(model, paths, args, kwargs), **observations}
+        given = {name: values[name] for name in self.optional if name in values}
+        return replace(known, values=values, given=given)
+
+    def _without_run(
+        self, error: Exception, model: Callable[..., Any], args: Any, kwargs: Any, says_plates: bool
+    ) -> Call:
+        """Return the call at set-up where a model fails without arguments, if the guide needs no more; else say why."""
+        refuse_empty_plates(error)
+        self._require_one_device(model, args, kwargs, error)
+        if isinstance(error, ValueError) and not isinstance(error, GraphflowsError):
+            what = f"the model fails, {str(error).splitlines()[0].rstrip(':.')}."
+            blame_missing_entries(model, args, kwargs, what, error)
+        if says_plates:
+            raise error
+        if not self.readers and self._at_set_up is not None:
+            return self._at_set_up
+        raise self._without_data(list(self.readers)) from error
+
+    def _observed_values(
+        self, nodes: Any, observations: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]
+    ) -> dict[str, Any]:
+        """Return the values of observed sites: those given, or else the model's."""
         for name in shapes:
             if name not in self.loose:
-                _require_plates(name, trace.nodes[name])
+                _require_plates(name, nodes[name])
+        values: dict[str, Any] = {}
+        missing = []
         for name in self.observed:
             if name in observations:
                 _require_observation(name, observations[name], shapes.get(name))
                 values[name] = observations[name]
-            elif name in trace and trace.nodes[name]["is_observed"]:
-                values[name] = trace.nodes[name]["value"]
-                require_shape(name, trace.nodes[name])
+            elif name in nodes and nodes[name]["is_observed"]:
+                values[name] = nodes[name]["value"]
+                require_shape(name, nodes[name])
             elif name in self.readers:
                 missing.append(name)
         if missing:
             raise self._without_data(missing)
+        return values
+
+    def _require_same_sites(self, nodes: Any) -> None:
+        """Refuse a call in which the model has latent sites that it had not at set-up."""
         more = [
             name
-            for name, site in trace.nodes.items()
+            for name, site in nodes.items()
             if site["type"] == "sample"
             and not (site["is_observed"] or site_is_subsample(site) or name in self.known)
         ]
@@ -479,25 +553,19 @@ class CallReader:
                 "Expected the latent sites that the model had when the guide was set up; this call has "
                 f"{', '.join(more)} as well. Models whose sites come and go need one guide for each set of sites."
             )
-        for name in self.inputs:
-            value = argument_in_trace(model, self.paths[name], args, kwargs, trace)
-            if value is None and name in self.readers:
-                raise self._without_data([name])
-            if value is not None:
-                value = take_rows(name, value, self.rows.get(name, {}), taken.get(name, {}), plates)
-                values[name] = self.encodings.input_value(name, arranged(value, self.places.get(name, ())))
-        partly = self.encodings.partly
-        for name in partly:
-            if name in trace and name in values:
-                values[name] = self.encodings.masked_value(name, values[name], site_mask(trace.nodes[name]))
-        masks: dict[str, Tensor | bool] = {}
-        scales, supports, given = {}, {}, {}
+
+    def _in_force(
+        self, nodes: Any, observations: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Return the masks, scales and supports in force at sites of a run, and the data of optional sites."""
+        masks, scales, supports, given = {}, {}, {}, {}
         for name in self.observed if self.keep_masks else ():
-            mask = site_mask(trace.nodes[name]) if name in trace and name not in partly else None
+            known = name in nodes and name not in self.encodings.partly
+            mask = site_mask(nodes[name]) if known else None
             if mask is not None:
                 masks[name] = mask
         for name in self.latent:
-            site: Any = trace.nodes.get(name)
+            site: Any = nodes.get(name)
             if site is None:
                 raise UnsupportedModelError(
                     f"Expected the latent site {name!r} that the model had when the guide was set up; it is not in "
@@ -517,14 +585,7 @@ class CallReader:
             if not _is_one(scale):
                 scales[name] = scale
             supports[name] = site["fn"].support
-        self._find_paths(given, model, args, kwargs)
-        self._say_what_is_new(model, args, kwargs, trace)
-        call = Call(values, plates, masks, scales, supports, given, _has_part_of_a_loop(trace))
-        self._unverified = False
-        varies = call.in_part or bool(point.given)
-        if shape is not None and not varies and self._arguments_say_all(call, model, args, kwargs):
-            self._known[shape], self._shapes[shape] = call, shapes
-        return call
+        return masks, scales, supports, given
 
     def _say_what_is_new(
         self, model: Callable[..., Any], args: Any, kwargs: Any, trace: poutine.Trace
@@ -550,6 +611,18 @@ class CallReader:
                     GraphflowsWarning,
                     stacklevel=4,
                 )
+
+    def at_values(
+        self,
+        call: Call,
+        model: Callable[..., Any],
+        arguments: tuple[tuple[Any, ...], dict[str, Any]],
+        latents: Mapping[str, Tensor],
+        names: Sequence[str],
+    ) -> Call:
+        """Return a call with the supports of some sites as they are given the values of others, sampled so far."""
+        supports = self.supports_given(model, *arguments, latents, call.indices)
+        return replace(call, supports={**call.supports, **{name: supports[name] for name in names}})
 
     def supports_given(
         self,

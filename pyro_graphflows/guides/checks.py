@@ -27,7 +27,7 @@ from pyro_graphflows.guides.call import site_mask
 from pyro_graphflows.guides.guide import AutoFaithfulGuide
 from pyro_graphflows.inspect import is_transparent, kept_random_state, seed_random_state
 from pyro_graphflows.inspect.arguments import argument_leaves, outside_tensors, with_tensors
-from pyro_graphflows.inspect.probes import (
+from pyro_graphflows.inspect.model_graph import (
     REMEDY_ROWS,
     REMEDY_STRUCTURE,
     changes_of_data,

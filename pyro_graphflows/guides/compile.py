@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
-from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.graphs.order_search import AutoOrder
+from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph
 from pyro_graphflows.guides.call import (
     CallReader,
     PlateState,
@@ -33,9 +32,8 @@ from pyro_graphflows.guides.call import (
 from pyro_graphflows.guides.conditionals.contract import ElementParents, Family, SiteRole
 from pyro_graphflows.guides.conditionals.factors import ElementNormalFactor, Factor, NormalFactor
 from pyro_graphflows.guides.conditionals.pooling import Attention, DeepSet
-from pyro_graphflows.guides.conditionals.site_priors import is_normal_unconstrained
 from pyro_graphflows.guides.families import MOST_GLOBALS, Auto, Normal, Spline
-from pyro_graphflows.guides.fusion import FusionQuestion, plan_fusion, sites_of_scales
+from pyro_graphflows.guides.fusion import Fusion, FusionQuestion, plan_fusion, sites_of_scales
 from pyro_graphflows.guides.inputs import InputOptions, InputPlan, plan_inputs, sites_concerned
 from pyro_graphflows.guides.orders import (
     NAMED_INVERSES,
@@ -72,15 +70,17 @@ from pyro_graphflows.guides.sites import (
     flatten_event,
     input_encodings,
     is_constant,
+    is_normal_unconstrained,
     latent_sites,
     outside_of_support,
 )
+from pyro_graphflows.guides.summed_sites import SummedSite, sites_to_sum
 from pyro_graphflows.guides.vectors import VectorOptions, Vectors, hold_vectors, parents_in_chain
 from pyro_graphflows.inspect import TracedModel, non_exchangeable_plates, seed_random_state, trace_model
-from pyro_graphflows.inspect.arguments import argument_leaves, require_rereadable
-from pyro_graphflows.inspect.graph import split_elements
+from pyro_graphflows.inspect.arguments import argument_leaves, is_outside, require_rereadable
+from pyro_graphflows.inspect.elements import split_elements
+from pyro_graphflows.inspect.model_graph import OTHER_SEED, changes
 from pyro_graphflows.inspect.neighbours import Chain, find_chain
-from pyro_graphflows.inspect.probes import OTHER_SEED, Rerun, changes
 from pyro_graphflows.inspect.runs import (
     log_density_at,
     quiet_run,
@@ -88,7 +88,7 @@ from pyro_graphflows.inspect.runs import (
     run_model,
     undressed,
 )
-from pyro_graphflows.inspect.trace import trace_once
+from pyro_graphflows.inspect.trace import Rerun, trace_once
 
 __all__ = ["Compiled", "GuideOptions", "compile_guide"]
 
@@ -126,7 +126,14 @@ class GuideOptions:
         if isinstance(self.optional, str) or not all(isinstance(name, str) for name in self.optional):
             raise GraphflowsError(f"Expected optional=[names of sites]; got {self.optional!r}.")
         object.__setattr__(self, "optional", tuple(dict.fromkeys(self.optional)))
-        _ = self.vectors  # refuses what cannot be
+        if self.resolution not in ("auto", "site", "element"):
+            raise GraphflowsError(
+                f"Expected resolution='auto', 'site' or 'element'; got {self.resolution!r}."
+            )
+        if self.rank is not None and self.rank < 1:
+            raise GraphflowsError(f"Expected rank >= 1, or None to choose; got {self.rank}.")
+        if self.budget is not None and self.budget < 1:
+            raise GraphflowsError(f"Expected budget >= 1 weights, or None to choose; got {self.budget}.")
         if self.optional and self.resolution == "element":
             raise GraphflowsError("Expected resolution='auto' or 'site' with optional= sites.")
         if self.init not in INITS:
@@ -176,11 +183,6 @@ class GuideOptions:
                 "Expected a family that can give each element parents of its own, 'normal' or 'flow', with "
                 f"resolution='element'; got {self.family!r}."
             )
-
-    @property
-    def vectors(self) -> VectorOptions:
-        """How long vectors are held."""
-        return VectorOptions(self.resolution, self.rank, self.budget)
 
     @property
     def deepset(self) -> DeepSet | None:
@@ -308,13 +310,17 @@ def compile_guide(
         inverse = outside_of_loops(inverse, traced.graph)
     plates = plates_of(traced.trace)
     uneven = non_exchangeable_plates(model, args, kwargs, traced=traced) if plates else {}
+    outside = [name for name in traced.graph.inputs if is_outside(traced.argument_paths[name])]
+    by_rows: Mapping[str, tuple[str, ...]] = {}
+    if any(traced.graph.plates[name] for name in outside) and options.pool is None:
+        by_rows = non_exchangeable_plates(model, args, kwargs, traced=traced, known_rows=True)
     inputs = plan_inputs(
         inverse,
         plates,
         encodings.event_dims,
         traced.index_inputs,
         _input_options(options, found, sites),
-        sites_concerned(inverse, uneven),
+        sites_concerned(inverse, uneven).with_known_rows(inverse, by_rows, outside, plates),
     )
     role_facts = _roles(options, sites, inverse.graph, traced, scales)
     families, keys = _families(options, sites, inputs, inverse.graph.plates, vectors.long, role_facts)
@@ -326,13 +332,15 @@ def compile_guide(
     excluded.update(dict.fromkeys(vectors.ranks, "its covariance is of low rank"))
     excluded.update(dict.fromkeys(vectors.chains, "its precision is banded"))
     indices = {name: plate.indices for name, plate in plates.items() if plate.indices is not None}
+    summed = _summed(options, inverse, inputs, sites, families, encodings.event_dims)
     fusion = plan_fusion(
         FusionQuestion(
-            *(model, (args, kwargs), traced, sites, families, inverse, blocks, enumerated, excluded, indices)
+            *(model, (args, kwargs), traced, sites, families, inverse, blocks, enumerated, excluded, indices),
+            summed=summed,
         )
     )
     fused = fusion.priors.sites
-    blocks = tuple(replace(b, fused=tuple(site for site in b.sites if site in fused)) for b in blocks)
+    blocks = _with_fusion(blocks, fusion, summed)
     readers = readers_of(blocks, inverse.graph.latent)
     other_rows = _read_other_rows(readers, traced, strict=options.strict)
     keep_masks = any(node.summary for block in blocks for node in block.context)
@@ -369,7 +377,7 @@ def compile_guide(
             families,
             sites,
             mean_field_condition(inverse.graph, inverse),
-            {*vectors.ranks, *vectors.chains, *fused},
+            {*vectors.ranks, *vectors.chains, *(fused - fusion.only_summed)},
         ),
         priors=fusion.priors,
         labels=_labels(options, sites, enumerated, vectors, families),
@@ -395,6 +403,38 @@ def compile_guide(
 
 
 # ---------------------------------------------------------------- steps
+
+
+def _summed(
+    options: GuideOptions,
+    inverse: InverseGraph,
+    inputs: InputPlan,
+    sites: Mapping[str, LatentSite],
+    families: Mapping[str, Family],
+    readable: Collection[str],
+) -> dict[str, SummedSite]:
+    """Return the sites that may have one factor for each element of a plate."""
+    deepset = options.deepset
+    if deepset is None or not deepset.sums or options.features != "raw" or options.embedding:
+        return {}
+    scalars = [name for name in _scalars(sites) if families[name].can_fuse and name not in options.optional]
+    return sites_to_sum(inverse, inputs, scalars, readable)
+
+
+def _with_fusion(
+    blocks: Sequence[BlockPlan], fusion: Fusion, summed: Mapping[str, SummedSite]
+) -> tuple[BlockPlan, ...]:
+    """Return the blocks with the sites that are fused, and those that may have factors of elements."""
+    found = []
+    for block in blocks:
+        fused = tuple(site for site in block.sites if site in fusion.priors.sites)
+        own = {
+            site: replace(summed[site], only_summed=site in fusion.only_summed)
+            for site in fused
+            if site in summed
+        }
+        found.append(replace(block, fused=fused, summed=own))
+    return tuple(found)
 
 
 def _embedded(
@@ -498,7 +538,8 @@ def _hold_vectors(
     """Decide how long vectors are held; element by element only where one elimination order serves all sites."""
     free = [name for name in sites if name not in options.factors]
     own = {name: sites[name] for name in free if options.family.has_vectors}
-    if options.resolution == "element" or not own:
+    has_vectors = any(site.encoding is None and site.size > 1 for site in own.values())
+    if options.resolution == "element" or not has_vectors:
         return Vectors(found)
     apart = not (
         changing
@@ -508,8 +549,9 @@ def _hold_vectors(
         or found.inverse.order in ("stochastic", "mean_field", "custom")
         or any(site.encoding is not None for site in sites.values())
     )
+    asked = VectorOptions(options.resolution, options.rank, options.budget)
     full_size = options.family.full_size
-    return hold_vectors(found, own, options.vectors, full_size, by_element if apart else None, as_chains)
+    return hold_vectors(found, own, asked, full_size, by_element if apart else None, as_chains)
 
 
 def _as_chains(

@@ -18,7 +18,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.graphs.structures import ModelGraph
 from pyro_graphflows.guides.call import Call
 from pyro_graphflows.guides.plan import Plan
 from pyro_graphflows.inspect.arguments import ArgumentPath
@@ -92,6 +92,20 @@ class FittedData:
             },
             self.partial,
         )
+
+    def sites_of_new_data(
+        self, now: CallData, plan: Plan, paths: Mapping[str, ArgumentPath], sites: Iterable[str]
+    ) -> tuple[str, ...]:
+        """Return those of some sites that would read other data in a call, compared no more often than need be.
+
+        Data that were found to be the same are not compared again; see :meth:`sites_of_other_data`.
+        """
+        if self.is_known(now.leaves) and not now.observations:
+            return ()
+        found = self.sites_of_other_data(now, plan, paths, sites, always=False)
+        if not found and not now.observations:
+            self.take_as_known(now.leaves)
+        return found
 
     def sites_of_other_data(
         self,

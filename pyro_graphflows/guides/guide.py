@@ -5,7 +5,6 @@ a call:  read it; for each block, level by level: conditionals, emitted at their
 """
 
 import copy
-import inspect
 import logging
 import os
 import time
@@ -24,16 +23,19 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
-from torch.distributions import biject_to
 
-from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
-from pyro_graphflows.graphs.model_graph import ModelGraph
-from pyro_graphflows.guides.block import GuideBlock
+from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
+from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph
+from pyro_graphflows.guides.block import GuideBlock, ShownParameters
 from pyro_graphflows.guides.call import Call, CallReader, PlateState, chosen_indices, site_mask
 from pyro_graphflows.guides.compile import GuideOptions, compile_guide
 from pyro_graphflows.guides.conditionals.contract import Family
-from pyro_graphflows.guides.conditionals.distributions import CopiedValue, DrawnOrGiven, site_distribution
+from pyro_graphflows.guides.conditionals.distributions import (
+    CopiedValue,
+    DrawnOrGiven,
+    centre_of,
+    site_distribution,
+)
 from pyro_graphflows.guides.conditionals.elements import (
     WithNewElements,
     beyond_fitted,
@@ -43,17 +45,15 @@ from pyro_graphflows.guides.conditionals.elements import (
 from pyro_graphflows.guides.conditionals.factors import Factor
 from pyro_graphflows.guides.conditionals.model_conditionals import ModelConditionals
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
-from pyro_graphflows.guides.conditionals.site_priors import SitePrior
 from pyro_graphflows.guides.families import make_family
 from pyro_graphflows.guides.files import write_guide
 from pyro_graphflows.guides.fitted_data import CallData, FittedData
 from pyro_graphflows.guides.orders import Inverse
-from pyro_graphflows.guides.parameters import ShownParameters
 from pyro_graphflows.guides.plan import Description, Plan
 from pyro_graphflows.guides.priors import PriorReader
 from pyro_graphflows.guides.samples import Samples
 from pyro_graphflows.guides.scores import ScoreReader
-from pyro_graphflows.guides.sites import LatentSite, is_constant
+from pyro_graphflows.guides.sites import LatentSite, SitePrior, is_constant, require_inside
 from pyro_graphflows.guides.start import Trial, start_guide
 from pyro_graphflows.guides.transport import Transport
 from pyro_graphflows.infer.posterior import Posterior, sample_posterior
@@ -79,23 +79,6 @@ class AutoFaithfulGuide(AutoGuide):
     Args:
         model: The model.
         family: See :func:`~pyro_graphflows.guides.auto_faithful_guide`, also for all other options.
-        inverse: What each site is conditioned on.
-        pool: How data in inner plates reach the sites outside of them.
-        init: ``"auto"``, ``"regression"``, ``"prior"`` or ``"random"``.
-        factors: Factor classes and families of single sites.
-        standardize: Whether inputs and outputs of the networks are standardised.
-        num_start_samples: The number of joint samples of the model that are drawn at set-up.
-        strict: Whether to refuse models whose dependencies cannot be traced in full.
-        resolution: ``"auto"``, ``"site"`` or ``"element"``.
-        rank: The rank of the covariance of long vectors beside its diagonal.
-        budget: The most weights of one site.
-        coupled_rank: The rank of the dependence of copies that are drawn jointly.
-        enumerate_sites: Discrete sites that are marked for ``TraceEnum_ELBO``.
-        init_values: Values at which single sites start.
-        setup_seed: The seed of everything random at set-up; the caller's random state is neither used nor advanced.
-        optional: Sites that have data in some calls, in the order in which they are sampled where they have none.
-        features: ``"raw"``, ``"score"`` or ``"auto"``.
-        embedding: Networks of wide data.
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
             that returns plates that exist already, for subsampling.
 
@@ -281,7 +264,8 @@ class AutoFaithfulGuide(AutoGuide):
             verbose: Whether to add how the networks start, with figures of joint samples. All else follows from the
                 model and the call.
         """
-        return self.plan.describe((*self._notes, *(self._start_notes if verbose else ())))
+        summed = [site for block in self._all_blocks() for site in block.site_elements()]
+        return self.plan.describe((*self._notes, *(self._start_notes if verbose else ())), summed)
 
     # ---------------------------------------------------------------- a call
 
@@ -329,18 +313,20 @@ class AutoFaithfulGuide(AutoGuide):
         of_call = None
         if plan.priors.sites:
             if self._priors is None:
-                self._priors = PriorReader(plan.priors, self._sites)
-            of_call = self._priors.begin(self.model, self._for_priors(args, kwargs), call, observations)
+                self._priors = PriorReader(plan.priors, self._sites, self._setup_call)
+            of_call = self._priors.begin(self.model, (args, kwargs), call, observations)
         blocks: Any = self._modules["blocks"]  # not self.blocks: forward has shown the parameters to Pyro
         for block, block_plan in zip(blocks, plan.blocks, strict=True):
             conditionals = block.begin(call, unconstrained)
             new = beyond_fitted(block.spec.plates, call.plates) if block_plan.per_element else None
             for level in block_plan.levels:
-                if plan.changing and any(name in plan.changing for name in level):
-                    call = self._with_supports(call, args, kwargs, values, level)
+                changing = [name for name in level if name in plan.changing] if plan.changing else []
+                if changing:
+                    call = self._reader.at_values(call, self.model, (args, kwargs), values, changing)
                 beyond = [] if new is None else [name for name in level if name in block_plan.per_element]
                 fuses = block.conditionals.fuses
                 priors = {} if of_call is None else of_call.before(values, self._fuses)
+                priors = block.beside_elements(priors, level, call, unconstrained)
                 model = self._model_conditionals(beyond, block, call, (args, kwargs), values, observations)
                 with ExitStack() as stack:
                     for name in block_plan.plates:
@@ -366,8 +352,7 @@ class AutoFaithfulGuide(AutoGuide):
         self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], values: Mapping[str, Tensor]
     ) -> None:
         """Emit the model's Delta sites at their values in the model: TraceMeanField_ELBO looks for all of its sites."""
-        indices = {name: plate.indices for name, plate in call.plates.items() if plate.indices is not None}
-        copies = self._reader.copies_given(self.model, args, kwargs, values, indices, self.plan.copies)
+        copies = self._reader.copies_given(self.model, args, kwargs, values, call.indices, self.plan.copies)
         for name, site in copies.items():
             frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
             mask: Any = site_mask(site)
@@ -394,34 +379,20 @@ class AutoFaithfulGuide(AutoGuide):
             site,
             conditional,
             call.supports[name],
-            analytic_kl=self.plan.analytic_kl[name],
+            analytic_kl=self.plan.analytic_kl[name] and prior is None,
             dtype=None if site.encoding is None else block.dtype,
             coordinate=None if prior is None else prior.transform,
         )
 
-    def _for_priors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-        """Return the arguments for runs of the model that give priors: those of set-up in a call without any.
-
-        Raises:
-            UnsupportedModelError: If there are none.
-        """
-        if args or kwargs:
-            return args, kwargs
-        if self._setup_call is not None:
-            return self._setup_call
-        try:
-            inspect.signature(self.model).bind()
-        except (TypeError, ValueError) as error:
-            raise UnsupportedModelError(
-                f"Expected the model's arguments: {', '.join(sorted(self.plan.priors.sites))} are fused with their "
-                "priors, which a run of the model gives, and a loaded guide holds no data. Call it with them, as in "
-                "guide.median(*args)."
-            ) from error
-        return args, kwargs
-
     def _fuses(self, name: str) -> bool:
+        return any(
+            name in block.plan.fused and block.conditionals.fuses(name) for block in self._all_blocks()
+        )
+
+    def _all_blocks(self) -> list[GuideBlock]:
+        """Return the blocks, without showing their parameters to Pyro."""
         blocks: Any = self._modules["blocks"]
-        return any(name in block.plan.fused and block.conditionals.fuses(name) for block in blocks)
+        return list(blocks)
 
     def _emit_site(self, name: str, fn: dist.TorchDistribution, call: Call, emit: Emit) -> Tensor:
         """Emit a distribution at its site, with the model's mask and scale; return the value."""
@@ -438,14 +409,7 @@ class AutoFaithfulGuide(AutoGuide):
     ) -> Call:
         """Read the call, and compute the score features that sites read."""
         call = self._read(args, kwargs, observations)
-        if self.scores is None:
-            return call
-        missing = [name for name in self.scores.observed if name not in call.values]
-        if missing:
-            raise UnsupportedModelError(
-                f"Expected data of {', '.join(missing)}, whose scores sites read (features=); this call has none."
-            )
-        return replace(call, scores=self.scores.in_call(call, self.model, args, kwargs))
+        return call if self.scores is None else self.scores.added_to(call, self.model, args, kwargs)
 
     def _read(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], observations: Mapping[str, Tensor] | None
@@ -466,16 +430,12 @@ class AutoFaithfulGuide(AutoGuide):
         }
         call = self._reader.read(self.model, args, kwargs, observations, indices)
         if call.given:
-            self._require_served(call)
-        self.plates = dict(existing)
-        for name, state in sorted(call.plates.items()):
-            if name not in self.plates:
-                if state.indices is None:
-                    self.plates[name] = pyro.plate(name, state.full_size, dim=state.dim)
-                else:
-                    self.plates[name] = pyro.plate(
-                        name, state.full_size, subsample=state.indices, dim=state.dim
-                    )
+            call.require_given_in_support()
+            observed = frozenset(call.given)
+            if observed not in self._served:
+                self.plan.require_served(observed)
+                self._served.add(observed)
+        self.plates = call.make_plates(existing)
         return call
 
     def _model_conditionals(
@@ -506,44 +466,8 @@ class AutoFaithfulGuide(AutoGuide):
                 GraphflowsWarning,
                 stacklevel=7,
             )
-        indices = {name: plate.indices for name, plate in call.plates.items() if plate.indices is not None}
         conditionals = ModelConditionals(self.model)
-        return conditionals(sites, *arguments, latents=values, observed=observations, indices=indices)
-
-    def _require_served(self, call: Call) -> None:
-        """Refuse data that are not in a site's support, and a pattern of optional sites that is not faithful."""
-        for name, value in call.given.items():
-            if not bool(call.supports[name].check(value).all()):
-                raise GraphflowsError(
-                    f"Expected data of {name!r} in its support, {call.supports[name]}; some are not, or are NaN. "
-                    "Entries that are missing within a site are for pyro.sample(..., obs_mask=...)."
-                )
-        observed = frozenset(call.given)
-        if observed in self._served:
-            return
-        missing = self.plan.missing_with(observed)
-        if missing:
-            site, other = missing[0]
-            raise UnsupportedModelError(
-                f"Expected data for {site!r} too where there are some for {other!r}: {site!r} depends on it, and is "
-                f"sampled before {other!r} without looking at it. Name the optional sites in another order "
-                f"(optional={[other, site]}), or set up a guide of its own for such calls."
-            )
-        self._served.add(observed)
-
-    def _with_supports(
-        self,
-        call: Call,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        latents: Mapping[str, Tensor],
-        level: Sequence[str],
-    ) -> Call:
-        """Return the call with the supports of a level's sites as they are given the values sampled so far."""
-        indices = {name: plate.indices for name, plate in call.plates.items() if plate.indices is not None}
-        supports = self._reader.supports_given(self.model, args, kwargs, latents, indices)
-        changed = {name: supports[name] for name in level if name in self.plan.changing}
-        return replace(call, supports={**call.supports, **changed})
+        return conditionals(sites, *arguments, latents=values, observed=observations, indices=call.indices)
 
     def _take_blocks(self, blocks: nn.ModuleList) -> None:
         self.blocks = blocks
@@ -627,14 +551,9 @@ class AutoFaithfulGuide(AutoGuide):
         sites = [] if fitted is None else [site for site in self._per_element() if site not in self._warned]
         if fitted is None or not sites or not any(name in call.values for name in self.plan.graph.observed):
             return
-        leaves = argument_leaves(self.model, args, kwargs)
-        if fitted.is_known(leaves) and not observations:
-            return
-        now = CallData(call, leaves, observations or {})
-        found = fitted.sites_of_other_data(now, self.plan, self._reader.paths, sites, always=False)
+        now = CallData(call, argument_leaves(self.model, args, kwargs), observations or {})
+        found = fitted.sites_of_new_data(now, self.plan, self._reader.paths, sites)
         if not found:
-            if not observations:
-                fitted.take_as_known(leaves)
             return
         self._warned.update(found)
         warnings.warn(
@@ -669,14 +588,14 @@ class AutoFaithfulGuide(AutoGuide):
         if not missing:
             for name, value in given.items():
                 if is_constant(self._sites[name].support):
-                    _require_inside(name, value, self._sites[name].support)
+                    require_inside(name, value, self._sites[name].support)
             with poutine.block():
                 trace = poutine.trace(poutine.condition(self, data=given)).get_trace(*args, **kwargs)
             nodes: Any = trace.nodes
             names = [name for name in self.plan.graph.latent if name in nodes]
             missing = set(names) - set(given)
             for name in self.plan.changing:
-                _require_inside(name, given[name], nodes[name]["fn"].support)
+                require_inside(name, given[name], nodes[name]["fn"].support)
         if missing:
             raise GraphflowsError(
                 f"Expected a value for every latent site; missing: {', '.join(sorted(missing))}."
@@ -702,7 +621,7 @@ class AutoFaithfulGuide(AutoGuide):
         observations = kwargs.pop("observations", None)
         self._ensure_set_up(args, kwargs)
         with torch.no_grad(), poutine.block():
-            values = self._run(args, kwargs, observations, _centre)
+            values = self._run(args, kwargs, observations, lambda _, fn, **__: centre_of(fn))
         return {name: self._in_plates(name, value) for name, value in values.items()}
 
     def _in_plates(self, name: str, value: Tensor) -> Tensor:
@@ -899,7 +818,8 @@ class AutoFaithfulGuide(AutoGuide):
 
         Args:
             site: A latent site that is fused with its prior; ``describe()`` says which are.
-            weights: See :meth:`set_linear_`.
+            weights: See :meth:`set_linear_`. Of a site with one factor for each element of a plate they are those
+                of each of these factors.
             intercept: The location where all parents are zero, shape ``(size,)``.
             scale: The scale, or a lower triangular square root of the covariance, shape ``(size, size)``.
 
@@ -1129,26 +1049,6 @@ class _Trial(Trial):
         with pyro.plate("_pyro_graphflows_draws", number, dim=dim):
             self.guide._run(*self.call, None, pyro.sample, flat)
         return flat
-
-
-def _centre(name: str, fn: Any, **_: Any) -> Tensor:
-    while hasattr(fn, "base_dist") and not hasattr(fn, "centre"):
-        if isinstance(fn, dist.Independent):
-            break
-        fn = fn.base_dist
-    centre: Tensor = fn.centre() if hasattr(fn, "centre") else fn.mean
-    return centre
-
-
-def _require_inside(name: str, value: Tensor, support: Any) -> None:
-    inside = torch.as_tensor(support.check(value))
-    # Beside it by rounding, as sums of probabilities are, does no harm.
-    harmless = not support.is_discrete and bool(biject_to(support).inv(value).isfinite().all())
-    if not (harmless or bool(inside.all())):
-        raise GraphflowsError(
-            f"Expected values of {name!r} in its support, {support}; {int((~inside).sum())} of {inside.numel()} are "
-            "outside of it or NaN."
-        )
 
 
 def _sum_rightmost(term: Tensor, depth: int) -> Tensor:

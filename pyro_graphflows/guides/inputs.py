@@ -11,21 +11,24 @@ A network that is shared along a plate takes the elements of the plate to be exc
 Constants of the model that vary along the plate and are no arguments (known standard errors in a closure) break that,
 and so do parameters of the model for each index, or a mask. Where they are is found by a probe
 (:func:`~pyro_graphflows.inspect.non_exchangeable_plates`); which latent sites they concern is read off the graph
-(:func:`sites_concerned`). Such a site has an affine map for each index beside the shared network. A site whose copies
-stay dependent across a plate (:mod:`~pyro_graphflows.guides.conditionals.coupled`) looks at the other elements of
-the plate too.
+(:func:`sites_concerned`). Such a site has an affine map for each index beside the shared network. So has one that reads
+covariates which are no arguments: the network sees their rows, but nothing that it could learn from few rows comes near
+maps that are exact for linear-Gaussian models. These maps hold for the rows that set-up had; with others the network
+stands alone. A site whose copies stay dependent across a plate
+(:mod:`~pyro_graphflows.guides.conditionals.coupled`) looks at the other elements of the plate too.
 """
 
+import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pyro_graphflows.errors import UnsupportedModelError
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
-from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.graphs.separation import violated_independencies
+from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph
 from pyro_graphflows.guides.call import PlateState
 
 __all__ = [
+    "MOST_INDICES",
     "Coupling",
     "InputOptions",
     "InputPlan",
@@ -41,6 +44,7 @@ MOST_ONE_BY_ONE = (
 )
 MOST_COUPLED_PAIRS = 128  # numbers up to which the dependence across a plate has a parameter for each pair
 DEFAULT_RANK = 4
+MOST_INDICES = 2000  # up to which there is a regression for each
 
 
 @dataclass(frozen=True)
@@ -110,10 +114,36 @@ class NonExchangeable:
     Attributes:
         own: For each such site, the plates around it for whose indices it needs something of its own.
         outside: For each such site that constants concern in plates it is not in, these plates.
+        at_rows: For each site that needs it because of inputs alone that are the same in every call, as long as nobody
+            changes them: these inputs.
     """
 
     own: dict[str, tuple[str, ...]] = field(default_factory=dict)
     outside: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    at_rows: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def with_known_rows(
+        self,
+        inverse: InverseGraph,
+        by_rows: Mapping[str, tuple[str, ...]],
+        inputs: Sequence[str],
+        plates: Mapping[str, PlateState],
+    ) -> "NonExchangeable":
+        """Return the same with sites that only inputs with known rows concern.
+
+        Args:
+            inverse: The guide's factorisation.
+            by_rows: What :func:`sites_concerned` takes, with the inputs counted as constants.
+            inputs: The inputs from outside of the call, whose rows stay.
+            plates: The plates at set-up.
+        """
+        own, at_rows = dict(self.own), {}
+        for site, around in sites_concerned(inverse, by_rows).own.items():
+            read = tuple(name for name in inputs if name in inverse.parents[site])
+            many = math.prod(plates[name].size for name in around) > MOST_INDICES
+            if site not in own and read and not many:
+                own[site], at_rows[site] = around, read
+        return replace(self, own=own, at_rows=at_rows)
 
 
 def sites_concerned(
@@ -201,6 +231,7 @@ class InputPlan:
         summaries: For each site that has some, its summaries.
         per_element: The sites with parameters for each element of their plates.
         non_exchangeable: The sites with a map for each index of some plates, and these plates.
+        at_rows: For those of them whose maps are made for the rows that some inputs have at set-up: these inputs.
         coupled: The sites whose copies are drawn jointly.
         remarks: Remarks on a site.
         missing: The dependences of the posterior that the guide will not have, each with what to do.
@@ -209,6 +240,7 @@ class InputPlan:
     summaries: dict[str, tuple[Summary, ...]] = field(default_factory=dict)
     per_element: frozenset[str] = frozenset()
     non_exchangeable: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    at_rows: dict[str, tuple[str, ...]] = field(default_factory=dict)
     coupled: dict[str, Coupling] = field(default_factory=dict)
     remarks: dict[str, tuple[str, ...]] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
@@ -244,6 +276,7 @@ def plan_inputs(
         planner.summaries,
         frozenset(planner.per_element),
         planner.constants.own,
+        planner.constants.at_rows,
         planner.coupled,
         remarks,
         tuple(planner.missing),
@@ -274,10 +307,13 @@ class _Planner:
         """Decide for one site."""
         remarks = self.remarks[site]
         if site in self.constants.own:
-            remarks.append(
-                f"a map of its own for each index of {', '.join(self.constants.own[site])}, along which constants or "
-                "parameters in the model vary (pass constants as arguments to share one)"
+            rows = ", ".join(self.constants.at_rows.get(site, ()))
+            why = (
+                f"for the rows of {rows} that set-up had, where that is better than one for all"
+                if rows
+                else "along which constants or parameters in the model vary (pass constants as arguments to share one)"
             )
+            remarks.append(f"a map of its own for each index of {', '.join(self.constants.own[site])}, {why}")
         coupling = self._coupled_plates(site)
         parents = self.inverse.parents[site]
         pooled = [parent for parent in parents if self.inverse.how[parent, site] == "pooled"]

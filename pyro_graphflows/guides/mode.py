@@ -37,7 +37,6 @@ from torch.distributions import biject_to
 
 from pyro_graphflows.distributions.coordinates import gaussian_coordinate
 from pyro_graphflows.errors import UnsupportedModelError
-from pyro_graphflows.guides.conditionals.site_priors import is_moderate
 from pyro_graphflows.guides.minimize import (
     LEAST_CURVATURE,
     hessian_at,
@@ -46,6 +45,7 @@ from pyro_graphflows.guides.minimize import (
     newton,
     scaled_eigenvalues,
 )
+from pyro_graphflows.guides.sites import is_moderate
 from pyro_graphflows.inspect import TracedModel, undressed
 from pyro_graphflows.inspect.runs import kept_buffers
 

@@ -56,15 +56,14 @@ import torch
 from torch import Tensor
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.inversion import (
     faithful_inverse,
     fully_connected_inverse,
     mean_field_inverse,
     stochastic_inverse,
 )
-from pyro_graphflows.graphs.model_graph import ModelGraph
 from pyro_graphflows.graphs.order_search import AutoOrder
+from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph
 from pyro_graphflows.guides.call import input_rows, plates_of
 from pyro_graphflows.guides.plan import BlockPlan
 from pyro_graphflows.guides.samples import MOST_ROWS, ModelDraws, side_by_side
@@ -278,7 +277,7 @@ def outside_of_loops(inverse: InverseGraph, graph: ModelGraph) -> InverseGraph:
     How a parent enters is kept: what is in a loop is not there for sites outside of its iteration.
 
     Args:
-        inverse: An inverse in the plates of :func:`~pyro_graphflows.inspect.probes.with_loop_plates`.
+        inverse: An inverse in the plates of :func:`~pyro_graphflows.inspect.model_graph.with_loop_plates`.
         graph: The model graph.
     """
     coupled = {
@@ -542,7 +541,7 @@ def order_for_supports(inverse: InverseGraph, changing: Mapping[str, Collection[
         Sites to eliminate in turn; None if the inverse samples each site after those that bound it.
 
     Example:
-        >>> from pyro_graphflows.graphs.model_graph import ModelGraph
+        >>> from pyro_graphflows.graphs.structures import ModelGraph
         >>> graph = ModelGraph(["ab", "bx"], observed=["x"])
         >>> order_for_supports(faithful_inverse(graph, ["a", "b"]), {"b": ["a"]})
         ['b', 'a']
@@ -574,7 +573,7 @@ def order_for_hierarchies(inverse: InverseGraph, scales: Mapping[str, Collection
         Sites to eliminate in turn; None if that is how the inverse samples them.
 
     Example:
-        >>> from pyro_graphflows.graphs.model_graph import ModelGraph
+        >>> from pyro_graphflows.graphs.structures import ModelGraph
         >>> graph = ModelGraph(["ab", "sb", "bx"], observed=["x"])
         >>> order_for_hierarchies(faithful_inverse(graph, ["s", "b", "a"]), {"s": ["b"]})
         ['b', 'a', 's']
@@ -678,7 +677,7 @@ def smooth_order(inverse: InverseGraph, samples: Mapping[str, Tensor]) -> Invers
         The new inverse, of order ``"smooth"``; the given one where nothing is gained.
 
     Example:
-        >>> from pyro_graphflows.graphs.model_graph import ModelGraph
+        >>> from pyro_graphflows.graphs.structures import ModelGraph
         >>> graph = ModelGraph(["ac", "bc", "cx"], observed=["x"])
         >>> a, b, noise = 5 + torch.randn(5000, 1), torch.randn(5000, 1), 0.1 * torch.randn(2, 5000, 1)
         >>> c = a * b + noise[0]

@@ -18,10 +18,11 @@ from functools import cached_property
 
 import networkx as nx
 
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
-from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.graphs.separation import violated_independencies
+from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph
 from pyro_graphflows.guides.inputs import Coupling, InputPlan, Summary
+from pyro_graphflows.guides.summed_sites import SummedSite
 
 __all__ = [
     "BlockPlan",
@@ -103,8 +104,10 @@ class BlockPlan:
         per_element: The sites with parameters for each element of their plates, since some of their parents
             are in plates that they are not in.
         non_exchangeable: For sites that need an affine map for each index of some plates, these plates.
+        at_rows: For those of them whose maps hold for the rows that some inputs had at set-up: these inputs.
         coupled: The sites whose copies are drawn jointly across plates.
         fused: The sites whose conditionals are their priors times a factor.
+        summed: Those that may have one factor for each element of a plate instead.
     """
 
     plates: tuple[str, ...]
@@ -113,8 +116,15 @@ class BlockPlan:
     parents: Mapping[str, tuple[str, ...]]
     per_element: tuple[str, ...] = ()
     non_exchangeable: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    at_rows: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     coupled: Mapping[str, Coupling] = field(default_factory=dict)
     fused: tuple[str, ...] = ()
+    summed: Mapping[str, SummedSite] = field(default_factory=dict)
+
+    @property
+    def only_summed(self) -> frozenset[str]:
+        """The sites that are fused only if they have a factor for each element of a plate."""
+        return frozenset(site for site, each in self.summed.items() if each.only_summed)
 
     @cached_property
     def sites(self) -> tuple[str, ...]:
@@ -169,11 +179,12 @@ class Plan:
         ]
         return hashlib.sha256(repr(read).encode()).digest()
 
-    def describe(self, notes: Sequence[str] = ()) -> Description:
+    def describe(self, notes: Sequence[str] = (), summed: Collection[str] = ()) -> Description:
         """Return the plan in words: a line for each latent site, in sampling order, and what is not faithful.
 
         Args:
             notes: Further notes, of the start.
+            summed: The sites with one factor for each element of a plate.
         """
         inverse, graph = self.inverse, self.graph
         lines = [
@@ -190,9 +201,11 @@ class Plan:
             for depth, level in enumerate(block.levels):
                 for site in level:
                     looks = ", ".join(self._input(parent, site) for parent in inverse.parents[site])
-                    term = "analytic KL" if self.analytic_kl[site] else "sampled KL"
+                    fused = site in block.fused and (site not in block.only_summed or site in summed)
+                    term = "analytic KL" if self.analytic_kl[site] and not fused else "sampled KL"
                     kind = "per-element parameters" if site in block.per_element else "amortised"
-                    label = ", fused with its prior" if site in block.fused else ""
+                    label = ", fused with its prior" if fused else ""
+                    label += " and one factor for each element" if site in summed else ""
                     label += f", {self.labels[site]}" if site in self.labels else ""
                     lines.append(f"  level {depth}: {site} | {looks or 'nothing'}  [{kind}, {term}{label}]")
                     lines += [f"    {remark}" for remark in self.inputs.remarks.get(site, ())]
@@ -229,6 +242,24 @@ class Plan:
         return tuple(
             pair for pair in found if frozenset(pair) not in always and pair[0] not in self.inputs.per_element
         )
+
+    def require_served(self, observed: Collection[str]) -> None:
+        """Refuse a call in which some latent sites are observed if the guide is not faithful then.
+
+        Args:
+            observed: Sites that are latent in the plan and have data in a call.
+
+        Raises:
+            UnsupportedModelError: If a dependence is missing, beside those always missing.
+        """
+        missing = self.missing_with(observed)
+        if missing:
+            site, other = missing[0]
+            raise UnsupportedModelError(
+                f"Expected data for {site!r} too where there are some for {other!r}: {site!r} depends on it, and is "
+                f"sampled before {other!r} without looking at it. Name the optional sites in another order "
+                f"(optional={[other, site]}), or set up a guide of its own for such calls."
+            )
 
     def _missing_dependences(self) -> list[str]:
         missing = list(violated_independencies(self.judged or self.inverse))
@@ -344,6 +375,7 @@ def make_blocks(
                 non_exchangeable={
                     site: inputs.non_exchangeable[site] for site in depth if site in inputs.non_exchangeable
                 },
+                at_rows={site: inputs.at_rows[site] for site in depth if site in inputs.at_rows},
                 coupled={site: inputs.coupled[site] for site in depth if site in inputs.coupled},
             )
         )

@@ -6,6 +6,7 @@ early
 (:mod:`~pyro_graphflows.guides.conditionals.model_conditionals`).
 """
 
+import inspect
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,14 +15,16 @@ import torch
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
+from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.guides.call import Call, call_key
 from pyro_graphflows.guides.conditionals.model_conditionals import ModelConditionals
-from pyro_graphflows.guides.conditionals.site_priors import SitePrior, site_prior
 from pyro_graphflows.guides.plan import PriorPlan
-from pyro_graphflows.guides.sites import LatentSite
+from pyro_graphflows.guides.sites import LatentSite, SitePrior, site_prior
 from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = ["PriorReader", "PriorsOfCall", "read_priors"]
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 MOST_KEPT = 16  # kinds of calls whose constant priors are kept
 
@@ -32,24 +35,23 @@ class PriorReader:
     Args:
         plan: Which sites, and by which runs.
         sites: The latent sites.
+        at_set_up: The model's arguments at set-up, for calls without any; None in a guide that was loaded.
 
     Attributes:
         runs: How often the model was run.
     """
 
-    def __init__(self, plan: PriorPlan, sites: Mapping[str, LatentSite]) -> None:
-        self.plan, self.sites = plan, sites
+    def __init__(
+        self, plan: PriorPlan, sites: Mapping[str, LatentSite], at_set_up: Arguments | None = None
+    ) -> None:
+        self.plan, self.sites, self.at_set_up = plan, sites, at_set_up
         self.runs = 0
         self._kept: dict[Hashable, dict[str, SitePrior]] = {}
-
-    def forget(self) -> None:
-        """Forget the priors that are kept."""
-        self._kept = {}
 
     def begin(
         self,
         model: Callable[..., Any],
-        arguments: tuple[tuple[Any, ...], dict[str, Any]],
+        arguments: Arguments,
         call: Call,
         observations: Mapping[str, Tensor] | None,
     ) -> "PriorsOfCall":
@@ -60,8 +62,27 @@ class PriorReader:
             arguments: Its positional and its keyword arguments.
             call: The call as it was read.
             observations: Values of observed sites that replace those of the model.
+
+        Raises:
+            UnsupportedModelError: If the model needs arguments, and neither the call nor set-up has any.
         """
-        return PriorsOfCall(self, model, arguments, call, observations or {})
+        return PriorsOfCall(self, model, self._arguments(model, arguments), call, observations or {})
+
+    def _arguments(self, model: Callable[..., Any], of_call: Arguments) -> Arguments:
+        """Return the arguments for runs of the model: those of set-up in a call without any."""
+        if any(of_call):
+            return of_call
+        if self.at_set_up is not None:
+            return self.at_set_up
+        try:
+            inspect.signature(model).bind()
+        except (TypeError, ValueError) as error:
+            raise UnsupportedModelError(
+                f"Expected the model's arguments: {', '.join(sorted(self.plan.sites))} are fused with their priors, "
+                "which a run of the model gives, and a loaded guide holds no data. Call it with them, as in "
+                "guide.median(*args)."
+            ) from error
+        return of_call
 
     def kept(self, key: Hashable | None) -> dict[str, SitePrior] | None:
         """Return the constant priors of a kind of call, if they are known."""
@@ -81,7 +102,7 @@ class PriorsOfCall:
         self,
         reader: PriorReader,
         model: Callable[..., Any],
-        arguments: tuple[tuple[Any, ...], dict[str, Any]],
+        arguments: Arguments,
         call: Call,
         observations: Mapping[str, Tensor],
     ) -> None:
@@ -130,11 +151,10 @@ class PriorsOfCall:
         return priors
 
     def _run(self, wanted: Sequence[str], values: Mapping[str, Tensor]) -> dict[str, SitePrior]:
-        indices = {n: plate.indices for n, plate in self._call.plates.items() if plate.indices is not None}
         conditionals = ModelConditionals(self._model)
         found = read_priors(
             *(conditionals, wanted, self._arguments, self._reader.sites, self._reader.plan),
-            {"latents": values, "observed": self._observations, "indices": indices},
+            {"latents": values, "observed": self._observations, "indices": self._call.indices},
         )
         self._reader.runs += conditionals.runs
         return found
@@ -143,7 +163,7 @@ class PriorsOfCall:
 def read_priors(
     conditionals: ModelConditionals,
     wanted: Sequence[str],
-    arguments: tuple[tuple[Any, ...], dict[str, Any]],
+    arguments: Arguments,
     sites: Mapping[str, LatentSite],
     plan: PriorPlan,
     given: Mapping[str, Mapping[str, Tensor]],

@@ -40,6 +40,7 @@ from pyro_graphflows.guides.compile import Compiled, GuideOptions
 from pyro_graphflows.guides.conditionals.contract import Conditionals, LinearConditional
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
 from pyro_graphflows.guides.fused_rows import FusedRows, with_priors
+from pyro_graphflows.guides.inputs import MOST_INDICES
 from pyro_graphflows.guides.samples import Samples, columns_of
 from pyro_graphflows.guides.sites import LatentSite, concatenate
 from pyro_graphflows.regression import WINSOR, Moments, Regression, in_float64, location_and_scale
@@ -66,8 +67,8 @@ LEAST_ROWS = 20  # finite ones, without which there is no regression
 
 MOST_SQUARES = 3_000_000_000  # of features, over all rows of a regression
 ROWS_PER_FEATURE = 4  # at least, even so
+LEAST_GAIN = 0.01  # nats of an element, by which maps of their own must beat one that reads the covariates
 ROWS_PER_WEIGHT = 20  # with fewer joint samples of an index for each weight its map stays at the shared one
-MOST_INDICES = 2000
 MOST_PRODUCTS = 10_000_000_000  # for the moments by which inputs are whitened, which need no accuracy
 
 
@@ -192,12 +193,15 @@ def _start_blocks(
     }
     blocks, starts = [], []
     for plan in compiled.plan.blocks:
-        inputs, of_block = make_inputs(plan, samples, options.deepset or DeepSet(), options.embedding)
-        block = GuideBlock.make(plan, compiled.families[plan.sites[0]], inputs, of_block, further)
+        inputs, elements, of_block = make_inputs(
+            plan, samples, options.deepset or DeepSet(), options.embedding
+        )
+        block = GuideBlock.make(plan, compiled.families[plan.sites[0]], inputs, of_block, further, elements)
         start = start_block_(block, of_block, regression=regression)
         if regression:
             start_fields_(block, compiled)
         given = start_at_(block, of_block, options.init_values, compiled.plan.changing)
+        block.leave_out_unused_elements_()
         starts.append(replace(start, notes=(*start.notes, *given)))
         blocks.append(block)
     return blocks, starts
@@ -247,6 +251,10 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
         fused = FusedRows.of_block(plan, samples) if plan.fused else None
         if samples.standardize and fused is not None:
             fused.set_units_(conditionals)
+        if plan.at_rows:
+            aligned = samples.aligned(block.inputs.names)
+            context = block.inputs.features(concatenate([aligned[n][:1] for n in block.inputs.names]))
+            conditionals.keep_rows_(samples.plates, context[0])
         if regression:
             features = block.inputs.features(concatenate([samples.rows[n] for n in block.inputs.names]))
             finite = torch.isfinite(torch.cat([features, *latents.values()], -1)).all(-1)
@@ -502,8 +510,9 @@ def regress_(
     rows = rows[finite].clamp(-WINSOR, WINSOR)
     moments = Moments(rows)
     for site in conditionals.block.sites:
-        if fused is not None and site in fused.priors and conditionals.fuses(site):
-            fused.at(finite).fit_(conditionals, site, rows)
+        known = fused is not None and site in fused.priors
+        if fused is not None and known and (conditionals.fuses(site) or site in conditionals.block.summed):
+            fused.at(finite).fit_(conditionals, site, rows, moments)
         else:
             conditionals.regress_(site, rows, moments)
 
@@ -538,16 +547,30 @@ def conditionals_loss(
     Of fused sites, it is the density in the coordinates of their priors. With plates, parameters and maps of their
     elements count.
     """
+    return -sum(
+        float(each.mean()) for each in _log_probs(conditionals, context, values, fused, plates).values()
+    )
+
+
+@torch.no_grad()
+def _log_probs(
+    conditionals: Conditionals,
+    context: Tensor,
+    values: Mapping[str, Tensor],
+    fused: FusedRows | None,
+    plates: Mapping[str, PlateState] | None,
+) -> dict[str, Tensor]:
+    """Return ``log q`` of each site's unconstrained vectors, see :func:`conditionals_loss`."""
     evaluation = conditionals.begin(context, plates)
-    total = 0.0
+    found = {}
     for level in conditionals.block.levels:
         of_level = evaluation.next({} if fused is None else fused.priors)
         evaluation.accept({site: values[site] for site in level})
         for site, conditional in of_level.items():
             known = fused is not None and site in fused.values and conditionals.fuses(site)
             value = fused.values[site] if fused is not None and known else values[site]
-            total -= float(conditional.log_prob(value).mean())
-    return total
+            found[site] = conditional.log_prob(value)
+    return found
 
 
 # ---------------------------------------------------------------- one regression for each index
@@ -560,13 +583,37 @@ def _start_indices_(
     context: Tensor,
     values: Mapping[str, Tensor],
 ) -> list[str]:
-    """Start the maps that elements of a plate have of their own; say where that was not possible."""
-    return [
-        f"the maps of the indices of {', '.join(own)} for {site} start at one that is shared: "
-        "no regression of each was possible."
-        for site, own in own_maps.items()
-        if not _regress_indices_(conditionals, site, [plates[name] for name in own], context, values)
-    ]
+    """Start the maps that elements of a plate have of their own; say where that was not possible, or no use."""
+    notes = []
+
+    def log_prob(site: str) -> Tensor:
+        with_prior = [s for s in conditionals.block.sites if columns_of(s)[0] in values]
+        priors = FusedRows.of_sites(with_prior, values)
+        return _log_probs(conditionals, context, values, priors, plates)[site]
+
+    for site, own in own_maps.items():
+        around, by_rows = [plates[name] for name in own], site in conditionals.block.at_rows
+        shared = {key: value.clone() for key, value in conditionals.state_dict().items()} if by_rows else {}
+        before = log_prob(site) if by_rows else None
+        if not _regress_indices_(conditionals, site, around, context, values):
+            notes.append(
+                f"the maps of the indices of {', '.join(own)} for {site} start at one that is shared: "
+                "no regression of each was possible."
+            )
+            if by_rows:
+                conditionals.leave_out_maps_(site)  # the one reads the covariates
+        elif before is not None:
+            gain = float((log_prob(site) - before).clamp(-WINSOR, WINSOR).nanmean())
+            weights = len(conditionals.inputs_of(site)) + len(conditionals.columns[site])
+            chance = len(conditionals.columns[site]) * weights / len(context)  # Akaike
+            if not gain > LEAST_GAIN + chance:
+                conditionals.load_state_dict(shared)
+                conditionals.leave_out_maps_(site)
+                notes.append(
+                    f"{site} has no maps for the indices of {', '.join(own)}: one that reads "
+                    f"{', '.join(conditionals.block.at_rows[site])} is as good."
+                )
+    return notes
 
 
 @torch.no_grad()
@@ -578,6 +625,8 @@ def _regress_indices_(
     values: Mapping[str, Tensor],
 ) -> bool:
     """Set the maps of one site to the regressions within the indices; return whether that was possible."""
+    if any(plate.subsampled for plate in around):
+        return False  # of other indices there are no samples
     own, inputs = list(conditionals.columns[site]), conditionals.inputs_of(site)
     fused = [name for name in columns_of(site) if name in values and conditionals.fuses(site)]
     joint = _by_index(conditionals, around, context, values, fused)
@@ -600,6 +649,13 @@ def _regress_indices_(
         found = _with_shared_slopes(each, inputs, own)
     else:
         found = [Moments(rows.clamp(-WINSOR, WINSOR)).regress(inputs, own) for rows in each]
+    known = [
+        j for name in conditionals.block.at_rows.get(site, ()) for j in conditionals.columns.get(name, ())
+    ]
+    if known:
+        found = _reading_covariates(
+            found, [rows[0, inputs] for rows in each], [inputs.index(j) for j in known]
+        )
     fits = [conditionals.linear_of(site, one) for one in found]
     linear = LinearConditional(
         {parent: torch.stack([fit.weights[parent] for fit in fits]) for parent in fits[0].weights},
@@ -615,6 +671,31 @@ def _with_shared_slopes(each: Sequence[Tensor], inputs: list[int], own: list[int
     within = torch.cat([rows - mean for rows, mean in zip(each, means, strict=True)])
     fit = Moments(within.clamp(-WINSOR, WINSOR)).regress(inputs, own)
     return [replace(fit, loc=mean[own] - fit.weights @ mean[inputs]) for mean in means]
+
+
+def _reading_covariates(
+    found: Sequence[Regression], at_rows: Sequence[Tensor], known: Sequence[int]
+) -> list[Regression]:
+    """Return the same regressions with slopes on covariates that are the same in all samples of an index.
+
+    What an index cannot tell, the indices together can: the slopes are those of a regression of the locations.
+
+    Args:
+        found: The regressions of the indices.
+        at_rows: For each index the inputs, those that are known as they always are.
+        known: The positions of these.
+    """
+    x = torch.stack([inputs[list(known)] for inputs in at_rows])
+    located = [fit.loc + fit.weights[:, list(known)] @ row for fit, row in zip(found, x, strict=True)]
+    columns = torch.cat([x, torch.stack(located)], -1)
+    own = list(range(len(known), columns.shape[-1]))
+    shared = Moments(columns).regress(list(range(len(known))), own).weights
+    result = []
+    for fit, row, loc in zip(found, x, located, strict=True):
+        weights = fit.weights.clone()
+        weights[:, list(known)] = shared
+        result.append(replace(fit, weights=weights, loc=loc - shared @ row))
+    return result
 
 
 def _by_index(

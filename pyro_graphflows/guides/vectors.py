@@ -5,8 +5,8 @@ to each. That is the right thing for short vectors. A vector whose conditional w
 *long*, and held by the first of these that is within the budget:
 
 1. *by element*: where the elements fall into small groups that share nothing, as the graph of elements shows
-   (:func:`~pyro_graphflows.inspect.graph.split_elements`), each has the parents that a faithful inverse of that graph
-   gives it. As an example, ``z ~ N(0, I)`` and ``x ~ N(z, I)`` take a few weights for each element.
+   (:func:`~pyro_graphflows.inspect.elements.split_elements`), each has the parents that a faithful inverse of that
+   graph gives it. As an example, ``z ~ N(0, I)`` and ``x ~ N(z, I)`` take a few weights for each element.
 2. *chain*: where each element, or each running sum of elements, meets a few neighbours alone
    (:mod:`~pyro_graphflows.inspect.neighbours`), as in random walks and autoregressions: a banded precision, and for
    each element the data that it meets (:mod:`~pyro_graphflows.guides.conditionals.banded`).
@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
+from pyro_graphflows.graphs.structures import InverseGraph
 from pyro_graphflows.guides.conditionals.contract import UNITS, SiteRole
 from pyro_graphflows.guides.orders import FoundInverse
 from pyro_graphflows.guides.sites import LatentSite
@@ -47,16 +47,6 @@ class VectorOptions:
     rank: int | None = None
     budget: int | None = None
 
-    def __post_init__(self) -> None:
-        if self.resolution not in ("auto", "site", "element"):
-            raise GraphflowsError(
-                f"Expected resolution='auto', 'site' or 'element'; got {self.resolution!r}."
-            )
-        if self.rank is not None and self.rank < 1:
-            raise GraphflowsError(f"Expected rank >= 1, or None to choose; got {self.rank}.")
-        if self.budget is not None and self.budget < 1:
-            raise GraphflowsError(f"Expected budget >= 1 weights, or None to choose; got {self.budget}.")
-
 
 @dataclass(frozen=True)
 class Vectors:
@@ -68,6 +58,7 @@ class Vectors:
         chains: For vectors that are chains, how their elements meet.
         known: What derivatives say of chains, and of vectors that are held by element.
         labels: For each long vector what is said of it.
+        long: How each long vector is held: ``"element"`` or ``"rank"``.
     """
 
     found: FoundInverse
@@ -75,11 +66,7 @@ class Vectors:
     chains: Mapping[str, Chain] = field(default_factory=dict)
     known: Mapping[str, Chain] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def long(self) -> Mapping[str, str]:
-        """How each long vector is held: ``"element"`` (chains too) or ``"rank"``."""
-        return {name: "rank" if name in self.ranks else "element" for name in self.labels}
+    long: Mapping[str, str] = field(default_factory=dict)
 
 
 def hold_vectors(
@@ -147,7 +134,10 @@ def hold_vectors(
                 f"covariance of rank {ranks[name]} beside its diagonal; a full one of {site.size} elements would take "
                 f"{_short(full[name])} weights, of at most {_short(most_full)}"
             )
-    return Vectors(found, ranks, chains, known, labels)
+    return Vectors(
+        *(found, ranks, chains, known, labels),
+        long={name: "rank" if name in ranks else "element" for name in labels},
+    )
 
 
 def parents_in_chain(

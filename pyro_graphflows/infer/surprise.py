@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyro_graphflows.errors import GraphflowsWarning
 from pyro_graphflows.infer.model_runs import NUMBERS_AT_ONCE, Fitted, chunks
-from pyro_graphflows.inspect.graph import trace_model
+from pyro_graphflows.inspect.model_graph import trace_model
 from pyro_graphflows.inspect.prior import find_batching, sample_prior
 
 __all__ = ["num_sets", "surprise_of", "warn_of_surprise"]

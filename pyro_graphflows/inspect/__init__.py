@@ -1,13 +1,11 @@
 """From a Pyro model to its Bayesian network, and joint samples of its sites."""
 
 from pyro_graphflows.inspect.arguments import ArgumentPath, get_argument, get_arguments, same_tensor
-from pyro_graphflows.inspect.graph import get_model_graph, trace_model
-from pyro_graphflows.inspect.lookups import nested_by_index, with_nested_plates
+from pyro_graphflows.inspect.elements import nested_by_index, with_nested_plates
+from pyro_graphflows.inspect.model_graph import get_model_graph, non_exchangeable_plates, trace_model
 from pyro_graphflows.inspect.prior import Batching, find_batching, sample_prior
-from pyro_graphflows.inspect.probes import non_exchangeable_plates
-from pyro_graphflows.inspect.rows import arranged, rows_of_run, take_rows
 from pyro_graphflows.inspect.runs import is_transparent, kept_random_state, seed_random_state, undressed
-from pyro_graphflows.inspect.trace import IMPROPER, Leak, TracedModel
+from pyro_graphflows.inspect.trace import IMPROPER, Leak, TracedModel, arranged, rows_of_run, take_rows
 
 __all__ = [
     "IMPROPER",

@@ -42,6 +42,7 @@ __all__ = [
     "get_argument",
     "get_arguments",
     "held_by_function",
+    "is_outside",
     "outside_tensors",
     "require_rereadable",
     "same_tensor",
@@ -219,6 +220,16 @@ def _is_numeric_array(value: Any) -> bool:
 def _array_as_tensor(array: np.ndarray) -> torch.Tensor:
     tensor = torch.as_tensor(array if array.flags.writeable else array.copy())
     return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
+
+
+def is_outside(path: ArgumentPath) -> bool:
+    """Whether a path leads to what a model has from outside of its calls, and not to an argument or into one.
+
+    Example:
+        >>> is_outside((Outside("self"), Attribute("x"))), is_outside(("batch", 0)), is_outside(("net", Outside("x")))
+        (True, False, False)
+    """
+    return isinstance(path[0], Outside)
 
 
 def argument_name(path: ArgumentPath) -> str:

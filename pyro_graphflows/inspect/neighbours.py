@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_graphflows.inspect.graph import elementwise_jacobian
-from pyro_graphflows.inspect.probes import Rerun, RerunError, density, differentiable
+from pyro_graphflows.inspect.elements import elementwise_jacobian
+from pyro_graphflows.inspect.trace import Rerun, RerunError, density, differentiable
 
 __all__ = ["Chain", "NormalField", "find_chain"]
 

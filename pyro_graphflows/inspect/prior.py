@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
-from pyro_graphflows.inspect.graph import trace_model
+from pyro_graphflows.inspect.model_graph import trace_model
 from pyro_graphflows.inspect.runs import is_transparent, kept_buffers, log_density_at, quiet_run, random_sites
 from pyro_graphflows.inspect.trace import TracedModel
 from pyro_graphflows.inspect.tracer import in_library

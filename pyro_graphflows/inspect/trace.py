@@ -2,7 +2,13 @@
 
 The run is quiet (random state, gradients, buffers and handlers outside are as before). A recorder notes for
 each site which sources reach its distribution and its value; then sources become parents, and regions of
-arguments become inputs.
+arguments become inputs. What was traced can be run again at other values (:class:`Rerun`).
+
+**Rows.** Of its data a model takes those rows that the indices of a subsampled plate say: ``x[ind]``,
+``x.index_select(0, ind)`` and ``pyro.subsample(x, event_dim=0)`` take them whatever the shape of ``x``. A run inside
+the tracer shows it (:class:`~pyro_graphflows.inspect.tracer.RowUse`): the index *is* the plate's, so that nothing has
+to be guessed from sizes. The uses are put down to the tensors that were given to the model, and applied to other
+tensors on later calls (:func:`take_rows`).
 """
 
 import sys
@@ -13,11 +19,14 @@ from typing import Any
 
 import networkx as nx
 import pyro
+import pyro.distributions as dist
 import torch
+from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
+from pyro.poutine.util import site_is_subsample
 
 from pyro_graphflows.errors import UnsupportedModelError
-from pyro_graphflows.graphs.model_graph import ModelGraph, Node
+from pyro_graphflows.graphs.structures import ModelGraph, Node
 from pyro_graphflows.inspect.arguments import (
     Alignment,
     ArgumentPath,
@@ -26,29 +35,56 @@ from pyro_graphflows.inspect.arguments import (
     argument_leaves,
     argument_name,
     covering,
+    is_outside,
     not_followed,
+    outside_tensors,
     part_of,
+    replaced_arguments,
     with_tensors,
 )
-from pyro_graphflows.inspect.rows import require_rows_of_indices, rows_taken, watch_leaves
-from pyro_graphflows.inspect.runs import GivenRows, is_improper, quiet_run, run_model
+from pyro_graphflows.inspect.runs import (
+    GivenRows,
+    GivenValues,
+    Replaced,
+    is_improper,
+    log_density_at,
+    quiet_run,
+    run_model,
+    undressed,
+)
 from pyro_graphflows.inspect.tracer import (
     COMPILER,
     Escape,
     Noise,
     PlateRows,
+    PlateWatch,
     Recorder,
     Region,
+    RowUse,
     SiteRecord,
     TaintTracker,
+    storage_of,
     watched,
+    watching,
 )
 
 __all__ = [
     "IMPROPER",
     "Leak",
+    "Rerun",
+    "RerunError",
+    "Rows",
     "TracedModel",
+    "arranged",
+    "density",
+    "differentiable",
+    "differs",
+    "require_rows_of_indices",
+    "rows_of_run",
+    "rows_taken",
+    "take_rows",
     "trace_once",
+    "watch_leaves",
 ]
 
 IMPROPER = "its prior is improper"  # a reason of TracedModel.not_generative: such a site cannot be drawn
@@ -115,7 +151,7 @@ class TracedModel:
         rows: For inputs, along which of their dimensions (counted from the right) they vary with which plates.
         taken: The part of these of which the model takes the rows by the plates' indices.
         places: For inputs whose dimensions are not where their plates are, pairs of both; see
-            :func:`~pyro_graphflows.inspect.rows.arranged`.
+            :func:`~pyro_graphflows.inspect.trace.arranged`.
         selectors: For sites, the sites by whose values entries of theirs are chosen.
         loops: For sites and inputs inside subsampled plates that are Python loops: which plates, and which iteration.
         converted: Whether tensors were given in the place of NumPy arrays.
@@ -218,7 +254,8 @@ class _Assembly:
         data = {
             path: leaf
             for path, leaf in outside.items()
-            if self.taken.get(path) or (_is_inside_an_argument(path) and not sizes.isdisjoint(leaf.shape))
+            if (self.taken.get(path) and not self._is_constant(path, leaf))
+            or (_is_inside_an_argument(path) and not sizes.isdisjoint(leaf.shape))
         }
         self.leaves = {**data, **leaves}
         self.rows: dict[str, dict[int, str]] = {}
@@ -233,6 +270,25 @@ class _Assembly:
         self.alignments: dict[str, Alignment] = {}
         self.without_data = {r.name for r in records if r.observed and not r.holds_data}
         self.not_generative: dict[str, str] = {}
+
+    def _is_constant(self, path: ArgumentPath, leaf: torch.Tensor) -> bool:
+        """Whether a tensor from outside of the call is no input although rows of plates are taken from it.
+
+        So are integers that choose among no site's values, numbers of trials for example: no network reads integers,
+        and where the plates are there in full each index can have a map of its own.
+        """
+        nodes: Any = self.trace.nodes
+        if not is_outside(path) or not _is_integer(leaf):
+            return False
+        if any(len(self.tracker.plates[p]) < nodes[p]["fn"].size for p in self.taken[path].values()):
+            return False
+        storage = leaf.untyped_storage()._cdata
+        return not any(
+            isinstance(source, Region) and source.storage == storage
+            for values, chosen_by in self.tracker.selections
+            if any(isinstance(value, str) for value in self.tracker.sources(values))
+            for source in self.tracker.sources(chosen_by)
+        )
 
     def finish(self, converted: bool) -> TracedModel:
         """Return everything that the run shows."""
@@ -581,3 +637,415 @@ def _equals(scale: float | torch.Tensor, expected: float) -> bool:
 
 def _is_integer(tensor: torch.Tensor) -> bool:
     return not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool)
+
+
+# ---------------------------------------------------------------- the same model at other values
+
+
+class RerunError(UnsupportedModelError):
+    """A model cannot be evaluated at other values than those it drew."""
+
+
+def density(site: Mapping[str, Any], *, elementwise: bool = False) -> torch.Tensor:
+    """Return the log-density at a site of a trace, masked and scaled as in the model.
+
+    Args:
+        site: A node of a trace.
+        elementwise: Whether to leave independent elements of an event apart.
+
+    Returns:
+        A tensor of the site's batch shape, or of batch shape and independent event shape.
+
+    Raises:
+        RerunError: If the log-density cannot be evaluated at this value.
+    """
+    fn, value = site["fn"], site["value"]
+    base = undressed(fn) if elementwise else fn
+    try:
+        log_density = log_density_at(base, value)
+    except Exception as error:  # a flow may know its inverse only for values that it drew
+        raise _failure(error) from error
+    if not elementwise:
+        return scale_and_mask(log_density, site["scale"], site["mask"])
+    apart = len(fn.event_shape) - len(base.event_shape)
+    log_density = log_density.expand(fn.batch_shape + fn.event_shape[:apart])
+    while isinstance(fn, (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)):
+        if isinstance(fn, dist.MaskedDistribution):
+            mask = fn._mask
+            log_density = log_density * (_widened(mask, apart) if isinstance(mask, torch.Tensor) else mask)
+        fn = fn.base_dist
+    mask, scale = site["mask"], site["scale"]
+    scale = _widened(scale, apart) if isinstance(scale, torch.Tensor) else scale
+    return scale_and_mask(
+        log_density, scale, _widened(mask, apart) if isinstance(mask, torch.Tensor) else mask
+    )
+
+
+def _failure(error: Exception) -> RerunError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return RerunError(f"The model cannot be evaluated at other values: {reason.rstrip('.')}.")
+
+
+def _widened(tensor: torch.Tensor, dims: int) -> torch.Tensor:
+    return tensor.reshape(tensor.shape + (1,) * dims)
+
+
+def differentiable(value: torch.Tensor) -> bool:
+    """Whether gradients exist with respect to values of this type."""
+    return value.is_floating_point() or value.is_complex()
+
+
+class Rerun:
+    """A model at the values of one trace, to be run again at others.
+
+    Args:
+        model: A Pyro model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        traced: The model as traced with these arguments.
+
+    Attributes:
+        graph: The traced graph.
+        sites: The sites of the trace, in the order in which the model has them: a dependence goes forward.
+        values: Their values, of those that have one.
+        subsamples: The indices that plates drew; every run has the same.
+    """
+
+    def __init__(self, model: Callable, args: tuple, kwargs: dict[str, Any], traced: TracedModel) -> None:
+        if traced.converted:
+            args, kwargs = with_tensors(args, kwargs)
+        self.model, self.args, self.kwargs, self.traced = model, args, kwargs, traced
+        self.graph = traced.graph
+        nodes: Mapping[str, Any] = traced.trace.nodes
+        known = set(self.graph.nodes)
+        self.sites = {name: nodes[name] for name in nodes if name in known}
+        self.values = {
+            name: torch.as_tensor(site["value"]).detach().clone()
+            for name, site in self.sites.items()
+            if name not in traced.without_data
+        }
+        self.subsamples = {
+            name: node["value"]
+            for name, node in nodes.items()
+            if name not in known and node["type"] == "sample" and site_is_subsample(node)
+        }
+
+    def leaves(self) -> dict[ArgumentPath, torch.Tensor]:
+        """Return the tensors among the arguments, and inputs that the model has from elsewhere, by path."""
+        leaves = argument_leaves(self.model, self.args, self.kwargs)
+        paths = {path for path in self.traced.argument_paths.values() if path not in leaves}
+        if paths:
+            outside = outside_tensors(self.model, self.args, self.kwargs)
+            leaves.update({path: outside[path] for path in paths if path in outside})
+        return leaves
+
+    def event_dim(self, name: str) -> int:
+        """Return how many of the rightmost dimensions of a site or an input are one value."""
+        if name in self.traced.event_dims:
+            return self.traced.event_dims[name]
+        return len(self.sites[name]["fn"].event_shape)
+
+    def at(
+        self,
+        values: Mapping[str, torch.Tensor],
+        *,
+        replaced: Mapping[int, torch.Tensor] | None = None,
+        stir: bool = False,
+        gradients: bool = False,
+        seed: int = 0,
+    ) -> Any:
+        """Trace the model at given values.
+
+        Args:
+            values: Values by site.
+            replaced: Tensors to put in the place of arguments, by the ``id`` of these.
+            stir: Whether to add noise to parameters.
+            gradients: Whether to keep the autograd graph.
+            seed: The random state: two runs differ by what was changed only.
+
+        Returns:
+            The trace.
+
+        Raises:
+            RerunError: If the model does not run at these values. The message has the model's own.
+        """
+        try:
+            args, kwargs = self.args, self.kwargs
+            handlers: list[Any] = [GivenValues({**self.subsamples, **values}, stir=stir)]
+            if replaced:
+                args, kwargs = replaced_arguments(args, kwargs, replaced)
+                handlers.append(Replaced(replaced))
+            with quiet_run(self.model), torch.set_grad_enabled(gradients):
+                torch.manual_seed(seed)
+                return run_model(self.model, args, kwargs, *handlers)
+        except Exception as error:  # anything may go wrong in a user's model
+            raise _failure(error) from error
+
+    def densities(
+        self, values: Mapping[str, torch.Tensor], names: Iterable[str] | None = None, *, seed: int = 0
+    ) -> dict[str, torch.Tensor]:
+        """Return the log-densities of some sites (by default all that the run has) at given values."""
+        trace = self.at(values, seed=seed)
+        wanted = [name for name in self.sites if name in trace] if names is None else names
+        with torch.no_grad():
+            return {name: density(trace.nodes[name]) for name in wanted}
+
+
+def differs(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
+    """Return where two tensors differ by more than rounding."""
+    tolerance = 1e-9 if one.dtype == torch.float64 else 1e-5
+    return ~torch.isclose(one, two, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+Rows = Mapping[int, str]
+"""For dimensions of a tensor, counted from the right, the plate whose rows are taken."""
+
+
+# ---------------------------------------------------------------- rows of data that plates take
+
+
+def watch_leaves(
+    tracker: TaintTracker, model: Callable, args: tuple, kwargs: dict[str, Any]
+) -> tuple[dict[ArgumentPath, torch.Tensor], dict[ArgumentPath, torch.Tensor]]:
+    """Let a tracker watch the tensors that a model is given, and those that it uses without; return both."""
+    leaves, outside = argument_leaves(model, args, kwargs), outside_tensors(model, args, kwargs)
+    for leaf in leaves.values():
+        tracker.watch_argument(leaf)
+    for leaf in outside.values():
+        tracker.watch_outside(leaf)
+    return leaves, outside
+
+
+def rows_taken(
+    tracker: TaintTracker, leaves: Mapping[ArgumentPath, torch.Tensor]
+) -> tuple[dict[ArgumentPath, dict[int, str]], dict[ArgumentPath, str]]:
+    """Return for tensors of which dimensions the rows of which plates were taken in a run.
+
+    Args:
+        tracker: What watched the run.
+        leaves: The tensors, by path.
+
+    Returns:
+        The first plate by path and dimension; and for tensors with rows of two plates along one dimension, why they
+        cannot be inputs, in words.
+
+    Raises:
+        UnsupportedModelError: If it is ambiguous: rows of a tensor computed from one with several dimensions of that
+            size. The message names the tensor.
+    """
+    found: dict[ArgumentPath, dict[int, str]] = {}
+    clashes: dict[ArgumentPath, str] = {}
+    for use in [*tracker.row_uses, *_read_one_by_one(tracker)]:
+        for path, dim in _origins(tracker, leaves, use.tensor, use.dim, use.taint, use.plate):
+            before = found.setdefault(path, {}).setdefault(dim, use.plate)
+            if before != use.plate:
+                clashes[path] = (
+                    f"Expected rows of one plate along each dimension of {argument_name(path)!r}; the model takes "
+                    f"those of {before!r} and of {use.plate!r} along dimension {dim}. Pass the tensor twice."
+                )
+    return found, clashes
+
+
+def require_rows_of_indices(tracker: TaintTracker, outside: Mapping[ArgumentPath, torch.Tensor]) -> None:
+    """Refuse tensors from outside of a call that ``pyro.subsample`` left in their own order beside permuted indices.
+
+    Raises:
+        UnsupportedModelError: If there is one. The message names it, and what to write.
+    """
+    for use in tracker.by_position:
+        for path, _ in _origins(tracker, outside, use.tensor, use.dim, use.taint, use.plate):
+            name = argument_name(path)
+            raise UnsupportedModelError(
+                f"Expected rows of {name!r} that belong to the indices of plate {use.plate!r}; these are all there "
+                "are, in another order, for which pyro.subsample returns the tensor as it is. Set up with the "
+                f"indices in order or with fewer, or index with those of the plate ({name}[indices])."
+            )
+
+
+def _read_one_by_one(tracker: TaintTracker) -> list[RowUse]:
+    """Return the uses of tensors of which a loop read just the rows of a batch, in their order."""
+    reads: dict[Any, tuple[torch.Tensor, int, list[int]]] = {}
+    for tensor, dim, index in tracker.row_reads:
+        if storage_of(tensor) is not None:
+            reads.setdefault((Region.of(tensor), dim), (tensor, dim, []))[2].append(index)
+    return [
+        RowUse(tensor, dim, plate, tracker.of_tensor(tensor)[0])
+        for tensor, dim, indices in reads.values()
+        for plate, chosen in tracker.plates.items()
+        if indices == chosen.tolist() and indices != list(range(tensor.shape[dim]))
+    ]
+
+
+def _origins(
+    tracker: TaintTracker,
+    leaves: Mapping[ArgumentPath, torch.Tensor],
+    tensor: torch.Tensor,
+    dim: int,
+    taint: int,
+    plate: str,
+) -> list[tuple[ArgumentPath, int]]:
+    """Return which dimensions of which leaves a dimension of a tensor comes from."""
+    storage = storage_of(tensor)
+    key = None if storage is None else storage._cdata
+    here = [(path, leaf) for path, leaf in leaves.items() if _lies_in(leaf, key)]
+    if here:
+        region = Region.of(tensor)
+        exact = [(path, leaf) for path, leaf in here if Region.of(leaf) == region]
+        return [(path, _same_dim(tensor, dim, leaf)) for path, leaf in (exact or _around(tensor, here))]
+    if key in tracker.row_results:
+        result, use = tracker.row_results[key]
+        at = _same_dim(tensor, dim, result)
+        return _origins(tracker, leaves, use.tensor, at, use.taint, plate)
+    found = []
+    size = tensor.shape[dim]
+    for path, leaf in leaves.items():
+        sources = [source for source in tracker.sources(taint) if _is_of(source, leaf)]
+        if not sources or size < 2:
+            continue
+        dims = [d for d in range(-leaf.dim(), 0) if leaf.shape[d] == size]
+        if leaf.shape == tensor.shape:
+            dims = [dim]
+        if len(dims) > 1:
+            raise UnsupportedModelError(
+                f"Expected to know along which dimension of {argument_name(path)!r}, of shape {tuple(leaf.shape)}, the "
+                f"model takes the rows of plate {plate!r}; it takes them from a tensor of shape "
+                f"{tuple(tensor.shape)} that was computed from it. Index {argument_name(path)!r} itself, x[ind], and "
+                "compute afterwards."
+            )
+        found += [(path, d) for d in dims]
+    return found
+
+
+def _lies_in(leaf: torch.Tensor, key: int | None) -> bool:
+    storage = storage_of(leaf)
+    return storage is not None and storage._cdata == key
+
+
+def _is_of(source: Any, leaf: torch.Tensor) -> bool:
+    if isinstance(source, Region):
+        return _lies_in(leaf, source.storage)
+    return source == ("argument", id(leaf))
+
+
+def _around(
+    tensor: torch.Tensor, candidates: list[tuple[ArgumentPath, torch.Tensor]]
+) -> list[tuple[ArgumentPath, torch.Tensor]]:
+    """Return the leaf with the least extent around the start of a view (leaves may overlap)."""
+    start = int(tensor.storage_offset())
+    around = [
+        (path, leaf)
+        for path, leaf in candidates
+        if int(leaf.storage_offset()) <= start <= int(leaf.storage_offset()) + _extent(leaf)
+    ]
+    return sorted(around or candidates, key=lambda item: _extent(item[1]))[:1]
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    return sum(stride * (size - 1) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _same_dim(view: torch.Tensor, dim: int, base: torch.Tensor) -> int:
+    """Return the dimension of a tensor that a dimension of a view of it runs along."""
+    size, stride = view.shape[dim], view.stride(dim)
+    dims = range(-base.dim(), 0)
+    by_stride = [d for d in dims if base.stride(d) == stride and base.shape[d] > 1]
+    exact = [d for d in by_stride if base.shape[d] == size] or by_stride
+    if len(exact) == 1:
+        return exact[0]
+    return dim if dim in dims else dims[0]
+
+
+def rows_of_run(
+    model: Callable, args: tuple, kwargs: dict[str, Any], handlers: tuple[Any, ...] = ()
+) -> dict[ArgumentPath, dict[int, str]]:
+    """Run a model, and return of which tensors it takes the rows of which plates.
+
+    Args:
+        model: A Pyro model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        handlers: Handlers around the run, outermost first.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def model(x, ind):
+        ...     with pyro.plate("data", len(x), subsample=ind):
+        ...         pyro.sample("z", dist.Normal(x[ind, 0], 1.0))
+        >>> rows_of_run(model, (torch.zeros(5, 2), torch.tensor([3, 1])), {})
+        {('x',): {-2: 'data'}}
+    """
+    args, kwargs = with_tensors(args, kwargs)
+    tracker = TaintTracker()
+    leaves, outside = watch_leaves(tracker, model, args, kwargs)
+    with torch.no_grad(), pyro.poutine.block(), pyro.validation_enabled(False), PlateWatch(tracker):
+        traced = model
+        for handler in reversed(handlers):
+            traced = handler(traced)
+        with watching(tracker):
+            traced(*args, **kwargs)
+    return rows_taken(tracker, {**outside, **leaves})[0]
+
+
+def take_rows(
+    name: str, value: torch.Tensor, plates: Rows, taken: Rows, states: Mapping[str, Any]
+) -> torch.Tensor:
+    """Return the rows of an input that one call is about.
+
+    Args:
+        name: The name of the input.
+        value: Its value, as the model got it.
+        plates: For its dimensions, the plates along which it varies.
+        taken: For its dimensions, the plates whose rows the model takes in this call.
+        states: The plates of the call, with ``size``, ``full_size`` and ``indices`` (None for all in order).
+
+    Raises:
+        UnsupportedModelError: If it cannot be known which rows are meant. The message names the input.
+    """
+    strange = [f"{plate!r} along dimension {dim}" for dim, plate in taken.items() if plates.get(dim) != plate]
+    partial = [p for p in taken.values() if p in states and states[p].indices is not None]
+    if strange and partial:
+        raise UnsupportedModelError(
+            f"Expected {name!r} to be used as when the guide was set up; in this call the model takes the rows of "
+            f"plate {', '.join(strange)} from it. Set up the guide with a call that takes rows: guide.setup(*args)."
+        )
+    for dim, plate in plates.items():
+        state = states.get(plate)
+        if state is None or -dim > value.dim():
+            continue
+        size = value.shape[dim]
+        if taken.get(dim) == plate:
+            if state.indices is not None:
+                value = value.index_select(dim, state.indices.to(value.device))
+            elif size != state.size:
+                value = value.narrow(dim, 0, state.size)
+        elif state.indices is not None and size not in (1, state.size):
+            raise UnsupportedModelError(
+                f"Expected {name!r} with {state.size} entries along dimension {dim}, those of plate {plate!r} in this "
+                f"call, or rows of it that the model takes by the plate's indices, x[ind] or pyro.subsample(x, "
+                f"event_dim=...); it has {size}, and the model was not seen to take any."
+            )
+    return value
+
+
+def arranged(value: torch.Tensor, places: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    """Return a tensor with the dimensions of plates where the plates are, and all others right of them.
+
+    Args:
+        value: The tensor.
+        places: Pairs: a dimension of the tensor and that of its plate, both counted from the right. Empty where they
+            are in their places already.
+
+    Example:
+        >>> arranged(torch.zeros(3, 50), ((-1, -2),)).shape
+        torch.Size([50, 1, 3])
+    """
+    if not places:
+        return value
+    order = sorted(places, key=lambda pair: pair[1])
+    dims = [dim + value.dim() for dim, _ in order]
+    rest = [d for d in range(value.dim()) if d not in dims]
+    value = value.permute(*dims, *rest)
+    batch = [1] * -order[0][1]
+    for (_, plate_dim), size in zip(order, value.shape, strict=False):
+        batch[plate_dim] = size
+    return value.reshape(*batch, *value.shape[len(dims) :])

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs import ModelGraph
-from pyro_graphflows.graphs.model_graph import topological_order
+from pyro_graphflows.graphs.structures import topological_order
 
 __all__ = [
     "DATA",

@@ -19,7 +19,7 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
-from pyro_graphflows.graphs.model_graph import ModelGraph, Node, listed
+from pyro_graphflows.graphs.structures import ModelGraph, Node, listed
 from pyro_graphflows.infer.batches import TrainingData
 from pyro_graphflows.infer.evidence import Evidence, evidence_from_log_weights
 from pyro_graphflows.infer.history import History

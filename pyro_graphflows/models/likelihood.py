@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.graphs.model_graph import Node
+from pyro_graphflows.graphs.structures import Node
 from pyro_graphflows.transforms.network import moments
 from pyro_graphflows.transforms.structure import slices_of
 

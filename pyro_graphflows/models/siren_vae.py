@@ -32,10 +32,9 @@ import torch
 from torch import Tensor, nn
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
 from pyro_graphflows.graphs.inversion import faithful_inverse
 from pyro_graphflows.graphs.linear_gaussian import LinearGaussianNetwork
-from pyro_graphflows.graphs.model_graph import ModelGraph, Node, listed
+from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph, Node, listed
 from pyro_graphflows.infer.particles import evaluation_mode
 from pyro_graphflows.models.latent_model import LatentModel
 from pyro_graphflows.models.likelihood import HALF_LOG_TWO_PI, Likelihood, Observation

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.graphs.model_graph import ModelGraph, Node
+from pyro_graphflows.graphs.structures import ModelGraph, Node
 from pyro_graphflows.models.latent_model import LatentModel
 from pyro_graphflows.models.likelihood import HALF_LOG_TWO_PI, Likelihood
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
-from pyro_graphflows.graphs.model_graph import ModelGraph, Node, topological_order
+from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph, Node, topological_order
 from pyro_graphflows.nn.mlp import MaskedMLP
 
 __all__ = ["ConditionalGraphicalAutoRegressiveNN", "GraphicalAutoRegressiveNN"]
@@ -24,8 +23,8 @@ class ConditionalGraphicalAutoRegressiveNN(nn.Module):
     r"""The parameters of each variable as functions of its parents in a graph and of a context.
 
     The variables are the nodes of a digraph; the latent and observed nodes of a
-    :class:`~pyro_graphflows.graphs.model_graph.ModelGraph`; the latent nodes of an
-    :class:`~pyro_graphflows.graphs.inverse_graph.InverseGraph`. Other parents (inputs; for an inverse also the
+    :class:`~pyro_graphflows.graphs.structures.ModelGraph`; the latent nodes of an
+    :class:`~pyro_graphflows.graphs.structures.InverseGraph`. Other parents (inputs; for an inverse also the
     observed nodes) are context, seen by their children alone. Columns of the context beyond these are
     seen by every variable. A node of event size n counts as n variables, each a child of those before it.
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import networkx as nx
 import numpy as np
 
-from pyro_graphflows.graphs.model_graph import Node, topological_order
+from pyro_graphflows.graphs.structures import Node, topological_order
 
 __all__ = ["Layout", "layered_layout"]
 

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
-from pyro_graphflows.graphs.model_graph import ModelGraph, Node
+from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph, Node
 from pyro_graphflows.plotting.figures import INK, new_axes, saved
 from pyro_graphflows.plotting.layout import Layout, layered_layout
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.graphs.structures import ModelGraph
 from pyro_graphflows.guides import AutoFaithfulGuide
 from pyro_graphflows.infer import CalibrationReport, History, Posterior
 

@@ -10,7 +10,7 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.graphs.model_graph import ModelGraph, Node
+from pyro_graphflows.graphs.structures import ModelGraph, Node
 from pyro_graphflows.transforms.faithful import FaithfulResidualNN
 from pyro_graphflows.transforms.graphical import GraphicalResidualNN
 from pyro_graphflows.transforms.network import ConditionalGraphTransform, FlowNN, GraphTransform

@@ -8,7 +8,7 @@ enter at their running values.
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pyro_graphflows.graphs.model_graph import Node
+from pyro_graphflows.graphs.structures import Node
 from pyro_graphflows.transforms.faithful import FaithfulResidualNN
 from pyro_graphflows.transforms.graphical import GraphicalResidualNN
 from pyro_graphflows.transforms.network import (

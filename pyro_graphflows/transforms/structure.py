@@ -16,8 +16,7 @@ from typing import TypeAlias
 import networkx as nx
 
 from pyro_graphflows.errors import GraphflowsError, NotADAGError
-from pyro_graphflows.graphs.inverse_graph import InverseGraph
-from pyro_graphflows.graphs.model_graph import ModelGraph, Node, topological_order
+from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph, Node, topological_order
 
 __all__ = ["FlowStructure", "GraphLike", "flow_structure", "slices_of", "some_names", "without_context"]
 

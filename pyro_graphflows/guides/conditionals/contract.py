@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.conditionals.factors import Factor
-from pyro_graphflows.guides.conditionals.site_priors import SitePrior
 from pyro_graphflows.guides.plan import BlockPlan
-from pyro_graphflows.guides.sites import LatentSite
+from pyro_graphflows.guides.sites import LatentSite, SitePrior
 from pyro_graphflows.regression import Moments, Regression
 
 __all__ = [
@@ -298,6 +297,18 @@ class Conditionals(nn.Module, ABC):
         """
         raise GraphflowsError(f"{type(self).__name__} cannot fuse {site!r} with its prior.")
 
+    def sums(self, site: str) -> bool:
+        """Whether a site is fused with factors of the elements of a plate, which its own outputs correct."""
+        return False
+
+    def set_summed_(self, site: str, width: Tensor | None) -> None:
+        """Let a site have its prior times the factors of elements, as they are.
+
+        Args:
+            site: The site.
+            width: How wide it is then, in standardised units, ``(1, 1)``; None for a factor of its own instead.
+        """
+
     def whiten_(self, moments: Tensor) -> None:
         """Let trained weights act on inputs that are uncorrelated in joint samples; families need not.
 
@@ -369,6 +380,19 @@ class Conditionals(nn.Module, ABC):
         """
         if self.block.per_element:
             raise GraphflowsError(f"{type(self).__name__} has no per-element parameters.")
+
+    def keep_rows_(self, plates: Mapping[str, PlateState], context: Tensor) -> None:
+        """Note for which rows of covariates maps of elements are made (``BlockPlan.at_rows``).
+
+        Families without maps need not.
+
+        Args:
+            plates: The plates at set-up.
+            context: Features of the context, ``(*batch, num_features)``.
+        """
+
+    def leave_out_maps_(self, site: str) -> None:
+        """Let the maps that elements have of their own for a site be zero, and stay so in training."""
 
     def start_couplings_(
         self,

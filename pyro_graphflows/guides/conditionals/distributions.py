@@ -31,6 +31,7 @@ __all__ = [
     "FactorDistribution",
     "SampledNormal",
     "ScalarNormal",
+    "centre_of",
     "site_distribution",
 ]
 
@@ -517,3 +518,13 @@ def _itself(value: Tensor) -> Tensor:
 
 def _add_event_dim(value: Tensor) -> Tensor:
     return value.unsqueeze(-1)
+
+
+def centre_of(fn: Any) -> Tensor:
+    """Return the centre of a distribution that is emitted at a site: its value at base noise zero."""
+    while hasattr(fn, "base_dist") and not hasattr(fn, "centre"):
+        if isinstance(fn, dist.Independent):
+            break
+        fn = fn.base_dist
+    centre: Tensor = fn.centre() if hasattr(fn, "centre") else fn.mean
+    return centre

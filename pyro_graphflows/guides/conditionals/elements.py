@@ -6,6 +6,7 @@ such a group's posterior is the model's conditional. So the distribution of the 
 where there are parameters, and the model's beyond.
 """
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
-from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.graphs.structures import ModelGraph
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.plan import BlockPlan
 from pyro_graphflows.shapes import broadcast_shapes
@@ -27,12 +28,14 @@ __all__ = [
     "beyond_fitted",
     "element_maps",
     "grown_plates",
+    "keep_rows_",
     "require_model_conditionals",
 ]
 
 MOST_SLOPES = 64  # inputs up to which elements with parameters have slopes too
 
 SHARED_FEATURES = 16
+SAME = 1e-4  # of standardised covariates: what a change of type leaves of them
 
 
 class ElementTable(nn.Module):
@@ -85,7 +88,14 @@ class ElementTable(nn.Module):
         Raises:
             GraphflowsError: If the full size of a plate is not that at set-up, and must be.
         """
-        rows = torch.addcmul(self.table, self.unit, self.trained)
+        return self.chosen(torch.addcmul(self.table, self.unit, self.trained), plates)
+
+    def chosen(self, rows: Tensor, plates: Mapping[str, PlateState]) -> Tensor:
+        """Return those of a call's elements among rows for all elements.
+
+        Raises:
+            GraphflowsError: If the full size of a plate is not that at set-up, and must be.
+        """
         for name, size in self.sizes.items():
             plate = plates[name]
             indices = plate.indices
@@ -115,6 +125,9 @@ class ElementMap(nn.Module):
         - Input: ``(*batch, num_inputs)``.
         - Output: ``(*batch, num_outputs)``.
 
+    Maps may be made for the rows of covariates that set-up saw. In a call with other rows, or with elements beyond
+    those at set-up, the network, which reads these covariates, is then without them.
+
     Args:
         plates: The plates.
         num_inputs: The number of inputs.
@@ -122,7 +135,13 @@ class ElementMap(nn.Module):
         offset: Whether the maps have an offset, or slopes alone, beside per-element parameters. With an offset the
             full sizes of the plates must not change.
         features: The number of shared features.
+        known: The inputs whose rows maps are made for; None where maps hold whatever the inputs are.
+
+    Attributes:
+        at_rows: The values of these inputs at set-up, NaN as long as they are not known.
     """
+
+    at_rows: Tensor
 
     def __init__(
         self,
@@ -132,8 +151,10 @@ class ElementMap(nn.Module):
         *,
         offset: bool,
         features: int = SHARED_FEATURES,
+        known: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        self.known = known
         self.num_inputs, self.num_outputs, self.offset = num_inputs, num_outputs, offset
         self.num_features = features if num_inputs else 0
         self.shared = nn.Sequential()
@@ -141,16 +162,51 @@ class ElementMap(nn.Module):
             layers = nn.Linear(num_inputs, features), nn.ELU(), nn.Linear(features, features), nn.ELU()
             self.shared = nn.Sequential(*layers)
         columns = num_outputs * (num_inputs + self.num_features + offset)
-        self.rows = ElementTable(plates, columns, extends=not offset)
+        self.rows = ElementTable(plates, columns, extends=not offset or known is not None)
+        if known is not None:
+            unknown = torch.full((*self.rows.table.shape[:-1], len(known)), math.nan)
+            self.register_buffer("at_rows", unknown)
         self.set_unit_(torch.ones(num_outputs))
 
     def forward(self, plates: Mapping[str, PlateState], inputs: Tensor) -> Tensor:
         """Return the contribution to the outputs of a call's elements."""
         rows = self.rows(plates).unflatten(-1, (self.num_outputs, -1))
+        holds = None if self.known is None else self._holds(plates, inputs[..., list(self.known)])
         if self.num_features:
             inputs = torch.cat([inputs, self.shared(inputs) / self.num_features**0.5], -1)
         outputs = (rows[..., : inputs.shape[-1]] @ inputs.unsqueeze(-1)).squeeze(-1)
-        return outputs + rows[..., -1] if self.offset else outputs
+        if self.offset:
+            outputs = outputs + rows[..., -1]
+        return outputs if holds is None else torch.where(holds.unsqueeze(-1), outputs, 0.0)
+
+    def _holds(self, plates: Mapping[str, PlateState], known: Tensor) -> Tensor:
+        """Return for which elements of a call the covariates are those at set-up."""
+        at_rows = self.rows.chosen(self.at_rows, plates)
+        other = (known - at_rows).abs() > SAME * (1.0 + at_rows.abs())  # false where set-up did not say
+        holds = ~other.any(-1)
+        for name, size in self.rows.sizes.items():
+            plate = plates[name]
+            if plate.full_size > size:
+                indices = torch.arange(plate.size) if plate.indices is None else plate.indices
+                old = (indices < size).reshape(-1, *(1,) * (-plate.dim - 1))
+                holds = holds & old.to(holds.device)
+        return holds
+
+    @torch.no_grad()
+    def keep_rows_(self, plates: Mapping[str, PlateState], rows: Tensor) -> None:
+        """Note for which rows of covariates the maps are made.
+
+        Args:
+            plates: The plates at set-up, in full.
+            rows: The inputs that are ``known``, ``(*batch, n)``.
+        """
+        for name in self.rows.sizes:
+            plate = plates[name]
+            if plate.indices is not None:  # in another order than the elements are numbered
+                rows = rows.index_select(plate.dim - 1, plate.indices.argsort().to(rows.device))
+        while rows.dim() > self.at_rows.dim():
+            rows = rows.select(0, 0)
+        self.at_rows.copy_(rows.expand_as(self.at_rows))
 
     @torch.no_grad()
     def set_(self, slopes: Tensor, offsets: Tensor | None = None) -> None:
@@ -167,12 +223,19 @@ class ElementMap(nn.Module):
         each = torch.cat([of_slopes, unit.new_ones(int(self.offset))])
         self.rows.unit.copy_((unit.unsqueeze(-1) * each).flatten())
 
+    @torch.no_grad()
+    def leave_out_(self) -> None:
+        """Let the maps be zero, and stay so in training: its steps count for nothing."""
+        self.rows.set_(slice(None), 0.0)
+        self.rows.unit.zero_()
+
 
 def element_maps(
     block: BlockPlan,
     seen: Mapping[str, list[int]],
     num_outputs: Mapping[str, int],
     plates: Sequence[PlateState],
+    columns: Mapping[str, Sequence[int]] | None = None,
 ) -> tuple[nn.ModuleDict, dict[str, tuple[str, list[int]]]]:
     """Return the maps of a block's sites: for non-exchangeable plates, and beside per-element parameters.
 
@@ -181,6 +244,7 @@ def element_maps(
         seen: For each site the inputs of its map, in the order in which maps are made.
         num_outputs: For each site the number of parameters that its map adds to.
         plates: The plates of the block.
+        columns: The columns of the nodes, where maps are made for rows of some.
 
     Returns:
         The maps by the position of their site in the block, and for each site with a map its key and inputs.
@@ -196,9 +260,35 @@ def element_maps(
         if around and (inputs or not per_element):
             key = str(block.sites.index(site))
             chosen = [plate for name in around for plate in plates if plate.name == name]
-            maps[key] = ElementMap(chosen, len(inputs), num_outputs[site], offset=not per_element)
+            known: list[int] | None = None
+            if site in block.at_rows and columns is not None and not per_element:
+                own = {j for name in block.at_rows[site] for j in columns.get(name, ())}
+                known = [i for i, j in enumerate(inputs) if j in own]
+            maps[key] = ElementMap(
+                chosen, len(inputs), num_outputs[site], offset=not per_element, known=known
+            )
             found[site] = key, inputs
     return maps, found
+
+
+def keep_rows_(
+    maps: nn.ModuleDict,
+    found: Mapping[str, tuple[str, list[int]]],
+    plates: Mapping[str, PlateState],
+    context: Tensor,
+) -> None:
+    """Note for which rows of covariates maps are made, where they hold for these alone.
+
+    Args:
+        maps: The maps of a block.
+        found: For each site its key among them, and the columns of its inputs.
+        plates: The plates at set-up.
+        context: Features of the context, ``(*batch, num_features)``.
+    """
+    for key, columns in found.values():
+        element_map: Any = maps[key]
+        if element_map.known:
+            element_map.keep_rows_(plates, context[..., [columns[i] for i in element_map.known]])
 
 
 def beyond_fitted(fitted: Iterable[PlateState], plates: Mapping[str, PlateState]) -> Tensor | None:

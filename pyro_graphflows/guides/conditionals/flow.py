@@ -26,9 +26,8 @@ from torch.distributions import constraints
 
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.conditionals.contract import BlockSpec, Conditionals, LinearConditional, Pass
-from pyro_graphflows.guides.conditionals.elements import ElementMap, ElementTable, element_maps
-from pyro_graphflows.guides.conditionals.site_priors import SitePrior
-from pyro_graphflows.guides.sites import concatenate
+from pyro_graphflows.guides.conditionals.elements import ElementMap, ElementTable, element_maps, keep_rows_
+from pyro_graphflows.guides.sites import SitePrior, concatenate
 from pyro_graphflows.regression import in_float64
 from pyro_graphflows.shapes import broadcast_shapes
 from pyro_graphflows.transforms.faithful import FaithfulEvaluation, FaithfulResidualNN
@@ -84,7 +83,8 @@ class FlowConditionals(Conditionals):
         num_rows = sum(2 * sizes[site] for site in block.per_element)
         self.table = ElementTable(spec.plates, num_rows, extends=True) if block.per_element else None
         seen = {site: [j for j in self.inputs_of(site) if j < self.num_features] for site in self._own_sites}
-        self.maps, self._map_of = element_maps(block, seen, {s: 2 * n for s, n in sizes.items()}, spec.plates)
+        num_rows_of = {site: 2 * size for site, size in sizes.items()}
+        self.maps, self._map_of = element_maps(block, seen, num_rows_of, spec.plates, self.columns)
         structure, self._stages = self._structure()
         if hidden_dims is None and units_per_variable:
             hidden_dims = [units_per_variable * len(structure.names)] * hidden_layers
@@ -255,10 +255,11 @@ class FlowConditionals(Conditionals):
         assert isinstance(element_map, ElementMap)
         if not element_map.offset:
             return False
-        within = {p: matrix.mean(0) for p, matrix in linear.weights.items() if p in self.parts}
+        # what all share is for elements beyond those at set-up, or with other covariates
+        mean = {parent: matrix.mean(0) for parent, matrix in linear.weights.items()}
         log_scales = linear.scale_tril[:, 0, 0].log()
         centre = log_scales.mean()
-        shared = LinearConditional(within, linear.loc.new_zeros(1), centre.exp().reshape(1, 1))
+        shared = LinearConditional(mean, linear.loc.mean(0), centre.exp().reshape(1, 1))
         self.set_linear_(site, shared)
         most = self.affine.stack.scale_range  # a conditional log-scale is bounded by a tanh
         ratio = ((log_scales - centre) / most).clamp(-0.999, 0.999)
@@ -267,8 +268,9 @@ class FlowConditionals(Conditionals):
         for parent, matrix in linear.weights.items():
             if parent not in self.parts:
                 at = [columns.index(j) for j in self.columns[parent]]
-                slopes[:, 0, at] = matrix[:, 0].to(like)
-        element_map.set_(slopes, torch.stack([linear.loc[:, 0], most * ratio.atanh()], -1).to(like))
+                slopes[:, 0, at] = (matrix - mean[parent])[:, 0].to(like)
+        off = linear.loc - linear.loc.mean(0)
+        element_map.set_(slopes, torch.stack([off[:, 0], most * ratio.atanh()], -1).to(like))
         return True
 
     def _set_own_(self, site: str, linear: LinearConditional) -> bool:
@@ -302,6 +304,16 @@ class FlowConditionals(Conditionals):
         """See :meth:`Conditionals.narrow_elements_`."""
         if self.table is not None and self.affine.stack.conditional_scale:
             self.table.table[..., 1::2] += math.log(factor)
+
+    def keep_rows_(self, plates: Mapping[str, PlateState], context: Tensor) -> None:
+        """See :meth:`Conditionals.keep_rows_`."""
+        keep_rows_(self.maps, self._map_of, plates, context)
+
+    def leave_out_maps_(self, site: str) -> None:
+        """See :meth:`Conditionals.leave_out_maps_`."""
+        if site in self._map_of:
+            element_map: Any = self.maps[self._map_of[site][0]]
+            element_map.leave_out_()
 
     # ---------------------------------------------------------------- evaluation
 

@@ -18,7 +18,7 @@ from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.conditionals.banded import BandedNormalFactor, regress_chain
 from pyro_graphflows.guides.conditionals.contract import BlockSpec, Conditionals, LinearConditional, Pass
 from pyro_graphflows.guides.conditionals.coupled import WAKE, CoupledFactor, CouplingTerms, exchangeable_start
-from pyro_graphflows.guides.conditionals.elements import ElementMap, ElementTable, element_maps
+from pyro_graphflows.guides.conditionals.elements import ElementMap, ElementTable, element_maps, keep_rows_
 from pyro_graphflows.guides.conditionals.factors import (
     DiscreteFactor,
     ElementNormalFactor,
@@ -28,8 +28,7 @@ from pyro_graphflows.guides.conditionals.factors import (
     scalar_normals,
 )
 from pyro_graphflows.guides.conditionals.low_rank import LowRankNormalFactor
-from pyro_graphflows.guides.conditionals.site_priors import SitePrior
-from pyro_graphflows.guides.sites import LatentSite
+from pyro_graphflows.guides.sites import LatentSite, SitePrior
 from pyro_graphflows.nn.mlp import LevelEvaluation, MaskedMLP
 from pyro_graphflows.regression import Moments
 from pyro_graphflows.shapes import broadcast_shapes
@@ -53,6 +52,7 @@ class MaskedConditionals(Conditionals):
     input_shift: Tensor
     input_scale: Tensor
     fusing: Tensor
+    summing: Tensor
     fused_shift: Tensor
     fused_scale: Tensor
 
@@ -121,7 +121,7 @@ class MaskedConditionals(Conditionals):
         self.maps = nn.ModuleDict()
         self._map_of: dict[str, tuple[str, list[int]]] = {}
         if block.per_element or block.non_exchangeable:
-            self.maps, self._map_of = element_maps(block, seen, num_rows, spec.plates)
+            self.maps, self._map_of = element_maps(block, seen, num_rows, spec.plates, self.columns)
         self.couplings = nn.ModuleDict()  # by the position of the site
         self._coupling_of: dict[str, str] = {}
         for position, site in enumerate(block.sites):
@@ -138,11 +138,15 @@ class MaskedConditionals(Conditionals):
             self.register_buffer(name, torch.ones(total))
         fusible = [site for site in block.sites if site in block.fused and self.factors[site].can_fuse]
         self._fused_at: dict[str, int] = {site: i for i, site in enumerate(fusible)}
+        fusing = [site not in block.only_summed for site in fusible]
         if fusible:
-            self.register_buffer("fusing", torch.ones(len(fusible), dtype=torch.bool))
+            self.register_buffer("fusing", torch.tensor(fusing))
             self.register_buffer("fused_shift", torch.zeros(total))
             self.register_buffer("fused_scale", torch.ones(total))
-        self._is_fusing = [True] * len(fusible)  # the same as the buffer, which may be on a device
+        self._is_fusing = fusing  # the same as the buffer, which may be on a device
+        if block.summed:
+            self.register_buffer("summing", torch.zeros(len(fusible), dtype=torch.bool))
+        self._is_summing = [False] * len(fusible)
         self._scalar_levels = {
             i
             for i, level in enumerate(block.levels)
@@ -213,6 +217,22 @@ class MaskedConditionals(Conditionals):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self._fused_at and not self.fusing.is_meta:
             self._is_fusing = self.fusing.tolist()
+            if self.block.summed:
+                self._is_summing = self.summing.tolist()
+
+    def sums(self, site: str) -> bool:
+        """See :meth:`Conditionals.sums`."""
+        return self.fuses(site) and self._is_summing[self._fused_at[site]]
+
+    @torch.no_grad()
+    def set_summed_(self, site: str, width: Tensor | None) -> None:
+        """See :meth:`Conditionals.set_summed_`."""
+        at = self._fused_at[site]
+        self.summing[at] = self._is_summing[at] = width is not None
+        if width is not None:
+            none = self.shift.new_zeros(self.factors[site].num_outputs, self.num_columns)
+            self._set_rows_(site, none, none[:, 0], self.factors[site].natural_units(width.to(none)))
+            self.set_fusing_(site, True)
 
     def fused_units(self, site: str) -> tuple[Tensor, Tensor]:
         """See :meth:`Conditionals.fused_units`."""
@@ -372,6 +392,16 @@ class MaskedConditionals(Conditionals):
             for output in own.log_scale_outputs:
                 self.table.table[..., columns.start + output] += math.log(factor)
 
+    def keep_rows_(self, plates: Mapping[str, PlateState], context: Tensor) -> None:
+        """See :meth:`Conditionals.keep_rows_`."""
+        keep_rows_(self.maps, self._map_of, plates, context)
+
+    def leave_out_maps_(self, site: str) -> None:
+        """See :meth:`Conditionals.leave_out_maps_`."""
+        if site in self._map_of:
+            element_map: Any = self.maps[self._map_of[site][0]]
+            element_map.leave_out_()
+
     @torch.no_grad()
     def start_couplings_(
         self,
@@ -462,6 +492,8 @@ class MaskedPass(Pass):
             self._known.append(self._new)
         chosen = [site for site in level if site in priors and module.fuses(site)] if priors else []
         fused = {site: _in_type(priors[site], outputs.dtype) for site in chosen} if priors else {}
+        if module.block.summed:
+            fused = {s: prior if module.sums(s) else prior.with_evidence(None) for s, prior in fused.items()}
         if (
             self._level in module._scalar_levels
             and len(fused) in (0, len(level))

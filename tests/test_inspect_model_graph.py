@@ -1,4 +1,4 @@
-"""Probes of the model's behaviour find what the tracer cannot see."""
+"""Models are traced right, or refused with a message on the site and the remedy; probes show what the tracer misses."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,12 +8,96 @@ import pytest
 import torch
 from probes import PROBES
 
-from pyro_graphflows.errors import UnsupportedModelError
-from pyro_graphflows.inspect import non_exchangeable_plates, trace_model
-from pyro_graphflows.inspect.probes import Rerun, RerunError, density
+from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
+from pyro_graphflows.inspect import (
+    get_argument,
+    get_model_graph,
+    non_exchangeable_plates,
+    same_tensor,
+    trace_model,
+)
+from pyro_graphflows.inspect.trace import Rerun, RerunError, density
+
+
+def regression(w, x=None):
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 4):
+        z = pyro.sample("z", dist.Normal(a, 1.0))
+        pyro.sample("x", dist.Normal(z * w, 1.0), obs=x)
+
 
 N = dist.Normal
+
+
 FOLLOWED = [probe for probe in PROBES.values() if probe.refused is None]
+
+
+REFUSED = [probe for probe in PROBES.values() if probe.refused is not None]
+
+
+def test_unconditioned_sites_are_latent():
+    assert get_model_graph(regression, (torch.ones(4),)).latent == ("a", "z", "x")
+
+
+def test_long_chain():
+    def model(x):
+        z = torch.zeros(())
+        for t in range(200):
+            z = pyro.sample(f"z{t}", dist.Normal(z, 1.0))
+            pyro.sample(f"x{t}", dist.Normal(z, 1.0), obs=x[t])
+
+    graph = get_model_graph(model, (torch.zeros(200),))
+    expected = {(f"z{t}", f"x{t}") for t in range(200)} | {(f"z{t - 1}", f"z{t}") for t in range(1, 200)}
+    assert set(graph.edges) == expected
+
+
+def test_unknown_resolution():
+    with pytest.raises(GraphflowsError, match="resolution 'site' or 'element'; got 'pixel'"):
+        get_model_graph(regression, resolution="pixel")
+
+
+def _parents(graph):
+    return {node: set(graph.parents(node)) for node in graph.nodes}
+
+
+@pytest.mark.parametrize("probe", FOLLOWED, ids=lambda probe: probe.name)
+def test_graph_is_the_truth(probe):
+    traced = trace_model(probe.model, probe.args, probe.kwargs)
+    graph = traced.graph
+    assert _parents(graph) == probe.parents
+    assert set(graph.observed) == set(probe.observed)
+    assert set(graph.inputs) == set(probe.inputs)
+    assert set(graph.marginalised) == set(probe.marginalised)
+    assert traced.without_data == set(probe.without_data)
+    for name, plates in probe.plates.items():
+        assert graph.plates[name] == plates
+    for name, size in probe.sizes.items():
+        assert graph.event_sizes[name] == size
+
+
+@pytest.mark.parametrize("probe", REFUSED, ids=lambda probe: probe.name)
+def test_what_cannot_be_followed_is_refused(probe):
+    with pytest.raises(UnsupportedModelError, match=probe.refused):
+        get_model_graph(probe.model, probe.args, probe.kwargs)
+    found = _parents(get_model_graph(probe.model, probe.args, probe.kwargs, strict=False))
+    assert all(found[node] >= parents for node, parents in probe.parents.items())
+
+
+@pytest.mark.parametrize("probe", FOLLOWED, ids=lambda probe: probe.name)
+def test_argument_paths_lead_to_the_values(probe):
+    traced = trace_model(probe.model, probe.args, probe.kwargs)
+    for name, path in traced.argument_paths.items():
+        value = get_argument(probe.model, path, probe.args, probe.kwargs)
+        assert value is not None
+        if name in traced.graph.observed:
+            assert same_tensor(value, traced.trace.nodes[name]["value"])
+
+
+def test_there_are_enough_probes():
+    assert len(PROBES) >= 60
+
+
+# Elements
 
 
 @pytest.mark.parametrize("probe", FOLLOWED, ids=lambda probe: probe.name)

@@ -1,94 +1,48 @@
-"""Models are traced right, or refused with a message that names the site and the remedy; vector sites are split."""
+"""Elements of sites, told apart by gradients; plates whose elements look up those of others."""
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from lookup_models import DISTRICT, GROUP, crossed, districts, latent_groups, slopes, two_groups
 from probes import PROBES
 
-from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
-from pyro_graphflows.inspect import get_argument, get_model_graph, same_tensor, trace_model
-
-
-def regression(w, x=None):
-    a = pyro.sample("a", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", 4):
-        z = pyro.sample("z", dist.Normal(a, 1.0))
-        pyro.sample("x", dist.Normal(z * w, 1.0), obs=x)
-
+from pyro_graphflows.inspect import get_model_graph, nested_by_index, trace_model
 
 N = dist.Normal
 
 
-FOLLOWED = [probe for probe in PROBES.values() if probe.refused is None]
+def found(model, *args):
+    nested = nested_by_index(model, args, traced=trace_model(model, args))
+    return {inner: tuple(outers) for inner, outers in nested.items()}
 
 
-REFUSED = [probe for probe in PROBES.values() if probe.refused is not None]
+def test_an_index_nests_data_in_groups():
+    assert found(slopes, GROUP, torch.randn(7), torch.randn(7)) == {"data": ("groups",)}
 
 
-def test_unconditioned_sites_are_latent():
-    assert get_model_graph(regression, (torch.ones(4),)).latent == ("a", "z", "x")
+def test_two_groups_for_each_datum_are_no_nesting():
+    assert found(two_groups, GROUP, GROUP.flip(0), torch.randn(7)) == {}
+    assert found(two_groups, GROUP, GROUP, torch.randn(7)) == {"data": ("groups",)}
 
 
-def test_long_chain():
-    def model(x):
-        z = torch.zeros(())
-        for t in range(200):
-            z = pyro.sample(f"z{t}", dist.Normal(z, 1.0))
-            pyro.sample(f"x{t}", dist.Normal(z, 1.0), obs=x[t])
-
-    graph = get_model_graph(model, (torch.zeros(200),))
-    expected = {(f"z{t}", f"x{t}") for t in range(200)} | {(f"z{t - 1}", f"z{t}") for t in range(1, 200)}
-    assert set(graph.edges) == expected
+def test_a_latent_index_is_no_nesting():
+    assert found(latent_groups, torch.randn(12)) == {}
 
 
-def test_unknown_resolution():
-    with pytest.raises(GraphflowsError, match="resolution 'site' or 'element'; got 'pixel'"):
-        get_model_graph(regression, resolution="pixel")
+def test_groups_of_groups():
+    args = GROUP, DISTRICT, torch.randn(7)
+    assert found(districts, *args) == {"schools": ("districts",), "pupils": ("schools",)}
 
 
-def _parents(graph):
-    return {node: set(graph.parents(node)) for node in graph.nodes}
-
-
-@pytest.mark.parametrize("probe", FOLLOWED, ids=lambda probe: probe.name)
-def test_graph_is_the_truth(probe):
-    traced = trace_model(probe.model, probe.args, probe.kwargs)
-    graph = traced.graph
-    assert _parents(graph) == probe.parents
-    assert set(graph.observed) == set(probe.observed)
-    assert set(graph.inputs) == set(probe.inputs)
-    assert set(graph.marginalised) == set(probe.marginalised)
-    assert traced.without_data == set(probe.without_data)
-    for name, plates in probe.plates.items():
-        assert graph.plates[name] == plates
-    for name, size in probe.sizes.items():
-        assert graph.event_sizes[name] == size
-
-
-@pytest.mark.parametrize("probe", REFUSED, ids=lambda probe: probe.name)
-def test_what_cannot_be_followed_is_refused(probe):
-    with pytest.raises(UnsupportedModelError, match=probe.refused):
-        get_model_graph(probe.model, probe.args, probe.kwargs)
-    found = _parents(get_model_graph(probe.model, probe.args, probe.kwargs, strict=False))
-    assert all(found[node] >= parents for node, parents in probe.parents.items())
-
-
-@pytest.mark.parametrize("probe", FOLLOWED, ids=lambda probe: probe.name)
-def test_argument_paths_lead_to_the_values(probe):
-    traced = trace_model(probe.model, probe.args, probe.kwargs)
-    for name, path in traced.argument_paths.items():
-        value = get_argument(probe.model, path, probe.args, probe.kwargs)
-        assert value is not None
-        if name in traced.graph.observed:
-            assert same_tensor(value, traced.trace.nodes[name]["value"])
-
-
-def test_there_are_enough_probes():
-    assert len(PROBES) >= 60
-
-
-# Elements
+def test_crossed_effects_look_up_one_element_of_each():
+    i, j = torch.randint(0, 4, (15,)), torch.randint(0, 3, (15,))
+    nested = nested_by_index(
+        crossed, (i, j, torch.randn(15)), traced=trace_model(crossed, (i, j, torch.randn(15)))
+    )
+    assert list(nested) == ["data"]
+    assert torch.equal(nested["data"]["rows"], i)
+    assert torch.equal(nested["data"]["columns"], j)
 
 
 def _edges(model, *args):

@@ -1,6 +1,22 @@
-"""Run a traced model again, at other values or with other random numbers, and see what changes.
+"""From a Pyro model to a model graph: run it once, watch where its random values go.
 
-The tracer follows values; probes change them, and look at what happens to the log-densities.
+The graph has one node for each sample site and for each tensor argument that reaches a site's distribution.
+``z -> x`` is an edge if the value of ``z`` enters the density of ``x``: through its parameters, through a
+mask or a scale in force at ``x``, or because the observed value of ``x`` is computed from ``z``. As an
+example::
+
+    def model(w, x=None):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3):
+            pyro.sample("x", dist.Normal(a * w, 1.0), obs=x)
+
+has the edges ``a -> x`` and ``w -> x``: ``w`` is an input. That ``x`` is also an argument is data, not an
+edge.
+
+Elements of sites are in :mod:`~pyro_graphflows.inspect.elements`.
+
+The tracer follows values; probes run the traced model again, at other values or with other random numbers, and look at
+what happens to the log-densities.
 
 **Validation** compares a traced graph with gradients, changed values and equal values. It finds dependences
 that pass by the tracer (values computed in another thread), and two properties that a graph with plates takes
@@ -23,206 +39,165 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pyro.distributions as dist
 import torch
-from pyro.distributions.util import scale_and_mask
-from pyro.poutine.util import site_is_subsample
 
-from pyro_graphflows.errors import UnsupportedModelError
-from pyro_graphflows.graphs.model_graph import ModelGraph
+from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
+from pyro_graphflows.graphs.structures import ModelGraph
 from pyro_graphflows.inspect.arguments import (
-    ArgumentPath,
     alignment_of,
     argument_leaves,
+    is_outside,
     not_followed,
     outside_tensors,
     raw_argument,
-    replaced_arguments,
     with_tensors,
 )
+from pyro_graphflows.inspect.elements import split_elements
 from pyro_graphflows.inspect.runs import (
-    GivenValues,
-    Replaced,
     kept_random_state,
-    log_density_at,
     plates_of_sites,
-    quiet_run,
     random_sites,
     rows_of_plates,
-    run_model,
     seed_random_state,
-    undressed,
     vectorized_plates,
 )
-from pyro_graphflows.inspect.trace import TracedModel, trace_once
+from pyro_graphflows.inspect.trace import (
+    Rerun,
+    RerunError,
+    TracedModel,
+    density,
+    differentiable,
+    differs,
+    trace_once,
+)
 
 __all__ = [
     "REMEDY_ROWS",
     "REMEDY_STRUCTURE",
-    "Rerun",
-    "RerunError",
     "Validation",
     "changes",
     "changes_of_data",
     "changes_of_sites",
-    "density",
-    "differentiable",
-    "differs",
+    "get_model_graph",
     "non_exchangeable_plates",
     "require_followed",
+    "trace_model",
     "with_known_rows",
 ]
 
 _MANY_SITES = 200  # more are not changed one by one
+OTHER_SEED = 10_007
+REMEDY_ROWS = (
+    "Let a plate draw the rows, pyro.plate(name, size, subsample_size=...), so that guide and model have the same, or "
+    "take them before the call and pass them as arguments"
+)
+REMEDY_STRUCTURE = "Sample all sites in every run, and choose between values with torch.where"
 
 
-class RerunError(UnsupportedModelError):
-    """A model cannot be evaluated at other values than those it drew."""
+def get_model_graph(
+    model: Callable,
+    model_args: tuple = (),
+    model_kwargs: dict[str, Any] | None = None,
+    *,
+    strict: bool = True,
+    resolution: str = "site",
+    validate: bool = False,
+) -> ModelGraph:
+    """Find the Bayesian network that a Pyro model defines.
 
-
-def density(site: Mapping[str, Any], *, elementwise: bool = False) -> torch.Tensor:
-    """Return the log-density at a site of a trace, masked and scaled as in the model.
-
-    Args:
-        site: A node of a trace.
-        elementwise: Whether to leave independent elements of an event apart.
-
-    Returns:
-        A tensor of the site's batch shape, or of batch shape and independent event shape.
-
-    Raises:
-        RerunError: If the log-density cannot be evaluated at this value.
-    """
-    fn, value = site["fn"], site["value"]
-    base = undressed(fn) if elementwise else fn
-    try:
-        log_density = log_density_at(base, value)
-    except Exception as error:  # a flow may know its inverse only for values that it drew
-        raise _failure(error) from error
-    if not elementwise:
-        return scale_and_mask(log_density, site["scale"], site["mask"])
-    apart = len(fn.event_shape) - len(base.event_shape)
-    log_density = log_density.expand(fn.batch_shape + fn.event_shape[:apart])
-    while isinstance(fn, (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)):
-        if isinstance(fn, dist.MaskedDistribution):
-            mask = fn._mask
-            log_density = log_density * (_widened(mask, apart) if isinstance(mask, torch.Tensor) else mask)
-        fn = fn.base_dist
-    mask, scale = site["mask"], site["scale"]
-    scale = _widened(scale, apart) if isinstance(scale, torch.Tensor) else scale
-    return scale_and_mask(
-        log_density, scale, _widened(mask, apart) if isinstance(mask, torch.Tensor) else mask
-    )
-
-
-def _failure(error: Exception) -> RerunError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return RerunError(f"The model cannot be evaluated at other values: {reason.rstrip('.')}.")
-
-
-def _widened(tensor: torch.Tensor, dims: int) -> torch.Tensor:
-    return tensor.reshape(tensor.shape + (1,) * dims)
-
-
-def differentiable(value: torch.Tensor) -> bool:
-    """Whether gradients exist with respect to values of this type."""
-    return value.is_floating_point() or value.is_complex()
-
-
-class Rerun:
-    """A model at the values of one trace, to be run again at others.
+    The model runs once, without gradients and without touching the random state. Parameters that it creates
+    stay.
 
     Args:
         model: A Pyro model.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        traced: The model as traced with these arguments.
+        model_args: Its positional arguments: example data.
+        model_kwargs: Its keyword arguments.
+        strict: What to do where a random value turns into a Python value, so that it cannot be followed:
+            raise (True), or make all earlier sites parents of the sites after it (False).
+        resolution: ``"site"``, or ``"element"`` to split vector sites into their elements.
+        validate: Whether to compare with gradients, and with the log-densities at other values, which takes
+            about two more runs for each site and plate.
 
-    Attributes:
-        graph: The traced graph.
-        sites: The sites of the trace, in the order in which the model has them: a dependence goes forward.
-        values: Their values, of those that have one.
-        subsamples: The indices that plates drew; every run has the same.
+    Returns:
+        Sites as latent, observed or marginalised nodes (those enumerated in parallel), and tensor arguments
+        that reach a distribution as inputs; event sizes and plates.
+
+    Raises:
+        UnsupportedModelError: If a random value turns into a Python value (with ``strict``), a site has
+            dimensions outside of plates, or a log-density cannot be evaluated. The message names the site,
+            and what to do.
+        GraphflowsError: If ``resolution`` is unknown.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, torch
+        >>> def model(w, x=None):
+        ...     a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", 3):
+        ...         pyro.sample("x", dist.Normal(a * w, 1.0), obs=x)
+        >>> graph = get_model_graph(model, (torch.ones(3),), {"x": torch.zeros(3)})
+        >>> graph.edges, graph.inputs, graph.plates["w"]
+        ((('w', 'x'), ('a', 'x')), ('w',), ('data',))
     """
+    return trace_model(
+        model, model_args, model_kwargs, strict=strict, resolution=resolution, validate=validate
+    ).graph
 
-    def __init__(self, model: Callable, args: tuple, kwargs: dict[str, Any], traced: TracedModel) -> None:
-        if traced.converted:
-            args, kwargs = with_tensors(args, kwargs)
-        self.model, self.args, self.kwargs, self.traced = model, args, kwargs, traced
-        self.graph = traced.graph
-        nodes: Mapping[str, Any] = traced.trace.nodes
-        known = set(self.graph.nodes)
-        self.sites = {name: nodes[name] for name in nodes if name in known}
-        self.values = {
-            name: torch.as_tensor(site["value"]).detach().clone()
-            for name, site in self.sites.items()
-            if name not in traced.without_data
-        }
-        self.subsamples = {
-            name: node["value"]
-            for name, node in nodes.items()
-            if name not in known and node["type"] == "sample" and site_is_subsample(node)
-        }
 
-    def leaves(self) -> dict[ArgumentPath, torch.Tensor]:
-        """Return the tensors among the arguments, and inputs that the model has from elsewhere, by path."""
-        leaves = argument_leaves(self.model, self.args, self.kwargs)
-        paths = {path for path in self.traced.argument_paths.values() if path not in leaves}
-        if paths:
-            outside = outside_tensors(self.model, self.args, self.kwargs)
-            leaves.update({path: outside[path] for path in paths if path in outside})
-        return leaves
+def trace_model(
+    model: Callable,
+    model_args: tuple = (),
+    model_kwargs: dict[str, Any] | None = None,
+    *,
+    strict: bool = True,
+    resolution: str = "site",
+    validate: bool = False,
+) -> TracedModel:
+    """Like :func:`get_model_graph`, with everything else that the run shows.
 
-    def event_dim(self, name: str) -> int:
-        """Return how many of the rightmost dimensions of a site or an input are one value."""
-        if name in self.traced.event_dims:
-            return self.traced.event_dims[name]
-        return len(self.sites[name]["fn"].event_shape)
+    Args:
+        model: A Pyro model.
+        model_args: Its positional arguments: example data.
+        model_kwargs: Its keyword arguments.
+        strict: Whether to raise where a random value cannot be followed.
+        resolution: ``"site"`` or ``"element"``.
+        validate: Whether to compare with the model's behaviour.
 
-    def at(
-        self,
-        values: Mapping[str, torch.Tensor],
-        *,
-        replaced: Mapping[int, torch.Tensor] | None = None,
-        stir: bool = False,
-        gradients: bool = False,
-        seed: int = 0,
-    ) -> Any:
-        """Trace the model at given values.
+    Returns:
+        The graph, the trace, paths of arguments, leaks and notes.
 
-        Args:
-            values: Values by site.
-            replaced: Tensors to put in the place of arguments, by the ``id`` of these.
-            stir: Whether to add noise to parameters.
-            gradients: Whether to keep the autograd graph.
-            seed: The random state: two runs differ by what was changed only.
+    Raises:
+        UnsupportedModelError: As :func:`get_model_graph`.
+        GraphflowsError: If ``resolution`` is unknown.
+    """
+    if resolution not in ("site", "element"):
+        raise GraphflowsError(f"Expected resolution 'site' or 'element'; got {resolution!r}.")
+    args, kwargs = tuple(model_args), dict(model_kwargs or {})
+    traced = trace_once(model, args, kwargs, strict=strict)
+    rerun = Rerun(model, args, kwargs, traced)
+    notes = require_followed(rerun, strict=strict)
+    if traced.graph.inputs:
+        traced = with_known_rows(rerun)
+    traced = replace(traced, notes=tuple(dict.fromkeys((*traced.notes, *notes))))
+    if validate:
+        traced = _validated(traced, Validation(Rerun(model, args, kwargs, traced), strict).run())
+    if resolution == "element":
+        traced = split_elements(Rerun(model, args, kwargs, traced))
+    return traced
 
-        Returns:
-            The trace.
 
-        Raises:
-            RerunError: If the model does not run at these values. The message has the model's own.
-        """
-        try:
-            args, kwargs = self.args, self.kwargs
-            handlers: list[Any] = [GivenValues({**self.subsamples, **values}, stir=stir)]
-            if replaced:
-                args, kwargs = replaced_arguments(args, kwargs, replaced)
-                handlers.append(Replaced(replaced))
-            with quiet_run(self.model), torch.set_grad_enabled(gradients):
-                torch.manual_seed(seed)
-                return run_model(self.model, args, kwargs, *handlers)
-        except Exception as error:  # anything may go wrong in a user's model
-            raise _failure(error) from error
+def _validated(traced: TracedModel, validation: "Validation") -> TracedModel:
+    graph = traced.graph
+    if validation.missed:
+        graph = graph.with_edges([*graph.edges, *validation.missed])
+    return replace(
+        traced,
+        graph=graph,
+        notes=tuple(dict.fromkeys((*traced.notes, *validation.notes))),
+        non_exchangeable=validation.non_exchangeable,
+    )
 
-    def densities(
-        self, values: Mapping[str, torch.Tensor], names: Iterable[str] | None = None, *, seed: int = 0
-    ) -> dict[str, torch.Tensor]:
-        """Return the log-densities of some sites (by default all that the run has) at given values."""
-        trace = self.at(values, seed=seed)
-        wanted = [name for name in self.sites if name in trace] if names is None else names
-        with torch.no_grad():
-            return {name: density(trace.nodes[name]) for name in wanted}
+
+# ---------------------------------------------------------------- runs at other values
 
 
 def require_followed(rerun: Rerun, *, strict: bool) -> list[str]:
@@ -503,6 +478,7 @@ def non_exchangeable_plates(
     model_kwargs: dict[str, Any] | None = None,
     *,
     traced: TracedModel | None = None,
+    known_rows: bool = False,
 ) -> dict[str, tuple[str, ...]]:
     """Find the sites for which the indices of a plate differ even if all that enters is equal along it.
 
@@ -515,6 +491,8 @@ def non_exchangeable_plates(
         model_args: Its positional arguments.
         model_kwargs: Its keyword arguments.
         traced: The model as traced with these arguments, if that is at hand.
+        known_rows: Whether inputs from outside of the call count as constants along plates that are there in full:
+            their rows are the same in every call, as long as nobody changes them.
 
     Returns:
         Names of plates by site. Nothing if the model cannot be evaluated at other values than those it drew; sites that
@@ -533,7 +511,7 @@ def non_exchangeable_plates(
     """
     args, kwargs = tuple(model_args), dict(model_kwargs or {})
     traced = trace_once(model, args, kwargs, strict=False) if traced is None else traced
-    return Validation(Rerun(model, args, kwargs, traced), strict=False).equalise_plates()
+    return Validation(Rerun(model, args, kwargs, traced), strict=False).equalise_plates(known_rows=known_rows)
 
 
 class Validation:
@@ -572,10 +550,14 @@ class Validation:
             )
         return self
 
-    def equalise_plates(self) -> dict[str, tuple[str, ...]]:
-        """Return for which sites the indices of which plates are non-exchangeable."""
+    def equalise_plates(self, *, known_rows: bool = False) -> dict[str, tuple[str, ...]]:
+        """Return for which sites the indices of which plates are non-exchangeable.
+
+        Args:
+            known_rows: Whether inputs from outside of the call count as constants along plates in full.
+        """
         try:
-            self._equalise_plates()
+            self._equalise_plates(known_rows=known_rows)
         except RerunError as error:
             self.notes.append(f"not validated (equalise plates): {error}")
         return self.non_exchangeable
@@ -711,13 +693,16 @@ class Validation:
                 if not _alike(one, two):
                     self._across(parent, str(child), frame.name)
 
-    def _equalise_plates(self) -> None:
+    def _equalise_plates(self, *, known_rows: bool = False) -> None:
         """Make all that enters a plate equal along it: log-densities that vary show constants that do."""
         rerun = self.rerun
         frames = plates_of_sites(rerun.sites)
         leaves = rerun.leaves()
         paths = rerun.traced.argument_paths
         known = {paths[name]: rows for name, rows in rerun.traced.rows.items()}
+        indices = {
+            paths[name] for name in rerun.traced.index_inputs
+        }  # what they look up is not equal along a plate
         noisy: set[str] | None = None
         for plate, frame in frames.items():
             inside = {
@@ -733,6 +718,11 @@ class Validation:
             sizes = {frame.dim: (frame.name, {frame.size, frame.full_size}) for frame in around}
             replaced: dict[int, torch.Tensor] = {}
             for path, leaf in leaves.items():
+                in_full = frame.size == (frame.full_size or frame.size)
+                if known_rows and is_outside(path) and in_full and path not in indices:
+                    continue
+                if _are_indices(leaf, rerun.subsamples.get(plate)):
+                    continue  # of equal ones all that the model takes by them would be equal
                 dims = [dim for dim, other in known.get(path, {}).items() if other == plate]
                 if path not in known:
                     alignment = alignment_of(leaf.shape, sizes)
@@ -762,14 +752,15 @@ class Validation:
         return {name for name in one if not _alike(one[name], two[name])}
 
 
-def differs(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
-    """Return where two tensors differ by more than rounding."""
-    tolerance = 1e-9 if one.dtype == torch.float64 else 1e-5
-    return ~torch.isclose(one, two, rtol=tolerance, atol=tolerance, equal_nan=True)
-
-
 def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and not bool(differs(one, other).any())
+
+
+def _are_indices(leaf: torch.Tensor, indices: Any) -> bool:
+    """Whether a tensor among the arguments holds the indices of a plate."""
+    if not isinstance(indices, torch.Tensor) or leaf.is_floating_point() or leaf.shape != indices.shape:
+        return False
+    return torch.equal(leaf.to(indices), indices)
 
 
 def _equal_along(tensor: torch.Tensor, dim: int) -> torch.Tensor:
@@ -780,12 +771,7 @@ def _equal_along(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     return tensor.narrow(dim, 0, 1).expand(tensor.shape).clone()
 
 
-OTHER_SEED = 10_007
-REMEDY_ROWS = (
-    "Let a plate draw the rows, pyro.plate(name, size, subsample_size=...), so that guide and model have the same, or "
-    "take them before the call and pass them as arguments"
-)
-REMEDY_STRUCTURE = "Sample all sites in every run, and choose between values with torch.where"
+# ---------------------------------------------------------------- two runs with different random numbers
 
 
 def changes(
