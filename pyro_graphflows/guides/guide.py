@@ -264,7 +264,8 @@ class AutoFaithfulGuide(AutoGuide):
             verbose: Whether to add how the networks start, with figures of joint samples. All else follows from the
                 model and the call.
         """
-        return self.plan.describe((*self._notes, *(self._start_notes if verbose else ())))
+        summed = [site for block in self._all_blocks() for site in block.site_elements()]
+        return self.plan.describe((*self._notes, *(self._start_notes if verbose else ())), summed)
 
     # ---------------------------------------------------------------- a call
 
@@ -325,6 +326,7 @@ class AutoFaithfulGuide(AutoGuide):
                 beyond = [] if new is None else [name for name in level if name in block_plan.per_element]
                 fuses = block.conditionals.fuses
                 priors = {} if of_call is None else of_call.before(values, self._fuses)
+                priors = block.beside_elements(priors, level, call, unconstrained)
                 model = self._model_conditionals(beyond, block, call, (args, kwargs), values, observations)
                 with ExitStack() as stack:
                     for name in block_plan.plates:
@@ -377,14 +379,20 @@ class AutoFaithfulGuide(AutoGuide):
             site,
             conditional,
             call.supports[name],
-            analytic_kl=self.plan.analytic_kl[name],
+            analytic_kl=self.plan.analytic_kl[name] and prior is None,
             dtype=None if site.encoding is None else block.dtype,
             coordinate=None if prior is None else prior.transform,
         )
 
     def _fuses(self, name: str) -> bool:
+        return any(
+            name in block.plan.fused and block.conditionals.fuses(name) for block in self._all_blocks()
+        )
+
+    def _all_blocks(self) -> list[GuideBlock]:
+        """Return the blocks, without showing their parameters to Pyro."""
         blocks: Any = self._modules["blocks"]
-        return any(name in block.plan.fused and block.conditionals.fuses(name) for block in blocks)
+        return list(blocks)
 
     def _emit_site(self, name: str, fn: dist.TorchDistribution, call: Call, emit: Emit) -> Tensor:
         """Emit a distribution at its site, with the model's mask and scale; return the value."""
@@ -810,7 +818,8 @@ class AutoFaithfulGuide(AutoGuide):
 
         Args:
             site: A latent site that is fused with its prior; ``describe()`` says which are.
-            weights: See :meth:`set_linear_`.
+            weights: See :meth:`set_linear_`. Of a site with one factor for each element of a plate they are those
+                of each of these factors.
             intercept: The location where all parents are zero, shape ``(size,)``.
             scale: The scale, or a lower triangular square root of the covariance, shape ``(size, size)``.
 

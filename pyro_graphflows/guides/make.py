@@ -93,9 +93,10 @@ def auto_faithful_guide(
         strict: Whether to refuse models whose dependencies cannot be traced in full; if not, what cannot be
             followed counts as a dependency on all earlier sites.
         resolution: ``"auto"``: vectors whose conditional would take more than 200,000 weights are held element by
-            element where the model's elements fall into small groups, and with a covariance of low rank beside a
-            diagonal where they do not (:mod:`~pyro_graphflows.guides.vectors`; ``describe()`` says which); ``"site"``:
-            never element by element; ``"element"``: each element of every vector site has its own parents (not with a
+            element where the model's elements fall into small groups, with a banded precision where they or their
+            running sums are a chain, as in random walks, and with a covariance of low rank beside a diagonal where
+            neither is so (:mod:`~pyro_graphflows.guides.vectors`; ``describe()`` says which); ``"site"``:
+            always of low rank; ``"element"``: each element of every vector site has its own parents (not with a
             factor class; see :func:`~pyro_graphflows.get_model_graph` for when that is sound).
         rank: The rank of the covariance of long vectors beside its diagonal; None for at most 10.
         budget: The most weights that the conditional of one vector may take; full covariances are used up to it. None

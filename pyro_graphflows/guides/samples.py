@@ -34,7 +34,7 @@ from pyro_graphflows.inspect.arguments import argument_leaves, replaced_argument
 from pyro_graphflows.inspect.runs import quiet_run, run_model
 from pyro_graphflows.shapes import broadcast_shapes
 
-__all__ = ["MOST_ROWS", "ModelDraws", "Samples", "columns_of", "side_by_side", "with_depth"]
+__all__ = ["MOST_ROWS", "ModelDraws", "Samples", "columns_of", "evidence_of", "side_by_side", "with_depth"]
 
 MOST_ROWS = 200_000  # in the block with the most elements, for a joint sample
 MOST_POOLED_ROWS = 500_000  # the same where plates are pooled: a whole data set is one sample
@@ -478,6 +478,11 @@ class Samples:
 def columns_of(site: str) -> tuple[str, str]:
     """Return the names of a fused site's columns beside samples: its prior, its value in the coordinate of that."""
     return f"{site}: prior", f"{site}: coordinate"
+
+
+def evidence_of(site: str) -> str:
+    """Return the name of the column of what elements of a plate say of a site, beside samples."""
+    return f"{site}: elements"
 
 
 def _latents_of(model: Callable[..., Any], traced: TracedModel) -> tuple[Callable[..., Any], TracedModel]:

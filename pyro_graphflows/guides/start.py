@@ -201,14 +201,20 @@ def _start_blocks(
     further = {
         "element_parents": compiled.element_parents,
         "factors": options.factor_classes(),
-        "ranks": compiled.ranks,
+        "ranks": compiled.vectors.ranks,
+        "chains": {site: (chain.width, chain.differences) for site, chain in compiled.vectors.chains.items()},
     }
     blocks, starts = [], []
     for plan in compiled.plan.blocks:
-        inputs, of_block = make_inputs(plan, samples, options.deepset or DeepSet(), options.embedding)
-        block = GuideBlock.make(plan, compiled.families[plan.sites[0]], inputs, of_block, further)
+        inputs, elements, of_block = make_inputs(
+            plan, samples, options.deepset or DeepSet(), options.embedding
+        )
+        block = GuideBlock.make(plan, compiled.families[plan.sites[0]], inputs, of_block, further, elements)
         start = start_block_(block, of_block, regression=regression)
+        if regression:
+            start_fields_(block, compiled)
         given = start_at_(block, of_block, options.init_values, compiled.plan.changing)
+        block.leave_out_unused_elements_()
         starts.append(replace(start, notes=(*start.notes, *given)))
         blocks.append(block)
     return blocks, starts
@@ -302,6 +308,42 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
     if regression and not (samples.source == "mode" and kept):
         conditionals.narrow_elements_(ELEMENT_SCALE, fitted=kept)
     return Start(tuple(notes), moments)
+
+
+@torch.no_grad()
+def start_fields_(block: GuideBlock, compiled: Compiled) -> None:
+    """Let long vectors whose log-density is quadratic start at their conditional, as the derivatives give it.
+
+    Args:
+        block: The block.
+        compiled: What the guide is made from.
+    """
+    for site in block.plan.sites:
+        chain = compiled.vectors.known.get(site)
+        if chain is None or chain.field is None or not compiled.sites[site].is_real:
+            continue
+        seen = set(map(str, compiled.plan.inverse.parents[site]))
+        elsewhere = {
+            child
+            for child in compiled.plan.graph.observed
+            if site in compiled.plan.graph.parents(child) and child not in chain.reads
+        }
+        alone = site in compiled.plan.inputs.per_element  # and so for these data
+        if not seen - elsewhere <= set(chain.field.weights) or (elsewhere and not alone):
+            continue
+        weights, intercept, tril = chain.field.moments
+        if chain.differences:
+            weights = {name: _steps(matrix) for name, matrix in weights.items()}
+            intercept, tril = _steps(intercept), _steps(tril)
+        before = {key: value.clone() for key, value in block.conditionals.state_dict().items()}
+        try:
+            block.set_linear_(site, weights, intercept, tril)
+        except GraphflowsError:  # its data are not features as they are, but their logarithms
+            block.conditionals.load_state_dict(before)
+
+
+def _steps(columns: Tensor) -> Tensor:
+    return torch.diff(columns, dim=0, prepend=torch.zeros_like(columns[:1]))
 
 
 def _few_enough(chosen: Tensor, num_features: int) -> Tensor:
@@ -481,8 +523,9 @@ def regress_(
     rows = rows[finite].clamp(-WINSOR, WINSOR)
     moments = Moments(rows)
     for site in conditionals.block.sites:
-        if fused is not None and site in fused.priors and conditionals.fuses(site):
-            fused.at(finite).fit_(conditionals, site, rows)
+        known = fused is not None and site in fused.priors
+        if fused is not None and known and (conditionals.fuses(site) or site in conditionals.block.summed):
+            fused.at(finite).fit_(conditionals, site, rows, moments)
         else:
             conditionals.regress_(site, rows, moments)
 
