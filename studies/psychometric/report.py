@@ -183,8 +183,8 @@ def curves(records: dict[str, Record]) -> str:
         rows.append(
             [
                 f"Pyro's NUTS, one chain of {NUTS_WARMUP} + {NUTS_DRAWS} steps, {len(nuts)} data sets",
-                f"{mean:.1f} CPU s each; all data sets would take {1 / share:.0f} times what the above took, with refinement of all the others at "
-                "the same cost each",
+                f"{mean:.1f} CPU s each; all data sets would take {1 / share:.0f} times what the above "
+                "took, with refinement of all the others at the same cost each",
             ]
         )
     if "surprise" in records:
