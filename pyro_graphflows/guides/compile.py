@@ -106,7 +106,7 @@ class GuideOptions:
     family: Family
     inverse: Inverse = "auto"
     pool: str | DeepSet | None = None
-    init: str = "regression"
+    init: str = "auto"
     factors: Mapping[str, type[Factor] | Family] = field(default_factory=dict)
     standardize: bool = True
     num_start_samples: int = 10_000

@@ -103,7 +103,7 @@ class AutoFaithfulGuide(AutoGuide):
         family: str | Family | type[Factor] = "auto",
         inverse: Inverse = "auto",
         pool: str | DeepSet | None = None,
-        init: str = "regression",
+        init: str = "auto",
         factors: Mapping[str, type[Factor] | Family] = MappingProxyType({}),
         standardize: bool = True,
         num_start_samples: int = 10_000,
