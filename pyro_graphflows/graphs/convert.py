@@ -143,7 +143,7 @@ def from_bif(path: str | Path, observed: Iterable[Node] | str = "leaves") -> Mod
 
 
 def _plain_bif(text: str) -> str:
-    """Return a BIF text without comments and spaces at ends of lines: pgmpy's reader passes over blocks before those."""
+    """Return a BIF text without comments and spaces at ends of lines: pgmpy passes over the blocks before those."""
     text = re.sub(r'"[^"\n]*"|//[^\n]*|/\*.*?\*/', _unless_a_comment, text, flags=re.DOTALL)
     return "".join(f"{line.rstrip()}\n" for line in text.splitlines())
 
