@@ -48,9 +48,9 @@ SCRIPTS = {
         {"independent.png", "learned.png"},
     ),
     "gallery/semi_supervised_digits.py": (
-        "--steps 3 --hidden-dim 8",
+        "--steps 3 --hidden-dim 8 --out OUT/styles.png",
         ["50 labelled images", "with the others: ", "data where a call has some"],
-        set(),
+        {"styles.png"},
     ),
 }
 LONG = {"siren_vae_digits.py", "gallery/semi_supervised_digits.py"}  # whose parts other tests run

@@ -3,8 +3,7 @@
 The model M2 of Kingma et al. (2014), Semi-supervised Learning with Deep Generative Models, Section 2.2: a class y and
 a style z make an image x. The class has data in labelled batches and is summed over in the others. The guide is
 q(y | x) q(z | x, y), and q(z | x, y) is the same network in both. The data are scikit-learn's digits (Alpaydin and
-Kaynak 1998), 1,797 images of 8 x 8 pixels. Printed are the errors of q(y | x) on test images, with the unlabelled
-images and without them.
+Kaynak 1998), 8 x 8 pixels. Printed are the errors of q(y | x) on test images, with the unlabelled images and without.
 
     python examples/gallery/semi_supervised_digits.py --num-labels 50
 """
@@ -14,6 +13,7 @@ import argparse
 import pyro
 import pyro.distributions as dist
 import torch
+from compare_guides import add_flags, figure, save
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from sklearn.datasets import load_digits
@@ -30,9 +30,8 @@ class Digits(nn.Module):
     def __init__(self, style_dim, hidden_dim):
         super().__init__()
         self.style_dim = style_dim
-        self.decoder = nn.Sequential(
-            nn.Linear(CLASSES + style_dim, hidden_dim), nn.Softplus(), nn.Linear(hidden_dim, PIXELS)
-        )
+        layers = nn.Linear(CLASSES + style_dim, hidden_dim), nn.Softplus(), nn.Linear(hidden_dim, PIXELS)
+        self.decoder = nn.Sequential(*layers)
 
     def forward(self, x, y=None):
         """The model: images, and their classes (indicators) where they are known."""
@@ -49,9 +48,7 @@ def load_images(num_labels, generator):
     """Return images and classes: some labelled ones (as many of each class), the others, and those for the test."""
     digits = load_digits()
     order = torch.randperm(len(digits.data), generator=generator)
-    x = (torch.as_tensor(digits.data, dtype=torch.get_default_dtype()) > 7).to(torch.get_default_dtype())[
-        order
-    ]
+    x = (torch.as_tensor(digits.data) > 7).to(torch.get_default_dtype())[order]
     y = torch.as_tensor(digits.target)[order]
     train, test = slice(0, 1400), slice(1400, None)
     rank = torch.stack([(y[train] == k).cumsum(0) for k in range(CLASSES)], -1)[torch.arange(1400), y[train]]
@@ -61,7 +58,7 @@ def load_images(num_labels, generator):
 
 def classify(guide, x):
     """Return q(y | x), a distribution."""
-    with pyro.poutine.block():
+    with poutine.block():
         return poutine.trace(guide).get_trace(x).nodes["y"]["fn"]
 
 
@@ -86,31 +83,38 @@ def train(args, labelled, unlabelled):
         optimiser.zero_grad()
         total.backward()
         optimiser.step()
-    return guide
+    return model, guide
+
+
+@torch.no_grad()
+def draw(model, args, styles=4):
+    """Save images of each class that the model makes, one style a row."""
+    z = torch.randn(styles, 1, args.style_dim).expand(-1, CLASSES, -1)
+    pixels = model.decoder(torch.cat([torch.eye(CLASSES).expand(styles, -1, -1), z], -1)).sigmoid()
+    made, axes = figure(size=(6.0, 2.6))
+    framed = nn.functional.pad(pixels.reshape(styles, CLASSES, 8, 8), (1, 1, 1, 1)).transpose(1, 2)
+    axes[0].imshow(framed.reshape(10 * styles, -1), cmap="gray_r")
+    axes[0].set(xticks=[], yticks=[], xlabel="classes 0 to 9", ylabel="styles")
+    save(made, args)
 
 
 def main(args):
-    """Print the share of test images that are misclassified."""
+    """Print the share of test images that are misclassified, and draw images of the second model."""
     labelled, unlabelled, (x, y) = load_images(args.num_labels, torch.Generator().manual_seed(args.seed))
     print(f"{len(labelled[0])} labelled images, {len(unlabelled)} images in all, {len(x)} for the test")
     for name, images in (("labelled images alone", None), ("with the others", unlabelled)):
-        guide = train(args, labelled, images)
-        with torch.no_grad():
-            wrong = (
-                (classify(guide, x).log_prob(torch.eye(CLASSES).unsqueeze(1)).argmax(0) != y).double().mean()
-            )
-        print(f"{name}: {100 * wrong:.1f} % of the test images misclassified")
+        model, guide = train(args, labelled, images)
+        wrong = (classify(guide, x).log_prob(torch.eye(CLASSES).unsqueeze(1)).argmax(0) != y).double()
+        print(f"{name}: {100 * wrong.mean():.1f} % of the test images misclassified")
     print(guide.describe())
+    draw(model, args)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--num-labels", type=int, default=50)
-    parser.add_argument("--style-dim", type=int, default=8)
-    parser.add_argument("--hidden-dim", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch-size", type=int, default=100)
+    add_flags(parser, 2000, "semi_supervised_digits")
+    for flag, default in {"num-labels": 50, "style-dim": 8, "hidden-dim": 128, "batch-size": 100}.items():
+        parser.add_argument(f"--{flag}", type=int, default=default)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--alpha", type=float, default=5.0, help="the weight of the labels in q(y | x)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--alpha", type=float, default=5.0, help="weight of the labels in q(y | x)")
     main(parser.parse_args())
