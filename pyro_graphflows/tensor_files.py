@@ -84,7 +84,9 @@ def _checksum(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:
     about = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
     found = hashlib.sha256(json.dumps([about, dict(texts)], sort_keys=True).encode())
     for _, tensor in sorted(tensors.items()):
-        flat = tensor.reshape(-1)
+        flat = tensor.reshape(-1).clone(
+            memory_format=torch.contiguous_format
+        )  # a single entry may have any stride
         found.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
     return found.hexdigest()
 

@@ -12,7 +12,7 @@ from pyro.infer.autoguide import AutoNormal
 from training_paths import check_path, expected_loss, train
 
 from pyro_graphflows import auto_faithful_guide
-from pyro_graphflows.guides.conditionals.pooling import DeepSetPool
+from pyro_graphflows.guides.conditionals.pooling import DeepSet, DeepSetPool
 
 
 @pytest.fixture(autouse=True)
@@ -195,7 +195,7 @@ def test_members_of_a_summary_whose_plates_have_one_dimension_are_pooled_apart()
 
 def test_a_regression_start_rests_on_what_is_not_trained():
     y = torch.randn(6, 4)
-    guide = auto_faithful_guide(groups, y, pool="deepset", num_start_samples=500)
+    guide = auto_faithful_guide(groups, y, pool=DeepSet(sums=False), num_start_samples=500)
     for block in guide.blocks:
         learned = block.inputs.learned
         assert learned.sum() >= 16

@@ -8,6 +8,7 @@ import torch
 from infer_models import LinearGuide
 from torch.utils.data import DataLoader
 
+from pyro_graphflows.distributions import Simulated
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
 from pyro_graphflows.guides import auto_faithful_guide
 from pyro_graphflows.infer import InferenceCompilation, Schedule, Simulations, fit
@@ -229,3 +230,39 @@ class TestBadInput:
             Simulations([], batch_size=10)
         with pytest.raises(GraphflowsError, match="Expected no loss with simulations"):
             self.fit(100, loss=InferenceCompilation)
+
+
+def failing(share):
+    """A simulator that fails where its parameter is large."""
+
+    def model(x=None):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+        def simulator(z):
+            noise = torch.randn(*z.shape[:-1], 3)
+            return torch.where(z[..., :1] > share, torch.nan, z.sum(-1, keepdim=True) + noise)
+
+        pyro.sample("x", Simulated(simulator, z, event_shape=(3,), input_dims=1), obs=x)
+
+    return model
+
+
+class TestSimulatorsThatFail:
+    @pytest.mark.parametrize("seed", range(4))
+    def test_failures_are_counted_and_dropped_wherever_they_are(self, seed):
+        model, x = failing(0.0), torch.zeros(3)
+        guide = auto_faithful_guide(model, x, num_start_samples=200)
+        schedule = Schedule(num_steps=3)
+        simulations = Simulations(100, not_finite="drop")
+        with pytest.warns(GraphflowsWarning, match="of 100 simulations have NaN or infinite values, at x"):
+            fit(model, guide, x, simulations=simulations, schedule=schedule, progress=False, seed=seed)
+        with pytest.raises(GraphflowsError, match=r"Expected finite simulations; .* of 100 have NaN"):
+            fit(model, guide, x, simulations=100, schedule=schedule, progress=False, seed=seed)
+
+    def test_one_that_always_fails_is_refused(self):
+        model, x = failing(-math.inf), torch.zeros(3)
+        guide = auto_faithful_guide(model, x, num_start_samples=200, init="random", standardize=False)
+        with pytest.raises(
+            GraphflowsError, match=r"Expected a model that simulates finite values; x had NaN"
+        ):
+            fit(model, guide, x, simulations=100, progress=False)

@@ -17,11 +17,12 @@ from pyro.poutine.messenger import Messenger
 
 from pyro_graphflows import GraphflowsError, GraphVAE
 from pyro_graphflows.datasets import Images
-from studies.graph_vae import checkpoint, evaluation, remedies, train
+from studies.graph_vae import checkpoint, evaluation, remedies, report_ensemble, train
 from studies.graph_vae.ensemble import Ensemble, log_likelihood
 from studies.graph_vae.epochs import EpochData
 from studies.graph_vae.json_lines import Record
 from studies.graph_vae.trainer import Settings, Trainer
+from studies.results import Results
 
 ROOT = Path(__file__).parent.parent
 STRUCTURES = ("learned", "full", "chain", "independent")
@@ -540,7 +541,9 @@ def lines_of(path):
 
 
 def test_script_writes_lines_pictures_and_weights(script, tmp_path, capsys):
-    finals = script("--structures", "learned", "independent", "--seeds", "0", "1", "--epochs", "2")
+    results = tmp_path / "results.jsonl"
+    flags = ("--seeds", "0", "1", "--epochs", "2", "--results", str(results))
+    finals = script("--structures", "learned", "independent", *flags)
     said = capsys.readouterr().out
     assert "steps per second" in said
     assert "2,000 epochs would take" in said
@@ -549,6 +552,10 @@ def test_script_writes_lines_pictures_and_weights(script, tmp_path, capsys):
     assert [line["kind"] for line in lines] == ["start", "epoch", "epoch", "final"]
     assert lines[-1] == finals["learned"]
     assert lines[-1]["ll_images"] == 10
+    kept = Results(results).read()
+    assert list(kept) == ["trained digits-independent-3x2-s0_1 2", "trained digits-learned-3x2-s0_1 2"]
+    assert kept["trained digits-learned-3x2-s0_1 2"]["elbo"] == lines[-1]["elbo"]
+    assert "| independent (VAE) |  | 2 | 2 |" in report_ensemble.trained_section(kept)
     for picture in ("learned-3x2-s0_1-images", "learned-3x2-s0_1-gates", "independent-3x2-s0_1-images"):
         content = (out / f"digits-{picture}.png").read_bytes()
         assert content.startswith(b"\x89PNG\r\n\x1a\n")
@@ -715,17 +722,21 @@ def test_remedies_are_compared_with_the_full_structure(monkeypatch, tmp_path, ca
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     monkeypatch.setattr(torch, "set_flush_denormal", lambda on: None)
-    flags = ["--out", str(tmp_path), "--epochs", "2", "--ll-particles", "20", "--ways", "full"]
+    results = tmp_path / "results.jsonl"
+    flags = ["--results", str(results), "--epochs", "2", "--ll-particles", "20", "--ways", "full"]
     remedies.main(remedies.parser().parse_args(flags))
     remedies.main(remedies.parser().parse_args([*flags, "gates 10, frozen 60", "published"]))
-    lines = lines_of(tmp_path / "remedies.jsonl")
-    assert [line["way"] for line in lines] == ["full", "gates 10, frozen 60", "published"]
-    d = torch.tensor(lines[2]["best"]["elbo"]) - torch.tensor(lines[0]["best"]["elbo"])
-    mean, error = remedies.paired(lines[2], lines[0])
+    lines = remedies.lines_of(Results(results).read())
+    assert [line["way"] for line in lines] == ["full", "published", "gates 10, frozen 60"]
+    d = torch.tensor(lines[1]["best"]["elbo"]) - torch.tensor(lines[0]["best"]["elbo"])
+    mean, error = remedies.paired(lines[1], lines[0])
     assert mean == pytest.approx(d.mean().item())
     assert error == pytest.approx(d.std().item() / 5**0.5)
     assert f"{mean:+8.3f} ± {error:.3f}" in capsys.readouterr().out
-    assert lines[2]["checked"][0]["gradient_mean_over_sd"]["median"] > 0
+    assert lines[1]["checked"][0]["gradient_mean_over_sd"]["median"] > 0
+    page = report_ensemble.remedies_section(Results(results).read())
+    assert f"{mean:+.3f} ± {error:.3f}" in page
+    assert "gates 10, frozen 60" in page
 
 
 def test_what_is_measured_on_the_way_leaves_no_trace():

@@ -1,22 +1,24 @@
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 
-from studies.multilevel import report, run
+from studies.multilevel import models, report, run
 from studies.results import Results
 
 
 def exact_guide(x):
     """The posterior itself, as a guide."""
-    of_mu, of_theta = run.exact_posterior(x)
+    of_mu, of_theta = models.exact_posterior(x)
     mu = pyro.sample("mu", of_mu)
     with pyro.plate("groups", x.shape[-1], dim=-1):
         pyro.sample("theta", of_theta(mu.reshape(-1)) if mu.dim() == 0 else dist.Normal(*parts(x, mu)))
 
 
 def parts(x, mu):
-    _, of_theta = run.exact_posterior(x)
+    _, of_theta = models.exact_posterior(x)
     conditional = of_theta(torch.zeros(()))
     n = x.shape[0]
     return conditional.loc + mu / (1.0 + n), conditional.scale
@@ -34,7 +36,7 @@ def test_the_exact_posterior_is_that_of_the_joint_normal():
     data = rows @ rows.T + torch.eye(groups * n)
     mean = cross @ torch.linalg.solve(data, x.T.reshape(-1))
     covariance = joint - cross @ torch.linalg.solve(data, cross.T)
-    of_mu, of_theta = run.exact_posterior(x)
+    of_mu, of_theta = models.exact_posterior(x)
     assert of_mu.mean.item() == pytest.approx(mean[0].item())
     assert of_mu.variance.item() == pytest.approx(covariance[0, 0].item())
     assert torch.allclose(of_theta(of_mu.mean).mean, mean[1:])
@@ -46,17 +48,50 @@ def test_the_gap_of_the_exact_posterior_is_zero():
     class Guide:
         def __call__(self, x):
             exact_guide(x)
-            return {"mu": run.exact_posterior(x)[0].sample((run.NUM_DRAWS,))}
+            return {"mu": models.exact_posterior(x)[0].sample((run.NUM_DRAWS,))}
 
     value, rank = run.gap(Guide(), torch.randn(3, 5))
     assert value == pytest.approx(0.0, abs=1e-9)
     assert 0.0 <= rank <= 1.0
 
 
-def test_a_row_from_training_to_page(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "row"), [("two levels", "flat"), ("random effects", "elbo")])
+def test_a_row_from_training_to_page(tmp_path, monkeypatch, name, row):
     monkeypatch.setattr(run, "NUM_DATA_SETS", 2)
-    guide, figures = run.train("attention", 0.5, 0)
+    monkeypatch.setattr(run, "NUM_DRAWS", 20)
+    guide, figures = run.train(name, row, 0.3, 0)
+    assert figures["steps"] > 0
     results = Results(tmp_path / "results.jsonl")
-    results.append("attention/0.5/0", {**figures, **run.judge(guide)})
+    results.append(f"{name}/{row}/0.3/0", {**figures, **run.judge(name, guide)})
     report.render(results.path, tmp_path)
-    assert "| `attention` | 0 |" in (tmp_path / "multilevel.md").read_text()
+    assert f"| `{row}` | 0 |" in (tmp_path / "multilevel.md").read_text()
+    assert (tmp_path / "multilevel" / "gaps.png").exists()
+
+
+def test_the_evidence_of_random_effects_is_that_of_a_joint_normal_on_a_grid():
+    torch.manual_seed(1)
+    x = torch.randn(3, 4).double() + torch.randn(4).double()
+    groups = torch.eye(4).double().repeat_interleave(3, 0)
+    tau, sigma = (torch.linspace(low, high, 60).double().exp() for low, high in ((-7.0, 2.0), (-2.5, 2.5)))
+    total = []
+    for t in tau:
+        covariance = 4.0 + t**2 * groups @ groups.T + sigma[:, None, None] ** 2 * torch.eye(12).double()
+        joint = dist.MultivariateNormal(torch.zeros(12).double(), covariance)
+        priors = dist.HalfNormal(1.0).log_prob(t) + dist.LogNormal(0.0, 0.5).log_prob(sigma)
+        total.append(joint.log_prob(x.T.reshape(-1)) + priors + t.log() + sigma.log())
+    cell = math.log(9.0 / 59) + math.log(5.0 / 59)
+    expected = float(torch.stack(total).flatten().logsumexp(0)) + cell
+    assert models.log_evidence(x) == pytest.approx(expected, abs=2e-3)
+
+
+def test_the_start_is_the_posterior_at_sizes_it_has_not_seen():
+    guide, _ = run.train("two levels", "start", 0.0, 0)
+    torch.manual_seed(2)
+    for shape in ((2, 40), (15, 6)):
+        gaps = []
+        for _ in range(20):
+            theta = torch.randn(()) + torch.randn(shape[1])
+            with torch.no_grad():
+                gaps.append(run.gap(guide, theta + torch.randn(shape))[0])
+        values = torch.tensor(gaps)
+        assert float(values.mean()) < 0.02 + 4 * float(values.std()) / math.sqrt(20)

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
@@ -63,6 +64,27 @@ def test_errors_are_in_standard_deviations():
     error, rhat = run.worst(draws, moments, 4)
     assert error == pytest.approx(abs(draws["a"].mean() - 1).item() / 2)
     assert rhat < 1.1
+
+
+@pytest.mark.slow
+def test_radon_data_are_read_by_the_name_of_the_posterior(tmp_path, monkeypatch):
+    """Three counties, in the form of the file: the figures are few, the path is that of the study."""
+    monkeypatch.setattr(run, "STEPS", 2)
+    (tmp_path / "posteriordb").mkdir()
+    (tmp_path / "inference_gym").mkdir()
+    generator = np.random.default_rng(0)
+    arrays = {
+        "data.county_idx": np.arange(9) % 3 + 1,
+        "data.floor_measure": generator.integers(0, 2, 9),
+        "data.log_radon": generator.normal(1.3, 0.8, 9),
+        "data.J": np.array(3),
+        "draws.mu_alpha": generator.normal(size=4),
+    }
+    name = "radon_mn-radon_variable_intercept_centered"
+    np.savez(tmp_path / "posteriordb" / f"{name}.npz", meta=np.array('{"evidence": null}'), **arrays)
+    record = run.part_radon(tmp_path)
+    assert record["houses"] == 9
+    assert record["elpd"] == pytest.approx(record["exact"], abs=2.0)
 
 
 def test_the_page_of_what_was_run(tmp_path):

@@ -6,6 +6,7 @@ Data, sampled values of other blocks and summaries of other plates become one ve
 under names that the guide takes for itself (:class:`ShownParameters`).
 """
 
+import copy
 import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -34,15 +35,25 @@ from pyro_graphflows.guides.conditionals.pooling import (
     AllElements,
     DeepSet,
     DeepSetPool,
+    Elements,
     LookedUp,
     PoolMember,
     pooling_orders,
 )
 from pyro_graphflows.guides.conditionals.pooling import Pool as PlainPool
+from pyro_graphflows.guides.conditionals.summed import ElementFactors, ElementForm
 from pyro_graphflows.guides.inputs import Summary
 from pyro_graphflows.guides.plan import BlockPlan
-from pyro_graphflows.guides.samples import Samples, columns_of, side_by_side, with_depth
-from pyro_graphflows.guides.sites import REMEDIES_OF_NAN, FeatureMap, InputEncodings, concatenate
+from pyro_graphflows.guides.samples import Samples, columns_of, evidence_of, side_by_side, with_depth
+from pyro_graphflows.guides.sites import (
+    REMEDIES_OF_NAN,
+    Evidence,
+    FeatureMap,
+    InputEncodings,
+    SitePrior,
+    concatenate,
+)
+from pyro_graphflows.regression import location_and_scale
 from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = [
@@ -197,6 +208,20 @@ class BlockInputs(nn.Module):
         features: Tensor = self.features(torch.cat(flat, -1))
         return features[..., torch.tensor(chosen, device=features.device)]
 
+    def elements(self, name: str, call: Call, unconstrained: Mapping[str, Tensor]) -> Elements:
+        """Return the elements that a summary is made of.
+
+        Args:
+            name: The summary.
+            call: The call.
+            unconstrained: The flat vectors of the sites sampled so far.
+        """
+        pool = self.pool(name)
+        assert isinstance(pool, DeepSetPool)
+        values = {m.name: self._flat(m.name, call, unconstrained) for m in pool.members}
+        values.update({index: call.values[index] for index in pool.indices})
+        return pool.elements(values, call.plates, call.masks)
+
     def _not_finite(
         self, features: Tensor, call: Call, unconstrained: Mapping[str, Tensor]
     ) -> GraphflowsError:
@@ -272,6 +297,39 @@ class BlockInputs(nn.Module):
         return flat
 
 
+class SiteElements(nn.Module):
+    """What the elements of a plate say of a site, from a call and the values sampled so far.
+
+    Args:
+        above: What else the site looks at.
+        factors: The factors of the elements.
+    """
+
+    def __init__(self, above: BlockInputs, factors: ElementFactors) -> None:
+        super().__init__()
+        self.above, self.factors = above, factors
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return what it is made from."""
+        return {"above": self.above.to_plain(), "factors": self.factors.to_plain()}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> "SiteElements":
+        """Return one of the same form, for a state that is loaded."""
+        return cls(BlockInputs.from_plain(plain["above"]), ElementFactors.from_plain(plain["factors"]))
+
+    def forward(self, elements: Elements, call: Call, unconstrained: Mapping[str, Tensor]) -> Evidence:
+        """Return the factors, multiplied.
+
+        Args:
+            elements: The elements of the plate.
+            call: The call.
+            unconstrained: The flat vectors of the sites sampled so far.
+        """
+        evidence: Evidence = self.factors(elements, self.above(call, unconstrained))
+        return evidence
+
+
 class GuideBlock(nn.Module):
     """A block of a guide: its inputs and its conditionals.
 
@@ -279,11 +337,21 @@ class GuideBlock(nn.Module):
         inputs: What its sites look at.
         family: The family that serves its sites.
         spec: What their conditionals are made from.
+        elements: For sites with a factor for each element of a plate, what gives these.
     """
 
-    def __init__(self, inputs: BlockInputs, family: Family, spec: BlockSpec) -> None:
+    def __init__(
+        self,
+        inputs: BlockInputs,
+        family: Family,
+        spec: BlockSpec,
+        elements: Mapping[str, SiteElements] = MappingProxyType({}),
+    ) -> None:
         super().__init__()
         self.inputs = inputs
+        self.elements = nn.ModuleDict(
+            {str(spec.block.sites.index(site)): each for site, each in elements.items()}
+        )
         self.family, self.spec = family, spec
         self.conditionals = family.conditionals(spec)
 
@@ -295,6 +363,7 @@ class GuideBlock(nn.Module):
         inputs: BlockInputs,
         samples: Samples,
         options: Mapping[str, Any],
+        elements: Mapping[str, SiteElements] = MappingProxyType({}),
     ) -> "GuideBlock":
         """Return a block with new conditionals, in the type and on the device of the data.
 
@@ -304,6 +373,7 @@ class GuideBlock(nn.Module):
             inputs: What its sites look at.
             samples: What the block is made from.
             options: Further fields of the specification (element parents, factors).
+            elements: See :class:`GuideBlock`.
         """
         spec = BlockSpec(
             plan,
@@ -313,7 +383,7 @@ class GuideBlock(nn.Module):
             **options,
         )
         like = samples.draws.like
-        return cls(inputs, family, spec).to(like.device, like.dtype)
+        return cls(inputs, family, spec, elements).to(like.device, like.dtype)
 
     def to_plain(self) -> dict[str, Any]:
         """Return what the block is made from, without its state."""
@@ -322,13 +392,15 @@ class GuideBlock(nn.Module):
             "inputs": self.inputs.to_plain(),
             "family": self.family,
             "spec": replace(self.spec, plates=plates),
+            "elements": {site: each.to_plain() for site, each in self.site_elements().items()},
             "dtype": self.dtype,
         }
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> "GuideBlock":
         """Return a block of the same form, for a state that is loaded."""
-        block = cls(BlockInputs.from_plain(plain["inputs"]), plain["family"], plain["spec"])
+        elements = {site: SiteElements.from_plain(each) for site, each in plain["elements"].items()}
+        block = cls(BlockInputs.from_plain(plain["inputs"]), plain["family"], plain["spec"], elements)
         return block.to(dtype=plain["dtype"])
 
     @property
@@ -340,6 +412,68 @@ class GuideBlock(nn.Module):
     def dtype(self) -> torch.dtype:
         """The type of its features."""
         return self.inputs.features.shift.dtype
+
+    def site_elements(self) -> dict[str, SiteElements]:
+        """Return what gives the factors of elements, by site."""
+        sites = self.plan.sites
+        return {
+            sites[int(key)]: each for key, each in self.elements.items() if isinstance(each, SiteElements)
+        }
+
+    def _new_elements(self, site: str) -> SiteElements:
+        """Return what gives the factors of elements of a site, for a state that is loaded."""
+        summed = self.plan.summed[site]
+        sizes = {**self.inputs.sizes, **{name: each.size for name, each in self.spec.sites.items()}}
+        maps = {name: FeatureMap.of_kinds([("identity", slice(0, sizes[name]))]) for name in summed.above}
+        above = BlockInputs(maps, {}, self.inputs.encodings)
+        pool = self.inputs.pool(summed.summary)
+        assert isinstance(pool, DeepSetPool)
+        form = ElementForm.of_pool(pool, summed.responses, sum(above.sizes.values()))
+        like = self.inputs.features.shift
+        return SiteElements(above, ElementFactors(form, torch.zeros(1), torch.ones(1))).to(
+            like.device, like.dtype
+        )
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Have factors of elements where the state has some: samples decide at set-up which sites do."""
+        for key, site in enumerate(self.plan.sites):
+            if site in self.plan.summed:
+                there = any(name.startswith(f"{prefix}elements.{key}.") for name in state_dict)
+                if there and str(key) not in self.elements:
+                    self.elements[str(key)] = self._new_elements(site)
+                elif not there and str(key) in self.elements:
+                    del self.elements[str(key)]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def leave_out_unused_elements_(self) -> None:
+        """Drop the factors of elements of sites that do without, after the start."""
+        unused = [site for site in self.site_elements() if not self.conditionals.sums(site)]
+        for site in unused:
+            del self.elements[str(self.plan.sites.index(site))]
+
+    def beside_elements(
+        self,
+        priors: Mapping[str, SitePrior],
+        level: Sequence[str],
+        call: Call,
+        unconstrained: Mapping[str, Tensor],
+    ) -> Mapping[str, SitePrior]:
+        """Return priors of the sites of a level beside the factors of elements, where these have some.
+
+        Args:
+            priors: The priors.
+            level: The sites.
+            call: The call.
+            unconstrained: The flat vectors of the sites sampled so far.
+        """
+        if not self.elements:
+            return priors
+        found = dict(priors)
+        for site, each in self.site_elements().items():
+            if site in level and site in priors and self.conditionals.sums(site):
+                elements = self.inputs.elements(self.plan.summed[site].summary, call, unconstrained)
+                found[site] = priors[site].with_evidence(each(elements, call, unconstrained))
+        return found
 
     def begin(self, call: Call, unconstrained: Mapping[str, Tensor]) -> Pass:
         """Begin a pass through the levels.
@@ -368,6 +502,9 @@ class GuideBlock(nn.Module):
         worked into weights and location. Data on a half-line count by their logarithm, data in (0, 1) by their logit.
         See :meth:`~pyro_graphflows.guides.AutoFaithfulGuide.set_linear_`.
         """
+        if fused and self.conditionals.sums(site):
+            self._set_elements_(site, weights, intercept, scale)
+            return
         conditionals, parents = self.conditionals, self.plan.parents[site]
         shift, width = conditionals.fused_units(site) if fused else conditionals.output_units(site)
         loc = torch.as_tensor(intercept, dtype=shift.dtype).expand(len(shift)) - shift
@@ -426,6 +563,46 @@ class GuideBlock(nn.Module):
         else:
             conditionals.set_linear_(site, linear)
 
+    def _set_elements_(
+        self, site: str, weights: Mapping[str, Any], intercept: Tensor | float, scale: Tensor | float
+    ) -> None:
+        """Let each element of a plate have the same linear-Gaussian factor, and their product no corrections."""
+        each = self.site_elements()[site]
+        factors, above = each.factors, each.above
+        pool = self.inputs.pool(self.plan.summed[site].summary)
+        assert isinstance(pool, DeepSetPool)
+        row = factors.shift.new_zeros(factors.form.num_joint + factors.form.num_above)
+        loc = torch.as_tensor(intercept).to(row).reshape(-1) - factors.shift
+        for name, value in weights.items():
+            if name in pool.names():
+                at, centre, spread = pool.columns_of(name, of_elements=True)
+            elif name in above.names:
+                start = sum(above.sizes[other] for other in above.names[: above.names.index(name)])
+                part = slice(start, start + above.sizes[name])
+                _require_coordinates(above.features, part, name)
+                centre, spread = above.features.shift[part], above.features.scale[part]
+                at = [factors.form.num_joint + column for column in range(part.start, part.stop)]
+            else:
+                raise GraphflowsError(
+                    f"Expected weights of what the factors of elements of {site!r} read, "
+                    f"{', '.join([*pool.names(), *above.names])}; got {name}."
+                )
+            matrix = torch.as_tensor(value).to(row).reshape(-1)
+            if len(matrix) != len(at):
+                raise GraphflowsError(
+                    f"Expected weights of {name!r} for {site!r} of shape (1, {len(at)}); got {len(matrix)} numbers."
+                )
+            loc = loc + (matrix * centre).sum()
+            row[at] = matrix * spread / factors.scale
+        width = torch.as_tensor(scale).to(row).reshape(-1) / factors.scale
+        if len(width) != 1 or not bool(width > 0):
+            raise GraphflowsError(
+                f"Expected a positive scale of {site!r}; got {torch.as_tensor(scale).tolist()}."
+            )
+        step = width / (1.0 + width.square()).sqrt()
+        factors.set_linear_(row, float(loc / factors.scale), float(width.log()), float(step))
+        self.conditionals.set_summed_(site, step.diag_embed())
+
 
 def _require_coordinates(features: FeatureMap, part: slice, name: str) -> None:
     """Refuse data whose features are no linear function of a value, or of its vector on the real line."""
@@ -445,8 +622,8 @@ def make_inputs(
     samples: Samples,
     deepset: DeepSet,
     embedding: Mapping[str, nn.Module | str] = MappingProxyType({}),
-) -> tuple[BlockInputs, Samples]:
-    """Return the inputs of a block, standardised, and the samples of the block with the values of its summaries.
+) -> tuple[BlockInputs, dict[str, SiteElements], Samples]:
+    """Return a block's inputs, standardised, its factors of elements, and its samples with the values of summaries.
 
     Args:
         plan: The block of the plan.
@@ -464,8 +641,12 @@ def make_inputs(
                 pools[node.name], values = _make_pool(node.summary, samples, deepset)
             samples = samples.with_values({} if values is None else {node.name: values})
     names = [node.name for node in plan.context]
+    elements, samples = make_elements(plan, pools, samples)
     of_priors = [
-        column for site in plan.fused for column in columns_of(site) if column in (samples.values or {})
+        column
+        for site in plan.fused
+        for column in (*columns_of(site), evidence_of(site))
+        if column in (samples.values or {})
     ]
     samples = samples.for_block([*plan.sites, *names, *of_priors])
     rows = samples.rows
@@ -481,7 +662,49 @@ def make_inputs(
             maps[name] = FeatureMap(None, seen, samples.standardize)
         else:
             maps[name] = _feature_map(name, samples, rows)
-    return BlockInputs(maps, pools, samples.draws.encodings), samples
+    return BlockInputs(maps, pools, samples.draws.encodings), elements, samples
+
+
+def make_elements(
+    plan: BlockPlan, pools: Mapping[str, Pool], samples: Samples
+) -> tuple[dict[str, SiteElements], Samples]:
+    """Return what gives the factors of elements, started by regression, and the samples with what elements say there.
+
+    Args:
+        plan: The block of the plan.
+        pools: The summaries of its inputs.
+        samples: Joint samples.
+    """
+    found: dict[str, SiteElements] = {}
+    values = samples.values
+    if values is None or samples.source != "joint" or not samples.standardize:
+        return found, samples
+    draws = samples.draws
+    for site, summed in plan.summed.items():
+        pool = pools[summed.summary]
+        if columns_of(site)[0] not in values or not isinstance(pool, DeepSetPool):
+            continue
+        depth = max(value.dim() - 2 for value in values.values())
+        depth = max([depth, *(-plate.dim for plate in samples.plates.values())])
+        own = {name: with_depth(values[name], depth) for name in (*pool.names(), *summed.above)}
+        own.update({name: draws.argument(name) for name in pool.indices})
+        elements = pool.elements(own, samples.plates)
+        of_value = columns_of(site)[1]
+        value = with_depth(values[of_value if of_value in values else site], depth)
+        maps = {name: _feature_map(name, samples, {name: own[name].flatten(0, -2)}) for name in summed.above}
+        above = BlockInputs(maps, {}, draws.encodings)
+        features = above.features(concatenate([own[name] for name in summed.above], like=value))
+        form = ElementForm.of_pool(pool, summed.responses, features.shape[-1])
+        factors = ElementFactors(form, *location_and_scale(value.reshape(-1, 1)))
+        factors = factors.to(draws.like.device, draws.like.dtype)
+        if factors.fit_(elements, features, value):
+            found[site] = SiteElements(above, factors)
+            with torch.no_grad():
+                evidence = factors(elements, features)
+            units = torch.cat([evidence.shift, evidence.scale]).expand(*evidence.parameters.shape[:-1], 2)
+            column = with_depth(torch.cat([evidence.parameters, units], -1), depth)
+            samples = samples.with_values({evidence_of(site): column})
+    return found, samples
 
 
 def _feature_map(name: str, samples: Samples, rows: Mapping[str, Tensor] | None) -> FeatureMap:
@@ -510,6 +733,16 @@ def _member_map(name: str, samples: Samples) -> FeatureMap:
     value = samples.draws.data(name) if values is None else values[name]
     flat = value.flatten(0, -2)
     return FeatureMap(None, flat[flat[:, -1] > 0, :-1], samples.standardize)
+
+
+def _linear_map(name: str, own: FeatureMap, samples: Samples) -> FeatureMap:
+    """Return the map of a node, or an affine one if its values have heavy tails and so another."""
+    if samples.values is None or not any(kind == "asinh" for kind, _ in own.kinds):
+        return copy.deepcopy(own)
+    rows = samples.values[name].flatten(0, -2)[:, : len(own.shift)]
+    linear = FeatureMap(None, rows[:0], standardize=False)
+    linear.shift, linear.scale = location_and_scale(rows)
+    return linear
 
 
 def _make_embedding(
@@ -546,7 +779,9 @@ def _make_pool(summary: Summary, samples: Samples, deepset: DeepSet) -> tuple[Po
         pool = AllElements(members, maps, [samples.plates[name] for name in summary.over])
     else:
         orders = pooling_orders(summary.over, list(around.values()))
-        pool = DeepSetPool(members, maps, orders, deepset, summary.segments)
+        linear = {n: _linear_map(n, m, samples) for n, m in zip(summary.members, maps, strict=True)}
+        linear = linear if deepset.sums and len(orders) == 1 else {}
+        pool = DeepSetPool(members, maps, orders, deepset, summary.segments, linear)
     pool = pool.to(draws.like.device, draws.like.dtype)
     if samples.values is None:
         return pool, None
@@ -565,6 +800,8 @@ def _all_finite(values: Tensor) -> bool:
     values = values.detach()
     return math.isfinite(values.sum().item()) or bool(torch.isfinite(values).all())
 
+
+# ---------------------------------------------------------------- parameters in the store of Pyro
 
 Place = tuple[str, dict[str, Any], str]
 

@@ -612,6 +612,18 @@ class CallReader:
                     stacklevel=4,
                 )
 
+    def at_values(
+        self,
+        call: Call,
+        model: Callable[..., Any],
+        arguments: tuple[tuple[Any, ...], dict[str, Any]],
+        latents: Mapping[str, Tensor],
+        names: Sequence[str],
+    ) -> Call:
+        """Return a call with the supports of some sites as they are given the values of others, sampled so far."""
+        supports = self.supports_given(model, *arguments, latents, call.indices)
+        return replace(call, supports={**call.supports, **{name: supports[name] for name in names}})
+
     def supports_given(
         self,
         model: Callable[..., Any],

@@ -33,7 +33,7 @@ from pyro_graphflows.guides.conditionals.contract import ElementParents, Family,
 from pyro_graphflows.guides.conditionals.factors import ElementNormalFactor, Factor, NormalFactor
 from pyro_graphflows.guides.conditionals.pooling import Attention, DeepSet
 from pyro_graphflows.guides.families import MOST_GLOBALS, Auto, Normal, Spline
-from pyro_graphflows.guides.fusion import FusionQuestion, plan_fusion, sites_of_scales
+from pyro_graphflows.guides.fusion import Fusion, FusionQuestion, plan_fusion, sites_of_scales
 from pyro_graphflows.guides.inputs import InputOptions, InputPlan, plan_inputs, sites_concerned
 from pyro_graphflows.guides.orders import (
     NAMED_INVERSES,
@@ -67,17 +67,20 @@ from pyro_graphflows.guides.sites import (
     REMEDIES_OF_NAN,
     InputEncodings,
     LatentSite,
+    flatten_event,
     input_encodings,
     is_constant,
     is_normal_unconstrained,
     latent_sites,
     outside_of_support,
 )
-from pyro_graphflows.guides.vectors import VectorOptions, Vectors, hold_vectors
+from pyro_graphflows.guides.summed_sites import SummedSite, sites_to_sum
+from pyro_graphflows.guides.vectors import VectorOptions, Vectors, hold_vectors, parents_in_chain
 from pyro_graphflows.inspect import TracedModel, non_exchangeable_plates, seed_random_state, trace_model
 from pyro_graphflows.inspect.arguments import argument_leaves, is_outside, require_rereadable
 from pyro_graphflows.inspect.elements import split_elements
 from pyro_graphflows.inspect.model_graph import OTHER_SEED, changes
+from pyro_graphflows.inspect.neighbours import Chain, find_chain
 from pyro_graphflows.inspect.runs import (
     log_density_at,
     quiet_run,
@@ -103,7 +106,7 @@ class GuideOptions:
     family: Family
     inverse: Inverse = "auto"
     pool: str | DeepSet | None = None
-    init: str = "regression"
+    init: str = "auto"
     factors: Mapping[str, type[Factor] | Family] = field(default_factory=dict)
     standardize: bool = True
     num_start_samples: int = 10_000
@@ -213,7 +216,7 @@ class Compiled:
         plates: The plates of the call at set-up.
         families: For each site the family that serves it.
         element_parents: For sites whose elements are told apart, the parents of each element.
-        ranks: For vectors too long for a full covariance, the rank beside the diagonal.
+        vectors: How vectors too long for a full covariance are held.
         draws: The model's draws.
         scores: The score features that sites read; None without.
     """
@@ -225,7 +228,7 @@ class Compiled:
     plates: dict[str, PlateState]
     families: dict[str, Family]
     element_parents: ElementParents
-    ranks: Mapping[str, int]
+    vectors: Vectors
     draws: ModelDraws
     scores: ScoreReader | None = None
 
@@ -277,11 +280,13 @@ def compile_guide(
     draws = ModelDraws(model, args, kwargs, traced, sites, encodings)
     changing = _changing_supports(traced, model, args, kwargs)
     vectors = _hold_vectors(
-        found, options, sites, changing, lambda names: _by_element(model, args, kwargs, trace, options, names)
+        *(found, options, sites, changing),
+        lambda names: _by_element(model, args, kwargs, trace, options, names),
+        lambda found, names: _as_chains(found, (model, args, kwargs), options, sites, names),
     )
     found, elements = vectors.found, vectors.found.elements is not None
     traced, inverse = found.traced, found.inverse
-    is_free = options.inverse == "auto" and not elements and not options.optional
+    is_free = options.inverse == "auto" and not elements and not options.optional and not vectors.chains
     if discrete:
         inverse = order_for_discrete_sites(inverse, discrete, enumerated, free=is_free)
     elif is_free and not found.lookups and not traced.loops and not changing:
@@ -325,14 +330,17 @@ def compile_guide(
     split = {} if found.elements is None else found.elements.parents
     excluded = _not_fused(options, sites, inputs, split, changing)
     excluded.update(dict.fromkeys(vectors.ranks, "its covariance is of low rank"))
+    excluded.update(dict.fromkeys(vectors.chains, "its precision is banded"))
     indices = {name: plate.indices for name, plate in plates.items() if plate.indices is not None}
+    summed = _summed(options, inverse, inputs, sites, families, encodings.event_dims)
     fusion = plan_fusion(
         FusionQuestion(
-            *(model, (args, kwargs), traced, sites, families, inverse, blocks, enumerated, excluded, indices)
+            *(model, (args, kwargs), traced, sites, families, inverse, blocks, enumerated, excluded, indices),
+            summed=summed,
         )
     )
     fused = fusion.priors.sites
-    blocks = tuple(replace(b, fused=tuple(site for site in b.sites if site in fused)) for b in blocks)
+    blocks = _with_fusion(blocks, fusion, summed)
     readers = readers_of(blocks, inverse.graph.latent)
     other_rows = _read_other_rows(readers, traced, strict=options.strict)
     keep_masks = any(node.summary for block in blocks for node in block.context)
@@ -369,7 +377,7 @@ def compile_guide(
             families,
             sites,
             mean_field_condition(inverse.graph, inverse),
-            {*vectors.ranks, *fused},
+            {*vectors.ranks, *vectors.chains, *(fused - fusion.only_summed)},
         ),
         priors=fusion.priors,
         labels=_labels(options, sites, enumerated, vectors, families),
@@ -386,13 +394,47 @@ def compile_guide(
     element_parents = {
         name: parents for name, parents in split.items() if name not in options.factor_classes()
     }
+    for name, chain in vectors.chains.items():
+        element_parents[name] = parents_in_chain(chain, sites[name].size, inverse, name)
     return Compiled(
-        *(plan, traced, sites, reader, plates, families, element_parents, vectors.ranks, draws),
+        *(plan, traced, sites, reader, plates, families, element_parents, vectors, draws),
         scores=scores,
     )
 
 
 # ---------------------------------------------------------------- steps
+
+
+def _summed(
+    options: GuideOptions,
+    inverse: InverseGraph,
+    inputs: InputPlan,
+    sites: Mapping[str, LatentSite],
+    families: Mapping[str, Family],
+    readable: Collection[str],
+) -> dict[str, SummedSite]:
+    """Return the sites that may have one factor for each element of a plate."""
+    deepset = options.deepset
+    if deepset is None or not deepset.sums or options.features != "raw" or options.embedding:
+        return {}
+    scalars = [name for name in _scalars(sites) if families[name].can_fuse and name not in options.optional]
+    return sites_to_sum(inverse, inputs, scalars, readable)
+
+
+def _with_fusion(
+    blocks: Sequence[BlockPlan], fusion: Fusion, summed: Mapping[str, SummedSite]
+) -> tuple[BlockPlan, ...]:
+    """Return the blocks with the sites that are fused, and those that may have factors of elements."""
+    found = []
+    for block in blocks:
+        fused = tuple(site for site in block.sites if site in fusion.priors.sites)
+        own = {
+            site: replace(summed[site], only_summed=site in fusion.only_summed)
+            for site in fused
+            if site in summed
+        }
+        found.append(replace(block, fused=fused, summed=own))
+    return tuple(found)
 
 
 def _embedded(
@@ -491,6 +533,7 @@ def _hold_vectors(
     sites: Mapping[str, LatentSite],
     changing: Collection[str],
     by_element: Callable[[Collection[str]], FoundInverse],
+    as_chains: Callable[[FoundInverse, Collection[str]], tuple[FoundInverse, Mapping[str, Chain]]],
 ) -> Vectors:
     """Decide how long vectors are held; element by element only where one elimination order serves all sites."""
     free = [name for name in sites if name not in options.factors]
@@ -507,7 +550,65 @@ def _hold_vectors(
         or any(site.encoding is not None for site in sites.values())
     )
     asked = VectorOptions(options.resolution, options.rank, options.budget)
-    return hold_vectors(found, own, asked, options.family.full_size, by_element if apart else None)
+    full_size = options.family.full_size
+    return hold_vectors(found, own, asked, full_size, by_element if apart else None, as_chains)
+
+
+def _as_chains(
+    found: FoundInverse,
+    program: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]],
+    options: GuideOptions,
+    sites: Mapping[str, LatentSite],
+    names: Collection[str],
+) -> tuple[FoundInverse, dict[str, Chain]]:
+    """Return an inverse, and those of some vectors that are chains given what is sampled before them in it.
+
+    All latents that a chain meets must come before it: summed over, they would join its elements.
+    """
+    traced = found.traced
+    graph = traced.graph
+    chains: dict[str, Chain] = {}
+    if (
+        found.lookups
+        or traced.loops
+        or options.optional
+        or found.inverse.order in ("stochastic", "mean_field")
+    ):
+        return found, chains
+    rerun = Rerun(*program, traced)
+    for name in names:
+        site: Any = traced.trace.nodes[name]
+        support = site["fn"].support
+        while hasattr(support, "base_constraint"):
+            support = support.base_constraint
+        if support.event_dim:  # simplices, matrices
+            continue
+        children = [child for child in graph.nodes if name in graph.parents(child)]
+        met = {p for node in (name, *children) for p in (*graph.parents(node), node)}
+        latent = {str(p) for p in met if p in graph.latent and p != name}
+        if any(p in graph.marginalised for p in met) or chains.keys() & latent:
+            continue
+        form = sites[name]
+
+        def to_vector(value: Tensor, form: LatentSite = form) -> Tensor:
+            raw: Tensor = form.transform.inv(value)
+            return flatten_event(raw, len(form.unconstrained_shape))
+
+        def to_value(vector: Tensor, form: LatentSite = form) -> Tensor:
+            value: Tensor = form.transform(vector.reshape(vector.shape[:-1] + form.unconstrained_shape))
+            return value
+
+        chain = find_chain(rerun, name, to_vector, to_value)
+        if chain is None:
+            continue
+        order = list(found.inverse.sampling_order)
+        if latent & set(order[order.index(name) :]):
+            if options.inverse != "auto":
+                continue
+            last = [name, *(other for other in reversed(order) if other != name)]
+            found = find_inverse(*program, traced, last, elements=False)
+        chains[name] = chain
+    return found, chains
 
 
 def _by_element(

@@ -93,6 +93,20 @@ class FittedData:
             self.partial,
         )
 
+    def sites_of_new_data(
+        self, now: CallData, plan: Plan, paths: Mapping[str, ArgumentPath], sites: Iterable[str]
+    ) -> tuple[str, ...]:
+        """Return those of some sites that would read other data in a call, compared no more often than need be.
+
+        Data that were found to be the same are not compared again; see :meth:`sites_of_other_data`.
+        """
+        if self.is_known(now.leaves) and not now.observations:
+            return ()
+        found = self.sites_of_other_data(now, plan, paths, sites, always=False)
+        if not found and not now.observations:
+            self.take_as_known(now.leaves)
+        return found
+
     def sites_of_other_data(
         self,
         now: CallData,

@@ -20,16 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_graphflows.distributions.fusion import fuse
 from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.guides.conditionals.contract import Conditionals
+from pyro_graphflows.guides.conditionals.factors import fused_elements
 from pyro_graphflows.guides.conditionals.model_conditionals import ModelConditionals
 from pyro_graphflows.guides.plan import BlockPlan, PriorPlan
 from pyro_graphflows.guides.priors import read_priors
-from pyro_graphflows.guides.samples import Samples, columns_of
-from pyro_graphflows.guides.sites import SitePrior
+from pyro_graphflows.guides.samples import Samples, columns_of, evidence_of
+from pyro_graphflows.guides.sites import Evidence, SitePrior
 from pyro_graphflows.regression import (
     RIDGE,
     WINSOR,
+    Moments,
     Regression,
     in_float64,
     location_and_scale,
@@ -50,6 +53,7 @@ FLAT = 2.5  # logarithm of the scale of a factor that says nothing, in units of 
 WIDEST = 12.0  # the most of it
 LEAST_GAIN = 2e-3  # nats by which a factor must improve on the prior
 MOST_ROWS = 4000  # by which a scale is found
+MOST_AT_ONCE = 2_000_000  # numbers, over the scales that are tried at once
 COARSE, FINE = 13, 7  # numbers of scales tried
 LEAST_PRECISION = 1e-7  # of what a factor adds to the prior's
 RIDGES = (RIDGE, 1e-3, 1e-1)
@@ -154,6 +158,24 @@ class _Rows:
             factor = torch.linalg.cholesky(matrix + penalty.diag())
         return torch.cholesky_solve(target.unsqueeze(-1), factor).squeeze(-1)
 
+    def losses(self, log_widths: Tensor, ridge: float) -> Tensor:
+        """Return the losses of the factors of some scales, each after :meth:`regress`."""
+        number, width = self.inputs.shape
+        ratio = 2.0 * (self.log_scale - log_widths.unsqueeze(-1))
+        gain = torch.sigmoid(ratio)
+        matrix = (gain.unsqueeze(-1) * self.inputs).mT @ self.inputs / number
+        target = ((self.value - (1.0 - gain) * self.loc) @ self.inputs) / number
+        penalty = (ridge * gain.mean(-1, keepdim=True).clamp(min=1e-12)).repeat(1, width)
+        penalty[:, -1] *= 1e-3
+        factor, failed = torch.linalg.cholesky_ex(matrix + penalty.diag_embed())
+        if bool(failed.any()):
+            penalty = penalty + 1e-6 * matrix.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+            factor = torch.linalg.cholesky(matrix + penalty.diag_embed())
+        weights = torch.cholesky_solve(target.unsqueeze(-1), factor).squeeze(-1)
+        log_scale = self.log_scale - 0.5 * torch.nn.functional.softplus(ratio)
+        off = self.value - self.loc - gain * (weights @ self.inputs.T - self.loc)
+        return (log_scale + 0.5 * (off * torch.exp(-log_scale)).square()).mean(-1)
+
     def loss(self, log_width: float, weights: Tensor | None) -> float:
         """Return the mean of -log q; of the prior without weights."""
         if weights is None:
@@ -207,15 +229,16 @@ def _search(rows: _Rows, ridge: float) -> float:
     """Return the scale that fits best: first coarsely, then between the neighbours of the best."""
     middle = float(rows.log_scale.median())
     low, high = min(middle, 0.0) - 6.0, max(middle, 0.0) + FLAT
-    grid = torch.linspace(low, high, COARSE).tolist()
+    grid = torch.linspace(low, high, COARSE).to(rows.inputs)
     for number in (FINE, 0):
-        losses = [rows.loss(each, rows.regress(each, ridge)) for each in grid]
-        best = min(range(len(grid)), key=losses.__getitem__)
+        each = max(1, MOST_AT_ONCE // rows.inputs.numel())
+        losses = torch.cat([rows.losses(some, ridge) for some in grid.split(each)])
+        best = grid[int(losses.nan_to_num(math.inf).argmin())]
         if not number:
             break
         step = grid[1] - grid[0]
-        grid = torch.linspace(grid[best] - step, grid[best] + step, number).tolist()
-    return grid[best]
+        grid = torch.linspace(float(best - step), float(best + step), number).to(rows.inputs)
+    return float(best)
 
 
 # ---------------------------------------------------------------- vectors
@@ -269,6 +292,7 @@ def _least_squares(inputs: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tens
     return slopes, centre - slopes @ mean, covariance + 1e-12 * eye
 
 
+TIE = 0.01  # nats by which factors of elements may seem worse than one that reads their summary
 MOST_RUNS = 300  # of the model, where each joint sample takes one
 
 
@@ -335,9 +359,13 @@ def prior_of_rows(site: str, size: int, rows: Mapping[str, Tensor]) -> SitePrior
     column, of_value = columns_of(site)
     if column not in rows:
         return None
+    evidence = None
+    if evidence_of(site) in rows:
+        of_elements = rows[evidence_of(site)]
+        evidence = Evidence(of_elements[:, :2], of_elements[0, 2:3], of_elements[0, 3:4])
     loc, log_scale, tril = rows[column].split([size, size, rows[column].shape[-1] - 2 * size], -1)
     root = tril.unflatten(-1, (size, size)) if tril.shape[-1] else None
-    return SitePrior(loc, log_scale, root, standard=of_value in rows)
+    return SitePrior(loc, log_scale, root, standard=of_value in rows, evidence=evidence)
 
 
 WIDTH = 1.0  # of the factors that sites with per-element parameters start with, in units of the prior
@@ -434,14 +462,60 @@ class FusedRows:
         )
         return fit_factor(inputs, (values.to(inputs) - shift) / scale, standardised)
 
-    def fit_(self, conditionals: Conditionals, site: str, rows: Tensor) -> None:
-        """Start a site at the factor that fits the rows best.
+    def fit_(self, conditionals: Conditionals, site: str, rows: Tensor, moments: Moments) -> None:
+        """Start a site at the factor that fits the rows best: its own, or those of the elements of a plate.
 
         Args:
             conditionals: The conditionals.
             site: The site.
             rows: Features of the context and the sites' vectors in units of outputs.
+            moments: Their moments.
         """
+        summed = conditionals.block.summed.get(site)
+        if summed is None:
+            self._fit_own_(conditionals, site, rows)
+            return
+        conditionals.set_summed_(site, None)
+        if summed.only_summed:
+            own = self._regress_(conditionals, site, rows, moments)
+        else:
+            own = self._loss_of_factor(conditionals, site, rows, self._fit_own_(conditionals, site, rows))
+        prior = self.priors[site]
+        if prior.evidence is None:
+            return
+        # Judged by the rows that they were fitted to, many slopes seem better than they are.
+        own += len(conditionals.inputs_of(site)) / len(rows)
+        scale = conditionals.fused_units(site)[1].to(prior.loc)
+        none = prior.loc.new_zeros(1)
+        loc, log_scale = fused_elements(none, none, (none, scale), [prior])
+        if self._loss(site, loc, log_scale) <= own + TIE:
+            conditionals.set_summed_(site, (log_scale - scale.log()).mean(0).exp().diag_embed())
+
+    def _loss(self, site: str, loc: Tensor, log_scale: Tensor) -> float:
+        """Return the mean of -log q, up to a constant, of a site of one number that has a normal conditional."""
+        value = self.values.get(site, self.flat[site]).to(loc)
+        return float((log_scale + 0.5 * ((value - loc) * torch.exp(-log_scale)).square()).mean())
+
+    def _regress_(self, conditionals: Conditionals, site: str, rows: Tensor, moments: Moments) -> float:
+        """Start a site at a regression without its prior; return its loss."""
+        conditionals.regress_(site, rows, moments)
+        inputs, own = conditionals.inputs_of(site), list(conditionals.columns[site])
+        fit = moments.regress(inputs, own, moments.ridge(inputs, own))
+        shift, scale = (part.to(rows) for part in conditionals.output_units(site))
+        loc = shift + scale * (fit.loc + rows[:, inputs] @ fit.weights.T)
+        return self._loss(site, loc, (scale * fit.scale_tril.diagonal()).log())
+
+    def _loss_of_factor(
+        self, conditionals: Conditionals, site: str, rows: Tensor, linear: Regression
+    ) -> float:
+        shift, scale = (part.to(rows) for part in conditionals.fused_units(site))
+        prior = self.priors[site].map(in_float64)
+        loc = shift + scale * (linear.loc + rows[:, conditionals.inputs_of(site)] @ linear.weights.T)
+        width = (scale * linear.scale_tril.diagonal()).log()
+        return self._loss(site, *fuse(prior.loc, prior.log_scale, loc, width))
+
+    def _fit_own_(self, conditionals: Conditionals, site: str, rows: Tensor) -> Regression:
+        """Start a site at the factor of its own that fits best, and return it."""
         fit = self.fit(conditionals, site, rows[:, conditionals.inputs_of(site)])
         linear = fit.linear
         if self.narrow and site in conditionals.block.per_element and not fit.says_something:
@@ -449,3 +523,4 @@ class FusedRows:
             width = WIDTH if conditionals.block.plates else ROOT_WIDTH
             linear = replace(linear, scale_tril=width * eye)
         conditionals.set_fused_(site, conditionals.linear_of(site, linear))
+        return linear

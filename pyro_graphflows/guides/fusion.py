@@ -215,6 +215,8 @@ class FusionQuestion:
         enumerated: The sites that the guide enumerates.
         excluded: Sites that cannot be fused for other reasons, with these.
         indices: The indices of subsampled plates.
+        summed: Sites for which fusion makes a difference whatever their priors: they may have one factor for each
+            element of a plate.
     """
 
     model: Callable[..., Any]
@@ -227,6 +229,7 @@ class FusionQuestion:
     enumerated: frozenset[str]
     excluded: Mapping[str, str]
     indices: Mapping[str, Tensor]
+    summed: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -236,10 +239,12 @@ class Fusion:
     Attributes:
         priors: The runs that give their priors.
         reasons: Why sites that depend on others in the model are not fused.
+        only_summed: The fused sites that would not be if they could not have a factor for each element of a plate.
     """
 
     priors: PriorPlan = field(default_factory=PriorPlan)
     reasons: Mapping[str, str] = field(default_factory=dict)
+    only_summed: frozenset[str] = frozenset()
 
 
 def plan_fusion(question: FusionQuestion) -> Fusion:
@@ -257,13 +262,17 @@ def plan_fusion(question: FusionQuestion) -> Fusion:
     if not any(wanted.values()):
         return Fusion()
     excluded = dict(question.excluded)
+    only_summed: set[str] = set()
     for name, site in question.sites.items():
         if not wanted[name]:
             excluded[name] = "its family has fusion=False"
         elif name not in excluded and not has_prior(site, nodes[name]["fn"]):
             excluded[name] = "no coordinate in which its prior is normal can be computed"
         elif name not in excluded and wanted[name] == "auto" and _is_any_normal(question, name):
-            excluded[name] = ""
+            if name in question.summed:
+                only_summed.add(name)
+            else:
+                excluded[name] = ""
     values = {name: nodes[name]["value"].detach() for name in question.sites}
     ranks = {
         name: (len(nodes[name]["fn"].batch_shape), len(nodes[name]["fn"].event_shape))
@@ -280,7 +289,10 @@ def plan_fusion(question: FusionQuestion) -> Fusion:
     linear = _linear_sites(question, asked, values, priors)
     for name in asked:
         if name in linear or _changes_nothing(question, name, priors[name]):
-            excluded[name] = ""
+            if name in question.summed:
+                only_summed.add(name)
+            else:
+                excluded[name] = ""
         elif question.sites[name].encoding is None and not is_moderate(nodes[name]["fn"]):
             excluded[name] = "its prior spans too many orders of magnitude"
     found = _fusible(question, excluded)
@@ -309,7 +321,7 @@ def plan_fusion(question: FusionQuestion) -> Fusion:
         for name, each in found.sites.items()
         if each.reason and wanted[str(name)] and any(p in question.sites for p in graph.parents(name))
     }
-    return Fusion(plan, reasons)
+    return Fusion(plan, reasons, plan.sites & only_summed)
 
 
 def _fusible(question: FusionQuestion, excluded: Mapping[str, str]) -> FusionPlan:

@@ -24,7 +24,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
-from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
+from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
 from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph
 from pyro_graphflows.guides.block import GuideBlock, ShownParameters
 from pyro_graphflows.guides.call import Call, CallReader, PlateState, chosen_indices, site_mask
@@ -103,7 +103,7 @@ class AutoFaithfulGuide(AutoGuide):
         family: str | Family | type[Factor] = "auto",
         inverse: Inverse = "auto",
         pool: str | DeepSet | None = None,
-        init: str = "regression",
+        init: str = "auto",
         factors: Mapping[str, type[Factor] | Family] = MappingProxyType({}),
         standardize: bool = True,
         num_start_samples: int = 10_000,
@@ -264,7 +264,8 @@ class AutoFaithfulGuide(AutoGuide):
             verbose: Whether to add how the networks start, with figures of joint samples. All else follows from the
                 model and the call.
         """
-        return self.plan.describe((*self._notes, *(self._start_notes if verbose else ())))
+        summed = [site for block in self._all_blocks() for site in block.site_elements()]
+        return self.plan.describe((*self._notes, *(self._start_notes if verbose else ())), summed)
 
     # ---------------------------------------------------------------- a call
 
@@ -319,11 +320,13 @@ class AutoFaithfulGuide(AutoGuide):
             conditionals = block.begin(call, unconstrained)
             new = beyond_fitted(block.spec.plates, call.plates) if block_plan.per_element else None
             for level in block_plan.levels:
-                if plan.changing and any(name in plan.changing for name in level):
-                    call = self._with_supports(call, args, kwargs, values, level)
+                changing = [name for name in level if name in plan.changing] if plan.changing else []
+                if changing:
+                    call = self._reader.at_values(call, self.model, (args, kwargs), values, changing)
                 beyond = [] if new is None else [name for name in level if name in block_plan.per_element]
                 fuses = block.conditionals.fuses
                 priors = {} if of_call is None else of_call.before(values, self._fuses)
+                priors = block.beside_elements(priors, level, call, unconstrained)
                 model = self._model_conditionals(beyond, block, call, (args, kwargs), values, observations)
                 with ExitStack() as stack:
                     for name in block_plan.plates:
@@ -376,14 +379,20 @@ class AutoFaithfulGuide(AutoGuide):
             site,
             conditional,
             call.supports[name],
-            analytic_kl=self.plan.analytic_kl[name],
+            analytic_kl=self.plan.analytic_kl[name] and prior is None,
             dtype=None if site.encoding is None else block.dtype,
             coordinate=None if prior is None else prior.transform,
         )
 
     def _fuses(self, name: str) -> bool:
+        return any(
+            name in block.plan.fused and block.conditionals.fuses(name) for block in self._all_blocks()
+        )
+
+    def _all_blocks(self) -> list[GuideBlock]:
+        """Return the blocks, without showing their parameters to Pyro."""
         blocks: Any = self._modules["blocks"]
-        return any(name in block.plan.fused and block.conditionals.fuses(name) for block in blocks)
+        return list(blocks)
 
     def _emit_site(self, name: str, fn: dist.TorchDistribution, call: Call, emit: Emit) -> Tensor:
         """Emit a distribution at its site, with the model's mask and scale; return the value."""
@@ -400,14 +409,7 @@ class AutoFaithfulGuide(AutoGuide):
     ) -> Call:
         """Read the call, and compute the score features that sites read."""
         call = self._read(args, kwargs, observations)
-        if self.scores is None:
-            return call
-        missing = [name for name in self.scores.observed if name not in call.values]
-        if missing:
-            raise UnsupportedModelError(
-                f"Expected data of {', '.join(missing)}, whose scores sites read (features=); this call has none."
-            )
-        return replace(call, scores=self.scores.in_call(call, self.model, args, kwargs))
+        return call if self.scores is None else self.scores.added_to(call, self.model, args, kwargs)
 
     def _read(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], observations: Mapping[str, Tensor] | None
@@ -466,19 +468,6 @@ class AutoFaithfulGuide(AutoGuide):
             )
         conditionals = ModelConditionals(self.model)
         return conditionals(sites, *arguments, latents=values, observed=observations, indices=call.indices)
-
-    def _with_supports(
-        self,
-        call: Call,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        latents: Mapping[str, Tensor],
-        level: Sequence[str],
-    ) -> Call:
-        """Return the call with the supports of a level's sites as they are given the values sampled so far."""
-        supports = self._reader.supports_given(self.model, args, kwargs, latents, call.indices)
-        changed = {name: supports[name] for name in level if name in self.plan.changing}
-        return replace(call, supports={**call.supports, **changed})
 
     def _take_blocks(self, blocks: nn.ModuleList) -> None:
         self.blocks = blocks
@@ -562,14 +551,9 @@ class AutoFaithfulGuide(AutoGuide):
         sites = [] if fitted is None else [site for site in self._per_element() if site not in self._warned]
         if fitted is None or not sites or not any(name in call.values for name in self.plan.graph.observed):
             return
-        leaves = argument_leaves(self.model, args, kwargs)
-        if fitted.is_known(leaves) and not observations:
-            return
-        now = CallData(call, leaves, observations or {})
-        found = fitted.sites_of_other_data(now, self.plan, self._reader.paths, sites, always=False)
+        now = CallData(call, argument_leaves(self.model, args, kwargs), observations or {})
+        found = fitted.sites_of_new_data(now, self.plan, self._reader.paths, sites)
         if not found:
-            if not observations:
-                fitted.take_as_known(leaves)
             return
         self._warned.update(found)
         warnings.warn(
@@ -834,7 +818,8 @@ class AutoFaithfulGuide(AutoGuide):
 
         Args:
             site: A latent site that is fused with its prior; ``describe()`` says which are.
-            weights: See :meth:`set_linear_`.
+            weights: See :meth:`set_linear_`. Of a site with one factor for each element of a plate they are those
+                of each of these factors.
             intercept: The location where all parents are zero, shape ``(size,)``.
             scale: The scale, or a lower triangular square root of the covariance, shape ``(size, size)``.
 

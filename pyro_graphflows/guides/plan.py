@@ -22,6 +22,7 @@ from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.graphs.separation import violated_independencies
 from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph
 from pyro_graphflows.guides.inputs import Coupling, InputPlan, Summary
+from pyro_graphflows.guides.summed_sites import SummedSite
 
 __all__ = [
     "BlockPlan",
@@ -106,6 +107,7 @@ class BlockPlan:
         at_rows: For those of them whose maps hold for the rows that some inputs had at set-up: these inputs.
         coupled: The sites whose copies are drawn jointly across plates.
         fused: The sites whose conditionals are their priors times a factor.
+        summed: Those that may have one factor for each element of a plate instead.
     """
 
     plates: tuple[str, ...]
@@ -117,6 +119,12 @@ class BlockPlan:
     at_rows: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     coupled: Mapping[str, Coupling] = field(default_factory=dict)
     fused: tuple[str, ...] = ()
+    summed: Mapping[str, SummedSite] = field(default_factory=dict)
+
+    @property
+    def only_summed(self) -> frozenset[str]:
+        """The sites that are fused only if they have a factor for each element of a plate."""
+        return frozenset(site for site, each in self.summed.items() if each.only_summed)
 
     @cached_property
     def sites(self) -> tuple[str, ...]:
@@ -171,11 +179,12 @@ class Plan:
         ]
         return hashlib.sha256(repr(read).encode()).digest()
 
-    def describe(self, notes: Sequence[str] = ()) -> Description:
+    def describe(self, notes: Sequence[str] = (), summed: Collection[str] = ()) -> Description:
         """Return the plan in words: a line for each latent site, in sampling order, and what is not faithful.
 
         Args:
             notes: Further notes, of the start.
+            summed: The sites with one factor for each element of a plate.
         """
         inverse, graph = self.inverse, self.graph
         lines = [
@@ -192,9 +201,11 @@ class Plan:
             for depth, level in enumerate(block.levels):
                 for site in level:
                     looks = ", ".join(self._input(parent, site) for parent in inverse.parents[site])
-                    term = "analytic KL" if self.analytic_kl[site] else "sampled KL"
+                    fused = site in block.fused and (site not in block.only_summed or site in summed)
+                    term = "analytic KL" if self.analytic_kl[site] and not fused else "sampled KL"
                     kind = "per-element parameters" if site in block.per_element else "amortised"
-                    label = ", fused with its prior" if site in block.fused else ""
+                    label = ", fused with its prior" if fused else ""
+                    label += " and one factor for each element" if site in summed else ""
                     label += f", {self.labels[site]}" if site in self.labels else ""
                     lines.append(f"  level {depth}: {site} | {looks or 'nothing'}  [{kind}, {term}{label}]")
                     lines += [f"    {remark}" for remark in self.inputs.remarks.get(site, ())]

@@ -25,7 +25,7 @@ References:
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
@@ -34,7 +34,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
-from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.graphs.structures import InverseGraph
 from pyro_graphflows.guides.call import Call, PlateState
 from pyro_graphflows.guides.conditionals.pooling import without_leading_ones
@@ -260,18 +260,26 @@ class ScoreReader(nn.Module):
             scores[score_name(name)] = without_leading_ones(value.detach())
         return scores
 
-    def in_call(
+    def added_to(
         self, call: Call, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> dict[str, Tensor]:
-        """Return the scores of a call.
+    ) -> Call:
+        """Return a call with its scores.
 
         Args:
             call: The call, as it was read.
             model: The model.
             args: Its positional arguments.
             kwargs: Its keyword arguments.
+
+        Raises:
+            UnsupportedModelError: If the call has no data of a site whose scores are read.
         """
-        return self(model, (args, kwargs), call.values, call.plates)
+        missing = [name for name in self.observed if name not in call.values]
+        if missing:
+            raise UnsupportedModelError(
+                f"Expected data of {', '.join(missing)}, whose scores sites read (features=); this call has none."
+            )
+        return replace(call, scores=self(model, (args, kwargs), call.values, call.plates))
 
     def of_draws(self, draws: ModelDraws, number: int, plates: Mapping[str, PlateState]) -> dict[str, Tensor]:
         """Return the scores of joint samples of the data, ``(draws, *batch, size)`` each.

@@ -45,6 +45,7 @@ from pyro_graphflows.shapes import broadcast_shapes
 __all__ = [
     "REMEDIES_OF_NAN",
     "DiscreteEncoding",
+    "Evidence",
     "FeatureMap",
     "InputEncodings",
     "LatentSite",
@@ -625,8 +626,25 @@ class FeatureMap(nn.Module):
         return ", ".join(kind for kind, _ in self.kinds)
 
 
+# ---------------------------------------------------------------- priors of sites
+
 WIDEST = 60.0  # units of logarithms between scores of -2 and 2 of a prior that is not extreme
 WITHOUT_PARAMETERS = (ExpTransform, SigmoidTransform, StickBreakingTransform, OrderedTransform)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    r"""Factors beside a prior, multiplied: :math:`\exp(-\lambda y^2 / 2 + \eta y)`, in a standardised coordinate.
+
+    Attributes:
+        parameters: The precision and the precision times the location, ``(*batch, 2)``.
+        shift: The shift of the coordinate, ``(1,)``.
+        scale: Its scale.
+    """
+
+    parameters: Tensor
+    shift: Tensor
+    scale: Tensor
 
 
 @dataclass(frozen=True)
@@ -641,6 +659,7 @@ class SitePrior:
         standard: Whether the coordinate is the normal score of the prior.
         fixed: Where the prior depends on parameters of the model, and on nothing else of which gradients are wanted,
             the same prior without gradients: for values that are given, of which the model's parameters have no say.
+        evidence: Factors of the elements of a plate (:mod:`~pyro_graphflows.guides.conditionals.summed`).
     """
 
     loc: Tensor
@@ -649,6 +668,7 @@ class SitePrior:
     transform: Transform | None = None
     standard: bool = False
     fixed: "SitePrior | None" = None
+    evidence: Evidence | None = None
 
     @property
     def requires_grad(self) -> bool:
@@ -662,7 +682,17 @@ class SitePrior:
     def map(self, convert: Callable[[Tensor], Tensor]) -> "SitePrior":
         """Return the same with location and scales converted; the coordinate stays."""
         tril = None if self.scale_tril is None else convert(self.scale_tril)
-        return replace(self, loc=convert(self.loc), log_scale=convert(self.log_scale), scale_tril=tril)
+        evidence = self.evidence
+        if evidence is not None:
+            evidence = replace(evidence, parameters=convert(evidence.parameters))
+        return replace(
+            self, loc=convert(self.loc), log_scale=convert(self.log_scale), scale_tril=tril, evidence=evidence
+        )
+
+    def with_evidence(self, evidence: Evidence | None) -> "SitePrior":
+        """Return the same beside factors of elements."""
+        fixed = None if self.fixed is None else self.fixed.with_evidence(evidence)
+        return replace(self, evidence=evidence, fixed=fixed)
 
     def tril(self) -> Tensor:
         """Return the Cholesky factor of the covariance, also where that is diagonal."""

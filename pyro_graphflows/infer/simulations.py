@@ -37,6 +37,8 @@ from pyro_graphflows.inspect import is_transparent, undressed
 
 __all__ = ["JointLayout", "joint_layout", "run_guide", "sample_joint"]
 
+MOST_TRIES = 100  # of a simulation, until its values are finite
+
 
 @dataclass(frozen=True)
 class JointLayout:
@@ -79,14 +81,14 @@ def joint_layout(
         What later runs need to know.
 
     Raises:
-        GraphflowsError: If ``observed`` names a site that the model lacks.
+        GraphflowsError: If ``observed`` names a site that the model lacks, or no simulation is finite.
         UnsupportedModelError: If samples of the unconditioned model are not samples of its joint density
             (``pyro.factor``, ``poutine.scale``), or if the guide has a site that is not a latent site of the
             model.
     """
     args = tuple(args)
     with torch.no_grad(), poutine.block():
-        model_trace = sample_joint(model, args, kwargs)
+        model_trace = _finite_joint(model, args, kwargs)
         _require_prior_is_model(model_trace)
         names = [name for name, _ in density_sites(model_trace)]
         given = _observed_sites(model_trace, guide, observed)
@@ -129,6 +131,24 @@ def sample_joint(model: Program, args: Iterable[Any], kwargs: dict[str, Any]) ->
     """
     with _RefuseImproper():
         return poutine.trace(_Unconditioned()(model)).get_trace(*args, **kwargs)
+
+
+def _finite_joint(model: Program, args: Iterable[Any], kwargs: dict[str, Any]) -> poutine.Trace:
+    """Return a joint sample whose values are finite: a simulator may fail now and then.
+
+    Raises:
+        GraphflowsError: If none of many is.
+    """
+    for _ in range(MOST_TRIES):
+        trace = sample_joint(model, args, kwargs)
+        values = {name: site["value"] for name, site in density_sites(trace)}
+        guilty = [name for name, value in values.items() if not bool(torch.isfinite(value).all())]
+        if not guilty:
+            return trace
+    raise GraphflowsError(
+        f"Expected a model that simulates finite values; {', '.join(guilty)} had NaN or infinite ones in each of "
+        f"{MOST_TRIES} simulations. Mend the simulator or the priors."
+    )
 
 
 class _RefuseImproper(Messenger):

@@ -86,6 +86,118 @@ __all__ = [
 ]
 
 _MANY_SITES = 200  # more are not changed one by one
+OTHER_SEED = 10_007
+REMEDY_ROWS = (
+    "Let a plate draw the rows, pyro.plate(name, size, subsample_size=...), so that guide and model have the same, or "
+    "take them before the call and pass them as arguments"
+)
+REMEDY_STRUCTURE = "Sample all sites in every run, and choose between values with torch.where"
+
+
+def get_model_graph(
+    model: Callable,
+    model_args: tuple = (),
+    model_kwargs: dict[str, Any] | None = None,
+    *,
+    strict: bool = True,
+    resolution: str = "site",
+    validate: bool = False,
+) -> ModelGraph:
+    """Find the Bayesian network that a Pyro model defines.
+
+    The model runs once, without gradients and without touching the random state. Parameters that it creates
+    stay.
+
+    Args:
+        model: A Pyro model.
+        model_args: Its positional arguments: example data.
+        model_kwargs: Its keyword arguments.
+        strict: What to do where a random value turns into a Python value, so that it cannot be followed:
+            raise (True), or make all earlier sites parents of the sites after it (False).
+        resolution: ``"site"``, or ``"element"`` to split vector sites into their elements.
+        validate: Whether to compare with gradients, and with the log-densities at other values, which takes
+            about two more runs for each site and plate.
+
+    Returns:
+        Sites as latent, observed or marginalised nodes (those enumerated in parallel), and tensor arguments
+        that reach a distribution as inputs; event sizes and plates.
+
+    Raises:
+        UnsupportedModelError: If a random value turns into a Python value (with ``strict``), a site has
+            dimensions outside of plates, or a log-density cannot be evaluated. The message names the site,
+            and what to do.
+        GraphflowsError: If ``resolution`` is unknown.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, torch
+        >>> def model(w, x=None):
+        ...     a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", 3):
+        ...         pyro.sample("x", dist.Normal(a * w, 1.0), obs=x)
+        >>> graph = get_model_graph(model, (torch.ones(3),), {"x": torch.zeros(3)})
+        >>> graph.edges, graph.inputs, graph.plates["w"]
+        ((('w', 'x'), ('a', 'x')), ('w',), ('data',))
+    """
+    return trace_model(
+        model, model_args, model_kwargs, strict=strict, resolution=resolution, validate=validate
+    ).graph
+
+
+def trace_model(
+    model: Callable,
+    model_args: tuple = (),
+    model_kwargs: dict[str, Any] | None = None,
+    *,
+    strict: bool = True,
+    resolution: str = "site",
+    validate: bool = False,
+) -> TracedModel:
+    """Like :func:`get_model_graph`, with everything else that the run shows.
+
+    Args:
+        model: A Pyro model.
+        model_args: Its positional arguments: example data.
+        model_kwargs: Its keyword arguments.
+        strict: Whether to raise where a random value cannot be followed.
+        resolution: ``"site"`` or ``"element"``.
+        validate: Whether to compare with the model's behaviour.
+
+    Returns:
+        The graph, the trace, paths of arguments, leaks and notes.
+
+    Raises:
+        UnsupportedModelError: As :func:`get_model_graph`.
+        GraphflowsError: If ``resolution`` is unknown.
+    """
+    if resolution not in ("site", "element"):
+        raise GraphflowsError(f"Expected resolution 'site' or 'element'; got {resolution!r}.")
+    args, kwargs = tuple(model_args), dict(model_kwargs or {})
+    traced = trace_once(model, args, kwargs, strict=strict)
+    rerun = Rerun(model, args, kwargs, traced)
+    notes = require_followed(rerun, strict=strict)
+    if traced.graph.inputs:
+        traced = with_known_rows(rerun)
+    traced = replace(traced, notes=tuple(dict.fromkeys((*traced.notes, *notes))))
+    if validate:
+        traced = _validated(traced, Validation(Rerun(model, args, kwargs, traced), strict).run())
+    if resolution == "element":
+        traced = split_elements(Rerun(model, args, kwargs, traced))
+    return traced
+
+
+def _validated(traced: TracedModel, validation: "Validation") -> TracedModel:
+    graph = traced.graph
+    if validation.missed:
+        graph = graph.with_edges([*graph.edges, *validation.missed])
+    return replace(
+        traced,
+        graph=graph,
+        notes=tuple(dict.fromkeys((*traced.notes, *validation.notes))),
+        non_exchangeable=validation.non_exchangeable,
+    )
+
+
+# ---------------------------------------------------------------- runs at other values
 
 
 def require_followed(rerun: Rerun, *, strict: bool) -> list[str]:
@@ -659,12 +771,7 @@ def _equal_along(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     return tensor.narrow(dim, 0, 1).expand(tensor.shape).clone()
 
 
-OTHER_SEED = 10_007
-REMEDY_ROWS = (
-    "Let a plate draw the rows, pyro.plate(name, size, subsample_size=...), so that guide and model have the same, or "
-    "take them before the call and pass them as arguments"
-)
-REMEDY_STRUCTURE = "Sample all sites in every run, and choose between values with torch.where"
+# ---------------------------------------------------------------- two runs with different random numbers
 
 
 def changes(
@@ -759,106 +866,3 @@ def _are_entries(value: torch.Tensor, leaf: torch.Tensor) -> bool:
     if value.dtype != leaf.dtype or leaf.layout is not torch.strided:
         return False
     return bool(torch.isin(value, leaf.to(value.device)).all())
-
-
-def get_model_graph(
-    model: Callable,
-    model_args: tuple = (),
-    model_kwargs: dict[str, Any] | None = None,
-    *,
-    strict: bool = True,
-    resolution: str = "site",
-    validate: bool = False,
-) -> ModelGraph:
-    """Find the Bayesian network that a Pyro model defines.
-
-    The model runs once, without gradients and without touching the random state. Parameters that it creates
-    stay.
-
-    Args:
-        model: A Pyro model.
-        model_args: Its positional arguments: example data.
-        model_kwargs: Its keyword arguments.
-        strict: What to do where a random value turns into a Python value, so that it cannot be followed:
-            raise (True), or make all earlier sites parents of the sites after it (False).
-        resolution: ``"site"``, or ``"element"`` to split vector sites into their elements.
-        validate: Whether to compare with gradients, and with the log-densities at other values, which takes
-            about two more runs for each site and plate.
-
-    Returns:
-        Sites as latent, observed or marginalised nodes (those enumerated in parallel), and tensor arguments
-        that reach a distribution as inputs; event sizes and plates.
-
-    Raises:
-        UnsupportedModelError: If a random value turns into a Python value (with ``strict``), a site has
-            dimensions outside of plates, or a log-density cannot be evaluated. The message names the site,
-            and what to do.
-        GraphflowsError: If ``resolution`` is unknown.
-
-    Example:
-        >>> import pyro, pyro.distributions as dist, torch
-        >>> def model(w, x=None):
-        ...     a = pyro.sample("a", dist.Normal(0.0, 1.0))
-        ...     with pyro.plate("data", 3):
-        ...         pyro.sample("x", dist.Normal(a * w, 1.0), obs=x)
-        >>> graph = get_model_graph(model, (torch.ones(3),), {"x": torch.zeros(3)})
-        >>> graph.edges, graph.inputs, graph.plates["w"]
-        ((('w', 'x'), ('a', 'x')), ('w',), ('data',))
-    """
-    return trace_model(
-        model, model_args, model_kwargs, strict=strict, resolution=resolution, validate=validate
-    ).graph
-
-
-def trace_model(
-    model: Callable,
-    model_args: tuple = (),
-    model_kwargs: dict[str, Any] | None = None,
-    *,
-    strict: bool = True,
-    resolution: str = "site",
-    validate: bool = False,
-) -> TracedModel:
-    """Like :func:`get_model_graph`, with everything else that the run shows.
-
-    Args:
-        model: A Pyro model.
-        model_args: Its positional arguments: example data.
-        model_kwargs: Its keyword arguments.
-        strict: Whether to raise where a random value cannot be followed.
-        resolution: ``"site"`` or ``"element"``.
-        validate: Whether to compare with the model's behaviour.
-
-    Returns:
-        The graph, the trace, paths of arguments, leaks and notes.
-
-    Raises:
-        UnsupportedModelError: As :func:`get_model_graph`.
-        GraphflowsError: If ``resolution`` is unknown.
-    """
-    if resolution not in ("site", "element"):
-        raise GraphflowsError(f"Expected resolution 'site' or 'element'; got {resolution!r}.")
-    args, kwargs = tuple(model_args), dict(model_kwargs or {})
-    traced = trace_once(model, args, kwargs, strict=strict)
-    rerun = Rerun(model, args, kwargs, traced)
-    notes = require_followed(rerun, strict=strict)
-    if traced.graph.inputs:
-        traced = with_known_rows(rerun)
-    traced = replace(traced, notes=tuple(dict.fromkeys((*traced.notes, *notes))))
-    if validate:
-        traced = _validated(traced, Validation(Rerun(model, args, kwargs, traced), strict).run())
-    if resolution == "element":
-        traced = split_elements(Rerun(model, args, kwargs, traced))
-    return traced
-
-
-def _validated(traced: TracedModel, validation: Validation) -> TracedModel:
-    graph = traced.graph
-    if validation.missed:
-        graph = graph.with_edges([*graph.edges, *validation.missed])
-    return replace(
-        traced,
-        graph=graph,
-        notes=tuple(dict.fromkeys((*traced.notes, *validation.notes))),
-        non_exchangeable=validation.non_exchangeable,
-    )

@@ -639,6 +639,9 @@ def _is_integer(tensor: torch.Tensor) -> bool:
     return not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool)
 
 
+# ---------------------------------------------------------------- the same model at other values
+
+
 class RerunError(UnsupportedModelError):
     """A model cannot be evaluated at other values than those it drew."""
 
@@ -796,6 +799,9 @@ def differs(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
 
 Rows = Mapping[int, str]
 """For dimensions of a tensor, counted from the right, the plate whose rows are taken."""
+
+
+# ---------------------------------------------------------------- rows of data that plates take
 
 
 def watch_leaves(

@@ -1,7 +1,7 @@
 r"""Why the learned structure is behind the full one after a short training, and what helps: digits, five seeds.
 
-One line of ``remedies.jsonl`` is one way to train, five members in one ensemble: the final figures of ``train.py``, and
-on the way
+One way to train, five members in one ensemble, is one line of ``results.jsonl`` (its key begins with "remedy: "): the
+final figures of ``train.py``, and on the way
 
 - the *gradient of the gates* at fixed parameters, over fresh batches and noise: its mean over its standard deviation,
   and how far a logit can go in an epoch;
@@ -9,27 +9,28 @@ on the way
   evaluation has;
 - the *validation bound* with stored statistics, as they are and collected anew with hard gates.
 
-    nice -n 19 python -m studies.graph_vae.remedies --out studies/graph_vae
+    nice -n 19 python -m studies.graph_vae.remedies --results studies/graph_vae/results.jsonl
 """
 
 import argparse
-import json
 import math
 import time
-from pathlib import Path
 
 import pyro
 import torch
 
 from pyro_graphflows.datasets import load_images
+from studies.flags import add_places
 from studies.graph_vae import evaluation, train
 from studies.graph_vae.trainer import Trainer
+from studies.results import Results
 from studies.tables import mean_sd
 
 COMMON = "--data-set digits --device cpu --seeds 0 1 2 3 4 --decay-every 100 --validate-every 5 --bound-samples 200"
 COMMON += " --ll-particles 1000"
 EPOCHS = 150
 CHECKED_AT = (10, 60, 150)
+KEY = "remedy: "
 WAYS = {
     "full": "--structures full",
     "published": "",
@@ -164,6 +165,11 @@ def run(name, flags, images, epochs, particles):
     }
 
 
+def lines_of(records):
+    """Return the lines of all ways that are there, in their order above."""
+    return [records[KEY + name] for name in WAYS if KEY + name in records]
+
+
 def paired(line, full, figures="best", key="elbo"):
     """Return the mean difference from the full structure by seed, and its standard error."""
     d = torch.tensor(line[figures][key]) - torch.tensor(full[figures][key])
@@ -195,25 +201,21 @@ def main(args):
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     pyro.enable_validation(False)
-    path = Path(args.out) / "remedies.jsonl"
-    lines = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
-    done = {line["way"] for line in lines}
+    results = Results(args.results)
     images = load_images("digits")
     for name in args.ways or WAYS:
-        if name in done:
+        if KEY + name in results:
             continue
-        lines.append(run(name, WAYS[name], images, args.epochs, args.ll_particles))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a") as file:
-            file.write(f"{json.dumps(lines[-1])}\n")
-        print(f"{name}: {lines[-1]['cpu_seconds']:.0f} s of processor", flush=True)
-    print(table(lines))
+        line = run(name, WAYS[name], images, args.epochs, args.ll_particles)
+        results.append(KEY + name, line)
+        print(f"{name}: {line['cpu_seconds']:.0f} s of processor", flush=True)
+    print(table(lines_of(results.read())))
 
 
 def parser():
     """Return the flags."""
     parse = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parse.add_argument("--out", default="out/graph_vae")
+    add_places(parse, "graph_vae")
     parse.add_argument("--ways", nargs="+", choices=list(WAYS))
     parse.add_argument("--epochs", type=int, default=EPOCHS)
     parse.add_argument("--ll-particles", type=int)

@@ -12,6 +12,7 @@ import numpy as np
 from studies.flags import add_places
 from studies.graph_vae.pictures import LABELS, plot_ablation, plot_synthetic
 from studies.graph_vae.records import difference, image_runs, last_final, run_name, seeds_of
+from studies.graph_vae.report_ensemble import remedies_section, trained_section
 from studies.graph_vae.report_faithful import render_faithful
 from studies.graph_vae.report_images import digits_section, mnist_section
 from studies.graph_vae.synthetic import ROWS
@@ -211,7 +212,9 @@ def render(results, out):
         f"Machine: {'; '.join(machines) or 'none yet'}. Dates: {', '.join(dates[:1] + dates[1:][-1:])}.",
         "",
         mnist_section(runs, folder),
+        trained_section(records),
         digits_section(runs, folder),
+        remedies_section(records),
         synthetic_section(records, folder),
         ablation_section(runs, folder),
         smoke_section(runs, folder),

@@ -43,10 +43,12 @@ from studies.graph_vae.ensemble import ESTIMATORS
 from studies.graph_vae.json_lines import Record
 from studies.graph_vae.png import grid, png
 from studies.graph_vae.trainer import SMALL_NETWORKS, STRUCTURES, Settings, Trainer
+from studies.results import Results
 from studies.tables import mean_sd
 
 DATA_SETS = ("binarized_mnist", "omniglot", "mnist", "digits")
 PAPER_EPOCHS = 2000
+TRAINED = "trained "  # what the keys of these runs begin with in a file of results
 MARGIN = 1.15  # measured times are exceeded by less than this
 WRITING = 3.0  # seconds for files and the end of the program
 
@@ -338,6 +340,22 @@ def machine(device):
     return f"CPU, {torch.get_num_threads()} thread(s); torch {version}"
 
 
+def keep(record, path):
+    """Add a run to the results of the study: settings, machine, the curve and the final figures, in one line."""
+    start, final = record.of_kind("start")[-1], record.of_kind("final")[-1]
+    kept = ("settings", "machine", "date", "way", "parameters", "seconds_of_an_epoch")
+    Results(path).append(
+        f"{TRAINED}{record.path.stem} {final['epoch']}",
+        {
+            **{name: start[name] for name in kept},
+            "curve": [
+                {key: line[key] for key in ("epoch", "validation")} for line in record.of_kind("epoch")
+            ],
+            **{name: value for name, value in final.items() if name != "kind"},
+        },
+    )
+
+
 # --------------------------------------------------------------------------------------------------------- command
 
 
@@ -386,7 +404,13 @@ def main(args):
         for number, structure in enumerate(args.structures):
             begin, shares = time.monotonic(), len(args.structures) - number
             share = Share(started, begin, begin + (end - begin) / shares, shares)
-            finals[structure] = train(settings_of(structure, args), images, args, share)
+            settings = settings_of(structure, args)
+            finals[structure] = train(settings, images, args, share)
+            if args.results is not None:
+                keep(
+                    Record(Path(args.out) / f"{settings.name}.jsonl", finals[structure]["epoch"]),
+                    args.results,
+                )
         return finals
     except GraphflowsError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
@@ -444,6 +468,7 @@ def parser():
     add("--threads", type=positive, default=1)
     add("--out", default="out/graph_vae")
     add("--work", help="folder of checkpoints; OUT/work")
+    add("--results", type=Path, help="a study's file of results that the figures are added to")
     add("--verbose", action=argparse.BooleanOptionalAction, default=True)
     parse.set_defaults(own_process=False)
     return parse

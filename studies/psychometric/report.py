@@ -70,7 +70,7 @@ def refinement(records: dict[str, Record]) -> str:
             "first site that it samples is made far too narrow. Eight chains by one kernel (`NUTS()`), from the "
             "guide's draws in its base space and from draws of the prior in unconstrained space. Columns: largest "
             "error of a mean in standard deviations / largest R-hat / gradients, those of warm-up included, at the "
-            "first of the lengths 250 to 4,000 at which all means are within 0.05 posterior standard deviations and "
+            "first of the lengths 250 to 1,500 at which all means are within 0.05 posterior standard deviations and "
             "R-hat is below 1.01; the ratio of the numbers of gradients, without and with those of training.",
             table(head, rows),
         ]
@@ -156,13 +156,18 @@ def curves(records: dict[str, Record]) -> str:
         rows.append(
             ["refined", f"{len(chains):,} data sets, {seconds:.0f} CPU s; R-hat < 1.05 for {agree:,}"]
         )
-    for name, group in (("guide's draws", [records[key] for key in blocks]), ("refined draws", refined)):
-        found = [e for record in group for e in record["errors"].values()]
+    drawn_records = [records[key] for key in blocks]
+    for name, field, group in (
+        ("guide's draws", "errors", drawn_records),
+        ("weighted draws", "weighted_errors", drawn_records),
+        ("refined draws", "errors", refined),
+    ):
+        found = [e for record in group for e in record.get(field, {}).values()]
         if found:
             largest = sorted(max(map(abs, each["mean"])) for each in found)
             rows.append(
                 [
-                    f"error of means, {name}, {len(found)} data sets with a reference",
+                    f"error of means, {name}, the worst of four, {len(found)} data sets with a reference",
                     f"median {largest[len(largest) // 2]:.3f}, largest {largest[-1]:.3f} standard deviations",
                 ]
             )

@@ -113,21 +113,27 @@ class Training:
         part.replace(self.checkpoint)
 
 
-def errors(curves: Curves, rows: Tensor, values: Tensor) -> dict[str, Any]:
+def errors(curves: Curves, rows: Tensor, values: Tensor, log_weights: Tensor | None = None) -> dict[str, Any]:
     """Return errors of means and standard deviations in units of the reference, for data sets among ``rows`` with one.
 
     Args:
         curves: The data sets.
         rows: Which data sets the values are of.
         values: Draws (draws, data, 4).
+        log_weights: Their log-weights (draws, data); none: all draws count the same.
     """
     known = [(int(i), place) for place, i in enumerate(curves.reference) if bool((rows == i).any())]
+    weights = torch.softmax(values.new_zeros(values.shape[:2]) if log_weights is None else log_weights, 0)
     found = {}
     for index, place in known:
         at = int((rows == index).nonzero())
-        own = values[:, at].double()
-        mean = (own.mean(0) - curves.mean[place]) / curves.sd[place]
-        found[str(index)] = {"mean": mean.tolist(), "sd": (own.std(0) / curves.sd[place]).tolist()}
+        own, weight = values[:, at].double(), weights[:, at, None].double()
+        mean = (weight * own).sum(0)
+        sd = (weight * (own - mean).square()).sum(0).sqrt()
+        found[str(index)] = {
+            "mean": ((mean - curves.mean[place]) / curves.sd[place]).tolist(),
+            "sd": (sd / curves.sd[place]).tolist(),
+        }
     return found
 
 
@@ -144,10 +150,12 @@ def draw(curves: Curves, guide: Any, block: int) -> dict[str, Any]:
         progress=False,
     )
     spent = time.process_time() - start
+    values, log_weights = of_draws(dict(posterior.draws)), posterior.log_weights
     return {
         "seconds": spent,
         "khat": [round(k, 4) if math.isfinite(k) else str(k) for k in posterior.khat.tolist()],
-        "errors": errors(curves, rows, of_draws(dict(posterior.draws))),
+        "errors": errors(curves, rows, values),
+        "weighted_errors": errors(curves, rows, values, log_weights),
     }
 
 

@@ -39,9 +39,10 @@ EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0], dtype=torc
 ERRORS = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0], dtype=torch.float64)
 CHAINS = 8
 ERROR, AGREE = 0.05, 1.01
-LENGTHS = (250, 500, 750, 1000, 1500, 2000, 3000, 4000)  # of a chain, at which means and R-hat are looked at
-ATTEMPTS = (750, 4000)
+LENGTHS = (250, 500, 750, 1000, 1500)  # of a chain, at which means and R-hat are looked at
+ATTEMPTS = (750, 1500)
 PARTICLES = 4
+STEPS = 1500  # of training on one data set
 Moments = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -204,7 +205,7 @@ def part_schools() -> dict[str, Any]:
 
 def part_banana() -> dict[str, Any]:
     x = torch.tensor([1.0, 1.5], dtype=torch.float64)
-    return refinement(banana, (x,), banana_moments(x), 1500)
+    return refinement(banana, (x,), banana_moments(x), STEPS)
 
 
 # -------------------------------------------------------------------------------------------------- prediction and LOO
@@ -258,7 +259,7 @@ def part_schools_loo() -> dict[str, Any]:
     pyro.set_rng_seed(0)
     guide = auto_faithful_guide(eight_schools, ERRORS, EFFECTS)
     start = time.process_time()
-    fit_to(eight_schools, guide, (ERRORS, EFFECTS), 1500)
+    fit_to(eight_schools, guide, (ERRORS, EFFECTS), STEPS)
     trained = time.process_time() - start
     posterior = sample_posterior(
         eight_schools, guide, ERRORS, EFFECTS, num_draws=4000, seed=0, progress=False
@@ -312,12 +313,12 @@ def radon_loo(county: Tensor, floor: Tensor, y: Tensor, num: int) -> Tensor:
 def part_radon(folder: Path) -> dict[str, Any]:
     """LOO of the radon model by a guide, refined, against exact values of all houses; and the time of 10,000 draws."""
     posterior_db = find(["radon"])[0]
-    args = posterior_db.arguments(read_reference(posterior_db, folder).data)
+    args = posterior_db.arguments(read_reference(folder, posterior_db.name).data)
     county, floor, y, num = args
     pyro.set_rng_seed(0)
     guide = auto_faithful_guide(radon, *args)
     start = time.process_time()
-    fit_to(radon, guide, args, 1500)
+    fit_to(radon, guide, args, STEPS)
     record: dict[str, Any] = {"houses": len(y), "train_seconds": time.process_time() - start}
     clock, start = time.perf_counter(), time.process_time()
     many = sample_posterior(radon, guide, *args, num_draws=10_000, seed=0, progress=False)

@@ -80,6 +80,7 @@ class BlockSpec:
             node), -1 for the whole node.
         factors: The factor classes that the user gave for single sites.
         ranks: For vectors too long for a full covariance, the rank of the covariance beside its diagonal.
+        chains: For vectors whose precision is banded, how far neighbours are, and whether running sums are meant.
     """
 
     block: BlockPlan
@@ -89,6 +90,7 @@ class BlockSpec:
     element_parents: ElementParents = field(default_factory=dict)
     factors: Mapping[str, type[Factor]] = field(default_factory=dict)
     ranks: Mapping[str, int] = field(default_factory=dict)
+    chains: Mapping[str, tuple[int, bool]] = field(default_factory=dict)
 
 
 class Family(ABC):
@@ -294,6 +296,18 @@ class Conditionals(nn.Module, ABC):
             Whether the family can do that, as for :meth:`set_linear_`.
         """
         raise GraphflowsError(f"{type(self).__name__} cannot fuse {site!r} with its prior.")
+
+    def sums(self, site: str) -> bool:
+        """Whether a site is fused with factors of the elements of a plate, which its own outputs correct."""
+        return False
+
+    def set_summed_(self, site: str, width: Tensor | None) -> None:
+        """Let a site have its prior times the factors of elements, as they are.
+
+        Args:
+            site: The site.
+            width: How wide it is then, in standardised units, ``(1, 1)``; None for a factor of its own instead.
+        """
 
     def whiten_(self, moments: Tensor) -> None:
         """Let trained weights act on inputs that are uncorrelated in joint samples; families need not.

@@ -20,7 +20,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_graphflows.distributions.fusion import fuse, fuse_matrix
+from pyro_graphflows.distributions.fusion import fuse, fuse_matrix, fuse_natural
 from pyro_graphflows.distributions.long_normals import AutoregressiveNormal, sum_over_pairs
 from pyro_graphflows.guides.conditionals.distributions import DiscreteVector, ScalarNormal
 from pyro_graphflows.guides.sites import LatentSite, SitePrior
@@ -40,6 +40,7 @@ __all__ = [
     "scalar_normals",
 ]
 
+TINY = 1e-30
 LEAST_SHARE = 0.02  # of its marginal scale that an element may move alone in a step of training
 LOG_SCALE_BOUND = 20.0  # exp() of it is far outside of any standardised scale
 MOST_DENSE = 32  # elements up to which an autoregression is solved as a matrix
@@ -314,15 +315,55 @@ def fused_elements(
         locs: The locations of the factors, in standardised units, ``(*batch, n)``.
         log_scales: The logarithms of their scales.
         units: Shift and scale of the standardisation.
-        priors: The priors, side by side of length ``n``.
+        priors: The priors, side by side of length ``n``. Beside the factors of elements a network's outputs correct
+            these: they move their location and divide their scale.
     """
     shift, scale = units
+    if any(prior.evidence is not None for prior in priors):
+        each = [
+            _fused_element(locs[..., [i]], log_scales[..., [i]], (shift[[i]], scale[[i]]), prior)
+            for i, prior in enumerate(priors)
+        ]
+        return _side_by_side([loc for loc, _ in each]), _side_by_side([log_scale for _, log_scale in each])
     loc, log_scale = (
         _side_by_side([each.loc for each in priors]),
         _side_by_side([each.log_scale for each in priors]),
     )
     log_width = positive_scale(log_scales, shift, scale).log() + scale.log()
     return fuse(loc, log_scale, torch.addcmul(shift, scale, locs), log_width)
+
+
+def _fused_element(
+    locs: Tensor, log_scales: Tensor, units: tuple[Tensor, Tensor], prior: SitePrior
+) -> tuple[Tensor, Tensor]:
+    """Return location and log-scale of one number's prior times factors of elements, corrected; or times a factor."""
+    if prior.evidence is None:
+        return fused_elements(locs, log_scales, units, [prior])
+    evidence, log_scale = prior.evidence, prior.log_scale
+    shift, scale = evidence.shift, evidence.scale
+    precision, weighted = evidence.parameters[..., :1], evidence.parameters[..., 1:]
+    narrower = torch.exp(-2.0 * log_scales.clamp(-LOG_SCALE_BOUND, LOG_SCALE_BOUND))
+    most = positive_scale(torch.full_like(shift, -torch.inf), shift, scale).pow(-2.0)
+    narrower = narrower * (most / (narrower * precision).clamp(min=TINY)).clamp(max=1.0)
+    pull = weighted + precision * (locs - (prior.loc - shift) / scale)
+    standard = log_scale - scale.log()
+    pull, standard = torch.broadcast_tensors(pull, standard)
+    move, width = fuse_natural(torch.zeros_like(pull), standard, narrower * precision, narrower * pull)
+    return prior.loc + scale * move, log_scale + (width - standard)  # exactly the prior where nothing is said
+
+
+def share_of_evidence(prior: SitePrior) -> Tensor | None:
+    """Return how much of the precision of a conditional is not the prior's; None without factors of elements.
+
+    Args:
+        prior: The prior of a site of one number.
+    """
+    if prior.evidence is None:
+        return None
+    gain = prior.evidence.parameters[..., :1] * torch.exp(
+        2.0 * (prior.log_scale - prior.evidence.scale.log())
+    )
+    return gain / (1.0 + gain)
 
 
 def fused_vector(outputs: Tensor, shift: Tensor, scale: Tensor, prior: SitePrior) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_graphflows.guides.call import PlateState
+from pyro_graphflows.guides.conditionals.banded import BandedNormalFactor, regress_chain
 from pyro_graphflows.guides.conditionals.contract import BlockSpec, Conditionals, LinearConditional, Pass
 from pyro_graphflows.guides.conditionals.coupled import WAKE, CoupledFactor, CouplingTerms, exchangeable_start
 from pyro_graphflows.guides.conditionals.elements import ElementMap, ElementTable, element_maps, keep_rows_
@@ -51,6 +52,7 @@ class MaskedConditionals(Conditionals):
     input_shift: Tensor
     input_scale: Tensor
     fusing: Tensor
+    summing: Tensor
     fused_shift: Tensor
     fused_scale: Tensor
 
@@ -73,7 +75,7 @@ class MaskedConditionals(Conditionals):
             seen_by_all = self.inputs_of(site)
             if site in self.element_columns and own.output_elements is not None:
                 allowed += [self.element_columns[site][i] for i in own.output_elements]
-            elif seen_by_all or not spec.ranks:
+            elif seen_by_all or not (spec.ranks or spec.chains):
                 allowed += [seen_by_all] * own.num_reading
             output_names += [site] * (len(allowed) - start)
             self.outputs[site] = slice(start, len(allowed))
@@ -82,7 +84,9 @@ class MaskedConditionals(Conditionals):
         # An element may see less than its site does; its outputs are wanted with those of the site.
         depths = {site: depth for depth, level in enumerate(block.levels) for site in level}
         self.num_inputs = self.num_columns
-        if any(site in spec.ranks for site in block.levels[-1]):  # long, and no site looks at the last level
+        if any(
+            site in spec.ranks or site in spec.chains for site in block.levels[-1]
+        ):  # long, and no site looks at the last level
             of_last = sum(self.factors[site].size for site in block.levels[-1])
             self.num_inputs = max(self.num_columns - of_last, 1)
         self.network = MaskedMLP(
@@ -134,11 +138,15 @@ class MaskedConditionals(Conditionals):
             self.register_buffer(name, torch.ones(total))
         fusible = [site for site in block.sites if site in block.fused and self.factors[site].can_fuse]
         self._fused_at: dict[str, int] = {site: i for i, site in enumerate(fusible)}
+        fusing = [site not in block.only_summed for site in fusible]
         if fusible:
-            self.register_buffer("fusing", torch.ones(len(fusible), dtype=torch.bool))
+            self.register_buffer("fusing", torch.tensor(fusing))
             self.register_buffer("fused_shift", torch.zeros(total))
             self.register_buffer("fused_scale", torch.ones(total))
-        self._is_fusing = [True] * len(fusible)  # the same as the buffer, which may be on a device
+        self._is_fusing = fusing  # the same as the buffer, which may be on a device
+        if block.summed:
+            self.register_buffer("summing", torch.zeros(len(fusible), dtype=torch.bool))
+        self._is_summing = [False] * len(fusible)
         self._scalar_levels = {
             i
             for i, level in enumerate(block.levels)
@@ -155,6 +163,11 @@ class MaskedConditionals(Conditionals):
             return spec.factors[name].for_site(site)
         if name in spec.ranks:
             return LowRankNormalFactor(site.size, spec.ranks[name])
+        if name in spec.chains:
+            width, differences = spec.chains[name]
+            return BandedNormalFactor(
+                site.size, width, differences, reads=any(map(len, self.element_columns[name]))
+            )
         if site.encoding is not None:
             return DiscreteFactor.for_site(site)
         if name in spec.element_parents:
@@ -177,6 +190,9 @@ class MaskedConditionals(Conditionals):
     ) -> None:
         """See :meth:`Conditionals.set_units_`."""
         part = self._parts[site]
+        factor = self.factors[site]
+        if isinstance(factor, BandedNormalFactor) and factor.shares_units:
+            outputs = outputs[0].mean().expand(factor.size), outputs[1].mean().expand(factor.size)
         self.shift[part], self.scale[part] = outputs
         self.input_shift[part], self.input_scale[part] = outputs if inputs is None else inputs
 
@@ -201,6 +217,22 @@ class MaskedConditionals(Conditionals):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self._fused_at and not self.fusing.is_meta:
             self._is_fusing = self.fusing.tolist()
+            if self.block.summed:
+                self._is_summing = self.summing.tolist()
+
+    def sums(self, site: str) -> bool:
+        """See :meth:`Conditionals.sums`."""
+        return self.fuses(site) and self._is_summing[self._fused_at[site]]
+
+    @torch.no_grad()
+    def set_summed_(self, site: str, width: Tensor | None) -> None:
+        """See :meth:`Conditionals.set_summed_`."""
+        at = self._fused_at[site]
+        self.summing[at] = self._is_summing[at] = width is not None
+        if width is not None:
+            none = self.shift.new_zeros(self.factors[site].num_outputs, self.num_columns)
+            self._set_rows_(site, none, none[:, 0], self.factors[site].natural_units(width.to(none)))
+            self.set_fusing_(site, True)
 
     def fused_units(self, site: str) -> tuple[Tensor, Tensor]:
         """See :meth:`Conditionals.fused_units`."""
@@ -337,6 +369,10 @@ class MaskedConditionals(Conditionals):
         """See :meth:`Conditionals.regress_`; factors that fit themselves to samples do so."""
         inputs, own = self.inputs_of(site), list(self.columns[site])
         factor = self.factors[site]
+        if isinstance(factor, BandedNormalFactor):
+            fit = regress_chain(rows, inputs, own, self.element_columns[site], factor)
+            self.set_linear_(site, self.linear_of(site, fit))
+            return
         fitted = factor.start_from_samples(rows[:, inputs], rows[:, own])
         if fitted is None:
             super().regress_(site, rows, moments)
@@ -456,6 +492,8 @@ class MaskedPass(Pass):
             self._known.append(self._new)
         chosen = [site for site in level if site in priors and module.fuses(site)] if priors else []
         fused = {site: _in_type(priors[site], outputs.dtype) for site in chosen} if priors else {}
+        if module.block.summed:
+            fused = {s: prior if module.sums(s) else prior.with_evidence(None) for s, prior in fused.items()}
         if (
             self._level in module._scalar_levels
             and len(fused) in (0, len(level))

@@ -30,6 +30,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ __all__ = [
     "Attention",
     "DeepSet",
     "DeepSetPool",
+    "Elements",
     "LookedUp",
     "Pool",
     "PoolMember",
@@ -106,11 +108,15 @@ class DeepSet:
             leaves moments and group size alone.
         hidden_dims: The widths of the hidden layers between a tuple and these features.
         activation: The activation function.
+        sums: Whether a site given which the elements of a plate are independent has its prior times one factor for
+            each element, where that fits joint samples as well as a factor that reads the summary
+            (:mod:`~pyro_graphflows.guides.conditionals.summed`).
     """
 
     embedding_dim: int = 16
     hidden_dims: Sequence[int] = (32,)
     activation: str = "elu"
+    sums: bool = True
 
     def network(self, num_inputs: int) -> nn.Sequential:
         """Return a new network from a tuple to features."""
@@ -240,6 +246,102 @@ class Segments:
         shape[dim - 1] = self.size
         total = value.new_zeros(shape).index_add(dim - 1, self.index, value)
         return total if dim == self.dim else total.transpose(dim - 1, self.dim - 1)
+
+
+@dataclass(frozen=True)
+class Elements:
+    """The elements of a plate, before they are pooled.
+
+    Attributes:
+        core: Features that get squares and products: of nodes in the plate, means of groups inside of it.
+        carried: Other features of groups inside of it, and where members are there if there are several.
+        weight: One where an element is there, zero where not, ``(*batch, 1)``; None if all are.
+        dim: The dimension of the plate, counted from the right without the feature dimension.
+        size: The size of the plate.
+        segments: The groups of the elements, if they belong to several.
+        judged: Whether anything that says which elements count has been met.
+        inside: What the elements are made of, where they are groups themselves.
+    """
+
+    core: Tensor
+    carried: Tensor
+    weight: Tensor | None
+    dim: int
+    size: int
+    segments: Segments | None
+    judged: bool
+    inside: "PooledGroups | None" = None
+
+    @property
+    def joint(self) -> Tensor:
+        """All features, ``(*batch, num_features)``."""
+        return torch.cat([self.core, self.carried], -1) if self.carried.shape[-1] else self.core
+
+    def of_groups(self, value: Tensor) -> Tensor:
+        """Return what belongs to the site outside, for each element: of its own group if there are several.
+
+        Args:
+            value: Shape ``(*batch, n)``, with the groups in their dimension.
+        """
+        if self.segments is None:
+            return value
+        groups, depth = self.segments, 1 - min(self.dim, self.segments.dim)
+        value = value.reshape((1,) * (depth - value.dim()) + value.shape)
+        if value.shape[groups.dim - 1] == 1 != groups.size:
+            return value  # the same for all groups
+        chosen = value.index_select(groups.dim - 1, groups.index)
+        return chosen if groups.dim == self.dim else chosen.transpose(groups.dim - 1, self.dim - 1)
+
+    def total(self, value: Tensor) -> Tensor:
+        """Sum numbers of the elements over the plate, or over the groups of elements; zero over nothing.
+
+        Args:
+            value: Shape ``(*batch, n)``.
+
+        Returns:
+            The same with size one in the place of the plate, leading dimensions of size one dropped.
+        """
+        if self.weight is not None:
+            # what is not there may be anything
+            value = torch.where(
+                self.weight > 0, value, torch.zeros((), dtype=value.dtype, device=value.device)
+            )
+        if self.segments is not None:
+            return without_leading_ones(self.segments.add(value, self.dim, self.size))
+        if value.dim() < 1 - self.dim or value.shape[self.dim - 1] == 1 != self.size:
+            total = value * float(self.size)  # all elements are alike
+        else:
+            total = value.sum(self.dim - 1, keepdim=True)
+        return without_leading_ones(total)
+
+
+@dataclass(frozen=True)
+class PooledGroups:
+    """Groups of elements after pooling, as members of what is around them.
+
+    Attributes:
+        core: See :class:`Elements`.
+        carried: See :class:`Elements`.
+        there: Which groups are not empty; None if all.
+        judged: See :class:`Elements`.
+        log_number: The logarithm of the numbers of their elements, ``(*batch, 1)``.
+        log_variance: Logarithms of the variances of core features inside of groups, with a floor.
+        unit: The units in which ``core`` counts these features.
+    """
+
+    core: Tensor
+    carried: Tensor
+    there: Tensor | None
+    judged: bool
+    log_number: Tensor
+    log_variance: Tensor
+    unit: Tensor
+
+    def variances_of_means(self) -> Tensor:
+        """Return the variances of means by the spread inside of groups, in units of ``core``; NaN for one element."""
+        number = self.log_number.exp()
+        variance = (self.log_variance.exp() - VARIANCE_FLOOR) / self.unit.square()
+        return torch.where(number > 1.5, variance / (number - 1.0), torch.full_like(variance, torch.nan))
 
 
 class PoolStage(nn.Module):
@@ -383,6 +485,7 @@ class DeepSetPool(nn.Module):
         orders: The orders in which the plates are pooled, each outer to inner (:func:`pooling_orders`).
         options: The shape of the learned part.
         segments: Triples (inner, outer, index) of plates whose elements are pooled group by group, by an index.
+        linear: Affine maps of members with others, for elements by themselves (:meth:`elements`).
 
     Shape:
         - values: for each member ``(*batch, size)``, the plates at their own dimensions of the batch shape; of an index
@@ -397,9 +500,11 @@ class DeepSetPool(nn.Module):
         orders: Sequence[Sequence[str]],
         options: DeepSet,
         segments: Sequence[tuple[str, str, str]] = (),
+        linear: Mapping[str, FeatureMap] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         self.members = tuple(members)
+        self.linear = nn.ModuleDict({str(self.names().index(name)): each for name, each in linear.items()})
         self.options = options
         self.segments = tuple(segments)
         if self.segments and isinstance(options, Attention):
@@ -439,6 +544,7 @@ class DeepSetPool(nn.Module):
             "options": self.options,
             "segments": self.segments,
             "maps": _kinds(self.maps),
+            "linear": _kinds(nn.ModuleList(self.linear.values())),
             "stages": tuple((tuple(s.core_map.kinds), tuple(s.carried_map.kinds)) for s in stages),
         }
 
@@ -446,7 +552,11 @@ class DeepSetPool(nn.Module):
     def from_plain(cls, plain: Mapping[str, Any]) -> "DeepSetPool":
         """Return a summary of the same form, for a state that is loaded."""
         pool = cls(
-            plain["members"], _maps(plain["maps"]), plain["orders"], plain["options"], plain["segments"]
+            *(plain["members"], _maps(plain["maps"]), plain["orders"], plain["options"], plain["segments"]),
+            {
+                member.name: each
+                for member, each in zip(plain["members"], _maps(plain["linear"]), strict=False)
+            },
         )
         stages = [stage for branch in pool.branches for stage in _stages(branch)]
         for stage, (core, carried) in zip(stages, plain["stages"], strict=True):
@@ -515,40 +625,109 @@ class DeepSetPool(nn.Module):
         features, weights = self._features(values, masks)
         parts = []
         for order, stages in zip(self.orders, self.branches, strict=True):
-            assert isinstance(stages, nn.ModuleList)
-            core: list[Tensor] = []
-            carried: list[Tensor] = []
-            there: Tensor | None = None
-            judged = False  # whether anything that says which elements count has been met
-            for position, stage in zip(reversed(range(len(order))), stages, strict=True):
+            below: PooledGroups | None = None
+            for position, stage in zip(reversed(range(len(order))), stages.children(), strict=True):
                 assert isinstance(stage, PoolStage)
-                plate = plates[order[position]]
-                if plate.subsampled:
-                    raise GraphflowsError(subsampled_message(plate.name, [m.name for m in self.members]))
-                joining = self._joining(order, position)
-                weighing = [weights[member.name] for member in joining if member.weighs]
-                masked = list(weighing)
-                if judged:
-                    weighing.append(there)
-                judged = judged or bool(weighing)
-                core += [features[member.name] for member in joining]
-                if self._masked:
-                    like = core[0]
-                    carried += [like.new_ones(1) if mask is None else mask for mask in masked]
-                joint = concatenate(core)
-                one, other, there = stage(
-                    joint,
-                    concatenate(carried, like=joint),
-                    _any(weighing),
-                    plate.dim,
-                    plate.size,
-                    self._segments_of(plate, values, plates),
-                )
-                if fit:
-                    stage.fit_(one, other)
-                core, carried = [stage.core_map(one)], [stage.carried_map(other)]
-            parts += [*core, *carried]
+                elements = self._elements_at(order, position, (features, weights), below, values, plates)
+                below = self._pooled(stage, elements, fit)
+            assert below is not None
+            parts += [below.core, below.carried]
         return concatenate(parts)
+
+    @staticmethod
+    def _pooled(stage: PoolStage, elements: "Elements", fit: bool) -> "PooledGroups":
+        core = elements.core
+        one, other, there = stage(
+            core, elements.carried, elements.weight, elements.dim, elements.size, elements.segments
+        )
+        if fit:
+            stage.fit_(one, other)
+        first = stage.pairs.shape[1]
+        unit = stage.core_map.scale
+        if any(kind != "identity" for kind, _ in stage.core_map.kinds):
+            unit = torch.full_like(unit, torch.nan)  # features that are not linear in means
+        raw = other[..., -1:], other[..., first : first + stage.core_size], unit
+        return PooledGroups(stage.core_map(one), stage.carried_map(other), there, elements.judged, *raw)
+
+    def _elements_at(
+        self,
+        order: Sequence[str],
+        position: int,
+        members: tuple[Mapping[str, Tensor], Mapping[str, Tensor | None]],
+        below: "PooledGroups | None",
+        values: Mapping[str, Tensor],
+        plates: Mapping[str, PlateState],
+    ) -> "Elements":
+        """Return what is pooled over a plate: the members that are in no inner plate, and groups pooled before."""
+        features, weights = members
+        plate = plates[order[position]]
+        if plate.subsampled:
+            raise GraphflowsError(subsampled_message(plate.name, [m.name for m in self.members]))
+        joining = self._joining(order, position)
+        weighing = [weights[member.name] for member in joining if member.weighs]
+        masked = list(weighing)
+        judged = (
+            below is not None and below.judged
+        )  # whether anything that says which elements count has been met
+        if below is not None and judged:
+            weighing.append(below.there)
+        core = [] if below is None else [below.core]
+        core += [features[member.name] for member in joining]
+        carried = [] if below is None else [below.carried]
+        if self._masked:
+            like = core[0]
+            carried += [like.new_ones(1) if mask is None else mask for mask in masked]
+        joint = concatenate(core)
+        return Elements(
+            joint,
+            concatenate(carried, like=joint),
+            _any(weighing),
+            plate.dim,
+            plate.size,
+            self._segments_of(plate, values, plates),
+            judged or bool(weighing),
+            below,
+        )
+
+    def names(self) -> list[str]:
+        """Return the names of the members."""
+        return [member.name for member in self.members]
+
+    def in_core_order(self) -> list[PoolMember]:
+        """Return the members in the order of the core features of :meth:`elements`, for summaries in one order."""
+        (order,) = self.orders
+        return [m for position in reversed(range(len(order))) for m in self._joining(order, position)]
+
+    def learned_of_elements(self) -> list[bool]:
+        """Return for each feature of :meth:`elements` whether it depends on parameters."""
+        (order,), (branch,) = self.orders, self.branches
+        stages = _stages(branch)
+        inside = list(stages[-2].learned) if len(stages) > 1 else []
+        masks = sum(member.weighs for member in self._joining(order, 0)) if self._masked else 0
+        return [*[False] * sum(member.size for member in self.members), *inside, *[False] * masks]
+
+    def elements(
+        self,
+        values: Mapping[str, Tensor],
+        plates: Mapping[str, PlateState],
+        masks: Mapping[str, Tensor | bool] = MappingProxyType({}),
+    ) -> "Elements":
+        """Return what is pooled over the outermost plate, element by element, for summaries in one order.
+
+        Args:
+            values: See :meth:`forward`.
+            plates: The plates of the call.
+            masks: Masks by member.
+        """
+        (order,), (stages,) = self.orders, self.branches
+        members = self._features(values, masks, linear=len(order) == 1)
+        below: PooledGroups | None = None
+        for position, stage in zip(reversed(range(1, len(order))), stages.children(), strict=False):
+            assert isinstance(stage, PoolStage)
+            below = self._pooled(
+                stage, self._elements_at(order, position, members, below, values, plates), False
+            )
+        return self._elements_at(order, 0, members, below, values, plates)
 
     def _segments_of(
         self, plate: PlateState, values: Mapping[str, Tensor], plates: Mapping[str, PlateState]
@@ -573,12 +752,15 @@ class DeepSetPool(nn.Module):
         return None
 
     def _features(
-        self, values: Mapping[str, Tensor], masks: Mapping[str, Tensor | bool]
+        self, values: Mapping[str, Tensor], masks: Mapping[str, Tensor | bool], *, linear: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
         """Return the standardised features of each member, and where it is there (None: everywhere)."""
         features: dict[str, Tensor] = {}
         weights: dict[str, Tensor | None] = {}
-        for member, feature_map in zip(self.members, self.maps, strict=True):
+        for i, member in enumerate(self.members):
+            feature_map: nn.Module = self.maps[i]
+            if linear and str(i) in self.linear:
+                feature_map = self.linear[str(i)]
             value = values[member.name]
             mask: Tensor | None = None
             if member.partly:
@@ -593,10 +775,14 @@ class DeepSetPool(nn.Module):
             weights[member.name] = mask.to(value.dtype)
         return features, weights
 
-    def columns_of(self, name: str) -> tuple[list[int], Tensor, Tensor]:
+    def columns_of(self, name: str, *, of_elements: bool = False) -> tuple[list[int], Tensor, Tensor]:
         """Return the columns of a member's mean, and the shift and scale that turn them into that mean.
 
         The mean is that over the plates from the inside out: of group means where groups differ in size.
+
+        Args:
+            name: The member.
+            of_elements: Whether its columns among those of :meth:`elements` are meant.
 
         Raises:
             GraphflowsError: If a map on the way is not affine.
@@ -613,10 +799,13 @@ class DeepSetPool(nn.Module):
                 if member.name == name:
                     columns = list(range(start, start + member.size))
                     feature_map = self.maps[self.members.index(member)]
+                    own = str(self.members.index(member))
+                    if of_elements and len(order) == 1 and own in self.linear:
+                        feature_map = self.linear[own]
                     assert isinstance(feature_map, FeatureMap)
                     shift, scale = affine_part(feature_map, range(member.size), name)
                 start += member.size
-            if columns:
+            if columns and not (of_elements and position == 0):
                 more_shift, more_scale = affine_part(stage.core_map, columns, name)
                 shift, scale = shift + scale * more_shift, scale * more_scale
         return columns, shift, scale

@@ -27,8 +27,10 @@ from pyro_graphflows.guides.conditionals.factors import (
     fused_elements,
     fused_vector,
     positive_scale,
+    share_of_evidence,
 )
 from pyro_graphflows.guides.sites import SitePrior
+from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = ["SplineFactor", "SplineVector"]
 
@@ -100,6 +102,11 @@ class SplineFactor(Factor):
         if n == 1:
             parts = outputs[..., :1], outputs[..., 1:2]
             loc, log_scale = fused_elements(*parts, (shift, scale), [prior])
+            share = share_of_evidence(prior)
+            if share is not None:  # where elements say nothing the conditional is the prior
+                shape = broadcast_shapes(share.shape[:-1], outputs.shape[:-1])
+                knots = share.expand(*shape, 1) * outputs[..., inner:]
+                outputs = torch.cat([outputs[..., :inner].expand(*shape, inner), knots], -1)
             return self._splines(outputs, loc, log_scale.exp())
         loc, scale_tril = fused_vector(outputs[..., :inner], shift, scale, prior)
         elements = self._splines(outputs, torch.zeros_like(loc), torch.ones_like(loc))

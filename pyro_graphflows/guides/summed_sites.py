@@ -1,0 +1,109 @@
+"""Which sites have their prior times one factor for each element of a plate.
+
+The posterior of a site given what is in a plate that it is not in is its prior times one factor for each element of the
+plate, if these are independent given the site and all that is sampled before it: effects of a group given their
+location, their scale and the scale of the noise, and that location given these scales. It is not so for a scale while
+the location is not known: the elements tell it by how they differ from each other.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import networkx as nx
+
+from pyro_graphflows.graphs.structures import InverseGraph
+from pyro_graphflows.guides.conditionals.pooling import pooling_orders
+from pyro_graphflows.guides.inputs import InputPlan, Summary
+
+__all__ = ["SummedSite", "sites_to_sum"]
+
+
+@dataclass(frozen=True)
+class SummedSite:
+    """A site with a factor for each element of a plate.
+
+    Attributes:
+        summary: The name of the summary of the plate, among the inputs of the site's block.
+        responses: The members of the summary that depend on the site in the model.
+        above: What else the site looks at: sites and inputs that come in elementwise.
+        only_summed: Whether the site is fused with its prior for the sake of these factors alone.
+    """
+
+    summary: str
+    responses: tuple[str, ...]
+    above: tuple[str, ...]
+    only_summed: bool = False
+
+
+def sites_to_sum(
+    inverse: InverseGraph, inputs: InputPlan, scalars: Collection[str], readable: Collection[str]
+) -> dict[str, SummedSite]:
+    """Return the sites that may have a factor for each element.
+
+    Args:
+        inverse: The guide's factorisation.
+        inputs: How what is in other plates comes in.
+        scalars: The sites that are asked about, of one continuous number.
+        readable: The nodes whose values can be network inputs.
+    """
+    found = {}
+    for site in scalars:
+        summaries = inputs.summaries.get(site, ())
+        barred = site in inputs.per_element or site in inputs.non_exchangeable or site in inputs.coupled
+        if barred or len(summaries) != 1 or summaries[0].one_by_one or summaries[0].index is not None:
+            continue
+        each = _factorised(inverse, site, summaries[0], readable)
+        if each is not None:
+            found[site] = each
+    return found
+
+
+def _factorised(
+    inverse: InverseGraph, site: str, summary: Summary, readable: Collection[str]
+) -> SummedSite | None:
+    graph = inverse.graph
+    around = {node: summary.inside(plates) for node, plates in graph.plates.items()}
+    orders = pooling_orders(summary.over, list(around.values()))
+    if len(orders) != 1:
+        return None
+    plate = orders[0][0]
+    dag = graph.to_networkx()
+    below = nx.descendants(dag, site)
+    responses = tuple(name for name in summary.members if name in below)
+    how = inverse.how
+    above = [p for p in inverse.parents[site] if how[p, site] != "pooled" and p not in summary.members]
+    indices = {index for _, _, index in summary.segments}
+    above = [name for name in above if name not in indices]
+    latent = set(graph.latent)
+    if not responses or below.intersection(
+        above
+    ):  # what depends on the site beside the plate is not in the sum
+        return None
+    if any(name not in latent and name not in readable for name in above):
+        return None
+    if not all(plate in around[name] for name in summary.members):
+        return None
+    if not _independent(dag, {n for n in dag if plate in around[n]}, summary.members, {site, *above}):
+        return None
+    return SummedSite(summary.name, responses, tuple(map(str, above)))
+
+
+def _independent(
+    dag: nx.DiGraph, inside: Collection[str], members: Sequence[str], given: Collection[str]
+) -> bool:
+    """Whether members of two elements of a plate are separated by what is given outside of the plate."""
+    two = nx.DiGraph()
+
+    def copies(node: str) -> list[tuple[str, int]]:
+        return [(node, 0), (node, 1)] if node in inside else [(node, -1)]
+
+    for node in dag:
+        two.add_nodes_from(copies(node))
+    for parent, child in dag.edges:
+        for one in copies(parent):
+            two.add_edges_from(
+                (one, other) for other in copies(child) if -1 in (one[1], other[1]) or one[1] == other[1]
+            )
+    outside = {(node, -1) for node in given if node not in inside}
+    first, second = ({(name, k) for name in members} for k in (0, 1))
+    return bool(nx.is_d_separator(two, first, second, outside))
