@@ -796,7 +796,7 @@ class Judge:
         )
         total = torch.zeros(self.number if self.dim is not None else 1, dtype=torch.float64)
         for name in names:
-            own = trace.nodes[name]["log_prob"].double().cpu()
+            own = trace.nodes[name]["log_prob"].cpu().to(torch.float64)
             if self.dim is not None and own.dim() >= -self.dim and own.shape[self.dim] == self.number:
                 total = total + own.movedim(self.dim, 0).reshape(self.number, -1).sum(-1)
             else:
