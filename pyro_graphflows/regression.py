@@ -29,6 +29,7 @@ __all__ = [
 
 CONSTANT = 1e-20  # variance up to which a column of about unit scale is one number
 RIDGE = 1e-10  # relative to unit variances; makes rank-deficient sets of inputs solvable
+MOST_WHOLE = 500  # columns up to which all covariances are found at once
 RIDGES = (1e-2, 1e-3, 1e-4, 1e-6, 1e-8, RIDGE)
 HELD_OUT = 5  # one in this many rows judges a ridge
 RIDGE_TIE = 1e-4  # nats for an element; of ridges that predict as well the largest is taken
@@ -111,11 +112,28 @@ class Moments:
         self.rows = rows = in_float64(rows)
         self.number = len(rows)
         self.mean = rows.mean(0)
+        self._blocks: dict[tuple[tuple[int, ...], tuple[int, ...]], Tensor] = {}
 
     @cached_property
     def covariance(self) -> Tensor:
         """The covariance of all columns, found when it is first asked for."""
         return torch.atleast_2d(torch.cov(self.rows.T))
+
+    def between(self, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
+        """Return the covariances of some columns with others; of many columns, no more than these."""
+        rows, columns = list(rows), list(columns)
+        if len(self.mean) <= MOST_WHOLE or "covariance" in self.__dict__:
+            return self.covariance[rows][:, columns]
+        key = tuple(rows), tuple(columns)
+        if key not in self._blocks:
+            left, right = (self.rows[:, part] - self.mean[part] for part in (rows, columns))
+            self._blocks[key] = left.mT @ right / max(self.number - 1, 1)
+        return self._blocks[key]
+
+    @cached_property
+    def variances(self) -> Tensor:
+        """The variances of all columns."""
+        return torch.atleast_1d(self.rows.var(0))
 
     @cached_property
     def _by_column(self) -> Tensor:
@@ -152,19 +170,19 @@ class Moments:
 
     def _varying(self, inputs: Sequence[int]) -> list[int]:
         """Return the inputs that are not constant, as the data of one call are: these have no slopes."""
-        spread = self.covariance.diagonal()
+        spread = self.variances if len(self.mean) > MOST_WHOLE else self.covariance.diagonal()
         return [i for i in inputs if not spread[i] <= CONSTANT]
 
     def weights(self, inputs: Sequence[int], own: Sequence[int], ridge: float = RIDGE) -> Tensor:
         """Return the slopes of the regression of some columns on others, ``(own, inputs)``."""
         inputs, own = list(inputs), list(own)
         if not inputs:
-            return self.covariance.new_zeros(len(own), 0)
-        return torch.cholesky_solve(self.covariance[inputs][:, own], self._factor(inputs, ridge)).T
+            return self.mean.new_zeros(len(own), 0)
+        return torch.cholesky_solve(self.between(inputs, own), self._factor(inputs, ridge)).T
 
     def _factor(self, inputs: list[int], ridge: float) -> Tensor:
-        _require_finite(self.covariance)
-        among = self.covariance[inputs][:, inputs]
+        among = self.between(inputs, inputs)
+        _require_finite(among)
         eye = torch.eye(len(inputs), dtype=among.dtype, device=among.device)
         while True:
             factor, failed = torch.linalg.cholesky_ex(among + ridge * eye)
@@ -188,11 +206,11 @@ class Moments:
             whole[:, [inputs.index(i) for i in varying]] = fit.weights
             return Regression(whole, fit.loc, fit.scale_tril)
         weights = self.weights(inputs, own, ridge)
-        across = weights @ self.covariance[inputs][:, own]
-        residual = self.covariance[own][:, own] - across
+        across = weights @ self.between(inputs, own)
+        residual = self.between(own, own) - across
         number = float(len(inputs))
         if ridge > RIDGE and inputs:  # then slopes are shrunk, and fewer have been fitted
-            residual = residual - across.T + weights @ self.covariance[inputs][:, inputs] @ weights.T
+            residual = residual - across.T + weights @ self.between(inputs, inputs) @ weights.T
             number -= ridge * float(torch.cholesky_inverse(self._factor(inputs, ridge)).trace())
         residual = residual * self._correction(number)
         return Regression(weights, self.mean[own] - weights @ self.mean[inputs], square_root(residual))
@@ -217,13 +235,10 @@ class Moments:
         variances = self.mean.new_zeros(len(own))
         place = {column: k for k, column in enumerate(inputs)}
         given = [[*outer[i], *(own[j] for j in inner[i])] for i in range(len(own))]
-        for members in _by_length(given):
-            looks = [given[i] for i in members]
-            slopes, residuals = self._each(looks, [own[i] for i in members])
-            for i, weights, residual in zip(members, slopes, residuals, strict=True):
-                variances[i] = residual * self._correction(len(given[i]))
-                direct[i, [place[c] for c in outer[i]]] = weights[: len(outer[i])]
-                unit[i, list(inner[i])] = -weights[len(outer[i]) :]
+        for i, (weights, variance) in enumerate(self.regress_each(given, own)):
+            variances[i] = variance
+            direct[i, [place[c] for c in outer[i]]] = weights[: len(outer[i])]
+            unit[i, list(inner[i])] = -weights[len(outer[i]) :]
         if any(map(len, inner)):
             mixing = torch.linalg.inv(unit)
             weights = mixing @ direct
@@ -233,6 +248,20 @@ class Moments:
             weights, root = direct, variances.clamp(min=RESIDUAL_FLOOR**2).sqrt().diag_embed()
         loc = self.mean[list(own)] - weights @ self.mean[list(inputs)]
         return Regression(weights, loc, root)
+
+    def regress_each(self, looks: Sequence[Sequence[int]], own: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Return slopes and residual variance of the regression of each of some columns on columns of its own.
+
+        Args:
+            looks: For each column the columns that it is regressed on.
+            own: The columns.
+        """
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for members in _by_length(looks):
+            each = self._each([list(looks[i]) for i in members], [own[i] for i in members])
+            correction = self._correction(len(looks[members[0]]))
+            found.update({i: (a, b * correction) for i, a, b in zip(members, *each, strict=True)})
+        return [found[i] for i in range(len(own))]
 
     def _each(self, looks: list[list[int]], own: list[int]) -> tuple[Tensor, Tensor]:
         """Return the slopes of regressions of one column each on as many inputs of its own, and residual variances."""

@@ -1,9 +1,17 @@
 """A normal given by its sparse autoregression, against the multivariate normal that it is."""
 
 import pyro.distributions as dist
+import pytest
 import torch
 
-from pyro_graphflows.distributions.long_normals import AutoregressiveNormal, MixedNoiseNormal, sum_over_pairs
+from pyro_graphflows.distributions.long_normals import (
+    AutoregressiveNormal,
+    BandedNormal,
+    MixedNoiseNormal,
+    solve_band,
+    solve_band_transposed,
+    sum_over_pairs,
+)
 
 PAIRS = torch.tensor([[1, 2, 2, 4], [0, 0, 1, 3]])  # 0 -> 1 -> 2 and 3 -> 4
 DEPTH = 2
@@ -92,3 +100,59 @@ def test_pull_inverts_push():
     value, log_det = own.push(noise)
     torch.testing.assert_close(own.pull(value), noise)
     assert log_det.shape == (5, 3)
+
+
+def banded_example(size, width, *batch):
+    """Coefficients, and the unit lower triangular matrix of the band."""
+    generator = torch.Generator().manual_seed(size + 100 * width)
+    coefficients = 0.5 * torch.randn(*batch, size, width, generator=generator, dtype=torch.float64)
+    unit = torch.eye(size, dtype=torch.float64).repeat(*batch, 1, 1)
+    for j in range(1, min(width, size - 1) + 1):
+        unit[..., range(j, size), range(size - j)] = -coefficients[..., j:, j - 1]
+    return coefficients, unit
+
+
+@pytest.mark.parametrize("width", [0, 1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, 5, 17])
+def test_bands_are_solved(size, width):
+    coefficients, unit = banded_example(size, width, 2)
+    given = torch.randn(4, 2, size, dtype=torch.float64)
+    solved = torch.linalg.solve(unit, given.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(solve_band(coefficients, given), solved)
+    solved = torch.linalg.solve(unit.mT, given.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(solve_band_transposed(coefficients, given), solved)
+
+
+@pytest.mark.parametrize("differences", [False, True])
+@pytest.mark.parametrize("width", [0, 1, 2])
+def test_banded_normals_are_multivariate_normals(width, differences):
+    size = 6
+    coefficients, unit = banded_example(size, width, 3)
+    loc, scale = torch.randn(2, 3, size, dtype=torch.float64)
+    own = BandedNormal(loc, scale.exp(), coefficients, differences=differences)
+    root = torch.linalg.inv(unit) * scale.exp().unsqueeze(-2)
+    mean = loc
+    if differences:
+        mean = torch.diff(mean, prepend=torch.zeros_like(mean[:, :1]))
+        root = torch.diff(root, dim=-2, prepend=torch.zeros_like(root[:, :1]))
+    joint = dist.MultivariateNormal(mean, scale_tril=root.tril())
+    value = joint.sample((5,))
+    torch.testing.assert_close(own.mean, mean)
+    torch.testing.assert_close(own.log_prob(value), joint.log_prob(value))
+    torch.testing.assert_close(own.expand((5, 3)).log_prob(value), joint.log_prob(value))
+    noise = torch.randn(5, 3, size, dtype=torch.float64)
+    pushed, log_det = own.push(noise)
+    torch.testing.assert_close(pushed, mean + (root @ noise.unsqueeze(-1)).squeeze(-1))
+    torch.testing.assert_close(own.pull(pushed), noise)
+    torch.testing.assert_close(log_det, root.diagonal(dim1=-2, dim2=-1).log().sum(-1).expand(5, 3))
+
+
+def test_draws_of_banded_normals_have_gradients():
+    coefficients = banded_example(5, 2)[0]
+    noise = torch.randn(5, dtype=torch.float64)
+
+    def drawn(coefficients, loc):
+        return BandedNormal(loc, torch.ones_like(loc), coefficients).push(noise)[0]
+
+    inputs = coefficients.requires_grad_(), torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(drawn, inputs)

@@ -12,6 +12,7 @@ from pyro.infer import Trace_ELBO
 from pyro_graphflows import auto_faithful_guide
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides import Flow, Normal, Spline
+from pyro_graphflows.guides.start import Judge
 from pyro_graphflows.regression import location_and_scale
 
 
@@ -40,7 +41,7 @@ def test_a_heavy_tail_does_not_make_the_start_wide(family, seed):
 
     pyro.set_rng_seed(seed)
     y = torch.randn(8)
-    guide = auto_faithful_guide(model, y, family=family)
+    guide = auto_faithful_guide(model, y, family=family, init="regression")
     network = guide.block_of("theta").conditionals
     _, scale = network.output_units("theta")
     assert (scale > 1.0).all()
@@ -214,3 +215,61 @@ def test_wide_data_do_not_slow_down_a_search_among_orders():
     y = 0.5 + 0.3 * torch.randn(400)
     guide = auto_faithful_guide(model, y, num_start_samples=2000, init="auto")
     assert math.isfinite(loss_of(model, guide, y, number=5))
+
+
+def germination(total, germinated):
+    """Wide priors in both directions: draws of the prior are so far out that the model refuses some of them."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 1000.0))
+    precision = pyro.sample("precision", dist.Gamma(0.001, 0.001))
+    with pyro.plate("dishes", len(total)):
+        effect = pyro.sample("effect", dist.Normal(mean, precision.rsqrt()))
+        pyro.sample("germinated", dist.Binomial(total, logits=effect), obs=germinated)
+
+
+def test_wide_priors_start_near_the_data_by_default():
+    total = torch.tensor([39.0, 62.0, 81.0, 51.0, 39.0, 6.0, 74.0, 72.0])
+    germinated = torch.tensor([10.0, 23.0, 23.0, 26.0, 17.0, 5.0, 53.0, 55.0])
+    guide = auto_faithful_guide(germination, total, germinated)
+    assert "the start is 'mode" in str(guide.describe(verbose=True))
+    # saturated rates bound the likelihood; the wide priors add about log(1000) each
+    best = dist.Binomial(total, germinated / total).log_prob(germinated).sum()
+    optimizer = torch.optim.Adam(guide.parameters(), lr=1e-2)
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = Trace_ELBO().differentiable_loss(germination, guide, total, germinated)
+        assert math.isfinite(loss.item())
+        loss.backward()
+        optimizer.step()
+    assert -float(best) < loss_of(germination, guide, total, germinated, number=30) < -float(best) + 60
+
+
+def wide_schools(sigma, y):
+    log_tau = pyro.sample("log_tau", dist.Normal(0.0, 5.0))
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    with pyro.plate("schools", len(y)):
+        theta = pyro.sample("theta", dist.Normal(mu, log_tau.exp()))
+        pyro.sample("y", dist.Normal(theta, sigma), obs=y)
+
+
+def test_sites_that_read_data_keep_their_regression_beside_the_mode():
+    y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+    sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+    guide = auto_faithful_guide(wide_schools, sigma, y)
+    text = str(guide.describe(verbose=True))
+    assert "mode and regression" in text
+    by_regression = auto_faithful_guide(wide_schools, sigma, y, init="regression")
+    with torch.random.fork_rng():
+        judge = Judge(wide_schools, ((sigma, y), {}), 0, -2, 2000)
+        losses = [judge.judge(each).loss for each in (guide, by_regression)]
+    assert losses[0] < 31.261 + 1.0 < losses[1], losses  # the exact evidence, by quadrature, is exp(-31.261)
+
+
+def test_starts_are_judged_by_the_same_number_at_once_and_apart():
+    y = torch.tensor([1.0, 2.0, 0.5])
+    guide = auto_faithful_guide(local, y, init="prior")
+    with torch.random.fork_rng():
+        together = Judge(local, ((y,), {}), 0, -2, 4000).judge(guide)
+        apart = Judge(local, ((y,), {}), 0, None, 1000).judge(guide)
+    error = math.sqrt(2 * together.gap / 4000 + 2 * apart.gap / 1000)
+    assert abs(together.loss - apart.loss) < 5 * error
+    assert 0.7 < together.gap / apart.gap < 1.4

@@ -338,6 +338,9 @@ class GuideBlock(nn.Module):
         family: The family that serves its sites.
         spec: What their conditionals are made from.
         elements: For sites with a factor for each element of a plate, what gives these.
+
+    Attributes:
+        plan: The block of the plan.
     """
 
     def __init__(
@@ -354,6 +357,7 @@ class GuideBlock(nn.Module):
         )
         self.family, self.spec = family, spec
         self.conditionals = family.conditionals(spec)
+        self.plan: BlockPlan = self.conditionals.block
 
     @classmethod
     def make(
@@ -402,11 +406,6 @@ class GuideBlock(nn.Module):
         elements = {site: SiteElements.from_plain(each) for site, each in plain["elements"].items()}
         block = cls(BlockInputs.from_plain(plain["inputs"]), plain["family"], plain["spec"], elements)
         return block.to(dtype=plain["dtype"])
-
-    @property
-    def plan(self) -> BlockPlan:
-        """The block of the plan."""
-        return self.conditionals.block
 
     @property
     def dtype(self) -> torch.dtype:
@@ -812,7 +811,7 @@ class ShownParameters:
     """Shows the parameters of one guide to Pyro, and takes their names in the parameter store.
 
     Walking through all modules for that at each call would take a sixth of it: where parameters are kept is remembered,
-    until :meth:`forget`. Copies and pickles remember nothing.
+    until :meth:`take`. Copies and pickles remember nothing.
     """
 
     def __init__(self) -> None:
@@ -822,9 +821,10 @@ class ShownParameters:
     def __getstate__(self) -> dict[str, Any]:
         return {"_places": None, "_has_warned": self._has_warned}
 
-    def forget(self) -> None:
-        """Forget where parameters are kept: the guide has other blocks."""
+    def take(self, blocks: nn.Module) -> None:
+        """Note that a guide has these blocks now: where parameters are kept is looked for anew, and they are marked."""
         self._places = None
+        self.mark(blocks)
 
     @staticmethod
     def mark(blocks: nn.Module) -> None:

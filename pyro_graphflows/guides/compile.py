@@ -67,6 +67,7 @@ from pyro_graphflows.guides.sites import (
     REMEDIES_OF_NAN,
     InputEncodings,
     LatentSite,
+    flatten_event,
     input_encodings,
     is_constant,
     is_normal_unconstrained,
@@ -74,11 +75,12 @@ from pyro_graphflows.guides.sites import (
     outside_of_support,
 )
 from pyro_graphflows.guides.summed_sites import SummedSite, sites_to_sum
-from pyro_graphflows.guides.vectors import VectorOptions, Vectors, hold_vectors
+from pyro_graphflows.guides.vectors import VectorOptions, Vectors, hold_vectors, parents_in_chain
 from pyro_graphflows.inspect import TracedModel, non_exchangeable_plates, seed_random_state, trace_model
 from pyro_graphflows.inspect.arguments import argument_leaves, is_outside, require_rereadable
 from pyro_graphflows.inspect.elements import split_elements
 from pyro_graphflows.inspect.model_graph import OTHER_SEED, changes
+from pyro_graphflows.inspect.neighbours import Chain, find_chain
 from pyro_graphflows.inspect.runs import (
     log_density_at,
     quiet_run,
@@ -104,7 +106,7 @@ class GuideOptions:
     family: Family
     inverse: Inverse = "auto"
     pool: str | DeepSet | None = None
-    init: str = "regression"
+    init: str = "auto"
     factors: Mapping[str, type[Factor] | Family] = field(default_factory=dict)
     standardize: bool = True
     num_start_samples: int = 10_000
@@ -128,10 +130,10 @@ class GuideOptions:
             raise GraphflowsError(
                 f"Expected resolution='auto', 'site' or 'element'; got {self.resolution!r}."
             )
-        if self.rank is not None and self.rank < 1:
-            raise GraphflowsError(f"Expected rank >= 1, or None to choose; got {self.rank}.")
-        if self.budget is not None and self.budget < 1:
-            raise GraphflowsError(f"Expected budget >= 1 weights, or None to choose; got {self.budget}.")
+        for what, number in (("rank >= 1", self.rank), ("budget >= 1 weights", self.budget)):
+            whole = isinstance(number, int) and not isinstance(number, bool)
+            if number is not None and not (whole and number >= 1):
+                raise GraphflowsError(f"Expected {what}, a whole number, or None to choose; got {number!r}.")
         if self.optional and self.resolution == "element":
             raise GraphflowsError("Expected resolution='auto' or 'site' with optional= sites.")
         if self.init not in INITS:
@@ -214,7 +216,7 @@ class Compiled:
         plates: The plates of the call at set-up.
         families: For each site the family that serves it.
         element_parents: For sites whose elements are told apart, the parents of each element.
-        ranks: For vectors too long for a full covariance, the rank beside the diagonal.
+        vectors: How vectors too long for a full covariance are held.
         draws: The model's draws.
         scores: The score features that sites read; None without.
     """
@@ -226,7 +228,7 @@ class Compiled:
     plates: dict[str, PlateState]
     families: dict[str, Family]
     element_parents: ElementParents
-    ranks: Mapping[str, int]
+    vectors: Vectors
     draws: ModelDraws
     scores: ScoreReader | None = None
 
@@ -278,11 +280,13 @@ def compile_guide(
     draws = ModelDraws(model, args, kwargs, traced, sites, encodings)
     changing = _changing_supports(traced, model, args, kwargs)
     vectors = _hold_vectors(
-        found, options, sites, changing, lambda names: _by_element(model, args, kwargs, trace, options, names)
+        *(found, options, sites, changing),
+        lambda names: _by_element(model, args, kwargs, trace, options, names),
+        lambda found, names: _as_chains(found, (model, args, kwargs), options, sites, names),
     )
     found, elements = vectors.found, vectors.found.elements is not None
     traced, inverse = found.traced, found.inverse
-    is_free = options.inverse == "auto" and not elements and not options.optional
+    is_free = options.inverse == "auto" and not elements and not options.optional and not vectors.chains
     if discrete:
         inverse = order_for_discrete_sites(inverse, discrete, enumerated, free=is_free)
     elif is_free and not found.lookups and not traced.loops and not changing:
@@ -326,6 +330,7 @@ def compile_guide(
     split = {} if found.elements is None else found.elements.parents
     excluded = _not_fused(options, sites, inputs, split, changing)
     excluded.update(dict.fromkeys(vectors.ranks, "its covariance is of low rank"))
+    excluded.update(dict.fromkeys(vectors.chains, "its precision is banded"))
     indices = {name: plate.indices for name, plate in plates.items() if plate.indices is not None}
     summed = _summed(options, inverse, inputs, sites, families, encodings.event_dims)
     fusion = plan_fusion(
@@ -372,7 +377,7 @@ def compile_guide(
             families,
             sites,
             mean_field_condition(inverse.graph, inverse),
-            {*vectors.ranks, *(fused - fusion.only_summed)},
+            {*vectors.ranks, *vectors.chains, *(fused - fusion.only_summed)},
         ),
         priors=fusion.priors,
         labels=_labels(options, sites, enumerated, vectors, families),
@@ -389,8 +394,10 @@ def compile_guide(
     element_parents = {
         name: parents for name, parents in split.items() if name not in options.factor_classes()
     }
+    for name, chain in vectors.chains.items():
+        element_parents[name] = parents_in_chain(chain, sites[name].size, inverse, name)
     return Compiled(
-        *(plan, traced, sites, reader, plates, families, element_parents, vectors.ranks, draws),
+        *(plan, traced, sites, reader, plates, families, element_parents, vectors, draws),
         scores=scores,
     )
 
@@ -526,6 +533,7 @@ def _hold_vectors(
     sites: Mapping[str, LatentSite],
     changing: Collection[str],
     by_element: Callable[[Collection[str]], FoundInverse],
+    as_chains: Callable[[FoundInverse, Collection[str]], tuple[FoundInverse, Mapping[str, Chain]]],
 ) -> Vectors:
     """Decide how long vectors are held; element by element only where one elimination order serves all sites."""
     free = [name for name in sites if name not in options.factors]
@@ -542,7 +550,65 @@ def _hold_vectors(
         or any(site.encoding is not None for site in sites.values())
     )
     asked = VectorOptions(options.resolution, options.rank, options.budget)
-    return hold_vectors(found, own, asked, options.family.full_size, by_element if apart else None)
+    full_size = options.family.full_size
+    return hold_vectors(found, own, asked, full_size, by_element if apart else None, as_chains)
+
+
+def _as_chains(
+    found: FoundInverse,
+    program: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]],
+    options: GuideOptions,
+    sites: Mapping[str, LatentSite],
+    names: Collection[str],
+) -> tuple[FoundInverse, dict[str, Chain]]:
+    """Return an inverse, and those of some vectors that are chains given what is sampled before them in it.
+
+    All latents that a chain meets must come before it: summed over, they would join its elements.
+    """
+    traced = found.traced
+    graph = traced.graph
+    chains: dict[str, Chain] = {}
+    if (
+        found.lookups
+        or traced.loops
+        or options.optional
+        or found.inverse.order in ("stochastic", "mean_field")
+    ):
+        return found, chains
+    rerun = Rerun(*program, traced)
+    for name in names:
+        site: Any = traced.trace.nodes[name]
+        support = site["fn"].support
+        while hasattr(support, "base_constraint"):
+            support = support.base_constraint
+        if support.event_dim:  # simplices, matrices
+            continue
+        children = [child for child in graph.nodes if name in graph.parents(child)]
+        met = {p for node in (name, *children) for p in (*graph.parents(node), node)}
+        latent = {str(p) for p in met if p in graph.latent and p != name}
+        if any(p in graph.marginalised for p in met) or chains.keys() & latent:
+            continue
+        form = sites[name]
+
+        def to_vector(value: Tensor, form: LatentSite = form) -> Tensor:
+            raw: Tensor = form.transform.inv(value)
+            return flatten_event(raw, len(form.unconstrained_shape))
+
+        def to_value(vector: Tensor, form: LatentSite = form) -> Tensor:
+            value: Tensor = form.transform(vector.reshape(vector.shape[:-1] + form.unconstrained_shape))
+            return value
+
+        chain = find_chain(rerun, name, to_vector, to_value)
+        if chain is None:
+            continue
+        order = list(found.inverse.sampling_order)
+        if latent & set(order[order.index(name) :]):
+            if options.inverse != "auto":
+                continue
+            last = [name, *(other for other in reversed(order) if other != name)]
+            found = find_inverse(*program, traced, last, elements=False)
+        chains[name] = chain
+    return found, chains
 
 
 def _by_element(

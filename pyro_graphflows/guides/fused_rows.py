@@ -53,6 +53,7 @@ FLAT = 2.5  # logarithm of the scale of a factor that says nothing, in units of 
 WIDEST = 12.0  # the most of it
 LEAST_GAIN = 2e-3  # nats by which a factor must improve on the prior
 MOST_ROWS = 4000  # by which a scale is found
+MOST_AT_ONCE = 2_000_000  # numbers, over the scales that are tried at once
 COARSE, FINE = 13, 7  # numbers of scales tried
 LEAST_PRECISION = 1e-7  # of what a factor adds to the prior's
 RIDGES = (RIDGE, 1e-3, 1e-1)
@@ -157,6 +158,24 @@ class _Rows:
             factor = torch.linalg.cholesky(matrix + penalty.diag())
         return torch.cholesky_solve(target.unsqueeze(-1), factor).squeeze(-1)
 
+    def losses(self, log_widths: Tensor, ridge: float) -> Tensor:
+        """Return the losses of the factors of some scales, each after :meth:`regress`."""
+        number, width = self.inputs.shape
+        ratio = 2.0 * (self.log_scale - log_widths.unsqueeze(-1))
+        gain = torch.sigmoid(ratio)
+        matrix = (gain.unsqueeze(-1) * self.inputs).mT @ self.inputs / number
+        target = ((self.value - (1.0 - gain) * self.loc) @ self.inputs) / number
+        penalty = (ridge * gain.mean(-1, keepdim=True).clamp(min=1e-12)).repeat(1, width)
+        penalty[:, -1] *= 1e-3
+        factor, failed = torch.linalg.cholesky_ex(matrix + penalty.diag_embed())
+        if bool(failed.any()):
+            penalty = penalty + 1e-6 * matrix.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+            factor = torch.linalg.cholesky(matrix + penalty.diag_embed())
+        weights = torch.cholesky_solve(target.unsqueeze(-1), factor).squeeze(-1)
+        log_scale = self.log_scale - 0.5 * torch.nn.functional.softplus(ratio)
+        off = self.value - self.loc - gain * (weights @ self.inputs.T - self.loc)
+        return (log_scale + 0.5 * (off * torch.exp(-log_scale)).square()).mean(-1)
+
     def loss(self, log_width: float, weights: Tensor | None) -> float:
         """Return the mean of -log q; of the prior without weights."""
         if weights is None:
@@ -210,15 +229,16 @@ def _search(rows: _Rows, ridge: float) -> float:
     """Return the scale that fits best: first coarsely, then between the neighbours of the best."""
     middle = float(rows.log_scale.median())
     low, high = min(middle, 0.0) - 6.0, max(middle, 0.0) + FLAT
-    grid = torch.linspace(low, high, COARSE).tolist()
+    grid = torch.linspace(low, high, COARSE).to(rows.inputs)
     for number in (FINE, 0):
-        losses = [rows.loss(each, rows.regress(each, ridge)) for each in grid]
-        best = min(range(len(grid)), key=losses.__getitem__)
+        each = max(1, MOST_AT_ONCE // rows.inputs.numel())
+        losses = torch.cat([rows.losses(some, ridge) for some in grid.split(each)])
+        best = grid[int(losses.nan_to_num(math.inf).argmin())]
         if not number:
             break
         step = grid[1] - grid[0]
-        grid = torch.linspace(grid[best] - step, grid[best] + step, number).tolist()
-    return grid[best]
+        grid = torch.linspace(float(best - step), float(best + step), number).to(rows.inputs)
+    return float(best)
 
 
 # ---------------------------------------------------------------- vectors

@@ -494,8 +494,9 @@ def sites_of_scales(
     """
     nodes: Any = traced.trace.nodes
     children = {
-        name: [c for c in sites if name in graph.parents(c) and has_prior(sites[c], nodes[c]["fn"])]
+        name: [c for c in sites if c in below and has_prior(sites[c], nodes[c]["fn"])]
         for name in candidates
+        if (below := graph.children(name))
     }
     children = {name: own for name, own in children.items() if own}
     if not children or len(children) > MOST_CANDIDATES:

@@ -103,7 +103,7 @@ class AutoFaithfulGuide(AutoGuide):
         family: str | Family | type[Factor] = "auto",
         inverse: Inverse = "auto",
         pool: str | DeepSet | None = None,
-        init: str = "regression",
+        init: str = "auto",
         factors: Mapping[str, type[Factor] | Family] = MappingProxyType({}),
         standardize: bool = True,
         num_start_samples: int = 10_000,
@@ -326,7 +326,8 @@ class AutoFaithfulGuide(AutoGuide):
                 beyond = [] if new is None else [name for name in level if name in block_plan.per_element]
                 fuses = block.conditionals.fuses
                 priors = {} if of_call is None else of_call.before(values, self._fuses)
-                priors = block.beside_elements(priors, level, call, unconstrained)
+                if block_plan.summed:
+                    priors = block.beside_elements(priors, level, call, unconstrained)
                 model = self._model_conditionals(beyond, block, call, (args, kwargs), values, observations)
                 with ExitStack() as stack:
                     for name in block_plan.plates:
@@ -471,8 +472,7 @@ class AutoFaithfulGuide(AutoGuide):
 
     def _take_blocks(self, blocks: nn.ModuleList) -> None:
         self.blocks = blocks
-        self._shown.forget()
-        self._mark_parameters()
+        self._shown.take(blocks)
 
     def _mark_parameters(self) -> None:
         blocks: Any = self._modules["blocks"]  # not self.blocks, which would show all of them to Pyro
@@ -877,8 +877,8 @@ class AutoFaithfulGuide(AutoGuide):
             self._fitted = None if self._fitted is None else self._fitted.moved(fn)
             self._priors = None
             self._setup_call = self._moved_call(fn)
-            self._shown.forget()
-            self._mark_parameters()  # other objects, on another device or of another type
+            blocks: Any = self._modules["blocks"]
+            self._shown.take(blocks)  # other objects, on another device or of another type
         return self
 
     def _moved_call(self, fn: Callable[[Tensor], Tensor]) -> Arguments | None:

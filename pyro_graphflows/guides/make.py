@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.conditionals.contract import Family
 from pyro_graphflows.guides.conditionals.factors import Factor
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
@@ -28,7 +29,7 @@ def auto_faithful_guide(
     family: str | Family | type[Factor] = "auto",
     inverse: Inverse = "auto",
     pool: str | DeepSet | None = None,
-    init: str = "regression",
+    init: str = "auto",
     factors: Mapping[str, type[Factor] | Family] = MappingProxyType({}),
     standardize: bool = True,
     num_start_samples: int = 10_000,
@@ -79,22 +80,24 @@ def auto_faithful_guide(
             :class:`~pyro_graphflows.guides.Attention` weighs elements by what they are) summarises the data by a
             permutation-invariant network, so that they are amortised over data sets of any
             size (:mod:`~pyro_graphflows.guides.conditionals.pooling`; not over subsampled plates).
-        init: How training starts. ``"regression"``: at the least-squares regression of each site on its parents over
-            joint samples of the model (exact for linear-Gaussian models up to sampling error); where priors are
-            improper there are none, and it is as ``"auto"``. ``"prior"``: at the
-            prior of the latents, whatever the data. ``"random"``: with random weights. ``"auto"``: at the best of
-            these and of a normal approximation about the posterior's mode for the data of set-up
-            (:mod:`~pyro_graphflows.guides.start`, :mod:`~pyro_graphflows.guides.mode`);
-            ``guide.describe(verbose=True)`` says which.
+        init: How training starts. ``"auto"``: at the best start for the data of set-up, by a Monte Carlo estimate of
+            the loss, where the guide fits one data set (it has per-element parameters): among the regression, a normal
+            approximation about the posterior's mode, and the prior (:mod:`~pyro_graphflows.guides.start`,
+            :mod:`~pyro_graphflows.guides.mode`; ``guide.describe(verbose=True)`` says which). Amortised guides keep the
+            regression, unless it does much worse for these data than the prior. ``"regression"``: at the
+            least-squares regression of each site on its parents over joint samples of the model (exact for
+            linear-Gaussian models up to sampling error); where priors are improper there are none, and it is as
+            ``"auto"``. ``"prior"``: at the prior of the latents, whatever the data. ``"random"``: with random weights.
         factors: For single sites, by name, a factor class or a family object.
         standardize: Whether inputs and outputs of the networks are standardised by constants found at set-up.
         num_start_samples: The number of joint samples of the model that are drawn at set-up.
         strict: Whether to refuse models whose dependencies cannot be traced in full; if not, what cannot be
             followed counts as a dependency on all earlier sites.
         resolution: ``"auto"``: vectors whose conditional would take more than 200,000 weights are held element by
-            element where the model's elements fall into small groups, and with a covariance of low rank beside a
-            diagonal where they do not (:mod:`~pyro_graphflows.guides.vectors`; ``describe()`` says which); ``"site"``:
-            never element by element; ``"element"``: each element of every vector site has its own parents (not with a
+            element where the model's elements fall into small groups, with a banded precision where they or their
+            running sums are a chain, as in random walks, and with a covariance of low rank beside a diagonal where
+            neither is so (:mod:`~pyro_graphflows.guides.vectors`; ``describe()`` says which); ``"site"``:
+            always of low rank; ``"element"``: each element of every vector site has its own parents (not with a
             factor class; see :func:`~pyro_graphflows.get_model_graph` for when that is sound).
         rank: The rank of the covariance of long vectors beside its diagonal; None for at most 10.
         budget: The most weights that the conditional of one vector may take; full covariances are used up to it. None
@@ -220,5 +223,11 @@ def load_guide(
     contents, state = read_guide(path, model, classes)
     options = {each.name: getattr(contents["options"], each.name) for each in fields(contents["options"])}
     guide = AutoFaithfulGuide(model, create_plates=create_plates, **options)
-    guide._restore(contents, state, device)
+    try:
+        guide._restore(contents, state, device)
+    except KeyError as error:
+        raise GraphflowsError(
+            f"Expected the entries that files of this version have; {path} has none named {error}. It is of another "
+            "version. Load it with the version that wrote it, or set a guide up again and train it."
+        ) from error
     return guide

@@ -309,8 +309,8 @@ def mean_field_condition(graph: ModelGraph, inverse: InverseGraph) -> dict[str, 
     dag = inverse.to_networkx()
     marginalised = set(graph.marginalised)
     return {
-        site: marginalised.isdisjoint(graph.parents(site))
-        and nx.descendants(dag, site).isdisjoint(graph.parents(site))
+        site: marginalised.isdisjoint(parents := graph.parents(site))
+        and nx.descendants(dag, site).isdisjoint(parents)
         for site in graph.latent
     }
 

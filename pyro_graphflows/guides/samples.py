@@ -8,7 +8,7 @@ the call are all that is known.
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -103,6 +103,12 @@ class ModelDraws:
             if name in nodes
         ]
         return max([1, *sizes, *shapes])
+
+    @property
+    def has_data(self) -> bool:
+        """Whether all observed sites of the model have values in this call."""
+        nodes: Any = self.traced.trace.nodes
+        return all(nodes[name]["is_observed"] for name in self.traced.graph.observed if name in nodes)
 
     @property
     def takes_plates(self) -> bool:
@@ -207,6 +213,15 @@ class ModelDraws:
         given = {name: self._indices_argument(name) for name in indices}
         replaced = {id(leaf): indices[name] for name, leaf in given.items() if leaf is not None}
         return replaced_arguments(self.args, self.kwargs, replaced)
+
+    @property
+    def last(self) -> Mapping[str, Tensor]:
+        """The samples drawn last, as the model has them."""
+        return self._last
+
+    def recall(self, samples: Mapping[str, Tensor]) -> None:
+        """Let samples that were drawn before be the last."""
+        self._last = samples
 
     def latent_values(self, number: int) -> dict[str, Tensor]:
         """Return the values of the latent sites, as the model has them, in the first of the samples drawn last."""
@@ -349,6 +364,7 @@ class Samples:
         rows: Of the nodes of one block, one row for each draw and each element of the plates.
         note: Why there are none, or few.
         source: ``"joint"``, ``"prior"``, ``"mode"`` or ``"none"``.
+        drawn: The same as the model has them.
     """
 
     draws: ModelDraws
@@ -359,6 +375,7 @@ class Samples:
     rows: Mapping[str, Tensor] | None = None
     note: str | None = None
     source: str = "none"
+    drawn: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def for_plan(
@@ -400,7 +417,7 @@ class Samples:
                     note = f"no regression start: the latents start at their prior. {reason}"
                 except UnsupportedModelError as improper:
                     note = f"{NO_SAMPLES}: {improper}"
-        return cls(draws, plates, standardize, num_rows, values, note=note, source=source)
+        return cls(draws, plates, standardize, num_rows, values, note=note, source=source, drawn=draws.last)
 
     def at_prior(self, plan: Plan) -> "Samples":
         """Return draws of the latents from their prior instead, beside the data of the call.
@@ -414,7 +431,7 @@ class Samples:
             )
         number = _number_of_draws(plan.blocks, self.plates, self.num_rows, self.draws.most_elements)
         values = self.draws.draw(number, latents_only=True)
-        return replace(self, values=values, note=None, source="prior")
+        return replace(self, values=values, note=None, source="prior", drawn=self.draws.last)
 
     def at_mode(self, plan: Plan) -> "Samples":
         """Return draws near the mode of the posterior for the data of the call instead, beside these data.
@@ -436,7 +453,7 @@ class Samples:
         note = (
             None if note is None else note.replace(NO_SAMPLES, "no regression start on samples of the model")
         )
-        return replace(self, values=values, note=note, source="mode")
+        return replace(self, values=values, note=note, source="mode", drawn=self.draws.last)
 
     def with_values(self, more: Mapping[str, Tensor]) -> "Samples":
         """Return the same with the values of summaries."""

@@ -7,13 +7,15 @@ then about (number of weights) / (2 number of samples) nats, so that a sparse in
 
 Sites whose elements have maps of their own get one regression for each index of the plate.
 
-With ``init="auto"`` the start is kept that has the least loss for the data of set-up, by draws that no start has seen.
-Candidates, in this order:
+With ``init="auto"``, the default, the start is kept that has the least loss for the data of set-up, by draws that no
+start has seen. Candidates, in this order:
 
-- *regression* on joint samples of the model, or, where these are not what the model's density says (factors, masks),
-  on draws of the latents from their prior;
 - *mode*: regression on draws near the posterior's mode for the data of set-up (:mod:`~pyro_graphflows.guides.mode`);
-- *prior*: the latents' prior, whatever the data;
+- *regression* on joint samples of the model, or, where these are not what the model's density says (factors, masks),
+  on draws of the latents from their prior; not tried where the first seems near enough and no
+  site reads data;
+- *mode and regression*: the first for sites with per-element parameters, the second for those that read data;
+- *prior*: the latents' prior, whatever the data, if no mode was found;
 - *random*: random weights, if nothing else has a finite loss.
 
 A guide that is amortised must not take the data of set-up, which may be a mere example, for all that it will see. The
@@ -41,13 +43,16 @@ from pyro_graphflows.guides.conditionals.contract import Conditionals, LinearCon
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
 from pyro_graphflows.guides.fused_rows import FusedRows, with_priors
 from pyro_graphflows.guides.inputs import MOST_INDICES
+from pyro_graphflows.guides.plan import Plan
 from pyro_graphflows.guides.samples import Samples, columns_of
 from pyro_graphflows.guides.sites import LatentSite, concatenate
+from pyro_graphflows.inspect.runs import kept_buffers
 from pyro_graphflows.regression import WINSOR, Moments, Regression, in_float64, location_and_scale
 
 __all__ = [
     "Candidate",
     "Judge",
+    "Judgement",
     "Start",
     "Trial",
     "choose_start",
@@ -72,7 +77,11 @@ ROWS_PER_WEIGHT = 20  # with fewer joint samples of an index for each weight its
 MOST_PRODUCTS = 10_000_000_000  # for the moments by which inputs are whitened, which need no accuracy
 
 
-NUM_DRAWS = 20
+NUM_DRAWS = 1000  # by which starts are judged
+FEWEST_DRAWS = 20  # the same where the model cannot give many at once
+BOTH = "mode and regression"
+MOST_AT_ONCE = 1_000_000  # elements of the largest site over all draws of a judgement
+NEAR = 2.0  # nats: if the gap of a start near the mode seems less, nothing else is tried
 MARGIN = 20.0  # nats by which the prior must be better than an amortised guide's start
 Program = Callable[..., Any]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -149,6 +158,7 @@ def start_guide(
     depth = max((-state.dim for state in compiled.plates.values()), default=0)
 
     def build(samples: Samples, name: str) -> Candidate:
+        samples.draws.recall(samples.drawn)
         if plan.priors.sites:
             samples = with_priors(samples, plan.priors)
         if compiled.scores is not None and samples.values is not None:
@@ -161,16 +171,19 @@ def start_guide(
         _whiten_blocks(blocks, starts, trial, -1 - depth)
         return Candidate(name, modules, tuple(note for start in starts for note in start.notes), samples.note)
 
-    def loss_of(candidate: Candidate) -> float | None:
+    def judge_start(candidate: Candidate) -> Judgement | None:
         trial.take(candidate.blocks)
-        return judge.loss(trial.run)
+        return judge.judge(trial.run)
 
     nothing_to_regress_on = options.init == "regression" and samples.source == "none" and samples.num_rows > 0
     several = options.init == "auto" or nothing_to_regress_on
     if several and options.family.can_regress and compiled.scores is None:
         draws = compiled.draws
-        judge = Judge(draws.model, trial.call, options.setup_seed, -1 - depth if draws.takes_plates else None)
-        return choose_start(compiled, samples, build, loss_of, judge)
+        number = min(NUM_DRAWS, max(FEWEST_DRAWS, MOST_AT_ONCE // draws.most_elements))
+        at_once = draws.takes_plates and draws.most_elements * number <= MOST_AT_ONCE
+        dim = -1 - depth if at_once else None
+        judge = Judge(draws.model, trial.call, options.setup_seed, dim, number if at_once else FEWEST_DRAWS)
+        return choose_start(compiled, samples, build, judge_start, judge)
     if options.init == "prior":
         try:
             return build(samples if compiled.scores is not None else samples.at_prior(plan), "prior"), None
@@ -188,7 +201,8 @@ def _start_blocks(
     further = {
         "element_parents": compiled.element_parents,
         "factors": options.factor_classes(),
-        "ranks": compiled.ranks,
+        "ranks": compiled.vectors.ranks,
+        "chains": {site: (chain.width, chain.differences) for site, chain in compiled.vectors.chains.items()},
     }
     blocks, starts = [], []
     for plan in compiled.plan.blocks:
@@ -197,6 +211,8 @@ def _start_blocks(
         )
         block = GuideBlock.make(plan, compiled.families[plan.sites[0]], inputs, of_block, further, elements)
         start = start_block_(block, of_block, regression=regression)
+        if regression:
+            start_fields_(block, compiled)
         given = start_at_(block, of_block, options.init_values, compiled.plan.changing)
         block.leave_out_unused_elements_()
         starts.append(replace(start, notes=(*start.notes, *given)))
@@ -292,6 +308,42 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
     if regression and not (samples.source == "mode" and kept):
         conditionals.narrow_elements_(ELEMENT_SCALE, fitted=kept)
     return Start(tuple(notes), moments)
+
+
+@torch.no_grad()
+def start_fields_(block: GuideBlock, compiled: Compiled) -> None:
+    """Let long vectors whose log-density is quadratic start at their conditional, as the derivatives give it.
+
+    Args:
+        block: The block.
+        compiled: What the guide is made from.
+    """
+    for site in block.plan.sites:
+        chain = compiled.vectors.known.get(site)
+        if chain is None or chain.field is None or not compiled.sites[site].is_real:
+            continue
+        seen = set(map(str, compiled.plan.inverse.parents[site]))
+        elsewhere = {
+            child
+            for child in compiled.plan.graph.observed
+            if site in compiled.plan.graph.parents(child) and child not in chain.reads
+        }
+        alone = site in compiled.plan.inputs.per_element  # and so for these data
+        if not seen - elsewhere <= set(chain.field.weights) or (elsewhere and not alone):
+            continue
+        weights, intercept, tril = chain.field.moments
+        if chain.differences:
+            weights = {name: _steps(matrix) for name, matrix in weights.items()}
+            intercept, tril = _steps(intercept), _steps(tril)
+        before = {key: value.clone() for key, value in block.conditionals.state_dict().items()}
+        try:
+            block.set_linear_(site, weights, intercept, tril)
+        except GraphflowsError:  # its data are not features as they are, but their logarithms
+            block.conditionals.load_state_dict(before)
+
+
+def _steps(columns: Tensor) -> Tensor:
+    return torch.diff(columns, dim=0, prepend=torch.zeros_like(columns[:1]))
 
 
 def _few_enough(chosen: Tensor, num_features: int) -> Tensor:
@@ -685,6 +737,19 @@ def _by_index(
     return joint.reshape(indices, -1, joint.shape[-1])
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """What draws of a guide say of it.
+
+    Attributes:
+        loss: The mean of ``log q - log p``, in nats.
+        gap: Half its variance: about the divergence from the posterior where that is small.
+    """
+
+    loss: float
+    gap: float
+
+
 class Judge:
     """The losses of starts for the data of one call: the mean of ``log q - log p`` over draws of the guide.
 
@@ -693,20 +758,21 @@ class Judge:
         call: Its arguments.
         seed: The seed of the draws, the same for all starts.
         dim: The dimension of a plate in which the model gives many draws at once; None if it cannot.
+        number: The number of draws.
     """
 
-    def __init__(self, model: Program, call: Arguments, seed: int, dim: int | None) -> None:
-        self.model, self.call, self.seed, self.dim = model, call, seed, dim
+    def __init__(self, model: Program, call: Arguments, seed: int, dim: int | None, number: int) -> None:
+        self.model, self.call, self.seed, self.dim, self.number = model, call, seed, dim, number
 
     @torch.no_grad()
-    def loss(self, guide: Program) -> float | None:
+    def judge(self, guide: Program) -> "Judgement | None":
         """Return the loss of a guide, infinite where it cannot be computed; None if there are no data."""
         args, kwargs = self.call
 
-        def one() -> float:
+        def one() -> Tensor:
             drawn = poutine.trace(guide).get_trace(*args, **kwargs)
             replayed = poutine.trace(poutine.replay(self.model, trace=drawn)).get_trace(*args, **kwargs)
-            return float(drawn.log_prob_sum() - replayed.log_prob_sum())
+            return self._each(drawn) - self._each(replayed)
 
         return self._mean(one)
 
@@ -715,39 +781,57 @@ class Judge:
         """Return the loss of draws from the prior; infinite where there is none."""
         args, kwargs = self.call
 
-        def one() -> float:
+        def one() -> Tensor:
             trace = poutine.trace(self.model).get_trace(*args, **kwargs)
-            trace.compute_log_prob()
-            observed = [trace.nodes[name]["log_prob_sum"] for name in trace.observation_nodes]
-            return -float(sum(observed))
+            return -self._each(trace, observed_only=True)
 
         found = self._mean(one)
-        return math.inf if found is None else found
+        return math.inf if found is None else found.loss
 
-    def _mean(self, one: Callable[[], float]) -> float | None:
-        losses = []
-        with warnings.catch_warnings(), pyro.validation_enabled(False):
+    def _each(self, trace: Any, *, observed_only: bool = False) -> Tensor:
+        """Return the log-density of a trace for each of the draws, ``(draws,)``."""
+        trace.compute_log_prob()
+        names = (
+            trace.observation_nodes if observed_only else [*trace.observation_nodes, *trace.stochastic_nodes]
+        )
+        total = torch.zeros(self.number if self.dim is not None else 1, dtype=torch.float64)
+        for name in names:
+            own = trace.nodes[name]["log_prob"].cpu().to(torch.float64)
+            if self.dim is not None and own.dim() >= -self.dim and own.shape[self.dim] == self.number:
+                total = total + own.movedim(self.dim, 0).reshape(self.number, -1).sum(-1)
+            else:
+                total = total + own.sum() / len(total)
+        return total
+
+    def _mean(self, one: Callable[[], Tensor]) -> "Judgement | None":
+        losses: list[Tensor] = []
+        with kept_buffers(self.model), warnings.catch_warnings(), pyro.validation_enabled(False):
             warnings.simplefilter("ignore")  # of losses that are not finite
             pyro.set_rng_seed(self.seed)
             try:
                 if self.dim is not None:
-                    with pyro.plate("_pyro_graphflows_draws", NUM_DRAWS, dim=self.dim):
-                        losses.append(one() / NUM_DRAWS)
+                    with pyro.plate("_pyro_graphflows_draws", self.number, dim=self.dim):
+                        losses.append(one())
                 else:
-                    losses = [one() for _ in range(NUM_DRAWS)]
+                    losses = [one() for _ in range(self.number)]
             except UnsupportedModelError:
                 return None
             except (ValueError, ArithmeticError, RuntimeError, NotImplementedError):
-                return math.inf  # draws so far out that the model cannot be evaluated there
-        mean = sum(losses) / len(losses)
-        return mean if math.isfinite(mean) else math.inf
+                return Judgement(
+                    math.inf, math.inf
+                )  # draws so far out that the model cannot be evaluated there
+        each = torch.cat(losses)
+        mean = float(each.mean())
+        return (
+            Judgement(mean, float(each.var()) / 2) if math.isfinite(mean) else Judgement(math.inf, math.inf)
+        )
 
 
 def choose_start(
     compiled: Compiled,
     samples: Samples,
     build: Callable[[Samples, str], Candidate],
-    loss_of: Callable[[Candidate], float | None],
+    judge_start: Callable[[Candidate], Judgement | None],
     judge: Judge,
 ) -> tuple[Candidate, str | None]:
     """Return the best start, and a sentence on the choice; None where there was none to make.
@@ -756,45 +840,75 @@ def choose_start(
         compiled: What the guide is made from.
         samples: Joint samples, or what there is instead.
         build: Makes the guide's blocks start from samples; the second argument is the name of the start.
-        loss_of: Returns the loss of a start.
+        judge_start: Judges a start.
         judge: The judge of losses.
     """
-    plan = compiled.plan
-    first = build(samples, {"joint": "regression", "none": "regression"}.get(samples.source, samples.source))
-    if samples.source == "none":  # nothing to regress on
-        first = replace(first, name="random")
+    plan, source = compiled.plan, samples.source
+    usual = {"joint": "regression", "none": "random"}.get(source, source)
+
+    def build_usual() -> Candidate:
+        built = build(samples, "regression" if source == "none" else usual)
+        return replace(built, name=usual)
+
     continuous = all(site.encoding is None for site in compiled.sites.values())
     if not continuous or plan.graph.marginalised or plan.changing or samples.num_rows == 0:
-        return first, None
-    loss = loss_of(first)
-    if loss is None:
-        return first, None
-    losses = {first.name: loss}
-    is_for_these_data = bool(plan.inputs.per_element) or samples.source == "none"
-    if not is_for_these_data and loss <= judge.loss_of_prior() + MARGIN:
-        return first, _sentence(first, losses)
-    best, least = first, loss
+        return build_usual(), None
+    is_for_these_data = samples.draws.has_data and (bool(plan.inputs.per_element) or source == "none")
+    names = (
+        ("mode", usual, BOTH, "prior", "random") if is_for_these_data else (usual, "mode", "prior", "random")
+    )
+    losses: dict[str, float] = {}
+    candidates: dict[str, Candidate] = {}
+    best: Candidate | None = None
+    least = math.inf
     reasons = []
-    for name in ("mode", "prior", "random"):
-        if name in losses or (name == "random" and least < math.inf):
+    for name in names:
+        if name in losses or (name == "random" != usual and least < math.inf):
             continue
-        if name == "prior" and samples.draws.one_by_one and least < math.inf:
-            continue  # it would take as many runs of the model again
+        if name == "prior" != usual and least < math.inf and (samples.draws.one_by_one or "mode" in losses):
+            continue  # it would take as many runs of the model again, or hardly be better
         try:
-            there = {"mode": samples.at_mode, "prior": samples.at_prior}.get(name, lambda _: samples)(plan)
-            other = build(there, name)
-        except (
-            ValueError,
-            ArithmeticError,
-            RuntimeError,
-        ) as error:  # of algebra on draws that suit no regression
-            reasons.append(f"no start at the {name}: {error}")
+            if name == usual:
+                built = build_usual()
+            elif name == BOTH:
+                both = _with_amortised_blocks(candidates.get("mode"), candidates[usual], plan)
+                if both is None or usual != "regression":
+                    continue
+                built = both
+            else:
+                ways = {"mode": samples.at_mode, "prior": samples.at_prior}
+                built = build(ways[name](plan) if name in ways else samples, name)
+        except (ValueError, ArithmeticError, RuntimeError) as error:
+            if name == usual:
+                raise
+            reasons.append(f"no start at the {name}: {error}")  # of algebra on draws that suit no regression
             continue
-        found = loss_of(other)
-        losses[name] = math.inf if found is None else found
-        if losses[name] < least:
-            best, least = other, losses[name]
+        found = judge_start(built)
+        if found is None:  # no data
+            return (built if name == usual else build_usual()), None
+        losses[name], candidates[name] = found.loss, built
+        if best is None or found.loss < least:
+            best, least = built, found.loss
+        all_fitted = all(block.per_element for block in plan.blocks)
+        if name == "mode" and is_for_these_data and all_fitted and found.gap <= NEAR:
+            break
+        if name == usual and not is_for_these_data and found.loss <= judge.loss_of_prior() + MARGIN:
+            break
+    assert best is not None
     return best, " ".join([_sentence(best, losses), *reasons])
+
+
+def _with_amortised_blocks(mode: Candidate | None, regression: Candidate, plan: Plan) -> Candidate | None:
+    """Return the start near the mode with the regressions of the blocks that read data; None if that is neither.
+
+    Near the mode, the data of each element are one point, and draws say little of how a factor should follow them.
+    """
+    fitted = [bool(block.per_element) for block in plan.blocks]
+    if mode is None or all(fitted) or not any(fitted):
+        return None
+    pairs = zip(fitted, mode.blocks, regression.blocks, strict=True)
+    chosen = nn.ModuleList(near if own else far for own, near, far in pairs)
+    return Candidate(BOTH, chosen, tuple(dict.fromkeys((*mode.notes, *regression.notes))), mode.note)
 
 
 def _sentence(chosen: Candidate, losses: dict[str, float]) -> str:

@@ -7,7 +7,10 @@ to each. That is the right thing for short vectors. A vector whose conditional w
 1. *by element*: where the elements fall into small groups that share nothing, as the graph of elements shows
    (:func:`~pyro_graphflows.inspect.elements.split_elements`), each has the parents that a faithful inverse of that
    graph gives it. As an example, ``z ~ N(0, I)`` and ``x ~ N(z, I)`` take a few weights for each element.
-2. *low rank*: independent elements but for a few directions, wider or narrower
+2. *chain*: where each element, or each running sum of elements, meets a few neighbours alone
+   (:mod:`~pyro_graphflows.inspect.neighbours`), as in random walks and autoregressions: a banded precision, and for
+   each element the data that it meets (:mod:`~pyro_graphflows.guides.conditionals.banded`).
+3. *low rank*: independent elements but for a few directions, wider or narrower
    (:mod:`~pyro_graphflows.guides.conditionals.low_rank`).
 
 Which of them follows from the model and the call, not from samples.
@@ -21,6 +24,7 @@ from pyro_graphflows.graphs.structures import InverseGraph
 from pyro_graphflows.guides.conditionals.contract import UNITS, SiteRole
 from pyro_graphflows.guides.orders import FoundInverse
 from pyro_graphflows.guides.sites import LatentSite
+from pyro_graphflows.inspect.neighbours import Chain
 
 __all__ = ["BUDGET", "RANK", "VectorOptions", "Vectors", "hold_vectors"]
 
@@ -51,12 +55,16 @@ class Vectors:
     Attributes:
         found: The inverse, with elements where vectors are held by element.
         ranks: For vectors of low rank, the rank.
+        chains: For vectors that are chains, how their elements meet.
+        known: What derivatives say of chains, and of vectors that are held by element.
         labels: For each long vector what is said of it.
         long: How each long vector is held: ``"element"`` or ``"rank"``.
     """
 
     found: FoundInverse
     ranks: Mapping[str, int] = field(default_factory=dict)
+    chains: Mapping[str, Chain] = field(default_factory=dict)
+    known: Mapping[str, Chain] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     long: Mapping[str, str] = field(default_factory=dict)
 
@@ -67,6 +75,7 @@ def hold_vectors(
     options: VectorOptions,
     full_size: Callable[[SiteRole, int], int],
     by_element: Callable[[Collection[str]], FoundInverse] | None,
+    as_chains: Callable[[FoundInverse, Collection[str]], tuple[FoundInverse, Mapping[str, Chain]]],
 ) -> Vectors:
     """Decide how long vectors are held.
 
@@ -77,6 +86,8 @@ def hold_vectors(
         full_size: From a site and the number of its inputs, the number of weights that its conditional would take.
         by_element: Returns the inverse in which some sites are told apart element by element; None where that is
             not possible.
+        as_chains: Returns an inverse, the given one or another over sites, and those of some sites that are chains
+            given what they look at in it.
 
     Raises:
         GraphflowsError: If the budget is too small. The message says the least that works.
@@ -102,15 +113,77 @@ def hold_vectors(
                 for name in parents
                 if name in long
             }
+    chains: Mapping[str, Chain] = {}
+    known = dict(as_chains(found, labels)[1])
+    needed: dict[str, int] = {}
+    if not labels and options.resolution == "auto":
+        found, chains = as_chains(found, long)
+        inputs = {name: _num_inputs(found.inverse, name, sites) for name in sites}
+        needed = {
+            name: _chain_weights(chain, long[name].size, found.inverse, sites, name)
+            for name, chain in chains.items()
+        }
+        chains = {name: chain for name, chain in chains.items() if needed[name] <= (options.budget or BUDGET)}
+        labels = {name: _said_of_chain(chain, long[name].size) for name, chain in chains.items()}
+        known = dict(chains)
     ranks = {}
     for name, site in long.items():
         if name not in labels:
-            ranks[name] = _rank(name, site.size, inputs[name], options)
+            ranks[name] = _rank(name, site.size, inputs[name], options, needed.get(name))
             labels[name] = (
                 f"covariance of rank {ranks[name]} beside its diagonal; a full one of {site.size} elements would take "
                 f"{_short(full[name])} weights, of at most {_short(most_full)}"
             )
-    return Vectors(found, ranks, labels, {name: "rank" if name in ranks else "element" for name in labels})
+    return Vectors(
+        *(found, ranks, chains, known, labels),
+        long={name: "rank" if name in ranks else "element" for name in labels},
+    )
+
+
+def parents_in_chain(
+    chain: Chain, size: int, inverse: InverseGraph, name: str
+) -> tuple[tuple[tuple[str, int], ...], ...]:
+    """Return what each element of a chain looks at, as (node, index in the node), -1 for the whole node.
+
+    Args:
+        chain: The chain.
+        size: Its length.
+        inverse: The inverse over sites.
+        name: The site.
+    """
+    parents = [str(parent) for parent in inverse.parents[name]]
+    whole = tuple((parent, -1) for parent in parents if parent not in chain.reads)
+    met: list[list[tuple[str, int]]] = [[] for _ in range(size)]
+    for parent in parents:
+        if parent in chain.reads:
+            for row, element in zip(*chain.reads[parent].nonzero(), strict=True):
+                met[element].append((parent, int(row)))
+    return tuple((*whole, *own) for own in met)
+
+
+def _chain_weights(
+    chain: Chain, size: int, inverse: InverseGraph, sites: Mapping[str, LatentSite], name: str
+) -> int:
+    """Return the number of weights of a chain."""
+    sizes = inverse.graph.event_sizes
+    total = 0
+    for own in parents_in_chain(chain, size, inverse, name):
+        seen = sum(
+            1 if index >= 0 else sites[parent].size if parent in sites else sizes[parent]
+            for parent, index in own
+            if inverse.how[parent, name] != "pooled"
+        )
+        total += (2 + chain.width) * (seen + UNITS)
+    return total
+
+
+def _said_of_chain(chain: Chain, size: int) -> str:
+    what = "running sums of elements" if chain.differences else "elements"
+    return (
+        f"a chain of {size} {what}, each beside {chain.width} on either side, and beside the data that it meets"
+        if chain.width
+        else f"{size} {what}, each beside the data that it meets"
+    )
 
 
 def _told_apart(
@@ -137,14 +210,17 @@ def _element_weights(name: str, parents: tuple[tuple[tuple[str, int], ...], ...]
     return total
 
 
-def _rank(name: str, size: int, num_inputs: int, options: VectorOptions) -> int:
+def _rank(name: str, size: int, num_inputs: int, options: VectorOptions, of_chain: int | None) -> int:
     """Return the rank that the budget leaves, and refuse a budget that leaves none."""
     of_locations, of_each = size * (num_inputs + UNITS + 1), 2 * size
     least = of_locations + of_each * (options.rank or 1)
     if options.budget is not None and least > options.budget:
+        how = f"with rank={options.rank or 1}"
+        if of_chain is not None and of_chain < least:
+            least, how = of_chain, "held as a chain or element by element"
         raise GraphflowsError(
             f"Expected a budget of at least {least} weights for site {name!r} of {size} elements, which looks at "
-            f"{num_inputs} numbers, with rank={options.rank or 1}; got budget={options.budget}."
+            f"{num_inputs} numbers, {how}; got budget={options.budget}."
         )
     if options.rank is not None:
         return options.rank

@@ -198,12 +198,12 @@ def _patterns(
                 parents = {
                     str(name): leaves[str(name)] for name in traced.graph.parents(child) if name in leaves
                 }
-                for parent, pattern in _jacobian(trace.nodes[child], parents, sites).items():
+                for parent, pattern in elementwise_jacobian(trace.nodes[child], parents, sites).items():
                     found[parent, child] = found.get((parent, child), False) | pattern
     return {pair: pattern for pair, pattern in found.items() if pattern.any()}
 
 
-def _jacobian(child: Any, parents: dict[str, torch.Tensor], nodes: Any) -> dict[str, np.ndarray]:
+def elementwise_jacobian(child: Any, parents: dict[str, torch.Tensor], nodes: Any) -> dict[str, np.ndarray]:
     """Return where the Jacobian of elementwise log-densities is not zero at a point."""
     log_density = density(child, elementwise=True)
     if not parents or not log_density.requires_grad:

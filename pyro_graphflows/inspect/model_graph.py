@@ -457,7 +457,8 @@ class _Rows:
         return [half.nonzero()[:, 0] for half in (mask, ~mask)]
 
     def _sites_of(self, name: str) -> list[str]:
-        return [site for site in self.rerun.sites if name in self.rerun.graph.parents(site)]
+        children = self.rerun.graph.children(name)
+        return [site for site in self.rerun.sites if site in children]
 
 
 def _changed_in(tensor: torch.Tensor, dim: int, rows: torch.Tensor) -> torch.Tensor:

@@ -80,6 +80,7 @@ class BlockSpec:
             node), -1 for the whole node.
         factors: The factor classes that the user gave for single sites.
         ranks: For vectors too long for a full covariance, the rank of the covariance beside its diagonal.
+        chains: For vectors whose precision is banded, how far neighbours are, and whether running sums are meant.
     """
 
     block: BlockPlan
@@ -89,6 +90,7 @@ class BlockSpec:
     element_parents: ElementParents = field(default_factory=dict)
     factors: Mapping[str, type[Factor]] = field(default_factory=dict)
     ranks: Mapping[str, int] = field(default_factory=dict)
+    chains: Mapping[str, tuple[int, bool]] = field(default_factory=dict)
 
 
 class Family(ABC):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_graphflows.guides.call import PlateState
+from pyro_graphflows.guides.conditionals.banded import BandedNormalFactor, regress_chain
 from pyro_graphflows.guides.conditionals.contract import BlockSpec, Conditionals, LinearConditional, Pass
 from pyro_graphflows.guides.conditionals.coupled import WAKE, CoupledFactor, CouplingTerms, exchangeable_start
 from pyro_graphflows.guides.conditionals.elements import ElementMap, ElementTable, element_maps, keep_rows_
@@ -74,7 +75,7 @@ class MaskedConditionals(Conditionals):
             seen_by_all = self.inputs_of(site)
             if site in self.element_columns and own.output_elements is not None:
                 allowed += [self.element_columns[site][i] for i in own.output_elements]
-            elif seen_by_all or not spec.ranks:
+            elif seen_by_all or not (spec.ranks or spec.chains):
                 allowed += [seen_by_all] * own.num_reading
             output_names += [site] * (len(allowed) - start)
             self.outputs[site] = slice(start, len(allowed))
@@ -83,7 +84,9 @@ class MaskedConditionals(Conditionals):
         # An element may see less than its site does; its outputs are wanted with those of the site.
         depths = {site: depth for depth, level in enumerate(block.levels) for site in level}
         self.num_inputs = self.num_columns
-        if any(site in spec.ranks for site in block.levels[-1]):  # long, and no site looks at the last level
+        if any(
+            site in spec.ranks or site in spec.chains for site in block.levels[-1]
+        ):  # long, and no site looks at the last level
             of_last = sum(self.factors[site].size for site in block.levels[-1])
             self.num_inputs = max(self.num_columns - of_last, 1)
         self.network = MaskedMLP(
@@ -160,6 +163,11 @@ class MaskedConditionals(Conditionals):
             return spec.factors[name].for_site(site)
         if name in spec.ranks:
             return LowRankNormalFactor(site.size, spec.ranks[name])
+        if name in spec.chains:
+            width, differences = spec.chains[name]
+            return BandedNormalFactor(
+                site.size, width, differences, reads=any(map(len, self.element_columns[name]))
+            )
         if site.encoding is not None:
             return DiscreteFactor.for_site(site)
         if name in spec.element_parents:
@@ -182,6 +190,9 @@ class MaskedConditionals(Conditionals):
     ) -> None:
         """See :meth:`Conditionals.set_units_`."""
         part = self._parts[site]
+        factor = self.factors[site]
+        if isinstance(factor, BandedNormalFactor) and factor.shares_units:
+            outputs = outputs[0].mean().expand(factor.size), outputs[1].mean().expand(factor.size)
         self.shift[part], self.scale[part] = outputs
         self.input_shift[part], self.input_scale[part] = outputs if inputs is None else inputs
 
@@ -358,6 +369,10 @@ class MaskedConditionals(Conditionals):
         """See :meth:`Conditionals.regress_`; factors that fit themselves to samples do so."""
         inputs, own = self.inputs_of(site), list(self.columns[site])
         factor = self.factors[site]
+        if isinstance(factor, BandedNormalFactor):
+            fit = regress_chain(rows, inputs, own, self.element_columns[site], factor)
+            self.set_linear_(site, self.linear_of(site, fit))
+            return
         fitted = factor.start_from_samples(rows[:, inputs], rows[:, own])
         if fitted is None:
             super().regress_(site, rows, moments)
