@@ -419,8 +419,7 @@ def study(args: argparse.Namespace) -> None:
     """Run what is not there yet of the study, seed by seed, and draw its page."""
     results = Results(args.results)
     given = args.seconds
-    problems = {} if args.causal else STUDY
-    problems = {**problems, **dict.fromkeys(causal.names(), CAUSAL)}
+    problems = dict.fromkeys(causal.names(), CAUSAL) if args.causal else STUDY
     problems = {args.only: problems[args.only]} if args.only else problems
     for seed in range(args.seeds):
         for problem_name, rows in problems.items():
@@ -473,9 +472,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--study", action="store_true", help="all problems, rows and seeds; draws density.md")
-    parser.add_argument(
-        "--causal", action="store_true", help="of the study, the structural causal models alone"
-    )
+    parser.add_argument("--causal", action="store_true", help="of the study, the structural causal models")
     parser.add_argument("--only", default=None, help="one problem of the study")
     parser.add_argument("--seeds", type=int, default=3, help="of the study")
     parser.add_argument("--threads", type=int, default=None)
