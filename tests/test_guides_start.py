@@ -294,7 +294,7 @@ def test_flat_priors_need_data_and_descriptions_a_set_up_guide():
         pyro.sample("a", dist.ImproperUniform(constraints.real, (), ()))
 
     guide = auto_faithful_guide(flat)
-    with pytest.raises(GraphflowsError, match="set up; call guide.setup"):
+    with pytest.raises(GraphflowsError, match="Expected a guide that is set up"):
         guide.describe()
     with pytest.raises(GraphflowsError, match="data that depend on 'a', whose prior is improper"):
         guide()
