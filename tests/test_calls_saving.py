@@ -379,6 +379,9 @@ def test_a_file_of_another_version_is_refused(tmp_path):
     rewritten(lambda new: new["objects"][0][1].update(unknown=3))
     with pytest.raises(GraphflowsError, match="as this version has them"):
         load_guide(path, pair)
+    rewritten(lambda new: new["contents"]["map"].remove(["scores", None]))
+    with pytest.raises(GraphflowsError, match="has none named 'scores'"):
+        load_guide(path, pair)
     rewritten(lambda new: new["objects"][0].__setitem__(0, "os.system"))
     with pytest.raises(GraphflowsError, match="a file never imports anything"):
         load_guide(path, pair)

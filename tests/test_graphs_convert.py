@@ -138,6 +138,25 @@ def test_bif(tmp_path):
     assert from_bif(path, observed=["rain"]).observed == ("rain",)
 
 
+@pytest.mark.parametrize(
+    "form",
+    [str.rstrip, lambda text: text.replace("}\n", "} // seen\n"), lambda text: text.replace("}\n", "}  \n"),
+     lambda text: "/* a\ncomment */\n" + text.replace("\n", "\r\n")],
+    ids=["no last line break", "comments", "spaces", "other line breaks"],
+)  # fmt: skip
+def test_every_block_of_a_bif_is_read(tmp_path, form):
+    """pgmpy's reader passes over a block whose brace is not the last character of a line."""
+    (tmp_path / "net.bif").write_bytes(form(BIF).encode())
+    expected = ModelGraph([("rain", "sprinkler"), ("rain", "grass"), ("sprinkler", "grass")], ["grass"])
+    assert from_bif(tmp_path / "net.bif") == expected
+
+
+def test_variables_without_probabilities(tmp_path):
+    (tmp_path / "net.bif").write_text(BIF[: BIF.index("probability ( grass")])
+    with pytest.raises(GraphflowsError, match=r"none that can be read for \['grass'\]"):
+        from_bif(tmp_path / "net.bif")
+
+
 @pytest.mark.parametrize("text", ["", "not a network\n"])
 def test_wrong_bif(tmp_path, text):
     (tmp_path / "net.bif").write_text(text)

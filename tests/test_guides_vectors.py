@@ -227,10 +227,11 @@ def test_saved_and_loaded(x, tmp_path):
 
 
 def test_bad_options(x):
-    with pytest.raises(GraphflowsError, match="rank >= 1"):
-        auto_faithful_guide(elementwise, rank=0)
-    with pytest.raises(GraphflowsError, match="budget >= 1"):
-        auto_faithful_guide(elementwise, budget=0)
+    for wrong in (0, -1, 1.5, "many", True):
+        with pytest.raises(GraphflowsError, match=rf"rank >= 1, a whole number, .*got {wrong!r}"):
+            auto_faithful_guide(elementwise, x, rank=wrong)
+        with pytest.raises(GraphflowsError, match=rf"budget >= 1 weights, a whole number, .*got {wrong!r}"):
+            auto_faithful_guide(elementwise, x, budget=wrong)
     with pytest.raises(GraphflowsError, match=r"at least 920 weights for site 'z'.*got budget=500"):
         auto_faithful_guide(mixed, x[:, :3], budget=500)
     assert auto_faithful_guide(mixed, x[:, :3], budget=920, num_start_samples=200).setup

@@ -1,6 +1,7 @@
 """Compiled losses: the same as the programs' at the same noise, and given up with the reason where they are not."""
 
 import logging
+import math
 
 import pyro
 import pyro.distributions as dist
@@ -288,6 +289,40 @@ def test_without_a_compiler_training_goes_on_and_says_why(monkeypatch, caplog):
     assert "no C++ compiler was found" in history.compilation
     assert history.num_steps == 6
     assert "no C++ compiler was found" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["latents", "rows"])
+def test_a_model_whose_shapes_change_from_call_to_call_is_given_up_with_the_reason(kind):
+    """What a counter in the model changes is found by comparison."""
+    calls = []
+
+    def changing(x):
+        calls.append(0)
+        number = 3 + (len(calls) // 8) % 2
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        if kind == "latents":
+            with pyro.plate("noise", number):
+                pyro.sample("more", dist.Normal(loc, 1.0), obs=torch.randn(number))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x[: len(x)] * (1 if kind == "latents" else number))
+
+    def own(x):
+        pyro.sample("loc", dist.Normal(pyro.param("loc_q", torch.tensor(0.0)), 0.1))
+
+    x = torch.randn(30, generator=torch.Generator().manual_seed(0))
+    history = fit(
+        changing,
+        own,
+        x,
+        schedule=Schedule(num_steps=40, steps_per_epoch=20, patience=None),
+        progress=False,
+        compile=True,
+    )
+    assert history.num_steps == 40
+    assert history.compilation.startswith("not compiled: in step")
+    assert ("random numbers" if kind == "latents" else "the programs give") in history.compilation
+    assert "Trace Shapes" not in history.compilation
+    assert all(math.isfinite(value) for value in history.loss)
 
 
 def test_auto_compiles_where_the_steps_that_are_left_pay(monkeypatch):

@@ -5,6 +5,7 @@ see ``ModelGraph(digraph, observed)`` and ``graph.to_networkx()``.
 """
 
 import gzip
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -118,21 +119,37 @@ def from_bif(path: str | Path, observed: Iterable[Node] | str = "leaves") -> Mod
         The graph, its nodes in the order of the file.
 
     Raises:
-        GraphflowsError: If a name is unknown or the file declares no variables.
+        GraphflowsError: If a name is unknown, the file declares no variables, or a variable has no probabilities.
     """
     from pgmpy.readwrite import BIFReader
 
     path = Path(path)
     open_text = gzip.open if path.suffix == ".gz" else open
     with open_text(path, "rt", encoding="utf-8") as file:
-        text = file.read()
+        text = _plain_bif(file.read())
     reader = BIFReader(string=text) if text.strip() else None
     if reader is None or not reader.variable_names:
         raise GraphflowsError(f"Expected a network in BIF format; {path} declares no variables.")
+    without = [name for name in reader.variable_names if name not in reader.variable_parents]
+    if without:
+        raise GraphflowsError(
+            f"Expected a probability block for each variable; {path} has none that can be read for {without}. Its form "
+            "is: probability ( child | parent, other ) { ... }, with the last brace at the end of a line."
+        )
     dag = nx.DiGraph()
     dag.add_nodes_from(reader.variable_names)
     dag.add_edges_from(reader.variable_edges)
     return ModelGraph(dag, _observed(dag, observed))
+
+
+def _plain_bif(text: str) -> str:
+    """Return a BIF text without comments and spaces at ends of lines: pgmpy passes over the blocks before those."""
+    text = re.sub(r'"[^"\n]*"|//[^\n]*|/\*.*?\*/', _unless_a_comment, text, flags=re.DOTALL)
+    return "".join(f"{line.rstrip()}\n" for line in text.splitlines())
+
+
+def _unless_a_comment(match: re.Match[str]) -> str:
+    return match.group() if match.group().startswith('"') else " "
 
 
 def _observed(dag: nx.DiGraph, observed: Iterable[Node] | str) -> list[Node]:

@@ -130,10 +130,10 @@ class GuideOptions:
             raise GraphflowsError(
                 f"Expected resolution='auto', 'site' or 'element'; got {self.resolution!r}."
             )
-        if self.rank is not None and self.rank < 1:
-            raise GraphflowsError(f"Expected rank >= 1, or None to choose; got {self.rank}.")
-        if self.budget is not None and self.budget < 1:
-            raise GraphflowsError(f"Expected budget >= 1 weights, or None to choose; got {self.budget}.")
+        for what, number in (("rank >= 1", self.rank), ("budget >= 1 weights", self.budget)):
+            whole = isinstance(number, int) and not isinstance(number, bool)
+            if number is not None and not (whole and number >= 1):
+                raise GraphflowsError(f"Expected {what}, a whole number, or None to choose; got {number!r}.")
         if self.optional and self.resolution == "element":
             raise GraphflowsError("Expected resolution='auto' or 'site' with optional= sites.")
         if self.init not in INITS:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.conditionals.contract import Family
 from pyro_graphflows.guides.conditionals.factors import Factor
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
@@ -222,5 +223,11 @@ def load_guide(
     contents, state = read_guide(path, model, classes)
     options = {each.name: getattr(contents["options"], each.name) for each in fields(contents["options"])}
     guide = AutoFaithfulGuide(model, create_plates=create_plates, **options)
-    guide._restore(contents, state, device)
+    try:
+        guide._restore(contents, state, device)
+    except KeyError as error:
+        raise GraphflowsError(
+            f"Expected the entries that files of this version have; {path} has none named {error}. It is of another "
+            "version. Load it with the version that wrote it, or set a guide up again and train it."
+        ) from error
     return guide

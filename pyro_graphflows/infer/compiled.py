@@ -308,6 +308,7 @@ class Compiler:
         return None
 
     def _give_up(self, reason: str) -> None:
+        reason = reason.split("\nTrace Shapes")[0]  # which Pyro adds to errors in a run
         self._given_up = reason
         self._say(f"not compiled: {reason}")
 

@@ -39,9 +39,9 @@ RATE, LAST = 2e-3, 0.01
 NUM_DRAWS = 4000
 BLOCK = 1000
 TRUSTED = 0.7
-REFINED_AT_ONCE = 400
+REFINED_AT_ONCE = 60
 KERNEL = HMC(warmup=200)
-CHAINS, SAMPLES = 8, 250
+CHAINS, SAMPLES = 4, 250
 NUTS_SAMPLE, NUTS_WARMUP, NUTS_DRAWS = 20, 500, 1000
 STEPS = ("train", "draws", "refine", "surprise", "nuts")
 
@@ -233,6 +233,12 @@ def main() -> None:
         "--train", type=float, default=300.0, help="processor seconds of training (default: 300)"
     )
     parse.add_argument("--only", nargs="+", choices=STEPS, default=STEPS, help="the steps to take")
+    parse.add_argument(
+        "--refine",
+        type=int,
+        default=10**9,
+        help="refine so many of the data sets that need it (default: all)",
+    )
     parse.add_argument("--most", type=int, default=10**9, help="end after so many new records (default: all)")
     args = parse.parse_args()
     folder = data_folder(args.data)
@@ -262,7 +268,7 @@ def main() -> None:
     if "surprise" in args.only:
         once("surprise", lambda: surprise(curves, guide))
     if "refine" in args.only and len(made) < args.most:
-        bad = (khats(results, curves) > TRUSTED).nonzero().squeeze(-1)
+        bad = (khats(results, curves) > TRUSTED).nonzero().squeeze(-1)[: args.refine]
         for number, rows in enumerate(bad.split(REFINED_AT_ONCE)):
             once(f"refine {number}", lambda rows=rows, number=number: refine(curves, guide, rows, number))
     if "nuts" in args.only:
