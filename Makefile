@@ -104,6 +104,7 @@ flows: $(STAMP)
 density: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt zuko
 	$(BIN)/python -m studies.density.run --study --threads 1 --data $(or $(DATA),protein_grf.npz) $(call places,density)
+	$(BIN)/python -m studies.density.run --study --causal --threads 1 $(call places,density)
 
 real-models: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m studies.real_models.run $(if $(DATA),--data $(DATA)) $(if $(WORKERS),--workers $(WORKERS))

@@ -367,7 +367,7 @@ def test_per_element_parameters_of_hierarchical_models(form):
 def test_sites_with_per_element_parameters_start_narrow(family):
     """About a tenth as wide as the prior; what is set by hand is exact nevertheless."""
     sigma, y = torch.full((8,), 10.0), torch.zeros(8)
-    guide = auto_faithful_guide(schools, sigma, y, family=family, num_start_samples=4000)
+    guide = auto_faithful_guide(schools, sigma, y, family=family, init="regression", num_start_samples=4000)
     with pyro.plate("particles", 4000, dim=-2):
         mu = guide(sigma, y)["mu"].detach()
     assert 0.3 < float(mu.std()) < 1.0  # the prior has 5

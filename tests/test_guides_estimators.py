@@ -1,8 +1,8 @@
 """Every estimator, vectorised or not, subsampled or not, with every inverse: the exact posterior gives the evidence.
 
-What is left out is no bound: RenyiELBO over subsampled plates, and with sites in different plates (``check_guide`` says
-so, which is tested here), the sum over a batch of a model with a global site (its mean over batches is, see
-``test_guides_plate_calls.py``). A mixture is exact with its discrete site first, whatever order is asked of the rest.
+What is left out is no bound: RenyiELBO over subsampled plates (``check_guide`` says so, which is tested here), the sum
+over a batch of a model with a global site (its mean over batches is, see ``test_guides_plate_calls.py``). A mixture is
+exact with its discrete site first, whatever order is asked of the rest.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import torch
 from discrete_guides import CENTRES, WEIGHTS, exact_mixture_guide, mixture_evidence
 from linear_gaussian_guides import chain, collider, four_cycle, set_exact_
 from plated_guides import exact_hierarchical, hierarchical, set_hierarchical_
+from pyro import poutine
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 
 from pyro_graphflows.graphs.library import binary_tree
@@ -156,13 +157,61 @@ def test_a_hierarchical_model(order, family):
         exact = set_hierarchical_(guide, x)
     for vectorize in (False, True):
         options = {"num_particles": 3, "vectorize_particles": vectorize, "max_plate_nesting": 1}
-        for elbo in (Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO):
+        for elbo in (Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO, RenyiELBO):
             assert elbo(**options).loss(hierarchical, guide, x) == pytest.approx(-exact)
     for outer in (1, 3):  # the particles of the local sites are given one and the same global value
         loss = IWAE_ELBO(4, num_outer_particles=outer)
         assert loss.loss(hierarchical, guide, x) == pytest.approx(-exact)
         assert check_guide(hierarchical, guide, loss, x).safe
-    assert not check_guide(hierarchical, guide, RenyiELBO, x).safe
+    assert check_guide(hierarchical, guide, RenyiELBO, x).safe
+
+
+def two_levels(x):
+    m = pyro.sample("m", dist.Normal(0.0, 1.0))
+    with pyro.plate("groups", 2, dim=-2):
+        a = pyro.sample("a", dist.Normal(m, 1.0))
+        with pyro.plate("data", 3, dim=-1):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(a, 1.0)), 1.0), obs=x)
+
+
+def one_group_at_a_time(x):
+    with pyro.plate("groups", 2, dim=-2):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3, dim=-1):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(a, 1.0)), 1.0), obs=x)
+
+
+@pytest.mark.parametrize("model", [two_levels, one_group_at_a_time])
+def test_renyi_weighs_whatever_shares_a_latent_together(model):
+    """The weight of a draw is its product over the plates that not all sites are in: a bound, with its gradient."""
+    x = torch.randn(2, 3)
+    guide = auto_faithful_guide(model, x)
+    assert check_guide(model, guide, RenyiELBO, x).safe
+    parameters = list(guide.parameters())
+    seed = torch.get_rng_state()
+    found = RenyiELBO(0.0, num_particles=4).loss_and_grads(model, guide, x)
+    gradients = [None if p.grad is None else p.grad.clone() for p in parameters]
+    guide.zero_grad()
+    torch.set_rng_state(seed)
+    log_weights = []
+    for _ in range(4):
+        drawn = poutine.trace(guide).get_trace(x)
+        replayed = poutine.trace(poutine.replay(model, drawn)).get_trace(x)
+        total = 0.0
+        for trace, sign in ((replayed, 1), (drawn, -1)):
+            trace.compute_log_prob()
+            for name in "mazx":
+                if name in trace.nodes:
+                    log_prob = trace.nodes[name]["log_prob"]
+                    total = total + sign * (
+                        log_prob.sum(-1) if model is one_group_at_a_time else log_prob.sum()
+                    )
+        log_weights.append(total)
+    loss = -(torch.stack(log_weights).logsumexp(0) - math.log(4)).sum()
+    loss.backward()
+    assert found == pytest.approx(loss.item())
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        assert gradient is None or torch.allclose(gradient, parameter.grad)
 
 
 def set_hierarchical_flow_(guide, x):

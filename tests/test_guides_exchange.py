@@ -164,6 +164,27 @@ def test_constants_beside_indices_of_the_callers(rows):
         assert math.isfinite(Trace_ELBO().loss(model, guide, y, torch.tensor([4, 2])))
 
 
+@pytest.mark.parametrize("rows", [None, torch.tensor([4, 1, 3])])
+def test_covariates_along_two_plates_have_maps_where_both_are_there_in_full(rows):
+    w = torch.arange(20.0).reshape(4, 5) / 5
+    y = w + torch.randn(4, 5)
+
+    def model(y, rows=None):
+        with pyro.plate("a", 4, dim=-2) as i, pyro.plate("b", 5, subsample=rows, dim=-1) as j:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 0.5 + w[i][:, j]), obs=y[:, j])
+
+    guide = auto_faithful_guide(model, y, rows, num_start_samples=2000)
+    assert ("a map of its own for each index of a, b" in guide.describe()) == (rows is None)
+    for chosen in (None, rows, torch.tensor([2])):
+        part = slice(None) if chosen is None else chosen
+        sigma = 0.5 + w[:, part]
+        found = guide.median(y, chosen)["z"]
+        assert found.shape == sigma.shape
+        if rows is None:  # 200 samples for each
+            assert ((found - y[:, part] / (1 + sigma.square())) / sigma).abs().max() < 0.5
+
+
 def test_numbers_of_trials_that_are_no_argument():
     """No network reads integers; taken by a plate's indices, they are constants as any other."""
     trials = torch.tensor([10, 20, 5, 40, 100, 3, 8, 60])

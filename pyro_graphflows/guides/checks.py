@@ -269,22 +269,14 @@ def _wake_sleep(latent: dict[str, Any]) -> list[str]:
 
 
 def _renyi(sites: dict[str, Any]) -> list[str]:
-    reasons = []
-    stacks = {name: _plates(site) for name, site in sites.items()}
-    common = frozenset.intersection(*stacks.values()) if stacks else frozenset()
-    outside = sorted(name for name, plates in stacks.items() if plates != common)
-    if outside and len(set(stacks.values())) > 1:
-        reasons.append(
-            "RenyiELBO takes the log-mean of weights element by element of the plates, which is not a bound when "
-            f"sites are in different plates ({_listed(sorted(sites))}). Use IWAE_ELBO, which nests the particles."
-        )
+    # Elements of plates that all sites are in have a log-mean each; over other plates Pyro sums the log-weights first.
     partial = _subsampled(sites)
-    if partial:
-        reasons.append(
-            f"RenyiELBO puts the scale of the subsampled plate {_listed(partial)} inside the log-mean, which biases "
-            "it. Use IWAE_ELBO, which scales outside, or the full data."
-        )
-    return reasons
+    if not partial:
+        return []
+    return [
+        f"RenyiELBO puts the scale of the subsampled plate {_listed(partial)} inside the log-mean, which biases "
+        "it. Use IWAE_ELBO, which scales outside, or the full data."
+    ]
 
 
 def _tail_adaptive(loss: Any, sites: dict[str, Any], rough: list[str]) -> tuple[list[str], list[str]]:

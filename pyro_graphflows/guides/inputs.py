@@ -140,8 +140,10 @@ class NonExchangeable:
         own, at_rows = dict(self.own), {}
         for site, around in sites_concerned(inverse, by_rows).own.items():
             read = tuple(name for name in inputs if name in inverse.parents[site])
-            many = math.prod(plates[name].size for name in around) > MOST_INDICES
-            if site not in own and read and not many:
+            along = {*around, *(plate for name in read for plate in inverse.graph.plates[name])}
+            around = tuple(plate for plate in inverse.graph.plates[site] if plate in along)
+            many = math.prod(plates[name].full_size for name in around) > MOST_INDICES
+            if site not in own and read and not many and not any(plates[name].subsampled for name in around):
                 own[site], at_rows[site] = around, read
         return replace(self, own=own, at_rows=at_rows)
 

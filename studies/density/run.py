@@ -9,8 +9,10 @@ minus that of the truth on the same points, in nats.
 - ``tree``: a Gaussian binary tree with 31 nodes. The linear Gaussian network has the right form here.
 - ``protein``: flow cytometry of 11 proteins [3] with the consensus graph of 20 arcs, from the file given by
   ``--data`` (``train`` and ``test`` arrays, columns as in ``PROTEINS``).
+- ``triangle, linear`` and thirteen more: structural causal models (``causal.py`` has the equations).
 
 Rows: ``linear`` (the linear Gaussian network, the faithful flow before its first step), ``faithful``,
+``spline`` (normal noise through splines along the graph),
 ``graphical`` (the published flow), and where zuko is installed ``zuko graph`` (its masked spline flow with the same
 adjacency, one transform, since more would break the graph) and ``zuko maf`` (five affine transforms, no graph).
 Each trained row gets the same number of epochs, or with ``--seconds`` the same processor time.
@@ -45,8 +47,15 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_graphflows import arithmetic_circuit, binary_tree, faithful_residual, graphical_residual
+from pyro_graphflows import (
+    arithmetic_circuit,
+    binary_tree,
+    faithful_residual,
+    graphical_residual,
+    graphical_spline,
+)
 from pyro_graphflows.graphs import protein_network
+from studies.density import causal
 from studies.density.report import render
 from studies.flags import add_places
 from studies.results import Results
@@ -62,6 +71,9 @@ STUDY = {
     "tree": ("linear", "faithful", "graphical", "zuko graph"),
     "protein": ("linear", "faithful", "graphical", "zuko graph", "zuko maf"),
 }
+CAUSAL = ("linear", "faithful", "spline", "zuko graph", "zuko nsf")
+CAUSAL_BUDGET = 4.0  # seconds for each row
+CAUSAL_POINTS = 2500
 
 
 @dataclass
@@ -144,6 +156,13 @@ def tree(num_train: int, num_test: int, seed: int) -> Problem:
     return Problem("tree", graph, train, test, normal.log_prob(test.double()))
 
 
+def structural(name: str, num_train: int, num_test: int, seed: int) -> Problem:
+    """A structural causal model."""
+    graph, train, _ = causal.simulate(name, num_train, 2 * seed)
+    _, test, log_density = causal.simulate(name, num_test, 2 * seed + 1)
+    return Problem(name, graph, train, test, log_density)
+
+
 def protein(path: Path) -> Problem:
     """The protein data, from a file."""
     if not path.is_file():
@@ -207,6 +226,13 @@ def make_faithful(problem: Problem) -> nn.Module:
     return FlowDensity(flow, dim)
 
 
+def make_spline(problem: Problem) -> nn.Module:
+    """Eight bins, locations, scales and knots from a masked network, started by regression."""
+    flow = graphical_spline(problem.graph, units_per_set=32)
+    flow.initialize_(problem.train)
+    return FlowDensity(flow, problem.train.shape[-1])
+
+
 def make_graphical(problem: Problem) -> nn.Module:
     """Eight blocks with one hidden layer, 16 units for each variable."""
     flow = graphical_residual(problem.graph, num_blocks=8, units_per_variable=16, lipschitz=0.99)
@@ -239,12 +265,23 @@ def make_zuko_maf(problem: Problem) -> nn.Module:
     return ZukoDensity(flow, problem.train)
 
 
+def make_zuko_nsf(problem: Problem) -> nn.Module:
+    """A spline flow of three transforms, without a graph."""
+    import zuko
+
+    dim = problem.train.shape[-1]
+    flow = zuko.flows.NSF(dim, transforms=3, hidden_features=[16 * dim, 16 * dim], randperm=True)
+    return ZukoDensity(flow, problem.train)
+
+
 ROWS: dict[str, Callable[[Problem], nn.Module]] = {
     "linear": make_linear,
     "faithful": make_faithful,
+    "spline": make_spline,
     "graphical": make_graphical,
     "zuko graph": make_zuko_graph,
     "zuko maf": make_zuko_maf,
+    "zuko nsf": make_zuko_nsf,
 }
 
 
@@ -329,6 +366,8 @@ def load(args: argparse.Namespace) -> Problem:
     """Return the problem that was asked for."""
     if args.problem == "protein":
         return protein(args.data)
+    if args.problem in causal.names():
+        return structural(args.problem, min(args.num_train, CAUSAL_POINTS), args.num_test, args.seed)
     return (circuit if args.problem == "circuit" else tree)(args.num_train, args.num_test, args.seed)
 
 
@@ -373,16 +412,19 @@ def compare(args: argparse.Namespace) -> list[Result]:
 
 def name_of(problem: str, row: str, seed: int) -> str:
     """Return the key of a run of the study."""
-    return f"{problem}-{row.replace(' ', '-')}-s{seed}"
+    return f"{problem.replace(', ', '-').replace(' ', '-')}-{row.replace(' ', '-')}-s{seed}"
 
 
 def study(args: argparse.Namespace) -> None:
     """Run what is not there yet of the study, seed by seed, and draw its page."""
     results = Results(args.results)
-    args.seconds = args.seconds or BUDGET
+    given = args.seconds
+    problems = dict.fromkeys(causal.names(), CAUSAL) if args.causal else STUDY
+    problems = {args.only: problems[args.only]} if args.only else problems
     for seed in range(args.seeds):
-        for problem_name, rows in STUDY.items():
+        for problem_name, rows in problems.items():
             args.problem, args.seed = problem_name, seed
+            args.seconds = given or (BUDGET if problem_name in STUDY else CAUSAL_BUDGET)
             there = results.read()
             missing = [row for row in rows if name_of(problem_name, row, seed) not in there]
             if not missing:
@@ -415,7 +457,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--problem", choices=["circuit", "tree", "protein"], default="circuit")
+    parser.add_argument(
+        "--problem", choices=["circuit", "tree", "protein", *causal.names()], default="circuit"
+    )
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=["linear", "faithful", "graphical"])
     parser.add_argument("--data", type=Path, default=Path("protein_grf.npz"), help="the protein data")
     parser.add_argument("--num-train", type=int, default=10_000)
@@ -428,6 +472,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--study", action="store_true", help="all problems, rows and seeds; draws density.md")
+    parser.add_argument("--causal", action="store_true", help="of the study, the structural causal models")
+    parser.add_argument("--only", default=None, help="one problem of the study")
     parser.add_argument("--seeds", type=int, default=3, help="of the study")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--double", action="store_true", help="double precision")
