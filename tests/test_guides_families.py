@@ -225,6 +225,7 @@ def test_families_are_values():
         (lambda: Normal(activation="nonsense"), "Expected an activation among .*got 'nonsense'"),
         (lambda: Normal(factor=3), "factor= a subclass of Factor; got 3"),
         (lambda: Spline(num_bins=1), "num_bins >= 2; got 1"),
+        (lambda: Spline(num_bins=1000), "num_bins from 2 to 500; got 1000"),
         (lambda: Spline(num_bins=2.5), r"num_bins a whole number; got 2\.5"),
         (lambda: Spline(num_bins="8"), "num_bins a whole number; got '8'"),
         (lambda: Spline(bound="wide"), "positive, finite bound; got 'wide'"),

@@ -273,3 +273,28 @@ def test_starts_are_judged_by_the_same_number_at_once_and_apart():
     error = math.sqrt(2 * together.gap / 4000 + 2 * apart.gap / 1000)
     assert abs(together.loss - apart.loss) < 5 * error
     assert 0.7 < together.gap / apart.gap < 1.4
+
+
+def test_models_are_read_at_points_where_a_scale_is_zero():
+    """The middle of the prior, at which a call is read, is no draw: there the model's own checks would refuse it."""
+
+    def model(y):
+        tau = pyro.sample("tau", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            effect = pyro.sample("effect", dist.Normal(0.0, tau.abs()))
+            pyro.sample("y", dist.Normal(effect, 1.0), obs=y)
+
+    y = torch.tensor([1.0, 2.0, 0.0])
+    guide = auto_faithful_guide(model, y)
+    assert math.isfinite(loss_of(model, guide, y, number=20))
+
+
+def test_flat_priors_need_data_and_descriptions_a_set_up_guide():
+    def flat():
+        pyro.sample("a", dist.ImproperUniform(constraints.real, (), ()))
+
+    guide = auto_faithful_guide(flat)
+    with pytest.raises(GraphflowsError, match="Expected a guide that is set up"):
+        guide.describe()
+    with pytest.raises(GraphflowsError, match="data that depend on 'a', whose prior is improper"):
+        guide()

@@ -686,7 +686,8 @@ class CallReader:
     def _shadow(
         self, model: Callable[..., Any], args: Any, kwargs: Any, point: _FeasiblePoint
     ) -> poutine.Trace:
-        with torch.no_grad(), poutine.block(), point:
+        # The point is no draw: a scale may be zero there that never is in a run.
+        with torch.no_grad(), poutine.block(), pyro.validation_enabled(False), point:
             return poutine.trace(model).get_trace(*args, **kwargs)
 
     def _rows_taken(

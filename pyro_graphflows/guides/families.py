@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from pyro_graphflows.distributions.rational_spline import num_spline_parameters
 from pyro_graphflows.distributions.spline import BASES
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.conditionals.contract import BlockSpec, Conditionals, Family, SiteRole
@@ -178,6 +179,7 @@ class Spline(Family):
         _require_positive(self, "num_bins")
         if self.num_bins < 2:
             raise GraphflowsError(f"Expected num_bins >= 2; got {self.num_bins}.")
+        num_spline_parameters(self.num_bins)  # refuses more than there is room for
         if not isinstance(self.bound, int | float) or not 0 < self.bound < math.inf:
             raise GraphflowsError(f"Expected a positive, finite bound; got {self.bound!r}.")
         if self.base not in BASES:

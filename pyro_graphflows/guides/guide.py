@@ -264,8 +264,9 @@ class AutoFaithfulGuide(AutoGuide):
             verbose: Whether to add how the networks start, with figures of joint samples. All else follows from the
                 model and the call.
         """
+        plan = self.plan
         summed = [site for block in self._all_blocks() for site in block.site_elements()]
-        return self.plan.describe((*self._notes, *(self._start_notes if verbose else ())), summed)
+        return plan.describe((*self._notes, *(self._start_notes if verbose else ())), summed)
 
     # ---------------------------------------------------------------- a call
 

@@ -48,6 +48,7 @@ from pyro_graphflows.guides.minimize import (
 from pyro_graphflows.guides.sites import is_moderate
 from pyro_graphflows.inspect import TracedModel, undressed
 from pyro_graphflows.inspect.runs import kept_buffers
+from pyro_graphflows.regression import in_float64
 
 __all__ = ["Mode", "find_mode"]
 
@@ -304,10 +305,10 @@ class LogPosterior:
                 own = node["fn"].log_prob(node["value"])
                 terms.append(scale_and_mask(own, node["scale"], node["mask"]))
         if point.dim() == 1:
-            return sum((term.sum().double() for term in terms), torch.zeros((), dtype=torch.float64))
+            return sum((in_float64(term.sum()).cpu() for term in terms), torch.zeros((), dtype=torch.float64))
         if any(term.dim() != 1 + self.nesting or len(term) != len(point) for term in terms):
             raise UnsupportedModelError("the model does not take many draws at once.")
-        flat = [term.flatten(1).sum(-1).double() for term in terms]
+        flat = [in_float64(term.flatten(1).sum(-1)).cpu() for term in terms]
         return sum(flat, torch.zeros(len(point), dtype=torch.float64))
 
     def _in_plate(self, number: int) -> Callable[..., Any]:
