@@ -95,6 +95,7 @@ def measure(key: str, rounds: int, compiled: bool = True) -> dict[str, Any]:
 def page(records: dict[str, dict[str, Any]]) -> str:
     """Return the page."""
     dates = sorted({record["date"] for record in records.values()})
+    missing = [key for key in STEPS if key not in records]
     lines = [
         "# Steps of training on eleven models",
         "",
@@ -104,6 +105,7 @@ def page(records: dict[str, dict[str, Any]]) -> str:
         "`fit(..., compile=True)` for the normal guide; in brackets how many times faster than `SVI.step` with the "
         "same guide, with the processor and wall-clock seconds of compilation.",
         "",
+        *([f"Not measured: {', '.join(missing)}.", ""] if missing else []),
         "| model | AutoNormal | normal | flow | compiled | compilation |",
         "|---|---|---|---|---|---|",
     ]
