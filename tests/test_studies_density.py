@@ -194,6 +194,7 @@ def test_structural_models_have_the_density_that_they_say(name):
     assert torch.allclose(total, log_density, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_structural_model_from_training_to_page(tmp_path):
     args = parse(tmp_path, "--study", "--causal", "--only", "collider, non-linear", "--seeds", "1")
     args.seconds, args.num_test = 0.3, 300
