@@ -179,12 +179,12 @@ def curves(records: dict[str, Record]) -> str:
     nuts = [records[key] for key in records if key.startswith("nuts ")]
     if nuts:
         mean = sum(record["seconds"] for record in nuts) / len(nuts)
-        share = spent / (mean * len(khat))
+        straight, all_in = (mean * len(khat) / cost for cost in (spent - refining, spent))
         rows.append(
             [
                 f"Pyro's NUTS, one chain of {NUTS_WARMUP} + {NUTS_DRAWS} steps, {len(nuts)} data sets",
-                f"{mean:.1f} CPU s each; all data sets would take {1 / share:.0f} times what the above "
-                "took, with refinement of all the others at the same cost each",
+                f"{mean:.1f} CPU s each; all data sets would take {straight:.0f} times what training and draws "
+                f"took, and {all_in:.0f} times that and the refinement of all others at the same cost each",
             ]
         )
     if "surprise" in records:
