@@ -70,6 +70,7 @@ def test_errors_are_in_standard_deviations():
 def test_radon_data_are_read_by_the_name_of_the_posterior(tmp_path, monkeypatch):
     """Three counties, in the form of the file: the figures are few, the path is that of the study."""
     monkeypatch.setattr(run, "STEPS", 2)
+    monkeypatch.setattr(run, "NUM_REFINED", 100)
     (tmp_path / "posteriordb").mkdir()
     (tmp_path / "inference_gym").mkdir()
     generator = np.random.default_rng(0)

@@ -43,6 +43,7 @@ LENGTHS = (250, 500, 750, 1000, 1500)  # of a chain, at which means and R-hat ar
 ATTEMPTS = (750, 1500)
 PARTICLES = 4
 STEPS = 1500  # of training on one data set
+NUM_REFINED = 1000  # draws of each of eight chains for radon
 Moments = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -326,7 +327,7 @@ def part_radon(folder: Path) -> dict[str, Any]:
     record["khat"] = float(many.khat)
     start = time.process_time()
     few = sample_posterior(radon, guide, *args, num_draws=2000, seed=1, progress=False)
-    refined = few.refined(khat_above=None, num_chains=8, num_samples=250, seed=1, progress=False)
+    refined = few.refined(khat_above=None, num_chains=8, num_samples=NUM_REFINED, seed=1, progress=False)
     assert refined.chains is not None
     record |= {"refine_seconds": time.process_time() - start, "rhat": refined.chains.worst_rhat}
     loo, exact = refined.loo(seed=0, progress=False), radon_loo(county, floor, y, num)
