@@ -90,11 +90,12 @@ def check_guide(
         >>> from pyro_graphflows.guides import auto_faithful_guide
         >>> def model(x):
         ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        ...     with pyro.plate("data", len(x)):
+        ...     with pyro.plate("data", 30, subsample_size=len(x)):
         ...         pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
         >>> x = torch.zeros(3)
-        >>> check_guide(model, auto_faithful_guide(model, x), RenyiELBO, x).safe
-        False
+        >>> print(check_guide(model, auto_faithful_guide(model, x), RenyiELBO, x))
+        Not safe:
+        - RenyiELBO puts the scale of the subsampled plate 'data' inside the log-mean, which biases it. ...
     """
     kind = loss if isinstance(loss, type) else type(loss)
     known = (

@@ -161,7 +161,7 @@ def sites_concerned(
         >>> graph = ModelGraph(["mz", "zx"], observed=["x"], plates={"z": ["data"], "x": ["data"]})
         >>> inverse = InverseGraph(graph, {"m": ["x"], "z": ["m", "x"]})
         >>> sites_concerned(inverse, {"x": ("data",)})
-        NonExchangeable(own={'z': ('data',)}, outside={'m': ('data',)})
+        NonExchangeable(own={'z': ('data',)}, outside={'m': ('data',)}, at_rows={})
     """
     if not non_exchangeable:
         return NonExchangeable()

@@ -80,7 +80,7 @@ MOST_PRODUCTS = 10_000_000_000  # for the moments by which inputs are whitened, 
 NUM_DRAWS = 1000  # by which starts are judged
 FEWEST_DRAWS = 20  # the same where the model cannot give many at once
 BOTH = "mode and regression"
-MOST_AT_ONCE = 1_000_000  # elements of the largest site over all draws of a judgement
+MOST_AT_ONCE = 1_000_000  # elements of all sites, each as large as the largest, over all draws of a judgement
 NEAR = 2.0  # nats: if the gap of a start near the mode seems less, nothing else is tried
 MARGIN = 20.0  # nats by which the prior must be better than an amortised guide's start
 Program = Callable[..., Any]
@@ -179,8 +179,11 @@ def start_guide(
     several = options.init == "auto" or nothing_to_regress_on
     if several and options.family.can_regress and compiled.scores is None:
         draws = compiled.draws
-        number = min(NUM_DRAWS, max(FEWEST_DRAWS, MOST_AT_ONCE // draws.most_elements))
-        at_once = draws.takes_plates and draws.most_elements * number <= MOST_AT_ONCE
+        elements = draws.most_elements * len(compiled.sites)
+        # an amortised guide's start is only compared with the prior, with a wide margin
+        wanted = NUM_DRAWS if plan.inputs.per_element or samples.source == "none" else FEWEST_DRAWS
+        number = min(wanted, max(FEWEST_DRAWS, MOST_AT_ONCE // elements))
+        at_once = draws.takes_plates and elements * number <= MOST_AT_ONCE
         dim = -1 - depth if at_once else None
         judge = Judge(draws.model, trial.call, options.setup_seed, dim, number if at_once else FEWEST_DRAWS)
         return choose_start(compiled, samples, build, judge_start, judge)
