@@ -54,8 +54,8 @@ def remedies_section(records):
             f"Not below the full structure's log-likelihood beyond two standard errors: {_words(reached)}. Above it "
             f"beyond two standard errors: {_words(beyond)}.",
             "",
-            "What it comes to: under the published schedule gates have a gradient with a direction, but their steps are "
-            "too small to decide in so few epochs, so that the model is trained with half-open gates and evaluated "
+            "What it comes to: under the published schedule gates have a gradient with a direction, but their steps "
+            "are too small to decide in so few epochs, so that the model is trained with half-open gates and evaluated "
             "with open ones. Every way that makes gates decide early closes most of the distance; none goes beyond the "
             "full structure, since on these data all gates open, and the learned structure is then the full one, "
             "found some epochs later. For short trainings take gates that are drawn for each datum with a rate of 30, "
