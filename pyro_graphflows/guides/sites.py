@@ -24,7 +24,6 @@ import torch
 from pyro.distributions.transforms import OrderedTransform
 from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
-from torch.distributions.constraints import MixtureSameFamilyConstraint
 from torch.distributions.transforms import (
     ExpTransform,
     IndependentTransform,
@@ -66,6 +65,8 @@ __all__ = [
     "site_prior",
 ]
 
+# the supports of mixtures; older versions of torch have those of their components
+OF_MIXTURES: Any = getattr(constraints, "MixtureSameFamilyConstraint", ())
 ROUNDING = 1e-4  # relative; beside a support by this much is inside
 REMEDIES_OF_NAN = (
     "Remove them, or model them as missing, with values of any kind in their places: with seen = torch.isfinite(y) and "
@@ -268,7 +269,7 @@ def require_inside(name: str, value: Tensor, support: constraints.Constraint) ->
 def _beside(support: constraints.Constraint, value: Tensor) -> Tensor:
     """Return which values are in a continuous support but for rounding: where a map into it and back leaves them."""
     event_dim = support.event_dim
-    while isinstance(support, MixtureSameFamilyConstraint):
+    while isinstance(support, OF_MIXTURES):
         support = support.base_constraint
     none = torch.zeros(value.shape[: value.dim() - event_dim], dtype=torch.bool, device=value.device)
     try:
