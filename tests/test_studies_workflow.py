@@ -71,6 +71,7 @@ def test_radon_data_are_read_by_the_name_of_the_posterior(tmp_path, monkeypatch)
     """Three counties, in the form of the file: the figures are few, the path is that of the study."""
     monkeypatch.setattr(run, "STEPS", 2)
     monkeypatch.setattr(run, "NUM_REFINED", 100)
+    monkeypatch.setattr(run, "NUM_WEIGHTED", 1000)
     (tmp_path / "posteriordb").mkdir()
     (tmp_path / "inference_gym").mkdir()
     generator = np.random.default_rng(0)
@@ -83,9 +84,10 @@ def test_radon_data_are_read_by_the_name_of_the_posterior(tmp_path, monkeypatch)
     }
     name = "radon_mn-radon_variable_intercept_centered"
     np.savez(tmp_path / "posteriordb" / f"{name}.npz", meta=np.array('{"evidence": null}'), **arrays)
-    record = run.part_radon(tmp_path)
-    assert record["houses"] == 9
-    assert record["elpd"] == pytest.approx(record["exact"], abs=2.0)
+    for part in (run.part_radon, run.part_radon_refined):
+        record = part(tmp_path)
+        assert record["houses"] == 9
+        assert record["elpd"] == pytest.approx(record["exact"], abs=2.0)
 
 
 def test_the_page_of_what_was_run(tmp_path):

@@ -93,14 +93,14 @@ def uses(records: dict[str, Record]) -> str:
                 cross_validation(r, 3),
             ]
         )
+    for key, by in (("radon", "weighted draws of the guide"), ("radon_refined", "chains from its draws")):
+        if key in records:
+            r = records[key]
+            title = f"LOO of radon ({r['houses']} houses) by {by}; exact: normal given two scales, which are on a grid"
+            beyond = f"; {r['beyond']} data are more than 0.02 off" if "beyond" in r else ""
+            rows.append([title, cross_validation(r, 2) + beyond])
     if "radon" in records:
         r = records["radon"]
-        rows.append(
-            [
-                f"LOO of radon ({r['houses']} houses), exact: normal given two scales, which are on a grid",
-                cross_validation(r, 2),
-            ]
-        )
         rows.append(["10,000 draws of the radon posterior with weights", f"{r['draws_seconds']:.1f} CPU s"])
     if "groups" in records:
         r = records["groups"]
