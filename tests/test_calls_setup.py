@@ -77,6 +77,8 @@ MODELS |= {"hidden Markov": (chain, (Y,)), "mixture": (mixture, (Y,))}
 
 @pytest.mark.parametrize("name", MODELS)
 def test_set_up_takes_few_runs(name):
+    if name == "hidden Markov" and torch.__version__.startswith("2.5."):
+        pytest.skip("the oldest torch cannot draw many states of an indexed chain at once: a run for each")
     model, args = MODELS[name]
     model, runs = counted(model)
     guide = auto_faithful_guide(model, *(arg.double() for arg in args))

@@ -269,7 +269,7 @@ def test_calibration():
     logits = 3 * (WEIGHTS.log() - CENTRES**2 / 2.5)
     guide.set_linear_("k", {"x": 3 * CENTRES.unsqueeze(-1) / 1.25}, logits)
     ranks = sbc_ranks(mixture, guide, x, num_simulations=1000, num_draws=9)
-    assert sbc_uniformity(ranks["k"], 9).min().item() < 1e-4
+    assert sbc_uniformity(ranks["k"], 9).min().item() < 1e-3
 
 
 def test_logistic_regression_finds_the_coefficients():
