@@ -753,6 +753,9 @@ class Judgement:
     gap: float
 
 
+HOPELESS = Judgement(math.inf, math.inf)
+
+
 class Judge:
     """The losses of starts for the data of one call: the mean of ``log q - log p`` over draws of the guide.
 
@@ -768,7 +771,7 @@ class Judge:
         self.model, self.call, self.seed, self.dim, self.number = model, call, seed, dim, number
 
     @torch.no_grad()
-    def judge(self, guide: Program) -> "Judgement | None":
+    def judge(self, guide: Program) -> Judgement | None:
         """Return the loss of a guide, infinite where it cannot be computed; None if there are no data."""
         args, kwargs = self.call
 
@@ -806,7 +809,7 @@ class Judge:
                 total = total + own.sum() / len(total)
         return total
 
-    def _mean(self, one: Callable[[], Tensor]) -> "Judgement | None":
+    def _mean(self, one: Callable[[], Tensor]) -> Judgement | None:
         losses: list[Tensor] = []
         with kept_buffers(self.model), warnings.catch_warnings(), pyro.validation_enabled(False):
             warnings.simplefilter("ignore")  # of losses that are not finite
@@ -820,14 +823,10 @@ class Judge:
             except UnsupportedModelError:
                 return None
             except (ValueError, ArithmeticError, RuntimeError, NotImplementedError):
-                return Judgement(
-                    math.inf, math.inf
-                )  # draws so far out that the model cannot be evaluated there
+                return HOPELESS  # draws so far out that the model cannot be evaluated there
         each = torch.cat(losses)
         mean = float(each.mean())
-        return (
-            Judgement(mean, float(each.var()) / 2) if math.isfinite(mean) else Judgement(math.inf, math.inf)
-        )
+        return Judgement(mean, float(each.var()) / 2) if math.isfinite(mean) else HOPELESS
 
 
 def choose_start(

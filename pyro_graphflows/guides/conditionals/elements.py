@@ -29,6 +29,7 @@ __all__ = [
     "element_maps",
     "grown_plates",
     "keep_rows_",
+    "leave_out_maps_",
     "require_model_conditionals",
 ]
 
@@ -269,6 +270,19 @@ def element_maps(
             )
             found[site] = key, inputs
     return maps, found
+
+
+def leave_out_maps_(maps: nn.ModuleDict, found: Mapping[str, tuple[str, list[int]]], site: str) -> None:
+    """Let the maps of a site be zero for good; nothing where it has none.
+
+    Args:
+        maps: The maps of a block.
+        found: For each site its key among them, and the columns of its inputs.
+        site: The site.
+    """
+    if site in found:
+        element_map: Any = maps[found[site][0]]
+        element_map.leave_out_()
 
 
 def keep_rows_(

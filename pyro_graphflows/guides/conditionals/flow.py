@@ -26,7 +26,13 @@ from torch.distributions import constraints
 
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.conditionals.contract import BlockSpec, Conditionals, LinearConditional, Pass
-from pyro_graphflows.guides.conditionals.elements import ElementMap, ElementTable, element_maps, keep_rows_
+from pyro_graphflows.guides.conditionals.elements import (
+    ElementMap,
+    ElementTable,
+    element_maps,
+    keep_rows_,
+    leave_out_maps_,
+)
 from pyro_graphflows.guides.sites import SitePrior, concatenate
 from pyro_graphflows.regression import in_float64
 from pyro_graphflows.shapes import broadcast_shapes
@@ -311,9 +317,7 @@ class FlowConditionals(Conditionals):
 
     def leave_out_maps_(self, site: str) -> None:
         """See :meth:`Conditionals.leave_out_maps_`."""
-        if site in self._map_of:
-            element_map: Any = self.maps[self._map_of[site][0]]
-            element_map.leave_out_()
+        leave_out_maps_(self.maps, self._map_of, site)
 
     # ---------------------------------------------------------------- evaluation
 

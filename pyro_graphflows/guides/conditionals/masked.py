@@ -18,7 +18,13 @@ from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.conditionals.banded import BandedNormalFactor, regress_chain
 from pyro_graphflows.guides.conditionals.contract import BlockSpec, Conditionals, LinearConditional, Pass
 from pyro_graphflows.guides.conditionals.coupled import WAKE, CoupledFactor, CouplingTerms, exchangeable_start
-from pyro_graphflows.guides.conditionals.elements import ElementMap, ElementTable, element_maps, keep_rows_
+from pyro_graphflows.guides.conditionals.elements import (
+    ElementMap,
+    ElementTable,
+    element_maps,
+    keep_rows_,
+    leave_out_maps_,
+)
 from pyro_graphflows.guides.conditionals.factors import (
     DiscreteFactor,
     ElementNormalFactor,
@@ -398,9 +404,7 @@ class MaskedConditionals(Conditionals):
 
     def leave_out_maps_(self, site: str) -> None:
         """See :meth:`Conditionals.leave_out_maps_`."""
-        if site in self._map_of:
-            element_map: Any = self.maps[self._map_of[site][0]]
-            element_map.leave_out_()
+        leave_out_maps_(self.maps, self._map_of, site)
 
     @torch.no_grad()
     def start_couplings_(
