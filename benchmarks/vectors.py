@@ -44,6 +44,16 @@ def memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def call_seconds(guide: torch.nn.Module, x: Tensor) -> float:
+    """The median processor time of seven calls."""
+    times = []
+    for _ in range(7):
+        began = time.process_time()
+        guide(x)
+        times.append(time.process_time() - began)
+    return sorted(times)[3]
+
+
 def elements(size: int) -> None:
     """Print what a guide of long vectors costs, and how far it is from the exact posterior."""
     torch.manual_seed(0)
@@ -61,12 +71,9 @@ def elements(size: int) -> None:
     guide = auto_faithful_guide(elementwise, x)
     print(f"{size} elements in a plate of {ROWS}: set-up {time.process_time() - began:.1f} s", end=", ")
     print(f"{num_parameters(guide):,} parameters, {memory():.2f} GiB", end=", ")
-    times = []
-    for _ in range(7):
-        began = time.process_time()
-        guide(x)
-        times.append(time.process_time() - began)
-    print(f"a call {1000 * sorted(times)[3]:.0f} ms; nats off a datum: {gap():.3f} at the start", end=", ")
+    print(
+        f"a call {1000 * call_seconds(guide, x):.0f} ms; nats off a datum: {gap():.3f} at the start", end=", "
+    )
     pyro.clear_param_store()
     svi = SVI(elementwise, guide, Adam({"lr": 1e-3}), Trace_ELBO())
     for _ in range(300):

@@ -8,7 +8,6 @@ plate of many walks. The exact posterior is that of the linear-Gaussian model, i
 """
 
 import argparse
-import resource
 import time
 from collections.abc import Callable
 
@@ -20,6 +19,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import Adam
 from torch import Tensor
 
+from benchmarks.vectors import call_seconds, memory, num_parameters
 from pyro_graphflows import auto_faithful_guide
 
 STEP, NOISE = 0.3, 0.5
@@ -110,16 +110,9 @@ def main() -> None:
         began = time.process_time()
         guide = auto_faithful_guide(model, x)
         print(f"{model.__name__}: set-up {time.process_time() - began:.1f} s", end=", ")
-        print(f"{sum(p.numel() for p in guide.parameters()):,} parameters", end=", ")
-        print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB", end=", ")
-        times = []
-        for _ in range(7):
-            began = time.process_time()
-            guide(x)
-            times.append(time.process_time() - began)
-        print(
-            f"a call {1000 * sorted(times)[3]:.1f} ms; gap {gap(guide, x, exact):.4f} at the start", end=", "
-        )
+        print(f"{num_parameters(guide):,} parameters, {memory():.2f} GiB", end=", ")
+        print(f"a call {1000 * call_seconds(guide, x):.1f} ms", end="; ")
+        print(f"gap {gap(guide, x, exact):.4f} at the start", end=", ")
         for rate in (1e-3, 1e-2):
             svi = SVI(model, guide, Adam({"lr": rate}), Trace_ELBO())
             for _ in range(100):
