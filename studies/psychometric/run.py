@@ -237,7 +237,7 @@ def main() -> None:
         "--refine",
         type=int,
         default=10**9,
-        help="refine so many of the data sets that need it (default: all)",
+        help=f"refine so many of the data sets that need it, in blocks of {REFINED_AT_ONCE} (default: all)",
     )
     parse.add_argument("--most", type=int, default=10**9, help="end after so many new records (default: all)")
     args = parse.parse_args()
@@ -268,8 +268,11 @@ def main() -> None:
     if "surprise" in args.only:
         once("surprise", lambda: surprise(curves, guide))
     if "refine" in args.only and len(made) < args.most:
-        bad = (khats(results, curves) > TRUSTED).nonzero().squeeze(-1)[: args.refine]
-        for number, rows in enumerate(bad.split(REFINED_AT_ONCE)):
+        bad = (khats(results, curves) > TRUSTED).nonzero().squeeze(-1)
+        blocks = bad.split(REFINED_AT_ONCE)[
+            : math.ceil(args.refine / REFINED_AT_ONCE)
+        ]  # a block is always whole
+        for number, rows in enumerate(blocks):
             once(f"refine {number}", lambda rows=rows, number=number: refine(curves, guide, rows, number))
     if "nuts" in args.only:
         for index in curves.reference[:NUTS_SAMPLE].tolist():
