@@ -71,9 +71,8 @@ def location_and_scale(sample: Tensor) -> tuple[Tensor, Tensor]:
         return sample.new_zeros(sample.shape[1:]), sample.new_ones(sample.shape[1:])
     shift, scale = sample.mean(0), sample.std(0, correction=min(1, len(sample) - 1))
     if not bool(scale.isfinite().all()) and sample.dtype != torch.float64:  # squares that overflow
-        found = location_and_scale(in_float64(sample))
-        most = torch.finfo(sample.dtype).max
-        return tuple(part.clamp(-most, most).to(sample) for part in found)
+        wide, most = location_and_scale(in_float64(sample)), torch.finfo(sample.dtype).max
+        return wide[0].clamp(-most, most).to(sample), wide[1].clamp(max=most).to(sample)
     if len(sample) == 1:
         return shift, torch.ones_like(shift)
     constant = scale <= 1e-9 * shift.abs().clamp(min=TINY)
