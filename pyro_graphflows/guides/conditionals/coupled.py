@@ -21,8 +21,8 @@ and, between any two elements, some covariance :math:`c`, both averaged over ele
 
 .. math:: U_n = \sqrt{k / (1 - N k)}, \qquad V_n = \sqrt{k}.
 
-That is exact for exchangeable elements, as with an observed total of a plate (:func:`exchangeable_start`). Parameters for
-each pair start from draws near the posterior of the data, where there are such (:func:`pairs_start`).
+That is exact for exchangeable elements, as with an observed total of a plate (:func:`exchangeable_start`). Parameters
+for each pair start from draws near the posterior of the data, where there are such (:func:`pairs_start`).
 """
 
 from collections.abc import Mapping, Sequence
