@@ -11,7 +11,7 @@ from pyro.infer import Trace_ELBO
 
 from pyro_graphflows import auto_faithful_guide
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.guides import Flow, Normal, Spline
+from pyro_graphflows.guides import Flow, Normal, Spline, inputs
 from pyro_graphflows.guides.start import Judge
 from pyro_graphflows.regression import location_and_scale
 
@@ -298,3 +298,26 @@ def test_flat_priors_need_data_and_descriptions_a_set_up_guide():
         guide.describe()
     with pytest.raises(GraphflowsError, match="data that depend on 'a', whose prior is improper"):
         guide()
+
+
+def test_maps_of_elements_do_not_rest_on_learned_features(monkeypatch):
+    """A regression on features that are trained is another one after a step: 10^23 nats, once."""
+
+    def crossed(y):
+        items, persons = pyro.plate("items", len(y), dim=-2), pyro.plate("persons", y.shape[-1], dim=-1)
+        with persons:
+            ability = pyro.sample("ability", dist.Normal(0.0, 1.0))
+        with items:
+            level = pyro.sample("level", dist.Normal(0.0, 2.0))
+        with items, persons:
+            pyro.sample("y", dist.Bernoulli(logits=ability - level), obs=y)
+
+    monkeypatch.setattr(inputs, "MOST_ONE_BY_ONE", 2)  # pooled from three numbers on
+    y = (torch.randn(8) > torch.randn(3, 1)).float()
+    guide = auto_faithful_guide(crossed, y)
+    assert "the start is 'mode'" in guide.describe(verbose=True)
+    (block,) = (block for block in guide.blocks if block.inputs.learned.any())
+    (own,) = block.conditionals.maps.values()
+    slopes = own.rows.table.unflatten(-1, (own.num_outputs, -1))[..., : len(block.inputs.learned)]
+    assert slopes[..., block.inputs.learned].abs().max() == 0
+    assert slopes[..., ~block.inputs.learned].abs().max() > 0

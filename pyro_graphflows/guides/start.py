@@ -307,6 +307,7 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
                 further = [name for site in known for name in columns_of(site) if name in samples.rows]
                 aligned = samples.aligned([*block.inputs.names, *plan.sites, *further])
                 context = block.inputs.features(concatenate([aligned[n] for n in block.inputs.names]))
+                context = torch.where(block.inputs.learned, torch.zeros(()).to(context), context)
                 of_sites = {site: aligned[site] for site in (*plan.sites, *further)}
                 left = _start_indices_(conditionals, own_maps, samples.plates, context, of_sites)
                 if at_random is not None:
