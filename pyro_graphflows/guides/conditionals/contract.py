@@ -164,11 +164,14 @@ class LinearConditional:
     Shape:
         - ``weights[p]``: ``(size, parent's features)``; parents that are missing have none.
         - ``loc``: ``(size,)``; ``scale_tril``: ``(size, size)``, lower triangular.
+        - ``log_scale[p]``: ``(size, parent's features)``, by which the logarithms of scales follow a parent, in
+          families whose outputs they are; nothing by default.
     """
 
     weights: Mapping[str, Tensor]
     loc: Tensor
     scale_tril: Tensor
+    log_scale: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def by_element(self) -> bool:

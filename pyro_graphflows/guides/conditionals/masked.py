@@ -266,8 +266,12 @@ class MaskedConditionals(Conditionals):
         for parent, matrix in linear.weights.items():
             joint[:, list(self.columns[parent])] = matrix.to(joint)
         tril = linear.scale_tril.to(joint)
-        start = factor.fused_start(joint, linear.loc.to(joint), tril)
-        self._set_rows_(site, *start, factor.natural_units(_no_wider_than_the_prior(tril)))
+        weights, biases = factor.fused_start(joint, linear.loc.to(joint), tril)
+        for parent, matrix in linear.log_scale.items():
+            columns = list(self.columns[parent])
+            for output, row in zip(factor.log_scale_outputs, matrix.to(joint), strict=True):
+                weights[output, columns] += row
+        self._set_rows_(site, weights, biases, factor.natural_units(_no_wider_than_the_prior(tril)))
         self.set_fusing_(site, True)
         return True
 
