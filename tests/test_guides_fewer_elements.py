@@ -102,6 +102,7 @@ def test_spreads_within_and_between_groups_of_any_size():
     assert between.reshape(-1)[1] == 6
 
 
+@torch.no_grad()
 def test_variance_between_groups_has_the_noise_of_their_means_taken_off():
     """By an analysis of variance: twice as many data in each group leave the estimate as it is."""
     guide = auto_faithful_guide(hierarchy, torch.zeros(4, 6), pool="deepset", num_start_samples=400)
@@ -115,8 +116,7 @@ def test_variance_between_groups_has_the_noise_of_their_means_taken_off():
         members = pool._features({"x": x.unsqueeze(-1)}, {})
         (order,), (inner, _) = pool.orders, pool.branches[0]
         below = pool._pooled(inner, pool._elements_at(order, 1, members, None, {}, states(n, 400)), False)
-        with torch.no_grad():
-            _, carried, _, _ = stage(pool._elements_at(order, 0, members, below, {}, states(n, 400)))
+        _, carried, _, _ = stage(pool._elements_at(order, 0, members, below, {}, states(n, 400)))
         anova = carried[..., -1 - stage._squares - 1].reshape(()).exp()
         means = below.core.reshape(-1)
         noise = (x - x.mean(0)).square().sum() / (400 * (n - 1)) / n * means.var() / x.mean(0).var()
