@@ -85,7 +85,12 @@ def fit_factor(inputs: Tensor, values: Tensor, prior: SitePrior) -> FactorFit:
     inputs, values = in_float64(inputs), in_float64(values)
     prior = prior.map(in_float64)
     # Rows are chosen by their priors alone: without those of large values the prior would not be that of the others.
-    near = (prior.loc.abs() < WINSOR) & (prior.log_scale < math.log(WINSOR)) & prior.log_scale.isfinite()
+    # Near a posterior, whose spread is the unit, all priors may be wide, or far off; only the others' matter.
+    known = prior.loc.isfinite() & prior.log_scale.isfinite()
+    middle, width = (_medians(part, known) for part in (prior.loc, prior.log_scale))
+    width = width.clamp(min=0.0)
+    near = known & ((prior.loc - middle).abs() * torch.exp(-width) < WINSOR)
+    near &= prior.log_scale - width < math.log(WINSOR)
     near &= values.isfinite()
     near = near.all(-1) & inputs.isfinite().all(-1)
     flat = FactorFit(_flat(inputs, prior), False)
@@ -93,6 +98,12 @@ def fit_factor(inputs: Tensor, values: Tensor, prior: SitePrior) -> FactorFit:
     if len(values) < HELD_OUT * (inputs.shape[-1] + 2):
         return flat
     return (_fit_number if values.shape[-1] == 1 else _fit_vector)(inputs, values, prior) or flat
+
+
+def _medians(part: Tensor, known: Tensor) -> Tensor:
+    """Return the median of each column over the rows that are known; zero where none is."""
+    found = torch.where(known, part, torch.full_like(part, math.nan)).nanmedian(0).values
+    return found.nan_to_num(0.0)
 
 
 def _flat(inputs: Tensor, prior: SitePrior) -> Regression:
