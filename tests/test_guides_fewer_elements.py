@@ -123,6 +123,8 @@ def test_variance_between_groups_has_the_noise_of_their_means_taken_off():
         left = means.var() - noise
         torch.testing.assert_close(anova, left, rtol=0.02, atol=0.0)  # rounded off near nothing
         found.append(float(anova * x.mean(0).var() / means.var()))
+    few = stage._log_beyond(torch.tensor([1e-4, 1e-4]).float(), torch.tensor([0.1, 1e3]).float())
+    assert few.isfinite().all()  # groups alike by chance
     error = 0.25 * math.sqrt(2 / 400) + (1 / 3) * math.sqrt(2 / 400)
     assert found == pytest.approx([0.25, 0.25], abs=4 * error)
 

@@ -65,7 +65,7 @@ __all__ = [
 
 MOST_CROSSED = 8  # entries of a tuple up to which all products are taken, and not only squares
 VARIANCE_FLOOR = 1e-4  # in standardised units
-SHARE = 0.1  # of the variance between groups, near which the part that is not noise is rounded off
+SHARE = 0.05  # of the variance between groups and of noise, near which the difference is rounded off
 CHUNK_ROWS = 100_000  # of joint samples at set-up
 
 
@@ -479,7 +479,7 @@ class PoolStage(nn.Module):
     def _log_beyond(between: Tensor, noise: Tensor) -> Tensor:
         """Return the logarithm of what noise does not explain of variances, smooth where that is nothing."""
         left = between - noise
-        return (0.5 * (left + (left.square() + (SHARE * between).square()).sqrt())).log()
+        return (0.5 * (left + (left.square() + (SHARE * (between + noise)).square()).sqrt())).log()
 
     @staticmethod
     def _log_variances(spread: Tensor, typical: Tensor) -> tuple[Tensor, Tensor]:
