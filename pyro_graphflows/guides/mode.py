@@ -46,8 +46,9 @@ from pyro_graphflows.guides.minimize import (
     newton,
     scaled_eigenvalues,
 )
-from pyro_graphflows.guides.sites import is_moderate
+from pyro_graphflows.guides.sites import is_constant, is_moderate
 from pyro_graphflows.inspect import TracedModel, undressed
+from pyro_graphflows.inspect.prior import UNCONSTRAINED, unconstrained_of
 from pyro_graphflows.inspect.runs import kept_buffers
 from pyro_graphflows.regression import in_float64
 
@@ -151,6 +152,8 @@ class _AtPoint(Messenger):
             if _has_density(fn):
                 log_density = _summed(log_density, fn) + fn.log_prob(value)
         self.values[name] = value
+        if not is_constant(fn.support):  # it may differ from point to point
+            self.values[unconstrained_of(name)] = biject_to(fn.support).inv(value)
         self.log_densities[name] = _summed(log_density, fn)
         msg["value"], msg["done"] = value, True
 
@@ -171,7 +174,7 @@ class _AtPoint(Messenger):
             return
         own = self.log_densities.pop(msg["name"])
         self.terms.append(scale_and_mask(own, msg["scale"], msg["mask"]))
-        if self.stop and len(self.values) == len(self.names):
+        if self.stop and self.names <= self.values.keys():
             raise _AllGiven
 
 
@@ -382,7 +385,10 @@ class LogPosterior:
 
     @torch.no_grad()
     def values(self, points: Tensor) -> dict[str, Tensor]:
-        """Return the values of the sites at many points, ``(draws, *batch shape, *event shape)`` each."""
+        """Return the values of the sites at many points, ``(draws, *batch shape, *event shape)`` each.
+
+        Beside them are the unconstrained values of sites whose support may differ from point to point.
+        """
         checked = [self._run(point, stop=True)[0].values for point in points[:2]]
         for way in (self._in_a_plate, self._one_by_one):
             found = way(points)
@@ -401,7 +407,7 @@ class LogPosterior:
             return None
         found = {}
         for name, value in values.items():
-            own = self.coordinates[name]
+            own = self.coordinates[name.removesuffix(UNCONSTRAINED)]
             event = value.shape[1 + self.nesting :]
             shape = torch.Size((len(points), *own.shape[: own.batch_dims], *event))
             if value.dim() <= self.nesting or value.shape[0] != len(points) or value.numel() != shape.numel():
@@ -411,7 +417,7 @@ class LogPosterior:
 
     def _one_by_one(self, points: Tensor) -> dict[str, Tensor]:
         runs = [self._run(point, stop=True)[0].values for point in points[:SINGLE_RUNS]]
-        return {name: torch.stack([run[name] for run in runs]) for name in self.names}
+        return {name: torch.stack([run[name] for run in runs]) for name in runs[0]}
 
 
 # ---------------------------------------------------------------- the search

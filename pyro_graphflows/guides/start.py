@@ -872,7 +872,7 @@ def choose_start(
         return replace(built, name=usual)
 
     continuous = all(site.encoding is None for site in compiled.sites.values())
-    if not continuous or plan.graph.marginalised or plan.changing or samples.num_rows == 0:
+    if not continuous or plan.graph.marginalised or samples.num_rows == 0:
         return build_usual(), None
     is_for_these_data = samples.draws.has_data and (bool(plan.inputs.per_element) or source == "none")
     names = (
