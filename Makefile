@@ -24,7 +24,7 @@ help:
 	@echo "make density    density-estimation study (DATA=the protein npz; restartable; docs/results/density.md)"
 	@echo "make graphvae-table  the Graph VAE study (restartable; image files from DATA=...; writes docs/results/graph_vae.md)"
 	@echo "make sbibm      C2ST on the tasks of sbibm (restartable; docs/results/sbibm.md)"
-	@echo "make multilevel  one guide for two-level data sets of any size (restartable; docs/results/multilevel.md)"
+	@echo "make multilevel  one guide for multilevel data sets of any size (restartable; docs/results/multilevel.md)"
 	@echo "make real-models DATA=...  guides on real models (the folder of posteriors; restartable; docs/results/real_models.md)"
 	@echo "make workflow DATA=...  refinement, cross-validation, speed (the folder of posteriors; docs/results/workflow.md)"
 	@echo "make psychometric DATA=...  one guide for 8,526 data sets (the folder of the curves; docs/results/workflow.md)"

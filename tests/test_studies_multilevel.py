@@ -55,10 +55,71 @@ def test_the_gap_of_the_exact_posterior_is_zero():
     assert 0.0 <= rank <= 1.0
 
 
-@pytest.mark.parametrize(("name", "row"), [("two levels", "flat"), ("random effects", "elbo")])
+def test_the_posterior_of_three_levels_is_that_of_the_joint_normal():
+    """Log-densities of draws, by linear algebra on the joint covariance of (mu, delta, theta, x)."""
+    torch.manual_seed(3)
+    pupils, schools, districts = 2, 3, 2
+    x = torch.randn(pupils, schools, districts).double()
+    number = schools * districts
+    effects = torch.eye(districts).double()
+    of_delta = torch.cat([torch.ones(districts, 1), effects], 1)  # of mu, effects of districts and of schools
+    of_delta = torch.cat([of_delta, torch.zeros(districts, number)], 1)
+    of_theta = of_delta.repeat(schools, 1)  # schools in rows, districts in columns, flattened
+    of_theta[:, 1 + districts :] = models.SCHOOLS * torch.eye(number).double()
+    of_mu = torch.zeros(1, 1 + districts + number).double()
+    of_mu[0, 0] = 1.0
+    prior = torch.cat([of_mu, of_delta, of_theta])
+    rows = of_theta.repeat(pupils, 1)
+    data = rows @ rows.T + torch.eye(pupils * number).double()
+    cross = prior @ rows.T
+    mean = cross @ torch.linalg.solve(data, x.reshape(-1))
+    covariance = prior @ prior.T - cross @ torch.linalg.solve(data, cross.T)
+    exact = dist.MultivariateNormal(mean, covariance)
+    values, log_p = models.draws_of_three_levels(x, 5)
+    joint = torch.cat([values[name].reshape(5, -1) for name in ("mu", "delta", "theta")], -1)
+    assert torch.allclose(exact.log_prob(joint), log_p, atol=1e-8)
+
+
+def test_three_levels_start_at_their_posterior_whatever_the_sizes():
+    guide, _ = run.train("three levels", "start", 0.0, 0)
+    torch.manual_seed(2)
+    for shape in ((8, 3, 30), (1, 5, 6)):
+        gaps = []
+        for _ in range(10):
+            with torch.no_grad():
+                gaps.append(run.gap(guide, run.simulate(models.three_levels, shape)["x"], "three levels")[0])
+        values = torch.tensor(gaps)
+        assert float(values.mean()) < 0.02 + 4 * float(values.std()) / math.sqrt(10)
+
+
+def test_nuts_and_a_guide_of_item_response_are_compared(monkeypatch):
+    for name, value in (("NUM_DATA_SETS", 1), ("NUM_NUTS", 1), ("NUTS_DRAWS", 10), ("NUTS_WARM_UP", 5)):
+        monkeypatch.setattr(run, name, value)
+    reference = run.nuts_of_answers()
+    (drawn,) = run.held_out("item response", run.NUTS_RANGE)
+    persons, items = drawn["y"].shape
+    assert len(reference[0]["mean"]) == 1 + persons + items
+
+    class Guide:
+        """The reference itself."""
+
+        def __call__(self, y):
+            assert torch.equal(y, drawn["y"])
+            mean = torch.tensor(reference[0]["mean"])
+            each = mean.expand(run.NUM_WEIGHTED, -1).split([1, persons, items], -1)
+            return dict(zip(run.NUTS_SITES, each, strict=True))
+
+    assert run.distance_from_nuts(Guide(), reference) == pytest.approx(0.0, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "row"), [("two levels", "flat"), ("random effects", "both"), ("item response", "elbo")]
+)
 def test_a_row_from_training_to_page(tmp_path, monkeypatch, name, row):
     monkeypatch.setattr(run, "NUM_DATA_SETS", 2)
     monkeypatch.setattr(run, "NUM_DRAWS", 20)
+    monkeypatch.setattr(run, "NUM_WEIGHTED", 20)
+    monkeypatch.setattr(run, "NUM_START_SAMPLES", {})
     guide, figures = run.train(name, row, 0.3, 0)
     assert figures["steps"] > 0
     results = Results(tmp_path / "results.jsonl")

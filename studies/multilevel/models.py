@@ -1,9 +1,15 @@
-r"""Two-level models with known answers, for data ``(n, groups)``: data n of each group.
+r"""Multilevel models with known answers, for data ``(n, groups)``: data n of each group.
 
 ``two levels``: mu ~ N(0, 1), theta_j ~ N(mu, 1), x_nj ~ N(theta_j, 1). The posterior is known.
 
 ``random effects``: mu ~ N(0, 2), tau ~ HalfNormal(1), sigma ~ LogNormal(0, 0.5), theta_j ~ N(mu, tau),
 x_nj ~ N(theta_j, sigma). The evidence is an integral over two numbers.
+
+``three levels``, for data ``(pupils, schools, districts)``: mu ~ N(0, 1), delta_d ~ N(mu, 1), theta_sd ~
+N(delta_d, 0.7), x ~ N(theta_sd, 1). The posterior is known.
+
+``item response``, for answers ``(persons, items)``: spread ~ HalfNormal(1.5), ability_p ~ N(0, spread), difficulty_i ~
+N(0, 1.5), y_pi ~ Bernoulli(logits ability_p - difficulty_i). Nothing is known.
 """
 
 import math
@@ -36,6 +42,64 @@ def random_effects(x: Tensor) -> None:
         theta = pyro.sample("theta", dist.Normal(mu, tau))
         with pyro.plate("data", x.shape[-2], dim=-2):
             pyro.sample("x", dist.Normal(theta, sigma), obs=x)
+
+
+SCHOOLS = 0.7  # the spread of schools in a district
+
+
+def three_levels(x: Tensor) -> None:
+    """Location, districts, and schools in districts; all scales known."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("districts", x.shape[-1], dim=-1):
+        delta = pyro.sample("delta", dist.Normal(mu, 1.0))
+        with pyro.plate("schools", x.shape[-2], dim=-2):
+            theta = pyro.sample("theta", dist.Normal(delta, SCHOOLS))
+            with pyro.plate("pupils", x.shape[-3], dim=-3):
+                pyro.sample("x", dist.Normal(theta, 1.0), obs=x)
+
+
+def item_response(y: Tensor) -> None:
+    """Persons crossed with items, one parameter an item (Rasch)."""
+    persons = pyro.plate("persons", y.shape[-2], dim=-2)
+    items = pyro.plate("items", y.shape[-1], dim=-1)
+    spread = pyro.sample("spread", dist.HalfNormal(1.5))
+    with items:
+        difficulty = pyro.sample("difficulty", dist.Normal(0.0, 1.5))
+    with persons:
+        ability = pyro.sample("ability", dist.Normal(0.0, spread))
+    with persons, items:
+        pyro.sample("y", dist.Bernoulli(logits=ability - difficulty), obs=y)
+
+
+def draws_of_two_levels(x: Tensor, number: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Return draws of the posterior, ``(number, *plates of the model)``, and their log-densities."""
+    of_mu, of_theta = exact_posterior(x)
+    mu = of_mu.sample((number,))
+    theta = of_theta(mu).sample()
+    log_p = of_mu.log_prob(mu) + of_theta(mu).log_prob(theta).sum(-1)
+    return {"mu": mu.reshape(-1, 1, 1), "theta": theta.unsqueeze(-2)}, log_p
+
+
+def draws_of_three_levels(x: Tensor, number: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Return draws of the posterior, ``(number, *plates of the model)``, and their log-densities."""
+    pupils, schools, districts = x.shape
+    of_schools = x.mean(0)
+    means = of_schools.mean(0)
+    school = SCHOOLS**2 + 1.0 / pupils  # variance of the mean of a school given its district
+    district = 1.0 + school / schools  # of the mean of a district given mu
+    precision = 1.0 + districts / district
+    of_mu = dist.Normal(means.sum() / district / precision, precision**-0.5)
+    mu = of_mu.sample((number,)).reshape(-1, 1, 1, 1)
+    precision = 1.0 + schools / school
+    of_delta = dist.Normal((mu + schools / school * means) / precision, precision**-0.5)
+    delta = of_delta.sample()
+    precision = SCHOOLS**-2 + pupils
+    of_theta = dist.Normal((delta / SCHOOLS**2 + pupils * of_schools) / precision, precision**-0.5)
+    theta = of_theta.sample()
+    log_p = of_mu.log_prob(mu).reshape(-1)
+    for one, value in ((of_delta, delta), (of_theta, theta)):
+        log_p = log_p + one.log_prob(value).reshape(number, -1).sum(-1)
+    return {"mu": mu, "delta": delta, "theta": theta}, log_p
 
 
 def exact_posterior(x: Tensor) -> tuple[dist.Normal, Any]:

@@ -1,15 +1,18 @@
-r"""Two-level models, amortised over data sets of 5 to 50 groups and 1 to 20 data a group (models in models.py).
+r"""Multilevel models, amortised over data sets of 5 to 50 groups (models in models.py).
 
 A guide with pooled inputs learns on joint samples whose numbers of groups and data are drawn anew for each step, by
 forward KL, or by the ELBO. What is reported, over held-out data sets for small, middle and large numbers of groups:
 
-- ``two levels``: the gap KL(p(mu, theta | x) || q(mu, theta | x)) in nats a data set, by draws of the exact posterior;
+- ``two levels``, ``three levels``: the gap KL(p || q) in nats a data set, by draws of the exact posterior;
 - ``random effects``: the gap KL(q || p), log evidence (by quadrature) less the ELBO, by draws of the guide;
+- ``item response``: the same with the evidence by weighted draws of the guide (too small where weights are uneven), and
+  how far means are from those of NUTS on a few data sets;
 - whether the ranks of the sites outside of the groups among draws of the guide are uniform.
 
 Standard errors are over data sets. Rows: ``start`` (no training), ``deepset``, ``attention``; ``summary``: no factors
-of elements, all is read from the summary; ``elbo``: the deep set, trained by the ELBO on simulated data sets; ``one
-size``: the deep set, simulations of 20 groups of 8 alone; ``flat``: a flat network with as many weights.
+of elements, all is read from the summary; ``elbo``: the deep set, trained by the ELBO on simulated data sets; ``both``:
+by forward KL for half of the time, then by the ELBO; ``one size``: the deep set, simulations of one size alone;
+``flat``: a flat network with as many weights.
 
     python -m studies.multilevel.run --rows deepset --seconds 60
     python -m studies.multilevel.run --study            # all rows, restartable; `make multilevel`
@@ -27,7 +30,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import Trace_ELBO
+from pyro.infer import MCMC, NUTS, Trace_ELBO
 from torch import Tensor
 
 from pyro_graphflows.guides import DeepSet, Normal, auto_faithful_guide
@@ -35,40 +38,127 @@ from pyro_graphflows.guides.guide import AutoFaithfulGuide
 from pyro_graphflows.infer import InferenceCompilation
 from studies.flags import add_places
 from studies.multilevel.flat import FlatGuide
-from studies.multilevel.models import exact_posterior, log_evidence, random_effects, two_levels
+from studies.multilevel.models import (
+    draws_of_three_levels,
+    draws_of_two_levels,
+    item_response,
+    log_evidence,
+    random_effects,
+    three_levels,
+    two_levels,
+)
 from studies.results import Results
 
-MODELS: dict[str, Callable[[Tensor], None]] = {"two levels": two_levels, "random effects": random_effects}
-GLOBALS = {"two levels": ("mu",), "random effects": ("mu", "tau", "sigma")}
+MODELS: dict[str, Callable[[Tensor], None]] = {
+    "two levels": two_levels,
+    "random effects": random_effects,
+    "three levels": three_levels,
+    "item response": item_response,
+}
+GLOBALS = {
+    "two levels": ("mu",),
+    "random effects": ("mu", "tau", "sigma"),
+    "three levels": ("mu",),
+    "item response": ("spread",),
+}
 ROWS = {
     "two levels": ("start", "deepset", "attention", "summary", "elbo", "one size", "flat"),
-    "random effects": ("start", "deepset", "attention", "summary", "elbo"),
+    "random effects": ("start", "deepset", "attention", "summary", "elbo", "both"),
+    "three levels": ("start", "deepset", "summary", "elbo"),
+    "item response": ("start", "deepset", "elbo", "both"),
 }
+EXACT = {"two levels": draws_of_two_levels, "three levels": draws_of_three_levels}
 GROUPS, DATA = (5, 50), (1, 20)
-AT_SET_UP = (8, 20)  # data, groups
+INSIDE = {  # the least and the most of each plate beside that of the groups
+    "two levels": (DATA,),
+    "random effects": (DATA,),
+    "three levels": ((1, 10), (2, 6)),
+    "item response": ((4, 12),),
+}
+AT_SET_UP = {  # data, groups
+    "two levels": (8, 20),
+    "random effects": (8, 20),
+    "three levels": (4, 4, 20),
+    "item response": (20, 8),
+}
+NUM_START_SAMPLES = {"random effects": 10_000}  # 2,000 else
 BATCH = 64
-RATE, LAST_RATE = 3e-3, 1e-5
+RATES, LAST_RATE = {"random effects": 1e-3}, 1e-5  # 3e-3 else
 NUM_DATA_SETS = 50  # held out, for each range of groups
 NUM_DRAWS = 200  # for each
 NUM_PARTICLES = 16  # of the ELBO
 RANGES = {"5-15": (5, 15), "16-30": (16, 30), "31-50": (31, 50)}
-SECONDS = 12.0  # of processor time
+SECONDS = {  # of processor time
+    "two levels": 12.0,
+    "random effects": 60.0,
+    "three levels": 12.0,
+    "item response": 20.0,
+}
+NUM_WEIGHTED = 2000  # draws by which the evidence is estimated
+NUTS_KEY, NUTS_SITES = "nuts/item response", ("spread", "ability", "difficulty")
+NUM_NUTS, NUTS_RANGE, NUTS_DRAWS, NUTS_WARM_UP = 8, "16-30", 400, 200
 
 
-def gap(guide: Any, x: Tensor) -> tuple[float, float]:
-    """Return the divergence for a data set of two levels, and the rank of its mu (an exact draw) among the guide's."""
-    of_mu, of_theta = exact_posterior(x)
-    mu = of_mu.sample((NUM_DRAWS,))
-    theta = of_theta(mu).sample()
-    exact = of_mu.log_prob(mu) + of_theta(mu).log_prob(theta).sum(-1)
-    values = {"mu": mu.reshape(-1, 1, 1), "theta": theta.unsqueeze(-2)}
-    with pyro.plate("draws", NUM_DRAWS, dim=-3):
+def gap(guide: Any, x: Tensor, name: str = "two levels") -> tuple[float, float]:
+    """Return the divergence for a data set of known posterior, and the rank of an exact draw of mu among the guide's.
+
+    Args:
+        guide: The guide.
+        x: The data.
+        name: The model.
+    """
+    values, exact = EXACT[name](x, NUM_DRAWS)
+    with pyro.plate("draws", NUM_DRAWS, dim=-1 - x.dim()):
         trace = poutine.trace(poutine.condition(guide, values)).get_trace(x)
         own = guide(x)["mu"].reshape(-1)
     trace.compute_log_prob()
     nodes: Any = trace.nodes
     q = sum(nodes[name]["log_prob"].reshape(NUM_DRAWS, -1).sum(-1) for name in values)
-    return float((exact - q).mean()), float((own < mu[0]).double().mean())
+    return float((exact - q).mean()), float((own < values["mu"].reshape(-1)[0]).double().mean())
+
+
+def gap_of_answers(
+    guide: AutoFaithfulGuide, y: Tensor, truth: dict[str, Tensor]
+) -> tuple[float, list[float]]:
+    """Return log evidence by weighted draws less the ELBO for answers to items, and the ranks of the true values."""
+    with pyro.plate("draws", NUM_WEIGHTED, dim=-3):
+        drawn = poutine.trace(guide).get_trace(y)
+        replayed = poutine.trace(poutine.replay(item_response, trace=drawn)).get_trace(y)
+    log_weights = torch.zeros(NUM_WEIGHTED)
+    for trace, sign in ((replayed, 1.0), (drawn, -1.0)):
+        trace.compute_log_prob()
+        for site in trace.nodes.values():
+            if site["type"] == "sample" and site["log_prob"].dim() > 2:
+                log_weights = log_weights + sign * site["log_prob"].reshape(NUM_WEIGHTED, -1).sum(-1)
+    nodes = drawn.nodes
+    ranks = [float((nodes[name]["value"].reshape(-1) < truth[name]).double().mean()) for name in truth]
+    evidence = float(log_weights.logsumexp(0)) - math.log(NUM_WEIGHTED)
+    return evidence - float(log_weights.mean()), ranks
+
+
+def nuts_of_answers() -> list[dict[str, list[float]]]:
+    """Return means and standard deviations of the posterior, by NUTS, of the first data sets of one range."""
+    found = []
+    for drawn in held_out("item response", NUTS_RANGE)[:NUM_NUTS]:
+        pyro.clear_param_store()
+        kernel = NUTS(item_response, jit_compile=True, ignore_jit_warnings=True, max_tree_depth=6)
+        chain = MCMC(kernel, NUTS_DRAWS, NUTS_WARM_UP, disable_progbar=True)
+        chain.run(drawn["y"])
+        flat = {name: value.reshape(NUTS_DRAWS, -1) for name, value in chain.get_samples().items()}
+        joint = torch.cat([flat[name] for name in NUTS_SITES], -1)
+        found.append({"mean": joint.mean(0).tolist(), "sd": joint.std(0).tolist()})
+    return found
+
+
+def distance_from_nuts(guide: AutoFaithfulGuide, reference: list[dict[str, list[float]]]) -> float:
+    """Return the root of the mean square, over latents and data sets, of errors of means in standard deviations."""
+    off = []
+    for drawn, known in zip(held_out("item response", NUTS_RANGE), reference, strict=False):
+        with pyro.plate("draws", NUM_WEIGHTED, dim=-3):
+            values = guide(drawn["y"])
+        joint = torch.cat([values[name].reshape(NUM_WEIGHTED, -1) for name in NUTS_SITES], -1)
+        off.append((joint.mean(0) - torch.tensor(known["mean"])) / torch.tensor(known["sd"]))
+    return float(torch.cat(off).square().mean().sqrt())
 
 
 def gap_of_effects(
@@ -91,26 +181,42 @@ def gap_of_effects(
     return log_evidence(x) - sum(terms), ranks
 
 
-def sizes(generator: torch.Generator, groups: tuple[int, int] = GROUPS) -> tuple[int, int]:
-    """Draw numbers of data and of groups."""
-    n = int(torch.randint(DATA[0], DATA[1] + 1, (), generator=generator))
-    return n, int(torch.randint(groups[0], groups[1] + 1, (), generator=generator))
+def sizes(
+    generator: torch.Generator, groups: tuple[int, int] = GROUPS, name: str = "two levels"
+) -> tuple[int, ...]:
+    """Draw numbers of data and of groups; of persons, which count as groups, and of items."""
+    each = [
+        int(torch.randint(low, high + 1, (), generator=generator)) for low, high in (*INSIDE[name], groups)
+    ]
+    return tuple(reversed(each)) if name == "item response" else tuple(each)
 
 
-def simulate(model: Callable[[Tensor], None], shape: tuple[int, int]) -> dict[str, Tensor]:
+def simulate(model: Callable[[Tensor], None], shape: tuple[int, ...]) -> dict[str, Tensor]:
     """Return a joint draw."""
     nodes: Any = poutine.trace(poutine.uncondition(model)).get_trace(torch.zeros(shape)).nodes
     return {name: site["value"] for name, site in nodes.items() if site["type"] == "sample"}
 
 
-def make_guide(model: Callable[[Tensor], None], row: str, seed: int) -> AutoFaithfulGuide:
+def held_out(name: str, of_range: str) -> list[dict[str, Tensor]]:
+    """Return the data sets of a range of groups by which guides are judged."""
+    generator = torch.Generator().manual_seed(12345 + list(RANGES).index(of_range))
+    with torch.random.fork_rng():
+        torch.manual_seed(12345 + list(RANGES).index(of_range))
+        return [
+            simulate(MODELS[name], sizes(generator, RANGES[of_range], name)) for _ in range(NUM_DATA_SETS)
+        ]
+
+
+def make_guide(name: str, row: str, seed: int) -> AutoFaithfulGuide:
     """Return a guide at its start."""
     pool = DeepSet(sums=False) if row == "summary" else "attention" if row == "attention" else "deepset"
     options: dict[str, Any] = (
-        {"family": Normal(units_per_set=32, hidden_layers=2)} if model is two_levels else {}
+        {"family": Normal(units_per_set=32, hidden_layers=2)} if name == "two levels" else {}
     )
+    number = NUM_START_SAMPLES.get(name, 2000)
+    data = torch.zeros(AT_SET_UP[name])
     return auto_faithful_guide(
-        model, torch.zeros(AT_SET_UP), pool=pool, num_start_samples=2000, setup_seed=seed, **options
+        MODELS[name], data, pool=pool, num_start_samples=number, setup_seed=seed, **options
     )
 
 
@@ -121,39 +227,45 @@ def train(name: str, row: str, seconds: float, seed: int) -> tuple[Any, dict[str
     generator = torch.Generator().manual_seed(seed)
     model = MODELS[name]
     begin = time.process_time()
-    guide: Any = make_guide(model, row, seed)
+    guide: Any = make_guide(name, row, seed)
     set_up = time.process_time() - begin
     weights = sum(parameter.numel() for parameter in guide.parameters())
     if row == "flat":
         guide = FlatGuide(DATA[1], GROUPS[1], weights)
         weights = sum(parameter.numel() for parameter in guide.parameters())
-    step = stepper(row, model, guide)
-    begin, steps, spent = time.process_time(), 0, 0.0
-    while row != "start" and (spent := time.process_time() - begin) < seconds:
-        rate = RATE * (LAST_RATE / RATE) ** (spent / seconds)
-        step(AT_SET_UP if row == "one size" else sizes(generator), rate)
-        steps += 1
-    return guide, {"steps": steps, "seconds": spent, "set_up": set_up, "weights": weights}
+    steps, total = 0, 0.0
+    for each in {"both": ("deepset", "elbo"), "start": ()}.get(row, (row,)):
+        step = stepper(each, model, guide)
+        own = seconds / 2 if row == "both" else seconds
+        begin, first = time.process_time(), RATES.get(name, 3e-3)
+        while (spent := time.process_time() - begin) < own:
+            rate = first * (LAST_RATE / first) ** (spent / own)
+            step(AT_SET_UP[name] if row == "one size" else sizes(generator, name=name), rate)
+            steps += 1
+        total += spent
+    return guide, {"steps": steps, "seconds": total, "set_up": set_up, "weights": weights}
 
 
 def stepper(
     row: str, model: Callable[[Tensor], None], guide: Any
-) -> Callable[[tuple[int, int], float], None]:
+) -> Callable[[tuple[int, ...], float], None]:
     """Return what makes a step of training on simulations of a size, at a rate."""
-    optimizer = torch.optim.Adam(guide.parameters(), lr=RATE)
+    optimizer = torch.optim.Adam(guide.parameters())
     compilation = (
         None if row in ("flat", "elbo") else InferenceCompilation(model, guide, optimizer, batch_size=BATCH)
     )
-    elbo = Trace_ELBO(num_particles=NUM_PARTICLES, vectorize_particles=True, max_plate_nesting=2)
+    nesting = 3 if model is three_levels else 2
+    elbo = Trace_ELBO(num_particles=NUM_PARTICLES, vectorize_particles=True, max_plate_nesting=nesting)
 
-    def step(shape: tuple[int, int], rate: float) -> None:
+    def step(shape: tuple[int, ...], rate: float) -> None:
         optimizer.param_groups[0]["lr"] = rate
         if compilation is not None:
             compilation.step(torch.zeros(shape))
             return
         optimizer.zero_grad()
         if row == "elbo":
-            loss = elbo.differentiable_loss(model, guide, simulate(model, shape)["x"])
+            drawn = simulate(model, shape)
+            loss = elbo.differentiable_loss(model, guide, drawn["y" if "y" in drawn else "x"])
         else:
             mu = torch.randn(BATCH)
             theta = mu.unsqueeze(-1) + torch.randn(BATCH, shape[1])
@@ -170,17 +282,18 @@ def judge(name: str, guide: Any) -> dict[str, Any]:
     """Return gaps with standard errors by numbers of groups, and how far ranks are from uniform."""
     found: dict[str, Any] = {}
     ranks: dict[str, list[float]] = {site: [] for site in GLOBALS[name]}
-    generator = torch.Generator().manual_seed(12345)
-    torch.manual_seed(12345)
-    for of_range, groups in RANGES.items():
+    torch.manual_seed(54321)  # not that of any data set
+    for of_range in RANGES:
         gaps = []
-        for _ in range(NUM_DATA_SETS):
-            drawn = simulate(MODELS[name], sizes(generator, groups))
-            if name == "two levels":
-                each, rank = gap(guide, drawn["x"])
+        for drawn in held_out(name, of_range):
+            truth = {site: drawn[site] for site in ranks}
+            if name in EXACT:
+                each, rank = gap(guide, drawn["x"], name)
                 of_sites = [rank]
+            elif name == "item response":
+                each, of_sites = gap_of_answers(guide, drawn["y"], truth)
             else:
-                each, of_sites = gap_of_effects(guide, drawn["x"], {site: drawn[site] for site in ranks})
+                each, of_sites = gap_of_effects(guide, drawn["x"], truth)
             gaps.append(each)
             for site, rank in zip(ranks, of_sites, strict=True):
                 ranks[site].append(rank)
@@ -203,20 +316,29 @@ def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parse.add_argument("--study", action="store_true", help="all rows of the page")
     parse.add_argument("--models", nargs="*", default=list(MODELS), choices=MODELS)
-    parse.add_argument("--rows", nargs="*", default=["deepset"], choices=ROWS["two levels"])
-    parse.add_argument("--seconds", type=float, default=SECONDS, help="processor time of each training")
+    rows = list(dict.fromkeys(row for own in ROWS.values() for row in own))
+    parse.add_argument("--rows", nargs="*", default=["deepset"], choices=rows)
+    parse.add_argument("--seconds", type=float, help="processor time of each training")
+    parse.add_argument("--nuts", action="store_true", help="the reference of item response")
     parse.add_argument("--seed", type=int, default=0)
     add_places(parse, "multilevel")
     args = parse.parse_args()
     torch.set_num_threads(1)
     results = Results(args.results)
+    if args.nuts and NUTS_KEY not in results:
+        begin = time.process_time()
+        results.append(NUTS_KEY, {"posteriors": nuts_of_answers(), "seconds": time.process_time() - begin})
     for name in args.models:
         for row in ROWS[name] if args.study else args.rows:
-            key = f"{name}/{row}/{args.seconds:g}/{args.seed}"
+            seconds = args.seconds or SECONDS[name]
+            key = f"{name}/{row}/{seconds:g}/{args.seed}"
             if key in results or row not in ROWS[name]:
                 continue
-            guide, figures = train(name, row, args.seconds, args.seed)
+            guide, figures = train(name, row, seconds, args.seed)
             record = {**figures, **judge(name, guide), "date": str(date.today())}
+            reference = results.read().get(NUTS_KEY)
+            if name == "item response" and reference is not None:
+                record["from_nuts"] = distance_from_nuts(guide, reference["posteriors"])
             results.append(key, record)
             print(key, record, flush=True)
 
