@@ -358,3 +358,20 @@ def test_scales_with_much_data_start_at_their_posterior():
     evidence = torch.logsumexp(joint, 0).item() + math.log(0.6 / 4000)
     options = {"num_particles": 2000, "vectorize_particles": True, "max_plate_nesting": 1}
     assert Trace_ELBO(**options).loss(scale_of, guide, y) == pytest.approx(-evidence, abs=0.01)
+
+
+def test_amortised_guides_start_at_the_mode_where_losses_would_be_wild():
+    """Growth measured precisely: draws of the regression are thousands of nats off, and nothing follows from these."""
+
+    def growth(times, y):
+        rate = pyro.sample("rate", dist.HalfCauchy(1.0))
+        first = pyro.sample("first", dist.HalfCauchy(1.0))
+        pyro.sample("y", dist.Normal(first * torch.exp(rate * times), 0.01).to_event(1), obs=y)
+
+    times = torch.linspace(0.0, 4.0, 12)
+    y = 0.7 * torch.exp(0.9 * times) + 0.01 * torch.randn(12)
+    guide = auto_faithful_guide(growth, times, y)
+    assert "amortised" in guide.describe()
+    assert "the start is 'mode'" in guide.describe(verbose=True)
+    loss = Trace_ELBO(num_particles=500).loss(growth, guide, times, y)
+    assert abs(loss) < 100  # the evidence is about 12 log(100) - 6 - log(prior odds) nats
