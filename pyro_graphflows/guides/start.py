@@ -340,7 +340,7 @@ def start_fields_(block: GuideBlock, compiled: Compiled) -> None:
             intercept, tril = _steps(intercept), _steps(tril)
         before = {key: value.clone() for key, value in block.conditionals.state_dict().items()}
         try:
-            block.set_linear_(site, weights, intercept, tril)
+            block.set_linear_(site, weights, intercept, tril, exact=not (chain.learned or elsewhere))
         except GraphflowsError:  # its data are not features as they are, but their logarithms
             block.conditionals.load_state_dict(before)
 

@@ -164,11 +164,15 @@ class LinearConditional:
     Shape:
         - ``weights[p]``: ``(size, parent's features)``; parents that are missing have none.
         - ``loc``: ``(size,)``; ``scale_tril``: ``(size, size)``, lower triangular.
+
+    Attributes:
+        exact: Whether it is the conditional, whatever the data, and stays so. What is trained then moves it little.
     """
 
     weights: Mapping[str, Tensor]
     loc: Tensor
     scale_tril: Tensor
+    exact: bool = False
 
     @property
     def by_element(self) -> bool:
