@@ -171,6 +171,7 @@ def linear_walk(order=1, step=0.1, seen=range(SIZE), noise=0.5, in_plate=False, 
     steps_back = torch.linalg.matrix_power(eye - torch.diag(torch.ones(SIZE - 1).double(), -1), order)
     root = (step * torch.linalg.inv(steps_back)).tril()
     matrix = (root if sums else eye)[list(seen)]
+    tril = root.to(torch.get_default_dtype())
     prior = eye if sums else torch.linalg.inv(root @ root.mT)
 
     def model(x):
@@ -178,7 +179,7 @@ def linear_walk(order=1, step=0.1, seen=range(SIZE), noise=0.5, in_plate=False, 
             z = pyro.sample("z", dist.Normal(0.0, torch.ones(SIZE)).to_event(1))
             at = step * z.cumsum(-1)[..., list(seen)]
         else:
-            z = pyro.sample("z", dist.MultivariateNormal(torch.zeros(SIZE), scale_tril=root.to(x)))
+            z = pyro.sample("z", dist.MultivariateNormal(torch.zeros(SIZE), scale_tril=tril))
             at = z[..., list(seen)]
         if in_plate:
             with pyro.plate("times", len(seen)):
