@@ -69,10 +69,12 @@ def location_and_scale(sample: Tensor) -> tuple[Tensor, Tensor]:
     sample = sample[torch.isfinite(sample).all(-1)]
     if sample.numel() == 0:
         return sample.new_zeros(sample.shape[1:]), sample.new_ones(sample.shape[1:])
-    shift = sample.mean(0)
-    if sample.shape[0] == 1:
+    shift, scale = sample.mean(0), sample.std(0, correction=min(1, len(sample) - 1))
+    if not bool(scale.isfinite().all()) and sample.dtype != torch.float64:  # squares that overflow
+        wide, most = location_and_scale(in_float64(sample)), torch.finfo(sample.dtype).max
+        return wide[0].clamp(-most, most).to(sample), wide[1].clamp(max=most).to(sample)
+    if len(sample) == 1:
         return shift, torch.ones_like(shift)
-    scale = sample.std(0)
     constant = scale <= 1e-9 * shift.abs().clamp(min=TINY)
     scale = torch.where(constant, torch.ones_like(scale), scale)
     heavy = ((sample - shift).abs() > HEAVY_TAIL * scale).any(0)

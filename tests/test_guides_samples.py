@@ -174,15 +174,26 @@ def test_none_are_drawn_where_none_are_wanted_or_possible():
     assert refused.values is None
     assert refused.note.startswith("no regression start and no standardisation of latents: ")
 
+
+def test_values_are_unconstrained_by_the_support_of_their_own_sample():
     def moving(x):
         a = pyro.sample("a", dist.LogNormal(0.0, 1.0))
-        b = pyro.sample("b", dist.Uniform(torch.zeros(()), a))
-        pyro.sample("x", dist.Normal(b, 1.0), obs=x)
+        with pyro.plate("data", len(x)):
+            b = pyro.sample("b", dist.Uniform(-a, torch.ones(())))
+            pyro.sample("x", dist.Normal(b, 1.0), obs=x)
 
-    compiled = compile_guide(moving, (x[0],), {}, GuideOptions(Normal(), inverse="reverse"))
-    late = Samples.for_plan(compiled.draws, compiled.plan, compiled.plates, standardize=True, num_rows=9)
-    assert late.values is None
-    assert late.note == "no regression start: the supports of b depend on other latent sites."
+    compiled = compile_guide(moving, (torch.zeros(3),), {}, GuideOptions(Normal(), inverse="reverse"))
+    joint = Samples.for_plan(compiled.draws, compiled.plan, compiled.plates, standardize=True, num_rows=900)
+    assert joint.note is None
+    for found in (joint, joint.at_prior(compiled.plan), joint.at_mode(compiled.plan)):
+        low, value = -found.drawn["a"].unsqueeze(-1), found.drawn["b"]
+        share = ((value - low) / (1 - low)).double()
+        torch.testing.assert_close(
+            found.values["b"].squeeze(-1).double().sigmoid(), share, atol=1e-4, rtol=1e-4
+        )
+    b = joint.values["b"].squeeze(-1)  # standard logistic, whatever a is
+    assert abs(b.mean()) < 5 * 3.29**0.5 / b.numel() ** 0.5
+    assert abs((b * joint.drawn["a"].log().unsqueeze(-1)).mean()) < 5 * (3.29 / b.numel()) ** 0.5
 
 
 def test_rows_of_a_block_keep_together_what_belongs_together():

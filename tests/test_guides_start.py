@@ -11,7 +11,9 @@ from pyro.infer import Trace_ELBO
 
 from pyro_graphflows import auto_faithful_guide
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.guides import Flow, Normal, Spline
+from pyro_graphflows.guides import Flow, Normal, Spline, inputs
+from pyro_graphflows.guides.fused_rows import fit_factor
+from pyro_graphflows.guides.sites import SitePrior
 from pyro_graphflows.guides.start import Judge
 from pyro_graphflows.regression import location_and_scale
 
@@ -298,3 +300,61 @@ def test_flat_priors_need_data_and_descriptions_a_set_up_guide():
         guide.describe()
     with pytest.raises(GraphflowsError, match="data that depend on 'a', whose prior is improper"):
         guide()
+
+
+def test_maps_of_elements_do_not_rest_on_learned_features(monkeypatch):
+    """A regression on features that are trained is another one after a step: 10^23 nats, once."""
+
+    def crossed(y):
+        items, persons = pyro.plate("items", len(y), dim=-2), pyro.plate("persons", y.shape[-1], dim=-1)
+        with persons:
+            ability = pyro.sample("ability", dist.Normal(0.0, 1.0))
+        with items:
+            level = pyro.sample("level", dist.Normal(0.0, 2.0))
+        with items, persons:
+            pyro.sample("y", dist.Bernoulli(logits=ability - level), obs=y)
+
+    monkeypatch.setattr(inputs, "MOST_ONE_BY_ONE", 2)  # pooled from three numbers on
+    y = (torch.randn(8) > torch.randn(3, 1)).float()
+    guide = auto_faithful_guide(crossed, y)
+    assert "the start is 'mode'" in guide.describe(verbose=True)
+    (block,) = (block for block in guide.blocks if block.inputs.learned.any())
+    (own,) = block.conditionals.maps.values()
+    slopes = own.rows.table.unflatten(-1, (own.num_outputs, -1))[..., : len(block.inputs.learned)]
+    assert slopes[..., block.inputs.learned].abs().max() == 0
+    assert slopes[..., ~block.inputs.learned].abs().max() > 0
+
+
+def test_factors_are_found_where_the_prior_is_far_or_wide_beside_the_draws():
+    """Near a posterior, units are its own: a prior may be fifty of them wide, and fifty off."""
+    for prior_loc, prior_scale in ((0.0, 1.0), (50.0, 50.0), (-30.0, 40.0)):
+        loc, scale = torch.tensor([0.3]).double(), torch.tensor([[0.7]]).double()
+        precision = 1 / scale[0, 0] ** 2 - 1 / prior_scale**2
+        values = loc + scale[0] * torch.randn(40_000, 1).double()
+        prior = SitePrior(torch.full_like(values, prior_loc), torch.full_like(values, math.log(prior_scale)))
+        fit = fit_factor(values[:, :0], values, prior)
+        if precision > 0.5:
+            assert fit.says_something
+            width, centre = fit.linear.scale_tril[0, 0], fit.linear.loc[0]
+            assert width == pytest.approx(precision.item() ** -0.5, rel=0.02)
+            pull = (centre / width**2 + prior_loc / prior_scale**2) * scale[0, 0] ** 2
+            assert pull == pytest.approx(loc.item(), abs=0.02)
+
+
+def test_scales_with_much_data_start_at_their_posterior():
+    """A half-Cauchy prior that is some forty posterior standard deviations off, in its own coordinate."""
+
+    def scale_of(y):
+        sigma = pyro.sample("sigma", dist.HalfCauchy(200.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(0.0, sigma), obs=y)
+
+    y = torch.randn(1000).double()
+    guide = auto_faithful_guide(scale_of, y)
+    assert "random" not in guide.describe(verbose=True)
+    log_sigma = torch.linspace(-0.3, 0.3, 4001).double()
+    joint = dist.HalfCauchy(200.0).log_prob(log_sigma.exp()) + log_sigma
+    joint += dist.Normal(0.0, log_sigma.exp().unsqueeze(-1)).log_prob(y).sum(-1)
+    evidence = torch.logsumexp(joint, 0).item() + math.log(0.6 / 4000)
+    options = {"num_particles": 2000, "vectorize_particles": True, "max_plate_nesting": 1}
+    assert Trace_ELBO(**options).loss(scale_of, guide, y) == pytest.approx(-evidence, abs=0.01)

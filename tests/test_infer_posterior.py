@@ -428,7 +428,10 @@ def test_arguments_that_a_file_cannot_hold(groups, tmp_path):
     again = load_posterior(path, model, guide, Data(), groups.s)
     assert torch.equal(again.predict(seed=1)["y"], posterior.predict(seed=1)["y"])
     torch.save({"a": 1}, path)
-    with pytest.raises(GraphflowsError, match=r"Expected a file of Posterior\.save"):
+    with pytest.raises(GraphflowsError, match=r"Expected a file of Posterior\.save .* it is another"):
+        load_posterior(path)
+    path.write_text("no posterior")
+    with pytest.raises(GraphflowsError, match=r"Expected a file of Posterior\.save .* damaged or another"):
         load_posterior(path)
 
 

@@ -872,6 +872,17 @@ class TestCheckpoints:
         assert len(load_checkpoint(tmp_path / "parts.pt")["history"]["loss"]) == 3
         assert_same(whole, noisy_run(tmp_path / "parts.pt", every=3))
 
+    def test_files_that_are_no_checkpoints_are_refused_and_left_alone(self, tmp_path, x):
+        path = tmp_path / "run.pt"
+        for kind, content in (("damaged", b"PK\x03\x04 half of"), ("another", b"no checkpoint")):
+            path.write_bytes(content)
+            with pytest.raises(GraphflowsError, match=rf"fit\(checkpoint=\) at .* {kind}"):
+                quiet_fit(normal_model, LinearGuide(), x, optimizer=1e-2, checkpoint=path)
+            assert path.read_bytes() == content
+        torch.save(LinearGuide().state_dict(), path)
+        with pytest.raises(GraphflowsError, match="it is another"):
+            quiet_fit(normal_model, LinearGuide(), x, optimizer=1e-2, checkpoint=path)
+
     def test_a_finished_run_stays_finished(self, tmp_path, x):
         guide = LinearGuide()
         options = {

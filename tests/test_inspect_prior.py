@@ -8,8 +8,9 @@ from pyro import poutine
 from pyro.infer.reparam import LocScaleReparam
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
+from pyro_graphflows.inspect import Batching, sample_prior, trace_model
 from pyro_graphflows.inspect import prior as prior_module
-from pyro_graphflows.inspect import sample_prior, trace_model
+from pyro_graphflows.inspect.prior import unconstrained_of
 
 N = dist.Normal
 
@@ -91,6 +92,22 @@ def test_samples_of_both_ways_agree():
         samples = sample_prior(regression, (torch.ones(4),), num_samples=400, vectorize=vectorize)
         slope = (samples["x"] * samples["z"]).mean() / (samples["z"] ** 2).mean()
         assert abs(slope - 1) < 5 / (1600 * 2) ** 0.5
+
+
+@pytest.mark.parametrize("way", ["plate", "vmap", "single"])
+def test_unconstrained_values_are_by_the_support_of_each_sample(way):
+    def model(x=None):
+        a = pyro.sample("a", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("data", 3):
+            b = pyro.sample("b", dist.Uniform(-a, 1.0 + a))
+            pyro.sample("x", N(b, 1.0), obs=x)
+
+    args = (torch.zeros(3),)
+    batching = Batching(trace_model(model, args), way, unconstrained=["b"])
+    samples = sample_prior(model, args, num_samples=20, batching=batching)
+    a, b = samples["a"].unsqueeze(-1), samples["b"]
+    share = (b + a) / (1 + 2 * a)
+    torch.testing.assert_close(samples[unconstrained_of("b")].sigmoid(), share, atol=1e-5, rtol=1e-4)
 
 
 def test_the_random_state_is_the_callers():

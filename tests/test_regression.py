@@ -43,6 +43,14 @@ def test_a_constant_column_has_scale_one(value):
     assert scale[1].item() == pytest.approx(np.arange(50.0).std(ddof=1))
 
 
+def test_values_whose_squares_overflow_have_a_scale():
+    sample = 1e30 * torch.arange(-50.0, 51.0).unsqueeze(-1)
+    shift, scale = location_and_scale(sample)
+    assert abs(shift.item()) < 1e24
+    assert scale.item() == pytest.approx(1e30 * np.arange(101.0).std(ddof=1), rel=1e-5)
+    assert location_and_scale(sample[:1])[1].item() == 1.0
+
+
 # ---------------------------------------------------------------- least squares
 
 

@@ -66,6 +66,30 @@ def test_errors_are_in_standard_deviations():
     assert rhat < 1.1
 
 
+class Line:
+    """A coordinate that is its own value, of a normal target."""
+
+    def __init__(self, *_) -> None:
+        self.start = torch.zeros(8, 1, 1)
+
+    def __call__(self, points):
+        return 0.5 * points.square().sum(-1)
+
+    def values(self, points):
+        return {"a": points[..., 0, 0]}
+
+
+@pytest.mark.parametrize(("most", "samples"), [(100, 0), (50_000, 250)], ids=["in warm-up", "never"])
+def test_chains_are_broken_off_where_they_take_too_many_gradients(monkeypatch, most, samples):
+    monkeypatch.setattr(run, "Target", Line)
+    torch.manual_seed(0)
+    moments = {"a": (torch.tensor(0.0), torch.tensor(1.0))}
+    record = run.run(None, None, {}, moments, most)
+    assert record["samples"] >= samples
+    assert record["enough"] == (samples > 0)
+    assert record["gradients"] > most if samples == 0 else record["gradients"] < most
+
+
 @pytest.mark.slow
 def test_radon_data_are_read_by_the_name_of_the_posterior(tmp_path, monkeypatch):
     """Three counties, in the form of the file: the figures are few, the path is that of the study."""
@@ -109,6 +133,7 @@ def test_the_page_of_what_was_run(tmp_path):
         "| eight schools | 1.20 | 0.90 | 0.010 / 1.001 / 1,000 | 0.010 / 1.001 / 4,000 | 4.0 | 3.0 |" in page
     )
     assert "| banana | not run |" in page
+    assert report.reached({"samples": 0, "gradients": 1234}) == "still warming up after 1,234"
     assert "0.50 GiB" in page
 
 

@@ -42,6 +42,7 @@ from pyro_graphflows.guides.conditionals.pooling import (
 )
 from pyro_graphflows.guides.conditionals.pooling import Pool as PlainPool
 from pyro_graphflows.guides.conditionals.summed import ElementFactors, ElementForm
+from pyro_graphflows.guides.fewer_elements import fewer_of, some_elements
 from pyro_graphflows.guides.inputs import Summary
 from pyro_graphflows.guides.plan import BlockPlan
 from pyro_graphflows.guides.samples import Samples, columns_of, evidence_of, side_by_side, with_depth
@@ -81,6 +82,7 @@ class BlockInputs(nn.Module):
         sizes: The number of features of each.
         features: The map of all of them.
         learned: Which features depend on parameters.
+        of_sizes: The numbers of the features that depend on numbers of elements alone.
     """
 
     learned: Tensor
@@ -96,11 +98,14 @@ class BlockInputs(nn.Module):
         self.encodings = encodings
         learned = torch.zeros(sum(self.sizes.values()), dtype=torch.bool)
         start = 0
+        of_sizes: list[int] = []
         for name, size in self.sizes.items():
             of_pool = getattr(pools.get(name), "learned", None)
             if of_pool is not None:
                 learned[start : start + size] = torch.tensor(of_pool)
+            of_sizes += [start + i for i, each in enumerate(getattr(pools.get(name), "of_sizes", ())) if each]
             start += size
+        self.of_sizes = tuple(of_sizes)
         self.register_buffer("learned", learned, persistent=False)
 
     def to_plain(self) -> dict[str, Any]:
@@ -559,7 +564,7 @@ class GuideBlock(nn.Module):
                 f"Expected a positive scale of {site!r}, or a lower triangular matrix ({len(shift)}, {len(shift)}) "
                 f"with a positive diagonal; got {torch.as_tensor(scale).tolist()}."
             )
-        linear = LinearConditional(standard, loc / width, tril / width.unsqueeze(-1), exact)
+        linear = LinearConditional(standard, loc / width, tril / width.unsqueeze(-1), exact=exact)
         if fused:
             conditionals.set_fused_(site, linear)
         else:
@@ -640,7 +645,8 @@ def make_inputs(
                 name = node.summary.members[0]
                 pools[node.name], values = _make_embedding(name, plan, samples, embedding[name])
             else:
-                pools[node.name], values = _make_pool(node.summary, samples, deepset)
+                pools[node.name], values, fewer = _make_pool(node.summary, samples, deepset)
+                samples = samples.with_values({} if fewer is None else {fewer_of(node.name): fewer})
             samples = samples.with_values({} if values is None else {node.name: values})
     names = [node.name for node in plan.context]
     elements, samples = make_elements(plan, pools, samples)
@@ -650,7 +656,8 @@ def make_inputs(
         for column in (*columns_of(site), evidence_of(site))
         if column in (samples.values or {})
     ]
-    samples = samples.for_block([*plan.sites, *names, *of_priors])
+    further = [fewer_of(name) for name in pools if fewer_of(name) in (samples.values or {})]
+    samples = samples.for_block([*plan.sites, *names, *of_priors, *further])
     rows = samples.rows
     maps = {}
     scores = {node.name: node.score_of for node in plan.context if node.score_of is not None}
@@ -764,8 +771,10 @@ def _make_embedding(
     return pool, pool.of_samples({name: samples.values[name]}, samples.plates, fit=False)
 
 
-def _make_pool(summary: Summary, samples: Samples, deepset: DeepSet) -> tuple[Pool, Tensor | None]:
-    """Return the summary of some nodes, standardised, and its values in joint samples."""
+def _make_pool(
+    summary: Summary, samples: Samples, deepset: DeepSet
+) -> tuple[Pool, Tensor | None, Tensor | None]:
+    """Return the summary of some nodes, standardised, its values in joint samples, and those of fewer elements."""
     draws = samples.draws
     graph, inputs = draws.traced.graph, draws.traced.event_dims
     around = {name: summary.inside(plates) for name, plates in graph.plates.items()}
@@ -786,7 +795,7 @@ def _make_pool(summary: Summary, samples: Samples, deepset: DeepSet) -> tuple[Po
         pool = DeepSetPool(members, maps, orders, deepset, summary.segments, linear)
     pool = pool.to(draws.like.device, draws.like.dtype)
     if samples.values is None:
-        return pool, None
+        return pool, None, None
     plates = [*summary.over, *(outer for _, outer, _ in summary.segments)]
     depth = max(-samples.plates[plate].dim for plate in plates)
     depth = max(depth, *(samples.values[name].dim() - 2 for name in summary.members))
@@ -794,7 +803,13 @@ def _make_pool(summary: Summary, samples: Samples, deepset: DeepSet) -> tuple[Po
         depth = max(depth, -samples.plates[summary.inner].dim)
     values = {name: with_depth(samples.values[name], depth) for name in summary.members}
     values.update({name: draws.argument(name) for name in pool.indices})
-    return pool, pool.of_samples(values, samples.plates, fit=samples.standardize)
+    found = pool.of_samples(values, samples.plates, fit=samples.standardize)
+    if not isinstance(pool, DeepSetPool) or not samples.standardize:
+        return pool, found, None
+    kept = some_elements(summary, graph, samples.plates, len(found), draws.like)
+    kept = {name: with_depth(each, depth) for name, each in kept.items()}
+    fewer = pool.of_samples(values, samples.plates, fit=False, kept=kept) if kept else None
+    return pool, found, fewer
 
 
 def _all_finite(values: Tensor) -> bool:

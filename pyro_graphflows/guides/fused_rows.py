@@ -22,9 +22,10 @@ from torch import Tensor
 
 from pyro_graphflows.distributions.fusion import fuse
 from pyro_graphflows.errors import UnsupportedModelError
-from pyro_graphflows.guides.conditionals.contract import Conditionals
+from pyro_graphflows.guides.conditionals.contract import Conditionals, LinearConditional
 from pyro_graphflows.guides.conditionals.factors import fused_elements
 from pyro_graphflows.guides.conditionals.model_conditionals import ModelConditionals
+from pyro_graphflows.guides.fewer_elements import fit_sizes
 from pyro_graphflows.guides.plan import BlockPlan, PriorPlan
 from pyro_graphflows.guides.priors import read_priors
 from pyro_graphflows.guides.samples import Samples, columns_of, evidence_of
@@ -84,7 +85,12 @@ def fit_factor(inputs: Tensor, values: Tensor, prior: SitePrior) -> FactorFit:
     inputs, values = in_float64(inputs), in_float64(values)
     prior = prior.map(in_float64)
     # Rows are chosen by their priors alone: without those of large values the prior would not be that of the others.
-    near = (prior.loc.abs() < WINSOR) & (prior.log_scale < math.log(WINSOR)) & prior.log_scale.isfinite()
+    # Near a posterior, whose spread is the unit, all priors may be wide, or far off; only the others' matter.
+    known = prior.loc.isfinite() & prior.log_scale.isfinite()
+    middle, width = (_medians(part, known) for part in (prior.loc, prior.log_scale))
+    width = width.clamp(min=0.0)
+    near = known & ((prior.loc - middle).abs() * torch.exp(-width) < WINSOR)
+    near &= prior.log_scale - width < math.log(WINSOR)
     near &= values.isfinite()
     near = near.all(-1) & inputs.isfinite().all(-1)
     flat = FactorFit(_flat(inputs, prior), False)
@@ -92,6 +98,12 @@ def fit_factor(inputs: Tensor, values: Tensor, prior: SitePrior) -> FactorFit:
     if len(values) < HELD_OUT * (inputs.shape[-1] + 2):
         return flat
     return (_fit_number if values.shape[-1] == 1 else _fit_vector)(inputs, values, prior) or flat
+
+
+def _medians(part: Tensor, known: Tensor) -> Tensor:
+    """Return the median of each column over the rows that are known; zero where none is."""
+    found = torch.where(known, part, torch.full_like(part, math.nan)).nanmedian(0).values
+    return found.nan_to_num(0.0)
 
 
 def _flat(inputs: Tensor, prior: SitePrior) -> Regression:
@@ -385,6 +397,8 @@ class FusedRows:
         classes: For discrete sites the number of classes of each variable.
         narrow: Whether sites with per-element parameters of which samples say nothing start narrow in no plate; wide
             beside their prior if not, as samples of the prior are.
+        fewer: Features of the context where summaries are of fewer elements, if they were made.
+        sizes: Which of them are functions of numbers of elements alone.
     """
 
     priors: Mapping[str, SitePrior]
@@ -392,6 +406,8 @@ class FusedRows:
     flat: Mapping[str, Tensor]
     classes: Mapping[str, int]
     narrow: bool = True
+    fewer: Tensor | None = None
+    sizes: tuple[int, ...] = ()
 
     @classmethod
     def of_block(cls, plan: BlockPlan, samples: Samples) -> "FusedRows":
@@ -432,6 +448,8 @@ class FusedRows:
             {site: value[chosen] for site, value in self.flat.items()},
             self.classes,
             self.narrow,
+            None if self.fewer is None else self.fewer[chosen],
+            self.sizes,
         )
 
     def set_units_(self, conditionals: Conditionals) -> None:
@@ -454,13 +472,7 @@ class FusedRows:
         prior = self.priors[site]
         if site in self.classes:
             return fit_logits(inputs, values.to(inputs), prior, self.classes[site])
-        tril = prior.scale_tril
-        standardised = SitePrior(
-            (prior.loc.to(inputs) - shift) / scale,
-            prior.log_scale.to(inputs) - scale.log(),
-            None if tril is None else tril.to(inputs) / scale.unsqueeze(-1),
-        )
-        return fit_factor(inputs, (values.to(inputs) - shift) / scale, standardised)
+        return fit_factor(inputs, (values.to(inputs) - shift) / scale, _standardised(prior, shift, scale))
 
     def fit_(self, conditionals: Conditionals, site: str, rows: Tensor, moments: Moments) -> None:
         """Start a site at the factor that fits the rows best: its own, or those of the elements of a plate.
@@ -522,5 +534,53 @@ class FusedRows:
             eye = torch.eye(len(linear.loc)).to(linear.loc)
             width = WIDTH if conditionals.block.plates else ROOT_WIDTH
             linear = replace(linear, scale_tril=width * eye)
-        conditionals.set_fused_(site, conditionals.linear_of(site, linear))
+        start = conditionals.linear_of(site, linear)
+        if fit.says_something and len(linear.loc) == 1 and site not in self.classes:
+            start = self._following_sizes(conditionals, site, start, rows)
+        conditionals.set_fused_(site, start)
         return linear
+
+    def _following_sizes(
+        self, conditionals: Conditionals, site: str, linear: LinearConditional, rows: Tensor
+    ) -> LinearConditional:
+        """Return a factor that follows the numbers of elements of summaries."""
+        parents = {parent for parent in conditionals.block.parents[site] if parent in linear.weights}
+        at = {parent: [j for j in conditionals.columns[parent] if j in self.sizes] for parent in parents}
+        columns = [j for own in at.values() for j in own]
+        if self.fewer is None or not columns:
+            return linear
+        fewer = torch.cat([self.fewer.to(rows), rows[:, self.fewer.shape[-1] :]], -1).clamp(-WINSOR, WINSOR)
+        shift, scale = (part.to(rows) for part in conditionals.fused_units(site))
+        locs = linear.loc[0] + sum(
+            (fewer[:, list(conditionals.columns[parent])] @ linear.weights[parent][0] for parent in parents),
+            rows.new_zeros(len(rows)),
+        )
+        values = (self.values.get(site, self.flat[site]).to(rows) - shift) / scale
+        prior = _standardised(self.priors[site], shift, scale)
+        log_width = float(linear.scale_tril.log())
+        slopes = fit_sizes(fewer[:, columns], locs, log_width, values[:, 0], prior)
+        if slopes is None:
+            return linear
+        weights, log_scale = dict(linear.weights), {}
+        start = 0
+        for parent, own in at.items():
+            some, places = (
+                slice(start, start + len(own)),
+                [j - conditionals.columns[parent].start for j in own],
+            )
+            weights[parent] = weights[parent].clone()
+            weights[parent][0, places] += slopes.loc[some]
+            log_scale[parent] = torch.zeros_like(weights[parent])
+            log_scale[parent][0, places] = slopes.log_scale[some]
+            start += len(own)
+        return replace(linear, weights=weights, log_scale=log_scale)
+
+
+def _standardised(prior: SitePrior, shift: Tensor, scale: Tensor) -> SitePrior:
+    """Return a prior in standardised units, without what elements say."""
+    tril = prior.scale_tril
+    return SitePrior(
+        (prior.loc.to(shift) - shift) / scale,
+        prior.log_scale.to(shift) - scale.log(),
+        None if tril is None else tril.to(shift) / scale.unsqueeze(-1),
+    )

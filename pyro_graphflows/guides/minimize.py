@@ -80,14 +80,19 @@ def scaled_eigenvalues(hessian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return width, values, vectors
 
 
-def newton(objective: Objective, point: Tensor) -> Tensor:
+def newton(objective: Objective, point: Tensor, steps: int = MOST_STEPS) -> Tensor:
     """Go downhill by Newton's method, with absolute values of curvatures, so that saddles are left [2].
+
+    Args:
+        objective: The function.
+        point: Where to begin.
+        steps: The most steps.
 
     References:
         [2] Dauphin et al. (2014), Identifying and attacking the saddle point problem, NeurIPS.
     """
     loss, gradient = loss_and_gradient(objective, point)
-    for _ in range(MOST_STEPS):
+    for _ in range(steps):
         hessian = hessian_at(objective, point)
         if hessian is None:
             return point

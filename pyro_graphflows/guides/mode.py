@@ -12,7 +12,8 @@ the sites' values, so that effects keep the dependence on their scale which the 
 
 The mode of many effects and their scale together is far from where the posterior is. If the ELBO of the normal shows
 that, independent normals are fitted by their ELBO, over fixed draws of noise and hence by the same methods [2], and get
-the covariances of linear response [3]; what has the best ELBO is kept.
+the covariances of linear response [3]. Where effects have much data of their own, the posterior is normal in
+unconstrained space; the mode there is found as well. What has the best ELBO is kept.
 
 References:
     [1] Tierney and Kadane (1986), Accurate Approximations for Posterior Moments and Marginal Densities, JASA 81.
@@ -21,7 +22,7 @@ References:
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,8 +46,9 @@ from pyro_graphflows.guides.minimize import (
     newton,
     scaled_eigenvalues,
 )
-from pyro_graphflows.guides.sites import is_moderate
+from pyro_graphflows.guides.sites import is_constant, is_moderate
 from pyro_graphflows.inspect import TracedModel, undressed
+from pyro_graphflows.inspect.prior import UNCONSTRAINED, unconstrained_of
 from pyro_graphflows.inspect.runs import kept_buffers
 from pyro_graphflows.regression import in_float64
 
@@ -57,6 +59,7 @@ SPREAD = (
 )
 MOST_NEWTON = 300  # numbers up to which each step has a Hessian
 MOST_NEWTON_OF_NORMALS = 200  # the same where each point stands for many draws
+FEW_STEPS = 8  # of Newton's method, from a point near the mode if there is one
 MOST_NUMBERS = 1000  # beyond which there is no Hessian at all
 LEAST_PRECISION = 0.25  # where all priors are proper: in their coordinates a prior's own precision is one
 NUM_JUDGING = 100  # draws that compare normals
@@ -99,12 +102,20 @@ class _AtPoint(Messenger):
         names: The latent sites.
         point: Shape ``(*draws, numbers)``; None in the first run.
         stop: Whether to end the run once all sites have their values.
+        centred: Sites that are in unconstrained space whatever their prior is.
     """
 
     def __init__(
-        self, names: Sequence[str], coordinates: dict[str, Coordinate], point: Tensor | None, *, stop: bool
+        self,
+        names: Sequence[str],
+        coordinates: dict[str, Coordinate],
+        point: Tensor | None,
+        *,
+        stop: bool,
+        centred: Collection[str] = (),
     ) -> None:
         super().__init__()
+        self.centred = centred
         self.names, self.coordinates, self.point, self.stop = frozenset(names), coordinates, point, stop
         self.values: dict[str, Tensor] = {}
         self.log_densities: dict[str, Tensor] = {}
@@ -115,7 +126,7 @@ class _AtPoint(Messenger):
         if name not in self.names or msg["is_observed"]:
             return
         known = self.coordinates.get(name)
-        wanted = is_moderate(fn) if known is None else known.proper
+        wanted = is_moderate(fn) and name not in self.centred if known is None else known.proper
         coordinate = gaussian_coordinate(fn) if wanted else None
         if coordinate is not None:
             coordinate = coordinate.expand(fn.batch_shape)
@@ -141,6 +152,8 @@ class _AtPoint(Messenger):
             if _has_density(fn):
                 log_density = _summed(log_density, fn) + fn.log_prob(value)
         self.values[name] = value
+        if not is_constant(fn.support):  # it may differ from point to point
+            self.values[unconstrained_of(name)] = biject_to(fn.support).inv(value)
         self.log_densities[name] = _summed(log_density, fn)
         msg["value"], msg["done"] = value, True
 
@@ -161,7 +174,7 @@ class _AtPoint(Messenger):
             return
         own = self.log_densities.pop(msg["name"])
         self.terms.append(scale_and_mask(own, msg["scale"], msg["mask"]))
-        if self.stop and len(self.values) == len(self.names):
+        if self.stop and self.names <= self.values.keys():
             raise _AllGiven
 
 
@@ -209,9 +222,9 @@ class Mode:
 
     @torch.no_grad()
     def elbo(self, noise: Tensor) -> float:
-        """Return the ELBO, up to what priors in their own coordinates lack, by normal noise ``(draws, numbers)``."""
+        """Return the ELBO by normal noise ``(draws, numbers)``."""
         mean = float(self.posterior(self.point + noise @ self.factor.T).mean())
-        found = mean + len(self.point) / 2 * (1 + LOG_2PI) + self.log_volume
+        found = mean + self.posterior.missing + len(self.point) / 2 * (1 + LOG_2PI) + self.log_volume
         return found if math.isfinite(found) else -math.inf
 
     def draw(self, number: int) -> dict[str, Tensor]:
@@ -232,13 +245,19 @@ class LogPosterior:
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         traced: The model as traced with them.
+        centred: Sites that are in unconstrained space whatever their prior is.
 
     Raises:
         UnsupportedModelError: If a latent site is discrete, or the model marginalises sites.
     """
 
     def __init__(
-        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], traced: TracedModel
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        traced: TracedModel,
+        centred: Collection[str] = (),
     ) -> None:
         graph = traced.graph
         nodes: Any = traced.trace.nodes
@@ -257,12 +276,14 @@ class LogPosterior:
         self.model = poutine.replay(model, trace=rows)
         self.args, self.kwargs, self.names = args, kwargs, names
         self.original = model
+        self.centred = centred
         sites = [node for node in nodes.values() if node["type"] == "sample" and not site_is_subsample(node)]
         self.nesting = max(
             [len(node["fn"].batch_shape) for node in sites]
             + [-frame.dim for node in sites for frame in node["cond_indep_stack"] if frame.vectorized],
             default=0,
         )
+        self._supports = {name: nodes[name]["fn"].support for name in names}
         self.coordinates: dict[str, Coordinate] = {}
         with torch.no_grad():
             self._run(None)
@@ -279,10 +300,40 @@ class LogPosterior:
         """Whether all sites are in coordinates in which their prior is standard normal."""
         return all(each.proper for each in self.coordinates.values())
 
+    @property
+    def missing(self) -> float:
+        """What the log-density lacks: constants of the priors in coordinates of their own."""
+        proper = [each.part.stop - each.part.start for each in self.coordinates.values() if each.proper]
+        return -sum(proper) / 2 * LOG_2PI
+
+    def centre(self, traced: TracedModel) -> "LogPosterior | None":
+        """Return the same with sites that have latent parents in unconstrained space; None if that is the same.
+
+        Args:
+            traced: The model as traced.
+        """
+        graph, latent = traced.graph, set(self.names)
+        sites = [
+            n for n in self.names if self.coordinates[n].proper and latent.intersection(graph.parents(n))
+        ]
+        if not sites:
+            return None
+        return LogPosterior(self.original, self.args, self.kwargs, traced, frozenset(sites))
+
+    @torch.no_grad()
+    def point_from(self, other: "LogPosterior", point: Tensor) -> Tensor:
+        """Return the point that has the values of a point of coordinates in which fewer sites are unconstrained."""
+        values = other._run(point, stop=True)[0].values
+        found = point.clone()
+        for name in self.centred:
+            raw = biject_to(self._supports[name]).inv(values[name])
+            found[self.coordinates[name].part] = in_float64(raw).flatten()
+        return found
+
     def _run(
         self, point: Tensor | None, *, model: Callable[..., Any] | None = None, stop: bool = False
     ) -> tuple[_AtPoint, Any]:
-        messenger = _AtPoint(self.names, self.coordinates, point, stop=stop)
+        messenger = _AtPoint(self.names, self.coordinates, point, stop=stop, centred=self.centred)
         handler = poutine.trace()
         with kept_buffers(self.original), poutine.block(), pyro.validation_enabled(False), messenger:
             try:
@@ -334,7 +385,10 @@ class LogPosterior:
 
     @torch.no_grad()
     def values(self, points: Tensor) -> dict[str, Tensor]:
-        """Return the values of the sites at many points, ``(draws, *batch shape, *event shape)`` each."""
+        """Return the values of the sites at many points, ``(draws, *batch shape, *event shape)`` each.
+
+        Beside them are the unconstrained values of sites whose support may differ from point to point.
+        """
         checked = [self._run(point, stop=True)[0].values for point in points[:2]]
         for way in (self._in_a_plate, self._one_by_one):
             found = way(points)
@@ -353,7 +407,7 @@ class LogPosterior:
             return None
         found = {}
         for name, value in values.items():
-            own = self.coordinates[name]
+            own = self.coordinates[name.removesuffix(UNCONSTRAINED)]
             event = value.shape[1 + self.nesting :]
             shape = torch.Size((len(points), *own.shape[: own.batch_dims], *event))
             if value.dim() <= self.nesting or value.shape[0] != len(points) or value.numel() != shape.numel():
@@ -363,7 +417,7 @@ class LogPosterior:
 
     def _one_by_one(self, points: Tensor) -> dict[str, Tensor]:
         runs = [self._run(point, stop=True)[0].values for point in points[:SINGLE_RUNS]]
-        return {name: torch.stack([run[name] for run in runs]) for name in self.names}
+        return {name: torch.stack([run[name] for run in runs]) for name in runs[0]}
 
 
 # ---------------------------------------------------------------- the search
@@ -412,14 +466,48 @@ def find_mode(
     if not posterior.takes_many(noise):
         return laplace
     with torch.no_grad():
-        evidence = float(posterior(point)) + size / 2 * LOG_2PI + laplace.log_volume
+        evidence = float(posterior(point)) + posterior.missing + size / 2 * LOG_2PI + laplace.log_volume
     if abs(laplace.elbo(noise) - evidence) < CLOSE:
         return laplace
     found = [laplace, *_variational(posterior, start, laplace)]
     noise = torch.randn(NUM_JUDGING, size, dtype=torch.float64)
+    found += _centred(posterior, _best(found, noise).point, traced)
+    return _best(found, noise)
+
+
+def _best(found: Sequence[Mode], noise: Tensor) -> Mode:
     # independent normals are too narrow beyond what their ELBO says: a guide will follow the dependences
     elbos = [each.elbo(noise) - (PREFERENCE if each.independent else 0.0) for each in found]
     return found[elbos.index(max(elbos))]
+
+
+def _centred(posterior: LogPosterior, near: Tensor, traced: TracedModel) -> list[Mode]:
+    """Return the mode, and the curvature there, where sites with latent parents are in unconstrained space.
+
+    Of effects about which their data say more than their prior does, the posterior is nearly normal there, and in
+    units of their prior it is not. Where the density has no mode, as the effects' scale runs away to zero, few steps
+    of Newton's method end anywhere, and the ELBO says so.
+
+    Args:
+        posterior: The density in the coordinates of the priors.
+        near: A point in these, from which the search begins.
+        traced: The model as traced.
+    """
+    centred = posterior.centre(traced)
+    if centred is None or centred.size != posterior.size or centred.size > MOST_NEWTON:
+        return []
+
+    def negative(point: Tensor) -> Tensor:
+        return -centred(point)
+
+    point = centred.point_from(posterior, near)
+    if not bool(torch.isfinite(loss_and_gradient(negative, point)[0])):
+        return []
+    point = newton(negative, point, FEW_STEPS)
+    hessian = hessian_at(negative, point)
+    if hessian is None or not centred.takes_many(point + torch.zeros(2, len(point)).to(point)):
+        return []
+    return [Mode(centred, point, _square_root_of_inverse(hessian, None))]
 
 
 def _variational(posterior: LogPosterior, start: Tensor, laplace: Mode) -> list[Mode]:

@@ -20,7 +20,7 @@ from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.guides.call import PlateState, argument_in_trace, input_rows, plates_of
 from pyro_graphflows.guides.mode import Mode, find_mode
 from pyro_graphflows.guides.plan import BlockPlan, Plan
-from pyro_graphflows.guides.sites import InputEncodings, LatentSite, flatten_event
+from pyro_graphflows.guides.sites import InputEncodings, LatentSite, flatten_event, is_constant
 from pyro_graphflows.inspect import (
     IMPROPER,
     Batching,
@@ -31,6 +31,7 @@ from pyro_graphflows.inspect import (
     sample_prior,
 )
 from pyro_graphflows.inspect.arguments import argument_leaves, replaced_arguments
+from pyro_graphflows.inspect.prior import unconstrained_of
 from pyro_graphflows.inspect.runs import quiet_run, run_model
 from pyro_graphflows.shapes import broadcast_shapes
 
@@ -285,7 +286,11 @@ class ModelDraws:
         samples = self._kept
         model, traced = _latents_of(self.model, self.traced) if latents_only else (self.model, self.traced)
         if latents_only not in self._batchings:
-            self._batchings[latents_only] = find_batching(model, self.args, self.kwargs, traced=traced)
+            found = find_batching(model, self.args, self.kwargs, traced=traced)
+            moving = [
+                n for n, site in self.sites.items() if not site.encoding and not is_constant(site.support)
+            ]
+            self._batchings[latents_only] = replace(found, unconstrained=moving)
         batching = self._batchings[latents_only]
         num_samples = min(num_samples, self._most_draws)
         if batching.way == "single" and num_samples > SINGLE_RUNS[-1]:
@@ -335,7 +340,9 @@ class ModelDraws:
             if site.encoding is not None:
                 flat[name] = site.encoding.encode(samples[name], torch.get_default_dtype())
                 continue
-            raw = biject_to(site.support).inv(samples[name])
+            raw = samples.get(unconstrained_of(name))
+            if raw is None:
+                raw = biject_to(site.support).inv(samples[name])
             flat[name] = flatten_event(raw, len(site.unconstrained_shape))
         for name, event_dim in self.encodings.event_dims.items():
             if name in samples:
@@ -397,9 +404,7 @@ class Samples:
             num_rows: The number of rows that each block should have; none are drawn for 0.
         """
         values, note, source = None, None, "none"
-        if num_rows and plan.changing:
-            note = f"no regression start: the supports of {', '.join(plan.changing)} depend on other latent sites."
-        elif num_rows:
+        if num_rows:
             try:
                 values, source = (
                     draws.draw(_number_of_draws(plan.blocks, plates, num_rows, draws.most_elements)),
@@ -423,12 +428,8 @@ class Samples:
         """Return draws of the latents from their prior instead, beside the data of the call.
 
         Raises:
-            UnsupportedModelError: If a prior is improper, or a support depends on other latent sites.
+            UnsupportedModelError: If a prior is improper.
         """
-        if plan.changing:
-            raise UnsupportedModelError(
-                f"the supports of {', '.join(plan.changing)} depend on other latent sites."
-            )
         number = _number_of_draws(plan.blocks, self.plates, self.num_rows, self.draws.most_elements)
         values = self.draws.draw(number, latents_only=True)
         return replace(self, values=values, note=None, source="prior", drawn=self.draws.last)
@@ -437,12 +438,8 @@ class Samples:
         """Return draws near the mode of the posterior for the data of the call instead, beside these data.
 
         Raises:
-            UnsupportedModelError: If no mode was found, or a support depends on other latent sites.
+            UnsupportedModelError: If no mode was found.
         """
-        if plan.changing:
-            raise UnsupportedModelError(
-                f"the supports of {', '.join(plan.changing)} depend on other latent sites."
-            )
         # elements with maps of their own have a regression each
         number = max(
             _number_of_draws(plan.blocks, self.plates, self.num_rows, self.draws.most_elements),

@@ -41,6 +41,7 @@ from pyro_graphflows.guides.call import Call, PlateState
 from pyro_graphflows.guides.compile import Compiled, GuideOptions
 from pyro_graphflows.guides.conditionals.contract import Conditionals, LinearConditional
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
+from pyro_graphflows.guides.fewer_elements import fewer_of
 from pyro_graphflows.guides.fused_rows import FusedRows, with_priors
 from pyro_graphflows.guides.inputs import MOST_INDICES
 from pyro_graphflows.guides.plan import Plan
@@ -273,14 +274,22 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
             conditionals.keep_rows_(samples.plates, context[0])
         if regression:
             features = block.inputs.features(concatenate([samples.rows[n] for n in block.inputs.names]))
-            finite = torch.isfinite(torch.cat([features, *latents.values()], -1)).all(-1)
+            fewer = _of_fewer(block, samples.rows)
+            seen = [features, *latents.values(), *([] if fewer is None else [fewer])]
+            finite = torch.isfinite(torch.cat(seen, -1)).all(-1)
             finite = _few_enough(finite, features.shape[-1])
             features = features[finite] if features.shape[-1] else features
             fused = None if fused is None else fused.at(finite)
             if samples.standardize:
-                moments = _input_moments(block, features, {n: v[finite] for n, v in latents.items()})
+                of_sites = {n: v[finite] for n, v in latents.items()}
+                moments = _input_moments(block, features, of_sites)
+                if fewer is not None:
+                    moments = 0.5 * (moments + _input_moments(block, fewer[finite], of_sites))
             # A regression on learned features would be another one as soon as these are trained.
             features = torch.where(block.inputs.learned, torch.zeros(()).to(features), features)
+            if fewer is not None and fused is not None:
+                fewer = torch.where(block.inputs.learned, torch.zeros(()).to(features), fewer[finite])
+                fused = replace(fused, fewer=fewer, sizes=block.inputs.of_sizes)
             note = _regress_if_better_(
                 conditionals, features, {n: v[finite] for n, v in latents.items()}, fused
             )
@@ -298,6 +307,7 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
                 further = [name for site in known for name in columns_of(site) if name in samples.rows]
                 aligned = samples.aligned([*block.inputs.names, *plan.sites, *further])
                 context = block.inputs.features(concatenate([aligned[n] for n in block.inputs.names]))
+                context = torch.where(block.inputs.learned, torch.zeros(()).to(context), context)
                 of_sites = {site: aligned[site] for site in (*plan.sites, *further)}
                 left = _start_indices_(conditionals, own_maps, samples.plates, context, of_sites)
                 if at_random is not None:
@@ -311,6 +321,15 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
     if regression and not (samples.source == "mode" and kept):
         conditionals.narrow_elements_(ELEMENT_SCALE, fitted=kept)
     return Start(tuple(notes), moments)
+
+
+def _of_fewer(block: GuideBlock, rows: Mapping[str, Tensor]) -> Tensor | None:
+    """Return the features of the context where summaries are of fewer elements; None if there are none."""
+    names = [fewer_of(name) if fewer_of(name) in rows else name for name in block.inputs.names]
+    if tuple(names) == block.inputs.names:
+        return None
+    features: Tensor = block.inputs.features(concatenate([rows[name] for name in names]))
+    return features
 
 
 @torch.no_grad()
@@ -853,7 +872,7 @@ def choose_start(
         return replace(built, name=usual)
 
     continuous = all(site.encoding is None for site in compiled.sites.values())
-    if not continuous or plan.graph.marginalised or plan.changing or samples.num_rows == 0:
+    if not continuous or plan.graph.marginalised or samples.num_rows == 0:
         return build_usual(), None
     is_for_these_data = samples.draws.has_data and (bool(plan.inputs.per_element) or source == "none")
     names = (

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from pyro_graphflows.errors import GraphflowsError, reason_of
 from pyro_graphflows.infer.batches import TrainingData
-from pyro_graphflows.infer.checkpoints import Checkpoint, load_checkpoint, seeded
+from pyro_graphflows.infer.checkpoints import FIT_CHECKPOINT, Checkpoint, load_checkpoint, seeded
 from pyro_graphflows.infer.compiled import Mode
 from pyro_graphflows.infer.cycles import CycleOptions, Cycles
 from pyro_graphflows.infer.epochs import Run
@@ -193,5 +193,5 @@ def _past_simulations(checkpoint: Checkpoint | None) -> History | None:
     """Return the history in a checkpoint that will be continued, if it is past the simulations."""
     if checkpoint is None or not checkpoint.resume or not Path(checkpoint.path).exists():
         return None
-    state = load_checkpoint(checkpoint.path)
+    state = load_checkpoint(checkpoint.path, *FIT_CHECKPOINT)
     return History.of(state["history"]) if state["settings"].get("stage") == "data" else None

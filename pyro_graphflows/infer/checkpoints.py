@@ -5,6 +5,7 @@ A checkpoint is a dictionary of tensors, numbers, strings and containers of them
 """
 
 import os
+import pickle
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,17 @@ import torch
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.whole_files import write_whole
 
-__all__ = ["Checkpoint", "load_checkpoint", "random_state", "save_checkpoint", "seeded", "set_random_state"]
+__all__ = [
+    "FIT_CHECKPOINT",
+    "Checkpoint",
+    "load_checkpoint",
+    "random_state",
+    "save_checkpoint",
+    "seeded",
+    "set_random_state",
+]
+
+FIT_CHECKPOINT = ("fit(checkpoint=)", "settings", "trainer", "pace", "history")
 
 
 @dataclass(frozen=True)
@@ -62,9 +73,32 @@ def save_checkpoint(state: dict[str, Any], path: str | os.PathLike[str]) -> None
     write_whole(path, lambda file: torch.save(state, file))
 
 
-def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a checkpoint; tensors come back on the devices they were on."""
-    return torch.load(path, weights_only=True)
+def load_checkpoint(
+    path: str | os.PathLike[str], kind: str = "save_checkpoint", *keys: str
+) -> dict[str, Any]:
+    """Read a checkpoint; tensors come back on the devices they were on. No code is run in doing so.
+
+    Args:
+        path: The file.
+        kind: What it is a file of, for the error.
+        *keys: What must be in it.
+
+    Raises:
+        GraphflowsError: If the file is damaged or another.
+        FileNotFoundError: If it is not there.
+    """
+    try:
+        state = torch.load(path, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise GraphflowsError(
+            f"Expected a file of {kind} at {str(path)!r}; it is damaged or another and cannot be read "
+            f"({type(error).__name__}). Give another path; it is left as it is."
+        ) from error
+    if not isinstance(state, dict) or any(key not in state for key in keys):
+        raise GraphflowsError(
+            f"Expected a file of {kind} at {str(path)!r}; it is another. Give another path."
+        )
+    return state
 
 
 def random_state() -> dict[str, Any]:

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
 from pyro_graphflows.infer.batches import Batch
 from pyro_graphflows.infer.checkpoints import (
+    FIT_CHECKPOINT,
     Checkpoint,
     load_checkpoint,
     random_state,
@@ -76,7 +77,9 @@ class Run:
         total, shown = self._steps_left(), self.progress.bar
         compiler = self.trainer.compiler
         try:
-            with tqdm(total=total or None, disable=not shown, unit="step", mininterval=0.5) as bar:
+            with tqdm(
+                total=total or None, disable=not shown or self.finished, unit="step", mininterval=0.5
+            ) as bar:
                 self.clock = time.perf_counter()
                 while self._reason_of_end() is None and not self.finished:
                     if compiler is not None:
@@ -225,7 +228,7 @@ class Run:
         """Continue from the checkpoint, if there is one and that is wanted."""
         if self.checkpoint is None or not self.checkpoint.resume or not Path(self.checkpoint.path).exists():
             return
-        state = load_checkpoint(self.checkpoint.path)
+        state = load_checkpoint(self.checkpoint.path, *FIT_CHECKPOINT)
         differing = [key for key, value in self.settings.items() if state["settings"].get(key) != value]
         if differing:
             raise GraphflowsError(

@@ -183,9 +183,8 @@ class Posterior:
         worst, num = khat.max().item(), self.num_draws
         bad = int((khat > _TRUSTED).sum())
         each = "" if self.data_plate is None else f" at the worst; > {_TRUSTED} for {bad} of {len(khat)}"
-        lines = [
-            f"k-hat {worst:.2f}{each}; ESS {ess.min().item():.0f} of {num}{'' if len(khat) == 1 else ' or more'}."
-        ]
+        shape = f"k-hat {worst:.2f}{each}" if worst > -math.inf else "All weights are equal"
+        lines = [f"{shape}; ESS {ess.min().item():.0f} of {num}{'' if len(khat) == 1 else ' or more'}."]
         if bad:
             what = (
                 "The weights are too uneven to repair these draws"
@@ -767,8 +766,8 @@ def load_posterior(
     Raises:
         GraphflowsError: If the file is none of these, or is asked for what it cannot do without the model.
     """
-    state = load_checkpoint(path)
-    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+    state = load_checkpoint(path, "Posterior.save", "format", "call")
+    if state["format"] != _FORMAT:
         raise GraphflowsError(f"Expected a file of Posterior.save; {str(path)!r} is another.")
     call = state["call"]
     if args or kwargs:

@@ -17,7 +17,7 @@ import itertools
 import os
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -28,6 +28,7 @@ import torch
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
+from torch.distributions import biject_to
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
@@ -37,10 +38,11 @@ from pyro_graphflows.inspect.runs import is_transparent, kept_buffers, log_densi
 from pyro_graphflows.inspect.trace import TracedModel
 from pyro_graphflows.inspect.tracer import in_library
 
-__all__ = ["Batching", "find_batching", "sample_prior"]
+__all__ = ["Batching", "find_batching", "sample_prior", "unconstrained_of"]
 
 _PLATE = "_pyro_graphflows_samples"
 SECONDS_WITHOUT_A_BAR = 3.0
+UNCONSTRAINED = ": unconstrained"
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,15 @@ class Batching:
         way: ``"plate"``, ``"vmap"`` or ``"single"``: in an outermost plate, by :func:`torch.vmap`, or not at all.
         reason: Why only single runs are possible: the site, the place in the user's code, and what to write instead.
         indices: The indices of plates, as many as in ``traced``; those of ``traced`` where nothing is said.
+        unconstrained: Sites whose unconstrained values, by the support that each sample has, are beside the samples
+            (:func:`unconstrained_of` their names): supports that depend on other sites differ from sample to sample.
     """
 
     traced: TracedModel
     way: str
     reason: str = ""
     indices: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    unconstrained: Collection[str] = ()
 
 
 def sample_prior(
@@ -109,14 +114,32 @@ def sample_prior(
     _require_generative(batching.traced)
     sites = random_sites(batching.traced.trace)
     unconditioned = _unconditioned(model, batching.traced, batching.indices)
-    nesting = _nesting(sites)
     with kept_buffers(model):
         way = batching.way if vectorize and num_samples > 1 else "single"
-        if way == "plate":
-            return _draw_at_once(unconditioned, args, kwargs, nesting, sites, num_samples)
-        if way == "vmap":
-            return _draw_by_vmap(unconditioned, args, kwargs, sites, num_samples)
-        return _draw_one_by_one(unconditioned, args, kwargs, sites, num_samples)
+        draw = {"plate": _draw_at_once, "vmap": _draw_by_vmap, "single": _draw_one_by_one}[way]
+        wanted = _Wanted(sites, _nesting(sites), batching.unconstrained)
+        return draw(unconditioned, args, kwargs, wanted, num_samples)
+
+
+def unconstrained_of(name: str) -> str:
+    """Return the name of a site's unconstrained values beside samples."""
+    return name + UNCONSTRAINED
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """The sites whose values are wanted, and those of them whose unconstrained values are."""
+
+    sites: dict[str, Any]
+    nesting: int
+    unconstrained: Collection[str]
+
+    def of(self, nodes: Any) -> dict[str, torch.Tensor]:
+        """Return the values of a run."""
+        found = {name: nodes[name]["value"] for name in self.sites}
+        for name in self.unconstrained:
+            found[unconstrained_of(name)] = biject_to(nodes[name]["fn"].support).inv(found[name])
+        return found
 
 
 def find_batching(
@@ -197,38 +220,32 @@ def _batched(model: Callable, nesting: int, num_samples: int) -> Callable:
 
 
 def _draw_at_once(
-    model: Callable,
-    args: tuple,
-    kwargs: dict[str, Any],
-    nesting: int,
-    sites: dict[str, Any],
-    num_samples: int,
+    model: Callable, args: tuple, kwargs: dict[str, Any], wanted: _Wanted, num_samples: int
 ) -> dict[str, torch.Tensor]:
-    trace = _run(_batched(model, nesting, num_samples), args, kwargs)
+    found = wanted.of(_run(_batched(model, wanted.nesting, num_samples), args, kwargs).nodes)
     samples = {}
-    for name, site in sites.items():
-        fn = site["fn"]
-        value = trace.nodes[name]["value"]
-        samples[name] = value.reshape(
-            num_samples, *fn.batch_shape, *value.shape[value.dim() - len(fn.event_shape) :]
-        )
+    for name, value in found.items():
+        batch_shape = wanted.sites[name.removesuffix(UNCONSTRAINED)]["fn"].batch_shape
+        event = value.shape[1 + wanted.nesting :]
+        samples[name] = value.reshape(num_samples, *batch_shape, *event)
     return samples
 
 
 def _draw_one_by_one(
-    model: Callable, args: tuple, kwargs: dict[str, Any], sites: dict[str, Any], num_samples: int
+    model: Callable, args: tuple, kwargs: dict[str, Any], wanted: _Wanted, num_samples: int
 ) -> dict[str, torch.Tensor]:
-    draws: dict[str, list[torch.Tensor]] = {name: [] for name in sites}
+    draws: dict[str, list[torch.Tensor]] = {}
     runs = range(num_samples)
     for _ in tqdm(runs, "joint samples of the model", leave=False, delay=SECONDS_WITHOUT_A_BAR, unit="run"):
         trace = _run(model, args, kwargs)
-        for name in sites:
+        for name in wanted.sites:
             if name not in trace:
                 raise UnsupportedModelError(
                     f"Expected the same sites in every run; '{name}' is missing in one. Sites that are sampled "
                     "only sometimes have no joint samples: sample them always and choose with torch.where."
                 )
-            draws[name].append(trace.nodes[name]["value"])
+        for name, value in wanted.of(trace.nodes).items():
+            draws.setdefault(name, []).append(value)
     samples = {}
     for name, values in draws.items():
         if len({value.shape for value in values}) > 1:
@@ -377,11 +394,10 @@ def _vmapped(function: Callable, *operands: Any) -> Any:
 
 
 def _draw_by_vmap(
-    model: Callable, args: tuple, kwargs: dict[str, Any], sites: dict[str, Any], num_samples: int
+    model: Callable, args: tuple, kwargs: dict[str, Any], wanted: _Wanted, num_samples: int
 ) -> dict[str, torch.Tensor]:
     def run(_: torch.Tensor) -> dict[str, torch.Tensor]:
-        trace = _run(_Drawn()(model), args, kwargs)
-        return {name: trace.nodes[name]["value"] for name in sites}
+        return wanted.of(_run(_Drawn()(model), args, kwargs).nodes)
 
     return _vmapped(run, torch.zeros(num_samples))
 

@@ -32,6 +32,14 @@ def known(results: Results) -> dict[str, Record]:
     return results.read()
 
 
+def reached(chains: Record) -> str:
+    """Say how far chains came."""
+    if not chains["samples"]:
+        return f"still warming up after {chains['gradients']:,}"
+    figures = f"{chains['error']:.3f} / {chains['rhat']:.3f} / {chains['gradients']:,}"
+    return figures if chains["enough"] else f"{figures} (not enough)"
+
+
 def refinement(records: dict[str, Record]) -> str:
     rows = []
     for key, title in (("schools", "eight schools"), ("banana", "banana")):
@@ -45,11 +53,7 @@ def refinement(records: dict[str, Record]) -> str:
                 title,
                 f"{record['khat']:.2f}",
                 f"{record['guide_error']:.2f}",
-                *(
-                    f"{each['error']:.3f} / {each['rhat']:.3f} / {each['gradients']:,}"
-                    + ("" if each["enough"] else " (not enough)")
-                    for each in (record["refined"], record["prior"])
-                ),
+                *(reached(each) for each in (record["refined"], record["prior"])),
                 f"{short}{record['ratio']:.1f}",
                 f"{short}{record['ratio_with_training']:.1f}",
             ]
@@ -71,7 +75,8 @@ def refinement(records: dict[str, Record]) -> str:
             "guide's draws in its base space and from draws of the prior in unconstrained space. Columns: largest "
             "error of a mean in standard deviations / largest R-hat / gradients, those of warm-up included, at the "
             "first of the lengths 250 to 1,500 at which all means are within 0.05 posterior standard deviations and "
-            "R-hat is below 1.01; the ratio of the numbers of gradients, without and with those of training.",
+            "R-hat is below 1.01, or when chains from the prior have taken ten times the gradients of those from the "
+            "guide; the ratio of the numbers of gradients, without and with those of training.",
             table(head, rows),
         ]
     )

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pyro_graphflows import Posterior, auto_faithful_guide, sample_posterior
 from pyro_graphflows.infer import NUTS, InferenceCompilation
-from pyro_graphflows.infer.batched_hmc import run_chains
+from pyro_graphflows.infer.batched_hmc import Kernel, Space, State, Transition, run_chains
 from pyro_graphflows.infer.chains import split_rhat
 from pyro_graphflows.infer.model_runs import Fitted
 from pyro_graphflows.infer.refinement import Target, Unconstrained, coordinates_of, starting_rows
@@ -41,6 +41,7 @@ CHAINS = 8
 ERROR, AGREE = 0.05, 1.01
 LENGTHS = (250, 500, 750, 1000, 1500)  # of a chain, at which means and R-hat are looked at
 ATTEMPTS = (750, 1500)
+PATIENCE = 10  # chains from the prior may take so many times the gradients of those from the guide
 PARTICLES = 4
 STEPS = 1500  # of training on one data set
 NUM_WEIGHTED, NUM_REFINED = 40_000, 1000  # draws for radon: of the guide, of each of eight chains
@@ -148,27 +149,71 @@ def refinement(
     pyro.set_rng_seed(1)
     record["refined"] = run(posterior.fitted, coordinates, first, moments)
     pyro.set_rng_seed(2)
-    record["prior"] = run(posterior.fitted, *from_the_prior(posterior.fitted), moments)
+    most = PATIENCE * record["refined"]["gradients"]
+    record["prior"] = run(posterior.fitted, *from_the_prior(posterior.fitted), moments, most)
     trained = record["refined"]["gradients"] + PARTICLES * steps
     record["ratio"] = record["prior"]["gradients"] / record["refined"]["gradients"]
     record["ratio_with_training"] = record["prior"]["gradients"] / trained
     return record
 
 
-def run(fitted: Fitted, coordinates: Any, first: dict[str, Tensor], moments: Moments) -> dict[str, Any]:
-    """Run chains and return the first of some lengths that is enough, or the longest."""
+class Patience(Kernel):
+    """A kernel that interrupts its chains after so many gradients."""
+
+    def __init__(self, kernel: NUTS, most: float) -> None:
+        self.kernel, self.most = kernel, most
+        self.spent = 0
+
+    @property
+    def warmup(self) -> int:
+        """See :class:`Kernel`."""
+        return self.kernel.warmup
+
+    @property
+    def acceptance(self) -> float:
+        """See :class:`Kernel`."""
+        return self.kernel.acceptance
+
+    def __call__(self, space: Space, state: State, step: Tensor) -> Transition:
+        """See :class:`Kernel`."""
+        self.spent = space.gradients
+        if self.spent > self.most:
+            raise KeyboardInterrupt
+        return self.kernel(space, state, step)
+
+
+def run(
+    fitted: Fitted, coordinates: Any, first: dict[str, Tensor], moments: Moments, most: float = math.inf
+) -> dict[str, Any]:
+    """Run chains and return the first of some lengths that is enough, or the longest, or how far most gradients go."""
     start = time.process_time()
     target = Target(fitted, coordinates, first, None, torch.tensor(True))
     for longest in ATTEMPTS:
-        visited = run_chains(NUTS(), target, target.start, longest)
+        kernel = Patience(NUTS(), most)
+        try:
+            visited = run_chains(kernel, target, target.start, longest)
+        except KeyboardInterrupt:
+            if kernel.spent <= most:
+                raise
+            seconds = time.process_time() - start
+            return {
+                "samples": 0,
+                "gradients": kernel.spent,
+                "seconds": seconds,
+                "enough": False,
+            }  # of warm-up
+        if visited.interrupted and kernel.spent <= most:
+            raise KeyboardInterrupt
         with torch.no_grad():
             chains = [target.values(chain) for chain in visited.points.transpose(0, 1)]
-        for num in (num for num in LENGTHS if num <= longest):
+        there = len(visited.points)
+        lengths = [num for num in LENGTHS if num <= min(there, longest)]
+        for num in [*lengths, *[there] * visited.interrupted]:
             error, rhat = worst(
                 {name: torch.cat([each[name][:num] for each in chains]) for name in moments}, moments, CHAINS
             )
             enough = error <= ERROR and rhat < AGREE
-            if enough or num == ATTEMPTS[-1]:
+            if enough or num == ATTEMPTS[-1] or (visited.interrupted and num == there):
                 record = {
                     "samples": num,
                     "gradients": int(visited.gradients_after[num - 1]),

@@ -164,6 +164,8 @@ class LinearConditional:
     Shape:
         - ``weights[p]``: ``(size, parent's features)``; parents that are missing have none.
         - ``loc``: ``(size,)``; ``scale_tril``: ``(size, size)``, lower triangular.
+        - ``log_scale[p]``: ``(size, parent's features)``, by which the logarithms of scales follow a parent, in
+          families whose outputs they are; nothing by default.
 
     Attributes:
         exact: Whether it is the conditional, whatever the data, and stays so. What is trained then moves it little.
@@ -172,6 +174,7 @@ class LinearConditional:
     weights: Mapping[str, Tensor]
     loc: Tensor
     scale_tril: Tensor
+    log_scale: Mapping[str, Tensor] = field(default_factory=dict)
     exact: bool = False
 
     @property

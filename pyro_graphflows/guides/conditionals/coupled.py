@@ -21,7 +21,8 @@ and, between any two elements, some covariance :math:`c`, both averaged over ele
 
 .. math:: U_n = \sqrt{k / (1 - N k)}, \qquad V_n = \sqrt{k}.
 
-That is exact for exchangeable elements, as with an observed total of a plate (:func:`exchangeable_start`).
+That is exact for exchangeable elements, as with an observed total of a plate (:func:`exchangeable_start`). Parameters
+for each pair start from draws near the posterior of the data, where there are such (:func:`pairs_start`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,10 +40,11 @@ from pyro_graphflows.guides.conditionals.elements import ElementTable
 from pyro_graphflows.guides.conditionals.factors import NormalFactor, positive_scale
 from pyro_graphflows.shapes import broadcast_shapes
 
-__all__ = ["CoupledFactor", "CoupledNormal", "CouplingTerms", "exchangeable_start"]
+__all__ = ["CoupledFactor", "CoupledNormal", "CouplingTerms", "exchangeable_start", "pairs_start"]
 
 HALF_LOG_TWO_PI = 0.9189385332046727
 WAKE = 0.02  # columns of U and V start near, not at, zero, where they have no gradient
+SHARES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)  # of the identity in a matrix of correlations
 MOST_COUPLING = 0.99  # of 1 / N: beyond it the covariance of exchangeable elements is singular
 
 
@@ -139,6 +141,10 @@ class CoupledNormal(dist.TorchDistribution):
         mixing = self.mixing.expand(*flat.shape[:-1], -1, -1)
         noise = torch.linalg.solve_triangular(mixing, flat.unsqueeze(-1), upper=False).squeeze(-1)
         return self._scatter(noise, shape)
+
+    def flat_noise(self, value: Tensor) -> Tensor:
+        """Return the noise of a value with the elements beside each other, in order: ``(*rest, n * size)``."""
+        return self._gather(self.pull(value))
 
     def _log_stretch(self, shape: torch.Size) -> Tensor:
         """Return the diagonal of the map, summed over each element: ``shape`` without its last dimension."""
@@ -334,3 +340,37 @@ def exchangeable_start(residual: Tensor, dims: Sequence[int]) -> tuple[Tensor, b
     else:
         entry = share.sqrt()
     return entry, negative, 0.5 * (inner / variance).log()
+
+
+def pairs_start(residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Return T, and how much narrower a number is given those before it than alone, as draws have them.
+
+    The correlations of the draws are mixed with the identity, by the share that held-out draws like best.
+
+    Args:
+        residual: What numbers are off their locations, in units of their scales, ``(draws, n)``.
+
+    Returns:
+        A unit lower triangular matrix, and the logarithms of the scales that go with it, in units of the given ones.
+    """
+    rows = residual.to(torch.float64)
+    spread = rows.square().mean(0).sqrt().clamp(min=1e-12)
+    rows = rows / spread
+    eye = torch.eye(rows.shape[-1], dtype=rows.dtype, device=rows.device)
+    fitted, test = rows[1::2], rows[::2]
+
+    def loss(share: float) -> float:
+        root = torch.linalg.cholesky(_mixed(fitted, share, eye))
+        white = torch.linalg.solve_triangular(root, test.mT, upper=False)
+        return float(root.diagonal().log().sum() + 0.5 * white.square().sum(0).mean())
+
+    least = 1.0 if len(fitted) < 2 * len(eye) else min(SHARES, key=loss)
+    root = torch.linalg.cholesky(_mixed(rows, least, eye))
+    diagonal = root.diagonal()
+    return root / diagonal.unsqueeze(-1), (spread * diagonal).log()
+
+
+def _mixed(rows: Tensor, share: float, eye: Tensor) -> Tensor:
+    """Return second moments of standardised rows, mixed with the identity."""
+    share = max(share, 1e-6)
+    return (1.0 - share) * (rows.mT @ rows / len(rows)) + share * eye

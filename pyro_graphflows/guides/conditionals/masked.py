@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.conditionals.banded import BandedNormalFactor, regress_chain
 from pyro_graphflows.guides.conditionals.contract import BlockSpec, Conditionals, LinearConditional, Pass
-from pyro_graphflows.guides.conditionals.coupled import WAKE, CoupledFactor, CouplingTerms, exchangeable_start
+from pyro_graphflows.guides.conditionals.coupled import (
+    WAKE,
+    CoupledFactor,
+    CouplingTerms,
+    exchangeable_start,
+    pairs_start,
+)
 from pyro_graphflows.guides.conditionals.elements import (
     ElementMap,
     ElementTable,
@@ -267,8 +273,12 @@ class MaskedConditionals(Conditionals):
         for parent, matrix in linear.weights.items():
             joint[:, list(self.columns[parent])] = matrix.to(joint)
         tril = linear.scale_tril.to(joint)
-        start = factor.fused_start(joint, linear.loc.to(joint), tril)
-        self._set_rows_(site, *start, factor.natural_units(_no_wider_than_the_prior(tril)))
+        weights, biases = factor.fused_start(joint, linear.loc.to(joint), tril)
+        for parent, matrix in linear.log_scale.items():
+            columns = list(self.columns[parent])
+            for output, row in zip(factor.log_scale_outputs, matrix.to(joint), strict=True):
+                weights[output, columns] += row
+        self._set_rows_(site, weights, biases, factor.natural_units(_no_wider_than_the_prior(tril)))
         self.set_fusing_(site, True)
         return True
 
@@ -331,7 +341,9 @@ class MaskedConditionals(Conditionals):
         self, site: str, factor: Factor, linear: LinearConditional, *, fused: bool = False
     ) -> bool:
         per_element = site in self._table_columns
-        cannot = isinstance(factor, DiscreteFactor | CoupledFactor) or (fused and not factor.can_fuse)
+        of_classes = isinstance(factor, DiscreteFactor)
+        ranked = isinstance(factor, CoupledFactor) and factor.rank > 0
+        cannot = of_classes or ranked or (fused and not factor.can_fuse)
         if cannot or not (per_element or site in self._map_of):
             return False
         inputs: list[int] = []
@@ -427,38 +439,59 @@ class MaskedConditionals(Conditionals):
         context: Tensor | None = None,
         values: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """See :meth:`Conditionals.start_couplings_`: low-rank parts from samples, or small random columns."""
+        """See :meth:`Conditionals.start_couplings_`.
+
+        Low-rank parts start from samples, or at small random columns; parameters for each pair from samples, if there
+        are regressions of the elements, or at zero.
+        """
         if self.network.skip is None:
             return
-        residuals = {} if context is None or values is None else self._residuals(context, values)
+        known = (context, values) if context is not None and values is not None else None
+        shared = {} if known is None else self._coupled(*known)
+        of_elements = {} if known is None or self.table is None else self._coupled(*known, plates)
         for site, key in self._coupling_of.items():
             terms, factor = self.couplings[key], self.factors[site]
             assert isinstance(terms, CouplingTerms)
             assert isinstance(factor, CoupledFactor)
             if factor.rank == 0:
+                if values is not None and site in of_elements:
+                    self._start_pairs_(site, terms, of_elements[site].flat_noise(values[site]))
                 continue
             bias = self.network.skip.bias
             assert bias is not None
             rows = self.outputs[site]
             columns = bias[rows.start + factor.num_inner : rows.stop].view(factor.size, 2 * factor.rank)
             columns.copy_(WAKE * torch.randn_like(columns))
-            if site in residuals and factor.size == 1:
+            if values is not None and site in shared and factor.size == 1:
                 dims = [plates[name].dim - 1 for name in terms.names]
-                entry, negative, log_scale = exchangeable_start(residuals[site], dims)
+                residual = (values[site] - shared[site].mean) / self.output_units(site)[1]
+                entry, negative, log_scale = exchangeable_start(residual, dims)
                 columns[0, 0 if negative else factor.rank] = entry
                 bias[rows.start + factor.size] += log_scale
 
-    def _residuals(self, context: Tensor, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what the value of each site that is drawn jointly is off its location, in standardised units."""
-        evaluation = self.begin(context)
-        found = {}
+    def _coupled(
+        self, context: Tensor, values: Mapping[str, Tensor], plates: Mapping[str, PlateState] | None = None
+    ) -> dict[str, Any]:
+        """Return the conditionals of the sites that are drawn jointly; with plates, those of their elements."""
+        evaluation = self.begin(context, plates)
+        found: dict[str, Any] = {}
         for level in self.block.levels:
             conditionals = evaluation.next()
             evaluation.accept({site: values[site] for site in level})
-            for site in level:
-                if site in self._coupling_of:
-                    found[site] = (values[site] - conditionals[site].mean) / self.output_units(site)[1]
+            found.update({site: conditionals[site] for site in level if site in self._coupling_of})
         return found
+
+    def _start_pairs_(self, site: str, terms: CouplingTerms, noise: Tensor) -> None:
+        """Let pairs of elements start as noise of independent ones says; not where elements have no regressions."""
+        columns = self._table_columns.get(site)
+        if self.table is None or columns is None or self.factors[site].size > 1:
+            return
+        own = self.table.table[..., columns]
+        if not bool(own.any()) or noise[0].numel() != terms.length:
+            return
+        mixing, log_scales = pairs_start(noise.reshape(len(noise), -1))
+        terms.set_mixing_(mixing)
+        own[..., 1] += log_scales.to(own).reshape(own.shape[:-1])
 
     # ---------------------------------------------------------------- evaluation
 

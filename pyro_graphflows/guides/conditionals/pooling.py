@@ -10,7 +10,10 @@ averaged over the plate (Zaheer et al. 2017). The features are
   does not change in training alone;
 - the logarithm of the number of elements, as the precision of a posterior grows with it.
 
-Nested plates are pooled from the inside out, so that the spread between groups and that within them are told apart.
+Nested plates are pooled from the inside out, so that the spread between groups and that within them are told apart:
+of all groups inside, squares off the means of groups are added up, and so are their degrees of freedom. The logarithm
+of their ratio is an estimate of a scale that has the same meaning for groups of any size, that of the latter says how
+good it is.
 With ``pool="attention"`` the learned features are weighed by a learned query instead of averaged (:class:`Attention`).
 
 Crossed plates have no inner one; they are pooled in one order for each of them. Data that look up a group by an index
@@ -27,6 +30,7 @@ References:
 """
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
@@ -57,7 +61,7 @@ __all__ = [
 ]
 
 MOST_CROSSED = 8  # entries of a tuple up to which all products are taken, and not only squares
-VARIANCE_FLOOR = 1e-4  # in standardised units; a group of one element has variance zero
+VARIANCE_FLOOR = 1e-4  # in standardised units
 CHUNK_ROWS = 100_000  # of joint samples at set-up
 
 
@@ -272,6 +276,14 @@ class Elements:
     judged: bool
     inside: "PooledGroups | None" = None
 
+    def only(self, kept: Tensor) -> "Elements":
+        """Return the same where some elements count alone.
+
+        Args:
+            kept: One for these, zero for others, ``(*batch, 1)``.
+        """
+        return replace(self, weight=kept if self.weight is None else kept * self.weight)
+
     @property
     def joint(self) -> Tensor:
         """All features, ``(*batch, num_features)``."""
@@ -327,6 +339,8 @@ class PooledGroups:
         log_number: The logarithm of the numbers of their elements, ``(*batch, 1)``.
         log_variance: Logarithms of the variances of core features inside of groups, with a floor.
         unit: The units in which ``core`` counts these features.
+        spreads: For each plate pooled so far, from the inside out, sums of squares of core features off their means,
+            and at last their degrees of freedom, ``(*batch, features + 1)``.
     """
 
     core: Tensor
@@ -336,12 +350,13 @@ class PooledGroups:
     log_number: Tensor
     log_variance: Tensor
     unit: Tensor
+    spreads: tuple[Tensor, ...] = ()
 
     def variances_of_means(self) -> Tensor:
         """Return the variances of means by the spread inside of groups, in units of ``core``; NaN for one element."""
         number = self.log_number.exp()
         variance = (self.log_variance.exp() - VARIANCE_FLOOR) / self.unit.square()
-        return torch.where(number > 1.5, variance / (number - 1.0), torch.full_like(variance, torch.nan))
+        return torch.where(number > 1.5, variance / number, torch.full_like(variance, torch.nan))
 
 
 class PoolStage(nn.Module):
@@ -351,18 +366,22 @@ class PoolStage(nn.Module):
 
     Args:
         core: The number of core features.
-        learned: For each carried feature whether it depends on parameters.
+        carried: What each carried feature is.
+        inside: The numbers of core features of the plates pooled before, from the inside out.
         options: The shape of the learned part.
 
     Attributes:
-        learned: For each carried feature that comes out whether it depends on parameters.
+        carries: What each carried feature is that comes out.
+        typical: Logarithms of variances, of core features and of those inside, where there are no degrees of freedom.
     """
 
     pairs: Tensor
+    typical: Tensor
 
-    def __init__(self, core: int, learned: Sequence[bool], options: DeepSet) -> None:
+    def __init__(
+        self, core: int, carried: Sequence["Carried"], inside: Sequence[int], options: DeepSet
+    ) -> None:
         super().__init__()
-        carried = len(learned)
         if core <= MOST_CROSSED:
             pairs = torch.triu_indices(core, core)
         else:
@@ -371,41 +390,36 @@ class PoolStage(nn.Module):
         self.embedding: nn.Module | None = None
         self.attention: QueryAttention | None = None
         self.random: RandomFeatures | None = None
+        self._fixed = [i for i, each in enumerate(carried) if not each.learned]
         if options.embedding_dim:
-            self.embedding = options.network(core + carried)
+            self.embedding = options.network(core + len(carried))
             self.attention = options.attention() if isinstance(options, Attention) else None
-            self.random = RandomFeatures(options.network(core + learned.count(False)))
-        self._fixed = [i for i, each in enumerate(learned) if not each]
-        size = options.embedding_dim
-        self.learned = [*[False] * (pairs.shape[1] + core), *learned, *[False] * size, *[True] * size, False]
+            self.random = RandomFeatures(options.network(core + len(self._fixed)))
+        plain, size, learned = Carried(), Carried(of_sizes=True), Carried(learned=True)
+        self.carries = [*[plain] * (pairs.shape[1] + core), *carried]
+        self.carries += [*[plain] * options.embedding_dim, *[learned] * options.embedding_dim]
+        for number in inside:
+            self.carries += [*[plain] * number, size]
+        self.carries.append(size)
         self.core_size = core
-        self.num_carried = carried
-        self.carried_size = len(self.learned)
+        self.num_carried = len(carried)
+        self.inside = tuple(inside)
+        self.register_buffer("typical", torch.full((core + sum(inside),), math.log(VARIANCE_FLOOR)))
         # standardisation of what comes out, found at set-up
         self.core_map = FeatureMap(None, torch.zeros(0, self.core_size), standardize=False)
-        self.carried_map = FeatureMap(None, torch.zeros(0, self.carried_size), standardize=False)
+        self.carried_map = FeatureMap(None, torch.zeros(0, len(self.carries)), standardize=False)
 
-    def forward(
-        self,
-        core: Tensor,
-        carried: Tensor,
-        weight: Tensor | None,
-        dim: int,
-        size: int,
-        segments: Segments | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the core and carried features of the groups, and which groups are not empty.
+    def forward(self, elements: Elements) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]:
+        """Return the core and carried features of the groups, which groups are not empty, and spreads.
 
         Args:
-            core: Shape ``(*batch, core)``.
-            carried: Shape ``(*batch, carried)``.
-            weight: One where an element is there, zero where not, shape ``(*batch, 1)``; None if all are.
-            dim: The dimension of the plate, counted from the right without the feature dimension.
-            size: The size of the plate.
-            segments: The groups, if the elements are averaged group by group; all of them are one group otherwise.
+            elements: The elements; averaged group by group if they belong to several, else all of them are one group.
         """
+        core, carried, weight, dim = elements.core, elements.carried, elements.weight, elements.dim
+        segments, size = elements.segments, elements.size
         square = core[..., self.pairs[0]] * core[..., self.pairs[1]]
-        parts = [core, square, carried]
+        below = () if elements.inside is None else elements.inside.spreads
+        parts = [core, square, *below, carried]
         if self.embedding is not None and self.random is not None:
             joint = torch.cat([core, carried], -1)
             fixed = joint
@@ -413,7 +427,7 @@ class PoolStage(nn.Module):
                 fixed = torch.cat([core, carried[..., self._fixed]], -1)
             learned: Tensor = self.embedding(joint)
             parts += [self.random(fixed), learned]
-        each = torch.cat(parts, -1)
+        each = concatenate(parts)
         if segments is not None or weight is not None:
             weight = each.new_ones(1) if weight is None else weight
             weight = weight.expand(broadcast_shapes(weight.shape, (*each.shape[:-1], 1)))
@@ -431,17 +445,57 @@ class PoolStage(nn.Module):
         if self.attention is not None:
             attended = self.attention(learned, weight, dim)
             mean = torch.cat([mean[..., : -attended.shape[-1]], attended], -1)
-        sizes = [self.core_size, square.shape[-1], mean.shape[-1] - self.core_size - square.shape[-1]]
-        first, second, rest = mean.split(sizes, -1)
-        own = second[..., self.pairs[0] == self.pairs[1]]
-        log_variance = ((own - first.square()).clamp(min=0.0) + VARIANCE_FLOOR).log()
-        log_number = number.clamp(min=0.5).log().expand(*mean.shape[:-1], 1)
-        return first, torch.cat([second, log_variance, rest, log_number], -1), there
+        sizes = [self.core_size, square.shape[-1], *(part.shape[-1] for part in below)]
+        first, second, *of_below, rest = mean.split([*sizes, mean.shape[-1] - sum(sizes)], -1)
+        number = number.expand(*mean.shape[:-1], 1)
+        squares = number * (second[..., self.pairs[0] == self.pairs[1]] - first.square()).clamp(min=0.0)
+        own = torch.cat([squares, (number - 1.0).clamp(min=0.0)], -1)
+        spreads = (*(number * part for part in of_below), own)
+        typical = self.typical.split([*self.inside, self.core_size])
+        logarithms = [self._log_variances(*pair) for pair in zip(spreads, typical, strict=True)]
+        log_number = number.clamp(min=0.5).log()
+        inside = [part for pair in logarithms[:-1] for part in pair]
+        carried = torch.cat([second, logarithms[-1][0], rest, *inside, log_number], -1)
+        return first, carried, there, spreads
 
-    def fit_(self, core: Tensor, carried: Tensor) -> None:
-        """Find the standardisation of what comes out, from samples of it."""
+    @staticmethod
+    def _log_variances(spread: Tensor, typical: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logarithms of variances and of their degrees of freedom."""
+        squares, freedom = spread[..., :-1], spread[..., -1:]
+        variance = squares / freedom.clamp(min=1.0) + VARIANCE_FLOOR
+        return torch.where(freedom > 0, variance.log(), typical), freedom.clamp(min=0.5).log()
+
+    def fit_(self, elements: Elements) -> None:
+        """Find the standardisation of what comes out, and variances where there are none, from samples.
+
+        Args:
+            elements: See :meth:`forward`.
+        """
+        *_, spreads = self(elements)
+        start = 0
+        for spread in spreads:
+            unknown = torch.full_like(self.typical[start : start + spread.shape[-1] - 1], torch.nan)
+            found, _ = self._log_variances(spread, unknown)
+            mean = found.reshape(-1, found.shape[-1]).nanmean(0)
+            old = self.typical[start : start + len(mean)]
+            self.typical[start : start + len(mean)] = torch.where(mean.isfinite(), mean, old)
+            start += len(mean)
+        core, carried, *_ = self(elements)
         self.core_map = FeatureMap(None, core.reshape(-1, core.shape[-1]))
         self.carried_map = FeatureMap(None, carried.reshape(-1, carried.shape[-1]))
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What a feature of a summary is.
+
+    Attributes:
+        learned: Whether it depends on parameters.
+        of_sizes: Whether it is a function of the numbers of elements alone.
+    """
+
+    learned: bool = False
+    of_sizes: bool = False
 
 
 def pooling_orders(plates: Sequence[str], around: Sequence[AbstractSet[str]]) -> tuple[tuple[str, ...], ...]:
@@ -519,21 +573,22 @@ class DeepSetPool(nn.Module):
             sum(member.weighs for member in members) > 1
         )  # then masks may differ: they are features
         self.branches = nn.ModuleList()
-        self.num_features = 0
-        self.learned: list[bool] = []  # for each feature whether it depends on parameters
+        of_features: list[Carried] = []
         for order in self.orders:
-            stages = []
+            stages: list[PoolStage] = []
             core = 0
-            learned: list[bool] = []
+            carried: list[Carried] = []
             for position in reversed(range(len(order))):
                 joining = self._joining(order, position)
                 core += sum(member.size for member in joining)
-                learned += [False] * sum(self._masked and member.weighs for member in joining)
-                stages.append(PoolStage(core, learned, options))
-                core, learned = stages[-1].core_size, list(stages[-1].learned)
+                carried += [Carried()] * sum(self._masked and member.weighs for member in joining)
+                stages.append(PoolStage(core, carried, [each.core_size for each in stages], options))
+                carried = list(stages[-1].carries)
             self.branches.append(nn.ModuleList(stages))
-            self.num_features += core + len(learned)
-            self.learned += [*[False] * core, *learned]
+            of_features += [*[Carried()] * core, *carried]
+        self.num_features = len(of_features)
+        self.learned = [each.learned for each in of_features]  # whether a feature depends on parameters
+        self.of_sizes = [each.of_sizes for each in of_features]  # or on numbers of elements alone
 
     def to_plain(self) -> dict[str, Any]:
         """Return what the summary is made from, and the kinds of its maps."""
@@ -591,7 +646,12 @@ class DeepSetPool(nn.Module):
 
     @torch.no_grad()
     def of_samples(
-        self, values: Mapping[str, Tensor], plates: Mapping[str, PlateState], *, fit: bool
+        self,
+        values: Mapping[str, Tensor],
+        plates: Mapping[str, PlateState],
+        *,
+        fit: bool,
+        kept: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> Tensor:
         """Return the summaries of joint samples.
 
@@ -599,6 +659,7 @@ class DeepSetPool(nn.Module):
             values: For each member ``(draws, *batch, size)``, all of the same number of dimensions.
             plates: The plates.
             fit: Whether to set the standardisation of all stages, from a first part of the draws.
+            kept: For some plates which elements count in each draw, ``(draws, *batch, 1)``; all of the others.
 
         Returns:
             Shape ``(draws, *batch, num_features)``.
@@ -611,7 +672,8 @@ class DeepSetPool(nn.Module):
         for start in range(0, draws, chunk):
             part = {m.name: values[m.name][start : start + chunk] for m in self.members}
             indices = {name: values[name] for name in self.indices}
-            summary = self._run({**part, **indices}, plates, {}, fit=fit and start == 0)
+            some = {name: each[start : start + chunk] for name, each in kept.items()}
+            summary = self._run({**part, **indices}, plates, {}, fit=fit and start == 0, kept=some)
             found.append(summary.expand(len(next(iter(part.values()))), *summary.shape[1:]))
         return torch.cat(found)
 
@@ -621,6 +683,7 @@ class DeepSetPool(nn.Module):
         plates: Mapping[str, PlateState],
         masks: Mapping[str, Tensor | bool],
         fit: bool,
+        kept: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> Tensor:
         features, weights = self._features(values, masks)
         parts = []
@@ -629,6 +692,8 @@ class DeepSetPool(nn.Module):
             for position, stage in zip(reversed(range(len(order))), stages.children(), strict=True):
                 assert isinstance(stage, PoolStage)
                 elements = self._elements_at(order, position, (features, weights), below, values, plates)
+                if order[position] in kept:
+                    elements = elements.only(kept[order[position]])
                 below = self._pooled(stage, elements, fit)
             assert below is not None
             parts += [below.core, below.carried]
@@ -636,18 +701,17 @@ class DeepSetPool(nn.Module):
 
     @staticmethod
     def _pooled(stage: PoolStage, elements: "Elements", fit: bool) -> "PooledGroups":
-        core = elements.core
-        one, other, there = stage(
-            core, elements.carried, elements.weight, elements.dim, elements.size, elements.segments
-        )
         if fit:
-            stage.fit_(one, other)
+            stage.fit_(elements)
+        one, other, there, spreads = stage(elements)
         first = stage.pairs.shape[1]
         unit = stage.core_map.scale
         if any(kind != "identity" for kind, _ in stage.core_map.kinds):
             unit = torch.full_like(unit, torch.nan)  # features that are not linear in means
         raw = other[..., -1:], other[..., first : first + stage.core_size], unit
-        return PooledGroups(stage.core_map(one), stage.carried_map(other), there, elements.judged, *raw)
+        return PooledGroups(
+            stage.core_map(one), stage.carried_map(other), there, elements.judged, *raw, spreads
+        )
 
     def _elements_at(
         self,
@@ -702,7 +766,7 @@ class DeepSetPool(nn.Module):
         """Return for each feature of :meth:`elements` whether it depends on parameters."""
         (order,), (branch,) = self.orders, self.branches
         stages = _stages(branch)
-        inside = list(stages[-2].learned) if len(stages) > 1 else []
+        inside = [each.learned for each in stages[-2].carries] if len(stages) > 1 else []
         masks = sum(member.weighs for member in self._joining(order, 0)) if self._masked else 0
         return [*[False] * sum(member.size for member in self.members), *inside, *[False] * masks]
 

@@ -1,0 +1,140 @@
+r"""What numbers of elements do to summaries and to factors beside priors, from joint samples with fewer elements.
+
+Joint samples at set-up have plates of one size, so that features of sizes do not vary: no regression finds what they
+do, and directions that do not vary are not trained (:mod:`~pyro_graphflows.nn.natural_units`). But elements of a plate
+that leave nothing outside of it are left out of a joint sample as one likes: what is left is a joint sample of the
+model with a smaller plate. So summaries are made once more, of some elements of each draw, from one to all of them.
+
+By these, inputs are whitened. And factors :math:`N(W x + c, s^2)` beside priors, fitted at the size of set-up, follow
+sizes:
+
+.. math:: \log s = \log s_0 + \beta^\top z, \qquad \text{location} = W x + c + \gamma^\top z
+
+with z the logarithms of numbers of elements and of degrees of freedom, zero at the size of set-up. Beside the prior, a
+factor says what the data alone say, so that W and c have the same meaning at all sizes, and the precision is about
+proportional to degrees of freedom, also beyond those of set-up.
+"""
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_graphflows.distributions.fusion import fuse
+from pyro_graphflows.graphs.structures import ModelGraph
+from pyro_graphflows.guides.call import PlateState
+from pyro_graphflows.guides.inputs import Summary
+from pyro_graphflows.guides.sites import SitePrior
+from pyro_graphflows.regression import WINSOR, in_float64
+
+__all__ = ["SizeSlopes", "fewer_of", "fit_sizes", "some_elements"]
+
+MOST_ROWS = 4000  # by which slopes are found
+HELD_OUT = 5
+LEAST_GAIN = 2e-3  # nats
+LARGEST = 20.0  # logarithm of a scale, in standardised units
+RIDGE = 1e-4
+STEPS = 100
+
+
+def fewer_of(name: str) -> str:
+    """Return the name of the column of a summary of fewer elements, beside samples."""
+    return f"{name}: fewer"
+
+
+def some_elements(
+    summary: Summary, graph: ModelGraph, plates: Mapping[str, PlateState], draws: int, like: Tensor
+) -> dict[str, Tensor]:
+    """Return which elements of the plates of a summary count in each draw, the same for all summaries of a plate.
+
+    Args:
+        summary: The summary.
+        graph: The model.
+        plates: The plates of the call.
+        draws: The number of draws.
+        like: A tensor of the type and on the device of the result.
+
+    Returns:
+        For each plate from which elements can be left out, ones and zeros of shape ``(draws, *batch, 1)``.
+    """
+    around = {name: summary.inside(own) for name, own in graph.plates.items()}
+    found = {}
+    for name in summary.over:
+        plate = plates[name]
+        inside = {node for node, own in around.items() if name in own}
+        leaves = any(inside.intersection(graph.parents(node)) for node in around if node not in inside)
+        if plate.subsampled or plate.size < 2 or leaves:
+            continue
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        at_random = torch.rand(draws, plate.size, generator=generator)
+        number = torch.randint(1, plate.size + 1, (draws, 1), generator=generator)
+        kept = at_random.argsort(-1).argsort(-1) < number
+        found[name] = kept.to(like).reshape(draws, plate.size, *(1,) * -plate.dim)
+    return found
+
+
+@dataclass(frozen=True)
+class SizeSlopes:
+    """What features of sizes do to a factor of one number, in standardised units.
+
+    Attributes:
+        loc: Slopes of its location, ``(features,)``.
+        log_scale: Slopes of the logarithm of its scale.
+    """
+
+    loc: Tensor
+    log_scale: Tensor
+
+
+def fit_sizes(
+    sizes: Tensor, locs: Tensor, log_width: float, values: Tensor, prior: SitePrior
+) -> SizeSlopes | None:
+    """Fit what sizes do to a factor, everything else as it is; None if that does no good.
+
+    Args:
+        sizes: Features of sizes in rows, ``(n, features)``, zero at the size of set-up.
+        locs: Locations of the factor as it is, ``(n,)``.
+        log_width: The logarithm of its scale.
+        values: The site in the coordinate of its prior, ``(n,)``.
+        prior: The prior of each row.
+    """
+    columns = [sizes, torch.stack([locs, values, prior.loc[..., 0], prior.log_scale[..., 0]], -1)]
+    rows = in_float64(torch.cat([columns[0], columns[1].to(sizes)], -1))
+    near = torch.isfinite(rows).all(-1) & (rows.abs() < WINSOR).all(-1)
+    rows = rows[near][:MOST_ROWS]
+    number = sizes.shape[-1]
+    varying = rows[:, :number].std(0) > 1e-6 if len(rows) > 1 else torch.zeros(number, dtype=torch.bool)
+    at = varying.nonzero()[:, 0]
+    if len(rows) < HELD_OUT * (2 * len(at) + 2) or not len(at):
+        return None
+    held_out = torch.arange(len(rows), device=rows.device) % HELD_OUT == 0
+    slopes = rows.new_zeros(2, len(at)).requires_grad_()
+
+    def loss(some: Tensor, at_slopes: Tensor) -> Tensor:
+        z, (loc, value, prior_loc, prior_log_scale) = some[:, at], some[:, number:].unbind(-1)
+        width = (log_width + z @ at_slopes[1]).clamp(-LARGEST, LARGEST)
+        mean, log_scale = fuse(prior_loc, prior_log_scale, loc + z @ at_slopes[0], width)
+        off = ((value - mean) * torch.exp(-log_scale)).square()
+        robust = torch.where(off > 25.0, 10.0 * off.clamp(min=1.0).sqrt() - 25.0, off)  # Huber's, beyond 5
+        return (log_scale + 0.5 * robust).mean()
+
+    fitted = rows[~held_out]
+    with torch.enable_grad():
+        optimizer = torch.optim.LBFGS([slopes], max_iter=STEPS, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            value = loss(fitted, slopes) + RIDGE * slopes.square().sum()
+            value.backward()
+            return value
+
+        optimizer.step(closure)
+    best = slopes.detach()
+    test = rows[held_out]
+    if not bool(loss(test, best) < loss(test, torch.zeros_like(best)) - LEAST_GAIN):
+        return None
+    full = rows.new_zeros(2, number)
+    full[:, at] = best
+    return SizeSlopes(full[0], full[1])
