@@ -83,6 +83,7 @@ class BlockInputs(nn.Module):
         features: The map of all of them.
         learned: Which features depend on parameters.
         of_sizes: The numbers of the features that depend on numbers of elements alone.
+        of_variances: The same of logarithms of variances.
     """
 
     learned: Tensor
@@ -98,14 +99,15 @@ class BlockInputs(nn.Module):
         self.encodings = encodings
         learned = torch.zeros(sum(self.sizes.values()), dtype=torch.bool)
         start = 0
-        of_sizes: list[int] = []
+        of_kind: dict[str, list[int]] = {"of_sizes": [], "of_variances": []}
         for name, size in self.sizes.items():
             of_pool = getattr(pools.get(name), "learned", None)
             if of_pool is not None:
                 learned[start : start + size] = torch.tensor(of_pool)
-            of_sizes += [start + i for i, each in enumerate(getattr(pools.get(name), "of_sizes", ())) if each]
+            for kind, columns in of_kind.items():
+                columns += [start + i for i, each in enumerate(getattr(pools.get(name), kind, ())) if each]
             start += size
-        self.of_sizes = tuple(of_sizes)
+        self.of_sizes, self.of_variances = (tuple(columns) for columns in of_kind.values())
         self.register_buffer("learned", learned, persistent=False)
 
     def to_plain(self) -> dict[str, Any]:

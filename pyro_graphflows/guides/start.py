@@ -289,7 +289,8 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
             features = torch.where(block.inputs.learned, torch.zeros(()).to(features), features)
             if fewer is not None and fused is not None:
                 fewer = torch.where(block.inputs.learned, torch.zeros(()).to(features), fewer[finite])
-                fused = replace(fused, fewer=fewer, sizes=block.inputs.of_sizes)
+                inputs = block.inputs
+                fused = replace(fused, fewer=fewer, sizes=inputs.of_sizes, variances=inputs.of_variances)
             note = _regress_if_better_(
                 conditionals, features, {n: v[finite] for n, v in latents.items()}, fused
             )
