@@ -102,6 +102,33 @@ def test_spreads_within_and_between_groups_of_any_size():
     assert between.reshape(-1)[1] == 6
 
 
+@torch.no_grad()
+def test_variance_between_groups_has_the_noise_of_their_means_taken_off():
+    """By an analysis of variance: twice as many data in each group leave the estimate as it is."""
+    guide = auto_faithful_guide(hierarchy, torch.zeros(4, 6), pool="deepset", num_start_samples=400)
+    _, pool = pool_of(guide, "tau")
+    stage = pool.branches[0][1]
+    found = []
+    torch.manual_seed(1)
+    effects = torch.randn(400)
+    for n in (3, 30):
+        x = 0.5 * effects + torch.randn(n, 400)
+        members = pool._features({"x": x.unsqueeze(-1)}, {})
+        (order,), (inner, _) = pool.orders, pool.branches[0]
+        below = pool._pooled(inner, pool._elements_at(order, 1, members, None, {}, states(n, 400)), False)
+        _, carried, _, _ = stage(pool._elements_at(order, 0, members, below, {}, states(n, 400)))
+        anova = carried[..., -1 - stage._squares - 1].reshape(()).exp()
+        means = below.core.reshape(-1)
+        noise = (x - x.mean(0)).square().sum() / (400 * (n - 1)) / n * means.var() / x.mean(0).var()
+        left = means.var() - noise
+        torch.testing.assert_close(anova, left, rtol=0.02, atol=0.0)  # rounded off near nothing
+        found.append(float(anova * x.mean(0).var() / means.var()))
+    few = stage._log_beyond(torch.tensor([1e-4, 1e-4]).float(), torch.tensor([0.1, 1e3]).float())
+    assert few.isfinite().all()  # groups alike by chance
+    error = 0.25 * math.sqrt(2 / 400) + (1 / 3) * math.sqrt(2 / 400)
+    assert found == pytest.approx([0.25, 0.25], abs=4 * error)
+
+
 def test_where_no_variance_is_known_it_is_a_typical_one():
     guide = auto_faithful_guide(hierarchy, torch.zeros(4, 6), pool="deepset", num_start_samples=400)
     inputs, pool = pool_of(guide, "tau")
@@ -133,21 +160,22 @@ def test_features_of_sizes_are_trained(pool):
 # ---------------------------------------------------------------- factors that follow sizes
 
 
-def test_slopes_of_sizes_are_found():
+def test_slopes_of_sizes_and_variances_are_found():
     torch.manual_seed(0)
     number = 4000
     sizes = torch.randint(1, 30, (number, 1)).double().log()
     sizes = torch.cat([sizes - math.log(29.0), torch.zeros(number, 1)], -1)  # the second does not vary
+    variances = torch.randn(number, 1).double()
     prior = SitePrior(torch.zeros(number, 1).double(), torch.zeros(number, 1).double())
     value = torch.randn(number).double()
-    width = -1.0 - 0.5 * sizes[:, 0]
+    width = -1.2 - 0.5 * sizes[:, 0] + 0.25 * variances[:, 0]
     loc = value + width.exp() * torch.randn(number)  # the datum, of noise that falls with size
-    slopes = fit_sizes(sizes, loc - 0.3 * sizes[:, 0], -1.0, value, prior)
-    assert float(slopes.log_scale[0]) == pytest.approx(-0.5, abs=0.06)
-    assert float(slopes.loc[0]) == pytest.approx(0.3, abs=0.06)
-    assert slopes.loc[1] == slopes.log_scale[1] == 0.0
+    slopes = fit_sizes((sizes, variances), loc - 0.3 * sizes[:, 0], -1.0, value, prior)
+    assert slopes.log_scale.tolist() == pytest.approx([-0.5, 0.0, 0.25], abs=0.06)
+    assert slopes.loc.tolist() == pytest.approx([0.3, 0.0], abs=0.06)
+    assert slopes.shift == pytest.approx(-0.2, abs=0.06)
     same = value + math.exp(-1.0) * torch.randn(number)
-    assert fit_sizes(sizes, same, -1.0, value, prior) is None
+    assert fit_sizes((sizes, variances), same, -1.0, value, prior) is None
 
 
 def divergence_of_scales(guide, x, draws=200):

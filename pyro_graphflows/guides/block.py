@@ -83,6 +83,7 @@ class BlockInputs(nn.Module):
         features: The map of all of them.
         learned: Which features depend on parameters.
         of_sizes: The numbers of the features that depend on numbers of elements alone.
+        of_variances: The same of logarithms of variances.
     """
 
     learned: Tensor
@@ -98,14 +99,15 @@ class BlockInputs(nn.Module):
         self.encodings = encodings
         learned = torch.zeros(sum(self.sizes.values()), dtype=torch.bool)
         start = 0
-        of_sizes: list[int] = []
+        of_kind: dict[str, list[int]] = {"of_sizes": [], "of_variances": []}
         for name, size in self.sizes.items():
             of_pool = getattr(pools.get(name), "learned", None)
             if of_pool is not None:
                 learned[start : start + size] = torch.tensor(of_pool)
-            of_sizes += [start + i for i, each in enumerate(getattr(pools.get(name), "of_sizes", ())) if each]
+            for kind, columns in of_kind.items():
+                columns += [start + i for i, each in enumerate(getattr(pools.get(name), kind, ())) if each]
             start += size
-        self.of_sizes = tuple(of_sizes)
+        self.of_sizes, self.of_variances = (tuple(columns) for columns in of_kind.values())
         self.register_buffer("learned", learned, persistent=False)
 
     def to_plain(self) -> dict[str, Any]:
@@ -497,10 +499,13 @@ class GuideBlock(nn.Module):
         scale: Tensor | float,
         *,
         fused: bool = False,
+        exact: bool = False,
     ) -> None:
         """Make one site's conditional linear-Gaussian, in the units of the data and of unconstrained latents.
 
         With ``fused`` it is the factor beside the prior that becomes linear-Gaussian, in the coordinate of the prior.
+        With ``exact`` training is to move it little
+        (:class:`~pyro_graphflows.guides.conditionals.contract.LinearConditional`).
 
         The shifts and scales on the way, of data, of parents, of summaries of other plates and of the site itself, are
         worked into weights and location. Data on a half-line count by their logarithm, data in (0, 1) by their logit.
@@ -561,7 +566,7 @@ class GuideBlock(nn.Module):
                 f"Expected a positive scale of {site!r}, or a lower triangular matrix ({len(shift)}, {len(shift)}) "
                 f"with a positive diagonal; got {torch.as_tensor(scale).tolist()}."
             )
-        linear = LinearConditional(standard, loc / width, tril / width.unsqueeze(-1))
+        linear = LinearConditional(standard, loc / width, tril / width.unsqueeze(-1), exact=exact)
         if fused:
             conditionals.set_fused_(site, linear)
         else:

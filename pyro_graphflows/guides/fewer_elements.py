@@ -8,9 +8,10 @@ model with a smaller plate. So summaries are made once more, of some elements of
 By these, inputs are whitened. And factors :math:`N(W x + c, s^2)` beside priors, fitted at the size of set-up, follow
 sizes:
 
-.. math:: \log s = \log s_0 + \beta^\top z, \qquad \text{location} = W x + c + \gamma^\top z
+.. math:: \log s = \log s_0 + \beta^\top z + \beta'^\top v, \qquad \text{location} = W x + c + \gamma^\top z
 
-with z the logarithms of numbers of elements and of degrees of freedom, zero at the size of set-up. Beside the prior, a
+with z the logarithms of numbers of elements and of degrees of freedom, zero at the size of set-up, and v logarithms of
+variances: how well data tell a scale depends on whether it is large beside another. Beside the prior, a
 factor says what the data alone say, so that W and c have the same meaning at all sizes, and the precision is about
 proportional to degrees of freedom, also beyond those of set-up.
 """
@@ -77,45 +78,50 @@ def some_elements(
 
 @dataclass(frozen=True)
 class SizeSlopes:
-    """What features of sizes do to a factor of one number, in standardised units.
+    """What features of sizes and of variances do to a factor of one number, in standardised units.
 
     Attributes:
-        loc: Slopes of its location, ``(features,)``.
-        log_scale: Slopes of the logarithm of its scale.
+        loc: Slopes of its location on features of sizes, ``(sizes,)``.
+        log_scale: Slopes of the logarithm of its scale on both, ``(sizes + variances,)``.
+        shift: What is added to that logarithm.
     """
 
     loc: Tensor
     log_scale: Tensor
+    shift: float
 
 
 def fit_sizes(
-    sizes: Tensor, locs: Tensor, log_width: float, values: Tensor, prior: SitePrior
+    features: tuple[Tensor, Tensor], locs: Tensor, log_width: float, values: Tensor, prior: SitePrior
 ) -> SizeSlopes | None:
-    """Fit what sizes do to a factor, everything else as it is; None if that does no good.
+    """Fit what sizes and variances do to a factor, everything else as it is; None if that does no good.
 
     Args:
-        sizes: Features of sizes in rows, ``(n, features)``, zero at the size of set-up.
+        features: Features of sizes in rows, ``(n, sizes)``, zero at the size of set-up; and logarithms of variances,
+            ``(n, variances)``.
         locs: Locations of the factor as it is, ``(n,)``.
         log_width: The logarithm of its scale.
         values: The site in the coordinate of its prior, ``(n,)``.
         prior: The prior of each row.
     """
-    columns = [sizes, torch.stack([locs, values, prior.loc[..., 0], prior.log_scale[..., 0]], -1)]
-    rows = in_float64(torch.cat([columns[0], columns[1].to(sizes)], -1))
+    joint = torch.cat(features, -1)
+    own = torch.stack([locs, values, prior.loc[..., 0], prior.log_scale[..., 0]], -1)
+    rows = in_float64(torch.cat([joint, own.to(joint)], -1))
     near = torch.isfinite(rows).all(-1) & (rows.abs() < WINSOR).all(-1)
     rows = rows[near][:MOST_ROWS]
-    number = sizes.shape[-1]
+    number, of_sizes = joint.shape[-1], features[0].shape[-1]
     varying = rows[:, :number].std(0) > 1e-6 if len(rows) > 1 else torch.zeros(number, dtype=torch.bool)
     at = varying.nonzero()[:, 0]
+    moves = (at < of_sizes).to(rows)  # variances do not move locations, which follow them already
     if len(rows) < HELD_OUT * (2 * len(at) + 2) or not len(at):
         return None
     held_out = torch.arange(len(rows), device=rows.device) % HELD_OUT == 0
-    slopes = rows.new_zeros(2, len(at)).requires_grad_()
+    slopes = rows.new_zeros(2, len(at) + 1).requires_grad_()
 
     def loss(some: Tensor, at_slopes: Tensor) -> Tensor:
         z, (loc, value, prior_loc, prior_log_scale) = some[:, at], some[:, number:].unbind(-1)
-        width = (log_width + z @ at_slopes[1]).clamp(-LARGEST, LARGEST)
-        mean, log_scale = fuse(prior_loc, prior_log_scale, loc + z @ at_slopes[0], width)
+        width = (log_width + at_slopes[1, -1] + z @ at_slopes[1, :-1]).clamp(-LARGEST, LARGEST)
+        mean, log_scale = fuse(prior_loc, prior_log_scale, loc + z @ (moves * at_slopes[0, :-1]), width)
         off = ((value - mean) * torch.exp(-log_scale)).square()
         robust = torch.where(off > 25.0, 10.0 * off.clamp(min=1.0).sqrt() - 25.0, off)  # Huber's, beyond 5
         return (log_scale + 0.5 * robust).mean()
@@ -136,5 +142,5 @@ def fit_sizes(
     if not bool(loss(test, best) < loss(test, torch.zeros_like(best)) - LEAST_GAIN):
         return None
     full = rows.new_zeros(2, number)
-    full[:, at] = best
-    return SizeSlopes(full[0], full[1])
+    full[:, at] = best[:, :-1]
+    return SizeSlopes(full[0, :of_sizes], full[1], float(best[1, -1]))

@@ -399,6 +399,7 @@ class FusedRows:
             beside their prior if not, as samples of the prior are.
         fewer: Features of the context where summaries are of fewer elements, if they were made.
         sizes: Which of them are functions of numbers of elements alone.
+        variances: Which of them are logarithms of variances.
     """
 
     priors: Mapping[str, SitePrior]
@@ -408,6 +409,7 @@ class FusedRows:
     narrow: bool = True
     fewer: Tensor | None = None
     sizes: tuple[int, ...] = ()
+    variances: tuple[int, ...] = ()
 
     @classmethod
     def of_block(cls, plan: BlockPlan, samples: Samples) -> "FusedRows":
@@ -450,6 +452,7 @@ class FusedRows:
             self.narrow,
             None if self.fewer is None else self.fewer[chosen],
             self.sizes,
+            self.variances,
         )
 
     def set_units_(self, conditionals: Conditionals) -> None:
@@ -544,10 +547,10 @@ class FusedRows:
         self, conditionals: Conditionals, site: str, linear: LinearConditional, rows: Tensor
     ) -> LinearConditional:
         """Return a factor that follows the numbers of elements of summaries."""
-        parents = {parent for parent in conditionals.block.parents[site] if parent in linear.weights}
-        at = {parent: [j for j in conditionals.columns[parent] if j in self.sizes] for parent in parents}
-        columns = [j for own in at.values() for j in own]
-        if self.fewer is None or not columns:
+        parents = [parent for parent in conditionals.block.parents[site] if parent in linear.weights]
+        inputs = {j: parent for parent in parents for j in conditionals.columns[parent]}
+        sizes, variances = ([j for j in of if j in inputs] for of in (self.sizes, self.variances))
+        if self.fewer is None or not sizes:
             return linear
         fewer = torch.cat([self.fewer.to(rows), rows[:, self.fewer.shape[-1] :]], -1).clamp(-WINSOR, WINSOR)
         shift, scale = (part.to(rows) for part in conditionals.fused_units(site))
@@ -558,22 +561,20 @@ class FusedRows:
         values = (self.values.get(site, self.flat[site]).to(rows) - shift) / scale
         prior = _standardised(self.priors[site], shift, scale)
         log_width = float(linear.scale_tril.log())
-        slopes = fit_sizes(fewer[:, columns], locs, log_width, values[:, 0], prior)
+        features = fewer[:, sizes], fewer[:, variances]
+        slopes = fit_sizes(features, locs, log_width, values[:, 0], prior)
         if slopes is None:
             return linear
-        weights, log_scale = dict(linear.weights), {}
-        start = 0
-        for parent, own in at.items():
-            some, places = (
-                slice(start, start + len(own)),
-                [j - conditionals.columns[parent].start for j in own],
-            )
-            weights[parent] = weights[parent].clone()
-            weights[parent][0, places] += slopes.loc[some]
-            log_scale[parent] = torch.zeros_like(weights[parent])
-            log_scale[parent][0, places] = slopes.log_scale[some]
-            start += len(own)
-        return replace(linear, weights=weights, log_scale=log_scale)
+        weights = {parent: matrix.clone() for parent, matrix in linear.weights.items()}
+        log_scale = {parent: torch.zeros_like(matrix) for parent, matrix in weights.items()}
+        for found, into, slope in (
+            (sizes, weights, slopes.loc),
+            ([*sizes, *variances], log_scale, slopes.log_scale),
+        ):
+            for j, each in zip(found, slope, strict=True):
+                into[inputs[j]][0, j - conditionals.columns[inputs[j]].start] += each
+        tril = linear.scale_tril * math.exp(slopes.shift)
+        return replace(linear, weights=weights, log_scale=log_scale, scale_tril=tril)
 
 
 def _standardised(prior: SitePrior, shift: Tensor, scale: Tensor) -> SitePrior:

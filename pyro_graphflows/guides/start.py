@@ -291,7 +291,8 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
             features = torch.where(block.inputs.learned, torch.zeros(()).to(features), features)
             if fewer is not None and fused is not None:
                 fewer = torch.where(block.inputs.learned, torch.zeros(()).to(features), fewer[finite])
-                fused = replace(fused, fewer=fewer, sizes=block.inputs.of_sizes)
+                inputs = block.inputs
+                fused = replace(fused, fewer=fewer, sizes=inputs.of_sizes, variances=inputs.of_variances)
             note = _regress_if_better_(
                 conditionals, features, {n: v[finite] for n, v in latents.items()}, fused
             )
@@ -361,7 +362,7 @@ def start_fields_(block: GuideBlock, compiled: Compiled) -> None:
             intercept, tril = _steps(intercept), _steps(tril)
         before = {key: value.clone() for key, value in block.conditionals.state_dict().items()}
         try:
-            block.set_linear_(site, weights, intercept, tril)
+            block.set_linear_(site, weights, intercept, tril, exact=not (chain.learned or elsewhere))
         except GraphflowsError:  # its data are not features as they are, but their logarithms
             block.conditionals.load_state_dict(before)
 

@@ -101,11 +101,12 @@ def trained_section(records):
             "### Longer, by the ensemble trainer",
             "",
             "`studies/graph_vae/train.py` on fixed binarised MNIST, same sizes and schedule as above; the parameters "
-            "of the epoch with the best validated bound, batch statistics collected anew; all test images. The standard "
-            f"error of a log-likelihood over images is {largest('ll_standard_error'):.2f}, most of which runs on the "
-            f"same images share. Of the 5,000 weights about {largest('median_ess'):.0f} count, and k-hat is above 0.7 "
-            f"for up to {100 * largest('share_khat_above_0.7'):.0f} % of the images: as in the paper, the figures are "
-            "lower bounds in the mean. Seconds are of the clock, of one thread on two shared cores.",
+            "of the epoch with the best validated bound, batch statistics collected anew; all test images. The "
+            f"standard error of a log-likelihood over images is {largest('ll_standard_error'):.2f}, most of which "
+            "runs on the same images share. Of the 5,000 weights about "
+            f"{largest('median_ess'):.0f} count, and k-hat is above 0.7 for up to "
+            f"{100 * largest('share_khat_above_0.7'):.0f} % of the images: as in the paper, the figures are lower "
+            "bounds in the mean. Seconds are of the clock, of one thread on two shared cores.",
             "",
             table(
                 [

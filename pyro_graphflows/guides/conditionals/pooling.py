@@ -13,7 +13,9 @@ averaged over the plate (Zaheer et al. 2017). The features are
 Nested plates are pooled from the inside out, so that the spread between groups and that within them are told apart:
 of all groups inside, squares off the means of groups are added up, and so are their degrees of freedom. The logarithm
 of their ratio is an estimate of a scale that has the same meaning for groups of any size, that of the latter says how
-good it is.
+good it is. From the variance between the means of groups what the spread inside of them explains is taken off, as in
+an analysis of variance (Searle et al. 1992). Logarithms of variances have squares as well, for scales are not linear in
+them in every coordinate.
 With ``pool="attention"`` the learned features are weighed by a learned query instead of averaged (:class:`Attention`).
 
 Crossed plates have no inner one; they are pooled in one order for each of them. Data that look up a group by an index
@@ -27,6 +29,7 @@ Latent sites in other plates can come in one by one where they are few (:class:`
 
 References:
     [1] Zaheer et al. (2017), Deep Sets, Theorem 2.
+    [2] Searle, Casella and McCulloch (1992), Variance Components, Chapter 3.
 """
 
 import itertools
@@ -62,6 +65,7 @@ __all__ = [
 
 MOST_CROSSED = 8  # entries of a tuple up to which all products are taken, and not only squares
 VARIANCE_FLOOR = 1e-4  # in standardised units
+SHARE = 0.05  # of the variance between groups and of noise, near which the difference is rounded off
 CHUNK_ROWS = 100_000  # of joint samples at set-up
 
 
@@ -396,11 +400,14 @@ class PoolStage(nn.Module):
             self.attention = options.attention() if isinstance(options, Attention) else None
             self.random = RandomFeatures(options.network(core + len(self._fixed)))
         plain, size, learned = Carried(), Carried(of_sizes=True), Carried(learned=True)
-        self.carries = [*[plain] * (pairs.shape[1] + core), *carried]
+        variance = Carried(of_variances=True)
+        self.carries = [*[plain] * pairs.shape[1], *[variance] * core, *carried]
         self.carries += [*[plain] * options.embedding_dim, *[learned] * options.embedding_dim]
         for number in inside:
-            self.carries += [*[plain] * number, size]
-        self.carries.append(size)
+            self.carries += [*[variance] * number, size]
+        self._between = inside[-1] if inside else 0
+        self._squares = core + sum(inside) + self._between if core <= MOST_CROSSED else 0
+        self.carries += [*[variance] * self._between, *[plain] * self._squares, size]
         self.core_size = core
         self.num_carried = len(carried)
         self.inside = tuple(inside)
@@ -418,7 +425,9 @@ class PoolStage(nn.Module):
         core, carried, weight, dim = elements.core, elements.carried, elements.weight, elements.dim
         segments, size = elements.segments, elements.size
         square = core[..., self.pairs[0]] * core[..., self.pairs[1]]
-        below = () if elements.inside is None else elements.inside.spreads
+        below: tuple[Tensor, ...] = ()
+        if elements.inside is not None:
+            below = (*elements.inside.spreads, torch.exp(-elements.inside.log_number))
         parts = [core, square, *below, carried]
         if self.embedding is not None and self.random is not None:
             joint = torch.cat([core, carried], -1)
@@ -450,13 +459,27 @@ class PoolStage(nn.Module):
         number = number.expand(*mean.shape[:-1], 1)
         squares = number * (second[..., self.pairs[0] == self.pairs[1]] - first.square()).clamp(min=0.0)
         own = torch.cat([squares, (number - 1.0).clamp(min=0.0)], -1)
-        spreads = (*(number * part for part in of_below), own)
+        spreads = (*(number * part for part in of_below[:-1]), own)
         typical = self.typical.split([*self.inside, self.core_size])
         logarithms = [self._log_variances(*pair) for pair in zip(spreads, typical, strict=True)]
         log_number = number.clamp(min=0.5).log()
         inside = [part for pair in logarithms[:-1] for part in pair]
+        known = [variance - usual for (variance, _), usual in zip(logarithms, typical, strict=True)]
+        if elements.inside is not None:
+            unit = elements.inside.unit.square()
+            noise = (logarithms[-2][0].exp() / unit).nan_to_num(0.0) * of_below[-1]
+            inside.append(self._log_beyond(logarithms[-1][0][..., : self._between].exp(), noise))
+            known.append(inside[-1] - typical[-1][: self._between])
+        if self._squares:
+            inside += [each.square() for each in known]
         carried = torch.cat([second, logarithms[-1][0], rest, *inside, log_number], -1)
         return first, carried, there, spreads
+
+    @staticmethod
+    def _log_beyond(between: Tensor, noise: Tensor) -> Tensor:
+        """Return the logarithm of what noise does not explain of variances, smooth where that is nothing."""
+        left = between - noise
+        return (0.5 * (left + (left.square() + (SHARE * (between + noise)).square()).sqrt())).log()
 
     @staticmethod
     def _log_variances(spread: Tensor, typical: Tensor) -> tuple[Tensor, Tensor]:
@@ -492,10 +515,12 @@ class Carried:
     Attributes:
         learned: Whether it depends on parameters.
         of_sizes: Whether it is a function of the numbers of elements alone.
+        of_variances: Whether it is the logarithm of a variance, or a mean of these.
     """
 
     learned: bool = False
     of_sizes: bool = False
+    of_variances: bool = False
 
 
 def pooling_orders(plates: Sequence[str], around: Sequence[AbstractSet[str]]) -> tuple[tuple[str, ...], ...]:
@@ -589,6 +614,7 @@ class DeepSetPool(nn.Module):
         self.num_features = len(of_features)
         self.learned = [each.learned for each in of_features]  # whether a feature depends on parameters
         self.of_sizes = [each.of_sizes for each in of_features]  # or on numbers of elements alone
+        self.of_variances = [each.of_variances for each in of_features]
 
     def to_plain(self) -> dict[str, Any]:
         """Return what the summary is made from, and the kinds of its maps."""
