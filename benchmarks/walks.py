@@ -4,7 +4,9 @@
 
 One walk in several codings, each seen with noise: a normal with its Cholesky factor, sums of independent normals, and
 independent normals whose differences are observed to be small; seen as one vector, in a plate of the model's, and in a
-plate of many walks. The exact posterior is that of the linear-Gaussian model, in float64. One thread, processor time.
+plate of many walks. The exact posterior is that of the linear-Gaussian model, in float64. The gap is that of a walk, in
+nats, at the start and after 1, 10, 50 and 200 steps of Adam by one draw each; beside it that of Pyro's ``AutoNormal``
+that starts at the best it can be. One thread, processor time.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
 from pyro.optim import Adam
 from torch import Tensor
 
@@ -24,6 +27,7 @@ from pyro_graphflows import auto_faithful_guide
 
 STEP, NOISE = 0.3, 0.5
 MANY = 20
+MARKS = (0, 1, 10, 50, 200)
 
 
 def by_factor(x: Tensor) -> None:
@@ -93,6 +97,39 @@ def gap(guide: Callable, x: Tensor, exact: tuple[Tensor, Tensor]) -> float:
     return total / 20
 
 
+def gap_of_mean_field(guide: AutoNormal, x: Tensor, exact: tuple[Tensor, Tensor]) -> float:
+    """The same of ``AutoNormal``, by its formula."""
+    mean, precision = exact
+    off, scale = guide.locs.w.detach().double() - mean, guide.scales.w.detach().double()
+    squares = (off * (off @ precision)).sum(-1) + (precision.diagonal() * scale.square()).sum(-1)
+    log_det = torch.linalg.slogdet(precision)[1] + 2 * scale.log().sum(-1)
+    return float(0.5 * (squares - off.shape[-1] - log_det).mean())
+
+
+def mean_field(model: Callable, x: Tensor, exact: tuple[Tensor, Tensor]) -> AutoNormal:
+    """AutoNormal at its optimum."""
+    guide = AutoNormal(model)
+    guide(x)
+    mean, precision = exact
+    with torch.no_grad():
+        guide.locs.w.copy_(mean)
+    guide.scales.w = precision.diagonal().rsqrt().expand_as(mean).to(guide.locs.w)
+    return guide
+
+
+def training(model: Callable, guide: Callable, x: Tensor, exact: tuple[Tensor, Tensor], rate: float) -> str:
+    """The gaps on the way through a short training."""
+    pyro.clear_param_store()
+    svi = SVI(model, guide, Adam({"lr": rate}), Trace_ELBO())
+    find_gap = gap_of_mean_field if isinstance(guide, AutoNormal) else gap
+    gaps = []
+    for step in range(MARKS[-1] + 1):
+        if step in MARKS:
+            gaps.append(f"{find_gap(guide, x, exact):.2f}")
+        svi.step(x)
+    return " / ".join(gaps)
+
+
 def main() -> None:
     """Run all."""
     parser = argparse.ArgumentParser(
@@ -112,13 +149,12 @@ def main() -> None:
         print(f"{model.__name__}: set-up {time.process_time() - began:.1f} s", end=", ")
         print(f"{num_parameters(guide):,} parameters, {memory():.2f} GiB", end=", ")
         print(f"a call {1000 * call_seconds(guide, x):.1f} ms", end="; ")
-        print(f"gap {gap(guide, x, exact):.4f} at the start", end=", ")
+        print(guide.describe().split("\n  w")[-1][:120].strip().replace("\n", " "))
+        start = {name: value.clone() for name, value in guide.state_dict().items()}
         for rate in (1e-3, 1e-2):
-            svi = SVI(model, guide, Adam({"lr": rate}), Trace_ELBO())
-            for _ in range(100):
-                svi.step(x)
-            print(f"{gap(guide, x, exact):.4f} after 100 steps at {rate}", end=", ")
-        print(guide.describe().split("w: ")[-1][:90].replace("\n", " "))
+            guide.load_state_dict(start)
+            print(f"  at rate {rate}: gap {training(model, guide, x, exact, rate)}", end="; AutoNormal ")
+            print(training(model, mean_field(model, x, exact), x, exact, rate), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pyro_graphflows.guides.conditionals.banded import BandedNormalFactor, regress_chain
+from pyro_graphflows.guides.conditionals.factors import share_of_long
 
 SIZE = 7
 DOUBLE = torch.float64
@@ -80,3 +81,55 @@ def test_a_regression_that_is_no_precision_is_drawn_to_its_diagonal():
     fit = regress_chain(rows, [], range(5), [[]] * 5, BandedNormalFactor(5, 2, False, reads=False))
     assert torch.isfinite(fit.scale_tril).all()
     assert (fit.scale_tril.diagonal() > 0).all()
+
+
+def covariance_root(factor, outputs, like):
+    """The mean and a root of the covariance of a chain with given outputs."""
+    ones = torch.ones(len(like), dtype=DOUBLE)
+    conditional = factor.distribution(outputs, 0 * ones, ones)
+    return conditional.mean, conditional.push(torch.eye(len(like), dtype=DOUBLE))[
+        0
+    ].T - conditional.mean.unsqueeze(-1)
+
+
+@pytest.mark.parametrize("reads", [False, True])
+@pytest.mark.parametrize("differences", [False, True])
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_step_of_one_number_costs_what_a_step_of_all_does(order, differences, reads):
+    """The divergence is half the squared length of a small step in natural units, also in a very smooth chain."""
+    size = 60
+    steps_back = torch.linalg.matrix_power(
+        torch.eye(size, dtype=DOUBLE) - torch.diag(torch.ones(size - 1, dtype=DOUBLE), -1), order
+    )
+    seen = torch.zeros(size, dtype=DOUBLE)
+    seen[[20, 50]] = 1.0
+    covariance = torch.linalg.inv(1e4 * steps_back.T @ steps_back + torch.diag(seen))
+    root = torch.linalg.cholesky(covariance)
+    if differences:
+        root = torch.diff(root, dim=0, prepend=torch.zeros_like(root[:1]))
+    factor = BandedNormalFactor(size, order, differences, reads=reads)
+    loc = torch.linspace(-1, 1, size, dtype=DOUBLE)
+    start = factor.linear_start(torch.zeros(size, 0, dtype=DOUBLE), loc, root)[1]
+    units = factor.natural_units(root)
+    free = (2 + order + reads) * size
+    assert not units[free:].any()
+    units = units / share_of_long(free)
+    own = torch.arange(free) >= size * reads  # h apart
+    generator = torch.Generator().manual_seed(0)
+    mean, at_start = covariance_root(factor, start, root)
+    torch.testing.assert_close(mean, loc)
+
+    def divergence(step):
+        moved, other = covariance_root(factor, start + units * step, root)
+        ratio = torch.linalg.solve(at_start, torch.cat([other, (moved - loc).unsqueeze(-1)], -1))
+        return 0.5 * (ratio.square().sum() - size) - torch.linalg.slogdet(ratio[:, :-1])[1]
+
+    for chosen in (own, own & (torch.arange(free) % 17 == 3)):
+        for signs in (torch.ones(free), torch.randn(free, generator=generator).sign()):
+            step = torch.zeros_like(units)
+            step[:free] = 1e-4 * signs * chosen
+            assert float(divergence(step)) == pytest.approx(0.5 * float(step.square().sum()), rel=0.1)
+    if reads:  # all of them at once do not do more than they would alone
+        step = torch.zeros_like(units)
+        step[:size] = 1e-3
+        assert 0 < float(divergence(step)) < 0.5 * size * 1e-6

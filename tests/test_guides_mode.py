@@ -211,3 +211,18 @@ def test_effects_with_much_data_have_their_mode_in_unconstrained_space():
     evidence = torch.logsumexp(joint, 0).item() + math.log(5.0 / 2000)
     # the posterior of the logarithm of a scale is skewed: not quite normal
     assert mode.elbo(torch.randn(2000, 42).double()) == pytest.approx(evidence, abs=0.15)
+
+
+def test_of_several_modes_the_one_with_the_most_mass_is_found():
+    """The first search ends in the near mode, which has a fiftieth of the mass."""
+
+    def two_modes():
+        z = pyro.sample("z", dist.Normal(0.0, 3.0))
+        near = math.log(0.02) + dist.Normal(0.5, 0.03).log_prob(z)
+        far = math.log(0.98) + dist.Normal(-4.0, 0.2).log_prob(z)
+        both = torch.logsumexp(torch.stack([near, far]), 0)
+        pyro.factor("f", both - dist.Normal(0.0, 3.0).log_prob(z))
+
+    mode = mode_of(two_modes)
+    assert mode.log_evidence == pytest.approx(math.log(0.98), abs=0.01)
+    assert 3.0 * mode.point.item() == pytest.approx(-4.0, abs=0.01)

@@ -194,16 +194,16 @@ def test_a_start_at_the_prior_is_the_prior():
 
 def test_factors_start_at_the_prior():
     def model(y):
-        z = pyro.sample("z", dist.Normal(0.0, 100.0))
-        pyro.factor("soft", -0.5 * (z - 70.0) ** 2)
+        z = pyro.sample("z", dist.Normal(0.0, 10.0))
+        pyro.factor("soft", -0.5 * (z - 7.0) ** 2)
         pyro.sample("y", dist.Normal(z, 10.0), obs=y)
 
-    y = torch.tensor(60.0)
+    y = torch.tensor(6.0)
     guide = auto_faithful_guide(model, y, init="auto")
     assert "the start is 'prior'" in str(guide.describe(verbose=True))
     with torch.no_grad():
         z = torch.stack([guide(y)["z"] for _ in range(2000)])
-    assert abs(float(z.std()) / 100 - 1) < 0.1
+    assert abs(float(z.std()) / 10 - 1) < 0.1
 
 
 def test_wide_data_do_not_slow_down_a_search_among_orders():
@@ -358,3 +358,20 @@ def test_scales_with_much_data_start_at_their_posterior():
     evidence = torch.logsumexp(joint, 0).item() + math.log(0.6 / 4000)
     options = {"num_particles": 2000, "vectorize_particles": True, "max_plate_nesting": 1}
     assert Trace_ELBO(**options).loss(scale_of, guide, y) == pytest.approx(-evidence, abs=0.01)
+
+
+def test_amortised_guides_start_at_the_mode_where_losses_would_be_wild():
+    """Growth measured precisely: draws of the regression are thousands of nats off, and nothing follows from these."""
+
+    def growth(times, y):
+        rate = pyro.sample("rate", dist.HalfCauchy(1.0))
+        first = pyro.sample("first", dist.HalfCauchy(1.0))
+        pyro.sample("y", dist.Normal(first * torch.exp(rate * times), 0.01).to_event(1), obs=y)
+
+    times = torch.linspace(0.0, 4.0, 12)
+    y = 0.7 * torch.exp(0.9 * times) + 0.01 * torch.randn(12)
+    guide = auto_faithful_guide(growth, times, y)
+    assert "amortised" in guide.describe()
+    assert "the start is 'mode'" in guide.describe(verbose=True)
+    loss = Trace_ELBO(num_particles=500).loss(growth, guide, times, y)
+    assert abs(loss) < 100  # the evidence is about 12 log(100) - 6 - log(prior odds) nats

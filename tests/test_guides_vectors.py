@@ -6,6 +6,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoMultivariateNormal
 from pyro.optim import Adam
 
 from pyro_graphflows.errors import GraphflowsError
@@ -156,6 +157,171 @@ def test_walks_are_chains_and_start_at_their_exact_posterior(x, model, what):
                 exact.loc @ SUMS.double().mT, scale_tril=SUMS.double() @ exact.scale_tril
             )
         assert abs(gap(guide, exact, other)) < 1e-3
+
+
+# ---------------------------------------------------------------- training of chains
+
+
+STEPS = (0, 1, 10, 50, 200)
+
+
+def linear_walk(order=1, step=0.1, seen=range(SIZE), noise=0.5, in_plate=False, sums=False):
+    """A model of a walk of which some elements are seen, its data, and the exact posterior."""
+    eye = torch.eye(SIZE, dtype=torch.float64)
+    steps_back = torch.linalg.matrix_power(eye - torch.diag(torch.ones(SIZE - 1).double(), -1), order)
+    root = (step * torch.linalg.inv(steps_back)).tril()
+    matrix = (root if sums else eye)[list(seen)]
+    tril = root.to(torch.get_default_dtype())
+    prior = eye if sums else torch.linalg.inv(root @ root.mT)
+
+    def model(x):
+        if sums:
+            z = pyro.sample("z", dist.Normal(0.0, torch.ones(SIZE)).to_event(1))
+            at = step * z.cumsum(-1)[..., list(seen)]
+        else:
+            z = pyro.sample("z", dist.MultivariateNormal(torch.zeros(SIZE), scale_tril=tril))
+            at = z[..., list(seen)]
+        if in_plate:
+            with pyro.plate("times", len(seen)):
+                pyro.sample("x", dist.Normal(at, noise), obs=x)
+        else:
+            pyro.sample("x", dist.Normal(at, noise).to_event(1), obs=x)
+
+    generator = torch.Generator().manual_seed(0)
+    drawn = root @ torch.randn(SIZE, generator=generator).double()
+    x = drawn[list(seen)] + noise * torch.randn(len(seen), generator=generator)
+    precision = prior + matrix.mT @ matrix / noise**2
+    mean = torch.linalg.solve(precision, matrix.mT @ x.double() / noise**2)
+    return model, x.to(torch.get_default_dtype()), (mean, precision)
+
+
+def divergence(guide, x, exact):
+    """KL(chain | posterior), in nats, without sampling."""
+    with torch.no_grad():
+        chain = poutine.trace(guide).get_trace(x).nodes["z"]["fn"].base
+    mean, precision = exact
+    loc, noise = chain.mean.double(), torch.eye(SIZE)
+    root = (chain.push(noise)[0] - chain.mean).double().mT
+    off = ((loc - mean) @ precision * (loc - mean)).sum()
+    log_det = torch.linalg.slogdet(precision)[1] + 2 * torch.linalg.slogdet(root)[1]
+    return float(0.5 * (off + (root * (precision @ root)).sum() - SIZE - log_det))
+
+
+def check_survival(model, x, exact, lr, free):
+    """Train by one draw a step; what noise alone keeps a guide above its optimum is known."""
+    guide = auto_faithful_guide(model, x, budget=BUDGET, num_start_samples=500)
+    assert "a chain of 40" in guide.describe()
+    optim = torch.optim.Adam(guide.parameters(), lr=lr)
+    path = {}
+    for step in range(STEPS[-1] + 1):
+        if step in STEPS:
+            path[step] = divergence(guide, x, exact)
+        optim.zero_grad()
+        Trace_ELBO().differentiable_loss(model, guide, x).backward()
+        optim.step()
+    floor = lr / 4 * free**0.5
+    assert abs(path[0]) < 0.01, path
+    assert max(path.values()) < min(3.0, 2 * floor), path
+    assert path[200] < max(0.1, 2 * floor), path
+
+
+WALKS = {
+    "seen everywhere": {},
+    "seen twice": {"seen": (10, 30), "noise": 0.1},
+    "smooth": {"step": 0.01},
+    "of second order": {"step": 0.01, "order": 2},
+    "sums": {"sums": True},
+    "sums seen twice": {"sums": True, "seen": (10, 30), "noise": 0.1},
+}
+FULLY_FREE = 100 * 3 * SIZE  # numbers move by sqrt(100 / their number): the floor is r / 4 sqrt(100 number)
+
+
+@pytest.mark.parametrize(("name", "in_plate"), [("seen twice", True), ("sums", False)])
+def test_training_keeps_the_start_of_a_chain(name, in_plate):
+    torch.set_default_dtype(torch.float32)
+    model, x, exact = linear_walk(**WALKS[name], in_plate=in_plate)
+    check_survival(model, x, exact, 1e-2, FULLY_FREE if in_plate else FULLY_FREE / 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lr", [1e-3, 1e-2])
+@pytest.mark.parametrize("in_plate", [False, True])
+@pytest.mark.parametrize("name", WALKS)
+def test_training_keeps_the_starts_of_all_chains(name, in_plate, lr):
+    torch.set_default_dtype(torch.float32)
+    model, x, exact = linear_walk(**WALKS[name], in_plate=in_plate)
+    check_survival(model, x, exact, lr, FULLY_FREE * (4 / 3 if WALKS[name].get("order") == 2 else 1))
+
+
+def test_a_chain_of_data_in_a_plate_has_three_numbers_an_element():
+    model, x, _ = linear_walk(in_plate=True)
+    assert num_parameters(auto_faithful_guide(model, x, budget=BUDGET, num_start_samples=200)) == 3 * SIZE
+
+
+def test_a_chain_whose_model_is_learned_moves_in_larger_steps():
+    fixed, x, _ = linear_walk(in_plate=False)
+
+    def learned(x):
+        noise = pyro.param("noise", torch.tensor(0.5), constraint=dist.constraints.positive)
+        z = pyro.sample(
+            "z", dist.MultivariateNormal(torch.zeros(SIZE), scale_tril=0.1 * torch.ones(SIZE, SIZE).tril())
+        )
+        pyro.sample("x", dist.Normal(z, noise).to_event(1), obs=x)
+
+    units = [
+        auto_faithful_guide(model, x, budget=BUDGET, num_start_samples=200)
+        .blocks[0]
+        .conditionals.network.units.unit
+        for model in (fixed, learned)
+    ]
+    assert (units[1] > 2 * units[0]).all()
+
+
+def counts(x):
+    root = 0.2 * torch.ones(len(x), len(x)).tril()
+    z = pyro.sample("z", dist.MultivariateNormal(torch.zeros(len(x)), scale_tril=root))
+    with pyro.plate("times", len(x)):
+        pyro.sample("x", dist.Poisson(z.exp()), obs=x)
+
+
+def volatility(x):
+    root = 0.3 * torch.ones(len(x), len(x)).tril()
+    z = pyro.sample("z", dist.MultivariateNormal(torch.zeros(len(x)), scale_tril=root))
+    with pyro.plate("times", len(x)):
+        pyro.sample("x", dist.Normal(0.0, (z / 2).exp()), obs=x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lr", [1e-3, 1e-2])
+@pytest.mark.parametrize("model", [counts, volatility])
+def test_training_keeps_the_starts_of_chains_that_are_not_normal(model, lr):
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    walk_ = (0.2 * torch.randn(100)).cumsum(-1)
+    x = torch.poisson(walk_.exp()) if model is counts else torch.randn(100) * walk_.exp()
+
+    def bound(guide):
+        with torch.no_grad():
+            losses = torch.tensor([Trace_ELBO().loss(model, guide, x) for _ in range(400)])
+        return float(losses.mean()), float(losses.std() / 20)
+
+    guide = auto_faithful_guide(model, x, budget=15_000)
+    assert "a chain of 100" in guide.describe()
+    start, error = bound(guide)
+    optim = torch.optim.Adam(guide.parameters(), lr=lr)
+    for step in range(1, STEPS[-1] + 1):
+        optim.zero_grad()
+        Trace_ELBO().differentiable_loss(model, guide, x).backward()
+        optim.step()
+        if step in STEPS:
+            loss, other = bound(guide)
+            floor = lr / 4 * (100 * 300) ** 0.5
+            assert loss < start + 2 * floor + 4 * (error**2 + other**2) ** 0.5
+    full = AutoMultivariateNormal(model, init_scale=0.1)
+    svi = SVI(model, full, Adam({"lr": lr}), Trace_ELBO())
+    for _ in range(STEPS[-1]):
+        svi.step(x)
+    assert loss < bound(full)[0] - 10
 
 
 def scaled(x):

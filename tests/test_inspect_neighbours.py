@@ -127,3 +127,14 @@ def test_rows_of_a_plate_that_differ_have_no_common_field():
     chain = chain_of(model, X.expand(3, SIZE))
     assert chain.width == 0
     assert chain.field is None
+
+
+def test_a_model_with_parameters_is_learned():
+    def learned(x):
+        w = pyro.sample("w", dist.Normal(0.0, torch.ones(SIZE)).to_event(1))
+        pyro.sample("x", dist.Normal(w, pyro.param("noise", torch.tensor(0.5))).to_event(1), obs=x)
+
+    chain = chain_of(learned, X)
+    assert chain.field is not None
+    assert chain.learned
+    assert not chain_of(walk, X).learned

@@ -499,10 +499,13 @@ class GuideBlock(nn.Module):
         scale: Tensor | float,
         *,
         fused: bool = False,
+        exact: bool = False,
     ) -> None:
         """Make one site's conditional linear-Gaussian, in the units of the data and of unconstrained latents.
 
         With ``fused`` it is the factor beside the prior that becomes linear-Gaussian, in the coordinate of the prior.
+        With ``exact`` training is to move it little
+        (:class:`~pyro_graphflows.guides.conditionals.contract.LinearConditional`).
 
         The shifts and scales on the way, of data, of parents, of summaries of other plates and of the site itself, are
         worked into weights and location. Data on a half-line count by their logarithm, data in (0, 1) by their logit.
@@ -563,7 +566,7 @@ class GuideBlock(nn.Module):
                 f"Expected a positive scale of {site!r}, or a lower triangular matrix ({len(shift)}, {len(shift)}) "
                 f"with a positive diagonal; got {torch.as_tensor(scale).tolist()}."
             )
-        linear = LinearConditional(standard, loc / width, tril / width.unsqueeze(-1))
+        linear = LinearConditional(standard, loc / width, tril / width.unsqueeze(-1), exact=exact)
         if fused:
             conditionals.set_fused_(site, linear)
         else:

@@ -22,6 +22,7 @@ References:
 """
 
 import math
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,10 @@ SPREAD = (
 )
 MOST_NEWTON = 300  # numbers up to which each step has a Hessian
 MOST_NEWTON_OF_NORMALS = 200  # the same where each point stands for many draws
+MOST_RESTARTED = 20  # numbers up to which the search begins at several points
+MOST_RESTARTS = 8
+SECONDS_OF_RESTARTS = 3.0  # of processor time
+TIE = 0.1  # nats of a mode's mass that are no reason to take another
 FEW_STEPS = 8  # of Newton's method, from a point near the mode if there is one
 MOST_NUMBERS = 1000  # beyond which there is no Hessian at all
 LEAST_PRECISION = 0.25  # where all priors are proper: in their coordinates a prior's own precision is one
@@ -219,6 +224,13 @@ class Mode:
     def log_volume(self) -> float:
         """Half the logarithm of the covariance's determinant."""
         return float(torch.linalg.slogdet(self.factor)[1])
+
+    @property
+    def log_evidence(self) -> float:
+        """The log-evidence, if the posterior is the normal that its mode and the curvature there make it [1]."""
+        with torch.no_grad():
+            height = float(self.posterior(self.point))
+        return height + self.posterior.missing + len(self.point) / 2 * LOG_2PI + self.log_volume
 
     @torch.no_grad()
     def elbo(self, noise: Tensor) -> float:
@@ -455,24 +467,53 @@ def find_mode(
         start = torch.randn(size, dtype=torch.float64)
     else:
         raise UnsupportedModelError("the model's density is not finite at any point that was tried.")
-    point = newton(negative, start) if size <= MOST_NEWTON else lbfgs(negative, start)
-    hessian = hessian_at(negative, point)
-    if hessian is None:
+    found_there = _laplace(posterior, start)
+    if found_there is None:
         raise UnsupportedModelError("the curvature at the mode is not finite.")
-    least = LEAST_PRECISION if posterior.proper else None
-    laplace = Mode(posterior, point, _square_root_of_inverse(hessian, least))
+    laplace = found_there
     noise = torch.randn(NUM_DRAWS, size, dtype=torch.float64)
     noise = torch.cat([noise, -noise])
     if not posterior.takes_many(noise):
         return laplace
     with torch.no_grad():
-        evidence = float(posterior(point)) + posterior.missing + size / 2 * LOG_2PI + laplace.log_volume
+        evidence = laplace.log_evidence
     if abs(laplace.elbo(noise) - evidence) < CLOSE:
         return laplace
     found = [laplace, *_variational(posterior, start, laplace)]
     noise = torch.randn(NUM_JUDGING, size, dtype=torch.float64)
     found += _centred(posterior, _best(found, noise).point, traced)
     return _best(found, noise)
+
+
+def _laplace(posterior: LogPosterior, start: Tensor) -> Mode | None:
+    """Return the mode and the curvature there; of few numbers, of several modes the one with the most mass.
+
+    Mixtures and what is like them have modes in which a component is not used. Further searches begin at random points,
+    which are the same in each set-up, as many as there is time for.
+    """
+
+    def negative(point: Tensor) -> Tensor:
+        return -posterior(point)
+
+    def search(first: Tensor) -> Mode | None:
+        point = newton(negative, first) if len(first) <= MOST_NEWTON else lbfgs(negative, first)
+        hessian = hessian_at(negative, point)
+        if hessian is None:
+            return None
+        return Mode(posterior, point, _square_root_of_inverse(hessian, least))
+
+    least = LEAST_PRECISION if posterior.proper else None
+    began = time.process_time()
+    best = search(start)
+    if len(start) > MOST_RESTARTED:
+        return best
+    generator = torch.Generator().manual_seed(0)
+    number = int(SECONDS_OF_RESTARTS / max(time.process_time() - began, 1e-3))
+    for _ in range(min(number, MOST_RESTARTS)):
+        found = search(torch.randn(len(start), generator=generator, dtype=torch.float64))
+        if found is not None and (best is None or found.log_evidence > best.log_evidence + TIE):
+            best = found
+    return best
 
 
 def _best(found: Sequence[Mode], noise: Tensor) -> Mode:

@@ -19,7 +19,8 @@ start has seen. Candidates, in this order:
 - *random*: random weights, if nothing else has a finite loss.
 
 A guide that is amortised must not take the data of set-up, which may be a mere example, for all that it will see. The
-other candidates are tried there only if the regression does much worse for these data than draws of the prior would.
+other candidates are tried there only if the regression does much worse for these data than draws of the prior would, or
+if nothing could be learned from them that way: if there is one posterior, and single draws differ by a thousand nats.
 """
 
 import math
@@ -83,6 +84,7 @@ FEWEST_DRAWS = 20  # the same where the model cannot give many at once
 BOTH = "mode and regression"
 MOST_AT_ONCE = 1_000_000  # elements of all sites, each as large as the largest, over all draws of a judgement
 NEAR = 2.0  # nats: if the gap of a start near the mode seems less, nothing else is tried
+WILD = 5e5  # nats squared: losses that differ by a thousand nats from draw to draw
 MARGIN = 20.0  # nats by which the prior must be better than an amortised guide's start
 Program = Callable[..., Any]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -360,7 +362,7 @@ def start_fields_(block: GuideBlock, compiled: Compiled) -> None:
             intercept, tril = _steps(intercept), _steps(tril)
         before = {key: value.clone() for key, value in block.conditionals.state_dict().items()}
         try:
-            block.set_linear_(site, weights, intercept, tril)
+            block.set_linear_(site, weights, intercept, tril, exact=not (chain.learned or elsewhere))
         except GraphflowsError:  # its data are not features as they are, but their logarithms
             block.conditionals.load_state_dict(before)
 
@@ -914,7 +916,9 @@ def choose_start(
         all_fitted = all(block.per_element for block in plan.blocks)
         if name == "mode" and is_for_these_data and all_fitted and found.gap <= NEAR:
             break
-        if name == usual and not is_for_these_data and found.loss <= judge.loss_of_prior() + MARGIN:
+        wild = found.gap >= WILD and not any(block.plates for block in plan.blocks)
+        is_kept = name == usual and not is_for_these_data and not wild
+        if is_kept and found.loss <= judge.loss_of_prior() + MARGIN:
             break
     assert best is not None
     return best, " ".join([_sentence(best, losses), *reasons])

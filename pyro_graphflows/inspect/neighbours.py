@@ -64,12 +64,14 @@ class Chain:
         reads: For each child that depends on the vector, which of its elements (rows) meet which of the chain.
         field: The log-density, where it is quadratic; None where it is not. Data in plates that the vector is outside
             of are part of its offset.
+        learned: Whether the model has parameters with which the log-density changes in training.
     """
 
     width: int
     differences: bool
     reads: Mapping[str, np.ndarray] = field(default_factory=dict)
     field: NormalField | None = None
+    learned: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,14 @@ def _chain(rerun: Rerun, name: str, maps: tuple[Callable, Callable], differences
     first = fields[0]
     if first is None or not all(other is not None and _same(first, other) for other in fields[1:]):
         return chain
-    return replace(chain, field=first)
+    return replace(chain, field=first, learned=_is_learned(rerun))
+
+
+def _is_learned(rerun: Rerun) -> bool:
+    """Return whether the log-density has derivatives by anything but the values of sites."""
+    values = {name: rerun.values[name].detach() for name in rerun.sites if name in rerun.values}
+    trace = rerun.at(values, gradients=True)
+    return any(density(trace.nodes[site]).requires_grad for site in rerun.sites if site in trace.nodes)
 
 
 def _readable_children(rerun: Rerun, name: str) -> list[str]:

@@ -8,24 +8,40 @@ of the posterior is banded although its covariance is not. Then
 
 with A strictly lower triangular and banded, D diagonal, and element i of h a function of the data that meet element i:
 however far a datum reaches, it does so through :math:`\Lambda^{-1}`. The numbers to learn are linear in the number of
-elements. The location is :math:`\Lambda_0^{-1} h(x)`, where :math:`\Lambda_0` is that of the start and is kept, so that
-a step on the covariance leaves the location as it is.
+elements.
+
+**Coordinates.** A step of an optimiser on one number, or on all of them, costs what it would cost in a vector of
+independent numbers. With :math:`A_0, D_0` those of the start, which are kept, and :math:`L_0 = (I - A_0)^{-1} D_0`, so
+that :math:`L_0 L_0^\top` is the covariance of the start,
+
+.. math:: \text{loc} = L_0 (L_0^\top h(x) + \eta), \qquad A_{i} = A_{0,i} + W_i^\top \delta_i,
+
+where :math:`W_i` whitens the k elements before i and multiplies by the noise of element i. Near the start the
+divergence is :math:`\tfrac12 |\eta|^2 + \tfrac12 |\delta|^2 + |\log D - \log D_0|^2`, for rough and for smooth moves
+alike and however smooth the chain is; locations do not move with the covariance. The gradient of one draw has a noise
+whose covariance is the curvature, so that at rate r Adam stays about r / 4 nats above the optimum for each number that
+moves in full units. In long chains that adds up, and units are smaller
+(:func:`~pyro_graphflows.guides.conditionals.factors.share_of_long`).
 
 In the *differences* form it is the running sums of the vector that are a chain, as where a model draws independent
 steps and adds them up.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from pyro_graphflows.distributions.long_normals import BandedNormal, solve_band, solve_band_transposed
-from pyro_graphflows.guides.conditionals.factors import NormalOutputs, positive_scale
+from pyro_graphflows.guides.conditionals.factors import NormalOutputs, positive_scale, share_of_long
 from pyro_graphflows.regression import RESIDUAL_FLOOR, Moments, Regression
 
 __all__ = ["BandedNormalFactor", "regress_chain"]
+
+HALF = 0.5  # the square of what the logarithm of D must move by to cost what a number of eta does
+TINY_SHARE = 1e-10  # of variances, added to covariances of neighbours, which may be all but the same
 
 
 class BandedNormalFactor(NormalOutputs):
@@ -52,12 +68,17 @@ class BandedNormalFactor(NormalOutputs):
 
     @property
     def num_outputs(self) -> int:
-        """For each element h, the logarithm of D and the entries of A; those of the start, if anything is read."""
-        return self._num_own + (1 + self.width) * self.size * self.reads
+        """For each element h, if anything is read, log D, delta and eta; and the start: log D, A and W."""
+        return self._num_own + self.reads * self.size + self.num_fixed
+
+    @property
+    def num_fixed(self) -> int:
+        """Those of the start."""
+        return (1 + self.width + self.width**2) * self.size
 
     @property
     def num_reading(self) -> int:
-        """What is of the start depends on nothing."""
+        """Those of the start and eta depend on nothing; without data h is not needed, and eta is in its place."""
         return self._num_own if self.reads else 0
 
     @property
@@ -78,62 +99,91 @@ class BandedNormalFactor(NormalOutputs):
         n, k = self.size, self.width
         if self.differences:
             shift = shift.cumsum(-1)
-        loc, coefficients = outputs[..., :n], outputs[..., 2 * n : self._num_own].unflatten(-1, (n, k))
+        own, rest = outputs[..., : self._num_own], outputs[..., self._num_own :]
+        log_width, delta = own[..., n : 2 * n], own[..., 2 * n :].unflatten(-1, (n, k))
+        moves, at_start = (rest[..., :n], rest[..., n:]) if self.reads else (own[..., :n], rest)
+        before = at_start[..., n : (1 + k) * n].unflatten(-1, (n, k))
+        whiten = at_start[..., (1 + k) * n :].unflatten(-1, (n, k, k))
+        width = at_start[..., :n].exp()
         if self.reads:
-            start = outputs[..., self._num_own :]
-            loc = smooth(start[..., n:].unflatten(-1, (n, k)), start[..., :n].exp(), loc)
-        width = positive_scale(outputs[..., n : 2 * n], shift, scale)
+            moves = moves + width * solve_band_transposed(before, own[..., :n])
+        loc = solve_band(before, width * moves)
+        coefficients = before + (delta.unsqueeze(-1) * whiten).sum(-2)
         batch = loc.shape[:-1]
         ratio = torch.stack([scale / scale.roll(j + 1) for j in range(k)], -1) if k else scale.new_zeros(n, 0)
         return BandedNormal(
             shift + scale * loc,
-            (scale * width).expand(*batch, n),
+            (scale * positive_scale(log_width, shift, scale)).expand(*batch, n),
             (coefficients * ratio).expand(*batch, n, k),
             differences=self.differences,
         )
 
     def linear_start(self, weights: Tensor, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`Factor.linear_start`: the chain closest to the covariance, if it is not one itself."""
-        log_width, coefficients = self._chain(scale_tril)
-        own, rest = (log_width, coefficients.flatten()), self.num_outputs - self.size
-        weights, loc = self._in_sums(weights), self._in_sums(loc)
-        if not self.reads:
-            return torch.cat([weights, weights.new_zeros(rest, weights.shape[-1])]), torch.cat([loc, *own])
-        joint = unsmooth(coefficients, log_width.exp(), torch.cat([weights, loc.unsqueeze(-1)], -1).mT).mT
-        zeros = weights.new_zeros(rest, weights.shape[-1])
-        return torch.cat([joint[:, :-1], zeros]), torch.cat([joint[:, -1], *own, *own])
+        chain = self._chain(scale_tril)
+        width, coefficients = chain.width, chain.coefficients
+        at_start = width.log(), coefficients.flatten(), chain.whiten.flatten()
+        weights, loc = self._in_sums(weights.double()), self._in_sums(loc.double())
+        delta = torch.zeros_like(at_start[1])
+        rows = weights.new_zeros(self.num_outputs, weights.shape[-1])
+        first, moves = _residuals(coefficients, loc) / width, loc.new_zeros(0)
+        if self.reads:
+            joint = unsmooth(coefficients, width, torch.cat([weights, loc.unsqueeze(-1)], -1).mT).mT
+            rows[: self.size], first, moves = joint[:, :-1], joint[:, -1], torch.zeros_like(loc)
+        parts = first, at_start[0], delta, moves, *at_start
+        return rows.to(scale_tril), torch.cat(parts).to(scale_tril)
 
     def natural_units(self, scale_tril: Tensor) -> Tensor:
-        """See :meth:`Factor.natural_units`: of h what moves all elements together by their scale.
+        """See :meth:`Factor.natural_units`: ones but for h, less in long chains; what is of the start does not move.
 
-        Coefficients move so little that the spread of a long chain, which is large where they are nearly one, hardly
-        does. What is of the start does not move.
+        Elements of h have correlated gradients, and move so little that all of them together do what one alone may.
         """
-        log_width, coefficients = self._chain(scale_tril)
-        spread = self._in_sums(scale_tril).square().sum(-1).sqrt()
-        share = log_width.exp() / spread
+        n = self.size
+        chain = self._chain(scale_tril)
+        like = scale_tril.new_ones(n)
+        of_own = (HALF**0.5 * like, like.new_ones(n * self.width))
+        fixed = like.new_zeros(self.num_fixed)
         if self.reads:
-            covariance = smooth(coefficients, log_width.exp(), torch.eye(self.size).to(spread))
-            of_loc = spread / covariance.abs().sum(-1)
+            covariance = smooth(chain.coefficients, chain.width, torch.eye(n).to(chain.width))
+            of_data = covariance.diagonal().sqrt() / covariance.abs().sum(-1)
+            units = torch.cat([of_data.to(like), *of_own, like, fixed])
         else:
-            of_loc = spread * share.sqrt()
-        of_coefficients = (share.square().unsqueeze(-1)).expand(-1, self.width).flatten()
-        fixed = spread.new_zeros((1 + self.width) * self.size * self.reads)
-        return torch.cat([of_loc, share, of_coefficients, fixed])
+            units = torch.cat([like, *of_own, fixed])
+        return units * share_of_long(int((units > 0).sum()))
 
     def _in_sums(self, columns: Tensor) -> Tensor:
         return columns.cumsum(0) if self.differences else columns
 
-    def _chain(self, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logarithm of D, ``(n,)``, and A, ``(n, k)``, from a Cholesky factor of the covariance."""
+    def _chain(self, scale_tril: Tensor) -> "_Chain":
+        """Return the chain that is closest to a covariance, from its Cholesky factor."""
+        n, k = self.size, self.width
         root = self._in_sums(scale_tril.double())
-        unit = root.diagonal().unsqueeze(-1) * torch.linalg.solve_triangular(
-            root, torch.eye(self.size).to(root), upper=False
+        diagonal = root.diagonal()
+        unit = diagonal.unsqueeze(-1) * torch.linalg.solve_triangular(
+            root, torch.eye(n).to(root), upper=False
         )  # I - A
-        found = root.new_zeros(self.size, self.width)
-        for j in range(min(self.width, self.size - 1)):
+        found = root.new_zeros(n, k)
+        for j in range(min(k, n - 1)):
             found[j + 1 :, j] = -unit.diagonal(-j - 1)
-        return root.diagonal().log().to(scale_tril), found.to(scale_tril)
+        whiten = root.new_zeros(n, k, k)
+        if k:
+            index = torch.arange(n).unsqueeze(-1) - 1 - torch.arange(k)  # of those before, the nearest first
+            known = (index >= 0).to(root.device)
+            before = root[index.clamp(min=0)] * known.unsqueeze(-1)
+            covariance = before @ before.mT + torch.diag_embed((~known).to(root))
+            covariance = covariance + TINY_SHARE * torch.diag_embed(covariance.diagonal(dim1=-2, dim2=-1))
+            inverse = torch.linalg.inv(torch.linalg.cholesky(covariance))
+            whiten = diagonal[:, None, None] * inverse * (known.unsqueeze(-1) & known.unsqueeze(-2))
+        return _Chain(diagonal, found, whiten)
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """D, ``(n,)``; A, ``(n, k)``; and W, ``(n, k, k)``, in float64."""
+
+    width: Tensor
+    coefficients: Tensor
+    whiten: Tensor
 
 
 def smooth(coefficients: Tensor, width: Tensor, given: Tensor) -> Tensor:
@@ -149,15 +199,21 @@ def smooth(coefficients: Tensor, width: Tensor, given: Tensor) -> Tensor:
 
 def unsmooth(coefficients: Tensor, width: Tensor, values: Tensor) -> Tensor:
     r"""Return :math:`\Lambda u`, the inverse of :func:`smooth`."""
-    own = values.clone()
     n, k = coefficients.shape
-    for j in range(min(k, n - 1)):
-        own[..., j + 1 :] -= coefficients[j + 1 :, j] * values[..., : n - j - 1]
-    own = own / width.square()
+    own = _residuals(coefficients, values) / width.square()
     found = own.clone()
     for j in range(min(k, n - 1)):
         found[..., : n - j - 1] -= coefficients[j + 1 :, j] * own[..., j + 1 :]
     return found
+
+
+def _residuals(coefficients: Tensor, values: Tensor) -> Tensor:
+    r"""Return :math:`(I - A) u`."""
+    n, k = coefficients.shape
+    own = values.clone()
+    for j in range(min(k, n - 1)):
+        own[..., j + 1 :] -= coefficients[j + 1 :, j] * values[..., : n - j - 1]
+    return own
 
 
 def regress_chain(

@@ -166,12 +166,16 @@ class LinearConditional:
         - ``loc``: ``(size,)``; ``scale_tril``: ``(size, size)``, lower triangular.
         - ``log_scale[p]``: ``(size, parent's features)``, by which the logarithms of scales follow a parent, in
           families whose outputs they are; nothing by default.
+
+    Attributes:
+        exact: Whether it is the conditional, whatever the data, and stays so. What is trained then moves it little.
     """
 
     weights: Mapping[str, Tensor]
     loc: Tensor
     scale_tril: Tensor
     log_scale: Mapping[str, Tensor] = field(default_factory=dict)
+    exact: bool = False
 
     @property
     def by_element(self) -> bool:

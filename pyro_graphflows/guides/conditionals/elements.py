@@ -55,6 +55,7 @@ class ElementTable(nn.Module):
         num_outputs: The length of a row.
         extends: Whether their sizes may change. Elements beyond those at set-up then have some row, which is not to be
             used (:class:`WithNewElements`).
+        num_fixed: How many columns, the last ones, are not trained.
 
     Attributes:
         table: What the rows start from.
@@ -65,15 +66,18 @@ class ElementTable(nn.Module):
     table: Tensor
     unit: Tensor
 
-    def __init__(self, plates: Sequence[PlateState], num_outputs: int, *, extends: bool = False) -> None:
+    def __init__(
+        self, plates: Sequence[PlateState], num_outputs: int, *, extends: bool = False, num_fixed: int = 0
+    ) -> None:
         super().__init__()
+        self.num_fixed = num_fixed
         self.extends = extends
         depth = max((-plate.dim for plate in plates), default=0)
         shape = [1] * depth
         for plate in plates:
             shape[depth + plate.dim] = plate.full_size
         self.sizes = {plate.name: plate.full_size for plate in plates}
-        self.trained = nn.Parameter(torch.zeros(*shape, num_outputs))
+        self.trained = nn.Parameter(torch.zeros(*shape, num_outputs - num_fixed))
         self.register_buffer("table", torch.zeros(*shape, num_outputs))
         self.register_buffer("unit", torch.ones(num_outputs))
 
@@ -89,7 +93,11 @@ class ElementTable(nn.Module):
         Raises:
             GraphflowsError: If the full size of a plate is not that at set-up, and must be.
         """
-        return self.chosen(torch.addcmul(self.table, self.unit, self.trained), plates)
+        if not self.num_fixed:
+            return self.chosen(torch.addcmul(self.table, self.unit, self.trained), plates)
+        free = self.trained.shape[-1]
+        rows = torch.addcmul(self.table[..., :free], self.unit[:free], self.trained)
+        return self.chosen(torch.cat([rows, self.table[..., free:]], -1), plates)
 
     def chosen(self, rows: Tensor, plates: Mapping[str, PlateState]) -> Tensor:
         """Return those of a call's elements among rows for all elements.

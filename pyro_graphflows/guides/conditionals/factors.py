@@ -38,6 +38,7 @@ __all__ = [
     "fused_vector",
     "positive_scale",
     "scalar_normals",
+    "share_of_long",
 ]
 
 TINY = 1e-30
@@ -45,6 +46,7 @@ LEAST_SHARE = 0.02  # of its marginal scale that an element may move alone in a 
 LOG_SCALE_BOUND = 20.0  # exp() of it is far outside of any standardised scale
 MOST_DENSE = 32  # elements up to which an autoregression is solved as a matrix
 MOST_DEPTH = 8  # of an autoregression that is solved round by round
+FREE = 100  # numbers of a long vector that move in full units in a step of training, or more of them less
 ROUNDINGS = 400.0  # a scale is at least so many times the rounding error of a value of the standardised size
 
 
@@ -62,6 +64,15 @@ def positive_scale(outputs: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     rounding = torch.finfo(outputs.dtype).eps * (1.0 + (shift / scale).abs())
     smallest = (ROUNDINGS * rounding).log().clamp(-LOG_SCALE_BOUND, 0.0)
     return outputs.clamp(max=LOG_SCALE_BOUND).maximum(smallest).exp()
+
+
+def share_of_long(number: int) -> float:
+    """Return by how much smaller steps are in a vector of many numbers: noise adds up, to the root of their number.
+
+    Args:
+        number: How many numbers are trained.
+    """
+    return min(1.0, FREE / max(number, 1)) ** 0.5
 
 
 class Factor(ABC):
@@ -97,6 +108,11 @@ class Factor(ABC):
     def num_reading(self) -> int:
         """The number of outputs that depend on the parents, the first ones; all unless the family says so."""
         return self.num_outputs
+
+    @property
+    def num_fixed(self) -> int:
+        """The number of outputs that stay at their start, the last ones; none unless the family says so."""
+        return 0
 
     @property
     def log_scale_outputs(self) -> tuple[int, ...]:
@@ -456,6 +472,10 @@ class ElementNormalFactor(NormalOutputs):
         all_weights = weights.new_zeros(self.num_outputs, weights.shape[-1])
         all_weights[:n] = unit @ weights
         return all_weights, torch.cat([unit @ loc, diagonal.log(), -unit[self.rows, self.columns]])
+
+    def natural_units(self, scale_tril: Tensor) -> Tensor:
+        """See :meth:`Factor.natural_units`; less for many elements."""
+        return super().natural_units(scale_tril) * share_of_long(self.num_outputs)
 
 
 class DiscreteFactor(Factor):

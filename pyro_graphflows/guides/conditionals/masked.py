@@ -47,6 +47,10 @@ from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = ["MaskedConditionals"]
 
+FREE_IF_EXACT = (
+    16  # numbers of an exact conditional that move in full units in a step of training, or more of them less
+)
+
 FactorMaker = Callable[[LatentSite], Factor]
 
 
@@ -115,7 +119,7 @@ class MaskedConditionals(Conditionals):
         num_rows = {site: own.num_outputs for site, own in self.factors.items()}
         self.constants = nn.ModuleDict(  # by the position of the site
             {
-                str(i): ElementTable((), own.num_outputs - (rows.stop - rows.start))
+                str(i): ElementTable((), own.num_outputs - (rows.stop - rows.start), num_fixed=own.num_fixed)
                 for i, (own, rows) in enumerate(
                     zip(self.factors.values(), self.outputs.values(), strict=True)
                 )
@@ -126,9 +130,12 @@ class MaskedConditionals(Conditionals):
         self._table_columns: dict[str, slice] = {}
         start = 0
         for site in block.per_element:
-            self._table_columns[site] = slice(start, start + num_rows[site])
-            start += num_rows[site]
-        self.table = ElementTable(spec.plates, start, extends=True) if block.per_element else None
+            if spec.plates or self.outputs[site].start < self.outputs[site].stop:
+                self._table_columns[site] = slice(start, start + num_rows[site])
+                start += num_rows[
+                    site
+                ]  # in no plate, and depending on nothing, it has all that in its constants
+        self.table = ElementTable(spec.plates, start, extends=True) if self._table_columns else None
         seen = {site: self.inputs_of(site) for site in block.sites}
         self.maps = nn.ModuleDict()
         self._map_of: dict[str, tuple[str, list[int]]] = {}
@@ -288,9 +295,10 @@ class MaskedConditionals(Conditionals):
         for parent, matrix in linear.weights.items():
             joint[:, list(self.columns[parent])] = matrix.to(joint)
         tril = linear.scale_tril.to(joint)
-        self._set_rows_(
-            site, *factor.linear_start(joint, linear.loc.to(joint), tril), factor.natural_units(tril)
-        )
+        units = factor.natural_units(tril)
+        if linear.exact:
+            units = units * min(1.0, FREE_IF_EXACT / int((units > 0).sum())) ** 0.5
+        self._set_rows_(site, *factor.linear_start(joint, linear.loc.to(joint), tril), units)
         return True
 
     def _set_rows_(self, site: str, weights: Tensor, biases: Tensor, units: Tensor | None = None) -> None:
@@ -371,7 +379,12 @@ class MaskedConditionals(Conditionals):
     def set_elements_(self, site: str, locs: Tensor, scale_tril: Tensor) -> bool:
         """See :meth:`Conditionals.set_elements_`."""
         if self.table is None or site not in self._table_columns:
-            return False
+            if site not in self.block.per_element:
+                return False
+            self.set_linear_(
+                site, LinearConditional({}, locs.reshape(-1, self.factors[site].size)[0], scale_tril)
+            )
+            return True
         factor, like = self.factors[site], self.table.table
         none = like.new_zeros(factor.size, self.num_columns)
         tril = scale_tril.to(like)
@@ -402,13 +415,14 @@ class MaskedConditionals(Conditionals):
     @torch.no_grad()
     def narrow_elements_(self, factor: float, *, fitted: bool = True) -> None:
         """See :meth:`Conditionals.narrow_elements_`."""
-        for site, columns in self._table_columns.items():
-            assert self.table is not None
+        for site in self.block.per_element:
             if self.fuses(site) and (fitted or self.block.plates):
                 continue
-            own = self.factors[site]
-            for output in own.log_scale_outputs:
-                self.table.table[..., columns.start + output] += math.log(factor)
+            start = self._table_columns[site].start if site in self._table_columns else 0
+            rows = self.table if site in self._table_columns else self._constants(site)
+            assert rows is not None
+            for output in self.factors[site].log_scale_outputs:
+                rows.table[..., start + output] += math.log(factor)
 
     def keep_rows_(self, plates: Mapping[str, PlateState], context: Tensor) -> None:
         """See :meth:`Conditionals.keep_rows_`."""
