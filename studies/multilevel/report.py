@@ -41,7 +41,8 @@ Location, spread of the effects and noise unknown; sizes as above. Gap KL(q || p
 two scales, less the ELBO. Location and effects have one factor for each element, and are exact given the scales (less
 than 0.01 nats); the two scales, which come before the location, tie the groups together while it is unknown, and are
 read from pooled features: among them the logarithms of the spread of the groups' means and of the spread inside of
-groups, with their degrees of freedom. Factors beside the priors of the scales follow sizes by samples of fewer elements.
+groups, with their degrees of freedom. Factors beside the priors of the scales follow sizes by samples of fewer
+elements.
 """,
     "three levels": """\
 A location, districts, schools in districts, pupils in schools; all scales known. 5 to 50 districts of 2 to 6 schools of
