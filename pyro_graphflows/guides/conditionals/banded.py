@@ -55,7 +55,7 @@ class BandedNormalFactor(NormalOutputs):
 
     Example:
         >>> BandedNormalFactor(500, 1, False, reads=False).num_outputs
-        1500
+        3000
     """
 
     def __init__(self, size: int, width: int, differences: bool, *, reads: bool) -> None:
