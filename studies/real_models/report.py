@@ -240,15 +240,19 @@ def picture(table: dict[tuple[str, str, float], Cell], seconds: float, path: Pat
         ]
         if points:
             x, y = zip(*points, strict=True)
-            colour = "C3" if method in OURS else None
-            axes.scatter(
-                x, y, marker=markers[method], s=36, alpha=0.75, color=colour, label=SHORT.get(method, method)
-            )
+            own = method in OURS
+            style = {
+                "color": "black" if own else None,
+                "alpha": 1.0 if own else 0.7,
+                "zorder": 3 if own else 2,
+            }
+            axes.scatter(x, y, marker=markers[method], s=36, label=SHORT.get(method, method), **style)
     known = {key[0] for key, cell in table.items() if "gap" in cell.values}
     axes.set_yticks(
         range(len(models)), [name.split("-")[-1] + (" ●" if name in known else "") for name in models]
     )
     axes.set_xscale("symlog", linthresh=0.1)
+    axes.margins(x=0.04)
     axes.axvline(0, color="grey", linewidth=0.8)
     axes.grid(axis="y", alpha=0.3)
     axes.set_xlabel(
@@ -282,7 +286,8 @@ def page(records: list[Record], folder: Path) -> str:
         *coverage(records, table),
     ]
     if any("elbo" in cell.values for cell in table.values()):
-        picture(table, times(table)[-1], folder / "real_models.png")
+        shown = max(times(table), key=lambda seconds: (sum(key[2] == seconds for key in table), seconds))
+        picture(table, shown, folder / "real_models.png")
         text += ["![Distances of all guides](real_models.png)", ""]
     for seconds in reversed(times(table)):
         text += overview(table, seconds)
