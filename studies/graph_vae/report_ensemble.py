@@ -34,7 +34,8 @@ def remedies_section(records):
             "gates of evaluation. *gates k*: their learning rate is k times the others'; *frozen k*: hard gates "
             "after k epochs; *gates of each datum*: relaxed gates are drawn for each datum instead of for a "
             "batch; *straight-through*: hard gates forward, relaxed gradient; *start p*: the gates' first "
-            "probability; *annealed t*: the temperature's factor each epoch (the paper's is 0.99).",
+            "probability; *annealed t*: the temperature's factor each epoch (the paper's is 0.99); *edge cost c*: "
+            "nats a datum that an open gate costs in training.",
             "",
             table(
                 [
