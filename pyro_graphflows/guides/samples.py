@@ -73,6 +73,8 @@ class ModelDraws:
     ) -> None:
         self.model, self.args, self.kwargs = model, args, kwargs
         self.traced, self.sites, self.encodings = traced, sites, encodings
+        # supports that may differ from sample to sample
+        self._moving = [n for n, site in sites.items() if not site.encoding and not is_constant(site.support)]
         self._kept: dict[str, Tensor] = {}
         self._num_kept = 0
         self._last: Mapping[str, Tensor] = {}
@@ -340,7 +342,7 @@ class ModelDraws:
             if site.encoding is not None:
                 flat[name] = site.encoding.encode(samples[name], torch.get_default_dtype())
                 continue
-            raw = samples.get(unconstrained_of(name))
+            raw = samples.get(unconstrained_of(name)) if name in self._moving else None
             if raw is None:
                 raw = biject_to(site.support).inv(samples[name])
             flat[name] = flatten_event(raw, len(site.unconstrained_shape))

@@ -328,8 +328,12 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
 
 def _of_fewer(block: GuideBlock, rows: Mapping[str, Tensor]) -> Tensor | None:
     """Return the features of the context where summaries are of fewer elements; None if there are none."""
-    names = [fewer_of(name) if fewer_of(name) in rows else name for name in block.inputs.names]
-    if tuple(names) == block.inputs.names:
+    pools = block.inputs.pools
+    names = tuple(
+        fewer_of(name) if str(position) in pools and fewer_of(name) in rows else name
+        for position, name in enumerate(block.inputs.names)
+    )
+    if names == tuple(block.inputs.names):
         return None
     features: Tensor = block.inputs.features(concatenate([rows[name] for name in names]))
     return features
