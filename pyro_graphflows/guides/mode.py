@@ -467,17 +467,14 @@ def find_mode(
         start = torch.randn(size, dtype=torch.float64)
     else:
         raise UnsupportedModelError("the model's density is not finite at any point that was tried.")
-    found_there = _laplace(posterior, start)
-    if found_there is None:
+    laplace = _laplace(posterior, start)
+    if laplace is None:
         raise UnsupportedModelError("the curvature at the mode is not finite.")
-    laplace = found_there
     noise = torch.randn(NUM_DRAWS, size, dtype=torch.float64)
     noise = torch.cat([noise, -noise])
     if not posterior.takes_many(noise):
         return laplace
-    with torch.no_grad():
-        evidence = laplace.log_evidence
-    if abs(laplace.elbo(noise) - evidence) < CLOSE:
+    if abs(laplace.elbo(noise) - laplace.log_evidence) < CLOSE:
         return laplace
     found = [laplace, *_variational(posterior, start, laplace)]
     noise = torch.randn(NUM_JUDGING, size, dtype=torch.float64)

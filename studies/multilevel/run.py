@@ -23,7 +23,7 @@ A line of ``--results`` is one trained guide.
 import argparse
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import date
 from typing import Any
 
@@ -117,21 +117,36 @@ def gap(guide: Any, x: Tensor, name: str = "two levels") -> tuple[float, float]:
     return float((exact - q).mean()), float((own < values["mu"].reshape(-1)[0]).double().mean())
 
 
-def gap_of_answers(
-    guide: AutoFaithfulGuide, y: Tensor, truth: dict[str, Tensor]
-) -> tuple[float, list[float]]:
-    """Return log evidence by weighted draws less the ELBO for answers to items, and the ranks of the true values."""
-    with pyro.plate("draws", NUM_WEIGHTED, dim=-3):
-        drawn = poutine.trace(guide).get_trace(y)
-        replayed = poutine.trace(poutine.replay(item_response, trace=drawn)).get_trace(y)
-    log_weights = torch.zeros(NUM_WEIGHTED)
+def weighed(
+    guide: AutoFaithfulGuide, model: Any, x: Tensor, number: int, names: Iterable[str]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return log-weights of draws for a data set, ``(number,)``, and values of some sites in them.
+
+    Args:
+        guide: The guide.
+        model: The model.
+        x: The data; plates are in two dimensions.
+        number: The number of draws.
+        names: The sites.
+    """
+    with pyro.plate("draws", number, dim=-3):
+        drawn = poutine.trace(guide).get_trace(x)
+        replayed = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(x)
+    log_weights = torch.zeros(number)
     for trace, sign in ((replayed, 1.0), (drawn, -1.0)):
         trace.compute_log_prob()
         for site in trace.nodes.values():
             if site["type"] == "sample" and site["log_prob"].dim() > 2:
-                log_weights = log_weights + sign * site["log_prob"].reshape(NUM_WEIGHTED, -1).sum(-1)
-    nodes = drawn.nodes
-    ranks = [float((nodes[name]["value"].reshape(-1) < truth[name]).double().mean()) for name in truth]
+                log_weights = log_weights + sign * site["log_prob"].reshape(number, -1).sum(-1)
+    return log_weights, {name: drawn.nodes[name]["value"].reshape(-1) for name in names}
+
+
+def gap_of_answers(
+    guide: AutoFaithfulGuide, y: Tensor, truth: dict[str, Tensor]
+) -> tuple[float, list[float]]:
+    """Return log evidence by weighted draws less the ELBO for answers to items, and the ranks of the true values."""
+    log_weights, values = weighed(guide, item_response, y, NUM_WEIGHTED, truth)
+    ranks = [float((values[name] < truth[name]).double().mean()) for name in truth]
     evidence = float(log_weights.logsumexp(0)) - math.log(NUM_WEIGHTED)
     return evidence - float(log_weights.mean()), ranks
 
@@ -165,20 +180,9 @@ def gap_of_effects(
     guide: AutoFaithfulGuide, x: Tensor, truth: dict[str, Tensor]
 ) -> tuple[float, list[float]]:
     """Return log evidence less the ELBO for a data set of random effects, and the ranks of the true values."""
-    with pyro.plate("draws", NUM_DRAWS, dim=-3):
-        drawn = poutine.trace(guide).get_trace(x)
-        replayed = poutine.trace(poutine.replay(random_effects, trace=drawn)).get_trace(x)
-    terms = []
-    for trace, sign in ((replayed, 1.0), (drawn, -1.0)):
-        trace.compute_log_prob()
-        nodes: Any = trace.nodes
-        sites = [site for site in nodes.values() if site["type"] == "sample" and "log_prob" in site]
-        terms += [
-            sign * float(site["log_prob"].sum()) / NUM_DRAWS for site in sites if site["log_prob"].dim() > 2
-        ]
-    nodes = drawn.nodes
-    ranks = [float((nodes[name]["value"].reshape(-1) < truth[name]).double().mean()) for name in truth]
-    return log_evidence(x) - sum(terms), ranks
+    log_weights, values = weighed(guide, random_effects, x, NUM_DRAWS, truth)
+    ranks = [float((values[name] < truth[name]).double().mean()) for name in truth]
+    return log_evidence(x) - float(log_weights.double().mean()), ranks
 
 
 def sizes(

@@ -195,13 +195,9 @@ def run(
         except KeyboardInterrupt:
             if kernel.spent <= most:
                 raise
+            # the chains were still warming up
             seconds = time.process_time() - start
-            return {
-                "samples": 0,
-                "gradients": kernel.spent,
-                "seconds": seconds,
-                "enough": False,
-            }  # of warm-up
+            return {"samples": 0, "gradients": kernel.spent, "seconds": seconds, "enough": False}
         if visited.interrupted and kernel.spent <= most:
             raise KeyboardInterrupt
         with torch.no_grad():

@@ -47,9 +47,8 @@ from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = ["MaskedConditionals"]
 
-FREE_IF_EXACT = (
-    16  # numbers of an exact conditional that move in full units in a step of training, or more of them less
-)
+# numbers of an exact conditional that move in full units in a step of training, or more of them less
+FREE_IF_EXACT = 16
 
 FactorMaker = Callable[[LatentSite], Factor]
 
@@ -130,11 +129,10 @@ class MaskedConditionals(Conditionals):
         self._table_columns: dict[str, slice] = {}
         start = 0
         for site in block.per_element:
+            # in no plate, and depending on nothing, a site has all that in its constants
             if spec.plates or self.outputs[site].start < self.outputs[site].stop:
                 self._table_columns[site] = slice(start, start + num_rows[site])
-                start += num_rows[
-                    site
-                ]  # in no plate, and depending on nothing, it has all that in its constants
+                start += num_rows[site]
         self.table = ElementTable(spec.plates, start, extends=True) if self._table_columns else None
         seen = {site: self.inputs_of(site) for site in block.sites}
         self.maps = nn.ModuleDict()
