@@ -173,7 +173,8 @@ def render(results: Path, out: Path) -> Path:
         "The data sets of the graphical-residual-flow paper (Mouton and Kroon 2022), where the graph is given and "
         "every variable is observed. Rows: **linear**, the linear Gaussian network (regression of each variable on "
         "its parents); **faithful**, `faithful_residual`, and **spline**, `graphical_spline` (noise through splines "
-        "along the graph), which start from it; **graphical**, `graphical_residual`, the paper's flow; **zuko graph**, zuko's masked autoregressive spline flow with the same adjacency (one "
+        "along the graph), which start from it; **graphical**, `graphical_residual`, the paper's flow; "
+        "**zuko graph**, zuko's masked autoregressive spline flow with the same adjacency (one "
         "transform: more would break the graph); **zuko maf**, five affine transforms without a graph.",
         f"Each trained row has {first['budget']:g} seconds of processor time on one thread, Adam from "
         f"{first['lr']:g} with a cosine schedule, minibatches of {first['batch_size']}, and keeps the epoch that "
