@@ -14,6 +14,7 @@ from pyro_graphflows.guides.conditionals.factors import (
     DiscreteFactor,
     ElementNormalFactor,
     NormalFactor,
+    positive_scale,
     scalar_normals,
 )
 from pyro_graphflows.guides.sites import DiscreteEncoding, LatentSite
@@ -45,6 +46,18 @@ def linear_case(factor, entries, num_inputs=2):
 
 def units(size):
     return torch.linspace(-2.0, 3.0, size), torch.linspace(0.2, 4.0, size)
+
+
+def test_least_scales_follow_units_that_change_in_place():
+    outputs = torch.full((1,), -100.0, dtype=torch.float32)
+    shift, scale = torch.zeros_like(outputs), torch.ones_like(outputs)
+    least = [positive_scale(outputs, shift, scale).item() for _ in range(2)]
+    assert least == pytest.approx([400 * 2**-23] * 2)
+    shift.fill_(10.0)
+    assert positive_scale(outputs, shift, scale).item() == pytest.approx(11 * least[0])
+    scale.fill_(10.0)
+    assert positive_scale(outputs, shift, scale).item() == pytest.approx(2 * least[0])
+    assert positive_scale(outputs.double(), shift, scale).item() == pytest.approx(math.exp(-20))
 
 
 @pytest.mark.parametrize("name", FACTORS)

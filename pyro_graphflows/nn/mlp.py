@@ -309,6 +309,18 @@ class LevelEvaluation:
         Raises:
             GraphflowsError: If the number of inputs is wrong, or all levels are done.
         """
+        outputs = self._mlp.outputs_by_level[min(self._level, self._mlp.num_levels - 1)]
+        return self.flat_step(x_new).unflatten(-1, (len(outputs), self._mlp.num_params))
+
+    def flat_step(self, x_new: Tensor | None = None) -> Tensor:
+        """Return what :meth:`step` returns with the parameters of all outputs one after the other.
+
+        Args:
+            x_new: The inputs of this level.
+
+        Raises:
+            GraphflowsError: As for :meth:`step`.
+        """
         mlp, level = self._mlp, self._level
         if level == mlp.num_levels:
             raise GraphflowsError(f"Expected at most {mlp.num_levels} steps, one a level; this is one more.")
@@ -337,7 +349,7 @@ class LevelEvaluation:
         out = sum(terms[1:], terms[0])
         if out.shape[:-1] != self._batch_shape:
             out = out.expand(*self._batch_shape, out.shape[-1])
-        return out.unflatten(-1, (len(mlp.outputs_by_level[level]), mlp.num_params))
+        return out
 
 
 class Runs:

@@ -165,6 +165,7 @@ class MaskedConditionals(Conditionals):
         if block.summed:
             self.register_buffer("summing", torch.zeros(len(fusible), dtype=torch.bool))
         self._is_summing = [False] * len(fusible)
+        self._kept_units: dict[tuple[str, int, int], tuple[Tensor, Tensor]] = {}
         self._scalar_levels = {
             i
             for i, level in enumerate(block.levels)
@@ -193,6 +194,25 @@ class MaskedConditionals(Conditionals):
         return default(site)
 
     # ---------------------------------------------------------------- units
+
+    def _units(self, kind: str, part: slice) -> tuple[Tensor, Tensor]:
+        """Return shift and scale of some entries: the same tensors from call to call, for what follows from them.
+
+        Args:
+            kind: ``""`` for those of outputs, ``"input_"`` or ``"fused_"``.
+            part: The entries.
+        """
+        key = kind, part.start, part.stop
+        shift, scale = self._buffers[f"{kind}shift"], self._buffers[f"{kind}scale"]
+        assert shift is not None
+        assert scale is not None
+        kept = self._kept_units.get(key)
+        if kept is None or kept[0]._base is not shift or kept[1]._base is not scale:
+            kept = self._kept_units[key] = shift[part], scale[part]
+        return kept
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept_units": {}}
 
     def output_units(self, site: str) -> tuple[Tensor, Tensor]:
         """See :meth:`Conditionals.output_units`."""
@@ -541,7 +561,7 @@ class MaskedPass(Pass):
         """See :meth:`Pass.next`."""
         module = self._module
         level = module.block.levels[self._level]
-        outputs = self._network.step(self._new if self._new.shape[-1] else None).squeeze(-1)
+        outputs = self._network.flat_step(self._new if self._new.shape[-1] else None)
         if self._plates is not None:
             self._known.append(self._new)
         chosen = [site for site in level if site in priors and module.fuses(site)] if priors else []
@@ -568,13 +588,13 @@ class MaskedPass(Pass):
             if self._plates is not None and site in module._map_of:
                 own = own + self._own_map(site, self._plates)
             if site in fused:
-                units = module.fused_shift[part], module.fused_scale[part]
+                units = module._units("fused_", part)
                 result[site] = self._fused(site, own, units, fused[site])
                 fixed = fused[site].fixed
                 if fixed is not None:
                     self.fixed[site] = self._fused(site, own, units, fixed)
                 continue
-            units = module.shift[part], module.scale[part]
+            units = module._units("", part)
             if self._plates is not None and site in module._coupling_of:
                 terms: Any = module.couplings[module._coupling_of[site]]
                 result[site] = terms.distribution(own, units, self._plates)
@@ -599,7 +619,7 @@ class MaskedPass(Pass):
         """Return the conditionals of a level of scalar normals, by one computation for all."""
         module, part = self._module, self._part_of(level)
         if not fused:
-            normals = scalar_normals(outputs, module.shift[part], module.scale[part])
+            normals = scalar_normals(outputs, *module._units("", part))
             return dict(zip(level, normals, strict=True))
         if self._rows is not None:
             columns = [module._table_columns.get(site) for site in level]
@@ -607,7 +627,7 @@ class MaskedPass(Pass):
             shape = broadcast_shapes(*(row.shape[:-1] for row in rows))
             outputs = outputs + torch.cat([row.expand(*shape, 2) for row in rows], -1)
         priors = [fused[site] for site in level]
-        units = module.fused_shift[part], module.fused_scale[part]
+        units = module._units("fused_", part)
         if any(prior.fixed is not None for prior in priors):
             fixed = [prior.fixed or prior for prior in priors]
             self.fixed.update(zip(level, fused_scalar_normals(outputs, *units, fixed), strict=True))
@@ -639,5 +659,5 @@ class MaskedPass(Pass):
                 value if value.shape[:-1] == shape else value.expand(*shape, value.shape[-1]) for value in raw
             ]
         flat = torch.cat(raw, -1) if len(raw) > 1 else raw[0]
-        part = self._part_of(level)
-        self._new = (flat - module.input_shift[part]) / module.input_scale[part]
+        shift, scale = module._units("input_", self._part_of(level))
+        self._new = (flat - shift) / scale
