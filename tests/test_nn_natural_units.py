@@ -98,6 +98,7 @@ def test_whitened_inputs_give_the_same_numbers(options, monkeypatch):
     found = [mlp(x), *torch.autograd.grad(mlp(x).square().sum(), list(mlp.parameters()))]
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(mlp.start().step(x), wanted[0])
+    torch.testing.assert_close(mlp.flat(x[:, :3]), wanted[0].flatten(-2))  # no output looks at the last input
 
 
 @pytest.mark.parametrize("engine", ["dense", "sparse"])

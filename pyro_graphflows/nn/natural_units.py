@@ -444,20 +444,21 @@ class NaturalUnits(Constants):
         The same as with :meth:`linear` and :meth:`hidden`, by way of whitened inputs, which all rows share.
 
         Args:
-            x: The inputs.
+            x: The inputs, or the first ones, if no row looks at others.
             linear: The linear map, if there is one.
             hidden: The first hidden layer, if there is one.
         """
+        known = x.shape[-1]
         white: Tensor | None = None
         mapped = seen = None
         if linear is not None and self.of_linear is not None and linear.bias is not None:
             gain, matrix = self.of_linear.matrix(linear, self.whiteners, self.unit)
-            white = x @ matrix.mT
-            start = F.linear(x, self.offset, torch.addcmul(self.bias, self.unit, linear.bias))
+            white = x @ matrix[:, :known].mT
+            start = F.linear(x, self.offset[:, :known], torch.addcmul(self.bias, self.unit, linear.bias))
             mapped = torch.addcmul(start, F.linear(white, linear.weight), gain)
         if hidden is not None and self.of_hidden is not None:
             gain, matrix = self.of_hidden.matrix(hidden, self.whiteners)
-            white = x @ matrix.mT if white is None else white
+            white = x @ matrix[:, :known].mT if white is None else white
             seen = F.linear(white, hidden.weight * gain.unsqueeze(-1), hidden.bias)
         return mapped, seen
 
