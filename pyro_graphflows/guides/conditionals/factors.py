@@ -186,6 +186,20 @@ class Factor(ABC):
             A distribution with batch shape ``batch`` and event shape ``(size,)``.
         """
 
+    def distribution_with(
+        self, outputs: Tensor, constants: Tensor, shift: Tensor, scale: Tensor
+    ) -> dist.TorchDistribution:
+        """Return :meth:`distribution` where the last outputs depend on nothing.
+
+        Args:
+            outputs: The first :attr:`num_reading` outputs, ``(*batch, num_reading)``.
+            constants: The others, the same for the whole batch, of one dimension.
+            shift: The shift of the standardisation, shape ``(size,)``.
+            scale: Its scale, shape ``(size,)``.
+        """
+        every = constants.expand(*outputs.shape[:-1], -1)
+        return self.distribution(torch.cat([outputs, every], -1), shift, scale)
+
     @abstractmethod
     def linear_start(self, weights: Tensor, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return the skip weights and biases for which the factor is a linear-Gaussian conditional.

@@ -6,7 +6,7 @@ standardised units, inputs and outputs.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -580,8 +580,12 @@ class MaskedPass(Pass):
         for site in level:
             rows, part = module.outputs[site], module._parts[site]
             own = outputs[..., rows.start - start : rows.stop - start]
-            if site in module._constants_of:
-                constants = module._constants(site)({})
+            constants = module._constants(site)({}) if site in module._constants_of else None
+            if constants is not None and self._is_plain(site, fused):
+                shift, scale = module._units("", part)
+                result[site] = module.factors[site].distribution_with(own, constants, shift, scale)
+                continue
+            if constants is not None:
                 own = torch.cat([own, constants.expand(*own.shape[:-1], -1)], -1)
             if self._rows is not None and site in module._table_columns:
                 own = own + self._rows[..., module._table_columns[site]]
@@ -612,6 +616,13 @@ class MaskedPass(Pass):
             joint: dist.TorchDistribution = terms.distribution(outputs, units, self._plates, prior)
             return joint
         return module.factors[site].fused(outputs, *units, prior)
+
+    def _is_plain(self, site: str, fused: Collection[str]) -> bool:
+        """Whether the network and the constants alone make a site's conditional."""
+        module = self._module
+        has_rows = self._rows is not None and site in module._table_columns
+        has_more = self._plates is not None and (site in module._map_of or site in module._coupling_of)
+        return not (has_rows or has_more or site in fused)
 
     def _scalars(
         self, level: Sequence[str], outputs: Tensor, fused: Mapping[str, SitePrior]
