@@ -33,6 +33,7 @@ __all__ = [
     "Factor",
     "NormalFactor",
     "NormalOutputs",
+    "SharedCovarianceFactor",
     "fused_elements",
     "fused_scalar_normals",
     "fused_vector",
@@ -108,6 +109,14 @@ class Factor(ABC):
     def num_reading(self) -> int:
         """The number of outputs that depend on the parents, the first ones; all unless the family says so."""
         return self.num_outputs
+
+    @property
+    def shares_constants(self) -> bool:
+        """Whether the outputs that depend on nothing are the same in a whole batch, and never expanded to it.
+
+        Elements of a plate with parameters of their own then differ in the other outputs alone.
+        """
+        return False
 
     @property
     def num_fixed(self) -> int:
@@ -300,8 +309,14 @@ class NormalFactor(NormalOutputs):
         given_others = torch.linalg.inv(scale_tril).square().sum(-2).rsqrt()
         step = torch.maximum(given_others, LEAST_SHARE * marginal)
         rows = torch.tril_indices(self.size, self.size, -1, device=scale_tril.device)[0]
-        units = torch.cat([step, step / marginal, (step / diagonal)[rows]])
-        return units * share_of_long(self.num_outputs)
+        return self._less_in_long(torch.cat([step, step / marginal, (step / diagonal)[rows]]))
+
+    def _less_in_long(self, units: Tensor) -> Tensor:
+        """Return units of which all locations and widths, and all other numbers, move in share of their number."""
+        own = 2 * self.size
+        share = torch.full_like(units, share_of_long(self.num_outputs))
+        share[:own] = share_of_long(own)
+        return units * share
 
     def natural_units_beside_prior(self, scale_tril: Tensor) -> Tensor:
         """See :meth:`Factor.natural_units_beside_prior`; vectors are in the basis of what results.
@@ -315,7 +330,7 @@ class NormalFactor(NormalOutputs):
         root = torch.linalg.solve_triangular(scale_tril, eye, upper=False)
         length = torch.linalg.vector_norm(root, dim=-1).clamp(LEAST_SHARE, 1.0)
         rows = torch.tril_indices(self.size, self.size, -1, device=scale_tril.device)[0]
-        return torch.cat([ones, ones, (length * diagonal)[rows]]) * share_of_long(self.num_outputs)
+        return self._less_in_long(torch.cat([ones, ones, (length * diagonal)[rows]]))
 
 
 def normal_vector(outputs: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -344,6 +359,45 @@ def _parts_of_vector(outputs: Tensor, shift: Tensor, scale: Tensor) -> tuple[Ten
     unit = eye.expand((*outputs.shape[:-1], n, n)).clone()
     unit[..., rows, columns] = outputs[..., 2 * n :]
     return loc, width, unit
+
+
+class SharedCovarianceFactor(NormalFactor):
+    """A normal with a full covariance that is the same whatever its parents are; only its location depends on them.
+
+    It is the conditional of a model that is linear and normal, with N (N + 1) / 2 numbers for the covariance, where one
+    that depends on the parents takes as many weights from each of them.
+    """
+
+    @property
+    def num_reading(self) -> int:
+        """Only locations depend on the parents."""
+        return self.size
+
+    @property
+    def shares_constants(self) -> bool:
+        """See :attr:`Factor.shares_constants`."""
+        return True
+
+    @property
+    def can_fuse(self) -> bool:
+        """See :attr:`Factor.can_fuse`: a product with a prior is a matrix for each row of a batch."""
+        return False
+
+    def sharing(
+        self, locs: Tensor, constants: Tensor, shift: Tensor, scale: Tensor
+    ) -> dist.MultivariateNormal:
+        """Return the distribution.
+
+        Args:
+            locs: Locations, ``(*batch, size)``.
+            constants: The outputs that depend on nothing, ``(num_outputs - size,)``.
+            shift: The shift of the standardisation.
+            scale: Its scale, or a lower triangular matrix.
+        """
+        of_none = torch.cat([torch.zeros_like(constants[: self.size]), constants])
+        loc, scale_tril = normal_vector(of_none, shift, scale)
+        loc = loc + (locs @ scale.mT if scale.dim() == 2 else scale * locs)
+        return dist.MultivariateNormal(loc, scale_tril=scale_tril, validate_args=False)
 
 
 def scalar_normals(outputs: Tensor, shift: Tensor, scale: Tensor) -> list[ScalarNormal]:

@@ -37,6 +37,7 @@ from pyro_graphflows.guides.conditionals.factors import (
     ElementNormalFactor,
     Factor,
     NormalFactor,
+    SharedCovarianceFactor,
     fused_scalar_normals,
     scalar_normals,
 )
@@ -75,7 +76,7 @@ class MaskedConditionals(Conditionals):
     def __init__(self, spec: BlockSpec, make_factor: FactorMaker, network_options: Mapping[str, Any]) -> None:
         super().__init__(spec)
         block = spec.block
-        self.factors = {site: self._factor_of(site, spec, make_factor) for site in block.sites}
+        self.factors = {site: self._ownof(site, spec, make_factor) for site in block.sites}
         levels = [0] * self.num_features
         names = [node.name for node in block.context for _ in self.columns[node.name]]
         for depth, level in enumerate(block.levels):
@@ -91,7 +92,7 @@ class MaskedConditionals(Conditionals):
             seen_by_all = self.inputs_of(site)
             if site in self.element_columns and own.output_elements is not None:
                 allowed += [self.element_columns[site][i] for i in own.output_elements]
-            elif seen_by_all or not (spec.ranks or spec.chains):
+            elif seen_by_all or own.shares_constants or not (spec.ranks or spec.chains):
                 allowed += [seen_by_all] * own.num_reading
             output_names += [site] * (len(allowed) - start)
             self.outputs[site] = slice(start, len(allowed))
@@ -116,7 +117,7 @@ class MaskedConditionals(Conditionals):
             natural_units=True,
             **network_options,
         )
-        num_rows = {site: own.num_outputs for site, own in self.factors.items()}
+        num_rows = {site: self._num_varying(own) for site, own in self.factors.items()}
         self.constants = nn.ModuleDict(  # by the position of the site
             {
                 str(i): ElementTable((), own.num_outputs - (rows.stop - rows.start), num_fixed=own.num_fixed)
@@ -176,12 +177,14 @@ class MaskedConditionals(Conditionals):
             )
         }
 
-    def _factor_of(self, name: str, spec: BlockSpec, default: FactorMaker) -> Factor:
+    def _ownof(self, name: str, spec: BlockSpec, default: FactorMaker) -> Factor:
         site = spec.sites[name]
         if name in spec.block.coupled:
             return CoupledFactor(site.size, spec.block.coupled[name].rank)
         if name in spec.factors:
             return spec.factors[name].for_site(site)
+        if spec.ranks.get(name) == site.size:
+            return SharedCovarianceFactor(site.size)
         if name in spec.ranks:
             return LowRankNormalFactor(site.size, spec.ranks[name])
         if name in spec.chains:
@@ -194,6 +197,11 @@ class MaskedConditionals(Conditionals):
         if name in spec.element_parents:
             return ElementNormalFactor(self.inner[name])
         return default(site)
+
+    @staticmethod
+    def _num_varying(factor: Factor) -> int:
+        """Return in how many outputs elements of a plate with parameters of their own differ, the first ones."""
+        return factor.num_reading if factor.shares_constants else factor.num_outputs
 
     # ---------------------------------------------------------------- units
 
@@ -348,7 +356,7 @@ class MaskedConditionals(Conditionals):
         if self.network.units is None:
             return
         unit = self.network.units.unit[self.outputs[site]]
-        if site in self._constants_of:
+        if site in self._constants_of and not self.factors[site].shares_constants:
             unit = torch.cat([unit, self._constants(site).unit])
         if self.table is not None and site in self._table_columns:
             self.table.unit[self._table_columns[site]] = unit
@@ -384,7 +392,9 @@ class MaskedConditionals(Conditionals):
         units = factor.natural_units_beside_prior(tril) if fused else factor.natural_units(tril)
         self.set_fusing_(site, fused)
         self._set_rows_(site, shared, offsets.mean(0), units)
-        off_slopes, off = slopes - slopes.mean(0), offsets - offsets.mean(0)
+        varying = self._num_varying(factor)
+        off_slopes = (slopes - slopes.mean(0))[:, :varying]
+        off = (offsets - offsets.mean(0))[:, :varying]
         if self.table is not None and per_element:
             part = self.table.table[..., self._table_columns[site]]
             part.copy_(off.reshape(part.shape))
@@ -409,7 +419,7 @@ class MaskedConditionals(Conditionals):
         biases = torch.stack(
             [factor.linear_start(*one)[1] for one in zip(*self._in_basis_(site, each), strict=True)]
         )
-        off = (biases - biases.mean(0)).to(like)
+        off = (biases - biases.mean(0)).to(like)[:, : self._num_varying(factor)]
         like[..., self._table_columns[site]] = off.reshape(*locs.shape[:-1], -1)
         return True
 
@@ -436,9 +446,9 @@ class MaskedConditionals(Conditionals):
         for site in self.block.per_element:
             if self.fuses(site) and (fitted or self.block.plates):
                 continue
-            rows = self.outputs[site]
-            for output in self.factors[site].log_scale_outputs:
-                if self.table is not None:
+            rows, own = self.outputs[site], self.factors[site]
+            for output in own.log_scale_outputs:
+                if self.table is not None and output < self._num_varying(own):
                     self.table.table[..., self._table_columns[site].start + output] += math.log(factor)
                 elif rows.start + output < rows.stop:
                     self.network.add_(rows.start + output, math.log(factor))
@@ -585,7 +595,8 @@ class MaskedPass(Pass):
         for site in level:
             rows, part = module.outputs[site], module._parts[site]
             own = outputs[..., rows.start - start : rows.stop - start]
-            if site in module._constants_of:
+            factor = module.factors[site]
+            if site in module._constants_of and not factor.shares_constants:
                 constants = module._constants(site)({})
                 own = torch.cat([own, constants.expand(*own.shape[:-1], -1)], -1)
             if self._rows is not None and site in module._table_columns:
@@ -594,17 +605,19 @@ class MaskedPass(Pass):
                 own = own + self._own_map(site, self._plates)
             if site in fused:
                 units = module.fused_shift[part], module._scale_of(site, module.fused_scale[part])
-                result[site] = module.factors[site].fused(own, *units, fused[site])
+                result[site] = factor.fused(own, *units, fused[site])
                 fixed = fused[site].fixed
                 if fixed is not None:
-                    self.fixed[site] = module.factors[site].fused(own, *units, fixed)
+                    self.fixed[site] = factor.fused(own, *units, fixed)
                 continue
             shift, scale = module.shift[part], module._scale_of(site, module.scale[part])
             if self._plates is not None and site in module._coupling_of:
                 terms: Any = module.couplings[module._coupling_of[site]]
                 result[site] = terms.distribution(own, shift, scale, self._plates)
+            elif isinstance(factor, SharedCovarianceFactor):
+                result[site] = factor.sharing(own, module._constants(site)({}), shift, scale)
             else:
-                result[site] = module.factors[site].distribution(own, shift, scale)
+                result[site] = factor.distribution(own, shift, scale)
         return result
 
     def _scalars(
