@@ -15,6 +15,7 @@ scale 1.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -81,7 +82,13 @@ class Factor(ABC):
 
     Args:
         size: The length of the site's flat unconstrained vector.
+
+    Attributes:
+        shares_constants: Whether the outputs that depend on nothing are the same in a whole batch, and never expanded
+            to it. Elements of a plate with parameters of their own then differ in the other outputs alone.
     """
+
+    shares_constants: ClassVar[bool] = False
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -109,14 +116,6 @@ class Factor(ABC):
     def num_reading(self) -> int:
         """The number of outputs that depend on the parents, the first ones; all unless the family says so."""
         return self.num_outputs
-
-    @property
-    def shares_constants(self) -> bool:
-        """Whether the outputs that depend on nothing are the same in a whole batch, and never expanded to it.
-
-        Elements of a plate with parameters of their own then differ in the other outputs alone.
-        """
-        return False
 
     @property
     def num_fixed(self) -> int:
@@ -368,15 +367,12 @@ class SharedCovarianceFactor(NormalFactor):
     that depends on the parents takes as many weights from each of them.
     """
 
+    shares_constants = True
+
     @property
     def num_reading(self) -> int:
         """Only locations depend on the parents."""
         return self.size
-
-    @property
-    def shares_constants(self) -> bool:
-        """See :attr:`Factor.shares_constants`."""
-        return True
 
     @property
     def can_fuse(self) -> bool:

@@ -163,7 +163,7 @@ class MaskedConditionals(Conditionals):
         self._is_fusing = fusing  # the same as the buffer, which may be on a device
         self._basis_of: dict[str, str] = {}
         for position, site in enumerate(block.sites):
-            if self.factors[site].takes_matrix and self.factors[site].size > 1:
+            if self.factors[site].size > 1 and self.factors[site].takes_matrix:
                 self._basis_of[site] = f"basis_{position}"
                 self.register_buffer(self._basis_of[site], torch.eye(self.factors[site].size))
         if block.summed:
