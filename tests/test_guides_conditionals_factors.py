@@ -15,6 +15,7 @@ from pyro_graphflows.guides.conditionals.factors import (
     ElementNormalFactor,
     NormalFactor,
     SharedCovarianceFactor,
+    positive_scale,
     scalar_normals,
 )
 from pyro_graphflows.guides.sites import DiscreteEncoding, LatentSite, SitePrior
@@ -47,6 +48,18 @@ def linear_case(factor, entries, num_inputs=2):
 
 def units(size):
     return torch.linspace(-2.0, 3.0, size), torch.linspace(0.2, 4.0, size)
+
+
+def test_least_scales_follow_units_that_change_in_place():
+    outputs = torch.full((1,), -100.0, dtype=torch.float32)
+    shift, scale = torch.zeros_like(outputs), torch.ones_like(outputs)
+    least = [positive_scale(outputs, shift, scale).item() for _ in range(2)]
+    assert least == pytest.approx([400 * 2**-23] * 2)
+    shift.fill_(10.0)
+    assert positive_scale(outputs, shift, scale).item() == pytest.approx(11 * least[0])
+    scale.fill_(10.0)
+    assert positive_scale(outputs, shift, scale).item() == pytest.approx(2 * least[0])
+    assert positive_scale(outputs.double(), shift, scale).item() == pytest.approx(math.exp(-20))
 
 
 @pytest.mark.parametrize("name", FACTORS)
@@ -218,7 +231,7 @@ def test_one_covariance_is_not_expanded_to_a_batch():
     outputs = torch.randn(4, factor.num_outputs)
     outputs[:, 3:] = outputs[0, 3:]
     whole = factor.distribution(outputs, shift, matrix)
-    shared = factor.sharing(outputs[:, :3], outputs[0, 3:], shift, matrix)
+    shared = factor.distribution_with(outputs[:, :3], outputs[0, 3:], shift, matrix)
     value = torch.randn(4, 3)
     torch.testing.assert_close(shared.log_prob(value), whole.log_prob(value))
     assert shared._unbroadcasted_scale_tril.shape == (3, 3)

@@ -71,6 +71,7 @@ class MaskedMLP(nn.Module):
             (D * num_params, input_dim), row ``k * num_params + p`` for parameter p of output k.
         layers: The layers of the hidden part; the last one has the rows of ``skip``.
         units: The natural units, or None.
+        is_in_order: Whether there is one level, with its inputs, the first ones, and outputs in their order.
         output_levels: The level of each output.
         outputs_by_level: For each level, its outputs in ascending order.
         inputs_by_level: For each level, its inputs in ascending order.
@@ -164,6 +165,10 @@ class MaskedMLP(nn.Module):
             for k in group
             for p in range(self.num_params)
         ]
+        orders = _permutation(inputs), _permutation(outputs)
+        dense = all(layer.engine == "dense" for layer in self.modules() if isinstance(layer, MaskedLinear))
+        whole = dense or len(inputs) == self.input_dim
+        self.is_in_order = self.num_levels == 1 and orders == (None, None) and whole
         self._layer_cuts = nn.ModuleList(
             LevelCut(
                 layer,
@@ -191,8 +196,23 @@ class MaskedMLP(nn.Module):
         """Return the parameters of all outputs, (*batch, D, num_params), for ``x`` of (*batch, input_dim)."""
         if x.shape[-1] != self.input_dim:
             raise GraphflowsError(f"Expected x.shape[-1] == {self.input_dim}; got {x.shape[-1]}.")
+        return self.flat(x).unflatten(-1, (len(self.allowed), self.num_params))
+
+    def flat(self, x: Tensor) -> Tensor:
+        """Return what :meth:`forward` returns with the parameters of all outputs one after the other.
+
+        Args:
+            x: The inputs, or in dense layers the first ones, where no output sees the others.
+        """
+        if self.units is not None and self.units.prefers_whitened(x):
+            return self._of_whitened(x)
         terms = []
         skip, layers = self.weights()
+        if x.shape[-1] < self.input_dim:
+            if layers:
+                layers[0] = layers[0][0][:, : x.shape[-1]], layers[0][1]
+            if skip is not None:
+                skip = skip[0][:, : x.shape[-1]], skip[1]
         if layers:
             h = x
             for layer, (entries, bias) in zip(self._masked_layers()[:-1], layers[:-1], strict=True):
@@ -200,8 +220,22 @@ class MaskedMLP(nn.Module):
             terms.append(self._masked_layers()[-1].multiply(layers[-1][0], h, layers[-1][1]))
         if self.skip is not None and skip is not None:
             terms.append(self.skip.multiply(skip[0], x, skip[1]))
-        out: Tensor = sum(terms[1:], terms[0])
-        return out.reshape(*x.shape[:-1], len(self.allowed), self.num_params)
+        return terms[0] + terms[1] if len(terms) > 1 else terms[0]
+
+    def _of_whitened(self, x: Tensor) -> Tensor:
+        """Return the outputs one after the other, by way of whitened inputs."""
+        assert self.units is not None
+        layers = self._masked_layers()
+        mapped, h = self.units.of_whitened(x, self.skip, layers[0] if len(layers) > 1 else None)
+        if h is None:
+            assert mapped is not None
+            return mapped
+        for layer in layers[1:-1]:
+            h = layer(self.activation(h))
+        last = layers[-1]
+        bias = None if last.bias is None else last.bias * self.units.unit
+        out = last.multiply(self.units.last(last), self.activation(h), bias)
+        return out if mapped is None else out + mapped
 
     def weights(self) -> tuple[Weights | None, list[Weights]]:
         """Return the entries and biases of the linear map and of the layers, as an evaluation uses them."""
@@ -296,10 +330,17 @@ class LevelEvaluation:
         self._batch_shape = torch.Size()
         self._inputs = Runs()
         self._hidden = [Runs() for _ in list(mlp.layers)[1:]]
-        # For each layer, its rows by level.
-        skip, layers = mlp.weights()
-        self._layers = [_cut(cut, weights) for cut, weights in zip(mlp._layer_cuts, layers, strict=True)]
-        self._skip = None if skip is None or mlp._skip_cut is None else _cut(mlp._skip_cut, skip)
+        # For each layer, its rows by level; a single level in order does without.
+        self._layers: list[list[LevelRows]] | None = None
+        self._skip: list[LevelRows] | None = None
+        if not mlp.is_in_order:
+            self._cut_weights()
+
+    def _cut_weights(self) -> None:
+        skip, layers = self._mlp.weights()
+        cuts = self._mlp._layer_cuts
+        self._layers = [_cut(cut, weights) for cut, weights in zip(cuts, layers, strict=True)]
+        self._skip = None if skip is None or self._mlp._skip_cut is None else _cut(self._mlp._skip_cut, skip)
 
     @property
     def level(self) -> int:
@@ -327,6 +368,18 @@ class LevelEvaluation:
         Raises:
             GraphflowsError: If the number of inputs is wrong, or all levels are done.
         """
+        outputs = self._mlp.outputs_by_level[min(self._level, self._mlp.num_levels - 1)]
+        return self.flat_step(x_new).unflatten(-1, (len(outputs), self._mlp.num_params))
+
+    def flat_step(self, x_new: Tensor | None = None) -> Tensor:
+        """Return what :meth:`step` returns with the parameters of all outputs one after the other.
+
+        Args:
+            x_new: The inputs of this level.
+
+        Raises:
+            GraphflowsError: As for :meth:`step`.
+        """
         mlp, level = self._mlp, self._level
         if level == mlp.num_levels:
             raise GraphflowsError(f"Expected at most {mlp.num_levels} steps, one a level; this is one more.")
@@ -335,6 +388,11 @@ class LevelEvaluation:
         if got != expected:
             raise GraphflowsError(f"Expected x_new.shape[-1] == {expected} at level {level}; got {got}.")
         self._level += 1
+        if self._layers is None and x_new is not None and mlp.is_in_order:
+            return mlp.flat(x_new)
+        if self._layers is None:
+            self._cut_weights()
+        assert self._layers is not None
         if x_new is not None:
             self._inputs.append(x_new)
             shape = x_new.shape[:-1]
@@ -355,7 +413,7 @@ class LevelEvaluation:
         out = sum(terms[1:], terms[0])
         if out.shape[:-1] != self._batch_shape:
             out = out.expand(*self._batch_shape, out.shape[-1])
-        return out.unflatten(-1, (len(mlp.outputs_by_level[level]), mlp.num_params))
+        return out
 
 
 class Runs:

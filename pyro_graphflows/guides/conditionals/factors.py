@@ -13,14 +13,16 @@ vector of a discrete site is :class:`~pyro_graphflows.guides.sites.DiscreteEncod
 scale 1.
 """
 
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NamedTuple
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_graphflows.capture import CAPTURING
 from pyro_graphflows.distributions.fusion import fuse, fuse_matrix, fuse_natural
 from pyro_graphflows.distributions.long_normals import AutoregressiveNormal, sum_over_pairs
 from pyro_graphflows.guides.conditionals.distributions import DiscreteVector, ScalarNormal
@@ -35,6 +37,7 @@ __all__ = [
     "NormalFactor",
     "NormalOutputs",
     "SharedCovarianceFactor",
+    "bounded_log_scale",
     "fused_elements",
     "fused_scalar_normals",
     "fused_vector",
@@ -63,9 +66,59 @@ def positive_scale(outputs: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         shift: The shift of the standardisation.
         scale: Its scale.
     """
-    rounding = torch.finfo(outputs.dtype).eps * (1.0 + (shift / scale).abs())
-    smallest = (ROUNDINGS * rounding).log().clamp(-LOG_SCALE_BOUND, 0.0)
-    return outputs.clamp(max=LOG_SCALE_BOUND).maximum(smallest).exp()
+    return bounded_log_scale(outputs, shift, scale).exp()
+
+
+def bounded_log_scale(outputs: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Return the logarithms of what :func:`positive_scale` returns.
+
+    Args:
+        outputs: Logarithms in standardised units.
+        shift: The shift of the standardisation.
+        scale: Its scale.
+    """
+    limits = _limits(outputs.dtype, shift, scale)
+    return outputs.clamp(limits.least, limits.most)
+
+
+class _Limits(NamedTuple):
+    """The least and the largest logarithms of scales in standardised units, and the logarithm of the unit."""
+
+    least: Tensor
+    most: Tensor
+    log_unit: Tensor
+
+
+class _Known(NamedTuple):
+    """What was found for a standardisation: its scale and shift, their versions with the type of outputs, limits."""
+
+    scale: Callable[[], Tensor | None]
+    shift: Tensor
+    key: tuple[int, int, torch.dtype]
+    limits: _Limits
+
+
+_KNOWN: dict[int, _Known] = {}  # by the identity of the scale; entries go with it
+
+
+def _limits(dtype: torch.dtype, shift: Tensor, scale: Tensor) -> _Limits:
+    """Return limits, kept as long as shift and scale are the same tensors and unchanged."""
+    if CAPTURING.get() or shift.is_inference() or scale.is_inference():
+        return _find_limits(dtype, shift, scale)
+    number, key = id(scale), (shift._version, scale._version, dtype)
+    known = _KNOWN.get(number)
+    if known is not None and known.shift is shift and known.key == key and known.scale() is scale:
+        return known.limits
+    with torch.no_grad():
+        limits = _find_limits(dtype, shift, scale)
+    _KNOWN[number] = _Known(weakref.ref(scale, lambda _: _KNOWN.pop(number, None)), shift, key, limits)
+    return limits
+
+
+def _find_limits(dtype: torch.dtype, shift: Tensor, scale: Tensor) -> _Limits:
+    rounding = torch.finfo(dtype).eps * (1.0 + (shift / scale).abs())
+    least = (ROUNDINGS * rounding).log().clamp(-LOG_SCALE_BOUND, 0.0)
+    return _Limits(least, torch.full_like(least, LOG_SCALE_BOUND), scale.log())
 
 
 def share_of_long(number: int) -> float:
@@ -148,6 +201,20 @@ class Factor(ABC):
         Returns:
             A distribution with batch shape ``batch`` and event shape ``(size,)``.
         """
+
+    def distribution_with(
+        self, outputs: Tensor, constants: Tensor, shift: Tensor, scale: Tensor
+    ) -> dist.TorchDistribution:
+        """Return :meth:`distribution` where the last outputs depend on nothing.
+
+        Args:
+            outputs: The first :attr:`num_reading` outputs, ``(*batch, num_reading)``.
+            constants: The others, the same for the whole batch, of one dimension.
+            shift: The shift of the standardisation, shape ``(size,)``.
+            scale: Its scale, shape ``(size,)``.
+        """
+        every = constants.expand(*outputs.shape[:-1], -1)
+        return self.distribution(torch.cat([outputs, every], -1), shift, scale)
 
     @abstractmethod
     def linear_start(self, weights: Tensor, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
@@ -379,20 +446,13 @@ class SharedCovarianceFactor(NormalFactor):
         """See :attr:`Factor.can_fuse`: a product with a prior is a matrix for each row of a batch."""
         return False
 
-    def sharing(
-        self, locs: Tensor, constants: Tensor, shift: Tensor, scale: Tensor
-    ) -> dist.MultivariateNormal:
-        """Return the distribution.
-
-        Args:
-            locs: Locations, ``(*batch, size)``.
-            constants: The outputs that depend on nothing, ``(num_outputs - size,)``.
-            shift: The shift of the standardisation.
-            scale: Its scale, or a lower triangular matrix.
-        """
+    def distribution_with(
+        self, outputs: Tensor, constants: Tensor, shift: Tensor, scale: Tensor
+    ) -> dist.TorchDistribution:
+        """See :meth:`Factor.distribution_with`: the covariance is that of the whole batch."""
         of_none = torch.cat([torch.zeros_like(constants[: self.size]), constants])
         loc, scale_tril = normal_vector(of_none, shift, scale)
-        loc = loc + (locs @ scale.mT if scale.dim() == 2 else scale * locs)
+        loc = loc + (outputs @ scale.mT if scale.dim() == 2 else scale * outputs)
         return dist.MultivariateNormal(loc, scale_tril=scale_tril, validate_args=False)
 
 
@@ -404,12 +464,23 @@ def scalar_normals(outputs: Tensor, shift: Tensor, scale: Tensor) -> list[Scalar
         shift: The shifts of the standardisation, shape ``(n,)``.
         scale: Its scales, shape ``(n,)``.
     """
-    locs = torch.addcmul(shift, scale, outputs[..., 0::2])
-    scales = scale * positive_scale(outputs[..., 1::2], shift, scale)
-    return [
-        ScalarNormal(dist.Normal(loc, width, validate_args=False))
-        for loc, width in zip(locs.unbind(-1), scales.unbind(-1), strict=True)
-    ]
+    locs, log_scales = _by_kind(outputs)
+    locs, scales = torch.addcmul(shift, scale, locs), scale * positive_scale(log_scales, shift, scale)
+    return _normals(locs, scales)
+
+
+def _by_kind(outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the locations and the log-scales among the outputs for sites of size one."""
+    locs, log_scales = (
+        outputs.unflatten(-1, (-1, 2)).unbind(-1) if outputs.shape[-1] > 2 else outputs.split(1, -1)
+    )
+    return locs, log_scales
+
+
+def _normals(locs: Tensor, scales: Tensor) -> list[ScalarNormal]:
+    """Return a normal for each number of the last dimension."""
+    pairs = zip(locs.unbind(-1), scales.unbind(-1), strict=True)
+    return [ScalarNormal(dist.Normal(loc, width, validate_args=False)) for loc, width in pairs]
 
 
 def fused_scalar_normals(
@@ -423,11 +494,8 @@ def fused_scalar_normals(
         scale: Its scales, shape ``(n,)``.
         priors: The priors of the sites.
     """
-    locs, log_scales = fused_elements(outputs[..., 0::2], outputs[..., 1::2], (shift, scale), priors)
-    return [
-        ScalarNormal(dist.Normal(loc, width, validate_args=False))
-        for loc, width in zip(locs.unbind(-1), log_scales.exp().unbind(-1), strict=True)
-    ]
+    locs, log_scales = fused_elements(*_by_kind(outputs), (shift, scale), priors)
+    return _normals(locs, log_scales.exp())
 
 
 def fused_elements(
@@ -453,7 +521,7 @@ def fused_elements(
         _side_by_side([each.loc for each in priors]),
         _side_by_side([each.log_scale for each in priors]),
     )
-    log_width = positive_scale(log_scales, shift, scale).log() + scale.log()
+    log_width = bounded_log_scale(log_scales, shift, scale) + _limits(log_scales.dtype, shift, scale).log_unit
     return fuse(loc, log_scale, torch.addcmul(shift, scale, locs), log_width)
 
 

@@ -6,8 +6,9 @@ standardised units, inputs and outputs.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import pyro.distributions as dist
@@ -169,6 +170,7 @@ class MaskedConditionals(Conditionals):
         if block.summed:
             self.register_buffer("summing", torch.zeros(len(fusible), dtype=torch.bool))
         self._is_summing = [False] * len(fusible)
+        self._kept_units: dict[tuple[str, int, int], tuple[Tensor, Tensor]] = {}
         self._scalar_levels = {
             i
             for i, level in enumerate(block.levels)
@@ -204,6 +206,25 @@ class MaskedConditionals(Conditionals):
         return factor.num_reading if factor.shares_constants else factor.num_outputs
 
     # ---------------------------------------------------------------- units
+
+    def _units(self, kind: str, part: slice) -> tuple[Tensor, Tensor]:
+        """Return shift and scale of some entries: the same tensors from call to call, for what follows from them.
+
+        Args:
+            kind: ``""`` for those of outputs, ``"input_"`` or ``"fused_"``.
+            part: The entries.
+        """
+        key = kind, part.start, part.stop
+        shift, scale = self._buffers[f"{kind}shift"], self._buffers[f"{kind}scale"]
+        assert shift is not None
+        assert scale is not None
+        kept = self._kept_units.get(key)
+        if kept is None or kept[0]._base is not shift or kept[1]._base is not scale:
+            kept = self._kept_units[key] = shift[part], scale[part]
+        return kept
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept_units": {}}
 
     def output_units(self, site: str) -> tuple[Tensor, Tensor]:
         """See :meth:`Conditionals.output_units`."""
@@ -469,6 +490,7 @@ class MaskedConditionals(Conditionals):
         plates: Mapping[str, PlateState],
         context: Tensor | None = None,
         values: Mapping[str, Tensor] | None = None,
+        shares: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         """See :meth:`Conditionals.start_couplings_`.
 
@@ -493,7 +515,10 @@ class MaskedConditionals(Conditionals):
             rows = self.outputs[site]
             columns = bias[rows.start + factor.num_inner : rows.stop].view(factor.size, 2 * factor.rank)
             columns.copy_(WAKE * torch.randn_like(columns))
-            if values is not None and site in shared and factor.size == 1:
+            if self.fuses(site):
+                share = shares.get(site, 0.0)
+                columns[0, 0 if share < 0 else factor.rank] += abs(share) ** 0.5
+            elif values is not None and site in shared and factor.size == 1:
                 dims = [plates[name].dim - 1 for name in terms.names]
                 residual = (values[site] - shared[site].mean) / self.output_units(site)[1]
                 entry, negative, log_scale = exchangeable_start(residual, dims)
@@ -526,11 +551,11 @@ class MaskedConditionals(Conditionals):
 
     # ---------------------------------------------------------------- evaluation
 
-    def _scale_of(self, site: str, scale: Tensor) -> Tensor:
-        """Return the scale of a standardisation, as a matrix where a vector has a basis of its own."""
-        if site not in self._basis_of:
-            return scale
-        return scale.unsqueeze(-1) * self.get_buffer(self._basis_of[site])
+    def _in_basis(self, site: str, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Return units of which the scale is a matrix where a vector has a basis of its own."""
+        if site in self._basis_of:
+            scale = scale.unsqueeze(-1) * self.get_buffer(self._basis_of[site])
+        return shift, scale
 
     def begin(self, context: Tensor, plates: Mapping[str, PlateState] | None = None) -> "MaskedPass":
         """See :meth:`Conditionals.begin`."""
@@ -576,7 +601,7 @@ class MaskedPass(Pass):
         """See :meth:`Pass.next`."""
         module = self._module
         level = module.block.levels[self._level]
-        outputs = self._network.step(self._new if self._new.shape[-1] else None).squeeze(-1)
+        outputs = self._network.flat_step(self._new if self._new.shape[-1] else None)
         if self._plates is not None:
             self._known.append(self._new)
         chosen = [site for site in level if site in priors and module.fuses(site)] if priors else []
@@ -596,29 +621,48 @@ class MaskedPass(Pass):
             rows, part = module.outputs[site], module._parts[site]
             own = outputs[..., rows.start - start : rows.stop - start]
             factor = module.factors[site]
-            if site in module._constants_of and not factor.shares_constants:
-                constants = module._constants(site)({})
+            constants = module._constants(site)({}) if site in module._constants_of else None
+            shares = factor.shares_constants or self._is_plain(site, fused)
+            if constants is not None and not shares:
                 own = torch.cat([own, constants.expand(*own.shape[:-1], -1)], -1)
             if self._rows is not None and site in module._table_columns:
                 own = own + self._rows[..., module._table_columns[site]]
             if self._plates is not None and site in module._map_of:
                 own = own + self._own_map(site, self._plates)
             if site in fused:
-                units = module.fused_shift[part], module._scale_of(site, module.fused_scale[part])
-                result[site] = factor.fused(own, *units, fused[site])
+                units = module._in_basis(site, *module._units("fused_", part))
+                result[site] = self._fused(site, own, units, fused[site])
                 fixed = fused[site].fixed
                 if fixed is not None:
-                    self.fixed[site] = factor.fused(own, *units, fixed)
+                    self.fixed[site] = self._fused(site, own, units, fixed)
                 continue
-            shift, scale = module.shift[part], module._scale_of(site, module.scale[part])
+            units = module._in_basis(site, *module._units("", part))
             if self._plates is not None and site in module._coupling_of:
                 terms: Any = module.couplings[module._coupling_of[site]]
-                result[site] = terms.distribution(own, shift, scale, self._plates)
-            elif isinstance(factor, SharedCovarianceFactor):
-                result[site] = factor.sharing(own, module._constants(site)({}), shift, scale)
+                result[site] = terms.distribution(own, units, self._plates)
+            elif constants is not None and shares:
+                result[site] = factor.distribution_with(own, constants, *units)
             else:
-                result[site] = factor.distribution(own, shift, scale)
+                result[site] = factor.distribution(own, *units)
         return result
+
+    def _fused(
+        self, site: str, outputs: Tensor, units: tuple[Tensor, Tensor], prior: SitePrior
+    ) -> dist.TorchDistribution:
+        """Return the conditional of a site that is fused, drawn jointly where its plates are known."""
+        module = self._module
+        if self._plates is not None and site in module._coupling_of:
+            terms: Any = module.couplings[module._coupling_of[site]]
+            joint: dist.TorchDistribution = terms.distribution(outputs, units, self._plates, prior)
+            return joint
+        return module.factors[site].fused(outputs, *units, prior)
+
+    def _is_plain(self, site: str, fused: Collection[str]) -> bool:
+        """Whether the network and the constants alone make a site's conditional."""
+        module = self._module
+        has_rows = self._rows is not None and site in module._table_columns
+        has_more = self._plates is not None and (site in module._map_of or site in module._coupling_of)
+        return not (has_rows or has_more or site in fused)
 
     def _scalars(
         self, level: Sequence[str], outputs: Tensor, fused: Mapping[str, SitePrior]
@@ -626,7 +670,7 @@ class MaskedPass(Pass):
         """Return the conditionals of a level of scalar normals, by one computation for all."""
         module, part = self._module, self._part_of(level)
         if not fused:
-            normals = scalar_normals(outputs, module.shift[part], module.scale[part])
+            normals = scalar_normals(outputs, *module._units("", part))
             return dict(zip(level, normals, strict=True))
         if self._rows is not None:
             columns = [module._table_columns.get(site) for site in level]
@@ -634,7 +678,7 @@ class MaskedPass(Pass):
             shape = broadcast_shapes(*(row.shape[:-1] for row in rows))
             outputs = outputs + torch.cat([row.expand(*shape, 2) for row in rows], -1)
         priors = [fused[site] for site in level]
-        units = module.fused_shift[part], module.fused_scale[part]
+        units = module._units("fused_", part)
         if any(prior.fixed is not None for prior in priors):
             fixed = [prior.fixed or prior for prior in priors]
             self.fixed.update(zip(level, fused_scalar_normals(outputs, *units, fixed), strict=True))
@@ -666,5 +710,5 @@ class MaskedPass(Pass):
                 value if value.shape[:-1] == shape else value.expand(*shape, value.shape[-1]) for value in raw
             ]
         flat = torch.cat(raw, -1) if len(raw) > 1 else raw[0]
-        part = self._part_of(level)
-        self._new = (flat - module.input_shift[part]) / module.input_scale[part]
+        shift, scale = module._units("input_", self._part_of(level))
+        self._new = (flat - shift) / scale
