@@ -39,9 +39,11 @@ from pyro_graphflows.guides.orders import (
     NAMED_INVERSES,
     FoundInverse,
     Inverse,
+    draws_more_effects_alone,
     find_inverse,
     most_edges_of_hierarchy,
     optional_sites_first,
+    order_for_coupled_effects,
     order_for_discrete_sites,
     order_for_hierarchies,
     order_for_supports,
@@ -305,6 +307,11 @@ def compile_guide(
             way = find_inverse(model, args, kwargs, trace, hierarchical, elements=elements)
             if way.inverse.num_edges <= most_edges_of_hierarchy(inverse, scales):
                 found, traced, inverse = way, way.traced, way.inverse
+        alone = None if options.pool is None else order_for_coupled_effects(inverse, scales)
+        if alone is not None:
+            way = find_inverse(model, args, kwargs, trace, alone, elements=elements)
+            if draws_more_effects_alone(way.inverse, inverse, scales):
+                found, traced, inverse = way, way.traced, way.inverse
     judged = found.judged if traced.loops else None
     if traced.loops:
         inverse = outside_of_loops(inverse, traced.graph)
@@ -337,6 +344,7 @@ def compile_guide(
         FusionQuestion(
             *(model, (args, kwargs), traced, sites, families, inverse, blocks, enumerated, excluded, indices),
             summed=summed,
+            of_any_size=inputs.coupled,
         )
     )
     fused = fusion.priors.sites
@@ -850,7 +858,8 @@ def _not_fused(
 ) -> dict[str, str]:
     """Return the sites whose factor cannot be multiplied by a prior, with the reasons."""
     reasons = dict.fromkeys(changing, "its support depends on other latent sites")
-    reasons.update(dict.fromkeys(inputs.coupled, "its copies are drawn jointly"))
+    jointly = [name for name, own in inputs.coupled.items() if own.rank == 0 or sites[name].size > 1]
+    reasons.update(dict.fromkeys(jointly, "its copies are drawn jointly"))
     reasons.update(dict.fromkeys(split, "its elements have parents of their own"))
     reasons.update(dict.fromkeys(options.factor_classes(), "it has a factor of the user's"))
     family = options.family

@@ -406,6 +406,7 @@ class Conditionals(nn.Module, ABC):
         plates: Mapping[str, PlateState],
         context: Tensor | None = None,
         values: Mapping[str, Tensor] | None = None,
+        shares: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         """Start the dependence of sites that are drawn jointly: from joint samples, or near none.
 
@@ -413,6 +414,8 @@ class Conditionals(nn.Module, ABC):
             plates: The plates at set-up.
             context: Features of the context in joint samples, ``(draws, *batch, num_features)``.
             values: Vectors of the sites in joint samples, ``(draws, *batch, size)``.
+            shares: For fused sites how elements vary together: by how much of the same noise all have, beside a
+                variance of one of their own; negative if against each other.
         """
         if self.block.coupled:
             raise GraphflowsError(f"{type(self).__name__} cannot draw copies jointly.")

@@ -8,6 +8,7 @@ standardised units, inputs and outputs.
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import pyro.distributions as dist
@@ -459,6 +460,7 @@ class MaskedConditionals(Conditionals):
         plates: Mapping[str, PlateState],
         context: Tensor | None = None,
         values: Mapping[str, Tensor] | None = None,
+        shares: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         """See :meth:`Conditionals.start_couplings_`.
 
@@ -483,7 +485,10 @@ class MaskedConditionals(Conditionals):
             rows = self.outputs[site]
             columns = bias[rows.start + factor.num_inner : rows.stop].view(factor.size, 2 * factor.rank)
             columns.copy_(WAKE * torch.randn_like(columns))
-            if values is not None and site in shared and factor.size == 1:
+            if self.fuses(site):
+                share = shares.get(site, 0.0)
+                columns[0, 0 if share < 0 else factor.rank] += abs(share) ** 0.5
+            elif values is not None and site in shared and factor.size == 1:
                 dims = [plates[name].dim - 1 for name in terms.names]
                 residual = (values[site] - shared[site].mean) / self.output_units(site)[1]
                 entry, negative, log_scale = exchangeable_start(residual, dims)
@@ -586,18 +591,29 @@ class MaskedPass(Pass):
                 own = own + self._own_map(site, self._plates)
             if site in fused:
                 units = module._units("fused_", part)
-                result[site] = module.factors[site].fused(own, *units, fused[site])
+                result[site] = self._fused(site, own, units, fused[site])
                 fixed = fused[site].fixed
                 if fixed is not None:
-                    self.fixed[site] = module.factors[site].fused(own, *units, fixed)
+                    self.fixed[site] = self._fused(site, own, units, fixed)
                 continue
-            shift, scale = module._units("", part)
+            units = module._units("", part)
             if self._plates is not None and site in module._coupling_of:
                 terms: Any = module.couplings[module._coupling_of[site]]
-                result[site] = terms.distribution(own, shift, scale, self._plates)
+                result[site] = terms.distribution(own, units, self._plates)
             else:
-                result[site] = module.factors[site].distribution(own, shift, scale)
+                result[site] = module.factors[site].distribution(own, *units)
         return result
+
+    def _fused(
+        self, site: str, outputs: Tensor, units: tuple[Tensor, Tensor], prior: SitePrior
+    ) -> dist.TorchDistribution:
+        """Return the conditional of a site that is fused, drawn jointly where its plates are known."""
+        module = self._module
+        if self._plates is not None and site in module._coupling_of:
+            terms: Any = module.couplings[module._coupling_of[site]]
+            joint: dist.TorchDistribution = terms.distribution(outputs, units, self._plates, prior)
+            return joint
+        return module.factors[site].fused(outputs, *units, prior)
 
     def _is_plain(self, site: str, fused: Collection[str]) -> bool:
         """Whether the network and the constants alone make a site's conditional."""
