@@ -175,7 +175,10 @@ class MaskedConditionals(Conditionals):
             i
             for i, level in enumerate(block.levels)
             if all(
-                type(self.factors[site]) is NormalFactor and self.factors[site].size == 1 for site in level
+                type(self.factors[site]) is NormalFactor
+                and self.factors[site].size == 1
+                and site not in self._constants_of
+                for site in level
             )
         }
 
@@ -608,12 +611,7 @@ class MaskedPass(Pass):
         fused = {site: _in_type(priors[site], outputs.dtype) for site in chosen} if priors else {}
         if module.block.summed:
             fused = {s: prior if module.sums(s) else prior.with_evidence(None) for s, prior in fused.items()}
-        if (
-            self._level in module._scalar_levels
-            and len(fused) in (0, len(level))
-            and self._plates is None
-            and (self._rows is None or fused)
-        ):
+        if self._level in module._scalar_levels and len(fused) in (0, len(level)) and self._plates is None:
             return self._scalars(level, outputs, fused)
         start = module.outputs[level[0]].start
         result: dict[str, dist.TorchDistribution] = {}
@@ -669,20 +667,27 @@ class MaskedPass(Pass):
     ) -> dict[str, dist.TorchDistribution]:
         """Return the conditionals of a level of scalar normals, by one computation for all."""
         module, part = self._module, self._part_of(level)
+        if self._rows is not None:
+            outputs = outputs + self._rows_of(level, self._rows)
         if not fused:
             normals = scalar_normals(outputs, *module._units("", part))
             return dict(zip(level, normals, strict=True))
-        if self._rows is not None:
-            columns = [module._table_columns.get(site) for site in level]
-            rows = [self._rows.new_zeros(2) if c is None else self._rows[..., c] for c in columns]
-            shape = broadcast_shapes(*(row.shape[:-1] for row in rows))
-            outputs = outputs + torch.cat([row.expand(*shape, 2) for row in rows], -1)
         priors = [fused[site] for site in level]
         units = module._units("fused_", part)
         if any(prior.fixed is not None for prior in priors):
             fixed = [prior.fixed or prior for prior in priors]
             self.fixed.update(zip(level, fused_scalar_normals(outputs, *units, fixed), strict=True))
         return dict(zip(level, fused_scalar_normals(outputs, *units, priors), strict=True))
+
+    def _rows_of(self, level: Sequence[str], table: Tensor) -> Tensor:
+        """Return what elements add to the outputs of a level of scalar normals; zero for sites without."""
+        columns = [self._module._table_columns.get(site) for site in level]
+        first, last = columns[0], columns[-1]
+        if first is not None and last is not None and last.stop - first.start == 2 * len(level):
+            return table[..., first.start : last.stop]
+        rows = [table.new_zeros(2) if c is None else table[..., c] for c in columns]
+        shape = broadcast_shapes(*(row.shape[:-1] for row in rows))
+        return torch.cat([row.expand(*shape, 2) for row in rows], -1)
 
     def _part_of(self, level: Sequence[str]) -> slice:
         parts = self._module._parts
