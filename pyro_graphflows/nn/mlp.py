@@ -206,21 +206,20 @@ class MaskedMLP(nn.Module):
         """
         if self.units is not None and self.units.prefers_whitened(x):
             return self._of_whitened(x)
-        terms = []
         skip, layers = self.weights()
         if x.shape[-1] < self.input_dim:
             if layers:
                 layers[0] = layers[0][0][:, : x.shape[-1]], layers[0][1]
             if skip is not None:
                 skip = skip[0][:, : x.shape[-1]], skip[1]
+        out = None if self.skip is None or skip is None else _multiplied(self.skip, skip, x)
         if layers:
-            h = x
-            for layer, (entries, bias) in zip(self._masked_layers()[:-1], layers[:-1], strict=True):
-                h = self.activation(layer.multiply(entries, h, bias))
-            terms.append(self._masked_layers()[-1].multiply(layers[-1][0], h, layers[-1][1]))
-        if self.skip is not None and skip is not None:
-            terms.append(self.skip.multiply(skip[0], x, skip[1]))
-        return terms[0] + terms[1] if len(terms) > 1 else terms[0]
+            *hidden, last = zip(self._masked_layers(), layers, strict=True)
+            for each in hidden:
+                x = self.activation(_multiplied(*each, x))
+            out = _multiplied(*last, x, out)
+        assert out is not None
+        return out
 
     def _of_whitened(self, x: Tensor) -> Tensor:
         """Return the outputs one after the other, by way of whitened inputs."""
@@ -289,6 +288,24 @@ class MaskedMLP(nn.Module):
                 self.units.unit[rows] = unit.to(self.units.unit)
         if len(self.layers):
             self._masked_layers()[-1].set_rows_(rows, 0.0)
+
+    @torch.no_grad()
+    def add_(self, output: int, value: float) -> None:
+        """Add a constant to one output.
+
+        Args:
+            output: Its number.
+            value: The constant.
+        """
+        bias: Tensor | None
+        unit = 1.0
+        if self.skip is not None:
+            bias = self.skip.bias if self.units is None else self.units.bias
+        else:
+            bias = self._masked_layers()[-1].bias
+            unit = unit if self.units is None else float(self.units.unit[output])
+        assert bias is not None
+        bias[output] += value / unit
 
     def _masked_layers(self) -> list[MaskedLinear]:
         return [layer for layer in self.layers if isinstance(layer, MaskedLinear)]
@@ -382,17 +399,15 @@ class LevelEvaluation:
                 known = self._batch_shape
                 self._batch_shape = broadcast_shapes(known, shape) if len(known) else shape
 
-        terms = []
         below = self._inputs
         for rows, runs in zip(self._layers[:-1], self._hidden, strict=True):
             if rows[level].num_rows:
                 runs.append(mlp.activation(rows[level](below)))
             below = runs
+        out = None if self._skip is None else self._skip[level](self._inputs)
         if self._layers:
-            terms.append(self._layers[-1][level](below))
-        if self._skip is not None:
-            terms.append(self._skip[level](self._inputs))
-        out = sum(terms[1:], terms[0])
+            out = self._layers[-1][level](below, out)
+        assert out is not None
         if out.shape[:-1] != self._batch_shape:
             out = out.expand(*self._batch_shape, out.shape[-1])
         return out
@@ -423,20 +438,18 @@ class Runs:
         else:
             self._runs.append(x)
 
-    def linear(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Apply the weight to the concatenation of all runs."""
-        if len(self._runs) == 1:
-            return F.linear(self._runs[0], weight, bias)
-        total = weight.new_zeros(weight.shape[0]) if bias is None else bias
+    def linear(self, weight: Tensor, total: Tensor | None) -> Tensor:
+        """Apply the weight to the concatenation of all runs, and add a total so far, as a bias."""
         start = 0
         for run in self._runs:
             stop = start + run.shape[-1]
-            total = F.linear(run, weight[:, start:stop]) + total
+            part = weight if len(self._runs) == 1 else weight[:, start:stop]
+            total = _added(run, part, total)
             start = stop
-        return total
+        return weight.new_zeros(weight.shape[0]) if total is None else total
 
     def sparse_linear(self, pattern: SparsePattern, values: Tensor, bias: Tensor | None) -> Tensor:
-        """Apply the sparse matrix to the concatenation of all runs, expanded."""
+        """Apply the sparse matrix to the concatenation of all runs, expanded, and add a bias."""
         if len(self._runs) > 1:
             shape = broadcast_shapes(*(run.shape[:-1] for run in self._runs))
             self._runs = [torch.cat([run.expand(*shape, -1) for run in self._runs], -1)]
@@ -453,11 +466,34 @@ class LevelRows:
         self._pattern = pattern
         self.num_rows = weight.shape[0] if pattern is None else pattern.shape[0]
 
-    def __call__(self, runs: Runs) -> Tensor:
-        """Apply the rows to all that is known."""
-        if self._pattern is None:
-            return runs.linear(self._weight, self._bias)
-        return runs.sparse_linear(self._pattern, self._weight, self._bias)
+    def __call__(self, runs: Runs, total: Tensor | None = None) -> Tensor:
+        """Apply the rows to all that is known, and add the total of other rows, if there is one."""
+        if self._pattern is not None:
+            out = runs.sparse_linear(self._pattern, self._weight, self._bias)
+            return out if total is None else out + total
+        if total is not None and self._bias is not None:
+            total = total + self._bias
+        return runs.linear(self._weight, self._bias if total is None else total)
+
+
+def _multiplied(layer: MaskedLinear, weights: Weights, x: Tensor, total: Tensor | None = None) -> Tensor:
+    """Return the product of a layer's entries with inputs, with its bias, and the total of others, if there is one."""
+    entries, bias = weights
+    if layer.engine != "dense":
+        out = layer.multiply(entries, x, bias)
+        return out if total is None else out + total
+    if total is not None and bias is not None:
+        total = total + bias
+    return _added(x, entries, bias if total is None else total)
+
+
+def _added(x: Tensor, weight: Tensor, total: Tensor | None) -> Tensor:
+    """Return ``total + x @ weight.T`` by as few operations as there can be."""
+    if x.dim() == 1 and (total is None or total.dim() == 1):
+        return torch.mv(weight, x) if total is None else torch.addmv(total, weight, x)
+    if total is None or total.dim() == 1:
+        return F.linear(x, weight, total)
+    return F.linear(x, weight) + total
 
 
 class LevelCut(nn.Module):

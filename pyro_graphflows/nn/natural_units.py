@@ -179,8 +179,8 @@ class Constants(nn.Module):
 class WhitenedRows(Constants):
     """The rows of one masked matrix in the coordinates of their whiteners: each row times its whitener and a number.
 
-    Rows of small matrices have a padded whitener each; rows of a large one that all look at the same inputs share it;
-    others are gathered by the size of what they look at, and brought back.
+    Rows that all look at the same inputs share a whitener; otherwise rows of a small matrix have a padded one each, and
+    those of others are gathered by the size of what they look at, and brought back.
 
     Args:
         layer: The layer; what a row looks at must be one of the sets, or nothing.
@@ -205,10 +205,10 @@ class WhitenedRows(Constants):
         dense = layer.engine == "dense"
         if not whiteners.groups:
             self.way = "plain"
-        elif dense and layer.out_features * layer.in_features**2 <= MOST_BY_ROW:
-            self.way = "by row"
         elif dense and len(used) == 1:
             self.way = "shared"
+        elif dense and layer.out_features * layer.in_features**2 <= MOST_BY_ROW:
+            self.way = "by row"
         else:
             self.way = "gathered"
             self._plan(layer, whiteners)
