@@ -43,6 +43,7 @@ __all__ = [
     "positive_scale",
     "scalar_normals",
     "share_of_long",
+    "unit_lower",
 ]
 
 TINY = 1e-30
@@ -272,6 +273,20 @@ class Factor(ABC):
         return None
 
 
+def unit_lower(entries: Tensor, size: int) -> Tensor:
+    """Return unit lower triangular matrices, ``(*batch, size, size)``.
+
+    Args:
+        entries: What is below the diagonals, in the order of :func:`torch.tril_indices`, ``(*batch, entries)``.
+        size: The size of the matrices.
+    """
+    rows, columns = torch.tril_indices(size, size, -1, device=entries.device)
+    unit = torch.eye(size, dtype=entries.dtype, device=entries.device)
+    unit = unit.expand((*entries.shape[:-1], size, size)).clone()
+    unit[..., rows, columns] = entries
+    return unit
+
+
 class NormalOutputs(Factor):
     """What normal factors share: locations first, then log-scales."""
 
@@ -302,14 +317,7 @@ class NormalFactor(NormalOutputs):
         if n == 1:
             normal = dist.Normal(loc.squeeze(-1), diagonal.squeeze(-1), validate_args=False)
             return ScalarNormal(normal)
-        rows, columns = torch.tril_indices(n, n, -1, device=outputs.device)
-        unit = (
-            torch.eye(n, dtype=outputs.dtype, device=outputs.device)
-            .expand((*outputs.shape[:-1], n, n))
-            .clone()
-        )
-        unit[..., rows, columns] = outputs[..., 2 * n :]
-        scale_tril = diagonal.unsqueeze(-1) * unit
+        scale_tril = diagonal.unsqueeze(-1) * unit_lower(outputs[..., 2 * n :], n)
         return dist.MultivariateNormal(loc, scale_tril=scale_tril, validate_args=False)
 
     @property
@@ -470,12 +478,7 @@ def fused_vector(outputs: Tensor, shift: Tensor, scale: Tensor, prior: SitePrior
     n = len(shift)
     loc = torch.addcmul(shift, scale, outputs[..., :n])
     width = positive_scale(outputs[..., n : 2 * n], shift, scale)
-    rows, columns = torch.tril_indices(n, n, -1, device=outputs.device)
-    unit = (
-        torch.eye(n, dtype=outputs.dtype, device=outputs.device).expand((*outputs.shape[:-1], n, n)).clone()
-    )
-    unit[..., rows, columns] = outputs[..., 2 * n :]
-    root = unit / width.unsqueeze(-1) / scale
+    root = unit_lower(outputs[..., 2 * n :], n) / width.unsqueeze(-1) / scale
     batch = broadcast_shapes(loc.shape[:-1], prior.loc.shape[:-1])
     tril = prior.tril().expand(*batch, n, n)
     return fuse_matrix(
