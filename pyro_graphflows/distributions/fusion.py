@@ -53,7 +53,9 @@ def fuse(
         -45.0
     """
     ratio = log_scale - factor_log_scale  # half the logarithm of the factor's precision over the prior's
-    fused_loc = torch.lerp(loc, factor_loc, torch.sigmoid(2.0 * ratio))
+    share = torch.sigmoid(2.0 * ratio)
+    of_one_type = loc.dtype == factor_loc.dtype == share.dtype  # lerp does not promote
+    fused_loc = torch.lerp(loc, factor_loc, share) if of_one_type else loc + share * (factor_loc - loc)
     return fused_loc, log_scale - torch.nn.functional.softplus(ratio, beta=2.0)
 
 

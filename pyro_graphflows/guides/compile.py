@@ -336,7 +336,9 @@ def compile_guide(
     _require_known_indices(blocks, inputs, traced)
     split = {} if found.elements is None else found.elements.parents
     excluded = _not_fused(options, sites, inputs, split, changing)
-    excluded.update(dict.fromkeys(vectors.ranks, "its covariance is of low rank"))
+    for name, rank in vectors.ranks.items():
+        one = rank == sites[name].size
+        excluded[name] = f"its covariance is {'the same for all data' if one else 'of low rank'}"
     excluded.update(dict.fromkeys(vectors.chains, "its precision is banded"))
     indices = {name: plate.indices for name, plate in plates.items() if plate.indices is not None}
     summed = _summed(options, inverse, inputs, sites, families, encodings.event_dims)

@@ -289,6 +289,24 @@ class MaskedMLP(nn.Module):
         if len(self.layers):
             self._masked_layers()[-1].set_rows_(rows, 0.0)
 
+    @torch.no_grad()
+    def add_(self, output: int, value: float) -> None:
+        """Add a constant to one output.
+
+        Args:
+            output: Its number.
+            value: The constant.
+        """
+        bias: Tensor | None
+        unit = 1.0
+        if self.skip is not None:
+            bias = self.skip.bias if self.units is None else self.units.bias
+        else:
+            bias = self._masked_layers()[-1].bias
+            unit = unit if self.units is None else float(self.units.unit[output])
+        assert bias is not None
+        bias[output] += value / unit
+
     def _masked_layers(self) -> list[MaskedLinear]:
         return [layer for layer in self.layers if isinstance(layer, MaskedLinear)]
 

@@ -79,7 +79,8 @@ class BlockSpec:
         element_parents: For sites whose elements are told apart, the parents of each element, as (node, index in the
             node), -1 for the whole node.
         factors: The factor classes that the user gave for single sites.
-        ranks: For vectors too long for a full covariance, the rank of the covariance beside its diagonal.
+        ranks: For vectors too long for a full covariance that depends on its parents, the rank of the covariance beside
+            its diagonal; the number of elements for one covariance in full.
         chains: For vectors whose precision is banded, how far neighbours are, and whether running sums are meant.
     """
 
