@@ -53,6 +53,10 @@ than 0.01 nats); the two scales, which come before the location, tie the groups 
 read from pooled features: among them the logarithms of the spread of the groups' means and of the spread inside of
 groups, with their degrees of freedom. Factors beside the priors of the scales follow sizes by samples of fewer
 elements.
+
+The ELBO, KL(q || p), leaves out small values of tau, near which effects have narrow priors, so that the ranks of tau
+are too low after it. Importance weights of the same draws mend that; so does forward KL afterwards, which takes some of
+the gap back.
 """,
     "three levels": """\
 A location, districts, schools in districts, pupils in schools; all scales known. 5 to 50 districts of 2 to 6 schools of
@@ -77,7 +81,8 @@ NUTS on {data_sets} of the data sets (400 draws after 200 of warm-up, {seconds:.
 """
 ENDING = """\
 Machine: 2 CPU cores, shared; CPU seconds are of one thread. `make multilevel` goes on from
-`studies/multilevel/results.jsonl` and makes this page again: rows that are missing were not run. Not run: other
+`studies/multilevel/results.jsonl` and makes this page again: rows that are missing were not run. The trained rows of
+two levels were measured before summaries had variance components, on other held-out data sets. Not run: other
 libraries' two-level approximators.
 """
 
