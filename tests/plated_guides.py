@@ -46,8 +46,7 @@ def exact_hierarchical(x):
 
 def set_hierarchical_(guide, x):
     mean, scale, evidence = exact_hierarchical(x)
-    guide.set_linear_("mu", {}, 0.0, float(scale))
-    add_rows_(guide, "mu", mean)
+    guide.set_linear_("mu", {}, float(mean), float(scale))
     guide.set_linear_("z", {"mu": 0.2, "x": 0.8}, 0.0, math.sqrt(0.2))
     return evidence
 

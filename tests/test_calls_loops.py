@@ -61,9 +61,6 @@ def test_a_global_of_a_loop_is_exact_in_the_mean_over_batches():
     assert "per-element parameters" in guide.describe()
     precision = 0.25 + N
     guide.set_linear_("mu", {}, float(Y.sum() / precision), precision**-0.5)
-    with torch.no_grad():
-        for parameter in guide.block_of("mu").conditionals.table.parameters():
-            parameter.zero_()
     held = held_global(guide, Y, batch)
     batches = [torch.tensor(each) for each in itertools.combinations(range(N), 2)]
     bounds = [bound(coins, guide, Y, each, held=held) for each in batches]
@@ -85,9 +82,6 @@ def test_locals_read_their_datum_and_covariate(set_up):
     assert not any(parent in guide.inverse.parents["z_0"] for parent in ("y_1", "x[data 1]"))
     precision = 0.25 + N / 1.25
     guide.set_linear_("mu", {}, float((Y - X).sum() / 1.25 / precision), precision**-0.5)
-    with torch.no_grad():
-        for parameter in guide.block_of("mu").conditionals.table.parameters():
-            parameter.zero_()
     for k in range(2):
         weights = {"mu": 0.2, f"x[data {k}]": -0.8, f"y_{k}": 0.8}
         guide.set_linear_(f"z_{k}", weights, 0.0, math.sqrt(0.2))

@@ -558,9 +558,6 @@ def test_the_mean_over_all_batches_is_the_bound_of_all_data(set_up):
     guide = auto_faithful_guide(hierarchical, x, y, set_up, **FEW)
     precision = 0.25 + 6 / 1.25
     guide.set_linear_("mu", {}, float((y - x).sum() / 1.25 / precision), precision**-0.5)
-    with torch.no_grad():
-        for parameter in guide.block_of("mu").conditionals.table.parameters():
-            parameter.zero_()
     guide.set_linear_("z", {"mu": 0.2, "x": -0.8, "y": 0.8}, 0.0, math.sqrt(0.2))
     exact = dist.MultivariateNormal(torch.zeros(6), 4.0 + 1.25 * torch.eye(6)).log_prob(y - x).item()
     drawn, held = poutine.trace(guide).get_trace(x, y, torch.tensor([0, 1])), poutine.Trace()

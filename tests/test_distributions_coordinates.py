@@ -209,7 +209,10 @@ def test_values_beside_the_bounds_are_finite(name):
 @pytest.mark.parametrize("name", sorted(ALL))
 def test_density_is_the_jacobian(name):
     """log p(z) + log |dz/du| = log N(u; loc, scale), with the derivative of the map itself, not through log_prob."""
-    fn = make(name)
+    maker, parameters = ALL[name]
+    fn = maker(
+        *(torch.tensor(p).requires_grad_() for p in parameters)
+    )  # so that the map is differentiated itself
     coordinate = gaussian_coordinate(fn)
     u = torch.linspace(-6, 6, 49).requires_grad_()
     z = coordinate.transform(u)
@@ -250,6 +253,24 @@ def test_gradients_in_everything(name):
 
     for function, argument in ((value, u), (back, z), (prior, u), (ladj, z)):
         assert torch.autograd.gradcheck(function, (argument, *params), eps=1e-6, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(ALL))
+def test_derivatives_where_parameters_are_constants(name):
+    """The quotient of two densities is then the derivative: it is that of the map, and has derivatives itself."""
+    maker, parameters = ALL[name]
+    constants = gaussian_coordinate(make(name)).transform
+    followed = gaussian_coordinate(maker(*(torch.tensor(p).requires_grad_() for p in parameters))).transform
+    u = torch.linspace(-4, 4, 18).requires_grad_()
+    assert torch.equal(constants(u), followed(u))
+    one, other = (
+        torch.autograd.grad(transform(u).sum(), u, create_graph=True)[0]
+        for transform in (constants, followed)
+    )
+    assert torch.allclose(one, other, rtol=1e-8)
+    if one.requires_grad:
+        bends = [torch.autograd.grad(slope.sum(), u)[0] for slope in (one, other)]
+        assert torch.allclose(*bends, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["gamma", "beta", "student_t", "inverse_gamma"])

@@ -94,6 +94,41 @@ def test_draws_mix_noise_and_their_density_is_that_of_the_noise():
     torch.testing.assert_close(own.log_prob(value), of_noise - torch.linalg.slogdet(mixing)[1])
 
 
+def test_one_mixing_for_a_whole_batch():
+    own = mixed_example()
+    loc = torch.randn(4, SIZE, dtype=torch.float64)
+    shared = MixedNoiseNormal(loc, own.scale, own.left, own.right)
+    repeated = MixedNoiseNormal(
+        loc, *(part.expand(4, *part.shape) for part in (own.scale, own.left, own.right))
+    )
+    value, noise = torch.randn(2, 3, 4, SIZE, dtype=torch.float64)
+    for one, other in zip(shared.push(noise), repeated.push(noise), strict=True):
+        torch.testing.assert_close(one, other)
+    for function in (lambda q: q.log_prob(value), lambda q: q.pull(value), lambda q: q.covariance_matrix):
+        torch.testing.assert_close(function(shared), function(repeated))
+    assert shared.expand((3, 4)).rsample().shape == (3, 4, SIZE)
+
+
+def test_draws_are_scored_by_their_noise_with_the_same_derivatives():
+    own = mixed_example(3)
+    parts = [part.requires_grad_() for part in (own.loc, own.scale, own.left, own.right)]
+    value = own.rsample()
+    known, found = own.log_prob(value), own.log_prob(value.clone())
+    torch.testing.assert_close(known, found)
+    torch.testing.assert_close(
+        *(
+            torch.autograd.grad(each.sum() + 0.0 * own.loc.sum(), parts, retain_graph=True)
+            for each in (known, found)
+        ),
+        rtol=1e-6,
+        atol=1e-9,
+    )
+    fixed = own.sample()
+    (slope,) = torch.autograd.grad(own.log_prob(fixed).sum(), own.loc)  # of a value that does not move
+    wanted = torch.linalg.solve(own.covariance_matrix, (fixed - own.loc).unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(slope, wanted)
+
+
 def test_pull_inverts_push():
     own = mixed_example(3)
     noise = torch.randn(5, 3, SIZE, dtype=torch.float64)

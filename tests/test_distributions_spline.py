@@ -12,6 +12,7 @@ from pyro_graphflows.distributions.rational_spline import (
     LOG_SLOPE_BOUND,
     SMALLEST_BIN,
     RationalSpline,
+    _place,
     num_spline_parameters,
 )
 from pyro_graphflows.distributions.spline import BASES, SplineDistribution
@@ -40,9 +41,8 @@ def test_agrees_with_pyro(num_bins):
     y, log_slope = spline(x)
     theirs = _monotonic_rational_spline(
         x,
-        spline.widths / 8,
-        spline.heights / 8,
-        spline.slopes[..., 1:-1],
+        *(spline.tables.lengths / 8).unbind(-2),
+        spline.tables.slopes[..., 1:-1],
         bound=4.0,
         min_bin_width=0.0,
         min_bin_height=0.0,
@@ -80,7 +80,7 @@ def test_monotone_with_continuous_slopes():
     x = torch.linspace(-5, 5, 20001)
     y, log_slope = spline(x)
     assert (y[1:] > y[:-1]).all()
-    knots = torch.cat([spline.x, torch.tensor([4.0])])
+    knots = torch.cat([spline.tables.starts[0], torch.tensor([4.0])])
     left, right = spline(knots - 1e-9), spline(knots + 1e-9)
     assert torch.allclose(left[0], right[0], atol=1e-6)
     assert torch.allclose(left[1], right[1], atol=1e-4)
@@ -102,10 +102,10 @@ def test_zeros_are_the_identity(dtype):
 def test_knots_stay_apart_at_any_parameters():
     parameters = 1e4 * torch.randn(200, num_spline_parameters(8))
     spline = RationalSpline(parameters, 4.0)
-    for lengths in (spline.widths, spline.heights):
+    for lengths in spline.tables.lengths.unbind(-2):
         assert lengths.min() >= 8 * SMALLEST_BIN * 0.999
         assert torch.allclose(lengths.sum(-1), torch.full((200,), 8.0))
-    assert (spline.slopes.log().abs() <= LOG_SLOPE_BOUND + 1e-9).all()
+    assert (spline.tables.slopes.log().abs() <= LOG_SLOPE_BOUND + 1e-9).all()
     x = torch.linspace(-4, 4, 200)
     assert torch.isfinite(torch.stack(spline(x))).all()
     assert torch.isfinite(torch.stack(spline.inverse(x))).all()
@@ -117,6 +117,24 @@ def test_gradcheck_of_the_map():
     assert torch.autograd.gradcheck(lambda x, p: RationalSpline(p, 4.0)(x), (x, parameters))
     assert torch.autograd.gradcheck(lambda x, p: RationalSpline(p, 4.0).inverse(x), (x, parameters))
     assert torch.autograd.gradgradcheck(lambda x, p: RationalSpline(p, 4.0)(x), (x, parameters))
+
+
+def test_one_node_of_the_graph_has_the_gradients_of_its_operations():
+    parameters = torch.randn(3, 2, num_spline_parameters(8)).requires_grad_()
+    x = (3 * torch.randn(5, 1, 2)).requires_grad_()
+    together = RationalSpline(parameters, 4.0)(x)
+    assert together[0].shape == together[1].shape == (5, 3, 2)
+    assert {type(output.grad_fn).__name__ for output in together} == {"_SplineBackward"}
+    weights = torch.randn(2, 5, 3, 2)
+    written_out = _place(parameters, x, 8, 4.0)[:2]
+    for output, other in zip(together, written_out, strict=True):
+        assert torch.equal(output, other)
+    one, other = (
+        torch.autograd.grad((torch.stack(outputs) * weights).sum(), (parameters, x))
+        for outputs in (together, written_out)
+    )
+    for ours, theirs in zip(one, other, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-12, rtol=1e-10)
 
 
 def test_gradients_far_outside_are_finite():
@@ -131,7 +149,7 @@ def test_gradients_far_outside_are_finite():
 @pytest.mark.parametrize("base", BASES)
 def test_density_integrates_to_one(base):
     q = random_distribution(base, n=1)
-    edges = (q.loc + q.scale * torch.cat([q.spline.y.squeeze(0), torch.tensor([4.0])])).tolist()
+    edges = (q.loc + q.scale * torch.cat([q.spline.tables.starts[0, 1], torch.tensor([4.0])])).tolist()
 
     def density(z):
         return q.log_prob(torch.tensor([z])).exp().item()
@@ -265,10 +283,10 @@ def test_single_precision_density():
     """Against double precision: the rounding of a value over the narrowest slope of the bins."""
     torch.manual_seed(3)
     q = random_distribution("normal", 8, (200,), 3)
-    single = SplineDistribution(q.loc.float(), q.scale.float(), q._parameters.float())
+    single = SplineDistribution(q.loc.float(), q.scale.float(), q.spline.parameters.float())
     z = single.rsample((20,))
     own = single.log_prob(z)
-    exact = SplineDistribution(single.loc.double(), single.scale.double(), single._parameters.double())
+    exact = SplineDistribution(single.loc.double(), single.scale.double(), single.spline.parameters.double())
     noise = single._drawn[0][1].double()
     wanted = (exact._log_base(noise) - exact.scale.log() - exact.spline(noise)[1]).sum(-1)
     assert (own.double() - wanted).abs().max() < 2e-3

@@ -13,6 +13,7 @@ from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
 from pyro_graphflows.guides import Flow, auto_faithful_guide
 from pyro_graphflows.guides.conditionals.coupled import CoupledNormal, pairs_start
+from pyro_graphflows.guides.sites import SitePrior
 
 FEW = {"init": "random", "num_start_samples": 500}
 
@@ -42,6 +43,33 @@ def test_terms_add_up_to_the_joint_normal():
     later[:, 3:] += 1.0
     torch.testing.assert_close(coupled.log_prob(later)[:, :2], terms[:, :2])
     torch.testing.assert_close(coupled.log_prob(later)[:, 2, :, 0], terms[:, 2, :, 0])
+
+
+@pytest.mark.parametrize("log_scale", [-45.0, 0.0, 12.0])
+def test_a_joint_normal_beside_priors_of_its_elements(log_scale):
+    """The product of the densities, by precisions; elements of two plates around one that is apart."""
+    loc, inner, mixing = torch.randn(5, 3, 4, 1), tril(5, 3, 4, 1), tril(3, 20)
+    factor = CoupledNormal(loc, inner, mixing, (-3, -1))
+    prior = SitePrior(torch.randn(5, 1, 4, 1), log_scale + torch.randn(3, 4, 1))
+    found = factor.beside(prior)
+    value = found.rsample()
+    assert found.log_prob(value).shape == (5, 3, 4)
+    for k in range(3):
+        a, b = (part.expand(5, 3, 4, 1)[:, k].reshape(-1) for part in (prior.loc, prior.log_scale.exp()))
+        if log_scale < -40:  # the prior, exactly
+            torch.testing.assert_close(found.loc[:, k].reshape(-1), a)
+            torch.testing.assert_close(found.mixing[k], torch.eye(20))
+            torch.testing.assert_close(found.scale_tril[:, k].reshape(-1), b, rtol=1e-12, atol=0.0)
+            continue
+        root = inner[:, k].reshape(-1, 1) * mixing[k]
+        precision = torch.cholesky_inverse(root)
+        covariance = torch.linalg.inv(precision + torch.diag(b**-2))
+        mean = covariance @ (precision @ loc[:, k].reshape(-1) + a / b**2)
+        joint = dist.MultivariateNormal(mean, covariance)
+        torch.testing.assert_close(
+            found.log_prob(value)[:, k].sum(), joint.log_prob(value[:, k].reshape(-1)), rtol=1e-6, atol=1e-4
+        )
+        torch.testing.assert_close(found.loc[:, k].reshape(-1), mean, rtol=1e-6, atol=1e-6)
 
 
 def total(x, y, size=None):
@@ -142,6 +170,80 @@ def crossed(x, there=None):
         b = pyro.sample("b", dist.Normal(0.5, 0.7))
     with rows, columns, poutine.mask(mask=True if there is None else there):
         pyro.sample("x", dist.Normal(a + b, 0.6), obs=x)
+
+
+def log_evidence_of_crossed(x):
+    rows, columns = x.shape
+    of_rows = torch.kron(torch.eye(rows), torch.ones(columns, columns))
+    of_columns = 0.49 * torch.kron(torch.ones(rows, rows), torch.eye(columns))
+    covariance = of_rows + of_columns + 0.36 * torch.eye(x.numel())
+    return dist.MultivariateNormal(torch.full((x.numel(),), 0.5), covariance).log_prob(x.flatten()).item()
+
+
+def test_the_start_of_crossed_effects_serves_data_sets_of_other_sizes():
+    """Beside its prior, a factor over all columns is the same for any number of them, and follows that of rows.
+
+    Without the prior the start of the columns is that of one size: 39 nats for ten of each, 14 for ten columns.
+    """
+    guide = auto_faithful_guide(crossed, torch.randn(5, 4), pool="deepset", num_start_samples=2000)
+    assert "fused with its prior" in guide.describe().split("Block 1")[0]
+    options = {"num_particles": 100, "vectorize_particles": True, "max_plate_nesting": 2}
+    for shape, most in (((5, 4), 0.5), ((10, 4), 1.0), ((5, 10), 3.0), ((10, 10), 6.0)):
+        gaps = []
+        for _ in range(10):
+            trace = poutine.trace(poutine.uncondition(crossed)).get_trace(torch.zeros(shape))
+            x = trace.nodes["x"]["value"]
+            gaps.append(Trace_ELBO(**options).loss(crossed, guide, x) + log_evidence_of_crossed(x))
+        assert -0.1 < sum(gaps) / len(gaps) < most, shape
+
+
+def crossed_with_a_scale(y):
+    """Persons, whose spread is not known, crossed with items."""
+    persons = pyro.plate("persons", y.shape[-2], dim=-2)
+    items = pyro.plate("items", y.shape[-1], dim=-1)
+    spread = pyro.sample("spread", dist.HalfNormal(1.0))
+    with items:
+        item = pyro.sample("item", dist.Normal(0.0, 1.0))
+    with persons:
+        person = pyro.sample("person", dist.Normal(0.0, spread))
+    with persons, items:
+        pyro.sample("y", dist.Bernoulli(logits=person - item), obs=y)
+
+
+def test_effects_of_unknown_scale_are_drawn_one_by_one():
+    y = torch.bernoulli(torch.full((6, 4), 0.5))
+    guide = auto_faithful_guide(crossed_with_a_scale, y, pool="deepset", **FEW)
+    assert guide.inverse.sampling_order == ("spread", "item", "person")
+    assert dict(guide.inverse.coupled) == {"item": ("items",)}
+    assert "not faithful" not in guide.describe()
+
+
+def crossed_with_two_scales(y):
+    """Effects of rows and columns, both of unknown spread."""
+    rows = pyro.plate("rows", y.shape[-2], dim=-2)
+    columns = pyro.plate("columns", y.shape[-1], dim=-1)
+    a = pyro.sample("a", dist.HalfNormal(1.0))
+    b = pyro.sample("b", dist.HalfNormal(1.0))
+    with rows:
+        u = pyro.sample("u", dist.Normal(0.0, a))
+    with columns:
+        v = pyro.sample("v", dist.Normal(0.0, b))
+    with rows, columns:
+        pyro.sample("y", dist.Normal(u + v, 1.0), obs=y)
+
+
+def test_effects_that_are_drawn_jointly_are_as_narrow_as_their_prior():
+    y = torch.randn(6, 4)
+    guide = auto_faithful_guide(crossed_with_two_scales, y, pool="deepset", num_start_samples=500)
+    (site,) = guide.inverse.coupled
+    scale = {"u": "a", "v": "b"}[site]
+    known = {scale: torch.tensor(1e-4)}
+    with pyro.plate("draws", 500, dim=-3):
+        trace = poutine.trace(poutine.condition(guide, known)).get_trace(y)
+    spread = trace.nodes[site]["value"].std(0)
+    torch.testing.assert_close(spread, torch.full_like(spread, 1e-4), rtol=0.2, atol=0.0)
+    values = {name: trace.nodes[name]["value"][0] for name in ("a", "b", "u", "v") if name != scale}
+    assert guide.log_prob(known | values, y).isfinite().all()
 
 
 @pytest.mark.parametrize("order", [["a", "b"], ["b", "a"]])

@@ -14,9 +14,11 @@ from pyro_graphflows.guides.conditionals.factors import (
     DiscreteFactor,
     ElementNormalFactor,
     NormalFactor,
+    SharedCovarianceFactor,
+    positive_scale,
     scalar_normals,
 )
-from pyro_graphflows.guides.sites import DiscreteEncoding, LatentSite
+from pyro_graphflows.guides.sites import DiscreteEncoding, LatentSite, SitePrior
 
 # ---------------------------------------------------------------- normal factors
 
@@ -29,6 +31,7 @@ def chain(n):
 FACTORS = {
     "one": (NormalFactor(1), []),
     "three": (NormalFactor(3), [(1, 0), (2, 0), (2, 1)]),
+    "one covariance": (SharedCovarianceFactor(3), [(1, 0), (2, 0), (2, 1)]),
     "elements": (chain(3), [(1, 0), (2, 0), (2, 1)]),
     "independent elements": (ElementNormalFactor([[], []]), []),
     "one element": (ElementNormalFactor([[]]), []),
@@ -45,6 +48,18 @@ def linear_case(factor, entries, num_inputs=2):
 
 def units(size):
     return torch.linspace(-2.0, 3.0, size), torch.linspace(0.2, 4.0, size)
+
+
+def test_least_scales_follow_units_that_change_in_place():
+    outputs = torch.full((1,), -100.0, dtype=torch.float32)
+    shift, scale = torch.zeros_like(outputs), torch.ones_like(outputs)
+    least = [positive_scale(outputs, shift, scale).item() for _ in range(2)]
+    assert least == pytest.approx([400 * 2**-23] * 2)
+    shift.fill_(10.0)
+    assert positive_scale(outputs, shift, scale).item() == pytest.approx(11 * least[0])
+    scale.fill_(10.0)
+    assert positive_scale(outputs, shift, scale).item() == pytest.approx(2 * least[0])
+    assert positive_scale(outputs.double(), shift, scale).item() == pytest.approx(math.exp(-20))
 
 
 @pytest.mark.parametrize("name", FACTORS)
@@ -208,3 +223,39 @@ def test_start_from_samples_without_inputs_is_the_share_of_each_class():
     weights, biases = factor.start_from_samples(torch.zeros(100, 0), y)
     assert weights.shape == (3, 0)
     torch.testing.assert_close(biases.softmax(-1), (y.sum(0) + 0.5) / 101.5)
+
+
+def test_one_covariance_is_not_expanded_to_a_batch():
+    factor, (shift, scale) = SharedCovarianceFactor(3), units(3)
+    matrix = scale.diag() + torch.ones(3, 3).tril(-1)
+    outputs = torch.randn(4, factor.num_outputs)
+    outputs[:, 3:] = outputs[0, 3:]
+    whole = factor.distribution(outputs, shift, matrix)
+    shared = factor.distribution_with(outputs[:, :3], outputs[0, 3:], shift, matrix)
+    value = torch.randn(4, 3)
+    torch.testing.assert_close(shared.log_prob(value), whole.log_prob(value))
+    assert shared._unbroadcasted_scale_tril.shape == (3, 3)
+
+
+def test_a_matrix_in_the_place_of_the_scale():
+    """The distribution of ``shift + matrix @ y``, for the factor alone and beside a prior."""
+    factor, (shift, scale) = NormalFactor(3), units(3)
+    matrix = scale.diag() + torch.ones(3, 3).tril(-1)
+    outputs = torch.randn(4, factor.num_outputs)
+    plain = factor.distribution(outputs, torch.zeros(3), torch.ones(3))
+    fn = factor.distribution(outputs, shift, matrix)
+    torch.testing.assert_close(fn.mean, shift + plain.mean @ matrix.T)
+    covariance = matrix @ plain.covariance_matrix @ matrix.T
+    torch.testing.assert_close(fn.covariance_matrix, covariance)
+    prior = SitePrior(torch.randn(3), torch.randn(3))
+    fused = factor.fused(outputs, shift, matrix, prior)
+    root = torch.zeros(4, 3, 3)
+    rows, columns = torch.tril_indices(3, 3, -1)
+    root[:, rows, columns] = outputs[:, 6:]
+    root = torch.linalg.solve_triangular(
+        matrix, (root + torch.eye(3)) / outputs[:, 3:6].exp().unsqueeze(-1), upper=False, left=False
+    )
+    own, of_prior = root.mT @ root, torch.diag((-2 * prior.log_scale).exp())
+    torch.testing.assert_close(fused.precision_matrix, own + of_prior)
+    located = own @ (shift + outputs[:, :3] @ matrix.T).unsqueeze(-1) + (of_prior @ prior.loc).unsqueeze(-1)
+    torch.testing.assert_close(fused.mean, torch.linalg.solve(own + of_prior, located).squeeze(-1))

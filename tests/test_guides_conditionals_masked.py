@@ -12,7 +12,7 @@ from pyro_graphflows.guides import Normal, Spline
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.conditionals.contract import BlockSpec, LinearConditional
 from pyro_graphflows.guides.plan import BlockPlan, Conditioning
-from pyro_graphflows.guides.sites import DiscreteEncoding, LatentSite
+from pyro_graphflows.guides.sites import DiscreteEncoding, LatentSite, SitePrior
 from pyro_graphflows.regression import Moments
 
 CONTEXT = {"x": 2, "y": 1}
@@ -397,3 +397,41 @@ def test_starting_scale_of_a_new_network_is_of_order_one():
     for site in ("a", "b"):
         assert found[site].normal.scale.log().abs().max() < 3
         assert found[site].mean.abs().max() < 3 * math.sqrt(200)
+
+
+@pytest.mark.parametrize("family", ["normal", "spline"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_moves_of_a_correlated_vector_cost_what_they_cost_in_an_independent_one(family, fused):
+    """KL of two normals: half the squares of locations moved in the basis, at most that beside a prior."""
+    size = 5
+    sizes, parents = {"c": size}, {"c": ("x",)}
+    spec = spec_of((("c",),), parents, sizes, {"x": 2}, more={"fused": {"c"}} if fused else None)
+    family = Normal(fusion=fused) if family == "normal" else Spline(num_bins=2, fusion=fused)
+    conditionals = family.conditionals(spec)
+    root = torch.linalg.cholesky(0.999 * torch.ones(size, size) + 0.001 * torch.eye(size))
+    linear = LinearConditional({"x": torch.randn(size, 2)}, torch.randn(size), 0.3 * root)
+    prior = SitePrior(torch.zeros(size), torch.zeros(size))
+    context = torch.randn(1, 2)
+
+    @torch.no_grad()
+    def normal():
+        if fused:
+            q = conditionals.begin(context).next({"c": prior})["c"]
+        else:
+            q = conditionals.begin(context).next()["c"]
+        return dist.MultivariateNormal(q.loc[0], scale_tril=q.scale_tril.reshape(size, size))
+
+    assert (conditionals.set_fused_ if fused else conditionals.set_linear_)("c", linear)
+    start = normal()
+    moves = torch.randn(size)
+    with torch.no_grad():
+        conditionals.network.skip.bias[:size] += moves
+    unit = conditionals.network.units.unit[:size]
+    divergence = float(torch.distributions.kl_divergence(normal(), start))
+    expected = 0.5 * float((unit * moves).square().sum())
+    assert float(unit.min()) > 0.5
+    assert divergence <= expected * (1 + 1e-6)
+    if fused:  # the share of the precision that is the factor's is about .9 in the widest direction
+        assert divergence >= 0.5 * expected
+    else:
+        assert divergence == pytest.approx(expected)

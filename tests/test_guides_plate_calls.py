@@ -84,9 +84,6 @@ def test_the_mean_over_all_batches_is_the_full_bound():
     precision = 0.25 + 6 / 1.25
     mean = x.sum() / 1.25 / precision
     guide.set_linear_("mu", {}, float(mean), precision**-0.5)
-    with torch.no_grad():
-        for parameter in guide.blocks[0].conditionals.table.parameters():
-            parameter.zero_()
     guide.set_linear_("z", {"mu": 0.2, "x": 0.8}, 0.0, math.sqrt(0.2))
     evidence = dist.MultivariateNormal(torch.zeros(6), 4.0 + 1.25 * torch.eye(6)).log_prob(x).item()
     drawn, held = poutine.trace(guide).get_trace(x, torch.tensor([0, 1])), poutine.Trace()

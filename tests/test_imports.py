@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "shapes": "",
     "whole_files": "",
     "tensor_files": "errors whole_files",
-    "distributions": "errors regression shapes",
+    "distributions": "errors nn regression shapes",
     "nn": "errors graphs masks shapes",
     "transforms": "errors graphs masks nn regression",
     "inspect": "errors graphs",

@@ -83,6 +83,24 @@ def test_the_ways_give_the_same_numbers(monkeypatch):
         torch.testing.assert_close(other(x), wanted)
 
 
+@pytest.mark.parametrize("options", [{"hidden_layers": 2}, {"hidden_dims": []}, {"skip": False}], ids=str)
+def test_whitened_inputs_give_the_same_numbers(options, monkeypatch):
+    monkeypatch.setattr(natural_units, "MOST_BY_ROW", 0)
+    mlp = MaskedMLP([[0, 1, 2], [0, 1, 2]], 4, natural_units=True, engine="dense", **options)
+    whiten_and_spoil_(mlp)
+    x = torch.randn(3, 4)
+    wanted = [mlp(x), *torch.autograd.grad(mlp(x).square().sum(), list(mlp.parameters()))]
+    assert not mlp.units.prefers_whitened(x)  # too few inputs
+    monkeypatch.setattr(natural_units, "WIDE", 2)
+    assert mlp.units.prefers_whitened(x)
+    assert not mlp.units.prefers_whitened(x.clone().requires_grad_())
+    assert not mlp.units.prefers_whitened(x.expand(1000, 3, 4))
+    found = [mlp(x), *torch.autograd.grad(mlp(x).square().sum(), list(mlp.parameters()))]
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(mlp.start().step(x), wanted[0])
+    torch.testing.assert_close(mlp.flat(x[:, :3]), wanted[0].flatten(-2))  # no output looks at the last input
+
+
 @pytest.mark.parametrize("engine", ["dense", "sparse"])
 def test_outputs_become_a_linear_map_whatever_the_units(engine):
     mlp = whiten_and_spoil_(network("several sets", engine=engine))

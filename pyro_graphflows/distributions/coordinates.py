@@ -58,6 +58,7 @@ from pyro_graphflows.distributions.skewed_scores import (
     score,
     unscore,
 )
+from pyro_graphflows.nn.operation import Operation
 from pyro_graphflows.regression import in_float64
 
 __all__ = ["QUANTILES", "GaussianCoordinate", "PriorQuantile", "gaussian_coordinate", "is_well_defined"]
@@ -295,6 +296,9 @@ class PriorQuantile(Transform):
     bijective = True
     sign = 1
     names: ClassVar[tuple[str, ...]] = ("loc", "scale")
+    is_iterated: ClassVar[bool] = (
+        False  # whether quantiles are solved for, by functions with derivatives of their own
+    )
 
     def __init__(self, fn: Any) -> None:
         super().__init__()
@@ -330,6 +334,8 @@ class PriorQuantile(Transform):
         largest = math.sqrt(limits.max)  # whose square is still finite
         lower = -largest if self._lower is None else self._lower
         upper = largest if self._upper is None else self._upper
+        if self._upper is None and not isinstance(lower, Tensor) and lower in (0.0, -largest):
+            return value.clamp(limits.tiny if lower == 0.0 else lower, largest)
         least, most = torch.as_tensor(lower).to(value), torch.as_tensor(upper).to(value)
         if self._lower is not None:
             least = torch.nextafter(least, torch.full_like(least, math.inf)) + (least == 0) * limits.tiny
@@ -344,7 +350,16 @@ class PriorQuantile(Transform):
         )
 
     def _call(self, x: Tensor) -> Tensor:
-        return self._shape_of(x) if x.is_meta else self._inside(self._quantile(x)).to(x.dtype)
+        if x.is_meta:
+            return self._shape_of(x)
+        follows = torch.is_grad_enabled() and x.requires_grad
+        if not follows or self.is_iterated or any(part.requires_grad for part in self.parameters):
+            return self._value(x)
+        value: Tensor = _OfScore.apply(x, self)
+        return value
+
+    def _value(self, u: Tensor) -> Tensor:
+        return self._inside(self._quantile(u)).to(u.dtype)
 
     def _inverse(self, y: Tensor) -> Tensor:
         return self._shape_of(y) if y.is_meta else self._score(self._inside(y))
@@ -354,6 +369,23 @@ class PriorQuantile(Transform):
         if x.is_meta:
             return self._shape_of(x)
         return normal_log_density(x) - self._log_density(self._inside(y))
+
+
+class _OfScore(Operation):
+    """The value at a score; its derivative is the quotient of the densities of both, whatever the way to the value."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, quantile: PriorQuantile) -> Tensor:
+        value = quantile._value(u)
+        ctx.quantile = quantile
+        ctx.save_for_backward(u, value)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        u, value = ctx.saved_tensors
+        slope = ctx.quantile.log_abs_det_jacobian(u, value).exp()
+        return (grads[0] * slope).sum_to_size(u.shape), None
 
 
 class _Uniform(PriorQuantile):
@@ -586,6 +618,8 @@ def _shrunk(tensor: Tensor) -> Tensor:
 class _Skewed(PriorQuantile):
     """A distribution that is a function of a log-gamma or logit-beta variable, computed in double precision."""
 
+    is_iterated = True
+
     @abstractmethod
     def _kernel(self) -> SkewedKernel:
         """Return the variable's density."""
@@ -659,6 +693,7 @@ class _FisherSnedecor(_Skewed, _Positive):
 
 class _StudentT(PriorQuantile):
     names = ("df", "loc", "scale")
+    is_iterated = True
 
     def _kernel(self) -> LogitBeta:
         half = 0.5 * _shrunk(self.parameters[0])

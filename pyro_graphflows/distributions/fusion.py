@@ -52,10 +52,11 @@ def fuse(
         >>> [x.item() for x in fuse(zero, torch.tensor(-45.0), torch.tensor(2.0), zero)][1]
         -45.0
     """
-    ratio = 2.0 * (log_scale - factor_log_scale)  # the logarithm of the factor's precision over the prior's
-    return loc + torch.sigmoid(ratio) * (factor_loc - loc), log_scale - 0.5 * torch.nn.functional.softplus(
-        ratio
-    )
+    ratio = log_scale - factor_log_scale  # half the logarithm of the factor's precision over the prior's
+    share = torch.sigmoid(2.0 * ratio)
+    of_one_type = loc.dtype == factor_loc.dtype == share.dtype  # lerp does not promote
+    fused_loc = torch.lerp(loc, factor_loc, share) if of_one_type else loc + share * (factor_loc - loc)
+    return fused_loc, log_scale - torch.nn.functional.softplus(ratio, beta=2.0)
 
 
 def fuse_natural(

@@ -269,7 +269,8 @@ class MixedNoiseNormal(dist.TorchDistribution):
     """A normal given by a low-rank mixing of its noise; see the module's essay.
 
     Shape:
-        - ``loc``, ``scale``: ``(*batch, n)``; ``left``, ``right``: ``(*batch, n, r)``.
+        - ``loc``: ``(*batch, n)``; ``scale``: ``(*batch, n)`` or ``(n,)``; ``left``, ``right``: ``(*batch, n, r)``, or
+          ``(n, r)`` for one mixing of all.
         - values: ``(*batch, n)``.
 
     Args:
@@ -285,14 +286,16 @@ class MixedNoiseNormal(dist.TorchDistribution):
 
     def __init__(self, loc: Tensor, scale: Tensor, left: Tensor, right: Tensor) -> None:
         self.loc, self.scale, self.left, self.right = loc, scale, left, right
+        # Value, noise, whether with gradients, of the last draw; shared with expanded copies.
+        self._drawn: list[tuple[Tensor, Tensor, bool]] = []
         super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=False)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "MixedNoiseNormal":
         """Return the same distribution at a larger batch shape."""
-        batch = torch.Size(batch_shape)
-        loc, scale = (part.expand(batch + part.shape[-1:]) for part in (self.loc, self.scale))
-        left, right = (part.expand(batch + part.shape[-2:]) for part in (self.left, self.right))
-        return MixedNoiseNormal(loc, scale, left, right)
+        loc = self.loc.expand(torch.Size(batch_shape) + self.event_shape)
+        new = MixedNoiseNormal(loc, self.scale, self.left, self.right)
+        new._drawn = self._drawn
+        return new
 
     @property
     def mean(self) -> Tensor:
@@ -305,19 +308,22 @@ class MixedNoiseNormal(dist.TorchDistribution):
         n = self.loc.shape[-1]
         eye = torch.eye(n, dtype=self.loc.dtype, device=self.loc.device)
         root = self.scale.unsqueeze(-1) * (eye + self.left @ self.right.mT)
-        return root @ root.mT
+        return (root @ root.mT).expand(*self.batch_shape, n, n)
 
     def push(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Return the value that standard normal noise gives, and the log-determinant of the map, ``(*batch,)``."""
-        inner = self.right.mT @ noise.unsqueeze(-1)
-        value = self.loc + self.scale * (noise + (self.left @ inner).squeeze(-1))
+        value = self._of_noise(noise)
         return value, self._log_det().expand(value.shape[:-1])
+
+    def _of_noise(self, noise: Tensor) -> Tensor:
+        mixed = noise + _times(self.left, _times(self.right.mT, noise))
+        return torch.addcmul(self.loc, self.scale, mixed)
 
     def pull(self, value: Tensor) -> Tensor:
         """Return the noise that gives a value."""
         mixed = (value - self.loc) / self.scale
-        solved = torch.linalg.solve(self._inner(), self.right.mT @ mixed.unsqueeze(-1))
-        noise: Tensor = mixed - (self.left @ solved).squeeze(-1)
+        solved = torch.linalg.solve(self._inner(), _times(self.right.mT, mixed).unsqueeze(-1)).squeeze(-1)
+        noise: Tensor = mixed - _times(self.left, solved)
         return noise
 
     def _inner(self) -> Tensor:
@@ -330,8 +336,26 @@ class MixedNoiseNormal(dist.TorchDistribution):
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draw reparametrised values of shape ``sample_shape + batch_shape + (n,)``."""
         shape = torch.Size(sample_shape) + self.loc.shape
-        return self.push(torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device))[0]
+        noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+        value = self._of_noise(noise)
+        self._drawn[:] = [(value, noise, torch.is_grad_enabled())]
+        return value
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density of vectors, shape ``batch_shape``, in nats."""
-        return standard_normal(self.pull(value)) - self._log_det()
+        known = bool(self._drawn) and self._drawn[0][0] is value and not self._depends_otherwise(value)
+        noise = self._drawn[0][1] if known else self.pull(value)
+        return standard_normal(noise) - self._log_det()
+
+    def _depends_otherwise(self, value: Tensor) -> bool:
+        """Whether derivatives are wanted at a fixed value, one that was drawn without gradients."""
+        if self._drawn[0][2] or not torch.is_grad_enabled():
+            return False
+        return any(part.requires_grad for part in (value, self.loc, self.scale, self.left, self.right))
+
+
+def _times(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """Return products of a matrix, or of one for each vector, with vectors ``(*batch, n)``."""
+    if matrix.dim() == 2:
+        return vectors @ matrix.mT
+    return (matrix @ vectors.unsqueeze(-1)).squeeze(-1)

@@ -25,12 +25,14 @@ References:
 """
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.nn.operation import Operation
 
 __all__ = ["RationalSpline", "num_spline_parameters"]
 
@@ -50,6 +52,161 @@ def num_spline_parameters(num_bins: int) -> int:
     if not 2 <= num_bins <= 0.5 / SMALLEST_BIN:
         raise GraphflowsError(f"Expected num_bins from 2 to {int(0.5 / SMALLEST_BIN)}; got {num_bins}.")
     return 3 * num_bins - 1
+
+
+class _Tables(NamedTuple):
+    """What parameters say of the bins.
+
+    Attributes:
+        shares: Softmax of the logits of widths and heights, ``(*batch, 2, num_bins)``.
+        lengths: Widths and heights, of the same shape.
+        starts: The lower left corners of the bins, of the same shape.
+        tanh: The bounded logarithms of slopes at inner knots, over their bound, ``(*batch, num_bins - 1)``.
+        slopes: The slopes at all knots, ``(*batch, num_bins + 1)``.
+    """
+
+    shares: Tensor
+    lengths: Tensor
+    starts: Tensor
+    tanh: Tensor
+    slopes: Tensor
+
+    @classmethod
+    def of(cls, parameters: Tensor, num_bins: int, bound: float) -> "_Tables":
+        logits, slopes = parameters.split([2 * num_bins, num_bins - 1], -1)
+        shares = torch.softmax(logits.unflatten(-1, (2, num_bins)), -1)
+        lengths = _factor(num_bins, bound) * shares + 2.0 * bound * SMALLEST_BIN
+        starts = pad(torch.cumsum(lengths[..., :-1], -1), (1, 0)) - bound
+        tanh = torch.tanh(slopes / LOG_SLOPE_BOUND)
+        return cls(shares, lengths, starts, tanh, pad(torch.exp(LOG_SLOPE_BOUND * tanh), (1, 1), value=1.0))
+
+    def at(self, value: Tensor, side: int) -> "_Bin":
+        """Return what belongs to the bin of each value.
+
+        Args:
+            value: Numbers that broadcast against the batch.
+            side: 0 for arguments of the spline, 1 for its values.
+        """
+        index = (value.unsqueeze(-1) >= self.starts[..., side, 1:]).sum(-1, keepdim=True)
+        shape = index.shape[:-1]
+        table = torch.cat([self.lengths, self.starts], -2).expand(*shape, -1, -1)
+        picked = table.gather(-1, index.unsqueeze(-2).expand(*shape, 4, 1)).squeeze(-1)
+        width, height, x, y = picked.unbind(-1)
+        slopes = self.slopes.expand(*shape, -1).gather(-1, torch.cat([index, index + 1], -1))
+        left, right = (slopes / (height / width).unsqueeze(-1)).unbind(-1)
+        return _Bin(index, x, y, width, height, left, right)
+
+
+def _factor(num_bins: int, bound: float) -> float:
+    """Return how much of the interval a share is."""
+    return 2.0 * bound * (1.0 - SMALLEST_BIN * num_bins)
+
+
+class _Bin(NamedTuple):
+    """The bins of values: their numbers, corner, width and height, and slopes at both ends over the mean one."""
+
+    place: Tensor
+    x: Tensor
+    y: Tensor
+    width: Tensor
+    height: Tensor
+    left: Tensor
+    right: Tensor
+
+    def terms(self, theta: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the logarithm of the slope at ``theta``, where ``other`` is ``1 - theta``, and what it is made of."""
+        product = theta * other
+        numerator = self.right * theta.square() + 2.0 * product + self.left * other.square()
+        denominator = 1.0 + (self.left + self.right - 2.0) * product
+        log_slope = (self.height / self.width).log() + numerator.log() - 2.0 * denominator.log()
+        return log_slope, numerator, denominator
+
+
+class _Placed(NamedTuple):
+    """The spline at some numbers, and what its derivatives are made of."""
+
+    y: Tensor
+    log_slope: Tensor
+    outside: Tensor
+    tables: _Tables
+    bin: _Bin
+    theta: Tensor
+    eta: Tensor
+    numerator: Tensor
+    denominator: Tensor
+
+
+def _place(parameters: Tensor, x: Tensor, num_bins: int, bound: float) -> _Placed:
+    """Return the spline at some numbers."""
+    tables = _Tables.of(parameters, num_bins, bound)
+    outside = x.abs() >= bound
+    inner = torch.where(outside, 0.0, x)
+    bin_ = tables.at(inner, 0)
+    theta = ((inner - bin_.x) / bin_.width).clamp(0.0, 1.0)
+    other = 1.0 - theta
+    log_slope, numerator, denominator = bin_.terms(theta, other)
+    eta = theta * (theta + bin_.left * other) / denominator
+    return _Placed(
+        torch.where(outside, x, bin_.y + bin_.height * eta),
+        torch.where(outside, 0.0, log_slope),
+        *(outside, tables, bin_, theta, eta, numerator, denominator),
+    )
+
+
+class _Spline(Operation):
+    """Values and logarithms of slopes, as one node of the graph: written out, its derivative would be 150."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, parameters: Tensor, x: Tensor, num_bins: int, bound: float
+    ) -> tuple[Tensor, Tensor]:
+        ctx.options = num_bins, bound
+        at = _place(parameters, x, num_bins, bound)
+        tables = at.tables.shares, at.tables.tanh, at.tables.slopes
+        ctx.save_for_backward(
+            *(parameters, x, at.outside, *tables, *at.bin, at.theta, at.eta, at.numerator, at.denominator)
+        )
+        return at.y, at.log_slope
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        parameters, x, outside, shares, tanh, slopes, *rest = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:2]
+        num_bins, bound = ctx.options
+        if torch.is_grad_enabled():  # create_graph=True
+            again = _place(parameters, x, num_bins, bound)
+            inputs = [each for each, need in zip((parameters, x), needed, strict=True) if need]
+            found = iter(torch.autograd.grad([again.y, again.log_slope], inputs, grads, create_graph=True))
+            return *(next(found) if need else None for need in needed), None, None  # type: ignore[return-value]
+        bin_, (theta, eta, numerator, denominator) = _Bin(*rest[:7]), rest[7:]
+        of_y, of_slope = (torch.where(outside, 0.0, grad) for grad in grads)
+        other, of_eta, sharpness = 1.0 - theta, of_y * bin_.height, bin_.left + bin_.right - 2.0
+        share = theta * other / denominator
+        of_left = of_eta * share * (1.0 - eta) + of_slope * (other.square() / numerator - 2.0 * share)
+        of_right = of_slope * (theta.square() / numerator - 2.0 * share) - of_eta * share * eta
+        middle = 1.0 - 2.0 * theta
+        bend = (
+            bin_.right * theta + middle - bin_.left * other
+        ) / numerator - sharpness * middle / denominator
+        of_x = (of_eta * numerator / denominator.square() + 2.0 * of_slope * bend) / bin_.width
+        grad_parameters = None
+        if needed[0]:
+            of_mean = of_left * bin_.left + of_right * bin_.right - of_slope  # of minus its logarithm
+            of_width = of_mean / bin_.width - of_x * theta
+            of_height = of_y * eta - of_mean / bin_.height
+            bins = torch.arange(num_bins, device=x.device)
+            here = bins == bin_.place
+            lengths = torch.stack([of_width, of_height], -1).unsqueeze(-1) * here.unsqueeze(-2)
+            corners = torch.stack([-of_x, of_y], -1).unsqueeze(-1) * (bins < bin_.place).unsqueeze(-2)
+            of_shares = (lengths + corners).sum_to_size(shares.shape) * _factor(num_bins, bound)
+            of_logits = shares * (of_shares - (shares * of_shares).sum(-1, keepdim=True))
+            ratio = bin_.width / bin_.height
+            of_slopes = (of_left * ratio).unsqueeze(-1) * here[..., 1:]
+            of_slopes = of_slopes + (of_right * ratio).unsqueeze(-1) * here[..., :-1]
+            of_slopes = of_slopes.sum_to_size(tanh.shape) * slopes[..., 1:-1] * (1.0 - tanh.square())
+            grad_parameters = torch.cat([of_logits.flatten(-2), of_slopes], -1)
+        grad_x = torch.where(outside, grads[0], of_x).sum_to_size(x.shape) if needed[1] else None
+        return grad_parameters, grad_x, None, None
 
 
 class RationalSpline:
@@ -79,40 +236,12 @@ class RationalSpline:
         if not (bound > 0 and math.isfinite(bound)):
             raise GraphflowsError(f"Expected a positive, finite bound; got {bound}.")
         self.num_bins, self.bound = (size + 1) // 3, float(bound)
-        widths, heights, slopes = parameters.split([self.num_bins, self.num_bins, self.num_bins - 1], -1)
-        slopes = torch.exp(LOG_SLOPE_BOUND * torch.tanh(slopes / LOG_SLOPE_BOUND))
-        self.slopes = pad(slopes, (1, 1), value=1.0)
-        self.widths, self.x = self._bins(widths)
-        self.heights, self.y = self._bins(heights)
+        self.parameters = parameters
 
-    def _bins(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return lengths, and the knots without the last."""
-        shares = SMALLEST_BIN + (1.0 - SMALLEST_BIN * self.num_bins) * torch.softmax(logits, -1)
-        lengths = 2.0 * self.bound * shares
-        return lengths, pad(torch.cumsum(lengths[..., :-1], -1), (1, 0)) - self.bound
-
-    def _at(self, value: Tensor, knots: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
-        """Return what belongs to the bin of each value: its index, corner, width, height and ratios of slopes."""
-        index = (value.unsqueeze(-1) >= knots[..., 1:]).sum(-1, keepdim=True)
-        shape = (*index.shape[:-1], self.num_bins)
-
-        def pick(table: Tensor) -> Tensor:
-            return table.expand(shape).gather(-1, index).squeeze(-1)
-
-        width, height = pick(self.widths), pick(self.heights)
-        mean_slope = height / width
-        left, right = pick(self.slopes[..., :-1]) / mean_slope, pick(self.slopes[..., 1:]) / mean_slope
-        return pick(self.x), pick(self.y), width, height, left, right
-
-    @staticmethod
-    def _log_slope(
-        theta: Tensor, other: Tensor, width: Tensor, height: Tensor, left: Tensor, right: Tensor
-    ) -> Tensor:
-        """Return the logarithm of the slope at ``theta``, where ``other`` is ``1 - theta``."""
-        product = theta * other
-        numerator = right * theta.square() + 2.0 * product + left * other.square()
-        denominator = 1.0 + (left + right - 2.0) * product
-        return (height / width).log() + numerator.log() - 2.0 * denominator.log()
+    @property
+    def tables(self) -> _Tables:
+        """What the parameters say of the bins."""
+        return _Tables.of(self.parameters, self.num_bins, self.bound)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return values and the logarithms of the slopes there.
@@ -120,15 +249,11 @@ class RationalSpline:
         Args:
             x: Numbers that broadcast against ``batch``.
         """
-        outside = x.abs() >= self.bound
-        inner = torch.where(outside, torch.zeros_like(x), x)
-        at_x, at_y, width, height, left, right = self._at(inner, self.x, self.widths)
-        theta = ((inner - at_x) / width).clamp(0.0, 1.0)
-        other = 1.0 - theta
-        product = theta * other
-        eta = (theta.square() + left * product) / (1.0 + (left + right - 2.0) * product)
-        log_slope = self._log_slope(theta, other, width, height, left, right)
-        return torch.where(outside, x, at_y + height * eta), torch.where(outside, 0.0, log_slope)
+        if torch.is_grad_enabled() and (self.parameters.requires_grad or x.requires_grad):
+            y, log_slope = _Spline.apply(self.parameters, x, self.num_bins, self.bound)
+        else:
+            y, log_slope = _place(self.parameters, x, self.num_bins, self.bound)[:2]
+        return y, log_slope
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return where the spline has the values ``y``, and the logarithms of its slopes there.
@@ -137,15 +262,15 @@ class RationalSpline:
             y: Numbers that broadcast against ``batch``.
         """
         outside = y.abs() >= self.bound
-        inner = torch.where(outside, torch.zeros_like(y), y)
-        at_x, at_y, width, height, left, right = self._at(inner, self.y, self.heights)
-        eta = ((inner - at_y) / height).clamp(0.0, 1.0)
-        from_left = left - (left + right - 2.0) * eta
+        inner = torch.where(outside, 0.0, y)
+        bin_ = self.tables.at(inner, 1)
+        eta = ((inner - bin_.y) / bin_.height).clamp(0.0, 1.0)
+        from_left = bin_.left - (bin_.left + bin_.right - 2.0) * eta
         is_left = from_left >= 1.0
         b = torch.where(is_left, from_left, 2.0 - from_left)
         here = torch.where(is_left, eta, 1.0 - eta)
         discriminant = (b - 2.0).square() + 4.0 * (b - 1.0) * (1.0 - here)
         share = 2.0 * here / (b + discriminant.clamp(min=torch.finfo(y.dtype).tiny).sqrt())
         theta, other = torch.where(is_left, share, 1.0 - share), torch.where(is_left, 1.0 - share, share)
-        log_slope = self._log_slope(theta, other, width, height, left, right)
-        return torch.where(outside, y, at_x + width * theta), torch.where(outside, 0.0, log_slope)
+        log_slope = bin_.terms(theta, other)[0]
+        return torch.where(outside, y, bin_.x + bin_.width * theta), torch.where(outside, 0.0, log_slope)

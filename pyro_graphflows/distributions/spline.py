@@ -80,7 +80,6 @@ class SplineDistribution(dist.TorchDistribution):
         if isinstance(df, int | float) and not df > 0:
             raise GraphflowsError(f"Expected positive degrees of freedom; got df={df}.")
         self.spline = RationalSpline(spline, bound)
-        self._parameters = spline
         shape = broadcast_shapes(loc.shape, scale.shape, spline.shape[:-1])
         self.loc, self.scale, self.base = loc.expand(shape), scale.expand(shape), base
         self.df = (
@@ -103,7 +102,7 @@ class SplineDistribution(dist.TorchDistribution):
         new = SplineDistribution(
             self.loc.expand(shape),
             self.scale.expand(shape),
-            self._parameters,
+            self.spline.parameters,
             bound=self.spline.bound,
             base=self.base,
             df=None if self.df is None else self.df.expand(shape),
@@ -172,5 +171,5 @@ class SplineDistribution(dist.TorchDistribution):
         """Whether derivatives are wanted at a fixed value, one that was drawn without gradients."""
         if self._drawn[0][3] or not torch.is_grad_enabled():
             return False
-        tensors = (value, self.loc, self.scale, self._parameters, self.df)
+        tensors = (value, self.loc, self.scale, self.spline.parameters, self.df)
         return any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -296,7 +296,7 @@ class BlockInputs(nn.Module):
                 f"Expected {name!r} on the device of the guide, {like.device}; got {flat.device}. Move one of them: "
                 f"guide.to({str(flat.device)!r}), or the data."
             )
-        if torch.promote_types(flat.dtype, like.dtype) != like.dtype:
+        if flat.dtype != like.dtype and torch.promote_types(flat.dtype, like.dtype) != like.dtype:
             raise GraphflowsError(
                 f"Expected {name!r} of the type of the guide's parameters, {like.dtype}; got {flat.dtype}. Convert one "
                 f"of them: guide.to({flat.dtype}), or the data."

@@ -40,10 +40,12 @@ from pyro_graphflows.guides.orders import (
     NAMED_INVERSES,
     FoundInverse,
     Inverse,
+    draws_more_effects_alone,
     find_inverse,
     most_edges_of_hierarchy,
     num_coupled_pairs,
     optional_sites_first,
+    order_for_coupled_effects,
     order_for_crossed_plates,
     order_for_discrete_sites,
     order_for_hierarchies,
@@ -308,6 +310,11 @@ def compile_guide(
             way = find_inverse(model, args, kwargs, trace, hierarchical, elements=elements)
             if way.inverse.num_edges <= most_edges_of_hierarchy(inverse, scales):
                 found, traced, inverse = way, way.traced, way.inverse
+        alone = None if options.pool is None else order_for_coupled_effects(inverse, scales)
+        if alone is not None:
+            way = find_inverse(model, args, kwargs, trace, alone, elements=elements)
+            if draws_more_effects_alone(way.inverse, inverse, scales):
+                found, traced, inverse = way, way.traced, way.inverse
     if is_free and options.pool is None and not discrete and not traced.loops and not changing:
         sizes = {name: plate.full_size for name, plate in plates_of(traced.trace).items()}
         crossed = order_for_crossed_plates(inverse, sizes)
@@ -340,7 +347,9 @@ def compile_guide(
     _require_known_indices(blocks, inputs, traced)
     split = {} if found.elements is None else found.elements.parents
     excluded = _not_fused(options, sites, inputs, split, changing)
-    excluded.update(dict.fromkeys(vectors.ranks, "its covariance is of low rank"))
+    for name, rank in vectors.ranks.items():
+        one = rank == sites[name].size
+        excluded[name] = f"its covariance is {'the same for all data' if one else 'of low rank'}"
     excluded.update(dict.fromkeys(vectors.chains, "its precision is banded"))
     indices = {name: plate.indices for name, plate in plates.items() if plate.indices is not None}
     summed = _summed(options, inverse, inputs, sites, families, encodings.event_dims)
@@ -348,6 +357,7 @@ def compile_guide(
         FusionQuestion(
             *(model, (args, kwargs), traced, sites, families, inverse, blocks, enumerated, excluded, indices),
             summed=summed,
+            of_any_size=inputs.coupled,
         )
     )
     fused = fusion.priors.sites
@@ -861,7 +871,8 @@ def _not_fused(
 ) -> dict[str, str]:
     """Return the sites whose factor cannot be multiplied by a prior, with the reasons."""
     reasons = dict.fromkeys(changing, "its support depends on other latent sites")
-    reasons.update(dict.fromkeys(inputs.coupled, "its copies are drawn jointly"))
+    jointly = [name for name, own in inputs.coupled.items() if own.rank == 0 or sites[name].size > 1]
+    reasons.update(dict.fromkeys(jointly, "its copies are drawn jointly"))
     reasons.update(dict.fromkeys(split, "its elements have parents of their own"))
     reasons.update(dict.fromkeys(options.factor_classes(), "it has a factor of the user's"))
     family = options.family

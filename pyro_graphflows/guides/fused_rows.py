@@ -44,9 +44,11 @@ from pyro_graphflows.regression import (
 __all__ = [
     "FactorFit",
     "FusedRows",
+    "WeightedRows",
     "fit_factor",
     "fit_logits",
     "prior_of_rows",
+    "standardised",
     "with_priors",
 ]
 
@@ -145,18 +147,22 @@ def fit_logits(inputs: Tensor, values: Tensor, prior: SitePrior, num_classes: in
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Rows of a scalar site: inputs with a column of ones, values, and location and log-scale of their priors."""
+class WeightedRows:
+    """Rows of a scalar site: inputs with a column of ones, values, and location and log-scale of their priors.
+
+    Logarithms of the factor's scale may differ from row to row.
+    """
 
     inputs: Tensor
     value: Tensor
     loc: Tensor
     log_scale: Tensor
 
-    def at(self, chosen: Tensor) -> "_Rows":
-        return _Rows(self.inputs[chosen], self.value[chosen], self.loc[chosen], self.log_scale[chosen])
+    def at(self, chosen: Tensor) -> "WeightedRows":
+        """Return some of the rows."""
+        return WeightedRows(self.inputs[chosen], self.value[chosen], self.loc[chosen], self.log_scale[chosen])
 
-    def regress(self, log_width: float, ridge: float) -> Tensor:
+    def regress(self, log_width: float | Tensor, ridge: float) -> Tensor:
         """Return slopes and intercept of a factor of a given scale."""
         gain = torch.sigmoid(2.0 * (self.log_scale - log_width))
         weighted = gain.unsqueeze(-1) * self.inputs
@@ -188,7 +194,7 @@ class _Rows:
         off = self.value - self.loc - gain * (weights @ self.inputs.T - self.loc)
         return (log_scale + 0.5 * (off * torch.exp(-log_scale)).square()).mean(-1)
 
-    def loss(self, log_width: float, weights: Tensor | None) -> float:
+    def loss(self, log_width: float | Tensor, weights: Tensor | None) -> float:
         """Return the mean of -log q; of the prior without weights."""
         if weights is None:
             log_scale, off = self.log_scale, self.value - self.loc
@@ -201,7 +207,7 @@ class _Rows:
 
 def _fit_number(inputs: Tensor, values: Tensor, prior: SitePrior) -> FactorFit | None:
     one = inputs.new_ones(len(inputs), 1)
-    rows = _Rows(torch.cat([inputs, one], -1), values[:, 0], prior.loc[:, 0], prior.log_scale[:, 0])
+    rows = WeightedRows(torch.cat([inputs, one], -1), values[:, 0], prior.loc[:, 0], prior.log_scale[:, 0])
     held_out = torch.arange(len(inputs), device=inputs.device) % HELD_OUT == 0
     some = torch.arange(len(inputs), device=inputs.device) < MOST_ROWS
     most, test = rows.at(~held_out & some), rows.at(held_out)
@@ -224,7 +230,7 @@ def _fit_number(inputs: Tensor, values: Tensor, prior: SitePrior) -> FactorFit |
     return FactorFit(Regression(weights[:-1].unsqueeze(0), weights[-1:], tril), True)
 
 
-def _of_constant_scale(rows: _Rows, ridge: float) -> float | None:
+def _of_constant_scale(rows: WeightedRows, ridge: float) -> float | None:
     """Return the scale that leaves the residual variance, of priors of one scale; None if a factor adds nothing."""
     log_scale = float(rows.log_scale[0])
     weights = rows.regress(log_scale - 20.0, ridge)  # the factor alone: least squares
@@ -237,7 +243,7 @@ def _of_constant_scale(rows: _Rows, ridge: float) -> float | None:
     return -0.5 * math.log(precision)
 
 
-def _search(rows: _Rows, ridge: float) -> float:
+def _search(rows: WeightedRows, ridge: float) -> float:
     """Return the scale that fits best: first coarsely, then between the neighbours of the best."""
     middle = float(rows.log_scale.median())
     low, high = min(middle, 0.0) - 6.0, max(middle, 0.0) + FLAT
@@ -475,7 +481,7 @@ class FusedRows:
         prior = self.priors[site]
         if site in self.classes:
             return fit_logits(inputs, values.to(inputs), prior, self.classes[site])
-        return fit_factor(inputs, (values.to(inputs) - shift) / scale, _standardised(prior, shift, scale))
+        return fit_factor(inputs, (values.to(inputs) - shift) / scale, standardised(prior, shift, scale))
 
     def fit_(self, conditionals: Conditionals, site: str, rows: Tensor, moments: Moments) -> None:
         """Start a site at the factor that fits the rows best: its own, or those of the elements of a plate.
@@ -559,7 +565,7 @@ class FusedRows:
             rows.new_zeros(len(rows)),
         )
         values = (self.values.get(site, self.flat[site]).to(rows) - shift) / scale
-        prior = _standardised(self.priors[site], shift, scale)
+        prior = standardised(self.priors[site], shift, scale)
         log_width = float(linear.scale_tril.log())
         features = fewer[:, sizes], fewer[:, variances]
         slopes = fit_sizes(features, locs, log_width, values[:, 0], prior)
@@ -577,7 +583,7 @@ class FusedRows:
         return replace(linear, weights=weights, log_scale=log_scale, scale_tril=tril)
 
 
-def _standardised(prior: SitePrior, shift: Tensor, scale: Tensor) -> SitePrior:
+def standardised(prior: SitePrior, shift: Tensor, scale: Tensor) -> SitePrior:
     """Return a prior in standardised units, without what elements say."""
     tril = prior.scale_tril
     return SitePrior(

@@ -217,6 +217,7 @@ class FusionQuestion:
         indices: The indices of subsampled plates.
         summed: Sites for which fusion makes a difference whatever their priors: they may have one factor for each
             element of a plate.
+        of_any_size: The same of those drawn jointly: only beside their priors do they follow numbers of elements.
     """
 
     model: Callable[..., Any]
@@ -230,6 +231,7 @@ class FusionQuestion:
     excluded: Mapping[str, str]
     indices: Mapping[str, Tensor]
     summed: Collection[str] = ()
+    of_any_size: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -271,7 +273,7 @@ def plan_fusion(question: FusionQuestion) -> Fusion:
         elif name not in excluded and wanted[name] == "auto" and _is_any_normal(question, name):
             if name in question.summed:
                 only_summed.add(name)
-            else:
+            elif name not in question.of_any_size:
                 excluded[name] = ""
     values = {name: nodes[name]["value"].detach() for name in question.sites}
     ranks = {
@@ -291,7 +293,7 @@ def plan_fusion(question: FusionQuestion) -> Fusion:
         if name in linear or _changes_nothing(question, name, priors[name]):
             if name in question.summed:
                 only_summed.add(name)
-            else:
+            elif name not in question.of_any_size:
                 excluded[name] = ""
         elif question.sites[name].encoding is None and not is_moderate(nodes[name]["fn"]):
             excluded[name] = "its prior spans too many orders of magnitude"

@@ -95,11 +95,13 @@ def auto_faithful_guide(
             followed counts as a dependency on all earlier sites.
         resolution: ``"auto"``: vectors whose conditional would take more than 200,000 weights are held element by
             element where the model's elements fall into small groups, with a banded precision where they or their
-            running sums are a chain, as in random walks, and with a covariance of low rank beside a diagonal where
-            neither is so (:mod:`~pyro_graphflows.guides.vectors`; ``describe()`` says which); ``"site"``:
-            always of low rank; ``"element"``: each element of every vector site has its own parents (not with a
-            factor class; see :func:`~pyro_graphflows.get_model_graph` for when that is sound).
-        rank: The rank of the covariance of long vectors beside its diagonal; None for at most 10.
+            running sums are a chain, as in random walks, and where neither is so with one covariance for all data (up
+            to 300 elements) or one of low rank beside a diagonal (:mod:`~pyro_graphflows.guides.vectors`;
+            ``describe()`` says which); ``"site"``: always one of these two; ``"element"``: each element of every
+            vector site has its own parents (not with a factor class; see
+            :func:`~pyro_graphflows.get_model_graph` for when that is sound).
+        rank: The rank of the covariance of long vectors beside its diagonal; None for one covariance in full up to 300
+            elements, and at most 10 beyond.
         budget: The most weights that the conditional of one vector may take; full covariances are used up to it. None
             for 200,000 where the covariance is full, a million otherwise.
         coupled_rank: Of latents that stay dependent across a plate

@@ -81,11 +81,13 @@ __all__ = [
     "Inverse",
     "discrete_sites_first",
     "drawn_after_enumerated",
+    "draws_more_effects_alone",
     "find_inverse",
     "joint_rows",
     "most_edges_of_hierarchy",
     "num_coupled_pairs",
     "optional_sites_first",
+    "order_for_coupled_effects",
     "order_for_crossed_plates",
     "order_for_discrete_sites",
     "order_for_hierarchies",
@@ -635,6 +637,59 @@ def num_coupled_pairs(inverse: InverseGraph, sizes: Mapping[str, int]) -> int:
     """
     each = [math.prod(sizes[name] for name in plates) for plates in inverse.coupled.values() if plates]
     return sum(number * (number - 1) // 2 for number in each)
+
+
+def order_for_coupled_effects(
+    inverse: InverseGraph, scales: Mapping[str, Collection[str]]
+) -> list[str] | None:
+    """Return an elimination order in which effects of unknown scale follow those that they are crossed with.
+
+    Of two crossed groupings, one has effects that are drawn jointly, and the other, given these, one by one: prior
+    times factors of the elements, exact at every scale. So the first ones had better be those of known scale.
+
+    Args:
+        inverse: An inverse in which effects follow their scales.
+        scales: For sites that set the scale of others, these others.
+
+    Returns:
+        Sites to eliminate in turn; None if no effect of unknown scale that is drawn jointly can be moved.
+
+    Example:
+        >>> from pyro_graphflows.graphs.structures import ModelGraph
+        >>> plates = {"a": ["i"], "b": ["j"], "x": ["i", "j"]}
+        >>> graph = ModelGraph(["sa", "ax", "bx"], observed=["x"], plates=plates)
+        >>> order_for_coupled_effects(faithful_inverse(graph, ["b", "a", "s"]), {"s": ["a"]})
+        ['a', 'b', 's']
+    """
+    graph, plates = inverse.graph, {site: set(own) for site, own in inverse.graph.plates.items()}
+    effects = {effect for children in scales.values() for effect in children}
+    sampling = list(inverse.sampling_order)
+    for effect in [site for site in sampling if site in effects and site in inverse.coupled]:
+        at = sampling.index(effect)
+        crossed = [
+            i
+            for i, site in enumerate(sampling)
+            if i > at and site not in effects and len(plates[site]) == len(plates[effect]) > 0
+        ]
+        behind = sampling[at + 1 : crossed[-1] + 1] if crossed else []
+        if not any(plates[site] > plates[effect] or effect in graph.parents(site) for site in behind):
+            sampling[at : at + len(behind) + 1] = [*behind, effect]
+    return None if sampling == list(inverse.sampling_order) else sampling[::-1]
+
+
+def draws_more_effects_alone(
+    found: InverseGraph, other: InverseGraph, scales: Mapping[str, Collection[str]]
+) -> bool:
+    """Whether fewer effects of unknown scale are drawn jointly in an inverse than in another, at few more edges.
+
+    Args:
+        found: The inverse.
+        other: The other.
+        scales: For sites that set the scale of others, these others.
+    """
+    effects = {effect for children in scales.values() for effect in children}
+    fewer = len(effects.intersection(found.coupled)) < len(effects.intersection(other.coupled))
+    return fewer and found.num_edges <= MOST_EDGES_OF_HIERARCHIES * other.num_edges
 
 
 def most_edges_of_hierarchy(inverse: InverseGraph, scales: Mapping[str, Collection[str]]) -> float:

@@ -595,6 +595,7 @@ class FeatureMap(nn.Module):
 
     def _set_kinds(self, kinds: Sequence[tuple[str, slice]]) -> None:
         self.kinds = list(kinds)
+        self._runs = _merged(self.kinds)
         codes = [KINDS.index(kind) for kind, columns in kinds for _ in range(columns.start, columns.stop)]
         self.register_buffer("kind_of_columns", torch.tensor(codes, dtype=torch.int8))
 
@@ -603,15 +604,18 @@ class FeatureMap(nn.Module):
         if not self.kind_of_columns.is_meta:
             codes = self.kind_of_columns.tolist()
             self.kinds = [(KINDS[codes[c.start]] if c.stop > c.start else kind, c) for kind, c in self.kinds]
+            self._runs = _merged(self.kinds)
 
     def forward(self, flat: Tensor) -> Tensor:
         """Map values, shape ``(*batch, size)``, to features of the same shape; NaN for those outside of a support."""
-        if any(kind != "identity" for kind, _ in self.kinds):
-            parts = [self._apply_kind(kind, flat[..., columns], columns) for kind, columns in self.kinds]
+        if len(self._runs) == 1:
+            flat = self._apply_kind(*self._runs[0], flat)
+        elif len(self._runs) > 1:
+            parts = [self._apply_kind(kind, columns, flat[..., columns]) for kind, columns in self._runs]
             flat = torch.cat(parts, -1)
         return (flat - self.shift) / self.scale
 
-    def _apply_kind(self, kind: str, x: Tensor, columns: slice) -> Tensor:
+    def _apply_kind(self, kind: str, columns: slice, x: Tensor) -> Tensor:
         if kind == "log":
             return torch.where(x < 0, torch.nan, x.clamp(min=TINY).log())
         if kind == "logit":
@@ -625,6 +629,17 @@ class FeatureMap(nn.Module):
     def extra_repr(self) -> str:
         """Name the kinds of the maps."""
         return ", ".join(kind for kind, _ in self.kinds)
+
+
+def _merged(kinds: Sequence[tuple[str, slice]]) -> list[tuple[str, slice]]:
+    """Return neighbours of one kind as one."""
+    merged: list[tuple[str, slice]] = []
+    for kind, columns in kinds:
+        if columns.stop > columns.start and merged and merged[-1][0] == kind:
+            merged[-1] = kind, slice(merged[-1][1].start, columns.stop)
+        elif columns.stop > columns.start:
+            merged.append((kind, columns))
+    return merged
 
 
 # ---------------------------------------------------------------- priors of sites

@@ -43,8 +43,9 @@ from pyro_graphflows.guides.compile import Compiled, GuideOptions
 from pyro_graphflows.guides.conditionals.contract import Conditionals, LinearConditional
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
 from pyro_graphflows.guides.fewer_elements import fewer_of
-from pyro_graphflows.guides.fused_rows import FusedRows, with_priors
+from pyro_graphflows.guides.fused_rows import FusedRows, standardised, with_priors
 from pyro_graphflows.guides.inputs import MOST_INDICES
+from pyro_graphflows.guides.joint_factors import JointRows, fit_jointly_
 from pyro_graphflows.guides.plan import Plan
 from pyro_graphflows.guides.samples import Samples, columns_of
 from pyro_graphflows.guides.sites import LatentSite, concatenate
@@ -317,7 +318,8 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
                     kept = not left and _is_better(conditionals, at_random, context, of_sites, samples.plates)
                 notes += left if kept else []
                 if plan.coupled:
-                    conditionals.start_couplings_(samples.plates, context, of_sites)
+                    shares = _start_jointly_(block, samples, context, of_sites)
+                    conditionals.start_couplings_(samples.plates, context, of_sites, shares)
             notes += [] if kept or note is None else [note]
     if plan.coupled and not kept:
         conditionals.start_couplings_(samples.plates)
@@ -326,13 +328,60 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
     return Start(tuple(notes), moments)
 
 
-def _of_fewer(block: GuideBlock, rows: Mapping[str, Tensor]) -> Tensor | None:
-    """Return the features of the context where summaries are of fewer elements; None if there are none."""
+def _start_jointly_(
+    block: GuideBlock, samples: Samples, context: Tensor, values: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Start the factors of fused sites that are drawn jointly; return how their elements vary together.
+
+    Args:
+        block: The block.
+        samples: Its samples.
+        context: Features of the context, ``(draws, *batch, num_features)``.
+        values: Vectors of the sites, and columns of their priors, in the same layout.
+    """
+    conditionals, plan = block.conditionals, block.plan
+    found: dict[str, float] = {}
+    columns = [context]
+    for site in plan.sites:
+        shift, scale = conditionals.output_units(site)
+        columns.append((values[site] - shift) / scale)
+    for site in plan.coupled:
+        known = FusedRows.of_sites([site], values)
+        if not conditionals.fuses(site) or site not in known.priors:
+            continue
+        joint = concatenate(columns)
+        fewer = _of_fewer(block, samples.aligned(_names_of_fewer(block, samples.values or {})))
+        if fewer is not None:
+            fewer = torch.where(block.inputs.learned, torch.zeros(()).to(fewer), fewer)
+            fewer = concatenate([fewer, *columns[1:]])[..., conditionals.inputs_of(site)]
+        shift, scale = conditionals.fused_units(site)
+        value = (known.values.get(site, known.flat[site]) - shift) / scale
+        of_site = (
+            joint[..., conditionals.inputs_of(site)],
+            value,
+            standardised(known.priors[site], shift, scale),
+        )
+        dims = sorted(samples.plates[name].dim - 1 for name in plan.coupled[site].plates)
+        rows = JointRows.of((*of_site, fewer), dims)
+        of_sizes = block.inputs.of_sizes, block.inputs.of_variances
+        share = None if rows is None else fit_jointly_(conditionals, site, rows, of_sizes)
+        if share is not None:
+            found[site] = share
+    return found
+
+
+def _names_of_fewer(block: GuideBlock, columns: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Return the names of the context where summaries are of fewer elements."""
     pools = block.inputs.pools
-    names = tuple(
-        fewer_of(name) if str(position) in pools and fewer_of(name) in rows else name
+    return tuple(
+        fewer_of(name) if str(position) in pools and fewer_of(name) in columns else name
         for position, name in enumerate(block.inputs.names)
     )
+
+
+def _of_fewer(block: GuideBlock, rows: Mapping[str, Tensor]) -> Tensor | None:
+    """Return the features of the context where summaries are of fewer elements; None if there are none."""
+    names = _names_of_fewer(block, rows)
     if names == tuple(block.inputs.names):
         return None
     features: Tensor = block.inputs.features(concatenate([rows[name] for name in names]))

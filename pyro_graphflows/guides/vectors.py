@@ -10,7 +10,9 @@ to each. That is the right thing for short vectors. A vector whose conditional w
 2. *chain*: where each element, or each running sum of elements, meets a few neighbours alone
    (:mod:`~pyro_graphflows.inspect.neighbours`), as in random walks and autoregressions: a banded precision, and for
    each element the data that it meets (:mod:`~pyro_graphflows.guides.conditionals.banded`).
-3. *low rank*: independent elements but for a few directions, wider or narrower
+3. *one covariance*, in full, whatever the parents are, on which the location alone depends: what a model that is linear
+   and normal has; up to ``MOST_DENSE`` elements.
+4. *low rank*: independent elements but for a few directions, wider or narrower
    (:mod:`~pyro_graphflows.guides.conditionals.low_rank`).
 
 Which of them follows from the model and the call, not from samples.
@@ -31,6 +33,9 @@ __all__ = ["BUDGET", "RANK", "VectorOptions", "Vectors", "hold_vectors"]
 FULL = 200_000  # weights up to which a covariance is full
 BUDGET = 1_000_000  # weights of one site, unless the user says otherwise
 RANK = 10
+MOST_DENSE = (
+    300  # elements up to which one covariance is held in full: a draw costs their square, a step their cube
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Vectors:
 
     Attributes:
         found: The inverse, with elements where vectors are held by element.
-        ranks: For vectors of low rank, the rank.
+        ranks: For vectors of low rank, the rank; the number of elements for one covariance in full.
         chains: For vectors that are chains, how their elements meet.
         known: What derivatives say of chains, and of vectors that are held by element.
         labels: For each long vector what is said of it.
@@ -130,9 +135,12 @@ def hold_vectors(
     for name, site in long.items():
         if name not in labels:
             ranks[name] = _rank(name, site.size, inputs[name], options, needed.get(name))
+            what = f"covariance of rank {ranks[name]} beside its diagonal; a full one"
+            if ranks[name] == site.size:
+                what = "one full covariance, the same for all it looks at; one that depends on that"
             labels[name] = (
-                f"covariance of rank {ranks[name]} beside its diagonal; a full one of {site.size} elements would take "
-                f"{_short(full[name])} weights, of at most {_short(most_full)}"
+                f"{what} of {site.size} elements would take {_short(full[name])} weights, of at most "
+                f"{_short(most_full)}"
             )
     return Vectors(
         *(found, ranks, chains, known, labels),
@@ -223,7 +231,10 @@ def _rank(name: str, size: int, num_inputs: int, options: VectorOptions, of_chai
             f"{num_inputs} numbers, {how}; got budget={options.budget}."
         )
     if options.rank is not None:
-        return options.rank
+        return min(options.rank, size)
+    in_full = size * (size + 1) // 2 + of_locations
+    if size <= MOST_DENSE and in_full <= (options.budget or BUDGET):
+        return size
     left = (options.budget or max(BUDGET, least)) - of_locations
     return max(1, min(RANK, size // 4, left // of_each))
 

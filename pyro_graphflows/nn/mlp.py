@@ -71,6 +71,7 @@ class MaskedMLP(nn.Module):
             (D * num_params, input_dim), row ``k * num_params + p`` for parameter p of output k.
         layers: The layers of the hidden part; the last one has the rows of ``skip``.
         units: The natural units, or None.
+        is_in_order: Whether there is one level, with its inputs, the first ones, and outputs in their order.
         output_levels: The level of each output.
         outputs_by_level: For each level, its outputs in ascending order.
         inputs_by_level: For each level, its inputs in ascending order.
@@ -164,6 +165,10 @@ class MaskedMLP(nn.Module):
             for k in group
             for p in range(self.num_params)
         ]
+        orders = _permutation(inputs), _permutation(outputs)
+        dense = all(layer.engine == "dense" for layer in self.modules() if isinstance(layer, MaskedLinear))
+        whole = dense or len(inputs) == self.input_dim
+        self.is_in_order = self.num_levels == 1 and orders == (None, None) and whole
         self._layer_cuts = nn.ModuleList(
             LevelCut(
                 layer,
@@ -191,17 +196,45 @@ class MaskedMLP(nn.Module):
         """Return the parameters of all outputs, (*batch, D, num_params), for ``x`` of (*batch, input_dim)."""
         if x.shape[-1] != self.input_dim:
             raise GraphflowsError(f"Expected x.shape[-1] == {self.input_dim}; got {x.shape[-1]}.")
-        terms = []
+        return self.flat(x).unflatten(-1, (len(self.allowed), self.num_params))
+
+    def flat(self, x: Tensor) -> Tensor:
+        """Return what :meth:`forward` returns with the parameters of all outputs one after the other.
+
+        Args:
+            x: The inputs, or in dense layers the first ones, where no output sees the others.
+        """
+        if self.units is not None and self.units.prefers_whitened(x):
+            return self._of_whitened(x)
         skip, layers = self.weights()
+        if x.shape[-1] < self.input_dim:
+            if layers:
+                layers[0] = layers[0][0][:, : x.shape[-1]], layers[0][1]
+            if skip is not None:
+                skip = skip[0][:, : x.shape[-1]], skip[1]
+        out = None if self.skip is None or skip is None else _multiplied(self.skip, skip, x)
         if layers:
-            h = x
-            for layer, (entries, bias) in zip(self._masked_layers()[:-1], layers[:-1], strict=True):
-                h = self.activation(layer.multiply(entries, h, bias))
-            terms.append(self._masked_layers()[-1].multiply(layers[-1][0], h, layers[-1][1]))
-        if self.skip is not None and skip is not None:
-            terms.append(self.skip.multiply(skip[0], x, skip[1]))
-        out: Tensor = sum(terms[1:], terms[0])
-        return out.reshape(*x.shape[:-1], len(self.allowed), self.num_params)
+            *hidden, last = zip(self._masked_layers(), layers, strict=True)
+            for each in hidden:
+                x = self.activation(_multiplied(*each, x))
+            out = _multiplied(*last, x, out)
+        assert out is not None
+        return out
+
+    def _of_whitened(self, x: Tensor) -> Tensor:
+        """Return the outputs one after the other, by way of whitened inputs."""
+        assert self.units is not None
+        layers = self._masked_layers()
+        mapped, h = self.units.of_whitened(x, self.skip, layers[0] if len(layers) > 1 else None)
+        if h is None:
+            assert mapped is not None
+            return mapped
+        for layer in layers[1:-1]:
+            h = layer(self.activation(h))
+        last = layers[-1]
+        bias = None if last.bias is None else last.bias * self.units.unit
+        out = last.multiply(self.units.last(last), self.activation(h), bias)
+        return out if mapped is None else out + mapped
 
     def weights(self) -> tuple[Weights | None, list[Weights]]:
         """Return the entries and biases of the linear map and of the layers, as an evaluation uses them."""
@@ -256,6 +289,24 @@ class MaskedMLP(nn.Module):
         if len(self.layers):
             self._masked_layers()[-1].set_rows_(rows, 0.0)
 
+    @torch.no_grad()
+    def add_(self, output: int, value: float) -> None:
+        """Add a constant to one output.
+
+        Args:
+            output: Its number.
+            value: The constant.
+        """
+        bias: Tensor | None
+        unit = 1.0
+        if self.skip is not None:
+            bias = self.skip.bias if self.units is None else self.units.bias
+        else:
+            bias = self._masked_layers()[-1].bias
+            unit = unit if self.units is None else float(self.units.unit[output])
+        assert bias is not None
+        bias[output] += value / unit
+
     def _masked_layers(self) -> list[MaskedLinear]:
         return [layer for layer in self.layers if isinstance(layer, MaskedLinear)]
 
@@ -278,10 +329,17 @@ class LevelEvaluation:
         self._batch_shape = torch.Size()
         self._inputs = Runs()
         self._hidden = [Runs() for _ in list(mlp.layers)[1:]]
-        # For each layer, its rows by level.
-        skip, layers = mlp.weights()
-        self._layers = [_cut(cut, weights) for cut, weights in zip(mlp._layer_cuts, layers, strict=True)]
-        self._skip = None if skip is None or mlp._skip_cut is None else _cut(mlp._skip_cut, skip)
+        # For each layer, its rows by level; a single level in order does without.
+        self._layers: list[list[LevelRows]] | None = None
+        self._skip: list[LevelRows] | None = None
+        if not mlp.is_in_order:
+            self._cut_weights()
+
+    def _cut_weights(self) -> None:
+        skip, layers = self._mlp.weights()
+        cuts = self._mlp._layer_cuts
+        self._layers = [_cut(cut, weights) for cut, weights in zip(cuts, layers, strict=True)]
+        self._skip = None if skip is None or self._mlp._skip_cut is None else _cut(self._mlp._skip_cut, skip)
 
     @property
     def level(self) -> int:
@@ -309,6 +367,18 @@ class LevelEvaluation:
         Raises:
             GraphflowsError: If the number of inputs is wrong, or all levels are done.
         """
+        outputs = self._mlp.outputs_by_level[min(self._level, self._mlp.num_levels - 1)]
+        return self.flat_step(x_new).unflatten(-1, (len(outputs), self._mlp.num_params))
+
+    def flat_step(self, x_new: Tensor | None = None) -> Tensor:
+        """Return what :meth:`step` returns with the parameters of all outputs one after the other.
+
+        Args:
+            x_new: The inputs of this level.
+
+        Raises:
+            GraphflowsError: As for :meth:`step`.
+        """
         mlp, level = self._mlp, self._level
         if level == mlp.num_levels:
             raise GraphflowsError(f"Expected at most {mlp.num_levels} steps, one a level; this is one more.")
@@ -317,6 +387,11 @@ class LevelEvaluation:
         if got != expected:
             raise GraphflowsError(f"Expected x_new.shape[-1] == {expected} at level {level}; got {got}.")
         self._level += 1
+        if self._layers is None and x_new is not None and mlp.is_in_order:
+            return mlp.flat(x_new)
+        if self._layers is None:
+            self._cut_weights()
+        assert self._layers is not None
         if x_new is not None:
             self._inputs.append(x_new)
             shape = x_new.shape[:-1]
@@ -324,20 +399,18 @@ class LevelEvaluation:
                 known = self._batch_shape
                 self._batch_shape = broadcast_shapes(known, shape) if len(known) else shape
 
-        terms = []
         below = self._inputs
         for rows, runs in zip(self._layers[:-1], self._hidden, strict=True):
             if rows[level].num_rows:
                 runs.append(mlp.activation(rows[level](below)))
             below = runs
+        out = None if self._skip is None else self._skip[level](self._inputs)
         if self._layers:
-            terms.append(self._layers[-1][level](below))
-        if self._skip is not None:
-            terms.append(self._skip[level](self._inputs))
-        out = sum(terms[1:], terms[0])
+            out = self._layers[-1][level](below, out)
+        assert out is not None
         if out.shape[:-1] != self._batch_shape:
             out = out.expand(*self._batch_shape, out.shape[-1])
-        return out.unflatten(-1, (len(mlp.outputs_by_level[level]), mlp.num_params))
+        return out
 
 
 class Runs:
@@ -365,20 +438,18 @@ class Runs:
         else:
             self._runs.append(x)
 
-    def linear(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Apply the weight to the concatenation of all runs."""
-        if len(self._runs) == 1:
-            return F.linear(self._runs[0], weight, bias)
-        total = weight.new_zeros(weight.shape[0]) if bias is None else bias
+    def linear(self, weight: Tensor, total: Tensor | None) -> Tensor:
+        """Apply the weight to the concatenation of all runs, and add a total so far, as a bias."""
         start = 0
         for run in self._runs:
             stop = start + run.shape[-1]
-            total = F.linear(run, weight[:, start:stop]) + total
+            part = weight if len(self._runs) == 1 else weight[:, start:stop]
+            total = _added(run, part, total)
             start = stop
-        return total
+        return weight.new_zeros(weight.shape[0]) if total is None else total
 
     def sparse_linear(self, pattern: SparsePattern, values: Tensor, bias: Tensor | None) -> Tensor:
-        """Apply the sparse matrix to the concatenation of all runs, expanded."""
+        """Apply the sparse matrix to the concatenation of all runs, expanded, and add a bias."""
         if len(self._runs) > 1:
             shape = broadcast_shapes(*(run.shape[:-1] for run in self._runs))
             self._runs = [torch.cat([run.expand(*shape, -1) for run in self._runs], -1)]
@@ -395,11 +466,34 @@ class LevelRows:
         self._pattern = pattern
         self.num_rows = weight.shape[0] if pattern is None else pattern.shape[0]
 
-    def __call__(self, runs: Runs) -> Tensor:
-        """Apply the rows to all that is known."""
-        if self._pattern is None:
-            return runs.linear(self._weight, self._bias)
-        return runs.sparse_linear(self._pattern, self._weight, self._bias)
+    def __call__(self, runs: Runs, total: Tensor | None = None) -> Tensor:
+        """Apply the rows to all that is known, and add the total of other rows, if there is one."""
+        if self._pattern is not None:
+            out = runs.sparse_linear(self._pattern, self._weight, self._bias)
+            return out if total is None else out + total
+        if total is not None and self._bias is not None:
+            total = total + self._bias
+        return runs.linear(self._weight, self._bias if total is None else total)
+
+
+def _multiplied(layer: MaskedLinear, weights: Weights, x: Tensor, total: Tensor | None = None) -> Tensor:
+    """Return the product of a layer's entries with inputs, with its bias, and the total of others, if there is one."""
+    entries, bias = weights
+    if layer.engine != "dense":
+        out = layer.multiply(entries, x, bias)
+        return out if total is None else out + total
+    if total is not None and bias is not None:
+        total = total + bias
+    return _added(x, entries, bias if total is None else total)
+
+
+def _added(x: Tensor, weight: Tensor, total: Tensor | None) -> Tensor:
+    """Return ``total + x @ weight.T`` by as few operations as there can be."""
+    if x.dim() == 1 and (total is None or total.dim() == 1):
+        return torch.mv(weight, x) if total is None else torch.addmv(total, weight, x)
+    if total is None or total.dim() == 1:
+        return F.linear(x, weight, total)
+    return F.linear(x, weight) + total
 
 
 class LevelCut(nn.Module):

@@ -15,7 +15,8 @@ one; and u is the *unit* of the output, the standard deviation of what the regre
 S in which the samples did not vary, which keep their offset.
 
 The whitener multiplies the weights, once for each evaluation, and not the inputs: a row costs :math:`|S|^2` numbers,
-whatever the batch, and inputs without the dimensions of particles stay without.
+whatever the batch, and inputs without the dimensions of particles stay without. Only where all rows look at the same
+many inputs, which are data and fewer than the rows, are these whitened instead.
 
 Whiteners are kept in groups of sets of similar size, in one padded tensor each, of about :math:`\sum_S |S|^2` numbers
 in all. Above :data:`MOST_NUMBERS` there are none, and inputs are trained as they come, at rates divided by
@@ -27,6 +28,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_graphflows.nn.masked import MaskedLinear
@@ -45,6 +47,7 @@ MOST_NUMBERS = 4_000_000  # of all whiteners of a network
 MOST_SIZE = 1500  # of one set; finding its whitener takes a cubic number of steps
 MOST_BY_ROW = 60_000  # numbers of a layer up to which each row has a whitener of its own
 SMALL = 20_000  # numbers up to which padding all sets to one size is cheaper than several products
+WIDE = 128  # inputs from which on it may pay to whiten them and not the weights
 CUT = 1e-3  # directions whose spread is a smaller share of the widest one's are left out
 
 
@@ -176,8 +179,8 @@ class Constants(nn.Module):
 class WhitenedRows(Constants):
     """The rows of one masked matrix in the coordinates of their whiteners: each row times its whitener and a number.
 
-    Rows of small matrices have a padded whitener each; rows of a large one that all look at the same inputs share it;
-    others are gathered by the size of what they look at, and brought back.
+    Rows that all look at the same inputs share a whitener; otherwise rows of a small matrix have a padded one each, and
+    those of others are gathered by the size of what they look at, and brought back.
 
     Args:
         layer: The layer; what a row looks at must be one of the sets, or nothing.
@@ -202,10 +205,10 @@ class WhitenedRows(Constants):
         dense = layer.engine == "dense"
         if not whiteners.groups:
             self.way = "plain"
-        elif dense and layer.out_features * layer.in_features**2 <= MOST_BY_ROW:
-            self.way = "by row"
         elif dense and len(used) == 1:
             self.way = "shared"
+        elif dense and layer.out_features * layer.in_features**2 <= MOST_BY_ROW:
+            self.way = "by row"
         else:
             self.way = "gathered"
             self._plan(layer, whiteners)
@@ -277,6 +280,22 @@ class WhitenedRows(Constants):
         else:
             product = layer.weight if self.way == "plain" else layer.weight @ constants[1]
         return product * constants[0] if offset is None else torch.addcmul(offset, product, constants[0])
+
+    def matrix(
+        self, layer: MaskedLinear, whiteners: Whiteners, unit: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return what rows are multiplied by, and the transposed whitener that all of them share.
+
+        Args:
+            layer: The layer.
+            whiteners: The whiteners.
+            unit: A number for each row; ones by default.
+        """
+        rank = whiteners.rank
+        by_entry, matrix = self.kept(
+            rank, rank if unit is None else unit, lambda: self._find(layer, whiteners, unit)
+        )
+        return by_entry.squeeze(-1), matrix
 
     def _gathered(self, layer: MaskedLinear, whiteners: Whiteners) -> Tensor:
         parts = layer.weight.reshape(-1)[self.gather].split([n * m * w for n, m, w in self._shapes])
@@ -404,6 +423,44 @@ class NaturalUnits(Constants):
         assert self.of_hidden is not None
         entries: Tensor = self.of_hidden(layer, self.whiteners)
         return entries
+
+    def prefers_whitened(self, x: Tensor) -> bool:
+        """Whether whitening the inputs is cheaper than whitening weights, forwards and backwards.
+
+        Args:
+            x: The inputs, ``(*batch, inputs)``.
+        """
+        parts = [part for part in (self.of_linear, self.of_hidden) if part is not None]
+        if x.requires_grad or x.shape[-1] < WIDE or any(part.way != "shared" for part in parts):
+            return False
+        rows = sum(part.shape[0] for part in parts) * (2 if torch.is_grad_enabled() else 1)
+        return len(self.whiteners.sets) == 1 and x.numel() <= rows * x.shape[-1]
+
+    def of_whitened(
+        self, x: Tensor, linear: MaskedLinear | None, hidden: MaskedLinear | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the linear map of inputs, and what the first hidden layer sees of them before its activation.
+
+        The same as with :meth:`linear` and :meth:`hidden`, by way of whitened inputs, which all rows share.
+
+        Args:
+            x: The inputs, or the first ones, if no row looks at others.
+            linear: The linear map, if there is one.
+            hidden: The first hidden layer, if there is one.
+        """
+        known = x.shape[-1]
+        white: Tensor | None = None
+        mapped = seen = None
+        if linear is not None and self.of_linear is not None and linear.bias is not None:
+            gain, matrix = self.of_linear.matrix(linear, self.whiteners, self.unit)
+            white = x @ matrix[:, :known].mT
+            start = F.linear(x, self.offset[:, :known], torch.addcmul(self.bias, self.unit, linear.bias))
+            mapped = torch.addcmul(start, F.linear(white, linear.weight), gain)
+        if hidden is not None and self.of_hidden is not None:
+            gain, matrix = self.of_hidden.matrix(hidden, self.whiteners)
+            white = x @ matrix[:, :known].mT if white is None else white
+            seen = F.linear(white, hidden.weight * gain.unsqueeze(-1), hidden.bias)
+        return mapped, seen
 
     def last(self, layer: MaskedLinear) -> Tensor:
         """Return the entries of the last layer."""

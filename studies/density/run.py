@@ -67,9 +67,9 @@ PROTEINS = ("raf", "mek", "plcg", "pip2", "pip3", "erk", "akt", "pka", "pkc", "p
 HELD_OUT = 0.1  # the share of the training data that chooses the epoch
 BUDGET = 40.0  # seconds of processor time for each row of the study
 STUDY = {
-    "circuit": ("linear", "faithful", "graphical", "zuko graph", "zuko maf"),
+    "circuit": ("linear", "faithful", "spline", "graphical", "zuko graph", "zuko maf"),
     "tree": ("linear", "faithful", "graphical", "zuko graph"),
-    "protein": ("linear", "faithful", "graphical", "zuko graph", "zuko maf"),
+    "protein": ("linear", "faithful", "spline", "graphical", "zuko graph", "zuko maf"),
 }
 CAUSAL = ("linear", "faithful", "spline", "zuko graph", "zuko nsf")
 CAUSAL_BUDGET = 4.0  # seconds for each row

@@ -79,7 +79,8 @@ class BlockSpec:
         element_parents: For sites whose elements are told apart, the parents of each element, as (node, index in the
             node), -1 for the whole node.
         factors: The factor classes that the user gave for single sites.
-        ranks: For vectors too long for a full covariance, the rank of the covariance beside its diagonal.
+        ranks: For vectors too long for a full covariance that depends on its parents, the rank of the covariance beside
+            its diagonal; the number of elements for one covariance in full.
         chains: For vectors whose precision is banded, how far neighbours are, and whether running sums are meant.
     """
 
@@ -406,6 +407,7 @@ class Conditionals(nn.Module, ABC):
         plates: Mapping[str, PlateState],
         context: Tensor | None = None,
         values: Mapping[str, Tensor] | None = None,
+        shares: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         """Start the dependence of sites that are drawn jointly: from joint samples, or near none.
 
@@ -413,6 +415,8 @@ class Conditionals(nn.Module, ABC):
             plates: The plates at set-up.
             context: Features of the context in joint samples, ``(draws, *batch, num_features)``.
             values: Vectors of the sites in joint samples, ``(draws, *batch, size)``.
+            shares: For fused sites how elements vary together: by how much of the same noise all have, beside a
+                variance of one of their own; negative if against each other.
         """
         if self.block.coupled:
             raise GraphflowsError(f"{type(self).__name__} cannot draw copies jointly.")

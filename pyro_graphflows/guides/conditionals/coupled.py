@@ -15,6 +15,12 @@ network gives for each element, :math:`z = m + D\,T\,\varepsilon`, where T is lo
   columns of U and V for each element. U alone is a normal with precision :math:`I + U U^\top`, as r observed totals
   make it; V alone is what r common causes make. Amortised, for plates of any size.
 
+Numbers with a dependence of rank r can be fused with their priors :math:`N(a_n, b_n^2)`: all the above is then the
+factor, a normal over all elements of location m and covariance :math:`D S D` with :math:`S = T T^\top`, and the
+conditional has the precision :math:`B^{-1} (I + E S^{-1} E) B^{-1}` with :math:`E = D^{-1} B`. In balanced crossed
+designs with normal noise S does not depend on the numbers of elements, m is the mean of an element's data and D falls
+with the root of their number.
+
 Start. After the regression each element has a location; what is left over, the residual, has some variance :math:`v`
 and, between any two elements, some covariance :math:`c`, both averaged over elements. A constant column of U (for
 :math:`c < 0`) or of V (for :math:`c > 0`) makes just these: with :math:`d^2 = v - c` and :math:`k = |c| / d^2`,
@@ -38,6 +44,7 @@ from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.conditionals.elements import ElementTable
 from pyro_graphflows.guides.conditionals.factors import NormalFactor, positive_scale
+from pyro_graphflows.guides.sites import SitePrior
 from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = ["CoupledFactor", "CoupledNormal", "CouplingTerms", "exchangeable_start", "pairs_start"]
@@ -95,6 +102,29 @@ class CoupledNormal(dist.TorchDistribution):
             self.loc.expand(*batch_shape, size),
             self.scale_tril.expand(*batch_shape, size, size),
             self.mixing,
+            self.dims,
+            self.orders,
+        )
+
+    def beside(self, prior: SitePrior) -> "CoupledNormal":
+        """Return the normal proportional to a prior of each element, a number, times this one."""
+        shape = broadcast_shapes(self.loc.shape, prior.loc.shape)
+        loc, width = (self._gather(part.expand(shape)) for part in (self.loc, self.scale_tril[..., 0]))
+        prior_loc, b = (self._gather(part.expand(shape)) for part in (prior.loc, prior.log_scale.exp()))
+        white = torch.linalg.solve_triangular(self.mixing, (b / width).diag_embed(), upper=False)
+        precision = white.mT @ white
+        precision.diagonal(dim1=-2, dim2=-1).add_(1.0)
+        # of its square roots the one that is upper triangular, whose inverse's transpose is a lower triangular T
+        root = torch.linalg.cholesky(precision.flip(-1, -2)).flip(-1, -2)
+        eye = torch.eye(b.shape[-1], dtype=b.dtype, device=b.device)
+        mixing = torch.linalg.solve_triangular(root, eye, upper=True).mT
+        off = ((loc - prior_loc) / b).unsqueeze(-1)
+        moved = mixing @ (mixing.mT @ (white.mT @ (white @ off)))
+        scale_tril = self._scatter(b, shape).unsqueeze(-1)
+        return CoupledNormal(
+            self._scatter(prior_loc + b * moved.squeeze(-1), shape),
+            scale_tril,
+            mixing,
             self.dims,
             self.orders,
         )
@@ -182,6 +212,11 @@ class CoupledFactor(NormalFactor):
         return super().num_outputs + 2 * self.rank * self.size
 
     @property
+    def can_fuse(self) -> bool:
+        """See :attr:`Factor.can_fuse`."""
+        return self.rank > 0 and self.size == 1
+
+    @property
     def num_inner(self) -> int:
         """The number of the outputs of a normal."""
         return super().num_outputs
@@ -189,6 +224,12 @@ class CoupledFactor(NormalFactor):
     def distribution(self, outputs: Tensor, shift: Tensor, scale: Tensor) -> dist.TorchDistribution:
         """Return the normal without the coupling."""
         return super().distribution(outputs[..., : self.num_inner], shift, scale)
+
+    def fused(
+        self, outputs: Tensor, shift: Tensor, scale: Tensor, prior: SitePrior
+    ) -> dist.TorchDistribution:
+        """See :meth:`Factor.fused`; without the coupling."""
+        return super().fused(outputs[..., : self.num_inner], shift, scale, prior)
 
     def linear_start(self, weights: Tensor, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`Factor.linear_start`; without coupling."""
@@ -230,15 +271,19 @@ class CouplingTerms(nn.Module):
             self.table.unit.fill_(length**-0.75)
 
     def distribution(
-        self, outputs: Tensor, shift: Tensor, scale: Tensor, plates: Mapping[str, PlateState]
+        self,
+        outputs: Tensor,
+        units: tuple[Tensor, Tensor],
+        plates: Mapping[str, PlateState],
+        prior: SitePrior | None = None,
     ) -> CoupledNormal:
         """Return the joint normal.
 
         Args:
             outputs: The outputs of the network, ``(*batch, num_outputs)``.
-            shift: The shift of the standardisation.
-            scale: Its scale.
+            units: Shift and scale of the standardisation.
             plates: The plates of the call.
+            prior: The prior of each element, if the site is fused; units are those of its coordinate.
 
         Raises:
             GraphflowsError: If a coupled plate is subsampled in this call, or T has a parameter for each pair and
@@ -269,7 +314,7 @@ class CouplingTerms(nn.Module):
         for plate in coupled:
             batch[plate.dim] = plate.size
         outputs = outputs.expand(*broadcast_shapes(outputs.shape[:-1], batch), outputs.shape[-1])
-        n = factor.size
+        n, (shift, scale) = factor.size, units
         loc = torch.addcmul(shift, scale, outputs[..., :n])
         diagonal = scale * positive_scale(outputs[..., n : 2 * n], shift, scale)
         rows, columns = torch.tril_indices(n, n, -1, device=outputs.device)
@@ -283,7 +328,8 @@ class CouplingTerms(nn.Module):
         orders = {}
         if self.table is not None:  # pairs are of elements, in whichever order a call has these
             orders = {p.dim: p.indices.to(loc.device) for p in coupled if p.indices is not None}
-        return CoupledNormal(loc, diagonal.unsqueeze(-1) * unit, mixing, dims, orders)
+        joint = CoupledNormal(loc, diagonal.unsqueeze(-1) * unit, mixing, dims, orders)
+        return joint if prior is None else joint.beside(prior)
 
     def _table_mixing(self, plates: Mapping[str, PlateState], dims: tuple[int, ...]) -> Tensor:
         assert self.table is not None

@@ -58,6 +58,8 @@ class ScalarNormal(dist.TorchDistribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "ScalarNormal":
         """Return the same normal at a larger batch shape."""
+        if torch.Size(batch_shape) == self.batch_shape:
+            return self
         return ScalarNormal(self.normal.expand(batch_shape))
 
     @property
@@ -91,6 +93,8 @@ class SampledNormal(dist.TorchDistribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "SampledNormal":
         """Return the same normal at a larger batch shape."""
+        if torch.Size(batch_shape) == self.batch_shape:
+            return self
         return SampledNormal(self.normal.expand(batch_shape))
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008

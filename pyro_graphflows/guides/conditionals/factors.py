@@ -13,13 +13,16 @@ vector of a discrete site is :class:`~pyro_graphflows.guides.sites.DiscreteEncod
 scale 1.
 """
 
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NamedTuple
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_graphflows.capture import CAPTURING
 from pyro_graphflows.distributions.fusion import fuse, fuse_matrix, fuse_natural
 from pyro_graphflows.distributions.long_normals import AutoregressiveNormal, sum_over_pairs
 from pyro_graphflows.guides.conditionals.distributions import DiscreteVector, ScalarNormal
@@ -33,6 +36,8 @@ __all__ = [
     "Factor",
     "NormalFactor",
     "NormalOutputs",
+    "SharedCovarianceFactor",
+    "bounded_log_scale",
     "fused_elements",
     "fused_scalar_normals",
     "fused_vector",
@@ -61,9 +66,59 @@ def positive_scale(outputs: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         shift: The shift of the standardisation.
         scale: Its scale.
     """
-    rounding = torch.finfo(outputs.dtype).eps * (1.0 + (shift / scale).abs())
-    smallest = (ROUNDINGS * rounding).log().clamp(-LOG_SCALE_BOUND, 0.0)
-    return outputs.clamp(max=LOG_SCALE_BOUND).maximum(smallest).exp()
+    return bounded_log_scale(outputs, shift, scale).exp()
+
+
+def bounded_log_scale(outputs: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Return the logarithms of what :func:`positive_scale` returns.
+
+    Args:
+        outputs: Logarithms in standardised units.
+        shift: The shift of the standardisation.
+        scale: Its scale.
+    """
+    limits = _limits(outputs.dtype, shift, scale)
+    return outputs.clamp(limits.least, limits.most)
+
+
+class _Limits(NamedTuple):
+    """The least and the largest logarithms of scales in standardised units, and the logarithm of the unit."""
+
+    least: Tensor
+    most: Tensor
+    log_unit: Tensor
+
+
+class _Known(NamedTuple):
+    """What was found for a standardisation: its scale and shift, their versions with the type of outputs, limits."""
+
+    scale: Callable[[], Tensor | None]
+    shift: Tensor
+    key: tuple[int, int, torch.dtype]
+    limits: _Limits
+
+
+_KNOWN: dict[int, _Known] = {}  # by the identity of the scale; entries go with it
+
+
+def _limits(dtype: torch.dtype, shift: Tensor, scale: Tensor) -> _Limits:
+    """Return limits, kept as long as shift and scale are the same tensors and unchanged."""
+    if CAPTURING.get() or shift.is_inference() or scale.is_inference():
+        return _find_limits(dtype, shift, scale)
+    number, key = id(scale), (shift._version, scale._version, dtype)
+    known = _KNOWN.get(number)
+    if known is not None and known.shift is shift and known.key == key and known.scale() is scale:
+        return known.limits
+    with torch.no_grad():
+        limits = _find_limits(dtype, shift, scale)
+    _KNOWN[number] = _Known(weakref.ref(scale, lambda _: _KNOWN.pop(number, None)), shift, key, limits)
+    return limits
+
+
+def _find_limits(dtype: torch.dtype, shift: Tensor, scale: Tensor) -> _Limits:
+    rounding = torch.finfo(dtype).eps * (1.0 + (shift / scale).abs())
+    least = (ROUNDINGS * rounding).log().clamp(-LOG_SCALE_BOUND, 0.0)
+    return _Limits(least, torch.full_like(least, LOG_SCALE_BOUND), scale.log())
 
 
 def share_of_long(number: int) -> float:
@@ -80,7 +135,13 @@ class Factor(ABC):
 
     Args:
         size: The length of the site's flat unconstrained vector.
+
+    Attributes:
+        shares_constants: Whether the outputs that depend on nothing are the same in a whole batch, and never expanded
+            to it. Elements of a plate with parameters of their own then differ in the other outputs alone.
     """
+
+    shares_constants: ClassVar[bool] = False
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -119,6 +180,15 @@ class Factor(ABC):
         """The outputs that are logarithms of scales; none unless the family says so."""
         return ()
 
+    @property
+    def takes_matrix(self) -> bool:
+        """Whether scales of vectors may be lower triangular matrices, ``u = shift + scale @ y``; no by default.
+
+        Then the vector is learned in the basis of its start, in which that has the covariance one: all numbers then
+        cost what they would cost in a vector of independent ones, however correlated the elements are.
+        """
+        return False
+
     @abstractmethod
     def distribution(self, outputs: Tensor, shift: Tensor, scale: Tensor) -> dist.TorchDistribution:
         """Return the distribution of the unconstrained vector.
@@ -126,11 +196,25 @@ class Factor(ABC):
         Args:
             outputs: The network's outputs, shape ``(*batch, num_outputs)``.
             shift: The shift of the standardisation, shape ``(size,)``.
-            scale: Its scale, shape ``(size,)``.
+            scale: Its scale, shape ``(size,)``; a matrix ``(size, size)`` only if :attr:`takes_matrix`.
 
         Returns:
             A distribution with batch shape ``batch`` and event shape ``(size,)``.
         """
+
+    def distribution_with(
+        self, outputs: Tensor, constants: Tensor, shift: Tensor, scale: Tensor
+    ) -> dist.TorchDistribution:
+        """Return :meth:`distribution` where the last outputs depend on nothing.
+
+        Args:
+            outputs: The first :attr:`num_reading` outputs, ``(*batch, num_reading)``.
+            constants: The others, the same for the whole batch, of one dimension.
+            shift: The shift of the standardisation, shape ``(size,)``.
+            scale: Its scale, shape ``(size,)``.
+        """
+        every = constants.expand(*outputs.shape[:-1], -1)
+        return self.distribution(torch.cat([outputs, every], -1), shift, scale)
 
     @abstractmethod
     def linear_start(self, weights: Tensor, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,6 +273,15 @@ class Factor(ABC):
         units = scale_tril.diagonal()[share.argmax(-1)]
         return torch.where(share.amax(-1) > 0, units, torch.ones_like(units))
 
+    def natural_units_beside_prior(self, scale_tril: Tensor) -> Tensor:
+        """Return the same of a factor that is multiplied by a prior of about the scale one.
+
+        Args:
+            scale_tril: The scale of the factor at the start; what results is no wider than the prior.
+        """
+        spread = torch.linalg.vector_norm(scale_tril, dim=-1)
+        return self.natural_units((spread / (1.0 + spread.square()).sqrt()).diag_embed())
+
     def start_from_samples(self, inputs: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return skip weights and biases fitted to joint samples, or None to use :meth:`linear_start`.
 
@@ -228,21 +321,18 @@ class NormalFactor(NormalOutputs):
 
     def distribution(self, outputs: Tensor, shift: Tensor, scale: Tensor) -> dist.TorchDistribution:
         """See :meth:`Factor.distribution`."""
-        n = self.size
-        loc = torch.addcmul(shift, scale, outputs[..., :n])
-        diagonal = scale * positive_scale(outputs[..., n : 2 * n], shift, scale)
-        if n == 1:
+        if self.size == 1:
+            loc = torch.addcmul(shift, scale, outputs[..., :1])
+            diagonal = scale * positive_scale(outputs[..., 1:2], shift, scale)
             normal = dist.Normal(loc.squeeze(-1), diagonal.squeeze(-1), validate_args=False)
             return ScalarNormal(normal)
-        rows, columns = torch.tril_indices(n, n, -1, device=outputs.device)
-        unit = (
-            torch.eye(n, dtype=outputs.dtype, device=outputs.device)
-            .expand((*outputs.shape[:-1], n, n))
-            .clone()
-        )
-        unit[..., rows, columns] = outputs[..., 2 * n :]
-        scale_tril = diagonal.unsqueeze(-1) * unit
+        loc, scale_tril = normal_vector(outputs, shift, scale)
         return dist.MultivariateNormal(loc, scale_tril=scale_tril, validate_args=False)
+
+    @property
+    def takes_matrix(self) -> bool:
+        """See :attr:`Factor.takes_matrix`; a subclass with another distribution does not."""
+        return type(self).distribution is NormalFactor.distribution
 
     @property
     def can_fuse(self) -> bool:
@@ -279,13 +369,91 @@ class NormalFactor(NormalOutputs):
     def natural_units(self, scale_tril: Tensor) -> Tensor:
         """See :meth:`Factor.natural_units`: what moves an element by its scale given all other elements.
 
-        Where elements are correlated, one of them alone may move by no more than that.
+        Where elements are correlated, one of them alone may move by no more than that. In long vectors less.
         """
         marginal, diagonal = scale_tril.square().sum(-1).sqrt(), scale_tril.diagonal()
         given_others = torch.linalg.inv(scale_tril).square().sum(-2).rsqrt()
         step = torch.maximum(given_others, LEAST_SHARE * marginal)
         rows = torch.tril_indices(self.size, self.size, -1, device=scale_tril.device)[0]
-        return torch.cat([step, step / marginal, (step / diagonal)[rows]])
+        return self._less_in_long(torch.cat([step, step / marginal, (step / diagonal)[rows]]))
+
+    def _less_in_long(self, units: Tensor) -> Tensor:
+        """Return units of which all locations and widths, and all other numbers, move in share of their number."""
+        own = 2 * self.size
+        share = torch.full_like(units, share_of_long(self.num_outputs))
+        share[:own] = share_of_long(own)
+        return units * share
+
+    def natural_units_beside_prior(self, scale_tril: Tensor) -> Tensor:
+        """See :meth:`Factor.natural_units_beside_prior`; vectors are in the basis of what results.
+
+        A row of the root of the factor's precision moves by its own length, which is at most one.
+        """
+        if self.size == 1 or not self.takes_matrix:
+            return super().natural_units_beside_prior(scale_tril)
+        diagonal, ones = scale_tril.diagonal(), torch.ones_like(scale_tril[0])
+        eye = torch.eye(self.size, dtype=scale_tril.dtype, device=scale_tril.device)
+        root = torch.linalg.solve_triangular(scale_tril, eye, upper=False)
+        length = torch.linalg.vector_norm(root, dim=-1).clamp(LEAST_SHARE, 1.0)
+        rows = torch.tril_indices(self.size, self.size, -1, device=scale_tril.device)[0]
+        return self._less_in_long(torch.cat([ones, ones, (length * diagonal)[rows]]))
+
+
+def normal_vector(outputs: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return location and Cholesky factor of a vector.
+
+    Args:
+        outputs: Locations, log-scales, and the entries of ``U`` below the diagonal, ``(*batch, outputs)``.
+        shift: The shift of the standardisation, ``(n,)``.
+        scale: Its scale, ``(n,)``, or a lower triangular matrix.
+    """
+    loc, width, unit = _parts_of_vector(outputs, shift, scale)
+    tril = width.unsqueeze(-1) * unit
+    return loc, scale @ tril if scale.dim() == 2 else scale.unsqueeze(-1) * tril
+
+
+def _parts_of_vector(outputs: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return location, widths in standardised units, and the matrix U."""
+    n = len(shift)
+    if scale.dim() == 2:
+        loc, own_scale = shift + outputs[..., :n] @ scale.mT, scale.diagonal()
+    else:
+        loc, own_scale = torch.addcmul(shift, scale, outputs[..., :n]), scale
+    width = positive_scale(outputs[..., n : 2 * n], shift, own_scale)
+    rows, columns = torch.tril_indices(n, n, -1, device=outputs.device)
+    eye = torch.eye(n, dtype=outputs.dtype, device=outputs.device)
+    unit = eye.expand((*outputs.shape[:-1], n, n)).clone()
+    unit[..., rows, columns] = outputs[..., 2 * n :]
+    return loc, width, unit
+
+
+class SharedCovarianceFactor(NormalFactor):
+    """A normal with a full covariance that is the same whatever its parents are; only its location depends on them.
+
+    It is the conditional of a model that is linear and normal, with N (N + 1) / 2 numbers for the covariance, where one
+    that depends on the parents takes as many weights from each of them.
+    """
+
+    shares_constants = True
+
+    @property
+    def num_reading(self) -> int:
+        """Only locations depend on the parents."""
+        return self.size
+
+    @property
+    def can_fuse(self) -> bool:
+        """See :attr:`Factor.can_fuse`: a product with a prior is a matrix for each row of a batch."""
+        return False
+
+    def distribution_with(
+        self, outputs: Tensor, constants: Tensor, shift: Tensor, scale: Tensor
+    ) -> dist.TorchDistribution:
+        """See :meth:`Factor.distribution_with`: the covariance is that of the whole batch."""
+        of_none = torch.cat([torch.zeros_like(constants[: self.size]), constants])
+        loc, scale_tril = normal_vector(of_none, shift, scale)
+        loc = loc + (outputs @ scale.mT if scale.dim() == 2 else scale * outputs)
+        return dist.MultivariateNormal(loc, scale_tril=scale_tril, validate_args=False)
 
 
 def scalar_normals(outputs: Tensor, shift: Tensor, scale: Tensor) -> list[ScalarNormal]:
@@ -296,12 +464,23 @@ def scalar_normals(outputs: Tensor, shift: Tensor, scale: Tensor) -> list[Scalar
         shift: The shifts of the standardisation, shape ``(n,)``.
         scale: Its scales, shape ``(n,)``.
     """
-    locs = torch.addcmul(shift, scale, outputs[..., 0::2])
-    scales = scale * positive_scale(outputs[..., 1::2], shift, scale)
-    return [
-        ScalarNormal(dist.Normal(loc, width, validate_args=False))
-        for loc, width in zip(locs.unbind(-1), scales.unbind(-1), strict=True)
-    ]
+    locs, log_scales = _by_kind(outputs)
+    locs, scales = torch.addcmul(shift, scale, locs), scale * positive_scale(log_scales, shift, scale)
+    return _normals(locs, scales)
+
+
+def _by_kind(outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the locations and the log-scales among the outputs for sites of size one."""
+    locs, log_scales = (
+        outputs.unflatten(-1, (-1, 2)).unbind(-1) if outputs.shape[-1] > 2 else outputs.split(1, -1)
+    )
+    return locs, log_scales
+
+
+def _normals(locs: Tensor, scales: Tensor) -> list[ScalarNormal]:
+    """Return a normal for each number of the last dimension."""
+    pairs = zip(locs.unbind(-1), scales.unbind(-1), strict=True)
+    return [ScalarNormal(dist.Normal(loc, width, validate_args=False)) for loc, width in pairs]
 
 
 def fused_scalar_normals(
@@ -315,11 +494,8 @@ def fused_scalar_normals(
         scale: Its scales, shape ``(n,)``.
         priors: The priors of the sites.
     """
-    locs, log_scales = fused_elements(outputs[..., 0::2], outputs[..., 1::2], (shift, scale), priors)
-    return [
-        ScalarNormal(dist.Normal(loc, width, validate_args=False))
-        for loc, width in zip(locs.unbind(-1), log_scales.exp().unbind(-1), strict=True)
-    ]
+    locs, log_scales = fused_elements(*_by_kind(outputs), (shift, scale), priors)
+    return _normals(locs, log_scales.exp())
 
 
 def fused_elements(
@@ -345,7 +521,7 @@ def fused_elements(
         _side_by_side([each.loc for each in priors]),
         _side_by_side([each.log_scale for each in priors]),
     )
-    log_width = positive_scale(log_scales, shift, scale).log() + scale.log()
+    log_width = bounded_log_scale(log_scales, shift, scale) + _limits(log_scales.dtype, shift, scale).log_unit
     return fuse(loc, log_scale, torch.addcmul(shift, scale, locs), log_width)
 
 
@@ -388,18 +564,16 @@ def fused_vector(outputs: Tensor, shift: Tensor, scale: Tensor, prior: SitePrior
     Args:
         outputs: Locations, log-scales, and the entries of ``U`` below the diagonal, ``(*batch, outputs)``.
         shift: The shift of the standardisation, ``(n,)``.
-        scale: Its scale, ``(n,)``.
+        scale: Its scale, ``(n,)``, or a lower triangular matrix.
         prior: The prior.
     """
     n = len(shift)
-    loc = torch.addcmul(shift, scale, outputs[..., :n])
-    width = positive_scale(outputs[..., n : 2 * n], shift, scale)
-    rows, columns = torch.tril_indices(n, n, -1, device=outputs.device)
-    unit = (
-        torch.eye(n, dtype=outputs.dtype, device=outputs.device).expand((*outputs.shape[:-1], n, n)).clone()
-    )
-    unit[..., rows, columns] = outputs[..., 2 * n :]
-    root = unit / width.unsqueeze(-1) / scale
+    loc, width, unit = _parts_of_vector(outputs, shift, scale)
+    root = unit / width.unsqueeze(-1)
+    if scale.dim() == 2:
+        root = torch.linalg.solve_triangular(scale, root, upper=False, left=False)
+    else:
+        root = root / scale
     batch = broadcast_shapes(loc.shape[:-1], prior.loc.shape[:-1])
     tril = prior.tril().expand(*batch, n, n)
     return fuse_matrix(
@@ -474,8 +648,15 @@ class ElementNormalFactor(NormalOutputs):
         return all_weights, torch.cat([unit @ loc, diagonal.log(), -unit[self.rows, self.columns]])
 
     def natural_units(self, scale_tril: Tensor) -> Tensor:
-        """See :meth:`Factor.natural_units`; less for many elements."""
-        return super().natural_units(scale_tril) * share_of_long(self.num_outputs)
+        """See :meth:`Factor.natural_units`; less for many elements.
+
+        All coefficients of an element together, each of an earlier element of about the size one, move it by its scale.
+        """
+        diagonal = scale_tril.diagonal()
+        number = torch.bincount(torch.tensor(self.rows, dtype=torch.long), minlength=self.size).to(diagonal)
+        of_pairs = (diagonal / number.clamp(min=1.0).sqrt())[self.rows]
+        units = torch.cat([diagonal, torch.ones_like(diagonal), of_pairs])
+        return units * share_of_long(self.num_outputs)
 
 
 class DiscreteFactor(Factor):

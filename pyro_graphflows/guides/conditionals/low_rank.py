@@ -61,10 +61,16 @@ class LowRankNormalFactor(NormalOutputs):
 
     def distribution(self, outputs: Tensor, shift: Tensor, scale: Tensor) -> dist.TorchDistribution:
         """See :meth:`Factor.distribution`."""
+        return self.distribution_with(outputs[..., : self.size], outputs[..., self.size :], shift, scale)
+
+    def distribution_with(
+        self, outputs: Tensor, constants: Tensor, shift: Tensor, scale: Tensor
+    ) -> dist.TorchDistribution:
+        """See :meth:`Factor.distribution_with`: all that is not the location may be the same for the whole batch."""
         n = self.size
-        loc = torch.addcmul(shift, scale, outputs[..., :n])
-        diagonal = scale * positive_scale(outputs[..., n : 2 * n], shift, scale)
-        left, right = outputs[..., 2 * n :].unflatten(-1, (2, n, self.rank)).unbind(-3)
+        loc = torch.addcmul(shift, scale, outputs)
+        diagonal = scale * positive_scale(constants[..., :n], shift, scale)
+        left, right = constants[..., n:].unflatten(-1, (2, n, self.rank)).unbind(-3)
         return MixedNoiseNormal(loc, diagonal, left, right / n**0.5)
 
     def linear_start(self, weights: Tensor, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,14 +6,16 @@ standardised units, inputs and outputs.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyro_graphflows.distributions.fusion import fuse_matrix
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.conditionals.banded import BandedNormalFactor, regress_chain
 from pyro_graphflows.guides.conditionals.contract import BlockSpec, Conditionals, LinearConditional, Pass
@@ -36,13 +38,14 @@ from pyro_graphflows.guides.conditionals.factors import (
     ElementNormalFactor,
     Factor,
     NormalFactor,
+    SharedCovarianceFactor,
     fused_scalar_normals,
     scalar_normals,
 )
 from pyro_graphflows.guides.conditionals.low_rank import LowRankNormalFactor
 from pyro_graphflows.guides.sites import LatentSite, SitePrior
 from pyro_graphflows.nn.mlp import LevelEvaluation, MaskedMLP
-from pyro_graphflows.regression import Moments
+from pyro_graphflows.regression import Moments, in_float64
 from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = ["MaskedConditionals"]
@@ -74,7 +77,7 @@ class MaskedConditionals(Conditionals):
     def __init__(self, spec: BlockSpec, make_factor: FactorMaker, network_options: Mapping[str, Any]) -> None:
         super().__init__(spec)
         block = spec.block
-        self.factors = {site: self._factor_of(site, spec, make_factor) for site in block.sites}
+        self.factors = {site: self._ownof(site, spec, make_factor) for site in block.sites}
         levels = [0] * self.num_features
         names = [node.name for node in block.context for _ in self.columns[node.name]]
         for depth, level in enumerate(block.levels):
@@ -90,7 +93,7 @@ class MaskedConditionals(Conditionals):
             seen_by_all = self.inputs_of(site)
             if site in self.element_columns and own.output_elements is not None:
                 allowed += [self.element_columns[site][i] for i in own.output_elements]
-            elif seen_by_all or not (spec.ranks or spec.chains):
+            elif seen_by_all or own.shares_constants or not (spec.ranks or spec.chains):
                 allowed += [seen_by_all] * own.num_reading
             output_names += [site] * (len(allowed) - start)
             self.outputs[site] = slice(start, len(allowed))
@@ -115,7 +118,7 @@ class MaskedConditionals(Conditionals):
             natural_units=True,
             **network_options,
         )
-        num_rows = {site: own.num_outputs for site, own in self.factors.items()}
+        num_rows = {site: self._num_varying(own) for site, own in self.factors.items()}
         self.constants = nn.ModuleDict(  # by the position of the site
             {
                 str(i): ElementTable((), own.num_outputs - (rows.stop - rows.start), num_fixed=own.num_fixed)
@@ -128,11 +131,9 @@ class MaskedConditionals(Conditionals):
         self._constants_of = {site: str(i) for i, site in enumerate(block.sites) if str(i) in self.constants}
         self._table_columns: dict[str, slice] = {}
         start = 0
-        for site in block.per_element:
-            # in no plate, and depending on nothing, a site has all that in its constants
-            if spec.plates or self.outputs[site].start < self.outputs[site].stop:
-                self._table_columns[site] = slice(start, start + num_rows[site])
-                start += num_rows[site]
+        for site in block.per_element if spec.plates else ():  # in no plate the network has all parameters
+            self._table_columns[site] = slice(start, start + num_rows[site])
+            start += num_rows[site]
         self.table = ElementTable(spec.plates, start, extends=True) if self._table_columns else None
         seen = {site: self.inputs_of(site) for site in block.sites}
         self.maps = nn.ModuleDict()
@@ -161,23 +162,34 @@ class MaskedConditionals(Conditionals):
             self.register_buffer("fused_shift", torch.zeros(total))
             self.register_buffer("fused_scale", torch.ones(total))
         self._is_fusing = fusing  # the same as the buffer, which may be on a device
+        self._basis_of: dict[str, str] = {}
+        for position, site in enumerate(block.sites):
+            if self.factors[site].size > 1 and self.factors[site].takes_matrix:
+                self._basis_of[site] = f"basis_{position}"
+                self.register_buffer(self._basis_of[site], torch.eye(self.factors[site].size))
         if block.summed:
             self.register_buffer("summing", torch.zeros(len(fusible), dtype=torch.bool))
         self._is_summing = [False] * len(fusible)
+        self._kept_units: dict[tuple[str, int, int], tuple[Tensor, Tensor]] = {}
         self._scalar_levels = {
             i
             for i, level in enumerate(block.levels)
             if all(
-                type(self.factors[site]) is NormalFactor and self.factors[site].size == 1 for site in level
+                type(self.factors[site]) is NormalFactor
+                and self.factors[site].size == 1
+                and site not in self._constants_of
+                for site in level
             )
         }
 
-    def _factor_of(self, name: str, spec: BlockSpec, default: FactorMaker) -> Factor:
+    def _ownof(self, name: str, spec: BlockSpec, default: FactorMaker) -> Factor:
         site = spec.sites[name]
         if name in spec.block.coupled:
             return CoupledFactor(site.size, spec.block.coupled[name].rank)
         if name in spec.factors:
             return spec.factors[name].for_site(site)
+        if spec.ranks.get(name) == site.size:
+            return SharedCovarianceFactor(site.size)
         if name in spec.ranks:
             return LowRankNormalFactor(site.size, spec.ranks[name])
         if name in spec.chains:
@@ -191,7 +203,31 @@ class MaskedConditionals(Conditionals):
             return ElementNormalFactor(self.inner[name])
         return default(site)
 
+    @staticmethod
+    def _num_varying(factor: Factor) -> int:
+        """Return in how many outputs elements of a plate with parameters of their own differ, the first ones."""
+        return factor.num_reading if factor.shares_constants else factor.num_outputs
+
     # ---------------------------------------------------------------- units
+
+    def _units(self, kind: str, part: slice) -> tuple[Tensor, Tensor]:
+        """Return shift and scale of some entries: the same tensors from call to call, for what follows from them.
+
+        Args:
+            kind: ``""`` for those of outputs, ``"input_"`` or ``"fused_"``.
+            part: The entries.
+        """
+        key = kind, part.start, part.stop
+        shift, scale = self._buffers[f"{kind}shift"], self._buffers[f"{kind}scale"]
+        assert shift is not None
+        assert scale is not None
+        kept = self._kept_units.get(key)
+        if kept is None or kept[0]._base is not shift or kept[1]._base is not scale:
+            kept = self._kept_units[key] = shift[part], scale[part]
+        return kept
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept_units": {}}
 
     def output_units(self, site: str) -> tuple[Tensor, Tensor]:
         """See :meth:`Conditionals.output_units`."""
@@ -267,16 +303,13 @@ class MaskedConditionals(Conditionals):
         factor = self.factors[site]
         if linear.by_element:
             return self._set_maps_(site, factor, linear, fused=True)
-        joint = self.shift.new_zeros(factor.size, self.num_columns)
-        for parent, matrix in linear.weights.items():
-            joint[:, list(self.columns[parent])] = matrix.to(joint)
-        tril = linear.scale_tril.to(joint)
-        weights, biases = factor.fused_start(joint, linear.loc.to(joint), tril)
+        weights, loc, tril = self._in_basis_(site, linear, fused=True)
+        weights, biases = factor.fused_start(weights, loc, tril)
         for parent, matrix in linear.log_scale.items():
             columns = list(self.columns[parent])
-            for output, row in zip(factor.log_scale_outputs, matrix.to(joint), strict=True):
+            for output, row in zip(factor.log_scale_outputs, matrix.to(weights), strict=True):
                 weights[output, columns] += row
-        self._set_rows_(site, weights, biases, factor.natural_units(_no_wider_than_the_prior(tril)))
+        self._set_rows_(site, weights, biases, factor.natural_units_beside_prior(tril))
         self.set_fusing_(site, True)
         return True
 
@@ -289,15 +322,35 @@ class MaskedConditionals(Conditionals):
         if linear.by_element:
             return self._set_maps_(site, factor, linear)
         self.set_fusing_(site, False)
-        joint = self.shift.new_zeros(factor.size, self.num_columns)
-        for parent, matrix in linear.weights.items():
-            joint[:, list(self.columns[parent])] = matrix.to(joint)
-        tril = linear.scale_tril.to(joint)
+        weights, loc, tril = self._in_basis_(site, linear)
         units = factor.natural_units(tril)
         if linear.exact:
             units = units * min(1.0, FREE_IF_EXACT / int((units > 0).sum())) ** 0.5
-        self._set_rows_(site, *factor.linear_start(joint, linear.loc.to(joint), tril), units)
+        self._set_rows_(site, *factor.linear_start(weights, loc, tril), units)
         return True
+
+    def _in_basis_(
+        self, site: str, linear: LinearConditional, *, fused: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Let a vector be learned in the basis of a conditional; return that in it, with weights for all inputs.
+
+        With a conditional for each element of plates, the basis is that of their mean.
+        """
+        like, size = self.shift, self.factors[site].size
+        joint = like.new_zeros(*linear.loc.shape[:-1], size, self.num_columns)
+        for parent, matrix in linear.weights.items():
+            joint[..., list(self.columns[parent])] = matrix.to(joint)
+        parts = joint, linear.loc.to(joint), linear.scale_tril.to(joint)
+        if site not in self._basis_of:
+            return parts
+        tril = in_float64(linear.scale_tril)
+        root = tril.reshape(-1, size, size).mean(0)
+        if fused:
+            root = _beside_a_prior(root)
+        self.get_buffer(self._basis_of[site]).copy_(root)
+        together = torch.cat([in_float64(joint), in_float64(linear.loc).unsqueeze(-1), tril], -1)
+        found = torch.linalg.solve_triangular(root.expand_as(tril), together, upper=False).to(joint)
+        return found[..., : self.num_columns], found[..., self.num_columns], found[..., -size:]
 
     def _set_rows_(self, site: str, weights: Tensor, biases: Tensor, units: Tensor | None = None) -> None:
         """Make the outputs of one site linear: ``biases + weights @ inputs``, with columns for all inputs."""
@@ -327,7 +380,7 @@ class MaskedConditionals(Conditionals):
         if self.network.units is None:
             return
         unit = self.network.units.unit[self.outputs[site]]
-        if site in self._constants_of:
+        if site in self._constants_of and not self.factors[site].shares_constants:
             unit = torch.cat([unit, self._constants(site).unit])
         if self.table is not None and site in self._table_columns:
             self.table.unit[self._table_columns[site]] = unit
@@ -351,21 +404,21 @@ class MaskedConditionals(Conditionals):
             element_map = self.maps[key]  # type: ignore[assignment]
         own: Any = self.table.table if self.table is not None and per_element else element_map
         like: Tensor = own.rows.table if isinstance(own, ElementMap) else own
-        joint = torch.zeros(len(linear.loc), factor.size, self.num_columns).to(like)
-        for parent, matrix in linear.weights.items():
-            joint[..., list(self.columns[parent])] = matrix.to(like)
+        joint, locs, trils = (part.to(like) for part in self._in_basis_(site, linear, fused=fused))
         starts = [
-            (factor.fused_start if fused else factor.linear_start)(w[:, inputs], loc.to(like), tril.to(like))
-            for w, loc, tril in zip(joint, linear.loc, linear.scale_tril, strict=True)
+            (factor.fused_start if fused else factor.linear_start)(w[:, inputs], loc, tril)
+            for w, loc, tril in zip(joint, locs, trils, strict=True)
         ]
         slopes, offsets = (torch.stack(parts) for parts in zip(*starts, strict=True))
         shared = torch.zeros(factor.num_outputs, self.num_columns).to(like)
         shared[:, inputs] = slopes.mean(0)
-        tril = linear.scale_tril.to(like).mean(0)
-        units = factor.natural_units(_no_wider_than_the_prior(tril) if fused else tril)
+        tril = trils.mean(0)
+        units = factor.natural_units_beside_prior(tril) if fused else factor.natural_units(tril)
         self.set_fusing_(site, fused)
         self._set_rows_(site, shared, offsets.mean(0), units)
-        off_slopes, off = slopes - slopes.mean(0), offsets - offsets.mean(0)
+        varying = self._num_varying(factor)
+        off_slopes = (slopes - slopes.mean(0))[:, :varying]
+        off = (offsets - offsets.mean(0))[:, :varying]
         if self.table is not None and per_element:
             part = self.table.table[..., self._table_columns[site]]
             part.copy_(off.reshape(part.shape))
@@ -384,13 +437,14 @@ class MaskedConditionals(Conditionals):
             )
             return True
         factor, like = self.factors[site], self.table.table
-        none = like.new_zeros(factor.size, self.num_columns)
-        tril = scale_tril.to(like)
-        rows = [factor.linear_start(none, loc, tril)[1] for loc in locs.to(like).reshape(-1, factor.size)]
-        biases = torch.stack(rows).reshape(*locs.shape[:-1], -1)
-        mean = biases.reshape(-1, biases.shape[-1]).mean(0)
-        self.set_linear_(site, LinearConditional({}, locs.reshape(-1, factor.size).mean(0), tril))
-        like[..., self._table_columns[site]] = biases - mean
+        flat = locs.reshape(-1, factor.size)
+        self.set_linear_(site, LinearConditional({}, flat.mean(0), scale_tril))
+        each = LinearConditional({}, flat, scale_tril.expand(len(flat), -1, -1))
+        biases = torch.stack(
+            [factor.linear_start(*one)[1] for one in zip(*self._in_basis_(site, each), strict=True)]
+        )
+        off = (biases - biases.mean(0)).to(like)[:, : self._num_varying(factor)]
+        like[..., self._table_columns[site]] = off.reshape(*locs.shape[:-1], -1)
         return True
 
     @torch.no_grad()
@@ -416,11 +470,14 @@ class MaskedConditionals(Conditionals):
         for site in self.block.per_element:
             if self.fuses(site) and (fitted or self.block.plates):
                 continue
-            start = self._table_columns[site].start if site in self._table_columns else 0
-            rows = self.table if site in self._table_columns else self._constants(site)
-            assert rows is not None
-            for output in self.factors[site].log_scale_outputs:
-                rows.table[..., start + output] += math.log(factor)
+            rows, own = self.outputs[site], self.factors[site]
+            for output in own.log_scale_outputs:
+                if self.table is not None and output < self._num_varying(own):
+                    self.table.table[..., self._table_columns[site].start + output] += math.log(factor)
+                elif rows.start + output < rows.stop:
+                    self.network.add_(rows.start + output, math.log(factor))
+                else:
+                    self._constants(site).table[..., output + rows.start - rows.stop] += math.log(factor)
 
     def keep_rows_(self, plates: Mapping[str, PlateState], context: Tensor) -> None:
         """See :meth:`Conditionals.keep_rows_`."""
@@ -436,6 +493,7 @@ class MaskedConditionals(Conditionals):
         plates: Mapping[str, PlateState],
         context: Tensor | None = None,
         values: Mapping[str, Tensor] | None = None,
+        shares: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         """See :meth:`Conditionals.start_couplings_`.
 
@@ -460,7 +518,10 @@ class MaskedConditionals(Conditionals):
             rows = self.outputs[site]
             columns = bias[rows.start + factor.num_inner : rows.stop].view(factor.size, 2 * factor.rank)
             columns.copy_(WAKE * torch.randn_like(columns))
-            if values is not None and site in shared and factor.size == 1:
+            if self.fuses(site):
+                share = shares.get(site, 0.0)
+                columns[0, 0 if share < 0 else factor.rank] += abs(share) ** 0.5
+            elif values is not None and site in shared and factor.size == 1:
                 dims = [plates[name].dim - 1 for name in terms.names]
                 residual = (values[site] - shared[site].mean) / self.output_units(site)[1]
                 entry, negative, log_scale = exchangeable_start(residual, dims)
@@ -493,16 +554,23 @@ class MaskedConditionals(Conditionals):
 
     # ---------------------------------------------------------------- evaluation
 
+    def _in_basis(self, site: str, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Return units of which the scale is a matrix where a vector has a basis of its own."""
+        if site in self._basis_of:
+            scale = scale.unsqueeze(-1) * self.get_buffer(self._basis_of[site])
+        return shift, scale
+
     def begin(self, context: Tensor, plates: Mapping[str, PlateState] | None = None) -> "MaskedPass":
         """See :meth:`Conditionals.begin`."""
         rows = self.table(plates) if self.table is not None and plates is not None else None
         return MaskedPass(self, context, rows, plates if self._map_of or self._coupling_of else None)
 
 
-def _no_wider_than_the_prior(scale_tril: Tensor) -> Tensor:
-    """Return about how wide a factor times a prior of scale one is."""
-    spread = torch.linalg.vector_norm(scale_tril, dim=-1)
-    return (spread / (1.0 + spread.square()).sqrt()).diag_embed()
+def _beside_a_prior(scale_tril: Tensor) -> Tensor:
+    """Return the root of the covariance of a factor, given by that of its own, times a prior of scale one."""
+    eye = torch.eye(scale_tril.shape[-1]).to(scale_tril)
+    root = torch.linalg.solve_triangular(scale_tril, eye, upper=False)  # of the factor's precision
+    return fuse_matrix(eye[0], eye, eye[0], root.mT @ root)[1]
 
 
 def _in_type(prior: SitePrior, dtype: torch.dtype) -> SitePrior:
@@ -536,66 +604,90 @@ class MaskedPass(Pass):
         """See :meth:`Pass.next`."""
         module = self._module
         level = module.block.levels[self._level]
-        outputs = self._network.step(self._new if self._new.shape[-1] else None).squeeze(-1)
+        outputs = self._network.flat_step(self._new if self._new.shape[-1] else None)
         if self._plates is not None:
             self._known.append(self._new)
         chosen = [site for site in level if site in priors and module.fuses(site)] if priors else []
         fused = {site: _in_type(priors[site], outputs.dtype) for site in chosen} if priors else {}
         if module.block.summed:
             fused = {s: prior if module.sums(s) else prior.with_evidence(None) for s, prior in fused.items()}
-        if (
-            self._level in module._scalar_levels
-            and len(fused) in (0, len(level))
-            and self._plates is None
-            and (self._rows is None or fused)
-        ):
+        if self._level in module._scalar_levels and len(fused) in (0, len(level)) and self._plates is None:
             return self._scalars(level, outputs, fused)
         start = module.outputs[level[0]].start
         result: dict[str, dist.TorchDistribution] = {}
         for site in level:
             rows, part = module.outputs[site], module._parts[site]
             own = outputs[..., rows.start - start : rows.stop - start]
-            if site in module._constants_of:
-                constants = module._constants(site)({})
+            factor = module.factors[site]
+            constants = module._constants(site)({}) if site in module._constants_of else None
+            shares = factor.shares_constants or self._is_plain(site, fused)
+            if constants is not None and not shares:
                 own = torch.cat([own, constants.expand(*own.shape[:-1], -1)], -1)
             if self._rows is not None and site in module._table_columns:
                 own = own + self._rows[..., module._table_columns[site]]
             if self._plates is not None and site in module._map_of:
                 own = own + self._own_map(site, self._plates)
             if site in fused:
-                units = module.fused_shift[part], module.fused_scale[part]
-                result[site] = module.factors[site].fused(own, *units, fused[site])
+                units = module._in_basis(site, *module._units("fused_", part))
+                result[site] = self._fused(site, own, units, fused[site])
                 fixed = fused[site].fixed
                 if fixed is not None:
-                    self.fixed[site] = module.factors[site].fused(own, *units, fixed)
+                    self.fixed[site] = self._fused(site, own, units, fixed)
                 continue
-            shift, scale = module.shift[part], module.scale[part]
+            units = module._in_basis(site, *module._units("", part))
             if self._plates is not None and site in module._coupling_of:
                 terms: Any = module.couplings[module._coupling_of[site]]
-                result[site] = terms.distribution(own, shift, scale, self._plates)
+                result[site] = terms.distribution(own, units, self._plates)
+            elif constants is not None and shares:
+                result[site] = factor.distribution_with(own, constants, *units)
             else:
-                result[site] = module.factors[site].distribution(own, shift, scale)
+                result[site] = factor.distribution(own, *units)
         return result
+
+    def _fused(
+        self, site: str, outputs: Tensor, units: tuple[Tensor, Tensor], prior: SitePrior
+    ) -> dist.TorchDistribution:
+        """Return the conditional of a site that is fused, drawn jointly where its plates are known."""
+        module = self._module
+        if self._plates is not None and site in module._coupling_of:
+            terms: Any = module.couplings[module._coupling_of[site]]
+            joint: dist.TorchDistribution = terms.distribution(outputs, units, self._plates, prior)
+            return joint
+        return module.factors[site].fused(outputs, *units, prior)
+
+    def _is_plain(self, site: str, fused: Collection[str]) -> bool:
+        """Whether the network and the constants alone make a site's conditional."""
+        module = self._module
+        has_rows = self._rows is not None and site in module._table_columns
+        has_more = self._plates is not None and (site in module._map_of or site in module._coupling_of)
+        return not (has_rows or has_more or site in fused)
 
     def _scalars(
         self, level: Sequence[str], outputs: Tensor, fused: Mapping[str, SitePrior]
     ) -> dict[str, dist.TorchDistribution]:
         """Return the conditionals of a level of scalar normals, by one computation for all."""
         module, part = self._module, self._part_of(level)
-        if not fused:
-            normals = scalar_normals(outputs, module.shift[part], module.scale[part])
-            return dict(zip(level, normals, strict=True))
         if self._rows is not None:
-            columns = [module._table_columns.get(site) for site in level]
-            rows = [self._rows.new_zeros(2) if c is None else self._rows[..., c] for c in columns]
-            shape = broadcast_shapes(*(row.shape[:-1] for row in rows))
-            outputs = outputs + torch.cat([row.expand(*shape, 2) for row in rows], -1)
+            outputs = outputs + self._rows_of(level, self._rows)
+        if not fused:
+            normals = scalar_normals(outputs, *module._units("", part))
+            return dict(zip(level, normals, strict=True))
         priors = [fused[site] for site in level]
-        units = module.fused_shift[part], module.fused_scale[part]
+        units = module._units("fused_", part)
         if any(prior.fixed is not None for prior in priors):
             fixed = [prior.fixed or prior for prior in priors]
             self.fixed.update(zip(level, fused_scalar_normals(outputs, *units, fixed), strict=True))
         return dict(zip(level, fused_scalar_normals(outputs, *units, priors), strict=True))
+
+    def _rows_of(self, level: Sequence[str], table: Tensor) -> Tensor:
+        """Return what elements add to the outputs of a level of scalar normals; zero for sites without."""
+        columns = [self._module._table_columns.get(site) for site in level]
+        first, last = columns[0], columns[-1]
+        if first is not None and last is not None and last.stop - first.start == 2 * len(level):
+            return table[..., first.start : last.stop]
+        rows = [table.new_zeros(2) if c is None else table[..., c] for c in columns]
+        shape = broadcast_shapes(*(row.shape[:-1] for row in rows))
+        return torch.cat([row.expand(*shape, 2) for row in rows], -1)
 
     def _part_of(self, level: Sequence[str]) -> slice:
         parts = self._module._parts
@@ -623,5 +715,5 @@ class MaskedPass(Pass):
                 value if value.shape[:-1] == shape else value.expand(*shape, value.shape[-1]) for value in raw
             ]
         flat = torch.cat(raw, -1) if len(raw) > 1 else raw[0]
-        part = self._part_of(level)
-        self._new = (flat - module.input_shift[part]) / module.input_scale[part]
+        shift, scale = module._units("input_", self._part_of(level))
+        self._new = (flat - shift) / scale

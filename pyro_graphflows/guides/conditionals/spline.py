@@ -26,6 +26,7 @@ from pyro_graphflows.guides.conditionals.factors import (
     NormalFactor,
     fused_elements,
     fused_vector,
+    normal_vector,
     positive_scale,
     share_of_evidence,
 )
@@ -72,17 +73,17 @@ class SplineFactor(Factor):
 
     def distribution(self, outputs: Tensor, shift: Tensor, scale: Tensor) -> dist.TorchDistribution:
         """See :meth:`Factor.distribution`."""
-        n, inner = self.size, self._inner.num_outputs
-        loc = torch.addcmul(shift, scale, outputs[..., :n])
-        diagonal = scale * positive_scale(outputs[..., n : 2 * n], shift, scale)
-        if n == 1:
-            return self._splines(outputs, loc, diagonal)
-        rows, columns = torch.tril_indices(n, n, -1, device=outputs.device)
-        unit = torch.eye(n, dtype=outputs.dtype, device=outputs.device)
-        unit = unit.expand((*outputs.shape[:-1], n, n)).clone()
-        unit[..., rows, columns] = outputs[..., 2 * n : inner]
-        elements = self._splines(outputs, torch.zeros_like(loc), torch.ones_like(diagonal))
-        return SplineVector(elements, loc, diagonal.unsqueeze(-1) * unit)
+        if self.size == 1:
+            loc = torch.addcmul(shift, scale, outputs[..., :1])
+            return self._splines(outputs, loc, scale * positive_scale(outputs[..., 1:2], shift, scale))
+        loc, scale_tril = normal_vector(outputs[..., : self._inner.num_outputs], shift, scale)
+        elements = self._splines(outputs, torch.zeros_like(loc), torch.ones_like(loc))
+        return SplineVector(elements, loc, scale_tril)
+
+    @property
+    def takes_matrix(self) -> bool:
+        """See :attr:`Factor.takes_matrix`."""
+        return True
 
     def _splines(self, outputs: Tensor, loc: Tensor, scale: Tensor) -> SplineDistribution:
         knots = outputs[..., self._inner.num_outputs :].unflatten(-1, (self.size, -1))
@@ -130,7 +131,13 @@ class SplineFactor(Factor):
 
     def natural_units(self, scale_tril: Tensor) -> Tensor:
         """See :meth:`Factor.natural_units`: those of a normal factor, and ones for the knots."""
-        own = self._inner.natural_units(scale_tril)
+        return self._with_knots(self._inner.natural_units(scale_tril))
+
+    def natural_units_beside_prior(self, scale_tril: Tensor) -> Tensor:
+        """See :meth:`Factor.natural_units_beside_prior`."""
+        return self._with_knots(self._inner.natural_units_beside_prior(scale_tril))
+
+    def _with_knots(self, own: Tensor) -> Tensor:
         return torch.cat([own, own.new_ones(self.num_outputs - len(own))])
 
 
