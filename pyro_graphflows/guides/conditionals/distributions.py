@@ -170,8 +170,14 @@ class FactorDistribution(dist.TorchDistribution):
         new._drawn = self._drawn
         return new
 
+    def _shaped(self, flat: Tensor) -> Tensor:
+        """Return flat vectors in the event shape before they are flattened."""
+        if self.unconstrained_shape == self.base.event_shape:
+            return flat
+        return flat.reshape(flat.shape[:-1] + self.unconstrained_shape)
+
     def _constrain(self, flat: Tensor) -> Tensor:
-        raw = flat.reshape(flat.shape[:-1] + self.unconstrained_shape)
+        raw = self._shaped(flat)
         if _is_exponential(self.transform):  # a value of zero or infinity would be outside of the support
             limits = torch.finfo(raw.dtype)
             raw = raw.clamp(math.log(limits.tiny), math.log(limits.max) - 1.0)
@@ -220,7 +226,7 @@ class FactorDistribution(dist.TorchDistribution):
         return self._log_stretch(flat, self._constrain(flat))
 
     def _log_stretch(self, flat: Tensor, value: Tensor) -> Tensor:
-        raw = flat.reshape(flat.shape[:-1] + self.unconstrained_shape)
+        raw = self._shaped(flat)
         ladj = self.transform.log_abs_det_jacobian(raw, value)
         batch_dims = raw.dim() - len(self.unconstrained_shape)
         return ladj.flatten(batch_dims).sum(-1) if ladj.dim() > batch_dims else ladj
@@ -513,10 +519,10 @@ def site_distribution(
         )
     as_at_set_up = support is site.support
     if coordinate is not None:
-        back = site.transform if as_at_set_up else biject_to(support)
+        back = site.bijection if as_at_set_up else biject_to(support)
         shapes = site.unconstrained_shape, site.event_shape, support
         return FactorDistribution(factor, coordinate, *shapes), partial(_unconstrained, back, site)
-    transform = site.transform if as_at_set_up else biject_to(support)
+    transform = site.bijection if as_at_set_up else biject_to(support)
     is_real = site.is_real if as_at_set_up else is_identity(transform)
     if is_real and isinstance(factor, ScalarNormal) and not site.event_shape:
         return factor.normal if analytic_kl else SampledNormal(factor.normal), _add_event_dim
