@@ -40,7 +40,7 @@ from pyro_graphflows.distributions.coordinates import GaussianCoordinate, gaussi
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.inspect import TracedModel, get_argument
 from pyro_graphflows.inspect.runs import undressed
-from pyro_graphflows.regression import HEAVY_TAIL, MOST_QUANTILE_ROWS, TINY, location_and_scale
+from pyro_graphflows.regression import HEAVY_TAIL, MOST_QUANTILE_ROWS, TINY, in_float64, location_and_scale
 from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = [
@@ -829,8 +829,9 @@ def is_moderate(fn: Any) -> bool:
     coordinate = None if improper else gaussian_coordinate(fn)
     if coordinate is None or not coordinate.standard:
         return coordinate is not None
+    loc = in_float64(coordinate.loc)  # values of single precision would end where that does
     try:
-        ends = [biject_to(fn.support).inv(coordinate.transform(w + coordinate.loc)) for w in (-2.0, 2.0)]
+        ends = [biject_to(fn.support).inv(coordinate.transform(w + loc)) for w in (-2.0, 2.0)]
     except ValueError:  # scores so far out that they cannot be inverted
         return False
     width = (ends[1] - ends[0]).abs()
