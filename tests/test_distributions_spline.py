@@ -243,7 +243,7 @@ def test_gradient_of_its_own_draw():
     assert (slope != 0).all()
     with torch.no_grad():
         z = q.sample()
-        noise = q._drawn[0][1]
+        noise = q._last.behind(z, ())[0]
         assert q.log_prob(z) == (q._log_base(noise) - q.scale.log() - q.spline(noise)[1]).sum(-1)
 
 
@@ -274,7 +274,7 @@ def test_expand_shares_the_draw(base):
     assert larger.event_shape == (2,)
     z = larger.rsample()
     assert torch.allclose(q.log_prob(z), larger.log_prob(z.clone()))
-    assert q._drawn[0][0] is z
+    assert q._last.behind(z, ()) is not None
     assert larger.mean.shape == (5, 3, 2)
     assert q.expand((3,)) is q
 
@@ -287,7 +287,7 @@ def test_single_precision_density():
     z = single.rsample((20,))
     own = single.log_prob(z)
     exact = SplineDistribution(single.loc.double(), single.scale.double(), single.spline.parameters.double())
-    noise = single._drawn[0][1].double()
+    noise = single._last.behind(z, ())[0].double()
     wanted = (exact._log_base(noise) - exact.scale.log() - exact.spline(noise)[1]).sum(-1)
     assert (own.double() - wanted).abs().max() < 2e-3
     assert (own.double() - wanted).abs().median() < 2e-6

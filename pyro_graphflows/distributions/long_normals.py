@@ -32,6 +32,8 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.nn.functional import pad
 
+from pyro_graphflows.distributions.last_draw import LastDraw
+
 __all__ = [
     "AutoregressiveNormal",
     "BandedNormal",
@@ -286,15 +288,14 @@ class MixedNoiseNormal(dist.TorchDistribution):
 
     def __init__(self, loc: Tensor, scale: Tensor, left: Tensor, right: Tensor) -> None:
         self.loc, self.scale, self.left, self.right = loc, scale, left, right
-        # Value, noise, whether with gradients, of the last draw; shared with expanded copies.
-        self._drawn: list[tuple[Tensor, Tensor, bool]] = []
+        self._last = LastDraw()  # with its noise
         super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=False)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "MixedNoiseNormal":
         """Return the same distribution at a larger batch shape."""
         loc = self.loc.expand(torch.Size(batch_shape) + self.event_shape)
         new = MixedNoiseNormal(loc, self.scale, self.left, self.right)
-        new._drawn = self._drawn
+        new._last = self._last
         return new
 
     @property
@@ -338,20 +339,14 @@ class MixedNoiseNormal(dist.TorchDistribution):
         shape = torch.Size(sample_shape) + self.loc.shape
         noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
         value = self._of_noise(noise)
-        self._drawn[:] = [(value, noise, torch.is_grad_enabled())]
+        self._last.keep(value, noise)
         return value
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density of vectors, shape ``batch_shape``, in nats."""
-        known = bool(self._drawn) and self._drawn[0][0] is value and not self._depends_otherwise(value)
-        noise = self._drawn[0][1] if known else self.pull(value)
+        known = self._last.behind(value, (self.loc, self.scale, self.left, self.right))
+        noise = self.pull(value) if known is None else known[0]
         return standard_normal(noise) - self._log_det()
-
-    def _depends_otherwise(self, value: Tensor) -> bool:
-        """Whether derivatives are wanted at a fixed value, one that was drawn without gradients."""
-        if self._drawn[0][2] or not torch.is_grad_enabled():
-            return False
-        return any(part.requires_grad for part in (value, self.loc, self.scale, self.left, self.right))
 
 
 def _times(matrix: Tensor, vectors: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.nn.functional import softplus
 
+from pyro_graphflows.distributions.last_draw import LastDraw
 from pyro_graphflows.distributions.normal_tails import normal_log_density
 from pyro_graphflows.distributions.rational_spline import RationalSpline
 from pyro_graphflows.errors import GraphflowsError
@@ -85,8 +86,7 @@ class SplineDistribution(dist.TorchDistribution):
         self.df = (
             None if df is None else torch.as_tensor(df, dtype=loc.dtype, device=loc.device).expand(shape)
         )
-        # Shared with expanded copies: Pyro expands a distribution before it draws, and the guide asks the original.
-        self._drawn: list[tuple[Tensor, Tensor, Tensor, bool]] = []
+        self._last = LastDraw()
         super().__init__(shape[:-1], shape[-1:], validate_args=False)
 
     @constraints.dependent_property(is_discrete=False, event_dim=1)
@@ -107,7 +107,7 @@ class SplineDistribution(dist.TorchDistribution):
             base=self.base,
             df=None if self.df is None else self.df.expand(shape),
         )
-        new._drawn = self._drawn
+        new._last = self._last
         return new
 
     @property
@@ -136,7 +136,7 @@ class SplineDistribution(dist.TorchDistribution):
         noise = self._noise(self._extended_shape(sample_shape))
         splined, log_slope = self.spline(noise)
         value = self.loc + self.scale * splined
-        self._drawn[:] = [(value, noise, log_slope, torch.is_grad_enabled())]
+        self._last.keep(value, noise, log_slope)
         return value
 
     def _noise(self, shape: torch.Size) -> Tensor:
@@ -161,15 +161,6 @@ class SplineDistribution(dist.TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density of vectors, shape ``batch_shape``."""
-        if self._drawn and self._drawn[0][0] is value and not self._depends_otherwise(value):
-            _, noise, log_slope, _ = self._drawn[0]
-        else:
-            noise, log_slope = self.spline.inverse((value - self.loc) / self.scale)
+        known = self._last.behind(value, (self.loc, self.scale, self.spline.parameters, self.df))
+        noise, log_slope = known or self.spline.inverse((value - self.loc) / self.scale)
         return (self._log_base(noise) - self.scale.log() - log_slope).sum(-1)
-
-    def _depends_otherwise(self, value: Tensor) -> bool:
-        """Whether derivatives are wanted at a fixed value, one that was drawn without gradients."""
-        if self._drawn[0][3] or not torch.is_grad_enabled():
-            return False
-        tensors = (value, self.loc, self.scale, self.spline.parameters, self.df)
-        return any(tensor is not None and tensor.requires_grad for tensor in tensors)

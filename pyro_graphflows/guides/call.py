@@ -52,6 +52,7 @@ from pyro_graphflows.inspect.arguments import (
     code_of,
     fields_of,
     held_by_function,
+    signature_of,
 )
 from pyro_graphflows.inspect.runs import rows_of_plates
 from pyro_graphflows.inspect.trace import trace_once
@@ -342,6 +343,7 @@ class CallReader:
         self._unverified = False  # whether the model may be another than the one that was traced
         self._known: dict[Hashable, Call] = {}
         self._shapes: dict[Hashable, dict[str, torch.Size]] = {}
+        self._positions: dict[Hashable, dict[str, int] | None] = {}
         nodes: Any = traced.trace.nodes
         self.loose = frozenset(
             name for name in self.observed if name in nodes and _outside_plates(nodes[name])
@@ -357,7 +359,7 @@ class CallReader:
         """
         self.encodings = self.encodings.moved(convert)
         self.like = {name: convert(value) for name, value in self.like.items()}
-        self._known, self._shapes = {}, {}
+        self._known, self._shapes, self._positions = {}, {}, {}
         call = self._at_set_up
         if call is None:
             return
@@ -402,7 +404,7 @@ class CallReader:
             name: torch.zeros((), dtype=dtype, device=device) for name, dtype in plain["like"].items()
         }
         new._unverified, new._known, new._taken = True, {}, {}
-        new._shapes, new._at_set_up, new._told = {}, None, set()
+        new._shapes, new._positions, new._at_set_up, new._told = {}, {}, None, set()
         return new
 
     def _verify(self, trace: poutine.Trace) -> None:
@@ -495,6 +497,12 @@ class CallReader:
     ) -> Call:
         """Return a call of a kind of which the arguments are known to say all, without a run of the model."""
         known = self._known[shape]
+        if shape not in self._positions:
+            self._positions[shape] = self._positions_of(known, model, args, kwargs)
+        positions = self._positions[shape]
+        if positions is not None and not observations and not self.optional:
+            all_values = (*args, *kwargs.values())
+            return replace(known, values={name: all_values[at] for name, at in positions.items()}, given={})
         paths = {name: self.paths[name] for name in known.values}
         paths.update((name, self.paths[name]) for name in known.given)
         for name, value in observations.items():
@@ -502,6 +510,19 @@ class CallReader:
         values: dict[str, Any] = {**get_arguments(model, paths, args, kwargs), **observations}
         given = {name: values[name] for name in self.optional if name in values}
         return replace(known, values=values, given=given)
+
+    def _positions_of(
+        self, known: Call, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, int] | None:
+        """Return which arguments the values of a kind of call are; None unless each is an argument of its own."""
+        names = [*list(signature_of(model).parameters)[: len(args)], *kwargs]
+        plain = all(type(value) is Tensor for value in (*args, *kwargs.values()))
+        paths = {name: self.paths[name] for name in known.values}
+        if not plain or len(names) != len(args) + len(kwargs):
+            return None
+        if not all(len(path) == 1 and path[0] in names for path in paths.values()):
+            return None
+        return {name: names.index(path[0]) for name, path in paths.items()}  # type: ignore[arg-type]
 
     def _without_run(
         self, error: Exception, model: Callable[..., Any], args: Any, kwargs: Any, says_plates: bool

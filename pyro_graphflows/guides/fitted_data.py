@@ -67,6 +67,7 @@ class FittedData:
         self.leaves, self.partial = dict(leaves), frozenset(partial)
         self._alike = _marked({path: leaf for path, leaf in leaves.items() if isinstance(leaf, Tensor)})
         self._comparisons = 0
+        self._known_call: tuple[list[tuple[Any, int]], tuple[str, ...]] = [], ()
 
     def is_known(self, leaves: Leaves) -> bool:
         """Whether the tensors of a call are those that were fitted, or were found to hold the same."""
@@ -74,6 +75,26 @@ class FittedData:
             self._alike[path][0]() is leaf and self._alike[path][1] == _version(leaf)
             for path, leaf in leaves.items()
         )
+
+    def is_known_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether the arguments are the very tensors of the call that was last found to hold the data fitted."""
+        marks, names = self._known_call
+        values = (*args, *kwargs.values())
+        return (
+            bool(marks)
+            and len(values) == len(marks)
+            and names == tuple(kwargs)
+            and all(
+                mark[0]() is value and mark[1] == _version(value)
+                for mark, value in zip(marks, values, strict=True)
+            )
+        )
+
+    def note_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Note a call that holds the data fitted; not one with arguments other than tensors, which may hold some."""
+        values = (*args, *kwargs.values())
+        if all(type(value) is Tensor for value in values):
+            self._known_call = [(ref(value), _version(value)) for value in values], tuple(kwargs)
 
     def take_as_known(self, leaves: Leaves) -> None:
         """Note that the tensors of a call hold the data that were fitted."""

@@ -549,12 +549,16 @@ class AutoFaithfulGuide(AutoGuide):
     ) -> None:
         """Warn once of each site that fits other data than those of a call."""
         fitted = None if self._is_fitting else self._fitted
-        sites = [] if fitted is None else [site for site in self._per_element() if site not in self._warned]
-        if fitted is None or not sites or not any(name in call.values for name in self.plan.graph.observed):
+        if fitted is None or (not observations and fitted.is_known_call(args, kwargs)):
+            return
+        sites = [site for site in self._per_element() if site not in self._warned]
+        if not sites or not any(name in call.values for name in self.plan.graph.observed):
             return
         now = CallData(call, argument_leaves(self.model, args, kwargs), observations or {})
         found = fitted.sites_of_new_data(now, self.plan, self._reader.paths, sites)
         if not found:
+            if not observations and fitted.is_known(now.leaves):
+                fitted.note_call(args, kwargs)
             return
         self._warned.update(found)
         warnings.warn(

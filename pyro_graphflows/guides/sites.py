@@ -25,6 +25,8 @@ from pyro.distributions.transforms import OrderedTransform
 from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import (
+    AffineTransform,
+    ComposeTransform,
     ExpTransform,
     IndependentTransform,
     SigmoidTransform,
@@ -38,7 +40,7 @@ from pyro_graphflows.distributions.coordinates import GaussianCoordinate, gaussi
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.inspect import TracedModel, get_argument
 from pyro_graphflows.inspect.runs import undressed
-from pyro_graphflows.regression import HEAVY_TAIL, MOST_QUANTILE_ROWS, TINY, location_and_scale
+from pyro_graphflows.regression import HEAVY_TAIL, MOST_QUANTILE_ROWS, TINY, in_float64, location_and_scale
 from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = [
@@ -194,6 +196,7 @@ class LatentSite:
         support: The support.
         encoding: For discrete sites, how values are written as vectors.
         transform: The bijection from the unconstrained space to the support (of no use for discrete sites).
+        bijection: The same without parts that do nothing.
         size: The length of the flat unconstrained vector.
         is_real: Whether values are unconstrained as they are.
     """
@@ -204,12 +207,14 @@ class LatentSite:
     support: constraints.Constraint
     encoding: DiscreteEncoding | None = None
     transform: Transform = field(init=False)
+    bijection: Transform = field(init=False)
     size: int = field(init=False)
     is_real: bool = field(init=False)
 
     def __post_init__(self) -> None:
         transform = biject_to(self.support) if self.encoding is None else identity_transform
         object.__setattr__(self, "transform", transform)
+        object.__setattr__(self, "bijection", without_idle_parts(transform))
         object.__setattr__(self, "size", self.unconstrained_shape.numel())
         object.__setattr__(self, "is_real", self.encoding is None and is_identity(self.transform))
 
@@ -222,6 +227,26 @@ class LatentSite:
         if is_constant(self.support):
             return self
         return replace(self, support=moved_support(self.support, convert))
+
+
+def without_idle_parts(transform: Transform) -> Transform:
+    """Return a transform without the shift by zero and scaling by one that torch has for the positive numbers.
+
+    Example:
+        >>> without_idle_parts(biject_to(constraints.positive))
+        ExpTransform()
+    """
+    if not isinstance(transform, ComposeTransform):
+        return transform
+    parts = [part for part in transform.parts if not _is_idle(part)]
+    return parts[0] if len(parts) == 1 else transform
+
+
+def _is_idle(part: Transform) -> bool:
+    if not isinstance(part, AffineTransform):
+        return False
+    numbers = part.loc, part.scale
+    return not any(isinstance(number, Tensor) for number in numbers) and numbers == (0, 1)
 
 
 def outside_of_support(support: constraints.Constraint, value: Tensor, log_density: Tensor) -> Tensor:
@@ -804,8 +829,9 @@ def is_moderate(fn: Any) -> bool:
     coordinate = None if improper else gaussian_coordinate(fn)
     if coordinate is None or not coordinate.standard:
         return coordinate is not None
+    loc = in_float64(coordinate.loc)  # values of single precision would end where that does
     try:
-        ends = [biject_to(fn.support).inv(coordinate.transform(w + coordinate.loc)) for w in (-2.0, 2.0)]
+        ends = [biject_to(fn.support).inv(coordinate.transform(w + loc)) for w in (-2.0, 2.0)]
     except ValueError:  # scores so far out that they cannot be inverted
         return False
     width = (ends[1] - ends[0]).abs()

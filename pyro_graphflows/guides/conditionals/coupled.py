@@ -40,10 +40,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyro_graphflows.distributions.last_draw import LastDraw
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.conditionals.elements import ElementTable
-from pyro_graphflows.guides.conditionals.factors import NormalFactor, positive_scale
+from pyro_graphflows.guides.conditionals.factors import NormalFactor, positive_scale, unit_lower
 from pyro_graphflows.guides.sites import SitePrior
 from pyro_graphflows.shapes import broadcast_shapes
 
@@ -87,6 +88,7 @@ class CoupledNormal(dist.TorchDistribution):
         self.mixing = mixing
         self.dims = tuple(dims)
         self.orders = dict(orders)
+        self._last = LastDraw()  # with its noise
         super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=False)
 
     @constraints.dependent_property(is_discrete=False, event_dim=1)
@@ -97,14 +99,18 @@ class CoupledNormal(dist.TorchDistribution):
     def expand(self, batch_shape: Any, _instance: Any = None) -> "CoupledNormal":
         """Return the same distribution at a larger batch shape; the coupled dimensions stay as they are."""
         batch_shape = torch.Size(batch_shape)
+        if batch_shape == self.batch_shape:
+            return self
         size = self.event_shape[0]
-        return CoupledNormal(
+        new = CoupledNormal(
             self.loc.expand(*batch_shape, size),
             self.scale_tril.expand(*batch_shape, size, size),
             self.mixing,
             self.dims,
             self.orders,
         )
+        new._last = self._last
+        return new
 
     def beside(self, prior: SitePrior) -> "CoupledNormal":
         """Return the normal proportional to a prior of each element, a number, times this one."""
@@ -150,11 +156,16 @@ class CoupledNormal(dist.TorchDistribution):
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draw reparametrised values of shape ``sample_shape + batch_shape + event_shape``."""
         shape = torch.Size(sample_shape) + self.batch_shape + self.event_shape
-        return self._of_noise(torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device))
+        noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+        value = self._of_noise(noise)
+        self._last.keep(value, noise)
+        return value
 
     def _of_noise(self, noise: Tensor) -> Tensor:
         mixed = (self.mixing @ self._gather(noise).unsqueeze(-1)).squeeze(-1)
         scattered = self._scatter(mixed, noise.shape)
+        if self.event_shape[0] == 1:
+            return torch.addcmul(self.loc, self.scale_tril.squeeze(-1), scattered)
         return self.loc + (self.scale_tril @ scattered.unsqueeze(-1)).squeeze(-1)
 
     def push(self, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,7 +201,8 @@ class CoupledNormal(dist.TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the term of each element given the elements before it, shape ``batch_shape``."""
-        noise = self.pull(value)
+        known = self._last.behind(value, (self.loc, self.scale_tril, self.mixing))
+        noise = self.pull(value) if known is None else known[0]
         return (-0.5 * noise.square() - HALF_LOG_TWO_PI).sum(-1) - self._log_stretch(noise.shape)
 
 
@@ -268,7 +280,7 @@ class CouplingTerms(nn.Module):
                 length *= plate.full_size
             self.length = length
             self.table = ElementTable(others, length * (length - 1) // 2)
-            self.table.unit.fill_(length**-0.5)
+            self.table.unit.fill_(length**-0.75)
 
     def distribution(
         self,
@@ -317,10 +329,9 @@ class CouplingTerms(nn.Module):
         n, (shift, scale) = factor.size, units
         loc = torch.addcmul(shift, scale, outputs[..., :n])
         diagonal = scale * positive_scale(outputs[..., n : 2 * n], shift, scale)
-        rows, columns = torch.tril_indices(n, n, -1, device=outputs.device)
-        unit = torch.eye(n, dtype=outputs.dtype, device=outputs.device)
-        unit = unit.expand(*outputs.shape[:-1], n, n).clone()
-        unit[..., rows, columns] = outputs[..., 2 * n : factor.num_inner]
+        scale_tril = diagonal.unsqueeze(-1)
+        if n > 1:
+            scale_tril = scale_tril * unit_lower(outputs[..., 2 * n : factor.num_inner], n)
         dims = tuple(plate.dim for plate in coupled)
         mixing = (
             self._table_mixing(plates, dims) if self.table is not None else self._ranked_mixing(outputs, dims)
@@ -328,7 +339,7 @@ class CouplingTerms(nn.Module):
         orders = {}
         if self.table is not None:  # pairs are of elements, in whichever order a call has these
             orders = {p.dim: p.indices.to(loc.device) for p in coupled if p.indices is not None}
-        joint = CoupledNormal(loc, diagonal.unsqueeze(-1) * unit, mixing, dims, orders)
+        joint = CoupledNormal(loc, scale_tril, mixing, dims, orders)
         return joint if prior is None else joint.beside(prior)
 
     def _table_mixing(self, plates: Mapping[str, PlateState], dims: tuple[int, ...]) -> Tensor:
@@ -337,11 +348,7 @@ class CouplingTerms(nn.Module):
         for dim in dims:  # left to right: what is taken out does not move those that follow
             if -dim < entries.dim():
                 entries = entries.squeeze(dim - 1)
-        rows, columns = torch.tril_indices(self.length, self.length, -1, device=entries.device)
-        unit = torch.eye(self.length, dtype=entries.dtype, device=entries.device)
-        unit = unit.expand(*entries.shape[:-1], self.length, self.length).clone()
-        unit[..., rows, columns] = entries
-        return unit
+        return unit_lower(entries, self.length)
 
     def _ranked_mixing(self, outputs: Tensor, dims: tuple[int, ...]) -> Tensor:
         n, rank = self.factor.size, self.factor.rank

@@ -8,6 +8,7 @@ that no analytic KL is registered for them: where a guide may not use one
 have no reparametrised draws: gradients of ELBOs are of the score-function kind, unless the site is enumerated.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import biject_to, constraints
-from torch.distributions.transforms import Transform
+from torch.distributions.transforms import ComposeTransform, ExpTransform, IndependentTransform, Transform
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.sites import DiscreteEncoding, LatentSite, is_identity
@@ -169,8 +170,18 @@ class FactorDistribution(dist.TorchDistribution):
         new._drawn = self._drawn
         return new
 
+    def _shaped(self, flat: Tensor) -> Tensor:
+        """Return flat vectors in the event shape before they are flattened."""
+        if self.unconstrained_shape == self.base.event_shape:
+            return flat
+        return flat.reshape(flat.shape[:-1] + self.unconstrained_shape)
+
     def _constrain(self, flat: Tensor) -> Tensor:
-        return self.transform(flat.reshape(flat.shape[:-1] + self.unconstrained_shape))
+        raw = self._shaped(flat)
+        if _is_exponential(self.transform):  # a value of zero or infinity would be outside of the support
+            limits = torch.finfo(raw.dtype)
+            raw = raw.clamp(math.log(limits.tiny), math.log(limits.max) - 1.0)
+        return self.transform(raw)
 
     def constrained(self, flat: Tensor) -> Tensor:
         """Return the value of a flat unconstrained vector, which counts as drawn."""
@@ -215,10 +226,22 @@ class FactorDistribution(dist.TorchDistribution):
         return self._log_stretch(flat, self._constrain(flat))
 
     def _log_stretch(self, flat: Tensor, value: Tensor) -> Tensor:
-        raw = flat.reshape(flat.shape[:-1] + self.unconstrained_shape)
+        raw = self._shaped(flat)
         ladj = self.transform.log_abs_det_jacobian(raw, value)
         batch_dims = raw.dim() - len(self.unconstrained_shape)
         return ladj.flatten(batch_dims).sum(-1) if ladj.dim() > batch_dims else ladj
+
+
+def _is_exponential(transform: Transform) -> bool:
+    """Whether a map begins with the exponential function."""
+    while isinstance(transform, IndependentTransform | ComposeTransform):
+        if isinstance(transform, IndependentTransform):
+            transform = transform.base_transform
+        elif transform.parts:
+            transform = transform.parts[0]
+        else:
+            return False
+    return isinstance(transform, ExpTransform)
 
 
 class DrawnOrGiven(dist.TorchDistribution):
@@ -496,10 +519,10 @@ def site_distribution(
         )
     as_at_set_up = support is site.support
     if coordinate is not None:
-        back = site.transform if as_at_set_up else biject_to(support)
+        back = site.bijection if as_at_set_up else biject_to(support)
         shapes = site.unconstrained_shape, site.event_shape, support
         return FactorDistribution(factor, coordinate, *shapes), partial(_unconstrained, back, site)
-    transform = site.transform if as_at_set_up else biject_to(support)
+    transform = site.bijection if as_at_set_up else biject_to(support)
     is_real = site.is_real if as_at_set_up else is_identity(transform)
     if is_real and isinstance(factor, ScalarNormal) and not site.event_shape:
         return factor.normal if analytic_kl else SampledNormal(factor.normal), _add_event_dim

@@ -44,6 +44,7 @@ __all__ = [
     "positive_scale",
     "scalar_normals",
     "share_of_long",
+    "unit_lower",
 ]
 
 TINY = 1e-30
@@ -297,6 +298,20 @@ class Factor(ABC):
         return None
 
 
+def unit_lower(entries: Tensor, size: int) -> Tensor:
+    """Return unit lower triangular matrices, ``(*batch, size, size)``.
+
+    Args:
+        entries: What is below the diagonals, in the order of :func:`torch.tril_indices`, ``(*batch, entries)``.
+        size: The size of the matrices.
+    """
+    rows, columns = torch.tril_indices(size, size, -1, device=entries.device)
+    unit = torch.eye(size, dtype=entries.dtype, device=entries.device)
+    unit = unit.expand((*entries.shape[:-1], size, size)).clone()
+    unit[..., rows, columns] = entries
+    return unit
+
+
 class NormalOutputs(Factor):
     """What normal factors share: locations first, then log-scales."""
 
@@ -420,11 +435,7 @@ def _parts_of_vector(outputs: Tensor, shift: Tensor, scale: Tensor) -> tuple[Ten
     else:
         loc, own_scale = torch.addcmul(shift, scale, outputs[..., :n]), scale
     width = positive_scale(outputs[..., n : 2 * n], shift, own_scale)
-    rows, columns = torch.tril_indices(n, n, -1, device=outputs.device)
-    eye = torch.eye(n, dtype=outputs.dtype, device=outputs.device)
-    unit = eye.expand((*outputs.shape[:-1], n, n)).clone()
-    unit[..., rows, columns] = outputs[..., 2 * n :]
-    return loc, width, unit
+    return loc, width, unit_lower(outputs[..., 2 * n :], n)
 
 
 class SharedCovarianceFactor(NormalFactor):

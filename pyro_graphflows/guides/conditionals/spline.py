@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_graphflows.distributions.last_draw import LastDraw
 from pyro_graphflows.distributions.rational_spline import num_spline_parameters
 from pyro_graphflows.distributions.spline import SplineDistribution
 from pyro_graphflows.guides.conditionals.factors import (
@@ -155,8 +156,7 @@ class SplineVector(dist.TorchDistribution):
 
     def __init__(self, elements: SplineDistribution, loc: Tensor, scale_tril: Tensor) -> None:
         self.elements, self.loc, self.scale_tril = elements, loc, scale_tril
-        # Value, images of the splines, whether with gradients, of the last draw; shared with expanded copies.
-        self._drawn: list[tuple[Tensor, Tensor, bool]] = []
+        self._last = LastDraw()  # with the images of the splines
         super().__init__(elements.batch_shape, elements.event_shape, validate_args=False)
 
     @constraints.dependent_property(is_discrete=False, event_dim=1)
@@ -170,14 +170,14 @@ class SplineVector(dist.TorchDistribution):
         new = SplineVector(
             self.elements.expand(shape), self.loc.expand(*shape, n), self.scale_tril.expand(*shape, n, n)
         )
-        new._drawn = self._drawn
+        new._last = self._last
         return new
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draw reparametrised values of shape ``sample_shape + batch_shape + event_shape``."""
         y = self.elements.rsample(sample_shape)
         value = self.loc + (self.scale_tril @ y.unsqueeze(-1)).squeeze(-1)
-        self._drawn[:] = [(value, y, torch.is_grad_enabled())]
+        self._last.keep(value, y)
         return value
 
     @property
@@ -187,17 +187,12 @@ class SplineVector(dist.TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density of vectors, shape ``batch_shape``."""
-        if self._drawn and self._drawn[0][0] is value and not self._depends_otherwise(value):
-            y = self._drawn[0][1]
+        known = self._last.behind(value, (self.loc, self.scale_tril))
+        if known is not None:
+            (y,) = known
         else:
             residual = (value - self.loc).unsqueeze(-1)
             tril = self.scale_tril.expand(*residual.shape[:-2], -1, -1)
             y = torch.linalg.solve_triangular(tril, residual, upper=False).squeeze(-1)
         log_det: Tensor = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return self.elements.log_prob(y) - log_det
-
-    def _depends_otherwise(self, value: Tensor) -> bool:
-        """Whether derivatives are wanted at a fixed value, one that was drawn without gradients."""
-        if self._drawn[0][2] or not torch.is_grad_enabled():
-            return False
-        return any(tensor.requires_grad for tensor in (value, self.loc, self.scale_tril))
