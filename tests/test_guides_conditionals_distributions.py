@@ -358,3 +358,18 @@ def test_refusals_name_the_site():
         GraphflowsError, match=r"a factor of 'vector' .* event shape \(3,\), .*; got \(\) \(Normal\)"
     ):
         site_distribution(real, dist.Normal(torch.zeros(5, 3), 1.0), real.support, analytic_kl=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("prior", [dist.LogNormal(0.0, 1.0), dist.HalfNormal(torch.ones(2)).to_event(1)])
+def test_positive_values_stay_positive_and_finite_however_far_out(prior, dtype):
+    transform = torch.distributions.biject_to(prior.support)
+    shape = prior.event_shape
+    for loc in (-2e3, 2e3):
+        base = dist.Normal(torch.full((max(shape.numel(), 1),), loc, dtype=dtype), 1.0).to_event(1)
+        factor = FactorDistribution(base, transform, shape, shape, prior.support)
+        value = factor.rsample()
+        assert value.dtype == dtype
+        assert bool(((value > 0) & torch.isfinite(value)).all())
+        flat = factor.unconstrained(value)  # the vector drawn, in which the density is
+        torch.testing.assert_close(factor.log_prob(value), base.log_prob(flat) - flat.sum())

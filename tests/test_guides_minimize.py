@@ -1,9 +1,11 @@
-"""Going downhill: exact on quadratics, out of saddles, back from where a function is not defined."""
+"""Going downhill: exact on quadratics, out of saddles, back from where a function is not defined; normals too."""
+
+import math
 
 import pytest
 import torch
 
-from pyro_graphflows.guides.minimize import hessian_at, lbfgs, loss_and_gradient, newton
+from pyro_graphflows.guides.minimize import fit_normal, hessian_at, lbfgs, loss_and_gradient, newton
 
 
 def random_quadratic(size):
@@ -75,3 +77,39 @@ def test_steps_into_undefined_regions_are_shortened(search):
     assert loss == float("inf")
     assert not gradient.any()
     assert hessian_at(function, torch.tensor([-1.0, 1.0])) is None
+
+
+def test_normals_are_found_exactly_from_far_off_and_at_last_from_many_draws():
+    matrix, lowest, _ = random_quadratic(5)
+
+    def function(x):
+        return ((x - lowest) @ matrix * (x - lowest)).sum(-1) / 2
+
+    loc, factor = torch.zeros(5), torch.eye(5)
+    for _ in range(3):
+        loc, factor = fit_normal(function, loc, factor)
+    # rates of .1 at the end leave little of what was before, and the Hessian is the same everywhere
+    torch.testing.assert_close(factor.T @ matrix @ factor, torch.eye(5), rtol=0, atol=1e-6)
+    torch.testing.assert_close(loc, lowest, rtol=0, atol=1e-3)
+
+
+def test_the_best_normal_of_a_skewed_density():
+    """Of exp(-f) with f = exp(x) - a x, the best normal has mean log(a) - s / 2 and variance s with s = 1 / a."""
+    a = 3.0
+    loc, factor = torch.zeros(40), 0.1 * torch.eye(40)
+    for _ in range(3):
+        loc, factor = fit_normal(lambda x: (x.exp() - a * x).sum(-1), loc, factor)
+    variances = (factor @ factor.T).diagonal()
+    assert abs(float(variances.mean()) - 1 / a) < 0.01
+    assert abs(float(loc.mean()) - (math.log(a) - 0.5 / a)) < 0.02
+
+
+def test_where_a_function_is_not_defined_a_normal_gets_narrower():
+    def function(x):
+        if bool((x.abs() > 3.0).any()):
+            raise ValueError("not defined there")
+        return 50 * x.square().sum(-1)
+
+    loc, factor = fit_normal(function, torch.zeros(2), 8.0 * torch.eye(2))
+    torch.testing.assert_close(factor @ factor.T, torch.eye(2) / 100, rtol=0.3, atol=1e-3)
+    assert loc.abs().max() < 0.1

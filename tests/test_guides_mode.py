@@ -155,7 +155,9 @@ def test_where_the_mode_is_far_off_normals_are_fitted_by_their_elbo():
     exact = float(torch.logsumexp((log_lik + log_prior).flatten(), 0)) + 2 * math.log(step)
     noise = torch.randn(2000, len(mode.point))
     gap = exact - mode.elbo(noise)
-    assert -0.2 < gap < 2.0, gap  # the normal about the mode itself is several nats off
+    assert -0.1 < gap < 0.8, (
+        gap
+    )  # the normal about the mode itself is several nats off, independent ones about two
 
 
 def test_what_has_no_mode_says_so():

@@ -171,3 +171,26 @@ def test_rows_that_are_not_finite_do_not_count():
     samples["z3"] = samples["z0"] * samples["z1"]
     samples["z3"][:200] = float("nan")
     assert smooth_order(inverse, samples) is inverse  # 400 rows are too few
+
+
+def crossed(x):
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 0.3))
+    rows, columns = pyro.plate("rows", x.shape[-2], dim=-2), pyro.plate("columns", x.shape[-1], dim=-1)
+    with rows:
+        a = pyro.sample("a", dist.Normal(0.0, scale))
+    with columns:
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+    with rows, columns:
+        pyro.sample("x", dist.Normal(a + b, 1.0), obs=x)
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (8, 3)])
+def test_of_crossed_effects_those_in_the_smaller_plate_are_sampled_first(shape):
+    guide = auto_faithful_guide(crossed, torch.randn(shape), num_start_samples=100)
+    smaller, larger = ("a", "b") if shape[0] < shape[1] else ("b", "a")
+    plates = {"a": ("rows",), "b": ("columns",)}
+    assert dict(guide.inverse.coupled) == {smaller: plates[smaller]}
+    assert smaller in guide.inverse.parents[larger]
+    assert is_imap(guide.inverse)
+    asked = auto_faithful_guide(crossed, torch.randn(shape), inverse=[smaller, larger, "scale"])
+    assert larger in asked.inverse.coupled  # an order that is asked for is kept

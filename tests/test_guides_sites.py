@@ -19,6 +19,7 @@ from pyro_graphflows.guides.sites import (
     flatten_event,
     input_encodings,
     is_identity,
+    is_moderate,
     latent_sites,
     partly_observed,
 )
@@ -460,3 +461,12 @@ def test_no_parts():
     like = torch.zeros(2, 3, 4, dtype=torch.float32)
     assert concatenate([], like=like).shape == (2, 3, 0)
     assert concatenate([], like=like).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_whether_a_prior_is_moderate_does_not_depend_on_its_type(dtype):
+    small, one = torch.tensor(1e-3, dtype=dtype), torch.ones((), dtype=dtype)
+    assert not is_moderate(dist.InverseGamma(small, small))
+    assert not is_moderate(dist.Gamma(small, small))
+    assert is_moderate(dist.Gamma(one, one))
+    assert is_moderate(dist.HalfCauchy(one))

@@ -54,3 +54,21 @@ def test_crossed_plates_have_no_one_order():
     # given its row's effect, data of a row share no column; those of a column do not share a row
     assert list(sites) == ["a", "b"]
     assert sites["b"].responses == ("x",)
+
+
+def test_covariates_of_elements_may_be_dependent_if_they_say_nothing_of_the_site():
+    plates = {"a": ["rows"], "b": ["columns"], "x": ["rows", "columns"]}
+    summaries = {"b": [Summary(("a", "x"), ("rows",))]}
+    edges = [("s", "a"), ("a", "x"), ("b", "x")]
+    found_sites = found(edges, {"s": ["x"], "a": ["s", "x"], "b": ["a", "x"]}, summaries, plates=plates)
+    assert list(found_sites) == ["b"]  # effects of rows share their scale, which the data do not see
+    # where the scale is that of the columns too, the rows say something of it, and so of b
+    edges = [*edges, ("s", "b")]
+    assert not found(edges, {"s": ["x"], "a": ["s", "x"], "b": ["a", "x"]}, summaries, plates=plates)
+    assert list(
+        found(edges, {"s": ["x"], "a": ["s", "x"], "b": ["s", "a", "x"]}, summaries, plates=plates)
+    ) == ["b"]
+    # data that share an unknown noise are not independent given the rows
+    edges = [("a", "x"), ("b", "x"), ("n", "x")]
+    parents = {"a": ["x"], "b": ["a", "x"], "n": ["a", "b", "x"]}
+    assert not found(edges, parents, summaries, plates=plates)

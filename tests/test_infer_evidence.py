@@ -240,7 +240,7 @@ def test_particles_that_share_one_draw_are_refused():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Delta(torch.randn(len(x)), log_density=torch.zeros(len(x))))
 
-    with pytest.raises(UnsupportedModelError, match="all 500 particles share one value"):
+    with pytest.raises(UnsupportedModelError, match="particles share one value"):
         log_evidence(normal_model, guide, torch.randn(3))
 
 
@@ -338,3 +338,25 @@ def test_an_evidence_says_itself_in_a_line():
     assert repr(evidence).startswith(f"Evidence({evidence.log_evidence.sum():.6g} ± ")
     assert "nats for 3 data; ESS >= " in repr(evidence)
     assert "nats for all data together" in repr(evidence_from_log_weights(torch.randn(100)))
+
+
+def test_a_model_that_mixes_particles_is_refused_before_it_takes_the_square_of_their_number():
+    """Weights that meet locations along the dimension of the particles: refused after a few, and not after many."""
+    sizes = []
+
+    def model(x):
+        w = pyro.sample("w", dist.Dirichlet(torch.ones(3)))
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            components = dist.Normal(mu.unsqueeze(-2), 0.5)
+            mixture = dist.MixtureSameFamily(dist.Categorical(w.unsqueeze(-2)), components)
+            sizes.append(mixture.batch_shape.numel())
+            pyro.sample("x", mixture, obs=x)
+
+    def guide(x):
+        pyro.sample("w", dist.Dirichlet(torch.ones(3)))
+        pyro.sample("mu", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+    with pytest.raises(GraphflowsError):
+        log_evidence(model, guide, torch.randn(4), num_particles=3000, data_plate=False)
+    assert max(sizes) < 3000

@@ -5,7 +5,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from studies.multilevel import models, report, run
+from studies.multilevel import answers, models, report, run
 from studies.results import Results
 
 
@@ -92,38 +92,73 @@ def test_three_levels_start_at_their_posterior_whatever_the_sizes():
         assert float(values.mean()) < 0.02 + 4 * float(values.std()) / math.sqrt(10)
 
 
+def test_the_reference_of_item_response_is_that_of_a_grid():
+    """Two items and three persons: an integral over the spread, the difficulties and, for each, the abilities."""
+    y = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
+    torch.manual_seed(0)
+    found = answers.posterior(y)
+    level = torch.linspace(-5.0, 5.0, 41).double()
+    mass = torch.log_softmax(-0.5 * level.square(), 0)  # of a standard normal
+    spread = torch.linspace(0.02, 7.0, 150).double()
+    of_spread = torch.log_softmax(-0.5 * (spread / 1.5).square(), 0)
+    difficulty = 1.5 * level
+    logits = spread.reshape(-1, 1, 1) * level.reshape(1, -1, 1) - difficulty  # (spread, ability, difficulty)
+    total = of_spread.reshape(-1, 1, 1) + mass.reshape(-1, 1) + mass
+    for one, two in y.tolist():
+        first, second = (torch.nn.functional.logsigmoid((2.0 * each - 1.0) * logits) for each in (one, two))
+        both = mass.reshape(1, -1, 1, 1) + first.unsqueeze(-1) + second.unsqueeze(-2)
+        total = total + both.logsumexp(1)
+    exact = float(total.flatten().logsumexp(0))
+    assert found.log_evidence == pytest.approx(exact, abs=5.0 * found.error + 2e-3)
+    assert found.error < 0.02
+    weights = (total - exact).exp()
+    means = [float((weights.sum((1, 2)) * spread).sum())]
+    means += [float((weights.sum(dim) * difficulty).sum()) for dim in ((0, 2), (0, 1))]
+    errors = found.sd[[0, 4, 5]] / 8000**0.5
+    assert torch.allclose(
+        found.mean[[0, 4, 5]], torch.tensor(means).double(), atol=float(6.0 * errors.max()) + 5e-3
+    )
+    assert found.mean[2] > found.mean[1] > found.mean[3]  # abilities follow right answers
+
+
 def test_nuts_and_a_guide_of_item_response_are_compared(monkeypatch):
-    for name, value in (("NUM_DATA_SETS", 1), ("NUM_NUTS", 1), ("NUTS_DRAWS", 10), ("NUTS_WARM_UP", 5)):
+    sizes = {"NUM_DATA_SETS": 1, "NUM_NUTS": 1, "NUTS_DRAWS": 10, "NUTS_WARM_UP": 5, "NUM_OF_MEANS": 20}
+    for name, value in sizes.items():
         monkeypatch.setattr(run, name, value)
-    reference = run.nuts_of_answers()
-    (drawn,) = run.held_out("item response", run.NUTS_RANGE)
+    monkeypatch.setattr(answers, "ROUNDS", (500,))
+    reference = run.reference_of_answers()
+    (drawn,) = run.held_out("item response", run.OF_MEANS)
     persons, items = drawn["y"].shape
-    assert len(reference[0]["mean"]) == 1 + persons + items
+    assert len(reference["mean"][0]) == 1 + persons + items
+    assert run.nuts_of_answers(reference)["data_sets"] == 1
 
-    class Guide:
-        """The reference itself."""
+    def guide(y):
+        """The means of the reference, always."""
+        assert torch.equal(y, drawn["y"])
+        spread, ability, difficulty = torch.tensor(reference["mean"][0]).split([1, persons, items])
+        pyro.sample("spread", dist.Delta(spread.reshape(())))
+        with pyro.plate("items", items, dim=-1):
+            pyro.sample("difficulty", dist.Delta(difficulty))
+        with pyro.plate("persons", persons, dim=-2):
+            pyro.sample("ability", dist.Delta(ability.unsqueeze(-1)))
 
-        def __call__(self, y):
-            assert torch.equal(y, drawn["y"])
-            mean = torch.tensor(reference[0]["mean"])
-            each = mean.expand(run.NUM_WEIGHTED, -1).split([1, persons, items], -1)
-            return dict(zip(run.NUTS_SITES, each, strict=True))
-
-    assert run.distance_from_nuts(Guide(), reference) == pytest.approx(0.0, abs=1e-4)
+    assert run.errors_of_means(guide, reference) == pytest.approx((0.0, 0.0), abs=1e-3)
 
 
 @pytest.mark.parametrize(
-    ("name", "row"), [("two levels", "flat"), ("random effects", "both"), ("item response", "elbo")]
+    ("name", "row"), [("two levels", "flat"), ("random effects", "both"), ("item response", "back")]
 )
 def test_a_row_from_training_to_page(tmp_path, monkeypatch, name, row):
     monkeypatch.setattr(run, "NUM_DATA_SETS", 2)
     monkeypatch.setattr(run, "NUM_DRAWS", 20)
-    monkeypatch.setattr(run, "NUM_WEIGHTED", 20)
-    monkeypatch.setattr(run, "NUM_START_SAMPLES", {})
+    monkeypatch.setattr(run, "NUM_OF_MEANS", 20)
+    monkeypatch.setattr(answers, "ROUNDS", (200,))
+    monkeypatch.setattr(run, "NUM_START_SAMPLES", dict.fromkeys(run.MODELS, 500))
     guide, figures = run.train(name, row, 0.3, 0)
     assert figures["steps"] > 0
     results = Results(tmp_path / "results.jsonl")
-    results.append(f"{name}/{row}/0.3/0", {**figures, **run.judge(name, guide)})
+    reference = run.reference_in(results, False) if name == "item response" else None
+    results.append(f"{name}/{row}/0.3/0", {**figures, **run.judge(name, guide, reference)})
     report.render(results.path, tmp_path)
     assert f"| `{row}` | 0 |" in (tmp_path / "multilevel.md").read_text()
     assert (tmp_path / "multilevel" / "gaps.png").exists()

@@ -78,13 +78,13 @@ def test_draws_outside_the_prior_are_dropped(tmp_path, monkeypatch, row):
     task = Toy("box", in_a_box, columns, (2,), {})
     guide = auto_faithful_guide(task.model, task.observation(1), family=run.FAMILIES["normal"]())
     guide.save(tmp_path / "guide")
-    draws, figures = run.draw(task, row, tmp_path / "guide", 1, 0)
+    draws, figures = run.draw(task, row, run.load(task, tmp_path / "guide"), 1, 0)
     assert draws.shape == (200, 2)
     assert ((draws >= 0) & (draws <= 1)).all()
     assert 0.3 < figures["inside"] < 1
     monkeypatch.setattr(run, "OUTSIDE", 1)
     with pytest.raises(SystemExit, match="of 200 draws only"):
-        run.draw(task, "normal", tmp_path / "guide", 1, 0)
+        run.draw(task, "normal", run.load(task, tmp_path / "guide"), 1, 0)
 
 
 class Toy(Task):
@@ -115,20 +115,22 @@ def test_a_row_from_training_to_page(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "NUM_DRAWS", 400)
     monkeypatch.setattr(run, "POOL", 2000)
     monkeypatch.setattr(run, "BATCH", 100)
+    monkeypatch.setattr(run, "AUTO_SECONDS", 0.5)
     monkeypatch.setattr(
         run, "Simulations", lambda number, **options: Simulations(number, batch_size=options["batch_size"])
     )
     task = Toy("gaussian_linear", gaussian_linear, columns, (2,), {})
     results = Results(tmp_path / "results.jsonl")
     for number in (1, 2):
-        for row in ("normal", "spline reweighted"):
+        for row in ("normal", "spline score reweighted", "auto")[: 3 if number == 1 else 1]:
             run.run(task, row, 200, 0, number, results, tmp_path)
     keys = list(results.read())
     assert len(keys) == 6  # two trainings, four tests
     again = results.path.read_bytes()
     run.run(task, "normal", 200, 0, 1, results, tmp_path)
     assert results.path.read_bytes() == again
-    assert results.get("gaussian_linear/spline reweighted/200/0/1")["c2st"] < 0.65
+    for row in ("spline score reweighted", "auto"):
+        assert results.get(f"gaussian_linear/{row}/200/0/1")["c2st"] < 0.65
     report.draw(results.path, tmp_path)
     report.render(results.path, tmp_path)
     page = (tmp_path / "sbibm.md").read_text()

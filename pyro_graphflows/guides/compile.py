@@ -36,14 +36,17 @@ from pyro_graphflows.guides.families import MOST_GLOBALS, Auto, Normal, Spline
 from pyro_graphflows.guides.fusion import Fusion, FusionQuestion, plan_fusion, sites_of_scales
 from pyro_graphflows.guides.inputs import InputOptions, InputPlan, plan_inputs, sites_concerned
 from pyro_graphflows.guides.orders import (
+    MOST_EDGES_OF_HIERARCHIES,
     NAMED_INVERSES,
     FoundInverse,
     Inverse,
     draws_more_effects_alone,
     find_inverse,
     most_edges_of_hierarchy,
+    num_coupled_pairs,
     optional_sites_first,
     order_for_coupled_effects,
+    order_for_crossed_plates,
     order_for_discrete_sites,
     order_for_hierarchies,
     order_for_supports,
@@ -311,6 +314,14 @@ def compile_guide(
         if alone is not None:
             way = find_inverse(model, args, kwargs, trace, alone, elements=elements)
             if draws_more_effects_alone(way.inverse, inverse, scales):
+                found, traced, inverse = way, way.traced, way.inverse
+    if is_free and options.pool is None and not discrete and not traced.loops and not changing:
+        sizes = {name: plate.full_size for name, plate in plates_of(traced.trace).items()}
+        crossed = order_for_crossed_plates(inverse, sizes)
+        if crossed is not None:
+            way = find_inverse(model, args, kwargs, trace, crossed, elements=elements)
+            fewer = num_coupled_pairs(way.inverse, sizes) < num_coupled_pairs(inverse, sizes)
+            if fewer and way.inverse.num_edges <= MOST_EDGES_OF_HIERARCHIES * inverse.num_edges:
                 found, traced, inverse = way, way.traced, way.inverse
     judged = found.judged if traced.loops else None
     if traced.loops:

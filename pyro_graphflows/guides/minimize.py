@@ -1,15 +1,26 @@
 """Going downhill on a smooth function of some hundred numbers: Newton's method and L-BFGS, from poor first points.
 
-Functions may be infinite or undefined far out; steps are shortened until the loss is finite and falls.
+Functions may be infinite or undefined far out; steps are shortened until the loss is finite and falls. A normal
+goes downhill by the same derivatives, those of the mean over its draws.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-__all__ = ["LEAST_CURVATURE", "hessian_at", "lbfgs", "loss_and_gradient", "newton", "scaled_eigenvalues"]
+__all__ = [
+    "LEAST_CURVATURE",
+    "Objective",
+    "fit_normal",
+    "hessian_at",
+    "lbfgs",
+    "loss_and_gradient",
+    "newton",
+    "scaled_eigenvalues",
+]
 
 Objective = Callable[[Tensor], Tensor]  # from a vector to a number
 
@@ -21,6 +32,9 @@ SHORTEST = 1e-8  # step of a line search
 SUFFICIENT = 1e-4  # Armijo's constant
 LEAST_CURVATURE = 1e-7  # relative to the greatest, after each coordinate is scaled by its own
 DIFFERENCE = 1e-5  # of points, where products with Hessians cannot be computed
+RATES = (0.5,) * 5 + (0.3,) * 5 + (0.1,) * 10  # of a normal's steps: far at first, then means over many draws
+NUM_PAIRS = 4  # of opposite draws, for each of them
+MOST_CHANGE = 10.0  # of a precision in a step, in units of what it is
 
 
 def loss_and_gradient(objective: Objective, point: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,3 +186,46 @@ def _line_search(
             return moved, new_loss, new_gradient
         length *= 0.5 if math.isfinite(float(new_loss)) else 0.1
     return None
+
+
+def fit_normal(objective: Objective, loc: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Fit a normal to :math:`e^{-f}` by natural-gradient steps on its ELBO, with fresh draws in each.
+
+    With the mean gradient g and the mean Hessian H of f over the normal's draws [4] these are, at a rate r, steps of
+    :math:`-r \Sigma g` of the mean and of :math:`r (H - P) + r^2 (H - P) \Sigma (H - P) / 2` of the precision
+    P, which keep it positive definite [5].
+
+    Args:
+        objective: The function f, from points in rows to numbers.
+        loc: The mean at first.
+        factor: A square root of the covariance at first.
+
+    Returns:
+        The mean and a square root of the covariance; those given where Hessians cannot be computed.
+
+    References:
+        [4] Opper and Archambeau (2009), The Variational Gaussian Approximation Revisited, Neural Computation 21.
+        [5] Lin, Schmidt and Khan (2020), Handling the Positive-Definite Constraint in the Bayesian Learning Rule, ICML.
+    """
+
+    def mean(offsets: Tensor, centre: Tensor) -> Tensor:
+        return objective(centre + offsets).mean()
+
+    for rate in RATES:
+        noise = torch.randn(NUM_PAIRS, len(loc)).to(loc)
+        offsets = torch.cat([noise, -noise]) @ factor.T
+        loss, gradient, point = _with_graph(partial(mean, offsets), loc, graph=True)
+        hessian = _by_products(gradient, point) if bool(torch.isfinite(loss)) else None
+        if hessian is None and bool(torch.isfinite(loss)):
+            return loc, factor
+        if hessian is None or not bool(torch.isfinite(hessian).all()):
+            factor = 0.5 * factor  # draws so far out that the function cannot be evaluated there
+            continue
+        white = factor.T @ ((hessian + hessian.T) / 2) @ factor
+        values, vectors = torch.linalg.eigh(white)
+        change = values.clamp(-MOST_CHANGE, MOST_CHANGE) - 1.0
+        step = factor.T @ gradient.detach()
+        step = step / max(1.0, float(step.norm()) / len(loc) ** 0.5)
+        loc = loc - rate * (factor @ step)
+        factor = factor @ (vectors * (1.0 + rate * change + (rate * change).square() / 2).rsqrt())
+    return loc, factor

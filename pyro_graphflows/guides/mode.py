@@ -13,7 +13,8 @@ the sites' values, so that effects keep the dependence on their scale which the 
 The mode of many effects and their scale together is far from where the posterior is. If the ELBO of the normal shows
 that, independent normals are fitted by their ELBO, over fixed draws of noise and hence by the same methods [2], and get
 the covariances of linear response [3]. Where effects have much data of their own, the posterior is normal in
-unconstrained space; the mode there is found as well. What has the best ELBO is kept.
+unconstrained space; normals are fitted there as well. What has the best ELBO goes on to the best normal of any
+covariance, by natural gradients (:func:`~pyro_graphflows.guides.minimize.fit_normal`).
 
 References:
     [1] Tierney and Kadane (1986), Accurate Approximations for Posterior Moments and Marginal Densities, JASA 81.
@@ -41,6 +42,8 @@ from pyro_graphflows.distributions.coordinates import gaussian_coordinate
 from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.guides.minimize import (
     LEAST_CURVATURE,
+    Objective,
+    fit_normal,
     hessian_at,
     lbfgs,
     loss_and_gradient,
@@ -59,7 +62,7 @@ SPREAD = (
     1e-3  # of the first point about the centres of the priors: at an exact symmetry gradients cannot choose
 )
 MOST_NEWTON = 300  # numbers up to which each step has a Hessian
-MOST_NEWTON_OF_NORMALS = 200  # the same where each point stands for many draws
+MOST_NEWTON_OF_NORMALS = 60  # the same where each point stands for many draws
 MOST_RESTARTED = 20  # numbers up to which the search begins at several points
 MOST_RESTARTS = 8
 SECONDS_OF_RESTARTS = 3.0  # of processor time
@@ -67,9 +70,18 @@ TIE = 0.1  # nats of a mode's mass that are no reason to take another
 FEW_STEPS = 8  # of Newton's method, from a point near the mode if there is one
 MOST_NUMBERS = 1000  # beyond which there is no Hessian at all
 LEAST_PRECISION = 0.25  # where all priors are proper: in their coordinates a prior's own precision is one
-NUM_JUDGING = 100  # draws that compare normals
+NUM_JUDGING = 400  # draws that compare normals
 PREFERENCE = 1.0  # nats by which independent ones must be better
-NUM_DRAWS = 8  # pairs of opposite ones, for the ELBO
+NUM_DRAWS = 16  # pairs of opposite ones, for the ELBO
+SEARCHES = 3  # of L-BFGS, each from where the last one ended
+SHARES_OF_WIDTH = (
+    1.0,
+    0.3,
+    0.1,
+    0.03,
+)  # tried at first: widths at a point may reach where the density is absurd
+FEW_NUMBERS = 64  # up to which natural gradients begin at several normals
+MOST_ROUNDS = 3  # of natural gradients, as long as they gain
 CLOSE = 0.5  # nats: where a posterior is that normal about its mode, nothing else is tried
 LOG_2PI = math.log(2 * math.pi)
 PLATE = "_pyro_graphflows_draws_near_mode"
@@ -313,6 +325,15 @@ class LogPosterior:
         return all(each.proper for each in self.coordinates.values())
 
     @property
+    def least_curvatures(self) -> Tensor:
+        """The least curvature of each number that may be believed: of proper ones that of their prior."""
+        found = torch.full((self.size,), 1e-12, dtype=torch.float64)
+        for each in self.coordinates.values():
+            if each.proper:
+                found[each.part] = 1.0
+        return found
+
+    @property
     def missing(self) -> float:
         """What the log-density lacks: constants of the priors in coordinates of their own."""
         proper = [each.part.stop - each.part.start for each in self.coordinates.values() if each.proper]
@@ -476,10 +497,33 @@ def find_mode(
         return laplace
     if abs(laplace.elbo(noise) - laplace.log_evidence) < CLOSE:
         return laplace
-    found = [laplace, *_variational(posterior, start, laplace)]
+    found = [laplace, *_variational(posterior, (laplace.point, start))]
     noise = torch.randn(NUM_JUDGING, size, dtype=torch.float64)
-    found += _centred(posterior, _best(found, noise).point, traced)
-    return _best(found, noise)
+    best = _best(found, noise)
+    centred = _centred(posterior, best.point, traced)
+    firsts = [_best([best, *centred], noise)]
+    if size <= FEW_NUMBERS:  # a poor normal may lead to the better one
+        firsts = [best, *([_best(centred, noise)] if centred else [])]
+        if posterior.proper:
+            firsts.append(Mode(posterior, start, torch.eye(size, dtype=torch.float64)))
+    return _best([each for first in firsts for each in (first, _fitted(first, noise))], noise)
+
+
+def _fitted(mode: Mode, noise: Tensor) -> Mode:
+    """Return the normal of any covariance to which natural gradients lead from another one; of many numbers itself."""
+    if len(mode.point) > MOST_NEWTON:
+        return mode
+    posterior, elbo = mode.posterior, mode.elbo(noise)
+    for _ in range(MOST_ROUNDS):
+        loc, factor = fit_normal(lambda points: -posterior(points), mode.point, mode.factor)
+        moved = Mode(posterior, loc, factor)
+        before, elbo = elbo, moved.elbo(noise)
+        if not elbo > before:
+            break
+        mode = moved
+        if elbo < before + CLOSE:
+            break
+    return mode
 
 
 def _laplace(posterior: LogPosterior, start: Tensor) -> Mode | None:
@@ -541,19 +585,24 @@ def _centred(posterior: LogPosterior, near: Tensor, traced: TracedModel) -> list
     point = centred.point_from(posterior, near)
     if not bool(torch.isfinite(loss_and_gradient(negative, point)[0])):
         return []
-    point = newton(negative, point, FEW_STEPS)
-    hessian = hessian_at(negative, point)
-    if hessian is None or not centred.takes_many(point + torch.zeros(2, len(point)).to(point)):
+    if not centred.takes_many(point + torch.zeros(2, len(point)).to(point)):
         return []
-    return [Mode(centred, point, _square_root_of_inverse(hessian, None))]
+    mode = newton(negative, point, FEW_STEPS)
+    hessian = hessian_at(negative, mode)
+    found = [] if hessian is None else [Mode(centred, mode, _square_root_of_inverse(hessian, None))]
+    return [*found, *_variational(centred, (mode, point))]
 
 
-def _variational(posterior: LogPosterior, start: Tensor, laplace: Mode) -> list[Mode]:
+def _variational(posterior: LogPosterior, points: Sequence[Tensor]) -> list[Mode]:
     """Return normal approximations at the optimum of the ELBO of independent normals, by fixed draws of noise [2].
 
     Their covariances are those of independent normals, of the curvature at their mean, and of linear response [3].
+
+    Args:
+        posterior: The density.
+        points: Where the search may begin.
     """
-    size = len(start)
+    size = posterior.size
     noise = torch.randn(NUM_DRAWS, size, dtype=torch.float64)
     noise = torch.cat([noise, -noise])
 
@@ -561,18 +610,30 @@ def _variational(posterior: LogPosterior, start: Tensor, laplace: Mode) -> list[
         loc, log_scale = both[:size], both[size:]
         return -posterior(loc + log_scale.exp() * noise).mean() - log_scale.sum()
 
-    first = []
-    for point in (laplace.point, start):
+    found = []
+    for point in points:
         hessian = hessian_at(lambda point: -posterior(point), point)
         if hessian is not None:
-            curvature = hessian.diagonal().clamp(min=1.0 if posterior.proper else 1e-12)
-            first.append(torch.cat([point, -curvature.log() / 2]))
-    losses = [float(loss_and_gradient(loss, both)[0]) for both in first]
-    if not math.isfinite(min(losses, default=math.inf)):
-        return []
-    both = first[losses.index(min(losses))]
+            widths = -hessian.diagonal().abs().maximum(posterior.least_curvatures).log() / 2
+            first = [torch.cat([point, widths + math.log(share)]) for share in SHARES_OF_WIDTH]
+            losses = [float(loss_and_gradient(loss, both)[0]) for both in first]
+            if math.isfinite(min(losses)):
+                found += _independent(posterior, loss, first[losses.index(min(losses))])
+    return found
+
+
+def _independent(posterior: LogPosterior, loss: Objective, both: Tensor) -> list[Mode]:
+    """Return the independent normals to which a search for the least loss leads, and others with their mean.
+
+    Args:
+        posterior: The density.
+        loss: Minus the ELBO of means and log-scales beside each other.
+        both: Means and log-scales at first.
+    """
+    size = posterior.size
     is_small = 2 * size <= MOST_NEWTON_OF_NORMALS
-    both = newton(loss, both) if is_small else lbfgs(loss, both)
+    for _ in range(1 if is_small else SEARCHES):
+        both = newton(loss, both) if is_small else lbfgs(loss, both)
     loc, scale = both[:size].detach(), both[size:].detach().exp()
     found = [Mode(posterior, loc, scale.diag())]
     own_hessian = hessian_at(lambda point: -posterior(point), loc)

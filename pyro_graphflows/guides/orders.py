@@ -36,6 +36,9 @@ only after a. Where another order was found, the sites that it bounds are moved 
 **Effects after their scales.** In hierarchies, where a site sets the scale of others, these are sampled after all of
 their parents in the model unless that makes the inverse half as large again: then they can be fused with their priors.
 
+**Small plates first.** Of crossed effects those in the smaller plate are sampled first, where no networks summarise
+them: they need parameters for each pair.
+
 **Elements.** A graph of elements says which entries of vector sites depend on which; its inverse is sparser than
 that of the sites. A site is emitted as one value, so the elements of a site must be sampled one after the other,
 with no element of another site between them. Hence the order of *sites* is found first, by inverting the graph that
@@ -46,6 +49,7 @@ References:
     Journal of the American Statistical Association 87, Section 4 (strong elimination orders).
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -81,8 +85,10 @@ __all__ = [
     "find_inverse",
     "joint_rows",
     "most_edges_of_hierarchy",
+    "num_coupled_pairs",
     "optional_sites_first",
     "order_for_coupled_effects",
+    "order_for_crossed_plates",
     "order_for_discrete_sites",
     "order_for_hierarchies",
     "order_for_supports",
@@ -587,6 +593,50 @@ def order_for_hierarchies(inverse: InverseGraph, scales: Mapping[str, Collection
     sampling = nx.lexicographical_topological_sort(after, key=lambda site: (site not in scales, rank[site]))
     order = list(sampling)[::-1]
     return None if order == list(inverse.sampling_order)[::-1] else order
+
+
+def order_for_crossed_plates(inverse: InverseGraph, sizes: Mapping[str, int]) -> list[str] | None:
+    """Return an elimination order near that of an inverse in which sites in small plates are sampled first.
+
+    Of the effects of rows and columns, those that are sampled first stay dependent across their plate, and have
+    parameters for each pair; the others are independent given these, each with a slope on each of them.
+
+    Args:
+        inverse: The inverse.
+        sizes: The sizes of the plates.
+
+    Returns:
+        Sites to eliminate in turn; None if nothing is dependent across a plate, if that is how the inverse samples
+        them, or if a site is in several plates.
+
+    Example:
+        >>> from pyro_graphflows.graphs.structures import ModelGraph
+        >>> plates = {"a": ["rows"], "b": ["columns"], "x": ["rows", "columns"]}
+        >>> graph = ModelGraph(["ax", "bx"], observed=["x"], plates=plates)
+        >>> order_for_crossed_plates(faithful_inverse(graph, ["b", "a"]), {"rows": 100, "columns": 20})
+        ['a', 'b']
+    """
+    around, rank = inverse.graph.plates, {site: i for i, site in enumerate(inverse.sampling_order)}
+    coupled = [site for site, plates in inverse.coupled.items() if plates]
+    if not coupled or any(len(around[site]) > 1 for site in rank):
+        return None
+
+    def place(site: str) -> tuple[bool, int, int]:
+        return bool(around[site]), math.prod(sizes[name] for name in around[site]), rank[site]
+
+    order = sorted(rank, key=place)[::-1]
+    return None if order == list(inverse.sampling_order)[::-1] else order
+
+
+def num_coupled_pairs(inverse: InverseGraph, sizes: Mapping[str, int]) -> int:
+    """Return how many pairs of copies stay dependent across plates.
+
+    Args:
+        inverse: The inverse.
+        sizes: The sizes of the plates.
+    """
+    each = [math.prod(sizes[name] for name in plates) for plates in inverse.coupled.values() if plates]
+    return sum(number * (number - 1) // 2 for number in each)
 
 
 def order_for_coupled_effects(

@@ -44,6 +44,7 @@ from pyro_graphflows.regression import (
     HEAVY_TAIL,
     MOST_QUANTILE_ROWS,
     TINY,
+    in_float64,
     location_and_scale,
     only_finite_rows,
 )
@@ -837,8 +838,9 @@ def is_moderate(fn: Any) -> bool:
     coordinate = None if improper else gaussian_coordinate(fn)
     if coordinate is None or not coordinate.standard:
         return coordinate is not None
+    loc = in_float64(coordinate.loc)  # values of single precision would end where that does
     try:
-        ends = [biject_to(fn.support).inv(coordinate.transform(w + coordinate.loc)) for w in (-2.0, 2.0)]
+        ends = [biject_to(fn.support).inv(coordinate.transform(w + loc)) for w in (-2.0, 2.0)]
     except ValueError:  # scores so far out that they cannot be inverted
         return False
     width = (ends[1] - ends[0]).abs()

@@ -4,6 +4,9 @@ The posterior of a site given what is in a plate that it is not in is its prior 
 plate, if these are independent given the site and all that is sampled before it: effects of a group given their
 location, their scale and the scale of the noise, and that location given these scales. It is not so for a scale while
 the location is not known: the elements tell it by how they differ from each other.
+
+What is known of the elements and says nothing of the site by itself, as the effects of the rows in a crossed design say
+nothing of a column, may be dependent: the data are independent given it.
 """
 
 from collections.abc import Collection, Sequence
@@ -83,7 +86,12 @@ def _factorised(
         return None
     if not all(plate in around[name] for name in summary.members):
         return None
-    if not _independent(dag, {n for n in dag if plate in around[n]}, summary.members, {site, *above}):
+    inside = {n for n in dag if plate in around[n]}
+    covariates = [name for name in summary.members if name not in responses]
+    if not (
+        _independent(dag, inside, summary.members, {site, *above})
+        or _given_covariates(dag, inside, (responses, covariates), site, above)
+    ):
         return None
     return SummedSite(summary.name, responses, tuple(map(str, above)))
 
@@ -92,6 +100,40 @@ def _independent(
     dag: nx.DiGraph, inside: Collection[str], members: Sequence[str], given: Collection[str]
 ) -> bool:
     """Whether members of two elements of a plate are separated by what is given outside of the plate."""
+    first, second = ({(name, k) for name in members} for k in (0, 1))
+    outside = {(node, -1) for node in given if node not in inside}
+    return bool(nx.is_d_separator(_two_elements(dag, inside), first, second, outside))
+
+
+def _given_covariates(
+    dag: nx.DiGraph,
+    inside: Collection[str],
+    members: tuple[Sequence[str], Sequence[str]],
+    site: str,
+    above: Sequence[str],
+) -> bool:
+    """Whether data of two elements are separated by the site, what is above and their covariates, which know nothing.
+
+    Args:
+        dag: The model.
+        inside: The nodes in the plate.
+        members: Data that depend on the site, and the others.
+        site: The site.
+        above: What is sampled before it outside of the plate.
+    """
+    responses, covariates = members
+    if not covariates:
+        return False
+    two = _two_elements(dag, inside)
+    first, second = ({(name, k) for name in responses} for k in (0, 1))
+    own, other = ({(name, k) for name in covariates} for k in (0, 1))
+    outside = {(node, -1) for node in above if node not in inside}
+    alone = nx.is_d_separator(two, {(site, -1)}, own | other, outside)
+    return bool(alone and nx.is_d_separator(two, first, second | other, outside | own | {(site, -1)}))
+
+
+def _two_elements(dag: nx.DiGraph, inside: Collection[str]) -> nx.DiGraph:
+    """Return the graph with two elements of a plate: nodes are pairs of a name and 0, 1, or -1 outside."""
     two = nx.DiGraph()
 
     def copies(node: str) -> list[tuple[str, int]]:
@@ -104,6 +146,4 @@ def _independent(
             two.add_edges_from(
                 (one, other) for other in copies(child) if -1 in (one[1], other[1]) or one[1] == other[1]
             )
-    outside = {(node, -1) for node in given if node not in inside}
-    first, second = ({(name, k) for name in members} for k in (0, 1))
-    return bool(nx.is_d_separator(two, first, second, outside))
+    return two

@@ -20,6 +20,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
+from pyro_graphflows.infer.checkpoints import random_state, set_random_state
 from pyro_graphflows.infer.importance import ImportanceSampler
 from pyro_graphflows.infer.particles import (
     Program,
@@ -33,6 +34,7 @@ from pyro_graphflows.infer.psis import effective_sample_size, psis_khat
 __all__ = ["Evidence", "evidence_from_log_weights", "importance_log_weights", "log_evidence"]
 
 _PARTICLES_TIMES_DATA = 2**14  # the default of chunk_size holds this many weights at once
+_FEW = 7  # particles of a trial: what mixes particles may take the memory of their square
 
 
 class Evidence(NamedTuple):
@@ -243,6 +245,10 @@ def _log_weights(
             return torch.cat(weights), sampler.dtype
         default_size = max(1, _PARTICLES_TIMES_DATA // (plate.size if plate is not None else 1))
         chunk_size = sampling.chunk_size or default_size
+        if min(num_particles, chunk_size) > _FEW:
+            state = random_state()
+            sampler.require_same_alone(sampler.run(_FEW))
+            set_random_state(state)
         chunks = []
         for start in range(0, num_particles, chunk_size):
             pair = sampler.run(min(chunk_size, num_particles - start))

@@ -5,14 +5,15 @@ forward KL, or by the ELBO. What is reported, over held-out data sets for small,
 
 - ``two levels``, ``three levels``: the gap KL(p || q) in nats a data set, by draws of the exact posterior;
 - ``random effects``: the gap KL(q || p), log evidence (by quadrature) less the ELBO, by draws of the guide;
-- ``item response``: the same with the evidence by weighted draws of the guide (too small where weights are uneven), and
-  how far means are from those of NUTS on a few data sets;
-- whether the ranks of the sites outside of the groups among draws of the guide are uniform.
+- ``item response``: the same with the evidence by ``answers.py``, and how far means of all sites are from those of the
+  posterior (which are compared with NUTS on a few data sets with ``--nuts``);
+- whether the ranks of the sites outside of the groups among draws of the guide are uniform; where evidences are known,
+  also among the same draws with importance weights.
 
 Standard errors are over data sets. Rows: ``start`` (no training), ``deepset``, ``attention``; ``summary``: no factors
 of elements, all is read from the summary; ``elbo``: the deep set, trained by the ELBO on simulated data sets; ``both``:
-by forward KL for half of the time, then by the ELBO; ``one size``: the deep set, simulations of one size alone;
-``flat``: a flat network with as many weights.
+by forward KL for half of the time, then by the ELBO; ``back``: the other way round; ``one size``: the deep set,
+simulations of one size alone; ``flat``: a flat network with as many weights.
 
     python -m studies.multilevel.run --rows deepset --seconds 60
     python -m studies.multilevel.run --study            # all rows, restartable; `make multilevel`
@@ -23,6 +24,7 @@ A line of ``--results`` is one trained guide.
 import argparse
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from datetime import date
 from typing import Any
@@ -36,7 +38,9 @@ from torch import Tensor
 from pyro_graphflows.guides import DeepSet, Normal, auto_faithful_guide
 from pyro_graphflows.guides.guide import AutoFaithfulGuide
 from pyro_graphflows.infer import InferenceCompilation
+from pyro_graphflows.infer.psis import smoothed_log_weights
 from studies.flags import add_places
+from studies.multilevel import answers
 from studies.multilevel.flat import FlatGuide
 from studies.multilevel.models import (
     draws_of_three_levels,
@@ -63,9 +67,9 @@ GLOBALS = {
 }
 ROWS = {
     "two levels": ("start", "deepset", "attention", "summary", "elbo", "one size", "flat"),
-    "random effects": ("start", "deepset", "attention", "summary", "elbo", "both"),
+    "random effects": ("start", "deepset", "attention", "summary", "elbo", "both", "back"),
     "three levels": ("start", "deepset", "summary", "elbo"),
-    "item response": ("start", "deepset", "elbo", "both"),
+    "item response": ("start", "deepset", "elbo", "back"),
 }
 EXACT = {"two levels": draws_of_two_levels, "three levels": draws_of_three_levels}
 GROUPS, DATA = (5, 50), (1, 20)
@@ -83,20 +87,23 @@ AT_SET_UP = {  # data, groups
 }
 NUM_START_SAMPLES = {"random effects": 10_000}  # 2,000 else
 BATCH = 64
-RATES, LAST_RATE = {"random effects": 1e-3}, 1e-5  # 3e-3 else
+RATES, LAST_RATE = {"random effects": 1e-3, "item response": 2e-3}, 1e-5  # 3e-3 else
+BACK = 0.3  # of the rate, after the ELBO
 NUM_DATA_SETS = 50  # held out, for each range of groups
 NUM_DRAWS = 200  # for each
 NUM_PARTICLES = 16  # of the ELBO
 RANGES = {"5-15": (5, 15), "16-30": (16, 30), "31-50": (31, 50)}
 SECONDS = {  # of processor time
     "two levels": 12.0,
-    "random effects": 60.0,
+    "random effects": 30.0,
     "three levels": 12.0,
-    "item response": 20.0,
+    "item response": 30.0,
 }
-NUM_WEIGHTED = 2000  # draws by which the evidence is estimated
-NUTS_KEY, NUTS_SITES = "nuts/item response", ("spread", "ability", "difficulty")
-NUM_NUTS, NUTS_RANGE, NUTS_DRAWS, NUTS_WARM_UP = 8, "16-30", 400, 200
+NUM_OF_MEANS = 2000  # draws by which means are found
+# what is known of the held-out answers, once for all rows; means of all sites for one range of persons
+REFERENCE_KEY, OF_MEANS = "reference/item response", "16-30"
+NUTS_KEY, SITES = "nuts/item response", ("spread", "ability", "difficulty")
+NUM_NUTS, NUTS_DRAWS, NUTS_WARM_UP = 8, 400, 200
 
 
 def gap(guide: Any, x: Tensor, name: str = "two levels") -> tuple[float, float]:
@@ -120,7 +127,7 @@ def gap(guide: Any, x: Tensor, name: str = "two levels") -> tuple[float, float]:
 def weighed(
     guide: AutoFaithfulGuide, model: Any, x: Tensor, number: int, names: Iterable[str]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return log-weights of draws for a data set, ``(number,)``, and values of some sites in them.
+    """Return log-weights of draws for a data set, ``(number,)``, and values of some sites in them, ``(number, n)``.
 
     Args:
         guide: The guide.
@@ -138,51 +145,88 @@ def weighed(
         for site in trace.nodes.values():
             if site["type"] == "sample" and site["log_prob"].dim() > 2:
                 log_weights = log_weights + sign * site["log_prob"].reshape(number, -1).sum(-1)
-    return log_weights, {name: drawn.nodes[name]["value"].reshape(-1) for name in names}
+    return log_weights, {name: drawn.nodes[name]["value"].reshape(number, -1) for name in names}
 
 
-def gap_of_answers(
-    guide: AutoFaithfulGuide, y: Tensor, truth: dict[str, Tensor]
-) -> tuple[float, list[float]]:
-    """Return log evidence by weighted draws less the ELBO for answers to items, and the ranks of the true values."""
-    log_weights, values = weighed(guide, item_response, y, NUM_WEIGHTED, truth)
-    ranks = [float((values[name] < truth[name]).double().mean()) for name in truth]
-    evidence = float(log_weights.logsumexp(0)) - math.log(NUM_WEIGHTED)
-    return evidence - float(log_weights.mean()), ranks
+def smoothed(log_weights: Tensor) -> Tensor:
+    """Return importance weights that add up to one, by Pareto smoothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return smoothed_log_weights(log_weights)[0].softmax(0)
 
 
-def nuts_of_answers() -> list[dict[str, list[float]]]:
-    """Return means and standard deviations of the posterior, by NUTS, of the first data sets of one range."""
-    found = []
-    for drawn in held_out("item response", NUTS_RANGE)[:NUM_NUTS]:
+def gap_of(
+    guide: AutoFaithfulGuide, model: Any, x: Tensor, truth: dict[str, Tensor], log_evidence: float
+) -> tuple[float, list[float], list[float]]:
+    """Return log evidence less the ELBO for a data set, and ranks of the true values: among draws, and weighted ones.
+
+    Args:
+        guide: The guide.
+        model: The model.
+        x: The data.
+        truth: The values of single sites from which the data were drawn.
+        log_evidence: The logarithm of the evidence.
+    """
+    log_weights, values = weighed(guide, model, x, NUM_DRAWS, truth)
+    weights = smoothed(log_weights.double())
+    below = {name: (values[name][:, 0] < truth[name]).double() for name in truth}
+    plain = [float(each.mean()) for each in below.values()]
+    return (
+        log_evidence - float(log_weights.double().mean()),
+        plain,
+        [float(weights @ each) for each in below.values()],
+    )
+
+
+def reference_of_answers() -> dict[str, Any]:
+    """Return what is known of the held-out answers: evidences, and posterior means of one range of persons."""
+    found: dict[str, Any] = {}
+    torch.manual_seed(999)
+    for of_range in RANGES:
+        known = [answers.posterior(drawn["y"]) for drawn in held_out("item response", of_range)]
+        found[of_range] = {
+            "log_evidence": [round(each.log_evidence, 4) for each in known],
+            "error": max(each.error for each in known),
+            "khat": max(each.khat for each in known),
+        }
+        if of_range == OF_MEANS:
+            for name in ("mean", "sd"):
+                found[name] = [[round(v, 4) for v in getattr(each, name).tolist()] for each in known]
+    return found
+
+
+def nuts_of_answers(reference: dict[str, Any]) -> dict[str, Any]:
+    """Return how far means by NUTS are from the reference, of the first data sets of one range."""
+    off, begin = [], time.process_time()
+    for i, drawn in enumerate(held_out("item response", OF_MEANS)[:NUM_NUTS]):
         pyro.clear_param_store()
+        torch.manual_seed(i)
         kernel = NUTS(item_response, jit_compile=True, ignore_jit_warnings=True, max_tree_depth=6)
         chain = MCMC(kernel, NUTS_DRAWS, NUTS_WARM_UP, disable_progbar=True)
         chain.run(drawn["y"])
         flat = {name: value.reshape(NUTS_DRAWS, -1) for name, value in chain.get_samples().items()}
-        joint = torch.cat([flat[name] for name in NUTS_SITES], -1)
-        found.append({"mean": joint.mean(0).tolist(), "sd": joint.std(0).tolist()})
-    return found
+        joint = torch.cat([flat[name] for name in SITES], -1)
+        off.append((joint.mean(0) - torch.tensor(reference["mean"][i])) / torch.tensor(reference["sd"][i]))
+    each = torch.cat(off)
+    return {
+        "data_sets": len(off),
+        "error": float(each.square().mean().sqrt()),
+        "largest": float(each.abs().max()),
+        "seconds": (time.process_time() - begin) / len(off),
+    }
 
 
-def distance_from_nuts(guide: AutoFaithfulGuide, reference: list[dict[str, list[float]]]) -> float:
-    """Return the root of the mean square, over latents and data sets, of errors of means in standard deviations."""
-    off = []
-    for drawn, known in zip(held_out("item response", NUTS_RANGE), reference, strict=False):
-        with pyro.plate("draws", NUM_WEIGHTED, dim=-3):
-            values = guide(drawn["y"])
-        joint = torch.cat([values[name].reshape(NUM_WEIGHTED, -1) for name in NUTS_SITES], -1)
-        off.append((joint.mean(0) - torch.tensor(known["mean"])) / torch.tensor(known["sd"]))
-    return float(torch.cat(off).square().mean().sqrt())
-
-
-def gap_of_effects(
-    guide: AutoFaithfulGuide, x: Tensor, truth: dict[str, Tensor]
-) -> tuple[float, list[float]]:
-    """Return log evidence less the ELBO for a data set of random effects, and the ranks of the true values."""
-    log_weights, values = weighed(guide, random_effects, x, NUM_DRAWS, truth)
-    ranks = [float((values[name] < truth[name]).double().mean()) for name in truth]
-    return log_evidence(x) - float(log_weights.double().mean()), ranks
+def errors_of_means(guide: AutoFaithfulGuide, reference: dict[str, Any]) -> tuple[float, float]:
+    """Return the root of the mean square of errors of means in standard deviations: of draws, and of weighted ones."""
+    off: tuple[list[Tensor], list[Tensor]] = ([], [])
+    known = zip(held_out("item response", OF_MEANS), reference["mean"], reference["sd"], strict=False)
+    for drawn, mean, sd in known:
+        log_weights, values = weighed(guide, item_response, drawn["y"], NUM_OF_MEANS, SITES)
+        joint = torch.cat([values[name] for name in SITES], -1)
+        for into, found in zip(off, (joint.mean(0), smoothed(log_weights) @ joint), strict=True):
+            into.append((found - torch.tensor(mean)) / torch.tensor(sd))
+    plain, weighted = (float(torch.cat(each).square().mean().sqrt()) for each in off)
+    return plain, weighted
 
 
 def sizes(
@@ -219,6 +263,10 @@ def make_guide(name: str, row: str, seed: int) -> AutoFaithfulGuide:
     )
     number = NUM_START_SAMPLES.get(name, 2000)
     data = torch.zeros(AT_SET_UP[name])
+    if name == "item response":  # all answers wrong is no example
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            data = simulate(MODELS[name], AT_SET_UP[name])["y"]
     return auto_faithful_guide(
         MODELS[name], data, pool=pool, num_start_samples=number, setup_seed=seed, **options
     )
@@ -238,10 +286,13 @@ def train(name: str, row: str, seconds: float, seed: int) -> tuple[Any, dict[str
         guide = FlatGuide(DATA[1], GROUPS[1], weights)
         weights = sum(parameter.numel() for parameter in guide.parameters())
     steps, total = 0, 0.0
-    for each in {"both": ("deepset", "elbo"), "start": ()}.get(row, (row,)):
+    ways = {"both": ("deepset", "elbo"), "back": ("elbo", "deepset"), "start": ()}.get(row, (row,))
+    for position, each in enumerate(ways):
         step = stepper(each, model, guide)
-        own = seconds / 2 if row == "both" else seconds
+        own = seconds / len(ways)
         begin, first = time.process_time(), RATES.get(name, 3e-3)
+        if row == "back" and position:
+            first *= BACK
         while (spent := time.process_time() - begin) < own:
             rate = first * (LAST_RATE / first) ** (spent / own)
             step(AT_SET_UP[name] if row == "one size" else sizes(generator, name=name), rate)
@@ -282,29 +333,44 @@ def stepper(
 
 
 @torch.no_grad()
-def judge(name: str, guide: Any) -> dict[str, Any]:
-    """Return gaps with standard errors by numbers of groups, and how far ranks are from uniform."""
+def judge(name: str, guide: Any, reference: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return gaps with standard errors by numbers of groups, and how far ranks are from uniform.
+
+    Args:
+        name: The model.
+        guide: The guide.
+        reference: What is known of the held-out answers, for item response.
+    """
     found: dict[str, Any] = {}
     ranks: dict[str, list[float]] = {site: [] for site in GLOBALS[name]}
+    weighted: dict[str, list[float]] = {site: [] for site in ranks}
     torch.manual_seed(54321)  # not that of any data set
     for of_range in RANGES:
         gaps = []
-        for drawn in held_out(name, of_range):
+        for i, drawn in enumerate(held_out(name, of_range)):
             truth = {site: drawn[site] for site in ranks}
+            of_weighted: list[float] = []
             if name in EXACT:
                 each, rank = gap(guide, drawn["x"], name)
                 of_sites = [rank]
-            elif name == "item response":
-                each, of_sites = gap_of_answers(guide, drawn["y"], truth)
+            elif reference is not None:
+                evidence = reference[of_range]["log_evidence"][i]
+                each, of_sites, of_weighted = gap_of(guide, item_response, drawn["y"], truth, evidence)
             else:
-                each, of_sites = gap_of_effects(guide, drawn["x"], truth)
+                evidence = log_evidence(drawn["x"])
+                each, of_sites, of_weighted = gap_of(guide, random_effects, drawn["x"], truth, evidence)
             gaps.append(each)
-            for site, rank in zip(ranks, of_sites, strict=True):
-                ranks[site].append(rank)
+            for into, of in ((ranks, of_sites), (weighted, of_weighted)):
+                for site, rank in zip(ranks, of, strict=False):
+                    into[site].append(rank)
         values = torch.tensor(gaps)
-        found[of_range] = {"gap": float(values.mean()), "error": float(values.std() / NUM_DATA_SETS**0.5)}
+        found[of_range] = {"gap": float(values.mean()), "error": float(values.std() / len(gaps) ** 0.5)}
     found["ranks"] = {site: distance(each) for site, each in ranks.items()}
+    if name not in EXACT:
+        found["weighted_ranks"] = {site: distance(each) for site, each in weighted.items()}
     found["band"] = 1.358 / math.sqrt(NUM_DATA_SETS * len(RANGES))
+    if reference is not None:
+        found["errors_of_means"] = errors_of_means(guide, reference)
     return found
 
 
@@ -329,22 +395,27 @@ def main() -> None:
     args = parse.parse_args()
     torch.set_num_threads(1)
     results = Results(args.results)
-    if args.nuts and NUTS_KEY not in results:
-        begin = time.process_time()
-        results.append(NUTS_KEY, {"posteriors": nuts_of_answers(), "seconds": time.process_time() - begin})
     for name in args.models:
+        reference = reference_in(results, args.nuts) if name == "item response" else None
         for row in ROWS[name] if args.study else args.rows:
             seconds = args.seconds or SECONDS[name]
             key = f"{name}/{row}/{seconds:g}/{args.seed}"
             if key in results or row not in ROWS[name]:
                 continue
             guide, figures = train(name, row, seconds, args.seed)
-            record = {**figures, **judge(name, guide), "date": str(date.today())}
-            reference = results.read().get(NUTS_KEY)
-            if name == "item response" and reference is not None:
-                record["from_nuts"] = distance_from_nuts(guide, reference["posteriors"])
+            record = {**figures, **judge(name, guide, reference), "date": str(date.today())}
             results.append(key, record)
             print(key, record, flush=True)
+
+
+def reference_in(results: Results, nuts: bool) -> dict[str, Any]:
+    """Return what is known of the held-out answers, found now if it is not there; compare it with NUTS if asked."""
+    if REFERENCE_KEY not in results:
+        results.append(REFERENCE_KEY, reference_of_answers())
+    reference = results.read()[REFERENCE_KEY]
+    if nuts and NUTS_KEY not in results:
+        results.append(NUTS_KEY, nuts_of_answers(reference))
+    return reference
 
 
 if __name__ == "__main__":

@@ -18,12 +18,18 @@ TASKS = (
     *("gaussian_linear", "gaussian_linear_uniform", "gaussian_mixture", "two_moons"),
     *("slcp", "bernoulli_glm", "bernoulli_glm_raw"),
 )
-ROWS = ("normal", "spline", "flow", "spline reweighted", "npe", "npe nsf")
+ROWS = (
+    *("normal", "spline", "flow", "spline reweighted"),
+    *("spline score", "spline score reweighted", "auto", "npe", "npe nsf"),
+)
 COLOURS = {
     "normal": "C2",
     "spline": "C0",
     "flow": "C3",
     "spline reweighted": "C1",
+    "spline score": "C4",
+    "spline score reweighted": "C5",
+    "auto": "C6",
     "npe": "0.5",
     "npe nsf": "0.3",
 }
@@ -42,7 +48,10 @@ Classifier two-sample tests (C2ST) against the reference posteriors of sbibm (Lu
 cannot be told from those of the reference, 1 where they always can. 10,000 draws for each observation; the published
 classifier (`studies/sbibm/c2st.py`). `normal`, `spline` and `flow` are guides that learn from simulations alone, as
 neural posterior estimation does. `spline reweighted` is the same guide with the model's density: 10,000 of 300,000 of
-its draws, by importance weights; nothing is trained further.
+its draws, by importance weights; nothing is trained further. `spline score` also reads scores, gradients of the
+model's log-density at fixed values. `auto` is a guide for each observation alone, trained with scores and the density
+(`loss="auto"`, 10 seconds at most), and reweighted in the same way; it draws simulations of its own, which are not
+counted.
 
 Uniform priors have no bounds for the guides, and draws outside are dropped, as neural posterior estimation does. In
 the unconstrained coordinate that Pyro gives an interval, the logit of the place in it, a location that is linear in the
@@ -105,13 +114,21 @@ def render(results: Path, out: Path) -> None:
         lines += [f"## {simulations:,} simulations", "", table(head, body), ""]
         head = ["task", "row", "held-out loss (nats)", "epochs", "CPU seconds", "largest k-hat"]
         body = []
-        for (task, row, number), run in sorted(trainings.items()):
+        for (task, row, number), run in sorted(trainings.items(), key=lambda each: each[0]):
             if number == simulations:
                 khats = [r["khat"] for r in tests.get((task, f"{row} reweighted", number), []) if "khat" in r]
                 worst = f"{max(khats):.2f}" if khats else "–"
                 cells = [f"{run['held_out_nll']:.3f}", str(run["epochs"]), f"{run['seconds']:.0f}", worst]
                 body.append([f"`{task}`", row, *cells])
+        of_auto = {
+            task: [r["seconds"] for r in records]
+            for (task, row, number), records in sorted(tests.items())
+            if row == "auto" and number == simulations
+        }
         lines += ["Trainings:", "", table(head, body), ""]
+        if of_auto:
+            each = ", ".join(f"`{task}` {np.mean(seconds):.0f}" for task, seconds in of_auto.items())
+            lines += [f"CPU seconds of `auto` for an observation, training and draws: {each}.", ""]
     if (out / "sbibm" / "c2st.png").exists():
         lines += ["![C2ST by task](sbibm/c2st.png)", ""]
     lines.append(ENDING)

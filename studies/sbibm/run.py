@@ -8,6 +8,9 @@ Rows, each for a number of simulations:
 - ``... reweighted``: the same guide with the model's density. Of a large pool of its draws, those that remain are
   drawn without replacement by their importance weights (``sample_posterior``), as ``Posterior.reweighted`` does with a
   smaller pool. Nothing is trained further;
+- ``spline score``: the guide reads scores, gradients of the model's log-density at fixed values of the parameters;
+- ``auto``: a guide for each observation alone, as a user with a likelihood would make it: scores, ``fit`` left to
+  itself (``loss="auto"``) for ``AUTO_SECONDS``, then draws by importance weights from a pool as above;
 - ``npe``, ``npe nsf``: neural posterior estimation of the package ``sbi`` with its defaults, where it is installed.
 
     python -m studies.sbibm.run --task two_moons --rows spline "spline reweighted" --simulations 10000
@@ -32,7 +35,8 @@ import torch
 from torch import Tensor
 
 from pyro_graphflows.guides import Family, Flow, Normal, Spline, auto_faithful_guide, load_guide
-from pyro_graphflows.infer import Simulations, fit, sample_posterior
+from pyro_graphflows.guides.guide import AutoFaithfulGuide
+from pyro_graphflows.infer import Schedule, Simulations, fit, sample_posterior
 from studies.flags import add_places
 from studies.results import Results
 from studies.sbibm.c2st import c2st
@@ -41,6 +45,7 @@ from studies.sbibm.tasks import NUM_OBSERVATIONS, TASKS, Box, Crescent, GLMStati
 NUM_DRAWS = 10_000
 POOL = 300_000  # draws of which those that are reweighted are taken
 OUTSIDE = 8  # times as many are drawn, since a guide without bounds has draws outside the prior's, which are dropped
+AUTO_SECONDS = 10.0
 BATCH, RATE = 500, 2e-3
 SET_UP = 10  # one in so many simulations sets up the guide, the others train it
 # fusion would use the density of the prior
@@ -57,6 +62,8 @@ STUDY = (
     (("bernoulli_glm", "gaussian_linear_uniform", "gaussian_linear", "bernoulli_glm_raw"), ROWS, 10_000),
     (("two_moons", "gaussian_mixture"), ("normal", "flow"), 10_000),
     (("slcp", "bernoulli_glm", "bernoulli_glm_raw"), ("normal",), 10_000),
+    (("bernoulli_glm", "bernoulli_glm_raw"), ("auto",), 10_000),
+    (("bernoulli_glm_raw",), ("spline score", "spline score reweighted"), 10_000),
     (tuple(TASKS), ROWS, 1000),
     (tuple(TASKS), ("npe", "npe nsf"), 10_000),
 )
@@ -68,7 +75,8 @@ def train(task: Task, family: str, simulations: int, seed: int, path: Path) -> d
     begin = time.process_time()
     guide = auto_faithful_guide(
         *(task.model, task.observation(1)),
-        family=FAMILIES[family](),
+        family=FAMILIES[family.removesuffix(" score")](),
+        features="score" if family.endswith(" score") else "raw",
         num_start_samples=simulations // SET_UP,
         setup_seed=seed,
         **task.guide_options,
@@ -89,11 +97,28 @@ def train(task: Task, family: str, simulations: int, seed: int, path: Path) -> d
     }
 
 
-def draw(task: Task, row: str, path: Path, number: int, seed: int) -> tuple[Tensor, dict[str, float]]:
-    """Return draws for an observation, in the columns of the reference, and figures about them."""
-    guide = load_guide(path, task.model, classes=(Box, Crescent, GLMStatistics))
+def load(task: Task, path: Path) -> AutoFaithfulGuide:
+    """Return a guide that was trained."""
+    return load_guide(path, task.model, classes=(Box, Crescent, GLMStatistics))
+
+
+def train_auto(task: Task, number: int, seed: int) -> AutoFaithfulGuide:
+    """Train a guide for one observation by the density."""
+    pyro.clear_param_store()
     x = task.observation(number)
-    reweighted = row.endswith("reweighted")
+    options = {"num_start_samples": 1000, "setup_seed": seed, "features": "score", **task.guide_options}
+    guide = auto_faithful_guide(task.model, x, **options)
+    limit = Schedule(num_seconds=AUTO_SECONDS)
+    fit(task.model, guide, x, loss="auto", schedule=limit, progress=False, seed=seed)
+    return guide
+
+
+def draw(
+    task: Task, row: str, guide: AutoFaithfulGuide, number: int, seed: int
+) -> tuple[Tensor, dict[str, float]]:
+    """Return draws for an observation, in the columns of the reference, and figures about them."""
+    x = task.observation(number)
+    reweighted = row.endswith("reweighted") or row == "auto"
     size = POOL if reweighted else OUTSIDE * NUM_DRAWS
     posterior = sample_posterior(task.model, guide, x, num_draws=size, seed=seed, progress=False)
     figures = {"khat": float(posterior.khat.max()), "ess": float(posterior.ess.min())}
@@ -172,9 +197,14 @@ def run(task: Task, row: str, simulations: int, seed: int, number: int, results:
     name = f"{task.name}/{row}/{simulations}/{seed}"
     if f"{name}/{number}" in results:
         return
-    path = prepare(task, row.removesuffix(" reweighted"), simulations, seed, results, work)
-    begin = time.process_time()
-    draws, figures = draw(task, row, path, number, seed)
+    if row == "auto":
+        begin = time.process_time()
+        guide = train_auto(task, number, seed)
+    else:
+        path = prepare(task, row.removesuffix(" reweighted"), simulations, seed, results, work)
+        begin = time.process_time()
+        guide = load(task, path)
+    draws, figures = draw(task, row, guide, number, seed)
     figures["seconds"] = time.process_time() - begin
     measure(task, name, number, draws, figures, results)
 

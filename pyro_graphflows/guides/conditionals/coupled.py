@@ -280,7 +280,7 @@ class CouplingTerms(nn.Module):
                 length *= plate.full_size
             self.length = length
             self.table = ElementTable(others, length * (length - 1) // 2)
-            self.table.unit.fill_(length**-0.5)
+            self.table.unit.fill_(length**-0.75)
 
     def distribution(
         self,

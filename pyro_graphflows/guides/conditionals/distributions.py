@@ -8,6 +8,7 @@ that no analytic KL is registered for them: where a guide may not use one
 have no reparametrised draws: gradients of ELBOs are of the score-function kind, unless the site is enumerated.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import biject_to, constraints
-from torch.distributions.transforms import Transform
+from torch.distributions.transforms import ComposeTransform, ExpTransform, IndependentTransform, Transform
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.sites import DiscreteEncoding, LatentSite, is_identity
@@ -176,7 +177,11 @@ class FactorDistribution(dist.TorchDistribution):
         return flat.reshape(flat.shape[:-1] + self.unconstrained_shape)
 
     def _constrain(self, flat: Tensor) -> Tensor:
-        return self.transform(self._shaped(flat))
+        raw = self._shaped(flat)
+        if _is_exponential(self.transform):  # a value of zero or infinity would be outside of the support
+            limits = torch.finfo(raw.dtype)
+            raw = raw.clamp(math.log(limits.tiny), math.log(limits.max) - 1.0)
+        return self.transform(raw)
 
     def constrained(self, flat: Tensor) -> Tensor:
         """Return the value of a flat unconstrained vector, which counts as drawn."""
@@ -225,6 +230,18 @@ class FactorDistribution(dist.TorchDistribution):
         ladj = self.transform.log_abs_det_jacobian(raw, value)
         batch_dims = raw.dim() - len(self.unconstrained_shape)
         return ladj.flatten(batch_dims).sum(-1) if ladj.dim() > batch_dims else ladj
+
+
+def _is_exponential(transform: Transform) -> bool:
+    """Whether a map begins with the exponential function."""
+    while isinstance(transform, IndependentTransform | ComposeTransform):
+        if isinstance(transform, IndependentTransform):
+            transform = transform.base_transform
+        elif transform.parts:
+            transform = transform.parts[0]
+        else:
+            return False
+    return isinstance(transform, ExpTransform)
 
 
 class DrawnOrGiven(dist.TorchDistribution):

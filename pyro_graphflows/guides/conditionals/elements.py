@@ -227,8 +227,8 @@ class ElementMap(nn.Module):
 
     @torch.no_grad()
     def set_unit_(self, unit: Tensor) -> None:
-        """Set the natural units of the outputs, ``(num_outputs,)``."""
-        of_slopes = unit.new_full((self.num_inputs + self.num_features,), max(self.num_inputs, 1) ** -0.5)
+        """Set the natural units of the outputs, ``(num_outputs,)``: a step of all slopes together is half of one."""
+        of_slopes = unit.new_full((self.num_inputs + self.num_features,), 0.5 / max(self.num_inputs, 1))
         each = torch.cat([of_slopes, unit.new_ones(int(self.offset))])
         self.rows.unit.copy_((unit.unsqueeze(-1) * each).flatten())
 
