@@ -81,8 +81,7 @@ NUTS on {data_sets} of the data sets (400 draws after 200 of warm-up, {seconds:.
 """
 ENDING = """\
 Machine: 2 CPU cores, shared; CPU seconds are of one thread. `make multilevel` goes on from
-`studies/multilevel/results.jsonl` and makes this page again: rows that are missing were not run. The trained rows of
-two levels were measured before summaries had variance components, on other held-out data sets. Not run: other
+`studies/multilevel/results.jsonl` and makes this page again: rows that are missing were not run. Not run: other
 libraries' two-level approximators.
 """
 
