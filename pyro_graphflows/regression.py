@@ -21,9 +21,11 @@ __all__ = [
     "WINSOR",
     "Moments",
     "Regression",
+    "finite_rows",
     "in_float64",
     "location_and_scale",
     "logistic_regression",
+    "only_finite_rows",
     "square_root",
 ]
 
@@ -53,6 +55,26 @@ def in_float64(values: Tensor) -> Tensor:
         return values.cpu().to(torch.float64)
 
 
+def finite_rows(rows: Tensor) -> Tensor:
+    """Return in which rows all entries are finite: by their sums, and entry by entry if one of these is not.
+
+    Shape:
+        - Input: ``(n, size)``; output: ``(n,)``.
+
+    Example:
+        >>> finite_rows(torch.tensor([[1.0, 2.0], [torch.inf, 0.0], [3e38, 3e38]])).tolist()
+        [True, False, True]
+    """
+    finite = torch.isfinite(rows.sum(-1))
+    return finite if bool(finite.all()) else torch.isfinite(rows).all(-1)
+
+
+def only_finite_rows(rows: Tensor) -> Tensor:
+    """Return the rows whose entries are all finite; the tensor itself where all are."""
+    finite = finite_rows(rows)
+    return rows if bool(finite.all()) else rows[finite]
+
+
 # ---------------------------------------------------------------- location and scale
 
 
@@ -66,7 +88,7 @@ def location_and_scale(sample: Tensor) -> tuple[Tensor, Tensor]:
         - Input: ``(n, size)``. Rows with a non-finite entry are left out.
         - Output: two of ``(size,)``.
     """
-    sample = sample[torch.isfinite(sample).all(-1)]
+    sample = only_finite_rows(sample)
     if sample.numel() == 0:
         return sample.new_zeros(sample.shape[1:]), sample.new_ones(sample.shape[1:])
     shift, scale = sample.mean(0), sample.std(0, correction=min(1, len(sample) - 1))

@@ -89,11 +89,12 @@ class _Tables(NamedTuple):
         """
         index = (value.unsqueeze(-1) >= self.starts[..., side, 1:]).sum(-1, keepdim=True)
         shape = index.shape[:-1]
-        table = torch.cat([self.lengths, self.starts], -2).expand(*shape, -1, -1)
-        picked = table.gather(-1, index.unsqueeze(-2).expand(*shape, 4, 1)).squeeze(-1)
-        width, height, x, y = picked.unbind(-1)
-        slopes = self.slopes.expand(*shape, -1).gather(-1, torch.cat([index, index + 1], -1))
-        left, right = (slopes / (height / width).unsqueeze(-1)).unbind(-1)
+        ends = self.slopes[..., :-1].unsqueeze(-2), self.slopes[..., 1:].unsqueeze(-2)
+        table = torch.cat([self.lengths, self.starts, *ends], -2).expand(*shape, -1, -1)
+        picked = table.gather(-1, index.unsqueeze(-2).expand(*shape, 6, 1)).squeeze(-1)
+        width, height, x, y, left, right = picked.unbind(-1)
+        ratio = width / height
+        left, right = left * ratio, right * ratio
         return _Bin(index, x, y, width, height, left, right)
 
 
@@ -113,13 +114,16 @@ class _Bin(NamedTuple):
     left: Tensor
     right: Tensor
 
-    def terms(self, theta: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the logarithm of the slope at ``theta``, where ``other`` is ``1 - theta``, and what it is made of."""
-        product = theta * other
-        numerator = self.right * theta.square() + 2.0 * product + self.left * other.square()
-        denominator = 1.0 + (self.left + self.right - 2.0) * product
-        log_slope = (self.height / self.width).log() + numerator.log() - 2.0 * denominator.log()
-        return log_slope, numerator, denominator
+    def terms(self, theta: Tensor, other: Tensor) -> tuple[Tensor, ...]:
+        """Return the logarithm of the slope at ``theta``, where ``other`` is ``1 - theta``, and what it is made of.
+
+        These are ``theta + left * other``, numerator and denominator.
+        """
+        falling = torch.addcmul(theta, self.left, other)
+        numerator = torch.addcmul(theta * torch.addcmul(other, self.right, theta), other, falling)
+        denominator = 1.0 + (self.left + self.right - 2.0) * theta * other
+        log_slope = (self.height / self.width * numerator / denominator.square()).log()
+        return log_slope, falling, numerator, denominator
 
 
 class _Placed(NamedTuple):
@@ -144,13 +148,18 @@ def _place(parameters: Tensor, x: Tensor, num_bins: int, bound: float) -> _Place
     bin_ = tables.at(inner, 0)
     theta = ((inner - bin_.x) / bin_.width).clamp(0.0, 1.0)
     other = 1.0 - theta
-    log_slope, numerator, denominator = bin_.terms(theta, other)
-    eta = theta * (theta + bin_.left * other) / denominator
+    log_slope, falling, numerator, denominator = bin_.terms(theta, other)
+    eta = theta * falling / denominator
     return _Placed(
         torch.where(outside, x, bin_.y + bin_.height * eta),
         torch.where(outside, 0.0, log_slope),
         *(outside, tables, bin_, theta, eta, numerator, denominator),
     )
+
+
+def _summed_to(grad: Tensor, like: Tensor) -> Tensor:
+    """Return the gradient of what was broadcast."""
+    return grad if grad.shape == like.shape else grad.sum_to_size(like.shape)
 
 
 class _Spline(Operation):
@@ -181,31 +190,33 @@ class _Spline(Operation):
         bin_, (theta, eta, numerator, denominator) = _Bin(*rest[:7]), rest[7:]
         of_y, of_slope = (torch.where(outside, 0.0, grad) for grad in grads)
         other, of_eta, sharpness = 1.0 - theta, of_y * bin_.height, bin_.left + bin_.right - 2.0
-        share = theta * other / denominator
-        of_left = of_eta * share * (1.0 - eta) + of_slope * (other.square() / numerator - 2.0 * share)
-        of_right = of_slope * (theta.square() / numerator - 2.0 * share) - of_eta * share * eta
-        middle = 1.0 - 2.0 * theta
-        bend = (
-            bin_.right * theta + middle - bin_.left * other
-        ) / numerator - sharpness * middle / denominator
-        of_x = (of_eta * numerator / denominator.square() + 2.0 * of_slope * bend) / bin_.width
+        share, steep = theta * other / denominator, of_slope / numerator
+        pull = torch.add(of_eta * eta, of_slope, alpha=2.0)
+        of_left = torch.addcmul(share * (of_eta - pull), steep * other, other)
+        of_right = torch.addcmul(steep * theta * theta, share, pull, value=-1.0)
+        middle = other - theta
+        bend = torch.addcmul(torch.addcmul(middle, bin_.right, theta), bin_.left, other, value=-1.0)
+        bent = torch.addcmul(steep * bend, sharpness * middle, of_slope / denominator, value=-1.0)
+        of_x = torch.add(of_eta * numerator / denominator.square(), bent, alpha=2.0) / bin_.width
         grad_parameters = None
         if needed[0]:
-            of_mean = of_left * bin_.left + of_right * bin_.right - of_slope  # of minus its logarithm
-            of_width = of_mean / bin_.width - of_x * theta
+            of_mean = (
+                torch.addcmul(of_left * bin_.left, of_right, bin_.right) - of_slope
+            )  # of minus its logarithm
+            of_width = torch.addcmul(of_mean / bin_.width, of_x, theta, value=-1.0)
             of_height = of_y * eta - of_mean / bin_.height
             bins = torch.arange(num_bins, device=x.device)
             here = bins == bin_.place
             lengths = torch.stack([of_width, of_height], -1).unsqueeze(-1) * here.unsqueeze(-2)
             corners = torch.stack([-of_x, of_y], -1).unsqueeze(-1) * (bins < bin_.place).unsqueeze(-2)
-            of_shares = (lengths + corners).sum_to_size(shares.shape) * _factor(num_bins, bound)
+            of_shares = _summed_to(lengths + corners, shares) * _factor(num_bins, bound)
             of_logits = shares * (of_shares - (shares * of_shares).sum(-1, keepdim=True))
             ratio = bin_.width / bin_.height
             of_slopes = (of_left * ratio).unsqueeze(-1) * here[..., 1:]
             of_slopes = of_slopes + (of_right * ratio).unsqueeze(-1) * here[..., :-1]
-            of_slopes = of_slopes.sum_to_size(tanh.shape) * slopes[..., 1:-1] * (1.0 - tanh.square())
+            of_slopes = _summed_to(of_slopes, tanh) * slopes[..., 1:-1] * (1.0 - tanh.square())
             grad_parameters = torch.cat([of_logits.flatten(-2), of_slopes], -1)
-        grad_x = torch.where(outside, grads[0], of_x).sum_to_size(x.shape) if needed[1] else None
+        grad_x = _summed_to(torch.where(outside, grads[0], of_x), x) if needed[1] else None
         return grad_parameters, grad_x, None, None
 
 

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from pyro_graphflows.guides.conditionals.contract import Conditionals
 from pyro_graphflows.guides.fewer_elements import fit_sizes
-from pyro_graphflows.guides.fused_rows import RIDGES, WeightedRows
+from pyro_graphflows.guides.fused_rows import LEAST_GAIN, RIDGES, WeightedRows
 from pyro_graphflows.guides.sites import SitePrior
 from pyro_graphflows.regression import WINSOR, Regression, in_float64
+from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = ["JointRows", "fit_jointly_"]
 
@@ -62,7 +63,7 @@ class JointRows:
         """
         inputs, values, prior, fewer = parts
         columns = [inputs, values, prior.loc, prior.log_scale, *([] if fewer is None else [fewer])]
-        shape = torch.broadcast_shapes(*(column.shape[:-1] for column in columns))
+        shape = broadcast_shapes(*(column.shape[:-1] for column in columns))
         sizes = [column.shape[-1] for column in columns]
         joint = torch.cat([in_float64(column).expand(*shape, column.shape[-1]) for column in columns], -1)
         places = [i - 1 - len(dims) for i in range(len(dims))]
@@ -101,7 +102,7 @@ class JointRows:
             for ridge in RIDGES
         ]
         least = min(held_out)
-        if not least < rows.at(test).loss(0.0, None):
+        if not least < rows.at(test).loss(0.0, None) - LEAST_GAIN:
             return None
         weights = rows.regress(widths_of(of_mean, pair), RIDGES[held_out.index(least)])
         return Regression(weights[:-1].unsqueeze(0), weights[-1:], pair[1].exp().reshape(1, 1)), pair

@@ -40,7 +40,14 @@ from pyro_graphflows.distributions.coordinates import GaussianCoordinate, gaussi
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.inspect import TracedModel, get_argument
 from pyro_graphflows.inspect.runs import undressed
-from pyro_graphflows.regression import HEAVY_TAIL, MOST_QUANTILE_ROWS, TINY, in_float64, location_and_scale
+from pyro_graphflows.regression import (
+    HEAVY_TAIL,
+    MOST_QUANTILE_ROWS,
+    TINY,
+    in_float64,
+    location_and_scale,
+    only_finite_rows,
+)
 from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = [
@@ -535,7 +542,8 @@ def concatenate(parts: Sequence[Tensor], like: Tensor | None = None) -> Tensor:
     return torch.cat([part.expand(*shape, part.shape[-1]) for part in parts], -1)
 
 
-def _kind(support: constraints.Constraint | None, sample: Tensor) -> str:
+def _kind(support: constraints.Constraint | None, sample: Tensor) -> tuple[str, tuple[Tensor, Tensor] | None]:
+    """Return the kind of map, and location and scale of the values where they were found on the way."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     if (
@@ -543,16 +551,16 @@ def _kind(support: constraints.Constraint | None, sample: Tensor) -> str:
         and not torch.is_tensor(support.lower_bound)
         and support.lower_bound == 0
     ):
-        return "log"
+        return "log", None
     if support is constraints.unit_interval:
-        return "logit"
+        return "logit", None
     if isinstance(support, _COUNT) and bool((sample >= 0).all()):
-        return "log1p"
+        return "log1p", None
     if sample.shape[0] < 2 or support is constraints.boolean or support is constraints.one_hot:
-        return "identity"
+        return "identity", None
     shift, scale = location_and_scale(sample)
-    heavy = bool((((sample - shift) / scale).abs() > HEAVY_TAIL).any())
-    return "asinh" if heavy else "identity"
+    heavy = bool(((sample - shift).abs() > HEAVY_TAIL * scale).any())
+    return "asinh" if heavy else "identity", (shift, scale)
 
 
 class FeatureMap(nn.Module):
@@ -577,9 +585,9 @@ class FeatureMap(nn.Module):
         self, support: constraints.Constraint | None, sample: Tensor, standardize: bool = True
     ) -> None:
         super().__init__()
-        sample = sample[torch.isfinite(sample).all(-1)]
+        sample = only_finite_rows(sample)
         size = sample.shape[-1]
-        kind = _kind(support, sample) if standardize else "identity"
+        kind, known = _kind(support, sample) if standardize else ("identity", None)
         self._set_kinds([(kind, slice(0, size))])
         centre, width = sample.new_zeros(size), sample.new_ones(size)
         if kind == "asinh":
@@ -591,7 +599,8 @@ class FeatureMap(nn.Module):
         self.register_buffer("shift", sample.new_zeros(size))
         self.register_buffer("scale", sample.new_ones(size))
         if standardize and sample.shape[0] > 1:
-            self.shift, self.scale = location_and_scale(self(sample))
+            found = known if kind == "identity" else None
+            self.shift, self.scale = location_and_scale(self(sample)) if found is None else found
 
     @classmethod
     def join(cls, maps: "list[FeatureMap]") -> "FeatureMap":

@@ -50,7 +50,14 @@ from pyro_graphflows.guides.plan import Plan
 from pyro_graphflows.guides.samples import Samples, columns_of
 from pyro_graphflows.guides.sites import LatentSite, concatenate
 from pyro_graphflows.inspect.runs import kept_buffers
-from pyro_graphflows.regression import WINSOR, Moments, Regression, in_float64, location_and_scale
+from pyro_graphflows.regression import (
+    WINSOR,
+    Moments,
+    Regression,
+    finite_rows,
+    in_float64,
+    location_and_scale,
+)
 
 __all__ = [
     "Candidate",
@@ -279,7 +286,7 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
             features = block.inputs.features(concatenate([samples.rows[n] for n in block.inputs.names]))
             fewer = _of_fewer(block, samples.rows)
             seen = [features, *latents.values(), *([] if fewer is None else [fewer])]
-            finite = torch.isfinite(torch.cat(seen, -1)).all(-1)
+            finite = torch.stack([finite_rows(each) for each in seen if each.shape[-1]]).all(0)
             finite = _few_enough(finite, features.shape[-1])
             features = features[finite] if features.shape[-1] else features
             fused = None if fused is None else fused.at(finite)
@@ -564,11 +571,10 @@ def _input_moments(block: GuideBlock, features: Tensor, values: Mapping[str, Ten
     for site in block.plan.sites:
         shift, scale = block.conditionals.input_units(site)
         columns.append((values[site] - shift) / scale)
-    joint = in_float64(concatenate(columns))
+    joint = concatenate(columns)
     rows = joint.reshape(-1, joint.shape[-1])
     step = -(-len(rows) * rows.shape[-1] ** 2 // MOST_PRODUCTS)
-    if step > 1:
-        rows = rows[::step]
+    rows = in_float64(rows[::step] if step > 1 else rows)
     moments = rows.mT @ rows / len(rows)
     apart = block.inputs.learned.nonzero()[:, 0]
     spread = moments.diagonal()[apart]
@@ -597,8 +603,8 @@ def regress_(
         shift, scale = conditionals.output_units(site)
         columns.append((values[site] - shift) / scale)
     rows = in_float64(torch.cat(columns, -1))
-    finite = torch.isfinite(rows).all(-1)
-    rows = rows[finite].clamp(-WINSOR, WINSOR)
+    finite = finite_rows(rows)
+    rows = (rows if bool(finite.all()) else rows[finite]).clamp(-WINSOR, WINSOR)
     moments = Moments(rows)
     for site in conditionals.block.sites:
         known = fused is not None and site in fused.priors
