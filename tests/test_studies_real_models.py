@@ -18,11 +18,12 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the studies are no part of the package
 
 from studies.real_models import check as checks  # noqa: E402
-from studies.real_models import methods  # noqa: E402
+from studies.real_models import methods, survival  # noqa: E402
 from studies.real_models.log_joint import LogJoint  # noqa: E402
 from studies.real_models.models import POSTERIORS, find  # noqa: E402
 from studies.real_models.ordered import PositiveOrderedNormal  # noqa: E402
 from studies.real_models.posterior import DATA_VARIABLE, data_folder, read_reference  # noqa: E402
+from studies.results import Results  # noqa: E402
 
 DATA = Path(os.environ.get(DATA_VARIABLE, ROOT.parent / "shared" / "data" / "posteriors"))
 QUICK = {
@@ -340,3 +341,22 @@ def test_chains_reach_a_normal():
     for x, expected in ((draws, mean), ((draws - mean) ** 2, variance)):
         by_chain = x.mean(0)
         assert bool(((by_chain.mean(0) - expected).abs() < 5 * by_chain.std(0) / 200**0.5).all())
+
+
+@needs_data
+def test_what_training_does_to_a_start_is_written_once(tmp_path, capsys):
+    """A run is a line; what is there is not run again; the page has a row for each."""
+    out = tmp_path / "survival.jsonl"
+    flags = ["--data", str(DATA), "--models", "logmesquite_logvolume", "--out", str(out)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(survival, "MARKS", (0, 1))
+        patch.setattr(survival, "DRAWS", 20)
+        survival.main(flags)
+        assert capsys.readouterr().out.count("\n") == 2
+        survival.main(flags)
+        assert capsys.readouterr().out == ""
+        records = list(Results(out).read().values())
+        assert [record["rate"] for record in records] == [0.001, 0.01]
+        assert all(abs(record["losses"][0] - 30.0) < 3.0 for record in records)
+        page = survival.page(records)
+    assert page.count("mesquite-logmesquite_logvolume | 0.0") == 2

@@ -43,7 +43,7 @@ MOST_NUMBERS = 20_000_000  # in all joint samples together, as the data of one c
 FEWEST_DRAWS = 200  # even so
 MOST_BATCHES = 32  # of the rows of subsampled plates
 NO_SAMPLES = "no regression start and no standardisation of latents"
-DRAWS_NEAR_MODE = 5000  # at least: a regression of each element loses half a nat for each weight and draw
+DRAWS_NEAR_MODE = 5000  # at least: half the number of weights over that of draws is lost, at each element
 FEWEST_OF_A_BATCH = 10  # joint samples; with fewer there is one batch
 # Where each joint sample takes a run of the model: as many of these as there is time for.
 SINGLE_RUNS = (1000, 500, 250, 100)

@@ -12,6 +12,7 @@ from typing import Any
 
 import matplotlib
 
+from studies.real_models import survival
 from studies.real_models.methods import METHODS, OURS, PYRO
 from studies.real_models.models import POSTERIORS
 from studies.real_models.run import CHOICE_SECONDS, CHOICE_SEED, LAST, RATES, RESULTS, best_rate
@@ -248,10 +249,17 @@ def picture(table: dict[tuple[str, str, float], Cell], seconds: float, path: Pat
             }
             axes.scatter(x, y, marker=markers[method], s=36, label=SHORT.get(method, method), **style)
     known = {key[0] for key, cell in table.items() if "gap" in cell.values}
-    axes.set_yticks(
-        range(len(models)), [name.split("-")[-1] + (" ●" if name in known else "") for name in models]
-    )
+    short = [name.split("-")[-1] for name in models]
+    labels = [
+        one if short.count(one) == 1 else name.split("-")[0] for one, name in zip(short, models, strict=True)
+    ]
+    marked = [label + (" ●" if name in known else "") for label, name in zip(labels, models, strict=True)]
+    axes.set_yticks(range(len(models)), marked)
     axes.set_xscale("symlog", linthresh=0.1)
+    low, high = axes.get_xlim()
+    decades = [10.0**power for power in range(0, 10, 2)]
+    axes.set_xticks([x for x in (*(-x for x in reversed(decades)), 0.0, *decades) if low <= x <= high])
+    axes.minorticks_off()
     axes.margins(x=0.04)
     axes.axvline(0, color="grey", linewidth=0.8)
     axes.grid(axis="y", alpha=0.3)
@@ -272,7 +280,8 @@ def page(records: list[Record], folder: Path) -> str:
         "",
         "The posteriors of posteriordb (Magnusson et al. 2025), written in Pyro as a user would write them: raw units, "
         "centred hierarchies, flat priors as `ImproperUniform`. Each model is checked against the source's reference "
-        "draws and evidence: [the checks](real_models_checks.md).",
+        "draws and evidence: [the checks](real_models_checks.md). What the first steps of training do to the default "
+        "guide's start: [a table](real_models_training.md).",
         "",
         "Every guide has the same processor time (one thread, float64), `Trace_ELBO` with one particle and Adam. The "
         f"rate is the best of {rates} by the ELBO after {CHOICE_SECONDS:g} s with seed {CHOICE_SEED}; it is constant "
@@ -305,6 +314,8 @@ def main(argv: list[str] | None = None) -> None:
     flags = parser.parse_args(argv)
     flags.out.mkdir(parents=True, exist_ok=True)
     (flags.out / "real_models.md").write_text(page(list(Results(flags.results).read().values()), flags.out))
+    trained = list(Results(survival.RESULTS).read().values())
+    (flags.out / "real_models_training.md").write_text(survival.page(trained))
 
 
 if __name__ == "__main__":

@@ -582,7 +582,8 @@ def fused_vector(outputs: Tensor, shift: Tensor, scale: Tensor, prior: SitePrior
     loc, width, unit = _parts_of_vector(outputs, shift, scale)
     root = unit / width.unsqueeze(-1)
     if scale.dim() == 2:
-        root = torch.linalg.solve_triangular(scale, root, upper=False, left=False)
+        eye = torch.eye(n, dtype=scale.dtype, device=scale.device)
+        root = root @ torch.linalg.solve_triangular(scale, eye, upper=False)  # one small matrix for all rows
     else:
         root = root / scale
     batch = broadcast_shapes(loc.shape[:-1], prior.loc.shape[:-1])
