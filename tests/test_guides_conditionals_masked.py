@@ -435,3 +435,28 @@ def test_moves_of_a_correlated_vector_cost_what_they_cost_in_an_independent_one(
         assert divergence >= 0.5 * expected
     else:
         assert divergence == pytest.approx(expected)
+
+
+def test_what_is_kept_of_units_follows_them():
+    """Units changed in place, loaded into copies, or of another type are those of the next call."""
+    conditionals = stirred(Normal().conditionals(spec_of()))
+    context, values = torch.randn(4, 3), values_of(4)
+    before = [run(conditionals, context, values) for _ in range(2)]
+    torch.testing.assert_close(before[0]["c"].covariance_matrix, before[1]["c"].covariance_matrix)
+    conditionals.set_units_("c", (torch.ones(3), torch.full((3,), 2.0)))
+    bases = [name for name, buffer in conditionals.named_buffers() if buffer.dim() == 2 and "basis" in name]
+    moved = run(conditionals, context, values)["c"]
+    torch.testing.assert_close(moved.mean - 1.0, 2.0 * before[0]["c"].mean)
+    torch.testing.assert_close(moved.covariance_matrix, 4.0 * before[0]["c"].covariance_matrix)
+    other = Normal().conditionals(spec_of())
+    run(other, context, values)
+    other.load_state_dict(conditionals.state_dict())
+    again = run(other.float(), context.float(), {name: value.float() for name, value in values.items()})["c"]
+    assert again.mean.dtype == torch.float32
+    torch.testing.assert_close(again.mean.double(), moved.mean, atol=1e-5, rtol=1e-4)
+    root = torch.tensor([[1.0, 0.0, 0.0], [0.5, 1.0, 0.0], [0.0, -0.5, 2.0]])
+    (basis,) = (name for name in bases if conditionals.get_buffer(name).shape == (3, 3))
+    with torch.no_grad():
+        conditionals.get_buffer(basis).copy_(root)
+    turned = run(conditionals, context, values)["c"]
+    torch.testing.assert_close(turned.mean - 1.0, (moved.mean - 1.0) @ root.mT)

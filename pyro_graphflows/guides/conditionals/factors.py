@@ -65,7 +65,7 @@ def positive_scale(outputs: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     Args:
         outputs: Logarithms in standardised units.
         shift: The shift of the standardisation.
-        scale: Its scale.
+        scale: Its scale, or a lower triangular matrix.
     """
     return bounded_log_scale(outputs, shift, scale).exp()
 
@@ -117,6 +117,7 @@ def _limits(dtype: torch.dtype, shift: Tensor, scale: Tensor) -> _Limits:
 
 
 def _find_limits(dtype: torch.dtype, shift: Tensor, scale: Tensor) -> _Limits:
+    scale = scale.diagonal() if scale.dim() == 2 else scale
     rounding = torch.finfo(dtype).eps * (1.0 + (shift / scale).abs())
     least = (ROUNDINGS * rounding).log().clamp(-LOG_SCALE_BOUND, 0.0)
     return _Limits(least, torch.full_like(least, LOG_SCALE_BOUND), scale.log())
@@ -431,10 +432,10 @@ def _parts_of_vector(outputs: Tensor, shift: Tensor, scale: Tensor) -> tuple[Ten
     """Return location, widths in standardised units, and the matrix U."""
     n = len(shift)
     if scale.dim() == 2:
-        loc, own_scale = shift + outputs[..., :n] @ scale.mT, scale.diagonal()
+        loc = shift + outputs[..., :n] @ scale.mT
     else:
-        loc, own_scale = torch.addcmul(shift, scale, outputs[..., :n]), scale
-    width = positive_scale(outputs[..., n : 2 * n], shift, own_scale)
+        loc = torch.addcmul(shift, scale, outputs[..., :n])
+    width = positive_scale(outputs[..., n : 2 * n], shift, scale)
     return loc, width, unit_lower(outputs[..., 2 * n :], n)
 
 

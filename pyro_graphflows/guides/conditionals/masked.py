@@ -15,6 +15,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyro_graphflows.capture import CAPTURING
 from pyro_graphflows.distributions.fusion import fuse_matrix
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.conditionals.banded import BandedNormalFactor, regress_chain
@@ -171,6 +172,7 @@ class MaskedConditionals(Conditionals):
             self.register_buffer("summing", torch.zeros(len(fusible), dtype=torch.bool))
         self._is_summing = [False] * len(fusible)
         self._kept_units: dict[tuple[str, int, int], tuple[Tensor, Tensor]] = {}
+        self._kept_bases: dict[tuple[str, int], tuple[Tensor, Tensor, tuple[int, int], Tensor]] = {}
         self._scalar_levels = {
             i
             for i, level in enumerate(block.levels)
@@ -227,7 +229,7 @@ class MaskedConditionals(Conditionals):
         return kept
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept_units": {}}
+        return {**self.__dict__, "_kept_units": {}, "_kept_bases": {}}
 
     def output_units(self, site: str) -> tuple[Tensor, Tensor]:
         """See :meth:`Conditionals.output_units`."""
@@ -556,9 +558,16 @@ class MaskedConditionals(Conditionals):
 
     def _in_basis(self, site: str, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Return units of which the scale is a matrix where a vector has a basis of its own."""
-        if site in self._basis_of:
-            scale = scale.unsqueeze(-1) * self.get_buffer(self._basis_of[site])
-        return shift, scale
+        if site not in self._basis_of:
+            return shift, scale
+        basis = self.get_buffer(self._basis_of[site])
+        if CAPTURING.get() or scale.is_inference() or basis.is_inference():
+            return shift, scale.unsqueeze(-1) * basis
+        key, versions = (site, id(scale)), (scale._version, basis._version)
+        kept = self._kept_bases.get(key)
+        if kept is None or kept[0] is not scale or kept[1] is not basis or kept[2] != versions:
+            kept = self._kept_bases[key] = scale, basis, versions, scale.unsqueeze(-1) * basis
+        return shift, kept[3]
 
     def begin(self, context: Tensor, plates: Mapping[str, PlateState] | None = None) -> "MaskedPass":
         """See :meth:`Conditionals.begin`."""
