@@ -228,3 +228,28 @@ def test_of_several_modes_the_one_with_the_most_mass_is_found():
     mode = mode_of(two_modes)
     assert mode.log_evidence == pytest.approx(math.log(0.98), abs=0.01)
     assert 3.0 * mode.point.item() == pytest.approx(-4.0, abs=0.01)
+
+
+def test_many_draws_at_once_of_models_without_plates():
+    def walk(y):
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 2.0))
+        x = 0.0
+        for t in range(len(y)):
+            x = pyro.sample(f"x_{t}", dist.Normal(x, scale))
+            pyro.sample(f"y_{t}", dist.Normal(x, 1.0), obs=y[t])
+
+    y = torch.tensor([0.3, 1.1, 0.7, 2.0, 3.1, 2.4])
+    posterior = LogPosterior(walk, (y,), {}, trace_model(walk, (y,), strict=False))
+    points = torch.randn(5, posterior.size)
+    together = posterior(points)
+    torch.testing.assert_close(together, torch.stack([posterior(point) for point in points]))
+    # the evidence, by the integral over the scale with the walk in closed form
+    log_scale = torch.linspace(-8.0, 8.0, 801)
+    steps = torch.minimum(torch.arange(1.0, 7.0)[:, None], torch.arange(1.0, 7.0))
+    covariance = (2 * log_scale).exp()[:, None, None] * steps + torch.eye(6)
+    given = dist.MultivariateNormal(torch.zeros(6), covariance).log_prob(y)
+    prior = dist.Normal(0.0, 2.0).log_prob(log_scale)
+    exact = float(torch.logsumexp(given + prior, 0)) + math.log(0.02)
+    mode = mode_of(walk, y)
+    gap = exact - mode.elbo(torch.randn(4000, len(mode.point)))
+    assert -0.05 < gap < 0.5, gap

@@ -82,6 +82,7 @@ SHARES_OF_WIDTH = (
 )  # tried at first: widths at a point may reach where the density is absurd
 FEW_NUMBERS = 64  # up to which natural gradients begin at several normals
 MOST_ROUNDS = 3  # of natural gradients, as long as they gain
+MOST_SECONDS = 0.02  # of processor time for a gradient at all of them: hundreds are to come
 CLOSE = 0.5  # nats: where a posterior is that normal about its mode, nothing else is tried
 LOG_2PI = math.log(2 * math.pi)
 PLATE = "_pyro_graphflows_draws_near_mode"
@@ -392,7 +393,7 @@ class LogPosterior:
             return sum((in_float64(term.sum()).cpu() for term in terms), torch.zeros((), dtype=torch.float64))
         if any(term.dim() != 1 + self.nesting or len(term) != len(point) for term in terms):
             raise UnsupportedModelError("the model does not take many draws at once.")
-        flat = [in_float64(term.flatten(1).sum(-1)).cpu() for term in terms]
+        flat = [in_float64(term.reshape(len(point), -1).sum(-1)).cpu() for term in terms]
         return sum(flat, torch.zeros(len(point), dtype=torch.float64))
 
     def _in_plate(self, number: int) -> Callable[..., Any]:
@@ -494,6 +495,10 @@ def find_mode(
     noise = torch.randn(NUM_DRAWS, size, dtype=torch.float64)
     noise = torch.cat([noise, -noise])
     if not posterior.takes_many(noise):
+        return laplace
+    began = time.process_time()
+    loss_and_gradient(lambda points: -posterior(points.reshape(noise.shape)).mean(), noise.flatten())
+    if time.process_time() - began > MOST_SECONDS:
         return laplace
     if abs(laplace.elbo(noise) - laplace.log_evidence) < CLOSE:
         return laplace
