@@ -7,12 +7,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 from plated_gaussians import random_model
-from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoNormal
 from training_paths import check_path, expected_loss, train
 
 from pyro_graphflows import auto_faithful_guide
 from pyro_graphflows.guides.conditionals.pooling import DeepSet, DeepSetPool
+from pyro_graphflows.infer import importance_log_weights
 
 
 @pytest.fixture(autouse=True)
@@ -257,3 +258,36 @@ def test_item_response_ends_above_mean_field():
     assert losses["ours"][0] < losses["mean field"][0] + 4 * math.hypot(
         losses["ours"][1], losses["mean field"][1]
     )
+
+
+def test_training_moves_crossed_effects_little():
+    """A hundred persons and twenty items: what all elements share moves them at once, and learned features drift."""
+
+    def model(person, item, y):
+        mean = pyro.sample("mean", dist.Normal(0.75, 1.0))
+        with pyro.plate("items", 20):
+            difficulty = pyro.sample("difficulty", dist.Normal(0.0, 1.0))
+        with pyro.plate("persons", 100):
+            ability = pyro.sample("ability", dist.Normal(0.0, 1.0))
+        with pyro.plate("answers", len(y)):
+            logits = mean + ability[..., person] - difficulty[..., item]
+            pyro.sample("y", dist.Bernoulli(logits=logits), obs=y)
+
+    generator = torch.Generator().manual_seed(0)
+    person, item = torch.arange(100).repeat_interleave(20), torch.arange(20).repeat(100)
+    logits = 0.7 + torch.randn(100, generator=generator)[person] - torch.randn(20, generator=generator)[item]
+    y = torch.bernoulli(torch.sigmoid(logits), generator=generator)
+    pyro.set_rng_seed(0)
+    guide = auto_faithful_guide(model, person, item, y)
+
+    def loss():
+        return -float(
+            importance_log_weights(model, guide, person, item, y, num_particles=200, data_plate=False).mean()
+        )
+
+    start = loss()
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+    for steps in (10, 40):
+        for _ in range(steps):
+            svi.step(person, item, y)
+        assert loss() < start + 2.0

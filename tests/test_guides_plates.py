@@ -204,3 +204,12 @@ def test_what_describe_says_of_parents():
         assert "z | group (index), theta (looked up by group), tilt (no data to read), y  [amortised" in text
         assert ("sites with per-element parameters fit one data set" in text) == (pool is None)
         assert "Block 1 (plate groups, 1 level)" in text
+
+
+def test_what_all_elements_share_moves_in_a_share_of_their_units():
+    """A step of the network moves all three groups, and costs what a step of one of their own numbers does."""
+    guide = auto_faithful_guide(varying, torch.tensor([0, 1, 1, 2]), torch.randn(4))
+    network = guide.block_of("theta").conditionals
+    own = network.table.unit[network._table_columns["theta"]]
+    shared = network.network.units.unit[network.outputs["theta"]]
+    torch.testing.assert_close(shared * math.sqrt(3), own)

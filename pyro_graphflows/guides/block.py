@@ -671,6 +671,8 @@ def make_inputs(
         elif name in pools:
             seen = torch.zeros(0, pools[name].num_features) if rows is None else rows[name]
             maps[name] = FeatureMap(None, seen, samples.standardize)
+            learned = [i for i, each in enumerate(getattr(pools[name], "learned", ())) if each]
+            maps[name].scale[learned] = maps[name].scale[learned].clamp(min=1.0)  # as the pool gives them
         else:
             maps[name] = _feature_map(name, samples, rows)
     return BlockInputs(maps, pools, samples.draws.encodings), elements, samples

@@ -577,7 +577,7 @@ def _input_moments(block: GuideBlock, features: Tensor, values: Mapping[str, Ten
     rows = in_float64(rows[::step] if step > 1 else rows)
     moments = rows.mT @ rows / len(rows)
     apart = block.inputs.learned.nonzero()[:, 0]
-    spread = moments.diagonal()[apart]
+    spread = moments.diagonal()[apart].clamp(min=1.0)  # they will vary as soon as they are trained
     moments[apart] = 0.0
     moments[:, apart] = 0.0
     moments[apart, apart] = spread

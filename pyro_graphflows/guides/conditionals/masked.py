@@ -361,7 +361,7 @@ class MaskedConditionals(Conditionals):
             self._constants(site).set_(slice(None), biases[number:])
             if units is not None:
                 self._constants(site).unit.copy_(units[number:])
-        units = None if units is None else units[:number]
+        units = None if units is None else units[:number] * self._share_of_network(site)
         weights = weights[:number, : self.num_inputs]
         self.network.set_linear_(self.outputs[site], weights, biases[:number], units)
         if self.table is not None and site in self._table_columns:
@@ -370,6 +370,15 @@ class MaskedConditionals(Conditionals):
             element_map: Any = self.maps[self._map_of[site][0]]
             element_map.rows.set_(slice(None), 0.0)
         self._share_unit_(site)
+
+    def _share_of_network(self, site: str) -> float:
+        """Return the units of the network in those of elements with parameters of their own, which it moves at once.
+
+        All of them together then cost what one does.
+        """
+        if self.table is None or site not in self._table_columns:
+            return 1.0
+        return math.prod(self.table.sizes.values()) ** -0.5
 
     def _constants(self, site: str) -> ElementTable:
         """Return the outputs of a site that depend on nothing."""
@@ -381,7 +390,7 @@ class MaskedConditionals(Conditionals):
         """Hand the units of a site's outputs on to its per-element parameters and maps."""
         if self.network.units is None:
             return
-        unit = self.network.units.unit[self.outputs[site]]
+        unit = self.network.units.unit[self.outputs[site]] / self._share_of_network(site)
         if site in self._constants_of and not self.factors[site].shares_constants:
             unit = torch.cat([unit, self._constants(site).unit])
         if self.table is not None and site in self._table_columns:

@@ -65,6 +65,7 @@ __all__ = [
 
 MOST_CROSSED = 8  # entries of a tuple up to which all products are taken, and not only squares
 VARIANCE_FLOOR = 1e-4  # in standardised units
+LEAST_SPREAD = 0.1  # of learned features: means of many elements vary less, until their networks are trained
 SHARE = 0.05  # of the variance between groups and of noise, near which the difference is rounded off
 CHUNK_ROWS = 100_000  # of joint samples at set-up
 
@@ -506,6 +507,8 @@ class PoolStage(nn.Module):
         core, carried, *_ = self(elements)
         self.core_map = FeatureMap(None, core.reshape(-1, core.shape[-1]))
         self.carried_map = FeatureMap(None, carried.reshape(-1, carried.shape[-1]))
+        learned = [i for i, each in enumerate(self.carries) if each.learned]
+        self.carried_map.scale[learned] = self.carried_map.scale[learned].clamp(min=LEAST_SPREAD)
 
 
 @dataclass(frozen=True)
