@@ -34,7 +34,8 @@ from pyro_graphflows.infer.psis import effective_sample_size, psis_khat
 __all__ = ["Evidence", "evidence_from_log_weights", "importance_log_weights", "log_evidence"]
 
 _PARTICLES_TIMES_DATA = 2**14  # the default of chunk_size holds this many weights at once
-_FEW = 7  # particles of a trial: what mixes particles may take the memory of their square
+_FEW = 7  # particles of a trial before more than _SAFE: what mixes particles may take the memory of their square
+_SAFE = 100
 
 
 class Evidence(NamedTuple):
@@ -245,7 +246,7 @@ def _log_weights(
             return torch.cat(weights), sampler.dtype
         default_size = max(1, _PARTICLES_TIMES_DATA // (plate.size if plate is not None else 1))
         chunk_size = sampling.chunk_size or default_size
-        if min(num_particles, chunk_size) > _FEW:
+        if min(num_particles, chunk_size) > _SAFE:
             state = random_state()
             sampler.require_same_alone(sampler.run(_FEW))
             set_random_state(state)
