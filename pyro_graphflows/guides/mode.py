@@ -37,6 +37,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
+from tqdm import tqdm
 
 from pyro_graphflows.distributions.coordinates import gaussian_coordinate
 from pyro_graphflows.errors import UnsupportedModelError
@@ -52,7 +53,7 @@ from pyro_graphflows.guides.minimize import (
 )
 from pyro_graphflows.guides.sites import is_constant, is_moderate
 from pyro_graphflows.inspect import TracedModel, undressed
-from pyro_graphflows.inspect.prior import UNCONSTRAINED, unconstrained_of
+from pyro_graphflows.inspect.prior import SECONDS_WITHOUT_A_BAR, UNCONSTRAINED, unconstrained_of
 from pyro_graphflows.inspect.runs import kept_buffers
 from pyro_graphflows.regression import in_float64
 
@@ -303,6 +304,7 @@ class LogPosterior:
         self.args, self.kwargs, self.names = args, kwargs, names
         self.original = model
         self.centred = centred
+        self.count: Callable[[], object] = _nothing  # called with each evaluation
         sites = [node for node in nodes.values() if node["type"] == "sample" and not site_is_subsample(node)]
         self.nesting = max(
             [len(node["fn"].batch_shape) for node in sites]
@@ -384,6 +386,7 @@ class LogPosterior:
         Raises:
             UnsupportedModelError: If the model does not take many draws at once.
         """
+        self.count()
         messenger, trace = self._run(point, model=self._in_plate(len(point)) if point.dim() > 1 else None)
         terms = messenger.terms
         for name, node in trace.nodes.items():
@@ -476,9 +479,25 @@ def find_mode(
             the centres of the priors at which the density is finite.
     """
     posterior = LogPosterior(model, args, kwargs, traced)
+    if posterior.size > MOST_NUMBERS:
+        raise UnsupportedModelError(
+            f"the search for a mode has {posterior.size} numbers; {MOST_NUMBERS} are the most."
+        )
+    with tqdm(
+        desc="place of the posterior", unit="evaluation", leave=False, delay=SECONDS_WITHOUT_A_BAR
+    ) as bar:
+        posterior.count = bar.update
+        found = _search(posterior, traced)
+    posterior.count = found.posterior.count = _nothing
+    return found
+
+
+def _nothing() -> None:
+    """Count no evaluations."""
+
+
+def _search(posterior: LogPosterior, traced: TracedModel) -> Mode:
     size = posterior.size
-    if size > MOST_NUMBERS:
-        raise UnsupportedModelError(f"the search for a mode has {size} numbers; {MOST_NUMBERS} are the most.")
 
     def negative(point: Tensor) -> Tensor:
         return -posterior(point)
@@ -506,13 +525,15 @@ def find_mode(
     found = [laplace, *_variational(posterior, (start,) if is_slow else (laplace.point, start))]
     noise = torch.randn(NUM_JUDGING, size, dtype=torch.float64)
     best = _best(found, noise)
-    centred = [] if is_slow else _centred(posterior, best.point, traced)
+    if is_slow:
+        return _best([best, _fitted(best, noise, 1)], noise)
+    centred = _centred(posterior, best.point, traced)
     firsts = [_best([best, *centred], noise)]
     if size <= FEW_NUMBERS:  # a poor normal may lead to the better one
         firsts = [best, *([_best(centred, noise)] if centred else [])]
         if posterior.proper:
             firsts.append(Mode(posterior, start, torch.eye(size, dtype=torch.float64)))
-    return _best([each for first in firsts for each in (first, _fitted(first, noise))], noise)
+    return _best([each for first in firsts for each in (first, _fitted(first, noise, MOST_ROUNDS))], noise)
 
 
 def _seconds_of_gradient(posterior: LogPosterior, points: Tensor) -> float:
@@ -525,12 +546,12 @@ def _seconds_of_gradient(posterior: LogPosterior, points: Tensor) -> float:
     return min(seconds)
 
 
-def _fitted(mode: Mode, noise: Tensor) -> Mode:
+def _fitted(mode: Mode, noise: Tensor, most_rounds: int) -> Mode:
     """Return the normal of any covariance to which natural gradients lead from another one; of many numbers itself."""
     if len(mode.point) > MOST_NEWTON:
         return mode
     posterior, elbo = mode.posterior, mode.elbo(noise)
-    for _ in range(MOST_ROUNDS):
+    for _ in range(most_rounds):
         loc, factor = fit_normal(lambda points: -posterior(points), mode.point, mode.factor)
         moved = Mode(posterior, loc, factor)
         before, elbo = elbo, moved.elbo(noise)
@@ -594,6 +615,7 @@ def _centred(posterior: LogPosterior, near: Tensor, traced: TracedModel) -> list
     centred = posterior.centre(traced)
     if centred is None or centred.size != posterior.size or centred.size > MOST_NEWTON:
         return []
+    centred.count = posterior.count
 
     def negative(point: Tensor) -> Tensor:
         return -centred(point)
