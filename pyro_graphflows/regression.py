@@ -55,18 +55,21 @@ def in_float64(values: Tensor) -> Tensor:
         return values.cpu().to(torch.float64)
 
 
-def finite_rows(rows: Tensor) -> Tensor:
-    """Return in which rows all entries are finite: by their sums, and entry by entry if one of these is not.
+def finite_rows(*parts: Tensor) -> Tensor:
+    """Return in which rows all entries of all parts are finite: by sums, and entry by entry if one of these is not.
 
     Shape:
-        - Input: ``(n, size)``; output: ``(n,)``.
+        - Input: ``(n, size)`` each; output: ``(n,)``.
 
     Example:
         >>> finite_rows(torch.tensor([[1.0, 2.0], [torch.inf, 0.0], [3e38, 3e38]])).tolist()
         [True, False, True]
     """
-    finite = torch.isfinite(rows.sum(-1))
-    return finite if bool(finite.all()) else torch.isfinite(rows).all(-1)
+    found = []
+    for part in parts:
+        finite = torch.isfinite(part.sum(-1))
+        found.append(finite if bool(finite.all()) else torch.isfinite(part).all(-1))
+    return torch.stack(found).all(0) if len(found) > 1 else found[0]
 
 
 def only_finite_rows(rows: Tensor) -> Tensor:

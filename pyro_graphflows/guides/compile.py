@@ -315,7 +315,8 @@ def compile_guide(
             way = find_inverse(model, args, kwargs, trace, alone, elements=elements)
             if draws_more_effects_alone(way.inverse, inverse, scales):
                 found, traced, inverse = way, way.traced, way.inverse
-    if is_free and options.pool is None and not discrete and not traced.loops and not changing:
+    unpooled = is_free and options.pool is None and not discrete and not traced.loops and not changing
+    if unpooled and any(inverse.coupled.values()):
         sizes = {name: plate.full_size for name, plate in plates_of(traced.trace).items()}
         crossed = order_for_crossed_plates(inverse, sizes)
         if crossed is not None:

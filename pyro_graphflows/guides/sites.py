@@ -585,7 +585,7 @@ class FeatureMap(nn.Module):
         self, support: constraints.Constraint | None, sample: Tensor, standardize: bool = True
     ) -> None:
         super().__init__()
-        sample = only_finite_rows(sample)
+        sample = only_finite_rows(sample) if len(sample) else sample
         size = sample.shape[-1]
         kind, known = _kind(support, sample) if standardize else ("identity", None)
         self._set_kinds([(kind, slice(0, size))])

@@ -286,7 +286,7 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
             features = block.inputs.features(concatenate([samples.rows[n] for n in block.inputs.names]))
             fewer = _of_fewer(block, samples.rows)
             seen = [features, *latents.values(), *([] if fewer is None else [fewer])]
-            finite = torch.stack([finite_rows(each) for each in seen if each.shape[-1]]).all(0)
+            finite = finite_rows(*(each for each in seen if each.shape[-1]))
             finite = _few_enough(finite, features.shape[-1])
             features = features[finite] if features.shape[-1] else features
             fused = None if fused is None else fused.at(finite)
@@ -603,7 +603,7 @@ def regress_(
         shift, scale = conditionals.output_units(site)
         columns.append((values[site] - shift) / scale)
     rows = in_float64(torch.cat(columns, -1))
-    finite = finite_rows(rows)
+    finite = torch.isfinite(rows.sum(-1))  # in float64, rows of standardised numbers do not add up beyond it
     rows = (rows if bool(finite.all()) else rows[finite]).clamp(-WINSOR, WINSOR)
     moments = Moments(rows)
     for site in conditionals.block.sites:

@@ -78,7 +78,7 @@ class MaskedConditionals(Conditionals):
     def __init__(self, spec: BlockSpec, make_factor: FactorMaker, network_options: Mapping[str, Any]) -> None:
         super().__init__(spec)
         block = spec.block
-        self.factors = {site: self._ownof(site, spec, make_factor) for site in block.sites}
+        self.factors = {site: self._factor_of(site, spec, make_factor) for site in block.sites}
         levels = [0] * self.num_features
         names = [node.name for node in block.context for _ in self.columns[node.name]]
         for depth, level in enumerate(block.levels):
@@ -184,7 +184,7 @@ class MaskedConditionals(Conditionals):
             )
         }
 
-    def _ownof(self, name: str, spec: BlockSpec, default: FactorMaker) -> Factor:
+    def _factor_of(self, name: str, spec: BlockSpec, default: FactorMaker) -> Factor:
         site = spec.sites[name]
         if name in spec.block.coupled:
             return CoupledFactor(site.size, spec.block.coupled[name].rank)
