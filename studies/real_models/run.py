@@ -137,8 +137,8 @@ def make(run: Run, posterior: Posterior, reference: Reference) -> dict[str, Any]
             start = time.process_time()
             record |= measure(posterior, reference, guide, args, chunk)
             record["evaluation_seconds"] = time.process_time() - start
-            if not math.isfinite(record["elbo"]):
-                raise FloatingPointError(f"the ELBO is {record['elbo']}")
+            if not math.isfinite(record["elbo"]) or not math.isfinite(record["elbo_error"]):
+                raise FloatingPointError(f"the ELBO is {record['elbo']:.3g} +- {record['elbo_error']:.3g}")
         except Exception as error:  # a guide's failure is a result
             record |= {"failure": brief(error), "stage": stage}
     record |= progress
