@@ -264,7 +264,7 @@ def picture(table: dict[tuple[str, str, float], Cell], seconds: float, path: Pat
     axes.axvline(0, color="grey", linewidth=0.8)
     axes.grid(axis="y", alpha=0.3)
     axes.set_xlabel(
-        f"nats below the log evidence (●) or below the best of Pyro's guides, after {seconds:g} s"
+        f"nats below the log evidence (●)\nor below the best of Pyro's guides, after {seconds:g} s"
     )
     figure.legend(loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=130)
