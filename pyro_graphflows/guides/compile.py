@@ -304,7 +304,8 @@ def compile_guide(
     scales: Mapping[str, Sequence[str]] = {}
     if options.family.fusion is not False or options.family.tells_roles:
         scales = sites_of_scales(model, (args, kwargs), traced, sites, inverse.graph, _scalars(sites))
-    if is_free and scales and not discrete and not traced.loops and not changing:
+    may_move = is_free and not discrete and not traced.loops and not changing
+    if may_move and scales:
         hierarchical = order_for_hierarchies(inverse, scales)
         if hierarchical is not None:
             way = find_inverse(model, args, kwargs, trace, hierarchical, elements=elements)
@@ -315,8 +316,7 @@ def compile_guide(
             way = find_inverse(model, args, kwargs, trace, alone, elements=elements)
             if draws_more_effects_alone(way.inverse, inverse, scales):
                 found, traced, inverse = way, way.traced, way.inverse
-    unpooled = is_free and options.pool is None and not discrete and not traced.loops and not changing
-    if unpooled and any(inverse.coupled.values()):
+    if may_move and options.pool is None and any(inverse.coupled.values()):
         sizes = {name: plate.full_size for name, plate in plates_of(traced.trace).items()}
         crossed = order_for_crossed_plates(inverse, sizes)
         if crossed is not None:

@@ -41,6 +41,8 @@ __all__ = [
     "fused_elements",
     "fused_scalar_normals",
     "fused_vector",
+    "inverse_of_lower",
+    "normal_vector",
     "positive_scale",
     "scalar_normals",
     "share_of_long",
@@ -313,6 +315,12 @@ def unit_lower(entries: Tensor, size: int) -> Tensor:
     return unit
 
 
+def inverse_of_lower(matrix: Tensor) -> Tensor:
+    """Return the inverse of a lower triangular matrix, ``(size, size)``."""
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    return torch.linalg.solve_triangular(matrix, eye, upper=False)
+
+
 class NormalOutputs(Factor):
     """What normal factors share: locations first, then log-scales."""
 
@@ -366,8 +374,7 @@ class NormalFactor(NormalOutputs):
 
     def fused_start(self, weights: Tensor, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`Factor.fused_start`."""
-        eye = torch.eye(self.size, dtype=scale_tril.dtype, device=scale_tril.device)
-        root = torch.linalg.solve_triangular(scale_tril, eye, upper=False)  # of the precision
+        root = inverse_of_lower(scale_tril)  # of the precision
         diagonal = scale_tril.diagonal()
         unit = root * diagonal.unsqueeze(-1)
         return self.linear_start(weights, loc, diagonal.unsqueeze(-1) * unit)
@@ -408,9 +415,7 @@ class NormalFactor(NormalOutputs):
         if self.size == 1 or not self.takes_matrix:
             return super().natural_units_beside_prior(scale_tril)
         diagonal, ones = scale_tril.diagonal(), torch.ones_like(scale_tril[0])
-        eye = torch.eye(self.size, dtype=scale_tril.dtype, device=scale_tril.device)
-        root = torch.linalg.solve_triangular(scale_tril, eye, upper=False)
-        length = torch.linalg.vector_norm(root, dim=-1).clamp(LEAST_SHARE, 1.0)
+        length = torch.linalg.vector_norm(inverse_of_lower(scale_tril), dim=-1).clamp(LEAST_SHARE, 1.0)
         rows = torch.tril_indices(self.size, self.size, -1, device=scale_tril.device)[0]
         return self._less_in_long(torch.cat([ones, ones, (length * diagonal)[rows]]))
 
@@ -423,20 +428,26 @@ def normal_vector(outputs: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor
         shift: The shift of the standardisation, ``(n,)``.
         scale: Its scale, ``(n,)``, or a lower triangular matrix.
     """
-    loc, width, unit = _parts_of_vector(outputs, shift, scale)
-    tril = width.unsqueeze(-1) * unit
-    return loc, scale @ tril if scale.dim() == 2 else scale.unsqueeze(-1) * tril
-
-
-def _parts_of_vector(outputs: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return location, widths in standardised units, and the matrix U."""
     n = len(shift)
+    return _location(outputs[..., :n], shift, scale), _cholesky_factor(outputs[..., n:], shift, scale)
+
+
+def _location(outputs: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     if scale.dim() == 2:
-        loc = shift + outputs[..., :n] @ scale.mT
-    else:
-        loc = torch.addcmul(shift, scale, outputs[..., :n])
-    width = positive_scale(outputs[..., n : 2 * n], shift, scale)
-    return loc, width, unit_lower(outputs[..., 2 * n :], n)
+        return shift + outputs @ scale.mT
+    return torch.addcmul(shift, scale, outputs)
+
+
+def _cholesky_factor(outputs: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    width, unit = _width_and_unit(outputs, shift, scale)
+    tril = width.unsqueeze(-1) * unit
+    return scale @ tril if scale.dim() == 2 else scale.unsqueeze(-1) * tril
+
+
+def _width_and_unit(outputs: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return widths in standardised units and the matrix U from the outputs that are no locations."""
+    n = len(shift)
+    return positive_scale(outputs[..., :n], shift, scale), unit_lower(outputs[..., n:], n)
 
 
 class SharedCovarianceFactor(NormalFactor):
@@ -462,9 +473,7 @@ class SharedCovarianceFactor(NormalFactor):
         self, outputs: Tensor, constants: Tensor, shift: Tensor, scale: Tensor
     ) -> dist.TorchDistribution:
         """See :meth:`Factor.distribution_with`: the covariance is that of the whole batch."""
-        of_none = torch.cat([torch.zeros_like(constants[: self.size]), constants])
-        loc, scale_tril = normal_vector(of_none, shift, scale)
-        loc = loc + (outputs @ scale.mT if scale.dim() == 2 else scale * outputs)
+        loc, scale_tril = _location(outputs, shift, scale), _cholesky_factor(constants, shift, scale)
         return dist.MultivariateNormal(loc, scale_tril=scale_tril, validate_args=False)
 
 
@@ -580,11 +589,11 @@ def fused_vector(outputs: Tensor, shift: Tensor, scale: Tensor, prior: SitePrior
         prior: The prior.
     """
     n = len(shift)
-    loc, width, unit = _parts_of_vector(outputs, shift, scale)
+    loc = _location(outputs[..., :n], shift, scale)
+    width, unit = _width_and_unit(outputs[..., n:], shift, scale)
     root = unit / width.unsqueeze(-1)
     if scale.dim() == 2:
-        eye = torch.eye(n, dtype=scale.dtype, device=scale.device)
-        root = root @ torch.linalg.solve_triangular(scale, eye, upper=False)  # one small matrix for all rows
+        root = root @ inverse_of_lower(scale)  # one small matrix for all rows
     else:
         root = root / scale
     batch = broadcast_shapes(loc.shape[:-1], prior.loc.shape[:-1])

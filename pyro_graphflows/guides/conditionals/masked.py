@@ -41,6 +41,7 @@ from pyro_graphflows.guides.conditionals.factors import (
     NormalFactor,
     SharedCovarianceFactor,
     fused_scalar_normals,
+    inverse_of_lower,
     scalar_normals,
 )
 from pyro_graphflows.guides.conditionals.low_rank import LowRankNormalFactor
@@ -305,7 +306,7 @@ class MaskedConditionals(Conditionals):
         factor = self.factors[site]
         if linear.by_element:
             return self._set_maps_(site, factor, linear, fused=True)
-        weights, loc, tril = self._in_basis_(site, linear, fused=True)
+        weights, loc, tril = self._take_basis_(site, linear, fused=True)
         weights, biases = factor.fused_start(weights, loc, tril)
         for parent, matrix in linear.log_scale.items():
             columns = list(self.columns[parent])
@@ -324,14 +325,14 @@ class MaskedConditionals(Conditionals):
         if linear.by_element:
             return self._set_maps_(site, factor, linear)
         self.set_fusing_(site, False)
-        weights, loc, tril = self._in_basis_(site, linear)
+        weights, loc, tril = self._take_basis_(site, linear)
         units = factor.natural_units(tril)
         if linear.exact:
             units = units * min(1.0, FREE_IF_EXACT / int((units > 0).sum())) ** 0.5
         self._set_rows_(site, *factor.linear_start(weights, loc, tril), units)
         return True
 
-    def _in_basis_(
+    def _take_basis_(
         self, site: str, linear: LinearConditional, *, fused: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Let a vector be learned in the basis of a conditional; return that in it, with weights for all inputs.
@@ -415,7 +416,7 @@ class MaskedConditionals(Conditionals):
             element_map = self.maps[key]  # type: ignore[assignment]
         own: Any = self.table.table if self.table is not None and per_element else element_map
         like: Tensor = own.rows.table if isinstance(own, ElementMap) else own
-        joint, locs, trils = (part.to(like) for part in self._in_basis_(site, linear, fused=fused))
+        joint, locs, trils = (part.to(like) for part in self._take_basis_(site, linear, fused=fused))
         starts = [
             (factor.fused_start if fused else factor.linear_start)(w[:, inputs], loc, tril)
             for w, loc, tril in zip(joint, locs, trils, strict=True)
@@ -452,7 +453,7 @@ class MaskedConditionals(Conditionals):
         self.set_linear_(site, LinearConditional({}, flat.mean(0), scale_tril))
         each = LinearConditional({}, flat, scale_tril.expand(len(flat), -1, -1))
         biases = torch.stack(
-            [factor.linear_start(*one)[1] for one in zip(*self._in_basis_(site, each), strict=True)]
+            [factor.linear_start(*one)[1] for one in zip(*self._take_basis_(site, each), strict=True)]
         )
         off = (biases - biases.mean(0)).to(like)[:, : self._num_varying(factor)]
         like[..., self._table_columns[site]] = off.reshape(*locs.shape[:-1], -1)
@@ -586,9 +587,9 @@ class MaskedConditionals(Conditionals):
 
 def _beside_a_prior(scale_tril: Tensor) -> Tensor:
     """Return the root of the covariance of a factor, given by that of its own, times a prior of scale one."""
-    eye = torch.eye(scale_tril.shape[-1]).to(scale_tril)
-    root = torch.linalg.solve_triangular(scale_tril, eye, upper=False)  # of the factor's precision
-    return fuse_matrix(eye[0], eye, eye[0], root.mT @ root)[1]
+    root = inverse_of_lower(scale_tril)  # of the factor's precision
+    none = torch.zeros_like(root[0])
+    return fuse_matrix(none, torch.eye(len(none)).to(root), none, root.mT @ root)[1]
 
 
 def _in_type(prior: SitePrior, dtype: torch.dtype) -> SitePrior:
