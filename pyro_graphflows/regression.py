@@ -27,6 +27,7 @@ __all__ = [
     "logistic_regression",
     "only_finite_rows",
     "square_root",
+    "white_residuals",
 ]
 
 CONSTANT = 1e-20  # variance up to which a column of about unit scale is one number
@@ -345,6 +346,19 @@ class Moments:
     def _correction(self, num_inputs: float) -> float:
         """Return by what a residual variance must be multiplied, as weights have been fitted."""
         return (self.number - 1) / max(self.number - 1 - num_inputs, 1)
+
+
+def white_residuals(inputs: Tensor, own: Tensor, held_out: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what :meth:`Moments.white_residuals` returns of a regression on the other rows.
+
+    Args:
+        inputs: The inputs in rows, ``(n, inputs)``.
+        own: What is predicted, ``(n, own)``.
+        held_out: Which rows are left out of the fit, ``(n,)``.
+    """
+    joint, number = torch.cat([inputs, own], -1), inputs.shape[-1]
+    columns = range(number), range(number, joint.shape[-1])
+    return Moments(joint[~held_out]).white_residuals(*columns, joint[held_out])
 
 
 def _by_length(lists: Sequence[Sequence[int]]) -> list[list[int]]:

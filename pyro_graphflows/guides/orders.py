@@ -74,7 +74,7 @@ from pyro_graphflows.guides.plan import BlockPlan
 from pyro_graphflows.guides.samples import MOST_ROWS, ModelDraws, side_by_side
 from pyro_graphflows.guides.sites import LatentSite
 from pyro_graphflows.inspect import TracedModel, get_argument, nested_by_index, with_nested_plates
-from pyro_graphflows.regression import Moments, in_float64, location_and_scale
+from pyro_graphflows.regression import Moments, in_float64, location_and_scale, white_residuals
 
 __all__ = [
     "ElementInverse",
@@ -902,11 +902,8 @@ class _ConditionalScores:
         if linear:
             root, white = self._moments.white_residuals(inputs, own, self._rows[self._held_out])
         else:
-            rows = torch.cat([_with_products(self._rows[:, inputs]), self._rows[:, own]], -1)
-            number = rows.shape[-1] - len(own)
-            moments = Moments(rows[~self._held_out])
-            columns = range(number), range(number, rows.shape[-1])
-            root, white = moments.white_residuals(*columns, rows[self._held_out])
+            products = _with_products(self._rows[:, inputs])
+            root, white = white_residuals(products, self._rows[:, own], self._held_out)
         return float(root.diagonal().log().sum() + _log_scales(white).sum())
 
 
