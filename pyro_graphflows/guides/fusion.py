@@ -242,8 +242,8 @@ class Fusion:
         priors: The runs that give their priors.
         reasons: Why sites that depend on others in the model are not fused.
         only_summed: The fused sites that would not be if they could not have a factor for each element of a plate.
-        by_shape: The fused sites of one number whose prior is the same in each call. Without it, too, their factor could say all
-            that there is to say, in another shape: the start sees which one fits.
+        by_shape: The fused sites of one number whose prior is the same in each call. Without it, too, their factor
+            could say all that there is to say, in another shape: the start sees which one fits.
     """
 
     priors: PriorPlan = field(default_factory=PriorPlan)
