@@ -99,7 +99,7 @@ __all__ = ["Compiled", "GuideOptions", "compile_guide"]
 
 POOLINGS: Mapping[str, type[DeepSet]] = {"deepset": DeepSet, "attention": Attention}
 EXACT_KL = (NormalFactor, ElementNormalFactor)  # factors for which a KL is registered, before any bijection
-INITS = ("auto", "regression", "prior", "random")
+INITS = ("auto", "regression", "mode", "prior", "random")
 SCORE_DRAWS = 1000  # joint samples whose means are the reference values of scores
 MOST_VALUES_TRIED = 32  # of a discrete site, to see whether supports of others change with it
 
@@ -163,7 +163,7 @@ class GuideOptions:
             )
         if self.coupled_rank is not None and self.coupled_rank < 0:
             raise GraphflowsError(f"Expected coupled_rank >= 0 or None; got {self.coupled_rank}.")
-        if self.init in ("regression", "prior") and not self.family.can_regress:
+        if self.init in ("regression", "mode", "prior") and not self.family.can_regress:
             raise GraphflowsError(
                 f"Expected skip=True with init={self.init!r}, which sets the linear maps; got {self.family!r}."
             )

@@ -39,6 +39,7 @@ from pyro_graphflows.regression import (
     location_and_scale,
     logistic_regression,
     square_root,
+    varies,
 )
 
 __all__ = [
@@ -97,9 +98,15 @@ def fit_factor(inputs: Tensor, values: Tensor, prior: SitePrior) -> FactorFit:
     near = near.all(-1) & inputs.isfinite().all(-1)
     flat = FactorFit(_flat(inputs, prior), False)
     inputs, values, prior = inputs[near], values[near], prior.map(lambda each: each[near])
-    if len(values) < HELD_OUT * (inputs.shape[-1] + 2):
+    varying = varies(inputs)  # near a posterior the data do not
+    if len(values) < HELD_OUT * (int(varying.sum()) + 2):
         return flat
-    return (_fit_number if values.shape[-1] == 1 else _fit_vector)(inputs, values, prior) or flat
+    fit = (_fit_number if values.shape[-1] == 1 else _fit_vector)(inputs[:, varying], values, prior)
+    if fit is None:
+        return flat
+    weights = flat.linear.weights.clone()
+    weights[:, varying] = fit.linear.weights
+    return replace(fit, linear=replace(fit.linear, weights=weights))
 
 
 def _medians(part: Tensor, known: Tensor) -> Tensor:
