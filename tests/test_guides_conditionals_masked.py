@@ -11,6 +11,7 @@ from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides import Normal, Spline
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.conditionals.contract import BlockSpec, LinearConditional
+from pyro_graphflows.guides.conditionals.distributions import ScalarNormal
 from pyro_graphflows.guides.plan import BlockPlan, Conditioning
 from pyro_graphflows.guides.sites import DiscreteEncoding, LatentSite, SitePrior
 from pyro_graphflows.regression import Moments
@@ -460,3 +461,52 @@ def test_what_is_kept_of_units_follows_them():
         conditionals.get_buffer(basis).copy_(root)
     turned = run(conditionals, context, values)["c"]
     torch.testing.assert_close(turned.mean - 1.0, (moved.mean - 1.0) @ root.mT)
+
+
+@pytest.mark.parametrize("prior", [(0.0, 1.0), (1.5, 0.4), (-3.0, 20.0)], ids=["reference", "narrow", "wide"])
+@pytest.mark.parametrize("family", ["normal", "spline"])
+@pytest.mark.parametrize("width", [0.5, 3.0])
+def test_factors_beside_any_prior_are_what_was_set(family, width, prior):
+    """Precisions are added, whether the output is the location of the factor or of its product with a prior."""
+    conditionals, context, linear = scalar_beside_a_prior(family, width)
+    loc, scale = prior
+    got = conditionals.begin(context).next({"c": SitePrior(torch.tensor([loc]), torch.tensor([scale]).log())})
+    factor = context @ linear.weights["x"].mT + linear.loc
+    precision = scale**-2 + width**-2
+    mean = (loc * scale**-2 + factor * width**-2) / precision
+    torch.testing.assert_close(got["c"].mean, mean)
+    torch.testing.assert_close(scale_of(got["c"]), torch.full_like(mean, precision**-0.5))
+
+
+@pytest.mark.parametrize("family", ["normal", "spline"])
+def test_the_width_of_a_wide_factor_moves_its_conditional_nowhere(family):
+    """A wide factor that becomes narrow would take the conditional to its own location, ten times as far."""
+    conditionals, context, _ = scalar_beside_a_prior(family, 3.0)
+    prior = {"c": SitePrior(torch.zeros(1), torch.zeros(1))}
+    before = conditionals.begin(context).next(prior)["c"]
+    units = conditionals.network.units.unit
+    assert units[0] == pytest.approx(0.9**0.5)  # the scale of the conditional
+    assert 5.0 < units[1] <= 8.0  # of the logarithm of a width with a tenth of the precision
+    with torch.no_grad():
+        conditionals.network.skip.bias[1] -= 2.0 / units[1]
+    after = conditionals.begin(context).next(prior)["c"]
+    torch.testing.assert_close(after.mean, before.mean)
+    torch.testing.assert_close(scale_of(after), torch.full_like(after.mean, (1 + math.exp(4) / 9) ** -0.5))
+    other, _, _ = scalar_beside_a_prior(family, 0.5)
+    other.load_state_dict(conditionals.state_dict())
+    torch.testing.assert_close(other.begin(context).next(prior)["c"].mean, before.mean)
+
+
+def scale_of(q):
+    return q.normal.scale.unsqueeze(-1) if isinstance(q, ScalarNormal) else q.scale
+
+
+def scalar_beside_a_prior(family, width):
+    """Return conditionals of one fused number that are linear, a context for them and what was set."""
+    torch.manual_seed(0)
+    spec = spec_of((("c",),), {"c": ("x",)}, {"c": 1}, {"x": 2}, more={"fused": {"c"}})
+    options = Normal(fusion=True) if family == "normal" else Spline(num_bins=2, fusion=True)
+    conditionals = options.conditionals(spec)
+    linear = LinearConditional({"x": torch.randn(1, 2)}, torch.tensor([2.0]), torch.tensor([[width]]))
+    assert conditionals.set_fused_("c", linear)
+    return conditionals, torch.randn(4, 2), linear

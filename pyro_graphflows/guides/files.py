@@ -283,7 +283,7 @@ def _dtype(name: str) -> torch.dtype:
     return found
 
 
-FORMAT = 6  # another number wherever a file of before cannot be read any more
+FORMAT = 7  # another number wherever a file of before cannot be read any more
 KIND = "pyro_graphflows guide"
 CLASSES = (
     *(Attention, BlockPlan, BlockSpec, Conditioning, Coupling, DeepSet, DiscreteEncoding, DiscreteFactor),

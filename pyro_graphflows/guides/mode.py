@@ -528,7 +528,7 @@ def find_mode(
             f"the search for a mode has {posterior.size} numbers; {MOST_NUMBERS} are the most."
         )
     with tqdm(
-        desc="place of the posterior", unit="evaluation", leave=False, delay=SECONDS_WITHOUT_A_BAR
+        desc="place of the posterior", unit=" evaluations", leave=False, delay=SECONDS_WITHOUT_A_BAR
     ) as bar:
         posterior.count = bar.update
         found = _search(posterior, traced)

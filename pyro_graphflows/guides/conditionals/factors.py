@@ -38,6 +38,7 @@ __all__ = [
     "NormalOutputs",
     "SharedCovarianceFactor",
     "bounded_log_scale",
+    "factor_locations",
     "fused_elements",
     "fused_scalar_normals",
     "fused_vector",
@@ -505,7 +506,11 @@ def _normals(locs: Tensor, scales: Tensor) -> list[ScalarNormal]:
 
 
 def fused_scalar_normals(
-    outputs: Tensor, shift: Tensor, scale: Tensor, priors: Sequence[SitePrior]
+    outputs: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    priors: Sequence[SitePrior],
+    reference: Tensor | None = None,
 ) -> list[ScalarNormal]:
     """Return what :meth:`NormalFactor.fused` returns for several sites of size one, by one computation for all.
 
@@ -514,9 +519,31 @@ def fused_scalar_normals(
         shift: The shifts of the standardisation, shape ``(n,)``.
         scale: Its scales, shape ``(n,)``.
         priors: The priors of the sites.
+        reference: See :func:`factor_locations`; None where all outputs are locations of factors.
     """
-    locs, log_scales = fused_elements(*_by_kind(outputs), (shift, scale), priors)
+    locs, log_scales = _by_kind(outputs)
+    if reference is not None:
+        locs = factor_locations(locs, log_scales, reference)
+    locs, log_scales = fused_elements(locs, log_scales, (shift, scale), priors)
     return _normals(locs, log_scales.exp())
+
+
+def factor_locations(locs: Tensor, log_scales: Tensor, reference: Tensor) -> Tensor:
+    r"""Return the locations of factors whose products with a reference prior have given locations.
+
+    Beside a prior of about the scale one, a wide factor of location m and scale s has the conditional's location
+    m / (1 + s^2), far from m: each change of its width would move the conditional by many of its scales, so that
+    training hardly finds a narrower one. Where the output is the location of the product, the width leaves it where
+    it is.
+
+    Args:
+        locs: Locations in standardised units, ``(*batch, n)``.
+        log_scales: The logarithms of the factors' scales.
+        reference: The precisions of the reference prior, whose location is zero, ``(n,)``: one, or zero where ``locs``
+            are those of factors.
+    """
+    widths = torch.exp(2.0 * log_scales.clamp(max=LOG_SCALE_BOUND))
+    return torch.addcmul(locs, locs, reference * widths)
 
 
 def fused_elements(

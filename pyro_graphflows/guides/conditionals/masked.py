@@ -40,6 +40,7 @@ from pyro_graphflows.guides.conditionals.factors import (
     Factor,
     NormalFactor,
     SharedCovarianceFactor,
+    factor_locations,
     fused_scalar_normals,
     inverse_of_lower,
     scalar_normals,
@@ -54,6 +55,7 @@ __all__ = ["MaskedConditionals"]
 
 # numbers of an exact conditional that move in full units in a step of training, or more of them less
 FREE_IF_EXACT = 16
+MOST_UNITS = 8.0  # that the logarithm of a wide factor's scale moves in a step of training
 
 FactorMaker = Callable[[LatentSite], Factor]
 
@@ -75,6 +77,7 @@ class MaskedConditionals(Conditionals):
     summing: Tensor
     fused_shift: Tensor
     fused_scale: Tensor
+    reference: Tensor
 
     def __init__(self, spec: BlockSpec, make_factor: FactorMaker, network_options: Mapping[str, Any]) -> None:
         super().__init__(spec)
@@ -163,7 +166,9 @@ class MaskedConditionals(Conditionals):
             self.register_buffer("fusing", torch.tensor(fusing))
             self.register_buffer("fused_shift", torch.zeros(total))
             self.register_buffer("fused_scale", torch.ones(total))
+            self.register_buffer("reference", torch.zeros(total))
         self._is_fusing = fusing  # the same as the buffer, which may be on a device
+        self._referring: set[str] = set()  # the sites with a reference
         self._basis_of: dict[str, str] = {}
         for position, site in enumerate(block.sites):
             if self.factors[site].size > 1 and self.factors[site].takes_matrix:
@@ -273,6 +278,7 @@ class MaskedConditionals(Conditionals):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self._fused_at and not self.fusing.is_meta:
             self._is_fusing = self.fusing.tolist()
+            self._referring = {site for site in self._fused_at if self.reference[self._parts[site]].any()}
             if self.block.summed:
                 self._is_summing = self.summing.tolist()
 
@@ -286,6 +292,7 @@ class MaskedConditionals(Conditionals):
         at = self._fused_at[site]
         self.summing[at] = self._is_summing[at] = width is not None
         if width is not None:
+            self._set_reference_(site, False)
             none = self.shift.new_zeros(self.factors[site].num_outputs, self.num_columns)
             self._set_rows_(site, none, none[:, 0], self.factors[site].natural_units(width.to(none)))
             self.set_fusing_(site, True)
@@ -307,14 +314,38 @@ class MaskedConditionals(Conditionals):
         if linear.by_element:
             return self._set_maps_(site, factor, linear, fused=True)
         weights, loc, tril = self._take_basis_(site, linear, fused=True)
+        refers = self._can_refer(site, linear) and bool(tril > 1.0)
+        self._set_reference_(site, refers)
+        variance = tril.square().sum()
+        if refers:
+            weights, loc = weights / (1.0 + variance), loc / (1.0 + variance)
         weights, biases = factor.fused_start(weights, loc, tril)
         for parent, matrix in linear.log_scale.items():
             columns = list(self.columns[parent])
             for output, row in zip(factor.log_scale_outputs, matrix.to(weights), strict=True):
                 weights[output, columns] += row
-        self._set_rows_(site, weights, biases, factor.natural_units_beside_prior(tril))
+        units = factor.natural_units_beside_prior(tril)
+        if refers:  # what changes the scale of the conditional as much as without a prior, or nearly
+            units[list(factor.log_scale_outputs)] *= (1.0 + variance).clamp(max=MOST_UNITS)
+        self._set_rows_(site, weights, biases, units)
         self.set_fusing_(site, True)
         return True
+
+    def _can_refer(self, site: str, linear: LinearConditional) -> bool:
+        """Whether a site's location may be that of its factor times a reference prior.
+
+        It may not where the width of the factor depends on its parents: its own location is then linear, that of the
+        product is not.
+        """
+        factor = self.factors[site]
+        single = factor.size == 1 and not isinstance(factor, DiscreteFactor | CoupledFactor)
+        return single and not linear.log_scale
+
+    def _set_reference_(self, site: str, refers: bool) -> None:
+        """Let the location of a site be that of its factor times a standard normal, or that of the factor."""
+        if site in self._fused_at:
+            self.reference[self._parts[site]] = float(refers)
+            (self._referring.add if refers else self._referring.discard)(site)
 
     # ---------------------------------------------------------------- becoming linear
 
@@ -325,6 +356,7 @@ class MaskedConditionals(Conditionals):
         if linear.by_element:
             return self._set_maps_(site, factor, linear)
         self.set_fusing_(site, False)
+        self._set_reference_(site, False)
         weights, loc, tril = self._take_basis_(site, linear)
         units = factor.natural_units(tril)
         if linear.exact:
@@ -427,6 +459,7 @@ class MaskedConditionals(Conditionals):
         tril = trils.mean(0)
         units = factor.natural_units_beside_prior(tril) if fused else factor.natural_units(tril)
         self.set_fusing_(site, fused)
+        self._set_reference_(site, False)
         self._set_rows_(site, shared, offsets.mean(0), units)
         varying = self._num_varying(factor)
         off_slopes = (slopes - slopes.mean(0))[:, :varying]
@@ -648,6 +681,9 @@ class MaskedPass(Pass):
                 own = own + self._own_map(site, self._plates)
             if site in fused:
                 units = module._in_basis(site, *module._units("fused_", part))
+                if site in module._referring:
+                    locs = factor_locations(own[..., :1], own[..., 1:2], module.reference[part])
+                    own = torch.cat([locs, own[..., 1:]], -1)
                 result[site] = self._fused(site, own, units, fused[site])
                 fixed = fused[site].fixed
                 if fixed is not None:
@@ -692,11 +728,14 @@ class MaskedPass(Pass):
             normals = scalar_normals(outputs, *module._units("", part))
             return dict(zip(level, normals, strict=True))
         priors = [fused[site] for site in level]
-        units = module._units("fused_", part)
+        shift, scale = module._units("fused_", part)
+        reference = None if module._referring.isdisjoint(level) else module.reference[part]
         if any(prior.fixed is not None for prior in priors):
             fixed = [prior.fixed or prior for prior in priors]
-            self.fixed.update(zip(level, fused_scalar_normals(outputs, *units, fixed), strict=True))
-        return dict(zip(level, fused_scalar_normals(outputs, *units, priors), strict=True))
+            normals = fused_scalar_normals(outputs, shift, scale, fixed, reference)
+            self.fixed.update(zip(level, normals, strict=True))
+        normals = fused_scalar_normals(outputs, shift, scale, priors, reference)
+        return dict(zip(level, normals, strict=True))
 
     def _rows_of(self, level: Sequence[str], table: Tensor) -> Tensor:
         """Return what elements add to the outputs of a level of scalar normals; zero for sites without."""
