@@ -268,13 +268,13 @@ def plan_fusion(question: FusionQuestion) -> Fusion:
     for name, site in question.sites.items():
         if not wanted[name]:
             excluded[name] = "its family has fusion=False"
-        elif name not in excluded and not has_prior(site, nodes[name]["fn"]):
-            excluded[name] = "no coordinate in which its prior is normal can be computed"
         elif name not in excluded and wanted[name] == "auto" and _is_any_normal(question, name):
             if name in question.summed:
                 only_summed.add(name)
             elif name not in question.of_any_size:
                 excluded[name] = ""
+        elif name not in excluded and not has_prior(site, nodes[name]["fn"]):
+            excluded[name] = "no coordinate in which its prior is normal can be computed"
     values = {name: nodes[name]["value"].detach() for name in question.sites}
     ranks = {
         name: (len(nodes[name]["fn"].batch_shape), len(nodes[name]["fn"].event_shape))
