@@ -88,6 +88,7 @@ MOST_SQUARES = 3_000_000_000  # of features, over all rows of a regression
 ROWS_PER_FEATURE = 4  # at least, even so
 LEAST_GAIN = 0.01  # nats of an element, by which maps of their own must beat one that reads the covariates
 ROWS_PER_WEIGHT = 20  # with fewer joint samples of an index for each weight its map stays at the shared one
+MOST_OF_INDICES, LEAST_OF_INDEX = 200_000, 1000  # samples for maps that are made beside a network
 MOST_PRODUCTS = 10_000_000_000  # for the moments by which inputs are whitened, which need no accuracy
 
 
@@ -712,6 +713,8 @@ def _start_indices_(
     """Start the maps that elements of a plate have of their own; say where that was not possible, or no use."""
     notes = {}
 
+    every = context, values
+
     def log_prob(site: str) -> Tensor:
         with_prior = [s for s in conditionals.block.sites if columns_of(s)[0] in values]
         priors = FusedRows.of_sites(with_prior, values)
@@ -719,6 +722,10 @@ def _start_indices_(
 
     for site, own in own_maps.items():
         around, by_rows = [plates[name] for name in own], site in conditionals.block.at_rows
+        context, values = every
+        if by_rows:
+            most = max(LEAST_OF_INDEX, MOST_OF_INDICES // math.prod(plate.size for plate in around))
+            context, values = context[:most], {name: value[:most] for name, value in values.items()}
         shared = {key: value.clone() for key, value in conditionals.state_dict().items()} if by_rows else {}
         before = log_prob(site) if by_rows else None
         if not _regress_indices_(conditionals, site, around, context, values):
