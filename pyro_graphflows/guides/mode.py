@@ -278,8 +278,8 @@ class Mode:
     def gap(self, noise: Tensor) -> float:
         """Return half the variance of the log-weights of draws: about the divergence from the posterior, if small.
 
-        The mean of few skewed log-weights may by chance be that of a posterior that is this normal; their variance would
-        not be small then.
+        The mean of few skewed log-weights may by chance be that of a posterior that is this normal; their variance
+        would not be small then.
         """
         log_density = self.posterior(self.point + noise @ self.factor.T)
         return float((log_density + 0.5 * noise.square().sum(-1)).var()) / 2
