@@ -64,6 +64,7 @@ from pyro_graphflows.guides.plan import (
     readers_of,
     ways_in,
     with_embeddings,
+    with_fitted_maps,
     with_scores,
 )
 from pyro_graphflows.guides.samples import ModelDraws
@@ -335,6 +336,15 @@ def compile_guide(
     )
     fused = fusion.priors.sites
     blocks = _with_fusion(blocks, fusion, summed)
+    if inputs.per_element and options.pool is None and not traced.loops:
+        data = set(encodings.event_dims) - set(traced.index_inputs) - set(encodings.partly) - set(sites)
+        whole = (
+            _with_plain_factors(options, sites, families)
+            - set(vectors.ranks)
+            - set(vectors.chains)
+            - set(split)
+        )
+        blocks = with_fitted_maps(blocks, whole, data, plates)
     readers = readers_of(blocks, inverse.graph.latent)
     other_rows = _read_other_rows(readers, traced, strict=options.strict)
     keep_masks = any(node.summary for block in blocks for node in block.context)
@@ -892,6 +902,18 @@ def _families(
 
 def _scalars(sites: Mapping[str, LatentSite]) -> list[str]:
     return [name for name, site in sites.items() if site.size == 1 and site.encoding is None]
+
+
+def _with_plain_factors(
+    options: GuideOptions, sites: Mapping[str, LatentSite], families: Mapping[str, Family]
+) -> set[str]:
+    """Return the continuous sites whose factors are the package's, and no flows."""
+    classes = options.factor_classes()
+    return {
+        name
+        for name, site in sites.items()
+        if site.encoding is None and name not in classes and isinstance(families[name], Normal | Spline)
+    }
 
 
 def _roles(

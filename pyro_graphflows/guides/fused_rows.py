@@ -61,6 +61,7 @@ MOST_AT_ONCE = 2_000_000  # numbers, over the scales that are tried at once
 COARSE, FINE = 13, 7  # numbers of scales tried
 LEAST_PRECISION = 1e-7  # of what a factor adds to the prior's
 RIDGES = (RIDGE, 1e-3, 1e-1)
+ROWS_PER_WEIGHT = 200  # with as many, nothing is gained by a choice of ridges
 HELD_OUT = 5
 
 
@@ -220,7 +221,8 @@ def _fit_number(inputs: Tensor, values: Tensor, prior: SitePrior) -> FactorFit |
     most, test = rows.at(~held_out & some), rows.at(held_out)
     constant = bool(rows.log_scale.max() - rows.log_scale.min() < 1e-6)
     chosen = None
-    for ridge in RIDGES:
+    few = len(most.value) < ROWS_PER_WEIGHT * most.inputs.shape[-1]
+    for ridge in RIDGES if few else RIDGES[:1]:
         log_width = _of_constant_scale(most, ridge) if constant else _search(most, ridge)
         if log_width is None:
             continue

@@ -88,6 +88,7 @@ MOST_SQUARES = 3_000_000_000  # of features, over all rows of a regression
 ROWS_PER_FEATURE = 4  # at least, even so
 LEAST_GAIN = 0.01  # nats of an element, by which maps of their own must beat one that reads the covariates
 ROWS_PER_WEIGHT = 20  # with fewer joint samples of an index for each weight its map stays at the shared one
+MOST_OF_INDICES, LEAST_OF_INDEX = 200_000, 1000  # samples for maps that are made beside a network
 MOST_PRODUCTS = 10_000_000_000  # for the moments by which inputs are whitened, which need no accuracy
 
 
@@ -284,6 +285,8 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
     notes: list[str] = []
     kept = False
     moments: Tensor | None = None
+    for site in plan.fitted if samples.source != "mode" else ():
+        conditionals.leave_out_maps_(site)
     if samples.rows is not None:
         latents = {site: samples.rows[site] for site in plan.sites}
         for site, values in latents.items():
@@ -320,7 +323,8 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
                 conditionals, features, {n: v[finite] for n, v in latents.items()}, fused
             )
             kept = note is None
-            own_maps = {s: p for s, p in plan.non_exchangeable.items() if s not in plan.per_element}
+            alike = plan.per_element if samples.source == "mode" else (*plan.per_element, *plan.fitted)
+            own_maps = {s: p for s, p in plan.non_exchangeable.items() if s not in alike}
             if samples.source == "mode":  # draws differ from element to element
                 own_maps |= dict.fromkeys(plan.per_element, plan.plates) if plan.plates else {}
             at_random: dict[str, Tensor] | None = None
@@ -337,12 +341,17 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
                 of_sites = {site: aligned[site] for site in (*plan.sites, *further)}
                 left = _start_indices_(conditionals, own_maps, samples.plates, context, of_sites)
                 if at_random is not None:
-                    kept = not left and _is_better(conditionals, at_random, context, of_sites, samples.plates)
-                notes += left if kept else []
+                    at_random = {key: at_random[key] for key in conditionals.state_dict()}
+                    kept = _is_better(conditionals, at_random, context, of_sites, samples.plates)
+                notes += left.values() if kept else []
+                mapped = [s for s in plan.fitted if s in own_maps and s not in left] if kept else []
+                notes += [_on_maps(site, own_maps[site], plan.at_rows[site]) for site in mapped]
                 if plan.coupled:
                     shares = _start_jointly_(block, samples, context, of_sites)
                     conditionals.start_couplings_(samples.plates, context, of_sites, shares)
             notes += [] if kept or note is None else [note]
+    for site in plan.fitted if not kept else ():
+        conditionals.leave_out_maps_(site)
     if plan.coupled and not kept:
         conditionals.start_couplings_(samples.plates)
     if regression and not (samples.source == "mode" and kept):
@@ -707,9 +716,11 @@ def _start_indices_(
     plates: Mapping[str, PlateState],
     context: Tensor,
     values: Mapping[str, Tensor],
-) -> list[str]:
+) -> dict[str, str]:
     """Start the maps that elements of a plate have of their own; say where that was not possible, or no use."""
-    notes = []
+    notes = {}
+
+    every = context, values
 
     def log_prob(site: str) -> Tensor:
         with_prior = [s for s in conditionals.block.sites if columns_of(s)[0] in values]
@@ -718,10 +729,14 @@ def _start_indices_(
 
     for site, own in own_maps.items():
         around, by_rows = [plates[name] for name in own], site in conditionals.block.at_rows
+        context, values = every
+        if by_rows:
+            most = max(LEAST_OF_INDEX, MOST_OF_INDICES // math.prod(plate.size for plate in around))
+            context, values = context[:most], {name: value[:most] for name, value in values.items()}
         shared = {key: value.clone() for key, value in conditionals.state_dict().items()} if by_rows else {}
         before = log_prob(site) if by_rows else None
         if not _regress_indices_(conditionals, site, around, context, values):
-            notes.append(
+            notes[site] = (
                 f"the maps of the indices of {', '.join(own)} for {site} start at one that is shared: "
                 "no regression of each was possible."
             )
@@ -734,11 +749,18 @@ def _start_indices_(
             if not gain > LEAST_GAIN + chance:
                 conditionals.load_state_dict(shared)
                 conditionals.leave_out_maps_(site)
-                notes.append(
+                notes[site] = (
                     f"{site} has no maps for the indices of {', '.join(own)}: one that reads "
                     f"{', '.join(conditionals.block.at_rows[site])} is as good."
                 )
     return notes
+
+
+def _on_maps(site: str, own: Sequence[str], rows: Sequence[str]) -> str:
+    return (
+        f"{site} has a map of its own for each index of {', '.join(own)}, for the rows of {', '.join(rows)} that "
+        "set-up had; with others one for all serves alone."
+    )
 
 
 @torch.no_grad()
