@@ -27,6 +27,7 @@ __all__ = [
     "logistic_regression",
     "only_finite_rows",
     "square_root",
+    "varies",
     "white_residuals",
 ]
 
@@ -71,6 +72,19 @@ def finite_rows(*parts: Tensor) -> Tensor:
         finite = torch.isfinite(part.sum(-1))
         found.append(finite if bool(finite.all()) else torch.isfinite(part).all(-1))
     return torch.stack(found).all(0) if len(found) > 1 else found[0]
+
+
+def varies(rows: Tensor) -> Tensor:
+    """Return which columns, of about unit scale, differ from row to row.
+
+    Shape:
+        - Input: ``(n, columns)``; output: ``(columns,)``.
+
+    Example:
+        >>> varies(torch.tensor([[1.0, 2.0], [1.0, 3.0]])).tolist()
+        [False, True]
+    """
+    return in_float64(rows - rows[:1]).square().mean(0) > CONSTANT
 
 
 def only_finite_rows(rows: Tensor) -> Tensor:

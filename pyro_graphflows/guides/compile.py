@@ -64,6 +64,7 @@ from pyro_graphflows.guides.plan import (
     readers_of,
     ways_in,
     with_embeddings,
+    with_fitted_maps,
     with_scores,
 )
 from pyro_graphflows.guides.samples import ModelDraws
@@ -99,7 +100,7 @@ __all__ = ["Compiled", "GuideOptions", "compile_guide"]
 
 POOLINGS: Mapping[str, type[DeepSet]] = {"deepset": DeepSet, "attention": Attention}
 EXACT_KL = (NormalFactor, ElementNormalFactor)  # factors for which a KL is registered, before any bijection
-INITS = ("auto", "regression", "prior", "random")
+INITS = ("auto", "regression", "mode", "prior", "random")
 SCORE_DRAWS = 1000  # joint samples whose means are the reference values of scores
 MOST_VALUES_TRIED = 32  # of a discrete site, to see whether supports of others change with it
 
@@ -163,7 +164,7 @@ class GuideOptions:
             )
         if self.coupled_rank is not None and self.coupled_rank < 0:
             raise GraphflowsError(f"Expected coupled_rank >= 0 or None; got {self.coupled_rank}.")
-        if self.init in ("regression", "prior") and not self.family.can_regress:
+        if self.init in ("regression", "mode", "prior") and not self.family.can_regress:
             raise GraphflowsError(
                 f"Expected skip=True with init={self.init!r}, which sets the linear maps; got {self.family!r}."
             )
@@ -335,6 +336,15 @@ def compile_guide(
     )
     fused = fusion.priors.sites
     blocks = _with_fusion(blocks, fusion, summed)
+    if inputs.per_element and options.pool is None and not traced.loops:
+        data = set(encodings.event_dims) - set(traced.index_inputs) - set(encodings.partly) - set(sites)
+        whole = (
+            _with_plain_factors(options, sites, families)
+            - set(vectors.ranks)
+            - set(vectors.chains)
+            - set(split)
+        )
+        blocks = with_fitted_maps(blocks, whole, data, plates)
     readers = readers_of(blocks, inverse.graph.latent)
     other_rows = _read_other_rows(readers, traced, strict=options.strict)
     keep_masks = any(node.summary for block in blocks for node in block.context)
@@ -371,7 +381,7 @@ def compile_guide(
             families,
             sites,
             mean_field_condition(inverse.graph, inverse),
-            {*vectors.ranks, *vectors.chains, *(fused - fusion.only_summed)},
+            {*vectors.ranks, *vectors.chains, *(fused - fusion.only_summed - fusion.by_shape)},
         ),
         priors=fusion.priors,
         labels=_labels(options, sites, enumerated, vectors, families),
@@ -526,7 +536,8 @@ def _with_fusion(
             for site in fused
             if site in summed
         }
-        found.append(replace(block, fused=fused, summed=own))
+        by_shape = tuple(site for site in fused if site in fusion.by_shape and site not in own)
+        found.append(replace(block, fused=fused, summed=own, by_shape=by_shape))
     return tuple(found)
 
 
@@ -891,6 +902,18 @@ def _families(
 
 def _scalars(sites: Mapping[str, LatentSite]) -> list[str]:
     return [name for name, site in sites.items() if site.size == 1 and site.encoding is None]
+
+
+def _with_plain_factors(
+    options: GuideOptions, sites: Mapping[str, LatentSite], families: Mapping[str, Family]
+) -> set[str]:
+    """Return the continuous sites whose factors are the package's, and no flows."""
+    classes = options.factor_classes()
+    return {
+        name
+        for name, site in sites.items()
+        if site.encoding is None and name not in classes and isinstance(families[name], Normal | Spline)
+    }
 
 
 def _roles(

@@ -78,6 +78,7 @@ def train(task: Task, family: str, simulations: int, seed: int, path: Path) -> d
         *(task.model, task.observation(1)),
         family=FAMILIES[family.removesuffix(" score")](),
         features="score" if family.endswith(" score") else "raw",
+        init="regression",  # the guide is for all data that the model simulates
         num_start_samples=simulations // SET_UP,
         setup_seed=seed,
         **task.guide_options,
