@@ -27,6 +27,8 @@ __all__ = [
     "logistic_regression",
     "only_finite_rows",
     "square_root",
+    "varies",
+    "white_residuals",
 ]
 
 CONSTANT = 1e-20  # variance up to which a column of about unit scale is one number
@@ -70,6 +72,19 @@ def finite_rows(*parts: Tensor) -> Tensor:
         finite = torch.isfinite(part.sum(-1))
         found.append(finite if bool(finite.all()) else torch.isfinite(part).all(-1))
     return torch.stack(found).all(0) if len(found) > 1 else found[0]
+
+
+def varies(rows: Tensor) -> Tensor:
+    """Return which columns, of about unit scale, differ from row to row.
+
+    Shape:
+        - Input: ``(n, columns)``; output: ``(columns,)``.
+
+    Example:
+        >>> varies(torch.tensor([[1.0, 2.0], [1.0, 3.0]])).tolist()
+        [False, True]
+    """
+    return in_float64(rows - rows[:1]).square().mean(0) > CONSTANT
 
 
 def only_finite_rows(rows: Tensor) -> Tensor:
@@ -323,28 +338,41 @@ class Moments:
         slopes = torch.cholesky_solve(vectors.unsqueeze(-1), factor).squeeze(-1)
         return slopes, variances - (slopes * vectors).sum(-1)
 
+    def white_residuals(
+        self, inputs: Sequence[int], own: Sequence[int], rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return what the least-squares regression leaves of other rows, whitened.
+
+        Args:
+            inputs: The inputs.
+            own: What is predicted.
+            rows: Rows that the regression is not fitted to, ``(n, columns)``.
+
+        Returns:
+            A lower triangular root of the residuals' second moments, ``(own, own)``, and its inverse times the
+            residuals, ``(own, n)``.
+        """
+        fit = self.regress(inputs, own)
+        residual = rows[:, list(own)] - fit.loc - rows[:, list(inputs)] @ fit.weights.T
+        root = square_root(residual.T @ residual / len(residual))
+        return root, torch.linalg.solve_triangular(root, residual.T, upper=False)
+
     def _correction(self, num_inputs: float) -> float:
         """Return by what a residual variance must be multiplied, as weights have been fitted."""
         return (self.number - 1) / max(self.number - 1 - num_inputs, 1)
 
 
 def white_residuals(inputs: Tensor, own: Tensor, held_out: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what a least-squares regression leaves of rows that it was not fitted to, whitened.
+    """Return what :meth:`Moments.white_residuals` returns of a regression on the other rows.
 
     Args:
         inputs: The inputs in rows, ``(n, inputs)``.
         own: What is predicted, ``(n, own)``.
         held_out: Which rows are left out of the fit, ``(n,)``.
-
-    Returns:
-        A lower triangular root of the residuals' second moments, ``(own, own)``, and its inverse times the residuals,
-        ``(own, held-out rows)``.
     """
     joint, number = torch.cat([inputs, own], -1), inputs.shape[-1]
-    fit = Moments(joint[~held_out]).regress(range(number), range(number, joint.shape[-1]))
-    residual = own[held_out] - fit.loc - inputs[held_out] @ fit.weights.T
-    root = square_root(residual.T @ residual / len(residual))
-    return root, torch.linalg.solve_triangular(root, residual.T, upper=False)
+    columns = range(number), range(number, joint.shape[-1])
+    return Moments(joint[~held_out]).white_residuals(*columns, joint[held_out])
 
 
 def _by_length(lists: Sequence[Sequence[int]]) -> list[list[int]]:

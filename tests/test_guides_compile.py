@@ -43,7 +43,10 @@ def test_defaults():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"init": "zero"}, "Expected init= one of 'auto', 'regression', 'prior', 'random'; got 'zero'"),
+        (
+            {"init": "zero"},
+            "Expected init= one of 'auto', 'regression', 'mode', 'prior', 'random'; got 'zero'",
+        ),
         ({"num_start_samples": 0}, "Expected num_start_samples >= 1; got 0"),
         ({"resolution": "pixel"}, "Expected resolution='auto', 'site' or 'element'; got 'pixel'"),
         (

@@ -287,7 +287,7 @@ def test_wrong_options_are_named(data):
     ):
         auto_faithful_guide(regression, *data, family="gaussian")
     with pytest.raises(
-        GraphflowsError, match="Expected init= one of 'auto', 'regression', 'prior', 'random'"
+        GraphflowsError, match="Expected init= one of 'auto', 'regression', 'mode', 'prior', 'random'"
     ):
         auto_faithful_guide(regression, *data, init="zero")
     with pytest.raises(GraphflowsError, match="skip=True"):

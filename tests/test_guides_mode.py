@@ -253,3 +253,57 @@ def test_many_draws_at_once_of_models_without_plates():
     mode = mode_of(walk, y)
     gap = exact - mode.elbo(torch.randn(4000, len(mode.point)))
     assert -0.05 < gap < 0.5, gap
+
+
+@pytest.fixture
+def single_precision():
+    torch.set_default_dtype(torch.float32)
+    yield
+    torch.set_default_dtype(torch.float64)
+
+
+def shifted(y):
+    loc = pyro.sample("loc", dist.Normal(0.0, 1000.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+
+def test_searches_are_in_double_precision_where_the_model_can_be(single_precision):
+    """The sum over 100,000 data is rounded by more than the whole of what the mode's place is worth."""
+    y = 1000.0 + torch.randn(100_000)
+    mode = mode_of(shifted, y)
+    number, wide = len(y), y.double()
+    precision = number + 1e-6
+    exact = wide.sum() / precision
+    assert abs(float(mode.point) * 1000.0 - float(exact)) < 1e-6
+    off = (wide - exact).square().sum() + exact.square() * 1e-6
+    evidence = -0.5 * (number * math.log(2 * math.pi) + math.log(precision * 1e6) + float(off))
+    assert abs(mode.log_evidence - evidence) < 1e-4
+    draws = mode.draw(100)
+    assert draws["loc"].dtype == torch.float32
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_parameters_in_single_precision_are_searched_in_it(single_precision):
+    network = torch.nn.Linear(2, 3)
+
+    def model(y):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(network(z), 0.5).to_event(1), obs=y)
+
+    y = torch.tensor([0.3, -0.2, 0.9])
+    mode = mode_of(model, y)
+    weight, bias = network.weight.detach(), network.bias.detach()
+    precision = torch.eye(2) + 4.0 * weight.T @ weight
+    exact = torch.linalg.solve(precision, 4.0 * weight.T @ (y - bias))
+    torch.testing.assert_close(mode.point.float(), exact, rtol=0, atol=1e-3)
+    assert mode.draw(10)["z"].dtype == torch.float32
+
+
+def test_models_that_are_others_in_double_precision_are_searched_in_their_own(single_precision):
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0 if y.dtype == torch.float32 else 0.01), obs=y)
+
+    mode = mode_of(model, torch.tensor(3.0))
+    assert float(mode.point) == pytest.approx(1.5, abs=1e-4)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from studies.multilevel import answers, models, report, run
+from studies.multilevel.peer import Peer
 from studies.results import Results
 
 
@@ -53,6 +54,39 @@ def test_the_gap_of_the_exact_posterior_is_zero():
     value, rank = run.gap(Guide(), torch.randn(3, 5))
     assert value == pytest.approx(0.0, abs=1e-9)
     assert 0.0 <= rank <= 1.0
+
+
+class ExactPeer(Peer):
+    """The posterior itself, in the place of another library's estimator."""
+
+    def __init__(self):
+        pass
+
+    def log_prob(self, x, values):
+        of_mu, of_theta = models.exact_posterior(x)
+        mu = values["mu"].reshape(-1)
+        of_effects = of_theta(mu).log_prob(values["theta"].reshape(len(mu), -1))
+        return of_mu.log_prob(mu) + of_effects.sum(-1)
+
+    def draw_mu(self, x, number):
+        return models.exact_posterior(x)[0].sample((number,))
+
+
+def test_an_estimator_of_another_library_is_judged_alike():
+    torch.manual_seed(0)
+    value, rank = run.gap(ExactPeer(), torch.randn(3, 5))
+    assert value == pytest.approx(0.0, abs=1e-9)
+    assert 0.0 < rank < 1.0
+
+
+def test_another_library_is_left_out_where_it_is_not_installed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "installed", lambda: False)
+    path = tmp_path / "results.jsonl"
+    flags = ["run", "--models", "two levels", "--rows", "bayesflow", "--results", str(path)]
+    monkeypatch.setattr("sys.argv", flags)
+    run.main()
+    assert "left out, bayesflow is not installed" in capsys.readouterr().out
+    assert not path.exists()
 
 
 def test_the_posterior_of_three_levels_is_that_of_the_joint_normal():

@@ -87,6 +87,41 @@ def test_draws_outside_the_prior_are_dropped(tmp_path, monkeypatch, row):
         run.draw(task, "normal", run.load(task, tmp_path / "guide"), 1, 0)
 
 
+def test_draws_of_other_libraries_are_cut_by_the_prior(monkeypatch):
+    monkeypatch.setattr(run, "NUM_DRAWS", 200)
+    monkeypatch.setattr(run, "OUTSIDE", 4)
+
+    class Estimator:
+        def sample(self, shape, condition):
+            assert condition.shape == (1, 2)
+            return torch.rand(*shape, 1, 2) * torch.tensor([2.0, 1.0])
+
+    task = Toy("box", in_a_box, columns, (2,), {})
+    low, high = task.bounds()
+    assert (low.tolist(), high.tolist()) == ([0.0, 0.0], [1.0, 1.0])
+    draws, figures = run.draw_npe(task, Estimator(), 1)
+    assert draws.shape == (200, 2)
+    assert draws.max() <= 1
+    assert figures["inside"] == pytest.approx(0.5, abs=5 * 0.5 / 800**0.5)
+    monkeypatch.setattr(run, "OUTSIDE", 1)
+    with pytest.raises(SystemExit, match="are inside the prior's bounds"):
+        run.draw_npe(task, Estimator(), 1)
+
+
+def test_a_prior_without_bounds_has_none():
+    low, high = Toy("normal", gaussian_linear, columns, (2,), {}).bounds()
+    assert (low.tolist(), high.tolist()) == ([-math.inf] * 2, [math.inf] * 2)
+
+
+def test_npe_is_left_out_where_it_is_not_installed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
+    results = Results(tmp_path / "results.jsonl")
+    task = Toy("box", in_a_box, columns, (2,), {})
+    run.run_npe(task, "npe", 100, 0, [1], results, tmp_path)
+    assert "left out, sbi is not installed" in capsys.readouterr().out
+    assert not results.path.exists()
+
+
 class Toy(Task):
     """A task without files: normal means, whose posterior is known."""
 

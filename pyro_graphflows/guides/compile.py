@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import update_wrapper
-from typing import Any
+from typing import Any, NamedTuple
 
 import networkx as nx
 import pyro.distributions as dist
@@ -64,6 +64,7 @@ from pyro_graphflows.guides.plan import (
     readers_of,
     ways_in,
     with_embeddings,
+    with_fitted_maps,
     with_scores,
 )
 from pyro_graphflows.guides.samples import ModelDraws
@@ -99,7 +100,7 @@ __all__ = ["Compiled", "GuideOptions", "compile_guide"]
 
 POOLINGS: Mapping[str, type[DeepSet]] = {"deepset": DeepSet, "attention": Attention}
 EXACT_KL = (NormalFactor, ElementNormalFactor)  # factors for which a KL is registered, before any bijection
-INITS = ("auto", "regression", "prior", "random")
+INITS = ("auto", "regression", "mode", "prior", "random")
 SCORE_DRAWS = 1000  # joint samples whose means are the reference values of scores
 MOST_VALUES_TRIED = 32  # of a discrete site, to see whether supports of others change with it
 
@@ -163,7 +164,7 @@ class GuideOptions:
             )
         if self.coupled_rank is not None and self.coupled_rank < 0:
             raise GraphflowsError(f"Expected coupled_rank >= 0 or None; got {self.coupled_rank}.")
-        if self.init in ("regression", "prior") and not self.family.can_regress:
+        if self.init in ("regression", "mode", "prior") and not self.family.can_regress:
             raise GraphflowsError(
                 f"Expected skip=True with init={self.init!r}, which sets the linear maps; got {self.family!r}."
             )
@@ -277,7 +278,6 @@ def compile_guide(
     sites = latent_sites(traced, options.factor_classes())
     _check_factors(options, sites)
     _check_init_values(options, sites)
-    discrete = [name for name, site in sites.items() if site.encoding is not None]
     enumerated = sites_to_enumerate(options.enumerate_sites, sites)
     encodings = input_encodings(model, args, kwargs, traced)
     _require_possible_data(traced, encodings, (model, args, kwargs))
@@ -290,40 +290,13 @@ def compile_guide(
         lambda found, names: _as_chains(found, (model, args, kwargs), options, sites, names),
     )
     found, elements = vectors.found, vectors.found.elements is not None
-    traced, inverse = found.traced, found.inverse
     is_free = options.inverse == "auto" and not elements and not options.optional and not vectors.chains
-    if discrete:
-        inverse = order_for_discrete_sites(inverse, discrete, enumerated, free=is_free)
-    elif is_free and not found.lookups and not traced.loops and not changing:
-        inverse = smoothest_inverse(inverse, draws, options.num_rows)
-    if options.inverse == "auto" and (bounds := order_for_supports(inverse, changing)) is not None:
-        orders: list[Inverse] = [bounds, "reverse"]
-        ways = [find_inverse(model, args, kwargs, trace, one, elements=elements) for one in orders]
-        found = min(ways, key=lambda way: way.inverse.num_edges)
-        traced, inverse = found.traced, outer_sites_first(found.inverse) if discrete else found.inverse
-    scales: Mapping[str, Sequence[str]] = {}
-    if options.family.fusion is not False or options.family.tells_roles:
-        scales = sites_of_scales(model, (args, kwargs), traced, sites, inverse.graph, _scalars(sites))
-    may_move = is_free and not discrete and not traced.loops and not changing
-    if may_move and scales:
-        hierarchical = order_for_hierarchies(inverse, scales)
-        if hierarchical is not None:
-            way = find_inverse(model, args, kwargs, trace, hierarchical, elements=elements)
-            if way.inverse.num_edges <= most_edges_of_hierarchy(inverse, scales):
-                found, traced, inverse = way, way.traced, way.inverse
-        alone = None if options.pool is None else order_for_coupled_effects(inverse, scales)
-        if alone is not None:
-            way = find_inverse(model, args, kwargs, trace, alone, elements=elements)
-            if draws_more_effects_alone(way.inverse, inverse, scales):
-                found, traced, inverse = way, way.traced, way.inverse
-    if may_move and options.pool is None and any(inverse.coupled.values()):
-        sizes = {name: plate.full_size for name, plate in plates_of(traced.trace).items()}
-        crossed = order_for_crossed_plates(inverse, sizes)
-        if crossed is not None:
-            way = find_inverse(model, args, kwargs, trace, crossed, elements=elements)
-            fewer = num_coupled_pairs(way.inverse, sizes) < num_coupled_pairs(inverse, sizes)
-            if fewer and way.inverse.num_edges <= MOST_EDGES_OF_HIERARCHIES * inverse.num_edges:
-                found, traced, inverse = way, way.traced, way.inverse
+    search = _OrderSearch(
+        lambda one: find_inverse(model, args, kwargs, trace, one, elements=elements),
+        *(options, sites, draws, changing, enumerated, is_free),
+    )
+    found, inverse, scales = search.run(found)
+    traced = found.traced
     judged = found.judged if traced.loops else None
     if traced.loops:
         inverse = outside_of_loops(inverse, traced.graph)
@@ -344,7 +317,7 @@ def compile_guide(
     role_facts = _roles(options, sites, inverse.graph, traced, scales)
     families, keys = _families(options, sites, inputs, inverse.graph.plates, vectors.long, role_facts)
     blocks = make_blocks(inverse, inputs, encodings.event_dims, keys)
-    require_outer_sites_first(blocks, inverse, discrete)
+    require_outer_sites_first(blocks, inverse, search.discrete)
     _require_known_indices(blocks, inputs, traced)
     split = {} if found.elements is None else found.elements.parents
     excluded = _not_fused(options, sites, inputs, split, changing)
@@ -363,6 +336,15 @@ def compile_guide(
     )
     fused = fusion.priors.sites
     blocks = _with_fusion(blocks, fusion, summed)
+    if inputs.per_element and options.pool is None and not traced.loops:
+        data = set(encodings.event_dims) - set(traced.index_inputs) - set(encodings.partly) - set(sites)
+        whole = (
+            _with_plain_factors(options, sites, families)
+            - set(vectors.ranks)
+            - set(vectors.chains)
+            - set(split)
+        )
+        blocks = with_fitted_maps(blocks, whole, data, plates)
     readers = readers_of(blocks, inverse.graph.latent)
     other_rows = _read_other_rows(readers, traced, strict=options.strict)
     keep_masks = any(node.summary for block in blocks for node in block.context)
@@ -399,7 +381,7 @@ def compile_guide(
             families,
             sites,
             mean_field_condition(inverse.graph, inverse),
-            {*vectors.ranks, *vectors.chains, *(fused - fusion.only_summed)},
+            {*vectors.ranks, *vectors.chains, *(fused - fusion.only_summed - fusion.by_shape)},
         ),
         priors=fusion.priors,
         labels=_labels(options, sites, enumerated, vectors, families),
@@ -425,6 +407,105 @@ def compile_guide(
 
 
 # ---------------------------------------------------------------- steps
+
+
+class _Way(NamedTuple):
+    """An inverse on the way to the one that is taken, which has other orders beside what was found with it."""
+
+    found: FoundInverse
+    inverse: InverseGraph
+
+
+@dataclass(frozen=True)
+class _OrderSearch:
+    """The choice of an order: rules that each may take another one than what was found so far.
+
+    Attributes:
+        find: Inverts the model's graph with an order.
+        options: The options of the guide.
+        sites: The latent sites.
+        draws: The model's draws.
+        changing: The sites whose supports depend on other sites.
+        enumerated: The sites that are enumerated.
+        is_free: Whether the order is the library's choice, and rules about continuous sites apply.
+    """
+
+    find: Callable[[Inverse], FoundInverse]
+    options: GuideOptions
+    sites: Mapping[str, LatentSite]
+    draws: ModelDraws
+    changing: Mapping[str, tuple[str, ...]]
+    enumerated: Collection[str]
+    is_free: bool
+
+    @property
+    def discrete(self) -> list[str]:
+        """The discrete sites."""
+        return [name for name, site in self.sites.items() if site.encoding is not None]
+
+    def run(self, found: FoundInverse) -> tuple[FoundInverse, InverseGraph, Mapping[str, Sequence[str]]]:
+        """Return what is taken: what was found with it, the inverse, and the sites that set scales of others."""
+        way = self._with_supports(self._with_discrete_sites_or_smooth(found))
+        scales = self._scales(way)
+        loops = way.found.traced.loops
+        if self.is_free and not self.discrete and not loops and not self.changing:
+            if scales:
+                way = self._with_effects_alone(self._with_hierarchies(way, scales), scales)
+            way = self._with_crossed_plates(way)
+        return way.found, way.inverse, scales
+
+    def _with_discrete_sites_or_smooth(self, found: FoundInverse) -> _Way:
+        inverse = found.inverse
+        if self.discrete:
+            options = {"free": self.is_free}
+            return _Way(found, order_for_discrete_sites(inverse, self.discrete, self.enumerated, **options))
+        if self.is_free and not found.lookups and not found.traced.loops and not self.changing:
+            inverse = smoothest_inverse(inverse, self.draws, self.options.num_rows)
+        return _Way(found, inverse)
+
+    def _with_supports(self, way: _Way) -> _Way:
+        bounds = order_for_supports(way.inverse, self.changing) if self.options.inverse == "auto" else None
+        if bounds is None:
+            return way
+        orders: list[Inverse] = [bounds, "reverse"]
+        found = min((self.find(one) for one in orders), key=lambda found: found.inverse.num_edges)
+        return _Way(found, outer_sites_first(found.inverse) if self.discrete else found.inverse)
+
+    def _scales(self, way: _Way) -> Mapping[str, Sequence[str]]:
+        family, draws = self.options.family, self.draws
+        if family.fusion is False and not family.tells_roles:
+            return {}
+        call, graph = (draws.args, draws.kwargs), way.inverse.graph
+        scalars = _scalars(self.sites)
+        return sites_of_scales(draws.model, call, way.found.traced, self.sites, graph, scalars)
+
+    def _with_hierarchies(self, way: _Way, scales: Mapping[str, Sequence[str]]) -> _Way:
+        order = order_for_hierarchies(way.inverse, scales)
+        if order is None:
+            return way
+        found = self.find(order)
+        is_sparse = found.inverse.num_edges <= most_edges_of_hierarchy(way.inverse, scales)
+        return _Way(found, found.inverse) if is_sparse else way
+
+    def _with_effects_alone(self, way: _Way, scales: Mapping[str, Sequence[str]]) -> _Way:
+        order = None if self.options.pool is None else order_for_coupled_effects(way.inverse, scales)
+        if order is None:
+            return way
+        found = self.find(order)
+        more = draws_more_effects_alone(found.inverse, way.inverse, scales)
+        return _Way(found, found.inverse) if more else way
+
+    def _with_crossed_plates(self, way: _Way) -> _Way:
+        if self.options.pool is not None or not any(way.inverse.coupled.values()):
+            return way
+        sizes = {name: plate.full_size for name, plate in plates_of(way.found.traced.trace).items()}
+        order = order_for_crossed_plates(way.inverse, sizes)
+        if order is None:
+            return way
+        found = self.find(order)
+        fewer = num_coupled_pairs(found.inverse, sizes) < num_coupled_pairs(way.inverse, sizes)
+        is_sparse = found.inverse.num_edges <= MOST_EDGES_OF_HIERARCHIES * way.inverse.num_edges
+        return _Way(found, found.inverse) if fewer and is_sparse else way
 
 
 def _summed(
@@ -455,7 +536,8 @@ def _with_fusion(
             for site in fused
             if site in summed
         }
-        found.append(replace(block, fused=fused, summed=own))
+        by_shape = tuple(site for site in fused if site in fusion.by_shape and site not in own)
+        found.append(replace(block, fused=fused, summed=own, by_shape=by_shape))
     return tuple(found)
 
 
@@ -820,6 +902,18 @@ def _families(
 
 def _scalars(sites: Mapping[str, LatentSite]) -> list[str]:
     return [name for name, site in sites.items() if site.size == 1 and site.encoding is None]
+
+
+def _with_plain_factors(
+    options: GuideOptions, sites: Mapping[str, LatentSite], families: Mapping[str, Family]
+) -> set[str]:
+    """Return the continuous sites whose factors are the package's, and no flows."""
+    classes = options.factor_classes()
+    return {
+        name
+        for name, site in sites.items()
+        if site.encoding is None and name not in classes and isinstance(families[name], Normal | Spline)
+    }
 
 
 def _roles(

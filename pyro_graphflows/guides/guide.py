@@ -265,8 +265,10 @@ class AutoFaithfulGuide(AutoGuide):
                 model and the call.
         """
         plan = self.plan
-        summed = [site for block in self._all_blocks() for site in block.site_elements()]
-        return plan.describe((*self._notes, *(self._start_notes if verbose else ())), summed)
+        blocks = self._all_blocks()
+        summed = [site for block in blocks for site in block.site_elements()]
+        alone = [s for block in blocks for s in block.plan.by_shape if not block.conditionals.fuses(s)]
+        return plan.describe((*self._notes, *(self._start_notes if verbose else ())), summed, alone)
 
     # ---------------------------------------------------------------- a call
 
@@ -1044,9 +1046,11 @@ class _Trial(Trial):
         """Read the call."""
         return self.guide._read_with_scores(*self.call, None)
 
-    def run(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Draw latents for a call."""
-        return self.guide._run(args, kwargs, None, pyro.sample)
+    def run(
+        self, *args: Any, observations: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Draw latents for a call, perhaps with other values of observed sites."""
+        return self.guide._run(args, kwargs, observations, pyro.sample)
 
     def draws(self, number: int, dim: int) -> dict[str, Tensor]:
         """Return draws for the call as flat unconstrained vectors, along a plate of their own."""

@@ -28,6 +28,7 @@ from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph
 from pyro_graphflows.guides.call import PlateState
 
 __all__ = [
+    "MOST_FITTED",
     "MOST_INDICES",
     "Coupling",
     "InputOptions",
@@ -45,6 +46,7 @@ MOST_ONE_BY_ONE = (
 MOST_COUPLED_PAIRS = 128  # numbers up to which the dependence across a plate has a parameter for each pair
 DEFAULT_RANK = 4
 MOST_INDICES = 2000  # up to which there is a regression for each
+MOST_FITTED = 200  # the same for elements whose data are those that a guide is fitted to
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,9 @@ the covariances of linear response [3]. Where effects have much data of their ow
 unconstrained space; normals are fitted there as well. What has the best ELBO goes on to the best normal of any
 covariance, by natural gradients (:func:`~pyro_graphflows.guides.minimize.fit_normal`).
 
+The model is run in double precision wherever it takes its arguments in that. In single precision the sum over many data
+is rounded by more than a step may gain, and squares overflow at points that a search must be able to leave.
+
 References:
     [1] Tierney and Kadane (1986), Accurate Approximations for Posterior Moments and Marginal Densities, JASA 81.
     [2] Giordano, Ingram and Broderick (2024), Black Box Variational Inference with a Deterministic Objective, JMLR 25.
@@ -24,7 +27,8 @@ References:
 
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +57,7 @@ from pyro_graphflows.guides.minimize import (
 )
 from pyro_graphflows.guides.sites import is_constant, is_moderate
 from pyro_graphflows.inspect import TracedModel, undressed
+from pyro_graphflows.inspect.arguments import argument_leaves, replaced_arguments
 from pyro_graphflows.inspect.prior import SECONDS_WITHOUT_A_BAR, UNCONSTRAINED, unconstrained_of
 from pyro_graphflows.inspect.runs import kept_buffers
 from pyro_graphflows.regression import in_float64
@@ -88,6 +93,7 @@ MOST_SECONDS = 0.08
 CLOSE = 0.5  # nats: where a posterior is that normal about its mode, nothing else is tried
 LOG_2PI = math.log(2 * math.pi)
 PLATE = "_pyro_graphflows_draws_near_mode"
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
 SINGLE_RUNS = 200  # where the model cannot map many draws at once
 
 
@@ -123,6 +129,7 @@ class _AtPoint(Messenger):
         point: Shape ``(*draws, numbers)``; None in the first run.
         stop: Whether to end the run once all sites have their values.
         centred: Sites that are in unconstrained space whatever their prior is.
+        dtype: The type of values; None for that of the parameters of each distribution.
     """
 
     def __init__(
@@ -133,8 +140,10 @@ class _AtPoint(Messenger):
         *,
         stop: bool,
         centred: Collection[str] = (),
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.dtype = dtype
         self.centred = centred
         self.names, self.coordinates, self.point, self.stop = frozenset(names), coordinates, point, stop
         self.values: dict[str, Tensor] = {}
@@ -158,7 +167,7 @@ class _AtPoint(Messenger):
             start = sum(each.shape.numel() for each in self.coordinates.values())
             part = slice(start, start + shape.numel())
             self.coordinates[name] = Coordinate(part, shape, len(fn.batch_shape), coordinate is not None)
-            w = torch.zeros(shape, dtype=_float_type(fn))
+            w = torch.zeros(shape, dtype=self.dtype or _float_type(fn))
         else:
             w = self._numbers(name, fn)
         if coordinate is not None:
@@ -180,7 +189,7 @@ class _AtPoint(Messenger):
     def _numbers(self, name: str, fn: Any) -> Tensor:
         assert self.point is not None
         own = self.coordinates[name]
-        flat = self.point[..., own.part].to(_float_type(fn))
+        flat = self.point[..., own.part].to(self.dtype or _float_type(fn))
         event = own.shape[own.batch_dims :]
         draws = flat.shape[:-1]
         batch = own.shape[: own.batch_dims]
@@ -214,6 +223,17 @@ def _float_type(fn: Any) -> torch.dtype:
     found = [getattr(fn, name, None) for name in getattr(fn, "arg_constraints", {}) if name in vars(fn)]
     types = [each.dtype for each in found if torch.is_tensor(each) and each.is_floating_point()]
     return types[0] if types else torch.get_default_dtype()
+
+
+@contextmanager
+def _default_type(dtype: torch.dtype | None) -> Iterator[None]:
+    """Let new tensors be of a type; None for that which they are of."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @dataclass(frozen=True)
@@ -253,6 +273,16 @@ class Mode:
         mean = float(self.posterior(self.point + noise @ self.factor.T).mean())
         found = mean + self.posterior.missing + len(self.point) / 2 * (1 + LOG_2PI) + self.log_volume
         return found if math.isfinite(found) else -math.inf
+
+    @torch.no_grad()
+    def gap(self, noise: Tensor) -> float:
+        """Return half the variance of the log-weights of draws: about the divergence from the posterior, if small.
+
+        The mean of few skewed log-weights may by chance be that of a posterior that is this normal; their variance
+        would not be small then.
+        """
+        log_density = self.posterior(self.point + noise @ self.factor.T)
+        return float((log_density + 0.5 * noise.square().sum(-1)).var()) / 2
 
     def draw(self, number: int) -> dict[str, Tensor]:
         """Return draws of all sites, along the first dimension; the random state is used and advanced.
@@ -313,10 +343,29 @@ class LogPosterior:
         )
         self._supports = {name: nodes[name]["fn"].support for name in names}
         self.coordinates: dict[str, Coordinate] = {}
+        self._in_doubles: _Call | None = None
         with torch.no_grad():
             self._run(None)
         if set(self.coordinates) != set(names):
             raise UnsupportedModelError("sites differ from run to run.")
+        if any(nodes[name]["value"].dtype != torch.float64 for name in names):
+            self._take_doubles()
+
+    def _take_doubles(self) -> None:
+        """Evaluate densities in double precision from now on, if the model can and says the same."""
+        centre = torch.zeros(self.size, dtype=torch.float64)
+        with torch.no_grad():
+            single = float(self(centre))
+        try:
+            leaves = argument_leaves(self.original, self.args, self.kwargs).values()
+            wide = {id(leaf): leaf.double() for leaf in leaves if leaf.is_floating_point()}
+            self._in_doubles = replaced_arguments(self.args, self.kwargs, wide)
+            double = float(loss_and_gradient(self, centre)[0])
+        except (RuntimeError, TypeError):  # parameters in single precision, or a device that has no other
+            self._in_doubles = None
+            return
+        if math.isfinite(single) and not math.isclose(single, double, rel_tol=0.01, abs_tol=1.0):
+            self._in_doubles = None
 
     @property
     def size(self) -> int:
@@ -370,12 +419,17 @@ class LogPosterior:
     def _run(
         self, point: Tensor | None, *, model: Callable[..., Any] | None = None, stop: bool = False
     ) -> tuple[_AtPoint, Any]:
-        messenger = _AtPoint(self.names, self.coordinates, point, stop=stop, centred=self.centred)
+        doubles = None if stop else self._in_doubles  # values are those that the model has
+        dtype = None if doubles is None else torch.float64
+        args, kwargs = (self.args, self.kwargs) if doubles is None else doubles
+        options: Any = {"stop": stop, "centred": self.centred, "dtype": dtype}
+        messenger = _AtPoint(self.names, self.coordinates, point, **options)
         handler = poutine.trace()
-        with kept_buffers(self.original), poutine.block(), pyro.validation_enabled(False), messenger:
+        quiet = kept_buffers(self.original), poutine.block(), pyro.validation_enabled(False)
+        with _default_type(dtype), quiet[0], quiet[1], quiet[2], messenger:
             try:
                 with handler:
-                    (model or self.model)(*self.args, **self.kwargs)
+                    (model or self.model)(*args, **kwargs)
             except _AllGiven:
                 pass
         return messenger, handler.trace
@@ -520,7 +574,7 @@ def _search(posterior: LogPosterior, traced: TracedModel) -> Mode:
     if seconds > MOST_SECONDS:
         return laplace
     is_slow = seconds > FEW_SECONDS
-    if abs(laplace.elbo(noise) - laplace.log_evidence) < CLOSE:
+    if abs(laplace.elbo(noise) - laplace.log_evidence) < CLOSE and laplace.gap(noise) < CLOSE:
         return laplace
     found = [laplace, *_variational(posterior, (start,) if is_slow else (laplace.point, start))]
     noise = torch.randn(NUM_JUDGING, size, dtype=torch.float64)

@@ -53,6 +53,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import networkx as nx
@@ -73,7 +74,7 @@ from pyro_graphflows.guides.plan import BlockPlan
 from pyro_graphflows.guides.samples import MOST_ROWS, ModelDraws, side_by_side
 from pyro_graphflows.guides.sites import LatentSite
 from pyro_graphflows.inspect import TracedModel, get_argument, nested_by_index, with_nested_plates
-from pyro_graphflows.regression import in_float64, location_and_scale, white_residuals
+from pyro_graphflows.regression import Moments, in_float64, location_and_scale, white_residuals
 
 __all__ = [
     "ElementInverse",
@@ -864,6 +865,17 @@ class _ConditionalScores:
             shift, scale = location_and_scale(wide)
             self.samples[name] = ((wide - shift) / scale).clamp(-JUDGE_WINSOR, JUDGE_WINSOR)
         self.known: dict[tuple[str, tuple[str, ...], bool], float] = {}
+        self._held_out = torch.arange(self.num_rows) % HELD_OUT == 0
+        self._columns: dict[str, range] = {}
+        for name, value in self.samples.items():
+            first = next(reversed(self._columns.values())).stop if self._columns else 0
+            self._columns[name] = range(first, first + value.shape[-1])
+        self._rows = torch.cat(list(self.samples.values()), -1)
+
+    @cached_property
+    def _moments(self) -> Moments:
+        """The sums that all linear regressions share."""
+        return Moments(self._rows[~self._held_out])
 
     def nonlinearity(self, graph: ModelGraph) -> float:
         """Return by how much squares and products lower the score of the model's own conditionals."""
@@ -885,24 +897,37 @@ class _ConditionalScores:
         return self.known[key]
 
     def _regress(self, site: str, parents: tuple[str, ...], linear: bool) -> float:
-        own = self.samples[site]
-        columns = [self.samples[parent] for parent in parents if parent in self.samples]
-        inputs = torch.cat(columns, -1) if columns else own.new_zeros(len(own), 0)
-        if not linear and inputs.shape[-1] <= MOST_PRODUCTS:
-            i, j = torch.triu_indices(inputs.shape[-1], inputs.shape[-1])
-            inputs = torch.cat([inputs, inputs[:, i] * inputs[:, j]], -1)
-        elif not linear:
-            inputs = torch.cat([inputs, inputs.square()], -1)
-        judging = torch.arange(len(own)) % HELD_OUT == 0
-        root, white = white_residuals(inputs, own, judging)
+        own = list(self._columns[site])
+        inputs = [column for parent in parents if parent in self._columns for column in self._columns[parent]]
+        if linear:
+            root, white = self._moments.white_residuals(inputs, own, self._rows[self._held_out])
+        else:
+            products = _with_products(self._rows[:, inputs])
+            root, white = white_residuals(products, self._rows[:, own], self._held_out)
         return float(root.diagonal().log().sum() + _log_scales(white).sum())
 
 
+def _with_products(inputs: Tensor) -> Tensor:
+    """Return inputs with their squares beside them, and with the products of any two where these are few."""
+    if inputs.shape[-1] > MOST_PRODUCTS:
+        return torch.cat([inputs, inputs.square()], -1)
+    i, j = torch.triu_indices(inputs.shape[-1], inputs.shape[-1])
+    return torch.cat([inputs, inputs[:, i] * inputs[:, j]], -1)
+
+
 def _log_scales(rows: Tensor) -> Tensor:
-    """Return for each row the least mean of -log t_4(r / s) + log s over scales s, less a constant."""
-    log_scales = torch.linspace(-6.0, 1.0, 141).to(rows).view(-1, 1, 1)
-    ratio = rows / log_scales.exp()
-    return (log_scales.squeeze(-1) + 2.5 * (ratio.square() / 4).log1p().mean(-1)).amin(0)
+    """Return for each row the least mean of -log t_4(r / s) + log s over scales s, less a constant.
+
+    The mean falls up to its minimum and rises from there, so that a coarse grid shows where to look closer.
+    """
+    coarse = torch.linspace(-6.0, 1.0, 15).to(rows).unsqueeze(-1).expand(-1, len(rows))
+    nearest = coarse.gather(0, _losses(rows, coarse).argmin(0, keepdim=True))
+    return _losses(rows, nearest + torch.linspace(-0.5, 0.5, 21).to(rows).unsqueeze(-1)).amin(0)
+
+
+def _losses(rows: Tensor, log_scales: Tensor) -> Tensor:
+    ratio = rows / log_scales.exp().unsqueeze(-1)
+    return log_scales + 2.5 * (ratio.square() / 4).log1p().mean(-1)
 
 
 def with_loop_plates(graph: ModelGraph, loops: Mapping[str, tuple[tuple[str, int], ...]]) -> ModelGraph:

@@ -12,6 +12,7 @@ A plan is complete when it is made, and nothing changes it.
 """
 
 import hashlib
+import math
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,7 +22,8 @@ import networkx as nx
 from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.graphs.separation import violated_independencies
 from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph
-from pyro_graphflows.guides.inputs import Coupling, InputPlan, Summary
+from pyro_graphflows.guides.call import PlateState
+from pyro_graphflows.guides.inputs import MOST_FITTED, Coupling, InputPlan, Summary
 from pyro_graphflows.guides.summed_sites import SummedSite
 
 __all__ = [
@@ -104,10 +106,13 @@ class BlockPlan:
         per_element: The sites with parameters for each element of their plates, since some of their parents
             are in plates that they are not in.
         non_exchangeable: For sites that need an affine map for each index of some plates, these plates.
-        at_rows: For those of them whose maps hold for the rows that some inputs had at set-up: these inputs.
+        at_rows: For those of them whose maps hold for the rows that some nodes had at set-up: these nodes.
+        fitted: Those of them whose maps are for the data that the guide is fitted to, and are there only if it starts
+            from draws for these.
         coupled: The sites whose copies are drawn jointly across plates.
         fused: The sites whose conditionals are their priors times a factor.
         summed: Those that may have one factor for each element of a plate instead.
+        by_shape: Those that the start may leave without their prior, where they fit joint samples better.
     """
 
     plates: tuple[str, ...]
@@ -117,9 +122,11 @@ class BlockPlan:
     per_element: tuple[str, ...] = ()
     non_exchangeable: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     at_rows: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fitted: tuple[str, ...] = ()
     coupled: Mapping[str, Coupling] = field(default_factory=dict)
     fused: tuple[str, ...] = ()
     summed: Mapping[str, SummedSite] = field(default_factory=dict)
+    by_shape: tuple[str, ...] = ()
 
     @property
     def only_summed(self) -> frozenset[str]:
@@ -179,12 +186,15 @@ class Plan:
         ]
         return hashlib.sha256(repr(read).encode()).digest()
 
-    def describe(self, notes: Sequence[str] = (), summed: Collection[str] = ()) -> Description:
+    def describe(
+        self, notes: Sequence[str] = (), summed: Collection[str] = (), alone: Collection[str] = ()
+    ) -> Description:
         """Return the plan in words: a line for each latent site, in sampling order, and what is not faithful.
 
         Args:
             notes: Further notes, of the start.
             summed: The sites with one factor for each element of a plate.
+            alone: The sites that the start left without their prior.
         """
         inverse, graph = self.inverse, self.graph
         lines = [
@@ -202,6 +212,7 @@ class Plan:
                 for site in level:
                     looks = ", ".join(self._input(parent, site) for parent in inverse.parents[site])
                     fused = site in block.fused and (site not in block.only_summed or site in summed)
+                    fused = fused and site not in alone
                     term = "analytic KL" if self.analytic_kl[site] and not fused else "sampled KL"
                     kind = "per-element parameters" if site in block.per_element else "amortised"
                     label = ", fused with its prior" if fused else ""
@@ -211,6 +222,8 @@ class Plan:
                     lines += [f"    {remark}" for remark in self.inputs.remarks.get(site, ())]
                     if site in self.not_fused:
                         lines.append(f"    not fused with its prior: {self.not_fused[site]}")
+                    if site in alone:
+                        lines.append("    not fused with its prior: joint samples are likelier without it")
         if graph.marginalised:
             lines.append(f"Marginalised (no factor): {', '.join(map(str, graph.marginalised))}.")
         lines += [
@@ -434,6 +447,40 @@ def with_scores(
         read = {name for seen in parents.values() for name in seen}
         context = tuple(node for node in (*block.context, *scores) if node.name in read)
         found.append(replace(block, context=context, parents=parents))
+    return tuple(found)
+
+
+def with_fitted_maps(
+    blocks: Sequence[BlockPlan],
+    sites: Collection[str],
+    data: Collection[str],
+    plates: Mapping[str, PlateState],
+) -> tuple[BlockPlan, ...]:
+    """Return blocks in which sites that read the data of their own plates may have a map for each element.
+
+    A network that effects share follows the data of all elements alike, and where they are few, or say little, it is
+    nats off. A guide that fits one data set may do without: its maps hold for the rows of these data.
+
+    Args:
+        blocks: The blocks.
+        sites: The sites whose families have such maps.
+        data: The nodes that are data, and no indices.
+        plates: The plates at set-up.
+    """
+    found = []
+    for block in blocks:
+        around = [plates[name] for name in block.plates]
+        size = math.prod(plate.full_size for plate in around)
+        plain = {node.name: node.how for node in block.context if node.summary is None and not node.score_of}
+        other = {*block.per_element, *block.non_exchangeable, *block.coupled, *block.summed}
+        rows = {}
+        for site in block.sites if 1 < size <= MOST_FITTED and not any(p.subsampled for p in around) else ():
+            read = tuple(name for name in block.parents[site] if name in data and name in plain)
+            if site in sites and site not in other and any(plain[name] == "same" for name in read):
+                rows[site] = read
+        own = {**block.non_exchangeable, **dict.fromkeys(rows, block.plates)}
+        at_rows = {**block.at_rows, **rows}
+        found.append(replace(block, non_exchangeable=own, at_rows=at_rows, fitted=tuple(rows)))
     return tuple(found)
 
 

@@ -18,9 +18,11 @@ start has seen. Candidates, in this order:
 - *prior*: the latents' prior, whatever the data, if no mode was found;
 - *random*: random weights, if nothing else has a finite loss.
 
-A guide that is amortised must not take the data of set-up, which may be a mere example, for all that it will see. The
-other candidates are tried there only if the regression does much worse for these data than draws of the prior would, or
-if nothing could be learned from them that way: if there is one posterior, and single draws differ by a thousand nats.
+A guide that is amortised must not take the data of set-up, which may be a mere example, for all that it will see. In
+plates the other candidates are tried only if the regression does much worse for these data than draws of the prior
+would. Without plates all data are one datum, and a guide may be meant for it, or for whatever the model simulates.
+Where the regression is not near, the start near the mode is kept if the loss for the data falls by more than the mean
+loss for simulated data grows; a thousand nats off is as bad as more, since nothing can be followed from there.
 """
 
 import math
@@ -28,6 +30,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import pyro
@@ -47,7 +50,7 @@ from pyro_graphflows.guides.fused_rows import FusedRows, standardised, with_prio
 from pyro_graphflows.guides.inputs import MOST_INDICES
 from pyro_graphflows.guides.joint_factors import JointRows, fit_jointly_
 from pyro_graphflows.guides.plan import Plan
-from pyro_graphflows.guides.samples import Samples, columns_of
+from pyro_graphflows.guides.samples import ModelDraws, Samples, columns_of
 from pyro_graphflows.guides.sites import LatentSite, concatenate
 from pyro_graphflows.inspect.runs import kept_buffers
 from pyro_graphflows.regression import (
@@ -57,6 +60,7 @@ from pyro_graphflows.regression import (
     finite_rows,
     in_float64,
     location_and_scale,
+    varies,
 )
 
 __all__ = [
@@ -84,6 +88,7 @@ MOST_SQUARES = 3_000_000_000  # of features, over all rows of a regression
 ROWS_PER_FEATURE = 4  # at least, even so
 LEAST_GAIN = 0.01  # nats of an element, by which maps of their own must beat one that reads the covariates
 ROWS_PER_WEIGHT = 20  # with fewer joint samples of an index for each weight its map stays at the shared one
+MOST_OF_INDICES, LEAST_OF_INDEX = 200_000, 1000  # samples for maps that are made beside a network
 MOST_PRODUCTS = 10_000_000_000  # for the moments by which inputs are whitened, which need no accuracy
 
 
@@ -91,10 +96,12 @@ NUM_DRAWS = 1000  # by which starts are judged
 FEWEST_DRAWS = 20  # the same where the model cannot give many at once
 BOTH = "mode and regression"
 MOST_AT_ONCE = 1_000_000  # elements of all sites, each as large as the largest, over all draws of a judgement
+NOWHERE = 1000.0  # nats off: from there nothing can be followed
 NEAR = 2.0  # nats: if the gap of a start near the mode seems less, nothing else is tried
-WILD = 5e5  # nats squared: losses that differ by a thousand nats from draw to draw
+MOST_SIMULATED = 2  # data sets for each that is used: some may not be finite
 MARGIN = 20.0  # nats by which the prior must be better than an amortised guide's start
 Program = Callable[..., Any]
+Simulated = Mapping[str, Tensor]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -146,8 +153,8 @@ class Trial(ABC):
         """Read the call."""
 
     @abstractmethod
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Draw latents for a call."""
+    def run(self, *args: Any, observations: Mapping[str, Tensor] | None = None, **kwargs: Any) -> Any:
+        """Draw latents for a call, perhaps with other values of observed sites."""
 
     @abstractmethod
     def draws(self, number: int, dim: int) -> dict[str, Tensor]:
@@ -182,17 +189,26 @@ def start_guide(
         _whiten_blocks(blocks, starts, trial, -1 - depth)
         return Candidate(name, modules, tuple(note for start in starts for note in start.notes), samples.note)
 
-    def judge_start(candidate: Candidate) -> Judgement | None:
+    def judge_start(candidate: Candidate, simulated: Simulated | None = None) -> Judgement | None:
         trial.take(candidate.blocks)
-        return judge.judge(trial.run)
+        return judge.judge(trial.run, simulated)
 
+    if options.init == "mode":
+        try:
+            return build(samples.at_mode(plan), "mode"), None
+        except UnsupportedModelError as error:
+            kept = replace(
+                samples, note=" ".join(filter(None, (f"no start at the mode: {error}", samples.note)))
+            )
+            return build(kept, "regression"), None
     nothing_to_regress_on = options.init == "regression" and samples.source == "none" and samples.num_rows > 0
     several = options.init == "auto" or nothing_to_regress_on
     if several and options.family.can_regress and compiled.scores is None:
         draws = compiled.draws
         elements = draws.most_elements * len(compiled.sites)
-        # an amortised guide's start is only compared with the prior, with a wide margin
-        wanted = NUM_DRAWS if plan.inputs.per_element or samples.source == "none" else FEWEST_DRAWS
+        # in plates, an amortised guide's start is only compared with the prior, with a wide margin
+        is_judged = plan.inputs.per_element or samples.source == "none" or _has_one_datum(compiled, samples)
+        wanted = NUM_DRAWS if is_judged else FEWEST_DRAWS
         number = min(wanted, max(FEWEST_DRAWS, MOST_AT_ONCE // elements))
         at_once = draws.takes_plates and elements * number <= MOST_AT_ONCE
         dim = -1 - depth if at_once else None
@@ -269,6 +285,8 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
     notes: list[str] = []
     kept = False
     moments: Tensor | None = None
+    for site in plan.fitted if samples.source != "mode" else ():
+        conditionals.leave_out_maps_(site)
     if samples.rows is not None:
         latents = {site: samples.rows[site] for site in plan.sites}
         for site, values in latents.items():
@@ -287,7 +305,7 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
             fewer = _of_fewer(block, samples.rows)
             seen = [features, *latents.values(), *([] if fewer is None else [fewer])]
             finite = finite_rows(*(each for each in seen if each.shape[-1]))
-            finite = _few_enough(finite, features.shape[-1])
+            finite = _few_enough(finite, features)
             features = features[finite] if features.shape[-1] else features
             fused = None if fused is None else fused.at(finite)
             if samples.standardize:
@@ -305,7 +323,8 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
                 conditionals, features, {n: v[finite] for n, v in latents.items()}, fused
             )
             kept = note is None
-            own_maps = {s: p for s, p in plan.non_exchangeable.items() if s not in plan.per_element}
+            alike = plan.per_element if samples.source == "mode" else (*plan.per_element, *plan.fitted)
+            own_maps = {s: p for s, p in plan.non_exchangeable.items() if s not in alike}
             if samples.source == "mode":  # draws differ from element to element
                 own_maps |= dict.fromkeys(plan.per_element, plan.plates) if plan.plates else {}
             at_random: dict[str, Tensor] | None = None
@@ -322,12 +341,17 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
                 of_sites = {site: aligned[site] for site in (*plan.sites, *further)}
                 left = _start_indices_(conditionals, own_maps, samples.plates, context, of_sites)
                 if at_random is not None:
-                    kept = not left and _is_better(conditionals, at_random, context, of_sites, samples.plates)
-                notes += left if kept else []
+                    at_random = {key: at_random[key] for key in conditionals.state_dict()}
+                    kept = _is_better(conditionals, at_random, context, of_sites, samples.plates)
+                notes += left.values() if kept else []
+                mapped = [s for s in plan.fitted if s in own_maps and s not in left] if kept else []
+                notes += [_on_maps(site, own_maps[site], plan.at_rows[site]) for site in mapped]
                 if plan.coupled:
                     shares = _start_jointly_(block, samples, context, of_sites)
                     conditionals.start_couplings_(samples.plates, context, of_sites, shares)
             notes += [] if kept or note is None else [note]
+    for site in plan.fitted if not kept else ():
+        conditionals.leave_out_maps_(site)
     if plan.coupled and not kept:
         conditionals.start_couplings_(samples.plates)
     if regression and not (samples.source == "mode" and kept):
@@ -431,10 +455,16 @@ def _steps(columns: Tensor) -> Tensor:
     return torch.diff(columns, dim=0, prepend=torch.zeros_like(columns[:1]))
 
 
-def _few_enough(chosen: Tensor, num_features: int) -> Tensor:
+def _few_enough(chosen: Tensor, features: Tensor) -> Tensor:
     """Return the mask of the first chosen rows, as many as a regression on wide inputs can take in a second."""
-    most = max(MOST_SQUARES // max(num_features, 1) ** 2, ROWS_PER_FEATURE * num_features)
+    most = _most_rows(features.shape[-1])
+    if most < len(chosen):
+        most = _most_rows(int(varies(features[chosen]).sum()))
     return chosen & (chosen.cumsum(0) <= most)
+
+
+def _most_rows(num_features: int) -> int:
+    return max(MOST_SQUARES // max(num_features, 1) ** 2, ROWS_PER_FEATURE * num_features)
 
 
 def whiten_block_(block: GuideBlock, moments: Tensor, call: Call | None, draws: Mapping[str, Tensor]) -> None:
@@ -667,6 +697,13 @@ def _log_probs(
             known = fused is not None and site in fused.values and conditionals.fuses(site)
             value = fused.values[site] if fused is not None and known else values[site]
             found[site] = conditional.log_prob(value)
+            if (
+                fused is not None
+                and site in fused.values
+                and site in conditionals.block.by_shape
+                and not known
+            ):
+                found[site] = found[site] + fused.log_slope(site)
     return found
 
 
@@ -679,9 +716,11 @@ def _start_indices_(
     plates: Mapping[str, PlateState],
     context: Tensor,
     values: Mapping[str, Tensor],
-) -> list[str]:
+) -> dict[str, str]:
     """Start the maps that elements of a plate have of their own; say where that was not possible, or no use."""
-    notes = []
+    notes = {}
+
+    every = context, values
 
     def log_prob(site: str) -> Tensor:
         with_prior = [s for s in conditionals.block.sites if columns_of(s)[0] in values]
@@ -690,10 +729,14 @@ def _start_indices_(
 
     for site, own in own_maps.items():
         around, by_rows = [plates[name] for name in own], site in conditionals.block.at_rows
+        context, values = every
+        if by_rows:
+            most = max(LEAST_OF_INDEX, MOST_OF_INDICES // math.prod(plate.size for plate in around))
+            context, values = context[:most], {name: value[:most] for name, value in values.items()}
         shared = {key: value.clone() for key, value in conditionals.state_dict().items()} if by_rows else {}
         before = log_prob(site) if by_rows else None
         if not _regress_indices_(conditionals, site, around, context, values):
-            notes.append(
+            notes[site] = (
                 f"the maps of the indices of {', '.join(own)} for {site} start at one that is shared: "
                 "no regression of each was possible."
             )
@@ -706,11 +749,18 @@ def _start_indices_(
             if not gain > LEAST_GAIN + chance:
                 conditionals.load_state_dict(shared)
                 conditionals.leave_out_maps_(site)
-                notes.append(
+                notes[site] = (
                     f"{site} has no maps for the indices of {', '.join(own)}: one that reads "
                     f"{', '.join(conditionals.block.at_rows[site])} is as good."
                 )
     return notes
+
+
+def _on_maps(site: str, own: Sequence[str], rows: Sequence[str]) -> str:
+    return (
+        f"{site} has a map of its own for each index of {', '.join(own)}, for the rows of {', '.join(rows)} that "
+        "set-up had; with others one for all serves alone."
+    )
 
 
 @torch.no_grad()
@@ -852,35 +902,51 @@ class Judge:
         self.model, self.call, self.seed, self.dim, self.number = model, call, seed, dim, number
 
     @torch.no_grad()
-    def judge(self, guide: Program) -> Judgement | None:
-        """Return the loss of a guide, infinite where it cannot be computed; None if there are no data."""
+    def judge(self, guide: Program, simulated: Simulated | None = None) -> Judgement | None:
+        """Return the loss of a guide, infinite where it cannot be computed; None if there are no data.
+
+        Args:
+            guide: The guide.
+            simulated: Values of the observed sites for each draw, ``(draws, *shape)``; None for those of the call.
+        """
         args, kwargs = self.call
 
-        def one() -> Tensor:
-            drawn = poutine.trace(guide).get_trace(*args, **kwargs)
-            replayed = poutine.trace(poutine.replay(self.model, trace=drawn)).get_trace(*args, **kwargs)
-            return self._each(drawn) - self._each(replayed)
+        def one(data: Simulated) -> Tensor:
+            with_data = {**kwargs, "observations": data} if data else kwargs
+            drawn = poutine.trace(guide).get_trace(*args, **with_data)
+            model = poutine.replay(poutine.condition(self.model, data=dict(data)), trace=drawn)
+            return self._each(drawn) - self._each(poutine.trace(model).get_trace(*args, **kwargs))
 
-        return self._mean(one)
+        return self._mean(one, simulated or {})
 
     @torch.no_grad()
     def loss_of_prior(self) -> float:
         """Return the loss of draws from the prior; infinite where there is none."""
         args, kwargs = self.call
 
-        def one() -> Tensor:
+        def one(_: Simulated) -> Tensor:
             trace = poutine.trace(self.model).get_trace(*args, **kwargs)
-            return -self._each(trace, observed_only=True)
+            return -self._each(trace, names=trace.observation_nodes)
 
         found = self._mean(one)
         return math.inf if found is None else found.loss
 
-    def _each(self, trace: Any, *, observed_only: bool = False) -> Tensor:
-        """Return the log-density of a trace for each of the draws, ``(draws,)``."""
+    @torch.no_grad()
+    def loss_at(self, latents: Simulated, data: Simulated) -> float:
+        """Return the loss of draws that are these latents for these data, without what the guide's density adds."""
+        args, kwargs = self.call
+
+        def one(values: Simulated) -> Tensor:
+            trace = poutine.trace(poutine.condition(self.model, data=dict(values))).get_trace(*args, **kwargs)
+            return -self._each(trace, names=list(data))
+
+        found = self._mean(one, {**latents, **data})
+        return math.inf if found is None else found.loss
+
+    def _each(self, trace: Any, names: Sequence[str] | None = None) -> Tensor:
+        """Return the log-density of some sites of a trace for each of the draws, ``(draws,)``; by default of all."""
         trace.compute_log_prob()
-        names = (
-            trace.observation_nodes if observed_only else [*trace.observation_nodes, *trace.stochastic_nodes]
-        )
+        names = [*trace.observation_nodes, *trace.stochastic_nodes] if names is None else names
         total = torch.zeros(self.number if self.dim is not None else 1, dtype=torch.float64)
         for name in names:
             own = trace.nodes[name]["log_prob"].cpu().to(torch.float64)
@@ -890,7 +956,9 @@ class Judge:
                 total = total + own.sum() / len(total)
         return total
 
-    def _mean(self, one: Callable[[], Tensor]) -> Judgement | None:
+    def _mean(
+        self, one: Callable[[Simulated], Tensor], data: Simulated = MappingProxyType({})
+    ) -> Judgement | None:
         losses: list[Tensor] = []
         with kept_buffers(self.model), warnings.catch_warnings(), pyro.validation_enabled(False):
             warnings.simplefilter("ignore")  # of losses that are not finite
@@ -898,9 +966,10 @@ class Judge:
             try:
                 if self.dim is not None:
                     with pyro.plate("_pyro_graphflows_draws", self.number, dim=self.dim):
-                        losses.append(one())
+                        losses.append(one(data))
                 else:
-                    losses = [one() for _ in range(self.number)]
+                    for k in range(self.number):
+                        losses.append(one({name: value[k] for name, value in data.items()}))
             except UnsupportedModelError:
                 return None
             except (ValueError, ArithmeticError, RuntimeError, NotImplementedError):
@@ -914,7 +983,7 @@ def choose_start(
     compiled: Compiled,
     samples: Samples,
     build: Callable[[Samples, str], Candidate],
-    judge_start: Callable[[Candidate], Judgement | None],
+    judge_start: Callable[..., Judgement | None],
     judge: Judge,
 ) -> tuple[Candidate, str | None]:
     """Return the best start, and a sentence on the choice; None where there was none to make.
@@ -923,7 +992,7 @@ def choose_start(
         compiled: What the guide is made from.
         samples: Joint samples, or what there is instead.
         build: Makes the guide's blocks start from samples; the second argument is the name of the start.
-        judge_start: Judges a start.
+        judge_start: Judges a start, for the data of set-up or for simulated data.
         judge: The judge of losses.
     """
     plan, source = compiled.plan, samples.source
@@ -940,6 +1009,7 @@ def choose_start(
     names = (
         ("mode", usual, BOTH, "prior", "random") if is_for_these_data else (usual, "mode", "prior", "random")
     )
+    has_one_datum = _has_one_datum(compiled, samples)
     losses: dict[str, float] = {}
     candidates: dict[str, Candidate] = {}
     best: Candidate | None = None
@@ -971,16 +1041,79 @@ def choose_start(
             return (built if name == usual else build_usual()), None
         losses[name], candidates[name] = found.loss, built
         if best is None or found.loss < least:
+            if has_one_datum and best is not None:
+                samples.draws.recall(samples.drawn)
+                simulated = _simulated(samples.draws, judge.number)
+                gain = least - found.loss
+                is_worth_it, said = _is_worth_it((best, built), gain, judge_start, judge, simulated)
+                reasons.append(said)
+                if not is_worth_it:
+                    continue
             best, least = built, found.loss
         all_fitted = all(block.per_element for block in plan.blocks)
         if name == "mode" and is_for_these_data and all_fitted and found.gap <= NEAR:
             break
-        wild = found.gap >= WILD and not any(block.plates for block in plan.blocks)
-        is_kept = name == usual and not is_for_these_data and not wild
-        if is_kept and found.loss <= judge.loss_of_prior() + MARGIN:
+        if name != usual or is_for_these_data:
+            continue
+        if found.gap <= NEAR if has_one_datum else found.loss <= judge.loss_of_prior() + MARGIN:
             break
     assert best is not None
     return best, " ".join([_sentence(best, losses), *reasons])
+
+
+def _has_one_datum(compiled: Compiled, samples: Samples) -> bool:
+    """Whether sites read data, and these are one datum: none of it is in a plate, or may be missing."""
+    graph, draws = compiled.plan.graph, samples.draws
+    in_plates = any(graph.plates.get(name) for name in (*graph.latent, *graph.observed))
+    whole = draws.has_data and not draws.encodings.partly and not compiled.reader.optional
+    return samples.source == "joint" and whole and not in_plates
+
+
+def _simulated(draws: ModelDraws, number: int) -> tuple[Simulated, Simulated]:
+    """Return latents and data of joint samples, ``(number, *shape)`` each; none if fewer are finite."""
+    names = draws.traced.graph.observed
+    most = MOST_SIMULATED * number
+    parts = draws.latent_values(most), draws.observed_values(most, names)
+    if len(parts[1]) < len(names):
+        return {}, {}
+    finite = finite_rows(
+        *(in_float64(value).reshape(len(value), -1) for part in parts for value in part.values())
+    )
+    if int(finite.sum()) < number:
+        return {}, {}
+    latents, data = ({name: value[finite][:number] for name, value in part.items()} for part in parts)
+    return latents, data
+
+
+def _is_worth_it(
+    starts: tuple[Candidate, Candidate],
+    gain: float,
+    judge_start: Callable[..., Judgement | None],
+    judge: Judge,
+    simulated: tuple[Simulated, Simulated],
+) -> tuple[bool, str]:
+    """Say whether the second start gains more for the data of set-up than it costs for simulated data, and the losses.
+
+    Losses for simulated data are compared with that of the very latents from which the data were simulated: the best
+    guide is no further from it than by what the data say of the latents.
+
+    Args:
+        starts: Two starts.
+        gain: What the second gains.
+        judge_start: Judges starts.
+        judge: The judge of losses.
+        simulated: Latents and data; none if there are no finite ones.
+    """
+    if not simulated[1]:
+        return True, "Simulated data are not finite."
+    truth = judge.loss_at(*simulated)
+    found = [judge_start(each, simulated[1]) or HOPELESS for each in starts]
+    off = [each.loss - truth for each in found]
+    before, after = (min(each, NOWHERE) if math.isfinite(each) else NOWHERE for each in off)
+    is_worth_it = after - before < min(gain, NOWHERE)
+    said = ", ".join(f"{start.name} {each.loss:.5g}" for start, each in zip(starts, found, strict=True))
+    other = starts[0 if is_worth_it else 1].name
+    return is_worth_it, f"For data that the model simulates: {said}; init={other!r} takes the other one."
 
 
 def _with_amortised_blocks(mode: Candidate | None, regression: Candidate, plan: Plan) -> Candidate | None:

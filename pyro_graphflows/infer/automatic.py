@@ -18,7 +18,7 @@ from pyro_graphflows.errors import GraphflowsError, reason_of
 from pyro_graphflows.infer.batches import TrainingData
 from pyro_graphflows.infer.checkpoints import FIT_CHECKPOINT, Checkpoint, load_checkpoint, seeded
 from pyro_graphflows.infer.compiled import Mode
-from pyro_graphflows.infer.cycles import CycleOptions, Cycles
+from pyro_graphflows.infer.cycles import CycleOptions, Cycles, tell_apart
 from pyro_graphflows.infer.epochs import Run
 from pyro_graphflows.infer.gap import Gap, estimate_gap
 from pyro_graphflows.infer.history import History, Progress
@@ -36,6 +36,7 @@ SHARE = 1 / 3  # of the limits, for simulations
 LONGEST_ON_SIMULATIONS = 16
 GAP_SEED = 20202
 _DRAWS, _DRAWS_AT_THE_END = 200, 1000
+_JUDGE_OF_SIMULATIONS = 10**6  # the first replicate
 _LIMITS = ("num_epochs", "num_steps", "num_seconds", "max_grad_norm")
 
 
@@ -154,7 +155,7 @@ class Automatic:
         loss = simulation_loss(self.model, self.guide, trainer.batches.first(), dict(self.data.kwargs or {}))
         if not isinstance(loss, InferenceCompilation):
             return None, f"no training on simulations: {loss}"
-        before, start = trainer.replicates(16), trainer.parameters.state()
+        start = trainer.parameters.state()
         limits = self.limits
         if limits.num_seconds is not None:
             limits = replace(limits, num_seconds=SHARE * limits.num_seconds)
@@ -170,10 +171,7 @@ class Automatic:
         run.resume()
         history = run.train()
         self._rate = pace.position.rate if self.optimizer is None and history.loss else None
-        try:
-            worse = bool((trainer.replicates(16) - before).mean() > 0)
-        except NotFiniteError:
-            worse = True
+        worse = bool(tell_apart(trainer, start, first=_JUDGE_OF_SIMULATIONS).mean() > 0)
         if worse:
             trainer.parameters.load(start)
             self._rate = None

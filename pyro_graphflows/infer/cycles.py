@@ -3,11 +3,14 @@
 Training goes in *cycles*, in each of which the learning rate falls from its greatest value to nearly zero along half a
 cosine, so that every cycle ends with settled parameters. First there is a short cycle at each of three rates from the
 same start; the best goes on with cycles that are twice as long each time. What is best is judged by the losses of the
-same batches with the same random numbers, so that differences of a fraction of the noise of one loss can be seen. A
-cycle that has made things worse is undone, and the rate falls. Training ends when two cycles have brought next to
-nothing, when the estimated gap to the log-evidence is next to nothing, or with the longest cycle.
+same batches with the same random numbers, so that differences of a fraction of the noise of one loss can be seen, by
+more of them where the difference is not clear, and by new ones each time: what was chosen for its luck with some random
+numbers has none with others. A cycle that has not made things better is undone, and the rate falls. Training ends when
+two cycles have brought next to nothing, when the estimated gap to the log-evidence is next to nothing, or with the
+longest cycle.
 """
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable
@@ -21,11 +24,11 @@ from pyro_graphflows.infer.gap import Gap
 from pyro_graphflows.infer.schedule import Schedule
 from pyro_graphflows.infer.trainer import NotFiniteError, Trainer
 
-__all__ = ["CycleOptions", "Cycles"]
+__all__ = ["CycleOptions", "Cycles", "tell_apart"]
 
 STEPS = 50  # of an epoch
 FLOOR = 0.01  # of the rate, at the end of a cycle
-REPLICATES = 64
+REPLICATES, MOST_REPLICATES = 64, 512
 RECOVERIES = 5
 
 
@@ -60,6 +63,44 @@ class _Position:
     strikes: int = 0  # cycles in a row that brought next to nothing
     recoveries: int = 0
     seconds: float = 0.0
+    judged: int = 0  # comparisons
+
+
+def tell_apart(
+    trainer: Trainer,
+    others: dict[str, Tensor],
+    *,
+    first: int,
+    most: int = MOST_REPLICATES,
+    least: float = 0.0,
+) -> Tensor:
+    """Return losses of the parameters of now less those of others, as many as it takes to see which are lower.
+
+    Args:
+        trainer: The trainer, with the parameters of now.
+        others: Other values of its parameters.
+        first: The number of the first replicate.
+        most: The greatest number of replicates.
+        least: A difference that does not matter.
+
+    Returns:
+        Differences in nats per datum; all infinite if one of the losses is not finite.
+    """
+    change, now = torch.zeros(0), trainer.parameters.state()
+    try:
+        while True:
+            place = {"num": max(REPLICATES, len(change)), "first": first + len(change)}
+            losses = trainer.replicates(**place)
+            trainer.parameters.load(others)
+            change = torch.cat([change, losses - trainer.replicates(**place)])
+            trainer.parameters.load(now)
+            error = change.std().item() / math.sqrt(len(change))
+            clear = abs(change.mean().item()) > 2 * error or 2 * error <= least
+            if clear or 2 * len(change) > most:
+                return change
+    except NotFiniteError:  # whoever is to blame, those of now are not better
+        trainer.parameters.load(now)
+        return torch.full((REPLICATES,), math.inf)
 
 
 class Cycles:
@@ -102,7 +143,8 @@ class Cycles:
         self.steps_done = 0
         self.epochs = 0
         self.kept: list[int] = []
-        self.best = self._standing(trainer.replicates(REPLICATES))
+        trainer.replicates(REPLICATES)  # raises where they are not finite
+        self.best = self._standing()
         self.begin = self.best  # where trials start
         self.found: dict[str, Any] | None = None  # the best trial so far
         self.reason = self._good_enough()
@@ -139,11 +181,7 @@ class Cycles:
         over = self._left() < 1
         if now.place < now.length and not over:
             return None
-        try:
-            losses = self.trainer.replicates(REPLICATES)
-        except NotFiniteError:
-            losses = torch.full_like(self.best["losses"], math.inf)
-        reason = self._after_trial(losses) if now.trials else self._after_cycle(losses)
+        reason = self._after_trial() if now.trials else self._after_cycle()
         now.place = 0
         if over:
             reason = reason or "the time or the number of steps is used up"
@@ -160,7 +198,7 @@ class Cycles:
             return False
         now.place = 0
         if now.trials:
-            self._after_trial(torch.full_like(self.best["losses"], math.inf))
+            self._after_trial(failed=True)
         else:
             self._put(self.best, fresh=True)
             now.rate /= 5
@@ -168,57 +206,69 @@ class Cycles:
 
     def finish(self) -> None:
         """Leave the best parameters, or those of now where they are better still."""
-        best = self.best if self.found is None else min(self.best, self.found, key=_mean)
-        try:
-            losses = self.trainer.replicates(REPLICATES)
-        except NotFiniteError:
-            losses = torch.full_like(best["losses"], math.inf)
-        if not losses.mean() <= best["losses"].mean():
-            self.trainer.parameters.load(best["parameters"])
-            self.kept = list(best["epochs"])
+        if self.found is not None:
+            self._put(self.found)
+        elif self.position.place == 0:  # at the end of a cycle they are
+            self._put(self.best)
+            return
+        if not self._change(self.position.length).mean().item() <= 0:
+            self._put(self.best)
 
     # ------------------------------------------------------------------------------------------------- decisions
-    def _after_trial(self, losses: Tensor) -> str | None:
+    def _after_trial(self, *, failed: bool = False) -> str | None:
         now, options = self.position, self.options
-        here = self._standing(losses, rate=now.trials[0])
-        if bool(losses.isfinite().all()) and (self.found is None or _mean(here) < _mean(self.found)):
-            self.found = here
+        loss = math.inf
+        if not failed:
+            with contextlib.suppress(NotFiniteError):
+                loss = self.trainer.replicates(REPLICATES).mean().item()
+        if loss < (math.inf if self.found is None else self.found["loss"]):
+            self.found = self._standing(loss=loss, rate=now.trials[0])
         now.trials = now.trials[1:]
         if now.trials:
             now.rate = now.trials[0]
             self._put(self.begin, fresh=True)
             return None
         now.length = options.first
-        if self.found is None or _mean(self.found) > _mean(self.best):
+        found, self.found = self.found, None
+        if found is not None:
+            self._put(found)
+        if found is None or self._change(len(options.rates) * options.trial).mean().item() > 0:
             now.rate = min(options.rates) / 5
             self._put(self.best, fresh=True)
         else:
-            self.best = self.found
-            now.rate = self.best["rate"]
-            self._put(self.best)
-        self.found = None
+            self.best = found
+            now.rate = found["rate"]
         return self._good_enough()
 
-    def _after_cycle(self, losses: Tensor) -> str | None:
+    def _after_cycle(self) -> str | None:
         now, options = self.position, self.options
-        change = losses - self.best["losses"]
+        change = self._change(now.length)
         mean, error = change.mean().item(), change.std().item() / math.sqrt(len(change))
-        if not mean <= 2 * error:  # worse, or not finite
-            self._put(self.best, fresh=True)
-            now.rate /= 3
-            now.strikes += 1
-        elif -mean < max(self.least, 2 * error):
-            now.strikes += 1
+        better = (
+            mean <= 0 or mean + 2 * error < self.least
+        )  # of equal ones the longer cycle is the better one
+        if better:
+            self.best = self._standing()
         else:
+            self._put(self.best, fresh=True)
+        if better and -mean >= max(self.least, 2 * error):
             now.strikes = 0
-        if mean <= 2 * error:  # a longer cycle is the better one unless it is seen to be worse
-            self.best = self._standing(losses)
+        else:
+            now.strikes += 1
+            now.rate /= 3
         if now.strikes >= 2:
             return "longer training no longer lowered the loss"
         if now.length >= options.longest:
             return f"the longest cycle done ({self.steps_per_epoch * now.length} steps); the loss was still falling"
         now.length = min(2 * now.length, options.longest)
         return self._good_enough()
+
+    def _change(self, epochs: int) -> Tensor:
+        """Compare the parameters of now with the best ones, in no more time than some epochs of training took."""
+        most = min(MOST_REPLICATES, epochs * self.steps_per_epoch)
+        self.position.judged += 1  # the first replicates are those of trials
+        first = self.position.judged * MOST_REPLICATES
+        return tell_apart(self.trainer, self.best["parameters"], first=first, most=most, least=self.least)
 
     def _good_enough(self) -> str | None:
         gap = None if self.gap is None else self.gap()
@@ -237,11 +287,10 @@ class Cycles:
         return 10**9 if left == math.inf else max(0, int(left))
 
     # ----------------------------------------------------------------------------------------------------- states
-    def _standing(self, losses: Tensor, **more: Any) -> dict[str, Any]:
-        """Return parameters and optimiser as they are, with their losses and the epochs that led to them."""
+    def _standing(self, **more: Any) -> dict[str, Any]:
+        """Return parameters and optimiser as they are, with the epochs that led to them."""
         optimizer = copy.deepcopy(self.optimizer.state_dict())
         return {
-            "losses": losses,
             "parameters": self.trainer.parameters.state(),
             "optimizer": optimizer,
             "epochs": list(self.kept),
@@ -279,7 +328,3 @@ class Cycles:
         self.epochs, self.kept = state["epochs"], state["kept"]
         self.best, self.begin, self.found = state["best"], state["begin"], state["found"]
         self.reason = None
-
-
-def _mean(standing: dict[str, Any]) -> float:
-    return standing["losses"].mean().item()

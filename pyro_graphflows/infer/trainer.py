@@ -152,7 +152,7 @@ class Trainer:
                 count += batch.size
         return total / count
 
-    def replicates(self, num: int) -> Tensor:
+    def replicates(self, num: int, *, first: int = 0) -> Tensor:
         """Return losses in nats per datum that differ between two states of the parameters by these alone.
 
         Each is of a batch, of the validation data where there are some, with random numbers of its own, the same in
@@ -160,6 +160,7 @@ class Trainer:
 
         Args:
             num: Their number.
+            first: The number of those that are left out before.
 
         Raises:
             NotFiniteError: If one is not finite.
@@ -174,7 +175,7 @@ class Trainer:
                 self._judged = [self.batches.first()]
         losses = []
         with evaluation_mode(self.objective.model, self.objective.guide):
-            for place in range(num):
+            for place in range(first, first + num):
                 batch = self._judged[place % len(self._judged)]
                 with seeded(_VALIDATION_SEED + place):
                     losses.append(

@@ -13,7 +13,8 @@ forward KL, or by the ELBO. What is reported, over held-out data sets for small,
 Standard errors are over data sets. Rows: ``start`` (no training), ``deepset``, ``attention``; ``summary``: no factors
 of elements, all is read from the summary; ``elbo``: the deep set, trained by the ELBO on simulated data sets; ``both``:
 by forward KL for half of the time, then by the ELBO; ``back``: the other way round; ``one size``: the deep set,
-simulations of one size alone; ``flat``: a flat network with as many weights.
+simulations of one size alone; ``flat``: a flat network with as many weights; ``bayesflow``: the estimator of that
+package for multilevel models, left out where it is not installed (peer.py).
 
     python -m studies.multilevel.run --rows deepset --seconds 60
     python -m studies.multilevel.run --study            # all rows, restartable; `make multilevel`
@@ -51,6 +52,7 @@ from studies.multilevel.models import (
     three_levels,
     two_levels,
 )
+from studies.multilevel.peer import Peer, installed
 from studies.results import Results
 
 MODELS: dict[str, Callable[[Tensor], None]] = {
@@ -66,7 +68,7 @@ GLOBALS = {
     "item response": ("spread",),
 }
 ROWS = {
-    "two levels": ("start", "deepset", "attention", "summary", "elbo", "one size", "flat"),
+    "two levels": ("start", "deepset", "attention", "summary", "elbo", "one size", "flat", "bayesflow"),
     "random effects": ("start", "deepset", "attention", "summary", "elbo", "both", "back"),
     "three levels": ("start", "deepset", "summary", "elbo"),
     "item response": ("start", "deepset", "elbo", "back"),
@@ -115,6 +117,9 @@ def gap(guide: Any, x: Tensor, name: str = "two levels") -> tuple[float, float]:
         name: The model.
     """
     values, exact = EXACT[name](x, NUM_DRAWS)
+    if isinstance(guide, Peer):
+        own, q = guide.draw_mu(x, NUM_DRAWS), guide.log_prob(x, values)
+        return float((exact - q).mean()), float((own < values["mu"].reshape(-1)[0]).double().mean())
     with pyro.plate("draws", NUM_DRAWS, dim=-1 - x.dim()):
         trace = poutine.trace(poutine.condition(guide, values)).get_trace(x)
         own = guide(x)["mu"].reshape(-1)
@@ -278,6 +283,9 @@ def train(name: str, row: str, seconds: float, seed: int) -> tuple[Any, dict[str
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = MODELS[name]
+    if row == "bayesflow":
+        peer = Peer(GROUPS, DATA, seed)
+        return peer, peer.train(seconds, (RATES.get(name, 3e-3), LAST_RATE), BATCH)
     begin = time.process_time()
     guide: Any = make_guide(name, row, seed)
     set_up = time.process_time() - begin
@@ -401,6 +409,9 @@ def main() -> None:
             seconds = args.seconds or SECONDS[name]
             key = f"{name}/{row}/{seconds:g}/{args.seed}"
             if key in results or row not in ROWS[name]:
+                continue
+            if row == "bayesflow" and not installed():
+                print(f"{key}: left out, bayesflow is not installed")
                 continue
             guide, figures = train(name, row, seconds, args.seed)
             record = {**figures, **judge(name, guide, reference), "date": str(date.today())}

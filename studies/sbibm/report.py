@@ -51,7 +51,8 @@ neural posterior estimation does. `spline reweighted` is the same guide with the
 its draws, by importance weights; nothing is trained further. `spline score` also reads scores, gradients of the
 model's log-density at fixed values. `auto` is a guide for each observation alone, trained with scores and the density
 (`loss="auto"`, 10 seconds by the clock), and reweighted in the same way; it draws simulations of its own, which are not
-counted.
+counted. `npe` and `npe nsf` are neural posterior estimation by the package sbi ({version}) on this machine, with its
+defaults (a masked autoregressive flow) and with neural spline flows; their draws outside of the prior are dropped too.
 
 Uniform priors have no bounds for the guides, and draws outside are dropped, as neural posterior estimation does. In
 the unconstrained coordinate that Pyro gives an interval, the logit of the place in it, a location that is linear in the
@@ -95,7 +96,8 @@ def cell(records: list[dict]) -> str:
 def render(results: Path, out: Path) -> None:
     """Write the page; the picture is made by :func:`draw`."""
     tests, trainings = load(results)
-    lines = ["# sbibm", "", INTRODUCTION]
+    versions = sorted({run["sbi"] for run in trainings.values() if "sbi" in run})
+    lines = ["# sbibm", "", INTRODUCTION.replace("{version}", " and ".join(versions) or "not run")]
     for simulations in sorted({at[2] for at in tests}, reverse=True):
         rows = [row for row in ROWS if any((task, row, simulations) in tests for task in TASKS)]
         published = simulations == 10_000

@@ -24,6 +24,7 @@ References:
 """
 
 import argparse
+import importlib.util
 import time
 from collections.abc import Callable, Mapping
 from datetime import date
@@ -77,6 +78,7 @@ def train(task: Task, family: str, simulations: int, seed: int, path: Path) -> d
         *(task.model, task.observation(1)),
         family=FAMILIES[family.removesuffix(" score")](),
         features="score" if family.endswith(" score") else "raw",
+        init="regression",  # the guide is for all data that the model simulates
         num_start_samples=simulations // SET_UP,
         setup_seed=seed,
         **task.guide_options,
@@ -140,23 +142,42 @@ def draw(
     return columns, figures
 
 
-def train_npe(task: Task, density: str, simulations: int, seed: int) -> tuple[Any, dict[str, Any]]:
-    """Train the package sbi's NPE with its defaults; return its posterior and what is to be kept of the run."""
-    from sbi.inference import NPE  # not in the environment of the tests
+def train_npe(
+    task: Task, density: str, simulations: int, seed: int, path: Path
+) -> tuple[Any, dict[str, Any]]:
+    """Train the package sbi's NPE with its defaults and save it; return it and what is to be kept of the run."""
+    import sbi  # not in the environment of the tests
+    from sbi.inference import NPE
     from sbi.utils import BoxUniform
 
     torch.manual_seed(seed)
     loss_of = Simulations(simulations).prepare(task.model, _Nobody(task), (task.observation(1),), {})[0]
     values = loss_of.draw(simulations, vectorize=True)
     theta = task.columns({name: value for name, value in values.items() if name != "x"})
-    low, high = theta.min(0).values - 1.0, theta.max(0).values + 1.0
+    low, high = theta.min(0).values - 1.0, theta.max(0).values + 1.0  # no more than a check of what it gets
     begin = time.process_time()
     inference = NPE(prior=BoxUniform(low, high), density_estimator=density, show_progress_bars=False)
     inference.append_simulations(theta, values["x"].reshape(simulations, -1))
     estimator = inference.train()
     seconds = time.process_time() - begin
+    torch.save(estimator, path)
     losses = inference.summary["validation_loss"]
-    return estimator, {"held_out_nll": min(losses), "epochs": len(losses), "seconds": seconds}
+    figures = {"held_out_nll": min(losses), "epochs": len(losses), "seconds": seconds}
+    return estimator, {**figures, "sbi": sbi.__version__}
+
+
+@torch.no_grad()
+def draw_npe(task: Task, estimator: Any, number: int) -> tuple[Tensor, dict[str, float]]:
+    """Return draws for an observation, none outside the bounds of the prior, and the share that was inside."""
+    low, high = task.bounds()
+    x = task.observation(number).reshape(1, -1)
+    drawn = estimator.sample((OUTSIDE * NUM_DRAWS,), condition=x)[:, 0]
+    found = drawn[((drawn >= low) & (drawn <= high)).all(-1)]
+    if len(found) < NUM_DRAWS:
+        raise SystemExit(
+            f"{task.name}: of {len(drawn)} draws only {len(found)} are inside the prior's bounds"
+        )
+    return found[:NUM_DRAWS], {"inside": len(found) / len(drawn)}
 
 
 class _Nobody:
@@ -209,22 +230,29 @@ def run(task: Task, row: str, simulations: int, seed: int, number: int, results:
     measure(task, name, number, draws, figures, results)
 
 
-def run_npe(task: Task, row: str, simulations: int, seed: int, results: Results) -> None:
-    """Do all observations of a row of the package sbi that are missing."""
+def run_npe(
+    task: Task, row: str, simulations: int, seed: int, numbers: list[int], results: Results, work: Path
+) -> None:
+    """Do the observations of a row of the package sbi that are missing."""
     name = f"{task.name}/{row}/{simulations}/{seed}"
-    missing = [number for number in range(1, NUM_OBSERVATIONS + 1) if f"{name}/{number}" not in results]
+    missing = [number for number in numbers if f"{name}/{number}" not in results]
     if not missing:
         return
-    try:
-        estimator, figures = train_npe(task, "nsf" if row == "npe nsf" else "maf", simulations, seed)
-    except ImportError:
+    if importlib.util.find_spec("sbi") is None:
         print(f"{name}: left out, sbi is not installed")
         return
-    results.append(name, {**figures, "date": str(date.today())})
+    path = work / f"{name.replace('/', '-').replace(' ', '_')}.pt"
+    if name in results and path.exists():
+        estimator = torch.load(path, weights_only=False)
+    else:
+        estimator, figures = train_npe(task, "nsf" if row == "npe nsf" else "maf", simulations, seed, path)
+        results.append(name, {**figures, "date": str(date.today())})
+        print(name, figures, flush=True)
     for number in missing:
-        with torch.no_grad():
-            draws = estimator.sample((NUM_DRAWS,), condition=task.observation(number).reshape(1, -1))[:, 0]
-        measure(task, name, number, draws, {}, results)
+        torch.manual_seed(seed)
+        begin = time.process_time()
+        draws, found = draw_npe(task, estimator, number)
+        measure(task, name, number, draws, {**found, "seconds": time.process_time() - begin}, results)
 
 
 def main() -> None:
@@ -255,7 +283,8 @@ def main() -> None:
         for name in tasks:
             for row in rows:
                 if row.startswith("npe"):
-                    run_npe(TASKS[name], row, simulations, args.seed, results)
+                    place = (args.only, results, args.work)
+                    run_npe(TASKS[name], row, simulations, args.seed, *place)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -63,6 +64,18 @@ class Task:
     def reference(self, number: int) -> Tensor:
         """Return the 10,000 draws of the reference posterior of an observation."""
         return _read(self.folder / f"num_observation_{number}" / "reference_posterior_samples.csv.bz2")
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Return the least and the largest value of each column, ``(dim,)`` each, which the prior can draw."""
+        nodes: Any = poutine.trace(self.model).get_trace(self.observation(1)).nodes
+        low, high = {}, {}
+        for name, site in nodes.items():
+            if site["type"] == "sample" and not site["is_observed"]:
+                prior, each = site["fn"], torch.full((1, *site["value"].shape), torch.inf)
+                found = isinstance(prior, Box)
+                low[name] = prior.low.expand_as(each) if found else -each
+                high[name] = prior.high.expand_as(each) if found else each
+        return self.columns(low)[0], self.columns(high)[0]
 
 
 def _package() -> Path:

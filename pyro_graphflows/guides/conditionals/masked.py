@@ -32,7 +32,6 @@ from pyro_graphflows.guides.conditionals.elements import (
     ElementTable,
     element_maps,
     keep_rows_,
-    leave_out_maps_,
 )
 from pyro_graphflows.guides.conditionals.factors import (
     DiscreteFactor,
@@ -276,6 +275,9 @@ class MaskedConditionals(Conditionals):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
+        for site, (key, _) in list(self._map_of.items()):
+            if f"{prefix}maps.{key}.rows.table" not in state_dict:
+                self.leave_out_maps_(site)
         if self._fused_at and not self.fusing.is_meta:
             self._is_fusing = self.fusing.tolist()
             self._referring = {site for site in self._fused_at if self.reference[self._parts[site]].any()}
@@ -530,7 +532,8 @@ class MaskedConditionals(Conditionals):
 
     def leave_out_maps_(self, site: str) -> None:
         """See :meth:`Conditionals.leave_out_maps_`."""
-        leave_out_maps_(self.maps, self._map_of, site)
+        if site in self._map_of:
+            del self.maps[self._map_of.pop(site)[0]]
 
     @torch.no_grad()
     def start_couplings_(
