@@ -38,10 +38,11 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/python examples/quickstart.py --out $(OUT)/quickstart
 
-# WORKERS: processes that share the test files, a thread each
+# WORKERS: processes that share the test files, a thread each; TESTS: what to run of the suite, all by default
 WORKERS ?= 2
+SHARED := -n $(WORKERS) --dist loadfile
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHARED) $(TESTS)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
@@ -52,9 +53,8 @@ OLDEST := $(OUT)/oldest
 test-oldest:
 	test -x $(OLDEST)/bin/python || $(OLDEST_PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[test]"
-	$(OLDEST)/bin/python -m pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(SHARED) $(TESTS)
 
-# TESTS: what to run of the suite, all by default
 DIST := $(abspath $(OUT))/dist
 sdist-test:
 	rm -rf $(DIST) && mkdir -p $(DIST)/empty
@@ -65,7 +65,7 @@ sdist-test:
 	rm -rf $(DIST)/empty/pyro_graphflows/__pycache__
 	$(DIST)/venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		"$$(ls $(DIST)/*.whl)[test]"
-	cd $(DIST)/empty && $(DIST)/venv/bin/python -m pytest $(TESTS)
+	cd $(DIST)/empty && OMP_NUM_THREADS=1 $(DIST)/venv/bin/python -m pytest $(SHARED) $(TESTS)
 
 # MathJax is one file of its npm package, at this version; pages load nothing from elsewhere
 MATHJAX := 3.2.2

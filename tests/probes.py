@@ -452,14 +452,19 @@ def compiled():
     data("x", double(latent("a"), latent("b")))
 
 
-@probe("z: ; a: ; b: ; x: z a b")
+# PyTorch 2.5 has no rule for operators with branches where something looks on.
+HAS_BRANCHES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)
+of_branches = probe if HAS_BRANCHES else lambda edges: lambda model: model
+
+
+@of_branches("z: ; a: ; b: ; x: z a b")
 def conditional_operator():
     """Both branches count, whichever is taken, with what they close over."""
     z, a, b = latent("z"), latent("a"), latent("b")
     data("x", torch.cond(z > 0, lambda t: t * a, lambda t: t + b, (torch.ones(()),)))
 
 
-@probe("k: ; a: ; x: k a")
+@of_branches("k: ; a: ; x: k a")
 def while_loop():
     k, a = pyro.sample("k", dist.Poisson(2.0)), latent("a")
     with warnings.catch_warnings():

@@ -270,7 +270,7 @@ def test_gradients_reach_the_encoder_and_files_keep_it():
     torch.save(guide.state_dict(), buffer)
     buffer.seek(0)
     other = auto_faithful_guide(nested, x, pool="deepset", **FEW)
-    other.load_state_dict(torch.load(buffer))
+    other.load_state_dict(torch.load(buffer, weights_only=True))
     for again in (other, copy.deepcopy(guide)):
         for name, value in guide.median(x).items():
             torch.testing.assert_close(again.median(x)[name], value)

@@ -820,3 +820,59 @@ def test_amortised_sites_with_normal_priors_are_as_in_the_normal_family():
 def test_the_parts_of_the_auto_family_are_families():
     with pytest.raises(GraphflowsError, match=r"normal= a Normal\(...\) and spline= a Spline"):
         Auto(normal=Spline())
+
+
+# ---------------------------------------------------------------- priors that are the same in each call
+
+
+def shaped(x, noise):
+    """A heavy-tailed number for each datum, and what is seen of it."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Laplace(1.0, 2.0))
+        pyro.sample("x", dist.Normal(z, noise), obs=x)
+
+
+def gap_of_shaped(guide, x, noise):
+    """Return the mean distance of the ELBO from the log-evidence, by sums over a grid."""
+    grid = torch.linspace(-40.0, 40.0, 40_001, dtype=torch.float64)
+    log_prior = dist.Laplace(1.0, 2.0).log_prob(grid)
+    evidence = sum(
+        float((log_prior + dist.Normal(grid, noise).log_prob(one)).logsumexp(0)) for one in x.double()
+    ) + len(x) * math.log(float(grid[1] - grid[0]))
+    with torch.no_grad():
+        loss = Trace_ELBO(num_particles=500, vectorize_particles=True, max_plate_nesting=1).loss(
+            shaped, guide, x, noise
+        )
+    return (loss + evidence) / len(x)
+
+
+@pytest.mark.parametrize("family", ["normal", "spline"])
+@pytest.mark.parametrize("noise", [0.05, 6.0])
+def test_a_number_has_the_shape_that_fits_joint_samples(family, noise):
+    """Precise data make a posterior normal in the number itself; poor data leave it the shape of its prior."""
+    torch.manual_seed(3)
+    z = dist.Laplace(1.0, 2.0).sample((200,))
+    x = (z + noise * torch.randn(200)).double()
+    guide = guide_of(shaped, x, noise, family=family)
+    other = {"normal": Normal, "spline": Spline}[family](fusion=noise < 1.0)
+    assert "z" in guide.plan.priors.sites
+    assert ("joint samples are likelier without it" in guide.describe()) == (noise < 1.0)
+    gap = gap_of_shaped(guide, x, noise)
+    assert gap < gap_of_shaped(guide_of(shaped, x, noise, family=other), x, noise)
+    assert gap < 0.1
+
+
+def test_fusion_that_is_asked_for_stays():
+    x = torch.linspace(-3.0, 5.0, 50)
+    guide = guide_of(shaped, x, 0.05, family=Normal(fusion=True))
+    assert "fused with its prior]" in guide.describe()
+
+
+def test_a_site_that_was_left_without_its_prior_is_so_when_loaded(tmp_path):
+    x = torch.linspace(-3.0, 5.0, 50)
+    guide = guide_of(shaped, x, 0.05, family="normal")
+    guide.save(tmp_path / "guide.safetensors")
+    loaded = load_guide(tmp_path / "guide.safetensors", shaped)
+    assert loaded.describe() == guide.describe()
+    latents = {"z": x + 0.01}
+    assert torch.equal(loaded.log_prob(latents, x, 0.05), guide.log_prob(latents, x, 0.05))

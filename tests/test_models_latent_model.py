@@ -191,7 +191,7 @@ def test_copies_and_saved_states(maker, tmp_path):
     vae.standardize_(x)
     torch.save(vae.state_dict(), tmp_path / "vae.pt")
     again = maker(GRAPHS["collider"])
-    again.load_state_dict(torch.load(tmp_path / "vae.pt"))
+    again.load_state_dict(torch.load(tmp_path / "vae.pt", weights_only=True))
     whole = tmp_path / "whole.pt"
     torch.save(vae, whole) if maker in (SIReNVAE, VAE) else torch.save(copy.deepcopy(vae), whole)
     found = []

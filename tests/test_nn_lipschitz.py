@@ -126,7 +126,7 @@ def test_training_resumes_with_the_same_numbers():
     file = io.BytesIO()
     torch.save([layer.state_dict(), bound.state_dict()], file)
     file.seek(0)
-    states = torch.load(file)
+    states = torch.load(file, weights_only=True)
     again = make_layer("random", 200, "auto")
     bound_again = SpectralBound(again, 0.9)
     again.load_state_dict(states[0])

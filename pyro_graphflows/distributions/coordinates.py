@@ -273,6 +273,8 @@ def is_well_defined(fn: Any) -> Tensor:
                 checked = checked.all(-1)
             checked = checked & constraint.check(value)
         good = good.to(value.device) & checked
+    if isinstance(fn, td.Uniform):  # before PyTorch 2.6 its constraints do not compare the bounds
+        good = good & (fn.low < fn.high)
     if isinstance(fn, td.TransformedDistribution):
         inner = is_well_defined(fn.base_dist)
         good = good.to(inner.device) & inner

@@ -381,7 +381,7 @@ def compile_guide(
             families,
             sites,
             mean_field_condition(inverse.graph, inverse),
-            {*vectors.ranks, *vectors.chains, *(fused - fusion.only_summed)},
+            {*vectors.ranks, *vectors.chains, *(fused - fusion.only_summed - fusion.by_shape)},
         ),
         priors=fusion.priors,
         labels=_labels(options, sites, enumerated, vectors, families),
@@ -536,7 +536,8 @@ def _with_fusion(
             for site in fused
             if site in summed
         }
-        found.append(replace(block, fused=fused, summed=own))
+        by_shape = tuple(site for site in fused if site in fusion.by_shape and site not in own)
+        found.append(replace(block, fused=fused, summed=own, by_shape=by_shape))
     return tuple(found)
 
 

@@ -320,6 +320,8 @@ def _least_squares(inputs: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 TIE = 0.01  # nats by which factors of elements may seem worse than one that reads their summary
+GAIN = 0.05  # nats by which a site must be likelier without a prior to be left without it
+NUM_KNOTS = 201  # at which the slope of a prior's coordinate is taken
 MOST_RUNS = 300  # of the model, where each joint sample takes one
 
 
@@ -486,7 +488,7 @@ class FusedRows:
             inputs: The site's inputs in the rows.
         """
         shift, scale = (part.to(inputs) for part in conditionals.fused_units(site))
-        values = self.values.get(site, self.flat[site])
+        values = self._values(site)
         prior = self.priors[site]
         if site in self.classes:
             return fit_logits(inputs, values.to(inputs), prior, self.classes[site])
@@ -503,7 +505,9 @@ class FusedRows:
         """
         summed = conditionals.block.summed.get(site)
         if summed is None:
-            self._fit_own_(conditionals, site, rows)
+            linear = self._fit_own_(conditionals, site, rows)
+            if self._is_likelier_alone(conditionals, site, rows, moments, linear):
+                conditionals.regress_(site, rows, moments)
             return
         conditionals.set_summed_(site, None)
         if summed.only_summed:
@@ -518,22 +522,42 @@ class FusedRows:
         scale = conditionals.fused_units(site)[1].to(prior.loc)
         none = prior.loc.new_zeros(1)
         loc, log_scale = fused_elements(none, none, (none, scale), [prior])
-        if self._loss(site, loc, log_scale) <= own + TIE:
+        if _loss(self._values(site), loc, log_scale) <= own + TIE:
             conditionals.set_summed_(site, (log_scale - scale.log()).mean(0).exp().diag_embed())
 
-    def _loss(self, site: str, loc: Tensor, log_scale: Tensor) -> float:
-        """Return the mean of -log q, up to a constant, of a site of one number that has a normal conditional."""
-        value = self.values.get(site, self.flat[site]).to(loc)
-        return float((log_scale + 0.5 * ((value - loc) * torch.exp(-log_scale)).square()).mean())
+    def log_slope(self, site: str) -> float:
+        """Return the mean logarithm of how fast the unconstrained number of a site moves with its coordinate.
+
+        By that much a log-density in the coordinate is larger than in the unconstrained number.
+
+        Args:
+            site: A site of one number in a coordinate that is the same in all rows.
+        """
+        return _mean_log_slope(self.values[site].flatten(), self.flat[site].flatten())
+
+    def _values(self, site: str) -> Tensor:
+        """Return the values of a site in the coordinate of its prior."""
+        return self.values.get(site, self.flat[site])
+
+    def _is_likelier_alone(
+        self, conditionals: Conditionals, site: str, rows: Tensor, moments: Moments, linear: Regression
+    ) -> bool:
+        """Whether the rows are likelier under a regression of a number than under its prior times a factor.
+
+        With a prior that is the same in all rows, either is any location and width, in another shape: a likelihood that
+        is normal in the number itself is not in the prior's coordinate.
+        """
+        block = conditionals.block
+        may = site in self.values and site in block.by_shape
+        if not may or not block.plates or site in block.per_element:
+            return False
+        beside = self._loss_of_factor(conditionals, site, rows, linear) + self.log_slope(site)
+        return _loss(self.flat[site], *_regression(conditionals, site, rows, moments)) < beside - GAIN
 
     def _regress_(self, conditionals: Conditionals, site: str, rows: Tensor, moments: Moments) -> float:
         """Start a site at a regression without its prior; return its loss."""
         conditionals.regress_(site, rows, moments)
-        inputs, own = conditionals.inputs_of(site), list(conditionals.columns[site])
-        fit = moments.regress(inputs, own, moments.ridge(inputs, own))
-        shift, scale = (part.to(rows) for part in conditionals.output_units(site))
-        loc = shift + scale * (fit.loc + rows[:, inputs] @ fit.weights.T)
-        return self._loss(site, loc, (scale * fit.scale_tril.diagonal()).log())
+        return _loss(self._values(site), *_regression(conditionals, site, rows, moments))
 
     def _loss_of_factor(
         self, conditionals: Conditionals, site: str, rows: Tensor, linear: Regression
@@ -542,7 +566,7 @@ class FusedRows:
         prior = self.priors[site].map(in_float64)
         loc = shift + scale * (linear.loc + rows[:, conditionals.inputs_of(site)] @ linear.weights.T)
         width = (scale * linear.scale_tril.diagonal()).log()
-        return self._loss(site, *fuse(prior.loc, prior.log_scale, loc, width))
+        return _loss(self._values(site), *fuse(prior.loc, prior.log_scale, loc, width))
 
     def _fit_own_(self, conditionals: Conditionals, site: str, rows: Tensor) -> Regression:
         """Start a site at the factor of its own that fits best, and return it."""
@@ -573,7 +597,7 @@ class FusedRows:
             (fewer[:, list(conditionals.columns[parent])] @ linear.weights[parent][0] for parent in parents),
             rows.new_zeros(len(rows)),
         )
-        values = (self.values.get(site, self.flat[site]).to(rows) - shift) / scale
+        values = (self._values(site).to(rows) - shift) / scale
         prior = standardised(self.priors[site], shift, scale)
         log_width = float(linear.scale_tril.log())
         features = fewer[:, sizes], fewer[:, variances]
@@ -590,6 +614,31 @@ class FusedRows:
                 into[inputs[j]][0, j - conditionals.columns[inputs[j]].start] += each
         tril = linear.scale_tril * math.exp(slopes.shift)
         return replace(linear, weights=weights, log_scale=log_scale, scale_tril=tril)
+
+
+def _loss(values: Tensor, loc: Tensor, log_scale: Tensor) -> float:
+    """Return the mean of -log q of numbers that have normal conditionals, up to a constant."""
+    off = (values.to(loc) - loc) * torch.exp(-log_scale)
+    return float((log_scale + 0.5 * off.square()).mean())
+
+
+def _regression(
+    conditionals: Conditionals, site: str, rows: Tensor, moments: Moments
+) -> tuple[Tensor, Tensor]:
+    """Return locations and the log-scale of the regression of a site on what it reads, in its own units."""
+    inputs, own = conditionals.inputs_of(site), list(conditionals.columns[site])
+    fit = moments.regress(inputs, own, moments.ridge(inputs, own))
+    shift, scale = (part.to(rows) for part in conditionals.output_units(site))
+    loc = shift + scale * (fit.loc + rows[:, inputs] @ fit.weights.T)
+    return loc, (scale * fit.scale_tril.diagonal()).log()
+
+
+def _mean_log_slope(inputs: Tensor, images: Tensor) -> float:
+    """Return the mean of log T'(x) over numbers x with images T(x) under an increasing map, from these alone."""
+    inputs, images = in_float64(inputs).sort().values, in_float64(images).sort().values
+    knots = torch.linspace(0, len(inputs) - 1, min(len(inputs), NUM_KNOTS)).round().long()
+    slopes = images[knots].diff() / inputs[knots].diff()
+    return float(slopes[(slopes > 0) & torch.isfinite(slopes)].log().mean())
 
 
 def standardised(prior: SitePrior, shift: Tensor, scale: Tensor) -> SitePrior:

@@ -242,11 +242,14 @@ class Fusion:
         priors: The runs that give their priors.
         reasons: Why sites that depend on others in the model are not fused.
         only_summed: The fused sites that would not be if they could not have a factor for each element of a plate.
+        by_shape: The fused sites of one number whose prior is the same in each call. Without it, too, their factor
+            could say all that there is to say, in another shape: the start sees which one fits.
     """
 
     priors: PriorPlan = field(default_factory=PriorPlan)
     reasons: Mapping[str, str] = field(default_factory=dict)
     only_summed: frozenset[str] = frozenset()
+    by_shape: frozenset[str] = frozenset()
 
 
 def plan_fusion(question: FusionQuestion) -> Fusion:
@@ -323,7 +326,9 @@ def plan_fusion(question: FusionQuestion) -> Fusion:
         for name, each in found.sites.items()
         if each.reason and wanted[str(name)] and any(p in question.sites for p in graph.parents(name))
     }
-    return Fusion(plan, reasons, plan.sites & only_summed)
+    numbers = {name for name in asked if question.sites[name].size == 1}
+    by_shape = {name for name in constant & numbers if priors[name].transform is not None}
+    return Fusion(plan, reasons, plan.sites & only_summed, plan.sites & by_shape)
 
 
 def _fusible(question: FusionQuestion, excluded: Mapping[str, str]) -> FusionPlan:

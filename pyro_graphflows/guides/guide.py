@@ -265,8 +265,10 @@ class AutoFaithfulGuide(AutoGuide):
                 model and the call.
         """
         plan = self.plan
-        summed = [site for block in self._all_blocks() for site in block.site_elements()]
-        return plan.describe((*self._notes, *(self._start_notes if verbose else ())), summed)
+        blocks = self._all_blocks()
+        summed = [site for block in blocks for site in block.site_elements()]
+        alone = [s for block in blocks for s in block.plan.by_shape if not block.conditionals.fuses(s)]
+        return plan.describe((*self._notes, *(self._start_notes if verbose else ())), summed, alone)
 
     # ---------------------------------------------------------------- a call
 

@@ -112,6 +112,7 @@ class BlockPlan:
         coupled: The sites whose copies are drawn jointly across plates.
         fused: The sites whose conditionals are their priors times a factor.
         summed: Those that may have one factor for each element of a plate instead.
+        by_shape: Those that the start may leave without their prior, where they fit joint samples better.
     """
 
     plates: tuple[str, ...]
@@ -125,6 +126,7 @@ class BlockPlan:
     coupled: Mapping[str, Coupling] = field(default_factory=dict)
     fused: tuple[str, ...] = ()
     summed: Mapping[str, SummedSite] = field(default_factory=dict)
+    by_shape: tuple[str, ...] = ()
 
     @property
     def only_summed(self) -> frozenset[str]:
@@ -184,12 +186,15 @@ class Plan:
         ]
         return hashlib.sha256(repr(read).encode()).digest()
 
-    def describe(self, notes: Sequence[str] = (), summed: Collection[str] = ()) -> Description:
+    def describe(
+        self, notes: Sequence[str] = (), summed: Collection[str] = (), alone: Collection[str] = ()
+    ) -> Description:
         """Return the plan in words: a line for each latent site, in sampling order, and what is not faithful.
 
         Args:
             notes: Further notes, of the start.
             summed: The sites with one factor for each element of a plate.
+            alone: The sites that the start left without their prior.
         """
         inverse, graph = self.inverse, self.graph
         lines = [
@@ -207,6 +212,7 @@ class Plan:
                 for site in level:
                     looks = ", ".join(self._input(parent, site) for parent in inverse.parents[site])
                     fused = site in block.fused and (site not in block.only_summed or site in summed)
+                    fused = fused and site not in alone
                     term = "analytic KL" if self.analytic_kl[site] and not fused else "sampled KL"
                     kind = "per-element parameters" if site in block.per_element else "amortised"
                     label = ", fused with its prior" if fused else ""
@@ -216,6 +222,8 @@ class Plan:
                     lines += [f"    {remark}" for remark in self.inputs.remarks.get(site, ())]
                     if site in self.not_fused:
                         lines.append(f"    not fused with its prior: {self.not_fused[site]}")
+                    if site in alone:
+                        lines.append("    not fused with its prior: joint samples are likelier without it")
         if graph.marginalised:
             lines.append(f"Marginalised (no factor): {', '.join(map(str, graph.marginalised))}.")
         lines += [

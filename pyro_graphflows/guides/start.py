@@ -704,6 +704,13 @@ def _log_probs(
             known = fused is not None and site in fused.values and conditionals.fuses(site)
             value = fused.values[site] if fused is not None and known else values[site]
             found[site] = conditional.log_prob(value)
+            if (
+                fused is not None
+                and site in fused.values
+                and site in conditionals.block.by_shape
+                and not known
+            ):
+                found[site] = found[site] + fused.log_slope(site)
     return found
 
 

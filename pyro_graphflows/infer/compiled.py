@@ -367,7 +367,10 @@ def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], H
             parts.append((type(leaf), leaf))
         else:
             return tensors, None
-    return tensors, (structure, *parts)
+    return tensors, (
+        repr(structure),
+        *parts,
+    )  # the structure itself has a hash in recent versions of PyTorch alone
 
 
 def _chosen(values: Sequence[Tensor], used: Sequence[bool]) -> list[Tensor]:
