@@ -19,6 +19,8 @@ covariance, by natural gradients (:func:`~pyro_graphflows.guides.minimize.fit_no
 The model is run in double precision wherever it takes its arguments in that. In single precision the sum over many data
 is rounded by more than a step may gain, and squares overflow at points that a search must be able to leave.
 
+Discrete sites that the model enumerates are summed out at each point.
+
 References:
     [1] Tierney and Kadane (1986), Accurate Approximations for Posterior Moments and Marginal Densities, JASA 81.
     [2] Giordano, Ingram and Broderick (2024), Black Box Variational Inference with a Deterministic Objective, JMLR 25.
