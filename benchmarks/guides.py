@@ -52,8 +52,10 @@ from studies.results import Results
 
 NUM_DATA = 64
 KEYS = ("tree", "ecoli70", "circuit", "radon")
+OURS = ("default", "normal", "flow")
 RATES = {"AutoNormal": 0.02, "AutoMultivariateNormal": 0.01, "AutoStructured": 0.01, "AutoGaussian": 0.01}
-RATES |= {"AutoIAFNormal": 0.005, "mean field by hand": 0.005, "normal": 0.002, "flow": 0.005}
+RATES |= {"AutoIAFNormal": 0.005, "mean field by hand": 0.005}
+RATES |= dict.fromkeys(OURS, 0.005)
 
 
 class MeanField(PyroModule):
@@ -135,6 +137,7 @@ def guides_of(problem: Problem) -> dict[str, Callable[[], Any]]:
         return MeanField(latents, x.shape[1], x.mean(0), x.std(0))
 
     makers: dict[str, Callable[[], Any]] = {
+        "default": lambda: ours("auto"),
         "normal": lambda: ours("normal"),
         "flow": lambda: ours("flow"),
         "AutoNormal": lambda: AutoNormal(model),
@@ -166,7 +169,7 @@ def train(problem: Problem, name: str, maker: Callable[[], Any], seconds: float)
     """Train a guide for some processor seconds; return its history."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
-    rate = 0.01 if problem.draw is None and name in ("normal", "flow") else RATES[name]
+    rate = 0.01 if problem.draw is None and name in OURS else RATES[name]
     begin = time.thread_time()
     guide, svi, optim = new_svi(problem, maker, rate)
     spent, history, step = time.thread_time() - begin, [], 0
@@ -184,7 +187,7 @@ def train(problem: Problem, name: str, maker: Callable[[], Any], seconds: float)
         spent += time.thread_time() - begin
         step += 1
     result = {"history": history, "steps": step, "loss": loss_of(problem, guide, problem.test, 30)}
-    if name in ("normal", "flow", "mean field by hand") and problem.draw is not None:
+    if name in (*OURS, "mean field by hand") and problem.draw is not None:
         pyro.set_rng_seed(1)
         fresh = problem.draw(2000)
         fresh = tuple(a.to(problem.test[0].dtype) for a in fresh)
@@ -269,7 +272,7 @@ def draw(problems: list[dict[str, Any]], path: Path) -> None:
             offset = exact if exact is not None else -best
             seconds = [row[0] for row in run["history"]]
             values = [row[1] + offset for row in run["history"]]
-            own = name in ("normal", "flow")
+            own = name in OURS
             axis.plot(seconds, values, label=name, color=f"C{i}", linewidth=2.2 if own else 1.2)
         # the losses are estimates: near zero noise takes them to either side, where the axis is linear
         linear = 0.1 if exact is not None else 1.0

@@ -34,11 +34,16 @@ from pyro.infer.autoguide import AutoIAFNormal, AutoMultivariateNormal, AutoNorm
 
 from benchmarks.guide_problems import PROBLEMS, Problem
 from benchmarks.trained_report import page
-from pyro_graphflows import Flow, Normal, auto_faithful_guide, log_evidence
+from pyro_graphflows import Auto, Flow, Normal, auto_faithful_guide, log_evidence
 from pyro_graphflows.guides import Family
 from studies.results import Results
 
-FAMILIES: dict[str, Family] = {"normal": Normal(), "flow": Flow(), "graphical": Flow(form="graphical")}
+FAMILIES: dict[str, Family] = {
+    "default": Auto(),
+    "normal": Normal(),
+    "flow": Flow(),
+    "graphical": Flow(form="graphical"),
+}
 PYRO_GUIDES: dict[str, Callable[..., Any]] = {
     "AutoNormal": AutoNormal,
     "AutoMultivariateNormal": AutoMultivariateNormal,
@@ -60,7 +65,7 @@ PARTS: dict[str, dict[str, Any]] = {
     },
     "circuit": {
         "problems": ["circuit"],
-        "guides": ["normal", "flow"],
+        "guides": ["default", "normal", "flow"],
         "starts": ["regression"],
         "seeds": 2,
         "steps": 12_000,
@@ -71,7 +76,7 @@ PARTS: dict[str, dict[str, Any]] = {
     },
     "groups": {
         "problems": ["schools", "slopes"],
-        "guides": ["normal", "flow", *PYRO_GUIDES],
+        "guides": ["default", "normal", "flow", *PYRO_GUIDES],
         "starts": ["regression"],
         "seeds": 3,
         "steps": 6000,

@@ -34,6 +34,7 @@ from pyro_graphflows.graphs import (
     violated_independencies,
 )
 from pyro_graphflows.guides import (
+    Auto,
     AutoFaithfulGuide,
     Flow,
     Normal,
@@ -87,6 +88,7 @@ __all__ = [
     "IWAE_ELBO",
     "VAE",
     "ActNorm",
+    "Auto",
     "AutoFaithfulGuide",
     "AutoOrder",
     "Checkpoint",
