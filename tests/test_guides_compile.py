@@ -325,3 +325,13 @@ def test_the_trace_is_that_of_the_call():
     assert compiled.traced.graph == trace_model(chain, (X,), {}).graph
     assert compiled.plates["data"].size == 5
     assert compiled.reader.read(chain, (X,), {}).plates == compiled.plates
+
+
+@pytest.mark.parametrize("options", [{"factors": "normal"}, {"init_values": 0.5}, {"factors": [Normal()]}])
+def test_options_by_site_without_sites_are_refused(options):
+    def model(x):
+        pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+
+    (name,) = options
+    with pytest.raises(GraphflowsError, match=rf"Expected {name}=\{{site: .*\}}; got"):
+        auto_faithful_guide(model, torch.tensor(0.0), **options)

@@ -104,6 +104,7 @@ class TestBadInput:
             ),
             ({"y": "auto"}, "of data that the guide reads, x; got y"),
             ({"x": "mlp"}, "nn.Module or 'auto'"),
+            ("auto", r"embedding=\{site: nn.Module or 'auto'\}; got 'auto'"),
         ],
     )
     def test_refused(self, embedding, message):

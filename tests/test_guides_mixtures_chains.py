@@ -8,10 +8,13 @@ import pytest
 import torch
 from discrete_guides import set_tables_
 from pyro import poutine
-from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
+from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, config_enumerate
 
+from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.guides import Normal, auto_faithful_guide, check_guide
+from pyro_graphflows.guides.mode import find_mode
 from pyro_graphflows.infer import IWAE_ELBO, InferenceCompilation, log_evidence
+from pyro_graphflows.inspect import trace_model
 
 SCALE = 0.7
 
@@ -222,3 +225,144 @@ def test_chains_that_the_model_enumerates():
     for _ in range(3):
         loss = TraceEnum_ELBO(max_plate_nesting=1).loss(model, guide, x)
         assert loss == pytest.approx(-joint.logsumexp(0).item())
+
+
+# ---------------------------------------------------------------- starts where the model sums over sites
+
+
+@config_enumerate
+def two_components(y):
+    locs = pyro.sample("locs", dist.Normal(torch.zeros(2), 5.0).to_event(1))
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.3, 0.7])))
+        pyro.sample("y", dist.Normal(locs[z], 1.0), obs=y)
+
+
+def two_components_data():
+    y = torch.cat([-3.0 + torch.randn(9), 2.0 + torch.randn(21)])
+    one, other = (
+        torch.linspace(-6.0, 5.0, 221).double().view(-1, 1, 1),
+        torch.linspace(-6.0, 5.0, 221).double(),
+    )
+    wide = y.double()
+    each = torch.logaddexp(
+        math.log(0.3) + dist.Normal(one, 1.0).log_prob(wide),
+        math.log(0.7) + dist.Normal(other.unsqueeze(-1), 1.0).log_prob(wide),
+    )
+    prior = dist.Normal(0.0, 5.0)
+    joint = each.sum(-1) + prior.log_prob(one[..., 0]) + prior.log_prob(other)
+    return (y,), torch.logsumexp(joint.flatten(), 0).item() + 2 * math.log(11.0 / 220)
+
+
+@config_enumerate
+def zero_inflated(size, y):
+    rate = pyro.sample("rate", dist.LogNormal(0.0, 2.0))
+    share = pyro.sample("share", dist.Beta(1.0, 1.0))
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Bernoulli(share))
+        pyro.sample("y", dist.Poisson(size * rate * z + 1e-6), obs=y)
+
+
+def zero_inflated_data():
+    size = 1.0 + 4.0 * torch.rand(30)
+    y = torch.where(torch.rand(30) < 0.6, torch.poisson(3.0 * size), torch.zeros(30))
+    log_rate, share = (
+        torch.linspace(0.3, 2.0, 201).double().view(-1, 1, 1),
+        ((torch.arange(200) + 0.5) / 200).double(),
+    )
+    means = size.double() * log_rate.exp() + 1e-6, torch.full((30,), 1e-6).double()
+    seen, not_seen = (dist.Poisson(mean).log_prob(y.double()) for mean in means)
+    each = torch.logaddexp(
+        share.log().unsqueeze(-1) + seen,
+        (1 - share).log().unsqueeze(-1) + not_seen,
+    )
+    joint = each.sum(-1) + dist.Normal(0.0, 2.0).log_prob(log_rate[..., 0])
+    return (size, y), torch.logsumexp(joint.flatten(), 0).item() + math.log(1.7 / 200 / 200)
+
+
+@config_enumerate
+def switching(y):
+    low, high = pyro.sample("low", dist.Normal(0.0, 5.0)), pyro.sample("high", dist.Normal(0.0, 5.0))
+    z = torch.zeros(())
+    for t in pyro.markov(range(len(y))):
+        stay = torch.tensor([0.2, 0.9])[z.long()] if t else torch.tensor(0.5)
+        z = pyro.sample(f"z_{t}", dist.Bernoulli(stay))
+        pyro.sample(f"y_{t}", dist.Normal(torch.where(z == 1, high, low), 1.0), obs=y[t])
+
+
+def switching_data():
+    y = torch.cat([-3.0 + torch.randn(5), 2.5 + torch.randn(6)])
+    low, high = torch.linspace(-7.0, 7.0, 281).double().view(-1, 1), torch.linspace(-7.0, 7.0, 281).double()
+    prior = dist.Normal(0.0, 5.0)
+    forward = [torch.tensor(0.5).double().log().expand(281, 281)] * 2
+    moves = torch.tensor([[0.8, 0.2], [0.1, 0.9]]).double().log()
+    for t, value in enumerate(y.double()):
+        if t:
+            forward = [torch.logaddexp(forward[0] + moves[0, k], forward[1] + moves[1, k]) for k in (0, 1)]
+        forward = [
+            own + dist.Normal(loc, 1.0).log_prob(value) for own, loc in zip(forward, (low, high), strict=True)
+        ]
+    joint = torch.logaddexp(*forward) + prior.log_prob(low) + prior.log_prob(high)
+    return (y,), torch.logsumexp(joint.flatten(), 0).item() + 2 * math.log(14.0 / 280)
+
+
+SUMMED = {
+    "mixture": (two_components, two_components_data),
+    "zero-inflated": (zero_inflated, zero_inflated_data),
+    "chain": (switching, switching_data),
+}
+
+
+@pytest.fixture(
+    params=[torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=["float32", "float64"]
+)
+def dtype(request):
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(torch.float64)
+
+
+def summed_loss(model, guide, args, number=60):
+    elbo = TraceEnum_ELBO(max_plate_nesting=1)
+    with torch.no_grad():
+        return sum(elbo.loss(model, guide, *args) for _ in range(number)) / number
+
+
+@pytest.mark.parametrize(
+    "name", ["mixture", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero-inflated", "chain"))]
+)
+def test_where_the_model_sums_over_sites_the_start_is_at_the_posterior(name, dtype):
+    model, make = SUMMED[name]
+    args, evidence = make()
+    guide = auto_faithful_guide(model, *args)
+    assert "the start is 'mode'" in guide.describe(verbose=True)
+    assert -0.1 < summed_loss(model, guide, args) + evidence < 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rate", [1e-3, 1e-2])
+@pytest.mark.parametrize("name", SUMMED)
+def test_training_keeps_starts_where_the_model_sums_over_sites(name, rate, dtype):
+    model, make = SUMMED[name]
+    args, evidence = make()
+    guide = auto_faithful_guide(model, *args)
+    optimizer = torch.optim.Adam(guide.parameters(), lr=rate)
+    for step in range(200):
+        if step in (1, 10, 50):
+            assert summed_loss(model, guide, args) + evidence < 3.0
+        optimizer.zero_grad()
+        TraceEnum_ELBO(max_plate_nesting=1).differentiable_loss(model, guide, *args).backward()
+        optimizer.step()
+    assert summed_loss(model, guide, args) + evidence < 0.7
+
+
+def test_latents_below_summed_sites_say_why_there_is_no_mode():
+    @config_enumerate
+    def model(y):
+        z = pyro.sample("z", dist.Bernoulli(0.5))
+        x = pyro.sample("x", dist.Normal(3.0 * z, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    with pytest.raises(UnsupportedModelError, match="x depends on a site that the model sums over"):
+        find_mode(model, (torch.zeros(3),), {}, trace_model(model, (torch.zeros(3),)))

@@ -100,6 +100,7 @@ __all__ = ["Compiled", "GuideOptions", "compile_guide"]
 
 POOLINGS: Mapping[str, type[DeepSet]] = {"deepset": DeepSet, "attention": Attention}
 EXACT_KL = (NormalFactor, ElementNormalFactor)  # factors for which a KL is registered, before any bijection
+BY_SITE = {"factors": "Factor or family", "init_values": "value", "embedding": "nn.Module or 'auto'"}
 INITS = ("auto", "regression", "mode", "prior", "random")
 SCORE_DRAWS = 1000  # joint samples whose means are the reference values of scores
 MOST_VALUES_TRIED = 32  # of a discrete site, to see whether supports of others change with it
@@ -132,6 +133,11 @@ class GuideOptions:
         if isinstance(self.optional, str) or not all(isinstance(name, str) for name in self.optional):
             raise GraphflowsError(f"Expected optional=[names of sites]; got {self.optional!r}.")
         object.__setattr__(self, "optional", tuple(dict.fromkeys(self.optional)))
+        for option, of_site in BY_SITE.items():
+            given = getattr(self, option)
+            if not isinstance(given, Mapping):
+                raise GraphflowsError(f"Expected {option}={{site: {of_site}}}; got {given!r}.")
+            object.__setattr__(self, option, dict(given))
         if self.resolution not in ("auto", "site", "element"):
             raise GraphflowsError(
                 f"Expected resolution='auto', 'site' or 'element'; got {self.resolution!r}."

@@ -126,7 +126,7 @@ class AutoFaithfulGuide(AutoGuide):
             inverse=inverse,
             pool=pool,
             init=init,
-            factors=dict(factors),
+            factors=factors,
             standardize=standardize,
             num_start_samples=num_start_samples,
             strict=strict,
@@ -135,11 +135,11 @@ class AutoFaithfulGuide(AutoGuide):
             budget=budget,
             coupled_rank=coupled_rank,
             enumerate_sites=enumerate_sites,
-            init_values=dict(init_values),
+            init_values=init_values,
             setup_seed=setup_seed,
             optional=optional,
             features=features,
-            embedding=dict(embedding),
+            embedding=embedding,
         )
         self._plan: Plan | None = None
         self._notes: tuple[str, ...] = ()

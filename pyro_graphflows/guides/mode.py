@@ -19,6 +19,8 @@ covariance, by natural gradients (:func:`~pyro_graphflows.guides.minimize.fit_no
 The model is run in double precision wherever it takes its arguments in that. In single precision the sum over many data
 is rounded by more than a step may gain, and squares overflow at points that a search must be able to leave.
 
+Discrete sites that the model enumerates are summed out at each point.
+
 References:
     [1] Tierney and Kadane (1986), Accurate Approximations for Posterior Moments and Marginal Densities, JASA 81.
     [2] Giordano, Ingram and Broderick (2024), Black Box Variational Inference with a Deterministic Objective, JMLR 25.
@@ -56,13 +58,14 @@ from pyro_graphflows.guides.minimize import (
     scaled_eigenvalues,
 )
 from pyro_graphflows.guides.sites import is_constant, is_moderate
+from pyro_graphflows.infer.enumeration import enumerated, summed_log_density
 from pyro_graphflows.inspect import TracedModel, undressed
 from pyro_graphflows.inspect.arguments import argument_leaves, replaced_arguments
 from pyro_graphflows.inspect.prior import SECONDS_WITHOUT_A_BAR, UNCONSTRAINED, unconstrained_of
 from pyro_graphflows.inspect.runs import kept_buffers
 from pyro_graphflows.regression import in_float64
 
-__all__ = ["Mode", "find_mode"]
+__all__ = ["Mode", "find_mode", "nesting_of"]
 
 SPREAD = (
     1e-3  # of the first point about the centres of the priors: at an exact symmetry gradients cannot choose
@@ -207,6 +210,23 @@ class _AtPoint(Messenger):
             raise _AllGiven
 
 
+def nesting_of(traced: TracedModel) -> int:
+    """Return how many dimensions a model uses on the left of its events.
+
+    Args:
+        traced: The model as traced.
+    """
+    nodes: Any = traced.trace.nodes
+    sites = [node for node in nodes.values() if node["type"] == "sample" and not site_is_subsample(node)]
+    dims = [len(node["fn"].batch_shape) for node in sites]
+    dims += [-frame.dim for node in sites for frame in node["cond_indep_stack"] if frame.vectorized]
+    return max(dims, default=0)
+
+
+def _is_one(scale: Any) -> bool:
+    return bool((torch.as_tensor(scale) == 1.0).all())
+
+
 def _summed(log_density: Tensor, fn: Any) -> Tensor:
     batch_dims = len(fn.batch_shape)
     return log_density.flatten(batch_dims).sum(-1) if log_density.dim() > batch_dims else log_density
@@ -305,7 +325,7 @@ class LogPosterior:
         centred: Sites that are in unconstrained space whatever their prior is.
 
     Raises:
-        UnsupportedModelError: If a latent site is discrete, or the model marginalises sites.
+        UnsupportedModelError: If a latent site is discrete, or depends on one that the model sums over.
     """
 
     def __init__(
@@ -320,10 +340,19 @@ class LogPosterior:
         nodes: Any = traced.trace.nodes
         names = [name for name in nodes if name in set(graph.latent)]
         discrete = [name for name in names if nodes[name]["fn"].support.is_discrete]
-        if discrete or graph.marginalised:
+        if discrete:
             raise UnsupportedModelError(
-                f"there is no mode in continuous space: {', '.join(discrete or graph.marginalised)} is discrete."
+                f"there is no mode in continuous space: {', '.join(discrete)} is discrete."
             )
+        summed = set(graph.marginalised)
+        between = [name for name in names if summed.intersection(graph.parents(name))]
+        scaled = [n for n, node in nodes.items() if node["type"] == "sample" and not _is_one(node["scale"])]
+        if summed and (between or scaled):
+            reason = (
+                "depends on a site that the model sums over" if between else "has a scale beside such a site"
+            )
+            raise UnsupportedModelError(f"{(between or scaled)[0]} {reason}.")
+        self.sums = bool(summed)
         if traced.loops:
             raise UnsupportedModelError("plates are loops over a part of their elements.")
         rows = Trace()
@@ -335,12 +364,7 @@ class LogPosterior:
         self.original = model
         self.centred = centred
         self.count: Callable[[], object] = _nothing  # called with each evaluation
-        sites = [node for node in nodes.values() if node["type"] == "sample" and not site_is_subsample(node)]
-        self.nesting = max(
-            [len(node["fn"].batch_shape) for node in sites]
-            + [-frame.dim for node in sites for frame in node["cond_indep_stack"] if frame.vectorized],
-            default=0,
-        )
+        self.nesting = nesting_of(traced)
         self._supports = {name: nodes[name]["fn"].support for name in names}
         self.coordinates: dict[str, Coordinate] = {}
         self._in_doubles: _Call | None = None
@@ -441,18 +465,28 @@ class LogPosterior:
             UnsupportedModelError: If the model does not take many draws at once.
         """
         self.count()
-        messenger, trace = self._run(point, model=self._in_plate(len(point)) if point.dim() > 1 else None)
+        many = point.dim() > 1
+        model = self._in_plate(len(point)) if many else self.model
+        if self.sums:
+            model = enumerated(model, self.nesting + many)
+        messenger, trace = self._run(point, model=model)
         terms = messenger.terms
+        rest = torch.zeros((), dtype=torch.float64)
+        if self.sums:
+            for name in self.names:
+                trace.remove_node(name)
+            rest = in_float64(summed_log_density(trace, [PLATE] if many else [])).cpu()
+            trace = Trace()
         for name, node in trace.nodes.items():
             if node["type"] == "sample" and name not in self.coordinates and not site_is_subsample(node):
                 own = node["fn"].log_prob(node["value"])
                 terms.append(scale_and_mask(own, node["scale"], node["mask"]))
         if point.dim() == 1:
-            return sum((in_float64(term.sum()).cpu() for term in terms), torch.zeros((), dtype=torch.float64))
+            return sum((in_float64(term.sum()).cpu() for term in terms), rest)
         if any(term.dim() != 1 + self.nesting or len(term) != len(point) for term in terms):
             raise UnsupportedModelError("the model does not take many draws at once.")
         flat = [in_float64(term.reshape(len(point), -1).sum(-1)).cpu() for term in terms]
-        return sum(flat, torch.zeros(len(point), dtype=torch.float64))
+        return sum(flat, rest.expand(len(point)))
 
     def _in_plate(self, number: int) -> Callable[..., Any]:
         """Return the model inside a plate of draws."""

@@ -49,9 +49,11 @@ from pyro_graphflows.guides.fewer_elements import fewer_of
 from pyro_graphflows.guides.fused_rows import FusedRows, standardised, with_priors
 from pyro_graphflows.guides.inputs import MOST_INDICES
 from pyro_graphflows.guides.joint_factors import JointRows, fit_jointly_
+from pyro_graphflows.guides.mode import nesting_of
 from pyro_graphflows.guides.plan import Plan
 from pyro_graphflows.guides.samples import ModelDraws, Samples, columns_of
 from pyro_graphflows.guides.sites import LatentSite, concatenate
+from pyro_graphflows.infer.enumeration import enumerated, summed_log_density
 from pyro_graphflows.inspect.runs import kept_buffers
 from pyro_graphflows.regression import (
     WINSOR,
@@ -94,6 +96,7 @@ MOST_PRODUCTS = 10_000_000_000  # for the moments by which inputs are whitened, 
 
 NUM_DRAWS = 1000  # by which starts are judged
 FEWEST_DRAWS = 20  # the same where the model cannot give many at once
+FEWEST_SUMMED = 50  # the same where it sums over sites
 BOTH = "mode and regression"
 MOST_AT_ONCE = 1_000_000  # elements of all sites, each as large as the largest, over all draws of a judgement
 NOWHERE = 1000.0  # nats off: from there nothing can be followed
@@ -212,7 +215,11 @@ def start_guide(
         number = min(wanted, max(FEWEST_DRAWS, MOST_AT_ONCE // elements))
         at_once = draws.takes_plates and elements * number <= MOST_AT_ONCE
         dim = -1 - depth if at_once else None
-        judge = Judge(draws.model, trial.call, options.setup_seed, dim, number if at_once else FEWEST_DRAWS)
+        sums = nesting_of(compiled.traced) if plan.graph.marginalised else None
+        if sums is not None:
+            at_once, dim = False, None
+        number = number if at_once else FEWEST_DRAWS if sums is None else FEWEST_SUMMED
+        judge = Judge(draws.model, trial.call, options.setup_seed, dim, number, sums=sums)
         return choose_start(compiled, samples, build, judge_start, judge)
     if options.init == "prior":
         try:
@@ -896,10 +903,21 @@ class Judge:
         seed: The seed of the draws, the same for all starts.
         dim: The dimension of a plate in which the model gives many draws at once; None if it cannot.
         number: The number of draws.
+        sums: In a model that sums over sites, how many dimensions it has on the left of events; else None.
     """
 
-    def __init__(self, model: Program, call: Arguments, seed: int, dim: int | None, number: int) -> None:
+    def __init__(
+        self,
+        model: Program,
+        call: Arguments,
+        seed: int,
+        dim: int | None,
+        number: int,
+        *,
+        sums: int | None = None,
+    ) -> None:
         self.model, self.call, self.seed, self.dim, self.number = model, call, seed, dim, number
+        self.sums = sums
 
     @torch.no_grad()
     def judge(self, guide: Program, simulated: Simulated | None = None) -> Judgement | None:
@@ -915,7 +933,7 @@ class Judge:
             with_data = {**kwargs, "observations": data} if data else kwargs
             drawn = poutine.trace(guide).get_trace(*args, **with_data)
             model = poutine.replay(poutine.condition(self.model, data=dict(data)), trace=drawn)
-            return self._each(drawn) - self._each(poutine.trace(model).get_trace(*args, **kwargs))
+            return self._each(drawn) - self._each_of_model(model)
 
         return self._mean(one, simulated or {})
 
@@ -933,15 +951,27 @@ class Judge:
 
     @torch.no_grad()
     def loss_at(self, latents: Simulated, data: Simulated) -> float:
-        """Return the loss of draws that are these latents for these data, without what the guide's density adds."""
-        args, kwargs = self.call
+        """Return the loss of draws that are these latents for these data, as if they were drawn from the prior."""
 
         def one(values: Simulated) -> Tensor:
-            trace = poutine.trace(poutine.condition(self.model, data=dict(values))).get_trace(*args, **kwargs)
-            return -self._each(trace, names=list(data))
+            return -self._each_of_model(poutine.condition(self.model, data=dict(values)), without=latents)
 
         found = self._mean(one, {**latents, **data})
         return math.inf if found is None else found.loss
+
+    def _each_of_model(self, model: Program, without: Collection[str] = ()) -> Tensor:
+        """Return the log-density of the model for each of the draws, ``(draws,)``, perhaps without some sites."""
+        args, kwargs = self.call
+        if self.sums is not None:
+            model = enumerated(model, self.sums)
+        trace: Any = poutine.trace(model).get_trace(*args, **kwargs)
+        for name in without:
+            trace.remove_node(name)
+        return (
+            self._each(trace)
+            if self.sums is None
+            else in_float64(summed_log_density(trace, [])).cpu().reshape(1)
+        )
 
     def _each(self, trace: Any, names: Sequence[str] | None = None) -> Tensor:
         """Return the log-density of some sites of a trace for each of the draws, ``(draws,)``; by default of all."""
@@ -1003,13 +1033,14 @@ def choose_start(
         return replace(built, name=usual)
 
     continuous = all(site.encoding is None for site in compiled.sites.values())
-    if not continuous or plan.graph.marginalised or samples.num_rows == 0:
-        return build_usual(), None
     is_for_these_data = samples.draws.has_data and (bool(plan.inputs.per_element) or source == "none")
+    has_one_datum = _has_one_datum(compiled, samples)
+    is_left = bool(plan.graph.marginalised) and not (is_for_these_data or has_one_datum)
+    if not continuous or samples.num_rows == 0 or is_left:
+        return build_usual(), None
     names = (
         ("mode", usual, BOTH, "prior", "random") if is_for_these_data else (usual, "mode", "prior", "random")
     )
-    has_one_datum = _has_one_datum(compiled, samples)
     losses: dict[str, float] = {}
     candidates: dict[str, Candidate] = {}
     best: Candidate | None = None

@@ -24,7 +24,7 @@ from studies.tables import table
 INTRODUCTION = """\
 One guide with pooled inputs serves data sets of any size: of 5 to 50 groups (effects in groups; districts; persons). It
 is set up with data of one size, and learns on joint samples whose numbers of groups and data are drawn anew for each
-step (`studies/multilevel/run.py`), for the same processor time in each row of a table. Gaps are means over 50 held-out
+step (`studies/multilevel/run.py`), for the processor time in the third column. Gaps are means over 50 held-out
 data sets for each range of the number of groups, ± standard errors, in nats a data set.
 Ranks are those of sites outside of the groups among 200 draws of the guide, over all 150
 data sets: the greatest distance of their distribution from the uniform one, and the band that each stays inside with
