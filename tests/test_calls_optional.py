@@ -30,7 +30,7 @@ from pyro_graphflows.graphs import InverseGraph, faithful_inverse
 from pyro_graphflows.guides.orders import optional_sites_first
 
 N = dist.Normal
-X = torch.randn(20, dtype=torch.double)
+X = torch.randn(20, dtype=torch.double, generator=torch.Generator().manual_seed(0))
 
 
 def labels(x, y=None):

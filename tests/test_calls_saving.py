@@ -102,11 +102,21 @@ def bounds(x):
 
 GROUPED = GROUP, torch.linspace(-1, 1, 7), torch.linspace(-2, 1, 7)
 MORE = torch.cat([GROUP, GROUP]), torch.linspace(-2, 1, 14), torch.linspace(-1, 3, 14)
-TABLE = {"x": torch.randn(4, 3), "there": torch.tensor([[True]] * 3 + [[False]])}
-WIDE = {"x": torch.randn(2, 5), "there": torch.ones(2, 5, dtype=torch.bool)}
-CROSS = torch.tensor([0, 1, 2, 3, 0, 1]), torch.tensor([0, 0, 1, 1, 2, 2]), torch.randn(6)
+TABLE = {
+    "x": torch.randn(4, 3, generator=torch.Generator().manual_seed(0)),
+    "there": torch.tensor([[True]] * 3 + [[False]]),
+}
+WIDE = {
+    "x": torch.randn(2, 5, generator=torch.Generator().manual_seed(0)),
+    "there": torch.ones(2, 5, dtype=torch.bool),
+}
+CROSS = (
+    torch.tensor([0, 1, 2, 3, 0, 1]),
+    torch.tensor([0, 0, 1, 1, 2, 2]),
+    torch.randn(6, generator=torch.Generator().manual_seed(0)),
+)
 THERE = torch.tensor([True, True, False, True])
-X = torch.randn(12)
+X = torch.randn(12, generator=torch.Generator().manual_seed(0))
 
 # name: model, arguments at set-up, arguments of a later call, options
 CASES = {

@@ -82,7 +82,10 @@ def test_set_up_takes_few_runs(name):
     model, args = MODELS[name]
     model, runs = counted(model)
     guide = auto_faithful_guide(model, *(arg.double() for arg in args))
-    assert runs[0] < FEW_RUNS
+    searched = (
+        200 if name == "mixture" else 0
+    )  # evaluations of many draws at once, to find the posterior's place
+    assert runs[0] < FEW_RUNS + searched
     assert "set-up is slow" not in guide.describe()
 
 

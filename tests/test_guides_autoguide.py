@@ -31,7 +31,7 @@ def shapes(x):
             pyro.sample("x", dist.Normal(cell, 1.0), obs=x)
 
 
-DATA = torch.randn(3, 4, dtype=torch.double)
+DATA = torch.randn(3, 4, dtype=torch.double, generator=torch.Generator().manual_seed(0))
 SHAPES = {"scalar": (), "vector": (2,), "row": (3, 1), "cell": (3, 4)}
 
 

@@ -245,7 +245,7 @@ def test_a_slow_model_that_takes_a_run_for_each_sample_has_fewer(monkeypatch):
         x = pyro.sample("x", dist.Normal(float(z), 1.0))  # no batch of runs
         pyro.sample("y", dist.Normal(x, 1.0), obs=y)
 
-    options = {"strict": False, "inverse": "reverse"}
+    options = {"strict": False, "inverse": "reverse", "init": "regression"}
     monkeypatch.setattr(samples, "SINGLE_RUNS", (60, 30, 10))
     monkeypatch.setattr(samples, "SECONDS_OF_RUNS", 1e6)
     fast = auto_faithful_guide(model, torch.tensor(0.5), **options)
