@@ -10,7 +10,7 @@ from pyro.distributions import constraints
 from torch.distributions import Normal
 
 from pyro_graphflows.errors import UnsupportedModelError
-from pyro_graphflows.guides.mode import LogPosterior, find_mode
+from pyro_graphflows.guides.mode import SINGLE_RUNS, LogPosterior, find_mode
 from pyro_graphflows.inspect import trace_model
 
 POSITIVE = dist.ImproperUniform(constraints.positive, (), ())
@@ -307,3 +307,22 @@ def test_models_that_are_others_in_double_precision_are_searched_in_their_own(si
 
     mode = mode_of(model, torch.tensor(3.0))
     assert float(mode.point) == pytest.approx(1.5, abs=1e-4)
+
+
+def test_a_model_that_mixes_the_draws_of_a_batch_is_asked_for_few_at_once():
+    """Of 10,000 draws, the square would be in memory."""
+    sizes = []
+
+    def model(x):
+        vector = pyro.sample("vector", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("rows", 3):
+            row = pyro.sample("row", dist.Normal(0.0, 1.0))
+            loc = row + vector.sum(-1)[..., None]  # one dimension too many with a batch of vectors
+            sizes.append(loc.numel())
+            cell = pyro.sample("cell", dist.Normal(loc, 1.0))
+            pyro.sample("x", dist.Normal(cell, 1.0), obs=x)
+
+    mode = mode_of(model, torch.tensor([0.5, 1.0, 2.0]))
+    values = mode.draw(1000)
+    assert values["cell"].shape == (SINGLE_RUNS, 3)  # one by one
+    assert max(sizes) < 3 * 100**2

@@ -29,7 +29,7 @@ References:
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -97,6 +97,7 @@ CLOSE = 0.5  # nats: where a posterior is that normal about its mode, nothing el
 LOG_2PI = math.log(2 * math.pi)
 PLATE = "_pyro_graphflows_draws_near_mode"
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
+FEW_DRAWS = 7
 SINGLE_RUNS = 200  # where the model cannot map many draws at once
 
 
@@ -516,13 +517,19 @@ class LogPosterior:
         Beside them are the unconstrained values of sites whose support may differ from point to point.
         """
         checked = [self._run(point, stop=True)[0].values for point in points[:2]]
-        for way in (self._in_a_plate, self._one_by_one):
-            found = way(points)
-            if found is not None and all(
+
+        def is_right(found: Mapping[str, Tensor] | None) -> bool:
+            return found is not None and all(
                 torch.allclose(found[name][i], each[name], 1e-3, 1e-6, equal_nan=True)
                 for i, each in enumerate(checked)
                 for name in self.names
-            ):
+            )
+
+        # A model that mixes the draws of a batch would take the memory of their square.
+        ways = [self._in_a_plate] if is_right(self._in_a_plate(points[:FEW_DRAWS])) else []
+        for way in (*ways, self._one_by_one):
+            found = way(points)
+            if found is not None and is_right(found):
                 return found
         raise UnsupportedModelError("values of sites differ from run to run.")
 
