@@ -71,7 +71,8 @@ SECTIONS: dict[str, tuple[str, str, list[Column]]] = {
         "Arithmetic circuit",
         "The gap is the loss minus E[-log p(x)] by numerical integration, on the same 2,000 data. The inverse is the "
         "one that `auto` finds. Data have heavy tails: the gaps of *default* and *normal* are nearly all those of two "
-        "data with x0 below -55, whose gradients the optimiser cuts off; they were 4 after 1,200 and 6 after 600 steps.",
+        "data with x0 below -55, whose gradients the optimiser cuts off; they were 4 after 1,200 and 6 after 600 "
+        "steps.",
         [*WHO, GAP, NOISE, *BOUND, *COST],
     ),
     "groups": (
