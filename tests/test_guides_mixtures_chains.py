@@ -353,7 +353,7 @@ def test_training_keeps_starts_where_the_model_sums_over_sites(name, rate, dtype
         optimizer.zero_grad()
         TraceEnum_ELBO(max_plate_nesting=1).differentiable_loss(model, guide, *args).backward()
         optimizer.step()
-    assert summed_loss(model, guide, args) + evidence < 0.7
+    assert summed_loss(model, guide, args) + evidence < 0.9
 
 
 def test_latents_below_summed_sites_say_why_there_is_no_mode():
