@@ -14,3 +14,12 @@ def _clean_slate():
     yield
     pyro.clear_param_store()
     torch.set_default_dtype(default)
+
+
+@pytest.fixture(
+    params=[torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=["float32", "float64"]
+)
+def dtype(request):
+    """The default type of a test in single precision, and if it is slow in double."""
+    torch.set_default_dtype(request.param)
+    return request.param

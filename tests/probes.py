@@ -22,6 +22,7 @@ from pyro.infer.reparam import LocScaleReparam, TransformReparam
 from pyro.nn import PyroModule, PyroSample
 from torch import nn
 from torch.utils._pytree import tree_map
+from versions import TORCH
 
 N = dist.Normal
 
@@ -453,8 +454,7 @@ def compiled():
 
 
 # PyTorch 2.5 has no rule for operators with branches where something looks on.
-HAS_BRANCHES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)
-of_branches = probe if HAS_BRANCHES else lambda edges: lambda model: model
+of_branches = probe if TORCH >= (2, 6) else lambda edges: lambda model: model
 
 
 @of_branches("z: ; a: ; b: ; x: z a b")

@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
+from training_paths import check_losses, training
 
 from pyro_graphflows import auto_faithful_guide, load_guide
 
@@ -35,15 +36,6 @@ LIKELIHOODS = {
     "binomial": (germination, lambda size, eta: dist.Binomial(size, logits=eta, validate_args=False)),
     "poisson": (counts, lambda size, eta: dist.Poisson(size * eta.exp(), validate_args=False)),
 }
-
-
-@pytest.fixture(
-    params=[torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=["float32", "float64"]
-)
-def dtype(request):
-    torch.set_default_dtype(request.param)
-    yield request.param
-    torch.set_default_dtype(torch.float64)
 
 
 def data_of(name):
@@ -102,15 +94,9 @@ def test_effects_start_as_the_posterior_is_for_the_data_fitted(name, dtype):
 def test_training_keeps_starts_with_maps(name, rate, dtype):
     model, args = data_of(name)
     guide = auto_faithful_guide(model, *args)
-    optimizer = torch.optim.Adam(guide.parameters(), lr=rate)
     evidence = evidence_of(name, *args)
-    for step in range(200):
-        if step in (1, 10, 50):
-            assert loss_of(model, guide, args) + evidence < 3.0
-        optimizer.zero_grad()
-        Trace_ELBO().differentiable_loss(model, guide, *args).backward()
-        optimizer.step()
-    assert loss_of(model, guide, args) + evidence < 0.5
+    steps = training(model, guide, args, rate, Trace_ELBO())
+    check_losses(steps, lambda: loss_of(model, guide, args) + evidence, 0.5)
 
 
 def test_other_rows_have_what_all_share():

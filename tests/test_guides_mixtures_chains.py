@@ -9,6 +9,7 @@ import torch
 from discrete_guides import set_tables_
 from pyro import poutine
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, config_enumerate
+from training_paths import check_losses, training
 
 from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.guides import Normal, auto_faithful_guide, check_guide
@@ -313,15 +314,6 @@ SUMMED = {
 }
 
 
-@pytest.fixture(
-    params=[torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=["float32", "float64"]
-)
-def dtype(request):
-    torch.set_default_dtype(request.param)
-    yield request.param
-    torch.set_default_dtype(torch.float64)
-
-
 def summed_loss(model, guide, args, number=60):
     elbo = TraceEnum_ELBO(max_plate_nesting=1)
     with torch.no_grad():
@@ -346,14 +338,8 @@ def test_training_keeps_starts_where_the_model_sums_over_sites(name, rate, dtype
     model, make = SUMMED[name]
     args, evidence = make()
     guide = auto_faithful_guide(model, *args)
-    optimizer = torch.optim.Adam(guide.parameters(), lr=rate)
-    for step in range(200):
-        if step in (1, 10, 50):
-            assert summed_loss(model, guide, args) + evidence < 3.0
-        optimizer.zero_grad()
-        TraceEnum_ELBO(max_plate_nesting=1).differentiable_loss(model, guide, *args).backward()
-        optimizer.step()
-    assert summed_loss(model, guide, args) + evidence < 0.9
+    steps = training(model, guide, args, rate, TraceEnum_ELBO(max_plate_nesting=1))
+    check_losses(steps, lambda: summed_loss(model, guide, args) + evidence, 0.9)
 
 
 def test_latents_below_summed_sites_say_why_there_is_no_mode():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from pyro.distributions import constraints
 from pyro.infer import Trace_ELBO
+from training_paths import check_losses, training
 
 from pyro_graphflows import auto_faithful_guide
 from pyro_graphflows.errors import GraphflowsError
@@ -420,15 +421,6 @@ ONE_DATUM = {
 }
 
 
-@pytest.fixture(
-    params=[torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=["float32", "float64"]
-)
-def dtype(request):
-    torch.set_default_dtype(request.param)
-    yield request.param
-    torch.set_default_dtype(torch.float64)
-
-
 def one_datum_loss(model, guide, args):
     options = {"num_particles": 2000, "vectorize_particles": True, "max_plate_nesting": 0}
     return Trace_ELBO(**options).loss(model, guide, *args)
@@ -453,14 +445,8 @@ def test_training_keeps_starts_without_plates(name, rate, dtype):
     model, make = ONE_DATUM[name]
     args, evidence = make()
     guide = auto_faithful_guide(model, *args)
-    optimizer = torch.optim.Adam(guide.parameters(), lr=rate)
-    for step in range(200):
-        if step in (1, 10, 50):
-            assert one_datum_loss(model, guide, args) < 3.0 - evidence
-        optimizer.zero_grad()
-        Trace_ELBO().differentiable_loss(model, guide, *args).backward()
-        optimizer.step()
-    assert one_datum_loss(model, guide, args) < 0.3 - evidence
+    steps = training(model, guide, args, rate, Trace_ELBO())
+    check_losses(steps, lambda: one_datum_loss(model, guide, args) + evidence, 0.3)
 
 
 def coin(x, y):

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from versions import TORCH
 
 from pyro_graphflows.regression import (
     RESIDUAL_FLOOR,
@@ -244,7 +245,8 @@ def test_the_gradient_of_the_penalised_likelihood_is_zero(classes):
         imagined = at_mean.log_softmax(-1).sum()
     objective = log_p + 0.5 * imagined - 0.5 * (slopes * scale).square().sum()
     gradients = torch.autograd.grad(objective, (slopes, intercepts))
-    assert (gradients[0] / scale).abs().max() < 3e-2  # of some 300 where the slopes are zero
+    most = 1e-2 if TORCH >= (2, 6) else 3e-2  # of some 300 where the slopes are zero
+    assert (gradients[0] / scale).abs().max() < most
     assert gradients[1].abs().max() < 1e-2 + 1e-2 * (x.mean(0) / scale).abs().max()
 
 

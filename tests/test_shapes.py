@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from versions import TORCH
 
 from pyro_graphflows.shapes import broadcast_shapes
 
@@ -35,10 +36,7 @@ assert not {"torch._dynamo", "sympy"} & set(sys.modules)
 """
 
 
-@pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6),
-    reason="PyTorch 2.5 imports its compiler by itself",
-)
+@pytest.mark.skipif(TORCH < (2, 6), reason="PyTorch 2.5 imports its compiler by itself")
 def test_a_guide_is_made_without_the_compiler_of_pytorch():
     """Its import takes longer than all of set-up."""
     subprocess.run([sys.executable, "-c", SCRIPT], check=True)

@@ -21,16 +21,27 @@ def expected_loss(model, guide, args, num_particles=100, repeats=8):
 
 def train(model, guide, args, lr, num_particles=10):
     """Train with Adam; return step -> (expected loss, standard error)."""
-    loss = Trace_ELBO(num_particles=num_particles, **ELBO)
+    steps = training(model, guide, args, lr, Trace_ELBO(num_particles=num_particles, **ELBO))
+    return {step: expected_loss(model, guide, args) for step in steps}
+
+
+def training(model, guide, args, lr, loss):
+    """Train with Adam, and stop at each of STEPS."""
     optim = torch.optim.Adam(guide.parameters(), lr=lr)
-    path = {0: expected_loss(model, guide, args)}
+    yield 0
     for step in range(1, STEPS[-1] + 1):
         optim.zero_grad()
         loss.differentiable_loss(model, guide, *args).backward()
         optim.step()
         if step in STEPS:
-            path[step] = expected_loss(model, guide, args)
-    return path
+            yield step
+
+
+def check_losses(steps, loss, most):
+    """Check that losses, less those of exact posteriors, stay below 3 nats in training, and end below ``most``."""
+    for step in steps:
+        if step:
+            assert loss() < (most if step == STEPS[-1] else MOST_RISE), step
 
 
 def check_path(path, exact=None, most_rise=MOST_RISE):

@@ -463,8 +463,8 @@ class _OrderSearch:
     def _with_discrete_sites_or_smooth(self, found: FoundInverse) -> _Way:
         inverse = found.inverse
         if self.discrete:
-            options = {"free": self.is_free}
-            return _Way(found, order_for_discrete_sites(inverse, self.discrete, self.enumerated, **options))
+            inverse = order_for_discrete_sites(inverse, self.discrete, self.enumerated, free=self.is_free)
+            return _Way(found, inverse)
         if self.is_free and not found.lookups and not found.traced.loops and not self.changing:
             inverse = smoothest_inverse(inverse, self.draws, self.options.num_rows)
         return _Way(found, inverse)

@@ -97,7 +97,7 @@ CLOSE = 0.5  # nats: where a posterior is that normal about its mode, nothing el
 LOG_2PI = math.log(2 * math.pi)
 PLATE = "_pyro_graphflows_draws_near_mode"
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
-FEW_DRAWS = 7
+FEW_DRAWS = 7  # of a trial before all
 SINGLE_RUNS = 200  # where the model cannot map many draws at once
 
 

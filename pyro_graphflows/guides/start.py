@@ -213,12 +213,14 @@ def start_guide(
         is_judged = plan.inputs.per_element or samples.source == "none" or _has_one_datum(compiled, samples)
         wanted = NUM_DRAWS if is_judged else FEWEST_DRAWS
         number = min(wanted, max(FEWEST_DRAWS, MOST_AT_ONCE // elements))
-        at_once = draws.takes_plates and elements * number <= MOST_AT_ONCE
-        dim = -1 - depth if at_once else None
         sums = nesting_of(compiled.traced) if plan.graph.marginalised else None
+        dim = None
         if sums is not None:
-            at_once, dim = False, None
-        number = number if at_once else FEWEST_DRAWS if sums is None else FEWEST_SUMMED
+            number = FEWEST_SUMMED
+        elif draws.takes_plates and elements * number <= MOST_AT_ONCE:
+            dim = -1 - depth
+        else:
+            number = FEWEST_DRAWS
         judge = Judge(draws.model, trial.call, options.setup_seed, dim, number, sums=sums)
         return choose_start(compiled, samples, build, judge_start, judge)
     if options.init == "prior":
@@ -640,7 +642,7 @@ def regress_(
         shift, scale = conditionals.output_units(site)
         columns.append((values[site] - shift) / scale)
     rows = in_float64(torch.cat(columns, -1))
-    finite = torch.isfinite(rows.sum(-1))  # in float64, rows of standardised numbers do not add up beyond it
+    finite = finite_rows(rows)
     rows = (rows if bool(finite.all()) else rows[finite]).clamp(-WINSOR, WINSOR)
     moments = Moments(rows)
     for site in conditionals.block.sites:
@@ -701,15 +703,12 @@ def _log_probs(
         of_level = evaluation.next({} if fused is None else fused.priors)
         evaluation.accept({site: values[site] for site in level})
         for site, conditional in of_level.items():
-            known = fused is not None and site in fused.values and conditionals.fuses(site)
-            value = fused.values[site] if fused is not None and known else values[site]
-            found[site] = conditional.log_prob(value)
-            if (
-                fused is not None
-                and site in fused.values
-                and site in conditionals.block.by_shape
-                and not known
-            ):
+            in_coordinate = fused is not None and site in fused.values
+            if fused is not None and in_coordinate and conditionals.fuses(site):
+                found[site] = conditional.log_prob(fused.values[site])
+                continue
+            found[site] = conditional.log_prob(values[site])
+            if fused is not None and in_coordinate and site in conditionals.block.by_shape:
                 found[site] = found[site] + fused.log_slope(site)
     return found
 

@@ -367,10 +367,8 @@ def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], H
             parts.append((type(leaf), leaf))
         else:
             return tensors, None
-    return tensors, (
-        repr(structure),
-        *parts,
-    )  # the structure itself has a hash in recent versions of PyTorch alone
+    # Before PyTorch 2.6 the structure itself has no hash.
+    return tensors, (repr(structure), *parts)
 
 
 def _chosen(values: Sequence[Tensor], used: Sequence[bool]) -> list[Tensor]:

@@ -34,10 +34,8 @@ from pyro_graphflows.infer.psis import effective_sample_size, psis_khat
 __all__ = ["Evidence", "evidence_from_log_weights", "importance_log_weights", "log_evidence"]
 
 _PARTICLES_TIMES_DATA = 2**14  # the default of chunk_size holds this many weights at once
-_FEW = (
-    7  # particles of a trial before more than _SAFE: what mixes particles may take the memory of their square
-)
-_SAFE = 100
+# Particles of a trial before more than _SAFE: what mixes particles may take the memory of their square.
+_FEW, _SAFE = 7, 100
 
 
 class Evidence(NamedTuple):

@@ -347,7 +347,7 @@ class MaskedConditionals(Conditionals):
         """Let the location of a site be that of its factor times a standard normal, or that of the factor."""
         if site in self._fused_at:
             self.reference[self._parts[site]] = float(refers)
-            (self._referring.add if refers else self._referring.discard)(site)
+            self._referring = self._referring | {site} if refers else self._referring - {site}
 
     # ---------------------------------------------------------------- becoming linear
 
