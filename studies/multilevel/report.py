@@ -135,7 +135,10 @@ def about(name: str, runs: dict[str, dict[str, Any]]) -> str:
 
 
 def picture(runs: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draw the gaps of all rows, by the number of groups; no panel for a model without rows."""
+    """Draw the gaps of all rows, by the number of groups; no panel for a model without rows.
+
+    Of a row that was trained for several lengths of time the longest is drawn.
+    """
     from matplotlib.figure import Figure
 
     names = [name for name in ROWS if rows_of(name, runs)]
@@ -143,23 +146,24 @@ def picture(runs: dict[str, dict[str, Any]], path: Path) -> None:
         return
     every = list(dict.fromkeys(row for own in ROWS.values() for row in own))
     lines = -(-len(names) // 2)
-    figure = Figure(figsize=(9, 3.4 * lines) if len(names) > 1 else (4.8, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 3.8 * lines) if len(names) > 1 else (4.8, 3.6), layout="constrained")
     panels = figure.subplots(lines, min(len(names), 2), squeeze=False).flatten()
     for axes, name in zip(panels, names, strict=False):
         for i, row in enumerate(ROWS[name]):
             own = [run for key, run in runs.items() if key.split("/")[:2] == [name, row]]
-            for run in own[:1]:
+            for run in sorted(own, key=lambda run: -run["seconds"])[:1]:  # the longest training
+                label = f"{row} {run['seconds']:.0f} s" if run["steps"] else row
                 at = [sum(map(int, each.split("-"))) / 2 + 0.4 * i for each in RANGES]
                 gaps = [max(run[each]["gap"], 1e-4) for each in RANGES]
                 errors = [run[each]["error"] for each in RANGES]
                 style = {"color": f"C{every.index(row)}", "marker": "o", "markersize": 4, "linewidth": 1}
-                axes.errorbar(at, gaps, errors, label=row, **style)
+                axes.errorbar(at, gaps, errors, label=label, **style)
         axes.axhline(0.05, color="grey", linewidth=0.8, linestyle="--")
         axes.set(yscale="log", xlabel="persons" if name == "item response" else "groups", title=name)
         low = min(1e-4 if name in EXACT else 0.04, axes.get_ylim()[0])
         axes.set_ylim(low, None)
         axes.set_ylabel("gap to the posterior, nats a data set")
-        axes.legend(fontsize=7, ncols=2)
+        axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
     for axes in panels[len(names) :]:
         axes.remove()
     path.parent.mkdir(parents=True, exist_ok=True)
