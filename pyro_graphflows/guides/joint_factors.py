@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,6 @@ from pyro_graphflows.guides.fewer_elements import fit_sizes
 from pyro_graphflows.guides.fused_rows import LEAST_GAIN, RIDGES, WeightedRows
 from pyro_graphflows.guides.sites import SitePrior
 from pyro_graphflows.regression import WINSOR, Regression, in_float64
-from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = ["JointRows", "fit_jointly_"]
 
@@ -63,7 +63,7 @@ class JointRows:
         """
         inputs, values, prior, fewer = parts
         columns = [inputs, values, prior.loc, prior.log_scale, *([] if fewer is None else [fewer])]
-        shape = broadcast_shapes(*(column.shape[:-1] for column in columns))
+        shape = np.broadcast_shapes(*(column.shape[:-1] for column in columns))
         sizes = [column.shape[-1] for column in columns]
         joint = torch.cat([in_float64(column).expand(*shape, column.shape[-1]) for column in columns], -1)
         places = [i - 1 - len(dims) for i in range(len(dims))]

@@ -10,6 +10,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,6 @@ from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.graphs.structures import ModelGraph
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.plan import BlockPlan
-from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = [
     "ElementMap",
@@ -399,7 +399,7 @@ class WithNewElements(dist.TorchDistribution):
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
 
     def __init__(self, fitted: Any, model: Any, new: Tensor) -> None:
-        shape = broadcast_shapes(fitted.batch_shape, model.batch_shape, new.shape)
+        shape = torch.Size(np.broadcast_shapes(fitted.batch_shape, model.batch_shape, new.shape))
         self.fitted, self.model, self.new = fitted.expand(shape), model.expand(shape), new
         self.has_rsample = fitted.has_rsample and model.has_rsample
         self.has_enumerate_support = fitted.has_enumerate_support
