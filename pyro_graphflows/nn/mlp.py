@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.masks import LabelledMasks, SparseMask, UnitsPerSet, allowed_mask, label_masks
 from pyro_graphflows.nn.activations import make_activation
-from pyro_graphflows.nn.masked import MaskedLinear, SparsePattern, fastest_engine
-from pyro_graphflows.nn.natural_units import NaturalUnits
+from pyro_graphflows.nn.masked import MaskedLinear, NaturalUnits, fastest_engine
+from pyro_graphflows.nn.sparse import SparsePattern
 
 __all__ = ["LevelEvaluation", "MaskedMLP"]
 
@@ -60,7 +60,7 @@ class MaskedMLP(nn.Module):
         skip: Whether there is a linear map beside the hidden part.
         engine: The engine of the layers, "dense", "sparse" or "auto"; see :class:`MaskedLinear`.
         natural_units: Whether weights are trained in whitened inputs and units of the outputs
-            (:mod:`~pyro_graphflows.nn.natural_units`).
+            (:mod:`~pyro_graphflows.nn.masked`).
         input_names: Names of the inputs, for messages.
         output_names: Names of the outputs, for messages.
 

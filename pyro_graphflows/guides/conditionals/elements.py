@@ -45,7 +45,7 @@ class ElementTable(nn.Module):
     The rows are added to the outputs of the block's network, so that a site's factor moves with the sampled sites
     above it, and differs between the elements of its plates by what their data say. A row is what it started from, in
     the units of the outputs, and a trained part that counts in natural units
-    (:mod:`~pyro_graphflows.nn.natural_units`).
+    (:mod:`~pyro_graphflows.nn.masked`).
 
     Shape:
         - Output: ``(*batch, num_outputs)``, with the batch shape of the plates in the call.
