@@ -1,7 +1,7 @@
 r"""What numbers of elements do to summaries and to factors beside priors, from joint samples with fewer elements.
 
 Joint samples at set-up have plates of one size, so that features of sizes do not vary: no regression finds what they
-do, and directions that do not vary are not trained (:mod:`~pyro_graphflows.nn.natural_units`). But elements of a plate
+do, and directions that do not vary are not trained (:mod:`~pyro_graphflows.nn.masked`). But elements of a plate
 that leave nothing outside of it are left out of a joint sample as one likes: what is left is a joint sample of the
 model with a smaller plate. So summaries are made once more, of some elements of each draw, from one to all of them.
 
