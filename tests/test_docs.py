@@ -20,7 +20,6 @@ WITH_CODE = [page for page in PAGES if ">>>" in page.read_text()]
 INTERNAL = {
     "regression",
     "report",
-    "shapes",
     "tensor_files",
     "whole_files",
 }  # used by other modules, or as a command

@@ -14,8 +14,7 @@ from strategies import examples, model_graphs, plated_model_graphs
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.graphs import order_search
 from pyro_graphflows.graphs.convert import from_bif
-from pyro_graphflows.graphs.elimination import SiteElimination
-from pyro_graphflows.graphs.inversion import faithful_inverse
+from pyro_graphflows.graphs.inversion import SiteElimination, faithful_inverse
 from pyro_graphflows.graphs.library import factor_analysis, load_network
 from pyro_graphflows.graphs.order_search import AutoOrder, EliminationTree
 from pyro_graphflows.graphs.separation import is_imap, is_minimal_imap

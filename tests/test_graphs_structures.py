@@ -5,7 +5,7 @@ import networkx as nx
 import pytest
 
 from pyro_graphflows.errors import GraphflowsError, NotADAGError
-from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph
+from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph, expand
 
 
 @pytest.fixture
@@ -140,3 +140,28 @@ def test_bad_inverse_is_named(parents, kwargs, message):
     graph = ModelGraph([("a", "x"), ("b", "x")], observed=["x"])
     with pytest.raises(GraphflowsError, match=message):
         InverseGraph(graph, parents, **kwargs)
+
+
+# ---------------------------------------------------------------- plates as a finite graph
+
+
+def test_expansion():
+    graph = ModelGraph(["gz", "wz", "zx"], observed=["x"], plates={"z": ["a", "b"], "w": ["a"], "x": ["b"]})
+    expansion = expand(graph)
+    site = {name: graph.nodes.index(name) for name in graph.nodes}
+    assert [len(expansion.copies[site[name]]) for name in "gwzx"] == [1, 2, 4, 2]
+    (g,) = expansion.copies[site["g"]]
+    w, x = expansion.copies[site["w"]], expansion.copies[site["x"]]
+    z = {expansion.index[node]: node for node in expansion.copies[site["z"]]}
+    assert set(expansion.parents[z[0, 1]]) == {g, w[0]}
+    assert set(expansion.parents[x[1]]) == {z[0, 1], z[1, 1]}
+    assert set(expansion.children[g]) == set(z.values())
+    assert len(expand(graph, copies=3)) == 1 + 3 + 9 + 3
+    assert expansion.differing_plates(z[0, 0], [z[0, 1]]) == ("b",)
+
+
+@pytest.mark.parametrize("copies", [1, 2, 3])
+def test_a_graph_without_plates_is_its_own_expansion(copies):
+    graph = ModelGraph(["ab", "bx", "ax"], observed=["x"])
+    assert len(expand(graph, copies)) == 3
+    assert expand(graph, copies).parents == ((), (0,), (0, 1))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import networkx as nx
 import pytest
+from versions import TORCH
 
 PACKAGE = Path(__file__).parent.parent / "pyro_graphflows"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -28,15 +29,14 @@ MAY_IMPORT = {
     "graphs": "errors",
     "masks": "errors graphs",
     "regression": "errors",
-    "shapes": "",
     "whole_files": "",
     "tensor_files": "errors whole_files",
-    "distributions": "errors nn regression shapes",
-    "nn": "errors graphs masks shapes",
+    "distributions": "errors nn regression",
+    "nn": "errors graphs masks",
     "transforms": "errors graphs masks nn regression",
     "inspect": "errors graphs",
     # guide.posterior() and what comes of it is of infer, which knows no guide
-    "guides": "capture distributions errors graphs infer inspect masks nn regression shapes tensor_files transforms",
+    "guides": "capture distributions errors graphs infer inspect masks nn regression tensor_files transforms",
     # Any Pyro guide will do: nothing of our own guides.
     "infer": "capture errors graphs inspect masks nn plotting transforms whole_files",
     "models": "errors graphs guides infer inspect masks nn transforms",
@@ -147,6 +147,23 @@ def test_heavy_modules_load_when_they_are_used():
     """``import pyro_graphflows`` loads none of them, nor does anything else in the package when it is imported."""
     everything = "\n".join(f"import {_module(path)}" for path in MODULES)
     assert _loaded(everything).isdisjoint(LAZY.split())
+
+
+A_GUIDE = """
+import torch, pyro, pyro.distributions as dist
+from pyro_graphflows.guides import auto_faithful_guide
+def model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+auto_faithful_guide(model, torch.zeros(5))(torch.zeros(5))
+"""
+
+
+@pytest.mark.skipif(TORCH < (2, 6), reason="PyTorch 2.5 imports its compiler by itself")
+def test_a_guide_is_made_without_the_compiler_of_pytorch():
+    """Its import takes longer than all of set-up."""
+    assert _loaded(A_GUIDE).isdisjoint({"torch._dynamo", "sympy"})
 
 
 def test_the_package_imports_without_a_warning():

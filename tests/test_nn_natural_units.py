@@ -6,9 +6,9 @@ import pickle
 import pytest
 import torch
 
-from pyro_graphflows.nn import natural_units
+from pyro_graphflows.nn import masked
+from pyro_graphflows.nn.masked import Whiteners, whitener
 from pyro_graphflows.nn.mlp import MaskedMLP
-from pyro_graphflows.nn.natural_units import EdgeUnits, Whiteners, whitener
 
 ALLOWED = {
     "one set": [[0, 1, 2], [0, 1, 2]],
@@ -51,9 +51,9 @@ def whiten_and_spoil_(mlp):
 @pytest.mark.parametrize("name", ALLOWED)
 def test_masks_and_levels_hold_whichever_way_rows_are_whitened(name, way, monkeypatch):
     if way in ("shared", "gathered"):
-        monkeypatch.setattr(natural_units, "MOST_BY_ROW", 0)
+        monkeypatch.setattr(masked, "MOST_BY_ROW", 0)
     if way == "plain":
-        monkeypatch.setattr(natural_units, "MOST_NUMBERS", 0)
+        monkeypatch.setattr(masked, "MOST_NUMBERS", 0)
     mlp = whiten_and_spoil_(network(name, engine="sparse" if way == "sparse" else "dense", hidden_layers=2))
     x = torch.randn(mlp.input_dim)
     jacobian = torch.autograd.functional.jacobian(mlp, x)  # (D, num_params, inputs)
@@ -71,7 +71,7 @@ def test_the_ways_give_the_same_numbers(monkeypatch):
     mlp = whiten_and_spoil_(network("several sets", engine="dense"))
     x = torch.randn(3, 4)
     wanted = mlp(x)
-    monkeypatch.setattr(natural_units, "MOST_BY_ROW", 0)
+    monkeypatch.setattr(masked, "MOST_BY_ROW", 0)
     for engine in ("dense", "sparse"):
         other = network("several sets", engine=engine)
         state = mlp.state_dict()
@@ -85,13 +85,13 @@ def test_the_ways_give_the_same_numbers(monkeypatch):
 
 @pytest.mark.parametrize("options", [{"hidden_layers": 2}, {"hidden_dims": []}, {"skip": False}], ids=str)
 def test_whitened_inputs_give_the_same_numbers(options, monkeypatch):
-    monkeypatch.setattr(natural_units, "MOST_BY_ROW", 0)
+    monkeypatch.setattr(masked, "MOST_BY_ROW", 0)
     mlp = MaskedMLP([[0, 1, 2], [0, 1, 2]], 4, natural_units=True, engine="dense", **options)
     whiten_and_spoil_(mlp)
     x = torch.randn(3, 4)
     wanted = [mlp(x), *torch.autograd.grad(mlp(x).square().sum(), list(mlp.parameters()))]
     assert not mlp.units.prefers_whitened(x)  # too few inputs
-    monkeypatch.setattr(natural_units, "WIDE", 2)
+    monkeypatch.setattr(masked, "WIDE", 2)
     assert mlp.units.prefers_whitened(x)
     assert not mlp.units.prefers_whitened(x.clone().requires_grad_())
     assert not mlp.units.prefers_whitened(x.expand(1000, 3, 4))
@@ -142,7 +142,7 @@ def test_whiteners_leave_out_what_does_not_vary():
 
 
 def test_whiteners_of_many_sets_are_kept_by_size(monkeypatch):
-    monkeypatch.setattr(natural_units, "SMALL", 0)
+    monkeypatch.setattr(masked, "SMALL", 0)
     sets = [(0,), (0, 1), (1, 2), tuple(range(12)), tuple(range(11))]
     whiteners = Whiteners(sets)
     assert whiteners.groups == [[0], [1, 2], [3, 4]]
@@ -156,34 +156,8 @@ def test_whiteners_of_many_sets_are_kept_by_size(monkeypatch):
         )
         outside = [j for j in range(12) if j not in own]
         assert (matrix[:, outside] == 0).all()
-    monkeypatch.setattr(natural_units, "MOST_NUMBERS", 100)
+    monkeypatch.setattr(masked, "MOST_NUMBERS", 100)
     assert Whiteners(sets).groups == []
-
-
-@pytest.mark.parametrize("parents", [[[], [0], [0]], [[0, 1], [], [0, 1, 2], [1, 2]]])
-def test_weights_of_edges(parents):
-    units = EdgeUnits(parents, 3)
-    units.whiteners.fit_(moments(3))
-    with torch.no_grad():
-        units.unit.uniform_(0.5, 2.0)
-        units.offset.normal_()
-        units.bias.normal_()
-    edges = sum(map(len, parents))
-    weight, bias = torch.randn(edges, 3), torch.randn(len(parents), 3)
-    found, biases = units(weight, bias)
-    torch.testing.assert_close(biases, units.bias + units.unit * bias)
-    start = 0
-    for v, own in enumerate(parents):
-        if not own:
-            continue
-        part = slice(start, start + len(own))
-        start += len(own)
-        number = units.whiteners.sets.index(tuple(own))
-        matrix = units.whiteners.embedded(number, 3)[own][:, own] if len(own) > 1 else torch.eye(1)
-        if len(own) == 1 and units.whiteners.groups:
-            matrix = units.whiteners.embedded(number, 3)[own][:, own]
-        wanted = matrix.T @ weight[part] * units.unit[v] / units.whiteners.rank[number].sqrt()
-        torch.testing.assert_close(found[part], units.offset[part] + wanted)
 
 
 def test_constants_follow_what_they_come_from():

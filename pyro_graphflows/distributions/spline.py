@@ -10,6 +10,7 @@ base. With zero parameters of the spline the elements have exactly the base's di
 import math
 from typing import Any, ClassVar
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor
@@ -20,7 +21,6 @@ from pyro_graphflows.distributions.last_draw import LastDraw
 from pyro_graphflows.distributions.normal_tails import normal_log_density
 from pyro_graphflows.distributions.rational_spline import RationalSpline
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = ["BASES", "SplineDistribution"]
 
@@ -81,7 +81,7 @@ class SplineDistribution(dist.TorchDistribution):
         if isinstance(df, int | float) and not df > 0:
             raise GraphflowsError(f"Expected positive degrees of freedom; got df={df}.")
         self.spline = RationalSpline(spline, bound)
-        shape = broadcast_shapes(loc.shape, scale.shape, spline.shape[:-1])
+        shape = torch.Size(np.broadcast_shapes(loc.shape, scale.shape, spline.shape[:-1]))
         self.loc, self.scale, self.base = loc.expand(shape), scale.expand(shape), base
         self.df = (
             None if df is None else torch.as_tensor(df, dtype=loc.dtype, device=loc.device).expand(shape)

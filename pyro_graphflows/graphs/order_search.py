@@ -38,7 +38,7 @@ from heapq import heapify, heappop, heappush
 from itertools import cycle
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.graphs.elimination import Draft, SiteElimination, bit_set, indices
+from pyro_graphflows.graphs.inversion import Draft, OrderSearch, SiteElimination, bit_set, indices
 
 __all__ = ["AutoOrder", "EliminationTree", "search"]
 
@@ -61,7 +61,7 @@ LOOKS = 4  # at nodes, about, for one rotation
 
 
 @dataclass(frozen=True)
-class AutoOrder:
+class AutoOrder(OrderSearch):
     """Ask :func:`faithful_inverse` to search for an order with few edges, for about so many seconds.
 
     The search counts its work and stops after as much as a common processor does in that time. So the same graph,
@@ -94,6 +94,10 @@ class AutoOrder:
             )
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise GraphflowsError(f"Expected an integer as the seed of the search; got seed={self.seed!r}.")
+
+    def improve(self, elimination: SiteElimination, start: Draft) -> Draft:
+        """See :meth:`OrderSearch.improve`: by rotations of the elimination tree (:func:`search`)."""
+        return search(elimination, start, self)
 
 
 class EliminationTree:

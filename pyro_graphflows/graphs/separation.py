@@ -23,8 +23,15 @@ from typing import NamedTuple
 import networkx as nx
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.graphs.elimination import Expansion, ancestors, expand
-from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph, Node, listed
+from pyro_graphflows.graphs.structures import (
+    Expansion,
+    InverseGraph,
+    ModelGraph,
+    Node,
+    ancestors,
+    expand,
+    listed,
+)
 
 __all__ = ["Independence", "is_imap", "is_minimal_imap", "violated_independencies"]
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro.nn.module import PyroModule, _is_module_local_param_enabled
@@ -55,7 +56,6 @@ from pyro_graphflows.guides.sites import (
     concatenate,
 )
 from pyro_graphflows.regression import location_and_scale
-from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = [
     "BlockInputs",
@@ -204,7 +204,7 @@ class BlockInputs(nn.Module):
                 parts[position] = pool(values, call.plates, call.masks)
         if not read.intersection(observed):
             return None
-        shape = broadcast_shapes(*(part.shape[:-1] for part in parts.values()))
+        shape = np.broadcast_shapes(*(part.shape[:-1] for part in parts.values()))
         flat, chosen = [], []
         for position, size in enumerate(self.sizes.values()):
             there = position in parts

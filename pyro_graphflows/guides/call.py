@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from numbers import Number
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -56,7 +57,6 @@ from pyro_graphflows.inspect.arguments import (
 )
 from pyro_graphflows.inspect.runs import rows_of_plates
 from pyro_graphflows.inspect.trace import trace_once
-from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = [
     "Call",
@@ -799,8 +799,8 @@ def require_shape(name: str, site: Mapping[str, Any]) -> None:
         require_tensor(name, value)
         return
     try:
-        whole = broadcast_shapes(value.shape, expected)
-    except RuntimeError:
+        whole = np.broadcast_shapes(value.shape, expected)
+    except ValueError:
         whole = value.shape
     outer = _dims_outside()
     event_dim = len(site["fn"].event_shape)
@@ -863,8 +863,8 @@ def _require_observation(name: str, value: Any, expected: torch.Size | None) -> 
         return
     last = value.shape[max(0, value.dim() - len(expected)) :]
     try:
-        whole = broadcast_shapes(last, expected) == expected
-    except RuntimeError:
+        whole = np.broadcast_shapes(last, expected) == expected
+    except ValueError:
         whole = False
     if not whole or (value.dim() > len(expected) and last != expected):
         raise GraphflowsError(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
-from pyro_graphflows.graphs.order_search import AutoOrder
+from pyro_graphflows.graphs.inversion import OrderSearch
 from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph
 from pyro_graphflows.guides.call import (
     CallReader,
@@ -783,7 +783,7 @@ def _check_optional(options: GuideOptions, traced: TracedModel) -> None:
 def _order(options: GuideOptions, traced: TracedModel) -> Inverse:
     """Return which inverse to look for: optional sites first, unless the user says in what order all are sampled."""
     option = options.inverse
-    if not options.optional or not isinstance(option, str | AutoOrder) or option in NAMED_INVERSES:
+    if not options.optional or not isinstance(option, str | OrderSearch) or option in NAMED_INVERSES:
         return option
     nodes: Any = traced.trace.nodes
     discrete = [name for name in traced.graph.latent if nodes[name]["fn"].support.is_discrete]

@@ -62,12 +62,12 @@ from torch import Tensor
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.graphs.inversion import (
+    OrderSearch,
     faithful_inverse,
     fully_connected_inverse,
     mean_field_inverse,
     stochastic_inverse,
 )
-from pyro_graphflows.graphs.order_search import AutoOrder
 from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph
 from pyro_graphflows.guides.call import input_rows, plates_of
 from pyro_graphflows.guides.plan import BlockPlan
@@ -125,7 +125,7 @@ NAMED_INVERSES: dict[str, Callable[[ModelGraph], InverseGraph]] = {
     "mean_field": mean_field_inverse,
 }
 
-Inverse = str | AutoOrder | Sequence[str] | InverseGraph | Callable[[ModelGraph], InverseGraph]
+Inverse = str | OrderSearch | Sequence[str] | InverseGraph | Callable[[ModelGraph], InverseGraph]
 
 
 def resolve_inverse(graph: ModelGraph, inverse: Inverse) -> InverseGraph:
@@ -144,7 +144,7 @@ def resolve_inverse(graph: ModelGraph, inverse: Inverse) -> InverseGraph:
         return (
             NAMED_INVERSES[inverse](graph) if inverse in NAMED_INVERSES else faithful_inverse(graph, inverse)
         )
-    if isinstance(inverse, AutoOrder):
+    if isinstance(inverse, OrderSearch):
         return faithful_inverse(graph, inverse)
     if callable(inverse):
         inverse = inverse(graph)
@@ -715,7 +715,7 @@ def most_edges_of_hierarchy(inverse: InverseGraph, scales: Mapping[str, Collecti
 
 
 def optional_sites_first(
-    graph: ModelGraph, option: str | AutoOrder, optional: Sequence[str], discrete: Collection[str]
+    graph: ModelGraph, option: str | OrderSearch, optional: Sequence[str], discrete: Collection[str]
 ) -> InverseGraph:
     """Return a faithful inverse that samples sites that may be observed before those that are then given them.
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions.transforms import Transform
@@ -20,7 +21,6 @@ from pyro_graphflows.guides.call import Call, call_key
 from pyro_graphflows.guides.conditionals.model_conditionals import ModelConditionals
 from pyro_graphflows.guides.plan import PriorPlan
 from pyro_graphflows.guides.sites import LatentSite, SitePrior, site_prior
-from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = ["PriorReader", "PriorsOfCall", "read_priors"]
 
@@ -207,7 +207,7 @@ def _leading_shape(values: Mapping[str, Tensor], ranks: Mapping[str, tuple[int, 
         for name, value in values.items()
         if name in ranks and value.dim() > depth + ranks[name][1]
     ]
-    return broadcast_shapes(*shapes) if shapes else torch.Size()
+    return torch.Size(np.broadcast_shapes(*shapes))
 
 
 def _one_of(value: Tensor, number: int, lead: torch.Size, rank: tuple[int, int]) -> Tensor:

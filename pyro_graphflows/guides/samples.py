@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -33,7 +34,6 @@ from pyro_graphflows.inspect import (
 from pyro_graphflows.inspect.arguments import argument_leaves, replaced_arguments
 from pyro_graphflows.inspect.prior import unconstrained_of
 from pyro_graphflows.inspect.runs import quiet_run, run_model
-from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = ["MOST_ROWS", "ModelDraws", "Samples", "columns_of", "evidence_of", "side_by_side", "with_depth"]
 
@@ -528,7 +528,7 @@ def _number_of_draws(
 def side_by_side(samples: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
     """Return one row for each draw and each element of the plates of some nodes, ``(rows, size)`` each."""
     aligned = _at_one_depth(samples, names)
-    shape = broadcast_shapes(*(value.shape[:-1] for value in aligned.values()))
+    shape = np.broadcast_shapes(*(value.shape[:-1] for value in aligned.values()))
     return {
         name: value.expand(*shape, value.shape[-1]).reshape(-1, value.shape[-1])
         for name, value in aligned.items()

@@ -28,6 +28,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro import poutine
@@ -43,7 +44,6 @@ from pyro_graphflows.guides.sites import LatentSite, is_constant
 from pyro_graphflows.inspect import TracedModel
 from pyro_graphflows.inspect.runs import undressed
 from pyro_graphflows.regression import WINSOR, in_float64, location_and_scale
-from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = ["ScoreReader", "Scored", "Verdict", "judge_scores", "score_name", "sites_with_scores"]
 
@@ -228,7 +228,7 @@ class ScoreReader(nn.Module):
             )
         depth = max((-plate.dim for plate in plates.values()), default=0)
         batches = [values[n].shape[: values[n].dim() - self.event_dims[n]] for n in self.observed]
-        batch = broadcast_shapes(*(shape[: max(0, len(shape) - depth)] for shape in batches))
+        batch = np.broadcast_shapes(*(shape[: max(0, len(shape) - depth)] for shape in batches))
         leaves: dict[str, Tensor] = {}
         args, kwargs = arguments
         with (

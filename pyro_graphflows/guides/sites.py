@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pyro.distributions as dist
 import pyro.infer.reparam
 import torch
@@ -48,7 +49,6 @@ from pyro_graphflows.regression import (
     location_and_scale,
     only_finite_rows,
 )
-from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = [
     "REMEDIES_OF_NAN",
@@ -538,7 +538,7 @@ def concatenate(parts: Sequence[Tensor], like: Tensor | None = None) -> Tensor:
     shapes = [part.shape[:-1] for part in parts] + ([] if like is None else [like.shape[:-1]])
     shape = shapes[0]
     if any(other != shape for other in shapes):
-        shape = broadcast_shapes(*shapes)
+        shape = torch.Size(np.broadcast_shapes(*shapes))
     return torch.cat([part.expand(*shape, part.shape[-1]) for part in parts], -1)
 
 

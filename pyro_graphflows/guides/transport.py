@@ -33,6 +33,7 @@ from functools import singledispatch
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -55,7 +56,6 @@ from pyro_graphflows.guides.conditionals.distributions import (
 from pyro_graphflows.guides.conditionals.elements import WithNewElements
 from pyro_graphflows.guides.conditionals.flow import FlowConditional
 from pyro_graphflows.guides.conditionals.spline import SplineVector
-from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = [
     "Transport",
@@ -128,7 +128,7 @@ class Transport:
 
         def look(name: str, fn: Any, **_: Any) -> Tensor:
             value: Tensor = fn.rsample() if fn.has_rsample else fn.sample()
-            batch = broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim])
+            batch = np.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim])
             try:
                 self._require_map(fn)
                 noise = pull(fn, value)

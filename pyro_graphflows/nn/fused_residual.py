@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from pyro_graphflows.masks import LabelledMasks, SparseMask
 from pyro_graphflows.nn.activations import Activation, value_and_slope
-from pyro_graphflows.nn.masked import MaskedLinear, SparsePattern, sparse_product, sparse_sample
+from pyro_graphflows.nn.masked import MaskedLinear
 from pyro_graphflows.nn.operation import Operation
+from pyro_graphflows.nn.sparse import SparsePattern, sparse_product, sparse_sample
 
 __all__ = ["FusedResidual", "OwnerPass", "residual_chain"]
 

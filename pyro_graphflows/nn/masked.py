@@ -1,16 +1,36 @@
-r"""Linear layers with a mask: output i depends on input j only where ``mask[i, j]`` is true.
+r"""Linear layers with a mask, and the coordinates in which the weights of networks of them are trained.
 
-There are two engines with the same numbers. The *dense* one multiplies a matrix of weights by the mask. The *sparse*
-one keeps the weights of the mask's true entries alone, as a vector, in time and memory that grow with their number.
-With ``A`` the matrix and x of shape (inputs, n), features first, it needs three products: :math:`A x`; :math:`A^\top
-g` for the gradient in x; and for the gradient in the values the entries :math:`(g x^\top)_{ij}` at the places of the
-pattern alone. Each is the derivative of the others, so two autograd functions that call each other have derivatives of
-every order.
+Output i depends on input j only where ``mask[i, j]`` is true. There are two engines with the same numbers. The *dense*
+one multiplies a matrix of weights by the mask. The *sparse* one keeps the weights of the mask's true entries alone, as
+a vector, in time and memory that grow with their number (:mod:`~pyro_graphflows.nn.sparse`).
+
+**Natural units** are coordinates in which one step of an optimiser is small: whitened inputs, and outputs in units of
+their own. An optimiser such as Adam changes every weight by about its rate, whatever the weight is for. Of a linear
+map of many features, large and collinear, it moves the output by the rate times the sum of the features; where the
+output's unit is the spread of a prior and the map was a regression with a small residual, one step costs millions of
+nats. So the weights that are trained are not those of the map. For the rows of a masked matrix that look at the inputs
+in S,
+
+.. math:: W_v = W^0_v + \frac{u_v}{\sqrt{r_S}}\, V_v\, T_S^\top,
+
+where the *offset* :math:`W^0` is what the map started from, and no parameter; V is trained, and zero after such a
+start; :math:`T_S` is a truncated whitener, such that :math:`t = T_S^\top x_S` has second moments one or zero, r of them
+one; and u is the *unit* of the output, the standard deviation of what the regression left over. Then a step at rate
+:math:`\eta` moves output v by about :math:`\eta \sqrt{r}\, u_v` at most. Nothing else changes: the mask, since row v of
+:math:`V T_S^\top` has the entries of S alone; levels; and what the network can represent, but for the directions of
+S in which the samples did not vary, which keep their offset.
+
+The whitener multiplies the weights, once for each evaluation, and not the inputs: a row costs :math:`|S|^2` numbers,
+whatever the batch, and inputs without the dimensions of particles stay without. Only where all rows look at the same
+many inputs, which are data and fewer than the rows, are these whitened instead.
+
+Whiteners are kept in groups of sets of similar size, in one padded tensor each, of about :math:`\sum_S |S|^2` numbers
+in all. Above :data:`MOST_NUMBERS` there are none, and inputs are trained as they come, at rates divided by
+:math:`\sqrt{|S|}`.
 """
 
-import math
-import warnings
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,15 +39,19 @@ from torch import Tensor, nn
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.masks import SparseMask
-from pyro_graphflows.nn.operation import Operation
+from pyro_graphflows.nn.sparse import SparsePattern, sparse_product, sparse_sample
 
 __all__ = [
     "FUSED_OVERHEAD",
+    "MOST_NUMBERS",
+    "Constants",
     "MaskedLinear",
-    "SparsePattern",
+    "NaturalUnits",
+    "WhitenedRows",
+    "Whiteners",
     "fastest_engine",
-    "sparse_product",
-    "sparse_sample",
+    "padded_size",
+    "whitener",
 ]
 
 # An entry of a sparse matrix costs as much as some entries of a dense one, and a sparse product has an overhead of so
@@ -36,7 +60,12 @@ SPARSE_COST = 6
 SPARSE_OVERHEAD = 16_000
 FUSED_OVERHEAD = 3_000  # within one fused operation (benchmarks/flows.py)
 
-CHUNK = 65_536  # numbers gathered at a time where torch has no kernel, so that memory stays bounded
+MOST_NUMBERS = 4_000_000  # of all whiteners of a network
+MOST_SIZE = 1500  # of one set; finding its whitener takes a cubic number of steps
+MOST_BY_ROW = 60_000  # numbers of a layer up to which each row has a whitener of its own
+SMALL = 20_000  # numbers up to which padding all sets to one size is cheaper than several products
+WIDE = 128  # inputs from which on it may pay to whiten them and not the weights
+CUT = 1e-3  # directions whose spread is a smaller share of the widest one's are left out
 
 
 def fastest_engine(mask: SparseMask, products: int = 1, overhead: int = SPARSE_OVERHEAD) -> str:
@@ -52,74 +81,6 @@ def fastest_engine(mask: SparseMask, products: int = 1, overhead: int = SPARSE_O
     """
     cost = SPARSE_COST * mask.nnz + overhead * products
     return "sparse" if cost < mask.shape[0] * mask.shape[1] else "dense"
-
-
-class SparsePattern(nn.Module):
-    """The places of the entries of a sparse matrix, in row order; its buffers follow the module's device.
-
-    Args:
-        mask: The places.
-
-    Example:
-        >>> pattern = SparsePattern(SparseMask.from_dense(torch.tensor([[True, False], [True, True]])))
-        >>> values = torch.tensor([1.0, 2.0, 3.0])
-        >>> pattern.linear(values, torch.tensor([[1.0, 10.0]])).tolist()
-        [[1.0, 32.0]]
-    """
-
-    row: Tensor
-    column: Tensor
-    starts: Tensor
-    columns: Tensor
-    transposed_starts: Tensor
-    transposed_columns: Tensor
-    transposition: Tensor
-
-    def __init__(self, mask: SparseMask) -> None:
-        super().__init__()
-        self.shape = mask.shape
-        rows, columns = mask.indices
-        transposition = torch.argsort(columns, stable=True)
-        buffers = {
-            "row": rows.contiguous(),
-            "column": columns.contiguous(),
-            "starts": _starts(rows, mask.shape[0]),
-            "columns": columns.to(torch.int32),
-            "transposed_starts": _starts(columns[transposition], mask.shape[1]),
-            "transposed_columns": rows[transposition].to(torch.int32),
-            "transposition": transposition,
-        }
-        for name, buffer in buffers.items():
-            self.register_buffer(name, buffer, persistent=False)
-
-    @property
-    def nnz(self) -> int:
-        """The number of entries."""
-        return self.row.shape[0]
-
-    def matmul(self, values: Tensor, x: Tensor) -> Tensor:
-        """Return :math:`A x` for x of shape (inputs, n)."""
-        return _Product.apply(values, x, self, False)
-
-    def rmatmul(self, values: Tensor, x: Tensor) -> Tensor:
-        r"""Return :math:`A^\top x` for x of shape (outputs, n)."""
-        return _Product.apply(values, x, self, True)
-
-    def linear(self, values: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Apply the matrix to the last dimension of ``x``, as :func:`torch.nn.functional.linear` does.
-
-        The result has its features first in memory, and so enters the next such product without a copy.
-        """
-        return _Linear.apply(values, x, bias, self)
-
-    def to_dense(self, values: Tensor) -> Tensor:
-        """Return the matrix with the entries given."""
-        dense = values.new_zeros(self.shape)
-        return dense.index_put((self.row, self.column), values)
-
-    def extra_repr(self) -> str:
-        """Describe the pattern in one line."""
-        return f"shape={self.shape}, nnz={self.nnz}"
 
 
 class MaskedLinear(nn.Module):
@@ -295,136 +256,426 @@ class MaskedLinear(nn.Module):
         )
 
 
-class _Product(Operation):
-    """``A x``, or the product with the transpose."""
+def whitener(moments: Tensor, cut: float = CUT) -> tuple[Tensor, int]:
+    r"""Return the matrix that makes second moments one, in the directions that vary, and how many these are.
 
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, x: Tensor, pattern: SparsePattern, transposed: bool) -> Tensor:
-        ctx.save_for_backward(values, x)
-        ctx.pattern, ctx.transposed = pattern, transposed
-        return sparse_product(values, x, pattern, transposed)
+    Args:
+        moments: The second moments of the inputs, :math:`E[x x^\top]`, ``(d, d)``.
+        cut: Directions whose spread is a smaller share of the widest one's are left out.
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        values, x = ctx.saved_tensors
-        grad = grads[0]
-        grad_values = grad_x = None
-        if ctx.needs_input_grad[0]:
-            left, right = (x, grad) if ctx.transposed else (grad, x)
-            grad_values = _Sampled.apply(left, right, ctx.pattern)
-        if ctx.needs_input_grad[1]:
-            grad_x = _Product.apply(values, grad, ctx.pattern, not ctx.transposed)
-        return grad_values, grad_x, None, None
+    Returns:
+        :math:`T^\top`, of shape ``(d, d)``, with the widest directions first and zero rows for those left out, and the
+        number of those kept.
 
-
-class _Sampled(Operation):
-    """The entries of ``left @ right.T`` at the places of the pattern."""
-
-    @staticmethod
-    def forward(ctx: Any, left: Tensor, right: Tensor, pattern: SparsePattern) -> Tensor:
-        ctx.save_for_backward(left, right)
-        ctx.pattern = pattern
-        return sparse_sample(left, right, pattern)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        left, right = ctx.saved_tensors
-        grad_left = grad_right = None
-        if ctx.needs_input_grad[0]:
-            grad_left = _Product.apply(grads[0], right, ctx.pattern, False)
-        if ctx.needs_input_grad[1]:
-            grad_right = _Product.apply(grads[0], left, ctx.pattern, True)
-        return grad_left, grad_right, None
-
-
-class _Linear(Operation):
-    """``x A^T + bias`` for x with features last; one node of the graph where its parts would be many."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, x: Tensor, bias: Tensor | None, pattern: SparsePattern) -> Tensor:
-        ctx.save_for_backward(values, x)
-        ctx.pattern = pattern
-        out = sparse_product(values, _features_first(x), pattern, False)
-        if bias is not None:
-            out.add_(bias[:, None])
-        return _features_last(out, x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        values, x = ctx.saved_tensors
-        # The gradient is to be differentiated itself only if gradients are enabled here.
-        product = _Product.apply if torch.is_grad_enabled() else sparse_product
-        sample = _Sampled.apply if torch.is_grad_enabled() else sparse_sample
-        grad = _features_first(grads[0])
-        grad_values = grad_x = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_values = sample(grad, _features_first(x), ctx.pattern)
-        if ctx.needs_input_grad[1]:
-            grad_x = _features_last(product(values, grad, ctx.pattern, True), x)
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad.sum(1)
-        return grad_values, grad_x, grad_bias, None
-
-
-def _features_first(x: Tensor) -> Tensor:
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).T.contiguous()
-
-
-def _features_last(out: Tensor, like: Tensor) -> Tensor:
-    return out.T.reshape(*like.shape[:-1], out.shape[0])
-
-
-def sparse_product(values: Tensor, x: Tensor, pattern: SparsePattern, transposed: bool) -> Tensor:
-    """Multiply x, of shape (features, n), by the matrix or its transpose, in CSR form; no gradient.
-
-    On CPU, torch's bags of embeddings (sums of weighted rows) are several times as fast as its sparse matrices, and
-    need no MKL.
+    Example:
+        >>> matrix, rank = whitener(torch.tensor([[4.0, 0.0], [0.0, 0.0]]))
+        >>> matrix.abs().tolist(), rank
+        ([[0.5, 0.0], [0.0, 0.0]], 1)
     """
-    starts, columns, shape = pattern.starts, pattern.columns, pattern.shape
-    if transposed:
-        starts, columns, shape = pattern.transposed_starts, pattern.transposed_columns, (shape[1], shape[0])
-    if not values.numel() or not x.numel():
-        return x.new_zeros(shape[0], x.shape[1])
-    if transposed:
-        values = values.index_select(0, pattern.transposition)
-    if x.is_cuda:
-        return _csr(starts, columns, values, shape) @ x
-    # Directly, since the checks of torch.nn.functional.embedding_bag cost more than a small product. 0: sums.
-    return torch.embedding_bag(x.contiguous(), columns, starts, False, 0, False, values, True)[0]
+    values, vectors = (part.flip(-1) for part in torch.linalg.eigh(moments))
+    kept = values > max(float(values[0]) * cut**2, 1e-12)
+    matrix = torch.where(kept, vectors * values.clamp(min=1e-12).rsqrt(), 0.0).mT
+    return matrix, int(kept.sum())
 
 
-def sparse_sample(left: Tensor, right: Tensor, pattern: SparsePattern) -> Tensor:
-    """Return the entries of ``left @ right.T`` at the places of the pattern; no gradient."""
-    if pattern.nnz * left.shape[1] <= CHUNK:
-        # Gathering costs less than a call of the kernel.
-        return _row_products(left, right, pattern.row, pattern.column)
-    if left.is_cuda or torch.backends.mkl.is_available():
-        zeros = _csr(pattern.starts, pattern.columns, left.new_zeros(pattern.nnz), pattern.shape)
-        return torch.sparse.sampled_addmm(zeros, left.contiguous(), right.contiguous().T, beta=0.0).values()
-    size = max(1, CHUNK // left.shape[1])
-    pieces = zip(pattern.row.split(size), pattern.column.split(size), strict=True)
-    return torch.cat([_row_products(left, right, row, column) for row, column in pieces])
+def padded_size(size: int) -> int:
+    """Return the size that a set's is rounded up to: a power of two, or three quarters of one."""
+    power = 1 << max(size - 1, 0).bit_length()
+    return power * 3 // 4 if power >= 4 and size <= power * 3 // 4 else power
 
 
-def _row_products(left: Tensor, right: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    return torch.linalg.vecdot(left.index_select(0, row), right.index_select(0, column))
+class Whiteners(nn.Module):
+    """The whiteners of several sets of inputs; the identity until :meth:`fit_`.
+
+    Args:
+        sets: The sets, not empty, each without repetitions; the order of the members is that of the matrices.
+
+    Attributes:
+        rank: For each set the number of directions that are trained, ``(number of sets,)``.
+        groups: The numbers of the sets that are kept together; none if there would be too many numbers.
+    """
+
+    rank: Tensor
+
+    def __init__(self, sets: Sequence[Sequence[int]]) -> None:
+        super().__init__()
+        self.sets = tuple(tuple(members) for members in sets)
+        sizes = [len(members) for members in self.sets]
+        self.register_buffer("rank", torch.tensor(sizes, dtype=torch.get_default_dtype()))
+        self.groups: list[list[int]] = []
+        self.widths: list[int] = []
+        self._names: list[str] = []
+        numbers = sum(size**2 for size in sizes)
+        if max(sizes, default=0) > 1 and numbers <= MOST_NUMBERS and max(sizes) <= MOST_SIZE:
+            at_once = len(sizes) * max(sizes) ** 2 <= max(SMALL, 2 * numbers)
+            by_width: dict[int, list[int]] = {}
+            for i, size in enumerate(sizes):
+                by_width.setdefault(max(sizes) if at_once else padded_size(size), []).append(i)
+            for width, members in sorted(by_width.items()):
+                self.groups.append(members)
+                self.widths.append(max(sizes[i] for i in members))
+                matrices = torch.zeros(len(members), self.widths[-1], self.widths[-1])
+                for matrix, i in zip(matrices, members, strict=True):
+                    matrix[range(sizes[i]), range(sizes[i])] = 1.0
+                self.register_buffer(f"matrices_{width}", matrices)
+            self._names = [f"matrices_{width}" for width in sorted(by_width)]
+
+    def all_matrices(self) -> list[Tensor]:
+        """Return the transposed whiteners of each group, padded with zeros, ``(sets, width, width)``."""
+        return [getattr(self, name) for name in self._names]
+
+    def embedded(self, number: int, num_inputs: int) -> Tensor:
+        """Return the transposed whitener of a set among all inputs, zero elsewhere; zero for -1."""
+        embedded = self.rank.new_zeros(num_inputs, num_inputs)
+        for members, matrices in zip(self.groups, self.all_matrices(), strict=True):
+            if number in members:
+                columns = torch.tensor(self.sets[number], device=embedded.device)
+                size = len(columns)
+                own = matrices[members.index(number), :size, :size].to(embedded)
+                embedded[columns.unsqueeze(-1), columns] = own
+        return embedded
+
+    @torch.no_grad()
+    def fit_(self, moments: Tensor) -> None:
+        """Set the whiteners by the second moments of all inputs; without whiteners nothing changes.
+
+        Args:
+            moments: Shape ``(inputs, inputs)``, of inputs of about unit scale.
+        """
+        for members, matrices in zip(self.groups, self.all_matrices(), strict=True):
+            matrices.zero_()
+            for place, i in enumerate(members):
+                inputs = list(self.sets[i])
+                found, rank = whitener(moments[inputs][:, inputs])
+                matrices[place, : len(inputs), : len(inputs)] = found.to(matrices)
+                self.rank[i] = max(rank, 1)
 
 
-def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Build the torch matrix; the only place that does."""
-    _take_the_beta_warning()
-    return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
+class Constants(nn.Module):
+    """A module that keeps constants which follow from buffers, until these change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._kept: tuple[Any, tuple[Tensor, ...]] = (None, ())
+
+    def kept(self, one: Tensor, other: Tensor, find: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Return what ``find`` returned last, or ask it again if one of two sources has changed in place since."""
+        key = one._version, other._version
+        if self._kept[0] != key:
+            with torch.no_grad():
+                self._kept = (key, find())
+        return self._kept[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": (None, ())}
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "Constants":
+        self._forget()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args, **kwargs)
 
 
-@lru_cache(maxsize=1)
-def _take_the_beta_warning() -> None:
-    """Torch says once in each process that its CSR tensors are in beta; hear it here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        index = torch.zeros(1, dtype=torch.int64)
-        torch.sparse_csr_tensor(index, index[:0], torch.zeros(0), (0, 0), check_invariants=False)
+class WhitenedRows(Constants):
+    """The rows of one masked matrix in the coordinates of their whiteners: each row times its whitener and a number.
+
+    Rows that all look at the same inputs share a whitener; otherwise rows of a small matrix have a padded one each, and
+    those of others are gathered by the size of what they look at, and brought back.
+
+    Args:
+        layer: The layer; what a row looks at must be one of the sets, or nothing.
+        set_of_row: For each row the number of its set, -1 for none.
+        whiteners: The whiteners.
+        divide: Whether rows are divided by the root of their whitener's rank.
+    """
+
+    index: Tensor
+    gather: Tensor
+    back: Tensor
+
+    def __init__(
+        self, layer: MaskedLinear, set_of_row: Sequence[int], whiteners: Whiteners, *, divide: bool
+    ) -> None:
+        super().__init__()
+        self.shape = tuple(layer.weight.shape)
+        self.set_of_row = tuple(set_of_row)
+        self.divide = divide
+        self.register_buffer("index", torch.tensor(set_of_row, dtype=torch.long), persistent=False)
+        used = {i for i in set_of_row if i >= 0}
+        dense = layer.engine == "dense"
+        if not whiteners.groups:
+            self.way = "plain"
+        elif dense and len(used) == 1:
+            self.way = "shared"
+        elif dense and layer.out_features * layer.in_features**2 <= MOST_BY_ROW:
+            self.way = "by row"
+        else:
+            self.way = "gathered"
+            self._plan(layer, whiteners)
+
+    def _plan(self, layer: MaskedLinear, whiteners: Whiteners) -> None:
+        """Find where the entries of rows are, and where they go."""
+        dense = layer.engine == "dense"
+        rows_of: dict[int, list[int]] = {}
+        for row, i in enumerate(self.set_of_row):
+            if i >= 0:
+                rows_of.setdefault(i, []).append(row)
+        sizes = [0 if i < 0 else len(whiteners.sets[i]) for i in self.set_of_row]
+        starts = [0, *accumulate(sizes)]  # of the rows, in the sparse layout
+
+        def place(row: int, position: int, column: int) -> int:
+            return row * layer.in_features + column if dense else starts[row] + position
+
+        self._shapes: list[tuple[int, int, int]] = []
+        gather: list[int] = []
+        back = [-1] * (layer.in_features * layer.out_features if dense else starts[-1])
+        for members, width in zip(whiteners.groups, whiteners.widths, strict=True):
+            most = max((len(rows_of.get(i, ())) for i in members), default=0)
+            self._shapes.append((len(members), most, width))
+            for i in members:
+                columns, rows = whiteners.sets[i], rows_of.get(i, [])
+                for row in rows:
+                    own = [place(row, position, column) for position, column in enumerate(columns)]
+                    for position, entry in enumerate(own):
+                        back[entry] = len(gather) + position
+                    gather += own + [own[0]] * (width - len(columns))  # padding meets zeros
+                gather += [0] * (width * (most - len(rows)))
+        back = [len(gather) if b < 0 else b for b in back]
+        self.register_buffer("gather", torch.tensor(gather, dtype=torch.long), persistent=False)
+        self.register_buffer("back", torch.tensor(back, dtype=torch.long), persistent=False)
+
+    def gain(self, whiteners: Whiteners, unit: Tensor | None) -> Tensor:
+        """Return what a row is multiplied by; zero for rows that look at nothing."""
+        rank = torch.cat([whiteners.rank, whiteners.rank.new_ones(1)])[self.index]
+        gain = rank.rsqrt() if self.divide else torch.ones_like(rank)
+        gain = torch.where(self.index < 0, torch.zeros_like(gain), gain)
+        return gain if unit is None else gain * unit
+
+    def forward(
+        self,
+        layer: MaskedLinear,
+        whiteners: Whiteners,
+        unit: Tensor | None = None,
+        offset: Tensor | None = None,
+    ) -> Tensor:
+        """Return the entries of the layer in its layout: offset + unit * weight * whitener.
+
+        Args:
+            layer: The layer.
+            whiteners: The whiteners.
+            unit: A number for each row; ones by default.
+            offset: What is added, in the layout of the layer; nothing by default.
+        """
+        rank = whiteners.rank  # it is set whenever the whiteners are
+        constants = self.kept(
+            rank, rank if unit is None else unit, lambda: self._find(layer, whiteners, unit)
+        )
+        if self.way == "by row":
+            rows = layer.weight.unsqueeze(1)
+            if offset is None:
+                return torch.bmm(rows, constants[0]).squeeze(1)
+            return torch.baddbmm(offset.unsqueeze(1), rows, constants[0]).squeeze(1)
+        if self.way == "gathered":
+            product = self._gathered(layer, whiteners)
+        else:
+            product = layer.weight if self.way == "plain" else layer.weight @ constants[1]
+        return product * constants[0] if offset is None else torch.addcmul(offset, product, constants[0])
+
+    def matrix(
+        self, layer: MaskedLinear, whiteners: Whiteners, unit: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return what rows are multiplied by, and the transposed whitener that all of them share.
+
+        Args:
+            layer: The layer.
+            whiteners: The whiteners.
+            unit: A number for each row; ones by default.
+        """
+        rank = whiteners.rank
+        by_entry, matrix = self.kept(
+            rank, rank if unit is None else unit, lambda: self._find(layer, whiteners, unit)
+        )
+        return by_entry.squeeze(-1), matrix
+
+    def _gathered(self, layer: MaskedLinear, whiteners: Whiteners) -> Tensor:
+        parts = layer.weight.reshape(-1)[self.gather].split([n * m * w for n, m, w in self._shapes])
+        products = [
+            torch.bmm(part.view(shape), matrices).view(-1)
+            for part, shape, matrices in zip(parts, self._shapes, whiteners.all_matrices(), strict=True)
+        ]
+        return torch.cat([*products, products[0].new_zeros(1)])[self.back].view(self.shape)
+
+    def _find(self, layer: MaskedLinear, whiteners: Whiteners, unit: Tensor | None) -> tuple[Tensor, ...]:
+        """Return a matrix for each row; or what entries are multiplied by, and the matrix that all rows share."""
+        gain = self.gain(whiteners, unit).to(layer.weight)
+        if self.way == "by row":
+            known = {i: whiteners.embedded(i, layer.in_features) for i in set(self.set_of_row)}
+            rows = [known[i].to(gain) * g for i, g in zip(self.set_of_row, gain, strict=True)]
+            return (torch.stack(rows),)
+        by_entry = _by_entry(layer, gain)
+        if self.way == "shared":
+            return by_entry, whiteners.embedded(max(self.set_of_row), layer.in_features).to(gain)
+        return (layer.mask * by_entry if self.way == "plain" and layer.engine == "dense" else by_entry,)
 
 
-def _starts(sorted_rows: Tensor, num_rows: int) -> Tensor:
-    counts = torch.bincount(sorted_rows, minlength=num_rows)
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
+class NaturalUnits(Constants):
+    r"""The coordinates of a network with a linear map beside hidden layers; see the module's essay.
+
+    The linear map is :math:`W^0 + \mathrm{diag}(u / \sqrt{r})\, V T^\top` with the bias :math:`b^0 + u\, b`; the first
+    hidden layer sees :math:`T^\top x`; the last layer's rows are multiplied by u, and divided by the root of the number
+    of units that they see.
+
+    Args:
+        linear: The linear map V from the inputs to the outputs; None if there are hidden layers alone.
+        set_of_output: For each of its rows the number of its set of inputs, -1 for none.
+        layers: The hidden layers and the last one; there may be none.
+        set_of_unit: For each unit of the first hidden layer the number of its set of inputs.
+        sets: The sets of inputs.
+
+    Attributes:
+        offset: :math:`W^0`, in the layout of the linear map's engine.
+        bias: :math:`b^0`.
+        unit: u.
+    """
+
+    offset: Tensor
+    bias: Tensor
+    unit: Tensor
+    set_of_output: Tensor
+    fan_in: Tensor
+
+    def __init__(
+        self,
+        linear: MaskedLinear | None,
+        set_of_output: Sequence[int],
+        layers: Sequence[MaskedLinear],
+        set_of_unit: Sequence[int],
+        sets: Sequence[Sequence[int]],
+    ) -> None:
+        super().__init__()
+        self.whiteners = Whiteners(sets)
+        self.of_linear = None
+        if linear is not None:
+            self.of_linear = WhitenedRows(linear, set_of_output, self.whiteners, divide=True)
+        self.of_hidden = None
+        if len(layers) > 1:
+            self.of_hidden = WhitenedRows(layers[0], set_of_unit, self.whiteners, divide=False)
+        self.set_of_unit = tuple(set_of_unit)
+        number = len(set_of_output)
+        self.register_buffer("offset", torch.zeros(0) if linear is None else torch.zeros_like(linear.weight))
+        self.register_buffer("bias", torch.zeros(0 if linear is None else number))
+        self.register_buffer("unit", torch.ones(number))
+        self.register_buffer("set_of_output", torch.tensor(set_of_output, dtype=torch.long), persistent=False)
+        seen = torch.ones(number)
+        if layers:
+            rows = layers[-1].sparse_mask().indices[0]
+            seen = torch.bincount(rows, minlength=number).clamp(min=1).float()
+        self.register_buffer("fan_in", seen, persistent=False)
+        with torch.no_grad():  # so that random weights are as large as those of a plain network
+            ranks = torch.cat([self.whiteners.rank, torch.ones(1)])[self.set_of_output]
+            if linear is not None:
+                linear.weight.mul_(_by_entry(linear, ranks.sqrt()))
+            if layers:
+                layers[-1].weight.mul_(_by_entry(layers[-1], self.fan_in.sqrt()))
+
+    @torch.no_grad()
+    def whiten_(self, moments: Tensor, hidden: MaskedLinear | None) -> None:
+        """Set the whiteners; a random first hidden layer keeps the spread of what it gives.
+
+        Args:
+            moments: The second moments of all inputs, ``(inputs, inputs)``.
+            hidden: The first hidden layer.
+        """
+        before = self.whiteners.rank.clone()
+        self.whiteners.fit_(moments)
+        if hidden is not None and self.of_hidden is not None:
+            widened = (before / self.whiteners.rank).sqrt()
+            hidden.weight.mul_(_by_entry(hidden, widened[list(self.set_of_unit)].to(hidden.weight)))
+
+    @torch.no_grad()
+    def set_rows_(self, linear: MaskedLinear, rows: slice, weights: Tensor, bias: Tensor) -> None:
+        """Let some rows be a linear map, by their offsets; the trained part becomes zero.
+
+        Args:
+            linear: The linear map.
+            rows: The rows, as a slice with a start and a stop.
+            weights: Shape ``(rows, inputs)``; what is off the mask does not matter.
+            bias: Shape ``(rows,)``.
+        """
+        linear.set_rows_(rows, weights)
+        if linear.engine == "dense":
+            self.offset[rows] = linear.entries()[rows]
+        else:
+            chosen = (linear.pattern.row >= rows.start) & (linear.pattern.row < rows.stop)
+            self.offset[chosen] = linear.weight[chosen]
+        linear.set_rows_(rows, 0.0, torch.zeros_like(bias))
+        self.bias[rows] = bias.to(self.bias)
+
+    def linear(self, layer: MaskedLinear) -> tuple[Tensor, Tensor]:
+        """Return the entries and the bias of the linear map."""
+        assert layer.bias is not None
+        assert self.of_linear is not None
+        entries = self.of_linear(layer, self.whiteners, self.unit, self.offset)
+        return entries, torch.addcmul(self.bias, self.unit, layer.bias)
+
+    def hidden(self, layer: MaskedLinear) -> Tensor:
+        """Return the entries of the first hidden layer."""
+        assert self.of_hidden is not None
+        entries: Tensor = self.of_hidden(layer, self.whiteners)
+        return entries
+
+    def prefers_whitened(self, x: Tensor) -> bool:
+        """Whether whitening the inputs is cheaper than whitening weights, forwards and backwards.
+
+        Args:
+            x: The inputs, ``(*batch, inputs)``.
+        """
+        parts = [part for part in (self.of_linear, self.of_hidden) if part is not None]
+        if x.requires_grad or x.shape[-1] < WIDE or any(part.way != "shared" for part in parts):
+            return False
+        rows = sum(part.shape[0] for part in parts) * (2 if torch.is_grad_enabled() else 1)
+        return len(self.whiteners.sets) == 1 and x.numel() <= rows * x.shape[-1]
+
+    def of_whitened(
+        self, x: Tensor, linear: MaskedLinear | None, hidden: MaskedLinear | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the linear map of inputs, and what the first hidden layer sees of them before its activation.
+
+        The same as with :meth:`linear` and :meth:`hidden`, by way of whitened inputs, which all rows share.
+
+        Args:
+            x: The inputs, or the first ones, if no row looks at others.
+            linear: The linear map, if there is one.
+            hidden: The first hidden layer, if there is one.
+        """
+        known = x.shape[-1]
+        white: Tensor | None = None
+        mapped = seen = None
+        if linear is not None and self.of_linear is not None and linear.bias is not None:
+            gain, matrix = self.of_linear.matrix(linear, self.whiteners, self.unit)
+            white = x @ matrix[:, :known].mT
+            start = F.linear(x, self.offset[:, :known], torch.addcmul(self.bias, self.unit, linear.bias))
+            mapped = torch.addcmul(start, F.linear(white, linear.weight), gain)
+        if hidden is not None and self.of_hidden is not None:
+            gain, matrix = self.of_hidden.matrix(hidden, self.whiteners)
+            white = x @ matrix[:, :known].mT if white is None else white
+            seen = F.linear(white, hidden.weight * gain.unsqueeze(-1), hidden.bias)
+        return mapped, seen
+
+    def last(self, layer: MaskedLinear) -> Tensor:
+        """Return the entries of the last layer."""
+        return layer.weight * self.kept(self.unit, self.unit, lambda: self._find_gain(layer))[0]
+
+    def _find_gain(self, layer: MaskedLinear) -> tuple[Tensor]:
+        gain = _by_entry(layer, self.unit / self.fan_in.sqrt())
+        return (gain * layer.mask if layer.engine == "dense" else gain,)
+
+
+def _by_entry(layer: MaskedLinear, by_row: Tensor) -> Tensor:
+    """Return numbers of the rows in a shape that multiplies the entries."""
+    return by_row.unsqueeze(-1) if layer.engine == "dense" else by_row[layer.pattern.row]

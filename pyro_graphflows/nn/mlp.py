@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.masks import LabelledMasks, SparseMask, UnitsPerSet, allowed_mask, label_masks
 from pyro_graphflows.nn.activations import make_activation
-from pyro_graphflows.nn.masked import MaskedLinear, SparsePattern, fastest_engine
-from pyro_graphflows.nn.natural_units import NaturalUnits
-from pyro_graphflows.shapes import broadcast_shapes
+from pyro_graphflows.nn.masked import MaskedLinear, NaturalUnits, fastest_engine
+from pyro_graphflows.nn.sparse import SparsePattern
 
 __all__ = ["LevelEvaluation", "MaskedMLP"]
 
@@ -61,7 +60,7 @@ class MaskedMLP(nn.Module):
         skip: Whether there is a linear map beside the hidden part.
         engine: The engine of the layers, "dense", "sparse" or "auto"; see :class:`MaskedLinear`.
         natural_units: Whether weights are trained in whitened inputs and units of the outputs
-            (:mod:`~pyro_graphflows.nn.natural_units`).
+            (:mod:`~pyro_graphflows.nn.masked`).
         input_names: Names of the inputs, for messages.
         output_names: Names of the outputs, for messages.
 
@@ -397,7 +396,7 @@ class LevelEvaluation:
             shape = x_new.shape[:-1]
             if shape != self._batch_shape:
                 known = self._batch_shape
-                self._batch_shape = broadcast_shapes(known, shape) if len(known) else shape
+                self._batch_shape = torch.Size(np.broadcast_shapes(known, shape)) if len(known) else shape
 
         below = self._inputs
         for rows, runs in zip(self._layers[:-1], self._hidden, strict=True):
@@ -451,7 +450,7 @@ class Runs:
     def sparse_linear(self, pattern: SparsePattern, values: Tensor, bias: Tensor | None) -> Tensor:
         """Apply the sparse matrix to the concatenation of all runs, expanded, and add a bias."""
         if len(self._runs) > 1:
-            shape = broadcast_shapes(*(run.shape[:-1] for run in self._runs))
+            shape = np.broadcast_shapes(*(run.shape[:-1] for run in self._runs))
             self._runs = [torch.cat([run.expand(*shape, -1) for run in self._runs], -1)]
         known = self._runs[0] if self._runs else values.new_zeros(0)
         return pattern.linear(values, known, bias)

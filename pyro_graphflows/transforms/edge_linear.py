@@ -17,6 +17,7 @@ a slice.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -24,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.nn.natural_units import EdgeUnits
+from pyro_graphflows.nn.masked import Constants, Whiteners
 
-__all__ = ["EdgeLinear", "Inputs", "RowGroup", "padded_count"]
+__all__ = ["EdgeLinear", "EdgeUnits", "Inputs", "RowGroup", "padded_count"]
 
 DENSE_PAIRS = 60_000  # up to so many (input, variable) pairs "auto" takes the dense engine ...
 DENSE_SHARE = 0.2  # ... and if at least this share of the pairs are edges
@@ -114,6 +115,82 @@ def expand_batch(x: Tensor, batch: tuple[int, ...]) -> Tensor:
     return x.reshape(x.shape[0], math.prod(batch))
 
 
+class EdgeUnits(Constants):
+    r"""The coordinates of linear maps on the edges of a graph: K numbers for each variable, linear in its parents.
+
+    Args:
+        parents: For each variable the inputs it depends on. Edges are numbered variable by variable.
+        num_outputs: K.
+
+    Attributes:
+        offset: :math:`W^0`, ``(edges, K)``.
+        bias: :math:`b^0`, ``(variables, K)``.
+        unit: u, ``(variables, K)``.
+    """
+
+    offset: Tensor
+    bias: Tensor
+    unit: Tensor
+    owner: Tensor
+    set_of_variable: Tensor
+    gather: Tensor
+    back: Tensor
+
+    def __init__(self, parents: Sequence[Sequence[int]], num_outputs: int) -> None:
+        super().__init__()
+        sets = [s for s in dict.fromkeys(map(tuple, parents)) if s]
+        number = {s: i for i, s in enumerate(sets)}
+        self.whiteners = Whiteners(sets)
+        of_variable = [number.get(tuple(own), -1) for own in parents]
+        owner = [v for v, own in enumerate(parents) for _ in own]
+        self.register_buffer("offset", torch.zeros(len(owner), num_outputs))
+        self.register_buffer("bias", torch.zeros(len(parents), num_outputs))
+        self.register_buffer("unit", torch.ones(len(parents), num_outputs))
+        self.register_buffer("owner", torch.tensor(owner, dtype=torch.long), persistent=False)
+        self.register_buffer("set_of_variable", torch.tensor(of_variable), persistent=False)
+        starts = [0, *accumulate(map(len, parents))]
+        gather: list[int] = []
+        back = [0] * len(owner)
+        self._shapes: list[tuple[int, int]] = []
+        self._places: list[list[int]] = []  # for each group, that of the whitener of each variable
+        for members, width in zip(self.whiteners.groups, self.whiteners.widths, strict=True):
+            variables = [v for v, i in enumerate(of_variable) if i in set(members)]
+            self._shapes.append((len(variables), width))
+            self._places.append([members.index(of_variable[v]) for v in variables])
+            for v in variables:
+                own = list(range(starts[v], starts[v + 1]))
+                for position, edge in enumerate(own):
+                    back[edge] = len(gather) + position
+                gather += own + [own[0]] * (width - len(own))  # padding meets zeros
+        self.register_buffer("gather", torch.tensor(gather, dtype=torch.long), persistent=False)
+        self.register_buffer("back", torch.tensor(back, dtype=torch.long), persistent=False)
+
+    def root_of_rank(self) -> Tensor:
+        """Return for each edge the root of the rank of the whitener of its variable."""
+        return self.whiteners.rank[self.set_of_variable[self.owner]].sqrt().to(self.offset)
+
+    def forward(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights ``(edges, K)`` and biases ``(variables, K)`` of the maps."""
+        biases = torch.addcmul(self.bias, self.unit, bias)
+        if not len(weight):
+            return weight, biases
+        matrices = self.whiteners.all_matrices()
+        (gain,) = self.kept(self.unit, self.whiteners.rank, self._find_gain)
+        if matrices:
+            parts = weight[self.gather].split([n * width for n, width in self._shapes])
+            products = [
+                torch.bmm(own[places].mT, part.view(n, width, -1)).view(n * width, -1)
+                for own, places, part, (n, width) in zip(
+                    matrices, self._places, parts, self._shapes, strict=True
+                )
+            ]
+            weight = (torch.cat(products) if len(products) > 1 else products[0])[self.back]
+        return torch.addcmul(self.offset, gain, weight), biases
+
+    def _find_gain(self) -> tuple[Tensor]:
+        return (self.unit[self.owner] / self.root_of_rank().unsqueeze(-1),)
+
+
 class EdgeLinear(nn.Module):
     """K numbers for each variable, linear in its parents.
 
@@ -125,7 +202,7 @@ class EdgeLinear(nn.Module):
         num_outputs: K.
         engine: ``"auto"``, ``"dense"`` or ``"sparse"``.
         natural_units: Whether weights are trained in whitened inputs and units of the outputs
-            (:mod:`~pyro_graphflows.nn.natural_units`).
+            (:mod:`~pyro_graphflows.nn.masked`).
 
     Shape:
         - Output of a group of n variables: :math:`(n, K, N)`.

@@ -172,7 +172,7 @@ class FaithfulResidualNN(LinearStartNN):
             parents act nonlinearly on shifts, scales and hidden units; 0 for none.
         conditioner_layers: The number of its hidden layers.
         natural_units: Whether what parents supply is trained in whitened values of theirs, and shifts in units of what
-            is left over (:mod:`~pyro_graphflows.nn.natural_units`).
+            is left over (:mod:`~pyro_graphflows.nn.masked`).
         engine: ``"auto"``, ``"dense"`` or ``"sparse"``; they give the same numbers.
         solver: How to invert numerically.
 

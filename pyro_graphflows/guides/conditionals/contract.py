@@ -321,7 +321,7 @@ class Conditionals(nn.Module, ABC):
         """Let trained weights act on inputs that are uncorrelated in joint samples; families need not.
 
         What the conditionals are after :meth:`set_linear_` does not depend on it, but what a step of training does to
-        them (:mod:`~pyro_graphflows.nn.natural_units`).
+        them (:mod:`~pyro_graphflows.nn.masked`).
 
         Args:
             moments: The second moments of context features and of the sites' vectors in units of inputs,

@@ -35,6 +35,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,6 @@ from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.conditionals.elements import ElementTable
 from pyro_graphflows.guides.conditionals.factors import NormalFactor, positive_scale, unit_lower
 from pyro_graphflows.guides.sites import SitePrior
-from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = ["CoupledFactor", "CoupledNormal", "CouplingTerms", "exchangeable_start", "pairs_start"]
 
@@ -114,7 +114,7 @@ class CoupledNormal(dist.TorchDistribution):
 
     def beside(self, prior: SitePrior) -> "CoupledNormal":
         """Return the normal proportional to a prior of each element, a number, times this one."""
-        shape = broadcast_shapes(self.loc.shape, prior.loc.shape)
+        shape = torch.Size(np.broadcast_shapes(self.loc.shape, prior.loc.shape))
         loc, width = (self._gather(part.expand(shape)) for part in (self.loc, self.scale_tril[..., 0]))
         prior_loc, b = (self._gather(part.expand(shape)) for part in (prior.loc, prior.log_scale.exp()))
         white = torch.linalg.solve_triangular(self.mixing, (b / width).diag_embed(), upper=False)
@@ -170,7 +170,7 @@ class CoupledNormal(dist.TorchDistribution):
 
     def push(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Return the value of some noise, and the logarithm of what each element is stretched by."""
-        value = self._of_noise(noise.expand(broadcast_shapes(noise.shape, self.loc.shape)))
+        value = self._of_noise(noise.expand(np.broadcast_shapes(noise.shape, self.loc.shape)))
         return value, self._log_stretch(value.shape)
 
     def pull(self, value: Tensor) -> Tensor:
@@ -325,7 +325,7 @@ class CouplingTerms(nn.Module):
         batch = [1] * max(outputs.dim() - 1, *(-plate.dim for plate in coupled))
         for plate in coupled:
             batch[plate.dim] = plate.size
-        outputs = outputs.expand(*broadcast_shapes(outputs.shape[:-1], batch), outputs.shape[-1])
+        outputs = outputs.expand(*np.broadcast_shapes(outputs.shape[:-1], batch), outputs.shape[-1])
         n, (shift, scale) = factor.size, units
         loc = torch.addcmul(shift, scale, outputs[..., :n])
         diagonal = scale * positive_scale(outputs[..., n : 2 * n], shift, scale)

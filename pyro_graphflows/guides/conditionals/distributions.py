@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,6 @@ from torch.distributions.transforms import ComposeTransform, ExpTransform, Indep
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.sites import DiscreteEncoding, LatentSite, is_identity
-from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = [
     "CopiedValue",
@@ -314,7 +314,7 @@ class CopiedValue(dist.Delta):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Return zero, shape ``batch_shape``."""
-        return x.new_zeros(broadcast_shapes(x.shape[: x.dim() - self.event_dim], self.batch_shape))
+        return x.new_zeros(np.broadcast_shapes(x.shape[: x.dim() - self.event_dim], self.batch_shape))
 
 
 class DiscreteVector(dist.TorchDistribution):

@@ -10,6 +10,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,6 @@ from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.graphs.structures import ModelGraph
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.plan import BlockPlan
-from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = [
     "ElementMap",
@@ -45,7 +45,7 @@ class ElementTable(nn.Module):
     The rows are added to the outputs of the block's network, so that a site's factor moves with the sampled sites
     above it, and differs between the elements of its plates by what their data say. A row is what it started from, in
     the units of the outputs, and a trained part that counts in natural units
-    (:mod:`~pyro_graphflows.nn.natural_units`).
+    (:mod:`~pyro_graphflows.nn.masked`).
 
     Shape:
         - Output: ``(*batch, num_outputs)``, with the batch shape of the plates in the call.
@@ -399,7 +399,7 @@ class WithNewElements(dist.TorchDistribution):
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
 
     def __init__(self, fitted: Any, model: Any, new: Tensor) -> None:
-        shape = broadcast_shapes(fitted.batch_shape, model.batch_shape, new.shape)
+        shape = torch.Size(np.broadcast_shapes(fitted.batch_shape, model.batch_shape, new.shape))
         self.fitted, self.model, self.new = fitted.expand(shape), model.expand(shape), new
         self.has_rsample = fitted.has_rsample and model.has_rsample
         self.has_enumerate_support = fitted.has_enumerate_support

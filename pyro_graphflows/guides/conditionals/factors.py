@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor
@@ -28,7 +29,6 @@ from pyro_graphflows.distributions.long_normals import AutoregressiveNormal, sum
 from pyro_graphflows.guides.conditionals.distributions import DiscreteVector, ScalarNormal
 from pyro_graphflows.guides.sites import LatentSite, SitePrior
 from pyro_graphflows.regression import logistic_regression
-from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = [
     "DiscreteFactor",
@@ -623,7 +623,7 @@ def fused_vector(outputs: Tensor, shift: Tensor, scale: Tensor, prior: SitePrior
         root = root @ inverse_of_lower(scale)  # one small matrix for all rows
     else:
         root = root / scale
-    batch = broadcast_shapes(loc.shape[:-1], prior.loc.shape[:-1])
+    batch = np.broadcast_shapes(loc.shape[:-1], prior.loc.shape[:-1])
     tril = prior.tril().expand(*batch, n, n)
     return fuse_matrix(
         prior.loc.expand(*batch, n), tril, loc.expand(*batch, n), (root.mT @ root).expand(*batch, n, n)
@@ -633,7 +633,7 @@ def fused_vector(outputs: Tensor, shift: Tensor, scale: Tensor, prior: SitePrior
 def _side_by_side(parts: list[Tensor]) -> Tensor:
     if len(parts) == 1:
         return parts[0]
-    shape = broadcast_shapes(*(part.shape[:-1] for part in parts))
+    shape = np.broadcast_shapes(*(part.shape[:-1] for part in parts))
     return torch.cat([part.expand(*shape, part.shape[-1]) for part in parts], -1)
 
 
@@ -757,7 +757,7 @@ class DiscreteFactor(Factor):
     ) -> dist.TorchDistribution:
         """See :meth:`Factor.fused`: the outputs are added to the logits of the prior."""
         logits = outputs[..., : self.size] + prior.loc
-        batch = broadcast_shapes(outputs.shape[:-1], logits.shape[:-1])
+        batch = np.broadcast_shapes(outputs.shape[:-1], logits.shape[:-1])
         couplings = outputs[..., self.size :].expand(*batch, -1)
         return self.distribution(torch.cat([logits, couplings], -1), shift, scale)
 

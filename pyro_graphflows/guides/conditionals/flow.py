@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor
@@ -35,7 +36,6 @@ from pyro_graphflows.guides.conditionals.elements import (
 )
 from pyro_graphflows.guides.sites import SitePrior, concatenate
 from pyro_graphflows.regression import in_float64
-from pyro_graphflows.shapes import broadcast_shapes
 from pyro_graphflows.transforms.faithful import FaithfulEvaluation, FaithfulResidualNN
 from pyro_graphflows.transforms.graphical import AffineGraphicalEvaluation, AffineGraphicalNN
 from pyro_graphflows.transforms.structure import FlowStructure
@@ -375,7 +375,7 @@ class FlowPass(Pass):
     def __init__(self, levels: FlowLevels, evaluation: Evaluation, batches: Sequence[torch.Size]) -> None:
         self._levels = levels
         self._evaluation = evaluation
-        self._batch = broadcast_shapes(*batches)
+        self._batch = torch.Size(np.broadcast_shapes(*batches))
         self._depth = 0
         self._level: FlowLevel
 
@@ -389,7 +389,8 @@ class FlowPass(Pass):
         self._depth += 1
         last = self._depth == len(self._levels.levels)
         self._evaluation = self._level.accept(values, last)
-        self._batch = broadcast_shapes(self._batch, *(value.shape[:-1] for value in values.values()))
+        shapes = (value.shape[:-1] for value in values.values())
+        self._batch = torch.Size(np.broadcast_shapes(self._batch, *shapes))
 
 
 class FlowLevel:
@@ -482,7 +483,7 @@ class FlowLevel:
         """Put values beside each other; sites without one get any value, since no other site of the level sees it."""
         if len(self.parts) == 1:
             return next(iter(values.values()))
-        batch = broadcast_shapes(*(value.shape[:-1] for value in values.values()))
+        batch = np.broadcast_shapes(*(value.shape[:-1] for value in values.values()))
         parts = [values.get(site, self.loc[part]) for site, part in self.parts.items()]
         return torch.cat([part.expand(*batch, -1) for part in parts], -1)
 
@@ -574,7 +575,7 @@ class FlowConditional(dist.TorchDistribution):
             if drawn is value and (with_gradients or not torch.is_grad_enabled()):
                 return log_prob
         log_prob = self.level.score(self.site, value)
-        return log_prob.expand(broadcast_shapes(log_prob.shape, self.batch_shape))
+        return log_prob.expand(np.broadcast_shapes(log_prob.shape, self.batch_shape))
 
 
 def _log_normal(noise: Tensor) -> Tensor:

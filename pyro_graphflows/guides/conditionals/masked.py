@@ -11,6 +11,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,6 @@ from pyro_graphflows.guides.conditionals.low_rank import LowRankNormalFactor
 from pyro_graphflows.guides.sites import LatentSite, SitePrior
 from pyro_graphflows.nn.mlp import LevelEvaluation, MaskedMLP
 from pyro_graphflows.regression import Moments, in_float64
-from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = ["MaskedConditionals"]
 
@@ -747,7 +747,7 @@ class MaskedPass(Pass):
         if first is not None and last is not None and last.stop - first.start == 2 * len(level):
             return table[..., first.start : last.stop]
         rows = [table.new_zeros(2) if c is None else table[..., c] for c in columns]
-        shape = broadcast_shapes(*(row.shape[:-1] for row in rows))
+        shape = np.broadcast_shapes(*(row.shape[:-1] for row in rows))
         return torch.cat([row.expand(*shape, 2) for row in rows], -1)
 
     def _part_of(self, level: Sequence[str]) -> slice:
@@ -756,7 +756,7 @@ class MaskedPass(Pass):
 
     def _own_map(self, site: str, plates: Mapping[str, PlateState]) -> Tensor:
         key, columns = self._module._map_of[site]
-        shape = broadcast_shapes(*(part.shape[:-1] for part in self._known))
+        shape = np.broadcast_shapes(*(part.shape[:-1] for part in self._known))
         known = torch.cat([part.expand(*shape, part.shape[-1]) for part in self._known], -1)
         element_map: Any = self._module.maps[key]
         contribution: Tensor = element_map(plates, known[..., columns])
@@ -771,7 +771,7 @@ class MaskedPass(Pass):
             return
         raw = [values[site] for site in level]
         if any(value.shape != raw[0].shape for value in raw):
-            shape = broadcast_shapes(*(value.shape[:-1] for value in raw))
+            shape = np.broadcast_shapes(*(value.shape[:-1] for value in raw))
             raw = [
                 value if value.shape[:-1] == shape else value.expand(*shape, value.shape[-1]) for value in raw
             ]

@@ -40,6 +40,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -48,7 +49,6 @@ from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.inputs import subsampled_message
 from pyro_graphflows.guides.sites import FeatureMap, concatenate
 from pyro_graphflows.nn.activations import make_activation
-from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = [
     "POOLS",
@@ -440,7 +440,7 @@ class PoolStage(nn.Module):
         each = concatenate(parts)
         if segments is not None or weight is not None:
             weight = each.new_ones(1) if weight is None else weight
-            weight = weight.expand(broadcast_shapes(weight.shape, (*each.shape[:-1], 1)))
+            weight = weight.expand(np.broadcast_shapes(weight.shape, (*each.shape[:-1], 1)))
         if weight is None:
             mean = each.mean(dim - 1, keepdim=True)
             number = each.new_full((1,) * mean.dim(), float(size))

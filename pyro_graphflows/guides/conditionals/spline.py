@@ -14,6 +14,7 @@ References:
 import math
 from typing import Any, ClassVar
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor
@@ -32,7 +33,6 @@ from pyro_graphflows.guides.conditionals.factors import (
     share_of_evidence,
 )
 from pyro_graphflows.guides.sites import SitePrior
-from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = ["SplineFactor", "SplineVector"]
 
@@ -106,7 +106,7 @@ class SplineFactor(Factor):
             loc, log_scale = fused_elements(*parts, (shift, scale), [prior])
             share = share_of_evidence(prior)
             if share is not None:  # where elements say nothing the conditional is the prior
-                shape = broadcast_shapes(share.shape[:-1], outputs.shape[:-1])
+                shape = np.broadcast_shapes(share.shape[:-1], outputs.shape[:-1])
                 knots = share.expand(*shape, 1) * outputs[..., inner:]
                 outputs = torch.cat([outputs[..., :inner].expand(*shape, inner), knots], -1)
             return self._splines(outputs, loc, log_scale.exp())

@@ -34,6 +34,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -42,7 +43,6 @@ from pyro_graphflows.guides.conditionals.pooling import DeepSetPool, Elements
 from pyro_graphflows.guides.sites import Evidence
 from pyro_graphflows.nn.mlp import MaskedMLP
 from pyro_graphflows.regression import WINSOR, in_float64
-from pyro_graphflows.shapes import broadcast_shapes
 
 __all__ = ["ElementFactors", "ElementForm"]
 
@@ -172,7 +172,7 @@ class ElementFactors(nn.Module):
         if form.nested:
             assert elements.inside is not None
             parts.append(elements.inside.log_number - self.number)
-        shape = broadcast_shapes(*(part.shape[:-1] for part in parts))
+        shape = np.broadcast_shapes(*(part.shape[:-1] for part in parts))
         return torch.cat([part.expand(*shape, part.shape[-1]) for part in parts], -1)
 
     def forward(self, elements: Elements, above: Tensor) -> Evidence:
@@ -276,7 +276,7 @@ class _Rows:
             parts.append(torch.cat([spreads, further], -1)[..., list(form.responses)])
         if elements.weight is not None:
             parts.append(elements.weight)
-        shape = broadcast_shapes(*(part.shape[:-1] for part in parts))
+        shape = np.broadcast_shapes(*(part.shape[:-1] for part in parts))
         flat = [part.expand(*shape, part.shape[-1]).reshape(-1, part.shape[-1]) for part in parts]
         chosen = torch.isfinite(torch.cat(flat[:2], -1)).all(-1) & (flat[1][:, 0].abs() < WINSOR)
         start = form.num_joint
