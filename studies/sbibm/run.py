@@ -47,7 +47,7 @@ NUM_DRAWS = 10_000
 POOL = 300_000  # draws of which those that are reweighted are taken
 OUTSIDE = 8  # times as many are drawn, since a guide without bounds has draws outside the prior's, which are dropped
 AUTO_SECONDS = 10.0
-BATCH, RATE = 500, 2e-3
+BATCH = 500
 SET_UP = 10  # one in so many simulations sets up the guide, the others train it
 # fusion would use the density of the prior
 OPTIONS: Mapping[str, Any] = {"units_per_set": 64, "hidden_layers": 2, "fusion": False}
@@ -87,7 +87,7 @@ def train(task: Task, family: str, simulations: int, seed: int, path: Path) -> d
     history = fit(
         *(task.model, guide, task.observation(1)),
         simulations=Simulations(simulations - simulations // SET_UP, batch_size=BATCH),
-        optimizer=RATE,
+        optimizer=task.rate,
         progress=False,
         seed=seed,
     )
@@ -95,6 +95,7 @@ def train(task: Task, family: str, simulations: int, seed: int, path: Path) -> d
     return {
         "held_out_nll": min(history.validation_loss),
         "epochs": len(history),
+        "rate": task.rate,
         "stop": history.stop_reason,
         "seconds": time.process_time() - begin,
     }

@@ -43,6 +43,7 @@ class Task:
         shape: The shape in which the model takes an observation.
         guide_options: Options of the guide that its structure asks for.
         data_options: Further ones of guides that read the data themselves and not scores.
+        rate: The learning rate of guides that learn from simulations alone.
         base: The name of its folder in the package, if that is another.
         suffix: Of the name of its files of observations.
         data: From simulations by site to columns like those of an observation.
@@ -54,6 +55,7 @@ class Task:
     shape: tuple[int, ...]
     guide_options: Mapping[str, Any]
     data_options: Mapping[str, Any] = field(default_factory=dict)
+    rate: float = 2e-3
     base: str | None = None
     suffix: str = ""
     data: Callable[[Mapping[str, Tensor]], Tensor] = lambda values: values["x"].flatten(1)
@@ -300,12 +302,13 @@ TASKS = {
             suffix="_distractors",
             data=_with_distractors,
         ),
-        Task("bernoulli_glm", bernoulli_glm, _vector, (10,), {}),
+        Task("bernoulli_glm", bernoulli_glm, _vector, (10,), {}, rate=2e-2),
         Task(
             *("bernoulli_glm_raw", bernoulli_glm_raw, _vector, (100,), {}),
             base="bernoulli_glm",
             suffix="_raw",
             data_options={"embedding": {"x": "linear"}},
+            rate=2e-2,
         ),
     )
 }
