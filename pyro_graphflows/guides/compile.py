@@ -337,7 +337,7 @@ def compile_guide(
         FusionQuestion(
             *(model, (args, kwargs), traced, sites, families, inverse, blocks, enumerated, excluded, indices),
             summed=summed,
-            of_any_size=inputs.coupled,
+            of_any_size=[name for name, own in inputs.coupled.items() if own.rank > 0],
         )
     )
     fused = fusion.priors.sites
@@ -972,8 +972,8 @@ def _not_fused(
 ) -> dict[str, str]:
     """Return the sites whose factor cannot be multiplied by a prior, with the reasons."""
     reasons = dict.fromkeys(changing, "its support depends on other latent sites")
-    jointly = [name for name, own in inputs.coupled.items() if own.rank == 0 or sites[name].size > 1]
-    reasons.update(dict.fromkeys(jointly, "its copies are drawn jointly"))
+    jointly = [name for name in inputs.coupled if sites[name].size > 1]
+    reasons.update(dict.fromkeys(jointly, "its copies are vectors that are drawn jointly"))
     reasons.update(dict.fromkeys(split, "its elements have parents of their own"))
     reasons.update(dict.fromkeys(options.factor_classes(), "it has a factor of the user's"))
     family = options.family

@@ -76,6 +76,7 @@ MOST_RESTARTED = 20  # numbers up to which the search begins at several points
 MOST_RESTARTS = 8
 SECONDS_OF_RESTARTS = 3.0  # of processor time
 TIE = 0.1  # nats of a mode's mass that are no reason to take another
+NEAR = 5.0  # nats by which, of many numbers, a normal may be worse than another from which better ones are sought
 FEW_STEPS = 8  # of Newton's method, from a point near the mode if there is one
 MOST_NUMBERS = 1000  # beyond which there is no Hessian at all
 LEAST_PRECISION = 0.25  # where all priors are proper: in their coordinates a prior's own precision is one
@@ -623,9 +624,12 @@ def _search(posterior: LogPosterior, traced: TracedModel) -> Mode:
     if is_slow:
         return _best([best, _fitted(best, noise, 1)], noise)
     centred = _centred(posterior, best.point, traced)
-    firsts = [_best([best, *centred], noise)]
-    if size <= FEW_NUMBERS:  # a poor normal may lead to the better one
-        firsts = [best, *([_best(centred, noise)] if centred else [])]
+    firsts = [best, *([_best(centred, noise)] if centred else [])]
+    if size > FEW_NUMBERS:  # each fit takes long
+        most = max(each.elbo(noise) for each in firsts)
+        firsts = [_fitted(each, noise, 1) for each in firsts if each.elbo(noise) > most - NEAR]
+        firsts = [_best(firsts, noise)]
+    else:  # a poor normal may lead to the better one
         if posterior.proper:
             firsts.append(Mode(posterior, start, torch.eye(size, dtype=torch.float64)))
     return _best([each for first in firsts for each in (first, _fitted(first, noise, MOST_ROUNDS))], noise)

@@ -408,6 +408,7 @@ class Conditionals(nn.Module, ABC):
         context: Tensor | None = None,
         values: Mapping[str, Tensor] | None = None,
         shares: Mapping[str, float] = MappingProxyType({}),
+        priors: Mapping[str, tuple[SitePrior, Tensor]] = MappingProxyType({}),
     ) -> None:
         """Start the dependence of sites that are drawn jointly: from joint samples, or near none.
 
@@ -417,6 +418,7 @@ class Conditionals(nn.Module, ABC):
             values: Vectors of the sites in joint samples, ``(draws, *batch, size)``.
             shares: For fused sites how elements vary together: by how much of the same noise all have, beside a
                 variance of one of their own; negative if against each other.
+            priors: For fused sites the priors in joint samples, and the values in their coordinates.
         """
         if self.block.coupled:
             raise GraphflowsError(f"{type(self).__name__} cannot draw copies jointly.")

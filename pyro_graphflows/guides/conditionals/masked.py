@@ -24,8 +24,10 @@ from pyro_graphflows.guides.conditionals.contract import BlockSpec, Conditionals
 from pyro_graphflows.guides.conditionals.coupled import (
     WAKE,
     CoupledFactor,
+    CoupledNormal,
     CouplingTerms,
     exchangeable_start,
+    factor_pairs_start,
     pairs_start,
 )
 from pyro_graphflows.guides.conditionals.elements import (
@@ -542,6 +544,7 @@ class MaskedConditionals(Conditionals):
         context: Tensor | None = None,
         values: Mapping[str, Tensor] | None = None,
         shares: Mapping[str, float] = MappingProxyType({}),
+        priors: Mapping[str, tuple[SitePrior, Tensor]] = MappingProxyType({}),
     ) -> None:
         """See :meth:`Conditionals.start_couplings_`.
 
@@ -552,14 +555,16 @@ class MaskedConditionals(Conditionals):
             return
         known = (context, values) if context is not None and values is not None else None
         shared = {} if known is None else self._coupled(*known)
-        of_elements = {} if known is None or self.table is None else self._coupled(*known, plates)
+        of_priors = {site: prior for site, (prior, _) in priors.items()}
+        of_elements = {} if known is None or self.table is None else self._coupled(*known, plates, of_priors)
         for site, key in self._coupling_of.items():
             terms, factor = self.couplings[key], self.factors[site]
             assert isinstance(terms, CouplingTerms)
             assert isinstance(factor, CoupledFactor)
             if factor.rank == 0:
                 if values is not None and site in of_elements:
-                    self._start_pairs_(site, terms, of_elements[site].flat_noise(values[site]))
+                    own = (priors[site] if self.fuses(site) and site in priors else None), values[site]
+                    self._start_pairs_(site, terms, of_elements[site], *own)
                 continue
             bias = self.network.skip.bias
             assert bias is not None
@@ -577,26 +582,42 @@ class MaskedConditionals(Conditionals):
                 bias[rows.start + factor.size] += log_scale
 
     def _coupled(
-        self, context: Tensor, values: Mapping[str, Tensor], plates: Mapping[str, PlateState] | None = None
+        self,
+        context: Tensor,
+        values: Mapping[str, Tensor],
+        plates: Mapping[str, PlateState] | None = None,
+        priors: Mapping[str, SitePrior] = MappingProxyType({}),
     ) -> dict[str, Any]:
         """Return the conditionals of the sites that are drawn jointly; with plates, those of their elements."""
         evaluation = self.begin(context, plates)
         found: dict[str, Any] = {}
         for level in self.block.levels:
-            conditionals = evaluation.next()
+            conditionals = evaluation.next(priors)
             evaluation.accept({site: values[site] for site in level})
             found.update({site: conditionals[site] for site in level if site in self._coupling_of})
         return found
 
-    def _start_pairs_(self, site: str, terms: CouplingTerms, noise: Tensor) -> None:
+    def _start_pairs_(
+        self,
+        site: str,
+        terms: CouplingTerms,
+        alone: CoupledNormal,
+        prior: tuple[SitePrior, Tensor] | None,
+        values: Tensor,
+    ) -> None:
         """Let pairs of elements start as noise of independent ones says; not where elements have no regressions."""
         columns = self._table_columns.get(site)
         if self.table is None or columns is None or self.factors[site].size > 1:
             return
         own = self.table.table[..., columns]
-        if not bool(own.any()) or noise[0].numel() != terms.length:
+        if not bool(own.any()) or values[0].numel() != terms.length:
             return
-        mixing, log_scales = pairs_start(noise.reshape(len(noise), -1))
+        if prior is None:
+            mixing, log_scales = pairs_start(alone.flat_noise(values).reshape(len(values), -1))
+        else:
+            joint = factor_pairs_start(alone, prior[1], prior[0])
+            mixing, log_scales = joint.mixing, joint.log_scales
+            own[..., 0] += (joint.shift.to(own) / self.fused_units(site)[1]).reshape(own.shape[:-1])
         terms.set_mixing_(mixing)
         own[..., 1] += log_scales.to(own).reshape(own.shape[:-1])
 
