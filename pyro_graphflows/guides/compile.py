@@ -29,10 +29,13 @@ from pyro_graphflows.guides.call import (
     require_tensor,
     site_mask,
 )
+from pyro_graphflows.guides.conditionals.auto import MOST_GLOBALS, Auto
 from pyro_graphflows.guides.conditionals.contract import ElementParents, Family, SiteRole
 from pyro_graphflows.guides.conditionals.factors import ElementNormalFactor, Factor, NormalFactor
+from pyro_graphflows.guides.conditionals.flow import Flow
+from pyro_graphflows.guides.conditionals.masked import Normal
 from pyro_graphflows.guides.conditionals.pooling import Attention, DeepSet
-from pyro_graphflows.guides.families import MOST_GLOBALS, Auto, Normal, Spline
+from pyro_graphflows.guides.conditionals.spline import Spline
 from pyro_graphflows.guides.fusion import Fusion, FusionQuestion, plan_fusion, sites_of_scales
 from pyro_graphflows.guides.inputs import InputOptions, InputPlan, plan_inputs, sites_concerned
 from pyro_graphflows.guides.orders import (
@@ -96,7 +99,14 @@ from pyro_graphflows.inspect.runs import (
 )
 from pyro_graphflows.inspect.trace import Rerun, trace_once
 
-__all__ = ["Compiled", "GuideOptions", "compile_guide"]
+__all__ = ["FAMILIES", "Compiled", "GuideOptions", "compile_guide", "make_family"]
+
+FAMILIES: Mapping[str, type[Auto] | type[Normal] | type[Spline] | type[Flow]] = {
+    "auto": Auto,
+    "normal": Normal,
+    "spline": Spline,
+    "flow": Flow,
+}
 
 POOLINGS: Mapping[str, type[DeepSet]] = {"deepset": DeepSet, "attention": Attention}
 EXACT_KL = (NormalFactor, ElementNormalFactor)  # factors for which a KL is registered, before any bijection
@@ -104,6 +114,33 @@ BY_SITE = {"factors": "Factor or family", "init_values": "value", "embedding": "
 INITS = ("auto", "regression", "mode", "prior", "random")
 SCORE_DRAWS = 1000  # joint samples whose means are the reference values of scores
 MOST_VALUES_TRIED = 32  # of a discrete site, to see whether supports of others change with it
+
+
+def make_family(family: str | Family | type[Factor]) -> Family:
+    """Return the family that a user asked for: an object, the name of one with its defaults, or that of a factor class.
+
+    Args:
+        family: A family, the name of one, or a subclass of :class:`~pyro_graphflows.guides.Factor`.
+
+    Raises:
+        GraphflowsError: If it is none of these. The message names those that there are.
+    """
+    if isinstance(family, Family):
+        return family
+    if isinstance(family, str) and family in FAMILIES:
+        return FAMILIES[family]()
+    if isinstance(family, type) and issubclass(family, Factor):
+        return Normal(factor=family)
+    names = ", ".join(repr(name) for name in FAMILIES)
+    hint = (
+        f" Did you mean {family.__name__}()?"
+        if isinstance(family, type) and issubclass(family, Family)
+        else ""
+    )
+    raise GraphflowsError(
+        f"Expected family= {names}, a family object ({', '.join(kind.__name__ for kind in FAMILIES.values())}) or a "
+        f"subclass of Factor; got {family!r}.{hint}"
+    )
 
 
 @dataclass(frozen=True)

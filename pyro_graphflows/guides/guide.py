@@ -28,7 +28,7 @@ from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
 from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph
 from pyro_graphflows.guides.block import GuideBlock, ShownParameters
 from pyro_graphflows.guides.call import Call, CallReader, PlateState, chosen_indices, site_mask
-from pyro_graphflows.guides.compile import GuideOptions, compile_guide
+from pyro_graphflows.guides.compile import GuideOptions, compile_guide, make_family
 from pyro_graphflows.guides.conditionals.contract import Family
 from pyro_graphflows.guides.conditionals.distributions import (
     CopiedValue,
@@ -45,7 +45,6 @@ from pyro_graphflows.guides.conditionals.elements import (
 from pyro_graphflows.guides.conditionals.factors import Factor
 from pyro_graphflows.guides.conditionals.model_conditionals import ModelConditionals
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
-from pyro_graphflows.guides.families import make_family
 from pyro_graphflows.guides.files import write_guide
 from pyro_graphflows.guides.fitted_data import CallData, FittedData
 from pyro_graphflows.guides.orders import Inverse
