@@ -37,7 +37,6 @@ from pyro_graphflows.guides.conditionals.masked import Normal
 from pyro_graphflows.guides.conditionals.pooling import Attention, DeepSet
 from pyro_graphflows.guides.conditionals.spline import Spline
 from pyro_graphflows.guides.fusion import Fusion, FusionQuestion, plan_fusion, sites_of_scales
-from pyro_graphflows.guides.inputs import InputOptions, InputPlan, plan_inputs, sites_concerned
 from pyro_graphflows.guides.orders import (
     MOST_EDGES_OF_HIERARCHIES,
     NAMED_INVERSES,
@@ -61,10 +60,15 @@ from pyro_graphflows.guides.orders import (
 )
 from pyro_graphflows.guides.plan import (
     BlockPlan,
+    InputOptions,
+    InputPlan,
     Plan,
+    SummedSite,
     make_blocks,
     mean_field_condition,
+    plan_inputs,
     readers_of,
+    sites_concerned,
     ways_in,
     with_embeddings,
     with_fitted_maps,
@@ -83,7 +87,7 @@ from pyro_graphflows.guides.sites import (
     latent_sites,
     outside_of_support,
 )
-from pyro_graphflows.guides.summed_sites import SummedSite, sites_to_sum
+from pyro_graphflows.guides.summed_sites import sites_to_sum
 from pyro_graphflows.guides.vectors import VectorOptions, Vectors, hold_vectors, parents_in_chain
 from pyro_graphflows.inspect import TracedModel, non_exchangeable_plates, seed_random_state, trace_model
 from pyro_graphflows.inspect.arguments import argument_leaves, is_outside, require_rereadable

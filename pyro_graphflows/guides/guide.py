@@ -45,10 +45,11 @@ from pyro_graphflows.guides.conditionals.elements import (
 from pyro_graphflows.guides.conditionals.factors import Factor
 from pyro_graphflows.guides.conditionals.model_conditionals import ModelConditionals
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
+from pyro_graphflows.guides.description import Description, describe
 from pyro_graphflows.guides.files import write_guide
 from pyro_graphflows.guides.fitted_data import CallData, FittedData
 from pyro_graphflows.guides.orders import Inverse
-from pyro_graphflows.guides.plan import Description, Plan
+from pyro_graphflows.guides.plan import Plan
 from pyro_graphflows.guides.priors import PriorReader
 from pyro_graphflows.guides.samples import Samples
 from pyro_graphflows.guides.scores import ScoreReader
@@ -267,7 +268,7 @@ class AutoFaithfulGuide(AutoGuide):
         blocks = self._all_blocks()
         summed = [site for block in blocks for site in block.site_elements()]
         alone = [s for block in blocks for s in block.plan.by_shape if not block.conditionals.fuses(s)]
-        return plan.describe((*self._notes, *(self._start_notes if verbose else ())), summed, alone)
+        return describe(plan, (*self._notes, *(self._start_notes if verbose else ())), summed, alone)
 
     # ---------------------------------------------------------------- a call
 
