@@ -13,8 +13,8 @@ from pyro_graphflows.guides.conditionals.flow import Flow
 from pyro_graphflows.guides.conditionals.masked import Normal
 from pyro_graphflows.guides.conditionals.pooling import Attention, DeepSet
 from pyro_graphflows.guides.conditionals.spline import Spline
-from pyro_graphflows.guides.guide import AutoFaithfulGuide
-from pyro_graphflows.guides.make import auto_faithful_guide, load_guide
+from pyro_graphflows.guides.guide import AutoFaithfulGuide, auto_faithful_guide
+from pyro_graphflows.guides.load import load_guide
 
 __all__ = [
     "Attention",
