@@ -224,8 +224,8 @@ class FlowConditionals(Conditionals):
         hidden_dims: The widths of the hidden layers over all elements; None for ``units_per_variable`` a layer.
         units_per_variable: The hidden units of one block of one element.
         hidden_layers: The number of hidden layers of a block.
-        network_options: Further options of :class:`~pyro_graphflows.transforms.faithful_nn.FaithfulResidualNN`, or of
-            :class:`~pyro_graphflows.transforms.graphical_affine.AffineGraphicalNN`.
+        network_options: Further options of :class:`~pyro_graphflows.transforms.faithful.FaithfulResidualNN`, or of
+            :class:`~pyro_graphflows.transforms.graphical.AffineGraphicalNN`.
     """
 
     def __init__(
