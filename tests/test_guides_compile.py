@@ -198,7 +198,7 @@ def test_what_the_plan_of_a_case_says():
     assert set(compiled_of(*CASES["coupled"]).plan.inputs.coupled) == {"z"}
     per_element = compiled_of(*CASES["per-element"]).plan
     assert per_element.inputs.per_element == {"mu"}
-    assert "pool='deepset' amortises them" in per_element.describe()
+    assert "pool='deepset' amortises them" in describe(per_element)
     assert compiled_of(*CASES["pooled"]).plan.hints == ()
 
 
