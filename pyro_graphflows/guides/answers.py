@@ -51,7 +51,7 @@ def expanded_in_plates(value: Tensor, event_shape: Sequence[int], plates: Sequen
         batch[plate.dim] = plate.subsample_size
     for dim in range(-1, inner - value.dim() - 1, -1):
         batch[dim] = max(batch[dim], value.shape[dim - inner])
-    return value.expand(*batch, *event_shape)
+    return value.expand((*batch, *event_shape))
 
 
 def quantiles_of(draws: Tensor, probabilities: Tensor, *, discrete: bool) -> Tensor:
