@@ -46,7 +46,8 @@ def test_a_known_factor_is_found(k):
 def test_data_that_say_nothing_make_no_factor():
     torch.manual_seed(0)
     rows = rows_of(0.5)
-    assert JointRows(torch.randn_like(rows.inputs), rows.values, rows.prior, None).fit() is None
+    parts = torch.randn_like(rows.inputs), rows.values.unsqueeze(-1), rows.prior, None
+    assert JointRows.of(parts, [-2]).fit() is None
 
 
 def test_other_plates_are_further_draws_and_few_draws_are_none():

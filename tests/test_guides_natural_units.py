@@ -101,6 +101,22 @@ def test_an_exact_start_from_pooled_summaries_survives(model, family, lr):
     check_path(path, exact)
 
 
+def test_crossed_effects_start_at_the_posterior_of_data_of_any_size():
+    def gap(guide, shape):
+        rows, columns = shape
+        y = torch.randn(rows, 1) + torch.randn(1, columns) + 0.5 * torch.randn(shape)
+        return expected_loss(crossed, guide, (y,), repeats=2)[0] + log_evidence(crossed, y)
+
+    guide = auto_faithful_guide(crossed, torch.zeros(20, 30), pool="deepset", family="normal")
+    for shape in (
+        (20, 30),
+        (10, 4),
+        (3, 7),
+        (2, 2),
+    ):  # sizes but the first are learned from a part of each draw
+        assert sum(gap(guide, shape) for _ in range(5)) / 5 < 0.1
+
+
 REGRESSIONS = {
     "rates": (2.5, lambda: dist.HalfNormal(1.0), False),
     "heavy tail": (2.5, lambda: dist.HalfCauchy(2.5), False),

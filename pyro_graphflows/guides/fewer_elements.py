@@ -16,6 +16,7 @@ factor says what the data alone say, so that W and c have the same meaning at al
 proportional to degrees of freedom, also beyond those of set-up.
 """
 
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ LEAST_GAIN = 2e-3  # nats
 LARGEST = 20.0  # logarithm of a scale, in standardised units
 RIDGE = 1e-4
 STEPS = 100
+NUM_OWN = 4  # columns beside the features: location, value, location and log-scale of the prior
 
 
 def fewer_of(name: str) -> str:
@@ -111,36 +113,49 @@ def fit_sizes(
     rows = rows[near][:MOST_ROWS]
     number, of_sizes = joint.shape[-1], features[0].shape[-1]
     varying = rows[:, :number].std(0) > 1e-6 if len(rows) > 1 else torch.zeros(number, dtype=torch.bool)
-    at = varying.nonzero()[:, 0]
-    moves = (at < of_sizes).to(rows)  # variances do not move locations, which follow them already
-    if len(rows) < HELD_OUT * (2 * len(at) + 2) or not len(at):
+    every = varying.nonzero()[:, 0]
+    test = torch.arange(len(rows), device=rows.device) % HELD_OUT == 0
+    slopes = rows.new_zeros(2, number + 1)
+    least = float(_loss(rows[test], slopes, log_width, of_sizes)) if len(rows) else math.inf
+    found = None
+    # first without variances: where they only fit noise they are far off at other sizes
+    for at in (every[every < of_sizes], every):
+        if not len(at) or len(rows) < HELD_OUT * (2 * len(at) + 2):
+            continue
+        slopes = _fitted(rows[~test], at, log_width, of_sizes)
+        loss = float(_loss(rows[test], slopes, log_width, of_sizes))
+        if loss < least - LEAST_GAIN:
+            least, found = loss, slopes
+    if found is None:
         return None
-    held_out = torch.arange(len(rows), device=rows.device) % HELD_OUT == 0
-    slopes = rows.new_zeros(2, len(at) + 1).requires_grad_()
+    return SizeSlopes(found[0, :of_sizes], found[1, :-1], float(found[1, -1]))
 
-    def loss(some: Tensor, at_slopes: Tensor) -> Tensor:
-        z, (loc, value, prior_loc, prior_log_scale) = some[:, at], some[:, number:].unbind(-1)
-        width = (log_width + at_slopes[1, -1] + z @ at_slopes[1, :-1]).clamp(-LARGEST, LARGEST)
-        mean, log_scale = fuse(prior_loc, prior_log_scale, loc + z @ (moves * at_slopes[0, :-1]), width)
-        off = ((value - mean) * torch.exp(-log_scale)).square()
-        robust = torch.where(off > 25.0, 10.0 * off.clamp(min=1.0).sqrt() - 25.0, off)  # Huber's, beyond 5
-        return (log_scale + 0.5 * robust).mean()
 
-    fitted = rows[~held_out]
+def _fitted(rows: Tensor, at: Tensor, log_width: float, of_sizes: int) -> Tensor:
+    """Return slopes of the location and of the logarithm of the scale, by some features; the last entry is constant."""
+    zero = rows.new_zeros(2, rows.shape[-1] - NUM_OWN + 1)
+    places = torch.cat([at, at.new_tensor([zero.shape[-1] - 1])])
+    slopes = rows.new_zeros(2, len(places)).requires_grad_()
+    moves = torch.stack([places < of_sizes, places >= 0]).to(rows)  # locations follow variances already
     with torch.enable_grad():
         optimizer = torch.optim.LBFGS([slopes], max_iter=STEPS, line_search_fn="strong_wolfe")
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            value = loss(fitted, slopes) + RIDGE * slopes.square().sum()
+            placed = zero.index_add(1, places, moves * slopes)
+            value = _loss(rows, placed, log_width, of_sizes) + RIDGE * slopes.square().sum()
             value.backward()
             return value
 
         optimizer.step(closure)
-    best = slopes.detach()
-    test = rows[held_out]
-    if not bool(loss(test, best) < loss(test, torch.zeros_like(best)) - LEAST_GAIN):
-        return None
-    full = rows.new_zeros(2, number)
-    full[:, at] = best[:, :-1]
-    return SizeSlopes(full[0, :of_sizes], full[1], float(best[1, -1]))
+    return zero.index_add(1, places, moves * slopes.detach())
+
+
+def _loss(rows: Tensor, slopes: Tensor, log_width: float, of_sizes: int) -> Tensor:
+    """Return the mean of -log q of the factor beside the prior, but for a constant; beyond 5 scales Huber's loss."""
+    z, (loc, value, prior_loc, prior_log_scale) = rows[:, :-NUM_OWN], rows[:, -NUM_OWN:].unbind(-1)
+    width = (log_width + slopes[1, -1] + z @ slopes[1, :-1]).clamp(-LARGEST, LARGEST)
+    mean, log_scale = fuse(prior_loc, prior_log_scale, loc + z @ slopes[0, :-1], width)
+    off = ((value - mean) * torch.exp(-log_scale)).square()
+    robust = torch.where(off > 25.0, 10.0 * off.clamp(min=1.0).sqrt() - 25.0, off)
+    return (log_scale + 0.5 * robust).mean()
