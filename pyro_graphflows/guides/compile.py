@@ -114,7 +114,11 @@ FAMILIES: Mapping[str, type[Auto] | type[Normal] | type[Spline] | type[Flow]] = 
 
 POOLINGS: Mapping[str, type[DeepSet]] = {"deepset": DeepSet, "attention": Attention}
 EXACT_KL = (NormalFactor, ElementNormalFactor)  # factors for which a KL is registered, before any bijection
-BY_SITE = {"factors": "Factor or family", "init_values": "value", "embedding": "nn.Module or 'auto'"}
+BY_SITE = {
+    "factors": "Factor or family",
+    "init_values": "value",
+    "embedding": "nn.Module, 'auto' or 'linear'",
+}
 INITS = ("auto", "regression", "mode", "prior", "random")
 SCORE_DRAWS = 1000  # joint samples whose means are the reference values of scores
 MOST_VALUES_TRIED = 32  # of a discrete site, to see whether supports of others change with it
@@ -195,9 +199,9 @@ class GuideOptions:
         if self.num_start_samples < 1:
             raise GraphflowsError(f"Expected num_start_samples >= 1; got {self.num_start_samples}.")
         for name, network in self.embedding.items():
-            if not isinstance(network, nn.Module) and network != "auto":
+            if not isinstance(network, nn.Module) and network not in ("auto", "linear"):
                 raise GraphflowsError(
-                    f"Expected embedding={{site: nn.Module or 'auto'}}; got {network!r} for {name!r}."
+                    f"Expected embedding={{site: nn.Module, 'auto' or 'linear'}}; got {network!r} for {name!r}."
                 )
         if self.features not in ("raw", "score", "auto"):
             raise GraphflowsError(f"Expected features='raw', 'score' or 'auto'; got {self.features!r}.")

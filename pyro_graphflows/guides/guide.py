@@ -1126,7 +1126,8 @@ def auto_faithful_guide(
             the model has one (:mod:`~pyro_graphflows.guides.scores`); ``"auto"``, the same where a regression on
             held-out joint samples gains by it.
         embedding: For wide data, by name, a network from ``(*batch, columns)`` to ``(*batch, features)`` that sites
-            read in their place, beside linear estimates of the latents; ``"auto"`` for a default one
+            read in their place, beside linear estimates of the latents; ``"auto"`` for a default one, ``"linear"`` for
+            the estimates alone, which overfit least where simulations are few
             (:mod:`~pyro_graphflows.guides.conditionals.embedding`).
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
             that returns plates that exist already, for subsampling.
