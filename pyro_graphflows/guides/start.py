@@ -47,10 +47,9 @@ from pyro_graphflows.guides.conditionals.contract import Conditionals, LinearCon
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
 from pyro_graphflows.guides.fewer_elements import fewer_of
 from pyro_graphflows.guides.fused_rows import FusedRows, standardised, with_priors
-from pyro_graphflows.guides.inputs import MOST_INDICES
 from pyro_graphflows.guides.joint_factors import JointRows, fit_jointly_
 from pyro_graphflows.guides.mode import nesting_of
-from pyro_graphflows.guides.plan import Plan
+from pyro_graphflows.guides.plan import MOST_INDICES, Plan
 from pyro_graphflows.guides.samples import ModelDraws, Samples, columns_of
 from pyro_graphflows.guides.sites import LatentSite, concatenate
 from pyro_graphflows.infer.enumeration import enumerated, summed_log_density

@@ -74,14 +74,15 @@ def train(task: Task, family: str, simulations: int, seed: int, path: Path) -> d
     """Train a guide by simulation alone and save it; return what is to be kept of the run."""
     pyro.clear_param_store()
     begin = time.process_time()
+    scores = family.endswith(" score")
     guide = auto_faithful_guide(
         *(task.model, task.observation(1)),
         family=FAMILIES[family.removesuffix(" score")](),
-        features="score" if family.endswith(" score") else "raw",
+        features="score" if scores else "raw",
         init="regression",  # the guide is for all data that the model simulates
         num_start_samples=simulations // SET_UP,
         setup_seed=seed,
-        **task.guide_options,
+        **{**task.guide_options, **({} if scores else task.data_options)},
     )
     history = fit(
         *(task.model, guide, task.observation(1)),

@@ -17,7 +17,7 @@ import csv
 import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,6 +41,7 @@ class Task:
         columns: From draws by site, ``(n, ...)`` each, to the columns of the reference draws, ``(n, dim)``.
         shape: The shape in which the model takes an observation.
         guide_options: Options of the guide that its structure asks for.
+        data_options: Further ones of guides that read the data themselves and not scores.
         raw: Whether the observation is the raw one of its folder.
     """
 
@@ -50,6 +51,7 @@ class Task:
     shape: tuple[int, ...]
     guide_options: Mapping[str, Any]
     raw: bool = False
+    data_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -261,6 +263,10 @@ TASKS = {
         Task("two_moons", two_moons, _stacked(2), (2,), {}),
         Task("slcp", slcp, _stacked(5), (4, 2), {"pool": "deepset"}),
         Task("bernoulli_glm", bernoulli_glm, _vector, (10,), {}),
-        Task("bernoulli_glm_raw", bernoulli_glm_raw, _vector, (100,), {}, raw=True),
+        Task(
+            *("bernoulli_glm_raw", bernoulli_glm_raw, _vector, (100,), {}),
+            raw=True,
+            data_options={"embedding": {"x": "linear"}},
+        ),
     )
 }

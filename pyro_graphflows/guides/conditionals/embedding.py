@@ -1,10 +1,17 @@
 r"""An embedding of wide data: a network from a site's values to a few features that the guide reads in their place.
 
-The features are of two kinds. *Linear estimates* of the latent sites that read the data, by ridge regression on the
-model's joint samples, are constants: the regression start rests on them, and loses nothing in linear-Gaussian models,
-where they are sufficient. *Learned* features come from a network, of the user's or a default one. A network of the
-user's sees the standardised columns in their order; the default one sees them whitened (principal components in units
-of their spread), so that what varies little counts as much as what varies a lot.
+The features are of two kinds. *Linear estimates* of the latent sites that read the data, found from the model's joint
+samples, are constants: the regression start rests on them, and loses nothing in linear-Gaussian models, where they are
+sufficient. *Learned* features come from a network, of the user's or a default one, or there are none (``"linear"``). A
+network of the user's sees the standardised columns in their order; the default one sees them whitened (principal
+components in units of their spread), so that what varies little counts as much as what varies a lot.
+
+There are two ways to linear estimates. A regression of the latents on all columns at once is best whatever the columns'
+dependence is, but has as many coefficients for a latent as there are columns. The other way takes the columns as
+independent given the latents and regresses each one on them: the coefficients are as few as the latents, so that a
+thousand samples find them for any number of columns, and each column counts by the noise about its own mean, as in the
+score of a generalised linear model, whatever the dependence that a curved mean brings. It is taken unless the other
+predicts held-out latents clearly better.
 
 The data stay the only input: whoever reads an embedding read all of the site before.
 """
@@ -28,6 +35,8 @@ WIDTH, LAYERS, FEATURES = 128, 2, 32  # of the default network
 LEAST_SPREAD = 1e-3  # of a principal component, in units of the mean variance: below it counts as so much
 RIDGES = (1e-4, 1e-2, 1.0)  # times the number of rows
 HELD_OUT = 5  # one in so many rows chooses among them
+LEAST_VARIANCE = 1e-6  # of a column given the latents, in units of its own
+TIE = 1.1  # of mean squares: up to it the estimates column by column are taken
 
 
 def default_network(size: int) -> nn.Sequential:
@@ -43,6 +52,67 @@ def default_network(size: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(WIDTH, FEATURES))
 
 
+class _Nothing(nn.Module):
+    """The network of no features."""
+
+    def forward(self, columns: Tensor) -> Tensor:
+        return columns[..., :0]
+
+
+def _solved(inputs: Tensor, targets: Tensor, ridge: float) -> Tensor:
+    """Return the ridge regression of targets on inputs, ``(inputs, targets)``."""
+    eye = torch.eye(inputs.shape[-1], dtype=inputs.dtype, device=inputs.device)
+    return torch.linalg.solve(inputs.mT @ inputs + ridge * len(inputs) * eye, inputs.mT @ targets)
+
+
+def _best_ridge(inputs: Tensor, targets: Tensor, test: Tensor) -> tuple[float, Tensor]:
+    """Return the ridge that predicts the rows of a test best from the others, and its mean squares for each target."""
+    found = []
+    for ridge in RIDGES:
+        misfit = targets[test] - inputs[test] @ _solved(inputs[~test], targets[~test], ridge)
+        found.append((ridge, misfit.square().mean(0)))
+    return min(found, key=lambda each: float(each[1].mean()))
+
+
+def _by_column(slopes: Tensor, variances: Tensor, covariance: Tensor) -> Tensor:
+    r"""Return posterior means as if columns were normal, linear in the latents and independent given them.
+
+    With slopes :math:`A`, variances :math:`R` of the columns given the latents and the covariance :math:`C` of these,
+    they are :math:`(C^{-1} + A R^{-1} A^T)^{-1} A R^{-1} x`.
+
+    Args:
+        slopes: ``(latents, columns)``.
+        variances: ``(columns,)``.
+        covariance: ``(latents, latents)``.
+
+    Shape:
+        - Output: ``(columns, latents)``.
+    """
+    weights = slopes / variances.clamp(min=LEAST_VARIANCE)
+    eye = torch.eye(len(covariance), dtype=slopes.dtype, device=slopes.device)
+    return torch.linalg.solve(
+        eye + covariance @ weights @ slopes.mT, covariance @ weights
+    ).mT  # C may be singular
+
+
+def linear_estimates(columns: Tensor, latents: Tensor) -> Tensor:
+    """Return linear estimates of latents, ``(columns, latents)``; which of the two is said above.
+
+    Args:
+        columns: Standardised columns in rows, ``(n, columns)``.
+        latents: Standardised latents in rows, ``(n, latents)``.
+    """
+    test = torch.arange(len(columns), device=columns.device) % HELD_OUT == 0
+    ridge, misfits = _best_ridge(columns, latents, test)
+    other, variances = _best_ridge(latents, columns, test)
+    covariance = latents.mT @ latents / len(latents)
+    tried = _by_column(_solved(latents[~test], columns[~test], other), variances, covariance)
+    of_tried = (latents[test] - columns[test] @ tried).square().mean()
+    if bool(of_tried <= TIE * misfits.mean()):
+        return _by_column(_solved(latents, columns, other), variances, covariance)
+    return _solved(columns, latents, ridge)
+
+
 class Embedding(nn.Module):
     """Linear estimates and learned features of one node.
 
@@ -50,7 +120,7 @@ class Embedding(nn.Module):
         member: The node.
         feature_map: The map from its values to standardised columns.
         network: A network from the columns, ``(*batch, size)``, to features, ``(*batch, any number)``; ``"auto"`` for
-            the default one.
+            the default one, ``"linear"`` for none.
         num_estimates: The number of linear estimates.
 
     Raises:
@@ -67,8 +137,11 @@ class Embedding(nn.Module):
         super().__init__()
         self.members = (member,)
         self.maps = nn.ModuleList([feature_map])
-        self.is_default = isinstance(network, str)
-        self.network = network if isinstance(network, nn.Module) else default_network(member.size)
+        self.named = network if isinstance(network, str) else None
+        self.is_default = network == "auto"
+        if isinstance(network, str):
+            network = default_network(member.size) if self.is_default else _Nothing()
+        self.network = network
         self.register_buffer("whitener", torch.eye(member.size) if self.is_default else torch.zeros(0, 0))
         self.register_buffer("estimates", torch.zeros(member.size, num_estimates))
         like = next((p for p in self.network.parameters()), self.estimates)
@@ -83,18 +156,26 @@ class Embedding(nn.Module):
         Raises:
             GraphflowsError: If the network is one of the user's.
         """
-        if not self.is_default:
+        if self.named is None:
             raise GraphflowsError(
-                f"Expected embedding='auto' in a guide that is saved to a file; that of {self.members[0].name!r} is a "
-                f"{type(self.network).__name__}, whose code a file cannot hold. Keep guide.state_dict(), or pickle it."
+                "Expected embedding='auto' or 'linear' in a guide that is saved to a file; that of "
+                f"{self.members[0].name!r} is a {type(self.network).__name__}, whose code a file cannot hold. Keep "
+                "guide.state_dict(), or pickle it."
             )
         kinds = tuple(self.maps[0].kinds)  # type: ignore[arg-type]
-        return {"member": self.members[0], "map": kinds, "num_estimates": self.estimates.shape[-1]}
+        return {
+            "member": self.members[0],
+            "map": kinds,
+            "network": self.named,
+            "num_estimates": self.estimates.shape[-1],
+        }
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> "Embedding":
         """Return an embedding of the same form, for a state that is loaded."""
-        return cls(plain["member"], FeatureMap.of_kinds(plain["map"]), "auto", plain["num_estimates"])
+        return cls(
+            plain["member"], FeatureMap.of_kinds(plain["map"]), plain["network"], plain["num_estimates"]
+        )
 
     @torch.no_grad()
     def fit_(self, values: Tensor, targets: Tensor) -> None:
@@ -113,17 +194,7 @@ class Embedding(nn.Module):
             least = LEAST_SPREAD * float(spread.mean()) + 1e-12
             self.whitener.copy_(axes / spread.clamp(min=least).sqrt())
         shift, scale = location_and_scale(y)
-        y = (y - shift) / scale
-        test = torch.arange(len(x)) % HELD_OUT == 0
-        eye = torch.eye(x.shape[-1], dtype=x.dtype)
-
-        def solved(rows: Tensor, ridge: float) -> Tensor:
-            here = x[rows]
-            return torch.linalg.solve(here.mT @ here + ridge * len(here) * eye, here.mT @ y[rows])
-
-        losses = [float((y[test] - x[test] @ solved(~test, ridge)).square().mean()) for ridge in RIDGES]
-        best = RIDGES[losses.index(min(losses))]
-        self.estimates.copy_(solved(torch.ones_like(test), best))
+        self.estimates.copy_(linear_estimates(x, (y - shift) / scale))
 
     def forward(
         self,
