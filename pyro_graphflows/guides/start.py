@@ -356,7 +356,7 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
                 notes += [_on_maps(site, own_maps[site], plan.at_rows[site]) for site in mapped]
                 if plan.coupled:
                     shares = _start_jointly_(block, samples, context, of_sites)
-                    beside = FusedRows.of_sites(plan.coupled, of_sites)
+                    beside = FusedRows.of_sites(tuple(plan.coupled), of_sites)
                     priors = {s: (prior, beside.in_coordinate(s)) for s, prior in beside.priors.items()}
                     conditionals.start_couplings_(samples.plates, context, of_sites, shares, priors)
             notes += [] if kept or note is None else [note]
