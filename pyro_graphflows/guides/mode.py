@@ -59,7 +59,7 @@ from pyro_graphflows.guides.minimize import (
 )
 from pyro_graphflows.guides.sites import is_constant, is_moderate
 from pyro_graphflows.infer.enumeration import enumerated, summed_log_density
-from pyro_graphflows.inspect import TracedModel, undressed
+from pyro_graphflows.inspect import TracedModel, seed_random_state, undressed
 from pyro_graphflows.inspect.arguments import argument_leaves, replaced_arguments
 from pyro_graphflows.inspect.prior import SECONDS_WITHOUT_A_BAR, UNCONSTRAINED, unconstrained_of
 from pyro_graphflows.inspect.runs import kept_buffers
@@ -562,7 +562,7 @@ def find_mode(
 ) -> Mode:
     """Search for a normal approximation of all latent sites given the data of a call.
 
-    The random state is used and advanced.
+    The random state is used and advanced, by as much whatever the search takes.
 
     Args:
         model: The model.
@@ -583,7 +583,9 @@ def find_mode(
         desc="place of the posterior", unit=" evaluations", leave=False, delay=SECONDS_WITHOUT_A_BAR
     ) as bar:
         posterior.count = bar.update
+        seed = int(torch.randint(2**31, ()))
         found = _search(posterior, traced)
+        seed_random_state(seed)
     posterior.count = found.posterior.count = _nothing
     return found
 
@@ -598,17 +600,23 @@ def _search(posterior: LogPosterior, traced: TracedModel) -> Mode:
     def negative(point: Tensor) -> Tensor:
         return -posterior(point)
 
-    start = SPREAD * torch.randn(size, dtype=torch.float64)
+    # a generator of its own: some models draw at each run, and how often they run depends on time
+    generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    start = SPREAD * normal(size)
     for _ in range(10):
         if bool(torch.isfinite(loss_and_gradient(negative, start)[0])):
             break
-        start = torch.randn(size, dtype=torch.float64)
+        start = normal(size)
     else:
         raise UnsupportedModelError("the model's density is not finite at any point that was tried.")
     laplace = _laplace(posterior, start)
     if laplace is None:
         raise UnsupportedModelError("the curvature at the mode is not finite.")
-    noise = torch.randn(NUM_DRAWS, size, dtype=torch.float64)
+    noise = normal(NUM_DRAWS, size)
     noise = torch.cat([noise, -noise])
     if not posterior.takes_many(noise):
         return laplace
@@ -619,7 +627,7 @@ def _search(posterior: LogPosterior, traced: TracedModel) -> Mode:
     if abs(laplace.elbo(noise) - laplace.log_evidence) < CLOSE and laplace.gap(noise) < CLOSE:
         return laplace
     found = [laplace, *_variational(posterior, (start,) if is_slow else (laplace.point, start))]
-    noise = torch.randn(NUM_JUDGING, size, dtype=torch.float64)
+    noise = normal(NUM_JUDGING, size)
     best = _best(found, noise)
     if is_slow:
         return _best([best, _fitted(best, noise, 1)], noise)
