@@ -21,8 +21,8 @@ from pyro_graphflows.guides.sites import (
     is_identity,
     is_moderate,
     latent_sites,
-    site_prior,
     partly_observed,
+    site_prior,
 )
 from pyro_graphflows.inspect import trace_model
 from pyro_graphflows.regression import location_and_scale
