@@ -72,6 +72,33 @@ def test_public_names_have_docstrings():
                 assert (inspect.getdoc(value) or "").strip(), f"{package}.{name}"
 
 
+def leads_somewhere(reference):
+    """Whether a dotted name is a module of the package, or something in one."""
+    names = reference.split(".")
+    value = pyro_graphflows
+    for place, name in enumerate(names[1:], 2):
+        if not hasattr(value, name) and not inspect.ismodule(value):
+            return False
+        try:
+            value = getattr(value, name, None) or importlib.import_module(".".join(names[:place]))
+        except ModuleNotFoundError:
+            return False
+    return True
+
+
+def test_references_between_docstrings_lead_somewhere():
+    assert not leads_somewhere("pyro_graphflows.guides.nowhere")
+    assert not leads_somewhere("pyro_graphflows.guides.AutoFaithfulGuide.nothing")
+    package = Path(pyro_graphflows.__file__).parent
+    found = {
+        reference
+        for path in package.rglob("*.py")
+        for reference in re.findall(r":\w+:`~?(pyro_graphflows[\w.]*)`", path.read_text())
+    }
+    assert len(found) > 100
+    assert sorted(reference for reference in found if not leads_somewhere(reference)) == []
+
+
 def entries(page):
     """Return the pages that the tables of contents of a page name."""
     found = set()

@@ -15,6 +15,7 @@ from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides import DeepSet, Factor, Flow, Normal, NormalFactor, Spline, auto_faithful_guide
 from pyro_graphflows.guides.compile import GuideOptions, compile_guide
 from pyro_graphflows.guides.conditionals.contract import SiteRole
+from pyro_graphflows.guides.description import describe
 from pyro_graphflows.guides.sites import LatentSite
 from pyro_graphflows.inspect import trace_model
 
@@ -158,7 +159,7 @@ def test_a_plan_is_complete_and_the_same_each_time(case):
     with pyro.poutine.seed(rng_seed=5):
         again = compiled_of(*CASES[case])
     assert again.plan == plan
-    assert again.plan.describe() == plan.describe()
+    assert describe(again.plan) == describe(plan)
     assert again.families == compiled.families
     assert again.element_parents == compiled.element_parents
     sampled = [site for block in plan.blocks for site in block.sites]
@@ -175,7 +176,7 @@ def test_a_plan_is_complete_and_the_same_each_time(case):
         assert {node.name for node in block.context if node.summary is None} <= before | set(
             compiled.reader.observed + compiled.reader.inputs
         )
-    words = plan.describe()
+    words = describe(plan)
     assert all(f": {site} | " in words for site in latent)
 
 
@@ -197,7 +198,7 @@ def test_what_the_plan_of_a_case_says():
     assert set(compiled_of(*CASES["coupled"]).plan.inputs.coupled) == {"z"}
     per_element = compiled_of(*CASES["per-element"]).plan
     assert per_element.inputs.per_element == {"mu"}
-    assert "pool='deepset' amortises them" in per_element.describe()
+    assert "pool='deepset' amortises them" in describe(per_element)
     assert compiled_of(*CASES["pooled"]).plan.hints == ()
 
 

@@ -12,7 +12,8 @@ from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
 from pyro_graphflows.guides import Flow, auto_faithful_guide
-from pyro_graphflows.guides.conditionals.coupled import CoupledNormal, pairs_start
+from pyro_graphflows.guides.conditionals.coupled import CoupledNormal, factor_pairs_start, pairs_start
+from pyro_graphflows.guides.fused_rows import fit_factor
 from pyro_graphflows.guides.sites import SitePrior
 
 FEW = {"init": "random", "num_start_samples": 500}
@@ -433,3 +434,56 @@ def test_pairs_of_draws():
     few, widths = pairs_start(3.0 * torch.randn(40, 30))
     assert torch.tril(few, -1).abs().max() < 1e-4
     assert widths.exp().mean() == pytest.approx(3.0, abs=0.2)
+
+
+def test_pairs_of_draws_beside_priors():
+    draws, number = 4000, 4
+    root = torch.randn(number, number) + torch.eye(number)
+    scale = torch.linalg.cholesky(0.3 * root @ root.mT + 0.1 * torch.eye(number))
+    diagonal = scale.diagonal()
+    data = torch.randn(number, 1)
+    # draws of the posterior of these data, beside priors of different widths
+    prior = SitePrior(torch.zeros(draws, number, 1), 0.5 * torch.randn(draws, 1, 1).expand(-1, number, 1))
+
+    def conditional(locs, widths, mixing):
+        each = widths.reshape(number, 1, 1).expand(draws, number, 1, 1)
+        return CoupledNormal(locs.expand(draws, number, 1), each, mixing, (-1,)).beside(prior)
+
+    exact = conditional(data, diagonal, scale / diagonal[:, None])
+    values = exact.rsample()
+    fits = [
+        fit_factor(torch.zeros(draws, 1), values[:, n], prior.map(lambda each, n=n: each[:, n])).linear
+        for n in range(number)
+    ]
+    locs = torch.stack([fit.loc for fit in fits])
+    widths = torch.stack([fit.scale_tril.reshape(()) for fit in fits])
+    alone = conditional(locs, widths, torch.eye(number))
+    joint = factor_pairs_start(alone, values, prior)
+    found = conditional(locs + joint.shift[:, None], widths * joint.log_scales.exp(), joint.mixing)
+
+    def gap(each):
+        return float((exact.log_prob(values) - each.log_prob(values)).sum(-1).mean())
+
+    assert gap(alone) > 0.2
+    assert gap(found) < 0.05
+
+
+def test_effects_with_a_parameter_for_each_pair_are_as_narrow_as_their_scale():
+    def model(y):
+        scales = [pyro.sample(name, dist.HalfNormal(1.0)) for name in ("su", "sv")]
+        rows, columns = pyro.plate("a", len(y), dim=-2), pyro.plate("b", y.shape[1], dim=-1)
+        with rows:
+            u = pyro.sample("u", dist.Normal(0.0, scales[0]))
+        with columns:
+            v = pyro.sample("v", dist.Normal(0.0, scales[1]))
+        with rows, columns:
+            pyro.sample("y", dist.Normal(u + v, 0.5), obs=y)
+
+    y = 0.5 * torch.randn(8, 1) + 0.1 * torch.randn(8, 6) + 0.5 * torch.randn(8, 6)
+    guide = auto_faithful_guide(model, y, family="normal")
+    assert "a normal with a parameter for each pair" in guide.describe()
+    narrow = {"su": torch.tensor(0.01), "sv": torch.tensor(0.01)}
+    with torch.no_grad(), pyro.plate("draws", 200, dim=-3):
+        draws = poutine.condition(guide, narrow)(y)
+    for site in ("u", "v"):
+        assert float(draws[site].std(0).max()) < 0.02

@@ -233,7 +233,8 @@ def test_the_forward_loss_of_the_exact_posterior_is_its_entropy():
 
 @pytest.mark.slow
 def test_inference_compilation_amortises_over_data_sets_of_any_size():
-    guide = auto_faithful_guide(mean_model, torch.randn(8), pool=DeepSet(4, (8,)), num_start_samples=2000)
+    summaries = {"family": "normal", "pool": DeepSet(4, (8,), sums=False), "num_start_samples": 2000}
+    guide = auto_faithful_guide(mean_model, torch.randn(8), **summaries)
     sizes = (2, 8, 32)
     tests = {n: [torch.randn(n) + 2 * torch.randn(()) for _ in range(20)] for n in sizes}
 

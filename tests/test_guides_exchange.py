@@ -15,7 +15,7 @@ from pyro_graphflows.graphs.inversion import faithful_inverse, mean_field_invers
 from pyro_graphflows.graphs.structures import ModelGraph
 from pyro_graphflows.guides import auto_faithful_guide
 from pyro_graphflows.guides.conditionals.contract import LinearConditional
-from pyro_graphflows.guides.inputs import sites_concerned
+from pyro_graphflows.guides.plan import sites_concerned
 
 SIGMA = torch.linspace(0.3, 5.0, 8)
 

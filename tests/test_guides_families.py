@@ -16,7 +16,7 @@ import pyro_graphflows
 from pyro_graphflows import auto_faithful_guide, log_evidence
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides import AutoFaithfulGuide, Factor, Flow, Normal, NormalFactor, Spline
-from pyro_graphflows.guides.families import FAMILIES, make_family
+from pyro_graphflows.guides.compile import FAMILIES, make_family
 from pyro_graphflows.testing import check_family
 
 

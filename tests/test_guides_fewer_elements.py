@@ -11,7 +11,7 @@ from pyro import poutine
 from pyro_graphflows import auto_faithful_guide, get_model_graph
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.fewer_elements import fit_sizes, some_elements
-from pyro_graphflows.guides.inputs import Summary
+from pyro_graphflows.guides.plan import Summary
 from pyro_graphflows.guides.sites import SitePrior
 from pyro_graphflows.inspect import sample_prior
 

@@ -10,6 +10,7 @@ from pyro.distributions import constraints
 from torch.distributions import Normal
 
 from pyro_graphflows.errors import UnsupportedModelError
+from pyro_graphflows.guides import mode as mode_module
 from pyro_graphflows.guides.mode import SINGLE_RUNS, LogPosterior, find_mode
 from pyro_graphflows.inspect import trace_model
 
@@ -326,3 +327,22 @@ def test_a_model_that_mixes_the_draws_of_a_batch_is_asked_for_few_at_once():
     values = mode.draw(1000)
     assert values["cell"].shape == (SINGLE_RUNS, 3)  # one by one
     assert max(sizes) < 3 * 100**2
+
+
+def test_how_long_a_search_may_take_changes_no_draws(monkeypatch):
+    def model(y):
+        torch.randn(3)  # as a network does that is made in the model
+        loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+        scale = pyro.sample("scale", dist.HalfNormal(10.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(loc, scale), obs=y)
+
+    def draws(seconds):
+        pyro.set_rng_seed(0)
+        monkeypatch.setattr(mode_module, "SECONDS_OF_RESTARTS", seconds)
+        found = mode_of(model, y)
+        return found.point, found.draw(3)["loc"]
+
+    y = 3.0 + torch.randn(20)
+    for one, other in zip(draws(0.0), draws(10.0), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.distributions import constraints
 
-from pyro_graphflows.errors import UnsupportedModelError
+from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides.sites import (
     DiscreteEncoding,
     FeatureMap,
@@ -22,6 +22,7 @@ from pyro_graphflows.guides.sites import (
     is_moderate,
     latent_sites,
     partly_observed,
+    site_prior,
 )
 from pyro_graphflows.inspect import trace_model
 from pyro_graphflows.regression import location_and_scale
@@ -470,3 +471,12 @@ def test_whether_a_prior_is_moderate_does_not_depend_on_its_type(dtype):
     assert not is_moderate(dist.Gamma(small, small))
     assert is_moderate(dist.Gamma(one, one))
     assert is_moderate(dist.HalfCauchy(one))
+
+
+@pytest.mark.parametrize("rate", [torch.ones(()), torch.ones(2), torch.ones(5, 1), torch.ones(5, 2)])
+def test_a_vector_with_a_parameter_out_of_range_is_refused_and_others_are_not(rate):
+    site = latent_sites(traced_of(model_of(z=dist.Gamma(torch.ones(5, 2), 1.0).to_event(1))))["z"]
+    assert site_prior(site, dist.Gamma(torch.ones(5, 2), rate).to_event(1)).standard
+    bad = dist.Gamma(torch.ones(5, 2), 0.0 * rate, validate_args=False)
+    with pytest.raises(GraphflowsError, match="of 10 elements"):
+        site_prior(site, bad.to_event(1))

@@ -12,7 +12,7 @@ from training_paths import check_losses, training
 
 from pyro_graphflows import auto_faithful_guide
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.guides import Flow, Normal, Spline, inputs
+from pyro_graphflows.guides import Flow, Normal, Spline, plan
 from pyro_graphflows.guides.fused_rows import fit_factor
 from pyro_graphflows.guides.sites import SitePrior
 from pyro_graphflows.guides.start import Judge
@@ -316,7 +316,7 @@ def test_maps_of_elements_do_not_rest_on_learned_features(monkeypatch):
         with items, persons:
             pyro.sample("y", dist.Bernoulli(logits=ability - level), obs=y)
 
-    monkeypatch.setattr(inputs, "MOST_ONE_BY_ONE", 2)  # pooled from three numbers on
+    monkeypatch.setattr(plan, "MOST_ONE_BY_ONE", 2)  # pooled from three numbers on
     y = (torch.randn(8) > torch.randn(3, 1)).float()
     guide = auto_faithful_guide(crossed, y)
     assert "the start is 'mode'" in guide.describe(verbose=True)

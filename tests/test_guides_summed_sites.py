@@ -1,7 +1,7 @@
 """Which sites may have one factor for each element of a plate."""
 
 from pyro_graphflows.graphs import InverseGraph, ModelGraph
-from pyro_graphflows.guides.inputs import InputPlan, Summary
+from pyro_graphflows.guides.plan import InputPlan, Summary
 from pyro_graphflows.guides.summed_sites import sites_to_sum
 
 PLATES = {"theta": ["groups"], "x": ["groups", "data"]}

@@ -482,6 +482,7 @@ class SiteElimination:
     def __init__(self, graph: ModelGraph) -> None:
         self.graph = graph
         self.expansion = expand(graph)
+        self.has_plates = any(len(copies) > 1 for copies in self.expansion.copies)
         names = graph.nodes
         latent = set(graph.latent)
         self.latent = [i for i, name in enumerate(names) if name in latent]
@@ -576,7 +577,7 @@ class SiteElimination:
     def _take(self, eliminator: Eliminator, site: int) -> tuple[list[int], tuple[str, ...]]:
         """Eliminate all copies of a site; return the sites around them and the plates that couple them."""
         copies = self.expansion.copies[site]
-        if len(copies) == 1 and len(self.expansion) == len(self.graph):
+        if not self.has_plates:
             parents = indices(eliminator.neighbours(copies[0]))
             eliminator.remove(copies[0])
             return parents, ()

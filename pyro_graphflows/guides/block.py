@@ -44,8 +44,7 @@ from pyro_graphflows.guides.conditionals.pooling import (
 from pyro_graphflows.guides.conditionals.pooling import Pool as PlainPool
 from pyro_graphflows.guides.conditionals.summed import ElementFactors, ElementForm
 from pyro_graphflows.guides.fewer_elements import fewer_of, some_elements
-from pyro_graphflows.guides.inputs import Summary
-from pyro_graphflows.guides.plan import BlockPlan
+from pyro_graphflows.guides.plan import BlockPlan, Summary
 from pyro_graphflows.guides.samples import Samples, columns_of, evidence_of, side_by_side, with_depth
 from pyro_graphflows.guides.sites import (
     REMEDIES_OF_NAN,

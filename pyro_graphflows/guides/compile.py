@@ -29,12 +29,14 @@ from pyro_graphflows.guides.call import (
     require_tensor,
     site_mask,
 )
+from pyro_graphflows.guides.conditionals.auto import MOST_GLOBALS, Auto
 from pyro_graphflows.guides.conditionals.contract import ElementParents, Family, SiteRole
 from pyro_graphflows.guides.conditionals.factors import ElementNormalFactor, Factor, NormalFactor
+from pyro_graphflows.guides.conditionals.flow import Flow
+from pyro_graphflows.guides.conditionals.masked import Normal
 from pyro_graphflows.guides.conditionals.pooling import Attention, DeepSet
-from pyro_graphflows.guides.families import MOST_GLOBALS, Auto, Normal, Spline
+from pyro_graphflows.guides.conditionals.spline import Spline
 from pyro_graphflows.guides.fusion import Fusion, FusionQuestion, plan_fusion, sites_of_scales
-from pyro_graphflows.guides.inputs import InputOptions, InputPlan, plan_inputs, sites_concerned
 from pyro_graphflows.guides.orders import (
     MOST_EDGES_OF_HIERARCHIES,
     NAMED_INVERSES,
@@ -58,10 +60,15 @@ from pyro_graphflows.guides.orders import (
 )
 from pyro_graphflows.guides.plan import (
     BlockPlan,
+    InputOptions,
+    InputPlan,
     Plan,
+    SummedSite,
     make_blocks,
     mean_field_condition,
+    plan_inputs,
     readers_of,
+    sites_concerned,
     ways_in,
     with_embeddings,
     with_fitted_maps,
@@ -80,7 +87,7 @@ from pyro_graphflows.guides.sites import (
     latent_sites,
     outside_of_support,
 )
-from pyro_graphflows.guides.summed_sites import SummedSite, sites_to_sum
+from pyro_graphflows.guides.summed_sites import sites_to_sum
 from pyro_graphflows.guides.vectors import VectorOptions, Vectors, hold_vectors, parents_in_chain
 from pyro_graphflows.inspect import TracedModel, non_exchangeable_plates, seed_random_state, trace_model
 from pyro_graphflows.inspect.arguments import argument_leaves, is_outside, require_rereadable
@@ -96,7 +103,14 @@ from pyro_graphflows.inspect.runs import (
 )
 from pyro_graphflows.inspect.trace import Rerun, trace_once
 
-__all__ = ["Compiled", "GuideOptions", "compile_guide"]
+__all__ = ["FAMILIES", "Compiled", "GuideOptions", "compile_guide", "make_family"]
+
+FAMILIES: Mapping[str, type[Auto] | type[Normal] | type[Spline] | type[Flow]] = {
+    "auto": Auto,
+    "normal": Normal,
+    "spline": Spline,
+    "flow": Flow,
+}
 
 POOLINGS: Mapping[str, type[DeepSet]] = {"deepset": DeepSet, "attention": Attention}
 EXACT_KL = (NormalFactor, ElementNormalFactor)  # factors for which a KL is registered, before any bijection
@@ -108,6 +122,33 @@ BY_SITE = {
 INITS = ("auto", "regression", "mode", "prior", "random")
 SCORE_DRAWS = 1000  # joint samples whose means are the reference values of scores
 MOST_VALUES_TRIED = 32  # of a discrete site, to see whether supports of others change with it
+
+
+def make_family(family: str | Family | type[Factor]) -> Family:
+    """Return the family that a user asked for: an object, the name of one with its defaults, or that of a factor class.
+
+    Args:
+        family: A family, the name of one, or a subclass of :class:`~pyro_graphflows.guides.Factor`.
+
+    Raises:
+        GraphflowsError: If it is none of these. The message names those that there are.
+    """
+    if isinstance(family, Family):
+        return family
+    if isinstance(family, str) and family in FAMILIES:
+        return FAMILIES[family]()
+    if isinstance(family, type) and issubclass(family, Factor):
+        return Normal(factor=family)
+    names = ", ".join(repr(name) for name in FAMILIES)
+    hint = (
+        f" Did you mean {family.__name__}()?"
+        if isinstance(family, type) and issubclass(family, Family)
+        else ""
+    )
+    raise GraphflowsError(
+        f"Expected family= {names}, a family object ({', '.join(kind.__name__ for kind in FAMILIES.values())}) or a "
+        f"subclass of Factor; got {family!r}.{hint}"
+    )
 
 
 @dataclass(frozen=True)
@@ -341,7 +382,7 @@ def compile_guide(
         FusionQuestion(
             *(model, (args, kwargs), traced, sites, families, inverse, blocks, enumerated, excluded, indices),
             summed=summed,
-            of_any_size=inputs.coupled,
+            of_any_size=[name for name, own in inputs.coupled.items() if own.rank > 0],
         )
     )
     fused = fusion.priors.sites
@@ -976,8 +1017,8 @@ def _not_fused(
 ) -> dict[str, str]:
     """Return the sites whose factor cannot be multiplied by a prior, with the reasons."""
     reasons = dict.fromkeys(changing, "its support depends on other latent sites")
-    jointly = [name for name, own in inputs.coupled.items() if own.rank == 0 or sites[name].size > 1]
-    reasons.update(dict.fromkeys(jointly, "its copies are drawn jointly"))
+    jointly = [name for name in inputs.coupled if sites[name].size > 1]
+    reasons.update(dict.fromkeys(jointly, "its copies are vectors that are drawn jointly"))
     reasons.update(dict.fromkeys(split, "its elements have parents of their own"))
     reasons.update(dict.fromkeys(options.factor_classes(), "it has a factor of the user's"))
     family = options.family

@@ -27,7 +27,7 @@ from torch import Tensor
 from pyro_graphflows.distributions.fusion import fuse
 from pyro_graphflows.graphs.structures import ModelGraph
 from pyro_graphflows.guides.call import PlateState
-from pyro_graphflows.guides.inputs import Summary
+from pyro_graphflows.guides.plan import Summary
 from pyro_graphflows.guides.sites import SitePrior
 from pyro_graphflows.regression import WINSOR, in_float64
 

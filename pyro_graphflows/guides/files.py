@@ -30,16 +30,22 @@ from torch.distributions import constraints
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph
 from pyro_graphflows.guides.call import PlateState, SiteForm
-from pyro_graphflows.guides.compile import GuideOptions
+from pyro_graphflows.guides.compile import FAMILIES, GuideOptions
 from pyro_graphflows.guides.conditionals.contract import BlockSpec
 from pyro_graphflows.guides.conditionals.factors import DiscreteFactor, ElementNormalFactor, NormalFactor
 from pyro_graphflows.guides.conditionals.pooling import Attention, DeepSet, PoolMember
 from pyro_graphflows.guides.conditionals.summed import ElementForm
-from pyro_graphflows.guides.families import FAMILIES
-from pyro_graphflows.guides.inputs import Coupling, InputPlan, Summary
-from pyro_graphflows.guides.plan import BlockPlan, Conditioning, Plan, PriorPlan
+from pyro_graphflows.guides.plan import (
+    BlockPlan,
+    Conditioning,
+    Coupling,
+    InputPlan,
+    Plan,
+    PriorPlan,
+    Summary,
+    SummedSite,
+)
 from pyro_graphflows.guides.sites import DiscreteEncoding, InputEncodings, LatentSite
-from pyro_graphflows.guides.summed_sites import SummedSite
 from pyro_graphflows.inspect.arguments import Attribute, LoopRow, Outside, signature_of
 from pyro_graphflows.tensor_files import read_tensors, write_tensors
 from pyro_graphflows.transforms.solver import Solver

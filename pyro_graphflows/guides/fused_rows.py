@@ -488,7 +488,7 @@ class FusedRows:
             inputs: The site's inputs in the rows.
         """
         shift, scale = (part.to(inputs) for part in conditionals.fused_units(site))
-        values = self._values(site)
+        values = self.in_coordinate(site)
         prior = self.priors[site]
         if site in self.classes:
             return fit_logits(inputs, values.to(inputs), prior, self.classes[site])
@@ -522,7 +522,7 @@ class FusedRows:
         scale = conditionals.fused_units(site)[1].to(prior.loc)
         none = prior.loc.new_zeros(1)
         loc, log_scale = fused_elements(none, none, (none, scale), [prior])
-        if _loss(self._values(site), loc, log_scale) <= own + TIE:
+        if _loss(self.in_coordinate(site), loc, log_scale) <= own + TIE:
             conditionals.set_summed_(site, (log_scale - scale.log()).mean(0).exp().diag_embed())
 
     def log_slope(self, site: str) -> float:
@@ -535,7 +535,7 @@ class FusedRows:
         """
         return _mean_log_slope(self.values[site].flatten(), self.flat[site].flatten())
 
-    def _values(self, site: str) -> Tensor:
+    def in_coordinate(self, site: str) -> Tensor:
         """Return the values of a site in the coordinate of its prior."""
         return self.values.get(site, self.flat[site])
 
@@ -557,7 +557,7 @@ class FusedRows:
     def _regress_(self, conditionals: Conditionals, site: str, rows: Tensor, moments: Moments) -> float:
         """Start a site at a regression without its prior; return its loss."""
         conditionals.regress_(site, rows, moments)
-        return _loss(self._values(site), *_regression(conditionals, site, rows, moments))
+        return _loss(self.in_coordinate(site), *_regression(conditionals, site, rows, moments))
 
     def _loss_of_factor(
         self, conditionals: Conditionals, site: str, rows: Tensor, linear: Regression
@@ -566,7 +566,7 @@ class FusedRows:
         prior = self.priors[site].map(in_float64)
         loc = shift + scale * (linear.loc + rows[:, conditionals.inputs_of(site)] @ linear.weights.T)
         width = (scale * linear.scale_tril.diagonal()).log()
-        return _loss(self._values(site), *fuse(prior.loc, prior.log_scale, loc, width))
+        return _loss(self.in_coordinate(site), *fuse(prior.loc, prior.log_scale, loc, width))
 
     def _fit_own_(self, conditionals: Conditionals, site: str, rows: Tensor) -> Regression:
         """Start a site at the factor of its own that fits best, and return it."""
@@ -597,7 +597,7 @@ class FusedRows:
             (fewer[:, list(conditionals.columns[parent])] @ linear.weights[parent][0] for parent in parents),
             rows.new_zeros(len(rows)),
         )
-        values = (self._values(site).to(rows) - shift) / scale
+        values = (self.in_coordinate(site).to(rows) - shift) / scale
         prior = standardised(self.priors[site], shift, scale)
         log_width = float(linear.scale_tril.log())
         features = fewer[:, sizes], fewer[:, variances]

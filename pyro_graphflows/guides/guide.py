@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
 from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph
+from pyro_graphflows.guides.answers import expanded_in_plates, quantiles_of, sum_of_terms
 from pyro_graphflows.guides.block import GuideBlock, ShownParameters
 from pyro_graphflows.guides.call import Call, CallReader, PlateState, chosen_indices, site_mask
-from pyro_graphflows.guides.compile import GuideOptions, compile_guide
+from pyro_graphflows.guides.compile import GuideOptions, compile_guide, make_family
 from pyro_graphflows.guides.conditionals.contract import Family
 from pyro_graphflows.guides.conditionals.distributions import (
     CopiedValue,
@@ -45,11 +46,11 @@ from pyro_graphflows.guides.conditionals.elements import (
 from pyro_graphflows.guides.conditionals.factors import Factor
 from pyro_graphflows.guides.conditionals.model_conditionals import ModelConditionals
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
-from pyro_graphflows.guides.families import make_family
+from pyro_graphflows.guides.description import Description, describe
 from pyro_graphflows.guides.files import write_guide
 from pyro_graphflows.guides.fitted_data import CallData, FittedData
 from pyro_graphflows.guides.orders import Inverse
-from pyro_graphflows.guides.plan import Description, Plan
+from pyro_graphflows.guides.plan import Plan
 from pyro_graphflows.guides.priors import PriorReader
 from pyro_graphflows.guides.samples import Samples
 from pyro_graphflows.guides.scores import ScoreReader
@@ -60,7 +61,7 @@ from pyro_graphflows.infer.posterior import Posterior, sample_posterior
 from pyro_graphflows.inspect import kept_random_state
 from pyro_graphflows.inspect.arguments import argument_leaves, replaced_arguments
 
-__all__ = ["AutoFaithfulGuide"]
+__all__ = ["AutoFaithfulGuide", "auto_faithful_guide"]
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class AutoFaithfulGuide(AutoGuide):
 
     Args:
         model: The model.
-        family: See :func:`~pyro_graphflows.guides.auto_faithful_guide`, also for all other options.
+        family: See :func:`auto_faithful_guide`, also for all other options.
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
             that returns plates that exist already, for subsampling.
 
@@ -268,7 +269,7 @@ class AutoFaithfulGuide(AutoGuide):
         blocks = self._all_blocks()
         summed = [site for block in blocks for site in block.site_elements()]
         alone = [s for block in blocks for s in block.plan.by_shape if not block.conditionals.fuses(s)]
-        return plan.describe((*self._notes, *(self._start_notes if verbose else ())), summed, alone)
+        return describe(plan, (*self._notes, *(self._start_notes if verbose else ())), summed, alone)
 
     # ---------------------------------------------------------------- a call
 
@@ -609,14 +610,8 @@ class AutoFaithfulGuide(AutoGuide):
             )
         terms = [nodes[name]["fn"].log_prob(nodes[name]["value"]) for name in names]
         plates = [self.plan.graph.plates[name] for name in names]
-        if any(each != plates[0] for each in plates):
-            depth = max(len(each) for each in plates)
-            depth = max((-frame.dim for frame in self._prototype_frames.values()), default=depth)
-            terms = [_sum_rightmost(term, depth) for term in terms]
-        total = terms[0]
-        for term in terms[1:]:
-            total = total + term
-        return total
+        depth = max((-frame.dim for frame in self._prototype_frames.values()), default=max(map(len, plates)))
+        return sum_of_terms(terms, depth if any(each != plates[0] for each in plates) else 0)
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the latents at base noise zero: each site at its factor's centre given the centres before it.
@@ -633,14 +628,8 @@ class AutoFaithfulGuide(AutoGuide):
 
     def _in_plates(self, name: str, value: Tensor) -> Tensor:
         """Return a value with all elements of the plates around its site, also of one that looks at nothing."""
-        event = self._sites[name].event_shape
         plates = [self.plates[plate] for plate in self.block_of(name).plan.plates]
-        batch = [1] * max([value.dim() - len(event), *(-plate.dim for plate in plates)])
-        for plate in plates:
-            batch[plate.dim] = plate.subsample_size
-        for dim in range(-1, len(event) - value.dim() - 1, -1):
-            batch[dim] = max(batch[dim], value.shape[dim - len(event)])
-        return value.expand(torch.Size(batch) + event)
+        return expanded_in_plates(value, self._sites[name].event_shape, plates)
 
     def quantiles(
         self, quantiles: Sequence[float] | Tensor, *args: Any, num_draws: int = 1000, **kwargs: Any
@@ -670,16 +659,14 @@ class AutoFaithfulGuide(AutoGuide):
             shapes = {name: value.shape for name, value in self(*args, **kwargs).items()}
             with pyro.plate("_pyro_graphflows_draws", num_draws, dim=-1 - depth):
                 draws = self(*args, **kwargs)
-        result = {}
-        for name, value in draws.items():
-            value = value.reshape(num_draws, *shapes[name])
-            if self._sites[name].encoding is None:
-                result[name] = torch.quantile(value, probabilities.to(value), dim=0)
-                continue
-            # the least value with that share of the draws up to it
-            place = (probabilities * num_draws).ceil().long() - 1
-            result[name] = value.sort(0).values[place.clamp(0, num_draws - 1).to(value.device)]
-        return result
+        return {
+            name: quantiles_of(
+                value.reshape(num_draws, *shapes[name]),
+                probabilities,
+                discrete=self._sites[name].encoding is not None,
+            )
+            for name, value in draws.items()
+        }
 
     def posterior(
         self, *args: Any, num_draws: int = 1000, seed: int | None = None, progress: bool = True, **kwargs: Any
@@ -930,7 +917,9 @@ class AutoFaithfulGuide(AutoGuide):
     # ---------------------------------------------------------------- copies and files
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the guide to a file of tensors and plain data, which :func:`load_guide` reads without running code.
+        """Write the guide to a file of tensors and plain data.
+
+        :func:`~pyro_graphflows.guides.load_guide` reads it without running code.
 
         The file is whole, or as it was before if anything fails. It holds the parameters and what the guide knows of
         the model and of its calls; neither the model nor data.
@@ -1032,6 +1021,166 @@ class AutoFaithfulGuide(AutoGuide):
         return new
 
 
+def auto_faithful_guide(
+    model: Callable[..., Any],
+    *example_args: Any,
+    family: str | Family | type[Factor] = "auto",
+    inverse: Inverse = "auto",
+    pool: str | DeepSet | None = None,
+    init: str = "auto",
+    factors: Mapping[str, type[Factor] | Family] = MappingProxyType({}),
+    standardize: bool = True,
+    num_start_samples: int = 10_000,
+    strict: bool = True,
+    resolution: str = "auto",
+    rank: int | None = None,
+    budget: int | None = None,
+    coupled_rank: int | None = None,
+    enumerate_sites: bool | Collection[str] = False,
+    init_values: Mapping[str, Tensor] = MappingProxyType({}),
+    setup_seed: int = 0,
+    optional: Sequence[str] = (),
+    features: str = "raw",
+    embedding: Mapping[str, nn.Module | str] = MappingProxyType({}),
+    create_plates: Callable[..., Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> AutoFaithfulGuide:
+    """Compile a Pyro model into an amortised guide that follows the faithful inverse of its Bayesian network.
+
+    Discrete latent sites have Bernoulli and categorical factors in all families, for inference compilation and
+    score-function gradients; ``enumerate_sites=True`` marks them for ``TraceEnum_ELBO`` instead. Sites that the model
+    marks for enumeration have no factor: the model sums over them.
+
+    References:
+        [1] Webb et al. (2018), Faithful Inversion of Generative Models for Effective Amortized Inference.
+
+    Args:
+        model: The model.
+        *example_args: Arguments of a typical call. If given (or ``example_kwargs``), the guide is set up at once and
+            its parameters exist, as optimisers of PyTorch need; if not, on its first call or by ``guide.setup``.
+        family: The kind of conditionals, an object with options of its own: :class:`~pyro_graphflows.guides.Auto`
+            (splines for scalar globals, for scalar sites that set the scale of others and for those with bounded or
+            heavy-tailed priors, normal conditionals elsewhere, fused with the priors),
+            :class:`~pyro_graphflows.guides.Normal`, :class:`~pyro_graphflows.guides.Spline` or
+            :class:`~pyro_graphflows.guides.Flow` (flexible conditionals, at several times the cost of a step);
+            ``"auto"``, ``"normal"``, ``"spline"`` and ``"flow"`` abbreviate their defaults; or a subclass of
+            :class:`~pyro_graphflows.guides.Factor` for all continuous sites.
+        inverse: What each site is conditioned on: ``"auto"`` (the faithful inverse with the fewest edges and, among
+            these, smooth conditionals (:mod:`~pyro_graphflows.guides.orders`); discrete sites sampled before
+            the continuous ones of their plates unless that doubles the edges), another order
+            of :func:`~pyro_graphflows.faithful_inverse`, :class:`~pyro_graphflows.AutoOrder` (a search for fewer
+            edges, for a given time) or an elimination sequence; ``"stochastic"``, ``"full"``,
+            ``"mean_field"``; an :class:`~pyro_graphflows.InverseGraph`, or a function that makes one from the
+            :class:`~pyro_graphflows.ModelGraph`.
+        pool: How the data in inner plates reach the sites outside of them (a group's data its own variable, all data
+            the global variables): None gives such sites per-element parameters for the data set at hand; ``"deepset"``
+            (or a :class:`~pyro_graphflows.guides.DeepSet` that sets its sizes; ``"attention"`` or an
+            :class:`~pyro_graphflows.guides.Attention` weighs elements by what they are) summarises the data by a
+            permutation-invariant network, so that they are amortised over data sets of any
+            size (:mod:`~pyro_graphflows.guides.conditionals.pooling`; not over subsampled plates).
+        init: How training starts. ``"auto"``: at the best start for the data of set-up, by a Monte Carlo estimate of
+            the loss, where the guide fits one data set (it has per-element parameters): among the regression, a normal
+            approximation about the posterior's mode, and the prior (:mod:`~pyro_graphflows.guides.start`,
+            :mod:`~pyro_graphflows.guides.mode`; ``guide.describe(verbose=True)`` says which). Amortised guides keep the
+            regression, unless it does much worse for these data than the prior, or, without plates, the mode gains more
+            for these data than it loses for simulated ones. ``"mode"``: at a normal approximation of the posterior for
+            these data, whatever it is for others. ``"regression"``, for training on simulations: at the
+            least-squares regression of each site on its parents over joint samples of the model (exact for
+            linear-Gaussian models up to sampling error); where priors are improper there are none, and it is as
+            ``"auto"``. ``"prior"``: at the prior of the latents, whatever the data. ``"random"``: with random weights.
+        factors: For single sites, by name, a factor class or a family object.
+        standardize: Whether inputs and outputs of the networks are standardised by constants found at set-up.
+        num_start_samples: The number of joint samples of the model that are drawn at set-up.
+        strict: Whether to refuse models whose dependencies cannot be traced in full; if not, what cannot be
+            followed counts as a dependency on all earlier sites.
+        resolution: ``"auto"``: vectors whose conditional would take more than 200,000 weights are held element by
+            element where the model's elements fall into small groups, with a banded precision where they or their
+            running sums are a chain, as in random walks, and where neither is so with one covariance for all data (up
+            to 300 elements) or one of low rank beside a diagonal (:mod:`~pyro_graphflows.guides.vectors`;
+            ``describe()`` says which); ``"site"``: always one of these two; ``"element"``: each element of every
+            vector site has its own parents (not with a factor class; see
+            :func:`~pyro_graphflows.get_model_graph` for when that is sound).
+        rank: The rank of the covariance of long vectors beside its diagonal; None for one covariance in full up to 300
+            elements, and at most 10 beyond.
+        budget: The most weights that the conditional of one vector may take; full covariances are used up to it. None
+            for 200,000 where the covariance is full, a million otherwise.
+        coupled_rank: Of latents that stay dependent across a plate
+            (:mod:`~pyro_graphflows.guides.conditionals.coupled`): the rank of the dependence, 0 for a parameter for
+            each pair of elements; None to choose by the size of the plate.
+        enumerate_sites: Discrete sites that the guide marks ``infer={"enumerate": "parallel"}``, so that
+            ``TraceEnum_ELBO`` sums over their values instead of drawing them: their names, or True for all. Every
+            latent site then has a network of its own, so that each only meets the values of its own parents.
+        init_values: For single continuous sites, the value at which training starts, of a shape that broadcasts to that
+            of the site: the site's conditional is centred there, a tenth as wide as its prior, whatever the data are.
+            Elements of a plate may differ at sites with per-element parameters.
+        setup_seed: The seed of everything that is random at set-up: joint samples, and with them the order, the start
+            and the features, and the weights of the networks. Guides of the same model and call are equal whatever the
+            caller's random state, which is not advanced; for other initial weights, take another seed.
+        optional: Sites that have data in some calls and none in others, as labels have: latent where they have none,
+            conditioned on where they have, by the same networks (Kingma et al. 2014, Semi-supervised Learning with
+            Deep Generative Models). They are sampled first, in this order. Each call returns the sites that are latent
+            in it. With several, a later one may lack data where an earlier one has some; the reverse is refused where
+            the two are dependent.
+        features: What sites read of their data beside the data themselves: ``"raw"``, nothing; ``"score"``, the
+            gradient of the data's log-density at fixed reference values of all latents, as wide as the site is, where
+            the model has one (:mod:`~pyro_graphflows.guides.scores`); ``"auto"``, the same where a regression on
+            held-out joint samples gains by it.
+        embedding: For wide data, by name, a network from ``(*batch, columns)`` to ``(*batch, features)`` that sites
+            read in their place, beside linear estimates of the latents; ``"auto"`` for a default one, ``"linear"`` for
+            the estimates alone, which overfit least where simulations are few
+            (:mod:`~pyro_graphflows.guides.conditionals.embedding`).
+        create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`: a function of the model's arguments
+            that returns plates that exist already, for subsampling.
+        example_kwargs: Keyword arguments of a typical call.
+
+    Returns:
+        An :class:`~pyro.infer.autoguide.AutoGuide`, for ``SVI``, ``Trace_ELBO``, ``TraceMeanField_ELBO``,
+        ``RenyiELBO``, ``Predictive``, and inference compilation.
+
+    Raises:
+        GraphflowsError: If the family or the value of an option is unknown, or ``factors`` names a site that the
+            model has not.
+        UnsupportedModelError: If the model cannot be compiled (on set-up).
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> guide = auto_faithful_guide(model, torch.zeros(10))
+        >>> guide.inverse.parents["z"]
+        ('x',)
+        >>> guide(torch.zeros(7))["z"].shape
+        torch.Size([7])
+    """
+    guide = AutoFaithfulGuide(
+        model,
+        family=family,
+        inverse=inverse,
+        pool=pool,
+        init=init,
+        factors=factors,
+        standardize=standardize,
+        num_start_samples=num_start_samples,
+        strict=strict,
+        resolution=resolution,
+        rank=rank,
+        budget=budget,
+        coupled_rank=coupled_rank,
+        enumerate_sites=enumerate_sites,
+        init_values=init_values,
+        setup_seed=setup_seed,
+        optional=optional,
+        features=features,
+        embedding=embedding,
+        create_plates=create_plates,
+    )
+    if example_args or example_kwargs:
+        guide.setup(*example_args, **(example_kwargs or {}))
+    return guide
+
+
 class _Trial(Trial):
     """A guide at set-up, tried with blocks at some start for the call that it is set up by."""
 
@@ -1058,8 +1207,3 @@ class _Trial(Trial):
         with pyro.plate("_pyro_graphflows_draws", number, dim=dim):
             self.guide._run(*self.call, None, pyro.sample, flat)
         return flat
-
-
-def _sum_rightmost(term: Tensor, depth: int) -> Tensor:
-    depth = min(depth, term.dim())
-    return term.flatten(term.dim() - depth).sum(-1) if depth else term

@@ -59,7 +59,7 @@ from pyro_graphflows.guides.minimize import (
 )
 from pyro_graphflows.guides.sites import is_constant, is_moderate
 from pyro_graphflows.infer.enumeration import enumerated, summed_log_density
-from pyro_graphflows.inspect import TracedModel, undressed
+from pyro_graphflows.inspect import TracedModel, seed_random_state, undressed
 from pyro_graphflows.inspect.arguments import argument_leaves, replaced_arguments
 from pyro_graphflows.inspect.prior import SECONDS_WITHOUT_A_BAR, UNCONSTRAINED, unconstrained_of
 from pyro_graphflows.inspect.runs import kept_buffers
@@ -76,6 +76,7 @@ MOST_RESTARTED = 20  # numbers up to which the search begins at several points
 MOST_RESTARTS = 8
 SECONDS_OF_RESTARTS = 3.0  # of processor time
 TIE = 0.1  # nats of a mode's mass that are no reason to take another
+NEAR = 5.0  # nats by which, of many numbers, a normal may be worse than another from which better ones are sought
 FEW_STEPS = 8  # of Newton's method, from a point near the mode if there is one
 MOST_NUMBERS = 1000  # beyond which there is no Hessian at all
 LEAST_PRECISION = 0.25  # where all priors are proper: in their coordinates a prior's own precision is one
@@ -561,7 +562,7 @@ def find_mode(
 ) -> Mode:
     """Search for a normal approximation of all latent sites given the data of a call.
 
-    The random state is used and advanced.
+    The random state is used and advanced, by as much whatever the search takes.
 
     Args:
         model: The model.
@@ -582,7 +583,9 @@ def find_mode(
         desc="place of the posterior", unit=" evaluations", leave=False, delay=SECONDS_WITHOUT_A_BAR
     ) as bar:
         posterior.count = bar.update
+        seed = int(torch.randint(2**31, ()))
         found = _search(posterior, traced)
+        seed_random_state(seed)
     posterior.count = found.posterior.count = _nothing
     return found
 
@@ -597,17 +600,23 @@ def _search(posterior: LogPosterior, traced: TracedModel) -> Mode:
     def negative(point: Tensor) -> Tensor:
         return -posterior(point)
 
-    start = SPREAD * torch.randn(size, dtype=torch.float64)
+    # a generator of its own: some models draw at each run, and how often they run depends on time
+    generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    start = SPREAD * normal(size)
     for _ in range(10):
         if bool(torch.isfinite(loss_and_gradient(negative, start)[0])):
             break
-        start = torch.randn(size, dtype=torch.float64)
+        start = normal(size)
     else:
         raise UnsupportedModelError("the model's density is not finite at any point that was tried.")
     laplace = _laplace(posterior, start)
     if laplace is None:
         raise UnsupportedModelError("the curvature at the mode is not finite.")
-    noise = torch.randn(NUM_DRAWS, size, dtype=torch.float64)
+    noise = normal(NUM_DRAWS, size)
     noise = torch.cat([noise, -noise])
     if not posterior.takes_many(noise):
         return laplace
@@ -618,14 +627,17 @@ def _search(posterior: LogPosterior, traced: TracedModel) -> Mode:
     if abs(laplace.elbo(noise) - laplace.log_evidence) < CLOSE and laplace.gap(noise) < CLOSE:
         return laplace
     found = [laplace, *_variational(posterior, (start,) if is_slow else (laplace.point, start))]
-    noise = torch.randn(NUM_JUDGING, size, dtype=torch.float64)
+    noise = normal(NUM_JUDGING, size)
     best = _best(found, noise)
     if is_slow:
         return _best([best, _fitted(best, noise, 1)], noise)
     centred = _centred(posterior, best.point, traced)
-    firsts = [_best([best, *centred], noise)]
-    if size <= FEW_NUMBERS:  # a poor normal may lead to the better one
-        firsts = [best, *([_best(centred, noise)] if centred else [])]
+    firsts = [best, *([_best(centred, noise)] if centred else [])]
+    if size > FEW_NUMBERS:  # each fit takes long
+        most = max(each.elbo(noise) for each in firsts)
+        firsts = [_fitted(each, noise, 1) for each in firsts if each.elbo(noise) > most - NEAR]
+        firsts = [_best(firsts, noise)]
+    else:  # a poor normal may lead to the better one
         if posterior.proper:
             firsts.append(Mode(posterior, start, torch.eye(size, dtype=torch.float64)))
     return _best([each for first in firsts for each in (first, _fitted(first, noise, MOST_ROUNDS))], noise)

@@ -286,7 +286,7 @@ def outside_of_loops(inverse: InverseGraph, graph: ModelGraph) -> InverseGraph:
     How a parent enters is kept: what is in a loop is not there for sites outside of its iteration.
 
     Args:
-        inverse: An inverse in the plates of :func:`~pyro_graphflows.inspect.model_graph.with_loop_plates`.
+        inverse: An inverse in the plates of :func:`with_loop_plates`.
         graph: The model graph.
     """
     coupled = {

@@ -1,14 +1,33 @@
 """The compiler's plan: which sites are sampled together, in what order, and what each is conditioned on.
 
 An inverse graph says which nodes a latent site looks at. The plan turns it into *blocks*: sites in the same
-plates that one network serves, level by level. What a block's sites look at outside of it enters the block's network
-as *context*: elementwise where the plates agree, broadcast from outer plates. What is in a plate that a site is
-not in (the data of a group, for the group's own variable) comes in as a summary over the plate, or cannot be an
-input; the site then has parameters for each element of its plates, beside the network of what it can see
-(:mod:`~pyro_graphflows.guides.inputs`). Blocks are made as large as the inverse allows, so that the number of
-network calls is the number of levels and not the number of sites.
+plates that one network serves, level by level. What a block's sites look at outside of it enters the block's
+network as *context*: elementwise where the plates agree, broadcast from outer plates. What is in a plate that a
+site is not in (the data of a group, for the group's own variable) comes in as a summary over the plate, or
+cannot be an input; the site then has parameters for each element of its plates, beside the network of what it
+can see. Blocks are made as large as the inverse allows, so that the number of network calls is the number of
+levels and not the number of sites.
 
 A plan is complete when it is made, and nothing changes it.
+
+**How a parent reaches a site**: elementwise, looked up, pooled, one by one, or by per-element parameters
+(:func:`plan_inputs`). A parent of a site in the inverse may be in a plate that the site is not in. Data there
+reach the site through a summary (``pool="deepset"``, :mod:`~pyro_graphflows.guides.conditionals.pooling`), or
+not at all: then the site has parameters for each element of its own plates, which fit one data set and are not
+amortised. *Latent* parents there (crossed plates: the effects of the columns, for those of a row) are always
+inputs, since parameters cannot follow what is sampled: as a summary, or, beside per-element parameters, one by
+one where they are few. Data whose elements look up a group by an index (``theta[group]``) are pooled group by
+group.
+
+A network that is shared along a plate takes the elements of the plate to be exchangeable given what it sees.
+Constants of the model that vary along the plate and are no arguments (known standard errors in a closure) break that,
+and so do parameters of the model for each index, or a mask. Where they are is found by a probe
+(:func:`~pyro_graphflows.inspect.non_exchangeable_plates`); which latent sites they concern is read off the graph
+(:func:`sites_concerned`). Such a site has an affine map for each index beside the shared network. So has one that reads
+covariates which are no arguments: the network sees their rows, but nothing that it could learn from few rows comes near
+maps that are exact for linear-Gaussian models. These maps hold for the rows that set-up had; with others the network
+stands alone. A site whose copies stay dependent across a plate
+(:mod:`~pyro_graphflows.guides.conditionals.coupled`) looks at the other elements of the plate too.
 """
 
 import hashlib
@@ -23,22 +42,534 @@ from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.graphs.separation import violated_independencies
 from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph
 from pyro_graphflows.guides.call import PlateState
-from pyro_graphflows.guides.inputs import MOST_FITTED, Coupling, InputPlan, Summary
-from pyro_graphflows.guides.summed_sites import SummedSite
 
 __all__ = [
+    "MOST_FITTED",
+    "MOST_INDICES",
     "BlockPlan",
     "Conditioning",
-    "Description",
+    "Coupling",
+    "InputOptions",
+    "InputPlan",
+    "NonExchangeable",
     "Plan",
     "PriorPlan",
+    "Summary",
+    "SummedSite",
     "make_blocks",
     "mean_field_condition",
+    "plan_inputs",
     "readers_of",
+    "sites_concerned",
+    "subsampled_message",
     "ways_in",
     "with_embeddings",
+    "with_fitted_maps",
     "with_scores",
 ]
+
+MOST_ONE_BY_ONE = (
+    64  # latent numbers in other plates up to which they are inputs one by one beside per-element parameters
+)
+MOST_COUPLED_PAIRS = 128  # numbers up to which the dependence across a plate has a parameter for each pair
+DEFAULT_RANK = 4
+MOST_INDICES = 2000  # up to which there is a regression for each
+MOST_FITTED = 200  # the same for elements whose data are those that a guide is fitted to
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Nodes that come in together over plates.
+
+    Attributes:
+        members: The nodes, in graph order.
+        over: The plates.
+        one_by_one: Whether every element is an input by itself; else they are pooled.
+        index: The input that tells which element of the one member each element looks up, in plate ``inner``.
+        inner: See ``index``.
+        segments: Triples (inner, outer, index): pooling over the inner plate gives one summary for each element of the
+            outer one, of those that look it up by the index.
+        embedded: Whether this is an embedding of one node, over no plates.
+    """
+
+    members: tuple[str, ...]
+    over: tuple[str, ...]
+    one_by_one: bool = False
+    index: str | None = None
+    inner: str | None = None
+    segments: tuple[tuple[str, str, str], ...] = ()
+    embedded: bool = False
+
+    def inside(self, plates: Collection[str]) -> frozenset[str]:
+        """Return the plates around a node, with those whose elements are looked up from inside them."""
+        found = frozenset(plates)
+        for _ in self.segments:
+            found |= {outer for inner, outer, _ in self.segments if inner in found}
+        return found
+
+    @property
+    def name(self) -> str:
+        """The name of the summary among the inputs of a block.
+
+        Example:
+            >>> Summary(("w", "y"), ("data",)).name
+            'pooled(w, y; data)'
+        """
+        if self.index is not None:
+            return f"{self.members[0]}[{self.index}]"
+        if self.embedded:
+            return f"embedding({self.members[0]})"
+        by = {inner: f" by {index}" for inner, _, index in self.segments}
+        over = ", ".join(plate + by.get(plate, "") for plate in self.over)
+        return f"{'all' if self.one_by_one else 'pooled'}({', '.join(self.members)}; {over})"
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """How the copies of a site are drawn jointly.
+
+    Attributes:
+        plates: The plates across which its copies are dependent.
+        rank: The number of columns of the two low-rank parts; 0 for a parameter for each pair.
+    """
+
+    plates: tuple[str, ...]
+    rank: int
+
+
+@dataclass(frozen=True)
+class NonExchangeable:
+    """The latent sites that constants in a model concern.
+
+    Attributes:
+        own: For each such site, the plates around it for whose indices it needs something of its own.
+        outside: For each such site that constants concern in plates it is not in, these plates.
+        at_rows: For each site that needs it because of inputs alone that are the same in every call, as long as nobody
+            changes them: these inputs.
+    """
+
+    own: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    outside: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    at_rows: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def with_known_rows(
+        self,
+        inverse: InverseGraph,
+        by_rows: Mapping[str, tuple[str, ...]],
+        inputs: Sequence[str],
+        plates: Mapping[str, PlateState],
+    ) -> "NonExchangeable":
+        """Return the same with sites that only inputs with known rows concern.
+
+        Args:
+            inverse: The guide's factorisation.
+            by_rows: What :func:`sites_concerned` takes, with the inputs counted as constants.
+            inputs: The inputs from outside of the call, whose rows stay.
+            plates: The plates at set-up.
+        """
+        own, at_rows = dict(self.own), {}
+        for site, around in sites_concerned(inverse, by_rows).own.items():
+            read = tuple(name for name in inputs if name in inverse.parents[site])
+            along = {*around, *(plate for name in read for plate in inverse.graph.plates[name])}
+            around = tuple(plate for plate in inverse.graph.plates[site] if plate in along)
+            many = math.prod(plates[name].full_size for name in around) > MOST_INDICES
+            if site not in own and read and not many and not any(plates[name].subsampled for name in around):
+                own[site], at_rows[site] = around, read
+        return replace(self, own=own, at_rows=at_rows)
+
+
+def sites_concerned(
+    inverse: InverseGraph, non_exchangeable: Mapping[str, tuple[str, ...]]
+) -> NonExchangeable:
+    """Return which latent sites must tell the indices of a plate apart.
+
+    Args:
+        inverse: The guide's factorisation.
+        non_exchangeable: For sites of the model, latent or observed, the plates whose indices are not alike there.
+
+    Example:
+        >>> graph = ModelGraph(["mz", "zx"], observed=["x"], plates={"z": ["data"], "x": ["data"]})
+        >>> inverse = InverseGraph(graph, {"m": ["x"], "z": ["m", "x"]})
+        >>> sites_concerned(inverse, {"x": ("data",)})
+        NonExchangeable(own={'z': ('data',)}, outside={'m': ('data',)}, at_rows={})
+    """
+    if not non_exchangeable:
+        return NonExchangeable()
+    graph = inverse.graph
+    constants = {("constants", site): (site, plates) for site, plates in non_exchangeable.items()}
+    extended = ModelGraph(
+        [*graph.edges, *((constant, site) for constant, (site, _) in constants.items())],
+        graph.observed,
+        inputs=[*graph.inputs, *constants],
+        marginalised=graph.marginalised,
+        plates={**graph.plates, **{constant: plates for constant, (_, plates) in constants.items()}},
+        nodes=graph.nodes,
+    )
+    blind = InverseGraph(
+        extended, inverse.parents, sampling_order=inverse.sampling_order, coupled=inverse.coupled
+    )
+    own: dict[str, tuple[str, ...]] = {}
+    outside: dict[str, tuple[str, ...]] = {}
+    for violated in violated_independencies(blind):
+        if violated.other in constants:
+            site, plates = violated.node, constants[violated.other][1]
+            around = graph.plates[site]
+            mine = set(own.get(site, ())) | (set(plates) & set(around))
+            if mine:
+                own[site] = tuple(plate for plate in around if plate in mine)
+            beyond = dict.fromkeys((*outside.get(site, ()), *(p for p in plates if p not in around)))
+            if beyond:
+                outside[site] = tuple(beyond)
+    return NonExchangeable(own, outside)
+
+
+def subsampled_message(plate: str, names: Sequence[str]) -> str:
+    """Say why a subsampled plate is not pooled, and what to do."""
+    return (
+        f"Expected plate {plate!r} in full, since the guide pools {', '.join(names)} over it (pool='deepset'); it is "
+        "subsampled. With a summary of the same batch that the likelihood is scaled up from, the objective is not a "
+        "bound on the evidence. Use the full data in each call, or pool=None (per-element parameters for the "
+        "outer sites, which a subsampled plate allows), or train with InferenceCompilation on whole data sets."
+    )
+
+
+@dataclass(frozen=True)
+class InputOptions:
+    """What a guide asks for.
+
+    Attributes:
+        deepset: Whether data are pooled.
+        can_couple: The sizes of the sites whose copies can be drawn jointly.
+        rank: The rank of these; None to choose.
+        sizes: The sizes of the latent sites.
+        lookups: For pairs (inner, outer) of plates, the index by which each element of the inner one looks up one of
+            the outer; None if it is no argument.
+        loops: The nodes inside subsampled plates that are Python loops.
+    """
+
+    deepset: bool = False
+    can_couple: Mapping[str, int] = field(default_factory=dict)
+    rank: int | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    lookups: Mapping[tuple[str, str], str | None] = field(default_factory=dict)
+    loops: Collection[str] = ()
+
+
+@dataclass(frozen=True)
+class InputPlan:
+    """The outcome of :func:`plan_inputs`.
+
+    Attributes:
+        summaries: For each site that has some, its summaries.
+        per_element: The sites with parameters for each element of their plates.
+        non_exchangeable: The sites with a map for each index of some plates, and these plates.
+        at_rows: For those of them whose maps are made for the rows that some inputs have at set-up: these inputs.
+        coupled: The sites whose copies are drawn jointly.
+        remarks: Remarks on a site.
+        missing: The dependences of the posterior that the guide will not have, each with what to do.
+    """
+
+    summaries: dict[str, tuple[Summary, ...]] = field(default_factory=dict)
+    per_element: frozenset[str] = frozenset()
+    non_exchangeable: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    at_rows: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    coupled: dict[str, Coupling] = field(default_factory=dict)
+    remarks: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+
+
+def plan_inputs(
+    inverse: InverseGraph,
+    plates: Mapping[str, PlateState],
+    with_data: Collection[str],
+    indices: Collection[str],
+    options: InputOptions | None = None,
+    constants: NonExchangeable | None = None,
+) -> InputPlan:
+    """Decide how what is in other plates comes in.
+
+    Args:
+        inverse: The guide's factorisation.
+        plates: The plates at set-up.
+        with_data: The nodes whose data can be network inputs.
+        indices: The inputs of an integer type.
+        options: What is asked for.
+        constants: The sites that constants in the model concern.
+
+    Raises:
+        UnsupportedModelError: If data would be pooled over a subsampled plate.
+    """
+    options = options or InputOptions()
+    planner = _Planner(inverse, plates, with_data, indices, options, constants or NonExchangeable())
+    for site in inverse.sampling_order:
+        planner.visit(site)
+    remarks = {site: tuple(lines) for site, lines in planner.remarks.items() if lines}
+    return InputPlan(
+        planner.summaries,
+        frozenset(planner.per_element),
+        planner.constants.own,
+        planner.constants.at_rows,
+        planner.coupled,
+        remarks,
+        tuple(planner.missing),
+    )
+
+
+class _Planner:
+    def __init__(
+        self,
+        inverse: InverseGraph,
+        plates: Mapping[str, PlateState],
+        with_data: Collection[str],
+        indices: Collection[str],
+        options: InputOptions,
+        constants: NonExchangeable,
+    ) -> None:
+        self.inverse, self.plates, self.options, self.constants = inverse, plates, options, constants
+        self.with_data, self.indices = with_data, indices
+        self.around: Mapping[str, tuple[str, ...]] = inverse.graph.plates
+        self.latent = set(inverse.graph.latent)
+        self.summaries: dict[str, tuple[Summary, ...]] = {}
+        self.per_element: set[str] = set()
+        self.coupled: dict[str, Coupling] = {}
+        self.remarks: dict[str, list[str]] = {site: [] for site in inverse.sampling_order}
+        self.missing: list[str] = []
+
+    def visit(self, site: str) -> None:
+        """Decide for one site."""
+        remarks = self.remarks[site]
+        if site in self.constants.own:
+            rows = ", ".join(self.constants.at_rows.get(site, ()))
+            why = (
+                f"for the rows of {rows} that set-up had, where that is better than one for all"
+                if rows
+                else "along which constants or parameters in the model vary (pass constants as arguments to share one)"
+            )
+            remarks.append(f"a map of its own for each index of {', '.join(self.constants.own[site])}, {why}")
+        coupling = self._coupled_plates(site)
+        parents = self.inverse.parents[site]
+        pooled = [parent for parent in parents if self.inverse.how[parent, site] == "pooled"]
+        along = [parent for parent in parents if parent in pooled or set(self.around[parent]) & set(coupling)]
+        amortise = self.options.deepset and self._can_pool(site, along)
+        data = [parent for parent in along if parent in self.with_data]
+        latents = self._latents(site, [parent for parent in along if parent in self.latent], coupling)
+        if not amortise and len(data) + sum(parent in self.indices for parent in along):
+            self.per_element.add(site)
+        elif not amortise and any(parent in pooled and parent not in self.latent for parent in along):
+            self.per_element.add(site)  # parents without data: a factor's term for each element
+        found: list[Summary | None] = [s for p in latents if (s := self._look_up(site, p)) is not None]
+        latents = [p for p in latents if self._look_up(site, p) is None]
+        if amortise:
+            found += [self._summary(site, part, data, latents, ()) for part in self._apart(pooled)]
+            if coupling:
+                found += [self._summary(site, part, data, latents, coupling) for part in self._apart(along)]
+        elif site in self.per_element and self._count(site, latents, coupling) <= MOST_ONE_BY_ONE:
+            found.append(self._summary(site, latents, [], latents, coupling, one_by_one=True))
+        else:
+            found.append(self._summary(site, latents, [], latents, coupling))
+        summaries = tuple(dict.fromkeys(summary for summary in found if summary is not None))
+        if summaries:
+            self.summaries[site] = summaries
+        if coupling:
+            self._couple(site, coupling)
+
+    def _coupled_plates(self, site: str) -> tuple[str, ...]:
+        """Return the plates across which a site's copies will be drawn jointly."""
+        coupled = self.inverse.coupled.get(site, ())
+        if not coupled:
+            return ()
+        partial = [name for name in coupled if self.plates[name].subsampled]
+        if partial:
+            self._not_faithful(
+                site,
+                f"copies of {site} stay dependent across {', '.join(coupled)} in the posterior, and are independent "
+                f"here ({partial[0]} is subsampled)",
+                f"Set up and call the guide with all of plate {partial[0]!r}: the copies are then drawn jointly.",
+            )
+            return ()
+        if site not in self.options.can_couple:
+            self._not_faithful(
+                site,
+                f"copies of {site} stay dependent across {', '.join(coupled)} in the posterior, and are independent "
+                "here (only normal factors of whole continuous sites are drawn jointly)",
+                "Use the normal factor and resolution='site' for it if it is continuous, or let the model sum over "
+                'its values (infer={"enumerate": "parallel"}) if it is discrete and Pyro can.',
+            )
+            return ()
+        return tuple(name for name in self.around[site] if name in coupled)
+
+    def _not_faithful(self, site: str, what: str, remedy: str) -> None:
+        self.remarks[site].append(f"not faithful: {what}")
+        self.missing.append(f"Not faithful: {what}. {remedy}")
+
+    def _can_pool(self, site: str, along: Collection[str]) -> bool:
+        if any(parent in self.options.loops for parent in along):
+            self.remarks[site].append("not pooled: data are in a subsampled plate that is a Python loop")
+            return False
+        beyond = self.constants.outside.get(site, ())
+        if beyond:
+            self.remarks[site].append(
+                f"not pooled: constants or parameters in the model vary along {', '.join(beyond)} (pass constants as "
+                "arguments to pool them with the data)"
+            )
+        inner = dict.fromkeys(plate for parent in along for plate in self.around[parent])
+        outer = {plate: [o for i, o in self.options.lookups if i == plate] for plate in inner}
+        crossed = [plate for plate, others in outer.items() if len(others) > 1]
+        unknown = [
+            p for p, others in outer.items() if any(self.options.lookups[p, o] is None for o in others)
+        ]
+        known = {self.options.lookups[p, o] for p, others in outer.items() for o in others}
+        strange = [parent for parent in along if parent in self.indices and parent not in known]
+        if crossed:
+            self.remarks[site].append(
+                f"not pooled: elements of {', '.join(crossed)} look up others in several plates at once "
+                f"({', '.join(outer[crossed[0]])})"
+            )
+        if unknown:
+            self.remarks[site].append(
+                f"not pooled: which element of {', '.join(outer[unknown[0]])} an element of {unknown[0]} looks up is "
+                "reported by no argument (pass the index as an argument of an integer type)"
+            )
+        if strange:
+            self.remarks[site].append(
+                f"not pooled: {', '.join(strange)} would be an index, and what it looks up is not known (pass features "
+                "of floating point)"
+            )
+        return not (beyond or crossed or unknown or strange)
+
+    def _segments(self, site: str, over: Collection[str]) -> tuple[tuple[str, str, str], ...]:
+        """Return where pooling over a plate gives a summary for each element of another."""
+        targets = {*over, *self.around[site]}
+        return tuple(
+            (inner, outer, index)
+            for (inner, outer), index in self.options.lookups.items()
+            if inner in over and outer in targets and index is not None
+        )
+
+    def _latents(self, site: str, latents: list[str], coupling: Collection[str]) -> list[str]:
+        """Return the latent parents that can be inputs: those whose plates are complete."""
+        kept = []
+        for parent in latents:
+            if parent in self.options.loops:
+                self._not_faithful(
+                    site,
+                    f"{parent} in a subsampled loop cannot be an input of {site}, which is outside of it",
+                    f"Take an inverse that samples {site} first.",
+                )
+                continue
+            partial = [name for name in self._over(site, [parent], coupling) if self.plates[name].subsampled]
+            if not partial:
+                kept.append(parent)
+                continue
+            self._not_faithful(
+                site,
+                f"{parent} in the subsampled plate {partial[0]} cannot be an input of {site}, which is outside of it",
+                f"Set up and call the guide with all of plate {partial[0]!r}, or take an inverse that samples {site} "
+                "first.",
+            )
+        return kept
+
+    def _look_up(self, site: str, parent: str) -> Summary | None:
+        """Return how a latent parent's element is looked up, if it is in one plate only and an index tells."""
+        if len(self.around[parent]) != 1:
+            return None
+        (outer,) = self.around[parent]
+        for inner in self.around[site]:
+            index = self.options.lookups.get((inner, outer))
+            if index is not None and outer not in self.around[site]:
+                return Summary((parent,), (outer,), index=index, inner=inner)
+        return None
+
+    def _over(self, site: str, members: Collection[str], coupling: Collection[str]) -> tuple[str, ...]:
+        """Return the plates over which members are pooled, outer to inner as far as they are nested."""
+        own = [name for name in self.around[site] if name not in coupling]
+        return tuple(dict.fromkeys(n for member in members for n in self.around[member] if n not in own))
+
+    def _over_groups(self, site: str, members: Collection[str], coupling: Collection[str]) -> tuple[str, ...]:
+        """Return these plates with those that their elements look up: data in groups are pooled group by group."""
+        over = list(self._over(site, members, coupling))
+        own = [name for name in self.around[site] if name not in coupling]
+        for inner in over:  # grows meanwhile: groups may look up others
+            over += [
+                outer
+                for (one, outer), index in self.options.lookups.items()
+                if one == inner and index is not None and outer not in own and outer not in over
+            ]
+        return tuple(over)
+
+    def _apart(self, members: Sequence[str]) -> list[list[str]]:
+        """Return members in groups that can be joined elementwise: no two plates of a group have one dimension."""
+        groups: list[list[str]] = []
+        for member in members:
+            for group in groups:
+                around = {name for other in (*group, member) for name in self.around[other]}
+                if len({self.plates[name].dim for name in around}) == len(around):
+                    group.append(member)
+                    break
+            else:
+                groups.append([member])
+        return groups
+
+    def _summary(
+        self,
+        site: str,
+        chosen: Collection[str],
+        data: Collection[str],
+        latents: Collection[str],
+        coupling: Collection[str],
+        one_by_one: bool = False,
+    ) -> Summary | None:
+        members = [p for p in self.inverse.parents[site] if p in chosen and (p in data or p in latents)]
+        over = (
+            self._over(site, members, coupling) if one_by_one else self._over_groups(site, members, coupling)
+        )
+        partial = [name for name in over if self.plates[name].subsampled]
+        if partial:
+            raise UnsupportedModelError(subsampled_message(partial[0], members))
+        if not members:
+            return None
+        segments = () if one_by_one else self._segments(site, over)
+        return Summary(tuple(members), over, one_by_one, segments=segments)
+
+    def _count(self, site: str, latents: Collection[str], coupling: Collection[str]) -> int:
+        """Return how many numbers latent parents have in other plates."""
+        total = 0
+        for parent in latents:
+            number = self.options.sizes.get(parent, MOST_ONE_BY_ONE + 1)
+            for name in self._over(site, [parent], coupling):
+                number *= self.plates[name].size
+            total += number
+        return total
+
+    def _couple(self, site: str, coupling: tuple[str, ...]) -> None:
+        length = self.options.can_couple[site]
+        for name in coupling:
+            length *= self.plates[name].size
+        rank = self.options.rank
+        if rank is None:
+            rank = 0 if site in self.per_element and length <= MOST_COUPLED_PAIRS else DEFAULT_RANK
+        self.coupled[site] = Coupling(coupling, rank)
+        how = f"of rank {rank}" if rank else "with a parameter for each pair"
+        self.remarks[site].append(
+            f"copies are drawn jointly across {', '.join(coupling)}, where they stay dependent: a normal {how}"
+        )
+
+
+@dataclass(frozen=True)
+class SummedSite:
+    """A site with a factor for each element of a plate.
+
+    Attributes:
+        summary: The name of the summary of the plate, among the inputs of the site's block.
+        responses: The members of the summary that depend on the site in the model.
+        above: What else the site looks at: sites and inputs that come in elementwise.
+        only_summed: Whether the site is fused with its prior for the sake of these factors alone.
+    """
+
+    summary: str
+    responses: tuple[str, ...]
+    above: tuple[str, ...]
+    only_summed: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,15 +596,6 @@ class PriorPlan:
     def sites(self) -> frozenset[str]:
         """The fused sites."""
         return frozenset(site for run in self.runs for site in run)
-
-
-class Description(str):
-    """Text that prints itself at the interactive prompt."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return str(self)
 
 
 @dataclass(frozen=True)
@@ -186,51 +708,6 @@ class Plan:
         ]
         return hashlib.sha256(repr(read).encode()).digest()
 
-    def describe(
-        self, notes: Sequence[str] = (), summed: Collection[str] = (), alone: Collection[str] = ()
-    ) -> Description:
-        """Return the plan in words: a line for each latent site, in sampling order, and what is not faithful.
-
-        Args:
-            notes: Further notes, of the start.
-            summed: The sites with one factor for each element of a plate.
-            alone: The sites that the start left without their prior.
-        """
-        inverse, graph = self.inverse, self.graph
-        lines = [
-            f"Inverse: order {inverse.order!r}, {_number(inverse.num_edges, 'edge')}, "
-            f"{_number(len(inverse.levels), 'sampling level')}, {_number(len(self.blocks), 'block')}."
-        ]
-        for index, block in enumerate(self.blocks):
-            where = (
-                f"plate{'s' * (len(block.plates) > 1)} {', '.join(block.plates)}"
-                if block.plates
-                else "no plate"
-            )
-            lines.append(f"Block {index} ({where}, {_number(len(block.levels), 'level')}):")
-            for depth, level in enumerate(block.levels):
-                for site in level:
-                    looks = ", ".join(self._input(parent, site) for parent in inverse.parents[site])
-                    fused = site in block.fused and (site not in block.only_summed or site in summed)
-                    fused = fused and site not in alone
-                    term = "analytic KL" if self.analytic_kl[site] and not fused else "sampled KL"
-                    kind = "per-element parameters" if site in block.per_element else "amortised"
-                    label = ", fused with its prior" if fused else ""
-                    label += " and one factor for each element" if site in summed else ""
-                    label += f", {self.labels[site]}" if site in self.labels else ""
-                    lines.append(f"  level {depth}: {site} | {looks or 'nothing'}  [{kind}, {term}{label}]")
-                    lines += [f"    {remark}" for remark in self.inputs.remarks.get(site, ())]
-                    if site in self.not_fused:
-                        lines.append(f"    not fused with its prior: {self.not_fused[site]}")
-                    if site in alone:
-                        lines.append("    not fused with its prior: joint samples are likelier without it")
-        if graph.marginalised:
-            lines.append(f"Marginalised (no factor): {', '.join(map(str, graph.marginalised))}.")
-        lines += [
-            f"Note: {note}" for note in (*self.notes, *notes, *self._missing_dependences(), *self.hints)
-        ]
-        return Description("\n".join(lines))
-
     def missing_with(self, observed: Collection[str]) -> tuple[tuple[str, str], ...]:
         """Return the dependences that are missing where some latent sites are observed, beside those always missing.
 
@@ -273,31 +750,6 @@ class Plan:
                 f"sampled before {other!r} without looking at it. Name the optional sites in another order "
                 f"(optional={[other, site]}), or set up a guide of its own for such calls."
             )
-
-    def _missing_dependences(self) -> list[str]:
-        missing = list(violated_independencies(self.judged or self.inverse))
-        if not missing:
-            return []
-        named = "; ".join(
-            f"{statement.node} of {statement.other} given {', '.join(map(str, statement.given)) or 'nothing'}"
-            for statement in missing[:3]
-        )
-        return [
-            f"not faithful: the inverse asserts {len(missing)} independencies that the posterior does not have: "
-            f"{named}{'; ...' if len(missing) > 3 else ''}. Use inverse='auto'."
-        ]
-
-    def _input(self, parent: object, site: object) -> str:
-        if (parent, site) in self.ways:
-            return f"{parent} ({self.ways[parent, site]})"
-        how = self.inverse.how[parent, site]
-        if how == "pooled":  # and no summary has it
-            how = "not read"
-        return str(parent) if how == "same" else f"{parent} ({how})"
-
-
-def _number(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def mean_field_condition(graph: ModelGraph, inverse: InverseGraph) -> dict[str, bool]:

@@ -786,8 +786,8 @@ def _require_well_defined(
     """Refuse a prior with a parameter out of its range."""
     good = torch.isfinite(loc) & torch.isfinite(scale) & (scale > 0)
     if coordinate.standard:
-        defined = is_well_defined(fn)
-        good = good & defined.reshape(*defined.shape, 1)
+        each = is_well_defined(fn).expand(fn.batch_shape + fn.event_shape)
+        good = good & each.reshape(*fn.batch_shape, -1)
     if not bool(good.all()):
         raise GraphflowsError(
             f"Expected a prior of {site.name!r} with finite parameters and a positive scale at the values that its "

@@ -47,10 +47,9 @@ from pyro_graphflows.guides.conditionals.contract import Conditionals, LinearCon
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
 from pyro_graphflows.guides.fewer_elements import fewer_of
 from pyro_graphflows.guides.fused_rows import FusedRows, standardised, with_priors
-from pyro_graphflows.guides.inputs import MOST_INDICES
 from pyro_graphflows.guides.joint_factors import JointRows, fit_jointly_
 from pyro_graphflows.guides.mode import nesting_of
-from pyro_graphflows.guides.plan import Plan
+from pyro_graphflows.guides.plan import MOST_INDICES, Plan
 from pyro_graphflows.guides.samples import ModelDraws, Samples, columns_of
 from pyro_graphflows.guides.sites import LatentSite, concatenate
 from pyro_graphflows.infer.enumeration import enumerated, summed_log_density
@@ -357,7 +356,9 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
                 notes += [_on_maps(site, own_maps[site], plan.at_rows[site]) for site in mapped]
                 if plan.coupled:
                     shares = _start_jointly_(block, samples, context, of_sites)
-                    conditionals.start_couplings_(samples.plates, context, of_sites, shares)
+                    beside = FusedRows.of_sites(tuple(plan.coupled), of_sites)
+                    priors = {s: (prior, beside.in_coordinate(s)) for s, prior in beside.priors.items()}
+                    conditionals.start_couplings_(samples.plates, context, of_sites, shares, priors)
             notes += [] if kept or note is None else [note]
     for site in plan.fitted if not kept else ():
         conditionals.leave_out_maps_(site)
@@ -385,9 +386,9 @@ def _start_jointly_(
     for site in plan.sites:
         shift, scale = conditionals.output_units(site)
         columns.append((values[site] - shift) / scale)
-    for site in plan.coupled:
+    for site, coupling in plan.coupled.items():
         known = FusedRows.of_sites([site], values)
-        if not conditionals.fuses(site) or site not in known.priors:
+        if not coupling.rank or not conditionals.fuses(site) or site not in known.priors:
             continue
         joint = concatenate(columns)
         fewer = _of_fewer(block, samples.aligned(_names_of_fewer(block, samples.values or {})))
@@ -395,7 +396,7 @@ def _start_jointly_(
             fewer = torch.where(block.inputs.learned, torch.zeros(()).to(fewer), fewer)
             fewer = concatenate([fewer, *columns[1:]])[..., conditionals.inputs_of(site)]
         shift, scale = conditionals.fused_units(site)
-        value = (known.values.get(site, known.flat[site]) - shift) / scale
+        value = (known.in_coordinate(site) - shift) / scale
         of_site = (
             joint[..., conditionals.inputs_of(site)],
             value,

@@ -10,32 +10,14 @@ nothing of a column, may be dependent: the data are independent given it.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 
 import networkx as nx
 
 from pyro_graphflows.graphs.structures import InverseGraph
 from pyro_graphflows.guides.conditionals.pooling import pooling_orders
-from pyro_graphflows.guides.inputs import InputPlan, Summary
+from pyro_graphflows.guides.plan import InputPlan, Summary, SummedSite
 
-__all__ = ["SummedSite", "sites_to_sum"]
-
-
-@dataclass(frozen=True)
-class SummedSite:
-    """A site with a factor for each element of a plate.
-
-    Attributes:
-        summary: The name of the summary of the plate, among the inputs of the site's block.
-        responses: The members of the summary that depend on the site in the model.
-        above: What else the site looks at: sites and inputs that come in elementwise.
-        only_summed: Whether the site is fused with its prior for the sake of these factors alone.
-    """
-
-    summary: str
-    responses: tuple[str, ...]
-    above: tuple[str, ...]
-    only_summed: bool = False
+__all__ = ["sites_to_sum"]
 
 
 def sites_to_sum(

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 import pyro.distributions as dist
 from torch import Tensor, nn
@@ -34,6 +35,9 @@ __all__ = [
     "LinearConditional",
     "Pass",
     "SiteRole",
+    "freeze_widths",
+    "require_fusion",
+    "require_positive",
 ]
 
 UNITS = 17  # hidden units and the bias, to which outputs have weights beside those of the parents
@@ -153,6 +157,33 @@ class Family(ABC):
     def can_couple(self) -> bool:
         """Whether continuous sites without a factor of the user's can be drawn jointly across a plate."""
         return True
+
+
+def freeze_widths(family: Any) -> None:
+    """Make ``hidden_dims`` a tuple of positive numbers."""
+    widths = family.hidden_dims
+    if isinstance(widths, int):
+        raise GraphflowsError(f"Expected hidden_dims a sequence of widths, [{widths}]; got {widths}.")
+    if widths is not None:
+        object.__setattr__(family, "hidden_dims", tuple(widths))
+        if any(not isinstance(width, int) or width < 1 for width in family.hidden_dims):
+            raise GraphflowsError(f"Expected hidden_dims positive whole numbers; got {list(widths)}.")
+
+
+def require_fusion(family: Any) -> None:
+    """Refuse another ``fusion`` than "auto", True and False."""
+    if family.fusion not in (True, False, "auto"):
+        raise GraphflowsError(f"Expected fusion='auto', True or False; got {family.fusion!r}.")
+
+
+def require_positive(family: Any, *names: str) -> None:
+    """Refuse options that are no positive whole numbers."""
+    for name in names:
+        value = getattr(family, name)
+        if not isinstance(value, int):
+            raise GraphflowsError(f"Expected {name} a whole number; got {value!r}.")
+        if value < 1:
+            raise GraphflowsError(f"Expected {name} >= 1; got {value}.")
 
 
 @dataclass(frozen=True)
@@ -408,6 +439,7 @@ class Conditionals(nn.Module, ABC):
         context: Tensor | None = None,
         values: Mapping[str, Tensor] | None = None,
         shares: Mapping[str, float] = MappingProxyType({}),
+        priors: Mapping[str, tuple[SitePrior, Tensor]] = MappingProxyType({}),
     ) -> None:
         """Start the dependence of sites that are drawn jointly: from joint samples, or near none.
 
@@ -417,6 +449,7 @@ class Conditionals(nn.Module, ABC):
             values: Vectors of the sites in joint samples, ``(draws, *batch, size)``.
             shares: For fused sites how elements vary together: by how much of the same noise all have, beside a
                 variance of one of their own; negative if against each other.
+            priors: For fused sites the priors in joint samples, and the values in their coordinates.
         """
         if self.block.coupled:
             raise GraphflowsError(f"{type(self).__name__} cannot draw copies jointly.")

@@ -15,11 +15,11 @@ network gives for each element, :math:`z = m + D\,T\,\varepsilon`, where T is lo
   columns of U and V for each element. U alone is a normal with precision :math:`I + U U^\top`, as r observed totals
   make it; V alone is what r common causes make. Amortised, for plates of any size.
 
-Numbers with a dependence of rank r can be fused with their priors :math:`N(a_n, b_n^2)`: all the above is then the
-factor, a normal over all elements of location m and covariance :math:`D S D` with :math:`S = T T^\top`, and the
-conditional has the precision :math:`B^{-1} (I + E S^{-1} E) B^{-1}` with :math:`E = D^{-1} B`. In balanced crossed
-designs with normal noise S does not depend on the numbers of elements, m is the mean of an element's data and D falls
-with the root of their number.
+Numbers can be fused with their priors :math:`N(a_n, b_n^2)`: all the above is then the factor, a normal over all
+elements of location m and covariance :math:`D S D` with :math:`S = T T^\top`, and the conditional has the precision
+:math:`B^{-1} (I + E S^{-1} E) B^{-1}` with :math:`E = D^{-1} B`. So effects are as narrow as their scale is small. In
+balanced crossed designs with normal noise S does not depend on the numbers of elements, m is the mean of an element's
+data and D falls with the root of their number.
 
 Start. After the regression each element has a location; what is left over, the residual, has some variance :math:`v`
 and, between any two elements, some covariance :math:`c`, both averaged over elements. A constant column of U (for
@@ -28,10 +28,12 @@ and, between any two elements, some covariance :math:`c`, both averaged over ele
 .. math:: U_n = \sqrt{k / (1 - N k)}, \qquad V_n = \sqrt{k}.
 
 That is exact for exchangeable elements, as with an observed total of a plate (:func:`exchangeable_start`). Parameters
-for each pair start from draws near the posterior of the data, where there are such (:func:`pairs_start`).
+for each pair start from draws near the posterior of the data, where there are such (:func:`pairs_start`; beside priors
+:func:`factor_pairs_start`).
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -47,12 +49,23 @@ from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.conditionals.elements import ElementTable
 from pyro_graphflows.guides.conditionals.factors import NormalFactor, positive_scale, unit_lower
 from pyro_graphflows.guides.sites import SitePrior
+from pyro_graphflows.regression import in_float64
 
-__all__ = ["CoupledFactor", "CoupledNormal", "CouplingTerms", "exchangeable_start", "pairs_start"]
+__all__ = [
+    "CoupledFactor",
+    "CoupledNormal",
+    "CouplingTerms",
+    "FactorPairs",
+    "exchangeable_start",
+    "factor_pairs_start",
+    "pairs_start",
+]
 
 HALF_LOG_TWO_PI = 0.9189385332046727
 WAKE = 0.02  # columns of U and V start near, not at, zero, where they have no gradient
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)  # of the identity in a matrix of correlations
+MOST_RATIO = 10.0  # of the width of a factor in that of the conditional: beyond it data say next to nothing
+LEAST_PRECISION = 0.01  # of a joint factor, in that of factors of the numbers alone
 MOST_COUPLING = 0.99  # of 1 / N: beyond it the covariance of exchangeable elements is singular
 
 
@@ -226,7 +239,7 @@ class CoupledFactor(NormalFactor):
     @property
     def can_fuse(self) -> bool:
         """See :attr:`Factor.can_fuse`."""
-        return self.rank > 0 and self.size == 1
+        return self.size == 1
 
     @property
     def num_inner(self) -> int:
@@ -421,6 +434,61 @@ def pairs_start(residual: Tensor) -> tuple[Tensor, Tensor]:
     root = torch.linalg.cholesky(_mixed(rows, least, eye))
     diagonal = root.diagonal()
     return root / diagonal.unsqueeze(-1), (spread * diagonal).log()
+
+
+@dataclass(frozen=True)
+class FactorPairs:
+    """The joint factor of numbers beside priors, in place of a factor for each number alone.
+
+    Attributes:
+        mixing: T.
+        log_scales: The logarithms of the widths of the numbers' factors, in those that they have alone.
+        shift: What is added to the factors' locations, so that those of the conditional stay.
+    """
+
+    mixing: Tensor
+    log_scales: Tensor
+    shift: Tensor
+
+
+def factor_pairs_start(conditional: CoupledNormal, values: Tensor, prior: SitePrior) -> FactorPairs:
+    r"""Return the joint factor of numbers that, beside their priors, makes residuals vary together as samples do.
+
+    Alone, number n has the conditional :math:`N(\mu_n, c_n^2)`, with :math:`c_n^{-2} = d_n^{-2} + b_n^{-2}`. Residuals
+    in units of c have the correlations R. The factor of precision :math:`D^{-1} P D^{-1}` with
+    :math:`P = I + D C^{-1} (R^{-1} - I) C^{-1} D` beside the priors makes the covariance :math:`C R C`. It is found
+    from the samples with the widest priors: beside narrow ones data say little.
+
+    Args:
+        conditional: The conditionals of the numbers alone, in samples.
+        values: The numbers in the coordinate of their priors, ``(draws, *batch, 1)``.
+        prior: Their priors.
+    """
+    noise, narrower = conditional.flat_noise(values), conditional.mixing.diagonal(dim1=-2, dim2=-1)
+    widths, locs, means = (
+        conditional._gather(part.expand_as(values)).reshape(-1, noise.shape[-1])
+        for part in (prior.log_scale.exp(), prior.loc, conditional.loc)
+    )
+    noise, narrower = (part.expand(noise.shape).reshape(-1, noise.shape[-1]) for part in (noise, narrower))
+    widest = narrower.log().mean(-1).argsort()[: max(len(noise) // 2, 2)]
+    noise, narrower, widths, locs, means = (
+        in_float64(part[widest]) for part in (noise, narrower, widths, locs, means)
+    )
+    mixing, log_scales = pairs_start(noise)
+    root = log_scales.exp().unsqueeze(-1) * mixing
+    eye = torch.eye(len(root), dtype=root.dtype, device=root.device)
+    inverse = torch.cholesky_inverse(root)
+    narrower = narrower.clamp(max=(1.0 - MOST_RATIO**-2) ** 0.5)
+    ratio = (1.0 - narrower.square()).rsqrt().mean(0)
+    precisions, vectors = torch.linalg.eigh(eye + ratio.unsqueeze(-1) * (inverse - eye) * ratio)
+    covariance = (vectors / precisions.clamp(min=LEAST_PRECISION)) @ vectors.mT
+    root = torch.linalg.cholesky(covariance)
+    diagonal = root.diagonal()
+    c = widths * narrower
+    own, off = c * (1.0 - narrower.square()).rsqrt(), means - locs
+    joint = own * ((own * (off / c @ inverse / c)) @ covariance)
+    alone = off * (own / widths).square() + off
+    return FactorPairs(root / diagonal.unsqueeze(-1), diagonal.log(), (joint - alone).mean(0))
 
 
 def _mixed(rows: Tensor, share: float, eye: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Conditionals by one flow over a block: every site keeps its own term.
+"""The family of flows: conditionals by one flow over a block, in which every site keeps its own term.
 
 The flow's Jacobian is triangular in the order of the inverse, so the density of a block is a product of one term for
 each site, and each site is emitted on its own. It is emitted as a distribution over its flat unconstrained vector that
@@ -15,18 +15,29 @@ The elements of a vector site form a full autoregressive chain inside the site, 
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import pyro.distributions as dist
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.call import PlateState
-from pyro_graphflows.guides.conditionals.contract import BlockSpec, Conditionals, LinearConditional, Pass
+from pyro_graphflows.guides.conditionals.contract import (
+    BlockSpec,
+    Conditionals,
+    Family,
+    LinearConditional,
+    Pass,
+    SiteRole,
+    freeze_widths,
+    require_fusion,
+    require_positive,
+)
 from pyro_graphflows.guides.conditionals.elements import (
     ElementMap,
     ElementTable,
@@ -34,18 +45,174 @@ from pyro_graphflows.guides.conditionals.elements import (
     keep_rows_,
     leave_out_maps_,
 )
+from pyro_graphflows.guides.conditionals.masked import Normal
 from pyro_graphflows.guides.sites import SitePrior, concatenate
+from pyro_graphflows.nn.activations import make_activation
 from pyro_graphflows.regression import in_float64
 from pyro_graphflows.transforms.faithful import FaithfulEvaluation, FaithfulResidualNN
 from pyro_graphflows.transforms.graphical import AffineGraphicalEvaluation, AffineGraphicalNN
+from pyro_graphflows.transforms.solver import Solver
 from pyro_graphflows.transforms.structure import FlowStructure
 
-__all__ = ["FlowConditional", "FlowConditionals"]
+__all__ = ["Flow", "FlowConditional", "FlowConditionals"]
 
 HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
 Network = FaithfulResidualNN | AffineGraphicalNN
 Evaluation = FaithfulEvaluation | AffineGraphicalEvaluation
+
+
+@dataclass(frozen=True)
+class Flow(Family):
+    r"""Flexible conditionals: every element has a monotone flow that its parents steer.
+
+    In unconstrained space, :math:`z_v = F_v(\varepsilon_v; z_{Pa(v)}, x_{Pa(v)})` with a stack of one-dimensional
+    residual blocks :math:`F_v`, so that each site has exactly the density :math:`q(z_v \mid` parents
+    :math:`)` whatever the number of blocks. With hidden units at zero output, as after the regression start, every
+    conditional is linear-Gaussian. Sampling, and scoring what was just sampled, need no numerical inversion; scoring
+    other values inverts one-dimensional functions (or the other way round with ``closed_form="density"``, for
+    inference compilation).
+
+    References:
+        [1] Mouton and Kroon (2022), Graphical Residual Flows.
+        [2] Webb et al. (2018), Faithful Inversion of Generative Models for Effective Amortized Inference.
+
+    Args:
+        form: ``"faithful"`` (:class:`~pyro_graphflows.FaithfulResidual`), or ``"graphical"`` for the flow of [1]
+            (:class:`~pyro_graphflows.GraphicalResidual`, and an affine map along the graph for the regression
+            start): its sites depend on all their ancestors, and independences are not enforced.
+        num_blocks: The number of residual blocks of each element. By default 3; in a graphical flow 4, or as many
+            as there are edges on the longest shortest path from an ancestor to a site, which is the least.
+        units_per_variable: The hidden units of one block of one element.
+        hidden_layers: The number of hidden layers of a block.
+        hidden_dims: Widths of the hidden layers over all elements, instead of the two arguments before.
+        closed_form: ``"sampling"`` or ``"density"``: the direction without numerical inversion.
+        activation: An activation with known slopes, or its name; by default ``"elu"`` (graphical: ``"lipmish"``).
+        lipschitz: c in (0, 1): a residual map's slope stays above 1 − c.
+        conditional_scale: Whether parents act on the log-scale of each block directly.
+        conditioner_units: The hidden units, for each distinct set of parents, of the masked network through which
+            parents act nonlinearly on shifts, scales and hidden units; 0 leaves the linear maps alone. By default 32,
+            and 0 in a graphical flow (where it acts on the affine map).
+        conditioner_layers: The number of its hidden layers.
+        solver: How to invert numerically (:class:`~pyro_graphflows.transforms.solver.Solver`).
+        masked: The family of the sites that a flow cannot serve: discrete ones, those whose copies are drawn jointly
+            across a plate (:mod:`~pyro_graphflows.guides.conditionals.coupled`), those with a factor class of the
+            user's, long vectors (:mod:`~pyro_graphflows.guides.vectors`).
+        fusion: ``"auto"``: the sites that ``masked`` serves are fused with their priors as it says; False: none is.
+            Sites with flows are not: a flow times a prior has no density in closed form, which a :class:`Spline` has.
+
+    Raises:
+        GraphflowsError: If ``form``, ``closed_form`` or the activation is unknown, a number is out of range,
+            ``masked`` is no :class:`Normal`, or ``fusion`` is True.
+
+    Example:
+        >>> Flow(num_blocks=5).num_blocks
+        5
+    """
+
+    form: str = "faithful"
+    num_blocks: int | None = None
+    units_per_variable: int = 16
+    hidden_layers: int = 1
+    hidden_dims: Sequence[int] | None = None
+    closed_form: str = "sampling"
+    activation: str | nn.Module | None = None
+    lipschitz: float = 0.97
+    conditional_scale: bool = True
+    conditioner_units: int | None = None
+    conditioner_layers: int = 2
+    solver: Solver | None = None
+    masked: Normal = field(default_factory=Normal)
+    fusion: bool | str = "auto"
+
+    def __post_init__(self) -> None:
+        require_fusion(self)
+        if self.fusion is True:
+            raise GraphflowsError(
+                "Expected fusion='auto' or False with Flow(...): a residual flow times a prior has no density in "
+                "closed form. Use Spline(fusion=True), which is flexible too."
+            )
+        if self.form not in ("faithful", "graphical"):
+            raise GraphflowsError(f"Expected form='faithful' or 'graphical'; got {self.form!r}.")
+        if self.closed_form not in ("sampling", "density"):
+            raise GraphflowsError(f"Expected closed_form 'sampling' or 'density'; got {self.closed_form!r}.")
+        if self.num_blocks is not None:
+            require_positive(self, "num_blocks")
+        freeze_widths(self)
+        if self.hidden_dims is not None and not self.hidden_dims:
+            raise GraphflowsError("Expected hidden_dims with at least one width, or None; got none.")
+        require_positive(self, "hidden_layers", "conditioner_layers")
+        if not 0 < self.lipschitz < 1:
+            raise GraphflowsError(f"Expected 0 < lipschitz < 1; got {self.lipschitz}.")
+        units = self.conditioner_units
+        if self.units_per_variable < 0 or (units is not None and units < 0):
+            raise GraphflowsError(
+                f"Expected units_per_variable and conditioner_units >= 0; got {self.units_per_variable} and {units}."
+            )
+        if self.activation is not None:
+            make_activation(self.activation)
+        if not isinstance(self.masked, Normal):
+            raise GraphflowsError(f"Expected masked= a Normal(...); got {self.masked!r}.")
+
+    @property
+    def can_fuse(self) -> bool:
+        """Flows times priors have no density in closed form."""
+        return False
+
+    @property
+    def can_couple(self) -> bool:
+        """Whether the family of coupled sites can draw copies jointly."""
+        return self.masked.can_couple
+
+    @property
+    def can_regress(self) -> bool:
+        """Whether there are linear maps to set, in the masked networks as well."""
+        return self.masked.can_regress
+
+    @property
+    def has_vectors(self) -> bool:
+        """Whether the family of long vectors can serve them."""
+        return self.masked.has_vectors
+
+    def full_size(self, role: SiteRole, num_inputs: int) -> int:
+        """See :meth:`Family.full_size`: each element has blocks of hidden units that see all earlier ones."""
+        blocks = self.num_blocks or 3
+        return blocks * 5 * super().full_size(role, num_inputs) if role.site.size > 1 else 0
+
+    def serving(self, role: SiteRole) -> Family:
+        """Return this family, or ``masked`` for sites that a flow cannot serve."""
+        given = role.coupled or role.factor is not None or role.long is not None
+        beyond = given or role.site.encoding is not None
+        masked = self.masked if self.fusion else replace(self.masked, fusion=False)
+        return masked.serving(role) if beyond else self
+
+    def block_key(self, role: SiteRole) -> Hashable:
+        """Return the site itself where its elements have maps, which read all parents before the first level."""
+        return role.site.name if role.own_maps else None
+
+    def conditionals(self, spec: BlockSpec) -> Conditionals:
+        """See :meth:`Family.conditionals`."""
+        graphical = self.form == "graphical"
+        options: dict[str, Any] = {
+            "num_blocks": self.num_blocks if graphical else self.num_blocks or 3,
+            "closed_form": self.closed_form,
+            "activation": self.activation or ("lipmish" if graphical else "elu"),
+            "lipschitz": self.lipschitz,
+            "conditional_scale": self.conditional_scale,
+            "conditioner_units": self.conditioner_units,
+            "conditioner_layers": self.conditioner_layers,
+            "solver": self.solver,
+        }
+        if self.conditioner_units is None:
+            options["conditioner_units"] = 0 if graphical else 32
+        return FlowConditionals(
+            spec,
+            graphical=graphical,
+            hidden_dims=self.hidden_dims,
+            units_per_variable=self.units_per_variable,
+            hidden_layers=self.hidden_layers,
+            network_options=options,
+        )
 
 
 class FlowConditionals(Conditionals):
@@ -57,8 +224,8 @@ class FlowConditionals(Conditionals):
         hidden_dims: The widths of the hidden layers over all elements; None for ``units_per_variable`` a layer.
         units_per_variable: The hidden units of one block of one element.
         hidden_layers: The number of hidden layers of a block.
-        network_options: Further options of :class:`~pyro_graphflows.transforms.faithful_nn.FaithfulResidualNN`, or of
-            :class:`~pyro_graphflows.transforms.graphical_affine.AffineGraphicalNN`.
+        network_options: Further options of :class:`~pyro_graphflows.transforms.faithful.FaithfulResidualNN`, or of
+            :class:`~pyro_graphflows.transforms.graphical.AffineGraphicalNN`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Conditionals by one masked network (MADE): the factors of a block's sites, level by level.
+"""The family of normal conditionals: one masked network (MADE) for the factors of a block's sites, level by level.
 
 The network of a block sees the block's context and, level by level, the sites drawn so far; masks from the
 inverse graph leave to each site exactly its parents (Germain et al. 2015, Webb et al. 2018). Everything is in
@@ -7,7 +7,7 @@ standardised units, inputs and outputs.
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -18,14 +18,27 @@ from torch import Tensor, nn
 
 from pyro_graphflows.capture import CAPTURING
 from pyro_graphflows.distributions.fusion import fuse_matrix
+from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.conditionals.banded import BandedNormalFactor, regress_chain
-from pyro_graphflows.guides.conditionals.contract import BlockSpec, Conditionals, LinearConditional, Pass
+from pyro_graphflows.guides.conditionals.contract import (
+    BlockSpec,
+    Conditionals,
+    Family,
+    LinearConditional,
+    Pass,
+    SiteRole,
+    freeze_widths,
+    require_fusion,
+    require_positive,
+)
 from pyro_graphflows.guides.conditionals.coupled import (
     WAKE,
     CoupledFactor,
+    CoupledNormal,
     CouplingTerms,
     exchangeable_start,
+    factor_pairs_start,
     pairs_start,
 )
 from pyro_graphflows.guides.conditionals.elements import (
@@ -47,16 +60,110 @@ from pyro_graphflows.guides.conditionals.factors import (
 )
 from pyro_graphflows.guides.conditionals.low_rank import LowRankNormalFactor
 from pyro_graphflows.guides.sites import LatentSite, SitePrior
+from pyro_graphflows.nn.activations import make_activation
 from pyro_graphflows.nn.mlp import LevelEvaluation, MaskedMLP
 from pyro_graphflows.regression import Moments, in_float64
 
-__all__ = ["MaskedConditionals"]
+__all__ = ["NETWORK_OPTIONS", "MaskedConditionals", "Normal"]
+
+NETWORK_OPTIONS = ("hidden_dims", "units_per_set", "hidden_layers", "activation", "skip")
 
 # numbers of an exact conditional that move in full units in a step of training, or more of them less
 FREE_IF_EXACT = 16
 MOST_UNITS = 8.0  # that the logarithm of a wide factor's scale moves in a step of training
 
 FactorMaker = Callable[[LatentSite], Factor]
+
+
+@dataclass(frozen=True)
+class Normal(Family):
+    r"""Normal conditionals whose parameters come from masked networks (MADE).
+
+    In unconstrained space, ``q(z_v | parents) = Normal(loc_v(parents), scale_v(parents))``, with a full covariance
+    within vector sites; values are pushed to the supports of the sites. Discrete sites have Bernoulli and categorical
+    factors.
+
+    References:
+        [1] Webb et al. (2018), Faithful Inversion of Generative Models for Effective Amortized Inference.
+        [2] Germain et al. (2015), MADE: Masked Autoencoder for Distribution Estimation.
+
+    Args:
+        hidden_dims: Widths of the hidden layers; None for ``units_per_set`` units for each distinct set of parents.
+        units_per_set: See ``hidden_dims``; a quarter of them for each element of a long vector that is held by element
+            (:mod:`~pyro_graphflows.guides.vectors`).
+        hidden_layers: The number of hidden layers where ``hidden_dims`` is None.
+        activation: ``"elu"``, ``"relu"``, ``"tanh"`` ...
+        skip: Whether a linear map from the parents runs beside the hidden layers. The regression start needs it.
+        factor: The factor class of the continuous sites, for other conditionals than normal ones.
+        fusion: Whether a site's conditional is the model's own distribution of the site, given its parents in the
+            model, times a normal factor (of a discrete site, its logits plus some), in a coordinate in which the prior
+            is normal (:mod:`~pyro_graphflows.guides.fusion`). ``"auto"`` does so for each site where it can and has an
+            effect; True for all, and refuses models in which some site cannot.
+
+    Raises:
+        GraphflowsError: If a width or a number is not positive, the activation is unknown, or ``factor`` is no
+            subclass of :class:`~pyro_graphflows.guides.Factor`.
+
+    Example:
+        >>> Normal(hidden_dims=[32, 32])
+        Normal(hidden_dims=(32, 32), units_per_set=16, hidden_layers=1, activation='elu', skip=True)
+    """
+
+    hidden_dims: Sequence[int] | None = None
+    units_per_set: int = 16
+    hidden_layers: int = 1
+    activation: str = "elu"
+    skip: bool = True
+    factor: type[Factor] = field(default=NormalFactor, repr=False)
+    fusion: bool | str = field(default="auto", repr=False)
+
+    def __post_init__(self) -> None:
+        freeze_widths(self)
+        require_fusion(self)
+        require_positive(self, "units_per_set", "hidden_layers")
+        make_activation(self.activation)
+        if not (isinstance(self.factor, type) and issubclass(self.factor, Factor)):
+            raise GraphflowsError(f"Expected factor= a subclass of Factor; got {self.factor!r}.")
+
+    def __repr__(self) -> str:
+        shown = {name: getattr(self, name) for name in NETWORK_OPTIONS}
+        options = [f"{name}={value!r}" for name, value in shown.items()]
+        if self.fusion != "auto":
+            options.append(f"fusion={self.fusion!r}")
+        if self.factor is not NormalFactor:
+            options.append(f"factor={self.factor.__name__}")
+        return f"Normal({', '.join(options)})"
+
+    @property
+    def can_regress(self) -> bool:
+        """Whether there are linear maps to set."""
+        return self.skip
+
+    @property
+    def can_split(self) -> bool:
+        """Whether continuous sites are normal."""
+        return self.factor is NormalFactor
+
+    @property
+    def can_couple(self) -> bool:
+        """Whether continuous sites are normal."""
+        return self.factor is NormalFactor
+
+    @property
+    def has_vectors(self) -> bool:
+        """Whether continuous sites are normal."""
+        return self.factor is NormalFactor
+
+    def serving(self, role: SiteRole) -> Family:
+        """Return this family; with a quarter of the hidden units where each of many elements has units of its own."""
+        if role.long != "element" or self.hidden_dims is not None:
+            return self
+        return replace(self, units_per_set=-(-self.units_per_set // 4))
+
+    def conditionals(self, spec: BlockSpec) -> Conditionals:
+        """See :meth:`Family.conditionals`."""
+        options: dict[str, Any] = {name: getattr(self, name) for name in NETWORK_OPTIONS}
+        return MaskedConditionals(spec, self.factor.for_site, options)
 
 
 class MaskedConditionals(Conditionals):
@@ -542,6 +649,7 @@ class MaskedConditionals(Conditionals):
         context: Tensor | None = None,
         values: Mapping[str, Tensor] | None = None,
         shares: Mapping[str, float] = MappingProxyType({}),
+        priors: Mapping[str, tuple[SitePrior, Tensor]] = MappingProxyType({}),
     ) -> None:
         """See :meth:`Conditionals.start_couplings_`.
 
@@ -552,14 +660,16 @@ class MaskedConditionals(Conditionals):
             return
         known = (context, values) if context is not None and values is not None else None
         shared = {} if known is None else self._coupled(*known)
-        of_elements = {} if known is None or self.table is None else self._coupled(*known, plates)
+        of_priors = {site: prior for site, (prior, _) in priors.items()}
+        of_elements = {} if known is None or self.table is None else self._coupled(*known, plates, of_priors)
         for site, key in self._coupling_of.items():
             terms, factor = self.couplings[key], self.factors[site]
             assert isinstance(terms, CouplingTerms)
             assert isinstance(factor, CoupledFactor)
             if factor.rank == 0:
                 if values is not None and site in of_elements:
-                    self._start_pairs_(site, terms, of_elements[site].flat_noise(values[site]))
+                    own = (priors[site] if self.fuses(site) and site in priors else None), values[site]
+                    self._start_pairs_(site, terms, of_elements[site], *own)
                 continue
             bias = self.network.skip.bias
             assert bias is not None
@@ -577,26 +687,42 @@ class MaskedConditionals(Conditionals):
                 bias[rows.start + factor.size] += log_scale
 
     def _coupled(
-        self, context: Tensor, values: Mapping[str, Tensor], plates: Mapping[str, PlateState] | None = None
+        self,
+        context: Tensor,
+        values: Mapping[str, Tensor],
+        plates: Mapping[str, PlateState] | None = None,
+        priors: Mapping[str, SitePrior] = MappingProxyType({}),
     ) -> dict[str, Any]:
         """Return the conditionals of the sites that are drawn jointly; with plates, those of their elements."""
         evaluation = self.begin(context, plates)
         found: dict[str, Any] = {}
         for level in self.block.levels:
-            conditionals = evaluation.next()
+            conditionals = evaluation.next(priors)
             evaluation.accept({site: values[site] for site in level})
             found.update({site: conditionals[site] for site in level if site in self._coupling_of})
         return found
 
-    def _start_pairs_(self, site: str, terms: CouplingTerms, noise: Tensor) -> None:
+    def _start_pairs_(
+        self,
+        site: str,
+        terms: CouplingTerms,
+        alone: CoupledNormal,
+        prior: tuple[SitePrior, Tensor] | None,
+        values: Tensor,
+    ) -> None:
         """Let pairs of elements start as noise of independent ones says; not where elements have no regressions."""
         columns = self._table_columns.get(site)
         if self.table is None or columns is None or self.factors[site].size > 1:
             return
         own = self.table.table[..., columns]
-        if not bool(own.any()) or noise[0].numel() != terms.length:
+        if not bool(own.any()) or values[0].numel() != terms.length:
             return
-        mixing, log_scales = pairs_start(noise.reshape(len(noise), -1))
+        if prior is None:
+            mixing, log_scales = pairs_start(alone.flat_noise(values).reshape(len(values), -1))
+        else:
+            joint = factor_pairs_start(alone, prior[1], prior[0])
+            mixing, log_scales = joint.mixing, joint.log_scales
+            own[..., 0] += (joint.shift.to(own) / self.fused_units(site)[1]).reshape(own.shape[:-1])
         terms.set_mixing_(mixing)
         own[..., 1] += log_scales.to(own).reshape(own.shape[:-1])
 

@@ -46,7 +46,7 @@ from torch import Tensor, nn
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides.call import PlateState
-from pyro_graphflows.guides.inputs import subsampled_message
+from pyro_graphflows.guides.plan import subsampled_message
 from pyro_graphflows.guides.sites import FeatureMap, concatenate
 from pyro_graphflows.nn.activations import make_activation
 

@@ -1,4 +1,4 @@
-r"""The factor of a site whose conditional is a monotone spline of noise.
+r"""The family of splines, and its factor: a site whose conditional is a monotone spline of noise.
 
 .. math:: u = \text{shift} + \text{scale} \odot (\text{loc} + D\,U\,y), \qquad y_i = \mathrm{RQS}_i(\varepsilon_i)
 
@@ -12,6 +12,8 @@ References:
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,7 +24,17 @@ from torch.distributions import constraints
 
 from pyro_graphflows.distributions.last_draw import LastDraw
 from pyro_graphflows.distributions.rational_spline import num_spline_parameters
-from pyro_graphflows.distributions.spline import SplineDistribution
+from pyro_graphflows.distributions.spline import BASES, SplineDistribution
+from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.guides.conditionals.contract import (
+    BlockSpec,
+    Conditionals,
+    Family,
+    SiteRole,
+    freeze_widths,
+    require_fusion,
+    require_positive,
+)
 from pyro_graphflows.guides.conditionals.factors import (
     Factor,
     NormalFactor,
@@ -32,9 +44,105 @@ from pyro_graphflows.guides.conditionals.factors import (
     positive_scale,
     share_of_evidence,
 )
-from pyro_graphflows.guides.sites import SitePrior
+from pyro_graphflows.guides.conditionals.masked import NETWORK_OPTIONS, MaskedConditionals, Normal
+from pyro_graphflows.guides.sites import LatentSite, SitePrior
+from pyro_graphflows.nn.activations import make_activation
 
-__all__ = ["SplineFactor", "SplineVector"]
+__all__ = ["Spline", "SplineFactor", "SplineVector"]
+
+
+@dataclass(frozen=True)
+class Spline(Family):
+    r"""Flexible conditionals in closed form: a monotone rational-quadratic spline of noise for each element.
+
+    In unconstrained space, :math:`z_v = \text{loc}_v + \text{scale}_v\, \mathrm{RQS}_v(\varepsilon_v)`, with
+    location, scale and knots from a masked network of the parents. Drawing and scoring any value need no iteration.
+    Elements of a vector are autoregressive, linear in those before
+    (:mod:`~pyro_graphflows.guides.conditionals.spline`). After the regression start the splines are the identity, so
+    that every conditional is linear-Gaussian. The tails are those of the base. Discrete sites and those whose copies
+    are drawn jointly have the factors that they have in :class:`Normal`.
+
+    References:
+        [1] Durkan et al. (2019), Neural Spline Flows.
+        [2] Webb et al. (2018), Faithful Inversion of Generative Models for Effective Amortized Inference.
+
+    Args:
+        num_bins: The number of bins of each spline.
+        bound: The noise is left alone outside of ``[-bound, bound]``.
+        base: ``"normal"``, ``"student"`` or ``"logistic"``.
+        df: The degrees of freedom of a base that is Student's t.
+        hidden_dims: Widths of the hidden layers; None for ``units_per_set`` units for each distinct set of parents.
+        units_per_set: See ``hidden_dims``.
+        hidden_layers: The number of hidden layers where ``hidden_dims`` is None.
+        activation: ``"elu"``, ``"relu"``, ``"tanh"`` ...
+        skip: Whether a linear map from the parents runs beside the hidden layers. The regression start needs it.
+        fusion: See :class:`Normal`. Location and scale of the spline are then those of the prior times a normal.
+
+    Raises:
+        GraphflowsError: If there are fewer than two bins, a number is not positive, or the base or the activation is
+            unknown.
+
+    Example:
+        >>> Spline(num_bins=4).base
+        'normal'
+    """
+
+    num_bins: int = 8
+    bound: float = 4.0
+    base: str = "normal"
+    df: float = 7.0
+    hidden_dims: Sequence[int] | None = None
+    units_per_set: int = 16
+    hidden_layers: int = 1
+    activation: str = "elu"
+    skip: bool = True
+    fusion: bool | str = "auto"
+
+    def __post_init__(self) -> None:
+        require_fusion(self)
+        require_positive(self, "num_bins")
+        if self.num_bins < 2:
+            raise GraphflowsError(f"Expected num_bins >= 2; got {self.num_bins}.")
+        num_spline_parameters(self.num_bins)  # refuses more than there is room for
+        if not isinstance(self.bound, int | float) or not 0 < self.bound < math.inf:
+            raise GraphflowsError(f"Expected a positive, finite bound; got {self.bound!r}.")
+        if self.base not in BASES:
+            raise GraphflowsError(f"Expected a base among {', '.join(BASES)}; got {self.base!r}.")
+        if not isinstance(self.df, int | float) or not 0 < self.df < math.inf:
+            raise GraphflowsError(f"Expected positive, finite degrees of freedom; got {self.df!r}.")
+        freeze_widths(self)
+        require_positive(self, "units_per_set", "hidden_layers")
+        make_activation(self.activation)
+
+    @property
+    def can_regress(self) -> bool:
+        """Whether there are linear maps to set."""
+        return self.skip
+
+    @property
+    def can_split(self) -> bool:
+        """Elements of a vector are mixed by one matrix."""
+        return False
+
+    @property
+    def has_vectors(self) -> bool:
+        """Long vectors are normal."""
+        return True
+
+    def serving(self, role: SiteRole) -> Family:
+        """Return this family, or normal conditionals with the same networks for long vectors."""
+        if role.long is None:
+            return self
+        return Normal(**{name: getattr(self, name) for name in NETWORK_OPTIONS}).serving(role)
+
+    def conditionals(self, spec: BlockSpec) -> Conditionals:
+        """See :meth:`Family.conditionals`."""
+
+        def make_factor(site: LatentSite) -> Factor:
+            return SplineFactor(site.size, self.num_bins, self.bound, self.base, self.df)
+
+        options: dict[str, Any] = {name: getattr(self, name) for name in NETWORK_OPTIONS}
+        return MaskedConditionals(spec, make_factor, options)
 
 
 class SplineFactor(Factor):
