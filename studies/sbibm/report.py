@@ -68,7 +68,7 @@ is knowledge which neither `npe` nor the methods of the publication get. The hun
 (`embedding={"x": "linear"}`); the first observation had 0.819 where the guide read the bits themselves, and 0.679 with
 the estimates at the rate of the other tasks, 2e-3. The two Bernoulli tasks have 2e-2, by the losses of *bernoulli_glm*
 on held-out simulations: 2.95 at 2e-3, 2.69 at 8e-3, 2.66 at 2e-2. (`spline score` has 2e-3, and so had the guide of
-`spline reweighted` on *bernoulli_glm*.)
+observations 2 and 3 of `spline reweighted` on *bernoulli_glm*.)
 """
 ENDING = """\
 Published: NPE with 10,000 simulations, and the best of eight methods with 100,000, means over ten observations. A mean
