@@ -8,7 +8,7 @@ import torch
 from pyro_graphflows.guides import auto_faithful_guide
 from pyro_graphflows.infer import Simulations
 from studies.results import Results
-from studies.sbibm import report, run
+from studies.sbibm import report, run, tasks
 from studies.sbibm.c2st import c2st
 from studies.sbibm.tasks import (
     Box,
@@ -18,6 +18,7 @@ from studies.sbibm.tasks import (
     gaussian_linear,
     gaussian_mixture,
     slcp,
+    slcp_distractors,
     two_moons,
 )
 
@@ -144,6 +145,30 @@ def test_slcp_has_five_parameters():
     assert [name for name in trace.stochastic_nodes if name.startswith("theta")] == [
         f"theta_{i}" for i in range(5)
     ]
+
+
+def test_distractors_stand_beside_the_points(tmp_path, monkeypatch):
+    """The files of the package have them in one permuted row, and matrices with negative diagonals."""
+    generator = torch.Generator().manual_seed(0)
+    tril = 0.1 * torch.randn(3, 92, 92, generator=generator).tril(-1) + torch.diag((-1.0) ** torch.arange(92))
+    loc, order = torch.zeros(3, 92), torch.randperm(100, generator=generator)
+    each = dist.MultivariateStudentT(torch.full((3,), 2.0), loc, tril, validate_args=False)
+    mixture = dist.MixtureSameFamily(dist.Categorical(torch.ones(3)), dist.Independent(each, 0))
+    folder = tmp_path / "tasks" / "slcp" / "files"
+    folder.mkdir(parents=True)
+    torch.save(mixture, folder / "gmm.torch")
+    torch.save(order, folder / "permutation_idx.torch")
+    monkeypatch.setattr(tasks, "_package", lambda: tmp_path)
+    tasks._distractors.cache_clear()
+    x = torch.randn(100, generator=generator)
+    trace = pyro.poutine.trace(slcp_distractors).get_trace(x)
+    assert torch.isfinite(trace.nodes["distractors"]["fn"].log_prob(trace.nodes["distractors"]["value"]))
+    values = {name: trace.nodes[name]["value"].unsqueeze(0) for name in ("x", "distractors")}
+    assert torch.equal(tasks.TASKS["slcp_distractors"].data(values)[0], x)
+    options = tasks.TASKS["slcp_distractors"].guide_options
+    guide = auto_faithful_guide(slcp_distractors, x, num_start_samples=100, **options)
+    assert all("distractors" not in parents for parents in guide.inverse.parents.values())
+    tasks._distractors.cache_clear()
 
 
 def test_a_row_from_training_to_page(tmp_path, monkeypatch):

@@ -47,7 +47,7 @@ NUM_DRAWS = 10_000
 POOL = 300_000  # draws of which those that are reweighted are taken
 OUTSIDE = 8  # times as many are drawn, since a guide without bounds has draws outside the prior's, which are dropped
 AUTO_SECONDS = 10.0
-BATCH, RATE = 500, 2e-3
+BATCH = 500
 SET_UP = 10  # one in so many simulations sets up the guide, the others train it
 # fusion would use the density of the prior
 OPTIONS: Mapping[str, Any] = {"units_per_set": 64, "hidden_layers": 2, "fusion": False}
@@ -59,7 +59,7 @@ FAMILIES: Mapping[str, Callable[[], Family]] = {
 # what a study does, in this order: (tasks, rows, simulations)
 ROWS = ("spline", "spline reweighted")
 STUDY = (
-    (("two_moons", "gaussian_mixture", "slcp"), ROWS, 10_000),
+    (("two_moons", "gaussian_mixture", "slcp", "slcp_distractors"), ROWS, 10_000),
     (("bernoulli_glm", "gaussian_linear_uniform", "gaussian_linear", "bernoulli_glm_raw"), ROWS, 10_000),
     (("two_moons", "gaussian_mixture"), ("normal", "flow"), 10_000),
     (("slcp", "bernoulli_glm", "bernoulli_glm_raw"), ("normal",), 10_000),
@@ -87,7 +87,7 @@ def train(task: Task, family: str, simulations: int, seed: int, path: Path) -> d
     history = fit(
         *(task.model, guide, task.observation(1)),
         simulations=Simulations(simulations - simulations // SET_UP, batch_size=BATCH),
-        optimizer=RATE,
+        optimizer=task.rate,
         progress=False,
         seed=seed,
     )
@@ -95,6 +95,7 @@ def train(task: Task, family: str, simulations: int, seed: int, path: Path) -> d
     return {
         "held_out_nll": min(history.validation_loss),
         "epochs": len(history),
+        "rate": task.rate,
         "stop": history.stop_reason,
         "seconds": time.process_time() - begin,
     }
@@ -154,11 +155,11 @@ def train_npe(
     torch.manual_seed(seed)
     loss_of = Simulations(simulations).prepare(task.model, _Nobody(task), (task.observation(1),), {})[0]
     values = loss_of.draw(simulations, vectorize=True)
-    theta = task.columns({name: value for name, value in values.items() if name != "x"})
+    theta = task.columns(values)
     low, high = theta.min(0).values - 1.0, theta.max(0).values + 1.0  # no more than a check of what it gets
     begin = time.process_time()
     inference = NPE(prior=BoxUniform(low, high), density_estimator=density, show_progress_bars=False)
-    inference.append_simulations(theta, values["x"].reshape(simulations, -1))
+    inference.append_simulations(theta, task.data(values))
     estimator = inference.train()
     seconds = time.process_time() - begin
     torch.save(estimator, path)
@@ -188,7 +189,7 @@ class _Nobody:
         self.task = task
 
     def __call__(self, x: Tensor, observations: Mapping[str, Tensor] | None = None) -> None:
-        with pyro.poutine.block(hide=["x"]):
+        with pyro.poutine.block(hide_fn=lambda site: bool(site.get("is_observed"))):
             self.task.model(x)
 
 

@@ -18,6 +18,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -42,7 +43,10 @@ class Task:
         shape: The shape in which the model takes an observation.
         guide_options: Options of the guide that its structure asks for.
         data_options: Further ones of guides that read the data themselves and not scores.
-        raw: Whether the observation is the raw one of its folder.
+        rate: The learning rate of guides that learn from simulations alone.
+        base: The name of its folder in the package, if that is another.
+        suffix: Of the name of its files of observations.
+        data: From simulations by site to columns like those of an observation.
     """
 
     name: str
@@ -50,18 +54,21 @@ class Task:
     columns: Callable[[Mapping[str, Tensor]], Tensor]
     shape: tuple[int, ...]
     guide_options: Mapping[str, Any]
-    raw: bool = False
     data_options: Mapping[str, Any] = field(default_factory=dict)
+    rate: float = 2e-3
+    base: str | None = None
+    suffix: str = ""
+    data: Callable[[Mapping[str, Tensor]], Tensor] = lambda values: values["x"].flatten(1)
 
     @property
     def folder(self) -> Path:
         """The folder of the task's files in the package."""
-        return _package() / "tasks" / self.name.removesuffix("_raw") / "files"
+        return _package() / "tasks" / (self.base or self.name) / "files"
 
     def observation(self, number: int) -> Tensor:
         """Return an observation, in the shape that the model takes."""
-        name = "observation_raw.csv" if self.raw else "observation.csv"
-        return _read(self.folder / f"num_observation_{number}" / name).reshape(self.shape)
+        path = self.folder / f"num_observation_{number}" / f"observation{self.suffix}.csv"
+        return _read(path).reshape(self.shape)
 
     def reference(self, number: int) -> Tensor:
         """Return the 10,000 draws of the reference posterior of an observation."""
@@ -185,6 +192,33 @@ def slcp(x: Tensor) -> None:
         pyro.sample("x", dist.MultivariateNormal(torch.stack([m0, m1], -1), torch.stack(rows, -2)), obs=x)
 
 
+@cache
+def _distractors() -> tuple[dist.TorchDistribution, Tensor]:
+    """Return the distribution of the distractors, and which of the points and these each column of the data is."""
+    folder = _package() / "tasks" / "slcp" / "files"
+    given = torch.load(folder / "gmm.torch", weights_only=False)
+    order = torch.load(folder / "permutation_idx.torch")
+    each = given.component_distribution.base_dist
+    signs = each.scale_tril.diagonal(
+        dim1=-2, dim2=-1
+    ).sign()  # some are negative, which the density does not take
+    tril = (each.scale_tril * signs.unsqueeze(-2)).float()
+    parts = dist.MultivariateStudentT(each.df.float(), each.loc.float(), tril)
+    return dist.MixtureSameFamily(dist.Categorical(torch.ones(len(each.loc))), parts), order
+
+
+def slcp_distractors(x: Tensor) -> None:
+    """The same, whose data are 8 of 100 columns; no parameter enters the others, which have a site of their own."""
+    noise, order = _distractors()
+    points, others = x[order.argsort()].split([8, 92])
+    slcp(points.reshape(4, 2))
+    pyro.sample("distractors", noise, obs=others)
+
+
+def _with_distractors(values: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([values["x"].flatten(1), values["distractors"]], -1)[:, _distractors()[1]]
+
+
 def _glm() -> tuple[Tensor, Tensor]:
     """Return the design of the GLM, and the precision of its prior."""
     folder = _package() / "tasks" / "bernoulli_glm" / "files"
@@ -262,11 +296,19 @@ TASKS = {
         Task("gaussian_mixture", gaussian_mixture, _stacked(2), (2,), {}),
         Task("two_moons", two_moons, _stacked(2), (2,), {}),
         Task("slcp", slcp, _stacked(5), (4, 2), {"pool": "deepset"}),
-        Task("bernoulli_glm", bernoulli_glm, _vector, (10,), {}),
+        Task(
+            *("slcp_distractors", slcp_distractors, _stacked(5), (100,), {"pool": "deepset"}),
+            base="slcp",
+            suffix="_distractors",
+            data=_with_distractors,
+        ),
+        Task("bernoulli_glm", bernoulli_glm, _vector, (10,), {}, rate=2e-2),
         Task(
             *("bernoulli_glm_raw", bernoulli_glm_raw, _vector, (100,), {}),
-            raw=True,
+            base="bernoulli_glm",
+            suffix="_raw",
             data_options={"embedding": {"x": "linear"}},
+            rate=2e-2,
         ),
     )
 }
