@@ -487,3 +487,31 @@ def test_effects_with_a_parameter_for_each_pair_are_as_narrow_as_their_scale():
         draws = poutine.condition(guide, narrow)(y)
     for site in ("u", "v"):
         assert float(draws[site].std(0).max()) < 0.02
+
+
+def test_elements_keep_their_parameters_in_any_order():
+    def model(y, order=None):
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        rows = pyro.plate("a", len(y), dim=-2)
+        columns = pyro.plate("b", y.shape[1], subsample=order, dim=-1)
+        with rows:
+            u = pyro.sample("u", dist.Normal(0.0, 1.0))
+        with columns:
+            v = pyro.sample("v", dist.Normal(0.0, scale))
+        with rows, columns as some:
+            pyro.sample("y", dist.Normal(u + v, torch.arange(1.0, 6.0)[some]), obs=y[:, some])
+
+    y = torch.randn(8, 5)
+    guide = auto_faithful_guide(model, y, family="normal")
+    assert "v (one by one)" in guide.describe()
+    values = guide(y)
+
+    def log_densities(values, *args):
+        trace = poutine.trace(poutine.condition(guide, values)).get_trace(*args)
+        trace.compute_log_prob()
+        return {name: trace.nodes[name]["log_prob"] for name in values}
+
+    order = torch.tensor([3, 0, 4, 1, 2])
+    one, other = log_densities(values, y), log_densities({**values, "v": values["v"][..., order]}, y, order)
+    torch.testing.assert_close(other["u"], one["u"])
+    torch.testing.assert_close(other["v"].sum(), one["v"].sum())

@@ -1009,6 +1009,10 @@ class AllElements(_SomeElements):
                         f"{plate.full_size}. Set up a guide for the new data, or use pool='deepset'."
                     )
                 if name in member.plates:
+                    if (
+                        plate.indices is not None
+                    ):  # features are of elements, in whichever order a call has these
+                        part = part.index_select(plate.dim - 1, plate.indices.to(part.device).argsort())
                     part = _to_features(part, plate.dim - 1, size)
             parts.append(part)
         return concatenate(parts)
