@@ -65,7 +65,8 @@ def walk(work: Callable[[], Any]) -> tuple[Counter, Counter, Counter]:
 
 
 def _place(code: CodeType, prefix: str) -> str:
-    return f"{code.co_filename[len(prefix) :]}:{code.co_qualname}"
+    name = getattr(code, "co_qualname", code.co_name)  # qualified since Python 3.11
+    return f"{code.co_filename[len(prefix) :]}:{name}"
 
 
 def modules() -> dict[str, ast.Module]:
