@@ -48,7 +48,9 @@ __all__ = [
     "WeightedRows",
     "fit_factor",
     "fit_logits",
+    "penalty_of",
     "prior_of_rows",
+    "solved",
     "standardised",
     "with_priors",
 ]
@@ -154,12 +156,24 @@ def fit_logits(inputs: Tensor, values: Tensor, prior: SitePrior, num_classes: in
     return FactorFit(Regression(torch.cat(slopes), torch.cat(intercepts), eye), True)
 
 
+def penalty_of(target: Tensor, ridge: float, gain: float) -> Tensor:
+    """Return the ridge of slopes and intercept, in units of the mean gain; the intercept, the last, has hardly any."""
+    penalty = torch.full_like(target, ridge * max(gain, 1e-12))
+    penalty[-1] *= 1e-3
+    return penalty
+
+
+def solved(matrix: Tensor, target: Tensor, penalty: Tensor) -> Tensor:
+    """Return the solution of normal equations with a ridge, a larger one where they are singular."""
+    factor, failed = torch.linalg.cholesky_ex(matrix + penalty.diag())
+    if failed:
+        factor = torch.linalg.cholesky(matrix + (penalty + 1e-6 * matrix.diagonal().mean()).diag())
+    return torch.cholesky_solve(target.unsqueeze(-1), factor).squeeze(-1)
+
+
 @dataclass(frozen=True)
 class WeightedRows:
-    """Rows of a scalar site: inputs with a column of ones, values, and location and log-scale of their priors.
-
-    Logarithms of the factor's scale may differ from row to row.
-    """
+    """Rows of a scalar site: inputs with a column of ones, values, and location and log-scale of their priors."""
 
     inputs: Tensor
     value: Tensor
@@ -170,19 +184,13 @@ class WeightedRows:
         """Return some of the rows."""
         return WeightedRows(self.inputs[chosen], self.value[chosen], self.loc[chosen], self.log_scale[chosen])
 
-    def regress(self, log_width: float | Tensor, ridge: float) -> Tensor:
+    def regress(self, log_width: float, ridge: float) -> Tensor:
         """Return slopes and intercept of a factor of a given scale."""
         gain = torch.sigmoid(2.0 * (self.log_scale - log_width))
         weighted = gain.unsqueeze(-1) * self.inputs
         matrix = weighted.T @ self.inputs / len(self.value)
         target = self.inputs.T @ (self.value - (1.0 - gain) * self.loc) / len(self.value)
-        penalty = torch.full_like(target, ridge * max(float(gain.mean()), 1e-12))
-        penalty[-1] *= 1e-3
-        factor, failed = torch.linalg.cholesky_ex(matrix + penalty.diag())
-        if failed:
-            penalty = penalty + 1e-6 * matrix.diagonal().mean()
-            factor = torch.linalg.cholesky(matrix + penalty.diag())
-        return torch.cholesky_solve(target.unsqueeze(-1), factor).squeeze(-1)
+        return solved(matrix, target, penalty_of(target, ridge, float(gain.mean())))
 
     def losses(self, log_widths: Tensor, ridge: float) -> Tensor:
         """Return the losses of the factors of some scales, each after :meth:`regress`."""
@@ -202,7 +210,7 @@ class WeightedRows:
         off = self.value - self.loc - gain * (weights @ self.inputs.T - self.loc)
         return (log_scale + 0.5 * (off * torch.exp(-log_scale)).square()).mean(-1)
 
-    def loss(self, log_width: float | Tensor, weights: Tensor | None) -> float:
+    def loss(self, log_width: float, weights: Tensor | None) -> float:
         """Return the mean of -log q; of the prior without weights."""
         if weights is None:
             log_scale, off = self.log_scale, self.value - self.loc

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyro_graphflows.guides.conditionals.contract import Conditionals
 from pyro_graphflows.guides.fewer_elements import fit_sizes
-from pyro_graphflows.guides.fused_rows import LEAST_GAIN, RIDGES, WeightedRows
+from pyro_graphflows.guides.fused_rows import LEAST_GAIN, RIDGES, WeightedRows, penalty_of, solved
 from pyro_graphflows.guides.sites import SitePrior
 from pyro_graphflows.regression import WINSOR, Regression, in_float64
 
@@ -86,11 +86,7 @@ class Sums:
 
     def regress(self, pair: Tensor, ridge: float) -> Tensor:
         """Return slopes and intercept of a factor, given the logarithms of the widths of first and other elements."""
-        matrix, target, penalty = self._equations(pair, ridge)
-        factor, failed = torch.linalg.cholesky_ex(matrix + penalty.diag())
-        if failed:
-            factor = torch.linalg.cholesky(matrix + (penalty + 1e-6 * matrix.diagonal().mean()).diag())
-        return torch.cholesky_solve(target.unsqueeze(-1), factor).squeeze(-1)
+        return solved(*self._equations(pair, ridge))
 
     def fewest(self, pair: Tensor, test: "Sums") -> tuple[int, ...]:
         """Return the inputs that a factor needs, the intercept last: greedily, as many as held-out rows gain by.
@@ -126,8 +122,7 @@ class Sums:
         number = self.count.sum()
         inputs, value, loc = self.moments[:, :-2, :-2], self.moments[:, :-2, -2], self.moments[:, :-2, -1]
         target = (value - (1.0 - gain) * loc).sum(0) / number
-        penalty = torch.full_like(target, ridge * max(float((gain * self.count).sum() / number), 1e-12))
-        penalty[-1] *= 1e-3
+        penalty = penalty_of(target, ridge, float((gain * self.count).sum() / number))
         return (gain.unsqueeze(-1) * inputs).sum(0) / number, target, penalty
 
     def loss(self, pair: Tensor, weights: Tensor) -> float:
@@ -145,11 +140,8 @@ class Sums:
 
     def loss_of_prior(self) -> float:
         """Return the same of the prior alone."""
-        off = torch.zeros_like(self.moments[0, 0])
-        off[-2], off[-1] = 1.0, -1.0
-        squares = (off @ self.moments @ off).unsqueeze(-1)
-        losses = self.count * self.log_scale + 0.5 * squares * (-2.0 * self.log_scale).exp()
-        return float(losses.sum() / self.count.sum())
+        infinite = self.moments.new_full((2,), math.inf)
+        return self.loss(infinite, self.moments.new_zeros(self.moments.shape[-1] - 2))
 
     def _widths(self, pair: Tensor) -> Tensor:
         return torch.where(self.of_mean, pair[0], pair[1])

@@ -31,7 +31,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyro
@@ -271,6 +271,9 @@ class Mode:
     posterior: "LogPosterior"
     point: Tensor
     factor: Tensor
+    _judged: list[Any] = field(
+        default_factory=list, init=False, repr=False, compare=False
+    )  # noise, and the ELBO by it
 
     @property
     def independent(self) -> bool:
@@ -291,10 +294,14 @@ class Mode:
 
     @torch.no_grad()
     def elbo(self, noise: Tensor) -> float:
-        """Return the ELBO by normal noise ``(draws, numbers)``."""
+        """Return the ELBO by normal noise ``(draws, numbers)``; by the same noise as last time it is known."""
+        if self._judged and self._judged[0] is noise:
+            return float(self._judged[1])
         mean = float(self.posterior(self.point + noise @ self.factor.T).mean())
         found = mean + self.posterior.missing + len(self.point) / 2 * (1 + LOG_2PI) + self.log_volume
-        return found if math.isfinite(found) else -math.inf
+        found = found if math.isfinite(found) else -math.inf
+        self._judged[:] = noise, found
+        return found
 
     @torch.no_grad()
     def gap(self, noise: Tensor) -> float:
@@ -637,9 +644,8 @@ def _search(posterior: LogPosterior, traced: TracedModel) -> Mode:
         most = max(each.elbo(noise) for each in firsts)
         firsts = [_fitted(each, noise, 1) for each in firsts if each.elbo(noise) > most - NEAR]
         firsts = [_best(firsts, noise)]
-    else:  # a poor normal may lead to the better one
-        if posterior.proper:
-            firsts.append(Mode(posterior, start, torch.eye(size, dtype=torch.float64)))
+    elif posterior.proper:  # a poor normal may lead to the better one
+        firsts.append(Mode(posterior, start, torch.eye(size, dtype=torch.float64)))
     return _best([each for first in firsts for each in (first, _fitted(first, noise, MOST_ROUNDS))], noise)
 
 
