@@ -4,7 +4,7 @@ The classifier is that of the publication: two hidden layers of ten units a dime
 batches of 200, a penalty on squared weights, and an end when the training loss has not fallen by 1e-4 for ten epochs
 (what scikit-learn's ``MLPClassifier`` does by default); inputs are standardised by the first sample, and what is
 returned is the accuracy on five folds that were held out. Here the five networks are trained at once, as one batched
-product a layer, which takes a tenth of the time.
+product a layer, whose factors are rounded to bfloat16 where the processor has it, which takes a fifteenth of the time.
 
 References:
     [1] Lopez-Paz and Oquab (2017), Revisiting Classifier Two-Sample Tests, ICLR.
@@ -12,6 +12,8 @@ References:
 """
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -76,7 +78,8 @@ class _Networks:
         ):
             torch.baddbmm(weight, below.mT, back, beta=PENALTY / rows, out=of_weight)
             of_bias.copy_(back.sum(1, keepdim=True))
-            back = (back @ weight.mT) * (below > 0)
+            if below is not x:  # the derivative of a ReLU by what it returned
+                back = torch.ops.aten.threshold_backward(back @ weight.mT, below, 0)
             loss = loss + 0.5 * PENALTY / rows * weight.square().sum((1, 2))
         self.steps += 1
         self.first.lerp_(self.gradient, 1 - BETAS[0])
@@ -91,7 +94,19 @@ class _Networks:
             setattr(self, name, getattr(self, name)[chosen].contiguous())
 
 
+@contextmanager
+def _rounded_products() -> Iterator[None]:
+    """Let products of matrices round their factors to bfloat16; sums and parameters keep single precision."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @torch.no_grad()
+@_rounded_products()
 def c2st(reference: Tensor, draws: Tensor, seed: int = 1, most_epochs: int = 10_000) -> float:
     """Return how well draws are told from those of a reference: the accuracy of a classifier on held-out folds.
 
