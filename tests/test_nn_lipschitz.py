@@ -237,9 +237,9 @@ def test_second_derivatives_of_layers_scaled_together():
     )
 
     def by_hand(weight, layer, bound, probe):
-        _, left, right = bound._known
+        _, left, right, _ = bound._known
         masked = weight * layer.mask
-        norm = (left.mT @ masked @ right).squeeze() * (1 + lipschitz.MARGIN)
+        norm = (left @ masked @ right.mT).squeeze() * (1 + lipschitz.MARGIN)
         return (probe * masked * (0.9 / norm)).pow(2).sum()
 
     for i, parts in enumerate(zip(layers, bounds, probes, strict=True)):

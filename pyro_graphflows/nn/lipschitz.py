@@ -99,11 +99,19 @@ class SpectralBound(nn.Module):
         self.register_buffer("fingerprint", weight.new_full((), torch.nan), persistent=saved)
         self.register_buffer("updates", torch.zeros((), dtype=torch.long), persistent=saved)
         self._loaded = False
-        # For layers that are scaled together: the fingerprint of the weights, and their singular vectors.
-        self._known = (math.nan, self.left, self.right)
+        # For layers that are scaled together: fingerprint of the weights, singular vectors (as rows) and value.
+        self._known = self._nothing_known()
         self.together = self.exact and layer.engine == "dense" and weight.numel() > 0
         if not self.together:
             self._refresh(layer)
+
+    def _nothing_known(self) -> tuple[float, Tensor, Tensor, Tensor]:
+        return (
+            math.nan,
+            torch.zeros_like(self.left)[None],
+            torch.zeros_like(self.right)[None],
+            torch.zeros(1, 1),
+        )
 
     def entries(self, layer: MaskedLinear) -> Tensor:
         """Return the weights of the layer in its engine's layout, scaled so that the bound holds."""
@@ -141,7 +149,7 @@ class SpectralBound(nn.Module):
             pattern = layer.pattern
             direction = self.left[pattern.row] * self.right[pattern.column]
         else:
-            direction = torch.outer(self.left, self.right) * layer.mask
+            direction = torch.outer(self.left, self.right) * layer.zero_or_one
         self.direction = direction  # a new tensor: backward passes still need the last one
 
     def _track(self, layer: MaskedLinear) -> tuple[Tensor, Tensor]:
@@ -177,7 +185,7 @@ class SpectralBound(nn.Module):
             # Weights of unknown origin: start cold.
             self.updates.zero_()
             self.fingerprint.fill_(torch.nan)
-            self._known = (math.nan, self.left, self.right)
+            self._known = self._nothing_known()
 
     def extra_repr(self) -> str:
         """Describe the bound in one line."""
@@ -196,12 +204,12 @@ def bounded_entries(bounds: Sequence["SpectralBound"], layers: Sequence[MaskedLi
         weights = [layer.weight for layer in of]
         if key is not None:
             found.update(
-                zip(places, _Together.apply(own, [layer.mask for layer in of], *weights), strict=True)
+                zip(places, _Together.apply(own, [layer.zero_or_one for layer in of], *weights), strict=True)
             )
             continue
         for bound, layer in zip(own, of, strict=True):
             bound._refresh(layer)
-        masks = [layer.mask if layer.engine == "dense" else None for layer in of]
+        masks = [layer.zero_or_one if layer.engine == "dense" else None for layer in of]
         fixed = [(bound.bound, mask, bound.direction) for bound, mask in zip(own, masks, strict=True)]
         found.update(zip(places, _Scaled.apply(fixed, *weights), strict=True))
     return [found[i] for i in range(len(bounds))]
@@ -209,18 +217,21 @@ def bounded_entries(bounds: Sequence["SpectralBound"], layers: Sequence[MaskedLi
 
 def _singular_vectors(
     bounds: Sequence["SpectralBound"], weights: Sequence[Tensor], masked: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the first singular vectors of dense layers of one shape, (k, rows, 1) and (k, columns, 1).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the first singular vectors and values of dense layers of one shape.
 
     Args:
         bounds: The bounds of the k layers. What they know is brought up to date.
         weights: The weights as they are trained.
         masked: The masked weights, ``(k, rows, columns)``.
+
+    Returns:
+        Shapes ``(k, 1, rows)``, ``(k, 1, columns)`` and ``(k, 1, 1)``.
     """
     prints, changed = [], []
     for i, (bound, weight) in enumerate(zip(bounds, weights, strict=True)):
         prints.append(float(torch.dot(weight.view(-1), bound.probe.view(-1))))
-        known, left, _ = bound._known
+        known, left, *_ = bound._known
         same = known == prints[-1] and left.dtype == weight.dtype and left.device == weight.device
         if not same and math.isfinite(prints[-1]):
             changed.append(i)
@@ -228,18 +239,22 @@ def _singular_vectors(
         if len(changed) < len(bounds):
             masked = masked[changed]
         wide = masked.shape[2] > masked.shape[1]
-        tall = masked if wide else masked.mT
-        small = _largest(torch.bmm(tall, tall.mT)).unsqueeze(-1)
-        large = torch.bmm(tall.mT, small)
-        large = large / torch.linalg.vector_norm(large, dim=1, keepdim=True).clamp(min=_tiny(large))
-        left, right = (small, large) if wide else (large, small)
-        for i, *vectors in zip(changed, left.unbind(), right.unbind(), strict=True):
-            # Directly: a module searches each value that is set for parameters.
-            bounds[i].__dict__["_known"] = (prints[i], *vectors)
+        short = masked if wide else masked.mT
+        small = _largest(torch.bmm(short, short.mT)).unsqueeze(1)
+        large = torch.bmm(small, short)
+        norm = torch.linalg.vector_norm(large, dim=2, keepdim=True)
+        large = large / norm.clamp(min=_tiny(large))
+        found = (small, large, norm) if wide else (large, small, norm)
         if len(changed) == len(bounds):
-            return left, right
-    pairs = [[vector.to(masked).view(-1, 1) for vector in bound._known[1:]] for bound in bounds]
-    return torch.stack([left for left, _ in pairs]), torch.stack([right for _, right in pairs])
+            vectors: tuple[Tensor, ...] = found
+        for i, *own in zip(changed, *(part.unbind() for part in found), strict=True):
+            # Directly: a module searches each value that is set for parameters.
+            bounds[i].__dict__["_known"] = (prints[i], *own)
+    if len(changed) < len(bounds):
+        known_parts = [[part.to(masked) for part in bound._known[1:]] for bound in bounds]
+        vectors = tuple(torch.stack(parts) for parts in zip(*known_parts, strict=True))
+    left, right, norm = vectors
+    return left, right, norm
 
 
 class _Together(Operation):
@@ -251,9 +266,9 @@ class _Together(Operation):
     ) -> tuple[Tensor, ...]:
         mask = torch.stack(list(masks))
         masked = torch.stack(weights) * mask
-        left, right = _singular_vectors(bounds, weights, masked)
+        left, right, norm = _singular_vectors(bounds, weights, masked)
         ctx.bound = bounds[0].bound
-        factor = _factor(masked, left, right, ctx.bound)
+        factor = ctx.bound / (norm * (1 + MARGIN)).clamp(min=ctx.bound)
         ctx.save_for_backward(masked, mask, left, right, factor, *weights)
         return (masked * factor).unbind()
 
@@ -263,18 +278,13 @@ class _Together(Operation):
         grad = torch.stack(grads)
         if torch.is_grad_enabled():  # create_graph=True
             masked = torch.stack(weights) * mask
-            scaled = masked * _factor(masked, left, right, ctx.bound)
+            norm = torch.bmm(torch.bmm(left, masked), right.mT)
+            scaled = masked * (ctx.bound / (norm * (1 + MARGIN)).clamp(min=ctx.bound))
             return (None, None, *torch.autograd.grad(scaled, weights, grad, create_graph=True))
         along = (grad * masked).sum((1, 2), keepdim=True) * (factor * ((1 + MARGIN) / ctx.bound))
         along = along * (factor < 1)
-        grad = torch.baddbmm(grad, left * -along, right.mT).mul_(mask).mul_(factor)
+        grad = torch.addcmul(grad, left.mT * -along, right).mul_(mask).mul_(factor)
         return (None, None, *grad.unbind())
-
-
-def _factor(masked: Tensor, left: Tensor, right: Tensor, bound: float) -> Tensor:
-    """Return what each matrix is multiplied by, of shape (k, 1, 1)."""
-    norm = torch.bmm(left.mT, torch.bmm(masked, right))
-    return bound / (norm * (1 + MARGIN)).clamp(min=bound)
 
 
 class _Scaled(Operation):
