@@ -14,6 +14,7 @@ from pyro_graphflows.capture import Captured, Draws
 from pyro_graphflows.guides import Flow
 from pyro_graphflows.infer import IWAE_ELBO, InferenceCompilation, Schedule, fit
 from pyro_graphflows.infer import compiled as compiled_module
+from pyro_graphflows.infer.checkpoints import seeded
 from pyro_graphflows.infer.compiled import CompiledLoss, Compiler, Cost
 
 SHORT = Schedule(num_steps=6, steps_per_epoch=3, patience=None)
@@ -134,9 +135,7 @@ def test_faithful_guides_are_compiled(family, backend):
             w = pyro.sample("w", dist.Normal(z.tanh(), 0.5))
             pyro.sample("x", dist.Normal(w + z, 0.3), obs=x)
 
-    loss = CompiledLoss(
-        network, auto_faithful_guide(network, torch.randn(9), family=family), backend=backend
-    )
+    loss = CompiledLoss(network, auto_faithful_guide(network, torch.randn(9), family=family), backend=backend)
     for _ in range(3):  # compared with the programs in the first two
         loss.loss_and_grads(torch.randn(9))
     assert loss.report.startswith("compiled"), loss.report
@@ -373,6 +372,52 @@ def test_auto_waits_where_nothing_is_known_and_compiles_better_later(monkeypatch
     assert "by torchscript in" in said[19]
     assert "by torchscript in" in said[38]
     assert "by eager in" in said[-1]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_evaluations_that_come_often_are_compiled_and_have_the_same_mean(name, monkeypatch):
+    monkeypatch.setattr(compiled_module, "LEAST_EVALUATIONS", 2)
+    args, built = data(), []
+    monkeypatch.setattr(
+        compiled_module, "_built", lambda *a, own=compiled_module._built: built.append(a) or own(*a)
+    )
+    loss = CompiledLoss(*LOSSES[name])
+    loss.loss_and_grads(*args)
+    plain = torch.tensor([loss._objective.evaluate(args, {}) for _ in range(300)])
+    with seeded(1):
+        first = [loss._compiler.evaluate(args, {}) for _ in range(3)]
+    with seeded(1):
+        assert [loss._compiler.evaluate(args, {}) for _ in range(3)] == first
+    assert len(built) == 1  # until the next call nothing changes
+    loss._compiler.settle()
+    found = torch.tensor([loss._compiler.evaluate(args, {}) for _ in range(300)])
+    alone = callable(getattr(LOSSES[name][2], "differentiable_loss", None))  # or only with gradients
+    assert [backend for *_, backend in built] == ["eager", *(["torchscript"] if alone else [])]
+    error = (plain.var() / 300 + found.var() / 300).sqrt()
+    assert (plain.mean() - found.mean()).abs() <= 4 * error + 1e-6
+    assert (plain.std() == 0) == (found.std() == 0)
+
+
+def test_evaluations_that_differ_from_the_programs_are_given_up(monkeypatch):
+    monkeypatch.setattr(compiled_module, "LEAST_EVALUATIONS", 1)
+    factor = [1.0]
+
+    def scaled(x, y=None):
+        with pyro.poutine.scale(scale=factor[0]):
+            model(x, y)
+
+    args = data()
+    loss = CompiledLoss(scaled, guide)
+    loss.loss_and_grads(*args)
+    loss._compiler.evaluate(args, {})
+    loss._compiler.settle()
+    assert math.isfinite(loss._compiler.evaluate(args, {}))
+    factor[0] = 100.0
+    loss._compiler.evaluate(args, {})  # the second is compared
+    with seeded(1):
+        found = loss._compiler.evaluate(args, {})
+    with seeded(1):
+        assert found == loss._objective.evaluate(args, {})
 
 
 def test_auto_goes_on_with_the_interpreter_where_the_compiler_fails(monkeypatch):

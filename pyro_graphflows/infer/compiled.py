@@ -43,7 +43,8 @@ SCRIPT = "torchscript"  # the captured operations one by one, by PyTorch's inter
 BACKEND = "inductor"  # of compile=True
 MOST_SHAPES = 4  # of data that are compiled; each takes tens of seconds
 NUM_TIMED = 10  # steps without compilation, by which "auto" decides
-LEAST_STEPS = 500  # that "auto" must expect: capturing alone takes as long as some 200
+LEAST_STEPS = 300  # that "auto" must expect: capturing takes as long as some 200
+LEAST_EVALUATIONS = 100  # of a shape, before the loss alone is captured too
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class _Shape:
         calls: How often the compiled function was called.
         seconds: The times of calls that ran as they are.
         is_settled: Whether nothing else is to be tried.
+        is_wanted: Of evaluations, whether they are to be compiled.
     """
 
     captured: Captured | None = None
@@ -97,6 +99,7 @@ class _Shape:
     calls: int = 0
     seconds: list[float] = field(default_factory=list)
     is_settled: bool = False
+    is_wanted: bool = False
 
     @property
     def step(self) -> float:
@@ -137,6 +140,7 @@ class Compiler:
         self.report = "not compiled: no step was taken"
         self._steps_left, self._seconds_left = math.inf, math.inf
         self._shapes: dict[Hashable, _Shape] = {}
+        self._evaluations: dict[Hashable, _Shape] = {}
         self._given_up: str | None = None
         self._last: tuple[Captured, tuple[Tensor, ...]] | None = None
 
@@ -172,6 +176,74 @@ class Compiler:
     def expect(self, steps: float, seconds: float = math.inf) -> None:
         """Take note of how many steps and seconds are left at most, infinity where that is unknown."""
         self._steps_left, self._seconds_left = steps, seconds
+
+    def settle(self) -> None:
+        """Let evaluations of shapes that come often be compiled from here on.
+
+        Between two calls those of a shape stay as they are, so that the same seeds give the same random numbers.
+        """
+        for shape in [shape for shape in self._evaluations.values() if shape.steps >= LEAST_EVALUATIONS][
+            :MOST_SHAPES
+        ]:
+            shape.is_wanted = any(other.function is not None for other in self._shapes.values())
+
+    def evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+        """Return the loss without gradients, by compiled code where :meth:`settle` has said so.
+
+        Args:
+            args: Positional arguments of the model and the guide.
+            kwargs: Their keyword arguments.
+        """
+        self._last = None
+        data, key = _key(args, kwargs)
+        if self._given_up is not None or key is None:
+            return self.objective.evaluate(args, kwargs)
+        trainable = list(self.parameters.trainable.values())
+        shape = self._evaluations.setdefault(
+            (key, tuple(map(id, trainable)), self.parameters.modes), _Shape()
+        )
+        shape.steps += 1
+        if not shape.is_wanted or (shape.is_settled and shape.function is None):
+            return self.objective.evaluate(args, kwargs)
+        inputs = [*trainable, *data, torch.tensor(1.0, dtype=torch.get_default_dtype())]
+        if shape.function is None:
+            self._compile_evaluation(shape, (args, kwargs), inputs)
+            if shape.function is None:
+                return self.objective.evaluate(args, kwargs)
+        captured = shape.captured
+        assert captured is not None
+        noise = captured.draw()
+        shape.calls += 1
+        with torch.no_grad():
+            (loss,) = shape.function(*captured.arguments(inputs, noise))
+        if shape.calls & (shape.calls - 1) == 0:
+            random = random_state()
+            with Draws(dict(zip(captured.noise, noise, strict=True))) as draws:
+                expected = self.objective.evaluate(args, kwargs)
+            set_random_state(random)
+            close = abs(expected - loss.item()) <= torch.finfo(loss.dtype).eps ** 0.4 * (1 + abs(expected))
+            if draws.counts != captured.noise or not (close or not math.isfinite(expected)):
+                shape.function = None
+                return self.objective.evaluate(args, kwargs)
+        self._last = captured, noise
+        value: float = loss.item()
+        return value
+
+    def _compile_evaluation(
+        self, shape: _Shape, arguments: tuple[tuple[Any, ...], dict[str, Any]], inputs: list[Tensor]
+    ) -> None:
+        """Compile the loss without gradients, if that is possible."""
+        shape.is_settled = True
+        run = _Program(self.objective, arguments, inputs[: len(self.parameters.trainable)], gradients=False)
+        random = random_state()
+        try:
+            captured = capture(run, inputs, run.counts(inputs))
+            shape.function = _built(captured, captured.arguments(inputs, captured.draw()), SCRIPT)
+            shape.captured = captured
+        except (NotCapturedError, CompilationError) as error:
+            logger.info("The loss without gradients is not compiled: %s", error)
+        finally:
+            set_random_state(random)
 
     def first_not_finite(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Evaluate the loss of the last call once more, at its noise; describe the first site that is not finite."""
@@ -217,7 +289,10 @@ class Compiler:
     # ---------------------------------------------------------------------------------------------- compiling
     def _is_wanted(self, shape: _Shape) -> bool:
         """Whether to try to compile a shape now."""
-        if shape.captured is None and sum(s.captured is not None for s in self._shapes.values()) >= MOST_SHAPES:
+        if (
+            shape.captured is None
+            and sum(s.captured is not None for s in self._shapes.values()) >= MOST_SHAPES
+        ):
             shape.is_settled = True
             self._say(
                 f"data of more than {MOST_SHAPES} shapes are computed without compilation: each shape is compiled "
@@ -233,7 +308,9 @@ class Compiler:
         left = self._steps_expected(shape)
         if left < LEAST_STEPS and self._is_known():
             shape.is_settled = True
-            self._say(f"not compiled: the {left:.0f} steps that are left take about {left * shape.step:.2g} s")
+            self._say(
+                f"not compiled: the {left:.0f} steps that are left take about {left * shape.step:.2g} s"
+            )
         return left >= LEAST_STEPS
 
     def _is_known(self) -> bool:
@@ -368,6 +445,12 @@ class _Program:
     Parameters and data are reached through the programs and their arguments, and count as inputs since they are the
     same tensors.
 
+    Args:
+        objective: The objective.
+        arguments: Positional and keyword arguments of the model and the guide.
+        trainable: The parameters.
+        gradients: Whether there are gradients.
+
     Attributes:
         used: After a run, which parameters have a gradient.
     """
@@ -377,8 +460,11 @@ class _Program:
         objective: Objective,
         arguments: tuple[tuple[Any, ...], dict[str, Any]],
         trainable: Sequence[Tensor],
+        *,
+        gradients: bool = True,
     ) -> None:
         self.objective, self.arguments, self.trainable = objective, arguments, trainable
+        self.gradients = gradients
         self.used: list[bool] = []
 
     def counts(self, inputs: Sequence[Tensor]) -> dict[Noise, int]:
@@ -388,13 +474,19 @@ class _Program:
         return draws.counts
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
-        """Return the loss and the gradients of the parameters in use, both divided by the last input."""
+        """Return the loss and, if wanted, the gradients of the parameters in use, both divided by the last input."""
         size = inputs[-1]
         args, kwargs = self.arguments
         with poutine.block(), pyro.validation_enabled(False), torch.enable_grad():
-            loss, gradients = self.objective.loss_and_gradients(args, kwargs, self.trainable)
+            if self.gradients:
+                loss, gradients = self.objective.loss_and_gradients(args, kwargs, self.trainable)
+            else:  # with a graph too, which some losses insist on; nothing of it is written down
+                alone, gradients = self.objective.differentiable(args, kwargs), []
+                if alone is None:
+                    raise NotCapturedError("the loss does not come without its gradients")
+                loss = alone.detach()
         self.used = [gradient is not None for gradient in gradients]
-        if not any(self.used):
+        if self.gradients and not any(self.used):
             raise NotCapturedError("no parameter has a gradient")
         size = size.to(loss)
         return [loss / size, *(gradient / size for gradient in gradients if gradient is not None)]
