@@ -74,7 +74,7 @@ from pyro_graphflows.guides.plan import BlockPlan
 from pyro_graphflows.guides.samples import MOST_ROWS, ModelDraws, side_by_side
 from pyro_graphflows.guides.sites import LatentSite
 from pyro_graphflows.inspect import TracedModel, get_argument, nested_by_index, with_nested_plates
-from pyro_graphflows.regression import Moments, in_float64, location_and_scale, white_residuals
+from pyro_graphflows.regression import HELD_OUT, Moments, in_float64, location_and_scale, white_residuals
 
 __all__ = [
     "ElementInverse",
@@ -112,7 +112,6 @@ MOST_ELEMENTS = 64  # of one node that are looked at, evenly spaced
 MOST_PRODUCTS = 12  # inputs up to which products of two are taken, and not squares alone
 GAIN = 0.1  # nats; less cannot be told from noise in the samples
 JUDGE_WINSOR = 6.0  # standard deviations: squares of columns are inputs here
-HELD_OUT = 5  # one in this many samples judges the regressions
 MOST_SWEEPS = 10
 
 

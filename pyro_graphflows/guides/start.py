@@ -55,6 +55,7 @@ from pyro_graphflows.guides.sites import LatentSite, concatenate
 from pyro_graphflows.infer.enumeration import enumerated, summed_log_density
 from pyro_graphflows.inspect.runs import kept_buffers
 from pyro_graphflows.regression import (
+    HELD_OUT,
     WINSOR,
     Moments,
     Regression,
@@ -82,7 +83,6 @@ __all__ = [
 NUM_START_DRAWS = 20  # of the guide at set-up, which say how large its inputs are
 TIE = 0.01  # nats by which the regression start may seem worse; without parents both starts are alike
 ELEMENT_SCALE = 0.1  # sites with per-element parameters start at their prior, this much narrower
-HELD_OUT = 5  # one in this many samples judges the regression start
 LEAST_ROWS = 20  # finite ones, without which there is no regression
 
 MOST_SQUARES = 3_000_000_000  # of features, over all rows of a regression
