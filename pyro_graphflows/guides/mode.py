@@ -59,6 +59,7 @@ from pyro_graphflows.guides.minimize import (
 )
 from pyro_graphflows.guides.sites import is_constant, is_moderate
 from pyro_graphflows.infer.enumeration import enumerated, summed_log_density
+from pyro_graphflows.infer.particles import FEW, FEW_ENOUGH
 from pyro_graphflows.inspect import TracedModel, seed_random_state, undressed
 from pyro_graphflows.inspect.arguments import argument_leaves, replaced_arguments
 from pyro_graphflows.inspect.prior import SECONDS_WITHOUT_A_BAR, UNCONSTRAINED, unconstrained_of
@@ -98,7 +99,6 @@ CLOSE = 0.5  # nats: where a posterior is that normal about its mode, nothing el
 LOG_2PI = math.log(2 * math.pi)
 PLATE = "_pyro_graphflows_draws_near_mode"
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
-FEW_DRAWS = 7  # of a trial before all
 SINGLE_RUNS = 200  # where the model cannot map many draws at once
 
 
@@ -533,9 +533,8 @@ class LogPosterior:
                 for name in self.names
             )
 
-        # A model that mixes the draws of a batch would take the memory of their square.
-        ways = [self._in_a_plate] if is_right(self._in_a_plate(points[:FEW_DRAWS])) else []
-        for way in (*ways, self._one_by_one):
+        mixes = len(points) > FEW_ENOUGH and not is_right(self._in_a_plate(points[:FEW]))
+        for way in (self._one_by_one,) if mixes else (self._in_a_plate, self._one_by_one):
             found = way(points)
             if found is not None and is_right(found):
                 return found

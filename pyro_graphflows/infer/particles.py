@@ -39,6 +39,8 @@ from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.inspect import is_transparent
 
 __all__ = [
+    "FEW",
+    "FEW_ENOUGH",
     "OUTER_PARTICLES",
     "PARTICLES",
     "LocalPlate",
@@ -66,6 +68,9 @@ Program = Callable[..., Any]
 
 PARTICLES = "num_particles_vectorized"  # Pyro's own name for the plate of particles
 OUTER_PARTICLES = "num_outer_particles"  # draws of global latents, each with particles of its own
+
+# So many are tried before more than FEW_ENOUGH are run: what mixes particles may take the memory of their square.
+FEW, FEW_ENOUGH = 7, 100
 
 _REMEDY = (
     "Write it for values with more dimensions on the left (sum over named dimensions, index from the right: "
