@@ -52,6 +52,7 @@ __all__ = [
     "find_data_plate",
     "inside",
     "is_enumerated",
+    "is_one",
     "keep_dims",
     "log_density",
     "modules_of",
@@ -376,7 +377,7 @@ def require_full_plates(traces: Iterable[poutine.Trace]) -> None:
                         "importance weights need every element. Run the model on the data of interest, with "
                         "a plate of just these."
                     )
-            if not _is_one(site["scale"]):
+            if not is_one(site["scale"]):
                 raise UnsupportedModelError(
                     f"Site {name!r} is scaled by poutine.scale; a scaled density has no evidence. Remove the "
                     "scale."
@@ -411,7 +412,8 @@ def _is_particles(frame: CondIndepStackFrame) -> bool:
     return frame.name in (PARTICLES, OUTER_PARTICLES)
 
 
-def _is_one(scale: Any) -> bool:
+def is_one(scale: float | Tensor) -> bool:
+    """Return whether the scale of a site leaves its density as it is."""
     return bool((scale == 1).all()) if isinstance(scale, Tensor) else scale == 1
 
 
