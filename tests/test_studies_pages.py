@@ -7,6 +7,7 @@ import pytest
 
 from studies.density import report as density
 from studies.graph_vae import report as graph_vae
+from studies.multilevel import report as multilevel
 from studies.psychometric import report as psychometric
 from studies.results import Results
 from studies.sbibm import report as sbibm
@@ -24,16 +25,22 @@ def test_results_are_whole(path):
     assert all(records.values())
 
 
-@pytest.mark.parametrize("study", ["siren_vae", "density", "graph_vae", "sbibm"])
+REPORTS = {
+    "siren_vae": siren_vae,
+    "density": density,
+    "graph_vae": graph_vae,
+    "multilevel": multilevel,
+    "sbibm": sbibm,
+}
+
+
+@pytest.mark.parametrize("study", REPORTS)
 def test_a_page_is_what_its_report_draws(study, tmp_path):
     """Make the page again after a change of report or results: ``python -m studies.NAME.report``."""
     (tmp_path / study).mkdir()
     for picture in (PAGES / study).glob("*.png"):  # pages show those that are there
         (tmp_path / study / picture.name).write_bytes(picture.read_bytes())
-    render = {"siren_vae": siren_vae, "density": density, "graph_vae": graph_vae, "sbibm": sbibm}[
-        study
-    ].render
-    render(ROOT / "studies" / study / "results.jsonl", tmp_path)
+    REPORTS[study].render(ROOT / "studies" / study / "results.jsonl", tmp_path)
     drawn = sorted(tmp_path.glob("*.md"))
     assert drawn
     for page in drawn:
