@@ -603,6 +603,15 @@ class CompiledLoss:
         self._explore(args, kwargs)
         return list(self._set.trainable.values())
 
+    def store_names(self) -> list[str]:
+        """Return the names that Pyro's parameter store has for the parameters in use, as far as they are in it."""
+        return list(self._set.in_store())
+
+    def is_in_store(self) -> bool:
+        """Whether the parameters in use are those that Pyro's parameter store has by their names now."""
+        kept = pyro.get_param_store()._params
+        return all(kept.get(name) is parameter for name, parameter in self._set.in_store().items())
+
     def loss_and_grads(self, *args: Any, **kwargs: Any) -> float:
         """Return the loss, and add its gradients to the parameters.
 
