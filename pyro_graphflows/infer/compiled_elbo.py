@@ -46,7 +46,7 @@ class CompiledELBO(ELBO):
 
     def __init__(self, loss: ELBO | None = None, *, backend: str = SCRIPT) -> None:
         super().__init__()
-        self.estimator = Trace_ELBO() if loss is None else loss
+        self.estimator: Any = Trace_ELBO() if loss is None else loss
         self.backend = backend
         if not isinstance(self.estimator, ELBO):
             raise GraphflowsError(f"Expected an ELBO object to compile; got {loss!r}.")
