@@ -113,7 +113,7 @@ def page(records: dict[str, dict[str, Any]]) -> str:
         f"Made by `python -m benchmarks.compiled --out docs/results` on {' and '.join(dates)}, on 2 CPU cores shared "
         "with other work; the script says what is timed. Milliseconds of processor time of one `SVI.step`, medians of "
         "steps taken in turns, one thread, float32. In brackets the ratio to AutoNormal's. *Captured* is `SVI.step` "
-        "with the normal guide and `CompiledELBO()`, and the processor seconds of its first step; *compiled* the step of "
+        "with the normal guide and `CompiledELBO()`, then the processor seconds of its first; *compiled* the step of "
         "`fit(..., compile=True)` for the normal guide; in brackets how many times faster than `SVI.step` with the "
         "same guide, with the processor and wall-clock seconds of compilation.",
         "",
