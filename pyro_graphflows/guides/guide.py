@@ -514,12 +514,15 @@ class AutoFaithfulGuide(AutoGuide):
         if self._fitted is None:
             return ()
         leaves = argument_leaves(self.model, args, kwargs)
-        if self._fitted.is_known(leaves) and not observations:
+        if not observations and self._fitted.is_known(args, kwargs, leaves):
             return ()
         with torch.random.fork_rng(devices=[]), torch.no_grad(), poutine.block():
             call = self._reader.read(self.model, args, kwargs, observations)
         found = self._fitted.sites_of_other_data(
-            CallData(call, leaves, observations or {}), self.plan, self._reader.paths, self._per_element()
+            CallData(call, (args, kwargs), leaves, observations or {}),
+            self.plan,
+            self._reader.paths,
+            self._per_element(),
         )
         self._warned.update(found)
         return found
@@ -552,16 +555,17 @@ class AutoFaithfulGuide(AutoGuide):
     ) -> None:
         """Warn once of each site that fits other data than those of a call."""
         fitted = None if self._is_fitting else self._fitted
-        if fitted is None or (not observations and fitted.is_known_call(args, kwargs)):
+        if fitted is None or (not observations and fitted.is_known(args, kwargs)):
             return
-        sites = [site for site in self._per_element() if site not in self._warned]
-        if not sites or not any(name in call.values for name in self.plan.graph.observed):
+        sites = self._per_element()
+        if self._warned.issuperset(sites) or not any(
+            name in call.values for name in self.plan.graph.observed
+        ):
             return
-        now = CallData(call, argument_leaves(self.model, args, kwargs), observations or {})
+        now = CallData(call, (args, kwargs), argument_leaves(self.model, args, kwargs), observations or {})
         found = fitted.sites_of_new_data(now, self.plan, self._reader.paths, sites)
+        found = tuple(site for site in found if site not in self._warned)
         if not found:
-            if not observations and fitted.is_known(now.leaves):
-                fitted.note_call(args, kwargs)
             return
         self._warned.update(found)
         warnings.warn(

@@ -58,7 +58,8 @@ from pyro_graphflows.guides.minimize import (
     scaled_eigenvalues,
 )
 from pyro_graphflows.guides.sites import is_constant, is_moderate
-from pyro_graphflows.infer.enumeration import enumerated, summed_log_density
+from pyro_graphflows.infer.enumeration import enumerated, require_no_scales, sum_of_the_rest
+from pyro_graphflows.infer.particles import FEW, FEW_ENOUGH
 from pyro_graphflows.inspect import TracedModel, common_scale, seed_random_state, undressed
 from pyro_graphflows.inspect.arguments import argument_leaves, replaced_arguments
 from pyro_graphflows.inspect.prior import SECONDS_WITHOUT_A_BAR, UNCONSTRAINED, unconstrained_of
@@ -98,7 +99,6 @@ CLOSE = 0.5  # nats: where a posterior is that normal about its mode, nothing el
 LOG_2PI = math.log(2 * math.pi)
 PLATE = "_pyro_graphflows_draws_near_mode"
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
-FEW_DRAWS = 7  # of a trial before all
 SINGLE_RUNS = 200  # where the model cannot map many draws at once
 
 
@@ -227,10 +227,6 @@ def nesting_of(traced: TracedModel) -> int:
     return max(dims, default=0)
 
 
-def _is_one(scale: Any) -> bool:
-    return bool((torch.as_tensor(scale) == 1.0).all())
-
-
 def _summed(log_density: Tensor, fn: Any) -> Tensor:
     batch_dims = len(fn.batch_shape)
     return log_density.flatten(batch_dims).sum(-1) if log_density.dim() > batch_dims else log_density
@@ -357,12 +353,10 @@ class LogPosterior:
             )
         summed = set(graph.marginalised)
         between = [name for name in names if summed.intersection(graph.parents(name))]
-        scaled = [n for n, node in nodes.items() if node["type"] == "sample" and not _is_one(node["scale"])]
-        if summed and (between or scaled):
-            reason = (
-                "depends on a site that the model sums over" if between else "has a scale beside such a site"
-            )
-            raise UnsupportedModelError(f"{(between or scaled)[0]} {reason}.")
+        if between:
+            raise UnsupportedModelError(f"{between[0]} depends on a site that the model sums over.")
+        if summed:
+            require_no_scales(traced.trace)
         self.sums = bool(summed)
         # Where latent sites are all scaled, priors and guide alike, the best guide is the prior times the likelihood to
         # the inverse power.
@@ -487,9 +481,7 @@ class LogPosterior:
         terms = messenger.terms
         rest = torch.zeros((), dtype=torch.float64)
         if self.sums:
-            for name in self.names:
-                trace.remove_node(name)
-            rest = in_float64(summed_log_density(trace, [PLATE] if many else [])).cpu()
+            rest = sum_of_the_rest(trace, self.names, [PLATE] if many else [])
             trace = Trace()
         for name, node in trace.nodes.items():
             if node["type"] == "sample" and name not in self.coordinates and not site_is_subsample(node):
@@ -538,9 +530,8 @@ class LogPosterior:
                 for name in self.names
             )
 
-        # A model that mixes the draws of a batch would take the memory of their square.
-        ways = [self._in_a_plate] if is_right(self._in_a_plate(points[:FEW_DRAWS])) else []
-        for way in (*ways, self._one_by_one):
+        mixes = len(points) > FEW_ENOUGH and not is_right(self._in_a_plate(points[:FEW]))
+        for way in (self._one_by_one,) if mixes else (self._in_a_plate, self._one_by_one):
             found = way(points)
             if found is not None and is_right(found):
                 return found

@@ -53,9 +53,10 @@ from pyro_graphflows.guides.mode import nesting_of
 from pyro_graphflows.guides.plan import MOST_INDICES, Plan
 from pyro_graphflows.guides.samples import ModelDraws, Samples, columns_of
 from pyro_graphflows.guides.sites import LatentSite, concatenate
-from pyro_graphflows.infer.enumeration import enumerated, summed_log_density
+from pyro_graphflows.infer.enumeration import enumerated, sum_of_the_rest
 from pyro_graphflows.inspect.runs import kept_buffers
 from pyro_graphflows.regression import (
+    HELD_OUT,
     WINSOR,
     Moments,
     Regression,
@@ -83,7 +84,6 @@ __all__ = [
 NUM_START_DRAWS = 20  # of the guide at set-up, which say how large its inputs are
 TIE = 0.01  # nats by which the regression start may seem worse; without parents both starts are alike
 ELEMENT_SCALE = 0.1  # sites with per-element parameters start at their prior, this much narrower
-HELD_OUT = 5  # one in this many samples judges the regression start
 LEAST_ROWS = 20  # finite ones, without which there is no regression
 
 MOST_SQUARES = 3_000_000_000  # of features, over all rows of a regression
@@ -970,15 +970,12 @@ class Judge:
         """Return the log-density of the model for each of the draws, ``(draws,)``, perhaps without some sites."""
         args, kwargs = self.call
         if self.sums is not None:
-            model = enumerated(model, self.sums)
-        trace: Any = poutine.trace(model).get_trace(*args, **kwargs)
+            trace = poutine.trace(enumerated(model, self.sums)).get_trace(*args, **kwargs)
+            return sum_of_the_rest(trace, without).reshape(1)
+        trace = poutine.trace(model).get_trace(*args, **kwargs)
         for name in without:
             trace.remove_node(name)
-        return (
-            self._each(trace)
-            if self.sums is None
-            else in_float64(summed_log_density(trace, [])).cpu().reshape(1)
-        )
+        return self._each(trace)
 
     def _each(self, trace: Any, names: Sequence[str] | None = None) -> Tensor:
         """Return the log-density of some sites of a trace for each of the draws, ``(draws,)``; by default of all."""
