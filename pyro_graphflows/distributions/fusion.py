@@ -183,7 +183,7 @@ def fuse_matrix(
     try:
         root = torch.linalg.cholesky(_reversed_sum(scaled.mT @ scaled))
         moves = torch.linalg.solve_triangular(root, (scaled.mT @ apart).flip(-2), upper=False)
-    except torch.linalg.LinAlgError:  # narrower by more than one in double precision has
+    except RuntimeError:  # narrower by more than one in double precision has
         eye = torch.eye(scaled.shape[-1]).to(scaled).expand(*scaled.shape[:-2], -1, -1)
         orthogonal, upper = torch.linalg.qr(torch.cat([eye, scaled], -2).flip(-1))
         signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-1)

@@ -434,13 +434,22 @@ class AutoFaithfulGuide(AutoGuide):
             if chosen_indices(plate._indices, plate.size) is not None
         }
         call = self._reader.read(self.model, args, kwargs, observations, indices)
+        self.plates = call.make_plates(existing)
+        replayed = {
+            name: torch.as_tensor(self.plates[name]._indices)
+            for name, state in call.plates.items()
+            if name not in existing
+            and state.indices is not None
+            and self.plates[name]._indices is not state.indices
+        }
+        if replayed:  # a handler around the guide has other rows than the model drew: those are the call's
+            call = self._reader.read(self.model, args, kwargs, observations, {**indices, **replayed})
         if call.given:
             call.require_given_in_support()
             observed = frozenset(call.given)
             if observed not in self._served:
                 self.plan.require_served(observed)
                 self._served.add(observed)
-        self.plates = call.make_plates(existing)
         return call
 
     def _model_conditionals(

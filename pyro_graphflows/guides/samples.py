@@ -451,8 +451,9 @@ class Samples:
         values = self.draws.near_mode(number)
         is_amortised = not plan.inputs.per_element
         note = self.note if self.source == "none" or (self.source == "prior" and is_amortised) else None
-        for beginning in (NO_SAMPLES, AT_PRIOR) if note is not None else ():
-            note = note.replace(beginning, "no regression start on samples of the model: ")
+        if note is not None:
+            of_model = "no regression start on samples of the model: "
+            note = note.replace(NO_SAMPLES, of_model).replace(AT_PRIOR, of_model)
         return replace(self, values=values, note=note, source="mode", drawn=self.draws.last)
 
     def with_values(self, more: Mapping[str, Tensor]) -> "Samples":
