@@ -19,7 +19,7 @@ start has seen. Candidates, in this order:
 - *random*: random weights, if nothing else has a finite loss.
 
 A guide that is amortised must not take the data of set-up, which may be a mere example, for all that it will see. In
-plates the other candidates are tried only if the regression seems many nats off for each datum, or does much worse for
+plates the others are tried only if the regression seems a hundred nats off for each datum, or does much worse for
 these data than draws of the prior would. Without plates all data are one datum, and a guide may be meant for it, or for
 whatever the model simulates. Where the regression is not near, the start near the mode is kept if the loss for the data
 falls by more than the mean loss for simulated data grows, if the model can simulate some; a thousand nats off is as bad
@@ -102,7 +102,7 @@ MOST_AT_ONCE = 1_000_000  # elements of all sites, each as large as the largest,
 NOWHERE = 1000.0  # nats off for each datum: from there nothing can be followed
 NEAR = 2.0  # nats: if the gap of a start near the mode seems less, nothing else is tried
 MOST_SIMULATED = 2  # data sets for each that is used: some may not be finite
-NEAR_EACH = 10.0  # nats for each of many data: the same of a guide that is amortised
+NEAR_EACH = 100.0  # nats for each of many data: the same of a regression that is amortised
 MARGIN = 20.0  # nats by which the prior must be better than an amortised guide's start
 Program = Callable[..., Any]
 Simulated = Mapping[str, Tensor]
@@ -1096,7 +1096,8 @@ def choose_start(
         if has_one_datum:
             is_near = found.gap <= NEAR
         else:  # draws of a wide prior may be worse than any start
-            is_near = found.gap <= NEAR_EACH * samples.draws.most_elements
+            most = NEAR if source == "prior" else NEAR_EACH  # the prior follows no data
+            is_near = found.gap <= most * samples.draws.most_elements
             is_near = is_near and found.loss <= judge.loss_of_prior() + MARGIN
         if is_near:
             break
