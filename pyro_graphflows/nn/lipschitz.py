@@ -15,7 +15,7 @@ part that overtakes may be orthogonal to all that is tracked. Here the norm is f
   it fails after some attempts, the norm is found exactly.
 
 The estimate is raised by two ten-thousandths, more than its usual error. Its gradient is that of
-:math:`u^\top W v` with the singular vectors u and v held fixed, which is exact. Small dense layers of one shape, as the
+:math:`u^\top W v` with the singular vectors u and v held fixed, which is exact. Small layers with the same mask, as the
 blocks of a flow have them, are scaled together.
 
 References:
@@ -24,6 +24,7 @@ References:
     [3] Zhou and Saad (2007), A Chebyshev-Davidson Algorithm for Large Symmetric Eigenproblems: the filter.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -101,7 +102,8 @@ class SpectralBound(nn.Module):
         self._loaded = False
         # For layers that are scaled together: fingerprint of the weights, singular vectors (as rows) and value.
         self._known = self._nothing_known()
-        self.together = self.exact and layer.engine == "dense" and weight.numel() > 0
+        self.together = self.exact and weight.numel() > 0
+        self.alike = (self.bound, layer.engine, rows, columns, _digest(layer))
         if not self.together:
             self._refresh(layer)
 
@@ -197,15 +199,13 @@ def bounded_entries(bounds: Sequence["SpectralBound"], layers: Sequence[MaskedLi
     found: dict[int, Tensor] = {}
     alike: dict[Any, list[int]] = {}
     for i, (bound, layer) in enumerate(zip(bounds, layers, strict=True)):
-        key = (layer.weight.shape, bound.bound) if bound.together else None
+        key = (bound.alike, layer.weight.dtype, layer.weight.device) if bound.together else None
         alike.setdefault(key, []).append(i)
     for key, places in alike.items():
         own, of = [bounds[i] for i in places], [layers[i] for i in places]
         weights = [layer.weight for layer in of]
         if key is not None:
-            found.update(
-                zip(places, _Together.apply(own, [layer.zero_or_one for layer in of], *weights), strict=True)
-            )
+            found.update(zip(places, _Together.apply(own, of, *weights), strict=True))
             continue
         for bound, layer in zip(own, of, strict=True):
             bound._refresh(layer)
@@ -216,14 +216,14 @@ def bounded_entries(bounds: Sequence["SpectralBound"], layers: Sequence[MaskedLi
 
 
 def _singular_vectors(
-    bounds: Sequence["SpectralBound"], weights: Sequence[Tensor], masked: Tensor
+    bounds: Sequence["SpectralBound"], weights: Sequence[Tensor], matrices: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the first singular vectors and values of dense layers of one shape.
+    """Return the first singular vectors and values of layers of one shape.
 
     Args:
         bounds: The bounds of the k layers. What they know is brought up to date.
         weights: The weights as they are trained.
-        masked: The masked weights, ``(k, rows, columns)``.
+        matrices: The masked weights, ``(k, rows, columns)``.
 
     Returns:
         Shapes ``(k, 1, rows)``, ``(k, 1, columns)`` and ``(k, 1, 1)``.
@@ -237,9 +237,9 @@ def _singular_vectors(
             changed.append(i)
     if changed:
         if len(changed) < len(bounds):
-            masked = masked[changed]
-        wide = masked.shape[2] > masked.shape[1]
-        short = masked if wide else masked.mT
+            matrices = matrices[changed]
+        wide = matrices.shape[2] > matrices.shape[1]
+        short = matrices if wide else matrices.mT
         small = _largest(torch.bmm(short, short.mT)).unsqueeze(1)
         large = torch.bmm(small, short)
         norm = torch.linalg.vector_norm(large, dim=2, keepdim=True)
@@ -251,40 +251,65 @@ def _singular_vectors(
             # Directly: a module searches each value that is set for parameters.
             bounds[i].__dict__["_known"] = (prints[i], *own)
     if len(changed) < len(bounds):
-        known_parts = [[part.to(masked) for part in bound._known[1:]] for bound in bounds]
+        known_parts = [[part.to(matrices) for part in bound._known[1:]] for bound in bounds]
         vectors = tuple(torch.stack(parts) for parts in zip(*known_parts, strict=True))
     left, right, norm = vectors
     return left, right, norm
 
 
 class _Together(Operation):
-    """The scaled entries of dense layers of one shape and bound, whose Gram matrices are small."""
+    """The scaled entries of layers with one mask, engine and bound, whose Gram matrices are small."""
 
     @staticmethod
     def forward(
-        ctx: Any, bounds: Sequence["SpectralBound"], masks: Sequence[Tensor], *weights: Tensor
+        ctx: Any, bounds: Sequence["SpectralBound"], layers: Sequence[MaskedLinear], *weights: Tensor
     ) -> tuple[Tensor, ...]:
-        mask = torch.stack(list(masks))
-        masked = torch.stack(weights) * mask
-        left, right, norm = _singular_vectors(bounds, weights, masked)
-        ctx.bound = bounds[0].bound
-        factor = ctx.bound / (norm * (1 + MARGIN)).clamp(min=ctx.bound)
-        ctx.save_for_backward(masked, mask, left, right, factor, *weights)
-        return (masked * factor).unbind()
+        ctx.bound, ctx.layer = bounds[0].bound, layers[0]
+        entries = _masked(torch.stack(weights), ctx.layer)
+        left, right, norm = _singular_vectors(bounds, weights, _matrices(entries, ctx.layer))
+        factor = (ctx.bound / (norm * (1 + MARGIN)).clamp(min=ctx.bound)).view(-1, *[1] * weights[0].dim())
+        ctx.save_for_backward(entries, left, right, factor, *weights)
+        return (entries * factor).unbind()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        masked, mask, left, right, factor, *weights = ctx.saved_tensors
+        entries, left, right, factor, *weights = ctx.saved_tensors
         grad = torch.stack(grads)
         if torch.is_grad_enabled():  # create_graph=True
-            masked = torch.stack(weights) * mask
-            norm = torch.bmm(torch.bmm(left, masked), right.mT)
-            scaled = masked * (ctx.bound / (norm * (1 + MARGIN)).clamp(min=ctx.bound))
+            entries = _masked(torch.stack(weights), ctx.layer)
+            norm = torch.bmm(torch.bmm(left, _matrices(entries, ctx.layer)), right.mT)
+            scaled = entries * (ctx.bound / (norm * (1 + MARGIN)).clamp(min=ctx.bound)).view(factor.shape)
             return (None, None, *torch.autograd.grad(scaled, weights, grad, create_graph=True))
-        along = (grad * masked).sum((1, 2), keepdim=True) * (factor * ((1 + MARGIN) / ctx.bound))
-        along = along * (factor < 1)
-        grad = torch.addcmul(grad, left.mT * -along, right).mul_(mask).mul_(factor)
-        return (None, None, *grad.unbind())
+        along = (grad * entries).flatten(1).sum(1).view(factor.shape)
+        along = along * (factor * (-(1 + MARGIN) / ctx.bound)) * (factor < 1)
+        if ctx.layer.engine == "dense":
+            grad = _masked(torch.addcmul(grad, left.mT * along, right), ctx.layer)
+        else:
+            pattern = ctx.layer.pattern
+            direction = left[:, 0].index_select(1, pattern.row) * right[:, 0].index_select(1, pattern.column)
+            grad = torch.addcmul(grad, direction, along)
+        return (None, None, *grad.mul_(factor).unbind())
+
+
+def _masked(weights: Tensor, layer: MaskedLinear) -> Tensor:
+    """Return the entries of weights of layers like this one, in the layout of its engine after the first dimension."""
+    return weights * layer.zero_or_one if layer.engine == "dense" else weights
+
+
+def _matrices(entries: Tensor, layer: MaskedLinear) -> Tensor:
+    """Return such entries as matrices, ``(k, rows, columns)``."""
+    if layer.engine == "dense":
+        return entries
+    zeros = entries.new_zeros(len(entries), layer.out_features * layer.in_features)
+    places = layer.pattern.row * layer.in_features + layer.pattern.column
+    return zeros.index_copy(1, places, entries).view(-1, layer.out_features, layer.in_features)
+
+
+def _digest(layer: MaskedLinear) -> str:
+    """Return a word that two layers of the same mask share."""
+    return hashlib.sha1(
+        layer.sparse_mask().indices.cpu().numpy().tobytes(), usedforsecurity=False
+    ).hexdigest()
 
 
 class _Scaled(Operation):

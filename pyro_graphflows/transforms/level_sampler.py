@@ -18,6 +18,7 @@ weights of the edges are written into one dense matrix, so this is for networks 
 First derivatives only.
 """
 
+from itertools import islice
 from typing import Any
 
 import torch
@@ -117,14 +118,15 @@ class _Plan:
         self.num_context = edges.num_context
         self.activation = type(stack.activation)
         self.num_cells = dim * blocks
-        self.levels: list[tuple[int, int]] = []
+        self.starts: list[int] = []  # of the levels
+        self.sizes = list(edges.level_sizes)
         self.cells_of_level = [size * blocks for size in edges.level_sizes]
         self.rows_of_level = [cells * (hidden + 1) for cells in self.cells_of_level]
         self.cells_of_step = [size for size in edges.level_sizes for _ in range(blocks)]
         cells: list[tuple[int, int]] = []  # (block, variable) of each cell
         start = 0
         for size in edges.level_sizes:
-            self.levels.append((start, start + size))
+            self.starts.append(start)
             cells += [(t, v) for t in range(blocks) for v in range(start, start + size)]
             start += size
         number = {cell: i for i, cell in enumerate(cells)}
@@ -177,23 +179,21 @@ class _Levels(Operation):
         entering, leaving = eps.new_empty(2, cells, 1, size)  # the residual maps
         entering[:, 0].index_copy_(0, plan.first_cells, eps)
         z = torch.empty_like(eps)
-        # All pieces are cut beforehand, and written to where they are: no step has an operation that moves numbers.
-        pieces = (by_cell[:, :hidden], by_cell[:, hidden:], u, w.mT, factor, leaving)
-        steps = [list(piece.split(plan.cells_of_step)) for piece in pieces]
+        # All pieces are cut beforehand, and results written to where they are wanted: no step only moves numbers.
         starts = list(entering.split(plan.cells_of_step))
-        own, known = pre.split(plan.rows_of_level), matrix[num_context:].split(plan.rows_of_level, 1)
+        ends: list[Tensor] = [*starts[1:], z]
+        ends[plan.blocks - 1 :: plan.blocks] = z.unsqueeze(1).split(plan.sizes)
+        pieces = (by_cell[:, :hidden], by_cell[:, hidden:], u, w.mT, factor, leaving)
+        steps = zip(*(piece.split(plan.cells_of_step) for piece in pieces), starts, ends, strict=True)
+        own, known = pre.split(plan.rows_of_level), matrix[num_context:].t().split(plan.rows_of_level)
         activation, images = plan.activation, []
-        for level, (start, stop) in enumerate(plan.levels):
+        for level, start in enumerate(plan.starts):
             if start:
-                own[level].addmm_(known[level][:start].t(), z[:start])
-            first, last = level * plan.blocks, (level + 1) * plan.blocks
-            ends = [*starts[first + 1 : last], z[start:stop].unsqueeze(1)]
-            for i, end in zip(range(first, last), ends, strict=True):
-                a, shift, column_u, row_w, step_factor, left = (piece[i] for piece in steps)
-                a.addcmul_(column_u, starts[i])
-                images.append(activation.terms(a, 0)[0])
-                torch.baddbmm(starts[i], row_w, images[-1], out=left)
-                torch.addcmul(shift, left, step_factor, out=end)
+                own[level].addmm_(known[level][:, :start], z[:start])
+            for a, shift, column_u, row_w, step_factor, left, before, after in islice(steps, plan.blocks):
+                images.append(activation.terms(a.addcmul_(column_u, before), 0)[0])
+                torch.baddbmm(before, row_w, images[-1], out=left)
+                torch.addcmul(shift, left, step_factor, out=after)
 
         order = 2 if any(ctx.needs_input_grad) else 1
         terms = (
@@ -229,18 +229,23 @@ class _Levels(Operation):
         grad_by_cell = z.new_empty(cells, units, size)
         grad_pre, grad_out = grad_by_cell[:, :hidden], grad_by_cell[:, hidden:]  # the shift is added last
         flat = grad_by_cell.view(cells * units, size)
-        pieces = (pulled, steep, grad_out)
-        steps = [piece.split(plan.cells_of_step) for piece in pieces]
-        parts = [piece.split(plan.cells_of_level) for piece in (grad_pre, bent, grad_out, through)]
+        # From the last step to the first. The gradient of a block's output goes to the block before it, or, from the
+        # first block of a level, to the noise.
+        outs = grad_out.split(plan.cells_of_step)
+        ends: list[Tensor] = [grad_eps, *outs[:-1]]
+        ends[:: plan.blocks] = grad_eps.unsqueeze(1).split(plan.sizes)
+        parts = (pulled.split(plan.cells_of_step), steep.split(plan.cells_of_step))
+        steps = zip(*(reversed(part) for part in (*parts, outs, ends)), strict=True)
+        of_level = [piece.split(plan.cells_of_level) for piece in (grad_pre, bent, grad_out, through)]
         own, known = flat.split(plan.rows_of_level), matrix[num_context:].split(plan.rows_of_level, 1)
-        for level, (start, stop) in reversed(list(enumerate(plan.levels))):
-            first, last = level * plan.blocks, (level + 1) * plan.blocks - 1
-            steps[2][last].copy_(grad[start:stop].unsqueeze(1))
-            for i in range(last, first - 1, -1):
-                end = steps[2][i - 1] if i > first else grad_eps[start:stop].unsqueeze(1)
-                torch.addcmul(steps[0][i], steps[2][i], steps[1][i], out=end)
-            into, level_bent, level_out, level_through = (part[level] for part in parts)
+        grads = grad.unsqueeze(1).split(plan.sizes)
+        for level in range(len(plan.starts) - 1, -1, -1):
+            outs[(level + 1) * plan.blocks - 1].copy_(grads[level])
+            for step_pulled, step_steep, out, end in islice(steps, plan.blocks):
+                torch.addcmul(step_pulled, out, step_steep, out=end)
+            into, level_bent, level_out, level_through = (part[level] for part in of_level)
             torch.addcmul(level_bent, level_out, level_through, out=into)
+            start = plan.starts[level]
             if start:
                 grad[:start].addmm_(known[level][:start], own[level])
 
