@@ -154,9 +154,13 @@ def optional_by_mask(y):
 def test_missing_data_masked_inside_the_model(model, family):
     y = 50 + 4 * torch.randn(30)
     y[::3] = float("nan")
-    guide = auto_faithful_guide(model, y, family=family)
+    seen = ~torch.isnan(y)
+    exact = dist.Normal(50.0, 13**0.5).log_prob(y[seen]).sum()
+    near = auto_faithful_guide(model, y, family=family)  # starts near the mode
+    expected = torch.where(seen, 50 + (y.nan_to_num() - 50) * 9 / 13, 50.0)
+    assert ((near.median(y)["z"] - expected).abs() < 0.5).all()
+    guide = auto_faithful_guide(model, y, family=family, init="regression")
     assert ((guide.median(y)["z"] - 50).abs() < 1.0).all()  # the prior
-    exact = dist.Normal(50.0, 13**0.5).log_prob(y[~torch.isnan(y)]).sum()
     svi = SVI(
         model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO(num_particles=5, vectorize_particles=True)
     )
