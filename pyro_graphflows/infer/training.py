@@ -113,8 +113,9 @@ def fit(
             uses them as they are.
         compile: Whether steps are computed by compiled code (:mod:`~pyro_graphflows.infer.compiled`), which takes
             tens of seconds at first and then is many times faster where models are small. ``"auto"`` compiles where
-            the steps that are left are estimated to be worth it. What cannot be compiled is computed as without;
-            ``history.compilation`` says what was done, and why. The random numbers are others than without.
+            the steps that are left are estimated to be worth it: by PyTorch's interpreter (TorchScript), which takes
+            seconds and needs no C++ compiler, or as True does in long runs. What cannot be compiled is computed as
+            without; ``history.compilation`` says what was done, and why. The random numbers are others than without.
 
     Returns:
         The history, with the reason of the end.
