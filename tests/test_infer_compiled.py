@@ -11,6 +11,7 @@ from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELB
 
 from pyro_graphflows import GraphflowsError, auto_faithful_guide
 from pyro_graphflows.capture import Captured, Draws
+from pyro_graphflows.distributions import skewed_scores
 from pyro_graphflows.guides import Flow
 from pyro_graphflows.infer import IWAE_ELBO, InferenceCompilation, Schedule, fit
 from pyro_graphflows.infer import compiled as compiled_module
@@ -145,6 +146,60 @@ def _network(x):
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("x", dist.Normal(z, 0.3), obs=x)
+
+
+def test_skewed_priors_are_compiled():
+    """Scores of gammas are found by iteration: by steps of a fixed number while a call is captured."""
+
+    def rates(x):
+        shape = pyro.sample("shape", dist.Gamma(2.0, 1.0))
+        with pyro.plate("data", len(x)):
+            rate = pyro.sample("rate", dist.Gamma(shape, 1.0))
+            pyro.sample("x", dist.Poisson(rate), obs=x)
+
+    x = torch.tensor([0.0, 3.0, 1.0, 2.0])
+    loss = CompiledLoss(rates, auto_faithful_guide(rates, x), backend="torchscript")
+    for _ in range(4):  # compared with the programs in calls 1, 2 and 4
+        assert math.isfinite(loss.loss_and_grads(x))
+    assert loss.report.startswith("compiled"), loss.report
+
+
+def test_where_captured_code_has_no_number_the_programs_are_asked(monkeypatch):
+    monkeypatch.setattr(skewed_scores, "CAPTURED_STEPS", 1)  # too few
+
+    def rates(x):
+        rate = pyro.sample("rate", dist.Gamma(pyro.param("shape", torch.tensor(3.0)), 1.0))
+        pyro.sample("x", dist.Poisson(rate), obs=x)
+
+    def own(x):
+        score = pyro.sample(
+            "score", dist.Normal(pyro.param("loc", torch.tensor(0.5)), 1.0), infer={"is_auxiliary": True}
+        )
+        value = skewed_scores.unscore(
+            skewed_scores.LogGamma(torch.tensor([3.0]).double()), score.double().reshape(1)
+        )
+        pyro.sample("rate", dist.Delta(value.exp().reshape(()).to(score), log_density=torch.zeros(())))
+
+    x = torch.tensor(4.0)
+    loss = CompiledLoss(rates, own, backend="torchscript")
+    values = [loss.loss_and_grads(x) for _ in range(6)]
+    assert loss.report.startswith("compiled"), loss.report
+    assert all(map(math.isfinite, values))
+    assert torch.isfinite(pyro.get_param_store()._params["loc"].grad)
+
+
+def test_what_cannot_be_captured_is_found_inside_of_errors_of_pyro():
+    """Pyro puts what a density raises into an error of its own."""
+
+    def correlations(x):
+        factor = pyro.sample("factor", dist.LKJCholesky(3, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.MultivariateNormal(torch.zeros(3), scale_tril=factor), obs=x)
+
+    x = torch.randn(10, 3)
+    loss = CompiledLoss(correlations, auto_faithful_guide(correlations, x), backend="torchscript")
+    assert math.isfinite(loss.loss_and_grads(x))
+    assert loss.report.startswith("not compiled: the shape of index depends on values")
 
 
 def test_faithful_flows_are_compiled():

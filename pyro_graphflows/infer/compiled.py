@@ -26,7 +26,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from pyro_graphflows.capture import Captured, Draws, Noise, NotCapturedError, capture
+from pyro_graphflows.capture import Captured, Draws, Noise, NotCapturedError, capture, uncovered
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.infer.checkpoints import random_state, set_random_state
 from pyro_graphflows.infer.objectives import Objective
@@ -227,6 +227,9 @@ class Compiler:
                 return self.objective.evaluate(args, kwargs)
         self._last = captured, noise
         value: float = loss.item()
+        if not math.isfinite(value):
+            with Draws(dict(zip(captured.noise, noise, strict=True))):
+                value = self.objective.evaluate(args, kwargs)
         return value
 
     def _compile_evaluation(
@@ -282,6 +285,12 @@ class Compiler:
                 self._shapes.clear()
                 self._give_up(f"in step {shape.calls} of the compiled code {why}")
                 return self._plainly(size, *arguments)
+        if not bool(loss.isfinite()):  # some values are out of the reach of captured code alone
+            run = _Program(self.objective, arguments, trainable)
+            with Draws(dict(zip(captured.noise, noise, strict=True))):
+                again = run(*inputs)
+            if run.used == shape.used:
+                loss, *gradients = again
         for parameter, gradient in zip(_chosen(trainable, shape.used), gradients, strict=True):
             parameter.grad = gradient
         return loss.item()
@@ -404,7 +413,7 @@ class Compiler:
         versions = [tensor._version for tensor in watched]
         random = random_state()
         try:
-            with Draws(dict(zip(captured.noise, noise, strict=True))) as draws:
+            with uncovered(), Draws(dict(zip(captured.noise, noise, strict=True))) as draws:
                 expected = run(*inputs)
         except NotCapturedError as error:
             return str(error)
@@ -469,7 +478,7 @@ class _Program:
 
     def counts(self, inputs: Sequence[Tensor]) -> dict[Noise, int]:
         """Return how many random numbers a run takes."""
-        with Draws() as draws:
+        with uncovered(), Draws() as draws:
             self(*inputs)
         return draws.counts
 
