@@ -363,7 +363,7 @@ def test_too_few_finite_samples_of_the_model_are_said():
             z = pyro.sample("z", dist.Normal(0.0, 1e4))
             pyro.sample("x", dist.Normal(z.exp(), 1.0), obs=x)
 
-    guide = auto_faithful_guide(model, torch.randn(3), num_start_samples=20)
+    guide = auto_faithful_guide(model, torch.randn(3), num_start_samples=20, init="regression")
     assert "a regression needs 20" in guide.describe(verbose=True)
     assert torch.isfinite(guide(torch.randn(3))["z"]).all()
 

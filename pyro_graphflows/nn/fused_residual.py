@@ -83,19 +83,21 @@ class OwnerPass(nn.Module):
         """Multiply x, of shape (features, N), by the weights that are kept of layer i + 1; without gradient."""
         if not self.group:
             return sparse_product(weight, x, self.pattern(i), False)
-        return torch.bmm(weight.view(-1, 1, self.group), x.view(-1, self.group, x.shape[1])).squeeze(1)
+        rows = weight.view(-1, 1, self.group)
+        return torch.bmm(rows, x.view(len(rows), self.group, x.shape[1])).squeeze(1)
 
     def pulled(self, i: int, weight: Tensor, u: Tensor) -> Tensor:
         """Multiply by the transposed matrix; without gradient."""
         if not self.group:
             return sparse_product(weight, u, self.pattern(i), True)
-        return (weight.view(-1, self.group, 1) * u.unsqueeze(1)).view(-1, u.shape[1])
+        return (weight.view(-1, self.group, 1) * u.unsqueeze(1)).flatten(0, 1)
 
     def sample(self, i: int, left: Tensor, right: Tensor) -> Tensor:
         """Return the entries of ``left @ right.T`` where weights are kept; without gradient."""
         if not self.group:
             return sparse_sample(left, right, self.pattern(i))
-        return torch.bmm(left.unsqueeze(1), right.view(-1, self.group, right.shape[1]).mT).view(-1)
+        right = right.view(len(left), self.group, right.shape[1])
+        return torch.bmm(left.unsqueeze(1), right.mT).view(-1)
 
     def kept(self, i: int) -> Tensor:
         """Return the places of the weights that are kept among the entries of layer i + 1."""

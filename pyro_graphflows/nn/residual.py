@@ -283,8 +283,9 @@ def _by_context(net: MaskedResidualNet, context: Tensor) -> Tensor:
     assert layer is not None
     if layer.engine == "sparse":
         return layer(context)
-    rows = context.reshape(-1, context.shape[-1])
-    return (layer.entries() @ rows.T).T.reshape(*context.shape[:-1], -1)
+    batch = context.shape[:-1]
+    added = layer.entries() @ context.reshape(batch.numel(), context.shape[-1]).T
+    return added.T.reshape(*batch, len(added))
 
 
 def all_entries(nets: Sequence[MaskedResidualNet]) -> list[list[Tensor]]:
