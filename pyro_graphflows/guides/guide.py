@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -30,10 +31,11 @@ from pyro_graphflows.guides.answers import expanded_in_plates, quantiles_of, sum
 from pyro_graphflows.guides.block import GuideBlock, ShownParameters
 from pyro_graphflows.guides.call import Call, CallReader, PlateState, chosen_indices, site_mask
 from pyro_graphflows.guides.compile import GuideOptions, compile_guide, make_family
-from pyro_graphflows.guides.conditionals.contract import Family
+from pyro_graphflows.guides.conditionals.contract import AtDraws, Family
 from pyro_graphflows.guides.conditionals.distributions import (
     CopiedValue,
     DrawnOrGiven,
+    Score,
     centre_of,
     site_distribution,
 )
@@ -322,6 +324,7 @@ class AutoFaithfulGuide(AutoGuide):
         blocks: Any = self._modules["blocks"]  # not self.blocks: forward has shown the parameters to Pyro
         for block, block_plan in zip(blocks, plan.blocks, strict=True):
             conditionals = block.begin(call, unconstrained)
+            at_draws = AtDraws(conditionals) if emit is pyro.sample and torch.is_grad_enabled() else None
             new = beyond_fitted(block.spec.plates, call.plates) if block_plan.per_element else None
             for level in block_plan.levels:
                 changing = [name for name in level if name in plan.changing] if plan.changing else []
@@ -338,7 +341,8 @@ class AutoFaithfulGuide(AutoGuide):
                         stack.enter_context(self.plates[name])
                     for name, conditional in conditionals.next(priors).items():
                         prior = priors[name] if name in priors and fuses(name) else None
-                        fn, read_back = self._at_site(name, conditional, call, block, prior)
+                        score = None if at_draws is None else partial(at_draws.score, name)
+                        fn, read_back = self._at_site(name, conditional, call, block, prior, score)
                         if name in conditionals.fixed and prior is not None:
                             fixed = conditionals.fixed[name], call, block, prior.fixed
                             fn = DrawnOrGiven(fn, self._at_site(name, *fixed)[0])
@@ -347,7 +351,11 @@ class AutoFaithfulGuide(AutoGuide):
                         given = call.given.get(name)
                         values[name] = self._emit_site(name, fn, call, emit) if given is None else given
                         unconstrained[name] = read_back(values[name])
-                    conditionals.accept({name: unconstrained[name] for name in level})
+                    accepted = {name: unconstrained[name] for name in level}
+                    conditionals.accept(accepted)
+                if at_draws is not None:
+                    at_draws.priors.append(priors)
+                    at_draws.values.append(accepted)
         self._warn_of_other_data(call, args, kwargs, observations)
         if plan.copies and emit is pyro.sample and self.master is None:
             self._emit_copies(call, args, kwargs, values)
@@ -377,6 +385,7 @@ class AutoFaithfulGuide(AutoGuide):
         call: Call,
         block: GuideBlock,
         prior: SitePrior | None,
+        score: Score | None = None,
     ) -> tuple[dist.TorchDistribution, Callable[[Tensor], Tensor]]:
         """Return the distribution to emit at a site, and the map from its value to the flat vector."""
         site = self._sites[name]
@@ -387,6 +396,7 @@ class AutoFaithfulGuide(AutoGuide):
             analytic_kl=self.plan.analytic_kl[name] and prior is None,
             dtype=None if site.encoding is None else block.dtype,
             coordinate=None if prior is None else prior.transform,
+            score=score,
         )
 
     def _fuses(self, name: str) -> bool:

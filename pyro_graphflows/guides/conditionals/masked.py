@@ -771,13 +771,15 @@ class MaskedPass(Pass):
         context: Tensor,
         rows: Tensor | None,
         plates: Mapping[str, PlateState] | None,
+        network: LevelEvaluation | None = None,
     ) -> None:
         self._module = conditionals
+        self._context = context
         self.fixed: dict[str, dist.TorchDistribution] = {}
         self._rows = rows
         self._plates = plates  # where elements have maps of their own, or are drawn jointly
         self._known: list[Tensor] = []
-        self._network: LevelEvaluation = conditionals.network.start()
+        self._network: LevelEvaluation = conditionals.network.start() if network is None else network
         self._level = 0
         self._new: Tensor = context
 
@@ -827,6 +829,14 @@ class MaskedPass(Pass):
             else:
                 result[site] = factor.distribution(own, *units)
         return result
+
+    def again(self, values: Sequence[Mapping[str, Tensor]]) -> "MaskedPass":
+        """See :meth:`Pass.again`; with the weights of this pass, by one evaluation of all levels."""
+        module, context = self._module, self._context.detach()
+        last = len(module.block.levels) - 1
+        known = [self._inputs_of(i, each) if i < last else None for i, each in enumerate(values)]
+        runs = [context if context.shape[-1] else None, *known[:last]]
+        return MaskedPass(module, context, self._rows, self._plates, self._network.again(runs))
 
     def _fused(
         self, site: str, outputs: Tensor, units: tuple[Tensor, Tensor], prior: SitePrior
@@ -895,6 +905,11 @@ class MaskedPass(Pass):
         self._level += 1
         if self._level == len(module.block.levels):
             return
+        self._new = self._inputs_of(self._level - 1, values)
+
+    def _inputs_of(self, number: int, values: Mapping[str, Tensor]) -> Tensor:
+        """Return the vectors of a level as inputs of later ones."""
+        level = self._module.block.levels[number]
         raw = [values[site] for site in level]
         if any(value.shape != raw[0].shape for value in raw):
             shape = np.broadcast_shapes(*(value.shape[:-1] for value in raw))
@@ -902,5 +917,5 @@ class MaskedPass(Pass):
                 value if value.shape[:-1] == shape else value.expand(*shape, value.shape[-1]) for value in raw
             ]
         flat = torch.cat(raw, -1) if len(raw) > 1 else raw[0]
-        shift, scale = module._units("input_", self._part_of(level))
-        self._new = (flat - shift) / scale
+        shift, scale = self._module._units("input_", self._part_of(level))
+        return (flat - shift) / scale
