@@ -139,7 +139,6 @@ class _Placed(NamedTuple):
     numerator: Tensor
     denominator: Tensor
 
-
     def for_backward(self, parameters: Tensor, x: Tensor) -> tuple[Tensor, ...]:
         """Return what the derivatives of values and of logarithms of slopes are made of."""
         tables = self.tables.shares, self.tables.tanh, self.tables.slopes

@@ -134,7 +134,8 @@ class SplineDistribution(dist.TorchDistribution):
     def noise_behind(self, value: Tensor) -> Tensor | None:
         """Return the noise of the value that was drawn last; None for other values."""
         known = self._last.behind(value, ())
-        return None if known is None or self.df is not None and self.df.requires_grad else known[0]
+        learned = self.df is not None and self.df.requires_grad  # a score has no part for it
+        return None if known is None or learned else known[0]
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draw reparametrised values of shape ``sample_shape + batch_shape + (n,)``."""

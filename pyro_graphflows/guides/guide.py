@@ -31,7 +31,7 @@ from pyro_graphflows.guides.answers import expanded_in_plates, quantiles_of, sum
 from pyro_graphflows.guides.block import GuideBlock, ShownParameters
 from pyro_graphflows.guides.call import Call, CallReader, PlateState, chosen_indices, site_mask
 from pyro_graphflows.guides.compile import GuideOptions, compile_guide, make_family
-from pyro_graphflows.guides.conditionals.contract import AtDraws, Family
+from pyro_graphflows.guides.conditionals.contract import Family
 from pyro_graphflows.guides.conditionals.distributions import (
     CopiedValue,
     DrawnOrGiven,
@@ -324,7 +324,7 @@ class AutoFaithfulGuide(AutoGuide):
         blocks: Any = self._modules["blocks"]  # not self.blocks: forward has shown the parameters to Pyro
         for block, block_plan in zip(blocks, plan.blocks, strict=True):
             conditionals = block.begin(call, unconstrained)
-            at_draws = AtDraws(conditionals) if emit is pyro.sample and torch.is_grad_enabled() else None
+            follows = emit is pyro.sample and torch.is_grad_enabled()
             new = beyond_fitted(block.spec.plates, call.plates) if block_plan.per_element else None
             for level in block_plan.levels:
                 changing = [name for name in level if name in plan.changing] if plan.changing else []
@@ -341,7 +341,7 @@ class AutoFaithfulGuide(AutoGuide):
                         stack.enter_context(self.plates[name])
                     for name, conditional in conditionals.next(priors).items():
                         prior = priors[name] if name in priors and fuses(name) else None
-                        score = None if at_draws is None else partial(at_draws.score, name)
+                        score = partial(conditionals.score, name) if follows else None
                         fn, read_back = self._at_site(name, conditional, call, block, prior, score)
                         if name in conditionals.fixed and prior is not None:
                             fixed = conditionals.fixed[name], call, block, prior.fixed
@@ -351,11 +351,7 @@ class AutoFaithfulGuide(AutoGuide):
                         given = call.given.get(name)
                         values[name] = self._emit_site(name, fn, call, emit) if given is None else given
                         unconstrained[name] = read_back(values[name])
-                    accepted = {name: unconstrained[name] for name in level}
-                    conditionals.accept(accepted)
-                if at_draws is not None:
-                    at_draws.priors.append(priors)
-                    at_draws.values.append(accepted)
+                    conditionals.accept({name: unconstrained[name] for name in level})
         self._warn_of_other_data(call, args, kwargs, observations)
         if plan.copies and emit is pyro.sample and self.master is None:
             self._emit_copies(call, args, kwargs, values)

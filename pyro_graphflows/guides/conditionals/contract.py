@@ -12,12 +12,11 @@ are of ``u``, in nats.
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 import pyro.distributions as dist
-import torch
 from torch import Tensor, nn
 
 from pyro_graphflows.errors import GraphflowsError
@@ -243,70 +242,20 @@ class Pass(ABC):
     def accept(self, values: Mapping[str, Tensor]) -> None:
         """Take the flat vectors that the level's sites really have, ``(*batch, size)``: drawn or replaced."""
 
-    def again(self, values: Sequence[Mapping[str, Tensor]]) -> "Pass | None":
-        """Return a pass of the same conditionals from the start, with gradients for parameters alone.
-
-        Args:
-            values: The flat vectors that it will accept, level by level, without gradients.
-
-        Returns:
-            The pass; None where the family has none.
-        """
-        return None
-
-
-class AtDraws:
-    """The conditionals of a pass at the values that were drawn, as functions of the guide's parameters alone.
-
-    They are computed when one of them is first asked for, after the pass: most calls of a guide need none.
-
-    Args:
-        of: The pass.
-
-    Attributes:
-        priors: The priors that the pass was given, level by level.
-        values: The flat vectors that it accepted, level by level.
-    """
-
-    def __init__(self, of: Pass) -> None:
-        self._of = of
-        self.priors: list[Mapping[str, SitePrior]] = []
-        self.values: list[Mapping[str, Tensor]] = []
-        self._found: dict[str, dist.TorchDistribution] = {}
-
     def score(self, site: str, drawn_from: Any, flat: Tensor) -> Tensor | None:
-        """Return numbers whose gradient is that of the log-density of the flat vectors of a site, held fixed.
+        """Return numbers whose gradient is that of the log-density of flat vectors, held fixed, for parameters alone.
+
+        Asked after the pass, and only where gradients of a bound are wanted. Families need not say.
 
         Args:
             site: The site.
-            drawn_from: What the vectors were drawn from.
+            drawn_from: The distribution that the vectors were drawn from.
             flat: The vectors.
 
         Returns:
             The numbers, of the shape of the log-density; None where the family does not say.
         """
-        if site not in self._found:
-            self._find()
-        found: Any = self._found.get(site)
-        if found is None:
-            return None
-        if hasattr(found, "score_of") and hasattr(drawn_from, "noise_behind"):
-            noise = drawn_from.noise_behind(flat)
-            if noise is not None:
-                score: Tensor = found.score_of(noise)
-                return score
-        log_prob: Tensor = found.log_prob(flat.detach())
-        return log_prob
-
-    def _find(self) -> None:
-        fixed = [{name: value.detach() for name, value in values.items()} for values in self.values]
-        again = self._of.again(fixed)
-        if again is None:
-            return
-        for given, values in zip(self.priors, fixed, strict=True):
-            priors = {name: replace(prior.map(torch.detach), fixed=None) for name, prior in given.items()}
-            self._found.update(again.next(priors))
-            again.accept(values)
+        return None
 
 
 class Conditionals(nn.Module, ABC):

@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import ComposeTransform, ExpTransform, IndependentTransform, Transform
 
-from pyro_graphflows.distributions.last_draw import LastDraw
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.sites import DiscreteEncoding, LatentSite, is_identity
 
@@ -32,6 +31,7 @@ __all__ = [
     "DiscreteVector",
     "DrawnOrGiven",
     "FactorDistribution",
+    "PathNormal",
     "SampledNormal",
     "ScalarNormal",
     "along_path",
@@ -96,7 +96,8 @@ class SampledNormal(dist.TorchDistribution):
 
     def __init__(self, normal: dist.Normal, score: Score | None = None) -> None:
         self.normal, self._score = normal, score
-        self._last = LastDraw()
+        # The last draw with gradients, and its flat vector; shared with expanded copies.
+        self._own: list[tuple[Tensor, Tensor]] = []
         super().__init__(normal.batch_shape, validate_args=False)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "SampledNormal":
@@ -104,13 +105,13 @@ class SampledNormal(dist.TorchDistribution):
         if torch.Size(batch_shape) == self.batch_shape:
             return self
         new = SampledNormal(self.normal.expand(batch_shape), self._score)
-        new._last = self._last
+        new._own = self._own
         return new
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draw reparametrised values of shape ``sample_shape + batch_shape``."""
         value = self.normal.rsample(sample_shape)
-        self._last.keep(value)
+        self._own[:] = [(value, value.unsqueeze(-1))] if torch.is_grad_enabled() else []
         return value
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -118,17 +119,48 @@ class SampledNormal(dist.TorchDistribution):
         return self.normal.log_prob(value)
 
     def score_parts(self, x: Tensor, *args: Any, **kwargs: Any) -> ScoreParts:
-        """Return the parts of gradients of ELBOs; see :func:`along_path`."""
-        log_prob = self.log_prob(x)
-        drawn = self._last.behind(x, ()) is not None
-        return ScoreParts(
-            log_prob, 0, along_path(log_prob, self._score, self.normal, x.unsqueeze(-1)) if drawn else log_prob
-        )
+        """Return the parts of gradients of ELBOs (:func:`along_path`)."""
+        return _reparametrised(self.log_prob(x), x, self._own, self._score, self.normal)
 
     @property
     def mean(self) -> Tensor:
         """The location."""
         return self.normal.loc
+
+
+class PathNormal(dist.Normal):
+    """A normal over numbers, with the gradients of ELBOs along the path of its draws.
+
+    Args:
+        normal: The normal.
+        score: See :class:`FactorDistribution`.
+    """
+
+    def __init__(self, normal: dist.Normal, score: Score) -> None:
+        super().__init__(normal.loc, normal.scale, validate_args=False)
+        self._score = score
+        # The last draw with gradients, and its flat vector; shared with expanded copies.
+        self._own: list[tuple[Tensor, Tensor]] = []
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "PathNormal":
+        """Return the same normal at a larger batch shape."""
+        if torch.Size(batch_shape) == self.batch_shape:
+            return self
+        new = PathNormal(
+            dist.Normal(self.loc, self.scale, validate_args=False).expand(batch_shape), self._score
+        )
+        new._own = self._own
+        return new
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Draw reparametrised values of shape ``sample_shape + batch_shape``."""
+        value: Tensor = super().rsample(sample_shape)
+        self._own[:] = [(value, value.unsqueeze(-1))] if torch.is_grad_enabled() else []
+        return value
+
+    def score_parts(self, x: Tensor, *args: Any, **kwargs: Any) -> ScoreParts:
+        """Return the parts of gradients of ELBOs (:func:`along_path`)."""
+        return _reparametrised(self.log_prob(x), x, self._own, self._score, self)
 
 
 class FactorDistribution(dist.TorchDistribution):
@@ -163,7 +195,8 @@ class FactorDistribution(dist.TorchDistribution):
         score: Score | None = None,
     ) -> None:
         self._score = score
-        self._last = LastDraw()
+        # The last draw with gradients, and its flat vector; shared with expanded copies.
+        self._own: list[tuple[Tensor, Tensor]] = []
         self.base = base
         self.has_rsample = base.has_rsample
         self.transform = transform
@@ -193,7 +226,7 @@ class FactorDistribution(dist.TorchDistribution):
             self._support,
             self._score,
         )
-        new._drawn, new._last = self._drawn, self._last
+        new._drawn, new._own = self._drawn, self._own
         return new
 
     def _shaped(self, flat: Tensor) -> Tensor:
@@ -219,7 +252,7 @@ class FactorDistribution(dist.TorchDistribution):
         """Draw reparametrised values of shape ``sample_shape + batch_shape + event_shape``."""
         flat = self.base.rsample(sample_shape)
         value = self.constrained(flat)
-        self._last.keep(value, flat)
+        self._own[:] = [(value, flat)] if torch.is_grad_enabled() else []
         return value
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
@@ -251,14 +284,11 @@ class FactorDistribution(dist.TorchDistribution):
         return self.base.log_prob(flat) - self._log_stretch(flat, value)
 
     def score_parts(self, x: Tensor, *args: Any, **kwargs: Any) -> ScoreParts:
-        """Return the parts of gradients of ELBOs; see :func:`along_path`."""
-        log_prob = self.log_prob(x)
+        """Return the parts of gradients of ELBOs (:func:`along_path`)."""
         if not self.has_rsample:
-            return ScoreParts(log_prob, log_prob, 0)
-        drawn = self._last.behind(x, ())
-        return ScoreParts(
-            log_prob, 0, log_prob if drawn is None else along_path(log_prob, self._score, self.base, drawn[0])
-        )
+            plain: ScoreParts = super().score_parts(x)
+            return plain
+        return _reparametrised(self.log_prob(x), x, self._own, self._score, self.base)
 
     def log_stretch(self, flat: Tensor) -> Tensor:
         """Return the log-determinant of the map from flat vectors to values, one for each vector."""
@@ -271,13 +301,13 @@ class FactorDistribution(dist.TorchDistribution):
         return ladj.flatten(batch_dims).sum(-1) if ladj.dim() > batch_dims else ladj
 
 
-def along_path(log_prob: Tensor, score: Score | None, base: Any, flat: Tensor) -> Tensor:
+def along_path(log_prob: Tensor, score: Tensor | None) -> Tensor:
     r"""Return a log-density whose gradient is the one along the path of the draw alone.
 
     Of the bound on the evidence, :math:`E_q[\log p(x, z) - \log q(z)]` with :math:`z = T_\phi(\varepsilon)`, the
     gradient of the second term has a part that comes from :math:`\phi` in the density at a fixed value, the score. It
-    is zero in the mean and not in a single draw. Without it the noise of the gradient goes to zero as the guide comes to
-    the posterior, and training ends at the optimum instead of wandering around it. Objectives that use densities in
+    is zero in the mean and not in a single draw. Without it the noise of the gradient goes to zero as the guide comes
+    to the posterior, and training ends at the optimum instead of wandering around it. Objectives that use densities in
     other ways (weights of importance, given values) do not ask for this part.
 
     References:
@@ -286,14 +316,26 @@ def along_path(log_prob: Tensor, score: Score | None, base: Any, flat: Tensor) -
 
     Args:
         log_prob: The log-density of a draw, with all gradients.
-        score: The log-density of flat vectors as a function of parameters alone; None for the plain gradient.
-        base: The distribution that they were drawn from.
-        flat: The flat vectors of the draw.
+        score: Numbers whose gradient is the score; None for the plain gradient.
     """
-    if score is None or not (log_prob.requires_grad and torch.is_grad_enabled()):
-        return log_prob
-    own = score(base, flat)
-    return log_prob if own is None else log_prob - (own - own.detach())
+    return log_prob if score is None else log_prob - (score - score.detach())
+
+
+def _reparametrised(
+    log_prob: Tensor, value: Tensor, own: list[tuple[Tensor, Tensor]], score: Score | None, base: Any
+) -> ScoreParts:
+    """Return the parts of gradients of ELBOs: along the path of a draw of its own, plain for other values."""
+    found = None
+    if (
+        score is not None
+        and own
+        and own[0][0] is value
+        and log_prob.requires_grad
+        and torch.is_grad_enabled()
+    ):
+        found = score(base, own[0][1])
+    no_score_function: Any = 0
+    return ScoreParts(log_prob, no_score_function, along_path(log_prob, found))
 
 
 def _is_exponential(transform: Transform) -> bool:
@@ -591,7 +633,8 @@ def site_distribution(
     transform = site.bijection if as_at_set_up else biject_to(support)
     is_real = site.is_real if as_at_set_up else is_identity(transform)
     if is_real and isinstance(factor, ScalarNormal) and not site.event_shape:
-        return factor.normal if analytic_kl else SampledNormal(factor.normal, score), _add_event_dim
+        plain = factor.normal if score is None else PathNormal(factor.normal, score)
+        return plain if analytic_kl else SampledNormal(factor.normal, score), _add_event_dim
     if is_real and analytic_kl and site.event_shape == factor.event_shape:
         return factor, _itself
     emitted = FactorDistribution(
