@@ -34,6 +34,7 @@ __all__ = [
     "Noise",
     "NotCapturedError",
     "capture",
+    "uncovered",
 ]
 
 CAPTURING: ContextVar[bool] = ContextVar("capturing", default=False)
@@ -46,6 +47,22 @@ _SITES = str(Path(torch.__file__).parent.parent)
 
 class NotCapturedError(GraphflowsError):
     """A program is no graph of tensor operations; the message says why."""
+
+
+@contextmanager
+def uncovered() -> Iterator[None]:
+    """Raise a :class:`NotCapturedError` as it was, where a program has put it into an error of its own."""
+    try:
+        yield
+    except NotCapturedError:
+        raise
+    except Exception as error:
+        inner: BaseException | None = error
+        while inner is not None:
+            if isinstance(inner, NotCapturedError):
+                raise inner from error
+            inner = inner.__cause__ or inner.__context__
+        raise
 
 
 # --------------------------------------------------------------------------------------------------------- noise
@@ -381,7 +398,7 @@ def capture(
 
     noise = [kind.draw([count]) for kind, count in counts.items()]
     try:
-        with _capturing():
+        with _capturing(), uncovered():
             traced = make_fx(run, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs, *noise)
     except NotCapturedError:
         raise
@@ -390,7 +407,7 @@ def capture(
             why = "a number is read out of a tensor that changes from call to call, and Python code may depend on it"
             raise NotCapturedError(f"{why}{_place_of(error)}") from error
         raise NotCapturedError(f"{type(error).__name__}: {error}{_place_of(error)}") from error
-    except (TypeError, NotImplementedError, AssertionError) as error:
+    except (TypeError, ValueError, NotImplementedError, AssertionError) as error:
         raise NotCapturedError(f"{type(error).__name__}: {error}{_place_of(error)}") from error
     return _lifted(traced, dict(counts))
 

@@ -4,7 +4,7 @@ Starts of guides and flows, and the search for smooth orders, fit conditionals t
 take their fits from here, in float64 and for columns of about unit scale.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 __all__ = [
     "HEAVY_TAIL",
+    "HELD_OUT",
     "MOST_QUANTILE_ROWS",
     "RESIDUAL_FLOOR",
     "RIDGE",
@@ -26,6 +27,7 @@ __all__ = [
     "location_and_scale",
     "logistic_regression",
     "only_finite_rows",
+    "ridge_slopes",
     "square_root",
     "varies",
     "white_residuals",
@@ -35,7 +37,7 @@ CONSTANT = 1e-20  # variance up to which a column of about unit scale is one num
 RIDGE = 1e-10  # relative to unit variances; makes rank-deficient sets of inputs solvable
 MOST_WHOLE = 500  # columns up to which all covariances are found at once
 RIDGES = (1e-2, 1e-3, 1e-4, 1e-6, 1e-8, RIDGE)
-HELD_OUT = 5  # one in this many rows judges a ridge
+HELD_OUT = 5  # one in this many rows judges what was fitted to the others
 RIDGE_TIE = 1e-4  # nats for an element; of ridges that predict as well the largest is taken
 RESIDUAL_FLOOR = 1e-4  # in units of the column; deterministic relations have residual zero
 WINSOR = 10.0  # standard deviations; keeps one draw of a heavy tail from deciding
@@ -373,6 +375,20 @@ def white_residuals(inputs: Tensor, own: Tensor, held_out: Tensor) -> tuple[Tens
     joint, number = torch.cat([inputs, own], -1), inputs.shape[-1]
     columns = range(number), range(number, joint.shape[-1])
     return Moments(joint[~held_out]).white_residuals(*columns, joint[held_out])
+
+
+def ridge_slopes(inputs: Tensor, targets: Tensor, *ridges: float) -> Iterator[Tensor]:
+    """Yield the slopes of a regression without an intercept, ``(inputs, targets)``, for each of some ridges.
+
+    Args:
+        inputs: The inputs in rows, ``(n, inputs)``, of about unit scale.
+        targets: What is predicted, ``(n, targets)``.
+        *ridges: In units of the number of rows.
+    """
+    product, cross = inputs.mT @ inputs, inputs.mT @ targets
+    eye = torch.eye(len(product), dtype=product.dtype, device=product.device)
+    for ridge in ridges:
+        yield torch.linalg.solve(product + ridge * len(inputs) * eye, cross)
 
 
 def _by_length(lists: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -25,7 +25,7 @@ def test_a_model_is_measured_and_shown(monkeypatch):
     monkeypatch.setattr(compiled_module, "BACKEND", "eager")
     record = compiled.measure("readme", rounds=1)
     assert record["report"].startswith("compiled")
-    assert all(record["ms"][name] > 0 for name in ("AutoNormal", "normal", "flow", "compiled"))
+    assert all(record["ms"][name] > 0 for name in ("AutoNormal", "normal", "flow", "captured", "compiled"))
     page = compiled.page({"readme": record})
     assert page.splitlines()[-1].startswith("| README | ")
     refused = {**record, "report": "not compiled: no C++ compiler was found"}

@@ -283,12 +283,48 @@ def test_on_an_accelerator_comparisons_become_rare(y, monkeypatch):
     fitted, compared = guide._fitted, []
     monkeypatch.setattr("pyro_graphflows.guides.fitted_data._differ", lambda *_: compared.append(1) and False)
     call = guide._reader.read(groups, (GROUP, 5, y), {})
-    elsewhere = CallData(call, {path: leaf.to("meta") for path, leaf in fitted.leaves.items()}, {})
+
+    def elsewhere():
+        leaves = {path: torch.empty_like(leaf, device="meta") for path, leaf in fitted.leaves.items()}
+        return CallData(call, (tuple(leaves.values()), {}), leaves, {})
+
     for _ in range(100):
-        fitted.sites_of_other_data(elsewhere, guide.plan, guide._reader.paths, ["mu"], always=False)
+        fitted.sites_of_new_data(elsewhere(), guide.plan, guide._reader.paths, ["mu"])
     assert len(compared) == 2 * 7  # two tensors in the calls 1, 2, 4, ..., 64
-    fitted.sites_of_other_data(elsewhere, guide.plan, guide._reader.paths, ["mu"])
+    fitted.sites_of_other_data(elsewhere(), guide.plan, guide._reader.paths, ["mu"])
     assert len(compared) == 2 * 8
+    # what is not compared is not known: other data of call 101 are found by call 128
+    other = elsewhere()
+    monkeypatch.setattr("pyro_graphflows.guides.fitted_data._differ", lambda *_: True)
+    found = [fitted.sites_of_new_data(other, guide.plan, guide._reader.paths, ["mu"]) for _ in range(28)]
+    assert found == [()] * 27 + [("mu",)]
+
+
+def two_data_sets(x, w):
+    a = pyro.sample("a", N(0.0, 1.0))
+    b = pyro.sample("b", N(0.0, 1.0))
+    with pyro.plate("data", 5):
+        pyro.sample("x", N(a, 1.0), obs=x)
+        pyro.sample("w", N(b, 1.0), obs=w)
+
+
+def test_data_of_which_was_warned_stay_other_data():
+    x, w = torch.randn(5), torch.randn(5)
+    guide = auto_faithful_guide(two_data_sets, x, w, num_start_samples=200)
+    other = x + 1
+    (message,) = told(guide, other, w)
+    assert message.startswith("The per-element parameters of a, which")
+    assert told(guide, other, w) == []
+    assert guide.sites_of_other_data(other, w) == ("a",)
+    (message,) = told(guide, other, w + 1)
+    assert message.startswith("The per-element parameters of b, which")
+
+
+def test_a_call_without_data_after_one_whose_tensors_are_gone():
+    x, w = torch.randn(5), torch.randn(5)
+    guide = auto_faithful_guide(two_data_sets, x, w, num_start_samples=200)
+    assert told(guide, x.clone(), w.clone()) == []
+    assert set(guide(None, None)) == {"a", "b"}
 
 
 def test_data_that_are_computed_from_arguments_are_compared_by_these():

@@ -124,6 +124,24 @@ def test_inverse_levels_and_how():
     assert set(inverse.to_networkx().edges) == {("x", "m"), ("m", "z"), ("x", "z"), ("m", "k")}
 
 
+def test_what_is_replaced_and_what_stays():
+    graph = ModelGraph([("a", "x"), ("b", "x")], observed=["x"], plates={"b": ["p"], "x": ["p"]})
+    parents, words = {"a": ["x"], "b": ["x"]}, {("x", "b"): "pooled"}
+    given = InverseGraph(graph, parents, sampling_order=["b", "a"], coupled={"b": ["p"]}, how=words)
+    named = given.replaced(order="mine")
+    assert (named.order, given.order) == ("mine", "custom")
+    assert named.graph == graph
+    for name in ("parents", "sampling_order", "coupled", "how"):
+        assert getattr(named, name) == getattr(given, name)
+    assert named.how["x", "b"] == "pooled"  # as it was given, not as plates have it
+    other = given.replaced(graph=graph.with_plates({}), sampling_order=["a", "b"], coupled={"b": []})
+    assert other.graph.plates["b"] == ()
+    assert other.sampling_order == ("a", "b")
+    assert dict(other.coupled) == {}
+    with pytest.raises(GraphflowsError, match="sampling order of the latent nodes"):
+        given.replaced(sampling_order=["a"])
+
+
 @pytest.mark.parametrize(
     ("parents", "kwargs", "message"),
     [

@@ -15,6 +15,7 @@ from pyro_graphflows.guides import Flow, auto_faithful_guide
 from pyro_graphflows.guides.conditionals.coupled import CoupledNormal, factor_pairs_start, pairs_start
 from pyro_graphflows.guides.fused_rows import fit_factor
 from pyro_graphflows.guides.sites import SitePrior
+from studies.multilevel.models import item_response
 
 FEW = {"init": "random", "num_start_samples": 500}
 
@@ -198,24 +199,12 @@ def test_the_start_of_crossed_effects_serves_data_sets_of_other_sizes():
         assert -0.1 < sum(gaps) / len(gaps) < most, shape
 
 
-def crossed_with_a_scale(y):
-    """Persons, whose spread is not known, crossed with items."""
-    persons = pyro.plate("persons", y.shape[-2], dim=-2)
-    items = pyro.plate("items", y.shape[-1], dim=-1)
-    spread = pyro.sample("spread", dist.HalfNormal(1.0))
-    with items:
-        item = pyro.sample("item", dist.Normal(0.0, 1.0))
-    with persons:
-        person = pyro.sample("person", dist.Normal(0.0, spread))
-    with persons, items:
-        pyro.sample("y", dist.Bernoulli(logits=person - item), obs=y)
-
-
 def test_effects_of_unknown_scale_are_drawn_one_by_one():
+    """Persons, whose spread is not known, crossed with items."""
     y = torch.bernoulli(torch.full((6, 4), 0.5))
-    guide = auto_faithful_guide(crossed_with_a_scale, y, pool="deepset", **FEW)
-    assert guide.inverse.sampling_order == ("spread", "item", "person")
-    assert dict(guide.inverse.coupled) == {"item": ("items",)}
+    guide = auto_faithful_guide(item_response, y, pool="deepset", **FEW)
+    assert guide.inverse.sampling_order == ("spread", "difficulty", "ability")
+    assert dict(guide.inverse.coupled) == {"difficulty": ("items",)}
     assert "not faithful" not in guide.describe()
 
 

@@ -714,6 +714,31 @@ def test_models_that_take_one_value_at_a_time_are_run_draw_by_draw():
     assert torch.allclose(guide.log_prob({"beta": beta, "z": z}, y).reshape(4), each.reshape(4))
 
 
+def test_models_may_join_sites_that_are_drawn_to_sites_that_are_not():
+    """The prior of d is read at draws of a alone, by a run of the model that joins these to b on the way."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
+            b = pyro.sample("b", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
+            c = pyro.sample("c", dist.Normal(torch.cat([a, b], -1).tanh().sum(-1), 0.5))
+            d = pyro.sample("d", dist.Normal(a.sum(-1).tanh(), 0.5))
+            pyro.sample("x", dist.Normal(torch.stack([c, d], -1) + b, 1.0).to_event(1), obs=x)
+
+    x = torch.randn(3, 2)
+    guide = guide_of(model, x, inverse=["c", "b", "d", "a"])
+    assert guide.plan.priors.batches
+    assert guide.plan.priors.runs == ((), ("d",), ("c",))
+    guide.set_fused_("d", {}, 0.0, 1e4)
+    with pyro.plate("draws", 5, dim=-2):
+        trace = poutine.trace(guide).get_trace(x)
+    a, law = trace.nodes["a"]["value"], trace.nodes["d"]["fn"]
+    assert a.shape == (5, 3, 2)
+    assert torch.allclose(law.mean, a.sum(-1).tanh(), atol=1e-4)
+    elbo = Trace_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1)
+    assert math.isfinite(elbo.loss(model, guide, x))
+
+
 @pytest.mark.parametrize("family", [FUSED, Spline(fusion="auto")], ids=["normal", "spline"])
 def test_saved_copied_and_loaded_guides_are_the_same(family, tmp_path):
     guide = guide_of(half_cauchy_schools, Y, SIGMA, family=family)

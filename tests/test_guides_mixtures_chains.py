@@ -331,6 +331,24 @@ def test_where_the_model_sums_over_sites_the_start_is_at_the_posterior(name, dty
     assert -0.1 < summed_loss(model, guide, args) + evidence < 0.5
 
 
+def shares(x, rows):
+    """A plate of which a call has part: its effects count more than once, assignments are summed over."""
+    share = pyro.sample("share", dist.Beta(2.0, 2.0))
+    with pyro.plate("data", len(x), subsample=rows):
+        k = pyro.sample("k", dist.Bernoulli(share), infer={"enumerate": "parallel"})
+        effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(4 * k + effect, 1.0), obs=x[rows])
+
+
+def test_no_start_is_chosen_by_a_sum_that_ignores_scales():
+    """Effects counted ten times beside data counted once made the worse start look the better one."""
+    x = torch.randn(200) + 4 * (torch.rand(200) > 0.5)
+    notes = auto_faithful_guide(shares, x, torch.arange(20)).describe(verbose=True)
+    assert "nats for the data of set-up" not in notes
+    whole = auto_faithful_guide(shares, x[:20], torch.arange(20)).describe(verbose=True)
+    assert "nats for the data of set-up" in whole  # without a scale there is a choice
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rate", [1e-3, 1e-2])
 @pytest.mark.parametrize("name", SUMMED)

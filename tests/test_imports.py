@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "regression": "errors",
     "whole_files": "",
     "tensor_files": "errors whole_files",
-    "distributions": "errors nn regression",
+    "distributions": "capture errors nn regression",
     "nn": "errors graphs masks",
     "transforms": "errors graphs masks nn regression",
     "inspect": "errors graphs",

@@ -11,10 +11,12 @@ from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELB
 
 from pyro_graphflows import GraphflowsError, auto_faithful_guide
 from pyro_graphflows.capture import Captured, Draws
+from pyro_graphflows.distributions import skewed_scores
 from pyro_graphflows.guides import Flow
 from pyro_graphflows.infer import IWAE_ELBO, InferenceCompilation, Schedule, fit
 from pyro_graphflows.infer import compiled as compiled_module
-from pyro_graphflows.infer.compiled import CompiledLoss
+from pyro_graphflows.infer.checkpoints import seeded
+from pyro_graphflows.infer.compiled import CompiledLoss, Compiler, Cost
 
 SHORT = Schedule(num_steps=6, steps_per_epoch=3, patience=None)
 
@@ -69,10 +71,11 @@ LOSSES = {
 }
 
 
+@pytest.mark.parametrize("backend", ["eager", "torchscript"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_loss_and_gradients_are_those_of_the_programs_at_the_same_noise(name, monkeypatch):
+def test_loss_and_gradients_are_those_of_the_programs_at_the_same_noise(name, backend, monkeypatch):
     programs = LOSSES[name]
-    loss = CompiledLoss(*programs)
+    loss = CompiledLoss(*programs, backend=backend)
     parameters = loss.parameters(*data())
     loss.loss_and_grads(*data())  # compiled here, with other data and parameters than below
     with torch.no_grad():
@@ -117,19 +120,23 @@ def test_gradients_are_added_to_those_that_are_there():
     assert all(0 < (parameter.grad - 1e6).abs() < 1e4 for parameter in parameters)
 
 
-@pytest.mark.parametrize("family", ["normal", pytest.param("spline", marks=pytest.mark.slow)])
-def test_faithful_guides_are_compiled(family):
+@pytest.mark.parametrize(
+    ("family", "backend"),
+    [
+        ("normal", "eager"),
+        ("normal", "torchscript"),
+        ("spline", "torchscript"),
+        pytest.param("spline", "aot_eager", marks=pytest.mark.slow),
+    ],
+)
+def test_faithful_guides_are_compiled(family, backend):
     def network(x=None, n=5):
         with pyro.plate("data", n if x is None else len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             w = pyro.sample("w", dist.Normal(z.tanh(), 0.5))
             pyro.sample("x", dist.Normal(w + z, 0.3), obs=x)
 
-    loss = CompiledLoss(
-        network,
-        auto_faithful_guide(network, torch.randn(9), family=family),
-        backend="eager" if family == "normal" else "aot_eager",
-    )
+    loss = CompiledLoss(network, auto_faithful_guide(network, torch.randn(9), family=family), backend=backend)
     for _ in range(3):  # compared with the programs in the first two
         loss.loss_and_grads(torch.randn(9))
     assert loss.report.startswith("compiled"), loss.report
@@ -139,6 +146,60 @@ def _network(x):
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("x", dist.Normal(z, 0.3), obs=x)
+
+
+def test_skewed_priors_are_compiled():
+    """Scores of gammas are found by iteration: by steps of a fixed number while a call is captured."""
+
+    def rates(x):
+        shape = pyro.sample("shape", dist.Gamma(2.0, 1.0))
+        with pyro.plate("data", len(x)):
+            rate = pyro.sample("rate", dist.Gamma(shape, 1.0))
+            pyro.sample("x", dist.Poisson(rate), obs=x)
+
+    x = torch.tensor([0.0, 3.0, 1.0, 2.0])
+    loss = CompiledLoss(rates, auto_faithful_guide(rates, x), backend="torchscript")
+    for _ in range(4):  # compared with the programs in calls 1, 2 and 4
+        assert math.isfinite(loss.loss_and_grads(x))
+    assert loss.report.startswith("compiled"), loss.report
+
+
+def test_where_captured_code_has_no_number_the_programs_are_asked(monkeypatch):
+    monkeypatch.setattr(skewed_scores, "CAPTURED_STEPS", 1)  # too few
+
+    def rates(x):
+        rate = pyro.sample("rate", dist.Gamma(pyro.param("shape", torch.tensor(3.0)), 1.0))
+        pyro.sample("x", dist.Poisson(rate), obs=x)
+
+    def own(x):
+        score = pyro.sample(
+            "score", dist.Normal(pyro.param("loc", torch.tensor(0.5)), 1.0), infer={"is_auxiliary": True}
+        )
+        value = skewed_scores.unscore(
+            skewed_scores.LogGamma(torch.tensor([3.0]).double()), score.double().reshape(1)
+        )
+        pyro.sample("rate", dist.Delta(value.exp().reshape(()).to(score), log_density=torch.zeros(())))
+
+    x = torch.tensor(4.0)
+    loss = CompiledLoss(rates, own, backend="torchscript")
+    values = [loss.loss_and_grads(x) for _ in range(6)]
+    assert loss.report.startswith("compiled"), loss.report
+    assert all(map(math.isfinite, values))
+    assert torch.isfinite(pyro.get_param_store()._params["loc"].grad)
+
+
+def test_what_cannot_be_captured_is_found_inside_of_errors_of_pyro():
+    """Pyro puts what a density raises into an error of its own."""
+
+    def correlations(x):
+        factor = pyro.sample("factor", dist.LKJCholesky(3, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.MultivariateNormal(torch.zeros(3), scale_tril=factor), obs=x)
+
+    x = torch.randn(10, 3)
+    loss = CompiledLoss(correlations, auto_faithful_guide(correlations, x), backend="torchscript")
+    assert math.isfinite(loss.loss_and_grads(x))
+    assert loss.report.startswith("not compiled: the shape of index depends on values")
 
 
 def test_faithful_flows_are_compiled():
@@ -326,26 +387,107 @@ def test_a_model_whose_shapes_change_from_call_to_call_is_given_up_with_the_reas
 
 
 def test_auto_compiles_where_the_steps_that_are_left_pay(monkeypatch):
-    few = fit(
-        model, guide, data(), schedule=Schedule(num_steps=20, patience=None), progress=False, compile="auto"
+    def run(steps):
+        schedule = Schedule(num_steps=steps, patience=None)
+        return fit(model, guide, data(), schedule=schedule, progress=False, compile="auto")
+
+    assert run(20).compilation.startswith("not compiled: the 10 steps that are left")
+    monkeypatch.setattr(compiled_module, "LEAST_STEPS", 5)
+    assert "operations would not be done before the 10 steps that are left" in run(20).compilation
+    free = Cost((0.0, 0.0), (0.0, 0.0))
+    monkeypatch.setitem(compiled_module.COSTS, "torchscript", free)
+    assert run(20).compilation.startswith("compiled")
+    assert "by torchscript in" in run(20).compilation
+    dear = Cost((1.0, 0.0), (0.0, 0.0))
+    monkeypatch.setattr(compiled_module, "COSTS", {"torchscript": dear, "eager": free})
+    assert "by eager in" in run(20).compilation
+
+
+def test_auto_counts_seconds_too(monkeypatch):
+    schedule = Schedule(num_seconds=1.5, steps_per_epoch=20, patience=None)
+    monkeypatch.setattr(compiled_module, "LEAST_STEPS", 5)
+    free = {"torchscript": Cost((0.0, 0.0), (0.0, 0.0))}
+    monkeypatch.setattr(compiled_module, "COSTS", free)
+    history = fit(model, guide, data(), schedule=schedule, progress=False, compile="auto")
+    assert "by torchscript in" in history.compilation
+
+
+def test_auto_waits_where_nothing_is_known_and_compiles_better_later(monkeypatch):
+    """As many steps are expected as there were: first the interpreter pays, then the compiler."""
+    monkeypatch.setattr(compiled_module, "LEAST_STEPS", 20)
+    costs = {"torchscript": Cost((0.0, 0.0), (1e-6, 0.0)), "eager": Cost((4e-5, 0.0), (0.0, 0.0))}
+    monkeypatch.setattr(compiled_module, "COSTS", costs)
+    loss = CompiledLoss(model, guide)
+    loss._compiler = Compiler(loss._objective, loss._set, "auto")
+    said = []
+    for _ in range(60):
+        loss.loss_and_grads(*data())
+        said.append(loss.report)
+    assert said[18] == "not compiled: no step was taken"
+    assert "by torchscript in" in said[19]
+    assert "by torchscript in" in said[38]
+    assert "by eager in" in said[-1]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_evaluations_that_come_often_are_compiled_and_have_the_same_mean(name, monkeypatch):
+    monkeypatch.setattr(compiled_module, "LEAST_EVALUATIONS", 2)
+    args, built = data(), []
+    monkeypatch.setattr(
+        compiled_module, "_built", lambda *a, own=compiled_module._built: built.append(a) or own(*a)
     )
-    assert few.compilation.startswith("not compiled: the 10 steps that are left")
-    for name in (
-        "COMPILE_SECONDS",
-        "COMPILE_SECONDS_PER_OPERATION",
-        "STEP_SECONDS",
-        "STEP_SECONDS_PER_OPERATION",
-    ):
-        monkeypatch.setattr(compiled_module, name, 0.0)
-    many = fit(
-        model, guide, data(), schedule=Schedule(num_steps=20, patience=None), progress=False, compile="auto"
-    )
-    assert many.compilation.startswith("compiled")
-    monkeypatch.setattr(compiled_module, "COMPILE_SECONDS_PER_OPERATION", 1e6)
-    dear = fit(
-        model, guide, data(), schedule=Schedule(num_steps=20, patience=None), progress=False, compile="auto"
-    )
-    assert "operations would take about" in dear.compilation
+    loss = CompiledLoss(*LOSSES[name])
+    loss.loss_and_grads(*args)
+    plain = torch.tensor([loss._objective.evaluate(args, {}) for _ in range(300)])
+    with seeded(1):
+        first = [loss._compiler.evaluate(args, {}) for _ in range(3)]
+    with seeded(1):
+        assert [loss._compiler.evaluate(args, {}) for _ in range(3)] == first
+    assert len(built) == 1  # until the next call nothing changes
+    loss._compiler.settle()
+    found = torch.tensor([loss._compiler.evaluate(args, {}) for _ in range(300)])
+    alone = callable(getattr(LOSSES[name][2], "differentiable_loss", None))  # or only with gradients
+    assert [backend for *_, backend in built] == ["eager", *(["torchscript"] if alone else [])]
+    error = (plain.var() / 300 + found.var() / 300).sqrt()
+    assert (plain.mean() - found.mean()).abs() <= 4 * error + 1e-6
+    assert (plain.std() == 0) == (found.std() == 0)
+
+
+def test_evaluations_that_differ_from_the_programs_are_given_up(monkeypatch):
+    monkeypatch.setattr(compiled_module, "LEAST_EVALUATIONS", 1)
+    factor = [1.0]
+
+    def scaled(x, y=None):
+        with pyro.poutine.scale(scale=factor[0]):
+            model(x, y)
+
+    args = data()
+    loss = CompiledLoss(scaled, guide)
+    loss.loss_and_grads(*args)
+    loss._compiler.evaluate(args, {})
+    loss._compiler.settle()
+    assert math.isfinite(loss._compiler.evaluate(args, {}))
+    factor[0] = 100.0
+    loss._compiler.evaluate(args, {})  # the second is compared
+    with seeded(1):
+        found = loss._compiler.evaluate(args, {})
+    with seeded(1):
+        assert found == loss._objective.evaluate(args, {})
+
+
+def test_auto_goes_on_with_the_interpreter_where_the_compiler_fails(monkeypatch):
+    def fails(name):
+        raise RuntimeError("no way")
+
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", fails)
+    monkeypatch.setattr(compiled_module, "LEAST_STEPS", 5)
+    costs = {"torchscript": Cost((1.0, 0.0), (0.0, 0.0)), "eager": Cost((0.0, 0.0), (0.0, 0.0))}
+    monkeypatch.setattr(compiled_module, "COSTS", costs)
+    schedule = Schedule(num_steps=30, patience=None)
+    history = fit(model, guide, data(), schedule=schedule, progress=False, compile="auto")
+    assert history.num_steps == 30
+    assert "by torchscript in" in history.compilation
+    assert "since eager could not compile it: RuntimeError (no way)" in history.compilation
 
 
 def test_a_loss_that_is_not_finite_is_blamed_on_its_site_in_compiled_steps():

@@ -17,13 +17,16 @@ class Trainer:
 
     def __init__(self, value, noise, fails=math.inf):
         self.value, self.noise, self.fails = torch.tensor(value), noise, fails
-        self.parameters, self.places = self, set()
+        self.parameters, self.places, self.settled = self, set(), 0
 
     def state(self):
         return {"value": self.value.clone()}
 
     def load(self, state):
         self.value = state["value"].clone()
+
+    def settle(self):
+        self.settled += 1
 
     def replicates(self, num, *, first):
         if self.value > self.fails:
@@ -44,6 +47,7 @@ class TestTellApart:
         assert change.mean().item() == pytest.approx(-1.0, abs=5 * 0.1 / REPLICATES**0.5)
         assert trainer.value == 1.0
         assert trainer.places == set(range(300, 300 + REPLICATES))
+        assert trainer.settled == 1  # so that both are evaluated in the same way
 
     @pytest.mark.parametrize("most", [2 * REPLICATES, MOST_REPLICATES])
     def test_an_unclear_one_takes_all(self, most):

@@ -229,10 +229,18 @@ class TestInferenceCompilation:
             TrainingData(torch.randn(120), batch_size=40),
             loss=InferenceCompilation(model, guide, batch_size=40),
             optimizer=Adam,
-            schedule=25,
+            schedule=Schedule(25, steps_per_epoch=3),
         )
         assert pyro.param("weight").item() == pytest.approx(0.5, abs=0.03)
         assert history.loss[-1] == pytest.approx(0.5 * math.log(2 * math.pi * math.e / 2), abs=0.05)
+
+    def test_an_epoch_has_many_steps_however_few_the_data_are(self):
+        """With epochs of one step their noise ran the patience out: the rate fell, and training ended, at once."""
+        guide = LinearGuide()
+        clock = Schedule(num_seconds=0.5)
+        history = quiet_fit(self.model, guide, torch.randn(20), loss=InferenceCompilation, schedule=clock)
+        assert history.num_steps == 100 * len(history)
+        assert history.stop_reason == "the 0.5 seconds are over"
 
 
 # --------------------------------------------------------------------------------------------------------- per datum

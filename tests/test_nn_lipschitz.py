@@ -1,5 +1,6 @@
 import copy
 import io
+from itertools import islice
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ import torch
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.masks import UnitsPerSet, label_masks
 from pyro_graphflows.nn import lipschitz
-from pyro_graphflows.nn.lipschitz import SpectralBound
+from pyro_graphflows.nn.lipschitz import SpectralBound, bounded_entries
 from pyro_graphflows.nn.masked import MaskedLinear
 
 
@@ -181,6 +182,74 @@ def test_gradient_is_that_of_the_scaled_weights(size):
     along = direction[places[0], places[1]] if layer.engine == "sparse" else direction
     # The singular vectors of the larger layer are Ritz vectors, with the square root of the value's error.
     torch.testing.assert_close((gradient * along).sum(), numeric, rtol=1e-6 if size == 8 else 2e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("engine", ["dense", "sparse"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_layers_scaled_together_are_those_scaled_one_by_one(transposed, engine):
+    """Values and first and second derivatives against the norm by singular value decomposition."""
+    layers = []
+    for size in (0.01, 1.0, 3.0):  # the first is small enough to be left alone
+        mask = make_layer("random", 10, "dense").mask
+        layers.append(MaskedLinear(mask.T if transposed else mask, engine=engine))
+        with torch.no_grad():
+            layers[-1].weight.mul_(size)
+    other = make_layer("random", 60, "sparse")  # has a way of its own
+    bounds = [SpectralBound(layer, 0.9) for layer in (*layers, other)]
+    probes = [torch.randn_like(layer.weight) for layer in layers]
+    weights = [layer.weight for layer in layers]
+
+    def plain():
+        for layer in layers:
+            norm = torch.linalg.matrix_norm(layer.masked_weight(), 2) * (1 + lipschitz.MARGIN)
+            yield layer.entries() * (0.9 / norm.clamp(min=0.9))
+
+    found = []
+    for entries in (bounded_entries(bounds, [*layers, other])[:3], list(plain())):
+        total = sum((probe * own).sum() for probe, own in zip(probes, entries, strict=True))
+        found.append([*entries, *torch.autograd.grad(total, weights)])
+    for together, one_by_one in zip(*found, strict=True):
+        torch.testing.assert_close(together, one_by_one, rtol=1e-9, atol=1e-12)
+
+    with (
+        torch.no_grad()
+    ):  # the vectors of those that stay are kept, and a weight that is not finite spoils no other
+        layers[1].weight.mul_(2.0)
+        layers[2].weight[:5] = torch.nan
+    again = bounded_entries(bounds, [*layers, other])
+    torch.testing.assert_close(again[:2], list(islice(plain(), 2)), rtol=1e-9, atol=1e-12)
+    assert again[2].isnan().any()
+    assert again[3].isfinite().all()
+
+
+@pytest.mark.parametrize("engine", ["dense", "sparse"])
+def test_second_derivatives_of_layers_scaled_together(engine):
+    """The singular vectors count as fixed, so the numbers are those of the norm u^T W v."""
+    layers = [make_layer("random", 6, engine) for _ in range(2)]
+    bounds = [SpectralBound(layer, 0.9) for layer in layers]
+    weights = [layer.weight for layer in layers]
+    probes = [torch.randn_like(weight) for weight in weights]
+    total = sum(
+        (probe * own).pow(2).sum() for probe, own in zip(probes, bounded_entries(bounds, layers), strict=True)
+    )
+    first = torch.autograd.grad(total, weights, create_graph=True)
+    second = torch.autograd.grad(
+        sum((g * probe).sum() for g, probe in zip(first, probes, strict=True)), weights
+    )
+
+    def by_hand(weight, layer, bound, probe):
+        _, left, right, _ = bound._known
+        dense = layer.engine == "dense"
+        matrix = weight * layer.mask if dense else layer.pattern.to_dense(weight)
+        norm = (left @ matrix @ right.mT).squeeze() * (1 + lipschitz.MARGIN)
+        return (probe * (matrix if dense else weight) * (0.9 / norm)).pow(2).sum()
+
+    for i, parts in enumerate(zip(layers, bounds, probes, strict=True)):
+        weight = weights[i].detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(by_hand(weight, *parts), weight, create_graph=True)
+        torch.testing.assert_close(gradient, first[i], rtol=1e-9, atol=1e-12)
+        (curve,) = torch.autograd.grad((gradient * probes[i]).sum(), weight)
+        torch.testing.assert_close(curve, second[i], rtol=1e-9, atol=1e-12)
 
 
 def test_no_inputs_and_weights_that_are_not_finite():

@@ -13,6 +13,7 @@ from pyro_graphflows.regression import (
     Moments,
     location_and_scale,
     logistic_regression,
+    ridge_slopes,
     square_root,
 )
 
@@ -166,6 +167,17 @@ def test_the_ridge_that_predicts():
     assert Moments(nothing).ridge([0, 1, 2], [3]) == 1e-2
     assert Moments(exact).ridge([], [3]) == RIDGE
     assert Moments(exact[:9]).ridge([0, 1, 2], [3]) == RIDGE  # too few rows to hold some out
+
+
+def test_regressions_through_the_origin_are_least_squares_with_imagined_rows():
+    """A ridge is as many rows in which one input is one and all targets are nought."""
+    torch.manual_seed(5)
+    x, y = torch.randn(40, 3), torch.randn(40, 2)
+    ridges = (0.0, 0.1, 2.0)
+    for ridge, slopes in zip(ridges, ridge_slopes(x, y, *ridges), strict=True):
+        rows = np.concatenate([x.numpy(), (ridge * 40) ** 0.5 * np.eye(3)])
+        targets = np.concatenate([y.numpy(), np.zeros((3, 2))])
+        np.testing.assert_allclose(slopes.numpy(), np.linalg.lstsq(rows, targets, rcond=None)[0], atol=1e-10)
 
 
 def test_too_few_samples_for_a_covariance_are_said():

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from studies.comi import report as comi
 from studies.density import report as density
 from studies.graph_vae import report as graph_vae
+from studies.multilevel import report as multilevel
 from studies.psychometric import report as psychometric
+from studies.real_models import report as real_models
 from studies.results import Results
 from studies.sbibm import report as sbibm
 from studies.siren_vae import report as siren_vae
@@ -24,16 +27,23 @@ def test_results_are_whole(path):
     assert all(records.values())
 
 
-@pytest.mark.parametrize("study", ["siren_vae", "density", "graph_vae", "sbibm"])
+REPORTS = {
+    "comi": comi,
+    "siren_vae": siren_vae,
+    "density": density,
+    "graph_vae": graph_vae,
+    "multilevel": multilevel,
+    "sbibm": sbibm,
+}
+
+
+@pytest.mark.parametrize("study", REPORTS)
 def test_a_page_is_what_its_report_draws(study, tmp_path):
     """Make the page again after a change of report or results: ``python -m studies.NAME.report``."""
     (tmp_path / study).mkdir()
     for picture in (PAGES / study).glob("*.png"):  # pages show those that are there
         (tmp_path / study / picture.name).write_bytes(picture.read_bytes())
-    render = {"siren_vae": siren_vae, "density": density, "graph_vae": graph_vae, "sbibm": sbibm}[
-        study
-    ].render
-    render(ROOT / "studies" / study / "results.jsonl", tmp_path)
+    REPORTS[study].render(ROOT / "studies" / study / "results.jsonl", tmp_path)
     drawn = sorted(tmp_path.glob("*.md"))
     assert drawn
     for page in drawn:
@@ -46,6 +56,12 @@ def test_the_page_of_the_workflow_is_what_its_report_draws(tmp_path):
         *(ROOT / "studies" / name / "results.jsonl" for name in ("psychometric", "workflow")), tmp_path
     )
     assert (tmp_path / "workflow.md").read_text() == (PAGES / "workflow.md").read_text()
+
+
+def test_the_pages_of_real_models_are_what_their_report_draws(tmp_path):
+    real_models.main(["--out", str(tmp_path)])
+    for name in ("real_models.md", "real_models_training.md"):
+        assert (tmp_path / name).read_text() == (PAGES / name).read_text(), name
 
 
 def test_few_json_files():

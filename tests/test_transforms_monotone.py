@@ -4,13 +4,19 @@ import pytest
 import torch
 
 from pyro_graphflows.nn.activations import make_activation
+from pyro_graphflows.transforms import monotone
 from pyro_graphflows.transforms.monotone import BlockForm, BlockWeights, MonotoneStack
 
 
 @pytest.mark.parametrize("activation", ["elu", "tanh", "lipmish"])
 @pytest.mark.parametrize("affine_first", [False, True])
 @pytest.mark.parametrize("conditional_scale", [False, True])
-def test_values_and_first_and_second_derivatives(activation, affine_first, conditional_scale):
+@pytest.mark.parametrize("together", [True, False])
+def test_values_and_first_and_second_derivatives(
+    activation, affine_first, conditional_scale, together, monkeypatch
+):
+    if not together:
+        monkeypatch.setattr(monotone, "TOGETHER", 0)
     form = BlockForm(2, (2,), affine_first=affine_first, conditional_scale=conditional_scale)
     stack = MonotoneStack(2, form, make_activation(activation), 0.9)
     assert stack.is_one_operation
@@ -19,7 +25,7 @@ def test_values_and_first_and_second_derivatives(activation, affine_first, condi
         stack.log_scale.normal_(0, 0.3)
 
     def fused(y, inputs, inner, outer, log_scale):
-        weights = BlockWeights(inner, outer, log_scale, log_scale, log_scale, ())
+        weights = BlockWeights(inner, outer, log_scale, ())
         return stack(y, inputs, weights)
 
     arguments = (
@@ -35,6 +41,42 @@ def test_values_and_first_and_second_derivatives(activation, affine_first, condi
     assert torch.autograd.gradgradcheck(fused, arguments)
 
 
+@pytest.mark.parametrize("activation", ["elu", "lipmish"])
+@pytest.mark.parametrize("gain", [1.0, 0.5])
+def test_the_bound_and_its_derivatives(activation, gain):
+    """Against the definition, written down with differentiable operations."""
+    activation, c = make_activation(activation), 0.9
+    stack = MonotoneStack(3, BlockForm(2, (4,), affine_first=True, gain=gain), activation, c)
+
+    def fused(inner, outer):
+        stack.inner, stack.outer = inner, outer
+        weights = stack.weights()
+        return weights.inner, weights.outer
+
+    def plain(inner, outer):
+        products = inner * outer * gain
+        ends = torch.stack([products * activation.slope_min, products * activation.slope_max])
+        fall = -ends.amin(0).sum(-1, keepdim=True)
+        return inner * (c / fall.clamp(min=c)), outer * gain
+
+    for parameter in ("inner", "outer"):
+        delattr(stack, parameter)
+    arguments = [torch.randn(2, 3, 4, requires_grad=True) for _ in range(2)]
+    ratio = (fused(*arguments)[0] / arguments[0])[..., 0]
+    assert (ratio == 1).any()
+    assert (ratio < 0.99).any()
+    probes = torch.randn(2, 2, 3, 4)
+    found = []
+    for function in (fused, plain):
+        outputs = function(*arguments)
+        total = sum((probe * output).sum() for probe, output in zip(probes, outputs, strict=True))
+        found.append((*outputs, *torch.autograd.grad(total, arguments)))
+    for first, second in zip(*found, strict=True):
+        torch.testing.assert_close(first, second, atol=1e-14, rtol=1e-12)
+    assert torch.autograd.gradcheck(fused, arguments)
+    assert torch.autograd.gradgradcheck(fused, arguments)
+
+
 def test_groups_of_weights_are_their_rows():
     stack = MonotoneStack(5, BlockForm(2, (3, 2), affine_first=True), make_activation("elu"), 0.9)
     assert not stack.is_one_operation
@@ -43,7 +85,7 @@ def test_groups_of_weights_are_their_rows():
         for part, group in zip(rows, weights.groups(rows), strict=True):
             assert torch.equal(group.inner, weights.inner[:, part])
             assert torch.equal(group.hidden[0][1], weights.hidden[0][1][:, part])
-    assert torch.equal(weights.piece(slice(1, 3)).slope_max, weights.slope_max[:, 1:3])
+    assert torch.equal(weights.piece(slice(1, 3)).log_scale, weights.log_scale[:, 1:3])
 
 
 @pytest.mark.parametrize("activation", ["elu", "tanh", "lipswish", "lipmish"])
@@ -60,13 +102,14 @@ def test_slopes_stay_in_the_interval(activation, hidden_dims, c):
             for parameter in stack.parameters():
                 parameter.copy_(size * torch.randn_like(parameter))
         weights = stack.weights()
-        assert (weights.slope_min >= 1 - c).all()
+        low, high = stack.slope_bounds(weights)
+        assert (low >= 1 - c).all()
         y = torch.linspace(-50, 50, 20001).unsqueeze(0)
         for t in range(3):
             start = torch.randn(1, dims[0], 1).expand(-1, -1, y.shape[-1])
             _, slope, _ = stack._residual(y, start, weights, t)
-            assert (1 + slope).min() >= weights.slope_min[t] - 1e-12
-            assert (1 + slope).max() <= weights.slope_max[t] + 1e-12
+            assert (1 + slope).min() >= low[t] - 1e-12
+            assert (1 + slope).max() <= high[t] + 1e-12
 
 
 @pytest.mark.parametrize("activation", ["elu", "tanh"])

@@ -277,14 +277,7 @@ class ModelGraph:
         dag = nx.DiGraph()
         dag.add_nodes_from(self.nodes)
         dag.add_edges_from(edges)
-        return ModelGraph(
-            dag,
-            self.observed,
-            inputs=self.inputs,
-            marginalised=self.marginalised,
-            event_sizes=self.event_sizes,
-            plates=self.plates,
-        )
+        return self._with(dag)
 
     def with_observed(self, names: Iterable[Node]) -> "ModelGraph":
         """Return the graph in which some latent nodes are observed as well.
@@ -303,14 +296,7 @@ class ModelGraph:
         wrong = [name for name in names if self.role(name) != "latent"]
         if wrong:
             raise GraphflowsError(f"Expected latent nodes, among {listed(self.latent)}; got {listed(wrong)}.")
-        return ModelGraph(
-            self.to_networkx(),
-            [*self.observed, *names],
-            inputs=self.inputs,
-            marginalised=self.marginalised,
-            event_sizes=self.event_sizes,
-            plates=self.plates,
-        )
+        return self._with(observed=names)
 
     def with_plates(self, plates: Mapping[Node, tuple[str, ...]]) -> "ModelGraph":
         """Return this graph with other plates around its nodes, outer to inner; none where nothing is said.
@@ -322,13 +308,23 @@ class ModelGraph:
             >>> ModelGraph(["zx"], observed=["x"]).with_plates({"x": ("data",)}).plates["x"]
             ('data',)
         """
+        return self._with(plates=plates)
+
+    def _with(
+        self,
+        dag: nx.DiGraph | None = None,
+        *,
+        observed: Iterable[Node] = (),
+        plates: Mapping[Node, tuple[str, ...]] | None = None,
+    ) -> "ModelGraph":
+        """Return this graph with another digraph, further observed nodes, or other plates."""
         return ModelGraph(
-            self.to_networkx(),
-            self.observed,
+            self.to_networkx() if dag is None else dag,
+            [*self.observed, *observed],
             inputs=self.inputs,
             marginalised=self.marginalised,
             event_sizes=self.event_sizes,
-            plates=plates,
+            plates=self.plates if plates is None else plates,
         )
 
     def __contains__(self, name: object) -> bool:
@@ -511,6 +507,39 @@ class InverseGraph:
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self.__dict__.update({name: MappingProxyType(state[name]) for name in self._MAPS})  # type: ignore[arg-type]
+
+    def replaced(
+        self,
+        *,
+        graph: ModelGraph | None = None,
+        order: str | None = None,
+        sampling_order: Iterable[Node] | None = None,
+        coupled: Mapping[Node, Iterable[str]] | None = None,
+    ) -> "InverseGraph":
+        """Return the same parents, which enter in the same way, with something else beside them.
+
+        Args:
+            graph: Another model graph over the same nodes; by default that of this inverse, and so on.
+            order: Another name of the rule that made it.
+            sampling_order: Another order of the latent nodes, parents first.
+            coupled: Other plates across which copies stay dependent.
+
+        Raises:
+            GraphflowsError: As the class.
+
+        Example:
+            >>> graph = ModelGraph([("a", "x"), ("b", "y")], observed=["x", "y"])
+            >>> InverseGraph(graph, {"a": ["x"], "b": ["y"]}).replaced(sampling_order=["b", "a"]).sampling_order
+            ('b', 'a')
+        """
+        return InverseGraph(
+            self.graph if graph is None else graph,
+            self.parents,
+            order=self.order if order is None else order,
+            sampling_order=self.sampling_order if sampling_order is None else sampling_order,
+            coupled=self.coupled if coupled is None else coupled,
+            how=self.how,
+        )
 
     def to_networkx(self) -> nx.DiGraph:
         """Return a new digraph over all but the marginalised nodes, with the roles of the model graph."""

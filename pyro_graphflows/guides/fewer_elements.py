@@ -29,12 +29,11 @@ from pyro_graphflows.graphs.structures import ModelGraph
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.plan import Summary
 from pyro_graphflows.guides.sites import SitePrior
-from pyro_graphflows.regression import WINSOR, in_float64
+from pyro_graphflows.regression import HELD_OUT, WINSOR, in_float64
 
 __all__ = ["SizeSlopes", "fewer_of", "fit_sizes", "some_elements"]
 
 MOST_ROWS = 4000  # by which slopes are found
-HELD_OUT = 5
 LEAST_GAIN = 2e-3  # nats
 LARGEST = 20.0  # logarithm of a scale, in standardised units
 RIDGE = 1e-4

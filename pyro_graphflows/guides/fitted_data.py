@@ -12,7 +12,7 @@ part of the same data.
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from weakref import ref
 
 import torch
@@ -26,6 +26,8 @@ from pyro_graphflows.inspect.arguments import ArgumentPath
 __all__ = ["CallData", "FittedData", "digest"]
 
 Leaves = Mapping[ArgumentPath, Tensor]
+_Key = TypeVar("_Key")
+_Mark = tuple[Any, int]  # a weak reference to a tensor, and how often it had been written to
 
 
 def digest(value: Tensor) -> str:
@@ -46,11 +48,13 @@ class CallData:
 
     Attributes:
         call: The call.
-        leaves: The tensors among its arguments.
+        arguments: Its positional arguments, and its keyword arguments.
+        leaves: The tensors among them.
         observations: Values that replace those of observed sites.
     """
 
     call: Call
+    arguments: tuple[tuple[Any, ...], Mapping[str, Any]]
     leaves: Leaves
     observations: Mapping[str, Tensor]
 
@@ -67,38 +71,27 @@ class FittedData:
         self.leaves, self.partial = dict(leaves), frozenset(partial)
         self._alike = _marked({path: leaf for path, leaf in leaves.items() if isinstance(leaf, Tensor)})
         self._comparisons = 0
-        self._known_call: tuple[list[tuple[Any, int]], tuple[str, ...]] = [], ()
+        self._known_call: dict[int | str, _Mark] = {}  # of the arguments, by position and by name
 
-    def is_known(self, leaves: Leaves) -> bool:
-        """Whether the tensors of a call are those that were fitted, or were found to hold the same."""
-        return leaves.keys() == self._alike.keys() and all(
-            self._alike[path][0]() is leaf and self._alike[path][1] == _version(leaf)
-            for path, leaf in leaves.items()
-        )
+    def is_known(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Leaves | None = None
+    ) -> bool:
+        """Whether the tensors of a call are those that were fitted, or were found to hold the same.
 
-    def is_known_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        """Whether the arguments are the very tensors of the call that was last found to hold the data fitted."""
-        marks, names = self._known_call
-        values = (*args, *kwargs.values())
-        return (
-            bool(marks)
-            and len(values) == len(marks)
-            and names == tuple(kwargs)
-            and all(
-                mark[0]() is value and mark[1] == _version(value)
-                for mark, value in zip(marks, values, strict=True)
-            )
-        )
-
-    def note_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Note a call that holds the data fitted; not one with arguments other than tensors, which may hold some."""
-        values = (*args, *kwargs.values())
-        if all(type(value) is Tensor for value in values):
-            self._known_call = [(ref(value), _version(value)) for value in values], tuple(kwargs)
-
-    def take_as_known(self, leaves: Leaves) -> None:
-        """Note that the tensors of a call hold the data that were fitted."""
-        self._alike = _marked(leaves)
+        Args:
+            args: Positional arguments of the call.
+            kwargs: Its keyword arguments.
+            leaves: The tensors among them, which take time to find. Without them only those of the call that was last
+                found to be known are.
+        """
+        call = _by_place(args, kwargs)
+        if self._known_call and _are(self._known_call, call):
+            return True
+        if leaves is None or not _are(self._alike, leaves):
+            return False
+        if all(type(value) is Tensor for value in call.values()):  # others may hold tensors
+            self._known_call = _marked(call)
+        return True
 
     def digests(self) -> dict[ArgumentPath, str]:
         """Return the checksums of the tensors."""
@@ -119,13 +112,19 @@ class FittedData:
     ) -> tuple[str, ...]:
         """Return those of some sites that would read other data in a call, compared no more often than need be.
 
-        Data that were found to be the same are not compared again; see :meth:`sites_of_other_data`.
+        Data that were found to be the same are not compared again, and those on accelerators rarely; see
+        :meth:`sites_of_other_data`.
         """
-        if self.is_known(now.leaves) and not now.observations:
+        if not now.observations and self.is_known(*now.arguments, now.leaves):
             return ()
-        found = self.sites_of_other_data(now, plan, paths, sites, always=False)
+        self._comparisons += 1
+        waits = any(leaf.device.type != "cpu" for leaf in now.leaves.values())
+        if waits and self._comparisons & (self._comparisons - 1):
+            return ()
+        found = self.sites_of_other_data(now, plan, paths, sites)
         if not found and not now.observations:
-            self.take_as_known(now.leaves)
+            self._alike = _marked(now.leaves)
+            self.is_known(*now.arguments, now.leaves)
         return found
 
     def sites_of_other_data(
@@ -134,8 +133,6 @@ class FittedData:
         plan: Plan,
         paths: Mapping[str, ArgumentPath],
         sites: Iterable[str],
-        *,
-        always: bool = True,
     ) -> tuple[str, ...]:
         """Return those of some sites that would read other data if they read any.
 
@@ -147,13 +144,8 @@ class FittedData:
             plan: The plan of the guide.
             paths: Where the values of nodes are among the arguments.
             sites: Sites with per-element parameters.
-            always: Whether to compare on accelerators in every call.
         """
         graph, call = plan.graph, now.call
-        self._comparisons += 1
-        waits = any(leaf.device.type != "cpu" for leaf in now.leaves.values())
-        if waits and not always and self._comparisons & (self._comparisons - 1):
-            return ()
         where = {name: self._leaf_of(path) for name, path in paths.items()}
         others = [path for path in self.leaves if path not in where.values()]
         differs: dict[Any, bool] = {}
@@ -211,8 +203,23 @@ def _shares(plates: Collection[str], others: Collection[str]) -> bool:
     return not set(plates).isdisjoint(others)
 
 
-def _marked(leaves: Leaves) -> dict[ArgumentPath, tuple[Any, int]]:
-    return {path: (ref(leaf), _version(leaf)) for path, leaf in leaves.items()}
+def _by_place(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[int | str, Any]:
+    found: dict[int | str, Any] = dict(enumerate(args))
+    found.update(kwargs.items())
+    return found
+
+
+def _marked(tensors: Mapping[_Key, Tensor]) -> dict[_Key, _Mark]:
+    return {key: (ref(tensor), _version(tensor)) for key, tensor in tensors.items()}
+
+
+def _are(marks: Mapping[_Key, _Mark], values: Mapping[_Key, Any]) -> bool:
+    """Return whether some values are the very tensors that were marked, and were not written to since."""
+
+    def is_same(mark: _Mark, value: Any) -> bool:
+        return value is not None and mark[0]() is value and mark[1] == _version(value)
+
+    return marks.keys() == values.keys() and all(is_same(mark, values[key]) for key, mark in marks.items())
 
 
 def _version(leaf: Tensor) -> int:

@@ -31,6 +31,7 @@ from pyro_graphflows.guides.priors import read_priors
 from pyro_graphflows.guides.samples import Samples, columns_of, evidence_of
 from pyro_graphflows.guides.sites import Evidence, SitePrior
 from pyro_graphflows.regression import (
+    HELD_OUT,
     RIDGE,
     WINSOR,
     Moments,
@@ -64,7 +65,6 @@ COARSE, FINE = 13, 7  # numbers of scales tried
 LEAST_PRECISION = 1e-7  # of what a factor adds to the prior's
 RIDGES = (RIDGE, 1e-3, 1e-1)
 ROWS_PER_WEIGHT = 200  # with as many, nothing is gained by a choice of ridges
-HELD_OUT = 5
 
 
 @dataclass(frozen=True)

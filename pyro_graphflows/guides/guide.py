@@ -440,13 +440,22 @@ class AutoFaithfulGuide(AutoGuide):
             if chosen_indices(plate._indices, plate.size) is not None
         }
         call = self._reader.read(self.model, args, kwargs, observations, indices)
+        self.plates = call.make_plates(existing)
+        replayed = {
+            name: torch.as_tensor(self.plates[name]._indices)
+            for name, state in call.plates.items()
+            if name not in existing
+            and state.indices is not None
+            and self.plates[name]._indices is not state.indices
+        }
+        if replayed:  # a handler around the guide has other rows than the model drew: those are the call's
+            call = self._reader.read(self.model, args, kwargs, observations, {**indices, **replayed})
         if call.given:
             call.require_given_in_support()
             observed = frozenset(call.given)
             if observed not in self._served:
                 self.plan.require_served(observed)
                 self._served.add(observed)
-        self.plates = call.make_plates(existing)
         return call
 
     def _model_conditionals(
@@ -520,12 +529,15 @@ class AutoFaithfulGuide(AutoGuide):
         if self._fitted is None:
             return ()
         leaves = argument_leaves(self.model, args, kwargs)
-        if self._fitted.is_known(leaves) and not observations:
+        if not observations and self._fitted.is_known(args, kwargs, leaves):
             return ()
         with torch.random.fork_rng(devices=[]), torch.no_grad(), poutine.block():
             call = self._reader.read(self.model, args, kwargs, observations)
         found = self._fitted.sites_of_other_data(
-            CallData(call, leaves, observations or {}), self.plan, self._reader.paths, self._per_element()
+            CallData(call, (args, kwargs), leaves, observations or {}),
+            self.plan,
+            self._reader.paths,
+            self._per_element(),
         )
         self._warned.update(found)
         return found
@@ -558,16 +570,17 @@ class AutoFaithfulGuide(AutoGuide):
     ) -> None:
         """Warn once of each site that fits other data than those of a call."""
         fitted = None if self._is_fitting else self._fitted
-        if fitted is None or (not observations and fitted.is_known_call(args, kwargs)):
+        if fitted is None or (not observations and fitted.is_known(args, kwargs)):
             return
-        sites = [site for site in self._per_element() if site not in self._warned]
-        if not sites or not any(name in call.values for name in self.plan.graph.observed):
+        sites = self._per_element()
+        if self._warned.issuperset(sites) or not any(
+            name in call.values for name in self.plan.graph.observed
+        ):
             return
-        now = CallData(call, argument_leaves(self.model, args, kwargs), observations or {})
+        now = CallData(call, (args, kwargs), argument_leaves(self.model, args, kwargs), observations or {})
         found = fitted.sites_of_new_data(now, self.plan, self._reader.paths, sites)
+        found = tuple(site for site in found if site not in self._warned)
         if not found:
-            if not observations and fitted.is_known(now.leaves):
-                fitted.note_call(args, kwargs)
             return
         self._warned.update(found)
         warnings.warn(
@@ -594,13 +607,19 @@ class AutoFaithfulGuide(AutoGuide):
             summed over plates otherwise.
 
         Raises:
-            GraphflowsError: If a latent site has no value, or one outside of its support.
+            GraphflowsError: If a latent site has no value, or one outside of its support or of another shape.
         """
         self._ensure_set_up(args, kwargs)
         given = {name: latents[name] for name in self.plan.graph.latent if name in latents}
         missing = set(self.plan.graph.latent) - set(given) - set(self._options.optional)
         if not missing:
             for name, value in given.items():
+                event = self._sites[name].event_shape
+                if not torch.is_tensor(value) or value.shape[max(value.dim() - len(event), 0) :] != event:
+                    got = tuple(value.shape) if torch.is_tensor(value) else type(value).__name__
+                    raise GraphflowsError(
+                        f"Expected a tensor of values of {name!r} of event shape {tuple(event)}; got {got}."
+                    )
                 if is_constant(self._sites[name].support):
                     require_inside(name, value, self._sites[name].support)
             with poutine.block():
@@ -614,7 +633,16 @@ class AutoFaithfulGuide(AutoGuide):
             raise GraphflowsError(
                 f"Expected a value for every latent site; missing: {', '.join(sorted(missing))}."
             )
-        terms = [nodes[name]["fn"].log_prob(nodes[name]["value"]) for name in names]
+        terms = []
+        for name in names:
+            fn, value = nodes[name]["fn"], nodes[name]["value"]
+            try:
+                terms.append(fn.log_prob(value))
+            except (RuntimeError, ValueError) as error:
+                raise GraphflowsError(
+                    f"Expected a value of {name!r} of shape {tuple(fn.shape())} in this call, or with more dimensions "
+                    f"on the left; got {tuple(value.shape)}."
+                ) from error
         plates = [self.plan.graph.plates[name] for name in names]
         depth = max((-frame.dim for frame in self._prototype_frames.values()), default=max(map(len, plates)))
         return sum_of_terms(terms, depth if any(each != plates[0] for each in plates) else 0)

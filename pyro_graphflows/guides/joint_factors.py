@@ -24,7 +24,7 @@ from pyro_graphflows.guides.conditionals.contract import Conditionals
 from pyro_graphflows.guides.fewer_elements import fit_sizes
 from pyro_graphflows.guides.fused_rows import LEAST_GAIN, RIDGES, WeightedRows, penalty_of, solved
 from pyro_graphflows.guides.sites import SitePrior
-from pyro_graphflows.regression import WINSOR, Regression, in_float64
+from pyro_graphflows.regression import HELD_OUT, WINSOR, Regression, in_float64
 
 __all__ = ["JointRows", "fit_jointly_"]
 
@@ -33,7 +33,6 @@ NUM_SCALES = 16  # groups of rows, by the scales of their priors
 MOST_INPUTS = 20  # of a factor that reads few
 SAME = 1e-6  # logarithms of scales that differ by less
 LEAST_DRAWS = 50
-HELD_OUT = 5
 STEPS = 9  # widths tried
 REACHES = (6.0, 1.5, 0.5, 0.15)  # of logarithms of widths, around that of the prior and then around the best
 WIDEST = 1e3  # of the first of the rotated elements, in widths of the others

@@ -58,8 +58,9 @@ from pyro_graphflows.guides.minimize import (
     scaled_eigenvalues,
 )
 from pyro_graphflows.guides.sites import is_constant, is_moderate
-from pyro_graphflows.infer.enumeration import enumerated, summed_log_density
-from pyro_graphflows.inspect import TracedModel, seed_random_state, undressed
+from pyro_graphflows.infer.enumeration import enumerated, require_no_scales, sum_of_the_rest
+from pyro_graphflows.infer.particles import FEW, FEW_ENOUGH
+from pyro_graphflows.inspect import TracedModel, common_scale, seed_random_state, undressed
 from pyro_graphflows.inspect.arguments import argument_leaves, replaced_arguments
 from pyro_graphflows.inspect.prior import SECONDS_WITHOUT_A_BAR, UNCONSTRAINED, unconstrained_of
 from pyro_graphflows.inspect.runs import kept_buffers
@@ -98,7 +99,6 @@ CLOSE = 0.5  # nats: where a posterior is that normal about its mode, nothing el
 LOG_2PI = math.log(2 * math.pi)
 PLATE = "_pyro_graphflows_draws_near_mode"
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
-FEW_DRAWS = 7  # of a trial before all
 SINGLE_RUNS = 200  # where the model cannot map many draws at once
 
 
@@ -206,8 +206,10 @@ class _AtPoint(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         if msg["name"] not in self.log_densities:
             return
+        # What is masked counts neither in the model nor in the guide, but normals would spread in it without a bound:
+        # it keeps its prior.
         own = self.log_densities.pop(msg["name"])
-        self.terms.append(scale_and_mask(own, msg["scale"], msg["mask"]))
+        self.terms.append(scale_and_mask(own, msg["scale"]))
         if self.stop and self.names <= self.values.keys():
             raise _AllGiven
 
@@ -223,10 +225,6 @@ def nesting_of(traced: TracedModel) -> int:
     dims = [len(node["fn"].batch_shape) for node in sites]
     dims += [-frame.dim for node in sites for frame in node["cond_indep_stack"] if frame.vectorized]
     return max(dims, default=0)
-
-
-def _is_one(scale: Any) -> bool:
-    return bool((torch.as_tensor(scale) == 1.0).all())
 
 
 def _summed(log_density: Tensor, fn: Any) -> Tensor:
@@ -355,13 +353,14 @@ class LogPosterior:
             )
         summed = set(graph.marginalised)
         between = [name for name in names if summed.intersection(graph.parents(name))]
-        scaled = [n for n, node in nodes.items() if node["type"] == "sample" and not _is_one(node["scale"])]
-        if summed and (between or scaled):
-            reason = (
-                "depends on a site that the model sums over" if between else "has a scale beside such a site"
-            )
-            raise UnsupportedModelError(f"{(between or scaled)[0]} {reason}.")
+        if between:
+            raise UnsupportedModelError(f"{between[0]} depends on a site that the model sums over.")
+        if summed:
+            require_no_scales(traced.trace)
         self.sums = bool(summed)
+        # Where latent sites are all scaled, priors and guide alike, the best guide is the prior times the likelihood to
+        # the inverse power.
+        self.scale = common_scale(nodes[name] for name in names) or 1.0
         if traced.loops:
             raise UnsupportedModelError("plates are loops over a part of their elements.")
         rows = Trace()
@@ -482,20 +481,18 @@ class LogPosterior:
         terms = messenger.terms
         rest = torch.zeros((), dtype=torch.float64)
         if self.sums:
-            for name in self.names:
-                trace.remove_node(name)
-            rest = in_float64(summed_log_density(trace, [PLATE] if many else [])).cpu()
+            rest = sum_of_the_rest(trace, self.names, [PLATE] if many else [])
             trace = Trace()
         for name, node in trace.nodes.items():
             if node["type"] == "sample" and name not in self.coordinates and not site_is_subsample(node):
                 own = node["fn"].log_prob(node["value"])
                 terms.append(scale_and_mask(own, node["scale"], node["mask"]))
         if point.dim() == 1:
-            return sum((in_float64(term.sum()).cpu() for term in terms), rest)
+            return sum((in_float64(term.sum()).cpu() for term in terms), rest) / self.scale
         if any(term.dim() != 1 + self.nesting or len(term) != len(point) for term in terms):
             raise UnsupportedModelError("the model does not take many draws at once.")
         flat = [in_float64(term.reshape(len(point), -1).sum(-1)).cpu() for term in terms]
-        return sum(flat, rest.expand(len(point)))
+        return sum(flat, rest.expand(len(point))) / self.scale
 
     def _in_plate(self, number: int) -> Callable[..., Any]:
         """Return the model inside a plate of draws."""
@@ -533,9 +530,8 @@ class LogPosterior:
                 for name in self.names
             )
 
-        # A model that mixes the draws of a batch would take the memory of their square.
-        ways = [self._in_a_plate] if is_right(self._in_a_plate(points[:FEW_DRAWS])) else []
-        for way in (*ways, self._one_by_one):
+        mixes = len(points) > FEW_ENOUGH and not is_right(self._in_a_plate(points[:FEW]))
+        for way in (self._one_by_one,) if mixes else (self._in_a_plate, self._one_by_one):
             found = way(points)
             if found is not None and is_right(found):
                 return found

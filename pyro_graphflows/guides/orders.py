@@ -74,7 +74,7 @@ from pyro_graphflows.guides.plan import BlockPlan
 from pyro_graphflows.guides.samples import MOST_ROWS, ModelDraws, side_by_side
 from pyro_graphflows.guides.sites import LatentSite
 from pyro_graphflows.inspect import TracedModel, get_argument, nested_by_index, with_nested_plates
-from pyro_graphflows.regression import Moments, in_float64, location_and_scale, white_residuals
+from pyro_graphflows.regression import HELD_OUT, Moments, in_float64, location_and_scale, white_residuals
 
 __all__ = [
     "ElementInverse",
@@ -112,7 +112,6 @@ MOST_ELEMENTS = 64  # of one node that are looked at, evenly spaced
 MOST_PRODUCTS = 12  # inputs up to which products of two are taken, and not squares alone
 GAIN = 0.1  # nats; less cannot be told from noise in the samples
 JUDGE_WINSOR = 6.0  # standard deviations: squares of columns are inputs here
-HELD_OUT = 5  # one in this many samples judges the regressions
 MOST_SWEEPS = 10
 
 
@@ -292,14 +291,7 @@ def outside_of_loops(inverse: InverseGraph, graph: ModelGraph) -> InverseGraph:
     coupled = {
         site: [p for p in plates if p in graph.plates[site]] for site, plates in inverse.coupled.items()
     }
-    return InverseGraph(
-        graph,
-        inverse.parents,
-        order=inverse.order,
-        sampling_order=inverse.sampling_order,
-        coupled={site: plates for site, plates in coupled.items() if plates},
-        how=inverse.how,
-    )
+    return inverse.replaced(graph=graph, coupled=coupled)
 
 
 # ---------------------------------------------------------------- elements
@@ -392,14 +384,7 @@ def discrete_sites_first(inverse: InverseGraph, discrete: Collection[str]) -> In
     found = faithful_inverse(graph, wanted[::-1])
     if found.num_edges > MOST_EDGES * inverse.num_edges:
         return inverse
-    return InverseGraph(
-        graph,
-        found.parents,
-        order="discrete_first",
-        sampling_order=found.sampling_order,
-        coupled=found.coupled,
-        how=found.how,
-    )
+    return found.replaced(order="discrete_first")
 
 
 def outer_sites_first(inverse: InverseGraph) -> InverseGraph:
@@ -416,14 +401,7 @@ def outer_sites_first(inverse: InverseGraph) -> InverseGraph:
     order = nx.lexicographical_topological_sort(
         inverse.to_networkx().subgraph(rank), key=lambda site: (len(plates[site]), rank[site])
     )
-    return InverseGraph(
-        inverse.graph,
-        inverse.parents,
-        order=inverse.order,
-        sampling_order=order,
-        coupled=inverse.coupled,
-        how=inverse.how,
-    )
+    return inverse.replaced(sampling_order=order)
 
 
 def drawn_after_enumerated(inverse: InverseGraph, enumerated: Collection[str]) -> dict[str, list[str]]:
@@ -741,14 +719,7 @@ def optional_sites_first(
     ]
     inner = [site for site in others.sampling_order if site not in outer]
     found = faithful_inverse(graph, [*outer, *optional, *inner][::-1])
-    return InverseGraph(
-        graph,
-        found.parents,
-        order="optional_first",
-        sampling_order=found.sampling_order,
-        coupled=found.coupled,
-        how=found.how,
-    )
+    return found.replaced(order="optional_first")
 
 
 # ---------------------------------------------------------------- smooth conditionals
@@ -815,14 +786,7 @@ def smooth_order(inverse: InverseGraph, samples: Mapping[str, Tensor]) -> Invers
             break
     if best is inverse:
         return inverse
-    return InverseGraph(
-        best.graph,
-        best.parents,
-        order="smooth",
-        sampling_order=best.sampling_order,
-        coupled=best.coupled,
-        how=best.how,
-    )
+    return best.replaced(order="smooth")
 
 
 def joint_rows(joint: ModelDraws, wanted: int = 0) -> dict[str, Tensor] | None:

@@ -181,9 +181,13 @@ def read_priors(
     """
     args, kwargs = arguments
     latents, observed = given["latents"], given["observed"]
-    lead = torch.Size() if plan.batches else _leading_shape(latents, plan.ranks)
-    if not lead:
-        found = conditionals(wanted, args, kwargs, **given)
+    lead = _leading_shape(latents, plan.ranks)
+    depth = max((batch for batch, _ in plan.ranks.values()), default=0)
+    if plan.batches or not lead:
+        # Sites that are not drawn yet have these dimensions too, as when the plan was tried with values of all sites.
+        ones = {name: (1,) * (depth + event) for name, (_, event) in plan.ranks.items()}
+        widths = {name: (*lead, *one) for name, one in ones.items()} if lead else {}
+        found = conditionals(wanted, args, kwargs, widths=widths, **given)
         return {name: site_prior(sites[name], found[name], checked=plan.checked) for name in wanted}
     each = []
     for number in range(lead.numel()):
@@ -192,9 +196,8 @@ def read_priors(
             name: _one_of(value, number, lead, plan.ranks[name]) if name in plan.ranks else value
             for name, value in observed.items()
         }
-        found = conditionals(wanted, args, kwargs, **{**given, "latents": own, "observed": data})
+        found = conditionals(wanted, args, kwargs, latents=own, observed=data, indices=given["indices"])
         each.append({name: site_prior(sites[name], found[name], checked=plan.checked) for name in wanted})
-    depth = max(batch for batch, _ in plan.ranks.values())
     shapes = {name: (*lead, *(1,) * (depth - plan.ranks[name][0])) for name in wanted}
     return {name: stacked([one[name] for one in each], lead, shapes[name]) for name in wanted}
 

@@ -43,7 +43,7 @@ from pyro_graphflows.guides.samples import ModelDraws
 from pyro_graphflows.guides.sites import LatentSite, is_constant
 from pyro_graphflows.inspect import TracedModel
 from pyro_graphflows.inspect.runs import undressed
-from pyro_graphflows.regression import WINSOR, in_float64, location_and_scale
+from pyro_graphflows.regression import HELD_OUT, WINSOR, in_float64, location_and_scale, ridge_slopes
 
 __all__ = ["ScoreReader", "Scored", "Verdict", "judge_scores", "score_name", "sites_with_scores"]
 
@@ -51,7 +51,6 @@ GAIN = 0.02  # nats; less cannot be told from noise in the samples
 TIE = 0.02  # nats that data may say beyond their score and be left out
 NUM_ROWS = 4000  # of joint samples that judge
 FEWEST_ROWS = 200
-HELD_OUT = 5  # one in this many samples judges the regressions
 RANDOM_UNITS = 200  # of the nonlinear regressions
 RIDGES = (1e-5, 1e-3, 1e-1)  # times the number of rows; the best on held-out rows counts
 CHUNK = 500  # joint samples in one run of the model
@@ -419,12 +418,8 @@ def _loss(columns: list[Tensor], target: Tensor) -> float:
     offsets = torch.randn(RANDOM_UNITS, generator=generator, dtype=x.dtype)
     features = torch.cat([x, torch.tanh(x @ weights + offsets), torch.ones_like(x[:, :1])], -1)
     test = torch.arange(len(x)) % HELD_OUT == 0
-    train = features[~test]
-    product, cross = train.mT @ train, train.mT @ y[~test]
     best = torch.inf
-    for ridge in RIDGES:
-        eye = torch.eye(len(product), dtype=x.dtype)
-        solution = torch.linalg.solve(product + ridge * len(train) * eye, cross)
-        error = (y[test] - features[test] @ solution).square().mean(0).clamp(min=1e-12)
+    for slopes in ridge_slopes(features[~test], y[~test], *RIDGES):
+        error = (y[test] - features[test] @ slopes).square().mean(0).clamp(min=1e-12)
         best = min(best, 0.5 * float(error.log().sum()))
     return best

@@ -14,6 +14,7 @@ from pyro_graphflows.infer.checkpoints import Checkpoint
 from pyro_graphflows.infer.classifier_test import c2st
 from pyro_graphflows.infer.comparison import compare, stacking_weights
 from pyro_graphflows.infer.compiled import CompiledLoss
+from pyro_graphflows.infer.compiled_elbo import CompiledELBO
 from pyro_graphflows.infer.coverage import Coverage, coverage
 from pyro_graphflows.infer.evidence import Evidence, importance_log_weights, log_evidence
 from pyro_graphflows.infer.fixed_simulations import Simulations
@@ -37,6 +38,7 @@ __all__ = [
     "CalibrationReport",
     "Chains",
     "Checkpoint",
+    "CompiledELBO",
     "CompiledLoss",
     "Coverage",
     "Evidence",

@@ -66,7 +66,7 @@ class Automatic:
         limits: The greatest numbers of epochs, steps and seconds.
         optimizer: What :func:`~pyro_graphflows.infer.fit` takes; ``None`` for Adam at a rate that is found.
         seed: The seed of the order of the data.
-        compile: Whether steps on the data are computed by compiled code.
+        compile: Whether steps are computed by compiled code.
     """
 
     model: Program
@@ -162,7 +162,7 @@ class Automatic:
         if limits.num_steps is not None:
             limits = replace(limits, num_steps=int(SHARE * limits.num_steps))
         try:
-            simulator = self._trainer(loss)
+            simulator = self._trainer(loss, self.compile)
             options = self._options(replace(CycleOptions(), longest=LONGEST_ON_SIMULATIONS))
             pace = Cycles(simulator, options, limits)
         except NotFiniteError as error:

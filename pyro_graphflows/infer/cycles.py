@@ -87,6 +87,7 @@ def tell_apart(
         Differences in nats per datum; all infinite if one of the losses is not finite.
     """
     change, now = torch.zeros(0), trainer.parameters.state()
+    trainer.settle()
     try:
         while True:
             place = {"num": max(REPLICATES, len(change)), "first": first + len(change)}

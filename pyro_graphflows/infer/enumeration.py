@@ -7,7 +7,7 @@ element of some plates.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, cast
 
 from pyro import poutine
@@ -15,9 +15,10 @@ from pyro.ops import packed
 from pyro.ops.contract import contract_to_tensor
 from torch import Tensor
 
-from pyro_graphflows.infer.particles import Program, density_sites
+from pyro_graphflows.errors import UnsupportedModelError
+from pyro_graphflows.infer.particles import Program, density_sites, is_one
 
-__all__ = ["enumerated", "summed_log_density"]
+__all__ = ["enumerated", "require_no_scales", "sum_of_the_rest", "summed_log_density"]
 
 
 def enumerated(model: Program, num_dims: int) -> Program:
@@ -58,3 +59,34 @@ def summed_log_density(trace: poutine.Trace, plates: Sequence[str]) -> Tensor:
     dims = contracted._pyro_dims
     result: Tensor = contracted.permute([dims.index(symbol) for symbol in kept if symbol in target])
     return result[tuple(slice(None) if symbol in target else None for symbol in kept)]
+
+
+def require_no_scales(trace: poutine.Trace) -> None:
+    """Raise where a site has a scale, of a subsampled plate or by ``poutine.scale``: a sum over sites ignores it.
+
+    Args:
+        trace: A trace of the model.
+
+    Raises:
+        UnsupportedModelError: If that is so.
+    """
+    for name, site in density_sites(trace):
+        if not is_one(site["scale"]):
+            raise UnsupportedModelError(f"{name} has a scale beside a site that the model sums over.")
+
+
+def sum_of_the_rest(trace: poutine.Trace, without: Collection[str], plates: Sequence[str] = ()) -> Tensor:
+    """Return :func:`summed_log_density` of all sites but some, which are taken out, in float64 on the CPU.
+
+    Args:
+        trace: A trace of :func:`enumerated`.
+        without: The sites to leave out.
+        plates: The vectorised plates to keep.
+
+    Raises:
+        UnsupportedModelError: If a site that is left has a scale.
+    """
+    for name in without:
+        trace.remove_node(name)
+    require_no_scales(trace)
+    return summed_log_density(trace, plates).cpu().double()

@@ -83,7 +83,7 @@ class Run:
                 self.clock = time.perf_counter()
                 while self._reason_of_end() is None and not self.finished:
                     if compiler is not None:
-                        compiler.expect(self._steps_left() or math.inf)
+                        compiler.expect(self._steps_left() or math.inf, self._seconds_left())
                     try:
                         self._epoch(bar)
                     except NotFiniteError as error:
@@ -144,6 +144,11 @@ class Run:
         if self.schedule.num_steps is not None:
             left = min(left, max(0, self.schedule.num_steps - self.history.num_steps))
         return 0 if left == math.inf else int(left)
+
+    def _seconds_left(self) -> float:
+        """Return how many seconds there are at most, infinity where there is no limit."""
+        limit, seconds = self.schedule.num_seconds, self.history.seconds
+        return math.inf if limit is None else max(0.0, limit - (seconds[-1] if seconds else 0.0))
 
     def _batches(self) -> Iterator[Batch]:
         """Yield the batches of an epoch: whole passes through the data, unless the number of steps ends."""

@@ -23,6 +23,8 @@ from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
 from pyro_graphflows.infer.checkpoints import random_state, set_random_state
 from pyro_graphflows.infer.importance import ImportanceSampler
 from pyro_graphflows.infer.particles import (
+    FEW,
+    FEW_ENOUGH,
     Program,
     evaluation_mode,
     find_data_plate,
@@ -34,8 +36,6 @@ from pyro_graphflows.infer.psis import effective_sample_size, psis_khat
 __all__ = ["Evidence", "evidence_from_log_weights", "importance_log_weights", "log_evidence"]
 
 _PARTICLES_TIMES_DATA = 2**14  # the default of chunk_size holds this many weights at once
-# Particles of a trial before more than _SAFE: what mixes particles may take the memory of their square.
-_FEW, _SAFE = 7, 100
 
 
 class Evidence(NamedTuple):
@@ -246,9 +246,9 @@ def _log_weights(
             return torch.cat(weights), sampler.dtype
         default_size = max(1, _PARTICLES_TIMES_DATA // (plate.size if plate is not None else 1))
         chunk_size = sampling.chunk_size or default_size
-        if min(num_particles, chunk_size) > _SAFE:
+        if min(num_particles, chunk_size) > FEW_ENOUGH:
             state = random_state()
-            sampler.require_same_alone(sampler.run(_FEW))
+            sampler.require_same_alone(sampler.run(FEW))
             set_random_state(state)
         chunks = []
         for start in range(0, num_particles, chunk_size):

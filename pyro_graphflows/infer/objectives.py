@@ -112,6 +112,18 @@ class Objective:
         self.guide = guide
         self.estimator = loss
 
+    def differentiable(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """Return the loss as a tensor to go backward from; None of losses that only do so by themselves.
+
+        Args:
+            args: Positional arguments of the model and the guide.
+            kwargs: Their keyword arguments.
+        """
+        if not callable(getattr(self.estimator, "differentiable_loss", None)):
+            return None
+        programs = () if self.compiles else (self.model, self.guide)
+        return torch.as_tensor(self.estimator.differentiable_loss(*programs, *args, **kwargs))
+
     def add_gradients(
         self, size: float, args: tuple[Any, ...], kwargs: dict[str, Any], parameters: Callable[[], Any]
     ) -> float:
@@ -124,13 +136,13 @@ class Objective:
             parameters: A function that returns the parameters, for losses that only know how to go backward
                 by themselves.
         """
-        programs = () if self.compiles else (self.model, self.guide)
-        if callable(getattr(self.estimator, "differentiable_loss", None)):
-            loss = self.estimator.differentiable_loss(*programs, *args, **kwargs)
-            loss = torch.as_tensor(loss) / size
+        found = self.differentiable(args, kwargs)
+        if found is not None:
+            loss = found / size
             if loss.requires_grad:
                 loss.backward()
             return float(loss.detach())
+        programs = () if self.compiles else (self.model, self.guide)
         value = _total(self.estimator.loss_and_grads(*programs, *args, **kwargs))
         for parameter in parameters():
             if parameter.grad is not None:
@@ -147,13 +159,13 @@ class Objective:
             kwargs: Their keyword arguments.
             parameters: The parameters; those that are not in use have no gradient.
         """
-        programs = () if self.compiles else (self.model, self.guide)
-        if callable(getattr(self.estimator, "differentiable_loss", None)):
-            loss = torch.as_tensor(self.estimator.differentiable_loss(*programs, *args, **kwargs))
+        loss = self.differentiable(args, kwargs)
+        if loss is not None:
             if not loss.requires_grad:
                 return loss, [None for _ in parameters]
             gradients: Any = torch.autograd.grad(loss, parameters, allow_unused=True)
             return loss.detach(), list(gradients)
+        programs = () if self.compiles else (self.model, self.guide)
         before = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None

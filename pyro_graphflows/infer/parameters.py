@@ -84,6 +84,11 @@ class ParameterSet:
         """Return the name that Pyro knows a parameter by, which options per parameter refer to."""
         return self._store_names.get(id(self.parameters[name]), name.split(".", 1)[1]).replace("$$$", ".")
 
+    def in_store(self) -> dict[str, Tensor]:
+        """Return the trainable parameters that ``param`` statements announced, by the names that they had there."""
+        names, trainable = self._store_names, self.trainable.values()
+        return {names[id(parameter)]: parameter for parameter in trainable if id(parameter) in names}
+
     @property
     def trainable(self) -> dict[str, Tensor]:
         """The parameters that require gradients."""

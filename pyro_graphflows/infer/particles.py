@@ -39,6 +39,8 @@ from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.inspect import is_transparent
 
 __all__ = [
+    "FEW",
+    "FEW_ENOUGH",
     "OUTER_PARTICLES",
     "PARTICLES",
     "LocalPlate",
@@ -50,6 +52,7 @@ __all__ = [
     "find_data_plate",
     "inside",
     "is_enumerated",
+    "is_one",
     "keep_dims",
     "log_density",
     "modules_of",
@@ -66,6 +69,9 @@ Program = Callable[..., Any]
 
 PARTICLES = "num_particles_vectorized"  # Pyro's own name for the plate of particles
 OUTER_PARTICLES = "num_outer_particles"  # draws of global latents, each with particles of its own
+
+# So many are tried before more than FEW_ENOUGH are run: what mixes particles may take the memory of their square.
+FEW, FEW_ENOUGH = 7, 100
 
 _REMEDY = (
     "Write it for values with more dimensions on the left (sum over named dimensions, index from the right: "
@@ -371,7 +377,7 @@ def require_full_plates(traces: Iterable[poutine.Trace]) -> None:
                         "importance weights need every element. Run the model on the data of interest, with "
                         "a plate of just these."
                     )
-            if not _is_one(site["scale"]):
+            if not is_one(site["scale"]):
                 raise UnsupportedModelError(
                     f"Site {name!r} is scaled by poutine.scale; a scaled density has no evidence. Remove the "
                     "scale."
@@ -406,7 +412,8 @@ def _is_particles(frame: CondIndepStackFrame) -> bool:
     return frame.name in (PARTICLES, OUTER_PARTICLES)
 
 
-def _is_one(scale: Any) -> bool:
+def is_one(scale: float | Tensor) -> bool:
+    """Return whether the scale of a site leaves its density as it is."""
     return bool((scale == 1).all()) if isinstance(scale, Tensor) else scale == 1
 
 

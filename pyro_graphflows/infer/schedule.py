@@ -27,8 +27,8 @@ class Schedule:
             short by it.
         num_seconds: The time after which no further epoch begins, that of resumed runs included.
         steps_per_epoch: The least number of steps in an epoch, which then walks through the data more than once if
-            need be. By default once; 100 steps without data. Few data at once make short epochs, whose losses are
-            noisy: give a greater number there for ``patience`` to be of use.
+            need be. By default once; 100 steps without data and under inference compilation. Few data at once make
+            short epochs, whose losses are noisy: give a greater number there for ``patience`` to be of use.
         patience: The number of epochs without improvement before the rate falls; ``None`` keeps the rate.
         lr_factor: What the learning rate is multiplied by.
         min_lr: Stop when the learning rate falls below this.

@@ -144,6 +144,7 @@ class Trainer:
         """
         if self.held_out is None:
             return None
+        self.settle()
         total, count = 0.0, 0
         with evaluation_mode(self.objective.model, self.objective.guide), seeded(_VALIDATION_SEED):
             for batch in self.held_out:
@@ -151,6 +152,11 @@ class Trainer:
                 total += loss / (self.data.full_size or batch.size) * batch.size
                 count += batch.size
         return total / count
+
+    def settle(self) -> None:
+        """Let evaluations be compiled from here on that come often: until the next call they stay as they are."""
+        if self.compiler is not None:
+            self.compiler.settle()
 
     def replicates(self, num: int, *, first: int = 0) -> Tensor:
         """Return losses in nats per datum that differ between two states of the parameters by these alone.
@@ -241,7 +247,8 @@ class Trainer:
         """Return the loss of a batch without gradients; raise if it is not finite."""
         state = random_state()
         try:
-            loss = self.objective.evaluate(batch.args, self._kwargs(batch))
+            source = self.objective if self.compiler is None else self.compiler
+            loss = source.evaluate(batch.args, self._kwargs(batch))
         except (ValueError, RuntimeError) as error:  # a distribution may refuse what is not finite
             guilty = self._first_not_finite(batch, state)
             if guilty is None:

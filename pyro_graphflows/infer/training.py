@@ -32,7 +32,7 @@ from pyro_graphflows.infer.trainer import Trainer
 
 __all__ = ["fit"]
 
-_STEPS_WITHOUT_DATA = 100
+_STEPS_OF_DRAWS = 100  # of an epoch, where steps draw what they learn from
 _RATE = 1e-3
 
 
@@ -52,7 +52,8 @@ def fit(
 ) -> History:
     r"""Train a guide, and the model's own parameters, until the loss stops falling.
 
-    Each epoch walks through the data once in random batches. The monitored loss is that of the validation
+    Each epoch walks through the data once in random batches; under inference compilation, which simulates data anew in
+    each step, as often as it takes for a hundred steps. The monitored loss is that of the validation
     data, evaluated after each epoch in evaluation mode with the same random numbers every time, or else the
     epoch's mean training loss. What it decides is said in :class:`Schedule`.
 
@@ -112,8 +113,9 @@ def fit(
             uses them as they are.
         compile: Whether steps are computed by compiled code (:mod:`~pyro_graphflows.infer.compiled`), which takes
             tens of seconds at first and then is many times faster where models are small. ``"auto"`` compiles where
-            the steps that are left are estimated to be worth it. What cannot be compiled is computed as without;
-            ``history.compilation`` says what was done, and why. The random numbers are others than without.
+            the steps that are left are estimated to be worth it: by PyTorch's interpreter (TorchScript), which takes
+            seconds and needs no C++ compiler, or as True does in long runs. What cannot be compiled is computed as
+            without; ``history.compilation`` says what was done, and why. The random numbers are others than without.
 
     Returns:
         The history, with the reason of the end.
@@ -171,7 +173,9 @@ def fit(
         trainer = Trainer(
             Objective(model, guide, loss), data, optimizer, schedule.max_grad_norm, seed, compile
         )
-        pace = Plateau(trainer.optimizer, schedule, _STEPS_WITHOUT_DATA if data.data is None else 1)
+        # drawn anew, the loss of a few steps is noise to whatever watches it, however few the data beside it are
+        draws = data.data is None or (trainer.objective.compiles and simulations is None)
+        pace = Plateau(trainer.optimizer, schedule, _STEPS_OF_DRAWS if draws else 1)
         run = Run(trainer, pace, schedule, checkpoint, {"seed": seed}, progress)
         run.resume()
         return run.train()

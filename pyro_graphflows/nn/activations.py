@@ -28,11 +28,13 @@ __all__ = ["ELU", "Activation", "LipMish", "LipSwish", "ReLU", "Tanh", "make_act
 class Activation(nn.Module):
     """Base class: a function of each entry that knows its derivative and the derivative's range.
 
-    Subclasses set ``slope_min`` and ``slope_max`` and write :meth:`terms` and :meth:`curvature`.
+    Subclasses set ``slope_min`` and ``slope_max`` and write :meth:`terms` and :meth:`curvature`. Where the derivatives
+    are functions of the value that cost less, they set ``value_tells`` and write :meth:`terms_of_value`.
     """
 
     slope_min: ClassVar[float]
     slope_max: ClassVar[float]
+    value_tells: ClassVar[bool] = False
 
     @property
     def lipschitz(self) -> float:
@@ -42,6 +44,11 @@ class Activation(nn.Module):
     @staticmethod
     def terms(x: Tensor, order: int) -> tuple[Tensor, ...]:
         """Return the value and the derivatives up to ``order`` (0, 1 or 2); need not be differentiable."""
+        raise NotImplementedError
+
+    @staticmethod
+    def terms_of_value(value: Tensor, order: int) -> tuple[Tensor, ...]:
+        """Return what :meth:`terms` does, ``order`` 1 or 2, from the value alone; where ``value_tells``."""
         raise NotImplementedError
 
     @staticmethod
@@ -78,18 +85,22 @@ class ELU(Activation):
 
     slope_min = 0.0
     slope_max = 1.0
+    value_tells = True
 
     @staticmethod
     def terms(x: Tensor, order: int) -> tuple[Tensor, ...]:
         """Return the value and the derivatives up to ``order``."""
         value = F.elu(x)
-        if order == 0:
-            return (value,)
+        return ELU.terms_of_value(value, order) if order else (value,)
+
+    @staticmethod
+    def terms_of_value(value: Tensor, order: int) -> tuple[Tensor, ...]:
+        """Return the value and the derivatives up to ``order``, from the value."""
         slope = value.clamp(max=0).add_(1)
         if order == 1:
             return value, slope
-        # the slope where x <= 0, else 0: a fifth of the time that masked_fill takes on CPU
-        return value, slope, slope - torch.ops.aten.threshold_backward(slope, x, 0)
+        # the slope where x and so the value is <= 0, else 0: a fifth of the time that masked_fill takes on CPU
+        return value, slope, slope - torch.ops.aten.threshold_backward(slope, value, 0)
 
     @staticmethod
     def curvature(x: Tensor) -> Tensor:
@@ -127,11 +138,17 @@ class Tanh(Activation):
 
     slope_min = 0.0
     slope_max = 1.0
+    value_tells = True
 
     @staticmethod
     def terms(x: Tensor, order: int) -> tuple[Tensor, ...]:
         """Return the value and the derivatives up to ``order``."""
         value = torch.tanh(x)
+        return Tanh.terms_of_value(value, order) if order else (value,)
+
+    @staticmethod
+    def terms_of_value(value: Tensor, order: int) -> tuple[Tensor, ...]:
+        """Return the value and the derivatives up to ``order``, from the value."""
         slope = 1 - value * value
         return (value, slope, value * slope * -2)[: order + 1]
 

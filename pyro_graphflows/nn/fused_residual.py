@@ -66,6 +66,36 @@ class OwnerPass(nn.Module):
             self.patterns.append(SparsePattern(kept))
             places = places[kept.indices[1]] if i == 0 else places
         self.register_buffer("places", places, persistent=False)
+        self.group = self._group_size()
+
+    def _group_size(self) -> int:
+        """Return how many units each owner has, where these are beside each other in one hidden layer; else 0."""
+        if len(self.patterns) != 1:
+            return 0
+        pattern = self.pattern(0)
+        outputs, units = pattern.shape
+        size = units // max(outputs, 1)
+        owners = torch.arange(outputs).repeat_interleave(size)
+        regular = torch.equal(pattern.row, owners) and torch.equal(pattern.column, torch.arange(units))
+        return size if regular else 0
+
+    def product(self, i: int, weight: Tensor, x: Tensor) -> Tensor:
+        """Multiply x, of shape (features, N), by the weights that are kept of layer i + 1; without gradient."""
+        if not self.group:
+            return sparse_product(weight, x, self.pattern(i), False)
+        return torch.bmm(weight.view(-1, 1, self.group), x.view(-1, self.group, x.shape[1])).squeeze(1)
+
+    def pulled(self, i: int, weight: Tensor, u: Tensor) -> Tensor:
+        """Multiply by the transposed matrix; without gradient."""
+        if not self.group:
+            return sparse_product(weight, u, self.pattern(i), True)
+        return (weight.view(-1, self.group, 1) * u.unsqueeze(1)).view(-1, u.shape[1])
+
+    def sample(self, i: int, left: Tensor, right: Tensor) -> Tensor:
+        """Return the entries of ``left @ right.T`` where weights are kept; without gradient."""
+        if not self.group:
+            return sparse_sample(left, right, self.pattern(i))
+        return torch.bmm(left.unsqueeze(1), right.view(-1, self.group, right.shape[1]).mT).view(-1)
 
     def kept(self, i: int) -> Tensor:
         """Return the places of the weights that are kept among the entries of layer i + 1."""
@@ -181,8 +211,7 @@ class FusedResidual(nn.Module):
             if i == 0 and shift is not None:
                 pre.add_(shift)
             if i:
-                pattern = self.owner_pass.pattern(i - 1)
-                tangent = sparse_product(tangents[i - 1], tangent, pattern, False)
+                tangent = self.owner_pass.product(i - 1, tangents[i - 1], tangent)
             if i == len(self.layers) - 1:
                 break
             terms.append(_activate(self.activation, pre, order))
@@ -260,15 +289,14 @@ def _pull(
     grad_a, grad_u = grads
     for i in range(depth, 0, -1):
         value, slope, curve = terms[3 * i - 3 : 3 * i]
-        pattern, places = owner_pass.pattern(i - 1), owner_pass.kept(i - 1)
-        by_tangent = sparse_sample(grad_u, slope if i == 1 else slope * partial[i - 2], pattern)
+        by_tangent = owner_pass.sample(i - 1, grad_u, slope if i == 1 else slope * partial[i - 2])
         if i == 1:  # its weights are products with the first layer's
             by_owner = second * by_tangent
             by_tangent.mul_(first)
         by_entries = layers[i].sample(grad_a, value)
-        by_entries.view(-1).scatter_add_(0, places, by_tangent)
+        by_entries.view(-1).scatter_add_(0, owner_pass.kept(i - 1), by_tangent)
         results += [grad_a.sum(1), by_entries]
-        grad_slope = sparse_product(tangents[i - 1], grad_u, pattern, True)
+        grad_slope = owner_pass.pulled(i - 1, tangents[i - 1], grad_u)
         if i > 1:
             grad_u = grad_slope * slope
             grad_slope.mul_(partial[i - 2])

@@ -15,7 +15,8 @@ part that overtakes may be orthogonal to all that is tracked. Here the norm is f
   it fails after some attempts, the norm is found exactly.
 
 The estimate is raised by two ten-thousandths, more than its usual error. Its gradient is that of
-:math:`u^\top W v` with the singular vectors u and v held fixed, which is exact.
+:math:`u^\top W v` with the singular vectors u and v held fixed, which is exact. Small layers with the same mask, as the
+blocks of a flow have them, are scaled together.
 
 References:
     [1] Gouk et al. (2021), Regularisation of Neural Networks by Enforcing Lipschitz Continuity.
@@ -23,6 +24,8 @@ References:
     [3] Zhou and Saad (2007), A Chebyshev-Davidson Algorithm for Large Symmetric Eigenproblems: the filter.
 """
 
+import hashlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -97,7 +100,20 @@ class SpectralBound(nn.Module):
         self.register_buffer("fingerprint", weight.new_full((), torch.nan), persistent=saved)
         self.register_buffer("updates", torch.zeros((), dtype=torch.long), persistent=saved)
         self._loaded = False
-        self._refresh(layer)
+        # For layers that are scaled together: fingerprint of the weights, singular vectors (as rows) and value.
+        self._known = self._nothing_known()
+        self.together = self.exact and weight.numel() > 0
+        self.alike = (self.bound, layer.engine, rows, columns, _digest(layer))
+        if not self.together:
+            self._refresh(layer)
+
+    def _nothing_known(self) -> tuple[float, Tensor, Tensor, Tensor]:
+        return (
+            math.nan,
+            torch.zeros_like(self.left)[None],
+            torch.zeros_like(self.right)[None],
+            torch.zeros(1, 1),
+        )
 
     def entries(self, layer: MaskedLinear) -> Tensor:
         """Return the weights of the layer in its engine's layout, scaled so that the bound holds."""
@@ -135,7 +151,7 @@ class SpectralBound(nn.Module):
             pattern = layer.pattern
             direction = self.left[pattern.row] * self.right[pattern.column]
         else:
-            direction = torch.outer(self.left, self.right) * layer.mask
+            direction = torch.outer(self.left, self.right) * layer.zero_or_one
         self.direction = direction  # a new tensor: backward passes still need the last one
 
     def _track(self, layer: MaskedLinear) -> tuple[Tensor, Tensor]:
@@ -171,6 +187,7 @@ class SpectralBound(nn.Module):
             # Weights of unknown origin: start cold.
             self.updates.zero_()
             self.fingerprint.fill_(torch.nan)
+            self._known = self._nothing_known()
 
     def extra_repr(self) -> str:
         """Describe the bound in one line."""
@@ -178,12 +195,121 @@ class SpectralBound(nn.Module):
 
 
 def bounded_entries(bounds: Sequence["SpectralBound"], layers: Sequence[MaskedLinear]) -> list[Tensor]:
-    """Return :meth:`SpectralBound.entries` of several layers, by one operation."""
-    for bound, layer in zip(bounds, layers, strict=True):
-        bound._refresh(layer)
-    masks = [layer.mask if layer.engine == "dense" else None for layer in layers]
-    fixed = [(bound.bound, mask, bound.direction) for bound, mask in zip(bounds, masks, strict=True)]
-    return list(_Scaled.apply(fixed, *(layer.weight for layer in layers)))
+    """Return :meth:`SpectralBound.entries` of several layers, by few operations."""
+    found: dict[int, Tensor] = {}
+    alike: dict[Any, list[int]] = {}
+    for i, (bound, layer) in enumerate(zip(bounds, layers, strict=True)):
+        key = (bound.alike, layer.weight.dtype, layer.weight.device) if bound.together else None
+        alike.setdefault(key, []).append(i)
+    for key, places in alike.items():
+        own, of = [bounds[i] for i in places], [layers[i] for i in places]
+        weights = [layer.weight for layer in of]
+        if key is not None:
+            found.update(zip(places, _Together.apply(own, of, *weights), strict=True))
+            continue
+        for bound, layer in zip(own, of, strict=True):
+            bound._refresh(layer)
+        masks = [layer.zero_or_one if layer.engine == "dense" else None for layer in of]
+        fixed = [(bound.bound, mask, bound.direction) for bound, mask in zip(own, masks, strict=True)]
+        found.update(zip(places, _Scaled.apply(fixed, *weights), strict=True))
+    return [found[i] for i in range(len(bounds))]
+
+
+def _singular_vectors(
+    bounds: Sequence["SpectralBound"], weights: Sequence[Tensor], matrices: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the first singular vectors and values of layers of one shape.
+
+    Args:
+        bounds: The bounds of the k layers. What they know is brought up to date.
+        weights: The weights as they are trained.
+        matrices: The masked weights, ``(k, rows, columns)``.
+
+    Returns:
+        Shapes ``(k, 1, rows)``, ``(k, 1, columns)`` and ``(k, 1, 1)``.
+    """
+    prints, changed = [], []
+    for i, (bound, weight) in enumerate(zip(bounds, weights, strict=True)):
+        prints.append(float(torch.dot(weight.view(-1), bound.probe.view(-1))))
+        known, left, *_ = bound._known
+        same = known == prints[-1] and left.dtype == weight.dtype and left.device == weight.device
+        if not same and math.isfinite(prints[-1]):
+            changed.append(i)
+    if changed:
+        if len(changed) < len(bounds):
+            matrices = matrices[changed]
+        wide = matrices.shape[2] > matrices.shape[1]
+        short = matrices if wide else matrices.mT
+        small = _largest(torch.bmm(short, short.mT)).unsqueeze(1)
+        large = torch.bmm(small, short)
+        norm = torch.linalg.vector_norm(large, dim=2, keepdim=True)
+        large = large / norm.clamp(min=_tiny(large))
+        found = (small, large, norm) if wide else (large, small, norm)
+        if len(changed) == len(bounds):
+            vectors: tuple[Tensor, ...] = found
+        for i, *own in zip(changed, *(part.unbind() for part in found), strict=True):
+            # Directly: a module searches each value that is set for parameters.
+            bounds[i].__dict__["_known"] = (prints[i], *own)
+    if len(changed) < len(bounds):
+        known_parts = [[part.to(matrices) for part in bound._known[1:]] for bound in bounds]
+        vectors = tuple(torch.stack(parts) for parts in zip(*known_parts, strict=True))
+    left, right, norm = vectors
+    return left, right, norm
+
+
+class _Together(Operation):
+    """The scaled entries of layers with one mask, engine and bound, whose Gram matrices are small."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, bounds: Sequence["SpectralBound"], layers: Sequence[MaskedLinear], *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.bound, ctx.layer = bounds[0].bound, layers[0]
+        entries = _masked(torch.stack(weights), ctx.layer)
+        left, right, norm = _singular_vectors(bounds, weights, _matrices(entries, ctx.layer))
+        factor = (ctx.bound / (norm * (1 + MARGIN)).clamp(min=ctx.bound)).view(-1, *[1] * weights[0].dim())
+        ctx.save_for_backward(entries, left, right, factor, *weights)
+        return (entries * factor).unbind()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        entries, left, right, factor, *weights = ctx.saved_tensors
+        grad = torch.stack(grads)
+        if torch.is_grad_enabled():  # create_graph=True
+            entries = _masked(torch.stack(weights), ctx.layer)
+            norm = torch.bmm(torch.bmm(left, _matrices(entries, ctx.layer)), right.mT)
+            scaled = entries * (ctx.bound / (norm * (1 + MARGIN)).clamp(min=ctx.bound)).view(factor.shape)
+            return (None, None, *torch.autograd.grad(scaled, weights, grad, create_graph=True))
+        along = (grad * entries).flatten(1).sum(1).view(factor.shape)
+        along = along * (factor * (-(1 + MARGIN) / ctx.bound)) * (factor < 1)
+        if ctx.layer.engine == "dense":
+            grad = _masked(torch.addcmul(grad, left.mT * along, right), ctx.layer)
+        else:
+            pattern = ctx.layer.pattern
+            direction = left[:, 0].index_select(1, pattern.row) * right[:, 0].index_select(1, pattern.column)
+            grad = torch.addcmul(grad, direction, along)
+        return (None, None, *grad.mul_(factor).unbind())
+
+
+def _masked(weights: Tensor, layer: MaskedLinear) -> Tensor:
+    """Return the entries of weights of layers like this one, in the layout of its engine after the first dimension."""
+    return weights * layer.zero_or_one if layer.engine == "dense" else weights
+
+
+def _matrices(entries: Tensor, layer: MaskedLinear) -> Tensor:
+    """Return such entries as matrices, ``(k, rows, columns)``."""
+    if layer.engine == "dense":
+        return entries
+    zeros = entries.new_zeros(len(entries), layer.out_features * layer.in_features)
+    places = layer.pattern.row * layer.in_features + layer.pattern.column
+    return zeros.index_copy(1, places, entries).view(-1, layer.out_features, layer.in_features)
+
+
+def _digest(layer: MaskedLinear) -> str:
+    """Return a word that two layers of the same mask share."""
+    return hashlib.sha1(
+        layer.sparse_mask().indices.cpu().numpy().tobytes(), usedforsecurity=False
+    ).hexdigest()
 
 
 class _Scaled(Operation):
@@ -243,8 +369,8 @@ def _gram_matrix(layer: MaskedLinear) -> Tensor:
 
 
 def _largest(gram: Tensor) -> Tensor:
-    """The eigenvector of the largest eigenvalue."""
-    return torch.linalg.eigh(gram).eigenvectors[:, -1]
+    """The eigenvector of the largest eigenvalue, of a matrix or of each of several."""
+    return torch.linalg.eigh(gram).eigenvectors[..., -1]
 
 
 def _is_above(gram: Tensor, value: Tensor) -> bool:
@@ -262,7 +388,7 @@ def _ritz(multiply: Callable[[Tensor], Tensor], basis: Tensor) -> tuple[Tensor, 
 
 def _filter(multiply: Callable[[Tensor], Tensor], x: Tensor, top: Tensor, degree: int) -> Tensor:
     """Apply the Chebyshev polynomial that stays within one on the eigenvalues from 0 to the cut."""
-    half = (CUT * top / 2).clamp(min=torch.finfo(x.dtype).tiny)
+    half = (CUT * top / 2).clamp(min=_tiny(x))
     before, now = x, multiply(x) / half - x
     for _ in range(degree - 1):
         before, now = now, 2 * (multiply(now) / half - now) - before
@@ -271,7 +397,11 @@ def _filter(multiply: Callable[[Tensor], Tensor], x: Tensor, top: Tensor, degree
 
 def _norms(x: Tensor) -> Tensor:
     """The norms of the columns, or of a vector, never zero."""
-    return torch.linalg.vector_norm(x, dim=0).clamp(min=torch.finfo(x.dtype).tiny)
+    return torch.linalg.vector_norm(x, dim=0).clamp(min=_tiny(x))
+
+
+def _tiny(x: Tensor) -> float:
+    return torch.finfo(x.dtype).tiny
 
 
 def _generator(seed: int) -> torch.Generator:

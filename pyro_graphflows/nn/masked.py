@@ -116,6 +116,7 @@ class MaskedLinear(nn.Module):
     """
 
     mask: Tensor
+    zero_or_one: Tensor  # the mask as numbers: products with booleans take several times as long
     pattern: SparsePattern
 
     def __init__(self, mask: Tensor | SparseMask, bias: bool = True, engine: str = "auto") -> None:
@@ -135,6 +136,7 @@ class MaskedLinear(nn.Module):
         if engine == "dense":
             self.register_buffer("mask", mask.to_dense(), persistent=False)
             self.weight = nn.Parameter(torch.empty(mask.shape))
+            self.register_buffer("zero_or_one", self.mask.to(self.weight.dtype), persistent=False)
         else:
             self.pattern = SparsePattern(mask)
             self.weight = nn.Parameter(torch.empty(mask.nnz))
@@ -193,7 +195,7 @@ class MaskedLinear(nn.Module):
 
     def entries(self) -> Tensor:
         """Return the weights in the engine's layout: a matrix that is zero off the mask, or the vector."""
-        return self.weight * self.mask if self.engine == "dense" else self.weight
+        return self.weight * self.zero_or_one if self.engine == "dense" else self.weight
 
     def masked_weight(self) -> Tensor:
         """Return the matrix of weights, zero off the mask, whatever the engine."""

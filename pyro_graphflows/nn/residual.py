@@ -180,7 +180,7 @@ class ResidualEvaluation:
         self._net = net
         self._layers = net._masked_layers()
         self._entries = net.entries() if entries is None else entries
-        self._shift = None if net.context_layer is None else net.context_layer(context)
+        self._shift = None if context is None else _by_context(net, context)
         self._columns: tuple[torch.Size, Tensor] | None = None  # the shift for a batch shape, features first
         beta = net.activation.input_scale()
         self._weights: list[Tensor] = []
@@ -275,6 +275,16 @@ class ResidualEvaluation:
     def _check(self, got: int) -> None:
         if got != self._net.num_variables:
             raise GraphflowsError(f"Expected z.shape[-1] == {self._net.num_variables}; got {got}.")
+
+
+def _by_context(net: MaskedResidualNet, context: Tensor) -> Tensor:
+    """Return what the context adds to the first layer, (*batch, H), with features first in memory."""
+    layer = net.context_layer
+    assert layer is not None
+    if layer.engine == "sparse":
+        return layer(context)
+    rows = context.reshape(-1, context.shape[-1])
+    return (layer.entries() @ rows.T).T.reshape(*context.shape[:-1], -1)
 
 
 def all_entries(nets: Sequence[MaskedResidualNet]) -> list[list[Tensor]]:

@@ -2,7 +2,7 @@ r"""All levels of a faithful flow in its sampling direction as one operation, wi
 
 Going through the levels one small step after another costs more in overhead than in arithmetic: a network of a hundred
 variables has some fifteen levels of four blocks each, and every block is a dozen operations on a few thousand numbers.
-Here only what truly depends on the level before is done level by level, about six operations in a block on the way
+Here only what truly depends on the level before is done level by level, four operations in a block on the way
 forth and one on the way back; slopes, log-derivatives and the gradients of all weights are computed for all levels at
 once. With the notation of :mod:`pyro_graphflows.transforms.monotone` (affine map after the residual map) and the
 gradients :math:`\bar y` of a block's output and :math:`\bar\ell` of its log-slope, the way back through a block is
@@ -18,6 +18,7 @@ weights of the edges are written into one dense matrix, so this is for networks 
 First derivatives only.
 """
 
+from itertools import islice
 from typing import Any
 
 import torch
@@ -117,11 +118,15 @@ class _Plan:
         self.num_context = edges.num_context
         self.activation = type(stack.activation)
         self.num_cells = dim * blocks
-        self.levels: list[tuple[int, int]] = []
+        self.starts: list[int] = []  # of the levels
+        self.sizes = list(edges.level_sizes)
+        self.cells_of_level = [size * blocks for size in edges.level_sizes]
+        self.rows_of_level = [cells * (hidden + 1) for cells in self.cells_of_level]
+        self.cells_of_step = [size for size in edges.level_sizes for _ in range(blocks)]
         cells: list[tuple[int, int]] = []  # (block, variable) of each cell
         start = 0
         for size in edges.level_sizes:
-            self.levels.append((start, start + size))
+            self.starts.append(start)
             cells += [(t, v) for t in range(blocks) for v in range(start, start + size)]
             start += size
         number = {cell: i for i, cell in enumerate(cells)}
@@ -132,6 +137,7 @@ class _Plan:
         self.variable_major = torch.tensor([v * blocks + t for t, v in cells], device=device)
         self.from_variable_major = torch.argsort(self.variable_major)
         self.variable = torch.tensor([v for _, v in cells], device=device)
+        self.first_cells = torch.tensor([number[0, v] for v in range(dim)], device=device)
         # Entry (input p, cell c) of the matrix holds the weights of one edge in one block.
         positions = [p * self.num_cells + number[t, v] for v, p in edges.edges for t in range(blocks)]
         self.positions = torch.tensor(positions, dtype=torch.long, device=device)
@@ -150,94 +156,98 @@ class _Levels(Operation):
 
     They are the noise (D, N); the context (C, M), N a multiple of M; the weights (E, T (H + 1)) and biases
     (D, T (H + 1)) of the edges; u and w of the residual maps, both (T, D, H); and the log-scales (T, D).
+
+    Inside, numbers are of shape (cells, H, N), and (cells, 1, N) where there is one for each cell.
     """
 
     @staticmethod
     def forward(ctx: Any, plan: _Plan, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         eps, context, weight, bias, inner, outer, log_scale = tensors
         cells, hidden, units = plan.num_cells, plan.hidden, plan.hidden + 1
-        num_context, blocks = plan.num_context, plan.blocks
-        size = eps.shape[1]
+        num_context, size = plan.num_context, eps.shape[1]
         matrix = weight.new_zeros((num_context + plan.dim) * cells, units)
         matrix = matrix.index_copy_(0, plan.positions, weight.reshape(-1, units)).view(-1, cells * units)
         rows = bias.view(-1, units).index_select(0, plan.variable_major).view(-1, 1)
         if num_context:
             rows = torch.addmm(rows, matrix[:num_context].t(), context)
-        pre = rows.repeat(1, size // rows.shape[1])  # (rows, N); first the share of bias and context
-        by_cell = pre.view(cells, units, size)
-        u = inner.reshape(-1, hidden).index_select(0, plan.block_major)
-        w = outer.reshape(-1, hidden).index_select(0, plan.block_major)
-        scale = log_scale.reshape(-1, 1).index_select(0, plan.block_major)
+        pre = rows if rows.shape[1] == size and num_context else rows.repeat(1, size // rows.shape[1])
+        by_cell = pre.view(cells, units, size)  # first the share of bias and context
+        u = inner.reshape(-1, hidden).index_select(0, plan.block_major).unsqueeze(-1)
+        w = outer.reshape(-1, hidden).index_select(0, plan.block_major).unsqueeze(-1)
+        scale = log_scale.reshape(-1, 1, 1).index_select(0, plan.block_major)
         factor = scale.exp()
-        column_u, row_w = u.unsqueeze(-1), w.unsqueeze(1)
-        entering, middle = torch.empty_like(eps).new_empty(2, cells, size)
+        entering, leaving = eps.new_empty(2, cells, 1, size)  # the residual maps
+        entering[:, 0].index_copy_(0, plan.first_cells, eps)
         z = torch.empty_like(eps)
-        value_of = plan.activation.terms
-        for start, stop in plan.levels:
-            first, last, n = start * blocks, stop * blocks, stop - start
+        # All pieces are cut beforehand, and results written to where they are wanted: no step only moves numbers.
+        starts = list(entering.split(plan.cells_of_step))
+        ends: list[Tensor] = [*starts[1:], z]
+        ends[plan.blocks - 1 :: plan.blocks] = z.unsqueeze(1).split(plan.sizes)
+        pieces = (by_cell[:, :hidden], by_cell[:, hidden:], u, w.mT, factor, leaving)
+        steps = zip(*(piece.split(plan.cells_of_step) for piece in pieces), starts, ends, strict=True)
+        own, known = pre.split(plan.rows_of_level), matrix[num_context:].t().split(plan.rows_of_level)
+        activation, images = plan.activation, []
+        for level, start in enumerate(plan.starts):
             if start:
-                level_rows = slice(first * units, last * units)
-                known = matrix[num_context : num_context + start, level_rows]
-                pre[level_rows].addmm_(known.t(), z[:start])
-            y = eps[start:stop]
-            for c in range(first, last, n):
-                part = slice(c, c + n)
-                entering[part] = y
-                a = by_cell[part, :hidden].addcmul_(column_u[part], y.unsqueeze(1))
-                mid = torch.baddbmm(y.unsqueeze(1), row_w[part], value_of(a, 0)[0]).squeeze(1)
-                middle[part] = mid
-                y = torch.addcmul(by_cell[part, hidden], mid, factor[part])
-            z[start:stop] = y
+                own[level].addmm_(known[level][:, :start], z[:start])
+            for a, shift, column_u, row_w, step_factor, left, before, after in islice(steps, plan.blocks):
+                images.append(activation.terms(a.addcmul_(column_u, before), 0)[0])
+                torch.baddbmm(before, row_w, images[-1], out=left)
+                torch.addcmul(shift, left, step_factor, out=after)
 
-        grads = any(ctx.needs_input_grad)
-        terms = plan.activation.terms(by_cell, 2 if grads else 1)
-        # A zero for the shift's row: it takes no part in the slope.
-        w, u = (torch.nn.functional.pad(part, (0, 1)) for part in (w, u))
-        rho = torch.bmm((w * u).unsqueeze(1), terms[1]).squeeze(1)
-        log_slope = torch.log1p(rho).add_(scale)
+        order = 2 if any(ctx.needs_input_grad) else 1
+        terms = (
+            activation.terms_of_value(torch.cat(images), order)
+            if activation.value_tells
+            else activation.terms(by_cell[:, :hidden], order)
+        )
+        rho = torch.bmm((w * u).mT, terms[1])
+        log_slope = torch.log1p(rho).add_(scale).squeeze(1)
         total = log_slope.new_zeros(plan.dim, size).index_add_(0, plan.variable, log_slope)
-        if grads:
-            ctx.save_for_backward(context, matrix, u, w, factor, entering, middle, z, rho, *terms)
-            ctx.plan = plan
-            ctx.shapes = weight.shape, bias.shape, inner.shape, log_scale.shape
+        ctx.save_for_backward(context, matrix, u, w, factor, entering, leaving, z, rho, *terms)
+        ctx.plan = plan
+        ctx.shapes = weight.shape, bias.shape, inner.shape, log_scale.shape
         return z, total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_z: Tensor, grad_log: Tensor) -> tuple[Tensor | None, ...]:
-        context, matrix, u, w, factor, entering, middle, z, rho, value, slope, curve = ctx.saved_tensors
+        context, matrix, u, w, factor, entering, leaving, z, rho, value, slope, curve = ctx.saved_tensors
         plan: _Plan = ctx.plan
         weight_shape, bias_shape, inner_shape, scale_shape = ctx.shapes
         cells, hidden, units = plan.num_cells, plan.hidden, plan.hidden + 1
-        num_context, blocks, size = plan.num_context, plan.blocks, z.shape[1]
-        column_w = w.unsqueeze(-1)
-        grad_cell = grad_log.index_select(0, plan.variable)  # of the log-slope of each cell
+        num_context, size = plan.num_context, z.shape[1]
+        grad_cell = grad_log.index_select(0, plan.variable).unsqueeze(1)  # of the log-slope of each cell
         steep = rho + 1
         grad_rho = grad_cell / steep
-        bent = (curve * (w * u).unsqueeze(-1)).mul_(grad_rho.unsqueeze(1))
-        pulled = torch.bmm(u.unsqueeze(1), bent).squeeze(1)
-        through = slope * (column_w * factor.unsqueeze(-1))
-        through[:, hidden] = 1  # the shift
         steep.mul_(factor)
+        bent = (curve * (w * u)).mul_(grad_rho)
+        pulled = torch.bmm(u.mT, bent)
+        through = slope * (w * factor)
         grad = grad_z.clone()
-        grad_out = torch.empty_like(rho)  # of each block's output
-        grad_pre = torch.empty_like(bent)
         grad_eps = torch.empty_like(z)
-        flat = grad_pre.view(cells * units, size)
-        for start, stop in reversed(plan.levels):
-            first, last, n = start * blocks, stop * blocks, stop - start
-            g = grad[start:stop]
-            for c in range(last - n, first - 1, -n):
-                part = slice(c, c + n)
-                grad_out[part] = g
-                g = torch.addcmul(pulled[part], g, steep[part])
-            grad_eps[start:stop] = g
-            level = slice(first, last)
-            torch.addcmul(bent[level], grad_out[level].unsqueeze(1), through[level], out=grad_pre[level])
+        grad_by_cell = z.new_empty(cells, units, size)
+        grad_pre, grad_out = grad_by_cell[:, :hidden], grad_by_cell[:, hidden:]  # the shift is added last
+        flat = grad_by_cell.view(cells * units, size)
+        # From the last step to the first. The gradient of a block's output goes to the block before it, or, from the
+        # first block of a level, to the noise.
+        outs = grad_out.split(plan.cells_of_step)
+        ends: list[Tensor] = [grad_eps, *outs[:-1]]
+        ends[:: plan.blocks] = grad_eps.unsqueeze(1).split(plan.sizes)
+        parts = (pulled.split(plan.cells_of_step), steep.split(plan.cells_of_step))
+        steps = zip(*(reversed(part) for part in (*parts, outs, ends)), strict=True)
+        of_level = [piece.split(plan.cells_of_level) for piece in (grad_pre, bent, grad_out, through)]
+        own, known = flat.split(plan.rows_of_level), matrix[num_context:].split(plan.rows_of_level, 1)
+        grads = grad.unsqueeze(1).split(plan.sizes)
+        for level in range(len(plan.starts) - 1, -1, -1):
+            outs[(level + 1) * plan.blocks - 1].copy_(grads[level])
+            for step_pulled, step_steep, out, end in islice(steps, plan.blocks):
+                torch.addcmul(step_pulled, out, step_steep, out=end)
+            into, level_bent, level_out, level_through = (part[level] for part in of_level)
+            torch.addcmul(level_bent, level_out, level_through, out=into)
+            start = plan.starts[level]
             if start:
-                level_rows = slice(first * units, last * units)
-                known = matrix[num_context : num_context + start, level_rows]
-                grad[:start].addmm_(known, flat[level_rows])
+                grad[:start].addmm_(known[level][:start], own[level])
 
         grad_context = None
         grad_matrix = torch.empty_like(matrix)
@@ -249,11 +259,12 @@ class _Levels(Operation):
         torch.mm(z, flat.t(), out=grad_matrix[num_context:])
         grad_weight = grad_matrix.view(-1, units).index_select(0, plan.positions).view(weight_shape)
         grad_bias = flat.sum(1).view(-1, units).index_select(0, plan.from_variable_major).view(bias_shape)
-        by_rho = torch.bmm(slope, grad_rho.unsqueeze(-1)).squeeze(-1)  # (cells, H + 1)
-        grad_u = torch.baddbmm((w * by_rho).unsqueeze(-1), grad_pre, entering.unsqueeze(-1)).squeeze(-1)
-        grad_mid = grad_out.mul_(factor)
-        grad_w = torch.baddbmm((u * by_rho).unsqueeze(-1), value, grad_mid.unsqueeze(-1)).squeeze(-1)
-        grad_scale = grad_mid.mul_(middle).add_(grad_cell).sum(1)
+        # Rows times transposed matrices: the other way around takes several times as long.
+        by_rho = torch.bmm(grad_rho, slope.mT)
+        grad_leaving = grad_out * factor
+        grad_u = torch.baddbmm(w.mT * by_rho, entering, grad_pre.mT)
+        grad_w = torch.baddbmm(u.mT * by_rho, grad_leaving, value.mT)
+        grad_scale = grad_leaving.mul_(leaving).add_(grad_cell).sum((1, 2))
         back = plan.from_block_major
         return (
             None,
@@ -261,7 +272,7 @@ class _Levels(Operation):
             grad_context,
             grad_weight,
             grad_bias,
-            grad_u[:, :hidden].index_select(0, back).view(inner_shape),
-            grad_w[:, :hidden].index_select(0, back).view(inner_shape),
+            grad_u.squeeze(1).index_select(0, back).view(inner_shape),
+            grad_w.squeeze(1).index_select(0, back).view(inner_shape),
             grad_scale.index_select(0, back).view(scale_shape),
         )

@@ -27,8 +27,11 @@ computes :math:`a_h = s_h + u_h y` (s from the parents), the residual :math:`r =
     \bar w_h &= \bar y\, \varphi(a_h) + \bar\rho\, u_h \varphi'(a_h), \qquad
     \bar u_h = y\, \bar a_h + \bar\rho\, w_h \varphi'(a_h).
 
-Only the value between blocks is kept; everything else is computed again, which costs less than to fetch it from
-memory. This is several times faster than a chain of small operations where variables are few or levels many.
+Of these only :math:`\bar y` goes from block to block, one step of :math:`\bar y (1 + \rho)` and a number known before.
+Where numbers are few, all the rest is computed for all blocks at once, and what the activation gave is kept. Where they
+are many, they would not stay near the processor: blocks go one by one, and only the values between them are kept, since
+computing the others again costs less than to fetch them from memory. This is several times faster than a chain of small
+operations where variables are few or levels many.
 Second derivatives are taken through the plain operations.
 """
 
@@ -45,6 +48,10 @@ from pyro_graphflows.nn.operation import Operation
 from pyro_graphflows.transforms.solver import Bounds, Solver, solve_elementwise
 
 __all__ = ["BlockForm", "BlockWeights", "MonotoneStack"]
+
+TOGETHER = (
+    2**18
+)  # up to so many numbers from the parents all blocks are computed at once, and their terms kept
 
 
 @dataclass(frozen=True)
@@ -76,8 +83,6 @@ class BlockWeights:
     inner: Tensor  # (T, n, H_1): s u
     outer: Tensor  # (T, n, H_L)
     log_scale: Tensor  # (T, n)
-    slope_min: Tensor  # (T, n)
-    slope_max: Tensor  # (T, n)
     hidden: tuple[tuple[Tensor, Tensor], ...]  # (T, n, H_l, H_{l-1}), (T, n, H_l)
 
     def groups(self, rows: Sequence[Tensor | slice]) -> list["BlockWeights"]:
@@ -97,14 +102,12 @@ class BlockWeights:
         return BlockWeights._of(tuple(tensor[:, part] for tensor in self._tensors()))
 
     def _tensors(self) -> tuple[Tensor, ...]:
-        parts = (self.inner, self.outer, self.log_scale, self.slope_min, self.slope_max)
-        return (*parts, *sum(self.hidden, ()))
+        return (self.inner, self.outer, self.log_scale, *sum(self.hidden, ()))
 
     @staticmethod
     def _of(tensors: tuple[Tensor, ...]) -> "BlockWeights":
-        inner, outer, log_scale, slope_min, slope_max, *rest = tensors
-        hidden = tuple(zip(rest[::2], rest[1::2], strict=True))
-        return BlockWeights(inner, outer, log_scale, slope_min, slope_max, hidden)
+        inner, outer, log_scale, *rest = tensors
+        return BlockWeights(inner, outer, log_scale, tuple(zip(rest[::2], rest[1::2], strict=True)))
 
 
 class MonotoneStack(nn.Module):
@@ -172,34 +175,35 @@ class MonotoneStack(nn.Module):
             and self.activation.input_scale() is None
         )
 
-    def slope_interval(self) -> tuple[Tensor, Tensor]:
-        """Return bounds of the slope of each residual sum for s = 1, both of shape (T, D)."""
+    def slope_interval(self, weights: BlockWeights) -> tuple[Tensor, Tensor]:
+        """Return bounds of the slope of each residual sum, both of shape (T, n)."""
         low_slope, high_slope = self.activation.slope_min, self.activation.slope_max
-        low: Tensor = self.inner
-        high: Tensor = self.inner
-        for weight in [*self.hidden_weights, self._scaled_outer().unsqueeze(-2)]:
+        if not weights.hidden:
+            return _sum_interval(weights.inner * weights.outer, low_slope, high_slope)
+        low, high = weights.inner, weights.inner
+        for weight in [*(weight for weight, _ in weights.hidden), weights.outer.unsqueeze(-2)]:
             ends = torch.stack([low * low_slope, low * high_slope, high * low_slope, high * high_slope])
             low, high = ends.amin(0).unsqueeze(-1), ends.amax(0).unsqueeze(-1)
             up, down = weight.clamp(min=0), weight.clamp(max=0)
             low, high = (up @ low + down @ high).squeeze(-1), (up @ high + down @ low).squeeze(-1)
         return low.squeeze(-1), high.squeeze(-1)
 
-    def _scaled_outer(self) -> Tensor:
-        return self.outer if self.form.gain == 1.0 else self.outer * self.form.gain
-
     def weights(self) -> BlockWeights:
         """Return the weights with the bound applied; once for each evaluation."""
-        low, high = self.slope_interval()
-        bound = self.lipschitz / (-low).clamp(min=self.lipschitz)
+        if len(self.hidden_units) == 1:
+            slopes = (self.activation.slope_min, self.activation.slope_max)
+            inner, outer = _Bounded.apply(self.inner, self.outer, slopes, self.lipschitz, self.form.gain)
+            return BlockWeights(inner, outer, self.log_scale, ())
         hidden = tuple(zip(self.hidden_weights, self.hidden_biases, strict=True))
-        return BlockWeights(
-            self.inner * bound.unsqueeze(-1),
-            self._scaled_outer(),
-            self.log_scale,
-            (1 + bound * low).detach().clamp(min=1 - self.lipschitz),
-            (1 + bound * high).detach(),
-            hidden,
-        )
+        outer = self.outer if self.form.gain == 1.0 else self.outer * self.form.gain
+        low, _ = self.slope_interval(BlockWeights(self.inner, outer, self.log_scale, hidden))
+        bound = self.lipschitz / (-low).clamp(min=self.lipschitz)
+        return BlockWeights(self.inner * bound.unsqueeze(-1), outer, self.log_scale, hidden)
+
+    def slope_bounds(self, weights: BlockWeights) -> tuple[Tensor, Tensor]:
+        """Return bounds of the slope of each residual map, 1 added, for weights with the bound applied: (T, n)."""
+        low, high = self.slope_interval(weights)
+        return (1 + low).clamp(min=1 - self.lipschitz), 1 + high
 
     def _residual(
         self, y: Tensor, start: Tensor, weights: BlockWeights, t: int
@@ -259,7 +263,7 @@ class MonotoneStack(nn.Module):
         hidden: tuple[tuple[Tensor, Tensor], ...],
     ) -> tuple[Tensor, Tensor]:
         """Apply the stack by differentiable operations."""
-        weights = BlockWeights(inner, outer, log_scales, log_scales, log_scales, hidden)
+        weights = BlockWeights(inner, outer, log_scales, hidden)
         log_slope = torch.zeros_like(y)
         for t, (start, shift, log_scale) in enumerate(self._split(inputs, weights)):
             if self.form.affine_first:
@@ -282,17 +286,25 @@ class MonotoneStack(nn.Module):
         """
         y = target
         blocks = self._split(inputs, weights)
+        slopes = [bound.unsqueeze(-1).unbind() for bound in self.slope_bounds(weights)]
         for t in reversed(range(self.num_blocks)):
             start, shift, log_scale = blocks[t]
             if not self.form.affine_first:
                 y = (y - shift) * (-log_scale).exp()
-            y = self._inverse_residual(y, start, weights, t, solver, what)
+            y = self._inverse_residual(y, start, weights, t, (slopes[0][t], slopes[1][t]), solver, what)
             if self.form.affine_first:
                 y = y * (-log_scale).exp() - shift
         return y
 
     def _inverse_residual(
-        self, target: Tensor, start: Tensor, weights: BlockWeights, t: int, solver: Solver, what: str
+        self,
+        target: Tensor,
+        start: Tensor,
+        weights: BlockWeights,
+        t: int,
+        slopes: tuple[Tensor, Tensor],
+        solver: Solver,
+        what: str,
     ) -> Tensor:
         def function(y: Tensor) -> tuple[Tensor, Tensor]:
             residual, slope, _ = self._residual(y, start, weights, t)
@@ -300,19 +312,87 @@ class MonotoneStack(nn.Module):
 
         residual, slope, value = self._residual(target, start, weights, t)
         noise = torch.bmm(weights.outer[t].abs().unsqueeze(-2), value.abs()).squeeze(1)
-        low, high = weights.slope_min[t].unsqueeze(-1), weights.slope_max[t].unsqueeze(-1)
+        low, high = slopes
         # A first Newton step from the target, kept inside the bracket; a much better start than the target itself.
         initial = target - residual / (1 + slope).clamp(min=low, max=high)
         bounds = Bounds(low, high, noise)
         return solve_elementwise(function, target, bounds, initial=initial, solver=solver, what=what)
 
 
-def _log_scale(block: Tensor, own: Tensor, form: BlockForm) -> tuple[Tensor, Tensor | None]:
-    """Return the log-scale of a block, (n, 1) or (n, N), and the slope of its bounded part."""
+def _sum_interval(products: Tensor, low_slope: float, high_slope: float) -> tuple[Tensor, Tensor]:
+    """Return the ends of sums over the last dimension of products with slopes in an interval."""
+    down, up = products.clamp(max=0).sum(-1), products.clamp(min=0).sum(-1)
+    return high_slope * down + low_slope * up, low_slope * down + high_slope * up
+
+
+def _bound(
+    inner: Tensor, outer: Tensor, slopes: tuple[float, float], lipschitz: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return s, the products of the weights, and minus the lower end of the slope of their sum for s = 1."""
+    products = inner * outer
+    fall = products.clamp(max=0).sum(-1, keepdim=True) * -slopes[1]
+    if slopes[0]:
+        fall = fall - products.clamp(min=0).sum(-1, keepdim=True) * slopes[0]
+    return lipschitz / fall.clamp(min=lipschitz), products, fall
+
+
+class _Bounded(Operation):
+    """The weights u with the bound applied, and w multiplied by their gain; both of shape (T, D, H).
+
+    Where minus the lower end, f, is larger than c, :math:`s = c / f` has the derivative :math:`-s^2 / c`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, inner: Tensor, outer: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+        slopes, lipschitz, gain = options
+        outer = outer if gain == 1.0 else outer * gain
+        scale, products, fall = _bound(inner, outer, slopes, lipschitz)
+        ctx.save_for_backward(inner, outer, scale, products, fall)
+        ctx.options = options
+        return inner * scale, outer
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inner, outer, scale, products, fall = ctx.saved_tensors
+        slopes, lipschitz, gain = ctx.options
+        grad_inner, grad_outer = grads
+        if torch.is_grad_enabled():  # create_graph=True
+            scale, products, fall = _bound(inner, outer, slopes, lipschitz)
+        rate = (grad_inner * inner).sum(-1, keepdim=True) * (scale * scale / lipschitz) * (fall > lipschitz)
+        by_product = torch.where(products < 0, rate * slopes[1], rate * slopes[0])
+        grad_outer = torch.addcmul(grad_outer, by_product, inner)
+        return (
+            torch.addcmul(grad_inner * scale, by_product, outer),
+            grad_outer if gain == 1.0 else grad_outer * gain,
+            None,
+            None,
+            None,
+        )
+
+
+def _log_scales(parts: Tensor, own: Tensor, form: BlockForm) -> tuple[Tensor, Tensor | None]:
+    """Return the log-scales of all blocks, (n, T, 1, N) or (n, T, 1, 1), and the tanh of their bounded part."""
+    own = own.t()[..., None, None]
     if not form.conditional_scale:
-        return own.unsqueeze(-1), None
-    bounded = torch.tanh(block[:, form.hidden_units[0] + 1] / form.scale_range)
-    return own.unsqueeze(-1) + form.scale_range * bounded, 1 - bounded * bounded
+        return own, None
+    bounded = torch.tanh(parts[:, :, form.hidden_units[0] + 1 :] / form.scale_range)
+    return own + form.scale_range * bounded, bounded
+
+
+def _times(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply matrices of shape (n, T, 1, k) and (n, T, k, l)."""
+    return torch.bmm(left.flatten(0, 1), right.flatten(0, 1)).unflatten(0, left.shape[:2])
+
+
+def _plus_times(start: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Multiply such matrices, and add numbers of shape (n, T, 1, l)."""
+    parts = (part.flatten(0, 1) for part in (start, left, right))
+    return torch.baddbmm(*parts).unflatten(0, left.shape[:2])
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Put numbers of each block, (n, k, N), beside each other: (n, T, k, N)."""
+    return parts[0].unsqueeze(1) if len(parts) == 1 else torch.stack(list(parts), 1)
 
 
 _Options = tuple[type[Activation], BlockForm, Callable[..., tuple[Tensor, Tensor]]]
@@ -323,6 +403,8 @@ class _Stack(Operation):
 
     The arguments are those of :meth:`MonotoneStack.forward`, and as options the class of the activation, the form of
     the blocks and the same map of the five tensors by differentiable operations, for second derivatives.
+
+    Inside, numbers are of shape (n, T, H, N), and (n, T, 1, N) where there is one for each block.
     """
 
     @staticmethod
@@ -334,73 +416,104 @@ class _Stack(Operation):
     ) -> tuple[Tensor, Tensor]:
         inner, outer, log_scale, options = rest  # (T, n, H), (T, n, H), (T, n)
         activation, form, _ = options
-        hidden = inner.shape[-1]
-        both = outer * inner
-        start = y
-        total: Tensor | None = None
-        kept = []  # the value that enters each residual map
-        for t, block in enumerate(inputs.chunk(len(inner), 1)):
-            scale, _ = _log_scale(block, log_scale[t], form)
-            shift = block[:, hidden]
-            if form.affine_first:
-                y = (y + shift).mul_(scale.exp())
-            kept.append(y)
-            value, slope = activation.terms(
-                torch.addcmul(block[:, :hidden], inner[t].unsqueeze(-1), y.unsqueeze(1)), 1
-            )
-            y = y + torch.bmm(outer[t].unsqueeze(1), value).squeeze(1)
-            if not form.affine_first:
-                y.mul_(scale.exp()).add_(shift)
-            log_slope = torch.bmm(both[t].unsqueeze(1), slope).squeeze(1).log1p_().add_(scale)
-            total = log_slope if total is None else total.add_(log_slope)
-        ctx.save_for_backward(start, inputs, inner, outer, log_scale, *kept)
+        number, hidden = inner.shape[0], inner.shape[-1]
+        parts = inputs.unflatten(1, (number, -1))
+        scale, bounded = _log_scales(parts, log_scale, form)
+        factor = scale.exp()
+        starts, shifts = parts[:, :, :hidden].unbind(1), parts[:, :, hidden : hidden + 1].unbind(1)
+        factors = factor.unbind(1)
+        us, ws = inner.unsqueeze(-1).unbind(), outer.unsqueeze(-2).unbind()
+        both = (inner * outer).transpose(0, 1).unsqueeze(-2)
+        at_once = number if inputs.numel() <= TOGETHER else 1
+        order = 2 if at_once == number and any(ctx.needs_input_grad) else 1
+        entering, leaving, rhos = [], [], []  # the residual maps
+        terms: tuple[Tensor, ...] = ()
+        value = y.unsqueeze(1)
+        for first in range(0, number, at_once):
+            pres, images = [], []
+            for t in range(first, first + at_once):
+                if form.affine_first:
+                    value = (value + shifts[t]).mul_(factors[t])
+                entering.append(value)
+                pres.append(torch.addcmul(starts[t], us[t], value))
+                if at_once == 1:
+                    terms = tuple(term.unsqueeze(1) for term in activation.terms(pres[0], order))
+                    images = [terms[0].squeeze(1)]
+                else:
+                    images.append(activation.terms(pres[-1], 0)[0])
+                value = torch.baddbmm(value, ws[t], images[-1])
+                leaving.append(value)
+                if not form.affine_first:
+                    value = torch.addcmul(shifts[t], value, factors[t])
+            if at_once > 1:
+                by_value = activation.value_tells
+                terms = (
+                    activation.terms_of_value(torch.stack(images, 1), order)
+                    if by_value
+                    else activation.terms(torch.stack(pres, 1), order)
+                )
+            rhos.append(_times(both[:, first : first + at_once], terms[1]))
+        rho = rhos[0] if len(rhos) == 1 else torch.cat(rhos, 1)
+        total = torch.log1p(rho).add_(scale).sum(1)
+        around = _joined(entering), _joined(leaving)
+        kept = terms if order == 2 else ()
+        ctx.save_for_backward(y, inputs, inner, outer, log_scale, factor, bounded, rho, *around, *kept)
         ctx.options = options
-        assert total is not None
-        return y, total
+        return value.squeeze(1), total.squeeze(1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        start, inputs, inner, outer, log_scale, *kept = ctx.saved_tensors
+        start, inputs, inner, outer, log_scale, factor, bounded, rho, *kept = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
             return _stack_gradients(ctx, (start, inputs, inner, outer, log_scale), grads)
         activation, form, _ = ctx.options
-        grad, grad_log = grads
-        hidden = inner.shape[-1]
-        both = outer * inner
+        entering, leaving, *terms = kept
+        number, hidden = inner.shape[0], inner.shape[-1]
+        grad, grad_log = grads[0].unsqueeze(1), grads[1][:, None, None]
+        row_u, row_w = (weight.transpose(0, 1).unsqueeze(-2) for weight in (inner, outer))
+        u, w, both = row_u.mT, row_w.mT, (row_u * row_w).mT
+        steep = rho + 1
+        grad_rho = grad_log / steep
+        gains = (steep * factor).unbind(1)
         grad_inputs = torch.empty_like(inputs)
-        grad_inner, grad_outer = torch.empty_like(inner), torch.empty_like(outer)
-        grad_log_scale = torch.empty_like(log_scale)
-        blocks, grad_blocks = inputs.chunk(len(inner), 1), grad_inputs.chunk(len(inner), 1)
-        for t in reversed(range(len(inner))):
-            block, grad_block, y = blocks[t], grad_blocks[t], kept[t]
-            scale, bounded_slope = _log_scale(block, log_scale[t], form)
-            factor = scale.exp()
-            u, w, uw = inner[t].unsqueeze(-1), outer[t].unsqueeze(-1), both[t].unsqueeze(-1)  # (n, H, 1)
-            value, slope, curve = activation.terms(torch.addcmul(block[:, :hidden], u, y.unsqueeze(1)), 2)
-            if not form.affine_first:
-                grad_block[:, hidden] = grad
-                after = y + torch.bmm(w.transpose(1, 2), value).squeeze(1)
-                grad = grad * factor
-                grad_scale = grad * after
-            rho = torch.bmm(uw.transpose(1, 2), slope).squeeze(1)
-            grad_rho = grad_log / rho.add_(1)
-            column, column_rho = grad.unsqueeze(-1), grad_rho.unsqueeze(-1)  # (n, N, 1)
-            by_slope = torch.bmm(slope, column_rho)
-            grad_outer[t] = torch.baddbmm(u * by_slope, value, column).squeeze(-1)
-            grad_a = slope.mul_(grad.unsqueeze(1)).mul_(w)
-            grad_a.add_(curve.mul_(grad_rho.unsqueeze(1)).mul_(uw))
-            grad_inner[t] = torch.baddbmm(w * by_slope, grad_a, y.unsqueeze(-1)).squeeze(-1)
-            grad_block[:, :hidden] = grad_a
-            grad = grad + torch.bmm(u.transpose(1, 2), grad_a).squeeze(1)
+        parts, grad_parts = (x.unflatten(1, (number, -1)) for x in (inputs, grad_inputs))
+        at_once = number if terms else 1
+        found = []  # for u, w and the log-scales, from the last
+        for first in reversed(range(0, number, at_once)):
+            of = slice(first, first + at_once)
+            if not terms or at_once < number:
+                pre = torch.addcmul(parts[:, of, :hidden], u[:, of], entering[:, of])
+                terms = list(activation.terms(pre, 2))
+            value, slope, curve = terms
+            bent = (curve * both[:, of]).mul_(grad_rho[:, of])
+            pulled = _times(row_u[:, of], bent)
+            steps = (pulled * factor[:, of] if form.affine_first else pulled).unbind(1)
+            outs = []
+            for t in reversed(range(at_once)):
+                outs.append(grad)
+                grad = torch.addcmul(steps[t], grad, gains[first + t])
+            out = _joined(outs[::-1])
             if form.affine_first:
-                grad_scale = grad * y
-                grad = grad * factor
-                grad_block[:, hidden] = grad
+                inside = torch.addcmul(pulled, out, steep[:, of])
+                grad_shift, grad_scale = inside * factor[:, of], inside * entering[:, of]
+            else:
+                grad_shift, out = out, out * factor[:, of]
+                grad_scale = out * leaving[:, of]
             grad_scale = grad_scale + grad_log
-            grad_log_scale[t] = grad_scale.sum(-1)
-            if bounded_slope is not None:
-                grad_block[:, hidden + 1] = grad_scale * bounded_slope
-        return grad, grad_inputs, grad_inner, grad_outer, grad_log_scale, None
+            grad_pre = bent.addcmul_(slope * w[:, of], out)
+            by_rho = _times(grad_rho[:, of], slope.mT)
+            grad_u = _plus_times(row_w[:, of] * by_rho, entering[:, of], grad_pre.mT)
+            grad_w = _plus_times(row_u[:, of] * by_rho, out, value.mT)
+            found.append((grad_u.squeeze(2), grad_w.squeeze(2), grad_scale.sum((2, 3))))
+            grad_parts[:, of, :hidden] = grad_pre
+            grad_parts[:, of, hidden : hidden + 1] = grad_shift
+            if bounded is not None:
+                grad_parts[:, of, hidden + 1 :] = grad_scale * (1 - bounded[:, of] * bounded[:, of])
+        grads_of = [
+            (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).transpose(0, 1)
+            for parts in zip(*found[::-1], strict=True)
+        ]
+        return grad.squeeze(1), grad_inputs, *grads_of, None
 
 
 def _stack_gradients(

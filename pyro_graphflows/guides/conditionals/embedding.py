@@ -27,14 +27,13 @@ from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.conditionals.pooling import PoolMember, without_leading_ones
 from pyro_graphflows.guides.sites import FeatureMap
-from pyro_graphflows.regression import in_float64, location_and_scale
+from pyro_graphflows.regression import HELD_OUT, in_float64, location_and_scale, ridge_slopes
 
 __all__ = ["Embedding", "default_network"]
 
 WIDTH, LAYERS, FEATURES = 128, 2, 32  # of the default network
 LEAST_SPREAD = 1e-3  # of a principal component, in units of the mean variance: below it counts as so much
 RIDGES = (1e-4, 1e-2, 1.0)  # times the number of rows
-HELD_OUT = 5  # one in so many rows chooses among them
 LEAST_VARIANCE = 1e-6  # of a column given the latents, in units of its own
 TIE = 1.1  # of mean squares: up to it the estimates column by column are taken
 
@@ -59,19 +58,17 @@ class _Nothing(nn.Module):
         return columns[..., :0]
 
 
-def _solved(inputs: Tensor, targets: Tensor, ridge: float) -> Tensor:
-    """Return the ridge regression of targets on inputs, ``(inputs, targets)``."""
-    eye = torch.eye(inputs.shape[-1], dtype=inputs.dtype, device=inputs.device)
-    return torch.linalg.solve(inputs.mT @ inputs + ridge * len(inputs) * eye, inputs.mT @ targets)
+def _best_ridge(inputs: Tensor, targets: Tensor, test: Tensor) -> tuple[float, Tensor, Tensor]:
+    """Return the ridge with which rows of a test are best predicted from the others.
 
-
-def _best_ridge(inputs: Tensor, targets: Tensor, test: Tensor) -> tuple[float, Tensor]:
-    """Return the ridge that predicts the rows of a test best from the others, and its mean squares for each target."""
+    Beside it are the slopes, and the mean squares of what they leave of each target.
+    """
     found = []
-    for ridge in RIDGES:
-        misfit = targets[test] - inputs[test] @ _solved(inputs[~test], targets[~test], ridge)
-        found.append((ridge, misfit.square().mean(0)))
-    return min(found, key=lambda each: float(each[1].mean()))
+    slopes = ridge_slopes(inputs[~test], targets[~test], *RIDGES)
+    for ridge, each in zip(RIDGES, slopes, strict=True):
+        misfit = targets[test] - inputs[test] @ each
+        found.append((ridge, each, misfit.square().mean(0)))
+    return min(found, key=lambda one: float(one[2].mean()))
 
 
 def _by_column(slopes: Tensor, variances: Tensor, covariance: Tensor) -> Tensor:
@@ -103,14 +100,14 @@ def linear_estimates(columns: Tensor, latents: Tensor) -> Tensor:
         latents: Standardised latents in rows, ``(n, latents)``.
     """
     test = torch.arange(len(columns), device=columns.device) % HELD_OUT == 0
-    ridge, misfits = _best_ridge(columns, latents, test)
-    other, variances = _best_ridge(latents, columns, test)
+    ridge, _, misfits = _best_ridge(columns, latents, test)
+    other, slopes, variances = _best_ridge(latents, columns, test)
     covariance = latents.mT @ latents / len(latents)
-    tried = _by_column(_solved(latents[~test], columns[~test], other), variances, covariance)
+    tried = _by_column(slopes, variances, covariance)
     of_tried = (latents[test] - columns[test] @ tried).square().mean()
     if bool(of_tried <= TIE * misfits.mean()):
-        return _by_column(_solved(latents, columns, other), variances, covariance)
-    return _solved(columns, latents, ridge)
+        return _by_column(next(ridge_slopes(latents, columns, other)), variances, covariance)
+    return next(ridge_slopes(columns, latents, ridge))
 
 
 class Embedding(nn.Module):

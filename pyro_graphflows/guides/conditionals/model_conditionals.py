@@ -7,10 +7,11 @@ hidden from Pyro's handlers, keeps running statistics of networks as they are, d
 is differentiable with respect to the given values and to the model's parameters.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -38,9 +39,11 @@ class _Given(Messenger):
         latents: Mapping[str, Tensor],
         observed: Mapping[str, Tensor],
         indices: Mapping[str, Tensor],
+        widths: Mapping[str, Sequence[int]],
     ) -> None:
         super().__init__()
         self.wanted, self.latents, self.observed, self.indices = wanted, latents, observed, indices
+        self.widths = widths
         self.found: dict[str, Any] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -63,7 +66,10 @@ class _Given(Messenger):
         elif name in self.observed:
             msg["value"], msg["done"], msg["is_observed"] = self.observed[name], True, True
         elif not msg["is_observed"] and not msg["done"]:
-            msg["value"], msg["done"] = _placeholder(msg["fn"]), True
+            value = _placeholder(msg["fn"])
+            if name in self.widths:
+                value = value.expand(np.broadcast_shapes(value.shape, self.widths[name]))
+            msg["value"], msg["done"] = value, True
 
     def _give_indices(self, msg: Any) -> None:
         fn, name = msg["fn"], msg["name"]
@@ -166,6 +172,7 @@ class ModelConditionals:
         latents: Mapping[str, Tensor],
         observed: Mapping[str, Tensor] | None = None,
         indices: Mapping[str, Tensor] | None = None,
+        widths: Mapping[str, Sequence[int]] | None = None,
     ) -> dict[str, dist.TorchDistribution]:
         """Return the model's distributions of some latent sites at given values of other sites.
 
@@ -177,6 +184,8 @@ class ModelConditionals:
             latents: Values of latent sites; further dimensions on the left (particles) are for the model to broadcast.
             observed: Values of observed sites that replace those of the model.
             indices: The indices of subsampled plates.
+            widths: For latent sites a shape that theirs is broadcast with where they have no value. With the
+                dimensions that given values have on the left, models can join these sites to the given ones.
 
         Returns:
             The distributions as they are at the sites: expanded by plates, with masks and event dimensions.
@@ -188,7 +197,7 @@ class ModelConditionals:
         names = frozenset(wanted)
         if not names:
             return {}
-        given = _Given(names, latents, observed or {}, indices or {})
+        given = _Given(names, latents, observed or {}, indices or {}, widths or {})
         self.runs += 1
         # Parameters out of their range are for whoever reads the distributions, who knows the site and the remedy.
         with kept_running_statistics(), poutine.block(), pyro.validation_enabled(False):
