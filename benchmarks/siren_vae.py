@@ -4,8 +4,8 @@
 
 All models of a network are timed in one process, in turns, so that a busy machine slows all of them alike; the
 figure is the median of processor times of one step (forward, backward, Adam; batch 100, float32, one thread). The
-models have the default sizes of their classes. With ``--results`` the times become the line ``speed`` of that file,
-which ``studies/siren_vae/report.py`` shows.
+models have the default sizes and engines of their classes. With ``--results`` the times become the line ``speed`` of
+that file, which ``studies/siren_vae/report.py`` shows.
 
 *Full Jacobian* is the graphical model whose log-determinants come from the Jacobian of each datum, as in Mouton and
 Kroon (2022), instead of one pass over the weights between units of the same owner; both give the same numbers, which is
@@ -80,7 +80,7 @@ def make(graph, x):
     models = {
         "VAE": VAE(graph),
         "true, faithful": SIReNVAE(graph),
-        "true, graphical": SIReNVAE(graph, flow="graphical", engine="dense"),
+        "true, graphical": SIReNVAE(graph, flow="graphical"),
         "true, graphical, full Jacobian": FullJacobianVAE(graph, flow="graphical", engine="dense"),
         "FC, faithful": SIReNVAE.from_variant(graph, "FC"),
         "FC, graphical": SIReNVAE.from_variant(graph, "FC", flow="graphical"),

@@ -46,6 +46,20 @@ def data():
 # ---------------------------------------------------------------- shapes
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.zeros(5), r"a value of 'z' of shape \(12,\) in this call, or with more .*; got \(5,\)"),
+        ([0.0] * 12, r"a tensor of values of 'z' of event shape \(\); got list"),
+    ],
+)
+def test_latents_of_another_shape(data, value, message):
+    guide = auto_faithful_guide(model, *data)
+    with pytest.raises(GraphflowsError, match=message):
+        guide.log_prob({"z": value}, *data)
+    assert guide.log_prob({"z": torch.zeros(3, 12)}, *data).shape == (3, 12)
+
+
 @FAMILIES
 def test_a_column_of_data(data, family):
     x, y = data

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import pickle
 import struct
 import subprocess
 import sys
@@ -369,6 +370,30 @@ def test_a_file_of_another_model_is_refused(tmp_path):
         with pytest.raises(UnsupportedModelError, match=message):
             load_guide(path, model)(X)
     assert load_guide(path, with_an_option)(X)["z"].shape == (12,)
+
+
+def test_guides_of_every_support_are_copied_and_pickled():
+    """Copies have supports of their own, which are no others for that."""
+
+    def model(y):
+        on = pyro.sample("on", dist.Bernoulli(0.3))
+        kind = pyro.sample("kind", dist.OneHotCategorical(torch.ones(3)))
+        share = pyro.sample("share", dist.Beta(2.0, 2.0))
+        rates = pyro.sample("rates", dist.Dirichlet(torch.ones(2)))
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        mean = on + kind @ torch.arange(3.0) + share + rates[0]
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(mean, scale), obs=y)
+
+    guide = auto_faithful_guide(model, X, num_start_samples=100)
+    seen = []
+    for copied in (guide, copy.deepcopy(guide), pickle.loads(pickle.dumps(guide))):
+        copied.bind(model)
+        pyro.set_rng_seed(1)
+        seen.append(copied(X))
+    for other in seen[1:]:
+        assert other.keys() == seen[0].keys()
+        assert all(torch.equal(other[name], value) for name, value in seen[0].items())
 
 
 def test_a_file_of_another_version_is_refused(tmp_path):

@@ -85,9 +85,14 @@ def test_observed_parents_of_observed_sites():
     assert gap(autoregression, guide, exact, x, y) < 0.2
 
 
-def test_data_used_directly_start_at_the_prior_and_say_so():
+def test_data_used_directly_start_near_the_mode_and_say_so():
     x, y = 100 + torch.randn(20), 100 + torch.randn(20)
     guide = auto_faithful_guide(chain_by_data, x, y)
+    assert "use the value that pyro.sample returns" in guide.describe()
+    assert "the start is 'mode'" in str(guide.describe(verbose=True))
+    exact = dist.Normal(0.0, 2**0.5).log_prob(x).sum() + dist.Normal(x, 2**0.5).log_prob(y).sum()
+    assert gap(chain_by_data, guide, exact, x, y) < 0.2
+    guide = auto_faithful_guide(chain_by_data, x, y, init="regression")
     assert "start at their prior" in guide.describe()
     assert "use the value that pyro.sample returns" in guide.describe()
     assert ((guide.median(x, y)["w"] - x).abs() < 0.2).all()  # the prior of w given x
@@ -149,9 +154,13 @@ def optional_by_mask(y):
 def test_missing_data_masked_inside_the_model(model, family):
     y = 50 + 4 * torch.randn(30)
     y[::3] = float("nan")
-    guide = auto_faithful_guide(model, y, family=family)
+    seen = ~torch.isnan(y)
+    exact = dist.Normal(50.0, 13**0.5).log_prob(y[seen]).sum()
+    near = auto_faithful_guide(model, y, family=family)  # starts near the mode
+    expected = torch.where(seen, 50 + (y.nan_to_num() - 50) * 9 / 13, 50.0)
+    assert ((near.median(y)["z"] - expected).abs() < 0.5).all()
+    guide = auto_faithful_guide(model, y, family=family, init="regression")
     assert ((guide.median(y)["z"] - 50).abs() < 1.0).all()  # the prior
-    exact = dist.Normal(50.0, 13**0.5).log_prob(y[~torch.isnan(y)]).sum()
     svi = SVI(
         model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO(num_particles=5, vectorize_particles=True)
     )
@@ -176,7 +185,10 @@ def test_obs_mask_keeps_the_regression_start():
     assert (guide.median(y)["z"] - expected).abs().mean() < 1.0
 
 
-def test_scaled_latents_start_at_the_prior():
+@pytest.mark.parametrize("init", ["auto", "regression"])
+def test_scaled_latents(init):
+    """The best guide is the prior times the likelihood to the inverse power of the scale."""
+
     def model(x):
         with pyro.plate("d", len(x)):
             with poutine.scale(scale=0.5):
@@ -184,10 +196,60 @@ def test_scaled_latents_start_at_the_prior():
             pyro.sample("x", dist.Normal(z, 10.0), obs=x)
 
     x = 300 + 20 * torch.randn(10)
-    guide = auto_faithful_guide(model, x)
-    found = guide.median(x)["z"]
-    assert ((found - 300).abs() < 30).all()
+    guide = auto_faithful_guide(model, x, init=init)
     assert "poutine.scale" in guide.describe()
+    if init == "regression":  # at the prior
+        assert ((guide.median(x)["z"] - 300).abs() < 30).all()
+        return
+    sd = (20.0**-2 + 2 * 10.0**-2) ** -0.5
+    assert ((guide.median(x)["z"] - sd**2 * (300 / 20.0**2 + 2 * x / 10.0**2)).abs() < 0.5).all()
+    with torch.no_grad():
+        z = torch.stack([guide(x)["z"] for _ in range(1000)])
+    assert (z.std(0) / sd - 1).abs().max() < 0.12  # five standard errors
+
+
+def test_scaling_all_sites_alike_changes_no_start():
+    """An ELBO in nats per datum, as many users write it."""
+    x, y = torch.randn(20), torch.randn(20)
+    guide = auto_faithful_guide(poutine.scale(chain, scale=1 / 20), x, y)
+    assert "no regression start" not in guide.describe()
+    exact = dist.Normal(0.0, 2**0.5).log_prob(x).sum() + dist.Normal(x, 2**0.5).log_prob(y).sum()
+    assert gap(poutine.scale(chain, scale=1 / 20), guide, exact / 20, x, y) < 0.01
+
+
+@pytest.mark.parametrize("sd", [0.3, 10.0])
+def test_half_observed_regressions_start_at_the_posterior(sd):
+    """The elements that are observed count in no density of the unobserved ones: a normal has any width there."""
+
+    def model(x, seen, y):
+        weights = pyro.sample("weights", dist.Normal(torch.zeros(2), 3.0).to_event(1))
+        mean = (x * weights.unsqueeze(-2)).sum(-1)
+        with pyro.plate("d", len(y)):
+            pyro.sample("y", dist.Normal(mean, sd), obs=y, obs_mask=seen)
+
+    x, seen = torch.randn(40, 2), torch.rand(40) > 0.3
+    y = x @ torch.tensor([1.0, -2.0]) + sd * torch.randn(40)
+    guide = auto_faithful_guide(model, x, seen, y)
+    covariance = sd**2 * torch.eye(40) + 9.0 * x @ x.mT
+    exact = dist.MultivariateNormal(torch.zeros(int(seen.sum())), covariance[seen][:, seen]).log_prob(y[seen])
+    with torch.no_grad():
+        loss = sum(Trace_ELBO().loss(model, guide, x, seen, y) for _ in range(500)) / 500
+    assert abs(loss + float(exact)) < 0.1
+
+
+def test_masked_data_of_local_latents_start_near_the_mode():
+    def model(seen, y):
+        with pyro.plate("d", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 2.0))
+            with poutine.mask(mask=seen):
+                pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    seen, y = torch.rand(20) > 0.2, 4 * torch.randn(20)
+    guide = auto_faithful_guide(model, seen, y)
+    exact = dist.Normal(0.0, 5**0.5).log_prob(y)[seen].sum()
+    assert gap(model, guide, exact, seen, y) < 0.5 * gap(
+        model, auto_faithful_guide(model, seen, y, init="prior"), exact, seen, y
+    )
 
 
 # ---------------------------------------------------------------- values that the user gives

@@ -189,7 +189,7 @@ def test_the_callers_random_states_are_as_before(what):
 def test_setup_seed_is_what_matters():
     one, other = made_at(0, products, (Y,), **FEW), made_at(0, products, (Y,), setup_seed=1, **FEW)
     assert any(not torch.equal(value, other[3][name]) for name, value in one[3].items())
-    with pytest.raises(GraphflowsError, match="setup_seed >= 0; got -1"):
+    with pytest.raises(GraphflowsError, match="setup_seed >= 0, a whole number; got -1"):
         auto_faithful_guide(products, setup_seed=-1)
 
 

@@ -749,3 +749,25 @@ def test_plates_that_are_indexed_are_said_of_the_trace():
     assert traced.graph.plates["x"] == ("data",)
     assert traced.event_dims["x"] == 1
     assert "ind" not in traced.graph.inputs
+
+
+@pytest.mark.parametrize("handler", ["replay", "condition"])
+def test_rows_that_a_handler_replays_are_those_that_the_guide_reads(handler):
+    """Otherwise latents of some rows would have their density given the data of others."""
+
+    def model(x, y, rows=None):
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x), subsample_size=10, subsample=rows) as i:
+            z = pyro.sample("z", dist.Normal(0.0, 2.0))
+            pyro.sample("y", dist.Normal(slope * x[i] + z, 0.1), obs=y[i])
+
+    x, y = torch.randn(40), 3 * torch.randn(40)
+    guide = auto_faithful_guide(model, x, y)
+    drawn = poutine.trace(guide).get_trace(x, y)
+    values = {name: node["value"] for name, node in drawn.nodes.items() if node["type"] == "sample"}
+    around = poutine.replay(guide, drawn) if handler == "replay" else poutine.condition(guide, values)
+    again = poutine.trace(around).get_trace(x, y)
+    torch.testing.assert_close(again.log_prob_sum(), drawn.log_prob_sum())
+    rows = values.pop("data")
+    given = poutine.trace(poutine.condition(guide, values)).get_trace(x, y, rows)
+    torch.testing.assert_close(again.log_prob_sum(), given.log_prob_sum())

@@ -156,7 +156,7 @@ def test_matrix_prior_is_exact(diagonal):
     assert torch.allclose(mean, wanted, atol=1e-10)
     assert torch.equal(tril, tril.tril())
     assert (tril.diagonal(dim1=-2, dim2=-1) > 0).all()
-    again = fuse_matrix(loc, root, m, precision)
+    again = fuse_matrix(loc, root, m, torch.diag_embed(precision.sqrt()) if diagonal else half.mT)
     assert torch.allclose(again[0], mean)
     assert torch.allclose(again[1], tril)
     points = torch.randn(2, *batch, d)
@@ -173,7 +173,7 @@ def test_matrix_prior_is_exact(diagonal):
 def test_matrix_agrees_with_elementwise():
     a, log_b, m, log_s = torch.randn(4, 5)
     mean, log_sd = fuse(a, log_b, m, log_s)
-    matrix = fuse_matrix(a, torch.diag(log_b.exp()), m, torch.exp(-2 * log_s))
+    matrix = fuse_matrix(a, torch.diag(log_b.exp()), m, torch.diag(torch.exp(-log_s)))
     assert torch.allclose(matrix[0], mean)
     assert torch.allclose(matrix[1].diagonal().log(), log_sd)
 
@@ -183,14 +183,36 @@ def test_matrix_in_single_precision():
     t = torch.linspace(0, 1, 20)
     covariance = torch.exp(-((t[:, None] - t) ** 2) / 0.1) + 1e-5 * torch.eye(20)
     root, precision, m = torch.linalg.cholesky(covariance), 4 * torch.ones(20), torch.sin(6 * t)
-    mean, tril = fuse_matrix(torch.zeros(20), root, m, precision)
-    single = fuse_matrix(*(x.float() for x in (torch.zeros(20), root, m, precision)))
+    given = torch.zeros(20), root, m, torch.diag(precision.sqrt())
+    mean, tril = fuse_matrix(*given)
+    single = fuse_matrix(*(x.float() for x in given))
     assert (single[0] - mean).abs().max() < 2e-6
     assert ((single[1] @ single[1].mT) - tril @ tril.mT).abs().max() < 2e-6
     root32 = root.float()
     prior32 = torch.cholesky_inverse(root32)
     by_inverses = torch.linalg.inv(prior32 + torch.diag(precision.float()))
     assert (by_inverses - tril @ tril.mT).abs().max() > 2e-6  # the textbook form is worse
+
+
+@pytest.mark.parametrize("narrow", [1e3, 1e6, 1e10])
+def test_matrix_of_a_factor_that_is_narrow_in_one_direction(narrow):
+    """A sum known to many digits more than its parts: in single precision one plus its square is that square."""
+    root, m = torch.tensor([[2.0, 0.0], [1.0, 1.5]]), torch.tensor([0.5, -1.0])
+    factor = torch.tensor([[narrow, narrow], [0.0, 1e-6]])
+    ones = torch.ones(2)
+    covariance = root @ root.mT  # given that the sum is zero, the rest is the difference
+    total, cross = covariance.sum(), covariance.sum(-1)
+    given_sum = covariance - cross.unsqueeze(-1) * cross / total
+    exact = ones + cross * (m.sum() - ones.sum()) / total
+    given = [ones, root, m, factor]
+    inputs = [x.float().requires_grad_() for x in given]
+    mean, tril = fuse_matrix(*inputs)
+    found = tril.detach()
+    assert torch.allclose((found @ found.mT).double(), given_sum, rtol=1e-3, atol=0)
+    assert torch.allclose(mean.double(), exact, rtol=0, atol=1e-2)
+    assert abs(float(found[1, 1]) * narrow - 1) < 1e-3
+    for gradient in torch.autograd.grad(mean.sum() + tril.diagonal().log().sum(), inputs):
+        assert bool(gradient.isfinite().all())
 
 
 def test_logits():

@@ -48,7 +48,9 @@ def test_defaults():
             {"init": "zero"},
             "Expected init= one of 'auto', 'regression', 'mode', 'prior', 'random'; got 'zero'",
         ),
-        ({"num_start_samples": 0}, "Expected num_start_samples >= 1; got 0"),
+        ({"num_start_samples": 0}, "Expected num_start_samples >= 1, a whole number; got 0"),
+        ({"num_start_samples": 2.5}, "Expected num_start_samples >= 1, a whole number; got 2.5"),
+        ({"setup_seed": "a"}, "Expected setup_seed >= 0, a whole number; got 'a'"),
         ({"resolution": "pixel"}, "Expected resolution='auto', 'site' or 'element'; got 'pixel'"),
         (
             {"pool": "mean"},

@@ -306,7 +306,7 @@ def test_what_a_user_may_get_wrong_is_named(data):
 
     with pytest.raises(TypeError, match="hidden_layer"):
         auto_faithful_guide(regression, *data, hidden_layer=2)
-    wrong("num_start_samples >= 1; got 0", num_start_samples=0)
+    wrong("num_start_samples >= 1, a whole number; got 0", num_start_samples=0)
     wrong("subclass of Factor, or family object}; got 3 for 'slope'", factors={"slope": 3})
     wrong("factors= of latent sites, slope, .*; got q", factors={"q": NormalFactor})
     guide = auto_faithful_guide(regression, *data, num_start_samples=100)

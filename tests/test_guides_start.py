@@ -194,18 +194,41 @@ def test_a_start_at_the_prior_is_the_prior():
     assert abs(float(z.std()) - 2) < 0.2
 
 
-def test_factors_start_at_the_prior():
+def test_factors_start_near_the_mode():
     def model(y):
         z = pyro.sample("z", dist.Normal(0.0, 10.0))
         pyro.factor("soft", -0.5 * (z - 7.0) ** 2)
         pyro.sample("y", dist.Normal(z, 10.0), obs=y)
 
+    def draws(init):
+        guide = auto_faithful_guide(model, y, init=init)
+        with torch.no_grad():
+            return torch.stack([guide(y)["z"] for _ in range(2000)])
+
     y = torch.tensor(6.0)
-    guide = auto_faithful_guide(model, y, init="auto")
-    assert "the start is 'prior'" in str(guide.describe(verbose=True))
-    with torch.no_grad():
-        z = torch.stack([guide(y)["z"] for _ in range(2000)])
-    assert abs(float(z.std()) / 10 - 1) < 0.1
+    z, precision = draws("auto"), 1.02
+    assert abs(float(z.mean()) - (7.0 + 0.06) / precision) < 0.1
+    assert abs(float(z.std()) * precision**0.5 - 1) < 0.1
+    assert abs(float(draws("regression").std()) / 10 - 1) < 0.1  # there are no joint samples: the prior
+
+
+def test_amortised_guides_whose_regression_is_far_off_start_near_the_mode():
+    """Draws of a wide prior are worse than any start, so that one must not be kept for being better than they."""
+
+    def model(y):
+        with pyro.plate("d", len(y)):
+            p = pyro.sample("p", dist.Dirichlet(0.5 * torch.ones(4)))
+            pyro.sample("y", dist.Multinomial(50, p, validate_args=False), obs=y)
+
+    y = dist.Multinomial(50, torch.tensor([0.1, 0.2, 0.3, 0.4])).sample((12,))
+    guide = auto_faithful_guide(model, y)
+    assert "For data that the model simulates: regression" in str(guide.describe(verbose=True))
+    exact = float(dist.DirichletMultinomial(0.5 * torch.ones(4), 50).log_prob(y).sum())
+    gaps = [
+        loss_of(model, each, y, number=100) + exact
+        for each in (guide, auto_faithful_guide(model, y, init="regression"))
+    ]
+    assert 0 < gaps[0] < 0.1 * gaps[1]  # 2 nats, and 240
 
 
 def test_wide_data_do_not_slow_down_a_search_among_orders():

@@ -9,7 +9,8 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro_graphflows import auto_faithful_guide
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.infer import default_optimizer
-from pyro_graphflows.infer.optimizers import FallingAdam
+from pyro_graphflows.infer.optimizers import FallingAdam, make_optimizer
+from pyro_graphflows.infer.parameters import ParameterSet
 
 
 def test_the_rate_stays_and_then_falls_to_a_hundredth():
@@ -71,3 +72,9 @@ def test_regression_in_raw_units_by_svi():
     with torch.no_grad():
         loss = sum(svi.evaluate_loss() for _ in range(100)) / 100
     assert -0.05 < loss + float(exact) < 0.1
+
+
+@pytest.mark.parametrize("rate", [-1.0, float("nan"), float("inf")])
+def test_rates_that_are_none_are_refused_in_words(rate):
+    with pytest.raises(GraphflowsError, match=f"finite and not negative; got {rate}"):
+        make_optimizer(rate, ParameterSet(guide=torch.nn.Linear(1, 1)))

@@ -8,7 +8,7 @@ import torch
 from pyro_graphflows.guides import auto_faithful_guide
 from pyro_graphflows.infer import Simulations
 from studies.results import Results
-from studies.sbibm import report, run, tasks
+from studies.sbibm import rates, report, run, tasks
 from studies.sbibm.c2st import c2st
 from studies.sbibm.tasks import (
     Box,
@@ -169,6 +169,23 @@ def test_distractors_stand_beside_the_points(tmp_path, monkeypatch):
     guide = auto_faithful_guide(slcp_distractors, x, num_start_samples=100, **options)
     assert all("distractors" not in parents for parents in guide.inverse.parents.values())
     tasks._distractors.cache_clear()
+
+
+def test_losses_by_rate(monkeypatch, capsys):
+    """The posterior is known, and so is its entropy: the guide is linear-Gaussian and starts near it."""
+    task = Toy("gaussian_linear", gaussian_linear, columns, (2,), {})
+    monkeypatch.setitem(tasks.TASKS, "gaussian_linear", task)
+    found = {rate: rates.losses(task, rate, 300, 0, "normal") for rate in (1e-3, 1e-2)}
+    exact = math.log(2 * math.pi * math.e * 0.05)  # of two numbers with variance 0.05
+    for each in found.values():
+        assert each.shape == (rates.FRESH,)
+        assert -4 * each.std() / rates.FRESH**0.5 < each.mean() - exact < 0.1
+    cells = rates.line("gaussian_linear", 0, found)
+    change = (found[1e-2] - found[1e-3]).mean().item()
+    assert f"({change:+.3f} ± " in cells[3]
+    flags = ["--tasks", "gaussian_linear", "--rates", "1e-3", "--seeds", "0", "--simulations", "300"]
+    rates.main([*flags, "--family", "normal"])
+    assert f"| gaussian_linear | 0 | {found[1e-3].mean():.3f} |" in capsys.readouterr().out
 
 
 def test_a_row_from_training_to_page(tmp_path, monkeypatch):

@@ -19,6 +19,8 @@ import math
 import torch
 from torch import Tensor
 
+from pyro_graphflows.regression import in_float64
+
 __all__ = [
     "fuse",
     "fuse_logits",
@@ -153,31 +155,52 @@ def fuse_natural_matrix(
     else:
         scaled, pull = precision.unsqueeze(-1) * scale_tril, weighted - precision * loc
     inner = scale_tril.mT @ scaled
-    eye = torch.eye(loc.shape[-1], dtype=inner.dtype, device=inner.device)
-    # Upper factor R of I + L' Lambda L = R R', from a Cholesky factorisation in reversed order: then L R^-T is lower.
-    reversed_ = torch.linalg.cholesky((eye + 0.5 * (inner + inner.mT)).flip(-1, -2)).flip(-1, -2)
-    tril = torch.linalg.solve_triangular(reversed_.mT, scale_tril, upper=False, left=False)
-    mean = loc + (tril @ (tril.mT @ pull.unsqueeze(-1))).squeeze(-1)
-    return mean, tril
+    tril = _divided(scale_tril, torch.linalg.cholesky(_reversed_sum(0.5 * (inner + inner.mT))))
+    return loc + (tril @ (tril.mT @ pull.unsqueeze(-1))).squeeze(-1), tril
 
 
 def fuse_matrix(
-    loc: Tensor, scale_tril: Tensor, factor_loc: Tensor, factor_precision: Tensor
+    loc: Tensor, scale_tril: Tensor, factor_loc: Tensor, factor_root: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return mean and Cholesky factor of a multivariate normal prior times a factor given by its location.
+    r"""Return mean and Cholesky factor of a multivariate normal prior times a factor given by its location.
+
+    The factor's precision is :math:`U^\top U`. With :math:`L L^\top` the prior's covariance, the covariance is
+    :math:`L (I + (U L)^\top U L)^{-1} L^\top`.
 
     Args:
-        loc: The prior's mean.
-        scale_tril: The Cholesky factor of its covariance.
+        loc: The prior's mean, shape ``(*batch, d)``.
+        scale_tril: The Cholesky factor ``L`` of its covariance, shape ``(*batch, d, d)``.
         factor_loc: The factor's location, shape ``(*batch, d)``.
-        factor_precision: The factor's precision, a diagonal or a matrix; see :func:`fuse_natural_matrix`.
+        factor_root: The root ``U`` of its precision, shape ``(*batch, k, d)``.
+
+    Returns:
+        The mean, and a lower triangular matrix with a positive diagonal.
     """
-    if factor_precision.dim() == factor_loc.dim() + 1:
-        pull = (factor_precision @ (factor_loc - loc).unsqueeze(-1)).squeeze(-1)
-    else:
-        pull = factor_precision * (factor_loc - loc)
-    shift, tril = fuse_natural_matrix(torch.zeros_like(loc), scale_tril, factor_precision, pull)
-    return loc + shift, tril
+    # A factor that is narrower than the prior in some directions, by more than a number in single precision has digits,
+    # would hide what the prior says of the others.
+    scaled = in_float64(factor_root) @ in_float64(scale_tril)
+    apart = in_float64(factor_root @ (factor_loc - loc).unsqueeze(-1))
+    try:
+        root = torch.linalg.cholesky(_reversed_sum(scaled.mT @ scaled))
+        moves = torch.linalg.solve_triangular(root, (scaled.mT @ apart).flip(-2), upper=False)
+    except RuntimeError:  # narrower by more than one in double precision has
+        eye = torch.eye(scaled.shape[-1]).to(scaled).expand(*scaled.shape[:-2], -1, -1)
+        orthogonal, upper = torch.linalg.qr(torch.cat([eye, scaled], -2).flip(-1))
+        signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-1)
+        root = (signs * upper).mT
+        moves = signs * (orthogonal[..., eye.shape[-1] :, :].mT @ apart)
+    tril = _divided(scale_tril, root.to(scale_tril))
+    return loc + (tril @ moves.flip(-2).to(tril)).squeeze(-1), tril
+
+
+def _reversed_sum(inner: Tensor) -> Tensor:
+    """Return the identity plus a matrix, with rows and columns in reversed order."""
+    return (torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device) + inner).flip(-1, -2)
+
+
+def _divided(scale_tril: Tensor, root: Tensor) -> Tensor:
+    r"""Return :math:`L R^{-\top}`, lower triangular, from the Cholesky factor of :math:`R R^\top` in reversed order."""
+    return torch.linalg.solve_triangular(root.flip(-1, -2).mT, scale_tril, upper=False, left=False)
 
 
 def fuse_logits(prior_logits: Tensor, logits: Tensor) -> Tensor:

@@ -196,8 +196,10 @@ class GuideOptions:
         if self.init not in INITS:
             names = ", ".join(map(repr, INITS))
             raise GraphflowsError(f"Expected init= one of {names}; got {self.init!r}.")
-        if self.num_start_samples < 1:
-            raise GraphflowsError(f"Expected num_start_samples >= 1; got {self.num_start_samples}.")
+        if not isinstance(self.num_start_samples, int) or self.num_start_samples < 1:
+            raise GraphflowsError(
+                f"Expected num_start_samples >= 1, a whole number; got {self.num_start_samples!r}."
+            )
         for name, network in self.embedding.items():
             if not isinstance(network, nn.Module) and network not in ("auto", "linear"):
                 raise GraphflowsError(
@@ -228,8 +230,8 @@ class GuideOptions:
                 raise GraphflowsError(
                     f"Expected init_values={{site: tensor}}; got {type(value).__name__} for {name!r}."
                 )
-        if self.setup_seed < 0:
-            raise GraphflowsError(f"Expected setup_seed >= 0; got {self.setup_seed}.")
+        if not isinstance(self.setup_seed, int) or self.setup_seed < 0:
+            raise GraphflowsError(f"Expected setup_seed >= 0, a whole number; got {self.setup_seed!r}.")
         for name, kind in self.factors.items():
             if not (isinstance(kind, Family) or (isinstance(kind, type) and issubclass(kind, Factor))):
                 raise GraphflowsError(

@@ -434,13 +434,22 @@ class AutoFaithfulGuide(AutoGuide):
             if chosen_indices(plate._indices, plate.size) is not None
         }
         call = self._reader.read(self.model, args, kwargs, observations, indices)
+        self.plates = call.make_plates(existing)
+        replayed = {
+            name: torch.as_tensor(self.plates[name]._indices)
+            for name, state in call.plates.items()
+            if name not in existing
+            and state.indices is not None
+            and self.plates[name]._indices is not state.indices
+        }
+        if replayed:  # a handler around the guide has other rows than the model drew: those are the call's
+            call = self._reader.read(self.model, args, kwargs, observations, {**indices, **replayed})
         if call.given:
             call.require_given_in_support()
             observed = frozenset(call.given)
             if observed not in self._served:
                 self.plan.require_served(observed)
                 self._served.add(observed)
-        self.plates = call.make_plates(existing)
         return call
 
     def _model_conditionals(
@@ -592,13 +601,19 @@ class AutoFaithfulGuide(AutoGuide):
             summed over plates otherwise.
 
         Raises:
-            GraphflowsError: If a latent site has no value, or one outside of its support.
+            GraphflowsError: If a latent site has no value, or one outside of its support or of another shape.
         """
         self._ensure_set_up(args, kwargs)
         given = {name: latents[name] for name in self.plan.graph.latent if name in latents}
         missing = set(self.plan.graph.latent) - set(given) - set(self._options.optional)
         if not missing:
             for name, value in given.items():
+                event = self._sites[name].event_shape
+                if not torch.is_tensor(value) or value.shape[max(value.dim() - len(event), 0) :] != event:
+                    got = tuple(value.shape) if torch.is_tensor(value) else type(value).__name__
+                    raise GraphflowsError(
+                        f"Expected a tensor of values of {name!r} of event shape {tuple(event)}; got {got}."
+                    )
                 if is_constant(self._sites[name].support):
                     require_inside(name, value, self._sites[name].support)
             with poutine.block():
@@ -612,7 +627,16 @@ class AutoFaithfulGuide(AutoGuide):
             raise GraphflowsError(
                 f"Expected a value for every latent site; missing: {', '.join(sorted(missing))}."
             )
-        terms = [nodes[name]["fn"].log_prob(nodes[name]["value"]) for name in names]
+        terms = []
+        for name in names:
+            fn, value = nodes[name]["fn"], nodes[name]["value"]
+            try:
+                terms.append(fn.log_prob(value))
+            except (RuntimeError, ValueError) as error:
+                raise GraphflowsError(
+                    f"Expected a value of {name!r} of shape {tuple(fn.shape())} in this call, or with more dimensions "
+                    f"on the left; got {tuple(value.shape)}."
+                ) from error
         plates = [self.plan.graph.plates[name] for name in names]
         depth = max((-frame.dim for frame in self._prototype_frames.values()), default=max(map(len, plates)))
         return sum_of_terms(terms, depth if any(each != plates[0] for each in plates) else 0)

@@ -60,7 +60,7 @@ from pyro_graphflows.guides.minimize import (
 from pyro_graphflows.guides.sites import is_constant, is_moderate
 from pyro_graphflows.infer.enumeration import enumerated, require_no_scales, sum_of_the_rest
 from pyro_graphflows.infer.particles import FEW, FEW_ENOUGH
-from pyro_graphflows.inspect import TracedModel, seed_random_state, undressed
+from pyro_graphflows.inspect import TracedModel, common_scale, seed_random_state, undressed
 from pyro_graphflows.inspect.arguments import argument_leaves, replaced_arguments
 from pyro_graphflows.inspect.prior import SECONDS_WITHOUT_A_BAR, UNCONSTRAINED, unconstrained_of
 from pyro_graphflows.inspect.runs import kept_buffers
@@ -206,8 +206,10 @@ class _AtPoint(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         if msg["name"] not in self.log_densities:
             return
+        # What is masked counts neither in the model nor in the guide, but normals would spread in it without a bound:
+        # it keeps its prior.
         own = self.log_densities.pop(msg["name"])
-        self.terms.append(scale_and_mask(own, msg["scale"], msg["mask"]))
+        self.terms.append(scale_and_mask(own, msg["scale"]))
         if self.stop and self.names <= self.values.keys():
             raise _AllGiven
 
@@ -356,6 +358,9 @@ class LogPosterior:
         if summed:
             require_no_scales(traced.trace)
         self.sums = bool(summed)
+        # Where latent sites are all scaled, priors and guide alike, the best guide is the prior times the likelihood to
+        # the inverse power.
+        self.scale = common_scale(nodes[name] for name in names) or 1.0
         if traced.loops:
             raise UnsupportedModelError("plates are loops over a part of their elements.")
         rows = Trace()
@@ -483,11 +488,11 @@ class LogPosterior:
                 own = node["fn"].log_prob(node["value"])
                 terms.append(scale_and_mask(own, node["scale"], node["mask"]))
         if point.dim() == 1:
-            return sum((in_float64(term.sum()).cpu() for term in terms), rest)
+            return sum((in_float64(term.sum()).cpu() for term in terms), rest) / self.scale
         if any(term.dim() != 1 + self.nesting or len(term) != len(point) for term in terms):
             raise UnsupportedModelError("the model does not take many draws at once.")
         flat = [in_float64(term.reshape(len(point), -1).sum(-1)).cpu() for term in terms]
-        return sum(flat, rest.expand(len(point)))
+        return sum(flat, rest.expand(len(point))) / self.scale
 
     def _in_plate(self, number: int) -> Callable[..., Any]:
         """Return the model inside a plate of draws."""

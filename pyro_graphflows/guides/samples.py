@@ -42,7 +42,8 @@ MOST_POOLED_ROWS = 500_000  # the same where plates are pooled: a whole data set
 MOST_NUMBERS = 20_000_000  # in all joint samples together, as the data of one can be many
 FEWEST_DRAWS = 200  # even so
 MOST_BATCHES = 32  # of the rows of subsampled plates
-NO_SAMPLES = "no regression start and no standardisation of latents"
+NO_SAMPLES = "no regression start and no standardisation of latents: "
+AT_PRIOR = "no regression start: the latents start at their prior. "
 DRAWS_NEAR_MODE = 5000  # at least: half the number of weights over that of draws is lost, at each element
 FEWEST_OF_A_BATCH = 10  # joint samples; with fewer there is one batch
 # Where each joint sample takes a run of the model: as many of these as there is time for.
@@ -421,9 +422,9 @@ class Samples:
                         latents_only=True,
                     )
                     source = "prior"
-                    note = f"no regression start: the latents start at their prior. {reason}"
+                    note = f"{AT_PRIOR}{reason}"
                 except UnsupportedModelError as improper:
-                    note = f"{NO_SAMPLES}: {improper}"
+                    note = f"{NO_SAMPLES}{improper}"
         return cls(draws, plates, standardize, num_rows, values, note=note, source=source, drawn=draws.last)
 
     def at_prior(self, plan: Plan) -> "Samples":
@@ -448,10 +449,11 @@ class Samples:
             DRAWS_NEAR_MODE,
         )
         values = self.draws.near_mode(number)
-        note = self.note if self.source == "none" else None
-        note = (
-            None if note is None else note.replace(NO_SAMPLES, "no regression start on samples of the model")
-        )
+        is_amortised = not plan.inputs.per_element
+        note = self.note if self.source == "none" or (self.source == "prior" and is_amortised) else None
+        if note is not None:
+            of_model = "no regression start on samples of the model: "
+            note = note.replace(NO_SAMPLES, of_model).replace(AT_PRIOR, of_model)
         return replace(self, values=values, note=note, source="mode", drawn=self.draws.last)
 
     def with_values(self, more: Mapping[str, Tensor]) -> "Samples":

@@ -123,9 +123,9 @@ class DiscreteEncoding:
             dtype: The type of its values.
         """
         support, shape = _base(fn.support), fn.event_shape
-        if support is constraints.boolean:
+        if _is_like(support, constraints.boolean):
             return cls("binary", shape, 1, 0, dtype)
-        if support is constraints.one_hot:
+        if _is_like(support, constraints.one_hot):
             return cls("one_hot", shape, shape[-1], 0, dtype)
         bounds = _bounds(support)
         if bounds is not None:
@@ -148,7 +148,7 @@ class DiscreteEncoding:
         if self.kind == "classes":
             return _bounds(base) == (self.lowest, self.lowest + self.num_classes - 1)
         kinds = {"binary": constraints.boolean, "one_hot": constraints.one_hot}
-        return self.kind == "counts" or base is kinds[self.kind]
+        return self.kind == "counts" or _is_like(base, kinds[self.kind])
 
     def encode(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the flat vectors of values, of shape ``(*batch, size)`` for values ``(*batch, *event)``."""
@@ -173,6 +173,11 @@ class DiscreteEncoding:
         if self.kind in ("binary", "counts"):
             return many + self.kind
         return f"{many}{self.num_classes} classes"
+
+
+def _is_like(support: Any, constraint: constraints.Constraint) -> bool:
+    """Whether a support is this constraint without parameters, or a copy of it, as guides that were copied have."""
+    return type(support) is type(constraint)
 
 
 def _base(support: Any) -> Any:
@@ -319,7 +324,7 @@ def _between(support: constraints.Constraint, value: Tensor) -> Tensor:
     if base.event_dim == 0:
         return support.check(value.floor()) & support.check(value.ceil())
     positive = (value >= 0).all(-1)
-    if base is constraints.one_hot:
+    if _is_like(base, constraints.one_hot):
         positive &= (value.sum(-1) - 1).abs() <= ROUNDING
     return positive.flatten(value.dim() - support.event_dim).all(-1) if support.event_dim > 1 else positive
 
@@ -556,7 +561,9 @@ def _kind(support: constraints.Constraint | None, sample: Tensor) -> tuple[str, 
         return "logit", None
     if isinstance(support, _COUNT) and bool((sample >= 0).all()):
         return "log1p", None
-    if sample.shape[0] < 2 or support is constraints.boolean or support is constraints.one_hot:
+    if sample.shape[0] < 2 or any(
+        _is_like(support, each) for each in (constraints.boolean, constraints.one_hot)
+    ):
         return "identity", None
     shift, scale = location_and_scale(sample)
     heavy = bool(((sample - shift).abs() > HEAVY_TAIL * scale).any())

@@ -19,10 +19,11 @@ start has seen. Candidates, in this order:
 - *random*: random weights, if nothing else has a finite loss.
 
 A guide that is amortised must not take the data of set-up, which may be a mere example, for all that it will see. In
-plates the other candidates are tried only if the regression does much worse for these data than draws of the prior
-would. Without plates all data are one datum, and a guide may be meant for it, or for whatever the model simulates.
-Where the regression is not near, the start near the mode is kept if the loss for the data falls by more than the mean
-loss for simulated data grows; a thousand nats off is as bad as more, since nothing can be followed from there.
+plates the others are tried only if the regression seems a hundred nats off for each datum, or does much worse for
+these data than draws of the prior would. Without plates all data are one datum, and a guide may be meant for it, or for
+whatever the model simulates. Where the regression is not near, the start near the mode is kept if the loss for the data
+falls by more than the mean loss for simulated data grows, if the model can simulate some; a thousand nats off is as bad
+as more, since nothing can be followed from there.
 """
 
 import math
@@ -98,9 +99,10 @@ FEWEST_DRAWS = 20  # the same where the model cannot give many at once
 FEWEST_SUMMED = 50  # the same where it sums over sites
 BOTH = "mode and regression"
 MOST_AT_ONCE = 1_000_000  # elements of all sites, each as large as the largest, over all draws of a judgement
-NOWHERE = 1000.0  # nats off: from there nothing can be followed
+NOWHERE = 1000.0  # nats off for each datum: from there nothing can be followed
 NEAR = 2.0  # nats: if the gap of a start near the mode seems less, nothing else is tried
 MOST_SIMULATED = 2  # data sets for each that is used: some may not be finite
+NEAR_EACH = 100.0  # nats for each of many data: the same of a regression that is amortised
 MARGIN = 20.0  # nats by which the prior must be better than an amortised guide's start
 Program = Callable[..., Any]
 Simulated = Mapping[str, Tensor]
@@ -364,7 +366,7 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
         conditionals.leave_out_maps_(site)
     if plan.coupled and not kept:
         conditionals.start_couplings_(samples.plates)
-    if regression and not (samples.source == "mode" and kept):
+    if regression and samples.source != "mode":
         conditionals.narrow_elements_(ELEMENT_SCALE, fitted=kept)
     return Start(tuple(notes), moments)
 
@@ -584,9 +586,14 @@ def _regress_if_better_(
         (None, None) if fused is None else (fused.at(held_out), replace(fused.at(rest), narrow=False))
     )
     random_loss = conditionals_loss(conditionals, context[held_out], test, tested)
+    sizes = {site: len(conditionals.columns[site]) for site in conditionals.block.sites}
+    weights = sum(n * (len(conditionals.inputs_of(site)) + (n + 3) / 2) for site, n in sizes.items())
+    chance = (
+        weights / number
+    )  # what a regression loses, and a start whose units rest on all rows does not [Akaike]
     regress_(conditionals, context[rest] if context.shape[-1] else context, fitted, used)
     loss = conditionals_loss(conditionals, context[held_out], test, tested)
-    if not (loss <= random_loss + TIE or (random_loss != random_loss and loss == loss)):
+    if not (loss <= random_loss + TIE + chance or (random_loss != random_loss and loss == loss)):
         conditionals.load_state_dict(random_state)
         return (
             f"the random start was kept for {sites}: its loss on prior samples is "
@@ -1032,6 +1039,7 @@ def choose_start(
     continuous = all(site.encoding is None for site in compiled.sites.values())
     is_for_these_data = samples.draws.has_data and (bool(plan.inputs.per_element) or source == "none")
     has_one_datum = _has_one_datum(compiled, samples)
+    is_amortised = source == "joint" and not is_for_these_data
     is_left = bool(plan.graph.marginalised) and not (is_for_these_data or has_one_datum)
     if not continuous or samples.num_rows == 0 or is_left:
         return build_usual(), None
@@ -1069,11 +1077,13 @@ def choose_start(
             return (built if name == usual else build_usual()), None
         losses[name], candidates[name] = found.loss, built
         if best is None or found.loss < least:
-            if has_one_datum and best is not None:
+            if (has_one_datum or is_amortised) and best is not None:
                 samples.draws.recall(samples.drawn)
                 simulated = _simulated(samples.draws, judge.number)
                 gain = least - found.loss
-                is_worth_it, said = _is_worth_it((best, built), gain, judge_start, judge, simulated)
+                nowhere = NOWHERE * (1 if has_one_datum else samples.draws.most_elements)
+                starts = best, built
+                is_worth_it, said = _is_worth_it(starts, gain, judge_start, judge, simulated, nowhere)
                 reasons.append(said)
                 if not is_worth_it:
                     continue
@@ -1083,7 +1093,13 @@ def choose_start(
             break
         if name != usual or is_for_these_data:
             continue
-        if found.gap <= NEAR if has_one_datum else found.loss <= judge.loss_of_prior() + MARGIN:
+        if has_one_datum:
+            is_near = found.gap <= NEAR
+        else:  # draws of a wide prior may be worse than any start
+            most = NEAR if source == "prior" else NEAR_EACH  # the prior follows no data
+            is_near = found.gap <= most * samples.draws.most_elements
+            is_near = is_near and found.loss <= judge.loss_of_prior() + MARGIN
+        if is_near:
             break
     assert best is not None
     return best, " ".join([_sentence(best, losses), *reasons])
@@ -1119,6 +1135,7 @@ def _is_worth_it(
     judge_start: Callable[..., Judgement | None],
     judge: Judge,
     simulated: tuple[Simulated, Simulated],
+    nowhere: float,
 ) -> tuple[bool, str]:
     """Say whether the second start gains more for the data of set-up than it costs for simulated data, and the losses.
 
@@ -1131,14 +1148,15 @@ def _is_worth_it(
         judge_start: Judges starts.
         judge: The judge of losses.
         simulated: Latents and data; none if there are no finite ones.
+        nowhere: How many nats off is as bad as more.
     """
     if not simulated[1]:
         return True, "Simulated data are not finite."
     truth = judge.loss_at(*simulated)
     found = [judge_start(each, simulated[1]) or HOPELESS for each in starts]
     off = [each.loss - truth for each in found]
-    before, after = (min(each, NOWHERE) if math.isfinite(each) else NOWHERE for each in off)
-    is_worth_it = after - before < min(gain, NOWHERE)
+    before, after = (min(each, nowhere) if math.isfinite(each) else nowhere for each in off)
+    is_worth_it = after - before < min(gain, nowhere)
     said = ", ".join(f"{start.name} {each.loss:.5g}" for start, each in zip(starts, found, strict=True))
     other = starts[0 if is_worth_it else 1].name
     return is_worth_it, f"For data that the model simulates: {said}; init={other!r} takes the other one."

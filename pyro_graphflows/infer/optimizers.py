@@ -1,5 +1,6 @@
 """Optimisers over all parameters of a model and a guide, however they are asked for."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -93,12 +94,17 @@ def make_optimizer(optimizer: Any, parameters: ParameterSet) -> torch.optim.Opti
         The optimiser.
 
     Raises:
-        GraphflowsError: If it is none of these, or a PyroOptim that schedules or clips by itself.
+        GraphflowsError: If it is none of these, a rate that is negative or not finite, or a PyroOptim that schedules or
+            clips by itself.
     """
     trainable = parameters.trainable
     if isinstance(optimizer, torch.optim.Optimizer):
         return optimizer
     if isinstance(optimizer, int | float):
+        if not 0.0 <= optimizer < math.inf:
+            raise GraphflowsError(
+                f"Expected a learning rate that is finite and not negative; got {optimizer}."
+            )
         return torch.optim.Adam(
             list(trainable.values()), lr=float(optimizer), fused=_can_fuse(trainable.values())
         )

@@ -5,7 +5,15 @@ from pyro_graphflows.inspect.elements import nested_by_index, with_nested_plates
 from pyro_graphflows.inspect.model_graph import get_model_graph, non_exchangeable_plates, trace_model
 from pyro_graphflows.inspect.prior import Batching, find_batching, sample_prior
 from pyro_graphflows.inspect.runs import is_transparent, kept_random_state, seed_random_state, undressed
-from pyro_graphflows.inspect.trace import IMPROPER, Leak, TracedModel, arranged, rows_of_run, take_rows
+from pyro_graphflows.inspect.trace import (
+    IMPROPER,
+    Leak,
+    TracedModel,
+    arranged,
+    common_scale,
+    rows_of_run,
+    take_rows,
+)
 
 __all__ = [
     "IMPROPER",
@@ -14,6 +22,7 @@ __all__ = [
     "Leak",
     "TracedModel",
     "arranged",
+    "common_scale",
     "find_batching",
     "get_argument",
     "get_arguments",

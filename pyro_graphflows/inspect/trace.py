@@ -76,9 +76,11 @@ __all__ = [
     "Rows",
     "TracedModel",
     "arranged",
+    "common_scale",
     "density",
     "differentiable",
     "differs",
+    "own_scale",
     "require_rows_of_indices",
     "rows_of_run",
     "rows_taken",
@@ -579,6 +581,10 @@ class _Assembly:
 
     def _look_for_improper(self) -> None:
         """Note why samples of the unconditioned model are not the model."""
+        sampled = [record.name for record in self.records if record.name not in self.without_data]
+        common = (
+            common_scale(self.trace.nodes[name] for name in sampled) or 1.0
+        )  # with one for all, it still is
         for record in self.records:
             site = self.trace.nodes[record.name]
             if record.name in self.without_data:
@@ -597,11 +603,8 @@ class _Assembly:
                 if isinstance(fn, pyro.distributions.MaskedDistribution):
                     self.not_generative.setdefault(record.name, "its distribution is masked")
                 fn = fn.base_dist
-            expected = 1.0
-            for frame in site["cond_indep_stack"]:
-                if frame.size > 0 and frame.full_size is not None:
-                    expected *= frame.full_size / frame.size
-            if not _equals(site["scale"], expected):
+            scale = own_scale(site)
+            if scale is None or abs(scale - common) > 1e-6 * abs(common):
                 self.not_generative.setdefault(record.name, "it is under poutine.scale")
 
     def _graph(self) -> ModelGraph:
@@ -629,10 +632,36 @@ def _is_inside_an_argument(path: ArgumentPath) -> bool:
     return isinstance(path[0], str) and len(path) > 1
 
 
-def _equals(scale: float | torch.Tensor, expected: float) -> bool:
-    if isinstance(scale, torch.Tensor):
-        return bool(((scale - expected).abs() <= 1e-6 * expected).all())
-    return abs(scale - expected) <= 1e-6 * expected
+def own_scale(site: Mapping[str, Any]) -> float | None:
+    """Return by how much a site's log-density is scaled beyond its subsampled plates; None if that differs in it.
+
+    Args:
+        site: A node of a trace.
+    """
+    of_plates = 1.0
+    for frame in site["cond_indep_stack"]:
+        if frame.size > 0 and frame.full_size is not None:
+            of_plates *= frame.full_size / frame.size
+    scale = torch.as_tensor(site["scale"]) / of_plates
+    if not scale.numel():
+        return 1.0
+    first = float(scale.flatten()[0])
+    if bool(((scale - first).abs() > 1e-6 * abs(first)).any()):
+        return None
+    return 1.0 if abs(first - 1.0) <= 1e-6 else first
+
+
+def common_scale(sites: Iterable[Mapping[str, Any]]) -> float | None:
+    """Return by how much all of some sites are scaled (:func:`own_scale`); None if not all by the same.
+
+    Args:
+        sites: Nodes of a trace.
+    """
+    scales = [own_scale(site) for site in sites]
+    first = scales[0] if scales else 1.0
+    if first is None or any(scale is None or abs(scale - first) > 1e-6 * abs(first) for scale in scales):
+        return None
+    return first
 
 
 def _is_integer(tensor: torch.Tensor) -> bool:

@@ -301,9 +301,8 @@ def speed_text(results):
             rows.append([network, label, *counts, f"{ms:.1f}", f"{ms / 10:.2f}", f"{ms / base:.1f}"])
     sizes = (
         "The models timed have the default sizes of their classes, not those of the study, where the hidden units of "
-        "VAE and decoders follow the network, and the graphical flow of the true network is timed with dense masked "
-        "weights. The parameters of both are in the table (– is not a row of the study); a step of the study's models "
-        "takes another time."
+        "VAE and decoders follow the network. The parameters of both are in the table (– is not a row of the study; "
+        "the model with full Jacobians has dense masked weights); a step of the study's models takes another time."
     )
     text = [speed["note"], sizes, table(head, rows)]
     if "profile" in speed:

@@ -625,9 +625,7 @@ def fused_vector(outputs: Tensor, shift: Tensor, scale: Tensor, prior: SitePrior
         root = root / scale
     batch = np.broadcast_shapes(loc.shape[:-1], prior.loc.shape[:-1])
     tril = prior.tril().expand(*batch, n, n)
-    return fuse_matrix(
-        prior.loc.expand(*batch, n), tril, loc.expand(*batch, n), (root.mT @ root).expand(*batch, n, n)
-    )
+    return fuse_matrix(prior.loc.expand(*batch, n), tril, loc.expand(*batch, n), root.expand(*batch, n, n))
 
 
 def _side_by_side(parts: list[Tensor]) -> Tensor:

@@ -751,7 +751,7 @@ def _beside_a_prior(scale_tril: Tensor) -> Tensor:
     """Return the root of the covariance of a factor, given by that of its own, times a prior of scale one."""
     root = inverse_of_lower(scale_tril)  # of the factor's precision
     none = torch.zeros_like(root[0])
-    return fuse_matrix(none, torch.eye(len(none)).to(root), none, root.mT @ root)[1]
+    return fuse_matrix(none, torch.eye(len(none)).to(root), none, root)[1]
 
 
 def _in_type(prior: SitePrior, dtype: torch.dtype) -> SitePrior:
