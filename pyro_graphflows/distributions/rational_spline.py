@@ -139,6 +139,20 @@ class _Placed(NamedTuple):
     numerator: Tensor
     denominator: Tensor
 
+    def for_backward(self, parameters: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        """Return what the derivatives of values and of logarithms of slopes are made of."""
+        tables = self.tables.shares, self.tables.tanh, self.tables.slopes
+        parts = self.theta, self.eta, self.numerator, self.denominator
+        return parameters, x, self.outside, *tables, *self.bin, *parts
+
+    def bend(self) -> Tensor:
+        """Return the derivatives of the logarithms of the slopes."""
+        bin_, other = self.bin, 1.0 - self.theta
+        middle, sharpness = other - self.theta, bin_.left + bin_.right - 2.0
+        rising = (middle + bin_.right * self.theta - bin_.left * other) / self.numerator
+        bend = 2.0 * (rising - sharpness * middle / self.denominator) / bin_.width
+        return torch.where(self.outside, 0.0, bend)
+
 
 def _place(parameters: Tensor, x: Tensor, num_bins: int, bound: float) -> _Placed:
     """Return the spline at some numbers."""
@@ -171,10 +185,7 @@ class _Spline(Operation):
     ) -> tuple[Tensor, Tensor]:
         ctx.options = num_bins, bound
         at = _place(parameters, x, num_bins, bound)
-        tables = at.tables.shares, at.tables.tanh, at.tables.slopes
-        ctx.save_for_backward(
-            *(parameters, x, at.outside, *tables, *at.bin, at.theta, at.eta, at.numerator, at.denominator)
-        )
+        ctx.save_for_backward(*at.for_backward(parameters, x))
         return at.y, at.log_slope
 
     @staticmethod
@@ -218,6 +229,25 @@ class _Spline(Operation):
             grad_parameters = torch.cat([of_logits.flatten(-2), of_slopes], -1)
         grad_x = _summed_to(torch.where(outside, grads[0], of_x), x) if needed[1] else None
         return grad_parameters, grad_x, None, None
+
+
+class _SplineWithBend(_Spline):
+    """The same beside the derivatives of the logarithms of slopes, of which no gradients are known."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, parameters: Tensor, x: Tensor, num_bins: int, bound: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.options = num_bins, bound
+        at = _place(parameters, x, num_bins, bound)
+        ctx.save_for_backward(*at.for_backward(parameters, x))
+        bend = at.bend()
+        ctx.mark_non_differentiable(bend)
+        return at.y, at.log_slope, bend
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        return _Spline.backward(ctx, *grads[:2])
 
 
 class RationalSpline:
@@ -265,6 +295,15 @@ class RationalSpline:
         else:
             y, log_slope = _place(self.parameters, x, self.num_bins, self.bound)[:2]
         return y, log_slope
+
+    def with_bend(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return values and logarithms of slopes, with gradients for parameters, and the derivatives of the latter.
+
+        Args:
+            x: Numbers that broadcast against ``batch``, without gradients.
+        """
+        y, log_slope, bend = _SplineWithBend.apply(self.parameters, x, self.num_bins, self.bound)
+        return y, log_slope, bend
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return where the spline has the values ``y``, and the logarithms of its slopes there.

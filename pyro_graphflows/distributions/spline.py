@@ -131,6 +131,12 @@ class SplineDistribution(dist.TorchDistribution):
         """
         return self.spline.inverse((value - self.loc) / self.scale)[0]
 
+    def noise_behind(self, value: Tensor) -> Tensor | None:
+        """Return the noise of the value that was drawn last; None for other values."""
+        known = self._last.behind(value, ())
+        learned = self.df is not None and self.df.requires_grad  # a score has no part for it
+        return None if known is None or learned else known[0]
+
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draw reparametrised values of shape ``sample_shape + batch_shape + (n,)``."""
         noise = self._noise(self._extended_shape(sample_shape))
@@ -158,6 +164,26 @@ class SplineDistribution(dist.TorchDistribution):
         if self.base == "normal":
             return normal_log_density(noise)
         return -noise - 2.0 * softplus(-noise)
+
+    def _slope_of_log_base(self, noise: Tensor) -> Tensor:
+        if self.df is not None:
+            return -(self.df + 1.0) * noise / (self.df + noise.square())
+        return -noise if self.base == "normal" else -torch.tanh(0.5 * noise)
+
+    def score_of(self, noise: Tensor) -> Tensor:
+        r"""Return numbers whose gradient is that of the log-density at the values that some noise gives, held fixed.
+
+        As parameters move, the noise of a fixed value :math:`z = T(\varepsilon)` moves by :math:`-dT / T'`. So no value
+        is inverted. The numbers are not the log-densities.
+
+        Args:
+            noise: Shape ``(..., *batch, n)``, without gradients.
+        """
+        splined, log_slope, bend = self.spline.with_bend(noise)
+        image = torch.addcmul(self.loc, self.scale, splined)
+        with torch.no_grad():
+            pull = (self._slope_of_log_base(noise) - bend) / (self.scale * log_slope.exp())
+        return -(pull * image + self.scale.log() + log_slope).sum(-1)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density of vectors, shape ``batch_shape``."""

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -34,6 +35,7 @@ from pyro_graphflows.guides.conditionals.contract import Family
 from pyro_graphflows.guides.conditionals.distributions import (
     CopiedValue,
     DrawnOrGiven,
+    Score,
     centre_of,
     site_distribution,
 )
@@ -322,6 +324,7 @@ class AutoFaithfulGuide(AutoGuide):
         blocks: Any = self._modules["blocks"]  # not self.blocks: forward has shown the parameters to Pyro
         for block, block_plan in zip(blocks, plan.blocks, strict=True):
             conditionals = block.begin(call, unconstrained)
+            follows = emit is pyro.sample and torch.is_grad_enabled()
             new = beyond_fitted(block.spec.plates, call.plates) if block_plan.per_element else None
             for level in block_plan.levels:
                 changing = [name for name in level if name in plan.changing] if plan.changing else []
@@ -338,7 +341,8 @@ class AutoFaithfulGuide(AutoGuide):
                         stack.enter_context(self.plates[name])
                     for name, conditional in conditionals.next(priors).items():
                         prior = priors[name] if name in priors and fuses(name) else None
-                        fn, read_back = self._at_site(name, conditional, call, block, prior)
+                        score = partial(conditionals.score, name) if follows else None
+                        fn, read_back = self._at_site(name, conditional, call, block, prior, score)
                         if name in conditionals.fixed and prior is not None:
                             fixed = conditionals.fixed[name], call, block, prior.fixed
                             fn = DrawnOrGiven(fn, self._at_site(name, *fixed)[0])
@@ -377,6 +381,7 @@ class AutoFaithfulGuide(AutoGuide):
         call: Call,
         block: GuideBlock,
         prior: SitePrior | None,
+        score: Score | None = None,
     ) -> tuple[dist.TorchDistribution, Callable[[Tensor], Tensor]]:
         """Return the distribution to emit at a site, and the map from its value to the flat vector."""
         site = self._sites[name]
@@ -387,6 +392,7 @@ class AutoFaithfulGuide(AutoGuide):
             analytic_kl=self.plan.analytic_kl[name] and prior is None,
             dtype=None if site.encoding is None else block.dtype,
             coordinate=None if prior is None else prior.transform,
+            score=score,
         )
 
     def _fuses(self, name: str) -> bool:

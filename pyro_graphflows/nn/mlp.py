@@ -165,8 +165,11 @@ class MaskedMLP(nn.Module):
             for p in range(self.num_params)
         ]
         orders = _permutation(inputs), _permutation(outputs)
+        stops = list(accumulate(rows[-1]))
+        self.rows_by_level = [slice(stop - n, stop) for n, stop in zip(rows[-1], stops, strict=True)]
         dense = all(layer.engine == "dense" for layer in self.modules() if isinstance(layer, MaskedLinear))
         whole = dense or len(inputs) == self.input_dim
+        self.can_be_at_once = dense and orders == (None, None)  # levels are runs of inputs and of outputs
         self.is_in_order = self.num_levels == 1 and orders == (None, None) and whole
         self._layer_cuts = nn.ModuleList(
             LevelCut(
@@ -205,7 +208,17 @@ class MaskedMLP(nn.Module):
         """
         if self.units is not None and self.units.prefers_whitened(x):
             return self._of_whitened(x)
-        skip, layers = self.weights()
+        return self.multiplied(*self.weights(), x)
+
+    def multiplied(self, skip: Weights | None, layers: list[Weights], x: Tensor) -> Tensor:
+        """Return what :meth:`flat` returns, with weights that are known.
+
+        Args:
+            skip: Those of the linear map.
+            layers: Those of the layers.
+            x: The inputs, or in dense layers the first ones, where no output sees the others.
+        """
+        layers = list(layers)
         if x.shape[-1] < self.input_dim:
             if layers:
                 layers[0] = layers[0][0][:, : x.shape[-1]], layers[0][1]
@@ -331,11 +344,15 @@ class LevelEvaluation:
         # For each layer, its rows by level; a single level in order does without.
         self._layers: list[list[LevelRows]] | None = None
         self._skip: list[LevelRows] | None = None
+        self._weights: tuple[Weights | None, list[Weights]] | None = None
+        self._outputs: Tensor | None = None  # of all levels, where all inputs were known at the start
         if not mlp.is_in_order:
             self._cut_weights()
 
     def _cut_weights(self) -> None:
         skip, layers = self._mlp.weights()
+        if self._mlp.can_be_at_once:
+            self._weights = skip, layers
         cuts = self._mlp._layer_cuts
         self._layers = [_cut(cut, weights) for cut, weights in zip(cuts, layers, strict=True)]
         self._skip = None if skip is None or self._mlp._skip_cut is None else _cut(self._mlp._skip_cut, skip)
@@ -350,6 +367,20 @@ class LevelEvaluation:
         other = copy.copy(self)
         other._inputs = self._inputs.copy()
         other._hidden = [runs.copy() for runs in self._hidden]
+        return other
+
+    def again(self, runs: Sequence[Tensor | None]) -> "LevelEvaluation":
+        """Return an evaluation from the start with the same weights, for inputs that are known.
+
+        Args:
+            runs: The inputs of each level, in the order of ``inputs_by_level``; None where there are none.
+        """
+        other = copy.copy(self)
+        other._level, other._batch_shape = 0, torch.Size()
+        other._inputs, other._hidden = Runs(), [Runs() for _ in self._hidden]
+        known = [x for x in runs if x is not None]
+        if self._weights is not None and known and all(x.shape[:-1] == known[0].shape[:-1] for x in known):
+            other._outputs = self._mlp.multiplied(*self._weights, torch.cat(known, -1))
         return other
 
     def step(self, x_new: Tensor | None = None) -> Tensor:
@@ -386,6 +417,8 @@ class LevelEvaluation:
         if got != expected:
             raise GraphflowsError(f"Expected x_new.shape[-1] == {expected} at level {level}; got {got}.")
         self._level += 1
+        if self._outputs is not None:
+            return self._outputs[..., self._mlp.rows_by_level[level]]
         if self._layers is None and x_new is not None and mlp.is_in_order:
             return mlp.flat(x_new)
         if self._layers is None:

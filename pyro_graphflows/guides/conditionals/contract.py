@@ -242,6 +242,21 @@ class Pass(ABC):
     def accept(self, values: Mapping[str, Tensor]) -> None:
         """Take the flat vectors that the level's sites really have, ``(*batch, size)``: drawn or replaced."""
 
+    def score(self, site: str, drawn_from: Any, flat: Tensor) -> Tensor | None:
+        """Return numbers whose gradient is that of the log-density of flat vectors, held fixed, for parameters alone.
+
+        Asked after the pass, and only where gradients of a bound are wanted. Families need not say.
+
+        Args:
+            site: The site.
+            drawn_from: The distribution that the vectors were drawn from.
+            flat: The vectors.
+
+        Returns:
+            The numbers, of the shape of the log-density; None where the family does not say.
+        """
+        return None
+
 
 class Conditionals(nn.Module, ABC):
     """The conditionals of the sites of one block.

@@ -771,19 +771,26 @@ class MaskedPass(Pass):
         context: Tensor,
         rows: Tensor | None,
         plates: Mapping[str, PlateState] | None,
+        network: LevelEvaluation | None = None,
     ) -> None:
         self._module = conditionals
+        self._context = context
         self.fixed: dict[str, dist.TorchDistribution] = {}
         self._rows = rows
         self._plates = plates  # where elements have maps of their own, or are drawn jointly
         self._known: list[Tensor] = []
-        self._network: LevelEvaluation = conditionals.network.start()
+        self._network: LevelEvaluation = conditionals.network.start() if network is None else network
         self._level = 0
         self._new: Tensor = context
+        # Of each level the priors, those of other levels among them, and the values; where gradients are followed.
+        self._drawn: list[tuple[Mapping[str, SitePrior], Mapping[str, Tensor]]] = []
+        self._priors: Mapping[str, SitePrior] = {}
+        self._at_draws: dict[str, dist.TorchDistribution] = {}
 
     def next(self, priors: Mapping[str, SitePrior] | None = None) -> dict[str, dist.TorchDistribution]:
         """See :meth:`Pass.next`."""
         module = self._module
+        self._priors = priors or {}
         level = module.block.levels[self._level]
         outputs = self._network.flat_step(self._new if self._new.shape[-1] else None)
         if self._plates is not None:
@@ -827,6 +834,36 @@ class MaskedPass(Pass):
             else:
                 result[site] = factor.distribution(own, *units)
         return result
+
+    def score(self, site: str, drawn_from: Any, flat: Tensor) -> Tensor | None:
+        """See :meth:`Pass.score`. All conditionals are computed at once when one is first asked for."""
+        if site not in self._at_draws:
+            self._find_at_draws()
+        found: Any = self._at_draws.get(site)
+        if found is None:
+            return None
+        if hasattr(found, "score_of") and hasattr(drawn_from, "noise_behind"):
+            noise = drawn_from.noise_behind(flat)
+            if noise is not None:
+                score: Tensor = found.score_of(noise.detach())
+                return score
+        log_prob: Tensor = found.log_prob(flat.detach())
+        return log_prob
+
+    def _find_at_draws(self) -> None:
+        """Find the conditionals at the values of this pass, with gradients for parameters alone."""
+        module, context = self._module, self._context.detach()
+        fixed = [{name: value.detach() for name, value in values.items()} for _, values in self._drawn]
+        inputs = [
+            self._inputs_of(i, values) for i, values in enumerate(fixed[: len(module.block.levels) - 1])
+        ]
+        network = self._network.again([context if context.shape[-1] else None, *inputs])
+        again = MaskedPass(module, context, self._rows, self._plates, network)
+        for (given, _), values in zip(self._drawn, fixed, strict=True):
+            chosen = {name: given[name] for name in values if name in given}
+            priors = {name: replace(prior.map(torch.detach), fixed=None) for name, prior in chosen.items()}
+            self._at_draws.update(again.next(priors))
+            again.accept(values)
 
     def _fused(
         self, site: str, outputs: Tensor, units: tuple[Tensor, Tensor], prior: SitePrior
@@ -890,11 +927,16 @@ class MaskedPass(Pass):
 
     def accept(self, values: Mapping[str, Tensor]) -> None:
         """See :meth:`Pass.accept`."""
-        module = self._module
-        level = module.block.levels[self._level]
+        if torch.is_grad_enabled():
+            self._drawn.append((self._priors, values))
         self._level += 1
-        if self._level == len(module.block.levels):
+        if self._level == len(self._module.block.levels):
             return
+        self._new = self._inputs_of(self._level - 1, values)
+
+    def _inputs_of(self, number: int, values: Mapping[str, Tensor]) -> Tensor:
+        """Return the vectors of a level as inputs of later ones."""
+        level = self._module.block.levels[number]
         raw = [values[site] for site in level]
         if any(value.shape != raw[0].shape for value in raw):
             shape = np.broadcast_shapes(*(value.shape[:-1] for value in raw))
@@ -902,5 +944,5 @@ class MaskedPass(Pass):
                 value if value.shape[:-1] == shape else value.expand(*shape, value.shape[-1]) for value in raw
             ]
         flat = torch.cat(raw, -1) if len(raw) > 1 else raw[0]
-        shift, scale = module._units("input_", self._part_of(level))
-        self._new = (flat - shift) / scale
+        shift, scale = self._module._units("input_", self._part_of(level))
+        return (flat - shift) / scale
