@@ -74,6 +74,20 @@ def test_in_plates_and_for_many_particles(vectorize, family):
     assert max(float(p.grad.abs().max()) for p in parameters(guide) if p.grad is not None) > 0.01
 
 
+def test_amortised_guides_have_the_plain_gradient():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    guide = auto_faithful_guide(model, X)
+    pyro.set_rng_seed(0)
+    found = gradient(Trace_ELBO().differentiable_loss(model, guide, X), guide)
+    pyro.set_rng_seed(0)
+    assert torch.allclose(found, gradient(plain_loss(model, guide, X), guide))
+    assert found.abs().max() > 0.01
+
+
 def wide(x):
     """A scale and a location, with a posterior that no member of the family is."""
     scale = pyro.sample("scale", dist.HalfCauchy(1.0))

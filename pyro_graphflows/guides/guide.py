@@ -321,10 +321,12 @@ class AutoFaithfulGuide(AutoGuide):
             if self._priors is None:
                 self._priors = PriorReader(plan.priors, self._sites, self._setup_call)
             of_call = self._priors.begin(self.model, (args, kwargs), call, observations)
+        # Where all sites belong to data, batches are the noise, and a step would cost a third more.
+        is_global = not all(plan.graph.plates[name] for name in self._sites)
+        follows = is_global and emit is pyro.sample and torch.is_grad_enabled()
         blocks: Any = self._modules["blocks"]  # not self.blocks: forward has shown the parameters to Pyro
         for block, block_plan in zip(blocks, plan.blocks, strict=True):
             conditionals = block.begin(call, unconstrained)
-            follows = emit is pyro.sample and torch.is_grad_enabled()
             new = beyond_fitted(block.spec.plates, call.plates) if block_plan.per_element else None
             for level in block_plan.levels:
                 changing = [name for name in level if name in plan.changing] if plan.changing else []
