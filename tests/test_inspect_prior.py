@@ -176,7 +176,8 @@ def _masked_distribution(x):
 
 def _scaled(x):
     with poutine.scale(scale=2.0):
-        pyro.sample("z", N(0.0, 1.0))
+        z = pyro.sample("z", N(0.0, 1.0))
+    pyro.sample("w", N(z, 1.0))
 
 
 def _improper(x):
@@ -209,6 +210,16 @@ def test_refused_where_samples_are_not_the_model(model, reason):
     with pytest.raises(UnsupportedModelError, match=reason):
         sample_prior(model, (torch.zeros(2),), num_samples=2)
     assert trace_model(model, (torch.zeros(2),)).not_generative
+
+
+def test_one_scale_of_all_sites_leaves_samples_those_of_the_model():
+    def model(x):
+        with poutine.scale(scale=2.0):
+            z = pyro.sample("z", N(0.0, 1.0))
+            pyro.sample("w", N(z, 1.0))
+
+    assert not trace_model(model, (torch.zeros(2),)).not_generative
+    assert sample_prior(model, (torch.zeros(2),), num_samples=2)
 
 
 def test_sites_that_come_and_go_are_refused():
