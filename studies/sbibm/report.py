@@ -55,7 +55,7 @@ model's log-density at fixed values. `auto` is a guide for each observation alon
 counted. `npe` and `npe nsf` are neural posterior estimation by the package sbi ({version}) on this machine, with its
 defaults (a masked autoregressive flow) and with neural spline flows; their draws outside of the prior are dropped too.
 Where a row has few observations they are the first ones. Guides of rows that went on another day were trained again
-by the same command (*slcp*, *bernoulli_glm*, `npe` and `npe nsf` on *two_moons*); the trainings below are the last.
+by the same command; the trainings below are the last ones.
 
 Uniform priors have no bounds for the guides, and draws outside are dropped, as neural posterior estimation does. In
 the unconstrained coordinate that Pyro gives an interval, the logit of the place in it, a location that is linear in the
