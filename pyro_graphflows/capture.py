@@ -352,6 +352,10 @@ class Captured:
         """Return all arguments of :attr:`graph`."""
         return [*inputs, *noise, *self.constants]
 
+    def at(self, noise: Sequence[Tensor]) -> Draws:
+        """Return what gives the program itself some noise of :meth:`draw`."""
+        return Draws(dict(zip(self.noise, noise, strict=True)))
+
 
 @contextmanager
 def _capturing() -> Iterator[None]:

@@ -33,7 +33,7 @@ from pyro_graphflows.infer.objectives import Objective
 from pyro_graphflows.infer.parameters import ParameterSet
 from pyro_graphflows.infer.particles import Program
 
-__all__ = ["CompiledLoss", "Compiler"]
+__all__ = ["CompiledLoss", "Compiler", "require_backend"]
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,24 @@ class _Shape:
         """The median time of a call that ran as it is."""
         return sorted(self.seconds)[len(self.seconds) // 2]
 
+    @property
+    def is_compared(self) -> bool:
+        """Whether the last call is compared with the programs: call 1, 2, 4, 8, ..."""
+        return self.calls & (self.calls - 1) == 0
+
+
+def require_backend(backend: str) -> None:
+    """Refuse what no captured function can be run by.
+
+    Raises:
+        GraphflowsError: If that is so.
+    """
+    if backend != SCRIPT and backend not in torch._dynamo.list_backends(exclude_tags=()):
+        known = ", ".join(torch._dynamo.list_backends())
+        raise GraphflowsError(
+            f"Expected a backend of torch.compile ({known}), or {SCRIPT!r}; got {backend!r}."
+        )
+
 
 class Compiler:
     """An objective whose gradients come from compiled code, where that is possible and wanted.
@@ -130,11 +148,7 @@ class Compiler:
         backend: str | None = None,
     ) -> None:
         backend = BACKEND if backend is None else backend
-        if backend != SCRIPT and backend not in torch._dynamo.list_backends(exclude_tags=()):
-            known = ", ".join(torch._dynamo.list_backends())
-            raise GraphflowsError(
-                f"Expected a backend of torch.compile ({known}), or {SCRIPT!r}; got {backend!r}."
-            )
+        require_backend(backend)
         self.objective, self.parameters = objective, parameters
         self.mode, self.backend = mode, backend
         self.report = "not compiled: no step was taken"
@@ -161,8 +175,7 @@ class Compiler:
         if key is None:
             self._give_up("an argument is neither a tensor nor a plain value, which could change unseen")
             return self._plainly(size, args, kwargs)
-        shape = self._shapes.setdefault((key, tuple(map(id, trainable)), self.parameters.modes), _Shape())
-        shape.steps += 1
+        shape = self._shape_in(self._shapes, key, trainable)
         if not shape.is_settled and self._is_wanted(shape):
             self._compile(shape, size, (args, kwargs), data, trainable)
         if shape.function is None:
@@ -173,6 +186,12 @@ class Compiler:
             return loss
         return self._compiled(shape, size, (args, kwargs), data, trainable)
 
+    def _shape_in(self, shapes: dict[Hashable, _Shape], key: Hashable, trainable: Sequence[Tensor]) -> _Shape:
+        """Return what is known of calls that look like this one, with this one counted."""
+        shape = shapes.setdefault((key, tuple(map(id, trainable)), self.parameters.modes), _Shape())
+        shape.steps += 1
+        return shape
+
     def expect(self, steps: float, seconds: float = math.inf) -> None:
         """Take note of how many steps and seconds are left at most, infinity where that is unknown."""
         self._steps_left, self._seconds_left = steps, seconds
@@ -182,10 +201,10 @@ class Compiler:
 
         Between two calls those of a shape stay as they are, so that the same seeds give the same random numbers.
         """
-        for shape in [shape for shape in self._evaluations.values() if shape.steps >= LEAST_EVALUATIONS][
-            :MOST_SHAPES
-        ]:
-            shape.is_wanted = any(other.function is not None for other in self._shapes.values())
+        if any(shape.function is not None for shape in self._shapes.values()):
+            often = [shape for shape in self._evaluations.values() if shape.steps >= LEAST_EVALUATIONS]
+            for shape in often[:MOST_SHAPES]:
+                shape.is_wanted = True
 
     def evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
         """Return the loss without gradients, by compiled code where :meth:`settle` has said so.
@@ -199,36 +218,32 @@ class Compiler:
         if self._given_up is not None or key is None:
             return self.objective.evaluate(args, kwargs)
         trainable = list(self.parameters.trainable.values())
-        shape = self._evaluations.setdefault(
-            (key, tuple(map(id, trainable)), self.parameters.modes), _Shape()
-        )
-        shape.steps += 1
-        if not shape.is_wanted or (shape.is_settled and shape.function is None):
+        shape = self._shape_in(self._evaluations, key, trainable)
+        if not shape.is_wanted:
             return self.objective.evaluate(args, kwargs)
-        inputs = [*trainable, *data, torch.tensor(1.0, dtype=torch.get_default_dtype())]
-        if shape.function is None:
+        inputs = _inputs(trainable, data, 1.0)
+        if not shape.is_settled:
             self._compile_evaluation(shape, (args, kwargs), inputs)
-            if shape.function is None:
-                return self.objective.evaluate(args, kwargs)
         captured = shape.captured
-        assert captured is not None
+        if shape.function is None or captured is None:
+            return self.objective.evaluate(args, kwargs)
         noise = captured.draw()
         shape.calls += 1
         with torch.no_grad():
             (loss,) = shape.function(*captured.arguments(inputs, noise))
-        if shape.calls & (shape.calls - 1) == 0:
+        if shape.is_compared:
             random = random_state()
-            with Draws(dict(zip(captured.noise, noise, strict=True))) as draws:
+            with captured.at(noise) as draws:
                 expected = self.objective.evaluate(args, kwargs)
             set_random_state(random)
-            close = abs(expected - loss.item()) <= torch.finfo(loss.dtype).eps ** 0.4 * (1 + abs(expected))
+            close = abs(expected - loss.item()) <= _rounding(loss) * (1 + abs(expected))
             if draws.counts != captured.noise or not (close or not math.isfinite(expected)):
                 shape.function = None
                 return self.objective.evaluate(args, kwargs)
         self._last = captured, noise
         value: float = loss.item()
         if not math.isfinite(value):
-            with Draws(dict(zip(captured.noise, noise, strict=True))):
+            with captured.at(noise):
                 value = self.objective.evaluate(args, kwargs)
         return value
 
@@ -253,7 +268,7 @@ class Compiler:
         if self._last is None:
             return self.objective.first_not_finite(args, kwargs)
         captured, noise = self._last
-        with Draws(dict(zip(captured.noise, noise, strict=True))):
+        with captured.at(noise):
             return self.objective.first_not_finite(args, kwargs)
 
     def _plainly(self, size: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
@@ -272,13 +287,12 @@ class Compiler:
         assert captured is not None
         noise = captured.draw()
         self._last = captured, noise
-        inputs = [*trainable, *data, torch.tensor(float(size), dtype=torch.get_default_dtype())]
+        inputs = _inputs(trainable, data, size)
         shape.calls += 1
-        is_compared = shape.calls & (shape.calls - 1) == 0
-        before = self.parameters.state() if is_compared else {}
+        before = self.parameters.state() if shape.is_compared else {}
         with torch.no_grad():
             loss, *gradients = shape.function(*captured.arguments(inputs, noise))
-        if is_compared:
+        if shape.is_compared:
             why = self._difference(shape, arguments, inputs, noise, [loss, *gradients])
             if why is not None:
                 self.parameters.load(before)
@@ -287,7 +301,7 @@ class Compiler:
                 return self._plainly(size, *arguments)
         if not bool(loss.isfinite()):  # some values are out of the reach of captured code alone
             run = _Program(self.objective, arguments, trainable)
-            with Draws(dict(zip(captured.noise, noise, strict=True))):
+            with captured.at(noise):
                 again = run(*inputs)
             if run.used == shape.used:
                 loss, *gradients = again
@@ -352,7 +366,7 @@ class Compiler:
         data: list[Tensor],
         trainable: list[Tensor],
     ) -> None:
-        inputs = [*trainable, *data, torch.tensor(float(size), dtype=torch.get_default_dtype())]
+        inputs = _inputs(trainable, data, size)
         run = _Program(self.objective, arguments, trainable)
         before, random = self.parameters.state(), random_state()
         begin = time.perf_counter()
@@ -413,7 +427,7 @@ class Compiler:
         versions = [tensor._version for tensor in watched]
         random = random_state()
         try:
-            with uncovered(), Draws(dict(zip(captured.noise, noise, strict=True))) as draws:
+            with uncovered(), captured.at(noise) as draws:
                 expected = run(*inputs)
         except NotCapturedError as error:
             return str(error)
@@ -427,7 +441,7 @@ class Compiler:
             return "other parameters have a gradient than when the programs were captured"
         if not bool(expected[0].isfinite()):
             return None  # the caller sees a loss that is not finite
-        rounding = torch.finfo(expected[0].dtype).eps ** 0.4
+        rounding = _rounding(expected[0])
         distance = (expected[0] - found[0]).abs().item()
         if distance > rounding * (1 + expected[0].abs().item()):
             return f"the loss is {found[0].item():.6g}, and the programs give {expected[0].item():.6g}"
@@ -544,6 +558,16 @@ def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], H
     return tensors, (repr(structure), *parts)
 
 
+def _inputs(trainable: Sequence[Tensor], data: Sequence[Tensor], size: float) -> list[Tensor]:
+    """Return the tensors that a captured objective is a function of."""
+    return [*trainable, *data, torch.tensor(float(size), dtype=torch.get_default_dtype())]
+
+
+def _rounding(loss: Tensor) -> float:
+    """Return the relative difference that rounding may make."""
+    return torch.finfo(loss.dtype).eps ** 0.4
+
+
 def _chosen(values: Sequence[Tensor], used: Sequence[bool]) -> list[Tensor]:
     return [value for value, is_used in zip(values, used, strict=True) if is_used]
 
@@ -615,6 +639,10 @@ class CompiledLoss:
     def store_names(self) -> list[str]:
         """Return the names that Pyro's parameter store has for the parameters in use, as far as they are in it."""
         return list(self._set.in_store())
+
+    def is_of(self, model: Program, guide: Program) -> bool:
+        """Whether it is the loss of this model and this guide."""
+        return self._objective.model is model and self._objective.guide is guide
 
     def is_in_store(self) -> bool:
         """Whether the parameters in use are those that Pyro's parameter store has by their names now."""

@@ -6,7 +6,7 @@ import pyro
 from pyro.infer import ELBO, Trace_ELBO
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.infer.compiled import SCRIPT, CompiledLoss
+from pyro_graphflows.infer.compiled import SCRIPT, CompiledLoss, require_backend
 from pyro_graphflows.infer.particles import Program
 
 __all__ = ["CompiledELBO"]
@@ -51,8 +51,7 @@ class CompiledELBO(ELBO):
         if not isinstance(self.estimator, ELBO):
             raise GraphflowsError(f"Expected an ELBO object to compile; got {loss!r}.")
         self._compiled: CompiledLoss | None = None
-        self._pair: tuple[Program, Program] | None = None
-        CompiledLoss(_nothing, _nothing, self.estimator, backend=backend)  # refuses what it cannot have
+        require_backend(backend)
 
     @property
     def report(self) -> str:
@@ -80,10 +79,9 @@ class CompiledELBO(ELBO):
             *args: Their positional arguments.
             **kwargs: Their keyword arguments.
         """
-        pair = self._pair
-        if self._compiled is None or pair is None or pair[0] is not model or pair[1] is not guide:
-            self._pair, self._compiled = (model, guide), None
-        if self._compiled is None or not self._compiled.is_in_store():
+        if self._compiled is None or not (
+            self._compiled.is_of(model, guide) and self._compiled.is_in_store()
+        ):
             self._compiled = CompiledLoss(model, guide, self.estimator, backend=self.backend)
         loss = self._compiled.loss_and_grads(*args, **kwargs)
         for name in self._compiled.store_names():  # SVI trains what is announced
@@ -103,7 +101,3 @@ class CompiledELBO(ELBO):
 
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
         return self.estimator._get_trace(model, guide, args, kwargs)
-
-
-def _nothing() -> None:
-    pass

@@ -34,6 +34,7 @@ __all__ = [
     "PathNormal",
     "SampledNormal",
     "ScalarNormal",
+    "Score",
     "along_path",
     "centre_of",
     "site_distribution",
@@ -41,6 +42,38 @@ __all__ = [
 
 
 Score = Callable[[Any, Tensor], Tensor | None]
+
+
+class Path:
+    """Remembers the last draw with gradients of a distribution and its expanded copies, and asks for its score.
+
+    Args:
+        score: For the distribution that was drawn from and flat vectors, their log-density as a function of the guide's
+            parameters alone, for gradients of ELBOs (:func:`along_path`); None for plain ones.
+    """
+
+    def __init__(self, score: Score | None = None) -> None:
+        self.score = score
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def keep(self, value: Tensor, flat: Tensor) -> Tensor:
+        """Take note of a draw and of its flat vector; return the draw."""
+        self._last = (value, flat) if self.score is not None and torch.is_grad_enabled() else None
+        return value
+
+    def parts(self, log_prob: Tensor, value: Tensor, base: Any) -> ScoreParts:
+        """Return the parts of gradients of ELBOs: along the path of the last draw, plain for other values.
+
+        Args:
+            log_prob: The log-density of the value, with all gradients.
+            value: The value.
+            base: The distribution over flat vectors.
+        """
+        found, follows = None, log_prob.requires_grad and torch.is_grad_enabled()
+        if self.score is not None and self._last is not None and self._last[0] is value and follows:
+            found = self.score(base, self._last[1])
+        no_score_function: Any = 0
+        return ScoreParts(log_prob, no_score_function, along_path(log_prob, found))
 
 
 class ScalarNormal(dist.TorchDistribution):
@@ -87,32 +120,27 @@ class SampledNormal(dist.TorchDistribution):
 
     Args:
         normal: The normal.
-        score: See :class:`FactorDistribution`.
+        path: What is remembered of draws.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     support = constraints.real
     has_rsample = True
 
-    def __init__(self, normal: dist.Normal, score: Score | None = None) -> None:
-        self.normal, self._score = normal, score
-        # The last draw with gradients, and its flat vector; shared with expanded copies.
-        self._own: list[tuple[Tensor, Tensor]] = []
+    def __init__(self, normal: dist.Normal, path: Path | None = None) -> None:
+        self.normal, self._path = normal, Path() if path is None else path
         super().__init__(normal.batch_shape, validate_args=False)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "SampledNormal":
         """Return the same normal at a larger batch shape."""
         if torch.Size(batch_shape) == self.batch_shape:
             return self
-        new = SampledNormal(self.normal.expand(batch_shape), self._score)
-        new._own = self._own
-        return new
+        return SampledNormal(self.normal.expand(batch_shape), self._path)
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draw reparametrised values of shape ``sample_shape + batch_shape``."""
         value = self.normal.rsample(sample_shape)
-        self._own[:] = [(value, value.unsqueeze(-1))] if torch.is_grad_enabled() else []
-        return value
+        return self._path.keep(value, value.unsqueeze(-1))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density of values, shape ``batch_shape``."""
@@ -120,7 +148,7 @@ class SampledNormal(dist.TorchDistribution):
 
     def score_parts(self, x: Tensor, *args: Any, **kwargs: Any) -> ScoreParts:
         """Return the parts of gradients of ELBOs (:func:`along_path`)."""
-        return _reparametrised(self.log_prob(x), x, self._own, self._score, self.normal)
+        return self._path.parts(self.log_prob(x), x, self.normal)
 
     @property
     def mean(self) -> Tensor:
@@ -133,34 +161,28 @@ class PathNormal(dist.Normal):
 
     Args:
         normal: The normal.
-        score: See :class:`FactorDistribution`.
+        path: What is remembered of draws.
     """
 
-    def __init__(self, normal: dist.Normal, score: Score) -> None:
+    def __init__(self, normal: dist.Normal, path: Path) -> None:
         super().__init__(normal.loc, normal.scale, validate_args=False)
-        self._score = score
-        # The last draw with gradients, and its flat vector; shared with expanded copies.
-        self._own: list[tuple[Tensor, Tensor]] = []
+        self._path = path
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "PathNormal":
         """Return the same normal at a larger batch shape."""
         if torch.Size(batch_shape) == self.batch_shape:
             return self
-        new = PathNormal(
-            dist.Normal(self.loc, self.scale, validate_args=False).expand(batch_shape), self._score
-        )
-        new._own = self._own
-        return new
+        plain = dist.Normal(self.loc, self.scale, validate_args=False)
+        return PathNormal(plain.expand(batch_shape), self._path)
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draw reparametrised values of shape ``sample_shape + batch_shape``."""
         value: Tensor = super().rsample(sample_shape)
-        self._own[:] = [(value, value.unsqueeze(-1))] if torch.is_grad_enabled() else []
-        return value
+        return self._path.keep(value, value.unsqueeze(-1))
 
     def score_parts(self, x: Tensor, *args: Any, **kwargs: Any) -> ScoreParts:
         """Return the parts of gradients of ELBOs (:func:`along_path`)."""
-        return _reparametrised(self.log_prob(x), x, self._own, self._score, self)
+        return self._path.parts(self.log_prob(x), x, self)
 
 
 class FactorDistribution(dist.TorchDistribution):
@@ -179,8 +201,7 @@ class FactorDistribution(dist.TorchDistribution):
         unconstrained_shape: The event shape before the vector is flattened.
         event_shape: The event shape of the site.
         support: The support of the site.
-        score: For flat vectors, their log-density under ``base`` as a function of the guide's parameters alone, for
-            gradients of ELBOs (:func:`along_path`); None for plain ones.
+        path: What is remembered of draws.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
@@ -192,11 +213,9 @@ class FactorDistribution(dist.TorchDistribution):
         unconstrained_shape: torch.Size,
         event_shape: torch.Size,
         support: constraints.Constraint,
-        score: Score | None = None,
+        path: Path | None = None,
     ) -> None:
-        self._score = score
-        # The last draw with gradients, and its flat vector; shared with expanded copies.
-        self._own: list[tuple[Tensor, Tensor]] = []
+        self._path = Path() if path is None else path
         self.base = base
         self.has_rsample = base.has_rsample
         self.transform = transform
@@ -224,9 +243,9 @@ class FactorDistribution(dist.TorchDistribution):
             self.unconstrained_shape,
             self.event_shape,
             self._support,
-            self._score,
+            self._path,
         )
-        new._drawn, new._own = self._drawn, self._own
+        new._drawn = self._drawn
         return new
 
     def _shaped(self, flat: Tensor) -> Tensor:
@@ -251,9 +270,7 @@ class FactorDistribution(dist.TorchDistribution):
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draw reparametrised values of shape ``sample_shape + batch_shape + event_shape``."""
         flat = self.base.rsample(sample_shape)
-        value = self.constrained(flat)
-        self._own[:] = [(value, flat)] if torch.is_grad_enabled() else []
-        return value
+        return self._path.keep(self.constrained(flat), flat)
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draw values of shape ``sample_shape + batch_shape + event_shape`` without gradients."""
@@ -288,7 +305,7 @@ class FactorDistribution(dist.TorchDistribution):
         if not self.has_rsample:
             plain: ScoreParts = super().score_parts(x)
             return plain
-        return _reparametrised(self.log_prob(x), x, self._own, self._score, self.base)
+        return self._path.parts(self.log_prob(x), x, self.base)
 
     def log_stretch(self, flat: Tensor) -> Tensor:
         """Return the log-determinant of the map from flat vectors to values, one for each vector."""
@@ -319,23 +336,6 @@ def along_path(log_prob: Tensor, score: Tensor | None) -> Tensor:
         score: Numbers whose gradient is the score; None for the plain gradient.
     """
     return log_prob if score is None else log_prob - (score - score.detach())
-
-
-def _reparametrised(
-    log_prob: Tensor, value: Tensor, own: list[tuple[Tensor, Tensor]], score: Score | None, base: Any
-) -> ScoreParts:
-    """Return the parts of gradients of ELBOs: along the path of a draw of its own, plain for other values."""
-    found = None
-    if (
-        score is not None
-        and own
-        and own[0][0] is value
-        and log_prob.requires_grad
-        and torch.is_grad_enabled()
-    ):
-        found = score(base, own[0][1])
-    no_score_function: Any = 0
-    return ScoreParts(log_prob, no_score_function, along_path(log_prob, found))
 
 
 def _is_exponential(transform: Transform) -> bool:
@@ -607,7 +607,7 @@ def site_distribution(
         dtype: The type of the vectors of discrete sites; the default type if not given.
         coordinate: The map to the site's values from the coordinate of the factor, where this is not the unconstrained
             vector.
-        score: See :class:`FactorDistribution`.
+        score: See :class:`Path`.
 
     Raises:
         GraphflowsError: If a discrete site has other values than at set-up, or a factor another event shape.
@@ -625,21 +625,19 @@ def site_distribution(
             f"Expected a factor of {site.name!r} whose distribution has event shape ({site.size},), that of the flat "
             f"vector of the site; got {tuple(factor.event_shape)} ({type(factor).__name__}). Use .to_event(1)."
         )
-    as_at_set_up = support is site.support
+    as_at_set_up, path = support is site.support, Path(score)
     if coordinate is not None:
         back = site.bijection if as_at_set_up else biject_to(support)
         shapes = site.unconstrained_shape, site.event_shape, support
-        return FactorDistribution(factor, coordinate, *shapes, score), partial(_unconstrained, back, site)
+        return FactorDistribution(factor, coordinate, *shapes, path), partial(_unconstrained, back, site)
     transform = site.bijection if as_at_set_up else biject_to(support)
     is_real = site.is_real if as_at_set_up else is_identity(transform)
     if is_real and isinstance(factor, ScalarNormal) and not site.event_shape:
-        plain = factor.normal if score is None else PathNormal(factor.normal, score)
-        return plain if analytic_kl else SampledNormal(factor.normal, score), _add_event_dim
+        plain = factor.normal if score is None else PathNormal(factor.normal, path)
+        return plain if analytic_kl else SampledNormal(factor.normal, path), _add_event_dim
     if is_real and analytic_kl and site.event_shape == factor.event_shape:
         return factor, _itself
-    emitted = FactorDistribution(
-        factor, transform, site.unconstrained_shape, site.event_shape, support, score
-    )
+    emitted = FactorDistribution(factor, transform, site.unconstrained_shape, site.event_shape, support, path)
     return emitted, emitted.unconstrained
 
 
