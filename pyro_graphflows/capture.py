@@ -53,17 +53,17 @@ class NotCapturedError(GraphflowsError):
     """A program is no graph of tensor operations; the message says why."""
 
 
-def left_unchecked(*values: Tensor) -> bool:
+def left_unchecked(values: Tensor) -> bool:
     """Whether a check that values are finite is left out, as a program is being captured.
 
     Args:
-        *values: The values. Who captures may ask for them (:func:`unchecked`).
+        values: The values. Who captures may ask for them (:func:`unchecked`).
     """
     if not CAPTURING.get():
         return False
     noted = _UNCHECKED.get()
     if noted is not None:
-        noted.extend(values)
+        noted.append(values)
     return True
 
 

@@ -148,7 +148,11 @@ def _gradients(
 
 
 def capture_with_gradients(
-    program: Program, parameters: Sequence[Tensor], data: Sequence[Tensor], counts: Mapping[Noise, int]
+    program: Program,
+    parameters: Sequence[Tensor],
+    data: Sequence[Tensor],
+    counts: Mapping[Noise, int],
+    fixed: Sequence[Tensor] = (),
 ) -> CapturedGradients:
     """Capture a program together with its gradients.
 
@@ -157,6 +161,7 @@ def capture_with_gradients(
         parameters: All leaves that gradients are wanted of, and others.
         data: Other tensors that change from call to call.
         counts: How many random numbers of each kind it draws.
+        fixed: Tensors that keep their values from here on: what follows from them alone is computed once.
 
     Raises:
         NotCapturedError: If it cannot be captured, or has gradients by other tensors than the parameters.
@@ -196,8 +201,12 @@ def capture_with_gradients(
     halves = _Halves(captured, range(first_cotangent, len(inputs)), len(first))
     noise = captured.draw()
     plain = [t.detach() for t in (*parameters, *data, *noise, *captured.constants)]
-    halves.simplify([*plain[:first_cotangent], *cotangents, *plain[first_cotangent:]])
+    known = {id(tensor) for tensor in fixed}
+    are_fixed = [id(constant) in known for constant in captured.constants]
+    halves.simplify([*plain[:first_cotangent], *cotangents, *plain[first_cotangent:]], are_fixed)
     forward_graph, backward_graph = halves.split()
+    parts = [node for half in (forward_graph, backward_graph) for node in half.graph.nodes]
+    num_operations = sum(node.op == "call_function" for node in parts)
     forward, found = _scripted(forward_graph, plain)
     owned = {t.untyped_storage().data_ptr() for t in plain}
     if any(value.untyped_storage().data_ptr() in owned for value in found[: len(first)] if value.numel()):
@@ -208,7 +217,7 @@ def capture_with_gradients(
     places = [id(value) for value in found[: len(first)]]
     repeated = [i for i, place in enumerate(places) if place in places[:i]]
     return CapturedGradients(
-        forward, backward, captured.constants, zeros, used, fixed, repeated, halves.num_operations
+        forward, backward, captured.constants, zeros, used, fixed, repeated, num_operations
     )
 
 
@@ -246,6 +255,8 @@ def _scripted(
 # ---------------------------------------------------------------------------------------------- graphs of operations
 _SAME = ("detach", "alias", "lift_fresh", "lift_fresh_copy")
 _OWN_INVERSE = ("neg", "t")
+_WITHOUT_EFFECT = {("mul", 1), ("div", 1), ("pow", 1), ("add", 0), ("sub", 0)}
+_LARGEST_CONSTANT = 100_000  # elements
 _RESHAPING = ("expand", "view", "_unsafe_view", "slice", "permute", "squeeze", "clone", "_to_copy")
 
 
@@ -263,32 +274,40 @@ class _Halves:
         self.arguments = [node for node in self.graph.nodes if node.op == "placeholder"]
         self.cotangents = [self.arguments[i] for i in cotangents]
         self.num_results = num_results
+        self.constants: dict[fx.Node, Tensor] = {}
         self._writes = self._find_writes()
-
-    @property
-    def num_operations(self) -> int:
-        """The number of operations."""
-        return sum(node.op == "call_function" for node in self.graph.nodes)
 
     def _find_writes(self) -> list[tuple[fx.Node, set[fx.Node]]]:
         """Return the operations that write in place, each with all tensors that share memory with what is written."""
         return [(node, _sharing(_written_by(node))) for node in self.graph.nodes if _written_by(node)]
 
-    def simplify(self, values: Sequence[Tensor]) -> None:
-        """Leave out operations without effect, and all but the first of several equal ones.
+    def simplify(self, values: Sequence[Tensor], are_fixed: Sequence[bool]) -> None:
+        """Leave out operations without effect, all but the first of several equal ones, and those on constants.
 
         Args:
             values: Values of the arguments.
+            are_fixed: For each of the last arguments, whether its value stays as it is.
         """
         for node, value in zip(self.arguments, values, strict=True):
             node.meta["val"] = value
+        first = len(values) - len(are_fixed)
+        pairs = zip(self.arguments[first:], are_fixed, strict=True)
+        self.constants = {node: node.meta["val"] for node, is_fixed in pairs if is_fixed}
+        for node in list(self.graph.nodes):
+            source = _filled_from(node)
+            if source is not None:
+                node.replace_all_uses_with(source)
+                self.graph.erase_node(node)
+        self._writes = self._find_writes()
         written = {node for _, sharing in self._writes for node in sharing}
         changed = True
         while changed:
             changed = False
             seen: dict[str, fx.Node] = {}
             for node in list(self.graph.nodes):
-                if node.op != "call_function" or written & {node, *node.all_input_nodes}:
+                if node.op != "call_function" or node in self.constants:
+                    continue
+                if written & {node, *node.all_input_nodes}:
                     continue
                 other = _same_as(node)
                 if other is None:
@@ -297,6 +316,10 @@ class _Halves:
                     node.replace_all_uses_with(other)
                     self.graph.erase_node(node)
                     changed = True
+                elif all(each in self.constants for each in node.all_input_nodes):
+                    value = _evaluated(node, self.constants)
+                    if not torch.is_tensor(value) or value.numel() <= _LARGEST_CONSTANT:
+                        self.constants[node] = value
             self.graph.eliminate_dead_code()
 
     def _late(self) -> set[fx.Node]:
@@ -338,17 +361,45 @@ class _Halves:
         (output,) = (node for node in self.graph.nodes if node.op == "output")
         results, gradients = output.args[0][: self.num_results], output.args[0][self.num_results :]
         needed = [n for node in self.graph.nodes if node in late for n in node.all_input_nodes]
-        kept = list(dict.fromkeys(node for node in (*needed, *gradients) if node not in late))
+        early = [node for node in (*needed, *gradients) if node not in late]
+        kept = list(dict.fromkeys(node for node in early if not self._is_constant(node)))
         if late.intersection(results):
             raise NotCapturedError("a result depends on the gradients")
         if not all(torch.is_tensor(node.meta.get("val")) for node in kept):
             raise NotCapturedError("gradients need what is no tensor")
         self._require_order_of_writes(late)
-        early = [node for node in self.arguments if node not in late]
-        body = [node for node in self.graph.nodes if node.op == "call_function"]
-        forward = _graph_of(early, [node for node in body if node not in late], [*results, *kept])
-        backward = _graph_of([*kept, *self.cotangents], [node for node in body if node in late], gradients)
-        return forward, backward
+        given = [node for node in self.arguments if node not in late]
+        forward = self._function(given, [n for n in self.graph.nodes if n not in late], [*results, *kept])
+        return forward, self._function([*kept, *self.cotangents], list(self.graph.nodes), gradients)
+
+    def _is_constant(self, node: fx.Node) -> bool:
+        return torch.is_tensor(self.constants.get(node)) and node.op == "call_function"
+
+    def _function(
+        self, arguments: Sequence[fx.Node], nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]
+    ) -> fx.GraphModule:
+        """Return a function of some nodes of the graph, all between them and the outputs being among ``nodes``."""
+        graph, own, root = fx.Graph(), {}, torch.nn.Module()
+        for i, node in enumerate(arguments):
+            own[node] = graph.placeholder(f"argument_{i}")
+        needed, waiting = set(outputs), list(outputs)
+        while waiting:
+            node = waiting.pop()
+            if node in own or self._is_constant(node):
+                continue
+            writes = [write for write, sharing in self._writes if node in sharing]
+            further = {*node.all_input_nodes, *writes} - needed
+            needed |= further
+            waiting += further
+        for node in nodes:
+            if node in needed and node not in own and node.op == "call_function":
+                if self._is_constant(node):
+                    root.register_buffer(name := f"constant_{len(own)}", self.constants[node])
+                    own[node] = graph.get_attr(name)
+                else:
+                    own[node] = graph.node_copy(node, own.__getitem__)
+        graph.output(tuple(own[node] for node in outputs))
+        return fx.GraphModule(root, graph)
 
 
 def _written_by(node: fx.Node) -> list[fx.Node]:
@@ -393,15 +444,19 @@ def _sharing(nodes: Sequence[fx.Node]) -> set[fx.Node]:
 def _same_as(node: fx.Node) -> fx.Node | None:
     """Return the node that has the same value as this one, which is left out then."""
     first = node.args[0] if node.args else None
+    if _name(node) == "cat" and isinstance(first, list | tuple) and len(first) == 1:
+        first = first[0]
+        return first if isinstance(first, fx.Node) else None
     if not isinstance(first, fx.Node) or node.target is operator.getitem:
         return None
-    name = str(getattr(node.target, "_schema", node).name).removeprefix("aten::")
+    name = _name(node)
     if name in _SAME:
         return first
     if name in _OWN_INVERSE and first.target is node.target:
         inner = first.args[0]
         return inner if isinstance(inner, fx.Node) else None
-    if name in _RESHAPING:
+    by_number = len(node.args) == 2 and isinstance(node.args[1], int | float)
+    if name in _RESHAPING or (by_number and (name, node.args[1]) in _WITHOUT_EFFECT):
         before, after = first.meta.get("val"), node.meta.get("val")
         if torch.is_tensor(before) and torch.is_tensor(after) and _layout(before) == _layout(after):
             return first
@@ -412,15 +467,26 @@ def _layout(value: Tensor) -> tuple[Any, ...]:
     return tuple(value.shape), value.stride(), value.dtype, value.device
 
 
-def _graph_of(
-    arguments: Sequence[fx.Node], body: Sequence[fx.Node], outputs: Sequence[fx.Node]
-) -> fx.GraphModule:
-    """Return a function of some nodes of a graph."""
-    graph, own = fx.Graph(), {}
-    for i, node in enumerate(arguments):
-        own[node] = graph.placeholder(f"argument_{i}")
-    for node in body:
-        own[node] = graph.node_copy(node, own.__getitem__)
-    graph.output(tuple(own[node] for node in outputs))
-    graph.eliminate_dead_code()
-    return fx.GraphModule(torch.nn.Module(), graph)
+def _filled_from(node: fx.Node) -> fx.Node | None:
+    """Return the values with which a fresh tensor is filled by this operation, if that is all that happens to it."""
+    if _name(node) != "copy_" or len(node.args) != 2:
+        return None
+    target, source = node.args
+    if not isinstance(target, fx.Node) or not isinstance(source, fx.Node) or _name(target) != "empty":
+        return None
+    before, after = source.meta.get("val"), node.meta.get("val")
+    same = torch.is_tensor(before) and torch.is_tensor(after) and _layout(before) == _layout(after)
+    return source if same and list(target.users) == [node] else None
+
+
+def _name(node: fx.Node) -> str:
+    """Return the name of an operation, without that of its overload."""
+    schema = getattr(node.target, "_schema", None)
+    return "" if schema is None else str(schema.name).removeprefix("aten::")
+
+
+def _evaluated(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """Return the value of an operation."""
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+    with torch.no_grad():
+        return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -86,7 +86,8 @@ class _Kind:
 
     Attributes:
         parameters: The parameters of the guide that are learned.
-        buffers: Its other parameters and its buffers, which keep their identity.
+        buffers: Its buffers, which keep their values.
+        frozen: Its other parameters.
         calls: How many there were.
         function: What runs them; None for the programs.
         call: The call that was captured.
@@ -99,6 +100,7 @@ class _Kind:
 
     parameters: list[Tensor]
     buffers: list[Tensor]
+    frozen: list[Tensor]
     calls: int = 0
     function: Any = None
     call: Call | None = None
@@ -112,7 +114,7 @@ class _Kind:
         """Return fresh noise: the numbers that the programs would draw now."""
         parts: dict[Noise, list[Tensor]] = {}
         for noise, shape in self.taken:
-            parts.setdefault(noise, []).append(noise.draw(shape).reshape(-1))
+            parts.setdefault(noise, []).append(noise.draw(shape).view(-1))
         return {noise: each[0] if len(each) == 1 else torch.cat(each) for noise, each in parts.items()}
 
 
@@ -141,7 +143,8 @@ class CapturedCalls:
         """Take the guide as another one: its parameters are other objects, or elsewhere."""
         self.report = "not captured: no kind of call has come often enough"
         self._kinds: dict[Hashable, _Kind] = {}
-        self._places: list[tuple[dict[str, Any], str]] | None = None
+        self._places: tuple[list[tuple[dict[str, Any], str]], ...] | None = None
+        self._state: tuple[Any, ...] = ()
         self._modules: list[nn.Module] = []
         self._is_given_up = False
 
@@ -160,15 +163,23 @@ class CapturedCalls:
         key = _key((*args, *kwargs.values()))
         if key is None:
             return None
-        tensors = self._tensors(blocks)
-        state = (*map(id, tensors), *[t.dtype for t in tensors], *[t.requires_grad for t in tensors])
-        whole = (tuple(kwargs), key, state, tuple([module.training for module in self._modules]))
+        parameters, buffers = self._tensors(blocks)
+        state = (
+            *[id(p) for p in parameters],
+            *[p.dtype for p in parameters],
+            *[id(b) for b in buffers],
+            *[b._version for b in buffers],
+        )
+        if state != self._state:  # other tensors, or other values of those that count as fixed
+            self._state, self._kinds = state, {}
+        learned = [p.requires_grad for p in parameters]
+        whole = (*kwargs, key, *learned, *[module.training for module in self._modules])
         kind = self._kinds.get(whole)
         if kind is None:
             if len(self._kinds) >= MOST_COUNTED:
-                self._kinds = {key: kind for key, kind in self._kinds.items() if kind.function is not None}
-            learned = [tensor for tensor in tensors if tensor.requires_grad]
-            kind = _Kind(learned, [tensor for tensor in tensors if not tensor.requires_grad])
+                self._kinds = {each: kind for each, kind in self._kinds.items() if kind.function is not None}
+            frozen = [p for p in parameters if not p.requires_grad]
+            kind = _Kind([p for p in parameters if p.requires_grad], buffers, frozen)
             self._kinds[whole] = kind
         kind.calls += 1
         return kind if kind.function is not None or self._is_due(kind) else None
@@ -179,13 +190,17 @@ class CapturedCalls:
             return False
         return sum(each.function is not None for each in self._kinds.values()) < MOST_CAPTURED
 
-    def _tensors(self, blocks: nn.Module) -> list[Tensor]:
-        """Return the parameters and buffers as they are now."""
+    def _tensors(self, blocks: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the parameters and the buffers as they are now."""
         if self._places is None:
-            self._modules = list(blocks.modules())
-            kept = [each for module in self._modules for each in (module._parameters, module._buffers)]
-            self._places = [(each, key) for each in kept for key, value in each.items() if value is not None]
-        return [kept[key] for kept, key in self._places]
+            modules = list(blocks.modules())
+            self._places = tuple(
+                [(each, key) for each in kept for key, value in each.items() if value is not None]
+                for kept in ([m._parameters for m in modules], [m._buffers for m in modules])
+            )
+            self._modules = modules
+        parameters, buffers = self._places
+        return [kept[key] for kept, key in parameters], [kept[key] for kept, key in buffers]
 
     # ------------------------------------------------------------------------------------------------- capturing
     def capture(self, kind: _Kind, run: Run, call: Call | None, args: Sequence[Any]) -> bool:
@@ -218,7 +233,9 @@ class CapturedCalls:
             programs.results()
         kind.sites, kind.taken = programs.sites, draws.taken
         with pyro.validation_enabled(False):  # which distributions look at when they are made, in gradients too
-            kind.function = capture_with_gradients(programs.results, kind.parameters, data, draws.counts)
+            kind.function = capture_with_gradients(
+                programs.results, kind.parameters, data, draws.counts, fixed=kind.buffers
+            )
 
     def give_up(self, kind: _Kind, reason: str) -> None:
         """Capture no calls of a kind any more."""
@@ -342,9 +359,9 @@ class _Programs:
                 found.append(parts.log_prob)
                 frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
                 sites.append(_Site(name, tuple(frame.name for frame in frames), fn, follows))
-            total = sum((each.detach().sum() for each in (*found, *checked)), torch.zeros(()))
+            total = torch.cat([each.detach().reshape(-1) for each in (*found, *checked)]).sum()
         self.sites = tuple(sites)
-        return [*results, Result(torch.as_tensor(total), followed=False)]
+        return [*results, Result(total, followed=False)]
 
     def again(self) -> list[Tensor]:
         """Return the results of a run at the same noise, with all gradients."""

@@ -36,7 +36,7 @@ from torch.distributions.transforms import (
     identity_transform,
 )
 
-from pyro_graphflows.capture import left_unchecked
+from pyro_graphflows.capture import CAPTURING
 from pyro_graphflows.distributions.coordinates import GaussianCoordinate, gaussian_coordinate, is_well_defined
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.inspect import TracedModel, get_argument
@@ -779,7 +779,7 @@ def site_prior(site: LatentSite, fn: Any, *, checked: bool = True) -> SitePrior:
         for part in (coordinate.loc, coordinate.scale)
     )
     log_scale = scale.log()
-    if checked and not (loc.is_meta or left_unchecked(loc, log_scale)):
+    if checked and not (loc.is_meta or CAPTURING.get()):
         total = float(loc.detach().sum() + log_scale.detach().sum())  # finite if all of them are
         if coordinate.standard or not math.isfinite(total):
             _require_well_defined(site, fn, coordinate, loc, scale)
