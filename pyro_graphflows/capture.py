@@ -59,12 +59,10 @@ def left_unchecked(values: Tensor) -> bool:
     Args:
         values: The values. Who captures may ask for them (:func:`unchecked`).
     """
-    if not CAPTURING.get():
-        return False
     noted = _UNCHECKED.get()
-    if noted is not None:
+    if CAPTURING.get() and noted is not None:
         noted.append(values)
-    return True
+    return CAPTURING.get()
 
 
 @contextmanager

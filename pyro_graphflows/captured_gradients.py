@@ -25,6 +25,8 @@ __all__ = ["CapturedGradients", "Result", "capture_with_gradients"]
 
 Again = Callable[[], Sequence[Tensor]]
 
+optimized_execution: Any = torch.jit.optimized_execution  # type: ignore[attr-defined]
+
 
 @dataclass(frozen=True)
 class Result:
@@ -101,7 +103,7 @@ class _Node(torch.autograd.Function):
     def forward(
         ctx: Any, captured: CapturedGradients, others: Sequence[Tensor], again: Again, *parameters: Tensor
     ) -> tuple[Tensor, ...]:
-        with torch.jit.optimized_execution(False):  # no runs that only collect statistics
+        with optimized_execution(False):  # no runs that only collect statistics
             found = captured.forward(*parameters, *others, *captured.constants)
         zeros = captured.zeros
         ctx.captured, ctx.again, ctx.parameters = captured, again, parameters
@@ -116,7 +118,9 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *given: Tensor | None) -> Any:
         captured, kept = ctx.captured, ctx.saved_tensors
-        unusual = any(one is not None and zero is None for one, zero in zip(given, captured.zeros, strict=True))
+        unusual = any(
+            one is not None and zero is None for one, zero in zip(given, captured.zeros, strict=True)
+        )
         if unusual or torch.is_grad_enabled():
             return (None, None, None, *_gradients(ctx.again(), ctx.parameters, given))
         cotangents = [
@@ -124,7 +128,7 @@ class _Node(torch.autograd.Function):
             for one, zero in zip(given, captured.zeros, strict=True)
             if zero is not None
         ]
-        with torch.jit.optimized_execution(False):
+        with optimized_execution(False):
             found = iter(captured.backward(*kept, *cotangents))
         return (None, None, None, *(next(found) if used else None for used in captured.used))
 
@@ -213,11 +217,11 @@ def capture_with_gradients(
         raise NotCapturedError("a result is part of a tensor that is given")
     backward, _ = _scripted(backward_graph, [*found[len(first) :], *cotangents])
     zeros = [None if one is None else torch.zeros_like(one) for one in like]
-    fixed = [i for i, r in enumerate(first) if not r.tensor.requires_grad]
+    without = [i for i, r in enumerate(first) if not r.tensor.requires_grad]
     places = [id(value) for value in found[: len(first)]]
     repeated = [i for i, place in enumerate(places) if place in places[:i]]
     return CapturedGradients(
-        forward, backward, captured.constants, zeros, used, fixed, repeated, num_operations
+        forward, backward, captured.constants, zeros, used, without, repeated, num_operations
     )
 
 
@@ -242,12 +246,14 @@ def _scripted(
     graph: fx.GraphModule, arguments: Sequence[Tensor]
 ) -> tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...]]:
     """Return a function of TorchScript, and what it gives."""
-    with torch.no_grad(), warnings.catch_warnings(), torch.jit.optimized_execution(False):
+    with torch.no_grad(), warnings.catch_warnings(), optimized_execution(False):
         warnings.simplefilter("ignore")  # of constants in the graph, which are meant
         try:
             function: Any = torch.jit.trace(graph, tuple(arguments), check_trace=False)
             found: tuple[Tensor, ...] = function(*arguments)
-        except Exception as error:  # a compiler may fail in ways of its own; none of them may end a training run
+        except (
+            Exception
+        ) as error:  # a compiler may fail in ways of its own; none of them may end a training run
             raise NotCapturedError(f"TorchScript could not run it ({type(error).__name__})") from error
     return function, found
 

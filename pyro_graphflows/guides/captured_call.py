@@ -22,7 +22,6 @@ import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import pyro
@@ -53,7 +52,7 @@ logger = logging.getLogger(__name__)
 AFTER = 200  # calls of a kind, in which the programs take as long as capturing does
 MOST_CAPTURED = 4  # kinds of calls
 MOST_COUNTED = 32
-MOST_REBUILT = 3  # captured calls for which the programs had to be run as well
+MOST_REBUILT = 3  # captured calls for which the programs had to be run as well, beside one in ten
 
 _HARMLESS = {TraceMessenger, BlockMessenger, ScaleMessenger}
 _SERVED = {Trace_ELBO, RenyiELBO}
@@ -158,7 +157,11 @@ class CapturedCalls:
         """
         if self.after is None or self._is_given_up or not torch.is_grad_enabled() or CAPTURING.get():
             return None
-        if not all(type(handler) in _HARMLESS for handler in _PYRO_STACK) or not _is_served() or _is_watched():
+        if (
+            not all(type(handler) in _HARMLESS for handler in _PYRO_STACK)
+            or not _is_served()
+            or _is_watched()
+        ):
             return None
         key = _key((*args, *kwargs.values()))
         if key is None:
@@ -232,7 +235,9 @@ class CapturedCalls:
         with uncovered(), Draws() as draws:
             programs.results()
         kind.sites, kind.taken = programs.sites, draws.taken
-        with pyro.validation_enabled(False):  # which distributions look at when they are made, in gradients too
+        with pyro.validation_enabled(
+            False
+        ):  # which distributions look at when they are made, in gradients too
             kind.function = capture_with_gradients(
                 programs.results, kind.parameters, data, draws.counts, fixed=kind.buffers
             )
@@ -247,7 +252,9 @@ class CapturedCalls:
         logger.info("Calls of the guide are %s", report)
 
     # --------------------------------------------------------------------------------------------- a captured call
-    def run(self, kind: _Kind, run: Run, plates: Mapping[str, pyro.plate], args: Sequence[Any]) -> dict[str, Tensor]:
+    def run(
+        self, kind: _Kind, run: Run, plates: Mapping[str, pyro.plate], args: Sequence[Any]
+    ) -> dict[str, Tensor]:
         """Emit every latent site of a call of a kind that is captured, and return the values.
 
         Args:
@@ -270,7 +277,7 @@ class CapturedCalls:
                 self.give_up(kind, f"in call {kind.captured} {why}")
                 with Draws(noise):
                     return self._resume(run, plates, {})
-        elif kind.rebuilt > MOST_REBUILT:
+        elif kind.rebuilt > MOST_REBUILT + kind.captured // 10:
             self.give_up(kind, "what asks for the draws asks for more than their log-densities")
         values: dict[str, Tensor] = {}
         found = iter(results)
@@ -298,7 +305,8 @@ class CapturedCalls:
     @staticmethod
     def _resume(run: Run, plates: Mapping[str, pyro.plate], values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Run the programs where some sites have been emitted, and the plates."""
-        with _Emitted({**{name: plate._indices for name, plate in plates.items()}, **values}):
+        indices: dict[str, Any] = {name: plate._indices for name, plate in plates.items()}
+        with _Emitted({**indices, **values}):
             return run()
 
 
@@ -477,7 +485,7 @@ def _is_watched() -> bool:
         or torch._C._len_torch_function_stack()
         or torch._C._is_any_autocast_enabled()
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
     )
 
 
