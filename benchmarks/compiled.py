@@ -6,10 +6,9 @@
 Each model is a line of OUT/steps/results.jsonl, written when it is done; models that are there are left out, so a run
 that was cut off goes on. Times of a step are medians of processor time of one thread, taken in turns: ``SVI.step`` with
 AutoNormal and with guides of normal and flow conditionals, whose calls are captured by then (Pyro's ClippedAdam, one
-particle); ``SVI.step`` with the
-normal guide and ``CompiledELBO()``, which needs no compiler; and the step of ``fit`` with compiled loss and gradients
-for the normal guide (torch's fused Adam). The seconds of compilation are processor time of capturing and compiling, the
-C++ compiler's included, and wall-clock time.
+particle); ``SVI.step`` with the normal guide and ``CompiledELBO()``, which needs no compiler; and the step of ``fit``
+with compiled loss and gradients for the normal guide (torch's fused Adam). The seconds of compilation are processor
+time of capturing and compiling, the C++ compiler's included, and wall-clock time.
 """
 
 import argparse
