@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "whole_files": "",
     "tensor_files": "errors whole_files",
     "distributions": "capture errors nn regression",
-    "nn": "errors graphs masks",
+    "nn": "capture errors graphs masks",
     "transforms": "errors graphs masks nn regression",
     "inspect": "errors graphs",
     # guide.posterior() and what comes of it is of infer, which knows no guide

@@ -5,7 +5,9 @@ import warnings
 import pytest
 import torch
 
+from pyro_graphflows.capture import capture
 from pyro_graphflows.masks import SparseMask
+from pyro_graphflows.nn import sparse
 from pyro_graphflows.nn.sparse import SparsePattern
 
 SHAPES = [(6, 4), (1, 1), (5, 0), (0, 5), (3, 9)]
@@ -57,3 +59,17 @@ def test_torch_filters_are_left_alone():
     pattern = random_pattern((3, 3))
     pattern.matmul(torch.randn(pattern.nnz), torch.zeros(3, 1))
     assert warnings.filters == before
+
+
+def test_gradients_can_be_captured(monkeypatch):
+    """Sparse matrices cannot; products of rows, a few at a time, can."""
+    monkeypatch.setattr(sparse, "CHUNK", 10)
+    pattern = random_pattern((6, 4))
+    values, x = torch.randn(pattern.nnz, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+
+    def gradients(values, x):
+        return torch.autograd.grad(pattern.linear(values, x, None).sin().sum(), [values, x])
+
+    captured = capture(gradients, [values, x], {})
+    found = captured.graph(*captured.arguments([values.detach(), x.detach()], ()))
+    torch.testing.assert_close(found, gradients(values, x))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_graphflows.capture import CAPTURING
 from pyro_graphflows.masks import SparseMask
 from pyro_graphflows.nn.operation import Operation
 
@@ -193,7 +194,8 @@ def sparse_sample(left: Tensor, right: Tensor, pattern: SparsePattern) -> Tensor
     if pattern.nnz * left.shape[1] <= CHUNK:
         # Gathering costs less than a call of the kernel.
         return _row_products(left, right, pattern.row, pattern.column)
-    if left.is_cuda or torch.backends.mkl.is_available():
+    # A captured program has no sparse matrices.
+    if not CAPTURING.get() and (left.is_cuda or torch.backends.mkl.is_available()):
         zeros = _csr(pattern.starts, pattern.columns, left.new_zeros(pattern.nnz), pattern.shape)
         return torch.sparse.sampled_addmm(zeros, left.contiguous(), right.contiguous().T, beta=0.0).values()
     size = max(1, CHUNK // left.shape[1])
