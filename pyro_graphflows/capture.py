@@ -34,11 +34,15 @@ __all__ = [
     "Noise",
     "NotCapturedError",
     "capture",
+    "left_unchecked",
+    "unchecked",
     "uncovered",
 ]
 
 CAPTURING: ContextVar[bool] = ContextVar("capturing", default=False)
 """Whether a program is being captured: checks that read numbers out of tensors have to be left out."""
+
+_UNCHECKED: ContextVar[list[Tensor] | None] = ContextVar("unchecked", default=None)
 
 _LIFTED = ("lift_fresh", "lift_fresh_copy")
 _TORCH, _PACKAGE = str(Path(torch.__file__).parent), str(Path(__file__).parent)
@@ -47,6 +51,29 @@ _SITES = str(Path(torch.__file__).parent.parent)
 
 class NotCapturedError(GraphflowsError):
     """A program is no graph of tensor operations; the message says why."""
+
+
+def left_unchecked(values: Tensor) -> bool:
+    """Whether a check that values are finite is left out, as a program is being captured.
+
+    Args:
+        values: The values. Who captures may ask for them (:func:`unchecked`).
+    """
+    noted = _UNCHECKED.get()
+    if CAPTURING.get() and noted is not None:
+        noted.append(values)
+    return CAPTURING.get()
+
+
+@contextmanager
+def unchecked() -> Iterator[list[Tensor]]:
+    """Give the values of which a captured program does not check that they are finite."""
+    noted: list[Tensor] = []
+    token = _UNCHECKED.set(noted)
+    try:
+        yield noted
+    finally:
+        _UNCHECKED.reset(token)
 
 
 @contextmanager
@@ -97,6 +124,8 @@ class Draws(TorchDispatchMode):
 
     Attributes:
         counts: How many numbers of each kind have been taken.
+        taken: What was taken, in order: with the generator in the same state, fresh numbers of these kinds and shapes
+            are those that the program draws without this mode (normal and uniform ones).
 
     Raises:
         NotCapturedError: If the program draws in another way, or more numbers than are given.
@@ -112,6 +141,7 @@ class Draws(TorchDispatchMode):
         super().__init__()
         self.given = given
         self.counts: dict[Noise, int] = {}
+        self.taken: list[tuple[Noise, torch.Size]] = []
 
     def fresh(self) -> dict[Noise, Tensor]:
         """Return as many fresh numbers as have been taken."""
@@ -123,6 +153,7 @@ class Draws(TorchDispatchMode):
         noise = Noise(kind, dtype, like.device)
         start, count = self.counts.get(noise, 0), math.prod(shape)
         self.counts[noise] = start + count
+        self.taken.append((noise, torch.Size(shape)))
         if self.given is None:
             return noise.draw(shape)
         flat = self.given.get(noise)

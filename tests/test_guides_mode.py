@@ -346,3 +346,19 @@ def test_how_long_a_search_may_take_changes_no_draws(monkeypatch):
     y = 3.0 + torch.randn(20)
     for one, other in zip(draws(0.0), draws(10.0), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_the_elbo_of_an_exactly_normal_posterior_is_the_evidence_by_any_noise():
+    x = torch.tensor([1.3, -0.4, 2.2])
+
+    def model():
+        mean = pyro.sample("mean", dist.Normal(0.0, 3.0))
+        with pyro.plate("data", 3):
+            pyro.sample("x", dist.Normal(mean, 0.5), obs=x)
+
+    found = find_mode(model, (), {}, trace_model(model))
+    prior = torch.full((3, 3), 9.0) + 0.25 * torch.eye(3)
+    evidence = dist.MultivariateNormal(torch.zeros(3), prior).log_prob(x).item()
+    noise = torch.tensor([[4.0], [1.0]], dtype=torch.float64)  # far from its mean and its variance
+    assert found.elbo(noise) == pytest.approx(evidence, abs=1e-4)
+    assert found.gap(noise) == pytest.approx(0.0, abs=1e-6)

@@ -99,9 +99,9 @@ def test_flow_on_the_arithmetic_circuit():
     pyro.set_rng_seed(0)
     guide = auto_faithful_guide(arithmetic_circuit, draw(100), family="flow")
     steps = 6000
-    optim = torch.optim.Adam(guide.parameters(), lr=5e-3, betas=(0.9, 0.99))
+    optim = torch.optim.Adam(guide.parameters(), lr=1e-2, betas=(0.9, 0.99))
     for step in range(steps):
-        optim.param_groups[0]["lr"] = 5e-3 * (1 - step / steps) ** 1.5
+        optim.param_groups[0]["lr"] = 1e-2 * (1 - step / steps) ** 1.5
         optim.zero_grad()
         (Trace_ELBO().differentiable_loss(arithmetic_circuit, guide, draw(100)) / 100).backward()
         torch.nn.utils.clip_grad_norm_(guide.parameters(), 10.0)

@@ -147,6 +147,21 @@ def test_slcp_has_five_parameters():
     ]
 
 
+def test_covariances_of_slcp_have_a_root_in_single_precision_wherever_parameters_are():
+    generator = torch.Generator().manual_seed(0)
+    theta = 3 * (2 * torch.rand(5, 100, generator=generator, dtype=torch.float32) - 1)
+    theta[4, :50] = 3.0  # a correlation of .995
+    theta[2, ::10] = 1e-4
+    found = []
+    for k in range(100):
+        one = {f"theta_{i}": theta[i, k] for i in range(5)}
+        trace = pyro.poutine.trace(pyro.poutine.condition(slcp, data=one)).get_trace(torch.zeros(4, 2))
+        found.append(trace.nodes["x"]["fn"].covariance_matrix[0])
+    s0, s1, rho = theta[2].double().square(), theta[3].double().square(), theta[4].double().tanh()
+    expected = torch.stack([s0**2 + 1e-6, rho * s0 * s1, rho * s0 * s1, s1**2 + 1e-6], -1).view(-1, 2, 2)
+    torch.testing.assert_close(torch.stack(found).double(), expected, rtol=1e-4, atol=1e-9)
+
+
 def test_distractors_stand_beside_the_points(tmp_path, monkeypatch):
     """The files of the package have them in one permuted row, and matrices with negative diagonals."""
     generator = torch.Generator().manual_seed(0)

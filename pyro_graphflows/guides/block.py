@@ -21,7 +21,7 @@ from pyro.nn.module import PyroModule, _is_module_local_param_enabled
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pyro_graphflows.capture import CAPTURING
+from pyro_graphflows.capture import CAPTURING, left_unchecked
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
 from pyro_graphflows.guides.call import Call
 from pyro_graphflows.guides.conditionals.contract import (
@@ -174,7 +174,7 @@ class BlockInputs(nn.Module):
                 f"Expected {expected} conditioning features in all, as when the guide was set up; got {sizes}."
             )
         features: Tensor = self.features(flat)
-        if not (features.is_meta or CAPTURING.get() or _all_finite(features)):
+        if not (features.is_meta or (CAPTURING.get() and left_unchecked(features)) or _all_finite(features)):
             raise self._not_finite(features, call, unconstrained)
         return features
 

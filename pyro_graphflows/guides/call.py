@@ -478,6 +478,11 @@ class CallReader:
             self._known[shape], self._shapes[shape] = call, shapes
         return call
 
+    def known_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        """Return a call of the kind of some arguments, if these say all of it: no masks, no scales, full plates."""
+        shape = _shape_of((args, kwargs))
+        return None if shape is None else self._known.get(shape)
+
     def _require_known(self, observations: Mapping[str, Tensor]) -> None:
         """Refuse observations of sites that the model has not; values of latent sites do no harm."""
         unknown = [name for name in observations if name not in self.known]

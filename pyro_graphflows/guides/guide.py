@@ -30,6 +30,7 @@ from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph
 from pyro_graphflows.guides.answers import expanded_in_plates, quantiles_of, sum_of_terms
 from pyro_graphflows.guides.block import GuideBlock, ShownParameters
 from pyro_graphflows.guides.call import Call, CallReader, PlateState, chosen_indices, site_mask
+from pyro_graphflows.guides.captured_call import CapturedCalls
 from pyro_graphflows.guides.compile import GuideOptions, compile_guide, make_family
 from pyro_graphflows.guides.conditionals.contract import Family
 from pyro_graphflows.guides.conditionals.distributions import (
@@ -152,6 +153,7 @@ class AutoFaithfulGuide(AutoGuide):
         self._is_fitting = False
         self._warned: set[str] = set()
         self._shown = ShownParameters()
+        self._captured: CapturedCalls | None = None  # made by the first call
         self._setup_call: Arguments | None = None
         self._sites: dict[str, LatentSite]
         self._reader: CallReader
@@ -301,7 +303,57 @@ class AutoFaithfulGuide(AutoGuide):
         """
         self._ensure_set_up(args, kwargs)
         self._shown.show(self)
+        if observations is None and self.master is None and self.create_plates is None:
+            blocks: Any = self._modules["blocks"]
+            kind = self._captured_calls.kind_of(blocks, args, kwargs)
+            if kind is not None:
+                return self._run_captured(kind, args, kwargs)
         return self._run(args, kwargs, observations, pyro.sample)
+
+    def _run_captured(self, kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        """Emit every latent site of a call that is captured, or is to be now."""
+        captured, arguments = self._captured_calls, (*args, *kwargs.values())
+
+        def run() -> dict[str, Tensor]:
+            return self._run(args, kwargs, None, pyro.sample)
+
+        if kind.function is None:
+            call = None if self.plan.copies else self._reader.known_call(args, kwargs)
+            if not captured.capture(kind, run, call, arguments):
+                return run()
+        self.plates = kind.call.make_plates({})
+        values = captured.run(kind, run, self.plates, arguments)
+        if not (self._is_fitting or self._fitted is None or self._fitted.is_known(args, kwargs)):
+            call = self._reader.read(self.model, args, kwargs)
+            self._warn_of_other_data(call, args, kwargs, None)
+        return {name: values[name] for name in self._sites}
+
+    @property
+    def capture_after(self) -> int | None:
+        """After how many steps of an ELBO calls are captured (:mod:`~pyro_graphflows.guides.captured_call`).
+
+        None for never. Set it to 0 to capture the next one.
+        """
+        return self._captured_calls.after
+
+    @capture_after.setter
+    def capture_after(self, calls: int | None) -> None:
+        self._captured_calls.after = calls
+
+    @property
+    def capture_report(self) -> str:
+        """Whether calls in steps of an ELBO are captured, and why not."""
+        return self._captured_calls.report
+
+    @property
+    def _captured_calls(self) -> CapturedCalls:
+        if self._captured is None:
+            self._captured = CapturedCalls()
+        return self._captured
+
+    def _forget_captured_calls(self) -> None:
+        if self._captured is not None:
+            self._captured.forget()
 
     def _run(
         self,
@@ -494,6 +546,7 @@ class AutoFaithfulGuide(AutoGuide):
     def _take_blocks(self, blocks: nn.ModuleList) -> None:
         self.blocks = blocks
         self._shown.take(blocks)
+        self._forget_captured_calls()
 
     def _mark_parameters(self) -> None:
         blocks: Any = self._modules["blocks"]  # not self.blocks, which would show all of them to Pyro
@@ -909,6 +962,7 @@ class AutoFaithfulGuide(AutoGuide):
             self._setup_call = self._moved_call(fn)
             blocks: Any = self._modules["blocks"]
             self._shown.take(blocks)  # other objects, on another device or of another type
+            self._forget_captured_calls()
         return self
 
     def _moved_call(self, fn: Callable[[Tensor], Tensor]) -> Arguments | None:
@@ -1016,6 +1070,7 @@ class AutoFaithfulGuide(AutoGuide):
     def bind(self, model: Callable[..., Any]) -> "AutoFaithfulGuide":
         """Give a guide that was pickled its model back (models are not saved with guides)."""
         self._model = (model,)
+        self._forget_captured_calls()
         return self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -188,7 +188,9 @@ def _line_search(
     return None
 
 
-def fit_normal(objective: Objective, loc: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+def fit_normal(
+    objective: Objective, loc: Tensor, factor: Tensor, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
     r"""Fit a normal to :math:`e^{-f}` by natural-gradient steps on its ELBO, with fresh draws in each.
 
     With the mean gradient g and the mean Hessian H of f over the normal's draws [4] these are, at a rate r, steps of
@@ -199,6 +201,7 @@ def fit_normal(objective: Objective, loc: Tensor, factor: Tensor) -> tuple[Tenso
         objective: The function f, from points in rows to numbers.
         loc: The mean at first.
         factor: A square root of the covariance at first.
+        generator: Of the draws; torch's own by default.
 
     Returns:
         The mean and a square root of the covariance; those given where Hessians cannot be computed.
@@ -212,7 +215,7 @@ def fit_normal(objective: Objective, loc: Tensor, factor: Tensor) -> tuple[Tenso
         return objective(centre + offsets).mean()
 
     for rate in RATES:
-        noise = torch.randn(NUM_PAIRS, len(loc)).to(loc)
+        noise = torch.randn(NUM_PAIRS, len(loc), generator=generator).to(loc)
         offsets = torch.cat([noise, -noise]) @ factor.T
         loss, gradient, point = _with_graph(partial(mean, offsets), loc, graph=True)
         hessian = _by_products(gradient, point) if bool(torch.isfinite(loss)) else None

@@ -271,7 +271,7 @@ class Mode:
     factor: Tensor
     _judged: list[Any] = field(
         default_factory=list, init=False, repr=False, compare=False
-    )  # noise, and the ELBO by it
+    )  # noise, and the log-weights by it
 
     @property
     def independent(self) -> bool:
@@ -291,25 +291,30 @@ class Mode:
         return height + self.posterior.missing + len(self.point) / 2 * LOG_2PI + self.log_volume
 
     @torch.no_grad()
-    def elbo(self, noise: Tensor) -> float:
-        """Return the ELBO by normal noise ``(draws, numbers)``; by the same noise as last time it is known."""
-        if self._judged and self._judged[0] is noise:
-            return float(self._judged[1])
-        mean = float(self.posterior(self.point + noise @ self.factor.T).mean())
-        found = mean + self.posterior.missing + len(self.point) / 2 * (1 + LOG_2PI) + self.log_volume
-        found = found if math.isfinite(found) else -math.inf
-        self._judged[:] = noise, found
+    def _log_weights(self, noise: Tensor) -> Tensor:
+        """Return the log-weights of draws, up to a constant; by the same noise they are computed once."""
+        if not (self._judged and self._judged[0] is noise):
+            log_density = self.posterior(self.point + noise @ self.factor.T)
+            self._judged[:] = noise, log_density + 0.5 * noise.square().sum(-1)
+        found: Tensor = self._judged[1]
         return found
 
-    @torch.no_grad()
+    def elbo(self, noise: Tensor) -> float:
+        """Return the ELBO by normal noise ``(draws, numbers)``: exact, whatever the noise, if the posterior is normal.
+
+        The mean square of the noise, in the place of its expectation, takes away what it shares with the density.
+        """
+        constant = self.posterior.missing + len(self.point) / 2 * LOG_2PI + self.log_volume
+        found = float(self._log_weights(noise).mean()) + constant
+        return found if math.isfinite(found) else -math.inf
+
     def gap(self, noise: Tensor) -> float:
         """Return half the variance of the log-weights of draws: about the divergence from the posterior, if small.
 
         The mean of few skewed log-weights may by chance be that of a posterior that is this normal; their variance
         would not be small then.
         """
-        log_density = self.posterior(self.point + noise @ self.factor.T)
-        return float((log_density + 0.5 * noise.square().sum(-1)).var()) / 2
+        return float(self._log_weights(noise).var()) / 2
 
     def draw(self, number: int) -> dict[str, Tensor]:
         """Return draws of all sites, along the first dimension; the random state is used and advanced.
@@ -629,20 +634,22 @@ def _search(posterior: LogPosterior, traced: TracedModel) -> Mode:
     is_slow = seconds > FEW_SECONDS
     if abs(laplace.elbo(noise) - laplace.log_evidence) < CLOSE and laplace.gap(noise) < CLOSE:
         return laplace
-    found = [laplace, *_variational(posterior, (start,) if is_slow else (laplace.point, start))]
+    starts = (start,) if is_slow else (laplace.point, start)
+    found = [laplace, *_variational(posterior, starts, generator)]
     noise = normal(NUM_JUDGING, size)
     best = _best(found, noise)
     if is_slow:
-        return _best([best, _fitted(best, noise, 1)], noise)
-    centred = _centred(posterior, best.point, traced)
+        return _best([best, _fitted(best, noise, 1, generator)], noise)
+    centred = _centred(posterior, best.point, traced, generator)
     firsts = [best, *([_best(centred, noise)] if centred else [])]
     if size > FEW_NUMBERS:  # each fit takes long
         most = max(each.elbo(noise) for each in firsts)
-        firsts = [_fitted(each, noise, 1) for each in firsts if each.elbo(noise) > most - NEAR]
+        firsts = [_fitted(each, noise, 1, generator) for each in firsts if each.elbo(noise) > most - NEAR]
         firsts = [_best(firsts, noise)]
     elif posterior.proper:  # a poor normal may lead to the better one
         firsts.append(Mode(posterior, start, torch.eye(size, dtype=torch.float64)))
-    return _best([each for first in firsts for each in (first, _fitted(first, noise, MOST_ROUNDS))], noise)
+    fitted = [_fitted(each, noise, MOST_ROUNDS, generator) for each in firsts]
+    return _best([each for pair in zip(firsts, fitted, strict=True) for each in pair], noise)
 
 
 def _seconds_of_gradient(posterior: LogPosterior, points: Tensor) -> float:
@@ -655,13 +662,13 @@ def _seconds_of_gradient(posterior: LogPosterior, points: Tensor) -> float:
     return min(seconds)
 
 
-def _fitted(mode: Mode, noise: Tensor, most_rounds: int) -> Mode:
+def _fitted(mode: Mode, noise: Tensor, most_rounds: int, generator: torch.Generator) -> Mode:
     """Return the normal of any covariance to which natural gradients lead from another one; of many numbers itself."""
     if len(mode.point) > MOST_NEWTON:
         return mode
     posterior, elbo = mode.posterior, mode.elbo(noise)
     for _ in range(most_rounds):
-        loc, factor = fit_normal(lambda points: -posterior(points), mode.point, mode.factor)
+        loc, factor = fit_normal(lambda points: -posterior(points), mode.point, mode.factor, generator)
         moved = Mode(posterior, loc, factor)
         before, elbo = elbo, moved.elbo(noise)
         if not elbo > before:
@@ -709,7 +716,9 @@ def _best(found: Sequence[Mode], noise: Tensor) -> Mode:
     return found[elbos.index(max(elbos))]
 
 
-def _centred(posterior: LogPosterior, near: Tensor, traced: TracedModel) -> list[Mode]:
+def _centred(
+    posterior: LogPosterior, near: Tensor, traced: TracedModel, generator: torch.Generator
+) -> list[Mode]:
     """Return the mode, and the curvature there, where sites with latent parents are in unconstrained space.
 
     Of effects about which their data say more than their prior does, the posterior is nearly normal there, and in
@@ -720,6 +729,7 @@ def _centred(posterior: LogPosterior, near: Tensor, traced: TracedModel) -> list
         posterior: The density in the coordinates of the priors.
         near: A point in these, from which the search begins.
         traced: The model as traced.
+        generator: Of noise.
     """
     centred = posterior.centre(traced)
     if centred is None or centred.size != posterior.size or centred.size > MOST_NEWTON:
@@ -737,10 +747,10 @@ def _centred(posterior: LogPosterior, near: Tensor, traced: TracedModel) -> list
     mode = newton(negative, point, FEW_STEPS)
     hessian = hessian_at(negative, mode)
     found = [] if hessian is None else [Mode(centred, mode, _square_root_of_inverse(hessian, None))]
-    return [*found, *_variational(centred, (mode, point))]
+    return [*found, *_variational(centred, (mode, point), generator)]
 
 
-def _variational(posterior: LogPosterior, points: Sequence[Tensor]) -> list[Mode]:
+def _variational(posterior: LogPosterior, points: Sequence[Tensor], generator: torch.Generator) -> list[Mode]:
     """Return normal approximations at the optimum of the ELBO of independent normals, by fixed draws of noise [2].
 
     Their covariances are those of independent normals, of the curvature at their mean, and of linear response [3].
@@ -748,9 +758,10 @@ def _variational(posterior: LogPosterior, points: Sequence[Tensor]) -> list[Mode
     Args:
         posterior: The density.
         points: Where the search may begin.
+        generator: Of noise.
     """
     size = posterior.size
-    noise = torch.randn(NUM_DRAWS, size, dtype=torch.float64)
+    noise = torch.randn(NUM_DRAWS, size, generator=generator, dtype=torch.float64)
     noise = torch.cat([noise, -noise])
 
     def loss(both: Tensor) -> Tensor:

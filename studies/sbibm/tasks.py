@@ -119,6 +119,7 @@ class Box(dist.Uniform):
     support = constraints.real
 
 
+JITTER = 1e-6  # of the variances of slcp
 VARIANCE = 0.1  # of the noise of the two linear tasks, and of the prior of the first
 
 
@@ -190,10 +191,16 @@ def slcp(x: Tensor) -> None:
     """Four points of a normal in the plane: two locations, two square roots of scales, a correlation."""
     m0, m1, s0, s1, r = (pyro.sample(f"theta_{i}", Box(-3.0, 3.0)) for i in range(5))
     first, second, rho = s0.square(), s1.square(), r.tanh()
-    cross = rho * first * second
-    rows = [torch.stack([first.square() + 1e-6, cross], -1), torch.stack([cross, second.square() + 1e-6], -1)]
+    # a root of the covariance [[f^2 + e, r f s], [r f s, s^2 + e]], which rounding may leave without one
+    root = (first.square() + JITTER).sqrt()
+    rest = second.square() * (first.square() * (1 - rho.square()) + JITTER) / root.square() + JITTER
+    rows = (
+        torch.stack([root, torch.zeros_like(root)], -1),
+        torch.stack([rho * first * second / root, rest.sqrt()], -1),
+    )
     with pyro.plate("points", x.shape[-2]):
-        pyro.sample("x", dist.MultivariateNormal(torch.stack([m0, m1], -1), torch.stack(rows, -2)), obs=x)
+        each = dist.MultivariateNormal(torch.stack([m0, m1], -1), scale_tril=torch.stack(rows, -2))
+        pyro.sample("x", each, obs=x)
 
 
 @cache
