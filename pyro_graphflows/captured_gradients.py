@@ -262,8 +262,9 @@ def _scripted(
 _SAME = ("detach", "alias", "lift_fresh", "lift_fresh_copy")
 _OWN_INVERSE = ("neg", "t")
 _WITHOUT_EFFECT = {("mul", 1), ("div", 1), ("pow", 1), ("add", 0), ("sub", 0)}
+_IN_ORDER = ("view", "squeeze", "unsqueeze")  # shapes change, the order of elements does not
 _LARGEST_CONSTANT = 100_000  # elements
-_RESHAPING = ("expand", "view", "_unsafe_view", "slice", "permute", "squeeze", "clone", "_to_copy")
+_RESHAPING = ("expand", "_unsafe_view", "slice", "permute", "clone", "_to_copy")
 
 
 class _Halves:
@@ -301,11 +302,15 @@ class _Halves:
         self.constants = {node: node.meta["val"] for node, is_fixed in pairs if is_fixed}
         for node in list(self.graph.nodes):
             source = _filled_from(node)
-            if source is not None:
+            others = {each for write, sharing in self._writes if write is not node for each in sharing}
+            if source is not None and others.isdisjoint((node, source)):
                 node.replace_all_uses_with(source)
                 self.graph.erase_node(node)
-        self._writes = self._find_writes()
+                self._writes = [pair for pair in self._writes if pair[0] is not node]
         written = {node for _, sharing in self._writes for node in sharing}
+        for node in self.graph.nodes:
+            if _name(node) == "stack" and written.isdisjoint((node, *node.all_input_nodes)):
+                _unstack(node)
         changed = True
         while changed:
             changed = False
@@ -453,6 +458,8 @@ def _same_as(node: fx.Node) -> fx.Node | None:
     if _name(node) == "cat" and isinstance(first, list | tuple) and len(first) == 1:
         first = first[0]
         return first if isinstance(first, fx.Node) else None
+    if _name(node) in _IN_ORDER:
+        return _before_reshaping(node)
     if not isinstance(first, fx.Node) or node.target is operator.getitem:
         return None
     name = _name(node)
@@ -466,6 +473,18 @@ def _same_as(node: fx.Node) -> fx.Node | None:
         before, after = first.meta.get("val"), node.meta.get("val")
         if torch.is_tensor(before) and torch.is_tensor(after) and _layout(before) == _layout(after):
             return first
+    return None
+
+
+def _before_reshaping(node: fx.Node) -> fx.Node | None:
+    """Return a tensor of the same elements in the same layout from which one was made by changes of shape alone."""
+    source: Any = node
+    while _name(source) in _IN_ORDER and isinstance(source.args[0], fx.Node):
+        source = source.args[0]
+        before, after = source.meta.get("val"), node.meta.get("val")
+        if torch.is_tensor(before) and torch.is_tensor(after) and _layout(before) == _layout(after):
+            found: fx.Node = source
+            return found
     return None
 
 
@@ -483,6 +502,14 @@ def _filled_from(node: fx.Node) -> fx.Node | None:
     before, after = source.meta.get("val"), node.meta.get("val")
     same = torch.is_tensor(before) and torch.is_tensor(after) and _layout(before) == _layout(after)
     return source if same and list(target.users) == [node] else None
+
+
+def _unstack(node: fx.Node) -> None:
+    """Let a stack of a single tensor be this tensor with one more dimension."""
+    parts, *dim = node.args
+    if isinstance(parts, list | tuple) and len(parts) == 1:
+        node.args = (parts[0], *(dim or (0,)))
+        node.target = torch.ops.aten.unsqueeze.default
 
 
 def _name(node: fx.Node) -> str:

@@ -121,9 +121,10 @@ def test_tensors_that_are_written_to_keep_their_values():
     def program():
         first, second = torch.zeros(2), torch.zeros(2)
         second[0] = 5.0
-        kept = first.clone()
+        copied = torch.empty(2).copy_(first)
+        kept = first.clone() + torch.stack([first])[0] + torch.cat([first]) + copied
         first.add_(weight.detach())
-        return [Result(weight * first + second + kept), Result(weight.sin() * second)]
+        return [Result(weight * first + second + kept), Result(weight.sin() * second * (kept + 1))]
 
     _, results, again = captured_and_again([weight], [], program)
     torch.testing.assert_close(results, tuple(again()))

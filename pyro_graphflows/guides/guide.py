@@ -32,11 +32,11 @@ from pyro_graphflows.guides.block import GuideBlock, ShownParameters
 from pyro_graphflows.guides.call import Call, CallReader, PlateState, chosen_indices, site_mask
 from pyro_graphflows.guides.captured_call import CapturedCalls
 from pyro_graphflows.guides.compile import GuideOptions, compile_guide, make_family
-from pyro_graphflows.guides.conditionals.contract import Family
+from pyro_graphflows.guides.conditionals.contract import Family, Pass
 from pyro_graphflows.guides.conditionals.distributions import (
     CopiedValue,
     DrawnOrGiven,
-    Score,
+    Scores,
     centre_of,
     site_distribution,
 )
@@ -395,8 +395,8 @@ class AutoFaithfulGuide(AutoGuide):
                         stack.enter_context(self.plates[name])
                     for name, conditional in conditionals.next(priors).items():
                         prior = priors[name] if name in priors and fuses(name) else None
-                        score = partial(conditionals.score, name) if follows else None
-                        fn, read_back = self._at_site(name, conditional, call, block, prior, score)
+                        scores = _scores(conditionals, name) if follows else None
+                        fn, read_back = self._at_site(name, conditional, call, block, prior, scores)
                         if name in conditionals.fixed and prior is not None:
                             fixed = conditionals.fixed[name], call, block, prior.fixed
                             fn = DrawnOrGiven(fn, self._at_site(name, *fixed)[0])
@@ -435,7 +435,7 @@ class AutoFaithfulGuide(AutoGuide):
         call: Call,
         block: GuideBlock,
         prior: SitePrior | None,
-        score: Score | None = None,
+        scores: Scores | None = None,
     ) -> tuple[dist.TorchDistribution, Callable[[Tensor], Tensor]]:
         """Return the distribution to emit at a site, and the map from its value to the flat vector."""
         site = self._sites[name]
@@ -446,7 +446,7 @@ class AutoFaithfulGuide(AutoGuide):
             analytic_kl=self.plan.analytic_kl[name] and prior is None,
             dtype=None if site.encoding is None else block.dtype,
             coordinate=None if prior is None else prior.transform,
-            score=score,
+            scores=scores,
         )
 
     def _fuses(self, name: str) -> bool:
@@ -1110,6 +1110,10 @@ class AutoFaithfulGuide(AutoGuide):
         if new._plan is not None:
             new._mark_parameters()
         return new
+
+
+def _scores(conditionals: Pass, name: str) -> Scores:
+    return Scores(partial(conditionals.score, name), partial(conditionals.by_draws, name))
 
 
 def auto_faithful_guide(

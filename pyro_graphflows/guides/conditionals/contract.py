@@ -257,6 +257,22 @@ class Pass(ABC):
         """
         return None
 
+    def by_draws(self, site: str, drawn_from: Any, flat: Tensor) -> Tensor | None:
+        """Return the log-density of flat vectors as a function of what was drawn, and not of parameters.
+
+        Its gradient is that of the log-density less that of :meth:`score`. For captured programs: its operations are
+        those of drawing once more, which are captured once, and it needs no gradients for parameters.
+
+        Args:
+            site: The site.
+            drawn_from: The distribution that the vectors were drawn from.
+            flat: The vectors.
+
+        Returns:
+            The log-density; None where the family does not say.
+        """
+        return None
+
 
 class Conditionals(nn.Module, ABC):
     """The conditionals of the sites of one block.

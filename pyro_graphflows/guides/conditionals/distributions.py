@@ -11,7 +11,7 @@ have no reparametrised draws: gradients of ELBOs are of the score-function kind,
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pyro.distributions as dist
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import ComposeTransform, ExpTransform, IndependentTransform, Transform
 
+from pyro_graphflows.capture import CAPTURING
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.sites import DiscreteEncoding, LatentSite, is_identity
 
@@ -34,7 +35,7 @@ __all__ = [
     "PathNormal",
     "SampledNormal",
     "ScalarNormal",
-    "Score",
+    "Scores",
     "along_path",
     "centre_of",
     "site_distribution",
@@ -44,36 +45,60 @@ __all__ = [
 Score = Callable[[Any, Tensor], Tensor | None]
 
 
+class Scores(NamedTuple):
+    """What gradients along the path of a draw are made from: functions of the distribution drawn from and flat vectors.
+
+    Attributes:
+        score: The log-density as a function of the guide's parameters alone.
+        by_draws: The log-density as a function of what was drawn, and not of parameters.
+    """
+
+    score: Score
+    by_draws: Score
+
+
 class Path:
     """Remembers the last draw with gradients of a distribution and its expanded copies, and asks for its score.
 
     Args:
-        score: For the distribution that was drawn from and flat vectors, their log-density as a function of the guide's
-            parameters alone, for gradients of ELBOs (:func:`along_path`); None for plain ones.
+        scores: For gradients of ELBOs along the path (:func:`along_path`); None for plain ones.
     """
 
-    def __init__(self, score: Score | None = None) -> None:
-        self.score = score
+    def __init__(self, scores: Scores | None = None) -> None:
+        self.scores = scores
         self._last: tuple[Tensor, Tensor] | None = None
 
     def keep(self, value: Tensor, flat: Tensor) -> Tensor:
         """Take note of a draw and of its flat vector; return the draw."""
-        self._last = (value, flat) if self.score is not None and torch.is_grad_enabled() else None
+        self._last = (value, flat) if self.scores is not None and torch.is_grad_enabled() else None
         return value
 
-    def parts(self, log_prob: Tensor, value: Tensor, base: Any) -> ScoreParts:
+    def parts(
+        self,
+        log_prob: Tensor,
+        value: Tensor,
+        base: Any,
+        stretch: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> ScoreParts:
         """Return the parts of gradients of ELBOs: along the path of the last draw, plain for other values.
 
         Args:
             log_prob: The log-density of the value, with all gradients.
             value: The value.
             base: The distribution over flat vectors.
+            stretch: From flat vectors and values to the log-determinant of the map between them; None for zero.
         """
-        found, follows = None, log_prob.requires_grad and torch.is_grad_enabled()
-        if self.score is not None and self._last is not None and self._last[0] is value and follows:
-            found = self.score(base, self._last[1])
         no_score_function: Any = 0
-        return ScoreParts(log_prob, no_score_function, along_path(log_prob, found))
+        follows = log_prob.requires_grad and torch.is_grad_enabled()
+        if self.scores is None or self._last is None or self._last[0] is not value or not follows:
+            return ScoreParts(log_prob, no_score_function, log_prob)
+        flat = self._last[1]
+        alone = self.scores.by_draws(base, flat) if CAPTURING.get() else None
+        if alone is None:
+            found = along_path(log_prob, self.scores.score(base, flat))
+        else:
+            found = alone if stretch is None else alone - stretch(flat, value)
+        return ScoreParts(log_prob, no_score_function, found)
 
 
 class ScalarNormal(dist.TorchDistribution):
@@ -305,7 +330,7 @@ class FactorDistribution(dist.TorchDistribution):
         if not self.has_rsample:
             plain: ScoreParts = super().score_parts(x)
             return plain
-        return self._path.parts(self.log_prob(x), x, self.base)
+        return self._path.parts(self.log_prob(x), x, self.base, self._log_stretch)
 
     def log_stretch(self, flat: Tensor) -> Tensor:
         """Return the log-determinant of the map from flat vectors to values, one for each vector."""
@@ -595,7 +620,7 @@ def site_distribution(
     analytic_kl: bool,
     dtype: torch.dtype | None = None,
     coordinate: Transform | None = None,
-    score: Score | None = None,
+    scores: Scores | None = None,
 ) -> tuple[dist.TorchDistribution, Callable[[Tensor], Tensor]]:
     """Return the distribution to emit at a site and the map from its value to the unconstrained vector.
 
@@ -607,7 +632,7 @@ def site_distribution(
         dtype: The type of the vectors of discrete sites; the default type if not given.
         coordinate: The map to the site's values from the coordinate of the factor, where this is not the unconstrained
             vector.
-        score: See :class:`Path`.
+        scores: See :class:`Path`.
 
     Raises:
         GraphflowsError: If a discrete site has other values than at set-up, or a factor another event shape.
@@ -625,7 +650,7 @@ def site_distribution(
             f"Expected a factor of {site.name!r} whose distribution has event shape ({site.size},), that of the flat "
             f"vector of the site; got {tuple(factor.event_shape)} ({type(factor).__name__}). Use .to_event(1)."
         )
-    as_at_set_up, path = support is site.support, Path(score)
+    as_at_set_up, path = support is site.support, Path(scores)
     if coordinate is not None:
         back = site.bijection if as_at_set_up else biject_to(support)
         shapes = site.unconstrained_shape, site.event_shape, support
@@ -633,7 +658,7 @@ def site_distribution(
     transform = site.bijection if as_at_set_up else biject_to(support)
     is_real = site.is_real if as_at_set_up else is_identity(transform)
     if is_real and isinstance(factor, ScalarNormal) and not site.event_shape:
-        plain = factor.normal if score is None else PathNormal(factor.normal, path)
+        plain = factor.normal if scores is None else PathNormal(factor.normal, path)
         return plain if analytic_kl else SampledNormal(factor.normal, path), _add_event_dim
     if is_real and analytic_kl and site.event_shape == factor.event_shape:
         return factor, _itself

@@ -6,7 +6,8 @@ standardised units, inputs and outputs.
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -762,6 +763,25 @@ def _in_type(prior: SitePrior, dtype: torch.dtype) -> SitePrior:
     return replace(prior.map(lambda each: each.to(dtype)), fixed=fixed)
 
 
+def _tells_by_noise(found: Any, drawn_from: Any) -> bool:
+    """Whether the score of a distribution is a function of the noise behind a draw."""
+    return hasattr(found, "score_of") and hasattr(drawn_from, "noise_behind")
+
+
+@contextmanager
+def _without_gradients(module: nn.Module) -> Iterator[None]:
+    """Let a module be a function of its inputs alone."""
+    kept = [(each._parameters, dict(each._parameters)) for each in module.modules()]
+    try:
+        for parameters, before in kept:
+            for name, value in before.items():
+                parameters[name] = None if value is None else value.detach()  # type: ignore[assignment]
+        yield
+    finally:
+        for parameters, before in kept:
+            parameters.update(before)
+
+
 class MaskedPass(Pass):
     """One pass of :class:`MaskedConditionals`."""
 
@@ -786,6 +806,7 @@ class MaskedPass(Pass):
         self._drawn: list[tuple[Mapping[str, SitePrior], Mapping[str, Tensor]]] = []
         self._priors: Mapping[str, SitePrior] = {}
         self._at_draws: dict[str, dist.TorchDistribution] = {}
+        self._by_draws: dict[str, dist.TorchDistribution] = {}
 
     def next(self, priors: Mapping[str, SitePrior] | None = None) -> dict[str, dist.TorchDistribution]:
         """See :meth:`Pass.next`."""
@@ -842,12 +863,29 @@ class MaskedPass(Pass):
         found: Any = self._at_draws.get(site)
         if found is None:
             return None
-        if hasattr(found, "score_of") and hasattr(drawn_from, "noise_behind"):
+        if _tells_by_noise(found, drawn_from):
             noise = drawn_from.noise_behind(flat)
             if noise is not None:
                 score: Tensor = found.score_of(noise.detach())
                 return score
         log_prob: Tensor = found.log_prob(flat.detach())
+        return log_prob
+
+    def by_draws(self, site: str, drawn_from: Any, flat: Tensor) -> Tensor | None:
+        """See :meth:`Pass.by_draws`."""
+        if not self._by_draws:
+            with _without_gradients(self._module):
+                rows = None if self._rows is None else self._rows.detach()
+                again = MaskedPass(self._module, self._context, rows, self._plates)
+                for given, values in self._drawn:
+                    chosen = {name: given[name] for name in values if name in given}
+                    priors = {name: replace(prior, fixed=None) for name, prior in chosen.items()}
+                    self._by_draws.update(again.next(priors))
+                    again.accept(values)
+        found: Any = self._by_draws.get(site)
+        if found is None or _tells_by_noise(found, drawn_from):
+            return None
+        log_prob: Tensor = found.log_prob(flat)
         return log_prob
 
     def _find_at_draws(self) -> None:
