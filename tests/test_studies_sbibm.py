@@ -77,7 +77,7 @@ def test_draws_outside_the_prior_are_dropped(tmp_path, monkeypatch, row):
     monkeypatch.setattr(run, "NUM_DRAWS", 200)
     monkeypatch.setattr(run, "POOL", 1600)
     task = Toy("box", in_a_box, columns, (2,), {})
-    guide = auto_faithful_guide(task.model, task.observation(1), family=run.FAMILIES["normal"]())
+    guide = auto_faithful_guide(task.model, task.observation(1), family=run.FAMILIES["normal"](task))
     guide.save(tmp_path / "guide")
     draws, figures = run.draw(task, row, run.load(task, tmp_path / "guide"), 1, 0)
     assert draws.shape == (200, 2)
@@ -206,12 +206,11 @@ def test_losses_by_rate(monkeypatch, capsys):
 def test_a_row_from_training_to_page(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "NUM_DRAWS", 400)
     monkeypatch.setattr(run, "POOL", 2000)
-    monkeypatch.setattr(run, "BATCH", 100)
     monkeypatch.setattr(run, "AUTO_SECONDS", 0.5)
     monkeypatch.setattr(
         run, "Simulations", lambda number, **options: Simulations(number, batch_size=options["batch_size"])
     )
-    task = Toy("gaussian_linear", gaussian_linear, columns, (2,), {})
+    task = Toy("gaussian_linear", gaussian_linear, columns, (2,), {}, batch_size=100)
     results = Results(tmp_path / "results.jsonl")
     for number in (1, 2):
         for row in ("normal", "spline score reweighted", "auto")[: 3 if number == 1 else 1]:

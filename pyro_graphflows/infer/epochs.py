@@ -5,6 +5,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
+from pyro_graphflows.infer.averaging import RunningAverage
 from pyro_graphflows.infer.batches import Batch
 from pyro_graphflows.infer.checkpoints import (
     FIT_CHECKPOINT,
@@ -63,7 +65,10 @@ class Run:
             **settings,
             "pace": type(pace).__name__,
             "steps_per_epoch": pace.steps_per_epoch,
+            "averaged_epochs": schedule.averaged_epochs,
         }
+        averages = schedule.averaged_epochs is not None
+        self.average = RunningAverage(trainer.parameters) if averages else None
         self.history = History()
         self.start = trainer.parameters.state()
         self.best: dict[str, Tensor] | None = None
@@ -93,6 +98,8 @@ class Run:
                     history.compilation = None if compiler is None else compiler.report
             if not self.finished:
                 history.stop_reason = self._reason_of_end()
+            if self.average is not None and self.average.number:
+                self.average.leave()
             self._leave(self.best if history.validation_loss else None)
         except KeyboardInterrupt:
             history.stop_reason = "interrupted"
@@ -178,11 +185,14 @@ class Run:
             self.pace.before_step()
             rate = max(rate, self.pace.learning_rate)
             total += self.trainer.step(batch) * batch.size
+            if self.average is not None:
+                self.average.take(self._averaged_steps())
             count += batch.size
             steps += 1
             bar.update()
         loss = total / count
-        validation_loss = self.trainer.validate()
+        with self._judged():
+            validation_loss = self.trainer.validate()
 
         before = history.seconds[-1] if history.seconds else 0.0
         history.loss.append(loss)
@@ -197,7 +207,8 @@ class Run:
         logger.debug("Epoch %d: loss %.6g at rate %.1e, monitored %.6g.", len(history), loss, rate, monitored)
         if history.best_epoch is None or monitored < history.monitored[history.best_epoch]:
             history.best_epoch = len(history) - 1
-            self.best = None if self.pace.judges else self.trainer.parameters.state()
+            with self._judged():
+                self.best = None if self.pace.judges else self.trainer.parameters.state()
         bar.set_postfix_str(
             f"loss {loss:.4g}"
             + (f", validation {validation_loss:.4g}" if validation_loss is not None else "")
@@ -207,8 +218,9 @@ class Run:
         reason = self.pace.after_epoch(monitored, history.seconds[-1])
         if self.progress.on_epoch is not None:
             state = random_state()  # what is computed there must not change the training
-            if self.progress.on_epoch(history):
-                reason = reason or "on_epoch asked to stop"
+            with self._judged():
+                if self.progress.on_epoch(history):
+                    reason = reason or "on_epoch asked to stop"
             set_random_state(state)
         if reason is not None:
             history.stop_reason, self.finished = reason, True
@@ -217,6 +229,16 @@ class Run:
             if due or self.finished or self._reason_of_end() is not None:
                 self._save(self.checkpoint)
 
+    def _judged(self) -> AbstractContextManager[None]:
+        """Let the parameters be those that are judged and kept: their averages, if there are some."""
+        return nullcontext() if self.average is None else self.average.in_place()
+
+    def _averaged_steps(self) -> float:
+        """Return over how many steps parameters are averaged: the first epoch's length is not known before its end."""
+        done = len(self.history)
+        epochs = self.schedule.averaged_epochs or 0.0
+        return epochs * self.history.num_steps / done if done else math.inf
+
     # -------------------------------------------------------------------------------------------- checkpoints
     def _save(self, checkpoint: Checkpoint) -> None:
         state = {
@@ -224,6 +246,7 @@ class Run:
             "trainer": self.trainer.state(),
             "pace": self.pace.state(),
             "best": self.best,
+            "average": None if self.average is None else self.average.state(),
             "finished": self.finished,
             "history": asdict(self.history),
         }
@@ -243,6 +266,8 @@ class Run:
         self.trainer.load(state["trainer"])
         self.pace.load(state["pace"])
         self.best = state["best"]
+        if self.average is not None:
+            self.average.load(state["average"])
         self.finished = state["finished"]
         self.history = History.of(state["history"])
         logger.info("Continuing after epoch %d of %s.", len(self.history), self.checkpoint.path)

@@ -3,7 +3,8 @@ r"""Learning from a fixed set of simulations, where simulating is dear or was do
 :class:`~pyro_graphflows.infer.InferenceCompilation` draws new joint samples :math:`(z, x)` for each step; here
 there are ``n`` of them, and the guide minimises their mean of :math:`-\log q(z \mid x)` as neural posterior
 estimation does. The density of neither prior nor simulator is needed. What is learned by heart from few simulations
-does not hold for others, so a part of them is kept apart: it says when to stop, and which state to keep.
+does not hold for others, so a part of them is kept apart: it says when to stop, and which state to keep. States are
+running averages of the parameters over about five epochs (:mod:`~pyro_graphflows.infer.averaging`), which overfit less.
 
 References:
     [1] Papamakarios and Murray (2016), Fast epsilon-free inference of simulation models with Bayesian conditional
@@ -89,7 +90,7 @@ class Simulations:
     observed: Iterable[str] | None = field(default=None, kw_only=True)
     vectorize: bool = field(default=True, kw_only=True)
 
-    SCHEDULE: ClassVar[Schedule] = Schedule(patience=10, lr_factor=0.3, min_lr=5e-5)
+    SCHEDULE: ClassVar[Schedule] = Schedule(patience=10, lr_factor=0.3, min_lr=5e-5, averaged_epochs=5.0)
     _KINDS: ClassVar[str] = (
         "a number of simulations, a dict from site to tensor, or a DataLoader of such dicts"
     )

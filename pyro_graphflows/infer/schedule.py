@@ -34,6 +34,8 @@ class Schedule:
         min_lr: Stop when the learning rate falls below this.
         min_improvement: The least decrease of the monitored loss, in nats per datum, that counts.
         max_grad_norm: Clip the norm of the gradient (per datum) to this.
+        averaged_epochs: Judge and keep running averages of the parameters over the steps of about so many epochs
+            (:mod:`~pyro_graphflows.infer.averaging`); ``None`` for the parameters themselves.
 
     Raises:
         GraphflowsError: If a number is out of range, nothing ends the training, or an option has no effect.
@@ -52,6 +54,7 @@ class Schedule:
     min_lr: float = field(default=_DECAY["min_lr"], kw_only=True)
     min_improvement: float = field(default=_DECAY["min_improvement"], kw_only=True)
     max_grad_norm: float | None = field(default=None, kw_only=True)
+    averaged_epochs: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         for name, least in (("num_epochs", 0), ("num_steps", 0), ("steps_per_epoch", 1), ("patience", 1)):
@@ -67,6 +70,10 @@ class Schedule:
             raise GraphflowsError(f"Expected a positive num_seconds; got {self.num_seconds!r}.")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise GraphflowsError(f"Expected a positive max_grad_norm; got {self.max_grad_norm}.")
+        if self.averaged_epochs is not None and not 0 < self.averaged_epochs < math.inf:
+            raise GraphflowsError(
+                f"Expected a positive, finite averaged_epochs; got {self.averaged_epochs!r}."
+            )
         if self.patience is None:
             idle = [name for name, value in _DECAY.items() if getattr(self, name) != value]
             if idle:

@@ -69,7 +69,7 @@ def fit(
     differ by less than the noise of their training loss. After Ctrl-C, those of the best epoch so far (the
     current ones if no epoch was completed). After a loss or gradient that is not finite, those of the best
     epoch so far (those at the start if none); the reason, a warning and the message name the first site at
-    fault. Neither raises.
+    fault. Neither raises. With ``Schedule(averaged_epochs=)`` the parameters of an epoch are their running averages.
 
     *Checkpoints.* After each epoch the parameters, buffers, optimiser, schedule, random generators, data
     order, best parameters and history are written atomically. A run that finds its checkpoint continues after
@@ -106,7 +106,8 @@ def fit(
             are kept. One torch optimiser holds all parameters in every case. By default Adam, at 1e-3 if there is a
             schedule and else at a rate that is found.
         schedule: A number of epochs, or a :class:`Schedule`; found by default. With ``simulations`` training
-            by default ends when the loss of those that are held out has stopped falling.
+            by default ends when the loss of those that are held out has stopped falling, and averages parameters
+            over five epochs.
         checkpoint: A file, or a :class:`Checkpoint`.
         progress: Whether to show a bar, or a :class:`Progress`.
         seed: Seed of all random numbers meanwhile; the global generators are put back afterwards. ``None``

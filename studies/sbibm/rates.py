@@ -42,7 +42,7 @@ def losses(task: Task, rate: float, simulations: int, seed: int, family: str) ->
     x = task.observation(1)
     options: dict[str, Any] = {**task.guide_options, **task.data_options}
     if family != "default":
-        options["family"] = FAMILIES[family]()
+        options["family"] = FAMILIES[family](task)
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     number = simulations // SET_UP

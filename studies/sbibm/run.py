@@ -47,14 +47,13 @@ NUM_DRAWS = 10_000
 POOL = 300_000  # draws of which those that are reweighted are taken
 OUTSIDE = 8  # times as many are drawn, since a guide without bounds has draws outside the prior's, which are dropped
 AUTO_SECONDS = 10.0
-BATCH = 500
 SET_UP = 10  # one in so many simulations sets up the guide, the others train it
 # fusion would use the density of the prior
 OPTIONS: Mapping[str, Any] = {"units_per_set": 64, "hidden_layers": 2, "fusion": False}
-FAMILIES: Mapping[str, Callable[[], Family]] = {
-    "normal": lambda: Normal(**OPTIONS),
-    "spline": lambda: Spline(num_bins=12, **OPTIONS),
-    "flow": lambda: Flow(closed_form="density", conditioner_units=64),
+FAMILIES: Mapping[str, Callable[[Task], Family]] = {
+    "normal": lambda task: Normal(**OPTIONS),
+    "spline": lambda task: Spline(num_bins=task.num_bins, **OPTIONS),
+    "flow": lambda task: Flow(closed_form="density", conditioner_units=64),
 }
 # what a study does, in this order: (tasks, rows, simulations)
 ROWS = ("spline", "spline reweighted")
@@ -77,7 +76,7 @@ def train(task: Task, family: str, simulations: int, seed: int, path: Path) -> d
     scores = family.endswith(" score")
     guide = auto_faithful_guide(
         *(task.model, task.observation(1)),
-        family=FAMILIES[family.removesuffix(" score")](),
+        family=FAMILIES[family.removesuffix(" score")](task),
         features="score" if scores else "raw",
         init="regression",  # the guide is for all data that the model simulates
         num_start_samples=simulations // SET_UP,
@@ -86,7 +85,7 @@ def train(task: Task, family: str, simulations: int, seed: int, path: Path) -> d
     )
     history = fit(
         *(task.model, guide, task.observation(1)),
-        simulations=Simulations(simulations - simulations // SET_UP, batch_size=BATCH),
+        simulations=Simulations(simulations - simulations // SET_UP, batch_size=task.batch_size),
         optimizer=task.rate,
         progress=False,
         seed=seed,

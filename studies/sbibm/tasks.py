@@ -44,6 +44,8 @@ class Task:
         guide_options: Options of the guide that its structure asks for.
         data_options: Further ones of guides that read the data themselves and not scores.
         rate: The learning rate of guides that learn from simulations alone.
+        batch_size: The number of simulations in each of their steps.
+        num_bins: The number of bins of their splines.
         base: The name of its folder in the package, if that is another.
         suffix: Of the name of its files of observations.
         data: From simulations by site to columns like those of an observation.
@@ -56,6 +58,8 @@ class Task:
     guide_options: Mapping[str, Any]
     data_options: Mapping[str, Any] = field(default_factory=dict)
     rate: float = 2e-3
+    batch_size: int = 500
+    num_bins: int = 12
     base: str | None = None
     suffix: str = ""
     data: Callable[[Mapping[str, Tensor]], Tensor] = lambda values: values["x"].flatten(1)
@@ -309,7 +313,7 @@ TASKS = {
             suffix="_distractors",
             data=_with_distractors,
         ),
-        Task("bernoulli_glm", bernoulli_glm, _vector, (10,), {}, rate=2e-2),
+        Task("bernoulli_glm", bernoulli_glm, _vector, (10,), {}, rate=1e-2, batch_size=200, num_bins=4),
         Task(
             *("bernoulli_glm_raw", bernoulli_glm_raw, _vector, (100,), {}),
             base="bernoulli_glm",
