@@ -206,7 +206,7 @@ def capture_with_gradients(
     noise = captured.draw()
     plain = [t.detach() for t in (*parameters, *data, *noise, *captured.constants)]
     known = {id(tensor) for tensor in fixed}
-    are_fixed = [id(constant) in known for constant in captured.constants]
+    are_fixed = [bool(known & {id(each), id(each._base)}) for each in captured.constants]  # views of them, too
     halves.simplify([*plain[:first_cotangent], *cotangents, *plain[first_cotangent:]], are_fixed)
     forward_graph, backward_graph = halves.split()
     parts = [node for half in (forward_graph, backward_graph) for node in half.graph.nodes]

@@ -467,7 +467,8 @@ class _HalfNormal(_Positive):
     def _quantile(self, u: Tensor) -> Tensor:
         lower, magnitude = two_sided(u)
         near = math.sqrt(2.0) * torch.erfinv(tail_probability(torch.where(lower, magnitude, 1.0)))
-        far = -ndtri_exp(torch.special.log_ndtr(torch.where(lower, -1.0, -magnitude)) - math.log(2.0))
+        log_tail = torch.special.log_ndtr(torch.where(lower, -1.0, -magnitude)) - math.log(2.0)
+        far = -ndtri_exp(log_tail, is_lower=True)
         return self.parameters[0] * torch.where(lower, near, far)
 
     def _score(self, value: Tensor) -> Tensor:

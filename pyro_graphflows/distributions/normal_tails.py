@@ -43,27 +43,29 @@ def log1mexp(x: Tensor) -> Tensor:
 
 class _NdtriExp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor) -> Tensor:
-        log_lower = y.clamp(max=-math.log(2.0))
-        log_upper = torch.log(-torch.expm1(y.clamp(min=-math.log(2.0))))
-        upper = y > -math.log(2.0)
-        tail = torch.where(upper, log_upper, log_lower)  # of the smaller side
+    def forward(ctx: Any, y: Tensor, is_lower: bool) -> Tensor:
+        tail = y
+        if not is_lower:
+            log_lower = y.clamp(max=-math.log(2.0))
+            log_upper = torch.log(-torch.expm1(y.clamp(min=-math.log(2.0))))
+            upper = y > -math.log(2.0)
+            tail = torch.where(upper, log_upper, log_lower)  # of the smaller side
         deep = tail < 0.95 * math.log(torch.finfo(y.dtype).tiny)
         u = torch.special.ndtri(tail.exp())
         if bool(deep.any()):
             far = tail.clamp(max=-50.0)
             v = -torch.sqrt(-2.0 * far - torch.log(-2.0 * far) - 2.0 * HALF_LOG_TWO_PI)
-            for _ in range(3):
+            for _ in range(2):  # the second for double precision
                 v = v - (torch.special.log_ndtr(v) - far) * _inverse_hazard(v)
-            u = torch.where(deep & torch.isfinite(v), v, u)
-        u = torch.where(upper, -u, u)
+            u = torch.where(deep & (v > -math.inf), v, u)  # not where it is NaN
+        u = u if is_lower else torch.where(upper, -u, u)
         ctx.save_for_backward(u)
         return u
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (u,) = ctx.saved_tensors
-        return gradients[0] * _inverse_hazard(u)
+        return gradients[0] * _inverse_hazard(u), None
 
 
 def _inverse_hazard(u: Tensor) -> Tensor:
@@ -71,17 +73,18 @@ def _inverse_hazard(u: Tensor) -> Tensor:
     return math.sqrt(0.5 * math.pi) * torch.special.erfcx(-u * math.sqrt(0.5))
 
 
-def ndtri_exp(y: Tensor) -> Tensor:
+def ndtri_exp(y: Tensor, *, is_lower: bool = False) -> Tensor:
     r"""Return :math:`\Phi^{-1}(e^y)`, the inverse of :func:`torch.special.log_ndtr`.
 
     Args:
         y: Logarithms of probabilities, however small.
+        is_lower: Whether none of them is known to be more than one half, which takes fewer operations.
 
     Example:
         >>> ndtri_exp(torch.special.log_ndtr(torch.tensor([-100.0, -1.0, 1.0]))).round().tolist()
         [-100.0, -1.0, 1.0]
     """
-    return _NdtriExp.apply(y)
+    return _NdtriExp.apply(y, is_lower)
 
 
 def normal_score(log_cdf: Tensor, log_sf: Tensor) -> Tensor:
@@ -95,7 +98,7 @@ def normal_score(log_cdf: Tensor, log_sf: Tensor) -> Tensor:
     """
     lower = log_cdf < log_sf
     tail = torch.where(lower, log_cdf, log_sf)
-    u = ndtri_exp(tail.clamp(min=math.log(torch.finfo(tail.dtype).tiny)))
+    u = ndtri_exp(tail.clamp(min=math.log(torch.finfo(tail.dtype).tiny)), is_lower=True)
     return torch.where(lower, u, -u)
 
 

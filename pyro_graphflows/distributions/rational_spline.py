@@ -184,6 +184,7 @@ class _Spline(Operation):
         ctx: Any, parameters: Tensor, x: Tensor, num_bins: int, bound: float
     ) -> tuple[Tensor, Tensor]:
         ctx.options = num_bins, bound
+        ctx.set_materialize_grads(False)
         at = _place(parameters, x, num_bins, bound)
         ctx.save_for_backward(*at.for_backward(parameters, x))
         return at.y, at.log_slope
@@ -196,24 +197,32 @@ class _Spline(Operation):
         if torch.is_grad_enabled():  # create_graph=True
             again = _place(parameters, x, num_bins, bound)
             inputs = [each for each, need in zip((parameters, x), needed, strict=True) if need]
-            found = iter(torch.autograd.grad([again.y, again.log_slope], inputs, grads, create_graph=True))
+            pairs = zip((again.y, again.log_slope), grads, strict=True)
+            outputs, given = zip(*(pair for pair in pairs if pair[1] is not None), strict=True)
+            found = iter(torch.autograd.grad(outputs, inputs, given, create_graph=True))
             return *(next(found) if need else None for need in needed), None, None  # type: ignore[return-value]
         bin_, (theta, eta, numerator, denominator) = _Bin(*rest[:7]), rest[7:]
-        of_y, of_slope = (torch.where(outside, 0.0, grad) for grad in grads)
-        other, of_eta, sharpness = 1.0 - theta, of_y * bin_.height, bin_.left + bin_.right - 2.0
-        share, steep = theta * other / denominator, of_slope / numerator
-        pull = torch.add(of_eta * eta, of_slope, alpha=2.0)
-        of_left = torch.addcmul(share * (of_eta - pull), steep * other, other)
-        of_right = torch.addcmul(steep * theta * theta, share, pull, value=-1.0)
-        middle = other - theta
-        bend = torch.addcmul(torch.addcmul(middle, bin_.right, theta), bin_.left, other, value=-1.0)
-        bent = torch.addcmul(steep * bend, sharpness * middle, of_slope / denominator, value=-1.0)
-        of_x = torch.add(of_eta * numerator / denominator.square(), bent, alpha=2.0) / bin_.width
+        straight, of_slope = torch.zeros_like(eta) if grads[0] is None else grads[0], grads[1]
+        of_y = torch.where(outside, 0.0, straight)
+        other, of_eta = 1.0 - theta, of_y * bin_.height
+        share, pull = theta * other / denominator, of_eta * eta
+        of_x = of_eta * numerator / denominator.square()
+        if of_slope is not None:
+            of_slope = torch.where(outside, 0.0, of_slope)
+            middle, sharpness, steep = other - theta, bin_.left + bin_.right - 2.0, of_slope / numerator
+            pull = torch.add(pull, of_slope, alpha=2.0)
+            bend = torch.addcmul(torch.addcmul(middle, bin_.right, theta), bin_.left, other, value=-1.0)
+            bent = torch.addcmul(steep * bend, sharpness * middle, of_slope / denominator, value=-1.0)
+            of_x = torch.add(of_x, bent, alpha=2.0)
+        of_x = of_x / bin_.width
         grad_parameters = None
         if needed[0]:
-            of_mean = (
-                torch.addcmul(of_left * bin_.left, of_right, bin_.right) - of_slope
-            )  # of minus its logarithm
+            of_left, of_right = share * (of_eta - pull), -share * pull
+            if of_slope is not None:
+                of_left = torch.addcmul(of_left, steep * other, other)
+                of_right = torch.addcmul(of_right, steep * theta, theta)
+            of_mean = torch.addcmul(of_left * bin_.left, of_right, bin_.right)  # of minus its logarithm
+            of_mean = of_mean if of_slope is None else of_mean - of_slope
             of_width = torch.addcmul(of_mean / bin_.width, of_x, theta, value=-1.0)
             of_height = of_y * eta - of_mean / bin_.height
             bins = torch.arange(num_bins, device=x.device)
@@ -227,7 +236,7 @@ class _Spline(Operation):
             of_slopes = of_slopes + (of_right * ratio).unsqueeze(-1) * here[..., :-1]
             of_slopes = _summed_to(of_slopes, tanh) * slopes[..., 1:-1] * (1.0 - tanh.square())
             grad_parameters = torch.cat([of_logits.flatten(-2), of_slopes], -1)
-        grad_x = _summed_to(torch.where(outside, grads[0], of_x), x) if needed[1] else None
+        grad_x = _summed_to(torch.where(outside, straight, of_x), x) if needed[1] else None
         return grad_parameters, grad_x, None, None
 
 
@@ -239,6 +248,7 @@ class _SplineWithBend(_Spline):
         ctx: Any, parameters: Tensor, x: Tensor, num_bins: int, bound: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.options = num_bins, bound
+        ctx.set_materialize_grads(False)
         at = _place(parameters, x, num_bins, bound)
         ctx.save_for_backward(*at.for_backward(parameters, x))
         bend = at.bend()

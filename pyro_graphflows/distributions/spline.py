@@ -170,20 +170,22 @@ class SplineDistribution(dist.TorchDistribution):
             return -(self.df + 1.0) * noise / (self.df + noise.square())
         return -noise if self.base == "normal" else -torch.tanh(0.5 * noise)
 
-    def score_of(self, noise: Tensor) -> Tensor:
-        r"""Return numbers whose gradient is that of the log-density at the values that some noise gives, held fixed.
+    def log_prob_near(self, noise: Tensor, value: Tensor) -> Tensor:
+        r"""Return the log-density of the values that some noise gives, with gradients for parameters and values.
 
-        As parameters move, the noise of a fixed value :math:`z = T(\varepsilon)` moves by :math:`-dT / T'`. So no value
-        is inverted. The numbers are not the log-densities.
+        As parameters and value move, the noise of :math:`z = T(\varepsilon)` moves by :math:`(dz - dT) / T'`. So no
+        value is inverted. There are first derivatives only.
 
         Args:
             noise: Shape ``(..., *batch, n)``, without gradients.
+            value: Its values, of the same shape.
         """
         splined, log_slope, bend = self.spline.with_bend(noise)
         image = torch.addcmul(self.loc, self.scale, splined)
         with torch.no_grad():
+            log_base = self._log_base(noise)
             pull = (self._slope_of_log_base(noise) - bend) / (self.scale * log_slope.exp())
-        return -(pull * image + self.scale.log() + log_slope).sum(-1)
+        return (torch.addcmul(log_base, pull, value - image) - self.scale.log() - log_slope).sum(-1)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density of vectors, shape ``batch_shape``."""

@@ -131,11 +131,10 @@ class CoupledNormal(dist.TorchDistribution):
         loc, width = (self._gather(part.expand(shape)) for part in (self.loc, self.scale_tril[..., 0]))
         prior_loc, b = (self._gather(part.expand(shape)) for part in (prior.loc, prior.log_scale.exp()))
         white = torch.linalg.solve_triangular(self.mixing, (b / width).diag_embed(), upper=False)
-        precision = white.mT @ white
-        precision.diagonal(dim1=-2, dim2=-1).add_(1.0)
+        eye = torch.eye(b.shape[-1], dtype=b.dtype, device=b.device)
+        precision = white.mT @ white + eye
         # of its square roots the one that is upper triangular, whose inverse's transpose is a lower triangular T
         root = torch.linalg.cholesky(precision.flip(-1, -2)).flip(-1, -2)
-        eye = torch.eye(b.shape[-1], dtype=b.dtype, device=b.device)
         mixing = torch.linalg.solve_triangular(root, eye, upper=True).mT
         off = ((loc - prior_loc) / b).unsqueeze(-1)
         moved = mixing @ (mixing.mT @ (white.mT @ (white @ off)))

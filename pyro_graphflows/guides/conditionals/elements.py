@@ -26,6 +26,7 @@ __all__ = [
     "ElementTable",
     "WithNewElements",
     "beyond_fitted",
+    "columns_of_map",
     "element_maps",
     "grown_plates",
     "keep_rows_",
@@ -278,6 +279,19 @@ def element_maps(
             )
             found[site] = key, inputs
     return maps, found
+
+
+def columns_of_map(values: Tensor, columns: Sequence[int]) -> Tensor:
+    """Return some columns of the last dimension; neighbours as a view, as a list would be a new tensor in each call.
+
+    Args:
+        values: Shape ``(*batch, n)``.
+        columns: Which ones.
+    """
+    first = columns[0] if columns else 0
+    if list(columns) == list(range(first, first + len(columns))):
+        return values[..., first : first + len(columns)]
+    return values[..., columns]
 
 
 def leave_out_maps_(maps: nn.ModuleDict, found: Mapping[str, tuple[str, list[int]]], site: str) -> None:

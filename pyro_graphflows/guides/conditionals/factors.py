@@ -310,10 +310,9 @@ def unit_lower(entries: Tensor, size: int) -> Tensor:
         size: The size of the matrices.
     """
     rows, columns = torch.tril_indices(size, size, -1, device=entries.device)
-    unit = torch.eye(size, dtype=entries.dtype, device=entries.device)
-    unit = unit.expand((*entries.shape[:-1], size, size)).clone()
-    unit[..., rows, columns] = entries
-    return unit
+    unit = torch.eye(size, dtype=entries.dtype, device=entries.device).flatten()
+    unit = unit.expand(*entries.shape[:-1], -1).index_copy(-1, size * rows + columns, entries)
+    return unit.unflatten(-1, (size, size))
 
 
 def inverse_of_lower(matrix: Tensor) -> Tensor:

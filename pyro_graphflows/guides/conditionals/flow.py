@@ -41,6 +41,7 @@ from pyro_graphflows.guides.conditionals.contract import (
 from pyro_graphflows.guides.conditionals.elements import (
     ElementMap,
     ElementTable,
+    columns_of_map,
     element_maps,
     keep_rows_,
     leave_out_maps_,
@@ -512,7 +513,7 @@ class FlowConditionals(Conditionals):
                 part, start = rows[..., start:stop], stop
             if site in self._map_of:
                 key, columns = self._map_of[site]
-                contribution = self.maps[key](plates, context[..., columns])
+                contribution = self.maps[key](plates, columns_of_map(context, columns))
                 part = contribution if part is None else part + contribution
             assert part is not None
             parts.append(part)

@@ -45,6 +45,7 @@ from pyro_graphflows.guides.conditionals.coupled import (
 from pyro_graphflows.guides.conditionals.elements import (
     ElementMap,
     ElementTable,
+    columns_of_map,
     element_maps,
     keep_rows_,
 )
@@ -763,9 +764,22 @@ def _in_type(prior: SitePrior, dtype: torch.dtype) -> SitePrior:
     return replace(prior.map(lambda each: each.to(dtype)), fixed=fixed)
 
 
-def _tells_by_noise(found: Any, drawn_from: Any) -> bool:
-    """Whether the score of a distribution is a function of the noise behind a draw."""
-    return hasattr(found, "score_of") and hasattr(drawn_from, "noise_behind")
+def _log_prob_of_draw(fn: Any, drawn_from: Any, flat: Tensor, value: Tensor) -> Tensor:
+    """Return a log-density with its first derivatives, by way of the noise behind the draw where that is possible.
+
+    Args:
+        fn: The distribution.
+        drawn_from: The same, as it was drawn from.
+        flat: The vectors drawn.
+        value: The same numbers, with gradients or without.
+    """
+    if hasattr(fn, "log_prob_near") and hasattr(drawn_from, "noise_behind"):
+        noise = drawn_from.noise_behind(flat)
+        if noise is not None:
+            near: Tensor = fn.log_prob_near(noise.detach(), value)
+            return near
+    log_prob: Tensor = fn.log_prob(value)
+    return log_prob
 
 
 @contextmanager
@@ -861,15 +875,7 @@ class MaskedPass(Pass):
         if site not in self._at_draws:
             self._find_at_draws()
         found: Any = self._at_draws.get(site)
-        if found is None:
-            return None
-        if _tells_by_noise(found, drawn_from):
-            noise = drawn_from.noise_behind(flat)
-            if noise is not None:
-                score: Tensor = found.score_of(noise.detach())
-                return score
-        log_prob: Tensor = found.log_prob(flat.detach())
-        return log_prob
+        return None if found is None else _log_prob_of_draw(found, drawn_from, flat, flat.detach())
 
     def by_draws(self, site: str, drawn_from: Any, flat: Tensor) -> Tensor | None:
         """See :meth:`Pass.by_draws`."""
@@ -883,10 +889,7 @@ class MaskedPass(Pass):
                     self._by_draws.update(again.next(priors))
                     again.accept(values)
         found: Any = self._by_draws.get(site)
-        if found is None or _tells_by_noise(found, drawn_from):
-            return None
-        log_prob: Tensor = found.log_prob(flat)
-        return log_prob
+        return None if found is None else _log_prob_of_draw(found, drawn_from, flat, flat)
 
     def _find_at_draws(self) -> None:
         """Find the conditionals at the values of this pass, with gradients for parameters alone."""
@@ -960,7 +963,7 @@ class MaskedPass(Pass):
         shape = np.broadcast_shapes(*(part.shape[:-1] for part in self._known))
         known = torch.cat([part.expand(*shape, part.shape[-1]) for part in self._known], -1)
         element_map: Any = self._module.maps[key]
-        contribution: Tensor = element_map(plates, known[..., columns])
+        contribution: Tensor = element_map(plates, columns_of_map(known, columns))
         return contribution
 
     def accept(self, values: Mapping[str, Tensor]) -> None:
