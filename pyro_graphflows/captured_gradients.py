@@ -206,7 +206,9 @@ def capture_with_gradients(
     noise = captured.draw()
     plain = [t.detach() for t in (*parameters, *data, *noise, *captured.constants)]
     known = {id(tensor) for tensor in fixed}
-    are_fixed = [bool(known & {id(each), id(each._base)}) for each in captured.constants]  # views of them, too
+    are_fixed = [
+        bool(known & {id(each), id(each._base)}) for each in captured.constants
+    ]  # views of them, too
     halves.simplify([*plain[:first_cotangent], *cotangents, *plain[first_cotangent:]], are_fixed)
     forward_graph, backward_graph = halves.split()
     parts = [node for half in (forward_graph, backward_graph) for node in half.graph.nodes]

@@ -101,14 +101,17 @@ def test_a_parameter_that_changes_before_its_gradient_is_refused_by_torch():
         results[0].sum().backward()
 
 
-def test_what_follows_from_fixed_tensors_is_computed_once():
-    weight, scale = torch.ones(2, requires_grad=True), torch.tensor([1.0, 4.0])
+@pytest.mark.parametrize("is_view", [False, True])
+def test_what_follows_from_fixed_tensors_is_computed_once(is_view):
+    weight, whole = torch.ones(2, requires_grad=True), torch.tensor([1.0, 4.0, 9.0])
+    scale = whole[:2] if is_view else torch.tensor([1.0, 4.0])
 
     def program():
         return [Result(weight * (scale.log() + 1.0).exp().sqrt())]
 
     free, _, _ = captured_and_again([weight], [], program)
-    fixed, results, again = captured_and_again([weight], [], program, fixed=[scale])
+    kept = whole if is_view else scale
+    fixed, results, again = captured_and_again([weight], [], program, fixed=[kept])
     assert fixed.num_operations == free.num_operations - 4
     torch.testing.assert_close(results, tuple(again()))
     torch.testing.assert_close(gradients(results, [0], [weight]), gradients(again(), [0], [weight]))

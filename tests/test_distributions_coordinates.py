@@ -456,6 +456,9 @@ def test_ndtri_exp(dtype):
         1e-12 + 30 * torch.finfo(dtype).eps
     )  # SciPy's own error, 7e-13 at -700, is the larger one in double
     assert (error.abs() <= bound * (1 + ndtri_exp(y).abs())).all()
+    lower = y[y < -0.7]
+    assert torch.equal(ndtri_exp(lower, is_lower=True), ndtri_exp(lower))
+    assert torch.isneginf(ndtri_exp(torch.tensor([-torch.inf], dtype=dtype))).all()
     x = torch.tensor([-50.0, -3.0, -0.7, -0.6, -1e-3]).requires_grad_()
     assert torch.autograd.gradcheck(ndtri_exp, x)
     assert torch.autograd.gradgradcheck(ndtri_exp, x)

@@ -11,8 +11,10 @@ from plated_guides import hierarchical, set_hierarchical_
 from pyro import poutine
 from pyro.infer import RenyiELBO, Trace_ELBO
 
+from pyro_graphflows.capture import CAPTURING
 from pyro_graphflows.distributions.spline import SplineDistribution
 from pyro_graphflows.guides import auto_faithful_guide
+from pyro_graphflows.guides.conditionals import distributions
 
 NETWORKS = {"chain": chain, "collider": collider, "cycle": four_cycle}
 X = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
@@ -131,6 +133,29 @@ def test_only_what_a_guide_draws_itself_goes_along_its_path():
     expected = gradient(guide.log_prob(values, X).sum(), guide)
     assert expected.abs().max() > 0.01
     assert torch.allclose(gradient(of_parts, guide), expected)
+
+
+@pytest.mark.parametrize("family", ["normal", "spline"])
+def test_while_a_call_is_captured_gradients_along_the_path_are_by_draws(family, monkeypatch):
+    guide = auto_faithful_guide(hierarchical, X, init="random", family=family)
+    found = []
+    for capturing in (False, True):
+        pyro.set_rng_seed(0)
+        trace = poutine.trace(guide).get_trace(X)
+        token = CAPTURING.set(capturing)
+        if capturing:  # no log-density with all gradients
+            monkeypatch.setattr(distributions, "along_path", None)
+        try:
+            trace.compute_score_parts()
+        finally:
+            CAPTURING.reset(token)
+        terms = [site["score_parts"].entropy_term for site in trace.nodes.values() if "score_parts" in site]
+        entropy = sum(term.sum() for term in terms if torch.is_tensor(term))  # not of the plate
+        found.append((entropy, gradient(entropy, guide)))
+    (plain, expected), (by_draws, gradients) = found
+    assert torch.allclose(by_draws, plain)
+    assert torch.allclose(gradients, expected, atol=1e-6)
+    assert expected.abs().max() > 0.01
 
 
 @pytest.mark.parametrize(("base", "df"), [("normal", None), ("student", 5.0), ("logistic", None)])

@@ -230,7 +230,7 @@ class _Spline(Operation):
             lengths = torch.stack([of_width, of_height], -1).unsqueeze(-1) * here.unsqueeze(-2)
             corners = torch.stack([-of_x, of_y], -1).unsqueeze(-1) * (bins < bin_.place).unsqueeze(-2)
             of_shares = _summed_to(lengths + corners, shares) * _factor(num_bins, bound)
-            of_logits = shares * (of_shares - (shares * of_shares).sum(-1, keepdim=True))
+            of_logits = torch._softmax_backward_data(of_shares, shares, -1, shares.dtype)
             ratio = bin_.width / bin_.height
             of_slopes = (of_left * ratio).unsqueeze(-1) * here[..., 1:]
             of_slopes = of_slopes + (of_right * ratio).unsqueeze(-1) * here[..., :-1]
