@@ -13,6 +13,7 @@ and the program itself can be compared at the same noise.
 import math
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -35,6 +36,7 @@ __all__ = [
     "NotCapturedError",
     "capture",
     "left_unchecked",
+    "scripted",
     "unchecked",
     "uncovered",
 ]
@@ -483,3 +485,23 @@ def _lifted(traced: torch.fx.GraphModule, counts: dict[Noise, int]) -> Captured:
 
 def _is_lift(node: torch.fx.Node) -> bool:
     return getattr(node.target, "__name__", "").split(".")[0] in _LIFTED
+
+
+# ------------------------------------------------------------------------------------------------------- running
+def scripted(graph: torch.fx.GraphModule, arguments: Sequence[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    """Return a graph of operations as a function that PyTorch's interpreter (TorchScript) runs.
+
+    What :func:`torch.jit.trace` returns stays in memory for the life of the process, megabytes of it for a thousand
+    operations; this function goes with its last reference.
+
+    Args:
+        graph: The graph: of tensors, to a tuple of tensors.
+        arguments: Arguments of the shapes and types to come.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of constants in the graph, which are meant
+        traced, _ = torch._C._create_graph_by_tracing(
+            lambda *inputs: tuple(graph(*inputs)), list(arguments), lambda _: "", True, False
+        )
+    function: Callable[..., tuple[Tensor, ...]] = torch._C._create_function_from_graph("captured", traced)
+    return function

@@ -11,7 +11,6 @@ program computes it from an earlier one.
 """
 
 import operator
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pyro_graphflows.capture import Captured, Noise, NotCapturedError, capture
+from pyro_graphflows.capture import Captured, Noise, NotCapturedError, capture, scripted
 
 __all__ = ["CapturedGradients", "Result", "capture_with_gradients"]
 
@@ -248,11 +247,10 @@ def _scripted(
     graph: fx.GraphModule, arguments: Sequence[Tensor]
 ) -> tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...]]:
     """Return a function of TorchScript, and what it gives."""
-    with torch.no_grad(), warnings.catch_warnings(), optimized_execution(False):
-        warnings.simplefilter("ignore")  # of constants in the graph, which are meant
+    with torch.no_grad(), optimized_execution(False):
         try:
-            function: Any = torch.jit.trace(graph, tuple(arguments), check_trace=False)
-            found: tuple[Tensor, ...] = function(*arguments)
+            function = scripted(graph, arguments)
+            found = function(*arguments)
         except (
             Exception
         ) as error:  # a compiler may fail in ways of its own; none of them may end a training run

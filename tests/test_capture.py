@@ -1,13 +1,14 @@
 """Programs of torch as graphs of tensor operations with their noise as an input."""
 
 import math
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_graphflows.capture import CAPTURING, Draws, NotCapturedError, capture
+from pyro_graphflows.capture import CAPTURING, Draws, NotCapturedError, capture, scripted
 
 
 def captured(function, *inputs):
@@ -151,3 +152,21 @@ def test_checks_are_off_while_capturing_and_pyro_may_warn():
     captured(program, torch.ones(2))
     assert seen == [False, True]
     assert not CAPTURING.get()
+
+
+def test_scripted_graphs_compute_the_same_and_are_in_no_registry_that_keeps_them():
+    """What torch.jit.trace returns is in one for the life of the process."""
+    x, constant = torch.randn(3), torch.tensor([1.0, 2.0, 3.0])
+
+    def program(x):
+        return [x.sin() * constant, x.sum()]
+
+    graph = captured(program, x)
+    function: Any = scripted(graph.graph, graph.arguments([x], []))
+    for value in (x, torch.randn(3)):
+        found = function(*graph.arguments([value], []))
+        for one, other in zip(found, program(value), strict=True):
+            torch.testing.assert_close(one, other)
+    assert torch.jit._state._python_cu.find_function(function.qualified_name) is None
+    traced = torch.jit.trace(lambda x: x.sin(), (x,), check_trace=False)
+    assert torch.jit._state._python_cu.find_function(traced.qualified_name) is not None

@@ -15,7 +15,6 @@ distributions' arguments is left out while compiled.
 import logging
 import math
 import time
-import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -26,7 +25,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from pyro_graphflows.capture import Captured, Draws, Noise, NotCapturedError, capture, uncovered
+from pyro_graphflows.capture import Captured, Draws, Noise, NotCapturedError, capture, scripted, uncovered
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.infer.checkpoints import random_state, set_random_state
 from pyro_graphflows.infer.objectives import Objective
@@ -525,9 +524,7 @@ def _built(captured: Captured, arguments: Sequence[Tensor], backend: str) -> Any
     with torch.no_grad():
         try:
             if backend == SCRIPT:
-                with warnings.catch_warnings():  # of constants in the graph, which are meant
-                    warnings.simplefilter("ignore")
-                    function: Any = torch.jit.trace(captured.graph, tuple(plain), check_trace=False)
+                function: Any = scripted(captured.graph, plain)
             else:
                 function = torch._dynamo.lookup_backend(backend)(captured.graph, plain)
             function(*plain)
