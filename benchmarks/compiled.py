@@ -5,13 +5,15 @@
 
 Each model is a line of OUT/steps/results.jsonl, written when it is done; models that are there are left out, so a run
 that was cut off goes on. Times of a step are medians of processor time of one thread, taken in turns: ``SVI.step`` with
-AutoNormal and with guides of normal and flow conditionals, whose calls are captured by then (Pyro's ClippedAdam, one
-particle); ``SVI.step`` with the normal guide and ``CompiledELBO()``, which needs no compiler; and the step of ``fit``
-with compiled loss and gradients for the normal guide (torch's fused Adam). The seconds of compilation are processor
-time of capturing and compiling, the C++ compiler's included, and wall-clock time.
+AutoNormal, on hierarchies AutoStructured, and with guides of normal, default and flow conditionals, whose calls are
+captured by then (Pyro's ClippedAdam, one particle); ``SVI.step`` with the normal guide and ``CompiledELBO()``, which
+needs no compiler; and the step of ``fit`` with compiled loss and gradients for the normal guide (torch's fused Adam).
+The seconds of compilation are processor time of capturing and compiling, the C++ compiler's included, and wall-clock
+time.
 """
 
 import argparse
+import copy
 import datetime
 import os
 import resource
@@ -24,7 +26,7 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer import SVI, Trace_ELBO
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoNormal, AutoStructured
 
 from benchmarks.guide_problems import STEPS, Problem
 from pyro_graphflows import auto_faithful_guide
@@ -32,15 +34,19 @@ from pyro_graphflows.infer import CompiledELBO, CompiledLoss
 from studies.results import Results
 
 CAPTURE_AFTER = 2  # steps; 200 by default
+FAMILIES = {"normal": "normal", "default": "auto", "flow": "flow"}
+STRUCTURED = ("schools", "radon", "crossed")  # where AutoStructured is timed too
 
 
-def guides_of(problem: Problem) -> dict[str, Any]:
+def guides_of(key: str, problem: Problem) -> dict[str, Any]:
     """Return the guides, ours set up by the data."""
     made: dict[str, Any] = {"AutoNormal": AutoNormal(problem.model)}
-    for family in ("normal", "flow"):
+    if key in STRUCTURED:
+        made["AutoStructured"] = AutoStructured(problem.model, conditionals="normal", dependencies="linear")
+    for name, family in FAMILIES.items():
         pyro.set_rng_seed(0)
-        made[family] = auto_faithful_guide(problem.model, *problem.test, family=family, **problem.options)
-        made[family].capture_after = CAPTURE_AFTER
+        made[name] = auto_faithful_guide(problem.model, *problem.test, family=family, **problem.options)
+        made[name].capture_after = CAPTURE_AFTER
     return made
 
 
@@ -55,7 +61,7 @@ def measure(key: str, rounds: int, compiled: bool = True) -> dict[str, Any]:
     problem = STEPS[key]()
     steps: dict[str, Any] = {}
     record: dict[str, Any] = {"name": problem.name, "date": str(datetime.date.today())}
-    guides = guides_of(problem)
+    guides = guides_of(key, problem)
     for name, guide in guides.items():
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
@@ -64,8 +70,11 @@ def measure(key: str, rounds: int, compiled: bool = True) -> dict[str, Any]:
             svi.step(*problem.test)
         steps[name] = (lambda svi=svi: svi.step(*problem.test), pyro.get_param_store().get_state())
     pyro.clear_param_store()
-    loss = CompiledELBO()
-    svi = SVI(problem.model, guides["normal"], pyro.optim.ClippedAdam({"lr": 1e-4}), loss)
+    loss, twin = (
+        CompiledELBO(),
+        copy.deepcopy(guides["normal"]),
+    )  # a guide captures its calls anew after others' steps
+    svi = SVI(problem.model, twin, pyro.optim.ClippedAdam({"lr": 1e-4}), loss)
     begin = processor_seconds()
     svi.step(*problem.test)
     record["capture_cpu"] = processor_seconds() - begin
@@ -75,7 +84,7 @@ def measure(key: str, rounds: int, compiled: bool = True) -> dict[str, Any]:
         steps["captured"] = (lambda: svi.step(*problem.test), pyro.get_param_store().get_state())
     if compiled:
         pyro.clear_param_store()
-        compiled_loss = CompiledLoss(problem.model, guides["normal"])
+        compiled_loss = CompiledLoss(problem.model, twin)
         optimizer = torch.optim.Adam(compiled_loss.parameters(*problem.test), lr=1e-4, fused=True)
         begin, wall = processor_seconds(), time.perf_counter()
         compiled_loss.loss_and_grads(*problem.test)
@@ -115,27 +124,31 @@ def page(records: dict[str, dict[str, Any]]) -> str:
         "",
         f"Made by `python -m benchmarks.compiled --out docs/results` on {' and '.join(dates)}, on 2 CPU cores shared "
         "with other work; the script says what is timed. Milliseconds of processor time of one `SVI.step`, medians of "
-        "steps taken in turns, one thread, float32. In brackets the ratio to AutoNormal's. *Captured* is `SVI.step` "
-        "with the normal guide and `CompiledELBO()`, then the processor seconds of its first; *compiled* the step of "
-        "`fit(..., compile=True)` for the normal guide; in brackets how many times faster than `SVI.step` with the "
-        "same guide, with the processor and wall-clock seconds of compilation.",
+        "steps taken in turns, one thread, float32. In brackets the ratio to AutoNormal's. In steps of *normal*, "
+        "*default* and *flow* the guide's call is captured, as guides do by themselves after 200 steps. *Captured* is "
+        "`SVI.step` with the normal guide and `CompiledELBO()`, then the processor seconds of its first; *compiled* "
+        "the step of `fit(..., compile=True)` for the normal guide; in brackets how many times faster than `SVI.step` "
+        "with the same guide, with the processor and wall-clock seconds of compilation.",
         "",
         *([f"Not measured: {', '.join(missing)}.", ""] if missing else []),
-        "| model | AutoNormal | normal | flow | captured | first | compiled | compilation |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | AutoNormal | AutoStructured | normal | default | flow | captured | first | compiled | compilation |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for key in [key for key in STEPS if key in records]:
         record = records[key]
         ms = record["ms"]
         base = ms["AutoNormal"]
-        ours = [f"{ms[name]:.1f} ({ms[name] / base:.2f})" for name in ("normal", "flow")]
+        names = ("AutoStructured", *FAMILIES)
+        guides = [f"{ms[name]:.1f} ({ms[name] / base:.2f})" if name in ms else "–" for name in names]
         captured = "– | –"
         if "captured" in ms:
             captured = f"{ms['captured']:.2f} ({ms['captured'] / base:.2f}) | {record['capture_cpu']:.1f} s"
         done = record["report"].startswith("compiled")
         fast = f"{ms['compiled']:.2f} ({ms['normal'] / ms['compiled']:.1f}×)" if done else "–"
         cost = f"{record['compile_cpu']:.0f} s, {record['compile_wall']:.0f} s" if done else record["report"]
-        lines.append(f"| {record['name']} | {base:.1f} | {' | '.join(ours)} | {captured} | {fast} | {cost} |")
+        lines.append(
+            f"| {record['name']} | {base:.1f} | {' | '.join(guides)} | {captured} | {fast} | {cost} |"
+        )
     return "\n".join(lines) + "\n"
 
 
