@@ -73,9 +73,11 @@ the estimates at the rate of the other tasks, 2e-3. It has 2e-2; `spline score` 
 thirty settings by the loss on 20,000 fresh simulations, which are not counted; observations had no part in the choice.
 The loss is 2.58 with 12 bins, batches of 500 and 2e-2; 2.49 with running averages of the weights, which
 `fit(simulations=)` has by default; 2.33 with the rest. `npe` has 2.30 there with its defaults, for which nothing was
-chosen, and the exact posterior about half a nat less (by importance weights, for 1,000 of them). Guides that were
-trained before 29 November 2026 are without averages; those of *bernoulli_glm* had 12 bins, batches of 500 and 2e-2, and
-2e-3 in observations 2 and 3 of `spline reweighted`.
+chosen, and the exact posterior about half a nat less (by importance weights, for 1,000 of them).
+
+Without averages of the weights, as they were trained before, are `spline score`, the rows of the two linear tasks and
+of *slcp_distractors*, and `spline reweighted` of *bernoulli_glm*, whose guides had 12 bins, batches of 500 and the rate
+2e-2 (2e-3 in observations 2 and 3).
 """
 ENDING = """\
 Published: NPE with 10,000 simulations, and the best of eight methods with 100,000, means over ten observations. A mean
