@@ -251,9 +251,8 @@ def _scripted(
         try:
             function = scripted(graph, arguments)
             found = function(*arguments)
-        except (
-            Exception
-        ) as error:  # a compiler may fail in ways of its own; none of them may end a training run
+        except Exception as error:
+            # A compiler may fail in ways of its own; none of them may end a training run.
             raise NotCapturedError(f"TorchScript could not run it ({type(error).__name__})") from error
     return function, found
 
@@ -302,8 +301,10 @@ class _Halves:
         self.constants = {node: node.meta["val"] for node, is_fixed in pairs if is_fixed}
         for node in list(self.graph.nodes):
             source = _filled_from(node)
+            if source is None:
+                continue
             others = {each for write, sharing in self._writes if write is not node for each in sharing}
-            if source is not None and others.isdisjoint((node, source)):
+            if others.isdisjoint((node, source)):
                 node.replace_all_uses_with(source)
                 self.graph.erase_node(node)
                 self._writes = [pair for pair in self._writes if pair[0] is not node]

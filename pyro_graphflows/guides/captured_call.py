@@ -36,6 +36,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.scale_messenger import ScaleMessenger
 from pyro.poutine.trace_messenger import TraceMessenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.kl import kl_divergence, register_kl
@@ -86,7 +87,6 @@ class _Kind:
     Attributes:
         parameters: The parameters of the guide that are learned.
         buffers: Its buffers, which keep their values.
-        frozen: Its other parameters.
         calls: How many there were.
         function: What runs them; None for the programs.
         call: The call that was captured.
@@ -99,7 +99,6 @@ class _Kind:
 
     parameters: list[Tensor]
     buffers: list[Tensor]
-    frozen: list[Tensor]
     calls: int = 0
     function: Any = None
     call: Call | None = None
@@ -181,8 +180,7 @@ class CapturedCalls:
         if kind is None:
             if len(self._kinds) >= MOST_COUNTED:
                 self._kinds = {each: kind for each, kind in self._kinds.items() if kind.function is not None}
-            frozen = [p for p in parameters if not p.requires_grad]
-            kind = _Kind([p for p in parameters if p.requires_grad], buffers, frozen)
+            kind = _Kind([p for p in parameters if p.requires_grad], buffers)
             self._kinds[whole] = kind
         kind.calls += 1
         return kind if kind.function is not None or self._is_due(kind) else None
@@ -235,9 +233,8 @@ class CapturedCalls:
         with uncovered(), Draws() as draws:
             programs.results()
         kind.sites, kind.taken = programs.sites, draws.taken
-        with pyro.validation_enabled(
-            False
-        ):  # which distributions look at when they are made, in gradients too
+        # distributions look at this when they are made, in gradients too
+        with pyro.validation_enabled(False):
             kind.function = capture_with_gradients(
                 programs.results, kind.parameters, data, draws.counts, fixed=kind.buffers
             )
@@ -356,7 +353,7 @@ class _Programs:
         with unchecked() as checked, poutine.block(), pyro.validation_enabled(False), torch.enable_grad():
             nodes: Any = poutine.trace(self.run).get_trace().nodes
             for name, site in nodes.items():
-                if site["type"] != "sample" or type(site["fn"]).__name__ == "_Subsample":
+                if site["type"] != "sample" or site_is_subsample(site):
                     continue
                 fn, value = site["fn"], site["value"]
                 _require_plain(name, site)
