@@ -330,6 +330,7 @@ def test_what_cannot_be_captured_is_run_by_the_programs():
     guide.capture_after = 1
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
     assert all(torch.tensor(svi.step(x)).isfinite() for _ in range(4))
+    assert guide.capture_report.startswith("not captured: the shape of index depends on values")
 
 
 def test_discrete_sites_are_not_captured():
