@@ -168,7 +168,7 @@ class Draws(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default and CAPTURING.get():
-            answer = _answer()
+            answer = known_answer()
             if answer is not None:
                 return answer
         if torch.Tag.nondeterministic_seeded not in func.tags:
@@ -317,7 +317,7 @@ _ANSWERS = {
 }
 
 
-def _answer() -> bool | None:
+def known_answer() -> bool | None:
     """Return the answer to the question that is being asked, if it is one of those above."""
     frame = sys._getframe(2)
     for _ in range(12):
@@ -341,12 +341,12 @@ def _require_fixed_shape(func: Any, args: tuple[Any, ...]) -> None:
         parts = [part for part in parts if part.dtype in (torch.bool, torch.uint8)]
     if mode is not None and any(part in mode.tracer.tensor_tracker for part in parts):
         raise NotCapturedError(
-            f"the shape of {func._schema.name.removeprefix('aten::')} depends on values{_place()}; "
+            f"the shape of {func._schema.name.removeprefix('aten::')} depends on values{place_in_program()}; "
             "torch.where and masks keep shapes"
         )
 
 
-def _place(stack: Sequence[traceback.FrameSummary] | None = None) -> str:
+def place_in_program(stack: Sequence[traceback.FrameSummary] | None = None) -> str:
     """Return where a program is: in the user's code, else in this package or Pyro, else in torch."""
     stack = traceback.extract_stack() if stack is None else stack
     entries = [entry for entry in reversed(stack) if entry.filename not in (__file__, "<string>")]
@@ -358,7 +358,7 @@ def _place(stack: Sequence[traceback.FrameSummary] | None = None) -> str:
 
 
 def _place_of(error: BaseException) -> str:
-    return _place(traceback.extract_tb(error.__traceback__))
+    return place_in_program(traceback.extract_tb(error.__traceback__))
 
 
 @dataclass(frozen=True)

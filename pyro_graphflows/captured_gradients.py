@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from pyro_graphflows.capture import Captured, Noise, NotCapturedError, capture, scripted
 
-__all__ = ["CapturedGradients", "Result", "capture_with_gradients"]
+__all__ = ["CapturedGradients", "Result", "capture_with_gradients", "simplified"]
 
 Again = Callable[[], Sequence[Tensor]]
 
@@ -226,6 +226,21 @@ def capture_with_gradients(
     )
 
 
+def simplified(captured: Captured, inputs: Sequence[Tensor]) -> fx.GraphModule:
+    """Return a captured program with all but its inputs fixed, as a function of the same arguments.
+
+    Operations without effect, repeated ones, and those on constants are left out; so is what stops gradients.
+
+    Args:
+        captured: The program, without noise.
+        inputs: Its inputs.
+    """
+    halves = _Halves(captured, range(0), 0)
+    halves.simplify([*inputs, *(t.detach() for t in captured.constants)], [True] * len(captured.constants))
+    (output,) = (node for node in halves.graph.nodes if node.op == "output")
+    return halves.function(halves.arguments, list(halves.graph.nodes), output.args[0])
+
+
 def _require_leaves(results: Sequence[Result], learned: Sequence[Tensor]) -> None:
     """Refuse results with gradients by other leaves than those that are known."""
     known = {id(parameter) for parameter in learned}
@@ -381,13 +396,13 @@ class _Halves:
             raise NotCapturedError("gradients need what is no tensor")
         self._require_order_of_writes(late)
         given = [node for node in self.arguments if node not in late]
-        forward = self._function(given, [n for n in self.graph.nodes if n not in late], [*results, *kept])
-        return forward, self._function([*kept, *self.cotangents], list(self.graph.nodes), gradients)
+        forward = self.function(given, [n for n in self.graph.nodes if n not in late], [*results, *kept])
+        return forward, self.function([*kept, *self.cotangents], list(self.graph.nodes), gradients)
 
     def _is_constant(self, node: fx.Node) -> bool:
         return torch.is_tensor(self.constants.get(node)) and node.op == "call_function"
 
-    def _function(
+    def function(
         self, arguments: Sequence[fx.Node], nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]
     ) -> fx.GraphModule:
         """Return a function of some nodes of the graph, all between them and the outputs being among ``nodes``."""

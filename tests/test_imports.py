@@ -26,6 +26,7 @@ def _layer(path):
 MAY_IMPORT = {
     "capture": "errors",
     "captured_gradients": "capture",
+    "recording": "capture",
     "errors": "",
     "graphs": "errors",
     "masks": "errors graphs",
@@ -37,8 +38,8 @@ MAY_IMPORT = {
     "transforms": "errors graphs masks nn regression",
     "inspect": "errors graphs",
     # guide.posterior() and what comes of it is of infer, which knows no guide
-    "guides": "capture captured_gradients distributions errors graphs infer inspect masks nn regression tensor_files "
-    "transforms",
+    "guides": "capture captured_gradients distributions errors graphs infer inspect masks nn recording regression "
+    "tensor_files transforms",
     # Any Pyro guide will do: nothing of our own guides.
     "infer": "capture errors graphs inspect masks nn plotting transforms whole_files",
     "models": "errors graphs guides infer inspect masks nn transforms",

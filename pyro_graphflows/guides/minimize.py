@@ -11,6 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pyro_graphflows.guides.sparse_hessians import Sparsity
+
 __all__ = [
     "LEAST_CURVATURE",
     "Objective",
@@ -56,25 +58,35 @@ def _with_graph(objective: Objective, point: Tensor, *, graph: bool) -> tuple[Te
     return (loss.detach(), gradient, point) if finite else nothing
 
 
-def hessian_at(objective: Objective, point: Tensor) -> Tensor | None:
-    """Return the Hessian of a function; None where it is not finite."""
+def hessian_at(objective: Objective, point: Tensor, sparsity: Sparsity | None = None) -> Tensor | None:
+    """Return the Hessian of a function; None where it is not finite.
+
+    Args:
+        objective: The function.
+        point: Where.
+        sparsity: What is known of its Hessians.
+    """
     loss, gradient, point = _with_graph(objective, point, graph=True)
     if not bool(torch.isfinite(loss)):
         return None
-    hessian = _by_products(gradient, point)
+    hessian = _by_products(gradient, point, sparsity)
     if hessian is None:
         hessian = _by_differences(objective, point.detach(), gradient.detach())
     return (hessian + hessian.T) / 2 if bool(torch.isfinite(hessian).all()) else None
 
 
-def _by_products(gradient: Tensor, point: Tensor) -> Tensor | None:
-    """Return the Hessian by the products with all unit vectors at once; None where operations do not allow that."""
-    eye = torch.eye(len(point)).to(point)
+def _by_products(gradient: Tensor, point: Tensor, sparsity: Sparsity | None) -> Tensor | None:
+    """Return the Hessian by products with many vectors at once; None where operations do not allow that."""
+
+    def products(vectors: Tensor) -> Tensor:
+        options = {"is_grads_batched": True, "retain_graph": True}
+        (rows,) = torch.autograd.grad(gradient, point, vectors.to(point), **options)
+        return rows.detach()
+
     try:
-        (rows,) = torch.autograd.grad(gradient, point, eye, is_grads_batched=True)
+        return (sparsity or Sparsity()).hessian(products, len(point))
     except (RuntimeError, NotImplementedError):
         return None
-    return rows.detach()
 
 
 def _by_differences(objective: Objective, point: Tensor, gradient: Tensor) -> Tensor:
@@ -105,9 +117,10 @@ def newton(objective: Objective, point: Tensor, steps: int = MOST_STEPS) -> Tens
     References:
         [2] Dauphin et al. (2014), Identifying and attacking the saddle point problem, NeurIPS.
     """
+    sparsity = Sparsity()
     loss, gradient = loss_and_gradient(objective, point)
     for _ in range(steps):
-        hessian = hessian_at(objective, point)
+        hessian = hessian_at(objective, point, sparsity)
         if hessian is None:
             return point
         width, values, vectors = scaled_eigenvalues(hessian)
@@ -214,11 +227,12 @@ def fit_normal(
     def mean(offsets: Tensor, centre: Tensor) -> Tensor:
         return objective(centre + offsets).mean()
 
+    sparsity = Sparsity()
     for rate in RATES:
         noise = torch.randn(NUM_PAIRS, len(loc), generator=generator).to(loc)
         offsets = torch.cat([noise, -noise]) @ factor.T
         loss, gradient, point = _with_graph(partial(mean, offsets), loc, graph=True)
-        hessian = _by_products(gradient, point) if bool(torch.isfinite(loss)) else None
+        hessian = _by_products(gradient, point, sparsity) if bool(torch.isfinite(loss)) else None
         if hessian is None and bool(torch.isfinite(loss)):
             return loc, factor
         if hessian is None or not bool(torch.isfinite(hessian).all()):
@@ -230,5 +244,6 @@ def fit_normal(
         step = factor.T @ gradient.detach()
         step = step / max(1.0, float(step.norm()) / len(loc) ** 0.5)
         loc = loc - rate * (factor @ step)
-        factor = factor @ (vectors * (1.0 + rate * change + (rate * change).square() / 2).rsqrt())
+        change = (1.0 + rate * change + (rate * change).square() / 2).rsqrt()
+        factor = factor @ (vectors * change @ vectors.T)  # the signs of eigenvectors are those of rounding
     return loc, factor

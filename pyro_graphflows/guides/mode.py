@@ -47,6 +47,7 @@ from tqdm import tqdm
 
 from pyro_graphflows.distributions.coordinates import gaussian_coordinate
 from pyro_graphflows.errors import UnsupportedModelError
+from pyro_graphflows.guides.captured_density import CapturedDensity
 from pyro_graphflows.guides.minimize import (
     LEAST_CURVATURE,
     Objective,
@@ -377,6 +378,7 @@ class LogPosterior:
         self.original = model
         self.centred = centred
         self.count: Callable[[], object] = _nothing  # called with each evaluation
+        self.captured = CapturedDensity(self._evaluate)
         self.nesting = nesting_of(traced)
         self._supports = {name: nodes[name]["fn"].support for name in names}
         self.coordinates: dict[str, Coordinate] = {}
@@ -478,6 +480,9 @@ class LogPosterior:
             UnsupportedModelError: If the model does not take many draws at once.
         """
         self.count()
+        return self.captured(point)
+
+    def _evaluate(self, point: Tensor) -> Tensor:
         many = point.dim() > 1
         model = self._in_plate(len(point)) if many else self.model
         if self.sums:
@@ -594,7 +599,9 @@ def find_mode(
         seed = int(torch.randint(2**31, ()))
         found = _search(posterior, traced)
         seed_random_state(seed)
-    posterior.count = found.posterior.count = _nothing
+    for each in (posterior, found.posterior):
+        each.count = _nothing
+        each.captured.forget()
     return found
 
 
@@ -810,10 +817,13 @@ def _independent(posterior: LogPosterior, loss: Objective, both: Tensor) -> list
 
 
 def _square_root_of_inverse(hessian: Tensor, least: float | None) -> Tensor:
-    """Return a square root of the inverse of a Hessian; directions of no or negative curvature count as flat ones."""
+    """Return a square root of the inverse of a Hessian; directions of no or negative curvature count as flat ones.
+
+    It is symmetric in units of the coordinates: draws by it do not depend on the signs of eigenvectors.
+    """
     if least is not None:
         values, vectors = torch.linalg.eigh(hessian)
-        return vectors * values.clamp(min=least).rsqrt()
+        return vectors * values.clamp(min=least).rsqrt() @ vectors.T
     width, values, vectors = scaled_eigenvalues(hessian)
     values = values.abs().clamp(min=LEAST_CURVATURE * float(values.abs().max()))
-    return width.unsqueeze(-1) * vectors * values.rsqrt()
+    return width.unsqueeze(-1) * (vectors * values.rsqrt() @ vectors.T)

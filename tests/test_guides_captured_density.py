@@ -1,0 +1,166 @@
+"""Captured log-densities: the value, gradient and Hessian of the model, or the model itself."""
+
+import gc
+import weakref
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_graphflows.guides import captured_density
+from pyro_graphflows.guides import mode as mode_module
+from pyro_graphflows.guides.captured_density import AFTER
+from pyro_graphflows.guides.minimize import hessian_at, loss_and_gradient
+from pyro_graphflows.guides.mode import LogPosterior, find_mode
+from pyro_graphflows.inspect import trace_model
+
+
+def hierarchy(sigma, y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("groups", len(y)):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(theta, sigma), obs=y)
+
+
+def states(y):
+    """A chain with states that are summed out."""
+    p = pyro.sample("p", dist.Beta(2.0, 2.0))
+    loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
+    state = 0
+    for t in range(len(y)):
+        probs = torch.where(torch.as_tensor(state) == 0, p, 1 - p)
+        state = pyro.sample(f"s_{t}", dist.Bernoulli(probs), infer={"enumerate": "parallel"})
+        pyro.sample(f"y_{t}", dist.Normal(loc * state, 1.0), obs=y[t])
+
+
+def observed(mu, scale, y):
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(mu, scale), obs=y)
+
+
+def drawing(y):
+    """Adds noise to its density in each run."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    pyro.factor("noise", 1e-3 * torch.randn(()) * mu)
+    observed(mu, 1.0, y)
+
+
+RUNS = [0]
+
+
+def changing(y):
+    """Changes from run to run in Python."""
+    RUNS[0] += 1
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    pyro.factor("change", 1e-3 * RUNS[0] * mu)
+    observed(mu, 1.0, y)
+
+
+def choosing(y):
+    """Reads a number out of a latent value."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    scale = 1.0 if bool((mu > -100.0).all()) else 2.0
+    observed(mu, scale, y)
+
+
+def posterior_of(model, *args):
+    return LogPosterior(model, args, {}, trace_model(model, args, strict=False))
+
+
+def evaluated_often(posterior, shape):
+    """Return a function of a flat point, evaluated as often as it takes to capture it."""
+
+    def loss(flat):
+        values = posterior(flat.reshape(shape))
+        return -(values * torch.arange(1.0, 1.0 + values.numel()).reshape(values.shape)).sum()
+
+    for _ in range(AFTER + 1):
+        loss_and_gradient(loss, torch.randn(shape).flatten())
+    return loss
+
+
+@pytest.mark.parametrize("num_points", [None, 4])
+@pytest.mark.parametrize("model", [hierarchy, states])
+def test_captured_values_gradients_and_hessians_are_those_of_the_model(model, num_points):
+    args = (torch.rand(6) + 0.5, 3 * torch.randn(6)) if model is hierarchy else (torch.randn(3),)
+    posterior, plain = posterior_of(model, *args), posterior_of(model, *args)
+    plain.captured = plain._evaluate
+    shape = (posterior.size,) if num_points is None else (num_points, posterior.size)
+    evaluated_often(posterior, shape)
+    assert posterior.captured.num_captured == 1
+    loss = evaluated_often(posterior, shape)
+    expected_loss = evaluated_often(plain, shape)
+    for _ in range(3):
+        point = torch.randn(shape).flatten()
+        pairs = zip(loss_and_gradient(loss, point), loss_and_gradient(expected_loss, point), strict=True)
+        for found, expected in (*pairs, (hessian_at(loss, point), hessian_at(expected_loss, point))):
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert posterior.captured.num_captured == 1 + AFTER + 1 + 6
+
+
+@pytest.mark.parametrize("model", [drawing, changing, choosing])
+def test_other_models_are_run_at_each_evaluation(model):
+    posterior = posterior_of(model, torch.randn(3))
+    evaluated_often(posterior, (1,))
+    before = posterior.captured.num_captured
+    assert before <= (model is changing)
+    evaluated_often(posterior, (1,))
+    assert posterior.captured.num_captured - before <= 1
+    kind = posterior.captured._kinds[torch.Size([1])]
+    assert kind.function is None
+    assert kind.is_settled
+
+
+def test_second_derivatives_that_are_stopped_are_left_to_the_model():
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.factor("stopped", mu.detach().square() * mu)
+        observed(mu, 1.0, y)
+
+    y = torch.randn(3)
+    posterior = posterior_of(model, y)
+    loss = evaluated_often(posterior, (1,))
+    assert posterior.captured.num_captured == 1
+    torch.testing.assert_close(hessian_at(loss, torch.randn(1)), torch.full((1, 1), 4.0))
+
+
+@pytest.fixture
+def without_clock(monkeypatch):
+    """Let no search depend on how fast the machine is."""
+    monkeypatch.setattr(mode_module, "SECONDS_OF_RESTARTS", 0.0)
+    monkeypatch.setattr(mode_module, "_seconds_of_gradient", lambda *_: 0.0)
+
+
+@pytest.mark.usefixtures("without_clock")
+def test_a_search_finds_the_same_with_and_without(monkeypatch):
+    args = torch.rand(4) + 0.5, 3 * torch.randn(4)
+    modes = []
+    for after in (5, 10**9):
+        monkeypatch.setattr(captured_density, "AFTER", after)
+        pyro.set_rng_seed(0)
+        modes.append(find_mode(hierarchy, args, {}, trace_model(hierarchy, args, strict=False)))
+    assert modes[0].posterior.captured.num_captured > 20
+    assert modes[1].posterior.captured.num_captured == 0
+    torch.testing.assert_close(modes[0].point, modes[1].point, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(modes[0].factor, modes[1].factor, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("without_clock")
+def test_nothing_is_held_after_the_search(monkeypatch):
+    functions = []
+    recorded = captured_density._recorded
+
+    def noted(program, points):
+        function = recorded(program, points)
+        functions.append(weakref.ref(function))
+        return function
+
+    monkeypatch.setattr(captured_density, "_recorded", noted)
+    args = torch.rand(4) + 0.5, 3 * torch.randn(4)
+    mode = find_mode(hierarchy, args, {}, trace_model(hierarchy, args, strict=False))
+    gc.collect()
+    assert functions
+    assert all(function() is None for function in functions)
+    assert mode.posterior.captured.num_captured > 0
