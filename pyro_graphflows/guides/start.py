@@ -118,12 +118,14 @@ class Candidate:
         blocks: The blocks.
         notes: Notes for the user.
         note: Why there are no joint samples, or few; None otherwise.
+        moments: For each block the second moments of its inputs; None where nothing was standardised.
     """
 
     name: str
     blocks: nn.ModuleList
     notes: tuple[str, ...]
     note: str | None = None
+    moments: tuple[Tensor | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,16 @@ def start_guide(
         options: The options of the guide.
         trial: The guide.
     """
+    chosen, sentence = _start_guide(compiled, samples, options, trial)
+    depth = max((-state.dim for state in compiled.plates.values()), default=0)
+    trial.take(chosen.blocks)
+    _whiten_blocks(chosen, trial, -1 - depth)
+    return chosen, sentence
+
+
+def _start_guide(
+    compiled: Compiled, samples: Samples, options: GuideOptions, trial: Trial
+) -> tuple[Candidate, str | None]:
     plan = compiled.plan
     depth = max((-state.dim for state in compiled.plates.values()), default=0)
 
@@ -188,10 +200,9 @@ def start_guide(
             scores = compiled.scores.of_draws(compiled.draws, number, compiled.plates)
             samples = samples.with_values(scores)
         blocks, starts = _start_blocks(compiled, samples, options, regression=name != "random")
-        modules = nn.ModuleList(blocks)
-        trial.take(modules)
-        _whiten_blocks(blocks, starts, trial, -1 - depth)
-        return Candidate(name, modules, tuple(note for start in starts for note in start.notes), samples.note)
+        notes = tuple(note for start in starts for note in start.notes)
+        moments = tuple(start.moments for start in starts)
+        return Candidate(name, nn.ModuleList(blocks), notes, samples.note, moments)
 
     def judge_start(candidate: Candidate, simulated: Simulated | None = None) -> Judgement | None:
         trial.take(candidate.blocks)
@@ -261,12 +272,11 @@ def _start_blocks(
 
 
 @torch.no_grad()
-def _whiten_blocks(blocks: Sequence[GuideBlock], starts: Sequence[Start], trial: Trial, dim: int) -> None:
+def _whiten_blocks(start: Candidate, trial: Trial, dim: int) -> None:
     """Find the coordinates in which the blocks are trained, from joint samples and the data of set-up."""
+    blocks: list[Any] = list(start.blocks)
     chosen = [
-        (block, start.moments)
-        for block, start in zip(blocks, starts, strict=True)
-        if start.moments is not None
+        (block, moments) for block, moments in zip(blocks, start.moments, strict=True) if moments is not None
     ]
     call: Call | None = None
     draws: dict[str, Tensor] = {}
@@ -569,7 +579,10 @@ def _unconstrained(site: LatentSite, value: Tensor, plates: Sequence[PlateState]
 def _regress_if_better_(
     conditionals: Conditionals, context: Tensor, values: dict[str, Tensor], fused: FusedRows | None
 ) -> str | None:
-    """Set the conditionals by regression, or go back, and say so, if held-out samples like the random start better."""
+    """Set the conditionals by regression, or go back, and say so, if samples like the random start better.
+
+    They are held out from the regression if it has few rows for a weight.
+    """
     number = len(next(iter(values.values())))
     sites = ", ".join(conditionals.block.sites)
     if number < LEAST_ROWS:
@@ -579,27 +592,34 @@ def _regress_if_better_(
         )
     held_out = slice(0, None, HELD_OUT)
     test = {site: value[held_out] for site, value in values.items()}
-    rest = torch.arange(number) % HELD_OUT != 0
-    fitted = {site: value[rest] for site, value in values.items()}
+    most_inputs = max(len(conditionals.inputs_of(site)) for site in conditionals.block.sites)
+    many = number >= ROWS_PER_FEATURE * (most_inputs + 1)
     random_state = {key: value.clone() for key, value in conditionals.state_dict().items()}
-    tested, used = (
-        (None, None) if fused is None else (fused.at(held_out), replace(fused.at(rest), narrow=False))
-    )
+    tested = None if fused is None else fused.at(held_out)
     random_loss = conditionals_loss(conditionals, context[held_out], test, tested)
     sizes = {site: len(conditionals.columns[site]) for site in conditionals.block.sites}
     weights = sum(n * (len(conditionals.inputs_of(site)) + (n + 3) / 2) for site, n in sizes.items())
     chance = (
         weights / number
     )  # what a regression loses, and a start whose units rest on all rows does not [Akaike]
-    regress_(conditionals, context[rest] if context.shape[-1] else context, fitted, used)
-    loss = conditionals_loss(conditionals, context[held_out], test, tested)
+    if many:  # those that judge are among them, which makes them likelier by what chance gives
+        silent = regress_(conditionals, context, values, fused)
+    else:
+        rest = torch.arange(number) % HELD_OUT != 0
+        fitted = {site: value[rest] for site, value in values.items()}
+        used = None if fused is None else fused.at(rest)
+        regress_(conditionals, context[rest] if context.shape[-1] else context, fitted, used)
+    loss = conditionals_loss(conditionals, context[held_out], test, tested) + (chance if many else 0.0)
     if not (loss <= random_loss + TIE + chance or (random_loss != random_loss and loss == loss)):
         conditionals.load_state_dict(random_state)
         return (
             f"the random start was kept for {sites}: its loss on prior samples is "
             f"{random_loss:.3g} nats, that of the regression start {loss:.3g}."
         )
-    regress_(conditionals, context, values, fused)
+    if not many:
+        silent = regress_(conditionals, context, values, fused)
+    if fused is not None:
+        fused.narrow_(conditionals, silent)
     return None
 
 
@@ -636,7 +656,7 @@ def regress_(
     context: Tensor,
     values: Mapping[str, Tensor],
     fused: FusedRows | None = None,
-) -> None:
+) -> list[str]:
     """Set each conditional of a block to the regression on its parents, of a fused site the factor beside its prior.
 
     Args:
@@ -644,6 +664,9 @@ def regress_(
         context: Features of the context nodes in rows, shape ``(n, num_features)``.
         values: Unconstrained vectors of the sites in rows, each of shape ``(n, size)``.
         fused: The priors of fused sites in the same rows.
+
+    Returns:
+        The fused sites of which the rows say no more than their priors do.
     """
     columns = [context]
     for site in conditionals.block.sites:
@@ -651,14 +674,19 @@ def regress_(
         columns.append((values[site] - shift) / scale)
     rows = in_float64(torch.cat(columns, -1))
     finite = finite_rows(rows)
-    rows = (rows if bool(finite.all()) else rows[finite]).clamp(-WINSOR, WINSOR)
+    if not bool(finite.all()):
+        rows, fused = rows[finite], None if fused is None else fused.at(finite)
+    rows = rows.clamp(-WINSOR, WINSOR)
     moments = Moments(rows)
+    silent = []
     for site in conditionals.block.sites:
         known = fused is not None and site in fused.priors
         if fused is not None and known and (conditionals.fuses(site) or site in conditionals.block.summed):
-            fused.at(finite).fit_(conditionals, site, rows, moments)
+            if not fused.fit_(conditionals, site, rows, moments):
+                silent.append(site)
         else:
             conditionals.regress_(site, rows, moments)
+    return silent
 
 
 def _is_better(
@@ -1172,7 +1200,11 @@ def _with_amortised_blocks(mode: Candidate | None, regression: Candidate, plan: 
         return None
     pairs = zip(fitted, mode.blocks, regression.blocks, strict=True)
     chosen = nn.ModuleList(near if own else far for own, near, far in pairs)
-    return Candidate(BOTH, chosen, tuple(dict.fromkeys((*mode.notes, *regression.notes))), mode.note)
+    moments = tuple(
+        near if own else far for own, near, far in zip(fitted, mode.moments, regression.moments, strict=True)
+    )
+    notes = tuple(dict.fromkeys((*mode.notes, *regression.notes)))
+    return Candidate(BOTH, chosen, notes, mode.note, moments)
 
 
 def _sentence(chosen: Candidate, losses: dict[str, float]) -> str:
