@@ -88,6 +88,7 @@ LEAST_ROWS = 20  # finite ones, without which there is no regression
 
 MOST_SQUARES = 3_000_000_000  # of features, over all rows of a regression
 ROWS_PER_FEATURE = 4  # at least, even so
+MOST_SEEN = 1000  # rows that show how many features vary
 LEAST_GAIN = 0.01  # nats of an element, by which maps of their own must beat one that reads the covariates
 ROWS_PER_WEIGHT = 20  # with fewer joint samples of an index for each weight its map stays at the shared one
 MOST_OF_INDICES, LEAST_OF_INDEX = 200_000, 1000  # samples for maps that are made beside a network
@@ -326,22 +327,23 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
             seen = [features, *latents.values(), *([] if fewer is None else [fewer])]
             finite = finite_rows(*(each for each in seen if each.shape[-1]))
             finite = _few_enough(finite, features)
-            features = features[finite] if features.shape[-1] else features
-            fused = None if fused is None else fused.at(finite)
-            if samples.standardize:
+            of_sites = latents
+            if not bool(finite.all()):
+                features = features[finite] if features.shape[-1] else features
+                fused = None if fused is None else fused.at(finite)
                 of_sites = {n: v[finite] for n, v in latents.items()}
+            if samples.standardize:
                 moments = _input_moments(block, features, of_sites)
                 if fewer is not None:
                     moments = 0.5 * (moments + _input_moments(block, fewer[finite], of_sites))
             # A regression on learned features would be another one as soon as these are trained.
-            features = torch.where(block.inputs.learned, torch.zeros(()).to(features), features)
+            if bool(block.inputs.learned.any()):
+                features = torch.where(block.inputs.learned, torch.zeros(()).to(features), features)
             if fewer is not None and fused is not None:
                 fewer = torch.where(block.inputs.learned, torch.zeros(()).to(features), fewer[finite])
                 inputs = block.inputs
                 fused = replace(fused, fewer=fewer, sizes=inputs.of_sizes, variances=inputs.of_variances)
-            note = _regress_if_better_(
-                conditionals, features, {n: v[finite] for n, v in latents.items()}, fused
-            )
+            note = _regress_if_better_(conditionals, features, of_sites, fused)
             kept = note is None
             alike = plan.per_element if samples.source == "mode" else (*plan.per_element, *plan.fitted)
             own_maps = {s: p for s, p in plan.non_exchangeable.items() if s not in alike}
@@ -351,26 +353,26 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
             if not kept and own_maps and not (plan.coupled or (fused is not None and fused.priors)):
                 # One regression for indices that differ much may be worse than none; each has its own.
                 at_random = {key: value.clone() for key, value in conditionals.state_dict().items()}
-                regress_(conditionals, features, {n: v[finite] for n, v in latents.items()})
+                regress_(conditionals, features, of_sites)
             if (kept or at_random is not None) and (own_maps or plan.coupled):
                 known = () if fused is None else fused.priors
                 further = [name for site in known for name in columns_of(site) if name in samples.rows]
                 aligned = samples.aligned([*block.inputs.names, *plan.sites, *further])
                 context = block.inputs.features(concatenate([aligned[n] for n in block.inputs.names]))
                 context = torch.where(block.inputs.learned, torch.zeros(()).to(context), context)
-                of_sites = {site: aligned[site] for site in (*plan.sites, *further)}
-                left = _start_indices_(conditionals, own_maps, samples.plates, context, of_sites)
+                of_all = {site: aligned[site] for site in (*plan.sites, *further)}
+                left = _start_indices_(conditionals, own_maps, samples.plates, context, of_all)
                 if at_random is not None:
                     at_random = {key: at_random[key] for key in conditionals.state_dict()}
-                    kept = _is_better(conditionals, at_random, context, of_sites, samples.plates)
+                    kept = _is_better(conditionals, at_random, context, of_all, samples.plates)
                 notes += left.values() if kept else []
                 mapped = [s for s in plan.fitted if s in own_maps and s not in left] if kept else []
                 notes += [_on_maps(site, own_maps[site], plan.at_rows[site]) for site in mapped]
                 if plan.coupled:
-                    shares = _start_jointly_(block, samples, context, of_sites)
-                    beside = FusedRows.of_sites(tuple(plan.coupled), of_sites)
+                    shares = _start_jointly_(block, samples, context, of_all)
+                    beside = FusedRows.of_sites(tuple(plan.coupled), of_all)
                     priors = {s: (prior, beside.in_coordinate(s)) for s, prior in beside.priors.items()}
-                    conditionals.start_couplings_(samples.plates, context, of_sites, shares, priors)
+                    conditionals.start_couplings_(samples.plates, context, of_all, shares, priors)
             notes += [] if kept or note is None else [note]
     for site in plan.fitted if not kept else ():
         conditionals.leave_out_maps_(site)
@@ -481,7 +483,7 @@ def _few_enough(chosen: Tensor, features: Tensor) -> Tensor:
     """Return the mask of the first chosen rows, as many as a regression on wide inputs can take in a second."""
     most = _most_rows(features.shape[-1])
     if most < len(chosen):
-        most = _most_rows(int(varies(features[chosen]).sum()))
+        most = _most_rows(int(varies(features[chosen.nonzero()[:MOST_SEEN, 0]]).sum()))
     return chosen & (chosen.cumsum(0) <= most)
 
 
@@ -642,7 +644,14 @@ def _input_moments(block: GuideBlock, features: Tensor, values: Mapping[str, Ten
     rows = joint.reshape(-1, joint.shape[-1])
     step = -(-len(rows) * rows.shape[-1] ** 2 // MOST_PRODUCTS)
     rows = in_float64(rows[::step] if step > 1 else rows)
-    moments = rows.mT @ rows / len(rows)
+    varying = varies(rows)
+    if bool(varying.all()) or not len(rows):
+        moments = rows.mT @ rows / len(rows)
+    else:  # as the data of one call do not
+        own, mean = rows[:, varying], rows.mean(0)
+        moments = torch.outer(mean, mean)
+        where = varying.nonzero()[:, 0]
+        moments[where.unsqueeze(-1), where] = own.mT @ own / len(rows)
     apart = block.inputs.learned.nonzero()[:, 0]
     spread = moments.diagonal()[apart].clamp(min=1.0)  # they will vary as soon as they are trained
     moments[apart] = 0.0
