@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pyro_graphflows.nn import masked
-from pyro_graphflows.nn.masked import Whiteners, whitener
+from pyro_graphflows.nn.masked import LowRankWhitener, Whiteners, whitener
 from pyro_graphflows.nn.mlp import MaskedMLP
 
 ALLOWED = {
@@ -47,13 +47,16 @@ def whiten_and_spoil_(mlp):
     return mlp
 
 
-@pytest.mark.parametrize("way", ["by row", "shared", "gathered", "sparse", "plain"])
+@pytest.mark.parametrize("way", ["by row", "shared", "gathered", "sparse", "plain", "low rank"])
 @pytest.mark.parametrize("name", ALLOWED)
 def test_masks_and_levels_hold_whichever_way_rows_are_whitened(name, way, monkeypatch):
     if way in ("shared", "gathered"):
         monkeypatch.setattr(masked, "MOST_BY_ROW", 0)
     if way == "plain":
         monkeypatch.setattr(masked, "MOST_NUMBERS", 0)
+    if way == "low rank":
+        monkeypatch.setattr(masked, "WIDE", 1)
+        monkeypatch.setattr(masked, "SHARE_WIDEST", 1)
     mlp = whiten_and_spoil_(network(name, engine="sparse" if way == "sparse" else "dense", hidden_layers=2))
     x = torch.randn(mlp.input_dim)
     jacobian = torch.autograd.functional.jacobian(mlp, x)  # (D, num_params, inputs)
@@ -84,21 +87,28 @@ def test_the_ways_give_the_same_numbers(monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{"hidden_layers": 2}, {"hidden_dims": []}, {"skip": False}], ids=str)
-def test_whitened_inputs_give_the_same_numbers(options, monkeypatch):
-    monkeypatch.setattr(masked, "MOST_BY_ROW", 0)
-    mlp = MaskedMLP([[0, 1, 2], [0, 1, 2]], 4, natural_units=True, engine="dense", **options)
-    whiten_and_spoil_(mlp)
-    x = torch.randn(3, 4)
-    wanted = [mlp(x), *torch.autograd.grad(mlp(x).square().sum(), list(mlp.parameters()))]
-    assert not mlp.units.prefers_whitened(x)  # too few inputs
-    monkeypatch.setattr(masked, "WIDE", 2)
+def test_whitened_inputs_give_the_same_numbers_as_whitened_weights(options, monkeypatch):
+    allowed = [[0, 1, 2, 3, 5], [0, 1, 2, 3, 5], []]
+    mlp = MaskedMLP(allowed, 7, natural_units=True, engine="dense", **options)
+    assert mlp.units.whiteners.low_rank is None  # too few inputs
+    monkeypatch.setattr(masked, "WIDE", 5)
+    monkeypatch.setattr(masked, "SHARE_WIDEST", 2)
+    mlp = whiten_and_spoil_(MaskedMLP(allowed, 7, natural_units=True, engine="dense", **options))
+    x = torch.randn(3, 7)
+    of_weights = mlp.multiplied(*mlp.weights(), x).unflatten(-1, (3, 2))
+    wanted = [of_weights, *torch.autograd.grad(of_weights.square().sum(), list(mlp.parameters()))]
     assert mlp.units.prefers_whitened(x)
     assert not mlp.units.prefers_whitened(x.clone().requires_grad_())
-    assert not mlp.units.prefers_whitened(x.expand(1000, 3, 4))
+    assert not mlp.units.prefers_whitened(x.expand(1000, 3, 7))
     found = [mlp(x), *torch.autograd.grad(mlp(x).square().sum(), list(mlp.parameters()))]
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(mlp.start().step(x), wanted[0])
-    torch.testing.assert_close(mlp.flat(x[:, :3]), wanted[0].flatten(-2))  # no output looks at the last input
+    torch.testing.assert_close(mlp.flat(x[:, :6]), wanted[0].flatten(-2))  # no output looks at the last input
+    if mlp.skip is not None:
+        weights, bias = torch.randn(6, 7), torch.randn(6)
+        mlp.set_linear_(slice(0, 6), weights, bias, unit=0.1 + torch.rand(6))
+        weights[:, [4, 6]] = weights[4:] = 0.0
+        torch.testing.assert_close(mlp(x).flatten(1), x @ weights.T + bias)
 
 
 @pytest.mark.parametrize("engine", ["dense", "sparse"])
@@ -141,19 +151,42 @@ def test_whiteners_leave_out_what_does_not_vary():
     assert whitener(torch.zeros(2, 2))[1] == 0
 
 
+def test_a_whitener_of_low_rank_makes_the_widest_directions_one_and_no_direction_wider():
+    """A few wide directions beside noise, as of pixels that follow a few latents."""
+    size, number = 160, 3
+    axes = torch.linalg.qr(torch.randn(size, size)).Q
+    values = torch.cat([torch.tensor([900.0, 100.0, 30.0]), 0.5 + torch.rand(size - number)])
+    found = LowRankWhitener(range(size))
+    x = torch.randn(4, size)
+    torch.testing.assert_close(found(x), x)
+    total = found.fit_(axes @ values.diag() @ axes.T)
+    matrix = found(torch.eye(size))
+    torch.testing.assert_close(matrix, matrix.T)
+    assert int((found.stretch != 0.0).sum()) == number
+    whitened = torch.linalg.eigvalsh(matrix @ axes @ values.diag() @ axes.T @ matrix)
+    torch.testing.assert_close(whitened[-number - 1 :], torch.ones(number + 1))
+    assert whitened.min() >= 0.99 * 0.5 / 1.5
+    torch.testing.assert_close(whitened.sum(), torch.tensor(total))
+    torch.testing.assert_close(found.undo(found(x)), x)
+    found.fit_(torch.diag(torch.tensor([4.0] * 2 + [0.0] * (size - 2))))  # fewer samples than inputs
+    torch.testing.assert_close(found(torch.eye(size)[0])[0], torch.tensor(0.5))
+    others = found(torch.eye(size)[5])[5]
+    assert others < 100  # what did not vary is no reason for any weight
+    with pytest.raises(IndexError):
+        found(x[:, :10])
+
+
 def test_whiteners_of_many_sets_are_kept_by_size(monkeypatch):
     monkeypatch.setattr(masked, "SMALL", 0)
     sets = [(0,), (0, 1), (1, 2), tuple(range(12)), tuple(range(11))]
-    whiteners = Whiteners(sets)
-    assert whiteners.groups == [[0], [1, 2], [3, 4]]
+    found = Whiteners(sets)
+    assert found.groups == [[0], [1, 2], [3, 4]]
     c = moments(12)
-    whiteners.fit_(c)
+    found.fit_(c)
     for i, own in enumerate(sets):
-        matrix = whiteners.embedded(i, 12)
+        matrix = found.embedded(i, 12)
         product = matrix @ c @ matrix.T
-        torch.testing.assert_close(
-            product.diagonal().sum(), whiteners.rank[i].to(product), rtol=1e-6, atol=1e-6
-        )
+        torch.testing.assert_close(product.diagonal().sum(), found.rank[i].to(product), rtol=1e-6, atol=1e-6)
         outside = [j for j in range(12) if j not in own]
         assert (matrix[:, outside] == 0).all()
     monkeypatch.setattr(masked, "MOST_NUMBERS", 100)

@@ -21,12 +21,14 @@ one; and u is the *unit* of the output, the standard deviation of what the regre
 S in which the samples did not vary, which keep their offset.
 
 The whitener multiplies the weights, once for each evaluation, and not the inputs: a row costs :math:`|S|^2` numbers,
-whatever the batch, and inputs without the dimensions of particles stay without. Only where all rows look at the same
-many inputs, which are data and fewer than the rows, are these whitened instead.
+whatever the batch, and inputs without the dimensions of particles stay without. Whiteners are kept in groups of sets of
+similar size, in one padded tensor each, of about :math:`\sum_S |S|^2` numbers in all. Above :data:`MOST_NUMBERS` there
+are none, and inputs are trained as they come, at rates divided by :math:`\sqrt{|S|}`.
 
-Whiteners are kept in groups of sets of similar size, in one padded tensor each, of about :math:`\sum_S |S|^2` numbers
-in all. Above :data:`MOST_NUMBERS` there are none, and inputs are trained as they come, at rates divided by
-:math:`\sqrt{|S|}`.
+Where all rows look at the same :data:`WIDE` inputs or more, as at the pixels of an image, a full whitener would cost
+more than the network, and it would make as much of the last bit of noise as of what is seen. There T has low rank
+beside a multiple of the identity (:class:`LowRankWhitener`), and multiplies the inputs if these are data and fewer than
+the rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,6 +47,7 @@ __all__ = [
     "FUSED_OVERHEAD",
     "MOST_NUMBERS",
     "Constants",
+    "LowRankWhitener",
     "MaskedLinear",
     "NaturalUnits",
     "WhitenedRows",
@@ -62,10 +65,15 @@ FUSED_OVERHEAD = 3_000  # within one fused operation (benchmarks/flows.py)
 
 MOST_NUMBERS = 4_000_000  # of all whiteners of a network
 MOST_SIZE = 1500  # of one set; finding its whitener takes a cubic number of steps
-MOST_BY_ROW = 60_000  # numbers of a layer up to which each row has a whitener of its own
 SMALL = 20_000  # numbers up to which padding all sets to one size is cheaper than several products
-WIDE = 128  # inputs from which on it may pay to whiten them and not the weights
 CUT = 1e-3  # directions whose spread is a smaller share of the widest one's are left out
+WIDE = 128  # inputs from which on a whitener may have low rank
+SHARE_WIDEST = 4  # one in so many directions is the most that have a scale of their own there
+ALIKE = 4.0  # the others are alike if the widest one's second moment is so many times their mean
+LEAST_OTHERS = (
+    1e-2  # the least second moment by which they are scaled, in units of the mean of all directions
+)
+MOST_BY_ROW = 60_000  # numbers of a layer up to which each row has a whitener of its own
 
 
 def fastest_engine(mask: SparseMask, products: int = 1, overhead: int = SPARSE_OVERHEAD) -> str:
@@ -258,6 +266,38 @@ class MaskedLinear(nn.Module):
         )
 
 
+class Constants(nn.Module):
+    """A module that keeps constants which follow from buffers, until these change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._kept: tuple[Any, tuple[Tensor, ...]] = (None, ())
+
+    def kept(
+        self, find: Callable[[], tuple[Tensor, ...]], *sources: Tensor, number: int = 0
+    ) -> tuple[Tensor, ...]:
+        """Return what ``find`` returned last; ask it again if a source has changed in place since, or the number."""
+        key = (number, *(source._version for source in sources))
+        if self._kept[0] != key:
+            with torch.no_grad():
+                self._kept = (key, find())
+        return self._kept[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": (None, ())}
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "Constants":
+        self._forget()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
 def whitener(moments: Tensor, cut: float = CUT) -> tuple[Tensor, int]:
     r"""Return the matrix that makes second moments one, in the directions that vary, and how many these are.
 
@@ -286,20 +326,95 @@ def padded_size(size: int) -> int:
     return power * 3 // 4 if power >= 4 and size <= power * 3 // 4 else power
 
 
+class LowRankWhitener(Constants):
+    r"""A symmetric whitener of many inputs: a few directions by their own scales, all others by one.
+
+    It is :math:`T = c\,(I + A^\top \mathrm{diag}(s)\, A)` with orthonormal rows of A, the widest directions of the
+    inputs: as many as it takes until the others are alike, at most one in :data:`SHARE_WIDEST`. These get second
+    moments one, the widest of the others too, and the rest less. A product with T costs two with A, and has an inverse:
+    no direction is left out.
+
+    Args:
+        members: The inputs, among those that :meth:`forward` is given; the identity on them until :meth:`fit_`.
+    """
+
+    axes: Tensor
+    stretch: Tensor
+    scale: Tensor
+
+    def __init__(self, members: Sequence[int]) -> None:
+        super().__init__()
+        self.members = tuple(members)
+        most = len(members) // SHARE_WIDEST
+        self.register_buffer("axes", torch.zeros(most, len(members)))
+        self.register_buffer("stretch", torch.zeros(most))
+        self.register_buffer("scale", torch.ones(()))
+
+    @torch.no_grad()
+    def fit_(self, moments: Tensor) -> float:
+        """Set the whitener; return the sum of the second moments of whitened inputs, at most their number.
+
+        Args:
+            moments: The second moments of the inputs, ``(members, members)``.
+        """
+        values, vectors = (part.flip(-1) for part in torch.linalg.eigh(moments))
+        values = values.clamp(min=0.0)
+        most, size = self.axes.shape
+        means = values.flip(0).cumsum(0).flip(0) / torch.arange(size, 0, -1).to(values)  # from each one on
+        alike = (values <= ALIKE * means)[:most].nonzero()
+        number = int(alike[0]) if len(alike) else most
+        square = values[number].clamp(min=max(LEAST_OTHERS * float(means[0]), 1e-12))
+        self.axes.zero_()
+        self.axes[:number] = vectors[:, :number].mT.to(self.axes)
+        self.stretch.zero_()
+        self.stretch[:number] = ((square / values[:number]).sqrt() - 1.0).to(self.stretch)
+        self.scale.copy_(square.rsqrt())
+        return number + float(values[number:].sum() / square)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return rows times T, zero where the members have no place, ``(*batch, inputs)``."""
+        scale, axes, stretched, _ = self._constants(x.shape[-1])
+        return x * scale + (x @ axes.mT) @ stretched
+
+    def undo(self, x: Tensor) -> Tensor:
+        """Return rows times the inverse of T, zero where the members have no place, ``(*batch, inputs)``."""
+        scale, axes, _, shrunk = self._constants(x.shape[-1])
+        inverse = torch.where(scale > 0.0, 1.0 / scale, 0.0)
+        return x * inverse + (x @ axes.mT) @ shrunk
+
+    def _constants(self, num_inputs: int) -> tuple[Tensor, ...]:
+        """Return c at the members, A, c diag(s) A, and what the inverse has in its place."""
+
+        def find() -> tuple[Tensor, ...]:
+            columns = torch.tensor(self.members, device=self.axes.device)
+            number = int((self.stretch != 0.0).sum())
+            axes = self.axes.new_zeros(number, num_inputs)
+            axes[:, columns] = self.axes[:number]
+            scale = self.axes.new_zeros(num_inputs)
+            scale[columns] = self.scale
+            stretch = self.stretch[:number].unsqueeze(-1)
+            return scale, axes, self.scale * stretch * axes, (1.0 / (1.0 + stretch) - 1.0) / self.scale * axes
+
+        return self.kept(find, self.axes, self.stretch, self.scale, number=num_inputs)
+
+
 class Whiteners(nn.Module):
     """The whiteners of several sets of inputs; the identity until :meth:`fit_`.
 
     Args:
         sets: The sets, not empty, each without repetitions; the order of the members is that of the matrices.
+        low_rank: Whether the whitener of one set alone, if it is wide, may have low rank.
 
     Attributes:
-        rank: For each set the number of directions that are trained, ``(number of sets,)``.
+        rank: For each set the sum of the second moments of its whitened inputs: the number of directions that are
+            trained, ``(number of sets,)``.
         groups: The numbers of the sets that are kept together; none if there would be too many numbers.
+        low_rank: The whitener of low rank of all inputs, or None.
     """
 
     rank: Tensor
 
-    def __init__(self, sets: Sequence[Sequence[int]]) -> None:
+    def __init__(self, sets: Sequence[Sequence[int]], *, low_rank: bool = False) -> None:
         super().__init__()
         self.sets = tuple(tuple(members) for members in sets)
         sizes = [len(members) for members in self.sets]
@@ -308,6 +423,10 @@ class Whiteners(nn.Module):
         self.widths: list[int] = []
         self._names: list[str] = []
         numbers = sum(size**2 for size in sizes)
+        is_wide = low_rank and len(sizes) == 1 and WIDE <= sizes[0] <= MOST_SIZE
+        self.low_rank = LowRankWhitener(self.sets[0]) if is_wide else None
+        if is_wide:
+            return
         if max(sizes, default=0) > 1 and numbers <= MOST_NUMBERS and max(sizes) <= MOST_SIZE:
             at_once = len(sizes) * max(sizes) ** 2 <= max(SMALL, 2 * numbers)
             by_width: dict[int, list[int]] = {}
@@ -328,6 +447,8 @@ class Whiteners(nn.Module):
 
     def embedded(self, number: int, num_inputs: int) -> Tensor:
         """Return the transposed whitener of a set among all inputs, zero elsewhere; zero for -1."""
+        if self.low_rank is not None and number >= 0:
+            return self.low_rank(torch.eye(num_inputs).to(self.rank))
         embedded = self.rank.new_zeros(num_inputs, num_inputs)
         for members, matrices in zip(self.groups, self.all_matrices(), strict=True):
             if number in members:
@@ -344,6 +465,9 @@ class Whiteners(nn.Module):
         Args:
             moments: Shape ``(inputs, inputs)``, of inputs of about unit scale.
         """
+        if self.low_rank is not None:
+            inputs = list(self.sets[0])
+            self.rank[0] = self.low_rank.fit_(moments[inputs][:, inputs])
         for members, matrices in zip(self.groups, self.all_matrices(), strict=True):
             matrices.zero_()
             for place, i in enumerate(members):
@@ -351,36 +475,6 @@ class Whiteners(nn.Module):
                 found, rank = whitener(moments[inputs][:, inputs])
                 matrices[place, : len(inputs), : len(inputs)] = found.to(matrices)
                 self.rank[i] = max(rank, 1)
-
-
-class Constants(nn.Module):
-    """A module that keeps constants which follow from buffers, until these change."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._forget()
-
-    def _forget(self) -> None:
-        self._kept: tuple[Any, tuple[Tensor, ...]] = (None, ())
-
-    def kept(self, one: Tensor, other: Tensor, find: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """Return what ``find`` returned last, or ask it again if one of two sources has changed in place since."""
-        key = one._version, other._version
-        if self._kept[0] != key:
-            with torch.no_grad():
-                self._kept = (key, find())
-        return self._kept[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": (None, ())}
-
-    def _apply(self, *args: Any, **kwargs: Any) -> "Constants":
-        self._forget()
-        return super()._apply(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._forget()
-        super()._load_from_state_dict(*args, **kwargs)
 
 
 class WhitenedRows(Constants):
@@ -410,7 +504,9 @@ class WhitenedRows(Constants):
         self.register_buffer("index", torch.tensor(set_of_row, dtype=torch.long), persistent=False)
         used = {i for i in set_of_row if i >= 0}
         dense = layer.engine == "dense"
-        if not whiteners.groups:
+        if whiteners.low_rank is not None:
+            self.way = "low rank"
+        elif not whiteners.groups:
             self.way = "plain"
         elif dense and len(used) == 1:
             self.way = "shared"
@@ -473,10 +569,7 @@ class WhitenedRows(Constants):
             unit: A number for each row; ones by default.
             offset: What is added, in the layout of the layer; nothing by default.
         """
-        rank = whiteners.rank  # it is set whenever the whiteners are
-        constants = self.kept(
-            rank, rank if unit is None else unit, lambda: self._find(layer, whiteners, unit)
-        )
+        constants = self._constants(layer, whiteners, unit, offset)
         if self.way == "by row":
             rows = layer.weight.unsqueeze(1)
             if offset is None:
@@ -484,25 +577,29 @@ class WhitenedRows(Constants):
             return torch.baddbmm(offset.unsqueeze(1), rows, constants[0]).squeeze(1)
         if self.way == "gathered":
             product = self._gathered(layer, whiteners)
+        elif self.way == "low rank" and whiteners.low_rank is not None:
+            product = whiteners.low_rank(layer.weight)
         else:
             product = layer.weight if self.way == "plain" else layer.weight @ constants[1]
         return product * constants[0] if offset is None else torch.addcmul(offset, product, constants[0])
 
-    def matrix(
-        self, layer: MaskedLinear, whiteners: Whiteners, unit: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return what rows are multiplied by, and the transposed whitener that all of them share.
+    def of_whitened(
+        self,
+        layer: MaskedLinear,
+        whiteners: Whiteners,
+        unit: Tensor | None = None,
+        offset: Tensor | None = None,
+    ) -> Tensor:
+        """Return entries by which inputs times the whitener of low rank are multiplied, for those of :meth:`forward`.
 
         Args:
             layer: The layer.
             whiteners: The whiteners.
             unit: A number for each row; ones by default.
+            offset: What is added to the entries of :meth:`forward`; nothing by default.
         """
-        rank = whiteners.rank
-        by_entry, matrix = self.kept(
-            rank, rank if unit is None else unit, lambda: self._find(layer, whiteners, unit)
-        )
-        return by_entry.squeeze(-1), matrix
+        by_entry, undone = self._constants(layer, whiteners, unit, offset)
+        return layer.weight * by_entry if offset is None else torch.addcmul(undone, layer.weight, by_entry)
 
     def _gathered(self, layer: MaskedLinear, whiteners: Whiteners) -> Tensor:
         parts = layer.weight.reshape(-1)[self.gather].split([n * m * w for n, m, w in self._shapes])
@@ -512,14 +609,28 @@ class WhitenedRows(Constants):
         ]
         return torch.cat([*products, products[0].new_zeros(1)])[self.back].view(self.shape)
 
-    def _find(self, layer: MaskedLinear, whiteners: Whiteners, unit: Tensor | None) -> tuple[Tensor, ...]:
-        """Return a matrix for each row; or what entries are multiplied by, and the matrix that all rows share."""
+    def _constants(
+        self, layer: MaskedLinear, whiteners: Whiteners, unit: Tensor | None, offset: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        rank = whiteners.rank  # it is set whenever the whiteners are
+        sources = [rank, *(each for each in (unit, offset) if each is not None)]
+        return self.kept(lambda: self._find(layer, whiteners, unit, offset), *sources)
+
+    def _find(
+        self, layer: MaskedLinear, whiteners: Whiteners, unit: Tensor | None, offset: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Return a matrix for each row; or what entries are multiplied by, and what all rows share.
+
+        That is the whitener; where it has low rank, the offset by which whitened inputs are multiplied.
+        """
         gain = self.gain(whiteners, unit).to(layer.weight)
         if self.way == "by row":
             known = {i: whiteners.embedded(i, layer.in_features) for i in set(self.set_of_row)}
             rows = [known[i].to(gain) * g for i, g in zip(self.set_of_row, gain, strict=True)]
             return (torch.stack(rows),)
         by_entry = _by_entry(layer, gain)
+        if whiteners.low_rank is not None:
+            return by_entry, by_entry if offset is None else whiteners.low_rank.undo(offset)
         if self.way == "shared":
             return by_entry, whiteners.embedded(max(self.set_of_row), layer.in_features).to(gain)
         return (layer.mask * by_entry if self.way == "plain" and layer.engine == "dense" else by_entry,)
@@ -560,7 +671,10 @@ class NaturalUnits(Constants):
         sets: Sequence[Sequence[int]],
     ) -> None:
         super().__init__()
-        self.whiteners = Whiteners(sets)
+        dense = all(
+            each.engine == "dense" for each in ([] if linear is None else [linear]) + list(layers[:1])
+        )
+        self.whiteners = Whiteners(sets, low_rank=dense)
         self.of_linear = None
         if linear is not None:
             self.of_linear = WhitenedRows(linear, set_of_output, self.whiteners, divide=True)
@@ -637,11 +751,11 @@ class NaturalUnits(Constants):
         Args:
             x: The inputs, ``(*batch, inputs)``.
         """
-        parts = [part for part in (self.of_linear, self.of_hidden) if part is not None]
-        if x.requires_grad or x.shape[-1] < WIDE or any(part.way != "shared" for part in parts):
+        if self.whiteners.low_rank is None or x.requires_grad:
             return False
+        parts = [part for part in (self.of_linear, self.of_hidden) if part is not None]
         rows = sum(part.shape[0] for part in parts) * (2 if torch.is_grad_enabled() else 1)
-        return len(self.whiteners.sets) == 1 and x.numel() <= rows * x.shape[-1]
+        return x.numel() <= rows * x.shape[-1]
 
     def of_whitened(
         self, x: Tensor, linear: MaskedLinear | None, hidden: MaskedLinear | None
@@ -655,23 +769,22 @@ class NaturalUnits(Constants):
             linear: The linear map, if there is one.
             hidden: The first hidden layer, if there is one.
         """
+        assert self.whiteners.low_rank is not None
         known = x.shape[-1]
-        white: Tensor | None = None
+        white = self.whiteners.low_rank(x)
         mapped = seen = None
         if linear is not None and self.of_linear is not None and linear.bias is not None:
-            gain, matrix = self.of_linear.matrix(linear, self.whiteners, self.unit)
-            white = x @ matrix[:, :known].mT
-            start = F.linear(x, self.offset[:, :known], torch.addcmul(self.bias, self.unit, linear.bias))
-            mapped = torch.addcmul(start, F.linear(white, linear.weight), gain)
+            entries = self.of_linear.of_whitened(linear, self.whiteners, self.unit, self.offset)
+            bias = torch.addcmul(self.bias, self.unit, linear.bias)
+            mapped = F.linear(white, entries[:, :known], bias)
         if hidden is not None and self.of_hidden is not None:
-            gain, matrix = self.of_hidden.matrix(hidden, self.whiteners)
-            white = x @ matrix[:, :known].mT if white is None else white
-            seen = F.linear(white, hidden.weight * gain.unsqueeze(-1), hidden.bias)
+            entries = self.of_hidden.of_whitened(hidden, self.whiteners)
+            seen = F.linear(white, entries[:, :known], hidden.bias)
         return mapped, seen
 
     def last(self, layer: MaskedLinear) -> Tensor:
         """Return the entries of the last layer."""
-        return layer.weight * self.kept(self.unit, self.unit, lambda: self._find_gain(layer))[0]
+        return layer.weight * self.kept(lambda: self._find_gain(layer), self.unit)[0]
 
     def _find_gain(self, layer: MaskedLinear) -> tuple[Tensor]:
         gain = _by_entry(layer, self.unit / self.fan_in.sqrt())

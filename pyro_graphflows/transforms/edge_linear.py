@@ -175,7 +175,7 @@ class EdgeUnits(Constants):
         if not len(weight):
             return weight, biases
         matrices = self.whiteners.all_matrices()
-        (gain,) = self.kept(self.unit, self.whiteners.rank, self._find_gain)
+        (gain,) = self.kept(self._find_gain, self.unit, self.whiteners.rank)
         if matrices:
             parts = weight[self.gather].split([n * width for n, width in self._shapes])
             products = [
