@@ -164,13 +164,13 @@ class Moments:
         return torch.atleast_2d(torch.cov(self.rows.T))
 
     def between(self, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
-        """Return the covariances of some columns with others; of many columns, no more than these."""
-        rows, columns = list(rows), list(columns)
-        if len(self.mean) <= MOST_WHOLE or "covariance" in self.__dict__:
-            return self.covariance[rows][:, columns]
+        """Return the covariances of some columns with others; of many columns, no more than these if they are few."""
+        size = len(self.mean)
+        if size <= MOST_WHOLE or "covariance" in self.__dict__ or 4 * len(rows) * len(columns) > size**2:
+            return _block(self.covariance, rows, columns)
         key = tuple(rows), tuple(columns)
         if key not in self._blocks:
-            left, right = (self.rows[:, part] - self.mean[part] for part in (rows, columns))
+            left, right = (self.rows[:, list(part)] - self.mean[list(part)] for part in (rows, columns))
             self._blocks[key] = left.mT @ right / max(self.number - 1, 1)
         return self._blocks[key]
 
@@ -185,10 +185,30 @@ class Moments:
         return self.rows.mT.contiguous()
 
     @cached_property
-    def _split(self) -> tuple["Moments", Tensor]:
-        """The moments of most rows, and the others."""
-        held_out = torch.arange(self.number, device=self.rows.device) % HELD_OUT == 0
-        return Moments(self.rows[~held_out]), self.rows[held_out]
+    def _held_out(self) -> Tensor:
+        """Rows that judge what is fitted to the others, less the mean of all."""
+        return self.rows[::HELD_OUT] - self.mean
+
+    @cached_property
+    def _held_out_products(self) -> Tensor:
+        """The sums of their products."""
+        return self._held_out.mT @ self._held_out
+
+    def _split(self, rows: Sequence[int], columns: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the covariances in most rows, and the mean products of the others less the mean of these."""
+        whole = self.between(rows, columns)
+        if "covariance" in self.__dict__:
+            products = _block(self._held_out_products, rows, columns)
+        else:
+            products = self._held_out[:, list(rows)].mT @ self._held_out[:, list(columns)]
+        number = len(self._held_out)
+        rest = self.number - number
+        off = self._held_out.mean(0)
+        shift = -number / rest * off  # from the mean of all rows to that of most
+        left, right = (part[list(chosen)] for part, chosen in ((shift, rows), (shift, columns)))
+        fitted = ((self.number - 1) * whole - products - rest * torch.outer(left, right)) / (rest - 1)
+        crossed = torch.outer(off[list(rows)], right) + torch.outer(left, off[list(columns)])
+        return fitted, products / number - crossed + torch.outer(left, right)
 
     def ridge(self, inputs: Sequence[int], own: Sequence[int]) -> float:
         """Return the largest ridge of those with which a regression predicts held-out rows as well as with any.
@@ -203,12 +223,13 @@ class Moments:
         inputs, own = self._varying(inputs), list(own)
         if not inputs or self.number < 2 * HELD_OUT:
             return RIDGE
-        fitted, test = self._split
+        (among, of_inputs), (across, crossed) = (self._split(inputs, part) for part in (inputs, own))
+        of_own = self._split(own, own)[1].diagonal()
         losses = []
         for ridge in RIDGES:
-            weights = fitted.weights(inputs, own, ridge)
-            off = test[:, own] - fitted.mean[own] - (test[:, inputs] - fitted.mean[inputs]) @ weights.T
-            losses.append(float(off.square().mean(0).clamp(min=RESIDUAL_FLOOR**2).log().mean()) / 2)
+            weights = torch.cholesky_solve(across, _factor(among, ridge)).T
+            squares = of_own + ((weights @ of_inputs - 2.0 * crossed.T) * weights).sum(-1)
+            losses.append(float(squares.clamp(min=RESIDUAL_FLOOR**2).log().mean()) / 2)
         least = min(losses)
         return next(r for r, loss in zip(RIDGES, losses, strict=True) if loss <= least + RIDGE_TIE)
 
@@ -219,20 +240,9 @@ class Moments:
 
     def weights(self, inputs: Sequence[int], own: Sequence[int], ridge: float = RIDGE) -> Tensor:
         """Return the slopes of the regression of some columns on others, ``(own, inputs)``."""
-        inputs, own = list(inputs), list(own)
-        if not inputs:
+        if not len(inputs):
             return self.mean.new_zeros(len(own), 0)
-        return torch.cholesky_solve(self.between(inputs, own), self._factor(inputs, ridge)).T
-
-    def _factor(self, inputs: list[int], ridge: float) -> Tensor:
-        among = self.between(inputs, inputs)
-        _require_finite(among)
-        eye = torch.eye(len(inputs), dtype=among.dtype, device=among.device)
-        while True:
-            factor, failed = torch.linalg.cholesky_ex(among + ridge * eye)
-            if not failed:
-                return factor
-            ridge = ridge * 100
+        return torch.cholesky_solve(self.between(inputs, own), _factor(self.between(inputs, inputs), ridge)).T
 
     def regress(self, inputs: Sequence[int], own: Sequence[int], ridge: float = RIDGE) -> Regression:
         """Return the least-squares regression of some columns on others; residual scales have a floor.
@@ -249,13 +259,17 @@ class Moments:
             whole = fit.weights.new_zeros(len(own), len(inputs))
             whole[:, [inputs.index(i) for i in varying]] = fit.weights
             return Regression(whole, fit.loc, fit.scale_tril)
-        weights = self.weights(inputs, own, ridge)
-        across = weights @ self.between(inputs, own)
-        residual = self.between(own, own) - across
-        number = float(len(inputs))
-        if ridge > RIDGE and inputs:  # then slopes are shrunk, and fewer have been fitted
-            residual = residual - across.T + weights @ self.between(inputs, inputs) @ weights.T
-            number -= ridge * float(torch.cholesky_inverse(self._factor(inputs, ridge)).trace())
+        number, residual = float(len(inputs)), self.between(own, own)
+        weights = self.mean.new_zeros(len(own), 0)
+        if inputs:
+            among, crossed = self.between(inputs, inputs), self.between(inputs, own)
+            factor = _factor(among, ridge)
+            weights = torch.cholesky_solve(crossed, factor).T
+            across = weights @ crossed
+            residual = residual - across
+            if ridge > RIDGE:  # then slopes are shrunk, and fewer have been fitted
+                residual = residual - across.T + weights @ among @ weights.T
+                number -= ridge * float(torch.cholesky_inverse(factor).diagonal().sum())
         residual = residual * self._correction(number)
         return Regression(weights, self.mean[own] - weights @ self.mean[inputs], square_root(residual))
 
@@ -362,6 +376,28 @@ class Moments:
     def _correction(self, num_inputs: float) -> float:
         """Return by what a residual variance must be multiplied, as weights have been fitted."""
         return (self.number - 1) / max(self.number - 1 - num_inputs, 1)
+
+
+def _block(matrix: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
+    """Return some rows and columns of a matrix, without a copy where they are in one piece."""
+    for dim, chosen in enumerate((rows, columns)):
+        first, last = (chosen[0], chosen[-1]) if len(chosen) else (0, -1)
+        if list(chosen) == list(range(first, last + 1)):
+            matrix = matrix.narrow(dim, first, len(chosen))
+        else:
+            matrix = matrix.index_select(dim, torch.tensor(list(chosen), device=matrix.device))
+    return matrix
+
+
+def _factor(among: Tensor, ridge: float) -> Tensor:
+    """Return the Cholesky factor of covariances with a ridge, a larger one where it must be."""
+    _require_finite(among)
+    eye = torch.eye(len(among), dtype=among.dtype, device=among.device)
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(among + ridge * eye)
+        if not failed:
+            return factor
+        ridge = ridge * 100
 
 
 def white_residuals(inputs: Tensor, own: Tensor, held_out: Tensor) -> tuple[Tensor, Tensor]:

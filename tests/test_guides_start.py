@@ -12,7 +12,7 @@ from training_paths import check_losses, training
 
 from pyro_graphflows import auto_faithful_guide
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.guides import Flow, Normal, Spline, plan
+from pyro_graphflows.guides import Flow, Normal, Spline, plan, start
 from pyro_graphflows.guides.fused_rows import fit_factor
 from pyro_graphflows.guides.sites import SitePrior
 from pyro_graphflows.guides.start import Judge
@@ -505,3 +505,52 @@ def test_without_a_mode_init_mode_says_so():
 
     guide = auto_faithful_guide(model, torch.tensor(0.4), init="mode")
     assert "no start at the mode: there is no mode in continuous space: z is discrete" in guide.describe()
+
+
+@pytest.mark.parametrize("source", ["mode", "regression"])
+def test_moments_of_inputs_are_those_of_all_their_rows(monkeypatch, source):
+    """Near the mode the data of the call do not vary, and their products are not summed row by row."""
+    found = []
+    moments_of = start._input_moments
+
+    def compared(block, features, values):
+        moments = moments_of(block, features, values)
+        if features.dim() > 2 or any(len(each) != len(features) for each in values.values()):
+            return moments  # of the guide's own draws
+        columns = [features] if features.shape[-1] else []
+        for site in block.plan.sites:
+            shift, scale = block.conditionals.input_units(site)
+            columns.append((values[site] - shift) / scale)
+        rows = torch.cat([c.reshape(-1, c.shape[-1]) for c in columns], -1).double()
+        torch.testing.assert_close(moments, rows.T @ rows / len(rows), atol=1e-10, rtol=1e-10)
+        found.append(bool((rows.amax(0) == rows.amin(0)).any()))
+        return moments
+
+    monkeypatch.setattr(start, "_input_moments", compared)
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z.cumsum(-1), 0.5).to_event(1), obs=x)
+
+    auto_faithful_guide(model, torch.tensor([0.3, -1.0]), init=source)
+    assert any(found) == (source == "mode")
+
+
+def test_whiteners_are_found_for_the_start_that_is_kept(monkeypatch):
+    started, whitened = [], []
+    start_block, whiten = start.start_block_, start.whiten_block_
+
+    def counted(block, *args, **kwargs):
+        started.append(block)
+        return start_block(block, *args, **kwargs)
+
+    def noted(block, *args):
+        whitened.append(block)
+        whiten(block, *args)
+
+    monkeypatch.setattr(start, "start_block_", counted)
+    monkeypatch.setattr(start, "whiten_block_", noted)
+    guide = auto_faithful_guide(raw_regression, torch.randn(30), 100.0 + torch.randn(30))
+    blocks = {id(guide.block_of(site)) for site in guide.inverse.sampling_order}
+    assert {id(block) for block in whitened} == blocks
+    assert len(whitened) == len(blocks) <= len(started)

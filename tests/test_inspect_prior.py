@@ -246,3 +246,36 @@ def test_sizes_that_vary_are_refused():
 def test_number_of_samples_is_checked():
     with pytest.raises(GraphflowsError, match="positive number of samples; got 0"):
         sample_prior(regression, (torch.ones(4),), num_samples=0)
+
+
+def markov_chain(length):
+    """A chain whose transitions and observations are random, as each sample has its own."""
+    first = pyro.sample("first", dist.Dirichlet(torch.tensor([1.0, 2.0, 3.0])))
+    steps = pyro.sample("steps", dist.Dirichlet(torch.ones(3, 3)).to_event(1))
+    loc = pyro.sample("loc", dist.Normal(torch.tensor([0.0, 100.0, 200.0]), 1.0).to_event(1))
+    seen = dist.Normal(loc.unsqueeze(-2).unsqueeze(-1), torch.ones(2)).to_event(1)
+    chain = dist.DiscreteHMM(first.log(), steps.unsqueeze(-3).log(), seen, duration=length)
+    pyro.sample("y", chain)
+
+
+def test_samples_of_a_hidden_markov_model_follow_its_transitions():
+    length, number = 4, 20_000
+    samples = sample_prior(markov_chain, (length,), num_samples=number)
+    assert samples["y"].shape == (number, length, 2)
+    off = samples["y"].unsqueeze(-2) - samples["loc"].reshape(number, 1, 3, 1)  # (number, length, state, 2)
+    state = off.abs().sum(-1).argmin(-1)
+    noise = off.gather(-2, state.reshape(number, length, 1, 1).expand(-1, -1, 1, 2))
+    assert abs(float(noise.mean())) < 5 / noise.numel() ** 0.5
+    assert abs(float(noise.var()) - 1) < 5 * (2 / noise.numel()) ** 0.5
+    steps = samples["steps"]
+    weights = torch.tensor([1.0, -2.0, 4.0])  # of states
+    marginal = samples["first"]
+    for t in range(length):
+        marginal = (marginal.unsqueeze(-1) * steps).sum(-2)
+        error = weights[state[:, t]] - marginal @ weights
+        assert abs(float(error.mean())) < 5 * float(error.std()) / number**0.5
+        if t > 0:  # given the state before, the next one is of its row
+            row = steps[torch.arange(number), state[:, t - 1]]
+            error = weights[state[:, t]] - row @ weights
+            products = torch.stack([error, error * weights[state[:, t - 1]]])
+            assert bool((products.mean(-1).abs() < 5 * products.std(-1) / number**0.5).all())

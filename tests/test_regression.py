@@ -8,8 +8,11 @@ import torch
 from versions import TORCH
 
 from pyro_graphflows.regression import (
+    HELD_OUT,
     RESIDUAL_FLOOR,
     RIDGE,
+    RIDGE_TIE,
+    RIDGES,
     Moments,
     location_and_scale,
     logistic_regression,
@@ -279,3 +282,25 @@ def test_nothing_to_fit():
     assert all(torch.isfinite(part).all() for part in constant)
     assert constant[0].item() == pytest.approx(0.0, abs=1e-6)
     assert logistic_regression(torch.ones(9, 1).float(), torch.ones(9, 1).float())[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("columns", [5, 600])  # of many columns, covariances are found in blocks
+@pytest.mark.parametrize("inputs", [[0, 1, 2], [3, 0]])
+def test_the_ridge_is_that_which_predicts_held_out_rows(columns, inputs):
+    rows, own = torch.randn(47, columns), [4]
+    rows[:, 4] = 0.3 * rows[:, 0] - 0.1 * rows[:, 3] + torch.randn(47)
+    rows[:, 1] = rows[:, 0] + 1e-3 * torch.randn(47)
+    moments = Moments(rows + 3.0)
+    losses = []
+    held_out = torch.arange(47) % HELD_OUT == 0
+    fitted, test = Moments(rows[~held_out]), rows[held_out]
+    for ridge in RIDGES:
+        weights = fitted.weights(inputs, own, ridge)
+        off = test[:, own] - fitted.mean[own] - (test[:, inputs] - fitted.mean[inputs]) @ weights.T
+        losses.append(float(off.square().mean().log()) / 2)
+    ties = [r for r, loss in zip(RIDGES, losses, strict=True) if loss <= min(losses) + RIDGE_TIE]
+    assert moments.ridge(inputs, own) == ties[0]
+    among, of_test = moments._split(inputs, own)
+    torch.testing.assert_close(among, torch.cov(rows[~held_out].T)[inputs][:, own], atol=1e-12, rtol=0)
+    expected = (test - fitted.mean)[:, inputs].T @ (test - fitted.mean)[:, own] / len(test)
+    torch.testing.assert_close(of_test, expected, atol=1e-12, rtol=0)

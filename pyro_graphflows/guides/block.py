@@ -734,7 +734,10 @@ def _feature_map(name: str, samples: Samples, rows: Mapping[str, Tensor] | None)
     if rows is None:  # the data of this call are all that is known
         flat = draws.encodings.flat(name, draws.data(name))
         return FeatureMap(support, flat.reshape(-1, flat.shape[-1]), samples.standardize)
-    return FeatureMap(support, rows[name], samples.standardize)
+    seen, whole = rows[name], (samples.values or {}).get(name)
+    if whole is not None and whole.stride(0) == 0 and whole[0].numel() == whole.shape[-1]:
+        seen = seen[:2]  # all rows are the data of the call
+    return FeatureMap(support, seen, samples.standardize)
 
 
 def _member_map(name: str, samples: Samples) -> FeatureMap:

@@ -12,7 +12,7 @@ the regression has beyond the prior's, on average over rows.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -46,6 +46,7 @@ from pyro_graphflows.regression import (
 __all__ = [
     "FactorFit",
     "FusedRows",
+    "ProductsByScale",
     "WeightedRows",
     "fit_factor",
     "fit_logits",
@@ -61,7 +62,15 @@ WIDEST = 12.0  # the most of it
 LEAST_GAIN = 2e-3  # nats by which a factor must improve on the prior
 MOST_ROWS = 4000  # by which a scale is found
 MOST_AT_ONCE = 2_000_000  # numbers, over the scales that are tried at once
-COARSE, FINE = 13, 7  # numbers of scales tried
+COARSE, FINE, STEPS = (
+    13,
+    7,
+    2,
+)  # numbers of scales tried, at first and between neighbours of the best, and how often
+KNOT_STEP = (
+    0.25  # of the log-scale of priors, between which gains are interpolated while a scale is looked for
+)
+MOST_KNOTS = 33
 LEAST_PRECISION = 1e-7  # of what a factor adds to the prior's
 RIDGES = (RIDGE, 1e-3, 1e-1)
 ROWS_PER_WEIGHT = 200  # with as many, nothing is gained by a choice of ridges
@@ -192,24 +201,6 @@ class WeightedRows:
         target = self.inputs.T @ (self.value - (1.0 - gain) * self.loc) / len(self.value)
         return solved(matrix, target, penalty_of(target, ridge, float(gain.mean())))
 
-    def losses(self, log_widths: Tensor, ridge: float) -> Tensor:
-        """Return the losses of the factors of some scales, each after :meth:`regress`."""
-        number, width = self.inputs.shape
-        ratio = 2.0 * (self.log_scale - log_widths.unsqueeze(-1))
-        gain = torch.sigmoid(ratio)
-        matrix = (gain.unsqueeze(-1) * self.inputs).mT @ self.inputs / number
-        target = ((self.value - (1.0 - gain) * self.loc) @ self.inputs) / number
-        penalty = (ridge * gain.mean(-1, keepdim=True).clamp(min=1e-12)).repeat(1, width)
-        penalty[:, -1] *= 1e-3
-        factor, failed = torch.linalg.cholesky_ex(matrix + penalty.diag_embed())
-        if bool(failed.any()):
-            penalty = penalty + 1e-6 * matrix.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
-            factor = torch.linalg.cholesky(matrix + penalty.diag_embed())
-        weights = torch.cholesky_solve(target.unsqueeze(-1), factor).squeeze(-1)
-        log_scale = self.log_scale - 0.5 * torch.nn.functional.softplus(ratio)
-        off = self.value - self.loc - gain * (weights @ self.inputs.T - self.loc)
-        return (log_scale + 0.5 * (off * torch.exp(-log_scale)).square()).mean(-1)
-
     def loss(self, log_width: float, weights: Tensor | None) -> float:
         """Return the mean of -log q; of the prior without weights."""
         if weights is None:
@@ -221,6 +212,95 @@ class WeightedRows:
         return float((log_scale + 0.5 * (off * torch.exp(-log_scale)).square()).mean())
 
 
+class ProductsByScale:
+    """Products of rows, summed by the log-scales of their priors: from these follow regressions at many scales.
+
+    A regression weighs each row by its gain, a function of the log-scale of its prior. Here the gain is interpolated
+    between knots, and so each row counts at its two neighbours. The loss of what is found differs by the square of
+    what that misses.
+
+    Args:
+        rows: The rows.
+    """
+
+    def __init__(self, rows: WeightedRows) -> None:
+        self.rows = rows
+        width = rows.inputs.shape[-1]
+        low, high = rows.log_scale.min(), rows.log_scale.max()
+        most = max(2, min(MOST_KNOTS, MOST_AT_ONCE // width**2))
+        number = max(2, min(most, 1 + math.ceil(float(high - low) / KNOT_STEP)))
+        self.knots = torch.linspace(float(low), float(high), number).to(rows.inputs)
+        place = (rows.log_scale - low) / (self.knots[1] - self.knots[0]).clamp(min=1e-12)
+        cell = place.long().clamp(0, number - 2)
+        order = cell.argsort()
+        sizes = cell.bincount(minlength=number - 1).tolist()
+        joint = torch.cat([rows.inputs, rows.loc.unsqueeze(-1)], -1)[order]
+        above = (place - cell)[order].unsqueeze(-1)
+        self.sums = joint.new_zeros(
+            number, width, width + 1
+        )  # beside the products of inputs those with locations
+        for k, (part, share) in enumerate(zip(joint.split(sizes), above.split(sizes), strict=True)):
+            if len(part):
+                own = part[:, :width]
+                upper = (share * own).T @ part
+                self.sums[k] += own.T @ part - upper
+                self.sums[k + 1] += upper
+        self.sums /= len(rows.value)
+        self.offset = rows.inputs.T @ (rows.value - rows.loc) / len(rows.value)
+
+    def regress(self, log_widths: Tensor, ridge: float) -> Tensor:
+        """Return slopes and intercept of the factors of some scales, ``(scales, inputs)``."""
+        gain = torch.sigmoid(2.0 * (self.knots - log_widths.unsqueeze(-1)))
+        sums = (gain @ self.sums.flatten(1)).unflatten(-1, self.sums.shape[1:])
+        matrix, target = sums[..., :-1], self.offset + sums[..., -1]
+        penalty = (ridge * matrix[:, -1:, -1].clamp(min=1e-12)).repeat(1, target.shape[-1])
+        penalty[:, -1] *= 1e-3
+        factor, failed = torch.linalg.cholesky_ex(matrix + penalty.diag_embed())
+        if bool(failed.any()):
+            penalty = penalty + 1e-6 * matrix.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+            factor = torch.linalg.cholesky(matrix + penalty.diag_embed())
+        return torch.cholesky_solve(target.unsqueeze(-1), factor).squeeze(-1)
+
+    def losses(self, log_widths: Tensor, ridges: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """Return for each ridge the losses of the factors of some scales, and slopes and intercepts."""
+        rows = self.rows
+        ratio = 2.0 * (rows.log_scale - log_widths.unsqueeze(-1))
+        gain = torch.sigmoid(ratio)
+        log_scale = rows.log_scale - 0.5 * torch.nn.functional.softplus(ratio)
+        precision = torch.exp(-2.0 * log_scale)
+        weights = torch.stack([self.regress(log_widths, ridge) for ridge in ridges])
+        off = rows.value - rows.loc - gain * (weights @ rows.inputs.T - rows.loc)
+        return log_scale.mean(-1) + 0.5 * (off.square() * precision).mean(-1), weights
+
+    def search(self, ridges: Sequence[float]) -> list[tuple[float, Tensor]]:
+        """Return for each ridge the scale that fits best, with slopes and intercept there.
+
+        Scales are tried coarsely first, then between the neighbours of the best.
+        """
+        middle = float(self.rows.log_scale.median())
+        low, high = min(middle, 0.0) - 6.0, max(middle, 0.0) + FLAT
+        grid = torch.linspace(low, high, COARSE).to(self.knots)
+        best, step = self._best(grid, ridges), float(grid[1] - grid[0])
+        for _ in range(STEPS):
+            known = best.copy()
+            for centre in {at for at, _ in known}:
+                members = [i for i, (at, _) in enumerate(known) if at == centre]
+                fine = torch.linspace(centre - step, centre + step, FINE).to(self.knots)
+                for i, each in zip(members, self._best(fine, [ridges[i] for i in members]), strict=True):
+                    best[i] = each
+            step = 2 * step / (FINE - 1)
+        return best
+
+    def _best(self, log_widths: Tensor, ridges: Sequence[float]) -> list[tuple[float, Tensor]]:
+        """Return for each ridge the best of some scales, with slopes and intercept."""
+        each = max(1, MOST_AT_ONCE // (len(self.rows.value) * len(ridges)))
+        parts = [self.losses(some, ridges) for some in log_widths.split(each)]
+        losses = torch.cat([losses for losses, _ in parts], -1).nan_to_num(math.inf)
+        weights = torch.cat([weights for _, weights in parts], 1)
+        chosen = losses.argmin(-1).tolist()
+        return [(float(log_widths[k]), weights[i, k]) for i, k in enumerate(chosen)]
+
+
 def _fit_number(inputs: Tensor, values: Tensor, prior: SitePrior) -> FactorFit | None:
     one = inputs.new_ones(len(inputs), 1)
     rows = WeightedRows(torch.cat([inputs, one], -1), values[:, 0], prior.loc[:, 0], prior.log_scale[:, 0])
@@ -228,15 +308,21 @@ def _fit_number(inputs: Tensor, values: Tensor, prior: SitePrior) -> FactorFit |
     some = torch.arange(len(inputs), device=inputs.device) < MOST_ROWS
     most, test = rows.at(~held_out & some), rows.at(held_out)
     constant = bool(rows.log_scale.max() - rows.log_scale.min() < 1e-6)
-    chosen = None
     few = len(most.value) < ROWS_PER_WEIGHT * most.inputs.shape[-1]
-    for ridge in RIDGES if few else RIDGES[:1]:
-        log_width = _of_constant_scale(most, ridge) if constant else _search(most, ridge)
-        if log_width is None:
-            continue
-        loss = test.loss(log_width, most.regress(log_width, ridge))
-        if chosen is None or loss < chosen[0] - 1e-4:
-            chosen = loss, ridge, log_width
+    ridges = RIDGES if few else RIDGES[:1]
+    tried: list[tuple[float, float, float]] = []  # loss, ridge and scale
+    if constant:
+        for ridge in ridges:
+            log_width = _of_constant_scale(most, ridge)
+            if log_width is not None:
+                tried.append((test.loss(log_width, most.regress(log_width, ridge)), ridge, log_width))
+    else:
+        for ridge, (log_width, weights) in zip(ridges, ProductsByScale(most).search(ridges), strict=True):
+            tried.append((test.loss(log_width, weights), ridge, log_width))
+    chosen: tuple[float, float, float] | None = None
+    for each in tried:
+        if chosen is None or each[0] < chosen[0] - 1e-4:
+            chosen = each
     if chosen is None or not chosen[0] < test.loss(0.0, None) - LEAST_GAIN:
         return None
     _, ridge, log_width = chosen
@@ -258,22 +344,6 @@ def _of_constant_scale(rows: WeightedRows, ridge: float) -> float | None:
     if precision * math.exp(2.0 * log_scale) < LEAST_PRECISION:
         return None
     return -0.5 * math.log(precision)
-
-
-def _search(rows: WeightedRows, ridge: float) -> float:
-    """Return the scale that fits best: first coarsely, then between the neighbours of the best."""
-    middle = float(rows.log_scale.median())
-    low, high = min(middle, 0.0) - 6.0, max(middle, 0.0) + FLAT
-    grid = torch.linspace(low, high, COARSE).to(rows.inputs)
-    for number in (FINE, 0):
-        each = max(1, MOST_AT_ONCE // rows.inputs.numel())
-        losses = torch.cat([rows.losses(some, ridge) for some in grid.split(each)])
-        best = grid[int(losses.nan_to_num(math.inf).argmin())]
-        if not number:
-            break
-        step = grid[1] - grid[0]
-        grid = torch.linspace(float(best - step), float(best + step), number).to(rows.inputs)
-    return float(best)
 
 
 # ---------------------------------------------------------------- vectors
@@ -420,8 +490,6 @@ class FusedRows:
         values: The values of sites whose coordinate is not their unconstrained vector.
         flat: The unconstrained vectors.
         classes: For discrete sites the number of classes of each variable.
-        narrow: Whether sites with per-element parameters of which samples say nothing start narrow in no plate; wide
-            beside their prior if not, as samples of the prior are.
         fewer: Features of the context where summaries are of fewer elements, if they were made.
         sizes: Which of them are functions of numbers of elements alone.
         variances: Which of them are logarithms of variances.
@@ -431,7 +499,6 @@ class FusedRows:
     values: Mapping[str, Tensor]
     flat: Mapping[str, Tensor]
     classes: Mapping[str, int]
-    narrow: bool = True
     fewer: Tensor | None = None
     sizes: tuple[int, ...] = ()
     variances: tuple[int, ...] = ()
@@ -474,7 +541,6 @@ class FusedRows:
             {site: value[chosen] for site, value in self.values.items()},
             {site: value[chosen] for site, value in self.flat.items()},
             self.classes,
-            self.narrow,
             None if self.fewer is None else self.fewer[chosen],
             self.sizes,
             self.variances,
@@ -502,8 +568,26 @@ class FusedRows:
             return fit_logits(inputs, values.to(inputs), prior, self.classes[site])
         return fit_factor(inputs, (values.to(inputs) - shift) / scale, standardised(prior, shift, scale))
 
-    def fit_(self, conditionals: Conditionals, site: str, rows: Tensor, moments: Moments) -> None:
+    def narrow_(self, conditionals: Conditionals, sites: Collection[str]) -> None:
+        """Let sites with per-element parameters of which samples say nothing start narrow.
+
+        Args:
+            conditionals: The conditionals.
+            sites: The sites of which samples say nothing, which are wide beside their priors, as samples of these are.
+        """
+        width = WIDTH if conditionals.block.plates else ROOT_WIDTH
+        for site in conditionals.block.per_element:
+            if site in sites:
+                size = len(conditionals.columns[site])
+                eye = torch.eye(size, dtype=torch.float64)
+                none = eye.new_zeros(size, len(conditionals.inputs_of(site)))
+                linear = Regression(none, none.sum(-1), width * eye)
+                conditionals.set_fused_(site, conditionals.linear_of(site, linear))
+
+    def fit_(self, conditionals: Conditionals, site: str, rows: Tensor, moments: Moments) -> bool:
         """Start a site at the factor that fits the rows best: its own, or those of the elements of a plate.
+
+        Returns whether the rows say something of it beyond its prior.
 
         Args:
             conditionals: The conditionals.
@@ -513,18 +597,19 @@ class FusedRows:
         """
         summed = conditionals.block.summed.get(site)
         if summed is None:
-            linear = self._fit_own_(conditionals, site, rows)
-            if self._is_likelier_alone(conditionals, site, rows, moments, linear):
+            fit = self._fit_own_(conditionals, site, rows)
+            if self._is_likelier_alone(conditionals, site, rows, moments, fit.linear):
                 conditionals.regress_(site, rows, moments)
-            return
+            return fit.says_something
         conditionals.set_summed_(site, None)
         if summed.only_summed:
             own = self._regress_(conditionals, site, rows, moments)
         else:
-            own = self._loss_of_factor(conditionals, site, rows, self._fit_own_(conditionals, site, rows))
+            fit = self._fit_own_(conditionals, site, rows)
+            own = self._loss_of_factor(conditionals, site, rows, fit.linear)
         prior = self.priors[site]
         if prior.evidence is None:
-            return
+            return True
         # Judged by the rows that they were fitted to, many slopes seem better than they are.
         own += len(conditionals.inputs_of(site)) / len(rows)
         scale = conditionals.fused_units(site)[1].to(prior.loc)
@@ -532,6 +617,7 @@ class FusedRows:
         loc, log_scale = fused_elements(none, none, (none, scale), [prior])
         if _loss(self.in_coordinate(site), loc, log_scale) <= own + TIE:
             conditionals.set_summed_(site, (log_scale - scale.log()).mean(0).exp().diag_embed())
+        return True
 
     def log_slope(self, site: str) -> float:
         """Return the mean logarithm of how fast the unconstrained number of a site moves with its coordinate.
@@ -576,19 +662,14 @@ class FusedRows:
         width = (scale * linear.scale_tril.diagonal()).log()
         return _loss(self.in_coordinate(site), *fuse(prior.loc, prior.log_scale, loc, width))
 
-    def _fit_own_(self, conditionals: Conditionals, site: str, rows: Tensor) -> Regression:
+    def _fit_own_(self, conditionals: Conditionals, site: str, rows: Tensor) -> FactorFit:
         """Start a site at the factor of its own that fits best, and return it."""
         fit = self.fit(conditionals, site, rows[:, conditionals.inputs_of(site)])
-        linear = fit.linear
-        if self.narrow and site in conditionals.block.per_element and not fit.says_something:
-            eye = torch.eye(len(linear.loc)).to(linear.loc)
-            width = WIDTH if conditionals.block.plates else ROOT_WIDTH
-            linear = replace(linear, scale_tril=width * eye)
-        start = conditionals.linear_of(site, linear)
-        if fit.says_something and len(linear.loc) == 1 and site not in self.classes:
+        start = conditionals.linear_of(site, fit.linear)
+        if fit.says_something and len(fit.linear.loc) == 1 and site not in self.classes:
             start = self._following_sizes(conditionals, site, start, rows)
         conditionals.set_fused_(site, start)
-        return linear
+        return fit
 
     def _following_sizes(
         self, conditionals: Conditionals, site: str, linear: LinearConditional, rows: Tensor

@@ -88,6 +88,7 @@ LEAST_ROWS = 20  # finite ones, without which there is no regression
 
 MOST_SQUARES = 3_000_000_000  # of features, over all rows of a regression
 ROWS_PER_FEATURE = 4  # at least, even so
+MOST_SEEN = 1000  # rows that show how many features vary
 LEAST_GAIN = 0.01  # nats of an element, by which maps of their own must beat one that reads the covariates
 ROWS_PER_WEIGHT = 20  # with fewer joint samples of an index for each weight its map stays at the shared one
 MOST_OF_INDICES, LEAST_OF_INDEX = 200_000, 1000  # samples for maps that are made beside a network
@@ -118,12 +119,14 @@ class Candidate:
         blocks: The blocks.
         notes: Notes for the user.
         note: Why there are no joint samples, or few; None otherwise.
+        moments: For each block the second moments of its inputs; None where nothing was standardised.
     """
 
     name: str
     blocks: nn.ModuleList
     notes: tuple[str, ...]
     note: str | None = None
+    moments: tuple[Tensor | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -176,6 +179,16 @@ def start_guide(
         options: The options of the guide.
         trial: The guide.
     """
+    chosen, sentence = _start_guide(compiled, samples, options, trial)
+    depth = max((-state.dim for state in compiled.plates.values()), default=0)
+    trial.take(chosen.blocks)
+    _whiten_blocks(chosen, trial, -1 - depth)
+    return chosen, sentence
+
+
+def _start_guide(
+    compiled: Compiled, samples: Samples, options: GuideOptions, trial: Trial
+) -> tuple[Candidate, str | None]:
     plan = compiled.plan
     depth = max((-state.dim for state in compiled.plates.values()), default=0)
 
@@ -188,10 +201,9 @@ def start_guide(
             scores = compiled.scores.of_draws(compiled.draws, number, compiled.plates)
             samples = samples.with_values(scores)
         blocks, starts = _start_blocks(compiled, samples, options, regression=name != "random")
-        modules = nn.ModuleList(blocks)
-        trial.take(modules)
-        _whiten_blocks(blocks, starts, trial, -1 - depth)
-        return Candidate(name, modules, tuple(note for start in starts for note in start.notes), samples.note)
+        notes = tuple(note for start in starts for note in start.notes)
+        moments = tuple(start.moments for start in starts)
+        return Candidate(name, nn.ModuleList(blocks), notes, samples.note, moments)
 
     def judge_start(candidate: Candidate, simulated: Simulated | None = None) -> Judgement | None:
         trial.take(candidate.blocks)
@@ -261,12 +273,11 @@ def _start_blocks(
 
 
 @torch.no_grad()
-def _whiten_blocks(blocks: Sequence[GuideBlock], starts: Sequence[Start], trial: Trial, dim: int) -> None:
+def _whiten_blocks(start: Candidate, trial: Trial, dim: int) -> None:
     """Find the coordinates in which the blocks are trained, from joint samples and the data of set-up."""
+    blocks: list[Any] = list(start.blocks)
     chosen = [
-        (block, start.moments)
-        for block, start in zip(blocks, starts, strict=True)
-        if start.moments is not None
+        (block, moments) for block, moments in zip(blocks, start.moments, strict=True) if moments is not None
     ]
     call: Call | None = None
     draws: dict[str, Tensor] = {}
@@ -316,22 +327,23 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
             seen = [features, *latents.values(), *([] if fewer is None else [fewer])]
             finite = finite_rows(*(each for each in seen if each.shape[-1]))
             finite = _few_enough(finite, features)
-            features = features[finite] if features.shape[-1] else features
-            fused = None if fused is None else fused.at(finite)
-            if samples.standardize:
+            of_sites = latents
+            if not bool(finite.all()):
+                features = features[finite] if features.shape[-1] else features
+                fused = None if fused is None else fused.at(finite)
                 of_sites = {n: v[finite] for n, v in latents.items()}
+            if samples.standardize:
                 moments = _input_moments(block, features, of_sites)
                 if fewer is not None:
                     moments = 0.5 * (moments + _input_moments(block, fewer[finite], of_sites))
             # A regression on learned features would be another one as soon as these are trained.
-            features = torch.where(block.inputs.learned, torch.zeros(()).to(features), features)
+            if bool(block.inputs.learned.any()):
+                features = torch.where(block.inputs.learned, torch.zeros(()).to(features), features)
             if fewer is not None and fused is not None:
                 fewer = torch.where(block.inputs.learned, torch.zeros(()).to(features), fewer[finite])
                 inputs = block.inputs
                 fused = replace(fused, fewer=fewer, sizes=inputs.of_sizes, variances=inputs.of_variances)
-            note = _regress_if_better_(
-                conditionals, features, {n: v[finite] for n, v in latents.items()}, fused
-            )
+            note = _regress_if_better_(conditionals, features, of_sites, fused)
             kept = note is None
             alike = plan.per_element if samples.source == "mode" else (*plan.per_element, *plan.fitted)
             own_maps = {s: p for s, p in plan.non_exchangeable.items() if s not in alike}
@@ -341,26 +353,26 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
             if not kept and own_maps and not (plan.coupled or (fused is not None and fused.priors)):
                 # One regression for indices that differ much may be worse than none; each has its own.
                 at_random = {key: value.clone() for key, value in conditionals.state_dict().items()}
-                regress_(conditionals, features, {n: v[finite] for n, v in latents.items()})
+                regress_(conditionals, features, of_sites)
             if (kept or at_random is not None) and (own_maps or plan.coupled):
                 known = () if fused is None else fused.priors
                 further = [name for site in known for name in columns_of(site) if name in samples.rows]
                 aligned = samples.aligned([*block.inputs.names, *plan.sites, *further])
                 context = block.inputs.features(concatenate([aligned[n] for n in block.inputs.names]))
                 context = torch.where(block.inputs.learned, torch.zeros(()).to(context), context)
-                of_sites = {site: aligned[site] for site in (*plan.sites, *further)}
-                left = _start_indices_(conditionals, own_maps, samples.plates, context, of_sites)
+                of_all = {site: aligned[site] for site in (*plan.sites, *further)}
+                left = _start_indices_(conditionals, own_maps, samples.plates, context, of_all)
                 if at_random is not None:
                     at_random = {key: at_random[key] for key in conditionals.state_dict()}
-                    kept = _is_better(conditionals, at_random, context, of_sites, samples.plates)
+                    kept = _is_better(conditionals, at_random, context, of_all, samples.plates)
                 notes += left.values() if kept else []
                 mapped = [s for s in plan.fitted if s in own_maps and s not in left] if kept else []
                 notes += [_on_maps(site, own_maps[site], plan.at_rows[site]) for site in mapped]
                 if plan.coupled:
-                    shares = _start_jointly_(block, samples, context, of_sites)
-                    beside = FusedRows.of_sites(tuple(plan.coupled), of_sites)
+                    shares = _start_jointly_(block, samples, context, of_all)
+                    beside = FusedRows.of_sites(tuple(plan.coupled), of_all)
                     priors = {s: (prior, beside.in_coordinate(s)) for s, prior in beside.priors.items()}
-                    conditionals.start_couplings_(samples.plates, context, of_sites, shares, priors)
+                    conditionals.start_couplings_(samples.plates, context, of_all, shares, priors)
             notes += [] if kept or note is None else [note]
     for site in plan.fitted if not kept else ():
         conditionals.leave_out_maps_(site)
@@ -471,7 +483,7 @@ def _few_enough(chosen: Tensor, features: Tensor) -> Tensor:
     """Return the mask of the first chosen rows, as many as a regression on wide inputs can take in a second."""
     most = _most_rows(features.shape[-1])
     if most < len(chosen):
-        most = _most_rows(int(varies(features[chosen]).sum()))
+        most = _most_rows(int(varies(features[chosen.nonzero()[:MOST_SEEN, 0]]).sum()))
     return chosen & (chosen.cumsum(0) <= most)
 
 
@@ -569,7 +581,10 @@ def _unconstrained(site: LatentSite, value: Tensor, plates: Sequence[PlateState]
 def _regress_if_better_(
     conditionals: Conditionals, context: Tensor, values: dict[str, Tensor], fused: FusedRows | None
 ) -> str | None:
-    """Set the conditionals by regression, or go back, and say so, if held-out samples like the random start better."""
+    """Set the conditionals by regression, or go back, and say so, if samples like the random start better.
+
+    They are held out from the regression if it has few rows for a weight.
+    """
     number = len(next(iter(values.values())))
     sites = ", ".join(conditionals.block.sites)
     if number < LEAST_ROWS:
@@ -579,27 +594,34 @@ def _regress_if_better_(
         )
     held_out = slice(0, None, HELD_OUT)
     test = {site: value[held_out] for site, value in values.items()}
-    rest = torch.arange(number) % HELD_OUT != 0
-    fitted = {site: value[rest] for site, value in values.items()}
+    most_inputs = max(len(conditionals.inputs_of(site)) for site in conditionals.block.sites)
+    many = number >= ROWS_PER_FEATURE * (most_inputs + 1)
     random_state = {key: value.clone() for key, value in conditionals.state_dict().items()}
-    tested, used = (
-        (None, None) if fused is None else (fused.at(held_out), replace(fused.at(rest), narrow=False))
-    )
+    tested = None if fused is None else fused.at(held_out)
     random_loss = conditionals_loss(conditionals, context[held_out], test, tested)
     sizes = {site: len(conditionals.columns[site]) for site in conditionals.block.sites}
     weights = sum(n * (len(conditionals.inputs_of(site)) + (n + 3) / 2) for site, n in sizes.items())
     chance = (
         weights / number
     )  # what a regression loses, and a start whose units rest on all rows does not [Akaike]
-    regress_(conditionals, context[rest] if context.shape[-1] else context, fitted, used)
-    loss = conditionals_loss(conditionals, context[held_out], test, tested)
+    if many:  # those that judge are among them, which makes them likelier by what chance gives
+        silent = regress_(conditionals, context, values, fused)
+    else:
+        rest = torch.arange(number) % HELD_OUT != 0
+        fitted = {site: value[rest] for site, value in values.items()}
+        used = None if fused is None else fused.at(rest)
+        regress_(conditionals, context[rest] if context.shape[-1] else context, fitted, used)
+    loss = conditionals_loss(conditionals, context[held_out], test, tested) + (chance if many else 0.0)
     if not (loss <= random_loss + TIE + chance or (random_loss != random_loss and loss == loss)):
         conditionals.load_state_dict(random_state)
         return (
             f"the random start was kept for {sites}: its loss on prior samples is "
             f"{random_loss:.3g} nats, that of the regression start {loss:.3g}."
         )
-    regress_(conditionals, context, values, fused)
+    if not many:
+        silent = regress_(conditionals, context, values, fused)
+    if fused is not None:
+        fused.narrow_(conditionals, silent)
     return None
 
 
@@ -622,7 +644,14 @@ def _input_moments(block: GuideBlock, features: Tensor, values: Mapping[str, Ten
     rows = joint.reshape(-1, joint.shape[-1])
     step = -(-len(rows) * rows.shape[-1] ** 2 // MOST_PRODUCTS)
     rows = in_float64(rows[::step] if step > 1 else rows)
-    moments = rows.mT @ rows / len(rows)
+    varying = varies(rows)
+    if bool(varying.all()) or not len(rows):
+        moments = rows.mT @ rows / len(rows)
+    else:  # as the data of one call do not
+        own, mean = rows[:, varying], rows.mean(0)
+        moments = torch.outer(mean, mean)
+        where = varying.nonzero()[:, 0]
+        moments[where.unsqueeze(-1), where] = own.mT @ own / len(rows)
     apart = block.inputs.learned.nonzero()[:, 0]
     spread = moments.diagonal()[apart].clamp(min=1.0)  # they will vary as soon as they are trained
     moments[apart] = 0.0
@@ -636,7 +665,7 @@ def regress_(
     context: Tensor,
     values: Mapping[str, Tensor],
     fused: FusedRows | None = None,
-) -> None:
+) -> list[str]:
     """Set each conditional of a block to the regression on its parents, of a fused site the factor beside its prior.
 
     Args:
@@ -644,6 +673,9 @@ def regress_(
         context: Features of the context nodes in rows, shape ``(n, num_features)``.
         values: Unconstrained vectors of the sites in rows, each of shape ``(n, size)``.
         fused: The priors of fused sites in the same rows.
+
+    Returns:
+        The fused sites of which the rows say no more than their priors do.
     """
     columns = [context]
     for site in conditionals.block.sites:
@@ -651,14 +683,19 @@ def regress_(
         columns.append((values[site] - shift) / scale)
     rows = in_float64(torch.cat(columns, -1))
     finite = finite_rows(rows)
-    rows = (rows if bool(finite.all()) else rows[finite]).clamp(-WINSOR, WINSOR)
+    if not bool(finite.all()):
+        rows, fused = rows[finite], None if fused is None else fused.at(finite)
+    rows = rows.clamp(-WINSOR, WINSOR)
     moments = Moments(rows)
+    silent = []
     for site in conditionals.block.sites:
         known = fused is not None and site in fused.priors
         if fused is not None and known and (conditionals.fuses(site) or site in conditionals.block.summed):
-            fused.at(finite).fit_(conditionals, site, rows, moments)
+            if not fused.fit_(conditionals, site, rows, moments):
+                silent.append(site)
         else:
             conditionals.regress_(site, rows, moments)
+    return silent
 
 
 def _is_better(
@@ -1172,7 +1209,11 @@ def _with_amortised_blocks(mode: Candidate | None, regression: Candidate, plan: 
         return None
     pairs = zip(fitted, mode.blocks, regression.blocks, strict=True)
     chosen = nn.ModuleList(near if own else far for own, near, far in pairs)
-    return Candidate(BOTH, chosen, tuple(dict.fromkeys((*mode.notes, *regression.notes))), mode.note)
+    moments = tuple(
+        near if own else far for own, near, far in zip(fitted, mode.moments, regression.moments, strict=True)
+    )
+    notes = tuple(dict.fromkeys((*mode.notes, *regression.notes)))
+    return Candidate(BOTH, chosen, notes, mode.note, moments)
 
 
 def _sentence(chosen: Candidate, losses: dict[str, float]) -> str:

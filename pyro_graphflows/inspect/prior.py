@@ -219,10 +219,41 @@ def _batched(model: Callable, nesting: int, num_samples: int) -> Callable:
     return inside_plate
 
 
+class _StepByStep(Messenger):
+    """Draws hidden Markov models step by step: Pyro draws, and joins, the paths from all states at all times."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if type(msg["fn"]) is dist.DiscreteHMM and msg["value"] is None and not msg["done"]:
+            msg["value"], msg["done"] = _draw_chain(msg["fn"]), True
+
+
+def _draw_chain(fn: Any) -> torch.Tensor:
+    """Draw from a hidden Markov model of discrete states, as its ``sample`` does."""
+    length, batch = fn.duration, fn.batch_shape
+    number = fn.initial_logits.shape[-1]  # of states
+
+    def state_of(logits: torch.Tensor) -> torch.Tensor:
+        below = logits.exp().cumsum(-1)[..., :-1]
+        return (below < torch.rand(batch).to(below).unsqueeze(-1)).sum(-1)
+
+    state, states = state_of(fn.initial_logits.expand(*batch, number)), []
+    steps = fn.transition_logits.expand(*fn.transition_logits.shape[:-3], length, number, number)
+    for t in range(length):
+        rows = steps[..., t, :, :].expand(*batch, number, number)
+        chosen = state[..., None, None].expand(*batch, 1, number)
+        state = state_of(rows.gather(-2, chosen).squeeze(-2))
+        states.append(state)
+    each = fn.observation_dist.expand((*batch, length, number)).sample()
+    event = each.shape[len(batch) + 2 :]
+    index = torch.stack(states, -1).reshape(*batch, length, 1, *(1,) * len(event))
+    return each.gather(len(batch) + 1, index.expand(*batch, length, 1, *event)).squeeze(len(batch) + 1)
+
+
 def _draw_at_once(
     model: Callable, args: tuple, kwargs: dict[str, Any], wanted: _Wanted, num_samples: int
 ) -> dict[str, torch.Tensor]:
-    found = wanted.of(_run(_batched(model, wanted.nesting, num_samples), args, kwargs).nodes)
+    batched = _StepByStep()(_batched(model, wanted.nesting, num_samples))
+    found = wanted.of(_run(batched, args, kwargs).nodes)
     samples = {}
     for name, value in found.items():
         batch_shape = wanted.sites[name.removesuffix(UNCONSTRAINED)]["fn"].batch_shape

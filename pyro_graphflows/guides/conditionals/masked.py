@@ -612,7 +612,8 @@ class MaskedConditionals(Conditionals):
             fit = regress_chain(rows, inputs, own, self.element_columns[site], factor)
             self.set_linear_(site, self.linear_of(site, fit))
             return
-        fitted = factor.start_from_samples(rows[:, inputs], rows[:, own])
+        by_moments = type(factor).start_from_samples is Factor.start_from_samples  # as most do
+        fitted = None if by_moments else factor.start_from_samples(rows[:, inputs], rows[:, own])
         if fitted is None:
             super().regress_(site, rows, moments)
             return
