@@ -498,10 +498,55 @@ def scripted(graph: torch.fx.GraphModule, arguments: Sequence[Tensor]) -> Callab
         graph: The graph: of tensors, to a tuple of tensors.
         arguments: Arguments of the shapes and types to come.
     """
+    typed = _with_typed_numbers(graph, arguments)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of constants in the graph, which are meant
         traced, _ = torch._C._create_graph_by_tracing(
-            lambda *inputs: tuple(graph(*inputs)), list(arguments), lambda _: "", True, False
+            lambda *inputs: tuple(typed(*inputs)), list(arguments), lambda _: "", True, False
         )
     function: Callable[..., tuple[Tensor, ...]] = torch._C._create_function_from_graph("captured", traced)
     return function
+
+
+_BY_NUMBER = ("mul", "div", "add", "sub", "lt", "le", "gt", "ge", "eq", "ne")
+
+
+def _with_typed_numbers(graph: torch.fx.GraphModule, arguments: Sequence[Tensor]) -> torch.fx.GraphModule:
+    """Return a graph in which numbers that a tensor is combined with are tensors of its type.
+
+    A number of Python is one of double precision, which an operation on a tensor of single precision converts at each
+    call; that takes as long as the operation on a few elements.
+    """
+    copied = torch.fx.Graph()
+    copied.output(copied.graph_copy(graph.graph, {}))
+    own = torch.fx.GraphModule(graph, copied)
+    names: dict[tuple[torch.dtype, float], str] = {}
+    given = [node for node in own.graph.nodes if node.op == "placeholder"]
+    for node, argument in zip(given, arguments, strict=True):
+        node.meta["val"] = argument
+
+    def typed(node: torch.fx.Node, number: float, dtype: torch.dtype) -> torch.fx.Node:
+        name = names.setdefault((dtype, number), f"number_{len(names)}")
+        if not hasattr(own, name):
+            own.register_buffer(name, torch.tensor(number, dtype=dtype))
+        with own.graph.inserting_before(node):
+            return own.graph.get_attr(name)
+
+    for node in own.graph.nodes:
+        name = getattr(getattr(node.target, "_schema", None), "name", "").removeprefix("aten::")
+        first = node.args[0] if node.args else None
+        value = first.meta.get("val") if isinstance(first, torch.fx.Node) else None
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.device.type != "cpu":
+            continue  # other devices take a number with the call
+        if name in _BY_NUMBER and len(node.args) == 2 and isinstance(node.args[1], int | float):
+            node.args = first, typed(node, float(node.args[1]), value.dtype)
+            node.target = getattr(torch.ops.aten, name).Tensor
+        elif name == "rsub" and len(node.args) == 2 and isinstance(node.args[1], int | float):
+            node.args = typed(node, float(node.args[1]), value.dtype), first
+            node.target = torch.ops.aten.sub.Tensor
+        elif name == "clamp" and not any(isinstance(bound, torch.fx.Node) for bound in node.args[1:]):
+            bounds = [None if b is None else typed(node, float(b), value.dtype) for b in node.args[1:]]
+            node.args = first, *bounds
+            node.target = torch.ops.aten.clamp.Tensor
+    own.recompile()
+    return own

@@ -170,3 +170,41 @@ def test_scripted_graphs_compute_the_same_and_are_in_no_registry_that_keeps_them
     assert torch.jit._state._python_cu.find_function(function.qualified_name) is None
     traced = torch.jit.trace(lambda x: x.sin(), (x,), check_trace=False)
     assert torch.jit._state._python_cu.find_function(traced.qualified_name) is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_numbers_in_scripted_graphs_have_the_type_of_what_they_are_combined_with(dtype):
+    def program(x):
+        number = 1.0 / 3.0
+        whole = torch.arange(4) * 3 - 1
+        y = (2.5 * x + number).clamp(min=-0.1, max=1.7) / 7 - 1e-3
+        chosen = torch.where((x > number) & (y <= 1.5), 1.0 - y, y).clamp(min=torch.tensor(0.1, dtype=dtype))
+        return [chosen, chosen.sum() * number, x.ge(0.2), whole * 2.5, whole >= 2, (x.long() + 1).to(dtype)]
+
+    x = torch.linspace(-2.0, 2.0, 4, dtype=dtype)
+    graph = capture(program, [x], {})
+    function: Any = scripted(graph.graph, graph.arguments([x], []))
+    other = torch.tensor([0.3, float("nan"), 5.0, 1 / 3], dtype=dtype)
+    for one, expected in zip(function(*graph.arguments([other], [])), program(other), strict=True):
+        torch.testing.assert_close(one, expected, rtol=0, atol=0, equal_nan=True)  # and types
+
+
+def test_scripted_graphs_convert_no_numbers():
+    """To convert a number of double precision takes as long as an operation on a few elements."""
+
+    def program(x):
+        y = (2.5 * x + 1.0).clamp(min=-0.1, max=1.7) / 7 - 1e-3
+        return [torch.where((x > 0.3) & (y <= 1.5), 1.0 - y, y)]
+
+    x = torch.randn(4, dtype=torch.float32)
+    graph = capture(program, [x], {})
+    function: Any = scripted(graph.graph, graph.arguments([x], []))
+
+    def conversions(run):
+        cpu = torch.profiler.ProfilerActivity.CPU
+        with torch.jit.optimized_execution(False), torch.profiler.profile(activities=[cpu]) as profile:
+            run(x)
+        return sum(event.name == "aten::_to_copy" for event in profile.events())
+
+    assert conversions(program) > 5
+    assert conversions(function) == 0

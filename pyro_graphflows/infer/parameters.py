@@ -105,7 +105,7 @@ class ParameterSet:
         return {name: tensor.detach().clone() for name, tensor in self._tensors().items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Write a state into the live tensors, which keep their identity.
+        """Write a state into the live tensors, which keep their identity; buffers that have it are left alone.
 
         Raises:
             GraphflowsError: If names or shapes differ.
@@ -120,7 +120,9 @@ class ParameterSet:
             )
         with torch.no_grad():
             for name, tensor in tensors.items():
-                tensor.copy_(state[name])
+                # what follows from a buffer, as captured calls do, is found again after each write to it
+                if name in self.parameters or not torch.equal(tensor, state[name].to(tensor)):
+                    tensor.copy_(state[name])
 
     def _tensors(self) -> dict[str, Tensor]:
         buffers = {
