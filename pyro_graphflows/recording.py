@@ -3,7 +3,7 @@
 :func:`~pyro_graphflows.capture.capture` is for training: whatever a program reads may change from step to step. In a
 search over points for data that stay as they are, only the points change. :func:`record` computes what follows from
 other tensors alone once, while the function runs; numbers may be read out of it, and Python code may depend on them.
-It needs no part of PyTorch's compiler, whose import takes seconds, and a tenth of the time of ``capture``.
+It needs no part of PyTorch's compiler, whose import takes seconds, and a fraction of the time of ``capture``.
 
 What is recorded is below autograd: of a function that goes backward, the operations of going forward and backward.
 """

@@ -26,7 +26,7 @@ __all__ = ["CapturedDensity"]
 
 logger = logging.getLogger(__name__)
 
-AFTER = 20  # evaluations with a gradient: recording takes as long as some 20
+AFTER = 20  # evaluations with a gradient: recording takes as long as 13 to 50, as measured on four models
 OF_HESSIAN = 3  # such evaluations that one with second derivatives counts as
 Density = Callable[[Tensor], Tensor]
 
