@@ -27,7 +27,9 @@ def check_mean(posterior, name, mean, sd):
     """Means within six standard errors by the effective number of draws."""
     draws, ess = posterior.draws[name], posterior.chains.ess[name]
     assert ((draws.mean(0) - mean).abs() < SIX * sd / ess.sqrt()).all()
-    of_squares = ess.clamp(max=len(draws))  # opposite draws count more than one for a mean, but not for a spread
+    of_squares = ess.clamp(
+        max=len(draws)
+    )  # opposite draws count more than one for a mean, but not for a spread
     assert ((draws.std(0) / sd).log().abs() < SIX / of_squares.sqrt()).all()
 
 
