@@ -35,7 +35,11 @@ __all__ = [
     "Noise",
     "NotCapturedError",
     "capture",
+    "is_compared",
+    "known_answer",
     "left_unchecked",
+    "place_in_program",
+    "require_fixed_shape",
     "scripted",
     "unchecked",
     "uncovered",
@@ -173,7 +177,7 @@ class Draws(TorchDispatchMode):
                 return answer
         if torch.Tag.nondeterministic_seeded not in func.tags:
             if CAPTURING.get():
-                _require_fixed_shape(func, args)
+                require_fixed_shape(func, args, _changes)
             return func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
         draw = _DRAWS.get(name)
@@ -328,18 +332,32 @@ def known_answer() -> bool | None:
     return None
 
 
-def _require_fixed_shape(func: Any, args: tuple[Any, ...]) -> None:
-    """Refuse operations whose shape depends on the values of tensors that change from call to call."""
-    if torch.Tag.dynamic_output_shape not in func.tags:
-        return
+def _changes(tensor: Tensor) -> bool:
+    """Whether a tensor changes from call to call of the program that is being captured."""
     from torch.fx.experimental.proxy_tensor import get_innermost_proxy_mode
 
     mode: Any = get_innermost_proxy_mode()
+    return mode is not None and tensor in mode.tracer.tensor_tracker
+
+
+def require_fixed_shape(func: Any, args: tuple[Any, ...], changes: Callable[[Tensor], bool]) -> None:
+    """Refuse an operation whose shape depends on the values of tensors that change from call to call.
+
+    Args:
+        func: The operation.
+        args: Its arguments.
+        changes: Whether a tensor is one of these.
+
+    Raises:
+        NotCapturedError: If it is so.
+    """
+    if torch.Tag.dynamic_output_shape not in func.tags:
+        return
     by_index = func._schema.name == "aten::index"
     parts = [part for part in (args[1] if by_index else args) if torch.is_tensor(part)]
     if by_index:
         parts = [part for part in parts if part.dtype in (torch.bool, torch.uint8)]
-    if mode is not None and any(part in mode.tracer.tensor_tracker for part in parts):
+    if any(changes(part) for part in parts):
         raise NotCapturedError(
             f"the shape of {func._schema.name.removeprefix('aten::')} depends on values{place_in_program()}; "
             "torch.where and masks keep shapes"
@@ -488,6 +506,11 @@ def _is_lift(node: torch.fx.Node) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------- running
+def is_compared(calls: int) -> bool:
+    """Whether captured code is compared with the program in this call: 1, 2, 4, 8, ..."""
+    return calls & (calls - 1) == 0
+
+
 def scripted(graph: torch.fx.GraphModule, arguments: Sequence[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
     """Return a graph of operations as a function that PyTorch's interpreter (TorchScript) runs.
 
@@ -508,6 +531,7 @@ def scripted(graph: torch.fx.GraphModule, arguments: Sequence[Tensor]) -> Callab
     return function
 
 
+_EXACT = torch.float32, torch.float64  # those of half precision combine with a number in single precision
 _BY_NUMBER = ("mul", "div", "add", "sub", "lt", "le", "gt", "ge", "eq", "ne")
 
 
@@ -520,13 +544,13 @@ def _with_typed_numbers(graph: torch.fx.GraphModule, arguments: Sequence[Tensor]
     copied = torch.fx.Graph()
     copied.output(copied.graph_copy(graph.graph, {}))
     own = torch.fx.GraphModule(graph, copied)
-    names: dict[tuple[torch.dtype, float], str] = {}
+    names: dict[tuple[torch.dtype, str], str] = {}
     given = [node for node in own.graph.nodes if node.op == "placeholder"]
     for node, argument in zip(given, arguments, strict=True):
         node.meta["val"] = argument
 
     def typed(node: torch.fx.Node, number: float, dtype: torch.dtype) -> torch.fx.Node:
-        name = names.setdefault((dtype, number), f"number_{len(names)}")
+        name = names.setdefault((dtype, repr(number)), f"number_{len(names)}")  # zeros have a sign
         if not hasattr(own, name):
             own.register_buffer(name, torch.tensor(number, dtype=dtype))
         with own.graph.inserting_before(node):
@@ -536,12 +560,13 @@ def _with_typed_numbers(graph: torch.fx.GraphModule, arguments: Sequence[Tensor]
         name = getattr(getattr(node.target, "_schema", None), "name", "").removeprefix("aten::")
         first = node.args[0] if node.args else None
         value = first.meta.get("val") if isinstance(first, torch.fx.Node) else None
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.device.type != "cpu":
+        if not isinstance(value, Tensor) or value.dtype not in _EXACT or value.device.type != "cpu":
             continue  # other devices take a number with the call
-        if name in _BY_NUMBER and len(node.args) == 2 and isinstance(node.args[1], int | float):
+        by_number = len(node.args) == 2 and isinstance(node.args[1], int | float)
+        if name in _BY_NUMBER and by_number:
             node.args = first, typed(node, float(node.args[1]), value.dtype)
             node.target = getattr(torch.ops.aten, name).Tensor
-        elif name == "rsub" and len(node.args) == 2 and isinstance(node.args[1], int | float):
+        elif name == "rsub" and by_number:
             node.args = typed(node, float(node.args[1]), value.dtype), first
             node.target = torch.ops.aten.sub.Tensor
         elif name == "clamp" and not any(isinstance(bound, torch.fx.Node) for bound in node.args[1:]):

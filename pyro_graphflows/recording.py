@@ -23,6 +23,7 @@ from pyro_graphflows.capture import (
     NotCapturedError,
     known_answer,
     place_in_program,
+    require_fixed_shape,
     uncovered,
 )
 
@@ -106,7 +107,11 @@ class _Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         follows = any(self._follows(tensor) for tensor in given)
         if follows:
-            self._require_fixed_shape(func, name, args)
+            if torch.Tag.data_dependent_output in func.tags:
+                raise NotCapturedError(
+                    f"a number is read out of a tensor that follows from inputs{place_in_program()}"
+                )
+            require_fixed_shape(func, args, self._follows)
         elif torch.Tag.data_dependent_output in func.tags:
             return func(*args, **kwargs)
         written = list(_tensors(_written(func, args)))
@@ -157,19 +162,6 @@ class _Recorder(TorchDispatchMode):
         if isinstance(value, list | tuple):
             return type(value)(self._with_nodes(each) for each in value)
         return value
-
-    def _require_fixed_shape(self, func: Any, name: str, args: tuple[Any, ...]) -> None:
-        if torch.Tag.data_dependent_output in func.tags:
-            raise NotCapturedError(
-                f"a number is read out of a tensor that follows from inputs{place_in_program()}"
-            )
-        if torch.Tag.dynamic_output_shape not in func.tags:
-            return
-        parts = list(_tensors(args[1] if name == "index" else args))
-        if name == "index":
-            parts = [part for part in parts if part.dtype in (torch.bool, torch.uint8)]
-        if any(self._follows(part) for part in parts):
-            raise NotCapturedError(f"the shape of {name} depends on values{place_in_program()}")
 
 
 def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:

@@ -41,7 +41,15 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.kl import kl_divergence, register_kl
 
-from pyro_graphflows.capture import CAPTURING, Draws, Noise, NotCapturedError, unchecked, uncovered
+from pyro_graphflows.capture import (
+    CAPTURING,
+    Draws,
+    Noise,
+    NotCapturedError,
+    is_compared,
+    unchecked,
+    uncovered,
+)
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.call import Call
 from pyro_graphflows.inspect import kept_random_state
@@ -267,7 +275,7 @@ class CapturedCalls:
         if not total.isfinite().item():  # the programs say what is wrong, or have a wider reach
             with Draws(noise):
                 return self._resume(run, plates, {})
-        if kind.captured & (kind.captured - 1) == 0:
+        if is_compared(kind.captured):
             why = programs.difference(results)
             if why is not None:
                 self._is_given_up = True

@@ -18,7 +18,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_graphflows.capture import NotCapturedError, scripted
+from pyro_graphflows.capture import NotCapturedError, is_compared, scripted
 from pyro_graphflows.captured_gradients import optimized_execution, simplified
 from pyro_graphflows.recording import record
 
@@ -107,7 +107,7 @@ class CapturedDensity:
         except RuntimeError:  # an operation is not defined there: the program says so in its own way
             return None
         kind.calls += 1
-        if _is_power_of_two(kind.calls) and not self._agrees(kind, points, values, gradients):
+        if is_compared(kind.calls) and not self._agrees(kind, points, values, gradients):
             kind.function = None
             return None
         self.num_captured += 1
@@ -134,7 +134,7 @@ class CapturedDensity:
         kind.derivatives += 1
         if kind.function is not None:
             try:
-                if not _is_power_of_two(kind.derivatives) or self._has_same_curvature(kind, points.detach()):
+                if not is_compared(kind.derivatives) or self._has_same_curvature(kind, points.detach()):
                     with torch.enable_grad(), optimized_execution(False):
                         return kind.function(points)[1]
             except RuntimeError as error:  # an operation without derivatives, say
@@ -201,9 +201,7 @@ def _recorded(program: Density, points: Tensor) -> Callable[..., tuple[Tensor, .
             function = scripted(simplified(captured, [points]), [points, *constants])
     except NotCapturedError:
         raise
-    except (
-        Exception
-    ) as error:  # of a compiler, which may fail in ways of its own: a search goes on without it
+    except Exception as error:  # a compiler may fail in ways of its own: a search goes on without it
         raise NotCapturedError(f"{type(error).__name__}: {error}") from error
     return lambda points: function(points, *constants)
 
@@ -217,10 +215,6 @@ def _counted(kind: _Kind, values: Tensor) -> Tensor:
     if values.requires_grad:
         values.register_hook(count)
     return values
-
-
-def _is_power_of_two(number: int) -> bool:
-    return number & (number - 1) == 0
 
 
 def _cosines(like: Tensor) -> Tensor:

@@ -62,14 +62,9 @@ WIDEST = 12.0  # the most of it
 LEAST_GAIN = 2e-3  # nats by which a factor must improve on the prior
 MOST_ROWS = 4000  # by which a scale is found
 MOST_AT_ONCE = 2_000_000  # numbers, over the scales that are tried at once
-COARSE, FINE, STEPS = (
-    13,
-    7,
-    2,
-)  # numbers of scales tried, at first and between neighbours of the best, and how often
-KNOT_STEP = (
-    0.25  # of the log-scale of priors, between which gains are interpolated while a scale is looked for
-)
+COARSE, FINE = 13, 7  # numbers of scales tried, at first and between neighbours of the best
+STEPS = 2  # from these neighbours to closer ones
+KNOT_STEP = 0.25  # of the log-scale of priors, between which gains are interpolated in the search for a scale
 MOST_KNOTS = 33
 LEAST_PRECISION = 1e-7  # of what a factor adds to the prior's
 RIDGES = (RIDGE, 1e-3, 1e-1)
@@ -173,10 +168,11 @@ def penalty_of(target: Tensor, ridge: float, gain: float) -> Tensor:
 
 
 def solved(matrix: Tensor, target: Tensor, penalty: Tensor) -> Tensor:
-    """Return the solution of normal equations with a ridge, a larger one where they are singular."""
-    factor, failed = torch.linalg.cholesky_ex(matrix + penalty.diag())
-    if failed:
-        factor = torch.linalg.cholesky(matrix + (penalty + 1e-6 * matrix.diagonal().mean()).diag())
+    """Return the solutions of normal equations with a ridge, a larger one where any of them are singular."""
+    factor, failed = torch.linalg.cholesky_ex(matrix + penalty.diag_embed())
+    if bool(failed.any()):
+        penalty = penalty + 1e-6 * matrix.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+        factor = torch.linalg.cholesky(matrix + penalty.diag_embed())
     return torch.cholesky_solve(target.unsqueeze(-1), factor).squeeze(-1)
 
 
@@ -255,11 +251,7 @@ class ProductsByScale:
         matrix, target = sums[..., :-1], self.offset + sums[..., -1]
         penalty = (ridge * matrix[:, -1:, -1].clamp(min=1e-12)).repeat(1, target.shape[-1])
         penalty[:, -1] *= 1e-3
-        factor, failed = torch.linalg.cholesky_ex(matrix + penalty.diag_embed())
-        if bool(failed.any()):
-            penalty = penalty + 1e-6 * matrix.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
-            factor = torch.linalg.cholesky(matrix + penalty.diag_embed())
-        return torch.cholesky_solve(target.unsqueeze(-1), factor).squeeze(-1)
+        return solved(matrix, target, penalty)
 
     def losses(self, log_widths: Tensor, ridges: Sequence[float]) -> tuple[Tensor, Tensor]:
         """Return for each ridge the losses of the factors of some scales, and slopes and intercepts."""

@@ -179,18 +179,17 @@ def start_guide(
         options: The options of the guide.
         trial: The guide.
     """
-    chosen, sentence = _start_guide(compiled, samples, options, trial)
     depth = max((-state.dim for state in compiled.plates.values()), default=0)
+    chosen, sentence = _start_guide(compiled, samples, options, trial, depth)
     trial.take(chosen.blocks)
     _whiten_blocks(chosen, trial, -1 - depth)
     return chosen, sentence
 
 
 def _start_guide(
-    compiled: Compiled, samples: Samples, options: GuideOptions, trial: Trial
+    compiled: Compiled, samples: Samples, options: GuideOptions, trial: Trial, depth: int
 ) -> tuple[Candidate, str | None]:
     plan = compiled.plan
-    depth = max((-state.dim for state in compiled.plates.values()), default=0)
 
     def build(samples: Samples, name: str) -> Candidate:
         samples.draws.recall(samples.drawn)

@@ -25,7 +25,16 @@ from pyro import poutine
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from pyro_graphflows.capture import Captured, Draws, Noise, NotCapturedError, capture, scripted, uncovered
+from pyro_graphflows.capture import (
+    Captured,
+    Draws,
+    Noise,
+    NotCapturedError,
+    capture,
+    is_compared,
+    scripted,
+    uncovered,
+)
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.infer.checkpoints import random_state, set_random_state
 from pyro_graphflows.infer.objectives import Objective
@@ -107,8 +116,8 @@ class _Shape:
 
     @property
     def is_compared(self) -> bool:
-        """Whether the last call is compared with the programs: call 1, 2, 4, 8, ..."""
-        return self.calls & (self.calls - 1) == 0
+        """Whether the last call is compared with the programs."""
+        return is_compared(self.calls)
 
 
 def require_backend(backend: str) -> None:

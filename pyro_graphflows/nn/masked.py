@@ -70,9 +70,7 @@ CUT = 1e-3  # directions whose spread is a smaller share of the widest one's are
 WIDE = 128  # inputs from which on a whitener may have low rank
 SHARE_WIDEST = 4  # one in so many directions is the most that have a scale of their own there
 ALIKE = 4.0  # the others are alike if the widest one's second moment is so many times their mean
-LEAST_OTHERS = (
-    1e-2  # the least second moment by which they are scaled, in units of the mean of all directions
-)
+LEAST_OTHERS = 1e-2  # the least second moment that they are scaled by, in units of the mean of all directions
 MOST_BY_ROW = 60_000  # numbers of a layer up to which each row has a whitener of its own
 
 
@@ -560,6 +558,8 @@ class WhitenedRows(Constants):
         whiteners: Whiteners,
         unit: Tensor | None = None,
         offset: Tensor | None = None,
+        *,
+        of_whitened: bool = False,
     ) -> Tensor:
         """Return the entries of the layer in its layout: offset + unit * weight * whitener.
 
@@ -568,6 +568,7 @@ class WhitenedRows(Constants):
             whiteners: The whiteners.
             unit: A number for each row; ones by default.
             offset: What is added, in the layout of the layer; nothing by default.
+            of_whitened: Whether to return the entries by which inputs times the whitener of low rank are multiplied.
         """
         constants = self._constants(layer, whiteners, unit, offset)
         if self.way == "by row":
@@ -577,29 +578,15 @@ class WhitenedRows(Constants):
             return torch.baddbmm(offset.unsqueeze(1), rows, constants[0]).squeeze(1)
         if self.way == "gathered":
             product = self._gathered(layer, whiteners)
-        elif self.way == "low rank" and whiteners.low_rank is not None:
-            product = whiteners.low_rank(layer.weight)
+        elif self.way == "shared":
+            product = layer.weight @ constants[1]
+        elif whiteners.low_rank is None or of_whitened:
+            product = layer.weight
         else:
-            product = layer.weight if self.way == "plain" else layer.weight @ constants[1]
+            product = whiteners.low_rank(layer.weight)
+        if of_whitened and offset is not None:
+            offset = constants[1]
         return product * constants[0] if offset is None else torch.addcmul(offset, product, constants[0])
-
-    def of_whitened(
-        self,
-        layer: MaskedLinear,
-        whiteners: Whiteners,
-        unit: Tensor | None = None,
-        offset: Tensor | None = None,
-    ) -> Tensor:
-        """Return entries by which inputs times the whitener of low rank are multiplied, for those of :meth:`forward`.
-
-        Args:
-            layer: The layer.
-            whiteners: The whiteners.
-            unit: A number for each row; ones by default.
-            offset: What is added to the entries of :meth:`forward`; nothing by default.
-        """
-        by_entry, undone = self._constants(layer, whiteners, unit, offset)
-        return layer.weight * by_entry if offset is None else torch.addcmul(undone, layer.weight, by_entry)
 
     def _gathered(self, layer: MaskedLinear, whiteners: Whiteners) -> Tensor:
         parts = layer.weight.reshape(-1)[self.gather].split([n * m * w for n, m, w in self._shapes])
@@ -671,9 +658,8 @@ class NaturalUnits(Constants):
         sets: Sequence[Sequence[int]],
     ) -> None:
         super().__init__()
-        dense = all(
-            each.engine == "dense" for each in ([] if linear is None else [linear]) + list(layers[:1])
-        )
+        first = [*([] if linear is None else [linear]), *layers[:1]]
+        dense = all(each.engine == "dense" for each in first)
         self.whiteners = Whiteners(sets, low_rank=dense)
         self.of_linear = None
         if linear is not None:
@@ -774,11 +760,11 @@ class NaturalUnits(Constants):
         white = self.whiteners.low_rank(x)
         mapped = seen = None
         if linear is not None and self.of_linear is not None and linear.bias is not None:
-            entries = self.of_linear.of_whitened(linear, self.whiteners, self.unit, self.offset)
+            entries = self.of_linear(linear, self.whiteners, self.unit, self.offset, of_whitened=True)
             bias = torch.addcmul(self.bias, self.unit, linear.bias)
             mapped = F.linear(white, entries[:, :known], bias)
         if hidden is not None and self.of_hidden is not None:
-            entries = self.of_hidden.of_whitened(hidden, self.whiteners)
+            entries = self.of_hidden(hidden, self.whiteners, of_whitened=True)
             seen = F.linear(white, entries[:, :known], hidden.bias)
         return mapped, seen
 
