@@ -11,7 +11,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import transform_to
 
-from pyro_graphflows import auto_faithful_guide
+from pyro_graphflows import Auto, Normal, Spline, auto_faithful_guide
 
 Model = Callable[..., Any]
 
@@ -38,7 +38,8 @@ PYRO: dict[str, Callable[[Model], Any]] = {
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours normal": {"family": "normal"},
-    "ours flow": {"family": "flow"},
+    "ours spline": {"family": "spline"},
+    "ours unfused": {"family": Auto(normal=Normal(fusion=False), spline=Spline(fusion=False))},
 }
 
 METHODS: tuple[str, ...] = (*PYRO, *OURS)

@@ -232,7 +232,7 @@ def picture(table: dict[tuple[str, str, float], Cell], seconds: float, path: Pat
     """Draw the distances: a row a model, a mark a method."""
     models = [name for name in POSTERIORS if any(key[0] == name and key[2] == seconds for key in table)][::-1]
     figure, axes = plt.subplots(figsize=(9, 1.5 + 0.32 * len(models)), layout="constrained")
-    markers = dict(zip(METHODS, "osD^v<P*X", strict=True))
+    markers = dict(zip(METHODS, "osD^v<P*Xh", strict=True))
     for method in METHODS:
         points = [
             (far, row)
