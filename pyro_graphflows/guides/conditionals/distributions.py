@@ -23,6 +23,7 @@ from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import ComposeTransform, ExpTransform, IndependentTransform, Transform
 
 from pyro_graphflows.capture import CAPTURING
+from pyro_graphflows.distributions.normal_tails import normal_log_prob
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.sites import DiscreteEncoding, LatentSite, is_identity
 
@@ -101,6 +102,10 @@ class Path:
         return ScoreParts(log_prob, no_score_function, found)
 
 
+def _log_prob(normal: dist.Normal, value: Tensor) -> Tensor:
+    return normal_log_prob(value, normal.loc, normal.scale)
+
+
 class ScalarNormal(dist.TorchDistribution):
     """A normal over vectors of one element, held as a normal over numbers.
 
@@ -137,7 +142,7 @@ class ScalarNormal(dist.TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density of vectors, shape ``batch_shape``."""
-        return self.normal.log_prob(value.squeeze(-1))
+        return _log_prob(self.normal, value.squeeze(-1))
 
 
 class SampledNormal(dist.TorchDistribution):
@@ -169,7 +174,7 @@ class SampledNormal(dist.TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density of values, shape ``batch_shape``."""
-        return self.normal.log_prob(value)
+        return _log_prob(self.normal, value)
 
     def score_parts(self, x: Tensor, *args: Any, **kwargs: Any) -> ScoreParts:
         """Return the parts of gradients of ELBOs (:func:`along_path`)."""
@@ -204,6 +209,10 @@ class PathNormal(dist.Normal):
         """Draw reparametrised values of shape ``sample_shape + batch_shape``."""
         value: Tensor = super().rsample(sample_shape)
         return self._path.keep(value, value.unsqueeze(-1))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log-density of values, shape ``batch_shape``."""
+        return _log_prob(self, value)
 
     def score_parts(self, x: Tensor, *args: Any, **kwargs: Any) -> ScoreParts:
         """Return the parts of gradients of ELBOs (:func:`along_path`)."""
