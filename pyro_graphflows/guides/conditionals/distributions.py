@@ -23,7 +23,7 @@ from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import ComposeTransform, ExpTransform, IndependentTransform, Transform
 
 from pyro_graphflows.capture import CAPTURING
-from pyro_graphflows.distributions.normal_tails import normal_log_prob
+from pyro_graphflows.distributions.normal_tails import HALF_LOG_TWO_PI
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.sites import DiscreteEncoding, LatentSite, is_identity
 
@@ -103,7 +103,8 @@ class Path:
 
 
 def _log_prob(normal: dist.Normal, value: Tensor) -> Tensor:
-    return normal_log_prob(value, normal.loc, normal.scale)
+    """Return the log-density without the variance, which may be too small for a number."""
+    return -0.5 * ((value - normal.loc) / normal.scale).square() - HALF_LOG_TWO_PI - normal.scale.log()
 
 
 class ScalarNormal(dist.TorchDistribution):
