@@ -16,7 +16,6 @@ __all__ = [
     "log1mexp",
     "ndtri_exp",
     "normal_log_density",
-    "normal_log_prob",
     "normal_score",
     "tail_probability",
     "tail_score",
@@ -29,11 +28,6 @@ HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
 def normal_log_density(u: Tensor) -> Tensor:
     """Return the log-density of the standard normal distribution."""
     return -0.5 * u.square() - HALF_LOG_TWO_PI
-
-
-def normal_log_prob(value: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
-    """Return the log-density of a normal, without its variance, which may be too small for a number."""
-    return normal_log_density((value - loc) / scale) - scale.log()
 
 
 def log1mexp(x: Tensor) -> Tensor:

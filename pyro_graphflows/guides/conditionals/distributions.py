@@ -23,7 +23,6 @@ from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import ComposeTransform, ExpTransform, IndependentTransform, Transform
 
 from pyro_graphflows.capture import CAPTURING
-from pyro_graphflows.distributions.normal_tails import normal_log_prob
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.sites import DiscreteEncoding, LatentSite, is_identity
 
@@ -44,6 +43,7 @@ __all__ = [
 
 
 Score = Callable[[Any, Tensor], Tensor | None]
+_HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
 
 
 class Scores(NamedTuple):
@@ -103,7 +103,9 @@ class Path:
 
 
 def _log_prob(normal: dist.Normal, value: Tensor) -> Tensor:
-    return normal_log_prob(value, normal.loc, normal.scale)
+    """Return the log-density of a normal, without its variance, which may be too small for a number."""
+    t = (value - normal.loc) / normal.scale
+    return -0.5 * t.square() - normal.scale.log() - _HALF_LOG_TWO_PI
 
 
 class ScalarNormal(dist.TorchDistribution):
