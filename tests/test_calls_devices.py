@@ -230,6 +230,52 @@ def test_data_of_a_wider_type_name_both():
         guide(*data(torch.float64))
 
 
+LINEAR = torch.nn.Linear(2, 3).float()
+
+
+def single(x, y):
+    """Latents and a network in single precision, and labels that may be in double, as NumPy has them."""
+    decoder = pyro.module("decoder", LINEAR)
+    scale = pyro.sample("scale", dist.LogNormal(torch.zeros((), dtype=torch.float32), 1.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2).float(), scale.unsqueeze(-1)).to_event(1))
+        assert z.dtype == torch.float32
+        pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+        pyro.sample("y", dist.Normal(z[..., 0], 1.0), obs=y)
+
+
+@families
+def test_values_have_the_type_of_the_model_whatever_that_of_the_data(family):
+    """The parameters of the guide are in double, its values in single, and all say the same."""
+    x, y = torch.randn(5, 3).float(), torch.randn(5).double()
+    torch.set_default_dtype(torch.float32)
+    guide = auto_faithful_guide(single, x, y, family=family, init="prior", num_start_samples=200)
+    torch.set_default_dtype(torch.float64)
+    assert {part.dtype for part in guide.parameters()} == {torch.float64}
+    trace = poutine.trace(guide).get_trace(x, y)
+    for name in ("z", "scale"):
+        assert trace.nodes[name]["value"].dtype == torch.float32, name
+        assert guide.median(x, y)[name].dtype == torch.float32, name
+    given = {name: trace.nodes[name]["value"].detach().clone() for name in ("z", "scale")}
+    log_prob = guide.log_prob(given, x, y).sum().item()
+    assert trace.log_prob_sum().item() == pytest.approx(log_prob, abs=1e-3)
+    loss = SVI(single, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO()).step(x, y)
+    assert loss == loss
+
+
+def test_a_model_that_checks_types_is_searched_in_its_own():
+    def model(y):
+        a = pyro.sample("a", dist.Normal(torch.zeros(()), 1.0))
+        if a.dtype != torch.float32:
+            raise KeyError("single precision only")
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Poisson(a.exp()), obs=y)
+
+    torch.set_default_dtype(torch.float32)
+    guide = auto_faithful_guide(model, torch.tensor([1.0, 3.0]), num_start_samples=200)
+    assert guide.median(torch.tensor([1.0, 3.0]))["a"].item() == pytest.approx(0.5, abs=0.3)
+
+
 def test_data_elsewhere_name_both():
     pyro.enable_validation(False)
     guide = made(chain)

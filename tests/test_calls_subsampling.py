@@ -771,3 +771,23 @@ def test_rows_that_a_handler_replays_are_those_that_the_guide_reads(handler):
     rows = values.pop("data")
     given = poutine.trace(poutine.condition(guide, values)).get_trace(x, y, rows)
     torch.testing.assert_close(again.log_prob_sum(), given.log_prob_sum())
+
+
+@pytest.mark.parametrize("set_up", ["all", "some"])
+def test_plates_and_parameters_with_the_name_of_an_argument(set_up):
+    """``pyro.plate("data", len(data))``: covariates and plate are two things, and so are a start and its parameter."""
+
+    def model(data, y, scale, ind=None):
+        scale = pyro.param("scale", scale)
+        with pyro.plate("data", len(data), subsample=ind) as rows:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z + data[rows], scale), obs=y[rows])
+
+    scale = torch.tensor(0.5)
+    guide = auto_faithful_guide(model, X, Y, scale, CALLS[set_up], **FEW)
+    assert guide.inverse.parents["z"] == ("data_", "scale_", "y")
+    exact_(guide, "data_")
+    for ind in CALLS.values():
+        chosen = torch.arange(N) if ind is None else ind
+        loss = Trace_ELBO().loss(model, guide, X, Y, scale, ind)
+        assert loss == pytest.approx(-float(evidence(X[chosen], Y[chosen]).sum()) * N / len(chosen))

@@ -8,7 +8,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_graphflows.capture import CAPTURING, Draws, NotCapturedError, capture, scripted
+from pyro_graphflows.capture import CAPTURING, Draws, NotCapturedError, scripted
+from pyro_graphflows.recording import capture
 
 
 def captured(function, *inputs):

@@ -20,7 +20,7 @@ from pyro_graphflows.distributions.coordinates import (
     gaussian_coordinate,
     is_well_defined,
 )
-from pyro_graphflows.distributions.normal_tails import log1mexp, ndtri_exp
+from pyro_graphflows.distributions.normal_tails import half_normal_quantile, log1mexp, ndtri_exp
 from pyro_graphflows.distributions.skewed_scores import LogGamma, LogitBeta, score, unscore
 
 
@@ -466,6 +466,25 @@ def test_ndtri_exp(dtype):
 
 
 EXTREME = [0.003, 0.05, 0.5, 1.0, 1.5, 2.0, 7.0, 80.0, 3e3, 1e5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_half_normal_quantile(dtype):
+    """Right in both tails, where the probability beyond the score is no number any more, too, with its derivatives."""
+    u = torch.linspace(-8.0, 60.0, 6801, dtype=dtype, requires_grad=True)
+    z = half_normal_quantile(u)
+    u64 = u.detach().double().numpy()
+    exact = np.where(
+        u64 < 0.0,
+        np.sqrt(2.0) * scipy.special.erfinv(scipy.special.ndtr(u64)),
+        -scipy.special.ndtri_exp(scipy.special.log_ndtr(-u64) - np.log(2.0)),
+    )
+    rtol = 1e-10 if dtype == torch.float64 else 1e-5
+    np.testing.assert_allclose(z.detach().numpy(), exact, rtol=rtol)
+    (slope,) = torch.autograd.grad(z.sum(), u)
+    of_densities = np.exp(0.5 * exact**2 - 0.5 * u64**2) / 2.0
+    np.testing.assert_allclose(slope.numpy(), of_densities, rtol=1e-5 if dtype == torch.float64 else 2e-3)
+    assert (z.diff() > 0).all()
 
 
 def test_skewed_scores_over_a_grid_of_parameters():

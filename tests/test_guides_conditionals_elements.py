@@ -5,7 +5,12 @@ import torch
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.call import PlateState
-from pyro_graphflows.guides.conditionals.elements import ElementMap, ElementTable, element_maps
+from pyro_graphflows.guides.conditionals.elements import (
+    ElementMap,
+    ElementTable,
+    SharedFeatures,
+    element_maps,
+)
 from pyro_graphflows.guides.plan import BlockPlan
 
 
@@ -169,3 +174,21 @@ def test_too_many_inputs_leave_elements_without_slopes():
     block = block_of((("a",),), per_element=("a",))
     assert element_maps(block, {"a": list(range(65))}, {"a": 2}, [ROWS, COLUMNS])[1] == {}
     assert element_maps(block, {"a": list(range(64))}, {"a": 2}, [ROWS, COLUMNS])[1] != {}
+
+
+# ---------------------------------------------------------------- features that elements share
+
+
+def test_shared_features_are_two_layers_of_one_parameter():
+    torch.manual_seed(0)
+    features = SharedFeatures(3, 5)
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ELU(), torch.nn.Linear(5, 5), torch.nn.ELU())
+    x = torch.randn(4, 3)
+    assert len(list(features.parameters())) == 1
+    torch.testing.assert_close(features(x), layers(x))
+    torch.testing.assert_close(torch.stack([features(row) for row in x]), layers(x))
+    features(x[0]).sum().backward()
+    layers(x[0]).sum().backward()
+    expected = torch.cat([parameter.grad.flatten() for parameter in layers.parameters()])
+    torch.testing.assert_close(features.weights.grad, expected)

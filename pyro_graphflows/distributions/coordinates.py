@@ -43,6 +43,7 @@ from torch.distributions.transforms import (
 )
 
 from pyro_graphflows.distributions.normal_tails import (
+    half_normal_quantile,
     log1mexp,
     ndtri_exp,
     normal_log_density,
@@ -307,6 +308,7 @@ class PriorQuantile(Transform):
         self.fn = fn
         self.codomain = fn.support
         self.parameters: list[Tensor] = [getattr(fn, name) for name in self.names]
+        self._last: Tensor | None = None  # the value made last, which is inside of the support
 
     def with_cache(self, cache_size: int = 1) -> "PriorQuantile":
         """Return itself: values are not kept."""
@@ -356,9 +358,10 @@ class PriorQuantile(Transform):
             return self._shape_of(x)
         follows = torch.is_grad_enabled() and x.requires_grad
         if not follows or self.is_iterated or any(part.requires_grad for part in self.parameters):
-            return self._value(x)
-        value: Tensor = _OfScore.apply(x, self)
-        return value
+            self._last = self._value(x)
+        else:
+            self._last = _OfScore.apply(x, self)
+        return self._last
 
     def _value(self, u: Tensor) -> Tensor:
         return self._inside(self._quantile(u)).to(u.dtype)
@@ -370,7 +373,10 @@ class PriorQuantile(Transform):
         """Return log N(u; 0, 1) - log p(z), elementwise."""
         if x.is_meta:
             return self._shape_of(x)
-        return normal_log_density(x) - self._log_density(self._inside(y))
+        return self._log_slope(x, y if y is self._last else self._inside(y))
+
+    def _log_slope(self, u: Tensor, value: Tensor) -> Tensor:
+        return normal_log_density(u) - self._log_density(value)
 
 
 class _OfScore(Operation):
@@ -386,7 +392,7 @@ class _OfScore(Operation):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         u, value = ctx.saved_tensors
-        slope = ctx.quantile.log_abs_det_jacobian(u, value).exp()
+        slope = ctx.quantile._log_slope(u, value).exp()
         return (grads[0] * slope).sum_to_size(u.shape), None
 
 
@@ -465,11 +471,11 @@ class _HalfNormal(_Positive):
     names = ("scale",)
 
     def _quantile(self, u: Tensor) -> Tensor:
-        lower, magnitude = two_sided(u)
-        near = math.sqrt(2.0) * torch.erfinv(tail_probability(torch.where(lower, magnitude, 1.0)))
-        log_tail = torch.special.log_ndtr(torch.where(lower, -1.0, -magnitude)) - math.log(2.0)
-        far = -ndtri_exp(log_tail, is_lower=True)
-        return self.parameters[0] * torch.where(lower, near, far)
+        return self.parameters[0] * half_normal_quantile(u)
+
+    def _log_density(self, value: Tensor) -> Tensor:
+        scale = self.parameters[0]
+        return normal_log_density(value / scale) - (scale.log() - math.log(2.0))
 
     def _score(self, value: Tensor) -> Tensor:
         t = value / self.parameters[0]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "half_normal_quantile",
     "log1mexp",
     "ndtri_exp",
     "normal_log_density",
@@ -122,3 +123,28 @@ def two_sided(u: Tensor) -> tuple[Tensor, Tensor]:
 def tail_probability(magnitude: Tensor) -> Tensor:
     r"""Return :math:`\Phi(-m)` for ``m >= 0``."""
     return 0.5 * torch.erfc(magnitude * math.sqrt(0.5))
+
+
+def half_normal_quantile(u: Tensor) -> Tensor:
+    r"""Return the quantile of the half-normal distribution at a normal score.
+
+    With :math:`p` the probability beyond ``u`` on its own side, it is :math:`\sqrt2 \operatorname{erf}^{-1}(p)` on the
+    left and :math:`-\Phi^{-1}(p / 2)` on the right. Where :math:`p` is too small for a number, the tails of both
+    distributions give :math:`z^2 = u^2 + a - \log(1 + a / u^2) + 3 a / u^4` with :math:`a = 2 \log 2`, up to
+    :math:`u^{-6}`.
+
+    Args:
+        u: The score.
+
+    Example:
+        >>> half_normal_quantile(torch.tensor([-30.0, 0.0, 30.0])).tolist()
+        [0.0, 0.6744897365570068, 30.02309226989746]
+    """
+    lower, magnitude = two_sided(u)
+    p = tail_probability(magnitude)
+    near = math.sqrt(2.0) * torch.erfinv(p)
+    a = 2.0 * math.log(2.0)
+    inverse = magnitude.clamp(min=4.0).square().reciprocal()
+    far = torch.sqrt(1.0 / inverse + a - torch.log1p(a * inverse) + 3.0 * a * inverse.square())
+    far = torch.where(p < 8.0 * torch.finfo(p.dtype).tiny, far, -tail_score(0.5 * p))
+    return torch.where(lower, near, far)

@@ -444,7 +444,8 @@ class AutoFaithfulGuide(AutoGuide):
             conditional,
             call.supports[name],
             analytic_kl=self.plan.analytic_kl[name] and prior is None,
-            dtype=None if site.encoding is None else block.dtype,
+            dtype=block.dtype,
+            of_values=self._reader.like[name].dtype if site.encoding is None else None,
             coordinate=None if prior is None else prior.transform,
             scores=scores,
         )

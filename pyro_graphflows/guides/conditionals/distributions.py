@@ -23,6 +23,7 @@ from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import ComposeTransform, ExpTransform, IndependentTransform, Transform
 
 from pyro_graphflows.capture import CAPTURING
+from pyro_graphflows.distributions.normal_tails import HALF_LOG_TWO_PI
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.sites import DiscreteEncoding, LatentSite, is_identity
 
@@ -101,6 +102,11 @@ class Path:
         return ScoreParts(log_prob, no_score_function, found)
 
 
+def _log_prob(normal: dist.Normal, value: Tensor) -> Tensor:
+    """Return the log-density without the variance, which may be too small for a number."""
+    return -0.5 * ((value - normal.loc) / normal.scale).square() - HALF_LOG_TWO_PI - normal.scale.log()
+
+
 class ScalarNormal(dist.TorchDistribution):
     """A normal over vectors of one element, held as a normal over numbers.
 
@@ -137,7 +143,7 @@ class ScalarNormal(dist.TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density of vectors, shape ``batch_shape``."""
-        return self.normal.log_prob(value.squeeze(-1))
+        return _log_prob(self.normal, value.squeeze(-1))
 
 
 class SampledNormal(dist.TorchDistribution):
@@ -169,7 +175,7 @@ class SampledNormal(dist.TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density of values, shape ``batch_shape``."""
-        return self.normal.log_prob(value)
+        return _log_prob(self.normal, value)
 
     def score_parts(self, x: Tensor, *args: Any, **kwargs: Any) -> ScoreParts:
         """Return the parts of gradients of ELBOs (:func:`along_path`)."""
@@ -205,6 +211,10 @@ class PathNormal(dist.Normal):
         value: Tensor = super().rsample(sample_shape)
         return self._path.keep(value, value.unsqueeze(-1))
 
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log-density of values, shape ``batch_shape``."""
+        return _log_prob(self, value)
+
     def score_parts(self, x: Tensor, *args: Any, **kwargs: Any) -> ScoreParts:
         """Return the parts of gradients of ELBOs (:func:`along_path`)."""
         return self._path.parts(self.log_prob(x), x, self)
@@ -227,6 +237,7 @@ class FactorDistribution(dist.TorchDistribution):
         event_shape: The event shape of the site.
         support: The support of the site.
         path: What is remembered of draws.
+        dtypes: The types of flat vectors and of values, where these are two.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
@@ -239,9 +250,10 @@ class FactorDistribution(dist.TorchDistribution):
         event_shape: torch.Size,
         support: constraints.Constraint,
         path: Path | None = None,
+        dtypes: tuple[torch.dtype, torch.dtype] | None = None,
     ) -> None:
         self._path = Path() if path is None else path
-        self.base = base
+        self.base, self._dtypes = base, dtypes
         self.has_rsample = base.has_rsample
         self.transform = transform
         self.unconstrained_shape = unconstrained_shape
@@ -269,12 +281,14 @@ class FactorDistribution(dist.TorchDistribution):
             self.event_shape,
             self._support,
             self._path,
+            self._dtypes,
         )
         new._drawn = self._drawn
         return new
 
     def _shaped(self, flat: Tensor) -> Tensor:
-        """Return flat vectors in the event shape before they are flattened."""
+        """Return flat vectors in the event shape before they are flattened, and of the type of the site."""
+        flat = flat if self._dtypes is None else flat.to(self._dtypes[1])
         if self.unconstrained_shape == self.base.event_shape:
             return flat
         return flat.reshape(flat.shape[:-1] + self.unconstrained_shape)
@@ -317,6 +331,7 @@ class FactorDistribution(dist.TorchDistribution):
         raw = self.transform.inv(value)
         dims = len(self.unconstrained_shape)
         flat = raw.reshape(*raw.shape[: raw.dim() - dims], -1)
+        flat = flat if self._dtypes is None else flat.to(self._dtypes[0])
         self._drawn[:] = [(value, flat, torch.is_grad_enabled())]
         return flat
 
@@ -621,6 +636,7 @@ def site_distribution(
     dtype: torch.dtype | None = None,
     coordinate: Transform | None = None,
     scores: Scores | None = None,
+    of_values: torch.dtype | None = None,
 ) -> tuple[dist.TorchDistribution, Callable[[Tensor], Tensor]]:
     """Return the distribution to emit at a site and the map from its value to the unconstrained vector.
 
@@ -629,10 +645,11 @@ def site_distribution(
         factor: The distribution over its flat unconstrained vector.
         support: The support in this call.
         analytic_kl: Whether the distribution may be one for which a KL divergence is registered.
-        dtype: The type of the vectors of discrete sites; the default type if not given.
+        dtype: The type of the flat vectors; the default type if not given.
         coordinate: The map to the site's values from the coordinate of the factor, where this is not the unconstrained
             vector.
         scores: See :class:`Path`.
+        of_values: The type of the values of a continuous site; that of the flat vectors if not given.
 
     Raises:
         GraphflowsError: If a discrete site has other values than at set-up, or a factor another event shape.
@@ -651,24 +668,32 @@ def site_distribution(
             f"vector of the site; got {tuple(factor.event_shape)} ({type(factor).__name__}). Use .to_event(1)."
         )
     as_at_set_up, path = support is site.support, Path(scores)
+    dtype = dtype or torch.get_default_dtype()
+    dtypes = None if of_values in (None, dtype) else (dtype, of_values)
     if coordinate is not None:
         back = site.bijection if as_at_set_up else biject_to(support)
         shapes = site.unconstrained_shape, site.event_shape, support
-        return FactorDistribution(factor, coordinate, *shapes, path), partial(_unconstrained, back, site)
+        emitted = FactorDistribution(factor, coordinate, *shapes, path, dtypes)
+        return emitted, partial(_unconstrained, back, site, None if dtypes is None else dtype)
     transform = site.bijection if as_at_set_up else biject_to(support)
     is_real = site.is_real if as_at_set_up else is_identity(transform)
-    if is_real and isinstance(factor, ScalarNormal) and not site.event_shape:
+    as_it_is = is_real and dtypes is None
+    if as_it_is and isinstance(factor, ScalarNormal) and not site.event_shape:
         plain = factor.normal if scores is None else PathNormal(factor.normal, path)
         return plain if analytic_kl else SampledNormal(factor.normal, path), _add_event_dim
-    if is_real and analytic_kl and site.event_shape == factor.event_shape:
+    if as_it_is and analytic_kl and site.event_shape == factor.event_shape:
         return factor, _itself
-    emitted = FactorDistribution(factor, transform, site.unconstrained_shape, site.event_shape, support, path)
+    shapes = site.unconstrained_shape, site.event_shape, support
+    emitted = FactorDistribution(factor, transform, *shapes, path, dtypes)
     return emitted, emitted.unconstrained
 
 
-def _unconstrained(transform: Transform, site: LatentSite, value: Tensor) -> Tensor:
-    """Return the flat unconstrained vectors of values, ``(*batch, size)``."""
+def _unconstrained(
+    transform: Transform, site: LatentSite, dtype: torch.dtype | None, value: Tensor
+) -> Tensor:
+    """Return the flat unconstrained vectors of values, ``(*batch, size)``, of a type (that of the values if None)."""
     raw = transform.inv(value)
+    raw = raw if dtype is None else raw.to(dtype)
     dims = len(site.unconstrained_shape)
     return raw.reshape(*raw.shape[: raw.dim() - dims], -1)
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pyro.distributions as dist
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import constraints
 
@@ -122,6 +123,34 @@ class ElementTable(nn.Module):
         return rows
 
 
+class SharedFeatures(nn.Module):
+    """Two hidden layers in one parameter: to optimisers that have an object for each, small ones cost as much as large.
+
+    Shape:
+        - Input: ``(*batch, num_inputs)``.
+        - Output: ``(*batch, num_features)``.
+
+    Args:
+        num_inputs: The number of inputs.
+        num_features: The number of features, and of units in the first layer.
+    """
+
+    def __init__(self, num_inputs: int, num_features: int) -> None:
+        super().__init__()
+        layers = nn.Linear(num_inputs, num_features), nn.Linear(num_features, num_features)
+        parts = [parameter.detach() for layer in layers for parameter in layer.parameters()]
+        self.shapes = [part.shape for part in parts]
+        self.weights = nn.Parameter(torch.cat([part.flatten() for part in parts]))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the features."""
+        parts = self.weights.split([shape.numel() for shape in self.shapes])
+        first, first_bias, second, second_bias = map(Tensor.view, parts, self.shapes)
+        if inputs.dim() == 1:  # a product of a matrix and a vector, in fewer operations
+            return F.elu(torch.addmv(second_bias, second, F.elu(torch.addmv(first_bias, first, inputs))))
+        return F.elu(F.linear(F.elu(F.linear(inputs, first, first_bias)), second, second_bias))
+
+
 class ElementMap(nn.Module):
     r"""A map from a site's inputs to its factor's parameters for each element of plates, beside the network.
 
@@ -167,10 +196,7 @@ class ElementMap(nn.Module):
         self.known = known
         self.num_inputs, self.num_outputs, self.offset = num_inputs, num_outputs, offset
         self.num_features = features if num_inputs else 0
-        self.shared = nn.Sequential()
-        if self.num_features:
-            layers = nn.Linear(num_inputs, features), nn.ELU(), nn.Linear(features, features), nn.ELU()
-            self.shared = nn.Sequential(*layers)
+        self.shared = SharedFeatures(num_inputs, features) if self.num_features else None
         columns = num_outputs * (num_inputs + self.num_features + offset)
         self.rows = ElementTable(plates, columns, extends=not offset or known is not None)
         if known is not None:
@@ -182,7 +208,7 @@ class ElementMap(nn.Module):
         """Return the contribution to the outputs of a call's elements."""
         rows = self.rows(plates).unflatten(-1, (self.num_outputs, -1))
         holds = None if self.known is None else self._holds(plates, inputs[..., list(self.known)])
-        if self.num_features:
+        if self.shared is not None:
             inputs = torch.cat([inputs, self.shared(inputs) / self.num_features**0.5], -1)
         outputs = (rows[..., : inputs.shape[-1]] @ inputs.unsqueeze(-1)).squeeze(-1)
         if self.offset:
