@@ -44,7 +44,7 @@ def log1mexp(x: Tensor) -> Tensor:
 
 class _NdtriExp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, is_lower: bool) -> Tensor:
+    def forward(y: Tensor, is_lower: bool) -> Tensor:
         tail = y
         if not is_lower:
             log_lower = y.clamp(max=-math.log(2.0))
@@ -59,9 +59,15 @@ class _NdtriExp(torch.autograd.Function):
             for _ in range(2):  # the second for double precision
                 v = v - (torch.special.log_ndtr(v) - far) * _inverse_hazard(v)
             u = torch.where(deep & (v > -math.inf), v, u)  # not where it is NaN
-        u = u if is_lower else torch.where(upper, -u, u)
-        ctx.save_for_backward(u)
-        return u
+        return u if is_lower else torch.where(upper, -u, u)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None], y: Tensor, is_lower: bool) -> tuple[Tensor, int]:
+        return _NdtriExp.apply(y, is_lower), in_dims[0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
