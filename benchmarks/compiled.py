@@ -33,7 +33,7 @@ from pyro_graphflows import auto_faithful_guide
 from pyro_graphflows.infer import CompiledELBO, CompiledLoss
 from studies.results import Results
 
-CAPTURE_AFTER = 2  # steps; 200 by default
+CAPTURE_AFTER = 2  # steps; 50 by default
 FAMILIES = {"normal": "normal", "default": "auto", "flow": "flow"}
 STRUCTURED = ("schools", "radon", "crossed")  # where AutoStructured is timed too
 
@@ -125,7 +125,7 @@ def page(records: dict[str, dict[str, Any]]) -> str:
         f"Made by `python -m benchmarks.compiled --out docs/results` on {' and '.join(dates)}, on 2 CPU cores shared "
         "with other work; the script says what is timed. Milliseconds of processor time of one `SVI.step`, medians of "
         "steps taken in turns, one thread, float32. In brackets the ratio to AutoNormal's. In steps of *normal*, "
-        "*default* and *flow* the guide's call is captured, as guides do by themselves after 200 steps. *Captured* is "
+        "*default* and *flow* the guide's call is captured, as guides do by themselves after 50 steps. *Captured* is "
         "`SVI.step` with the normal guide and `CompiledELBO()`, then the processor seconds of its first; *compiled* "
         "the step of `fit(..., compile=True)` for the normal guide; in brackets how many times faster than `SVI.step` "
         "with the same guide, with the processor and wall-clock seconds of compilation.",

@@ -22,9 +22,9 @@ PACKAGES = {
     "pyro_graphflows.masks": "Edges as matrix entries.",
     "pyro_graphflows.plotting": "Pictures of graphs, training and posteriors.",
     "pyro_graphflows.datasets": "Image data from files that you give.",
-    "pyro_graphflows.capture": "A torch program as one graph of operations, with its noise among the inputs.",
+    "pyro_graphflows.capture": "What captured programs need: their noise, and how they are run.",
     "pyro_graphflows.captured_gradients": "A captured program that autograd knows.",
-    "pyro_graphflows.recording": "A function of tensors as a graph of its operations, all else being fixed.",
+    "pyro_graphflows.recording": "A torch program as one graph of operations, with its noise among the inputs.",
     "pyro_graphflows.errors": "What is raised and warned of.",
     "pyro_graphflows.testing": "The contract of a family, for those who extend.",
 }

@@ -1,13 +1,9 @@
-r"""A program of torch as one graph of tensor operations, with its noise among the inputs.
+"""What captured programs need: their noise, what they may ask tensors, and how they are run.
 
-A Pyro program spends most of a step of training in Python. :func:`capture` runs a function of tensors once, writes down
-every tensor operation on the way, those of going backward included, and returns them as one function: of the
-tensors given, of the random numbers (*noise*), and of whatever other tensors the program reads (constants, which are
-read again at each call). What cannot be written down is refused with the reason: numbers read out of tensors, on which
-Python code could depend, shapes that depend on values, and draws that are no function of uniform or normal noise.
-
+A Pyro program spends most of a step of training in Python. Written down as a graph of tensor operations
+(:mod:`pyro_graphflows.recording`) it is one function of tensors and of the random numbers (*noise*) that it draws.
 Noise makes a run repeatable: :class:`Draws` gives a program the random numbers it is handed, so the captured function
-and the program itself can be compared at the same noise.
+and the program itself can be compared at the same noise. :func:`scripted` lets PyTorch's interpreter run the graph.
 """
 
 import math
@@ -23,7 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_graphflows.errors import GraphflowsError
@@ -34,7 +29,6 @@ __all__ = [
     "Draws",
     "Noise",
     "NotCapturedError",
-    "capture",
     "is_compared",
     "known_answer",
     "left_unchecked",
@@ -50,9 +44,13 @@ CAPTURING: ContextVar[bool] = ContextVar("capturing", default=False)
 
 _UNCHECKED: ContextVar[list[Tensor] | None] = ContextVar("unchecked", default=None)
 
-_LIFTED = ("lift_fresh", "lift_fresh_copy")
 _TORCH, _PACKAGE = str(Path(torch.__file__).parent), str(Path(__file__).parent)
 _SITES = str(Path(torch.__file__).parent.parent)
+_RECORDING, _BEGINNINGS = (
+    str(Path(__file__).parent / "recording.py"),
+    ("capture", "record"),
+)  # who runs programs
+_HIDDEN = (__file__, _RECORDING, "<string>")
 
 
 class NotCapturedError(GraphflowsError):
@@ -149,6 +147,11 @@ class Draws(TorchDispatchMode):
         self.counts: dict[Noise, int] = {}
         self.taken: list[tuple[Noise, torch.Size]] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Answer PyTorch, which would import its compiler, only to disable it here."""
+        return False
+
     def fresh(self) -> dict[Noise, Tensor]:
         """Return as many fresh numbers as have been taken."""
         return {noise: noise.draw([count]) for noise, count in self.counts.items()}
@@ -176,8 +179,6 @@ class Draws(TorchDispatchMode):
             if answer is not None:
                 return answer
         if torch.Tag.nondeterministic_seeded not in func.tags:
-            if CAPTURING.get():
-                require_fixed_shape(func, args, _changes)
             return func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
         draw = _DRAWS.get(name)
@@ -297,20 +298,7 @@ _DRAWS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------- capturing
-class _Numbers(TorchFunctionMode):
-    """Keep ``x.item()`` a tensor, as numbers that are only added up may be; no tensor counts as all zeros or ones."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is Tensor.item:
-            if sys._getframe(1).f_code.co_name in ("is_identically_zero", "is_identically_one"):
-                return math.nan  # equal to none of them
-            return args[0].detach().reshape(())
-        return func(*args, **(kwargs or {}))
-
-
+# ------------------------------------------------------------------------------------------------------- questions
 # Questions to tensors that have an answer good for all values: no warning of NaN, which the caller watches for; no
 # values left out of a sum, which are zeros; a branch for tails, chosen element by element.
 _ANSWERS = {
@@ -330,14 +318,6 @@ def known_answer() -> bool | None:
             return answer
         frame = frame.f_back
     return None
-
-
-def _changes(tensor: Tensor) -> bool:
-    """Whether a tensor changes from call to call of the program that is being captured."""
-    from torch.fx.experimental.proxy_tensor import get_innermost_proxy_mode
-
-    mode: Any = get_innermost_proxy_mode()
-    return mode is not None and tensor in mode.tracer.tensor_tracker
 
 
 def require_fixed_shape(func: Any, args: tuple[Any, ...], changes: Callable[[Tensor], bool]) -> None:
@@ -367,16 +347,15 @@ def require_fixed_shape(func: Any, args: tuple[Any, ...], changes: Callable[[Ten
 def place_in_program(stack: Sequence[traceback.FrameSummary] | None = None) -> str:
     """Return where a program is: in the user's code, else in this package or Pyro, else in torch."""
     stack = traceback.extract_stack() if stack is None else stack
-    entries = [entry for entry in reversed(stack) if entry.filename not in (__file__, "<string>")]
+    starts = [
+        i for i, entry in enumerate(stack) if entry.filename == _RECORDING and entry.name in _BEGINNINGS
+    ]
+    entries = [e for e in reversed(stack[max(starts, default=-1) + 1 :]) if e.filename not in _HIDDEN]
     for hidden in ((_SITES, _PACKAGE), (_TORCH,), ()):
         for entry in entries:
             if not entry.filename.startswith(hidden):
                 return f" ({entry.filename}:{entry.lineno}: `{(entry.line or '').strip()}`)"
     return ""
-
-
-def _place_of(error: BaseException) -> str:
-    return place_in_program(traceback.extract_tb(error.__traceback__))
 
 
 @dataclass(frozen=True)
@@ -408,103 +387,6 @@ class Captured:
         return Draws(dict(zip(self.noise, noise, strict=True)))
 
 
-@contextmanager
-def _capturing() -> Iterator[None]:
-    token = CAPTURING.set(True)
-    try:
-        yield
-    finally:
-        CAPTURING.reset(token)
-
-
-def capture(
-    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], counts: Mapping[Noise, int]
-) -> Captured:
-    """Write a program down as tensor operations.
-
-    Args:
-        function: The program: of tensors, to a sequence of tensors. It may go backward on the way, and draws random
-            numbers as it likes. Whatever else it reads is taken as it is: Python values are fixed from here on, other
-            tensors are read again at each call.
-        inputs: The tensors to run it with; the program may reach the same tensors by other ways.
-        counts: How many random numbers of each kind it draws, as :class:`Draws` has counted them.
-
-    Returns:
-        The captured program.
-
-    Raises:
-        NotCapturedError: If it cannot be written down.
-
-    Example:
-        >>> x = torch.zeros(3)
-        >>> captured = capture(lambda x: [(x + torch.randn(3)).sum()], [x], {Noise("normal", x.dtype, x.device): 3})
-        >>> (total,) = captured.graph(torch.ones(3), torch.ones(3))
-        >>> total.item()
-        6.0
-    """
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    kinds = list(counts)
-
-    def run(*flat: Tensor) -> list[Tensor]:
-        given = dict(zip(kinds, flat[len(inputs) :], strict=True))
-        with _Numbers(), Draws(given):
-            return list(function(*flat[: len(inputs)]))
-
-    noise = [kind.draw([count]) for kind, count in counts.items()]
-    try:
-        with _capturing(), uncovered():
-            traced = make_fx(run, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs, *noise)
-    except NotCapturedError:
-        raise
-    except RuntimeError as error:
-        if "get value out of a tracing tensor" in str(error):
-            why = "a number is read out of a tensor that changes from call to call, and Python code may depend on it"
-            raise NotCapturedError(f"{why}{_place_of(error)}") from error
-        raise NotCapturedError(f"{type(error).__name__}: {error}{_place_of(error)}") from error
-    except (TypeError, ValueError, NotImplementedError, AssertionError) as error:
-        raise NotCapturedError(f"{type(error).__name__}: {error}{_place_of(error)}") from error
-    return _lifted(traced, dict(counts))
-
-
-def _lifted(traced: torch.fx.GraphModule, counts: dict[Noise, int]) -> Captured:
-    """Return the graph with constants as arguments, since a compiler might fix their values; literals stay."""
-    traced.graph.eliminate_dead_code()
-    graph = torch.fx.Graph()
-    nodes: dict[torch.fx.Node, Any] = {}
-    for i, node in enumerate(node for node in traced.graph.nodes if node.op == "placeholder"):
-        nodes[node] = graph.placeholder(f"input_{i}")
-    constants: dict[int, tuple[Any, Tensor]] = {}
-    literals = {}
-    for node in traced.graph.nodes:
-        if node.op != "get_attr":
-            continue
-        value = getattr(traced, str(node.target))
-        if all(_is_lift(user) for user in node.users) and value.numel() == 1:
-            literals[node] = value
-            continue
-        if id(value) not in constants:
-            constants[id(value)] = graph.placeholder(f"constant_{len(constants)}"), value
-        nodes[node] = constants[id(value)][0]
-    for node, value in literals.items():
-        options = {"dtype": value.dtype, "device": value.device}
-        full = torch.ops.aten.full.default
-        nodes[node] = graph.call_function(full, (list(value.shape), value.item()), options)
-    count = 0
-    for node in traced.graph.nodes:
-        if node.op == "output":
-            graph.output(tuple(torch.fx.map_arg(node.args[0], lambda old: nodes[old])))
-        elif node not in nodes:
-            nodes[node] = graph.node_copy(node, lambda old: nodes[old])
-            count += 1
-    module = torch.fx.GraphModule(torch.nn.Module(), graph)
-    return Captured(module, counts, tuple(value for _, value in constants.values()), count)
-
-
-def _is_lift(node: torch.fx.Node) -> bool:
-    return getattr(node.target, "__name__", "").split(".")[0] in _LIFTED
-
-
 # ------------------------------------------------------------------------------------------------------- running
 def is_compared(calls: int) -> bool:
     """Whether captured code is compared with the program in this call: 1, 2, 4, 8, ..."""
@@ -521,7 +403,7 @@ def scripted(graph: torch.fx.GraphModule, arguments: Sequence[Tensor]) -> Callab
         graph: The graph: of tensors, to a tuple of tensors.
         arguments: Arguments of the shapes and types to come.
     """
-    typed = _with_typed_numbers(graph, arguments)
+    typed = _with_typed_numbers(graph, arguments)  # the interpreter has one zero, whatever its sign
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of constants in the graph, which are meant
         traced, _ = torch._C._create_graph_by_tracing(
@@ -541,26 +423,27 @@ def _with_typed_numbers(graph: torch.fx.GraphModule, arguments: Sequence[Tensor]
     A number of Python is one of double precision, which an operation on a tensor of single precision converts at each
     call; that takes as long as the operation on a few elements.
     """
-    copied = torch.fx.Graph()
-    copied.output(copied.graph_copy(graph.graph, {}))
-    own = torch.fx.GraphModule(graph, copied)
+    own = torch.fx.Graph()
+    own.output(own.graph_copy(graph.graph, {}))
+    found = {
+        str(node.target): getattr(graph, str(node.target)) for node in own.nodes if node.op == "get_attr"
+    }
     names: dict[tuple[torch.dtype, str], str] = {}
-    given = [node for node in own.graph.nodes if node.op == "placeholder"]
+    given = [node for node in own.nodes if node.op == "placeholder"]
     for node, argument in zip(given, arguments, strict=True):
-        node.meta["val"] = argument
+        node.meta |= {"val": argument, "device": argument.device}
 
     def typed(node: torch.fx.Node, number: float, dtype: torch.dtype) -> torch.fx.Node:
-        name = names.setdefault((dtype, repr(number)), f"number_{len(names)}")  # zeros have a sign
-        if not hasattr(own, name):
-            own.register_buffer(name, torch.tensor(number, dtype=dtype))
-        with own.graph.inserting_before(node):
-            return own.graph.get_attr(name)
+        name = names.setdefault((dtype, repr(number)), f"number_{len(names)}")
+        found.setdefault(name, torch.tensor(number, dtype=dtype))
+        with own.inserting_before(node):
+            return own.create_node("get_attr", name)
 
-    for node in own.graph.nodes:
+    for node in own.nodes:
         name = getattr(getattr(node.target, "_schema", None), "name", "").removeprefix("aten::")
-        first = node.args[0] if node.args else None
+        first: Any = node.args[0] if node.args else None
         value = first.meta.get("val") if isinstance(first, torch.fx.Node) else None
-        if not isinstance(value, Tensor) or value.dtype not in _EXACT or value.device.type != "cpu":
+        if not isinstance(value, Tensor) or value.dtype not in _EXACT or first.meta["device"].type != "cpu":
             continue  # other devices take a number with the call
         by_number = len(node.args) == 2 and isinstance(node.args[1], int | float)
         if name in _BY_NUMBER and by_number:
@@ -573,5 +456,4 @@ def _with_typed_numbers(graph: torch.fx.GraphModule, arguments: Sequence[Tensor]
             bounds = [None if b is None else typed(node, float(b), value.dtype) for b in node.args[1:]]
             node.args = first, *bounds
             node.target = torch.ops.aten.clamp.Tensor
-    own.recompile()
-    return own
+    return torch.fx.GraphModule(found, own)

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pyro_graphflows.capture import Captured, Noise, NotCapturedError, capture, scripted
+from pyro_graphflows.capture import Captured, Noise, NotCapturedError, scripted
+from pyro_graphflows.recording import capture
 
 __all__ = ["CapturedGradients", "Result", "capture_with_gradients", "simplified"]
 
@@ -310,7 +311,7 @@ class _Halves:
             are_fixed: For each of the last arguments, whether its value stays as it is.
         """
         for node, value in zip(self.arguments, values, strict=True):
-            node.meta["val"] = value
+            node.meta |= {"val": value, "device": value.device}
         first = len(values) - len(are_fixed)
         pairs = zip(self.arguments[first:], are_fixed, strict=True)
         self.constants = {node: node.meta["val"] for node, is_fixed in pairs if is_fixed}
@@ -485,11 +486,8 @@ def _same_as(node: fx.Node) -> fx.Node | None:
         inner = first.args[0]
         return inner if isinstance(inner, fx.Node) else None
     by_number = len(node.args) == 2 and isinstance(node.args[1], int | float)
-    if name in _RESHAPING or (by_number and (name, node.args[1]) in _WITHOUT_EFFECT):
-        before, after = first.meta.get("val"), node.meta.get("val")
-        if torch.is_tensor(before) and torch.is_tensor(after) and _layout(before) == _layout(after):
-            return first
-    return None
+    may_be_same = name in _RESHAPING or (by_number and (name, node.args[1]) in _WITHOUT_EFFECT)
+    return first if may_be_same and _has_layout_of(first, node) else None
 
 
 def _before_reshaping(node: fx.Node) -> fx.Node | None:
@@ -497,15 +495,18 @@ def _before_reshaping(node: fx.Node) -> fx.Node | None:
     source: Any = node
     while _name(source) in _IN_ORDER and isinstance(source.args[0], fx.Node):
         source = source.args[0]
-        before, after = source.meta.get("val"), node.meta.get("val")
-        if torch.is_tensor(before) and torch.is_tensor(after) and _layout(before) == _layout(after):
+        if _has_layout_of(source, node):
             found: fx.Node = source
             return found
     return None
 
 
-def _layout(value: Tensor) -> tuple[Any, ...]:
-    return tuple(value.shape), value.stride(), value.dtype, value.device
+def _has_layout_of(node: fx.Node, other: fx.Node) -> bool:
+    """Whether two nodes are tensors of the same shape, type and layout on the same device."""
+    one, two = node.meta.get("val"), other.meta.get("val")
+    if not (torch.is_tensor(one) and torch.is_tensor(two)) or node.meta["device"] != other.meta["device"]:
+        return False
+    return (one.shape, one.stride(), one.dtype) == (two.shape, two.stride(), two.dtype)
 
 
 def _filled_from(node: fx.Node) -> fx.Node | None:
@@ -515,9 +516,7 @@ def _filled_from(node: fx.Node) -> fx.Node | None:
     target, source = node.args
     if not isinstance(target, fx.Node) or not isinstance(source, fx.Node) or _name(target) != "empty":
         return None
-    before, after = source.meta.get("val"), node.meta.get("val")
-    same = torch.is_tensor(before) and torch.is_tensor(after) and _layout(before) == _layout(after)
-    return source if same and list(target.users) == [node] else None
+    return source if _has_layout_of(source, node) and list(target.users) == [node] else None
 
 
 def _unstack(node: fx.Node) -> None:

@@ -319,6 +319,7 @@ def test_a_model_that_mixes_the_draws_of_a_batch_is_asked_for_few_at_once():
         with pyro.plate("rows", 3):
             row = pyro.sample("row", dist.Normal(0.0, 1.0))
             loc = row + vector.sum(-1)[..., None]  # one dimension too many with a batch of vectors
+            str(vector.detach().sum().item())  # what reads a number cannot be mapped
             sizes.append(loc.numel())
             cell = pyro.sample("cell", dist.Normal(loc, 1.0))
             pyro.sample("x", dist.Normal(cell, 1.0), obs=x)
@@ -327,6 +328,34 @@ def test_a_model_that_mixes_the_draws_of_a_batch_is_asked_for_few_at_once():
     values = mode.draw(1000)
     assert values["cell"].shape == (SINGLE_RUNS, 3)  # one by one
     assert max(sizes) < 3 * 100**2
+
+
+def test_models_that_take_no_batches_are_mapped_over_points():
+    """As most regressions are written: without it there were no normals but that of the mode, and few draws."""
+
+    def model(x, y):
+        scale = pyro.sample("scale", dist.HalfCauchy(1.0))
+        rates = pyro.sample("rates", dist.Gamma(torch.tensor([2.0, 3.0, 4.0]), scale).to_event(1))
+        share = pyro.sample("share", dist.Beta(2.0, 3.0))
+        weights = pyro.sample("weights", dist.Laplace(torch.zeros(3), scale).to_event(1))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(x @ (share * rates * weights), scale), obs=y)
+
+    x, y = torch.randn(8, 3), torch.randn(8)
+    posterior = LogPosterior(model, (x, y), {}, trace_model(model, (x, y)))
+    points = torch.randn(SINGLE_RUNS + 1, posterior.size, requires_grad=True)
+    assert posterior.takes_many(points)
+    together, apart = posterior(points), torch.stack([posterior(point) for point in points])
+    torch.testing.assert_close(together, apart)
+    gradients = [torch.autograd.grad(each.sum(), points)[0] for each in (together, apart)]
+    torch.testing.assert_close(*gradients)
+    values = posterior.values(points)
+    assert {name: tuple(value.shape) for name, value in values.items()} == {
+        "scale": (len(points),),
+        "rates": (len(points), 3),
+        "share": (len(points),),
+        "weights": (len(points), 3),
+    }
 
 
 def test_how_long_a_search_may_take_changes_no_draws(monkeypatch):

@@ -7,8 +7,9 @@ import torch
 
 from pyro_graphflows.graphs import faithful_inverse, is_imap
 from pyro_graphflows.graphs.library import binary_tree
+from pyro_graphflows.graphs.structures import ModelGraph
 from pyro_graphflows.guides import auto_faithful_guide
-from pyro_graphflows.guides.orders import joint_rows, smooth_order
+from pyro_graphflows.guides.orders import joint_rows, order_for_hierarchies, smooth_order
 from pyro_graphflows.guides.samples import ModelDraws
 from pyro_graphflows.guides.sites import input_encodings, latent_sites
 from pyro_graphflows.inspect import sample_prior, trace_model
@@ -194,3 +195,28 @@ def test_of_crossed_effects_those_in_the_smaller_plate_are_sampled_first(shape):
     assert is_imap(guide.inverse)
     asked = auto_faithful_guide(crossed, torch.randn(shape), inverse=[smaller, larger, "scale"])
     assert larger in asked.inverse.coupled  # an order that is asked for is kept
+
+
+def test_outer_sites_precede_scales_in_plates():
+    """A horseshoe, whose scales are in the plate of the weights, beside an intercept that sets no scale."""
+
+    def model(x, y):
+        spread = pyro.sample("spread", dist.HalfCauchy(1.0))
+        intercept = pyro.sample("intercept", dist.Normal(0.0, 10.0))
+        with pyro.plate("columns", x.shape[-1]):
+            width = pyro.sample("width", dist.HalfCauchy(1.0))
+            weight = pyro.sample("weight", dist.Normal(0.0, width * spread))
+        with pyro.plate("rows", len(y)):
+            loc = intercept + (x @ weight.unsqueeze(-1)).squeeze(-1)
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+    guide = auto_faithful_guide(model, torch.randn(10, 3), torch.randn(10), num_start_samples=100)
+    order = list(guide.inverse.sampling_order)
+    assert set(order[:2]) == {"spread", "intercept"}
+    assert order[2:] == ["width", "weight"]
+
+
+def test_no_order_is_found_for_effects_that_sum_a_plate():
+    plates = {"s": ["rows"], "x": ["rows"]}
+    graph = ModelGraph(["sb", "sx", "bx"], observed=["x"], plates=plates)
+    assert order_for_hierarchies(faithful_inverse(graph, ["s", "b"]), {"s": ["b"]}) is None

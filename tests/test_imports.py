@@ -25,8 +25,8 @@ def _layer(path):
 # layer: the layers that it may import from
 MAY_IMPORT = {
     "capture": "errors",
-    "captured_gradients": "capture",
     "recording": "capture",
+    "captured_gradients": "capture recording",
     "errors": "",
     "graphs": "errors",
     "masks": "errors graphs",
@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "guides": "capture captured_gradients distributions errors graphs infer inspect masks nn recording regression "
     "tensor_files transforms",
     # Any Pyro guide will do: nothing of our own guides.
-    "infer": "capture errors graphs inspect masks nn plotting transforms whole_files",
+    "infer": "capture errors graphs inspect masks nn plotting recording transforms whole_files",
     "models": "errors graphs guides infer inspect masks nn transforms",
     "plotting": "errors graphs",
     "datasets": "errors",

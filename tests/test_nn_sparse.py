@@ -5,10 +5,10 @@ import warnings
 import pytest
 import torch
 
-from pyro_graphflows.capture import capture
 from pyro_graphflows.masks import SparseMask
 from pyro_graphflows.nn import sparse
 from pyro_graphflows.nn.sparse import SparsePattern
+from pyro_graphflows.recording import capture
 
 SHAPES = [(6, 4), (1, 1), (5, 0), (0, 5), (3, 9)]
 

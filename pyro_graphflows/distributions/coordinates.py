@@ -47,7 +47,6 @@ from pyro_graphflows.distributions.normal_tails import (
     log1mexp,
     ndtri_exp,
     normal_log_density,
-    normal_log_prob,
     normal_score,
     tail_probability,
     tail_score,
@@ -116,7 +115,7 @@ class GaussianCoordinate:
                 self.loc, scale_tril=self.scale_tril, validate_args=False
             ).log_prob(u)
         else:
-            log_prob = normal_log_prob(u, self.loc, self.scale)
+            log_prob = normal_log_density((u - self.loc) / self.scale) - self.scale.log()
         return _summed(log_prob, self._batch_dims_of(u))
 
     def log_abs_det_jacobian(self, u: Tensor, value: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ __all__ = [
     "log1mexp",
     "ndtri_exp",
     "normal_log_density",
-    "normal_log_prob",
     "normal_score",
     "tail_probability",
     "tail_score",
@@ -29,11 +28,6 @@ HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
 def normal_log_density(u: Tensor) -> Tensor:
     """Return the log-density of the standard normal distribution."""
     return -0.5 * u.square() - HALF_LOG_TWO_PI
-
-
-def normal_log_prob(value: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
-    """Return the log-density of a normal, without its variance, which may be too small for a number."""
-    return normal_log_density((value - loc) / scale) - scale.log()
 
 
 def log1mexp(x: Tensor) -> Tensor:
@@ -50,7 +44,7 @@ def log1mexp(x: Tensor) -> Tensor:
 
 class _NdtriExp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, is_lower: bool) -> Tensor:
+    def forward(y: Tensor, is_lower: bool) -> Tensor:
         tail = y
         if not is_lower:
             log_lower = y.clamp(max=-math.log(2.0))
@@ -65,9 +59,15 @@ class _NdtriExp(torch.autograd.Function):
             for _ in range(2):  # the second for double precision
                 v = v - (torch.special.log_ndtr(v) - far) * _inverse_hazard(v)
             u = torch.where(deep & (v > -math.inf), v, u)  # not where it is NaN
-        u = u if is_lower else torch.where(upper, -u, u)
-        ctx.save_for_backward(u)
-        return u
+        return u if is_lower else torch.where(upper, -u, u)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None], y: Tensor, is_lower: bool) -> tuple[Tensor, int]:
+        return _NdtriExp.apply(y, is_lower), in_dims[0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:

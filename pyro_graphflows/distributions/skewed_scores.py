@@ -255,8 +255,7 @@ def score(kernel: SkewedKernel, x: Tensor) -> Tensor:
 
 class _Unscore(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kind: Any, u: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.kind = kind
+    def forward(kind: Any, u: Tensor, *parameters: Tensor) -> Tensor:
         kernel = kind(*parameters)
         table = None if CAPTURING.get() else _TABLES.find(kernel, u)
         if table is None:
@@ -266,8 +265,24 @@ class _Unscore(torch.autograd.Function):
             x = table(u.masked_fill(beyond, 0.0))
             if bool(beyond.any()):  # a few of many draws of heavy tails: the others do not wait for them
                 x[beyond] = _solve(kernel, u[beyond])
-        ctx.save_for_backward(x, u, *parameters)
         return x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.kind, *tensors = inputs
+        ctx.save_for_backward(output, *tensors)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], kind: Any, *tensors: Tensor) -> tuple[Tensor, int]:
+        dims = list(zip(tensors, in_dims[1:], strict=True))
+        rank = max(tensor.dim() - (dim is not None) for tensor, dim in dims)
+        u, *parameters = [
+            tensor
+            if dim is None
+            else tensor.movedim(dim, 0)[(slice(None), *[None] * (rank + 1 - tensor.dim()))]
+            for tensor, dim in dims
+        ]
+        return _Unscore.apply(kind, u.expand(info.batch_size, *u.shape[u.dim() - rank :]), *parameters), 0
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:

@@ -58,7 +58,7 @@ __all__ = ["CapturedCalls", "CapturedDistribution"]
 
 logger = logging.getLogger(__name__)
 
-AFTER = 200  # calls of a kind, in which the programs take as long as capturing does
+AFTER = 50  # calls of a kind, in which the programs take as long as capturing does
 MOST_CAPTURED = 4  # kinds of calls
 MOST_COUNTED = 32
 MOST_REBUILT = 3  # captured calls for which the programs had to be run as well, beside one in ten

@@ -29,6 +29,7 @@ References:
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -379,6 +380,7 @@ class LogPosterior:
         self.centred = centred
         self.count: Callable[[], object] = _nothing  # called with each evaluation
         self.captured = CapturedDensity(self._evaluate)
+        self._maps = False  # whether many points are one run that torch.func.vmap maps over them
         self.nesting = nesting_of(traced)
         self._supports = {name: nodes[name]["fn"].support for name in names}
         self.coordinates: dict[str, Coordinate] = {}
@@ -486,6 +488,9 @@ class LogPosterior:
 
     def _evaluate(self, point: Tensor) -> Tensor:
         many = point.dim() > 1
+        if many and self._maps:
+            found: Tensor = _mapped(self._evaluate, point)
+            return found
         model = self._in_plate(len(point)) if many else self.model
         if self.sums:
             model = enumerated(model, self.nesting + many)
@@ -516,14 +521,21 @@ class LogPosterior:
         return inside
 
     def takes_many(self, points: Tensor) -> bool:
-        """Whether the log-densities at many points at once are those at each."""
-        try:
-            with torch.no_grad():
-                together = self(points)
-                apart = torch.stack([self(point) for point in points[:2]])
-        except (ValueError, RuntimeError, IndexError):
-            return False
-        return torch.allclose(together[:2], apart, 1e-4, 1e-4)
+        """Whether the log-densities at many points at once are those at each.
+
+        A model that does not take a plate around it, as one with ``x @ weights``, is mapped over the points.
+        """
+        with torch.no_grad():
+            for self._maps in (False, True):
+                try:
+                    together = self(points)
+                    apart = torch.stack([self(point) for point in points[:2]])
+                except Exception:  # of the model, or of a mapped operation
+                    continue
+                if torch.allclose(together[:2], apart, 1e-4, 1e-4):
+                    return True
+        self._maps = False
+        return False
 
     # ---------------------------------------------------------------- values at many points
 
@@ -543,7 +555,8 @@ class LogPosterior:
             )
 
         mixes = len(points) > FEW_ENOUGH and not is_right(self._in_a_plate(points[:FEW]))
-        for way in (self._one_by_one,) if mixes else (self._in_a_plate, self._one_by_one):
+        ways = () if mixes else (self._in_a_plate,)
+        for way in (*ways, self._as_map, self._one_by_one):
             found = way(points)
             if found is not None and is_right(found):
                 return found
@@ -564,9 +577,22 @@ class LogPosterior:
             found[name] = value.reshape(shape)
         return found
 
+    def _as_map(self, points: Tensor) -> dict[str, Tensor] | None:
+        try:
+            return dict(_mapped(lambda point: self._run(point, stop=True)[0].values, points))
+        except Exception:  # of the model, or of a mapped operation
+            return None
+
     def _one_by_one(self, points: Tensor) -> dict[str, Tensor]:
         runs = [self._run(point, stop=True)[0].values for point in points[:SINGLE_RUNS]]
         return {name: torch.stack([run[name] for run in runs]) for name in runs[0]}
+
+
+def _mapped(function: Callable[[Tensor], Any], points: Tensor) -> Any:
+    """Return what a function of one point gives for each of many, by one run."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")  # of operations that are not mapped
+        return torch.func.vmap(function)(points)
 
 
 # ---------------------------------------------------------------- the search

@@ -550,14 +550,16 @@ def order_for_hierarchies(inverse: InverseGraph, scales: Mapping[str, Collection
 
     Only after all of its parents in the model can a site be fused with its prior, and the posterior of effects whose
     scale is unknown is far from normal, as that of a scale given the effects is. Given the scales, conjugate
-    hierarchies are normal, their means too: scales are sampled first, then the others in their order.
+    hierarchies are normal, their means too: scales are sampled first, then the others in their order. Outer sites come
+    before inner ones, scales or not.
 
     Args:
         inverse: The inverse.
         scales: For sites that set the scale of others, these others.
 
     Returns:
-        Sites to eliminate in turn; None if that is how the inverse samples them.
+        Sites to eliminate in turn; None if that is how the inverse samples them, or if a site has a parent in the model
+        that must follow it, as one in an inner plate.
 
     Example:
         >>> from pyro_graphflows.graphs.structures import ModelGraph
@@ -569,9 +571,18 @@ def order_for_hierarchies(inverse: InverseGraph, scales: Mapping[str, Collection
     effects = {effect for children in scales.values() for effect in children}
     after = nx.DiGraph((p, effect) for effect in effects for p in graph.parents(effect) if p in rank)
     after.add_nodes_from(rank)
-    sampling = nx.lexicographical_topological_sort(after, key=lambda site: (site not in scales, rank[site]))
-    order = list(sampling)[::-1]
-    return None if order == list(inverse.sampling_order)[::-1] else order
+    plates = {site: frozenset(graph.plates[site]) for site in rank}
+    sampling = list(
+        nx.lexicographical_topological_sort(
+            after, key=lambda site: (len(plates[site]), site not in scales, rank[site])
+        )
+    )
+    seen: set[frozenset[str]] = set()
+    for site in sampling:
+        if any(plates[site] < earlier for earlier in seen):
+            return None
+        seen.add(plates[site])
+    return None if sampling == list(inverse.sampling_order) else sampling[::-1]
 
 
 def order_for_crossed_plates(inverse: InverseGraph, sizes: Mapping[str, int]) -> list[str] | None:

@@ -30,7 +30,6 @@ from pyro_graphflows.capture import (
     Draws,
     Noise,
     NotCapturedError,
-    capture,
     is_compared,
     scripted,
     uncovered,
@@ -40,6 +39,7 @@ from pyro_graphflows.infer.checkpoints import random_state, set_random_state
 from pyro_graphflows.infer.objectives import Objective
 from pyro_graphflows.infer.parameters import ParameterSet
 from pyro_graphflows.infer.particles import Program
+from pyro_graphflows.recording import capture
 
 __all__ = ["CompiledLoss", "Compiler", "require_backend"]
 
@@ -51,7 +51,7 @@ SCRIPT = "torchscript"  # the captured operations one by one, by PyTorch's inter
 BACKEND = "inductor"  # of compile=True
 MOST_SHAPES = 4  # of data that are compiled; each takes tens of seconds
 NUM_TIMED = 10  # steps without compilation, by which "auto" decides
-LEAST_STEPS = 300  # that "auto" must expect: capturing takes as long as some 200
+LEAST_STEPS = 100  # that "auto" must expect: capturing takes as long as some 50
 LEAST_EVALUATIONS = 100  # of a shape, before the loss alone is captured too
 
 
@@ -74,9 +74,9 @@ class Cost:
         return seconds if is_built else seconds + self.building[0] + self.building[1] * num_operations
 
 
-# Measured on six models of 274 to 3,720 operations: .3 to 4.4 s of processor time and .2 to 3.7 ms by TorchScript; and
-# on two of 428 and 2,387: 24 and 65 s, .18 and .89 ms by the other.
-COSTS = {SCRIPT: Cost((0.1, 1.2e-3), (1e-4, 9e-7)), BACKEND: Cost((15.0, 0.02), (1e-4, 4e-7))}
+# Measured on six models of 274 to 3,720 operations: .2 to 3.7 ms a step by TorchScript, .2 to 2.2 s of processor time
+# to build; and on two of 428 and 2,387: 24 and 65 s, .18 and .89 ms by the other.
+COSTS = {SCRIPT: Cost((0.05, 6e-4), (1e-4, 9e-7)), BACKEND: Cost((15.0, 0.02), (1e-4, 4e-7))}
 
 
 class CompilationError(GraphflowsError):

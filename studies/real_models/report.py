@@ -288,8 +288,8 @@ def page(records: list[Record], folder: Path) -> str:
         f"for half of the time and then falls to {LAST:g} of it. The ELBO is a mean over 10,000 draws. Pyro's guides "
         "start where they start by default; where a prior is improper, at 0 in unconstrained space. Set-up is not "
         "counted and is given below. Where no seed but the one that chose the rate has been run, its figures stand. "
-        "Calls of our guides are captured after 200 steps; the second or more that this takes is counted, in float64 "
-        "and with others at work on the machine up to half of the 5 s.",
+        "Calls of our guides are captured after 200 steps, in later runs after 50; the second or more that this takes "
+        "is counted, in float64 and with others at work on the machine up to half of the 5 s (later a quarter of it).",
         "",
         "Made by `python -m studies.real_models.report` from `studies/real_models/results.jsonl`; `make real-models "
         "DATA=...` does the runs that are missing.",
