@@ -791,3 +791,17 @@ def test_plates_and_parameters_with_the_name_of_an_argument(set_up):
         chosen = torch.arange(N) if ind is None else ind
         loss = Trace_ELBO().loss(model, guide, X, Y, scale, ind)
         assert loss == pytest.approx(-float(evidence(X[chosen], Y[chosen]).sum()) * N / len(chosen))
+
+
+def test_arguments_whose_names_are_those_of_sites_and_of_each_other():
+    def model(x, x_, y):
+        with pyro.plate("data", N):
+            z = pyro.sample("z", dist.Normal(x, 1.0))
+            pyro.sample("x", dist.Normal(z + x_, 0.5), obs=y)
+
+    traced = trace_model(model, (X, 2 * X, Y))
+    assert traced.graph.parents("z") == ("x_",)
+    assert traced.graph.parents("x") == ("x__", "z")
+    guide = auto_faithful_guide(model, X, 2 * X, Y, num_start_samples=2000)
+    exact = dist.Normal(3 * X, math.sqrt(1.25)).log_prob(Y).sum().item()
+    assert -Trace_ELBO(num_particles=20).loss(model, guide, X, 2 * X, Y) == pytest.approx(exact, abs=0.1)

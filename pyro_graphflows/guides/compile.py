@@ -1170,7 +1170,8 @@ def _require_known_indices(blocks: Collection[BlockPlan], inputs: InputPlan, tra
         named = "; ".join(f"{name} for {', '.join(sites)}" for name, sites in indices.items())
         raise UnsupportedModelError(
             f"Expected covariates of floating point; integers are taken as indices, and here the guide would "
-            f"have to condition on some: {named}. Pass features of floating point (one-hot, an embedding)."
+            f"have to condition on some: {named}. Pass features of floating point (numbers, as those of trials, by "
+            ".float(); classes as one-hot or an embedding)."
         )
 
 

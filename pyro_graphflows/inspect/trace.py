@@ -533,7 +533,8 @@ class _Assembly:
         if path in self.clashes:
             raise UnsupportedModelError(self.clashes[path])
         name = argument_name(path)
-        while name in self.site_names or name in self.trace.nodes:  # a plate or a parameter may have it too
+        # a plate, a parameter or another input may have it too
+        while name in self.site_names or name in self.trace.nodes or self.input_paths.get(name, path) != path:
             name += "_"
         self.input_paths[name] = path
         alignment, rows, places = self._align(path, record)
