@@ -220,6 +220,17 @@ def test_programs_may_write_to_tensors_from_outside():
     assert torch.equal(found, x * count)
 
 
+def test_sparse_matrices_are_constants():
+    sparse = torch.tensor([[0.0, 2.0], [1.0, 0.0]]).to_sparse()
+
+    def program(x):
+        y = x.detach().requires_grad_()
+        total = torch.sparse.mm(sparse, y.unsqueeze(-1)).exp().sum()
+        return [total.detach(), *torch.autograd.grad(total, [y])]
+
+    assert same_at_noise(program, [torch.tensor([0.3, -0.2])])
+
+
 def test_literals_that_are_written_to_are_made_anew_in_each_call():
     def program(x):
         one, three = torch.tensor(1.0), torch.tensor([1.0, 2.0, 3.0])
