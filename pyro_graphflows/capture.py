@@ -403,7 +403,7 @@ def scripted(graph: torch.fx.GraphModule, arguments: Sequence[Tensor]) -> Callab
         graph: The graph: of tensors, to a tuple of tensors.
         arguments: Arguments of the shapes and types to come.
     """
-    typed = _with_typed_numbers(graph, arguments)
+    typed = _with_typed_numbers(graph, arguments)  # the interpreter has one zero, whatever its sign
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of constants in the graph, which are meant
         traced, _ = torch._C._create_graph_by_tracing(
@@ -434,7 +434,7 @@ def _with_typed_numbers(graph: torch.fx.GraphModule, arguments: Sequence[Tensor]
         node.meta |= {"val": argument, "device": argument.device}
 
     def typed(node: torch.fx.Node, number: float, dtype: torch.dtype) -> torch.fx.Node:
-        name = names.setdefault((dtype, repr(number)), f"number_{len(names)}")  # zeros have a sign
+        name = names.setdefault((dtype, repr(number)), f"number_{len(names)}")
         found.setdefault(name, torch.tensor(number, dtype=dtype))
         with own.inserting_before(node):
             return own.create_node("get_attr", name)

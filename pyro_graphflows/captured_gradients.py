@@ -506,6 +506,8 @@ def _has_layout_of(node: fx.Node, other: fx.Node) -> bool:
     one, two = node.meta.get("val"), other.meta.get("val")
     if not (torch.is_tensor(one) and torch.is_tensor(two)) or node.meta["device"] != other.meta["device"]:
         return False
+    if one.layout != torch.strided or two.layout != torch.strided:
+        return False
     return (one.shape, one.stride(), one.dtype) == (two.shape, two.stride(), two.dtype)
 
 

@@ -212,7 +212,7 @@ class _Recorder(TorchDispatchMode):
             is_from_outside and not self.are_fixed
         )  # which may have another value in the next call
         if follows:
-            self.written |= {tensor.untyped_storage()._cdata for tensor in written}
+            self.written |= {_memory_of(tensor) for tensor in written}
         self._note_results(node, out, follows=follows)
         return out
 
@@ -249,9 +249,7 @@ class _Recorder(TorchDispatchMode):
                     )
 
     def _follows(self, tensor: Tensor) -> bool:
-        return tensor in self.following or (
-            tensor in self.nodes and tensor.untyped_storage()._cdata in self.written
-        )
+        return tensor in self.following or (tensor in self.nodes and _memory_of(tensor) in self.written)
 
     def _with_nodes(self, value: Any) -> Any:
         """Return an argument with nodes in the place of tensors."""
@@ -267,10 +265,16 @@ class _Recorder(TorchDispatchMode):
 
 
 def _noted(node: fx.Node, value: Tensor) -> fx.Node:
-    """Return a node with the layout of its value, and not the value."""
-    node.meta["val"] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-    node.meta["device"] = value.device
+    """Return a node with the layout of its value, and not the value; of sparse tensors nothing is noted."""
+    if value.layout == torch.strided:
+        like = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        node.meta |= {"val": like, "device": value.device}
     return node
+
+
+def _memory_of(tensor: Tensor) -> int:
+    """Return what is the same for tensors that share memory."""
+    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
 
 
 def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:

@@ -12,7 +12,7 @@ from pyro import poutine
 from pyro.infer import Importance, Predictive
 from pyro.infer.autoguide import AutoDelta, AutoGuideList
 
-from pyro_graphflows import UnsupportedModelError
+from pyro_graphflows import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides import Flow, auto_faithful_guide
 
 FAMILIES = pytest.mark.parametrize("family", ["normal", Flow(units_per_variable=3, conditioner_units=3)])
@@ -57,6 +57,20 @@ def test_globals_need_new_inputs_alone(family):
     for name in "ab":
         assert quantiles[name].shape == (2,)
         torch.testing.assert_close(quantiles[name], again[name])
+
+
+@pytest.mark.parametrize("num", [1, 5])
+def test_a_conditioned_model_has_no_data_for_new_inputs(num):
+    """The data that ``condition`` holds are those of set-up; globals need none of them."""
+    guide = auto_faithful_guide(poutine.condition(line, data={"y": Y}), X)
+    given_all = guide.median(X)
+    assert guide.median(NEW[:num]) == given_all
+    assert Predictive(line, guide=guide, num_samples=6)(NEW[:num])["y"].shape == (6, num)
+    with pytest.raises(GraphflowsError, match=r"data of 'y' of shape \(12,\).*got \(12, 1\)"):
+        auto_faithful_guide(poutine.condition(line, data={"y": Y[:, None]}), X)
+    local_guide = auto_faithful_guide(poutine.condition(local, data={"y": Y}), X)
+    with pytest.raises(GraphflowsError, match=r"Expected data of 'y' of shape"):
+        local_guide(NEW)
 
 
 def test_the_vectorised_prediction_is_the_same_kind():

@@ -190,6 +190,78 @@ def test_numbers_in_scripted_graphs_have_the_type_of_what_they_are_combined_with
         torch.testing.assert_close(one, expected, rtol=0, atol=0, equal_nan=True)  # and types
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_numbers_beside_half_precision_stay_as_they_are(dtype):
+    """Torch computes with the number in single precision there, and rounds once."""
+
+    def program(x):
+        return [x * (1.0 / 3.0), x + 1e-4, (x / 7.0).clamp(max=0.1)]
+
+    x = torch.linspace(-2.0, 2.0, 9).to(dtype)
+    graph = capture(program, [x], {})
+    function: Any = scripted(graph.graph, graph.arguments([x], []))
+    for one, expected in zip(function(*graph.arguments([x], [])), program(x), strict=True):
+        torch.testing.assert_close(one, expected, rtol=0, atol=0)
+
+
+def test_programs_may_write_to_tensors_from_outside():
+    """Statistics of batches are kept as the program keeps them, once in each call."""
+    count = torch.zeros(2)
+
+    def program(x):
+        count.add_(x)
+        return [x * count]
+
+    x = torch.tensor([1.0, 2.0])
+    graph = capture(program, [x], {})
+    before = count.clone()
+    (found,) = graph.graph(*graph.arguments([x], []))
+    assert torch.equal(count, before + x)
+    assert torch.equal(found, x * count)
+
+
+def test_sparse_matrices_are_constants():
+    sparse = torch.tensor([[0.0, 2.0], [1.0, 0.0]]).to_sparse()
+
+    def program(x):
+        y = x.detach().requires_grad_()
+        total = torch.sparse.mm(sparse, y.unsqueeze(-1)).exp().sum()
+        return [total.detach(), *torch.autograd.grad(total, [y])]
+
+    assert same_at_noise(program, [torch.tensor([0.3, -0.2])])
+
+
+def test_literals_that_are_written_to_are_made_anew_in_each_call():
+    def program(x):
+        one, three = torch.tensor(1.0), torch.tensor([1.0, 2.0, 3.0])
+        one.add_(x.sum())
+        three.mul_(x)
+        return [one, three]
+
+    x = torch.tensor([1.0, 2.0, 4.0])
+    graph = capture(program, [x], {})
+    for _ in range(2):
+        for one, expected in zip(graph.graph(*graph.arguments([x], [])), program(x), strict=True):
+            assert torch.equal(one, expected)
+
+
+@pytest.mark.parametrize("literal", [True, False])
+def test_numbers_may_be_read_out_of_literals_and_not_of_what_follows_from_tensors_from_outside(literal):
+    outside = torch.tensor(2.0)
+
+    def program(x):
+        number = torch.tensor(2.0) if literal else outside
+        return [x if number * 2.0 > 3.0 else -x]
+
+    x = torch.ones(2)
+    if literal:
+        graph = capture(program, [x], {})
+        assert torch.equal(graph.graph(*graph.arguments([x], []))[0], x)
+    else:
+        with pytest.raises(NotCapturedError, match="a number is read"):
+            capture(program, [x], {})
+
+
 def test_scripted_graphs_convert_no_numbers():
     """To convert a number of double precision takes as long as an operation on a few elements."""
 

@@ -36,6 +36,12 @@ def test_writing_is_atomic(tmp_path, monkeypatch):
     assert [file.name for file in path.parent.iterdir()] == ["run.pt"]
 
 
+@pytest.mark.parametrize("name", ["run", "run.pt", "run.safetensors", "run.zip"])
+def test_a_name_says_nothing_of_what_is_in_the_file(name, tmp_path):
+    save_checkpoint({"a": torch.ones(2)}, tmp_path / name)
+    assert load_checkpoint(tmp_path / name)["a"].tolist() == [1.0, 1.0]
+
+
 def test_random_states_round_trip(tmp_path):
     import random
 

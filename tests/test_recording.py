@@ -37,7 +37,14 @@ def of_lists(x):
     return torch.cat(parts, 1)[:, [0, 2]].logsumexp(-1)
 
 
-FUNCTIONS = (branching, in_place, of_lists)
+SPARSE = torch.eye(5, dtype=torch.float64).to_sparse()
+
+
+def of_sparse_data(x):
+    return torch.sparse.mm(SPARSE, x.exp().unsqueeze(-1)).sum()
+
+
+FUNCTIONS = (branching, in_place, of_lists, of_sparse_data)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

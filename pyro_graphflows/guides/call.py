@@ -340,6 +340,8 @@ class CallReader:
         self.like = {name: value for name, value in values.items() if torch.is_tensor(value)}
         sites = (*self.latent, *self.observed)
         self.forms = {name: SiteForm.of(traced.trace.nodes[name], name in self.latent) for name in sites}
+        data = {name: traced.trace.nodes[name]["value"] for name in self.observed}
+        self.shapes = {name: tuple(value.shape) for name, value in data.items() if torch.is_tensor(value)}
         self._unverified = False  # whether the model may be another than the one that was traced
         self._known: dict[Hashable, Call] = {}
         self._shapes: dict[Hashable, dict[str, torch.Size]] = {}
@@ -557,7 +559,9 @@ class CallReader:
             if name in observations:
                 _require_observation(name, observations[name], shapes.get(name))
                 values[name] = observations[name]
-            elif name in nodes and nodes[name]["is_observed"]:
+            elif (
+                name in nodes and nodes[name]["is_observed"] and not self._is_of_other_rows(name, nodes[name])
+            ):
                 values[name] = nodes[name]["value"]
                 require_shape(name, nodes[name])
             elif name in self.readers:
@@ -565,6 +569,14 @@ class CallReader:
         if missing:
             raise self._without_data(missing)
         return values
+
+    def _is_of_other_rows(self, name: str, site: Any) -> bool:
+        """Whether data that nothing reads are those of set-up in a call about other rows: of a conditioned model."""
+        shape = tuple(getattr(site["value"], "shape", ()))
+        if name in self.readers or name in self.paths or shape != self.shapes.get(name):
+            return False
+        expected = tuple(site["fn"].shape())  # with the dimensions of plates of the caller's on the left
+        return shape != expected[len(expected) - len(shape) :]
 
     def _require_same_sites(self, nodes: Any) -> None:
         """Refuse a call in which the model has latent sites that it had not at set-up."""

@@ -88,7 +88,8 @@ def load_checkpoint(
         FileNotFoundError: If it is not there.
     """
     try:
-        state = torch.load(path, weights_only=True)
+        with open(path, "rb") as file:  # of a path, PyTorch takes the name for what is in the file
+            state = torch.load(file, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise GraphflowsError(
             f"Expected a file of {kind} at {str(path)!r}; it is damaged or another and cannot be read "
