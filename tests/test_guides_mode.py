@@ -330,6 +330,24 @@ def test_a_model_that_mixes_the_draws_of_a_batch_is_asked_for_few_at_once():
     assert max(sizes) < 3 * 100**2
 
 
+def test_values_of_draws_take_no_densities(monkeypatch):
+    """Of 10,000 draws of a vector whose scale has one dimension too few, they would be for each pair of draws."""
+
+    def model(y):
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        vector = pyro.sample("vector", dist.Normal(torch.zeros(2), scale).to_event(1))
+        with pyro.plate("rows", 2):
+            pyro.sample("y", dist.Normal(vector, 1.0), obs=y)
+
+    def refuse(*args):
+        raise AssertionError("a density was asked for")
+
+    y = torch.tensor([0.5, 1.0])
+    posterior = LogPosterior(model, (y,), {}, trace_model(model, (y,)), centred=("vector",))
+    monkeypatch.setattr(Normal, "log_prob", refuse)
+    assert posterior.values(torch.randn(5, posterior.size))["vector"].shape == (5, 2)
+
+
 def test_models_that_take_no_batches_are_mapped_over_points():
     """As most regressions are written: without it there were no normals but that of the mode, and few draws."""
 

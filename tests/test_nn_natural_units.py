@@ -174,6 +174,19 @@ def test_a_whitener_of_low_rank_makes_the_widest_directions_one_and_no_direction
     assert others < 100  # what did not vary is no reason for any weight
     with pytest.raises(IndexError):
         found(x[:, :10])
+    assert found.fit_(torch.zeros(size, size)) == 0.0  # of a single data set
+    assert not found(x).any()
+    assert not found.undo(x).any()
+
+
+def test_many_inputs_of_which_none_varies_leave_a_network_finite():
+    size = 160
+    mlp = MaskedMLP([list(range(size))], size, num_params=2, natural_units=True)
+    assert mlp.units.whiteners.low_rank is not None
+    mlp.whiten_(torch.zeros(size, size))
+    assert all(parameter.isfinite().all() for parameter in mlp.parameters())
+    x = torch.randn(3, size)
+    torch.testing.assert_close(mlp(x), mlp(torch.zeros_like(x)))
 
 
 def test_whiteners_of_many_sets_are_kept_by_size(monkeypatch):

@@ -181,17 +181,21 @@ class _AtPoint(Messenger):
             tril = coordinate.scale_tril
             spread = coordinate.scale * w if tril is None else (tril @ w.unsqueeze(-1)).squeeze(-1)
             value = coordinate.transform(coordinate.loc + spread)
-            log_density = -0.5 * w.square()
         else:
             value = transform(w)
-            log_density = transform.log_abs_det_jacobian(w, value)
-            if _has_density(fn):
-                log_density = _summed(log_density, fn) + fn.log_prob(value)
         self.values[name] = value
         if not is_constant(fn.support):  # it may differ from point to point
             self.values[unconstrained_of(name)] = biject_to(fn.support).inv(value)
-        self.log_densities[name] = _summed(log_density, fn)
         msg["value"], msg["done"] = value, True
+        if self.stop:  # densities are not asked for; of a model that mixes draws they would be for each pair
+            return
+        if coordinate is not None:
+            log_density = -0.5 * w.square()
+        else:
+            log_density = transform.log_abs_det_jacobian(w, value)
+            if _has_density(fn):
+                log_density = _summed(log_density, fn) + fn.log_prob(value)
+        self.log_densities[name] = _summed(log_density, fn)
 
     def _numbers(self, name: str, fn: Any) -> Tensor:
         assert self.point is not None
@@ -206,14 +210,14 @@ class _AtPoint(Messenger):
         return flat.reshape((*draws, *batch, *event))
 
     def _pyro_post_sample(self, msg: Any) -> None:
+        if self.stop and self.names <= self.values.keys():
+            raise _AllGiven
         if msg["name"] not in self.log_densities:
             return
         # What is masked counts neither in the model nor in the guide, but normals would spread in it without a bound:
         # it keeps its prior.
         own = self.log_densities.pop(msg["name"])
         self.terms.append(scale_and_mask(own, msg["scale"]))
-        if self.stop and self.names <= self.values.keys():
-            raise _AllGiven
 
 
 def nesting_of(traced: TracedModel) -> int:

@@ -71,6 +71,7 @@ WIDE = 128  # inputs from which on a whitener may have low rank
 SHARE_WIDEST = 4  # one in so many directions is the most that have a scale of their own there
 ALIKE = 4.0  # the others are alike if the widest one's second moment is so many times their mean
 LEAST_OTHERS = 1e-2  # the least second moment that they are scaled by, in units of the mean of all directions
+LEAST_MOMENT = 1e-12  # of inputs that vary
 MOST_BY_ROW = 60_000  # numbers of a layer up to which each row has a whitener of its own
 
 
@@ -352,16 +353,23 @@ class LowRankWhitener(Constants):
     def fit_(self, moments: Tensor) -> float:
         """Set the whitener; return the sum of the second moments of whitened inputs, at most their number.
 
+        Where no input varies, as with the only data set, none counts, as in other whiteners.
+
         Args:
             moments: The second moments of the inputs, ``(members, members)``.
         """
+        if float(moments.diagonal().mean()) <= LEAST_MOMENT:
+            self.axes.zero_()
+            self.stretch.zero_()
+            self.scale.zero_()
+            return 0.0
         values, vectors = (part.flip(-1) for part in torch.linalg.eigh(moments))
         values = values.clamp(min=0.0)
         most, size = self.axes.shape
         means = values.flip(0).cumsum(0).flip(0) / torch.arange(size, 0, -1).to(values)  # from each one on
         alike = (values <= ALIKE * means)[:most].nonzero()
         number = int(alike[0]) if len(alike) else most
-        square = values[number].clamp(min=max(LEAST_OTHERS * float(means[0]), 1e-12))
+        square = values[number].clamp(min=max(LEAST_OTHERS * float(means[0]), LEAST_MOMENT))
         self.axes.zero_()
         self.axes[:number] = vectors[:, :number].mT.to(self.axes)
         self.stretch.zero_()
@@ -391,7 +399,8 @@ class LowRankWhitener(Constants):
             scale = self.axes.new_zeros(num_inputs)
             scale[columns] = self.scale
             stretch = self.stretch[:number].unsqueeze(-1)
-            return scale, axes, self.scale * stretch * axes, (1.0 / (1.0 + stretch) - 1.0) / self.scale * axes
+            inverse = torch.where(self.scale > 0.0, 1.0 / self.scale, 0.0)
+            return scale, axes, self.scale * stretch * axes, (1.0 / (1.0 + stretch) - 1.0) * inverse * axes
 
         return self.kept(find, self.axes, self.stretch, self.scale, number=num_inputs)
 
@@ -465,7 +474,7 @@ class Whiteners(nn.Module):
         """
         if self.low_rank is not None:
             inputs = list(self.sets[0])
-            self.rank[0] = self.low_rank.fit_(moments[inputs][:, inputs])
+            self.rank[0] = max(self.low_rank.fit_(moments[inputs][:, inputs]), 1.0)
         for members, matrices in zip(self.groups, self.all_matrices(), strict=True):
             matrices.zero_()
             for place, i in enumerate(members):
