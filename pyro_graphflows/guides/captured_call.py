@@ -149,10 +149,20 @@ class CapturedCalls:
         """Take the guide as another one: its parameters are other objects, or elsewhere."""
         self.report = "not captured: no kind of call has come often enough"
         self._kinds: dict[Hashable, _Kind] = {}
+        self._earlier: dict[str, int] = {}
         self._places: tuple[list[tuple[dict[str, Any], str]], ...] | None = None
         self._state: tuple[Any, ...] = ()
         self._modules: list[nn.Module] = []
         self._is_given_up = False
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many calls of each kind there were."""
+        return self._earlier | {repr(key): kind.calls for key, kind in self._kinds.items()}
+
+    @counts.setter
+    def counts(self, counts: Mapping[str, int]) -> None:
+        self._kinds, self._earlier = {}, dict(counts)
 
     def kind_of(self, blocks: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Kind | None:
         """Count a call; return its kind if it may be captured, or is.
@@ -188,7 +198,8 @@ class CapturedCalls:
         if kind is None:
             if len(self._kinds) >= MOST_COUNTED:
                 self._kinds = {each: kind for each, kind in self._kinds.items() if kind.function is not None}
-            kind = _Kind([p for p in parameters if p.requires_grad], buffers)
+            earlier = self._earlier.pop(repr(whole), 0) if self._earlier else 0
+            kind = _Kind([p for p in parameters if p.requires_grad], buffers, earlier)
             self._kinds[whole] = kind
         kind.calls += 1
         return kind if kind.function is not None or self._is_due(kind) else None

@@ -341,6 +341,15 @@ class AutoFaithfulGuide(AutoGuide):
         self._captured_calls.after = calls
 
     @property
+    def call_counts(self) -> dict[str, int]:
+        """How many calls of each kind there were, by which calls are captured; resumed runs go on with them."""
+        return self._captured_calls.counts
+
+    @call_counts.setter
+    def call_counts(self, counts: dict[str, int]) -> None:
+        self._captured_calls.counts = counts
+
+    @property
     def capture_report(self) -> str:
         """Whether calls in steps of an ELBO are captured, and why not."""
         return self._captured_calls.report

@@ -1,7 +1,7 @@
 """Training steps as compiled code: the loss of a model and a guide, captured once per shape of the data.
 
 A step of training of a small model is Python, not arithmetic. :class:`CompiledLoss` runs the objective once under
-:func:`~pyro_graphflows.capture.capture`, as one function of parameters, data and noise that returns the loss and all
+:func:`~pyro_graphflows.recording.capture`, as one function of parameters, data and noise that returns the loss and all
 gradients, and hands it to a compiler of torch. What cannot be captured is computed as without compilation, and
 :attr:`CompiledLoss.report` has the reason. The mean loss and the gradients are the same, the random numbers are not.
 

@@ -43,6 +43,25 @@ class ParameterSet:
                     self._modules[prefix] = module
         self.refresh()
 
+    @property
+    def call_counts(self) -> dict[str, dict[str, int]]:
+        """What the programs count of their calls, where that decides how they compute (``call_counts`` of a guide)."""
+        return {name: module.call_counts for name, module in self._counting().items()}
+
+    @call_counts.setter
+    def call_counts(self, counts: dict[str, dict[str, int]]) -> None:
+        for name, module in self._counting().items():
+            if name in counts:
+                module.call_counts = counts[name]
+
+    def _counting(self) -> dict[str, Any]:
+        return {
+            f"{prefix}.{name}": module
+            for prefix, whole in self._modules.items()
+            for name, module in whole.named_modules()
+            if hasattr(type(module), "call_counts")
+        }
+
     def refresh(self) -> None:
         """Read the modules' parameters again: a first run may have replaced them by those of the store."""
         self.parameters = {

@@ -211,6 +211,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "random": random_state(),
             "order": self.batches.state(),
+            "calls": self.parameters.call_counts,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -218,6 +219,7 @@ class Trainer:
         self.parameters.load(state["parameters"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.batches.load(state["order"])
+        self.parameters.call_counts = state["calls"]
         set_random_state(state["random"])
 
     # -------------------------------------------------------------------------------------------------- parts

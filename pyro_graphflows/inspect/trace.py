@@ -529,12 +529,17 @@ class _Assembly:
         earlier = self.records[:moment]
         return covering(source, [(r.name, r.region) for r in earlier if r.region is not None])
 
+    def _is_taken(self, name: str) -> bool:
+        """Whether a site, a plate or a parameter has a name; deterministic ones do not count."""
+        nodes: Any = self.trace.nodes
+        is_free = name not in nodes or nodes[name].get("infer", {}).get("_deterministic")
+        return name in self.site_names or not is_free
+
     def _input(self, path: ArgumentPath, record: SiteRecord) -> str:
         if path in self.clashes:
             raise UnsupportedModelError(self.clashes[path])
         name = argument_name(path)
-        # a plate, a parameter or another input may have it too
-        while name in self.site_names or name in self.trace.nodes or self.input_paths.get(name, path) != path:
+        while self._is_taken(name) or self.input_paths.get(name, path) != path:
             name += "_"
         self.input_paths[name] = path
         alignment, rows, places = self._align(path, record)
