@@ -219,7 +219,7 @@ class Trainer:
         self.parameters.load(state["parameters"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.batches.load(state["order"])
-        self.parameters.call_counts = state["calls"]
+        self.parameters.call_counts = state.get("calls", {})  # older ones have none
         set_random_state(state["random"])
 
     # -------------------------------------------------------------------------------------------------- parts
