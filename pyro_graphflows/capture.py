@@ -46,10 +46,8 @@ _UNCHECKED: ContextVar[list[Tensor] | None] = ContextVar("unchecked", default=No
 
 _TORCH, _PACKAGE = str(Path(torch.__file__).parent), str(Path(__file__).parent)
 _SITES = str(Path(torch.__file__).parent.parent)
-_RECORDING, _BEGINNINGS = (
-    str(Path(__file__).parent / "recording.py"),
-    ("capture", "record"),
-)  # who runs programs
+_RECORDING = str(Path(__file__).parent / "recording.py")  # which runs programs,
+_BEGINNINGS = ("capture", "record")  # in these functions
 _HIDDEN = (__file__, _RECORDING, "<string>")
 
 

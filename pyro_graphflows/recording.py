@@ -192,7 +192,6 @@ class _Recorder(TorchDispatchMode):
         if self.are_fixed and not is_fresh and not any(tensor in self.nodes for tensor in given):
             return func(*args, **kwargs)
         follows = any(self._follows(tensor) for tensor in given)
-        is_from_outside = any(tensor not in self.nodes or tensor in self.outside for tensor in given)
         if torch.Tag.data_dependent_output in func.tags:
             if follows:
                 raise NotCapturedError(
@@ -205,12 +204,11 @@ class _Recorder(TorchDispatchMode):
         written = list(_tensors(_written(func, args)))
         if self.are_fixed and any(tensor not in self.nodes for tensor in written):
             raise NotCapturedError(f"{name} writes to a tensor from outside{place_in_program()}")
+        if not self.are_fixed:  # a tensor from outside may have another value in the next call
+            follows = follows or any(tensor not in self.nodes or tensor in self.outside for tensor in given)
         nodes = self._with_nodes(list(args)), {key: self._with_nodes(value) for key, value in kwargs.items()}
         out = func(*args, **kwargs)
         node = self.graph.call_function(func, tuple(nodes[0]), nodes[1])
-        follows = follows or (
-            is_from_outside and not self.are_fixed
-        )  # which may have another value in the next call
         if follows:
             self.written |= {_memory_of(tensor) for tensor in written}
         self._note_results(node, out, follows=follows)

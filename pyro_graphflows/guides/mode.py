@@ -406,9 +406,8 @@ class LogPosterior:
             wide = {id(leaf): leaf.double() for leaf in leaves if leaf.is_floating_point()}
             self._in_doubles = replaced_arguments(self.args, self.kwargs, wide)
             double = float(loss_and_gradient(self, centre)[0])
-        except (
-            Exception
-        ):  # parameters in single precision, a model that checks types, a device that has no other
+        except Exception:
+            # parameters in single precision, a model that checks types, a device that has no other
             self._in_doubles = None
             return
         if math.isfinite(single) and not math.isclose(single, double, rel_tol=0.01, abs_tol=1.0):
