@@ -320,7 +320,9 @@ def test_training_moves_vectors_in_a_plate_little():
 
     generator = torch.Generator().manual_seed(0)
     y = torch.randn(20, 12, generator=generator) @ walk.T + 0.5 * torch.randn(20, 12, generator=generator)
-    evidence = dist.MultivariateNormal(torch.zeros(12), walk @ walk.T + 0.25 * torch.eye(12)).log_prob(y).sum()
+    evidence = (
+        dist.MultivariateNormal(torch.zeros(12), walk @ walk.T + 0.25 * torch.eye(12)).log_prob(y).sum()
+    )
     pyro.set_rng_seed(0)
     guide = auto_faithful_guide(model, y)
     loss, error = expected_loss(model, guide, (y,), 500)
