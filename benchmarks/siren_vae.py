@@ -1,4 +1,4 @@
-"""Training steps of SIReN-VAE beside an unmasked VAE of equal width and the same model with full Jacobians.
+"""Training steps of SIReN-VAE beside unmasked VAEs of equal width or size and the same model with full Jacobians.
 
     python -m benchmarks.siren_vae [--networks arth150 ...] [--results studies/siren_vae/results.jsonl]
 
@@ -6,6 +6,8 @@ All models of a network are timed in one process, in turns, so that a busy machi
 figure is the median of processor times of one step (forward, backward, Adam; batch 100, float32, one thread). The
 models have the default sizes and engines of their classes. With ``--results`` the times become the line ``speed`` of
 that file, which ``studies/siren_vae/report.py`` shows.
+
+Each model also stands beside a *VAE of its size*: one whose hidden layers are so wide that it has as many parameters.
 
 *Full Jacobian* is the graphical model whose log-determinants come from the Jacobian of each datum, as in Mouton and
 Kroon (2022), instead of one pass over the weights between units of the same owner; both give the same numbers, which is
@@ -24,6 +26,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from pyro_graphflows import VAE, SIReNVAE, load_network
 from studies.results import Results
+
+OF_ITS_SIZE = ": a VAE of its size"
 
 
 class FullJacobian(torch.nn.Module):
@@ -76,6 +80,12 @@ def one_step(vae, x):
     return step
 
 
+def vae_of_size(graph, parameters):
+    """Return a VAE with about so many parameters; they grow linearly in the width of the hidden layers."""
+    one, two = (sum(p.numel() for p in VAE(graph, hidden_dim=width).parameters()) for width in (1, 2))
+    return VAE(graph, hidden_dim=max(1, round((parameters - one) / (two - one)) + 1))
+
+
 def make(graph, x):
     models = {
         "VAE": VAE(graph),
@@ -92,6 +102,10 @@ def make(graph, x):
         torch.manual_seed(1)
         bounds.append(vae.elbo(x).detach())
     torch.testing.assert_close(bounds[2], bounds[3], rtol=1e-3, atol=1e-2)
+    for label, vae in list(models.items()):
+        if label != "VAE" and "full" not in label:
+            models[label + OF_ITS_SIZE] = vae_of_size(graph, sum(p.numel() for p in vae.parameters()))
+            models[label + OF_ITS_SIZE].standardize_(x)
     return models
 
 
@@ -126,8 +140,12 @@ def main(args):
         found[name] = {}
         for label, vae in models.items():
             ms = 1e3 * statistics.median(times[label])
-            found[name][label] = {"ms": round(ms, 2), "parameters": sum(p.numel() for p in vae.parameters())}
-            print(f"{name:>10} {label:>32} {ms:8.2f} ms", flush=True)
+            size = sum(p.numel() for p in vae.parameters())
+            print(f"{name:>10} {label:>42} {size:8,} parameters {ms:8.2f} ms", flush=True)
+            if label.endswith(OF_ITS_SIZE):
+                found[name][label.removesuffix(OF_ITS_SIZE)]["vae_of_its_size_ms"] = round(ms, 2)
+            else:
+                found[name][label] = {"ms": round(ms, 2), "parameters": size}
         if name == "arth150":
             lines = profiled(steps["true, faithful"]).splitlines()
             text = "\n".join(line[:110].rstrip() for line in lines if not line.startswith("---"))

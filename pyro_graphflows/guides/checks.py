@@ -26,7 +26,7 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.call import site_mask
 from pyro_graphflows.guides.guide import AutoFaithfulGuide
-from pyro_graphflows.inspect import is_transparent, kept_random_state, seed_random_state
+from pyro_graphflows.inspect import is_transparent, kept_random_state, require_pair, seed_random_state
 from pyro_graphflows.inspect.arguments import argument_leaves, outside_tensors, with_tensors
 from pyro_graphflows.inspect.model_graph import (
     REMEDY_ROWS,
@@ -98,6 +98,7 @@ def check_guide(
         Not safe:
         - RenyiELBO puts the scale of the subsampled plate 'data' inside the log-mean, which biases it. ...
     """
+    require_pair(model, guide)
     kind = loss if isinstance(loss, type) else type(loss)
     known = (
         Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, TraceTailAdaptive_ELBO, RenyiELBO,

@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,8 @@ def seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
+    if not isinstance(seed, Integral):
+        raise GraphflowsError(f"Expected seed to be an integer or None; got {seed!r}.")
     before = random_state()
     try:
         pyro.set_rng_seed(seed)

@@ -23,6 +23,7 @@ from torch import Tensor
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.infer.particles import Program, Site, density_sites, keep_dims, particle_plate
 from pyro_graphflows.infer.simulations import JointLayout, joint_layout, run_guide, sample_joint
+from pyro_graphflows.inspect import require_pair
 
 __all__ = ["InferenceCompilation"]
 
@@ -100,6 +101,7 @@ class InferenceCompilation:
         max_plate_nesting: int | None = None,
         vectorize: bool = True,
     ) -> None:
+        require_pair(model, guide)
         if batch_size < 1:
             raise GraphflowsError(f"Expected a positive batch_size; got {batch_size}.")
         self.model = model

@@ -36,7 +36,7 @@ from pyro.util import check_site_shape
 from torch import Tensor
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
-from pyro_graphflows.inspect import is_transparent
+from pyro_graphflows.inspect import is_transparent, require_pair
 
 __all__ = [
     "FEW",
@@ -194,9 +194,11 @@ def prototype(
         The traces and the number of dimensions.
 
     Raises:
+        GraphflowsError: If they are no model and guide, or in the other order.
         UnsupportedModelError: If a latent site of the model is missing in the guide, or the guide has a site that the
             model lacks and that is not marked ``infer={"is_auxiliary": True}``.
     """
+    require_pair(model, guide)
     with poutine.block(), torch.no_grad():
         model_trace, guide_trace = run_pair(model, guide, args, kwargs)
     missing = [

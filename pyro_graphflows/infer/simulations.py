@@ -33,7 +33,7 @@ from pyro_graphflows.infer.particles import (
     is_enumerated,
     plates_of,
 )
-from pyro_graphflows.inspect import is_transparent, undressed
+from pyro_graphflows.inspect import is_transparent, require_pair, undressed
 
 __all__ = ["JointLayout", "joint_layout", "run_guide", "sample_joint"]
 
@@ -86,6 +86,7 @@ def joint_layout(
             (``pyro.factor``, ``poutine.scale``), or if the guide has a site that is not a latent site of the
             model.
     """
+    require_pair(model, guide)
     args = tuple(args)
     with torch.no_grad(), poutine.block():
         model_trace = _finite_joint(model, args, kwargs)

@@ -29,6 +29,7 @@ from pyro_graphflows.infer.objectives import Objective
 from pyro_graphflows.infer.particles import Program
 from pyro_graphflows.infer.schedule import Plateau, Schedule
 from pyro_graphflows.infer.trainer import Trainer
+from pyro_graphflows.inspect import require_pair
 
 __all__ = ["fit"]
 
@@ -122,9 +123,9 @@ def fit(
         The history, with the reason of the end.
 
     Raises:
-        GraphflowsError: If gradients are disabled, if the loss of the first batch is not finite before the first
-            step, if there is nothing to train, if the data, the loss, the optimiser or another argument is not of
-            these kinds, or the checkpoint belongs to another run.
+        GraphflowsError: If the guide is given as the model, if gradients are disabled, if the loss of the first batch
+            is not finite before the first step, if there is nothing to train, if the data, the loss, the optimiser or
+            another argument is not of these kinds, or the checkpoint belongs to another run.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -141,6 +142,7 @@ def fit(
         >>> history.stop_reason, abs(pyro.param("slope").item() - 0.5) < 0.1
         ('all 20 epochs done', True)
     """
+    require_pair(model, guide)
     data, progress = TrainingData.of(data), Progress.of(progress)
     simulations = None if simulations is None else Simulations.of(simulations)
     if checkpoint is not None and not isinstance(checkpoint, Checkpoint):

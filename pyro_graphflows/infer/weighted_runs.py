@@ -35,6 +35,7 @@ from pyro_graphflows.infer.particles import (
     prototype,
     run_pair,
 )
+from pyro_graphflows.inspect import require_pair
 
 __all__ = ["WeightedRuns", "evaluated", "require_spread", "without_replacement"]
 
@@ -60,6 +61,7 @@ class WeightedRuns:
         cls, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> "WeightedRuns":
         """Run both once, find out whether the posterior factorises and whether they can run in batches."""
+        require_pair(model, guide)
         model_trace, _ = run_pair(model, guide, args, kwargs)
         if not any(site["is_observed"] for _, site in density_sites(model_trace)):
             raise UnsupportedModelError(

@@ -4,7 +4,13 @@ from pyro_graphflows.inspect.arguments import ArgumentPath, get_argument, get_ar
 from pyro_graphflows.inspect.elements import nested_by_index, with_nested_plates
 from pyro_graphflows.inspect.model_graph import get_model_graph, non_exchangeable_plates, trace_model
 from pyro_graphflows.inspect.prior import Batching, find_batching, sample_prior
-from pyro_graphflows.inspect.runs import is_transparent, kept_random_state, seed_random_state, undressed
+from pyro_graphflows.inspect.runs import (
+    is_transparent,
+    kept_random_state,
+    require_pair,
+    seed_random_state,
+    undressed,
+)
 from pyro_graphflows.inspect.trace import (
     IMPROPER,
     Leak,
@@ -31,6 +37,7 @@ __all__ = [
     "kept_random_state",
     "nested_by_index",
     "non_exchangeable_plates",
+    "require_pair",
     "rows_of_run",
     "same_tensor",
     "sample_prior",

@@ -568,7 +568,7 @@ def argument_leaves(
         arguments = _bind(model, args, kwargs or {})
     except TypeError as error:
         raise UnsupportedModelError(
-            f"Expected arguments that fit the model's signature {signature_of(model)}; got {error}."
+            f"Expected arguments that fit the model's signature {signature_of(model)}: {error}."
         ) from error
     leaves: dict[ArgumentPath, torch.Tensor] = {}
     seen = set()

@@ -16,11 +16,14 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.infer.autoguide import AutoGuide
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch.distributions import biject_to
 from torch.overrides import TorchFunctionMode
+
+from pyro_graphflows.errors import GraphflowsError
 
 __all__ = [
     "GivenRows",
@@ -36,6 +39,7 @@ __all__ = [
     "plates_of_sites",
     "quiet_run",
     "random_sites",
+    "require_pair",
     "rows_of_plates",
     "run_model",
     "seed_random_state",
@@ -46,6 +50,35 @@ __all__ = [
     "vectorized_plates",
     "with_flat_priors",
 ]
+
+
+def require_pair(model: object, guide: object) -> None:
+    """Refuse what is no model with a guide for it, or the two in the other order, which Pyro would run.
+
+    Args:
+        model: What was given as the model.
+        guide: What was given as its guide.
+
+    Raises:
+        GraphflowsError: If one of them cannot be called, or the model is a guide of Pyro's or of this package.
+
+    Example:
+        >>> require_pair(print, 3)
+        Traceback (most recent call last):
+        ...
+        pyro_graphflows.errors.GraphflowsError: Expected the guide to be a function or module of Pyro statements; got 3.
+    """
+    for what, program in (("model", model), ("guide", guide)):
+        if not callable(program) or isinstance(program, torch.Tensor):
+            raise GraphflowsError(
+                f"Expected the {what} to be a function or module of Pyro statements; got {program!r}."
+            )
+    if isinstance(model, AutoGuide):
+        raise GraphflowsError(
+            f"Expected a model and then its guide; got a guide, {type(model).__name__}, where the model belongs. "
+            "Exchange the first two arguments."
+        )
+
 
 # Seeds that users choose are small: with this added, a run of ours repeats none of theirs.
 _FAR = 1_594_323_007

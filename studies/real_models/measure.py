@@ -9,7 +9,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_graphflows.infer.psis import psis_khat
+from pyro_graphflows.infer.psis import smoothed_log_weights
 from studies.real_models.posterior import Posterior, Reference, Values
 
 DRAWS = 10_000
@@ -106,18 +106,20 @@ def measure(
     """Return all that is reported of a trained guide."""
     log_weights, values, at_once = draw(posterior.model, guide, args, posterior.plates, chunk)
     finite = torch.isfinite(log_weights)
+    smoothed, k_hat = smoothed_log_weights(log_weights)
     result: dict[str, Any] = {
         "draws": len(log_weights),
         "at_once": at_once,
         "elbo": log_weights.mean().item(),
         "elbo_error": log_weights.std().item() / math.sqrt(len(log_weights)),
         "iwae": (torch.logsumexp(log_weights.reshape(-1, IWAE), -1) - math.log(IWAE)).mean().item(),
-        "k_hat": psis_khat(log_weights).item(),
+        "k_hat": k_hat.item(),
         "nonfinite_draws": int((~finite).sum()),
     }
     if reference.log_evidence is not None:
         result["gap"] = reference.log_evidence - result["elbo"]
     parameters = posterior.parameters(values)
     result["errors"] = errors(parameters, reference, None)
-    result["errors_weighted"] = errors(parameters, reference, torch.softmax(log_weights, 0))
+    result["errors_weighted"] = errors(parameters, reference, torch.softmax(smoothed, 0))
+    result["weights"] = "Pareto-smoothed"
     return result

@@ -289,7 +289,7 @@ def speed_text(results):
     """Return the paragraphs on times of a training step, with the parameters of the study's models beside."""
     speed = results.speed
     head = ["network", "model", "parameters", "parameters in the study", "ms per step"]
-    head += ["seconds per epoch of 10,000", "times the VAE"]
+    head += ["seconds per epoch of 10,000", "times the VAE", "times a VAE of its size"]
     rows = []
     for network, models in speed["models"].items():
         base = models["VAE"]["ms"]
@@ -298,11 +298,14 @@ def speed_text(results):
             found = results.cells.get((network, row, 2, "", ""), {}).values()
             sizes = {run["parameters"] for runs in found for run in runs.values()}
             counts = [f"{figures['parameters']:,}", "–".join(f"{n:,}" for n in sorted(sizes)) or "–"]
-            rows.append([network, label, *counts, f"{ms:.1f}", f"{ms / 10:.2f}", f"{ms / base:.1f}"])
+            alike = figures.get("vae_of_its_size_ms")
+            ratios = [f"{ms / base:.1f}", f"{ms / alike:.1f}" if alike else "–"]
+            rows.append([network, label, *counts, f"{ms:.1f}", f"{ms / 10:.2f}", *ratios])
     sizes = (
         "The models timed have the default sizes of their classes, not those of the study, where the hidden units of "
         "VAE and decoders follow the network. The parameters of both are in the table (– is not a row of the study; "
-        "the model with full Jacobians has dense masked weights); a step of the study's models takes another time."
+        "the model with full Jacobians has dense masked weights); a step of the study's models takes another time. A "
+        "VAE of a model's size has hidden layers so wide that it has as many parameters."
     )
     text = [speed["note"], sizes, table(head, rows)]
     if "profile" in speed:
