@@ -1,4 +1,4 @@
-"""Priors that a model masks altogether, ``dist.Normal(0.0, 1.0).mask(False)``: they are flat, and the guide counts there."""
+"""Priors that a model masks, ``dist.Normal(0.0, 1.0).mask(False)``: they are flat, and the guide counts there."""
 
 import math
 
