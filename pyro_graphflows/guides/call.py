@@ -55,7 +55,7 @@ from pyro_graphflows.inspect.arguments import (
     held_by_function,
     signature_of,
 )
-from pyro_graphflows.inspect.runs import rows_of_plates
+from pyro_graphflows.inspect.runs import rows_of_plates, with_flat_priors
 from pyro_graphflows.inspect.trace import trace_once
 
 __all__ = [
@@ -303,6 +303,7 @@ class CallReader:
             default all sites read all of them.
         unread: Observed sites whose values no site of the guide reads.
         optional: The latent sites that have data in some calls.
+        flat: The latent sites of which the model masks the prior alone: it is improper.
 
     Attributes:
         given: Where the tensors among the arguments of set-up were; None if that is not known.
@@ -319,13 +320,14 @@ class CallReader:
         readers: Mapping[str, Sequence[str]] | None = None,
         unread: Collection[str] = (),
         optional: Collection[str] = (),
+        flat: Collection[str] = (),
     ) -> None:
         graph = traced.graph
         self.encodings, self.keep_masks = encodings, keep_masks
         self.latent: tuple[str, ...] = graph.latent
         without = {*traced.without_data, *unread}
         self.observed = tuple(name for name in graph.observed if name not in without)
-        self.optional = frozenset(optional)
+        self.optional, self.flat = frozenset(optional), frozenset(flat)
         self.inputs: tuple[str, ...] = graph.inputs
         self.in_loops = frozenset(traced.loops)
         by_all = dict.fromkeys((*self.observed, *self.inputs), self.latent)
@@ -401,7 +403,7 @@ class CallReader:
     def from_plain(cls, plain: Mapping[str, Any], device: torch.device | str) -> "CallReader":
         """Return a reader from what :meth:`to_plain` returned; its first call makes sure of the model."""
         new = cls.__new__(cls)
-        vars(new).update(plain)
+        vars(new).update({"flat": frozenset(), **plain})  # of files that say nothing of masked priors
         new.like = {
             name: torch.zeros((), dtype=dtype, device=device) for name, dtype in plain["like"].items()
         }
@@ -726,7 +728,7 @@ class CallReader:
     ) -> poutine.Trace:
         # The point is no draw: a scale may be zero there that never is in a run.
         with torch.no_grad(), poutine.block(), pyro.validation_enabled(False), point:
-            return poutine.trace(model).get_trace(*args, **kwargs)
+            return poutine.trace(with_flat_priors(model, self.flat)).get_trace(*args, **kwargs)
 
     def _rows_taken(
         self,

@@ -4,7 +4,7 @@ Some estimators of Pyro are wrong for some guides without an error: the loss is 
 biased. :func:`check_guide` compares what a loss assumes with what a model and a guide do in one call.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from pyro.infer import (
     TraceMeanField_ELBO,
     TraceTailAdaptive_ELBO,
 )
+from pyro.poutine import Trace
 from pyro.poutine.util import site_is_factor, site_is_subsample
 
 from pyro_graphflows.errors import GraphflowsError
@@ -33,7 +34,7 @@ from pyro_graphflows.inspect.model_graph import (
     changes_of_data,
     changes_of_sites,
 )
-from pyro_graphflows.inspect.runs import rows_of_plates
+from pyro_graphflows.inspect.runs import is_masked_out, rows_of_plates
 
 __all__ = ["GuideCheck", "check_guide"]
 
@@ -125,7 +126,8 @@ def check_guide(
     reasons: list[str] = []
     notes: list[str] = []
     reasons += _other_in_every_run(model, model_trace, again, args, kwargs)
-    reasons += _different_sites(sites, latent, kind) + _other_masks(sites, latent)
+    flat = _with_flat_priors(model, guide, guide_trace, rows_of_plates(model_trace), args, kwargs)
+    reasons += _different_sites(sites, latent, kind) + _other_masks(sites, latent, flat)
     enumerates = issubclass(kind, TraceEnum_ELBO)
     marked = [name for name, site in latent.items() if site["infer"].get("enumerate") is not None]
     rough = [
@@ -225,15 +227,47 @@ def _different_sites(sites: dict[str, Any], latent: dict[str, Any], kind: type) 
     return reasons
 
 
-def _other_masks(sites: dict[str, Any], latent: dict[str, Any]) -> list[str]:
-    """Return the sites that the model masks and the guide does not, so that what is masked adds its entropy."""
+def _with_flat_priors(
+    model: Callable[..., Any], guide: Any, drawn: Trace, rows: dict[str, Any], args: Any, kwargs: Any
+) -> set[str]:
+    """Return the sites of which the model masks the prior alone, as its density elsewhere follows their values."""
+
+    def elsewhere(name: str, values: Trace) -> torch.Tensor:
+        seed_random_state(0)
+        run = poutine.condition(poutine.replay(model, trace=values), data=rows)
+        trace = poutine.trace(run).get_trace(*args, **kwargs)
+        return torch.as_tensor(trace.log_prob_sum(lambda each, _: each != name))
+
+    with kept_random_state(), torch.no_grad(), poutine.block():
+        nodes: Any = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs).nodes
+        masked = [
+            n for n in drawn.nodes if n in nodes and nodes[n]["type"] == "sample" and is_masked_out(nodes[n])
+        ]
+        if not masked:
+            return set()
+        seed_random_state(1)  # other draws than those that the check began with
+        others = poutine.trace(guide).get_trace(*args, **kwargs)
+        found = set()
+        for name in masked:
+            moved = drawn.copy()
+            moved.nodes[name] = others.nodes[name]
+            if elsewhere(name, moved) != elsewhere(name, drawn):
+                found.add(name)
+    return found
+
+
+def _other_masks(sites: dict[str, Any], latent: dict[str, Any], flat: Collection[str]) -> list[str]:
+    """Return the sites that the model masks and the guide does not, so that what is masked adds its entropy.
+
+    That of a site with a flat prior, which the model writes by a mask, is meant to count.
+    """
     auxiliary = any(name not in sites for name in latent)
     found = []
     for name, site in latent.items():
         if name not in sites:
             continue
         mine, theirs = (_as_mask(site_mask(one)) for one in (site, sites[name]))
-        if bool((mine == theirs).all()):
+        if bool((mine == theirs).all()) or (name in flat and bool(mine.all())):
             continue
         elsewhere = auxiliary and isinstance(
             site["fn"], dist.Delta

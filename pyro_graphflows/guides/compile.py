@@ -95,11 +95,13 @@ from pyro_graphflows.inspect.elements import split_elements
 from pyro_graphflows.inspect.model_graph import OTHER_SEED, changes
 from pyro_graphflows.inspect.neighbours import Chain, find_chain
 from pyro_graphflows.inspect.runs import (
+    is_masked_out,
     log_density_at,
     quiet_run,
     rows_of_plates,
     run_model,
     undressed,
+    with_flat_priors,
 )
 from pyro_graphflows.inspect.trace import Rerun, trace_once
 
@@ -324,6 +326,10 @@ def compile_guide(
     seed_random_state(options.setup_seed)
     model = with_latent(model, options.optional)
     trace = _trace(model, args, kwargs, options)
+    flat = _masked_priors(trace)
+    if flat:
+        model = with_flat_priors(model, flat)
+        trace = _trace(model, args, kwargs, options)
     _check_optional(options, trace)
     elements = options.resolution == "element"
     found = find_inverse(model, args, kwargs, trace, _order(options, trace), elements=elements)
@@ -404,7 +410,12 @@ def compile_guide(
     read = {node.name for block in blocks for node in block.context}
     unread = [name for name in traced.graph.observed if name in traced.loops and name not in read]
     reader = CallReader(
-        *(traced, encodings), keep_masks=keep_masks, readers=readers, unread=unread, optional=options.optional
+        *(traced, encodings),
+        keep_masks=keep_masks,
+        readers=readers,
+        unread=unread,
+        optional=options.optional,
+        flat=flat,
     )
     reader.given = frozenset(argument_leaves(model, args, kwargs))
     scores, left_out, said = _scores(options, draws, inverse, plates, bool(changing) or elements)
@@ -434,7 +445,7 @@ def compile_guide(
             families,
             sites,
             mean_field_condition(inverse.graph, inverse),
-            {*vectors.ranks, *vectors.chains, *(fused - fusion.only_summed - fusion.by_shape)},
+            {*vectors.ranks, *vectors.chains, *flat, *(fused - fusion.only_summed - fusion.by_shape)},
         ),
         priors=fusion.priors,
         labels=_labels(options, sites, enumerated, vectors, families),
@@ -1078,6 +1089,31 @@ def _require_possible_data(
                 f"Expected data of {name!r} in the support of its distribution, {support}; {int(wrong.sum())} of "
                 f"{wrong.numel()} values are outside of it."
             )
+
+
+def _masked_priors(traced: TracedModel) -> tuple[str, ...]:
+    """Return the latent sites of which the prior is masked, but not what is computed from them.
+
+    Their prior is flat, and what a guide says of them counts. Where what is computed from them is masked as well, as
+    for padding, they count nowhere.
+    """
+    nodes: Any = traced.trace.nodes
+    graph = traced.graph
+    out = {name for name, node in nodes.items() if node["type"] == "sample" and is_masked_out(node)}
+    found = []
+    for node in graph.latent:
+        name, children = _site_of(node, traced), [_site_of(child, traced) for child in graph.children(node)]
+        half = name.endswith("_unobserved") and name.removesuffix("_unobserved") + "_observed" in nodes
+        if name not in out or half or nodes[name]["fn"].support.is_discrete:
+            continue
+        if any(child in nodes and child not in out for child in children):
+            found.append(name)
+    return tuple(dict.fromkeys(found))
+
+
+def _site_of(node: Any, traced: TracedModel) -> str:
+    """Return the site that a node of a graph is, or is an element of."""
+    return traced.elements[node][0] if node in traced.elements else node
 
 
 def _require_data_of_flat_priors(traced: TracedModel) -> None:

@@ -7,8 +7,9 @@ whether it only passes values on, in which plates it is, what its density is.
 
 import inspect
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import update_wrapper
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ __all__ = [
     "GivenValues",
     "Replaced",
     "is_improper",
+    "is_masked_out",
     "is_outside",
     "is_transparent",
     "kept_buffers",
@@ -46,6 +48,7 @@ __all__ = [
     "subsampled_loops",
     "undressed",
     "vectorized_plates",
+    "with_flat_priors",
 ]
 
 
@@ -79,6 +82,7 @@ def require_pair(model: object, guide: object) -> None:
 
 # Seeds that users choose are small: with this added, a run of ours repeats none of theirs.
 _FAR = 1_594_323_007
+_DRESSES = (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)
 
 
 @contextmanager
@@ -170,6 +174,48 @@ class _ImproperPoint(Messenger):
             msg["done"] = True
 
 
+class _FlatPriors(Messenger):
+    """Gives latent sites that are masked altogether the flat density that they have then, without a mask."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__()
+        self.names = frozenset(names)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        if msg["name"] not in self.names or msg["is_observed"] or not is_masked_out(msg):
+            return
+        msg["mask"] = None
+        msg["fn"] = dist.ImproperUniform(fn.support, fn.batch_shape, fn.event_shape)
+
+
+def with_flat_priors(model: Callable[..., Any], names: Collection[str]) -> Callable[..., Any]:
+    """Return the model with improper priors at sites that it masks altogether; the model itself for none.
+
+    Args:
+        model: The model.
+        names: The sites.
+    """
+    if not names:
+        return model
+
+    def flat(*args: Any, **kwargs: Any) -> Any:
+        with _FlatPriors(names):
+            return model(*args, **kwargs)
+
+    return update_wrapper(flat, model, updated=())  # with the signature of the model
+
+
+def is_masked_out(site: Mapping[str, Any]) -> bool:
+    """Whether the density at a site counts nowhere, whatever the data are: ``mask(False)``."""
+    fn = site["fn"]
+    masked = site["mask"] is False
+    while not masked and isinstance(fn, _DRESSES):
+        masked = getattr(fn, "_mask", None) is False
+        fn = fn.base_dist
+    return masked
+
+
 class GivenRows(Messenger):
     """Gives plates their indices."""
 
@@ -242,7 +288,7 @@ def rows_of_plates(trace: Trace) -> dict[str, torch.Tensor]:
 
 def undressed(fn: Any) -> Any:
     """Strip what only changes the shape or the mask of a distribution."""
-    while isinstance(fn, (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)):
+    while isinstance(fn, _DRESSES):
         fn = fn.base_dist
     return fn
 
