@@ -42,6 +42,7 @@ from pyro_graphflows.guides.orders import (
     NAMED_INVERSES,
     FoundInverse,
     Inverse,
+    drawn_after_enumerated,
     draws_more_effects_alone,
     find_inverse,
     most_edges_of_hierarchy,
@@ -54,6 +55,7 @@ from pyro_graphflows.guides.orders import (
     order_for_supports,
     outer_sites_first,
     outside_of_loops,
+    require_enumerable_plates,
     require_outer_sites_first,
     sites_to_enumerate,
     smoothest_inverse,
@@ -338,6 +340,7 @@ def compile_guide(
     _check_factors(options, sites)
     _check_init_values(options, sites)
     enumerated = sites_to_enumerate(options.enumerate_sites, sites)
+    require_enumerable_plates(enumerated, traced.graph)
     encodings = input_encodings(model, args, kwargs, traced)
     _require_possible_data(traced, encodings, (model, args, kwargs))
     _require_data_of_flat_priors(traced)
@@ -522,7 +525,17 @@ class _OrderSearch:
         inverse = found.inverse
         if self.discrete:
             inverse = order_for_discrete_sites(inverse, self.discrete, self.enumerated, free=self.is_free)
-            return _Way(found, inverse)
+            if found.nested is None or inverse.parents == found.inverse.parents:
+                return _Way(found, inverse)
+            again = self.find(
+                list(inverse.sampling_order[::-1])
+            )  # with the plates that are nested by an index
+            nested = outer_sites_first(again.inverse).replaced(order=inverse.order)
+            return (
+                _Way(found, inverse)
+                if drawn_after_enumerated(nested, self.enumerated)
+                else _Way(again, nested)
+            )
         if self.is_free and not found.lookups and not found.traced.loops and not self.changing:
             inverse = smoothest_inverse(inverse, self.draws, self.options.num_rows)
         return _Way(found, inverse)
