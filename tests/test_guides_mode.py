@@ -1,6 +1,7 @@
 """Draws near the posterior's mode: exact where posteriors are normal, in units of the sites, for any prior."""
 
 import math
+import statistics
 
 import pyro
 import pyro.distributions as dist
@@ -409,3 +410,30 @@ def test_the_elbo_of_an_exactly_normal_posterior_is_the_evidence_by_any_noise():
     noise = torch.tensor([[4.0], [1.0]], dtype=torch.float64)  # far from its mean and its variance
     assert found.elbo(noise) == pytest.approx(evidence, abs=1e-4)
     assert found.gap(noise) == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(("seconds", "least"), [(60.0, -66.0), (0.0, -95.0)])
+def test_a_slow_model_whose_normal_at_the_mode_is_absurd_has_a_better_one(monkeypatch, seconds, least):
+    """Volatilities: draws from the normal at the mode have densities of exp(-1e40), and there is time for little."""
+
+    def volatility(y):
+        mean = pyro.sample("mean", dist.Cauchy(0.0, 5.0))
+        scale = pyro.sample("scale", dist.HalfCauchy(2.0))
+        h = 0.0
+        for t in range(12):
+            h = pyro.sample(f"h_{t}", dist.Normal(0.9 * h, scale))
+            pyro.sample(f"y_{t}", dist.Normal(0.0, ((mean + h) / 2).exp()), obs=y[t])
+
+    y = 30 * torch.randn(12, generator=torch.Generator().manual_seed(0)) * torch.linspace(-1, 1, 12).exp()
+    monkeypatch.setattr(mode_module, "MOST_SECONDS", 0.0)
+    monkeypatch.setattr(mode_module, "MOST_SECONDS_WHERE_BAD", seconds)
+    noises = torch.randn(9, 200, 14, generator=torch.Generator().manual_seed(0))
+
+    def usual_elbo(seed):  # the mean over all draws has the worst of them
+        pyro.set_rng_seed(seed)
+        found = mode_of(volatility, y)
+        return statistics.median(found.elbo(noise) for noise in noises)
+
+    assert usual_elbo(0) > least
+    monkeypatch.setattr(mode_module, "FAR", math.inf)  # the normal at the mode, whatever it is
+    assert usual_elbo(0) < -1e6

@@ -32,7 +32,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyro
@@ -97,6 +97,8 @@ FEW_NUMBERS = 64  # up to which natural gradients begin at several normals
 MOST_ROUNDS = 3  # of natural gradients, as long as they gain
 FEW_SECONDS = 0.02  # of processor time for a gradient at all of them: hundreds are to come
 MOST_SECONDS = 0.08
+MOST_SECONDS_WHERE_BAD = 0.4
+FAR = 30.0  # nats by which the ELBO of a normal at a mode may be below the mass that it stands for
 CLOSE = 0.5  # nats: where a posterior is that normal about its mode, nothing else is tried
 LOG_2PI = math.log(2 * math.pi)
 PLATE = "_pyro_graphflows_draws_near_mode"
@@ -668,7 +670,7 @@ def _search(posterior: LogPosterior, traced: TracedModel) -> Mode:
         return laplace
     seconds = _seconds_of_gradient(posterior, noise)
     if seconds > MOST_SECONDS:
-        return laplace
+        return _wherever_it_is_bad(laplace, noise, seconds, generator)
     is_slow = seconds > FEW_SECONDS
     if abs(laplace.elbo(noise) - laplace.log_evidence) < CLOSE and laplace.gap(noise) < CLOSE:
         return laplace
@@ -688,6 +690,24 @@ def _search(posterior: LogPosterior, traced: TracedModel) -> Mode:
         firsts.append(Mode(posterior, start, torch.eye(size, dtype=torch.float64)))
     fitted = [_fitted(each, noise, MOST_ROUNDS, generator) for each in firsts]
     return _best([each for pair in zip(firsts, fitted, strict=True) for each in pair], noise)
+
+
+def _wherever_it_is_bad(laplace: Mode, noise: Tensor, seconds: float, generator: torch.Generator) -> Mode:
+    """Return the normal at the mode, or a better one where draws from it are where the density is absurd.
+
+    Args:
+        laplace: The normal at the mode, of a density that takes long.
+        noise: Draws to judge it by.
+        seconds: How long a gradient at all of them takes.
+        generator: Of noise.
+    """
+    if laplace.elbo(noise) > laplace.log_evidence - FAR:
+        return laplace
+    found = [replace(laplace, factor=share * laplace.factor) for share in SHARES_OF_WIDTH]
+    if seconds < MOST_SECONDS_WHERE_BAD:
+        found += _variational(laplace.posterior, (laplace.point,), generator)
+    # by more draws: of few, none may be where the density is absurd
+    return _best(found, torch.randn(NUM_JUDGING, len(noise[0]), generator=generator).to(noise))
 
 
 def _seconds_of_gradient(posterior: LogPosterior, points: Tensor) -> float:

@@ -56,6 +56,9 @@ LOG_SCALE_BOUND = 20.0  # exp() of it is far outside of any standardised scale
 MOST_DENSE = 32  # elements up to which an autoregression is solved as a matrix
 MOST_DEPTH = 8  # of an autoregression that is solved round by round
 FREE = 100  # numbers of a long vector that move in full units in a step of training, or more of them less
+FREE_MIXING = (
+    16  # the same of what mixes its elements, which have as many weights from each input as there are pairs
+)
 ROUNDINGS = 400.0  # a scale is at least so many times the rounding error of a value of the standardised size
 
 
@@ -126,13 +129,14 @@ def _find_limits(dtype: torch.dtype, shift: Tensor, scale: Tensor) -> _Limits:
     return _Limits(least, torch.full_like(least, LOG_SCALE_BOUND), scale.log())
 
 
-def share_of_long(number: int) -> float:
+def share_of_long(number: int, free: int = FREE) -> float:
     """Return by how much smaller steps are in a vector of many numbers: noise adds up, to the root of their number.
 
     Args:
         number: How many numbers are trained.
+        free: Up to how many are moved in full units.
     """
-    return min(1.0, FREE / max(number, 1)) ** 0.5
+    return min(1.0, free / max(number, 1)) ** 0.5
 
 
 class Factor(ABC):
@@ -403,7 +407,7 @@ class NormalFactor(NormalOutputs):
     def _less_in_long(self, units: Tensor) -> Tensor:
         """Return units of which all locations and widths, and all other numbers, move in share of their number."""
         own = 2 * self.size
-        share = torch.full_like(units, share_of_long(self.num_outputs))
+        share = torch.full_like(units, share_of_long(self.num_outputs, FREE_MIXING))
         share[:own] = share_of_long(own)
         return units * share
 
