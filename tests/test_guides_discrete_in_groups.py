@@ -99,3 +99,35 @@ def test_sites_are_not_enumerated_where_something_outside_of_their_plate_reads_t
     rows = y.reshape(4, 3)
     safe = auto_faithful_guide(nested, rows, enumerate_sites=True)
     assert check_guide(nested, safe, TraceEnum_ELBO(max_plate_nesting=2), rows).safe
+
+
+@pytest.mark.parametrize("enumerate_sites", [False, True])
+def test_mixtures_with_effects_of_groups(enumerate_sites):
+    """Sites of groups are sampled before discrete ones of their data, which look up their own."""
+
+    def model(group, y):
+        with pyro.plate("groups", 2):
+            effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            kind = pyro.sample("kind", dist.Bernoulli(0.5))
+            pyro.sample("y", dist.Normal(2.0 * kind + effect[..., group], 1.0), obs=y)
+
+    group, y = torch.arange(8) % 2, 1.0 + torch.randn(8)
+    grid = torch.linspace(-6.0, 6.0, 2001)
+    exact = 0.0
+    for i in range(2):
+        each = [
+            dist.Normal(grid[:, None] + shift, 1.0).log_prob(y[i::2]) - math.log(2) for shift in (0.0, 2.0)
+        ]
+        density = torch.logaddexp(*each).sum(1) + dist.Normal(0.0, 1.0).log_prob(grid)
+        exact += (density.logsumexp(0) + math.log(grid[1] - grid[0])).item()
+    guide = auto_faithful_guide(model, group, y, pool="deepset", enumerate_sites=enumerate_sites)
+    assert "kind | group (index), effect (looked up by group), y" in guide.describe()
+    loss = (
+        TraceEnum_ELBO(num_particles=400, max_plate_nesting=1)
+        if enumerate_sites
+        else Trace_ELBO(num_particles=400)
+    )
+    assert loss.loss(model, guide, group, y) == pytest.approx(-exact, abs=0.3)
+    evidence = guide.posterior(group, y, num_draws=3000, seed=0, progress=False).evidence
+    assert evidence.log_evidence == pytest.approx(exact, abs=0.1)

@@ -42,7 +42,6 @@ from pyro_graphflows.guides.orders import (
     NAMED_INVERSES,
     FoundInverse,
     Inverse,
-    drawn_after_enumerated,
     draws_more_effects_alone,
     find_inverse,
     most_edges_of_hierarchy,
@@ -524,21 +523,21 @@ class _OrderSearch:
     def _with_discrete_sites_or_smooth(self, found: FoundInverse) -> _Way:
         inverse = found.inverse
         if self.discrete:
-            inverse = order_for_discrete_sites(inverse, self.discrete, self.enumerated, free=self.is_free)
-            if found.nested is None or inverse.parents == found.inverse.parents:
-                return _Way(found, inverse)
-            again = self.find(
-                list(inverse.sampling_order[::-1])
-            )  # with the plates that are nested by an index
-            nested = outer_sites_first(again.inverse).replaced(order=inverse.order)
-            return (
-                _Way(found, inverse)
-                if drawn_after_enumerated(nested, self.enumerated)
-                else _Way(again, nested)
-            )
+            return self._with_discrete_sites(found)
         if self.is_free and not found.lookups and not found.traced.loops and not self.changing:
             inverse = smoothest_inverse(inverse, self.draws, self.options.num_rows)
         return _Way(found, inverse)
+
+    def _with_discrete_sites(self, found: FoundInverse) -> _Way:
+        # Where data look up groups, their plate is inside of that of the groups.
+        seen = found.nested or found.inverse
+        inverse = order_for_discrete_sites(seen, self.discrete, self.enumerated, free=self.is_free)
+        if found.nested is None:
+            return _Way(found, inverse)
+        if inverse.parents != seen.parents:
+            found = self.find(list(inverse.sampling_order[::-1]))
+        order = outer_sites_first(found.nested or found.inverse).sampling_order
+        return _Way(found, found.inverse.replaced(sampling_order=order, order=inverse.order))
 
     def _with_supports(self, way: _Way) -> _Way:
         bounds = order_for_supports(way.inverse, self.changing) if self.options.inverse == "auto" else None
