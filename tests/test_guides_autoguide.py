@@ -585,3 +585,34 @@ def test_directions():
     guide = auto_faithful_guide(as_normal, num_start_samples=100)
     assert set(guide()) == {"direction_normal"}
     assert math.isfinite(Trace_ELBO().loss(as_normal, guide))
+
+
+@pytest.mark.filterwarnings("ignore:Singular sample detected")
+def test_mixtures_and_matrices_are_refused_with_what_to_do():
+    """Newer versions of torch leave the support of a mixture open; with one of the user's it is served."""
+
+    class Mixture(dist.MixtureSameFamily):
+        support = torch.distributions.constraints.real
+
+    def model(kind):
+        two = dist.Normal(torch.tensor([-1.0, 2.0]), 0.5)
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", kind(dist.Categorical(torch.tensor([0.3, 0.7])), two))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor([-1.0, 0.5, 2.0]))
+
+    guide = auto_faithful_guide(model, Mixture, num_start_samples=500)
+    assert guide(Mixture)["z"].shape == (3,)
+    if hasattr(torch.distributions.constraints, "MixtureSameFamilyConstraint"):
+        with pytest.raises(
+            UnsupportedModelError, match=r"'z' .* class Mixture\(dist.MixtureSameFamily\): support"
+        ):
+            auto_faithful_guide(model, dist.MixtureSameFamily)
+
+    def matrix():
+        precision = pyro.sample("precision", dist.Wishart(torch.tensor(40.0), torch.eye(2)))
+        pyro.sample(
+            "x", dist.MultivariateNormal(torch.zeros(2), precision_matrix=precision), obs=torch.ones(2)
+        )
+
+    with pytest.raises(UnsupportedModelError, match=r"'precision' .* dist.LKJCholesky"):
+        auto_faithful_guide(matrix)()

@@ -23,10 +23,17 @@ from pyro.infer import (
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_factor, site_is_subsample
 
-from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides.call import site_mask
 from pyro_graphflows.guides.guide import AutoFaithfulGuide
-from pyro_graphflows.inspect import is_transparent, kept_random_state, require_pair, seed_random_state
+from pyro_graphflows.guides.orders import outside_of_plates
+from pyro_graphflows.inspect import (
+    is_transparent,
+    kept_random_state,
+    require_pair,
+    seed_random_state,
+    trace_model,
+)
 from pyro_graphflows.inspect.arguments import argument_leaves, outside_tensors, with_tensors
 from pyro_graphflows.inspect.model_graph import (
     REMEDY_ROWS,
@@ -148,6 +155,9 @@ def check_guide(
         reasons += some_reasons
         notes += some_notes
     elif enumerates:
+        reasons += _enumerated_outside(
+            model, args, kwargs, [n for n in marked if n in sites and _plates(latent[n])]
+        )
         notes += _nothing_to_enumerate({**sites, **latent})
     if ask_itself is not None:
         reasons += ask_itself(model_trace, guide_trace)
@@ -160,6 +170,23 @@ def check_guide(
             "Pyro may warn. TraceEnum_ELBO sums over their values."
         )
     return GuideCheck(not reasons, tuple(reasons), tuple(notes))
+
+
+def _enumerated_outside(model: Callable[..., Any], args: Any, kwargs: Any, marked: list[str]) -> list[str]:
+    """Return the sites that the guide enumerates in plates outside of which the model uses them."""
+    if not marked:
+        return []
+    try:
+        graph = trace_model(model, args, kwargs, strict=False).graph
+    except UnsupportedModelError:  # nothing is known of what depends on what
+        return []
+    found = {name: outside_of_plates(name, graph) for name in marked if name in graph}
+    return [
+        f"{_listed([name])} is enumerated in plates that {_listed(children)} {'is' if len(children) == 1 else 'are'} "
+        "not in: TraceEnum_ELBO sums over values that all elements share. Sample it, with score-function gradients."
+        for name, children in found.items()
+        if children
+    ]
 
 
 def _sites(trace: poutine.Trace) -> dict[str, Any]:

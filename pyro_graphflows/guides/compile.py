@@ -54,6 +54,7 @@ from pyro_graphflows.guides.orders import (
     order_for_supports,
     outer_sites_first,
     outside_of_loops,
+    require_enumerable_plates,
     require_outer_sites_first,
     sites_to_enumerate,
     smoothest_inverse,
@@ -338,6 +339,7 @@ def compile_guide(
     _check_factors(options, sites)
     _check_init_values(options, sites)
     enumerated = sites_to_enumerate(options.enumerate_sites, sites)
+    require_enumerable_plates(enumerated, traced.graph)
     encodings = input_encodings(model, args, kwargs, traced)
     _require_possible_data(traced, encodings, (model, args, kwargs))
     _require_data_of_flat_priors(traced)
@@ -521,11 +523,21 @@ class _OrderSearch:
     def _with_discrete_sites_or_smooth(self, found: FoundInverse) -> _Way:
         inverse = found.inverse
         if self.discrete:
-            inverse = order_for_discrete_sites(inverse, self.discrete, self.enumerated, free=self.is_free)
-            return _Way(found, inverse)
+            return self._with_discrete_sites(found)
         if self.is_free and not found.lookups and not found.traced.loops and not self.changing:
             inverse = smoothest_inverse(inverse, self.draws, self.options.num_rows)
         return _Way(found, inverse)
+
+    def _with_discrete_sites(self, found: FoundInverse) -> _Way:
+        # Where data look up groups, their plate is inside of that of the groups.
+        seen = found.nested or found.inverse
+        inverse = order_for_discrete_sites(seen, self.discrete, self.enumerated, free=self.is_free)
+        if found.nested is None:
+            return _Way(found, inverse)
+        if inverse.parents != seen.parents:
+            found = self.find(list(inverse.sampling_order[::-1]))
+        order = outer_sites_first(found.nested or found.inverse).sampling_order
+        return _Way(found, found.inverse.replaced(sampling_order=order, order=inverse.order))
 
     def _with_supports(self, way: _Way) -> _Way:
         bounds = order_for_supports(way.inverse, self.changing) if self.options.inverse == "auto" else None

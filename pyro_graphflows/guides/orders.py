@@ -95,6 +95,8 @@ __all__ = [
     "order_for_supports",
     "outer_sites_first",
     "outside_of_loops",
+    "outside_of_plates",
+    "require_enumerable_plates",
     "require_outer_sites_first",
     "resolve_inverse",
     "sites_to_enumerate",
@@ -482,6 +484,36 @@ def sites_to_enumerate(option: bool | Collection[str], sites: Mapping[str, Laten
                 "each element a site of its own, or leave this site to score-function gradients."
             )
     return frozenset(names)
+
+
+def require_enumerable_plates(enumerated: Collection[str], graph: ModelGraph) -> None:
+    """Refuse to enumerate sites on which something outside of their plates depends.
+
+    Pyro gives all elements of a plate the same one of the values, and sums for each element over what is inside of the
+    plate. What is outside of it depends on the values of several elements, and the sum is wrong, without an error.
+
+    Args:
+        enumerated: The sites that the guide enumerates.
+        graph: The model graph.
+
+    Raises:
+        UnsupportedModelError: If there is one. The message names both sites.
+    """
+    for site in sorted(enumerated):
+        outside = outside_of_plates(site, graph)
+        if outside:
+            raise UnsupportedModelError(
+                f"Expected all that depends on the enumerated site {site!r} to be in its plates, "
+                f"{', '.join(graph.plates[site])}; "
+                f"{', '.join(map(repr, outside))} {'is' if len(outside) == 1 else 'are'} not, and Pyro would sum over "
+                f"values that all elements share. Leave {site!r} out of enumerate_sites, to score-function gradients."
+            )
+
+
+def outside_of_plates(site: str, graph: ModelGraph) -> list[str]:
+    """Return what depends on a site in the model without being in all of its plates."""
+    own = set(graph.plates[site])
+    return [child for child in graph.children(site) if not own <= set(graph.plates[child])]
 
 
 def order_for_discrete_sites(

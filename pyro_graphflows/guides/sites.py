@@ -391,7 +391,7 @@ def latent_sites(traced: TracedModel, custom: Collection[str] = ()) -> dict[str,
         except NotImplementedError as error:
             raise UnsupportedModelError(
                 f"Expected latent sites whose support a bijection maps to the real line; site {name!r} is "
-                f"{type(fn).__name__} with support {fn.support}. Reparametrise it: {_reparametriser(fn, name)}."
+                f"{type(fn).__name__} with support {fn.support}. {_reparametriser(fn, name)}."
             ) from error
         unconstrained = transform.inverse_shape(torch.Size(fn.batch_shape) + event_shape)
         sites[name] = LatentSite(
@@ -407,10 +407,23 @@ def _reparametriser(fn: Any, name: str) -> str:
     kind = f"{type(fn).__name__}Reparam"
     if hasattr(pyro.infer.reparam, kind):
         return (
-            f"poutine.reparam(model, config={{{name!r}: {kind}()}}), with {kind} of pyro.infer.reparam, as the model "
-            "of the guide and of the loss"
+            f"Reparametrise it: poutine.reparam(model, config={{{name!r}: {kind}()}}), with {kind} of "
+            "pyro.infer.reparam, as the model of the guide and of the loss"
         )
-    return "sample normal values, and compute from them what the model needs (normalise a vector for a direction)"
+    if isinstance(fn, dist.MixtureSameFamily):
+        return (
+            "A mixture leaves its support open; say it, by a distribution of your own with the support of the "
+            "components: class Mixture(dist.MixtureSameFamily): support = torch.distributions.constraints.real"
+        )
+    if fn.support is constraints.positive_definite:
+        return (
+            "Sample what the matrix is made of: a Cholesky factor L from dist.LKJCholesky, and positive scales; the "
+            "covariance is (scales[..., None] * L) @ (scales[..., None] * L).mT"
+        )
+    return (
+        "Reparametrise it: sample normal values, and compute from them what the model needs (normalise a vector for a "
+        "direction)"
+    )
 
 
 def partly_observed(traced: TracedModel) -> tuple[str, ...]:

@@ -348,7 +348,7 @@ class _LookUps:
             and any(parent in moving for parent in self.graph.parents(n))
         ]
         values = self.rerun.values
-        if not all(n in values and differentiable(values[n]) for n in moving):
+        if not all(n in values and differentiable(values[n]) and _can_move(sites[n]["fn"]) for n in moving):
             return None
         if self._is_chosen_by_latents(moving):
             return None
@@ -424,16 +424,24 @@ class _LookUps:
 
     def _moved(self, name: str, value: torch.Tensor, chosen: torch.Tensor, dim: int) -> torch.Tensor:
         """Return the value of a site with the chosen elements of a plate changed."""
-        site = self.rerun.sites[name]
-        at = dim - len(site["fn"].event_shape)
-        transform = biject_to(site["fn"].support)
-        free = transform.inv(value)
-        step = 0.3 + 0.4 * torch.rand(
-            free.shape, generator=torch.Generator().manual_seed(2), dtype=free.dtype
-        )
-        other = transform(free + step.to(free.device))
+        fn = self.rerun.sites[name]["fn"]
+        at = dim - len(fn.event_shape)
+        if fn.support.is_discrete:
+            other = _next_class(fn, value)
+        else:
+            transform = biject_to(fn.support)
+            free = transform.inv(value)
+            step = 0.3 + 0.4 * torch.rand(
+                free.shape, generator=torch.Generator().manual_seed(2), dtype=free.dtype
+            )
+            other = transform(free + step.to(free.device))
         mask = chosen.to(value.device).reshape(-1, *[1] * (-at - 1))
         return torch.where(mask, other, value)
+
+
+def _can_move(fn: Any) -> bool:
+    """Whether other values of a distribution can be named: of a discrete one, those of its classes."""
+    return bool(not fn.support.is_discrete or fn.has_enumerate_support)
 
 
 def _next_class(fn: Any, value: torch.Tensor) -> torch.Tensor:

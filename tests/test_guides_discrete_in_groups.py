@@ -1,0 +1,133 @@
+"""Discrete latents of groups whose elements the data look up, or of which the data read all: spikes and slabs."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
+
+from pyro_graphflows import UnsupportedModelError, auto_faithful_guide, check_guide
+from pyro_graphflows.inspect import trace_model
+from pyro_graphflows.inspect.elements import nested_by_index
+
+GROUP = torch.arange(12) % 3
+
+
+def grouped(y, kind="binary"):
+    with pyro.plate("groups", 3):
+        if kind == "binary":
+            on = pyro.sample("on", dist.Bernoulli(0.3))
+        else:
+            on = pyro.sample("on", dist.OneHotCategorical(torch.tensor([0.7, 0.3])))[..., 1]
+        effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal((on * effect)[..., GROUP], 0.5), obs=y)
+
+
+def regression(x, y):
+    with pyro.plate("inputs", x.shape[-1]):
+        on = pyro.sample("on", dist.Bernoulli(0.3))
+        effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal((x * (on * effect).unsqueeze(-2)).sum(-1), 0.5), obs=y)
+
+
+def log_evidence(y):
+    """Of the model of groups: two hypotheses for each."""
+    total = 0.0
+    for i in range(3):
+        own = y[i::3]
+        off = dist.Normal(0.0, 0.5).log_prob(own).sum()
+        on = dist.MultivariateNormal(torch.zeros(4), 1.0 + 0.25 * torch.eye(4)).log_prob(own)
+        total += torch.logaddexp(off + math.log(0.7), on + math.log(0.3)).item()
+    return total
+
+
+@pytest.mark.parametrize("kind", ["binary", "one-hot"])
+def test_data_that_look_up_discrete_latents_are_in_their_groups(kind):
+    """Discrete values have no coordinate to be moved in; they take the next class."""
+    y = 0.5 * torch.randn(12)
+    nested = nested_by_index(grouped, (y, kind), traced=trace_model(grouped, (y, kind)))
+    assert nested["data"]["groups"].equal(GROUP)
+    guide = auto_faithful_guide(grouped, y, kind)
+    assert not any(guide.plan.inverse.coupled.values())  # the order with discrete sites first knows of it too
+    assert "stay dependent" not in guide.describe()
+    svi = SVI(
+        grouped, guide, pyro.optim.Adam({"lr": 0.03}), Trace_ELBO(num_particles=5, vectorize_particles=True)
+    )
+    for _ in range(200):
+        svi.step(y, kind)
+    evidence = guide.posterior(y, kind, num_draws=5000, seed=0, progress=False).evidence
+    assert evidence.log_evidence == pytest.approx(log_evidence(y), abs=0.2)
+
+
+def test_spikes_and_slabs():
+    x = torch.randn(20, 2)
+    y = x[:, 0] + 0.5 * torch.randn(20)
+    with pytest.warns(match="copies of on stay dependent across inputs"):
+        guide = auto_faithful_guide(regression, x, y)
+    assert math.isfinite(Trace_ELBO().loss(regression, guide, x, y))
+
+
+def test_sites_are_not_enumerated_where_something_outside_of_their_plate_reads_them():
+    """Pyro gives all elements the same value, and its sum is far from the bound."""
+    y = 0.5 * torch.randn(12)
+    with pytest.raises(UnsupportedModelError, match=r"the enumerated site 'on' .* groups; 'y' is not"):
+        auto_faithful_guide(grouped, y, enumerate_sites=True)
+
+    def guide(y):
+        with pyro.plate("groups", 3):
+            on = pyro.sample("on", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+            pyro.sample("effect", dist.Normal(on, 1.0))
+
+    with pytest.warns(match="you need to use TraceEnum_ELBO"):
+        right = Trace_ELBO(num_particles=500).loss(grouped, guide, y)
+    wrong = TraceEnum_ELBO(num_particles=500, max_plate_nesting=1).loss(grouped, guide, y)
+    assert wrong > 1.5 * right
+    check = check_guide(grouped, guide, TraceEnum_ELBO(max_plate_nesting=1), y)
+    assert "'on' is enumerated in plates that 'y' is not in" in str(check)
+
+    def nested(y):
+        with pyro.plate("groups", 3):
+            on = pyro.sample("on", dist.Bernoulli(0.3))
+            effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
+            with pyro.plate("repeats", 4):
+                pyro.sample("y", dist.Normal(on * effect, 0.5), obs=y)
+
+    rows = y.reshape(4, 3)
+    safe = auto_faithful_guide(nested, rows, enumerate_sites=True)
+    assert check_guide(nested, safe, TraceEnum_ELBO(max_plate_nesting=2), rows).safe
+
+
+@pytest.mark.parametrize("enumerate_sites", [False, True])
+def test_mixtures_with_effects_of_groups(enumerate_sites):
+    """Sites of groups are sampled before discrete ones of their data, which look up their own."""
+
+    def model(group, y):
+        with pyro.plate("groups", 2):
+            effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            kind = pyro.sample("kind", dist.Bernoulli(0.5))
+            pyro.sample("y", dist.Normal(2.0 * kind + effect[..., group], 1.0), obs=y)
+
+    group, y = torch.arange(8) % 2, 1.0 + torch.randn(8)
+    grid = torch.linspace(-6.0, 6.0, 2001)
+    exact = 0.0
+    for i in range(2):
+        each = [
+            dist.Normal(grid[:, None] + shift, 1.0).log_prob(y[i::2]) - math.log(2) for shift in (0.0, 2.0)
+        ]
+        density = torch.logaddexp(*each).sum(1) + dist.Normal(0.0, 1.0).log_prob(grid)
+        exact += (density.logsumexp(0) + math.log(grid[1] - grid[0])).item()
+    guide = auto_faithful_guide(model, group, y, pool="deepset", enumerate_sites=enumerate_sites)
+    assert "kind | group (index), effect (looked up by group), y" in guide.describe()
+    loss = (
+        TraceEnum_ELBO(num_particles=400, max_plate_nesting=1)
+        if enumerate_sites
+        else Trace_ELBO(num_particles=400)
+    )
+    assert loss.loss(model, guide, group, y) == pytest.approx(-exact, abs=0.3)
+    evidence = guide.posterior(group, y, num_draws=3000, seed=0, progress=False).evidence
+    assert evidence.log_evidence == pytest.approx(exact, abs=0.1)
