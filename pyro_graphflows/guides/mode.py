@@ -98,7 +98,7 @@ MOST_ROUNDS = 3  # of natural gradients, as long as they gain
 FEW_SECONDS = 0.02  # of processor time for a gradient at all of them: hundreds are to come
 MOST_SECONDS = 0.08
 SECONDS_WHERE_BAD = (
-    10.0  # of processor time for a search with as slow a gradient, if the normal at the mode is bad
+    7.0  # of processor time for each search of a slow model whose normal at the mode is far off
 )
 FAR = 10.0  # nats by which a normal at a mode may be off where time is short
 CLOSE = 0.5  # nats: where a posterior is that normal about its mode, nothing else is tried
@@ -706,7 +706,7 @@ def _wherever_it_is_bad(laplace: Mode, noise: Tensor, start: Tensor, generator: 
     if laplace.elbo(noise) > laplace.log_evidence - FAR and laplace.gap(noise) < FAR:
         return laplace
     found = [replace(laplace, factor=share * laplace.factor) for share in SHARES_OF_WIDTH]
-    found += _variational(laplace.posterior, (start,), generator, SECONDS_WHERE_BAD)
+    found += _variational(laplace.posterior, (laplace.point, start), generator, SECONDS_WHERE_BAD)
     # by more draws: of few, none may be where the density is absurd
     noise = torch.randn(NUM_JUDGING, len(start), generator=generator).to(noise)
     best = _best(found, noise)
@@ -833,7 +833,7 @@ def _variational(
         posterior: The density.
         points: Where searches begin.
         generator: Of noise.
-        seconds: Of processor time, if there are no more; the search then begins at the better point alone.
+        seconds: Of processor time for each search, if there are no more.
     """
     size = posterior.size
     noise = torch.randn(NUM_DRAWS, size, generator=generator, dtype=torch.float64)
@@ -843,7 +843,7 @@ def _variational(
         loc, log_scale = both[:size], both[size:]
         return -posterior(loc + log_scale.exp() * noise).mean() - log_scale.sum()
 
-    begins: list[tuple[float, Tensor]] = []
+    begins: list[Tensor] = []
     for point in points:
         hessian = hessian_at(lambda point: -posterior(point), point)
         if hessian is not None:
@@ -851,10 +851,8 @@ def _variational(
             first = [torch.cat([point, widths + math.log(share)]) for share in SHARES_OF_WIDTH]
             losses = [float(loss_and_gradient(loss, both)[0]) for both in first]
             if math.isfinite(min(losses)):
-                begins.append((min(losses), first[losses.index(min(losses))]))
-    if seconds is not None:
-        begins = sorted(begins, key=lambda begin: begin[0])[:1]
-    return [each for _, both in begins for each in _independent(posterior, loss, both, seconds)]
+                begins.append(first[losses.index(min(losses))])
+    return [each for both in begins for each in _independent(posterior, loss, both, seconds)]
 
 
 def _independent(posterior: LogPosterior, loss: Objective, both: Tensor, seconds: float | None) -> list[Mode]:
