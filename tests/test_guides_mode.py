@@ -412,7 +412,7 @@ def test_the_elbo_of_an_exactly_normal_posterior_is_the_evidence_by_any_noise():
     assert found.gap(noise) == pytest.approx(0.0, abs=1e-6)
 
 
-@pytest.mark.parametrize(("seconds", "least"), [(60.0, -66.0), (0.0, -95.0)])
+@pytest.mark.parametrize(("seconds", "least"), [(10.0, -66.0), (0.0, -95.0)])
 def test_a_slow_model_whose_normal_at_the_mode_is_absurd_has_a_better_one(monkeypatch, seconds, least):
     """Volatilities: draws from the normal at the mode have densities of exp(-1e40), and there is time for little."""
 
@@ -426,7 +426,7 @@ def test_a_slow_model_whose_normal_at_the_mode_is_absurd_has_a_better_one(monkey
 
     y = 30 * torch.randn(12, generator=torch.Generator().manual_seed(0)) * torch.linspace(-1, 1, 12).exp()
     monkeypatch.setattr(mode_module, "MOST_SECONDS", 0.0)
-    monkeypatch.setattr(mode_module, "MOST_SECONDS_WHERE_BAD", seconds)
+    monkeypatch.setattr(mode_module, "SECONDS_WHERE_BAD", seconds)
     noises = torch.randn(9, 200, 14, generator=torch.Generator().manual_seed(0))
 
     def usual_elbo(seed):  # the mean over all draws has the worst of them

@@ -5,6 +5,7 @@ goes downhill by the same derivatives, those of the mean over its draws.
 """
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -137,16 +138,24 @@ def newton(objective: Objective, point: Tensor, steps: int = MOST_STEPS) -> Tens
     return point
 
 
-def lbfgs(objective: Objective, point: Tensor) -> Tensor:
+def lbfgs(objective: Objective, point: Tensor, seconds: float = math.inf) -> Tensor:
     """Go downhill by L-BFGS [3]; steps are shortened until the loss falls, also from where it is infinite.
+
+    Args:
+        objective: The function.
+        point: Where to begin.
+        seconds: Of processor time, after which no further step is begun.
 
     References:
         [3] Liu and Nocedal (1989), On the limited memory BFGS method, Mathematical Programming 45.
     """
+    began = time.process_time()
     loss, gradient = loss_and_gradient(objective, point)
     pairs: list[tuple[Tensor, Tensor]] = []
     poor = 0
     for _ in range(MOST_EVALUATIONS):
+        if time.process_time() - began > seconds:
+            return point
         step = -_two_loops(gradient, pairs)
         if not pairs:
             step = step / max(1.0, float(step.norm()))
@@ -202,7 +211,11 @@ def _line_search(
 
 
 def fit_normal(
-    objective: Objective, loc: Tensor, factor: Tensor, generator: torch.Generator | None = None
+    objective: Objective,
+    loc: Tensor,
+    factor: Tensor,
+    generator: torch.Generator | None = None,
+    seconds: float = math.inf,
 ) -> tuple[Tensor, Tensor]:
     r"""Fit a normal to :math:`e^{-f}` by natural-gradient steps on its ELBO, with fresh draws in each.
 
@@ -215,6 +228,7 @@ def fit_normal(
         loc: The mean at first.
         factor: A square root of the covariance at first.
         generator: Of the draws; torch's own by default.
+        seconds: Of processor time, after which no further step is begun.
 
     Returns:
         The mean and a square root of the covariance; those given where Hessians cannot be computed.
@@ -227,8 +241,10 @@ def fit_normal(
     def mean(offsets: Tensor, centre: Tensor) -> Tensor:
         return objective(centre + offsets).mean()
 
-    sparsity = Sparsity()
+    sparsity, began = Sparsity(), time.process_time()
     for rate in RATES:
+        if time.process_time() - began > seconds:
+            break
         noise = torch.randn(NUM_PAIRS, len(loc), generator=generator).to(loc)
         offsets = torch.cat([noise, -noise]) @ factor.T
         loss, gradient, point = _with_graph(partial(mean, offsets), loc, graph=True)

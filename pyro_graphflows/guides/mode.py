@@ -97,8 +97,10 @@ FEW_NUMBERS = 64  # up to which natural gradients begin at several normals
 MOST_ROUNDS = 3  # of natural gradients, as long as they gain
 FEW_SECONDS = 0.02  # of processor time for a gradient at all of them: hundreds are to come
 MOST_SECONDS = 0.08
-MOST_SECONDS_WHERE_BAD = 0.4
-FAR = 30.0  # nats by which the ELBO of a normal at a mode may be below the mass that it stands for
+SECONDS_WHERE_BAD = (
+    10.0  # of processor time for a search with as slow a gradient, if the normal at the mode is bad
+)
+FAR = 10.0  # nats by which a normal at a mode may be off where time is short
 CLOSE = 0.5  # nats: where a posterior is that normal about its mode, nothing else is tried
 LOG_2PI = math.log(2 * math.pi)
 PLATE = "_pyro_graphflows_draws_near_mode"
@@ -670,7 +672,7 @@ def _search(posterior: LogPosterior, traced: TracedModel) -> Mode:
         return laplace
     seconds = _seconds_of_gradient(posterior, noise)
     if seconds > MOST_SECONDS:
-        return _wherever_it_is_bad(laplace, noise, seconds, generator)
+        return _wherever_it_is_bad(laplace, noise, start, generator)
     is_slow = seconds > FEW_SECONDS
     if abs(laplace.elbo(noise) - laplace.log_evidence) < CLOSE and laplace.gap(noise) < CLOSE:
         return laplace
@@ -692,22 +694,23 @@ def _search(posterior: LogPosterior, traced: TracedModel) -> Mode:
     return _best([each for pair in zip(firsts, fitted, strict=True) for each in pair], noise)
 
 
-def _wherever_it_is_bad(laplace: Mode, noise: Tensor, seconds: float, generator: torch.Generator) -> Mode:
-    """Return the normal at the mode, or a better one where draws from it are where the density is absurd.
+def _wherever_it_is_bad(laplace: Mode, noise: Tensor, start: Tensor, generator: torch.Generator) -> Mode:
+    """Return the normal at the mode, or a better one where that is far from the posterior as its own draws show.
 
     Args:
         laplace: The normal at the mode, of a density that takes long.
         noise: Draws to judge it by.
-        seconds: How long a gradient at all of them takes.
+        start: Where the search for the mode began.
         generator: Of noise.
     """
-    if laplace.elbo(noise) > laplace.log_evidence - FAR:
+    if laplace.elbo(noise) > laplace.log_evidence - FAR and laplace.gap(noise) < FAR:
         return laplace
     found = [replace(laplace, factor=share * laplace.factor) for share in SHARES_OF_WIDTH]
-    if seconds < MOST_SECONDS_WHERE_BAD:
-        found += _variational(laplace.posterior, (laplace.point,), generator)
+    found += _variational(laplace.posterior, (start,), generator, SECONDS_WHERE_BAD)
     # by more draws: of few, none may be where the density is absurd
-    return _best(found, torch.randn(NUM_JUDGING, len(noise[0]), generator=generator).to(noise))
+    noise = torch.randn(NUM_JUDGING, len(start), generator=generator).to(noise)
+    best = _best(found, noise)
+    return _best([best, _fitted(best, noise, 1, generator, SECONDS_WHERE_BAD)], noise)
 
 
 def _seconds_of_gradient(posterior: LogPosterior, points: Tensor) -> float:
@@ -720,13 +723,21 @@ def _seconds_of_gradient(posterior: LogPosterior, points: Tensor) -> float:
     return min(seconds)
 
 
-def _fitted(mode: Mode, noise: Tensor, most_rounds: int, generator: torch.Generator) -> Mode:
+def _fitted(
+    mode: Mode,
+    noise: Tensor,
+    most_rounds: int,
+    generator: torch.Generator,
+    seconds: float = math.inf,
+) -> Mode:
     """Return the normal of any covariance to which natural gradients lead from another one; of many numbers itself."""
     if len(mode.point) > MOST_NEWTON:
         return mode
     posterior, elbo = mode.posterior, mode.elbo(noise)
     for _ in range(most_rounds):
-        loc, factor = fit_normal(lambda points: -posterior(points), mode.point, mode.factor, generator)
+        loc, factor = fit_normal(
+            lambda points: -posterior(points), mode.point, mode.factor, generator, seconds
+        )
         moved = Mode(posterior, loc, factor)
         before, elbo = elbo, moved.elbo(noise)
         if not elbo > before:
@@ -808,15 +819,21 @@ def _centred(
     return [*found, *_variational(centred, (mode, point), generator)]
 
 
-def _variational(posterior: LogPosterior, points: Sequence[Tensor], generator: torch.Generator) -> list[Mode]:
+def _variational(
+    posterior: LogPosterior,
+    points: Sequence[Tensor],
+    generator: torch.Generator,
+    seconds: float | None = None,
+) -> list[Mode]:
     """Return normal approximations at the optimum of the ELBO of independent normals, by fixed draws of noise [2].
 
     Their covariances are those of independent normals, of the curvature at their mean, and of linear response [3].
 
     Args:
         posterior: The density.
-        points: Where the search may begin.
+        points: Where searches begin.
         generator: Of noise.
+        seconds: Of processor time, if there are no more; the search then begins at the better point alone.
     """
     size = posterior.size
     noise = torch.randn(NUM_DRAWS, size, generator=generator, dtype=torch.float64)
@@ -826,7 +843,7 @@ def _variational(posterior: LogPosterior, points: Sequence[Tensor], generator: t
         loc, log_scale = both[:size], both[size:]
         return -posterior(loc + log_scale.exp() * noise).mean() - log_scale.sum()
 
-    found = []
+    begins: list[tuple[float, Tensor]] = []
     for point in points:
         hessian = hessian_at(lambda point: -posterior(point), point)
         if hessian is not None:
@@ -834,22 +851,28 @@ def _variational(posterior: LogPosterior, points: Sequence[Tensor], generator: t
             first = [torch.cat([point, widths + math.log(share)]) for share in SHARES_OF_WIDTH]
             losses = [float(loss_and_gradient(loss, both)[0]) for both in first]
             if math.isfinite(min(losses)):
-                found += _independent(posterior, loss, first[losses.index(min(losses))])
-    return found
+                begins.append((min(losses), first[losses.index(min(losses))]))
+    if seconds is not None:
+        begins = sorted(begins, key=lambda begin: begin[0])[:1]
+    return [each for _, both in begins for each in _independent(posterior, loss, both, seconds)]
 
 
-def _independent(posterior: LogPosterior, loss: Objective, both: Tensor) -> list[Mode]:
+def _independent(posterior: LogPosterior, loss: Objective, both: Tensor, seconds: float | None) -> list[Mode]:
     """Return the independent normals to which a search for the least loss leads, and others with their mean.
 
     Args:
         posterior: The density.
         loss: Minus the ELBO of means and log-scales beside each other.
         both: Means and log-scales at first.
+        seconds: Of processor time, if there are no more.
     """
     size = posterior.size
-    is_small = 2 * size <= MOST_NEWTON_OF_NORMALS
-    for _ in range(1 if is_small else SEARCHES):
-        both = newton(loss, both) if is_small else lbfgs(loss, both)
+    is_small = 2 * size <= MOST_NEWTON_OF_NORMALS and seconds is None
+    if seconds is not None:
+        both = lbfgs(loss, both, seconds)
+    else:
+        for _ in range(1 if is_small else SEARCHES):
+            both = newton(loss, both) if is_small else lbfgs(loss, both)
     loc, scale = both[:size].detach(), both[size:].detach().exp()
     found = [Mode(posterior, loc, scale.diag())]
     own_hessian = hessian_at(lambda point: -posterior(point), loc)
