@@ -278,8 +278,9 @@ def _with_flat_priors(
         for name in masked:
             site: Any = drawn.nodes[name]
             kept = masks[name].reshape(masks[name].shape + (1,) * len(site["fn"].event_shape))
+            changed: Any = dict(site, value=site["value"].where(kept, others.nodes[name]["value"]))
             moved = drawn.copy()
-            moved.nodes[name] = {**site, "value": site["value"].where(kept, others.nodes[name]["value"])}
+            moved.nodes[name] = changed
             before, after = elsewhere(name, drawn), elsewhere(name, moved)
             if not torch.allclose(before, after, rtol=0.0, atol=0.0, equal_nan=True):
                 found.add(name)
