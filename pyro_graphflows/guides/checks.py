@@ -267,7 +267,7 @@ def _with_flat_priors(
 
     with kept_random_state(), torch.no_grad(), poutine.block():
         nodes: Any = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs).nodes
-        both = [name for name in drawn.nodes if name in nodes and nodes[name]["type"] == "sample"]
+        both = [name for name in _sites(drawn) if name in nodes]
         masks = {n: _as_mask(False if is_masked_out(nodes[n]) else site_mask(nodes[n])) for n in both}
         masked = [name for name, mask in masks.items() if not mask.all()]
         if not masked:
