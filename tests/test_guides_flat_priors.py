@@ -85,3 +85,21 @@ def test_checks_tell_flat_priors_from_padding():
     for guide in (auto_faithful_guide(by_distribution, y), AutoNormal(by_distribution)):
         guide(y)
         assert check_guide(by_distribution, guide, Trace_ELBO, y).safe
+
+
+def test_checks_name_priors_that_are_masked_in_part():
+    """Masked entries that data depend on have no term in the guide: they would run to one point."""
+    mask = torch.tensor([True, False, True, False, True])
+
+    def model(y, both):
+        with pyro.plate("data", len(y)):
+            with poutine.mask(mask=mask):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            with poutine.mask(mask=mask | (not both)):
+                pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=y)
+
+    y = torch.randn(5)
+    for both in (True, False):
+        check = check_guide(model, auto_faithful_guide(model, y, both), Trace_ELBO, y, both)
+        assert check.safe == both
+        assert ("'z' count in the model where their prior is masked" in str(check)) != both

@@ -257,7 +257,7 @@ def _different_sites(sites: dict[str, Any], latent: dict[str, Any], kind: type) 
 def _with_flat_priors(
     model: Callable[..., Any], guide: Any, drawn: Trace, rows: dict[str, Any], args: Any, kwargs: Any
 ) -> set[str]:
-    """Return the sites of which the model masks the prior alone, as its density elsewhere follows their values."""
+    """Return the sites of which the model masks the prior alone: elsewhere its density follows masked values."""
 
     def elsewhere(name: str, values: Trace) -> torch.Tensor:
         seed_random_state(0)
@@ -267,18 +267,22 @@ def _with_flat_priors(
 
     with kept_random_state(), torch.no_grad(), poutine.block():
         nodes: Any = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs).nodes
-        masked = [
-            n for n in drawn.nodes if n in nodes and nodes[n]["type"] == "sample" and is_masked_out(nodes[n])
-        ]
+        both = [name for name in _sites(drawn) if name in nodes]
+        masks = {n: _as_mask(False if is_masked_out(nodes[n]) else site_mask(nodes[n])) for n in both}
+        masked = [name for name, mask in masks.items() if not mask.all()]
         if not masked:
             return set()
         seed_random_state(1)  # other draws than those that the check began with
         others = poutine.trace(guide).get_trace(*args, **kwargs)
         found = set()
         for name in masked:
+            site: Any = drawn.nodes[name]
+            kept = masks[name].reshape(masks[name].shape + (1,) * len(site["fn"].event_shape))
+            changed: Any = dict(site, value=site["value"].where(kept, others.nodes[name]["value"]))
             moved = drawn.copy()
-            moved.nodes[name] = others.nodes[name]
-            if elsewhere(name, moved) != elsewhere(name, drawn):
+            moved.nodes[name] = changed
+            before, after = elsewhere(name, drawn), elsewhere(name, moved)
+            if not torch.allclose(before, after, rtol=0.0, atol=0.0, equal_nan=True):
                 found.add(name)
     return found
 
@@ -289,24 +293,33 @@ def _other_masks(sites: dict[str, Any], latent: dict[str, Any], flat: Collection
     That of a site with a flat prior, which the model writes by a mask, is meant to count.
     """
     auxiliary = any(name not in sites for name in latent)
-    found = []
+    found, points = [], []
     for name, site in latent.items():
         if name not in sites:
             continue
         mine, theirs = (_as_mask(site_mask(one)) for one in (site, sites[name]))
-        if bool((mine == theirs).all()) or (name in flat and bool(mine.all())):
+        if name in flat and not bool(mine.all()):
+            points.append(name)
+        if bool((mine == theirs).all()) or name in flat:
             continue
         elsewhere = auxiliary and isinstance(
             site["fn"], dist.Delta
         )  # where the density is, at an auxiliary site
         if elsewhere or bool((site["fn"].log_prob(site["value"]) != 0).any()):
             found.append(name)
-    if not found:
-        return []
-    return [
-        f"{_listed(found)} have another mask in the guide than in the model: what only one of them masks adds its "
-        "log-density to the loss. Guides of this package repeat the model's mask."
-    ]
+    reasons = []
+    if points:
+        reasons.append(
+            f"{_listed(points)} count in the model where their prior is masked, and the guide is masked there: "
+            "training makes them points. Mask what is computed from these entries as well, if they are padding; "
+            "otherwise give them a wide prior in place of the mask."
+        )
+    if found:
+        reasons.append(
+            f"{_listed(found)} have another mask in the guide than in the model: what only one of them masks adds its "
+            "log-density to the loss. Guides of this package repeat the model's mask."
+        )
+    return reasons
 
 
 def _as_mask(mask: torch.Tensor | bool | None) -> torch.Tensor:
