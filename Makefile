@@ -42,7 +42,7 @@ demo: $(STAMP)
 WORKERS ?= 2
 SHARED := -n $(WORKERS) --dist loadfile
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHARED) $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=25 --durations-min=5 $(SHARED) $(TESTS)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
