@@ -123,17 +123,16 @@ def check_guide(
     with kept_random_state(), torch.no_grad(), poutine.block():
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        rows = rows_of_plates(model_trace)
         seed_random_state(0)
-        same_rows = poutine.condition(
-            poutine.replay(model, trace=guide_trace), data=rows_of_plates(model_trace)
-        )
+        same_rows = poutine.condition(poutine.replay(model, trace=guide_trace), data=rows)
         again = poutine.trace(same_rows).get_trace(*args, **kwargs)
     sites, drawn = _sites(model_trace), _sites(guide_trace)
     latent = {name: site for name, site in drawn.items() if not site["is_observed"]}
     reasons: list[str] = []
     notes: list[str] = []
     reasons += _other_in_every_run(model, model_trace, again, args, kwargs)
-    flat = _with_flat_priors(model, guide, guide_trace, rows_of_plates(model_trace), args, kwargs)
+    flat = _with_flat_priors(model, guide, (model_trace, guide_trace), rows, args, kwargs)
     reasons += _different_sites(sites, latent, kind) + _other_masks(sites, latent, flat)
     enumerates = issubclass(kind, TraceEnum_ELBO)
     marked = [name for name, site in latent.items() if site["infer"].get("enumerate") is not None]
@@ -255,9 +254,15 @@ def _different_sites(sites: dict[str, Any], latent: dict[str, Any], kind: type) 
 
 
 def _with_flat_priors(
-    model: Callable[..., Any], guide: Any, drawn: Trace, rows: dict[str, Any], args: Any, kwargs: Any
+    model: Callable[..., Any],
+    guide: Any,
+    traces: tuple[Trace, Trace],
+    rows: dict[str, Any],
+    args: Any,
+    kwargs: Any,
 ) -> set[str]:
     """Return the sites of which the model masks the prior alone: elsewhere its density follows masked values."""
+    model_trace, drawn = traces
 
     def elsewhere(name: str, values: Trace) -> torch.Tensor:
         seed_random_state(0)
@@ -266,7 +271,7 @@ def _with_flat_priors(
         return torch.as_tensor(trace.log_prob_sum(lambda each, _: each != name))
 
     with kept_random_state(), torch.no_grad(), poutine.block():
-        nodes: Any = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs).nodes
+        nodes: Any = model_trace.nodes
         both = [name for name in _sites(drawn) if name in nodes]
         masks = {n: _as_mask(False if is_masked_out(nodes[n]) else site_mask(nodes[n])) for n in both}
         masked = [name for name, mask in masks.items() if not mask.all()]

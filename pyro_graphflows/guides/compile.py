@@ -6,7 +6,7 @@ Each step takes values and returns new ones; none edits an earlier step's result
 import warnings
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import update_wrapper
+from functools import partial
 from typing import Any, NamedTuple
 
 import networkx as nx
@@ -96,6 +96,7 @@ from pyro_graphflows.inspect.elements import split_elements
 from pyro_graphflows.inspect.model_graph import OTHER_SEED, changes
 from pyro_graphflows.inspect.neighbours import Chain, find_chain
 from pyro_graphflows.inspect.runs import (
+    handled,
     is_masked_out,
     log_density_at,
     quiet_run,
@@ -818,14 +819,7 @@ class _Latent(Messenger):
 
 def with_latent(model: Callable[..., Any], names: Collection[str]) -> Callable[..., Any]:
     """Return the model without the data of some sites; the model itself for none."""
-    if not names:
-        return model
-
-    def latent(*args: Any, **kwargs: Any) -> Any:
-        with _Latent(names):
-            return model(*args, **kwargs)
-
-    return update_wrapper(latent, model, updated=())  # with the signature of the model
+    return handled(model, partial(_Latent, names)) if names else model
 
 
 def _check_optional(options: GuideOptions, traced: TracedModel) -> None:

@@ -823,7 +823,7 @@ def _variational(
     posterior: LogPosterior,
     points: Sequence[Tensor],
     generator: torch.Generator,
-    seconds: float | None = None,
+    seconds: float = math.inf,
 ) -> list[Mode]:
     """Return normal approximations at the optimum of the ELBO of independent normals, by fixed draws of noise [2].
 
@@ -833,7 +833,7 @@ def _variational(
         posterior: The density.
         points: Where searches begin.
         generator: Of noise.
-        seconds: Of processor time for each search, if there are no more.
+        seconds: Of processor time for each search.
     """
     size = posterior.size
     noise = torch.randn(NUM_DRAWS, size, generator=generator, dtype=torch.float64)
@@ -843,7 +843,7 @@ def _variational(
         loc, log_scale = both[:size], both[size:]
         return -posterior(loc + log_scale.exp() * noise).mean() - log_scale.sum()
 
-    begins: list[Tensor] = []
+    found = []
     for point in points:
         hessian = hessian_at(lambda point: -posterior(point), point)
         if hessian is not None:
@@ -851,26 +851,27 @@ def _variational(
             first = [torch.cat([point, widths + math.log(share)]) for share in SHARES_OF_WIDTH]
             losses = [float(loss_and_gradient(loss, both)[0]) for both in first]
             if math.isfinite(min(losses)):
-                begins.append(first[losses.index(min(losses))])
-    return [each for both in begins for each in _independent(posterior, loss, both, seconds)]
+                found += _independent(posterior, loss, first[losses.index(min(losses))], seconds)
+    return found
 
 
-def _independent(posterior: LogPosterior, loss: Objective, both: Tensor, seconds: float | None) -> list[Mode]:
+def _independent(posterior: LogPosterior, loss: Objective, both: Tensor, seconds: float) -> list[Mode]:
     """Return the independent normals to which a search for the least loss leads, and others with their mean.
 
     Args:
         posterior: The density.
         loss: Minus the ELBO of means and log-scales beside each other.
         both: Means and log-scales at first.
-        seconds: Of processor time, if there are no more.
+        seconds: Of processor time for the search.
     """
     size = posterior.size
-    is_small = 2 * size <= MOST_NEWTON_OF_NORMALS and seconds is None
-    if seconds is not None:
-        both = lbfgs(loss, both, seconds)
+    has_time = math.isinf(seconds)
+    is_small = 2 * size <= MOST_NEWTON_OF_NORMALS and has_time
+    if is_small:
+        both = newton(loss, both)
     else:
-        for _ in range(1 if is_small else SEARCHES):
-            both = newton(loss, both) if is_small else lbfgs(loss, both)
+        for _ in range(SEARCHES if has_time else 1):
+            both = lbfgs(loss, both, seconds)
     loc, scale = both[:size].detach(), both[size:].detach().exp()
     found = [Mode(posterior, loc, scale.diag())]
     own_hessian = hessian_at(lambda point: -posterior(point), loc)

@@ -9,7 +9,7 @@ import inspect
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import update_wrapper
+from functools import partial, update_wrapper
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ __all__ = [
     "GivenRows",
     "GivenValues",
     "Replaced",
+    "handled",
     "is_improper",
     "is_masked_out",
     "is_outside",
@@ -50,6 +51,10 @@ __all__ = [
     "vectorized_plates",
     "with_flat_priors",
 ]
+
+# Seeds that users choose are small: with this added, a run of ours repeats none of theirs.
+_FAR = 1_594_323_007
+_DRESSES = (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)
 
 
 def require_pair(model: object, guide: object) -> None:
@@ -78,11 +83,6 @@ def require_pair(model: object, guide: object) -> None:
             f"Expected a model and then its guide; got a guide, {type(model).__name__}, where the model belongs. "
             "Exchange the first two arguments."
         )
-
-
-# Seeds that users choose are small: with this added, a run of ours repeats none of theirs.
-_FAR = 1_594_323_007
-_DRESSES = (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)
 
 
 @contextmanager
@@ -196,14 +196,22 @@ def with_flat_priors(model: Callable[..., Any], names: Collection[str]) -> Calla
         model: The model.
         names: The sites.
     """
-    if not names:
-        return model
+    return handled(model, partial(_FlatPriors, names)) if names else model
 
-    def flat(*args: Any, **kwargs: Any) -> Any:
-        with _FlatPriors(names):
+
+def handled(model: Callable[..., Any], handler: Callable[[], Messenger]) -> Callable[..., Any]:
+    """Return the model, with its signature, under a handler.
+
+    Args:
+        model: The model.
+        handler: Makes the handler of a call.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with handler():
             return model(*args, **kwargs)
 
-    return update_wrapper(flat, model, updated=())  # with the signature of the model
+    return update_wrapper(run, model, updated=())
 
 
 def is_masked_out(site: Mapping[str, Any]) -> bool:

@@ -56,9 +56,7 @@ LOG_SCALE_BOUND = 20.0  # exp() of it is far outside of any standardised scale
 MOST_DENSE = 32  # elements up to which an autoregression is solved as a matrix
 MOST_DEPTH = 8  # of an autoregression that is solved round by round
 FREE = 100  # numbers of a long vector that move in full units in a step of training, or more of them less
-FREE_MIXING = (
-    16  # the same of what mixes its elements, which have as many weights from each input as there are pairs
-)
+FREE_MIXING = 16  # the same of what mixes its elements: a number for each pair of them
 ROUNDINGS = 400.0  # a scale is at least so many times the rounding error of a value of the standardised size
 
 
