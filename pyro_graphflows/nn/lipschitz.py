@@ -195,7 +195,7 @@ class SpectralBound(nn.Module):
             self._known = (float(self.fingerprint), *(part.clone() for part in vectors))
 
     def _save_to_state_dict(self, *args: Any) -> None:
-        if self.together:
+        if self.together and self.size > TINY_SIZE:
             fingerprint, *vectors = self._known
             self.fingerprint.fill_(fingerprint)
             for buffer, part in zip((self.left, self.right, self.norm, self.basis), vectors, strict=True):
