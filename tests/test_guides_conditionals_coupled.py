@@ -504,3 +504,47 @@ def test_elements_keep_their_parameters_in_any_order():
     one, other = log_densities(values, y), log_densities({**values, "v": values["v"][..., order]}, y, order)
     torch.testing.assert_close(other["u"], one["u"])
     torch.testing.assert_close(other["v"].sum(), one["v"].sum())
+
+
+@pytest.mark.parametrize(("number", "noise"), [(8, 0.05), (50, 0.5)])
+def test_a_total_that_is_known_well_is_exact_from_the_start_and_in_training(number, noise):
+    """What wakes the columns of V must not widen the one direction that the data make narrow."""
+
+    def model(y):
+        with pyro.plate("elements", number):
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x.sum(-1), noise), obs=y)
+
+    y = torch.tensor(2.0)
+    guide = auto_faithful_guide(model, y)
+    exact = -float(dist.Normal(0.0, (number + noise**2) ** 0.5).log_prob(y))
+    for rate in (1e-3, 1e-2):
+        assert Trace_ELBO(num_particles=200).loss(model, guide, y) < exact + 0.3
+        svi = SVI(model, guide, pyro.optim.Adam({"lr": rate}), Trace_ELBO())
+        for _ in range(30):
+            svi.step(y)
+    assert Trace_ELBO(num_particles=200).loss(model, guide, y) < exact + 0.3
+
+
+def test_a_total_of_effects_of_unknown_scale_is_exact_given_the_scale():
+    """The factor is as wide as can be but for the mean of all elements: of two widths the narrow one is kept."""
+    number, noise = 8, 0.5
+
+    def model(y):
+        tau = pyro.sample("tau", dist.HalfNormal(1.0))
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("elements", number):
+            x = pyro.sample("x", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(x.sum(-1), noise), obs=y)
+
+    y = torch.tensor(6.0)
+    guide = auto_faithful_guide(model, y)
+    off = []
+    for _ in range(100):
+        nodes = poutine.trace(guide).get_trace(y).nodes
+        tau, mu, x = (nodes[name]["value"] for name in ("tau", "mu", "x"))
+        precision = torch.eye(number) / tau**2 + torch.ones(number, number) / noise**2
+        loc = torch.linalg.solve(precision, (mu / tau**2 + y / noise**2) * torch.ones(number))
+        exact = dist.MultivariateNormal(loc, precision_matrix=precision).log_prob(x)
+        off.append((nodes["x"]["fn"].log_prob(x).sum() - exact).item())
+    assert sum(off) / len(off) < 0.1

@@ -35,7 +35,8 @@ SAME = 1e-6  # logarithms of scales that differ by less
 LEAST_DRAWS = 50
 STEPS = 9  # widths tried
 REACHES = (6.0, 1.5, 0.5, 0.15)  # of logarithms of widths, around that of the prior and then around the best
-WIDEST = 1e3  # of the first of the rotated elements, in widths of the others
+WIDEST = 1e3  # of the first of the rotated elements, in widths of the others, and the other way round
+NOTHING = 10.0  # widths in those of the priors: wider factors say nothing
 
 
 @dataclass(frozen=True)
@@ -228,11 +229,18 @@ class JointRows:
             pair = pair_of_few
             weights = pair.new_zeros(others.inputs.shape[-1])
             weights[list(inputs)] = every.at(inputs).regress(pair, RIDGES[0])
+        pair = self._within_reach(pair)
         return Regression(weights[:-1].unsqueeze(0), weights[-1:], pair[1].exp().reshape(1, 1)), pair
+
+    def _within_reach(self, pair: Tensor) -> Tensor:
+        """Return widths close enough to each other, the narrower as it is: what says nothing may be of any width."""
+        usual = 0.5 * (2.0 * self.prior.log_scale).exp().mean().log()
+        pair = pair.clamp(max=float(usual) + math.log(NOTHING))
+        return pair.clamp(max=float(pair.min()) + math.log(WIDEST))
 
     def share(self, widths: Tensor) -> float:
         """Return k from the logarithms of the two widths."""
-        ratio = (2.0 * (widths[0] - widths[1])).exp().clamp(WIDEST**-2, WIDEST**2)
+        ratio = (2.0 * (widths[0] - widths[1])).exp()
         number = self.values.shape[1]
         return float((ratio - 1.0) / number if ratio > 1.0 else -(1.0 / ratio - 1.0) / number)
 

@@ -32,6 +32,7 @@ for each pair start from draws near the posterior of the data, where there are s
 :func:`factor_pairs_start`).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -66,7 +67,7 @@ WAKE = 0.02  # columns of U and V start near, not at, zero, where they have no g
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)  # of the identity in a matrix of correlations
 MOST_RATIO = 10.0  # of the width of a factor in that of the conditional: beyond it data say next to nothing
 LEAST_PRECISION = 0.01  # of a joint factor, in that of factors of the numbers alone
-MOST_COUPLING = 0.99  # of 1 / N: beyond it the covariance of exchangeable elements is singular
+MOST_COUPLING = 0.99999  # of 1 / N: beyond it the covariance of exchangeable elements is singular
 
 
 class CoupledNormal(dist.TorchDistribution):
@@ -373,6 +374,11 @@ class CouplingTerms(nn.Module):
         reduced = torch.linalg.solve_triangular(inner, negative.mT, upper=False)
         total = torch.eye(negative.shape[-2], dtype=outputs.dtype, device=outputs.device)
         return torch.linalg.cholesky(total - reduced.mT @ reduced + positive @ positive.mT)
+
+    @property
+    def number(self) -> int:
+        """The number of elements at set-up."""
+        return math.prod(self.sizes.values())
 
     @torch.no_grad()
     def set_mixing_(self, mixing: Tensor) -> None:

@@ -674,20 +674,41 @@ class MaskedConditionals(Conditionals):
                     own = (priors[site] if self.fuses(site) and site in priors else None), values[site]
                     self._start_pairs_(site, terms, of_elements[site], *own)
                 continue
-            bias = self.network.skip.bias
-            assert bias is not None
-            rows = self.outputs[site]
-            columns = bias[rows.start + factor.num_inner : rows.stop].view(factor.size, 2 * factor.rank)
-            columns.copy_(WAKE * torch.randn_like(columns))
+            entry, negative = 0.0, False
             if self.fuses(site):
                 share = shares.get(site, 0.0)
-                columns[0, 0 if share < 0 else factor.rank] += abs(share) ** 0.5
+                entry, negative = abs(share) ** 0.5, share < 0
             elif values is not None and site in shared and factor.size == 1:
                 dims = [plates[name].dim - 1 for name in terms.names]
                 residual = (values[site] - shared[site].mean) / self.output_units(site)[1]
-                entry, negative, log_scale = exchangeable_start(residual, dims)
-                columns[0, 0 if negative else factor.rank] = entry
-                bias[rows.start + factor.size] += log_scale
+                column, negative, log_scale = exchangeable_start(residual, dims)
+                entry = float(column)
+                self.network.add_(self.outputs[site].start + factor.size, float(log_scale))
+            self._start_columns_(site, entry if negative else 0.0, 0.0 if negative else entry, terms.number)
+
+    def _start_columns_(self, site: str, narrow: float, wide: float, number: int) -> None:
+        """Let the columns of U and V be near zero but for one entry of each; what all elements share may be narrow.
+
+        The mean of elements has the variance 1 / (1 + N narrow²), and columns of V add N of their squares to it.
+        """
+        factor, rows = self.factors[site], self.outputs[site]
+        assert isinstance(factor, CoupledFactor)
+        assert self.network.skip is not None
+        least = (1.0 + number * narrow**2) ** -0.5  # of the mean's scale
+        like = self.network.skip.weight
+        columns = WAKE * torch.randn(factor.size, 2, factor.rank, dtype=like.dtype, device=like.device)
+        units = torch.ones_like(columns)
+        columns[:, 1] *= least
+        units[:, 1] *= least
+        columns[0, :, 0] += columns.new_tensor([narrow, wide])
+        units[0, 0, 0] = max(1.0, narrow)
+        at = slice(rows.start + factor.num_inner, rows.stop)
+        weights = columns.new_zeros(columns.numel(), self.num_inputs)
+        self.network.set_linear_(at, weights, columns.flatten(), units.flatten())
+        own = self.network.units
+        if own is not None and factor.size == 1:  # locations move all elements at once
+            shared = least * own.bias[rows.start + factor.size].exp()
+            own.unit[rows.start] = torch.minimum(own.unit[rows.start], shared)
 
     def _coupled(
         self,
