@@ -191,8 +191,8 @@ class SpectralBound(nn.Module):
             self.fingerprint.fill_(torch.nan)
             self._known = self._nothing_known()
         elif self.together:
-            vectors = (self.left[None], self.right[None], self.norm[None], self.basis)
-            self._known = (float(self.fingerprint), *(part.clone() for part in vectors))
+            left, right, norm = (part[None].clone() for part in (self.left, self.right, self.norm))
+            self._known = (float(self.fingerprint), left, right, norm, self.basis.clone())
 
     def _save_to_state_dict(self, *args: Any) -> None:
         if self.together and self.size > TINY_SIZE:
