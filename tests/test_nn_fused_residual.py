@@ -96,9 +96,9 @@ def test_second_derivatives_of_bounded_weights():
         with torch.no_grad():
             weight.add_(step * direction)
             fingerprint = float(torch.dot(weight.flatten(), net.bounds[0].probe.flatten()))
-            _, left, right, _ = net.bounds[0]._known
+            _, left, right, _, basis = net.bounds[0]._known
             norm = left @ net.layers[0].entries() @ right.mT
-            net.bounds[0]._known = (fingerprint, left, right, norm)
+            net.bounds[0]._known = (fingerprint, left, right, norm, basis)
         values.append(first(False))
         with torch.no_grad():
             weight.add_(-step * direction)

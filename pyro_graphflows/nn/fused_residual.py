@@ -366,7 +366,8 @@ class _Chain(Operation):
                 g, diagonal = operation.plain(y, shift, weights)
                 y, total = y + g, total + diagonal.log1p()
             return (None, *_differentiable(ctx, (y, total), (z, *parts), grads))
-        grad_y, grad_total = grads
+        # Results come back with features last, and products of strided matrices go one by one.
+        grad_y, grad_total = (grad.contiguous() for grad in grads)
         results: list[list[Tensor | None]] = []
         for i, (operation, own) in reversed(
             list(enumerate(zip(operations, _split(operations, parts), strict=True)))

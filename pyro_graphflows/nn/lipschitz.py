@@ -6,13 +6,13 @@ a quarter. Tracking a few vectors while the weights change is not enough either:
 makes the largest singular values nearly equal, with vectors in different parts of the graph, and a
 part that overtakes may be orthogonal to all that is tracked. Here the norm is found:
 
-- Exactly, from the eigenvalues of the smaller Gram matrix G, if that has at most 48 rows.
+- Exactly, from the eigenvalues of the smaller Gram matrix G, if that has at most 48 rows and nothing is known yet.
 - Else as a Ritz value, the largest one on the span of a few vectors: the best known and as many fresh random ones,
   all of them amplified by a Chebyshev polynomial of G that damps what lies below the estimate. This is a
   lower bound that converges much faster than the power method, whatever the gaps between the singular values.
 - With at most 512 rows it is then certified: :math:`s^2 I - G` has a Cholesky factor if and only if s is above the
   norm. While training, one step of the known vectors is mostly enough for the certificate, and is tried first. If
-  it fails after some attempts, the norm is found exactly.
+  it fails after some attempts (with at most 48 rows, after the first), the norm is found exactly.
 
 The estimate is raised by two ten-thousandths, more than its usual error. Its gradient is that of
 :math:`u^\top W v` with the singular vectors u and v held fixed, which is exact. Small layers with the same mask, as the
@@ -38,7 +38,8 @@ from pyro_graphflows.nn.operation import Operation
 
 __all__ = ["SpectralBound", "bounded_entries"]
 
-EXACT_SIZE = 48  # up to here an eigendecomposition costs no more than tracking
+EXACT_SIZE = 48  # up to here an eigendecomposition costs no more than attempts that fail
+TINY_SIZE = 12  # and up to here no more than one step and its certificate
 CERTIFIED_SIZE = 512  # up to here the Gram matrix is formed and the estimate certified
 MARGIN = 2e-4
 KEPT, FRESH = 4, 4  # vectors that are kept between updates, and fresh ones
@@ -73,6 +74,7 @@ class SpectralBound(nn.Module):
     left: Tensor
     right: Tensor
     basis: Tensor
+    norm: Tensor
     probe: Tensor
     direction: Tensor
     fingerprint: Tensor
@@ -87,32 +89,35 @@ class SpectralBound(nn.Module):
         self.size = min(rows, columns)
         self.exact = self.size <= EXACT_SIZE
         weight = layer.weight
-        saved = not self.exact
+        saved = self.size > TINY_SIZE
         self.register_buffer("left", weight.new_zeros(rows).detach(), persistent=saved)
         self.register_buffer("right", weight.new_zeros(columns).detach(), persistent=saved)
         self.register_buffer(
-            "basis", weight.new_zeros(self.size, 0 if self.exact else KEPT).detach(), persistent=saved
+            "basis", weight.new_zeros(self.size, KEPT if saved else 0).detach(), persistent=saved
         )
         # The product of the weights with fixed random numbers tells whether they have changed.
         probe = torch.randn(weight.shape, generator=_generator(0)).to(weight.dtype)
         self.register_buffer("probe", probe, persistent=False)
         self.register_buffer("direction", torch.zeros_like(probe), persistent=False)
+        self.register_buffer("norm", weight.new_zeros(1).detach(), persistent=saved and self.exact)
         self.register_buffer("fingerprint", weight.new_full((), torch.nan), persistent=saved)
         self.register_buffer("updates", torch.zeros((), dtype=torch.long), persistent=saved)
         self._loaded = False
-        # For layers that are scaled together: fingerprint of the weights, singular vectors (as rows) and value.
+        # For layers that are scaled together: fingerprint of the weights, singular vectors (as rows), value, and the
+        # vectors that are kept. The buffers hold them in what is saved.
         self._known = self._nothing_known()
         self.together = self.exact and weight.numel() > 0
         self.alike = (self.bound, layer.engine, rows, columns, _digest(layer))
         if not self.together:
             self._refresh(layer)
 
-    def _nothing_known(self) -> tuple[float, Tensor, Tensor, Tensor]:
+    def _nothing_known(self) -> tuple[float, Tensor, Tensor, Tensor, Tensor]:
         return (
             math.nan,
             torch.zeros_like(self.left)[None],
             torch.zeros_like(self.right)[None],
             torch.zeros(1, 1),
+            torch.zeros_like(self.basis),
         )
 
     def entries(self, layer: MaskedLinear) -> Tensor:
@@ -131,10 +136,7 @@ class SpectralBound(nn.Module):
             return
         if not weight.numel() or not bool(fingerprint.isfinite()):
             return
-        if self.exact:
-            small, basis = _largest(_gram_matrix(layer)), self.basis
-        else:
-            small, basis = self._track(layer)
+        small, basis = self._track(layer)
         wide = layer.in_features > layer.out_features
         large = layer.product(layer.entries(), small[:, None], transposed=wide)[:, 0]
         large = large / _norms(large)
@@ -188,6 +190,17 @@ class SpectralBound(nn.Module):
             self.updates.zero_()
             self.fingerprint.fill_(torch.nan)
             self._known = self._nothing_known()
+        elif self.together:
+            left, right, norm = (part[None].clone() for part in (self.left, self.right, self.norm))
+            self._known = (float(self.fingerprint), left, right, norm, self.basis.clone())
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        if self.together and self.size > TINY_SIZE:
+            fingerprint, *vectors = self._known
+            self.fingerprint.fill_(fingerprint)
+            for buffer, part in zip((self.left, self.right, self.norm, self.basis), vectors, strict=True):
+                buffer.copy_(part.view_as(buffer))
+        super()._save_to_state_dict(*args)
 
     def extra_repr(self) -> str:
         """Describe the bound in one line."""
@@ -240,21 +253,41 @@ def _singular_vectors(
             matrices = matrices[changed]
         wide = matrices.shape[2] > matrices.shape[1]
         short = matrices if wide else matrices.mT
-        small = _largest(torch.bmm(short, short.mT)).unsqueeze(1)
+        gram = torch.bmm(short, short.mT)
+        bases = _next_bases([bounds[i] for i in changed], gram)
+        small = bases[..., -1].unsqueeze(1)
         large = torch.bmm(small, short)
         norm = torch.linalg.vector_norm(large, dim=2, keepdim=True)
         large = large / norm.clamp(min=_tiny(large))
         found = (small, large, norm) if wide else (large, small, norm)
         if len(changed) == len(bounds):
             vectors: tuple[Tensor, ...] = found
-        for i, *own in zip(changed, *(part.unbind() for part in found), strict=True):
+        for i, *own in zip(changed, *(part.unbind() for part in (*found, bases)), strict=True):
             # Directly: a module searches each value that is set for parameters.
             bounds[i].__dict__["_known"] = (prints[i], *own)
     if len(changed) < len(bounds):
-        known_parts = [[part.to(matrices) for part in bound._known[1:]] for bound in bounds]
+        known_parts = [[part.to(matrices) for part in bound._known[1:4]] for bound in bounds]
         vectors = tuple(torch.stack(parts) for parts in zip(*known_parts, strict=True))
     left, right, norm = vectors
     return left, right, norm
+
+
+def _next_bases(bounds: Sequence["SpectralBound"], gram: Tensor) -> Tensor:
+    """Return the first eigenvectors of Gram matrices, ``(k, size, kept)``, the largest last.
+
+    They are those of one step from the vectors that are kept, where these are certified, and else exact.
+    """
+    size = gram.shape[-1]
+    bases = [bound._known[4] for bound in bounds]
+    if size <= TINY_SIZE or not all(math.isfinite(bound._known[0]) for bound in bounds):
+        return torch.linalg.eigh(gram).eigenvectors[..., -KEPT:]
+    space = torch.linalg.qr(torch.bmm(gram, torch.stack(bases).to(gram))).Q
+    values, vectors = torch.linalg.eigh(torch.bmm(space.mT, torch.bmm(gram, space)))
+    found = torch.bmm(space, vectors)
+    failed = torch.linalg.cholesky_ex(_shifted(gram, values[:, -1])).info.nonzero().flatten()
+    if len(failed):
+        found[failed] = torch.linalg.eigh(gram[failed]).eigenvectors[..., -KEPT:]
+    return found
 
 
 class _Together(Operation):
@@ -375,8 +408,13 @@ def _largest(gram: Tensor) -> Tensor:
 
 def _is_above(gram: Tensor, value: Tensor) -> bool:
     """Whether the largest eigenvalue is below ``value``, raised by the margin."""
-    shifted = torch.diag_embed((value * (1 + MARGIN) ** 2).expand(gram.shape[0])) - gram
-    return bool(torch.linalg.cholesky_ex(shifted).info == 0)
+    return bool(torch.linalg.cholesky_ex(_shifted(gram, value)).info == 0)
+
+
+def _shifted(gram: Tensor, value: Tensor) -> Tensor:
+    """The matrix, or each of several, that is positive definite if the largest eigenvalue is below ``value``."""
+    raised = (value * (1 + MARGIN) ** 2).unsqueeze(-1).expand(gram.shape[:-1])
+    return torch.diag_embed(raised) - gram
 
 
 def _ritz(multiply: Callable[[Tensor], Tensor], basis: Tensor) -> tuple[Tensor, Tensor]:

@@ -103,11 +103,12 @@ class MaskedResidualNet(nn.Module):
         self.allowed = masks.allowed
         first, context = _split_columns(masks.patterns[0], self.num_variables)
         layers = []
-        for mask in (first, *masks.patterns[1:]):
+        for mask in (first, *masks.patterns[1:], context):
             chosen = fastest_engine(mask, overhead=FUSED_OVERHEAD) if engine == "auto" else engine
-            layers.append(MaskedLinear(mask, engine=chosen))
+            layers.append(MaskedLinear(mask, bias=mask is not context, engine=chosen))
+        of_context = layers.pop()
         self.layers = nn.ModuleList(layers)
-        self.context_layer = MaskedLinear(context, bias=False, engine=engine) if self.context_dim else None
+        self.context_layer = of_context if self.context_dim else None
         self.bound = bound
         self.bounds = nn.ModuleList(
             [] if bound is None else [SpectralBound(layer, bound) for layer in layers]

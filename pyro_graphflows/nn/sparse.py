@@ -20,6 +20,7 @@ from pyro_graphflows.nn.operation import Operation
 
 __all__ = ["SparsePattern", "sparse_product", "sparse_sample"]
 
+FEW = 32_768  # up to here gathering costs less than a call of torch's kernel
 CHUNK = 65_536  # numbers gathered at a time where torch has no kernel, so that memory stays bounded
 
 
@@ -191,8 +192,7 @@ def sparse_product(values: Tensor, x: Tensor, pattern: SparsePattern, transposed
 
 def sparse_sample(left: Tensor, right: Tensor, pattern: SparsePattern) -> Tensor:
     """Return the entries of ``left @ right.T`` at the places of the pattern; no gradient."""
-    if pattern.nnz * left.shape[1] <= CHUNK:
-        # Gathering costs less than a call of the kernel.
+    if pattern.nnz * left.shape[1] <= FEW:
         return _row_products(left, right, pattern.row, pattern.column)
     # A captured program has no sparse matrices.
     if not CAPTURING.get() and (left.is_cuda or torch.backends.mkl.is_available()):
