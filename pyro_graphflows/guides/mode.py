@@ -65,7 +65,7 @@ from pyro_graphflows.infer.particles import FEW, FEW_ENOUGH
 from pyro_graphflows.inspect import TracedModel, common_scale, seed_random_state, undressed
 from pyro_graphflows.inspect.arguments import argument_leaves, replaced_arguments
 from pyro_graphflows.inspect.prior import SECONDS_WITHOUT_A_BAR, UNCONSTRAINED, unconstrained_of
-from pyro_graphflows.inspect.runs import kept_buffers
+from pyro_graphflows.inspect.runs import drawn_rows, kept_buffers
 from pyro_graphflows.regression import in_float64
 
 __all__ = ["Mode", "find_mode", "nesting_of"]
@@ -76,6 +76,7 @@ SPREAD = (
 MOST_NEWTON = 300  # numbers up to which each step has a Hessian
 MOST_NEWTON_OF_NORMALS = 60  # the same where each point stands for many draws
 MOST_BATCHES = 16  # of rows that a model draws, in one evaluation
+LEAST_ROWS = 1000  # in one evaluation, if there are so many
 MOST_RESTARTED = 20  # numbers up to which the search begins at several points
 MOST_RESTARTS = 8
 SECONDS_OF_RESTARTS = 3.0  # of processor time
@@ -238,35 +239,44 @@ def nesting_of(traced: TracedModel) -> int:
     return max(dims, default=0)
 
 
-def _batches_of(traced: TracedModel) -> list[Trace]:
-    """Return the rows of plates in each of the runs over which a density is averaged: one, or several of all rows.
-
-    Where a model takes rows from its data by indices that it draws itself, those of one run say nothing of the others,
-    and what they say counts for these.
-    """
+def _with_rows(
+    model: Callable[..., Any], traced: TracedModel, more: Mapping[str, Tensor]
+) -> Callable[..., Any]:
+    """Return a model whose plates have the rows of the call, or others in their place."""
+    rows = Trace()
     nodes: Any = traced.trace.nodes
-    rows = {n: node for n, node in nodes.items() if node["type"] == "sample" and site_is_subsample(node)}
-    drawn = [n for n in rows if rows[n]["fn"].subsample_size not in (None, rows[n]["fn"].size)]
+    for name, node in nodes.items():
+        if node["type"] == "sample" and site_is_subsample(node) and name not in more:
+            rows.add_node(name, **node)
+    replayed: Callable[..., Any] = poutine.replay(model, trace=rows)
+    if not more:
+        return replayed
+
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        with drawn_rows(more):
+            return replayed(*args, **kwargs)
+
+    return inside
+
+
+def _more_rows(traced: TracedModel) -> dict[str, Tensor]:
+    """Return more rows of the plates of which the model draws some; none where latent sites belong to them."""
+    nodes: Any = traced.trace.nodes
+    drawn: dict[str, Any] = {
+        name: node
+        for name, node in nodes.items()
+        if node["type"] == "sample"
+        and site_is_subsample(node)
+        and (node["fn"].subsample_size or math.inf) < node["fn"].size
+    }
     local = {frame.name for name in traced.graph.latent for frame in nodes[name]["cond_indep_stack"]}
-    batches = [dict(rows)]
-    if len(drawn) == 1 and drawn[0] not in local:
-        name, indices = drawn[0], rows[drawn[0]]["value"]
-        size, full = len(indices), rows[drawn[0]]["fn"].size
-        others = torch.ones(full, dtype=torch.bool)
-        others[indices.cpu()] = False
-        others = others.nonzero().squeeze(-1)
-        generator = torch.Generator().manual_seed(0)
-        order = others[torch.randperm(len(others), generator=generator)]
-        order = torch.cat([order, indices.cpu()])  # the last batch may need some rows again
-        for i in range(min(-(-len(others) // size), MOST_BATCHES - 1)):
-            value = order[i * size : (i + 1) * size].to(indices)
-            batches.append({**rows, name: {**rows[name], "value": value}})
-    found = []
-    for batch in batches:
-        trace = Trace()
-        for name, node in batch.items():
-            trace.add_node(name, **node)
-        found.append(trace)
+    if local.intersection(drawn):
+        return {}
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for name, node in drawn.items():
+        most = max(MOST_BATCHES * node["fn"].subsample_size, LEAST_ROWS)
+        found[name] = torch.randperm(node["fn"].size, generator=generator)[:most].to(node["value"])
     return found
 
 
@@ -411,8 +421,7 @@ class LogPosterior:
         self.scale = common_scale(nodes[name] for name in names) or 1.0
         if traced.loops:
             raise UnsupportedModelError("plates are loops over a part of their elements.")
-        self._models = [poutine.replay(model, trace=rows) for rows in _batches_of(traced)]
-        self.model = self._models[0]
+        self.model = _with_rows(model, traced, {})
         self.args, self.kwargs, self.names = args, kwargs, names
         self.original = model
         self.centred = centred
@@ -425,14 +434,28 @@ class LogPosterior:
         self._in_doubles: _Call | None = None
         with torch.no_grad():
             self._run(None)
-            if set(self.coordinates) != set(names):
-                raise UnsupportedModelError("sites differ from run to run.")
-            if len(self._models) > 1:  # the caller may have taken the rows; then they are the same in each
-                centre = torch.zeros(self.size, dtype=torch.float64)
-                first, second = (self._evaluate_with(each, centre) for each in self._models[:2])
-                self._models = self._models[: 1 if torch.equal(first, second) else None]
+        if set(self.coordinates) != set(names):
+            raise UnsupportedModelError("sites differ from run to run.")
+        self._take_more_rows(traced)
         if any(nodes[name]["value"].dtype != torch.float64 for name in names):
             self._take_doubles()
+
+    def _take_more_rows(self, traced: TracedModel) -> None:
+        """Evaluate densities by more rows than those of the call, if the model takes them from data in full.
+
+        The rows of one call say nothing of the others, and what they say counts for these.
+        """
+        rows = _more_rows(traced)
+        if not rows:
+            return
+        few, self.model = self.model, _with_rows(self.original, traced, rows)
+        try:
+            with torch.no_grad():
+                density = float(self._evaluate(torch.zeros(self.size, dtype=torch.float64)))
+        except Exception:  # of the model: its data are those of the call
+            density = math.nan
+        if not math.isfinite(density):
+            self.model = few
 
     def _take_doubles(self) -> None:
         """Evaluate densities in double precision from now on, if the model can and says the same."""
@@ -532,14 +555,7 @@ class LogPosterior:
         if many and self._maps:
             found: Tensor = _mapped(self._evaluate, point)
             return found
-        each = [self._evaluate_with(model, point) for model in self._models]
-        return each[0] if len(each) == 1 else torch.stack(each).mean(0)
-
-    def _evaluate_with(self, model: Callable[..., Any], point: Tensor) -> Tensor:
-        """Return the same by the rows of one batch."""
-        many = point.dim() > 1
-        if many:
-            model = self._in_plate(len(point), model)
+        model = self._in_plate(len(point)) if many else self.model
         if self.sums:
             model = enumerated(model, self.nesting + many)
         messenger, trace = self._run(point, model=model)
@@ -559,12 +575,12 @@ class LogPosterior:
         flat = [in_float64(term.reshape(len(point), -1).sum(-1)).cpu() for term in terms]
         return sum(flat, rest.expand(len(point))) / self.scale
 
-    def _in_plate(self, number: int, model: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    def _in_plate(self, number: int) -> Callable[..., Any]:
         """Return the model inside a plate of draws."""
 
         def inside(*args: Any, **kwargs: Any) -> Any:
             with pyro.plate(PLATE, number, dim=-1 - self.nesting):
-                return (model or self.model)(*args, **kwargs)
+                return self.model(*args, **kwargs)
 
         return inside
 
