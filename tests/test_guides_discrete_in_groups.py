@@ -131,3 +131,42 @@ def test_mixtures_with_effects_of_groups(enumerate_sites):
     assert loss.loss(model, guide, group, y) == pytest.approx(-exact, abs=0.3)
     evidence = guide.posterior(group, y, num_draws=3000, seed=0, progress=False).evidence
     assert evidence.log_evidence == pytest.approx(exact, abs=0.1)
+
+
+@pytest.mark.parametrize("enumerate_sites", [False, True])
+@pytest.mark.parametrize("in_plates", [True, False])
+def test_discrete_latents_with_parameters_of_their_own_start_at_the_posterior(enumerate_sites, in_plates):
+    """Two kinds of groups, with the means of each unknown; models that take a plate around them, and others."""
+    kind = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0, 0.0])
+    y = 3.0 * kind.unsqueeze(-1) - 1.0 + torch.randn(6, 10)
+
+    def model(y):
+        share = pyro.sample("share", dist.Beta(2.0, 2.0))
+        first = pyro.sample("first", dist.Normal(-1.0, 1.0))
+        second = pyro.sample("second", dist.Normal(2.0, 1.0))
+        with pyro.plate("groups", 6, dim=-2):
+            on = pyro.sample("on", dist.Bernoulli(share))
+            with pyro.plate("data", 10, dim=-1):
+                loc = torch.where(on > 0, second, first)
+                if not in_plates and loc.dim() > 3:
+                    raise ValueError("no plate around this model")
+                pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+    guide = auto_faithful_guide(model, y, enumerate_sites=enumerate_sites)
+    total = []
+    for states in torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 6):
+        number = states.sum()
+        log_prior = torch.lgamma(number + 2) + torch.lgamma(8 - number) - math.lgamma(10) + math.log(6)
+        design = torch.stack([1 - states, states], -1).repeat_interleave(10, 0)
+        covariance = design @ design.mT + torch.eye(60)
+        normal = dist.MultivariateNormal(design @ torch.tensor([-1.0, 2.0]), covariance)
+        total.append(log_prior + normal.log_prob(y.flatten()))
+    elbo = TraceEnum_ELBO(max_plate_nesting=2) if enumerate_sites else Trace_ELBO()
+    losses = torch.tensor([elbo.loss(model, guide, y) for _ in range(100)])
+    assert losses.mean() < -torch.stack(total).logsumexp(0) + 1.5
+
+
+def test_no_start_near_the_posterior_where_sites_cannot_be_summed_over():
+    y = torch.randn(12)
+    guide = auto_faithful_guide(grouped, y)
+    assert "y depends on several elements of on" in guide.describe(verbose=True)

@@ -250,6 +250,11 @@ class ModelGraph:
         """Return the children of a node in graph order."""
         return self._children[self._known(name)]
 
+    def outside_of_plates(self, name: Node) -> list[Node]:
+        """Return the children of a node that are not in all of its plates: they depend on several elements of it."""
+        own = set(self.plates[name])
+        return [child for child in self.children(name) if not own <= set(self.plates[child])]
+
     def to_networkx(self) -> nx.DiGraph:
         """Return a new digraph whose nodes carry ``role``, ``event_size`` and ``plates``."""
         dag = nx.DiGraph()

@@ -26,7 +26,6 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides.call import site_mask
 from pyro_graphflows.guides.guide import AutoFaithfulGuide
-from pyro_graphflows.guides.orders import outside_of_plates
 from pyro_graphflows.inspect import (
     is_transparent,
     kept_random_state,
@@ -179,7 +178,7 @@ def _enumerated_outside(model: Callable[..., Any], args: Any, kwargs: Any, marke
         graph = trace_model(model, args, kwargs, strict=False).graph
     except UnsupportedModelError:  # nothing is known of what depends on what
         return []
-    found = {name: outside_of_plates(name, graph) for name in marked if name in graph}
+    found = {name: graph.outside_of_plates(name) for name in marked if name in graph}
     return [
         f"{_listed([name])} is enumerated in plates that {_listed(children)} {'is' if len(children) == 1 else 'are'} "
         "not in: TraceEnum_ELBO sums over values that all elements share. Sample it, with score-function gradients."

@@ -95,7 +95,6 @@ __all__ = [
     "order_for_supports",
     "outer_sites_first",
     "outside_of_loops",
-    "outside_of_plates",
     "require_enumerable_plates",
     "require_outer_sites_first",
     "resolve_inverse",
@@ -500,7 +499,7 @@ def require_enumerable_plates(enumerated: Collection[str], graph: ModelGraph) ->
         UnsupportedModelError: If there is one. The message names both sites.
     """
     for site in sorted(enumerated):
-        outside = outside_of_plates(site, graph)
+        outside = graph.outside_of_plates(site)
         if outside:
             raise UnsupportedModelError(
                 f"Expected all that depends on the enumerated site {site!r} to be in its plates, "
@@ -508,12 +507,6 @@ def require_enumerable_plates(enumerated: Collection[str], graph: ModelGraph) ->
                 f"{', '.join(map(repr, outside))} {'is' if len(outside) == 1 else 'are'} not, and Pyro would sum over "
                 f"values that all elements share. Leave {site!r} out of enumerate_sites, to score-function gradients."
             )
-
-
-def outside_of_plates(site: str, graph: ModelGraph) -> list[str]:
-    """Return what depends on a site in the model without being in all of its plates."""
-    own = set(graph.plates[site])
-    return [child for child in graph.children(site) if not own <= set(graph.plates[child])]
 
 
 def order_for_discrete_sites(

@@ -346,8 +346,11 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
             kept = note is None
             alike = plan.per_element if samples.source == "mode" else (*plan.per_element, *plan.fitted)
             own_maps = {s: p for s, p in plan.non_exchangeable.items() if s not in alike}
-            if samples.source == "mode":  # draws differ from element to element
-                own_maps |= dict.fromkeys(plan.per_element, plan.plates) if plan.plates else {}
+            if samples.source == "mode" and plan.plates:  # draws differ from element to element
+                discrete = [s for s in plan.per_element if samples.draws.sites[s].encoding is not None]
+                own_maps |= {s: plan.plates for s in plan.per_element if s not in discrete}
+                for site in discrete if kept else ():
+                    _start_classes_(conditionals, site, samples)
             at_random: dict[str, Tensor] | None = None
             if not kept and own_maps and not (plan.coupled or (fused is not None and fused.priors)):
                 # One regression for indices that differ much may be worse than none; each has its own.
@@ -814,6 +817,20 @@ def _on_maps(site: str, own: Sequence[str], rows: Sequence[str]) -> str:
 
 
 @torch.no_grad()
+def _start_classes_(conditionals: Conditionals, site: str, samples: Samples) -> None:
+    """Let elements of a discrete site have their classes as often as in draws."""
+    encoding = samples.draws.sites[site].encoding
+    assert encoding is not None
+    if any(samples.plates[name].subsampled for name in conditionals.block.plates):
+        return
+    drawn = samples.aligned([site])[site]
+    number, classes = len(drawn), encoding.num_classes
+    often = (drawn.sum(0) + 0.5) / (number + 0.5 * max(classes, 2))
+    logits = often.logit() if classes == 1 else often.log()
+    conditionals.set_elements_(site, logits, torch.eye(logits.shape[-1]).to(logits))
+
+
+@torch.no_grad()
 def _regress_indices_(
     conditionals: Conditionals,
     site: str,
@@ -1077,7 +1094,7 @@ def choose_start(
     has_one_datum = _has_one_datum(compiled, samples)
     is_amortised = source == "joint" and not is_for_these_data
     is_left = bool(plan.graph.marginalised) and not (is_for_these_data or has_one_datum)
-    if not continuous or samples.num_rows == 0 or is_left:
+    if not (continuous or is_for_these_data) or samples.num_rows == 0 or is_left:
         return build_usual(), None
     names = (
         ("mode", usual, BOTH, "prior", "random") if is_for_these_data else (usual, "mode", "prior", "random")
