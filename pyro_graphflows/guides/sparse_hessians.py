@@ -83,7 +83,7 @@ class Sparsity:
         assert self._shared is not None
         assert self._pattern is not None
         size, shared = len(groups), self._shared
-        sums = (groups == torch.arange(int(groups.max()) + 1).unsqueeze(-1)).double()
+        sums = (groups == torch.arange(int(groups.max()) + 1).unsqueeze(-1)).to(torch.float64)
         units = torch.eye(size, dtype=torch.float64)[shared]
         check = torch.arange(1, size + 1, dtype=torch.float64).cos()
         found = products(torch.cat([units, sums, check.unsqueeze(0)]))
