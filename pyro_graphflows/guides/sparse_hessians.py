@@ -63,7 +63,9 @@ class Sparsity:
         nonzero = (hessian != 0) | (hessian.T != 0) | torch.eye(len(hessian), dtype=torch.bool)
         if self._pattern is not None:
             nonzero |= self._pattern
-            if torch.equal(nonzero, self._pattern):  # that there are no groups, or those that there are, stays
+            if torch.equal(
+                nonzero, self._pattern
+            ):  # that there are no groups, or those that there are, stays
                 return
         self._pattern = nonzero
         pattern = self._pattern.numpy()
