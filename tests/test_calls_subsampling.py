@@ -805,3 +805,40 @@ def test_arguments_whose_names_are_those_of_sites_and_of_each_other():
     guide = auto_faithful_guide(model, X, 2 * X, Y, num_start_samples=2000)
     exact = dist.Normal(3 * X, math.sqrt(1.25)).log_prob(Y).sum().item()
     assert -Trace_ELBO(num_particles=20).loss(model, guide, X, 2 * X, Y) == pytest.approx(exact, abs=0.1)
+
+
+def test_where_the_model_draws_rows_the_start_is_that_of_all_rows():
+    """The mode for the rows of one call, each of which counts for ten, is far from that for all."""
+    group, covariate = torch.randint(10, (200,)), torch.randn(200)
+    effect = 0.5 + torch.randn(10)
+
+    def model(group, covariate, y, size):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        with pyro.plate("groups", 10):
+            level = pyro.sample("level", dist.Normal(mean, scale))
+        with pyro.plate("rows", len(y), subsample_size=size) as rows:
+            loc = level[group[rows]] + slope * covariate[rows]
+            pyro.sample("y", dist.Normal(loc, 0.5), obs=y[rows])
+
+    data = group, covariate, effect[group] + 0.7 * covariate + 0.5 * torch.randn(200)
+    losses = []
+    for size in (20, 200):
+        guide = auto_faithful_guide(model, *data, size)
+        losses.append(Trace_ELBO(num_particles=200).loss(model, guide, *data, 200))
+    assert losses[0] < losses[1] + 1.0
+
+
+def test_where_the_caller_takes_the_rows_there_are_no_others():
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 5.0))
+        with pyro.plate("rows", 95, subsample_size=10):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    y = 3.0 + torch.randn(10)
+    guide = auto_faithful_guide(model, y)
+    precision = 1 / 25 + 95.0
+    exact = torch.distributions.Normal(95 * y.mean() / precision, precision**-0.5)
+    draws = torch.stack([guide(y)["mean"] for _ in range(400)]).detach()
+    assert abs(draws.mean() - exact.mean) < 5 * exact.stddev / 20

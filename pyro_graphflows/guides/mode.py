@@ -65,7 +65,7 @@ from pyro_graphflows.infer.particles import FEW, FEW_ENOUGH
 from pyro_graphflows.inspect import TracedModel, common_scale, seed_random_state, undressed
 from pyro_graphflows.inspect.arguments import argument_leaves, replaced_arguments
 from pyro_graphflows.inspect.prior import SECONDS_WITHOUT_A_BAR, UNCONSTRAINED, unconstrained_of
-from pyro_graphflows.inspect.runs import kept_buffers
+from pyro_graphflows.inspect.runs import drawn_rows, kept_buffers
 from pyro_graphflows.regression import in_float64
 
 __all__ = ["Mode", "find_mode", "nesting_of"]
@@ -75,6 +75,8 @@ SPREAD = (
 )
 MOST_NEWTON = 300  # numbers up to which each step has a Hessian
 MOST_NEWTON_OF_NORMALS = 60  # the same where each point stands for many draws
+MOST_BATCHES = 16  # of rows that a model draws, in one evaluation
+LEAST_ROWS = 1000  # in one evaluation, if there are so many
 MOST_RESTARTED = 20  # numbers up to which the search begins at several points
 MOST_RESTARTS = 8
 SECONDS_OF_RESTARTS = 3.0  # of processor time
@@ -237,6 +239,47 @@ def nesting_of(traced: TracedModel) -> int:
     return max(dims, default=0)
 
 
+def _with_rows(
+    model: Callable[..., Any], traced: TracedModel, more: Mapping[str, Tensor]
+) -> Callable[..., Any]:
+    """Return a model whose plates have the rows of the call, or others in their place."""
+    rows = Trace()
+    nodes: Any = traced.trace.nodes
+    for name, node in nodes.items():
+        if node["type"] == "sample" and site_is_subsample(node) and name not in more:
+            rows.add_node(name, **node)
+    replayed: Callable[..., Any] = poutine.replay(model, trace=rows)
+    if not more:
+        return replayed
+
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        with drawn_rows(more):
+            return replayed(*args, **kwargs)
+
+    return inside
+
+
+def _more_rows(traced: TracedModel) -> dict[str, Tensor]:
+    """Return more rows of the plates of which the model draws some; none where latent sites belong to them."""
+    nodes: Any = traced.trace.nodes
+    drawn: dict[str, Any] = {
+        name: node
+        for name, node in nodes.items()
+        if node["type"] == "sample"
+        and site_is_subsample(node)
+        and (node["fn"].subsample_size or math.inf) < node["fn"].size
+    }
+    local = {frame.name for name in traced.graph.latent for frame in nodes[name]["cond_indep_stack"]}
+    if local.intersection(drawn):
+        return {}
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for name, node in drawn.items():
+        most = max(MOST_BATCHES * node["fn"].subsample_size, LEAST_ROWS)
+        found[name] = torch.randperm(node["fn"].size, generator=generator)[:most].to(node["value"])
+    return found
+
+
 def _summed(log_density: Tensor, fn: Any) -> Tensor:
     batch_dims = len(fn.batch_shape)
     return log_density.flatten(batch_dims).sum(-1) if log_density.dim() > batch_dims else log_density
@@ -378,11 +421,7 @@ class LogPosterior:
         self.scale = common_scale(nodes[name] for name in names) or 1.0
         if traced.loops:
             raise UnsupportedModelError("plates are loops over a part of their elements.")
-        rows = Trace()
-        for name, node in nodes.items():
-            if node["type"] == "sample" and site_is_subsample(node):
-                rows.add_node(name, **node)
-        self.model = poutine.replay(model, trace=rows)
+        self.model = _with_rows(model, traced, {})
         self.args, self.kwargs, self.names = args, kwargs, names
         self.original = model
         self.centred = centred
@@ -397,8 +436,26 @@ class LogPosterior:
             self._run(None)
         if set(self.coordinates) != set(names):
             raise UnsupportedModelError("sites differ from run to run.")
+        self._take_more_rows(traced)
         if any(nodes[name]["value"].dtype != torch.float64 for name in names):
             self._take_doubles()
+
+    def _take_more_rows(self, traced: TracedModel) -> None:
+        """Evaluate densities by more rows than those of the call, if the model takes them from data in full.
+
+        The rows of one call say nothing of the others, and what they say counts for these.
+        """
+        rows = _more_rows(traced)
+        if not rows:
+            return
+        few, self.model = self.model, _with_rows(self.original, traced, rows)
+        try:
+            with torch.no_grad():
+                density = float(self._evaluate(torch.zeros(self.size, dtype=torch.float64)))
+        except Exception:  # of the model: its data are those of the call
+            density = math.nan
+        if not math.isfinite(density):
+            self.model = few
 
     def _take_doubles(self) -> None:
         """Evaluate densities in double precision from now on, if the model can and says the same."""

@@ -19,6 +19,7 @@ import torch
 from pyro.infer.autoguide import AutoGuide
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import SubsampleMessenger
 from pyro.poutine.util import site_is_subsample
 from torch.distributions import biject_to
 from torch.overrides import TorchFunctionMode
@@ -29,6 +30,7 @@ __all__ = [
     "GivenRows",
     "GivenValues",
     "Replaced",
+    "drawn_rows",
     "handled",
     "is_improper",
     "is_masked_out",
@@ -234,6 +236,37 @@ class GivenRows(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if site_is_subsample(msg) and msg["name"] in self.indices and msg["value"] is None:
             msg["value"] = self.indices[msg["name"]].clone()
+
+
+@contextmanager
+def drawn_rows(rows: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Give plates that draw some of their rows these in their place, of whatever number.
+
+    No handler can: a plate that says how many it draws refuses others.
+
+    Args:
+        rows: Indices by the name of the plate.
+    """
+    plates: Any = SubsampleMessenger
+    own = plates._subsample
+
+    def subsample(
+        name: str,
+        size: Any = None,
+        subsample_size: Any = None,
+        subsample: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if name in rows:
+            subsample_size, subsample = None, rows[name]
+        return own(name, size, subsample_size, subsample, *args, **kwargs)
+
+    plates._subsample = staticmethod(subsample)
+    try:
+        yield
+    finally:
+        plates._subsample = staticmethod(own)
 
 
 class GivenValues(Messenger):
