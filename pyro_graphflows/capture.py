@@ -25,6 +25,7 @@ from pyro_graphflows.errors import GraphflowsError
 
 __all__ = [
     "CAPTURING",
+    "KEEPING",
     "Captured",
     "Draws",
     "Noise",
@@ -41,6 +42,9 @@ __all__ = [
 
 CAPTURING: ContextVar[bool] = ContextVar("capturing", default=False)
 """Whether a program is being captured: checks that read numbers out of tensors have to be left out."""
+
+KEEPING: ContextVar[bool] = ContextVar("keeping", default=False)
+"""Whether what is captured is for calls in which all but its inputs keep their values: numbers of these may be read."""
 
 _UNCHECKED: ContextVar[list[Tensor] | None] = ContextVar("unchecked", default=None)
 

@@ -27,6 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyro_graphflows.capture import (
     CAPTURING,
+    KEEPING,
     Captured,
     Draws,
     Noise,
@@ -101,18 +102,19 @@ def record(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) 
         [0.0, 0.0, 0.0]
     """
     recorder = _Recorder(inputs, are_fixed=True)
-    with _capturing(), uncovered(), recorder:
+    with _capturing(keeping=True), uncovered(), recorder:
         results = function(*inputs)
     return recorder.captured(results, {})
 
 
 @contextmanager
-def _capturing() -> Iterator[None]:
-    token = CAPTURING.set(True)
+def _capturing(*, keeping: bool = False) -> Iterator[None]:
+    tokens = CAPTURING.set(True), KEEPING.set(keeping)
     try:
         yield
     finally:
-        CAPTURING.reset(token)
+        CAPTURING.reset(tokens[0])
+        KEEPING.reset(tokens[1])
 
 
 class _Numbers(TorchFunctionMode):

@@ -8,12 +8,14 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+from pyro_graphflows.distributions.skewed_scores import ASKED_OFTEN, TABLE_REACH, LogGamma, unscore
 from pyro_graphflows.guides import captured_density
 from pyro_graphflows.guides import mode as mode_module
 from pyro_graphflows.guides.captured_density import AFTER
 from pyro_graphflows.guides.minimize import hessian_at, loss_and_gradient
 from pyro_graphflows.guides.mode import LogPosterior, find_mode
 from pyro_graphflows.inspect import trace_model
+from pyro_graphflows.recording import record
 
 
 def hierarchy(sigma, y):
@@ -124,6 +126,35 @@ def test_second_derivatives_that_are_stopped_are_left_to_the_model():
     loss = evaluated_often(posterior, (1,))
     assert posterior.captured.num_captured == 1
     torch.testing.assert_close(hessian_at(loss, torch.randn(1)), torch.full((1, 1), 4.0))
+
+
+def test_quantiles_of_priors_with_constants_are_looked_up():
+    def of(kernel, u):
+        return record(lambda u: [unscore(kernel, u)], [u]).num_operations
+
+    u = torch.randn(5)
+    constant = LogGamma(torch.tensor(2.25))
+    for _ in range(ASKED_OFTEN):
+        unscore(constant, u)
+    assert of(constant, u) < 60
+    assert of(LogGamma(torch.linspace(1.0, 2.0, 5)), u) > 200
+
+
+def test_points_beyond_a_table_are_left_to_the_model():
+    def model(y):
+        a = pyro.sample("a", dist.Gamma(2.0, 2.0))
+        observed(a, 1.0, y)
+
+    y = torch.randn(3)
+    posterior, plain = posterior_of(model, y), posterior_of(model, y)
+    plain.captured = plain._evaluate
+    loss, expected_loss = evaluated_often(posterior, (1,)), evaluated_often(plain, (1,))
+    assert posterior.captured.num_captured == 1
+    for place, captured in ((2.0, 1), (TABLE_REACH + 0.5, 0)):
+        before, point = posterior.captured.num_captured, torch.tensor([place])
+        found, expected = loss_and_gradient(loss, point), loss_and_gradient(expected_loss, point)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        assert posterior.captured.num_captured == before + captured
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ def regression(w, y=None):
     with pyro.plate("data", len(w)):
         slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
         offset = pyro.sample("offset.of.it", dist.Normal(slope, 2.0))
-        noise = pyro.sample("noise", dist.Gamma(2.0, 2.0))
+        noise = pyro.sample("noise", dist.LogNormal(0.0, 0.5))
         pyro.sample("y", dist.Normal(slope * w + offset, noise), obs=y)
 
 

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from pyro_graphflows.capture import CAPTURING
+from pyro_graphflows.capture import CAPTURING, KEEPING, NotCapturedError
 from pyro_graphflows.distributions.normal_tails import ndtri_exp, normal_log_density
 from pyro_graphflows.errors import ConvergenceError
 
@@ -257,13 +257,15 @@ class _Unscore(torch.autograd.Function):
     @staticmethod
     def forward(kind: Any, u: Tensor, *parameters: Tensor) -> Tensor:
         kernel = kind(*parameters)
-        table = None if CAPTURING.get() else _TABLES.find(kernel, u)
+        table = _TABLES.known(kernel, u) if CAPTURING.get() else _TABLES.find(kernel, u)
         if table is None:
             x = _solve(kernel, u)
         else:
             beyond = ~(u.abs() <= TABLE_REACH)
             x = table(u.masked_fill(beyond, 0.0))
-            if bool(beyond.any()):  # a few of many draws of heavy tails: the others do not wait for them
+            if CAPTURING.get():  # nothing can be asked of values
+                x = x.masked_fill(beyond, math.nan)
+            elif bool(beyond.any()):  # a few of many draws of heavy tails: the others do not wait for them
                 x[beyond] = _solve(kernel, u[beyond])
         return x
 
@@ -342,9 +344,9 @@ class _Table:
         cell = 2.0 * TABLE_REACH / TABLE_SIZE
         place = (u + TABLE_REACH) / cell
         at = place.floor().clamp(0, TABLE_SIZE - 1)
-        t, i = place - at, at.long()
-        left, rise = self.x[i], self.x[i + 1] - self.x[i]
-        start, end = cell * self.slope[i], cell * self.slope[i + 1]
+        t, i = place - at, at.long().flatten()  # a number would be read out of a single place
+        (left, right), slopes = ([part[k].view(u.shape) for k in (i, i + 1)] for part in (self.x, self.slope))
+        rise, start, end = right - left, cell * slopes[0], cell * slopes[1]
         return left + t * (start + t * (3.0 * rise - 2.0 * start - end + t * (start + end - 2.0 * rise)))
 
 
@@ -355,10 +357,22 @@ class _Tables:
         self.asked: dict[Hashable, int] = {}
         self.tables: dict[Hashable, _Table] = {}
 
+    def known(self, kernel: SkewedKernel, u: Tensor) -> _Table | None:
+        """Return a table that there is, if parameters keep their values in what is captured."""
+        if not KEEPING.get() or any(p.numel() != 1 for p in kernel.parameters):
+            return None
+        try:
+            return self.tables.get(self._key(kernel, u))
+        except NotCapturedError:  # a parameter follows from what changes
+            return None
+
+    def _key(self, kernel: SkewedKernel, u: Tensor) -> Hashable:
+        return (type(kernel), u.device, *map(float, kernel.parameters))
+
     def find(self, kernel: SkewedKernel, u: Tensor) -> _Table | None:
         if any(p.numel() != 1 for p in kernel.parameters):
             return None
-        key = (type(kernel), u.device, *map(float, kernel.parameters))
+        key = self._key(kernel, u)
         if key not in self.tables:
             self.asked[key] = self.asked.pop(key, 0) + 1
             while len(self.asked) > MOST_TABLES:

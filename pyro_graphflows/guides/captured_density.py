@@ -106,6 +106,8 @@ class CapturedDensity:
                 values, gradients = kind.function(points)
         except RuntimeError:  # an operation is not defined there: the program says so in its own way
             return None
+        if bool(values.isnan().any()):  # undefined there, or beyond what the recorded operations reach
+            return None
         kind.calls += 1
         if is_compared(kind.calls) and not self._agrees(kind, points, values, gradients):
             kind.function = None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 __all__ = ["Sparsity"]
 
-LEAST = 50  # numbers from which products are what takes long
+LEAST = 10  # numbers from which products are what takes long
 NUM_SHARED = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40, 48, 64, 96, 128)  # numbers with a product of their own
 ROUNDING = 1e-9
 
@@ -61,7 +61,13 @@ class Sparsity:
 
     def _learn(self, hessian: Tensor) -> None:
         nonzero = (hessian != 0) | (hessian.T != 0) | torch.eye(len(hessian), dtype=torch.bool)
-        self._pattern = nonzero if self._pattern is None else nonzero | self._pattern
+        if self._pattern is not None:
+            nonzero |= self._pattern
+            if torch.equal(
+                nonzero, self._pattern
+            ):  # that there are no groups, or those that there are, stays
+                return
+        self._pattern = nonzero
         pattern = self._pattern.numpy()
         order = np.argsort(-pattern.sum(0), kind="stable")
         choices = [k for k in NUM_SHARED if k < len(order) // 2]
@@ -79,7 +85,7 @@ class Sparsity:
         assert self._shared is not None
         assert self._pattern is not None
         size, shared = len(groups), self._shared
-        sums = (groups == torch.arange(int(groups.max()) + 1).unsqueeze(-1)).double()
+        sums = (groups == torch.arange(int(groups.max()) + 1).unsqueeze(-1)).to(torch.float64)
         units = torch.eye(size, dtype=torch.float64)[shared]
         check = torch.arange(1, size + 1, dtype=torch.float64).cos()
         found = products(torch.cat([units, sums, check.unsqueeze(0)]))
