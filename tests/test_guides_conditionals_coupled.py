@@ -548,3 +548,9 @@ def test_a_total_of_effects_of_unknown_scale_is_exact_given_the_scale():
         exact = dist.MultivariateNormal(loc, precision_matrix=precision).log_prob(x)
         off.append((nodes["x"]["fn"].log_prob(x).sum() - exact).item())
     assert sum(off) / len(off) < 0.1
+    scale = torch.linspace(5e-4, 8.0, 16_000)
+    width = (number**2 + number * scale.square() + noise**2).sqrt()
+    joint = dist.Normal(0.0, width).log_prob(y) + dist.HalfNormal(1.0).log_prob(scale)
+    evidence = joint.logsumexp(0) + math.log(5e-4)
+    losses = torch.tensor([Trace_ELBO().loss(model, guide, y) for _ in range(200)])
+    assert losses.mean() < -evidence + 0.5  # the mean is as narrow as the scale

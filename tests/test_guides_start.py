@@ -554,3 +554,27 @@ def test_whiteners_are_found_for_the_start_that_is_kept(monkeypatch):
     blocks = {id(guide.block_of(site)) for site in guide.inverse.sampling_order}
     assert {id(block) for block in whitened} == blocks
     assert len(whitened) == len(blocks) <= len(started)
+
+
+def test_steps_of_a_loop_are_as_narrow_as_their_scale():
+    """States beyond the fourth have no prior of their own in a call; their widths follow the scale by regression."""
+    times = 10
+
+    def walk(y):
+        step = pyro.sample("step", dist.HalfNormal(0.5))
+        state = torch.zeros(())
+        for t in range(times):
+            state = pyro.sample(f"state_{t}", dist.Normal(0.9 * state, step))
+            pyro.sample(f"y_{t}", dist.Normal(state, 0.5), obs=y[t])
+
+    y = 0.5 * torch.randn(times)
+    guide = auto_faithful_guide(walk, y)
+    assert "not fused" in guide.describe()
+    step = torch.linspace(1e-3, 3.0, 3000)
+    powers = torch.tril(0.9 ** (torch.arange(times)[:, None] - torch.arange(times)).clamp(min=0).double())
+    covariance = step.square()[:, None, None] * (powers @ powers.mT) + 0.25 * torch.eye(times)
+    joint = dist.MultivariateNormal(torch.zeros(times), covariance).log_prob(y)
+    joint = joint + dist.HalfNormal(0.5).log_prob(step)
+    evidence = float(joint.logsumexp(0)) + math.log(3.0 / 3000)
+    losses = torch.tensor([Trace_ELBO().loss(walk, guide, y) for _ in range(300)])
+    assert losses.mean() < -evidence + 2.0

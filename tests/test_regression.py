@@ -16,6 +16,7 @@ from pyro_graphflows.regression import (
     Moments,
     location_and_scale,
     logistic_regression,
+    regression_with_scales,
     ridge_slopes,
     square_root,
 )
@@ -304,3 +305,26 @@ def test_the_ridge_is_that_which_predicts_held_out_rows(columns, inputs):
     torch.testing.assert_close(among, torch.cov(rows[~held_out].T)[inputs][:, own], atol=1e-12, rtol=0)
     expected = (test - fitted.mean)[:, inputs].T @ (test - fitted.mean)[:, own] / len(test)
     torch.testing.assert_close(of_test, expected, atol=1e-12, rtol=0)
+
+
+def test_scales_that_follow_inputs_are_found_beside_locations():
+    torch.manual_seed(0)
+    inputs = torch.randn(5000, 3)
+    scale = (-1.0 + 0.7 * inputs[:, 1]).exp()
+    own = 0.5 + inputs @ torch.tensor([1.0, -2.0, 0.0]) + scale * torch.randn(5000)
+    found = regression_with_scales(inputs, own, [1, 2])
+    assert found is not None
+    fit, slopes = found
+    error = 5.0 / (2 * 5000) ** 0.5
+    torch.testing.assert_close(slopes, torch.tensor([0.7, 0.0]), atol=error, rtol=0.0)
+    assert float(fit.scale_tril.log()) == pytest.approx(-1.0, abs=error)
+    torch.testing.assert_close(fit.weights[0], torch.tensor([1.0, -2.0, 0.0]), atol=0.03, rtol=0.0)
+    assert float(fit.loc) == pytest.approx(0.5, abs=0.03)
+
+
+def test_scales_that_are_the_same_follow_nothing():
+    torch.manual_seed(0)
+    inputs = torch.randn(2000, 2)
+    own = inputs.sum(-1) + torch.randn(2000)
+    assert regression_with_scales(inputs, own, [0, 1]) is None
+    assert regression_with_scales(inputs[:20], own[:20], [0]) is None  # too few to tell

@@ -397,7 +397,7 @@ def compile_guide(
         )
     )
     fused = fusion.priors.sites
-    blocks = _with_fusion(blocks, fusion, summed)
+    blocks = _with_fusion(blocks, fusion, summed, tuple(scales))
     if inputs.per_element and options.pool is None and not traced.loops:
         data = set(encodings.event_dims) - set(traced.index_inputs) - set(encodings.partly) - set(sites)
         whole = (
@@ -602,9 +602,9 @@ def _summed(
 
 
 def _with_fusion(
-    blocks: Sequence[BlockPlan], fusion: Fusion, summed: Mapping[str, SummedSite]
+    blocks: Sequence[BlockPlan], fusion: Fusion, summed: Mapping[str, SummedSite], scales: tuple[str, ...]
 ) -> tuple[BlockPlan, ...]:
-    """Return the blocks with the sites that are fused, and those that may have factors of elements."""
+    """Return the blocks with the sites that are fused, those that may have factors of elements, and scales."""
     found = []
     for block in blocks:
         fused = tuple(site for site in block.sites if site in fusion.priors.sites)
@@ -614,7 +614,7 @@ def _with_fusion(
             if site in summed
         }
         by_shape = tuple(site for site in fused if site in fusion.by_shape and site not in own)
-        found.append(replace(block, fused=fused, summed=own, by_shape=by_shape))
+        found.append(replace(block, fused=fused, summed=own, by_shape=by_shape, scales=scales))
     return tuple(found)
 
 

@@ -117,7 +117,9 @@ def find_discrete_mode(
     if not discrete:
         return find_mode(model, args, kwargs, traced)
     if len(discrete) == len(traced.graph.latent):
-        raise UnsupportedModelError("all sites are discrete.")
+        raise UnsupportedModelError(
+            f"there is no mode in continuous space: {', '.join(discrete)} is discrete."
+        )
     for name in discrete:
         shared = traced.graph.outside_of_plates(name)
         if shared:

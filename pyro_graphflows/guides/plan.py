@@ -635,6 +635,7 @@ class BlockPlan:
         fused: The sites whose conditionals are their priors times a factor.
         summed: Those that may have one factor for each element of a plate instead.
         by_shape: Those that the start may leave without their prior, where they fit joint samples better.
+        scales: The latent sites of the model that set the scale of others' priors.
     """
 
     plates: tuple[str, ...]
@@ -649,6 +650,7 @@ class BlockPlan:
     fused: tuple[str, ...] = ()
     summed: Mapping[str, SummedSite] = field(default_factory=dict)
     by_shape: tuple[str, ...] = ()
+    scales: tuple[str, ...] = ()
 
     @property
     def only_summed(self) -> frozenset[str]:

@@ -64,7 +64,7 @@ from pyro_graphflows.guides.conditionals.low_rank import LowRankNormalFactor
 from pyro_graphflows.guides.sites import LatentSite, SitePrior
 from pyro_graphflows.nn.activations import make_activation
 from pyro_graphflows.nn.mlp import LevelEvaluation, MaskedMLP
-from pyro_graphflows.regression import Moments, in_float64
+from pyro_graphflows.regression import Moments, in_float64, regression_with_scales
 
 __all__ = ["NETWORK_OPTIONS", "MaskedConditionals", "Normal"]
 
@@ -73,6 +73,7 @@ NETWORK_OPTIONS = ("hidden_dims", "units_per_set", "hidden_layers", "activation"
 # numbers of an exact conditional that move in full units in a step of training, or more of them less
 FREE_IF_EXACT = 16
 MOST_UNITS = 8.0  # that the logarithm of a wide factor's scale moves in a step of training
+MOST_WITH_SCALES = 100  # inputs of a number whose scale may follow some of them
 
 FactorMaker = Callable[[LatentSite], Factor]
 
@@ -431,10 +432,7 @@ class MaskedConditionals(Conditionals):
         if refers:
             weights, loc = weights / (1.0 + variance), loc / (1.0 + variance)
         weights, biases = factor.fused_start(weights, loc, tril)
-        for parent, matrix in linear.log_scale.items():
-            columns = list(self.columns[parent])
-            for output, row in zip(factor.log_scale_outputs, matrix.to(weights), strict=True):
-                weights[output, columns] += row
+        self._add_log_scales_(factor, weights, linear)
         units = factor.natural_units_beside_prior(tril)
         if refers:  # what changes the scale of the conditional as much as without a prior, or nearly
             units[list(factor.log_scale_outputs)] *= (1.0 + variance).clamp(max=MOST_UNITS)
@@ -472,8 +470,17 @@ class MaskedConditionals(Conditionals):
         units = factor.natural_units(tril)
         if linear.exact:
             units = units * min(1.0, FREE_IF_EXACT / int((units > 0).sum())) ** 0.5
-        self._set_rows_(site, *factor.linear_start(weights, loc, tril), units)
+        weights, biases = factor.linear_start(weights, loc, tril)
+        self._add_log_scales_(factor, weights, linear)
+        self._set_rows_(site, weights, biases, units)
         return True
+
+    def _add_log_scales_(self, factor: Factor, weights: Tensor, linear: LinearConditional) -> None:
+        """Add to the weights of all outputs what makes the logarithms of scales follow the parents."""
+        for parent, matrix in linear.log_scale.items():
+            columns = list(self.columns[parent])
+            for output, row in zip(factor.log_scale_outputs, matrix.to(weights), strict=True):
+                weights[output, columns] += row
 
     def _take_basis_(
         self, site: str, linear: LinearConditional, *, fused: bool = False
@@ -616,10 +623,35 @@ class MaskedConditionals(Conditionals):
         fitted = None if by_moments else factor.start_from_samples(rows[:, inputs], rows[:, own])
         if fitted is None:
             super().regress_(site, rows, moments)
+            if factor.size == 1 and factor.log_scale_outputs and site not in self.element_columns:
+                self._follow_scales_(site, rows)
             return
         weights = rows.new_zeros(factor.num_outputs, self.num_columns)
         weights[:, inputs] = fitted[0]
         self._set_rows_(site, weights, fitted[1])
+
+    def _follow_scales_(self, site: str, rows: Tensor) -> None:
+        """Let the scale of a number follow sites that set scales in the model, where held-out rows are likelier so."""
+        parents = [name for name in self.block.parents[site] if name in self.block.scales]
+        parents = [name for name in parents if len(self.columns.get(name, ())) == 1]
+        inputs = self.inputs_of(site)
+        if not parents or len(inputs) > MOST_WITH_SCALES:
+            return
+        of_scales = [inputs.index(self.columns[name].start) for name in parents]
+        found = regression_with_scales(rows[:, inputs], rows[:, self.columns[site].start], of_scales)
+        if found is None:
+            return
+        fit, slopes = found
+        linear, log_scale, tril = self.linear_of(site, fit), {}, fit.scale_tril
+        for name, slope in zip(parents, slopes, strict=True):
+            unit = slope.new_ones(())
+            if name in self.block.parents:  # a site of the block
+                shift, scale = (part.to(slope) for part in self.output_units(name))
+                input_shift, input_scale = (part.to(slope) for part in self.input_units(name))
+                unit = (input_scale / scale).squeeze()
+                tril = tril * (slope * (input_shift - shift) / scale).exp()
+            log_scale[name] = (slope * unit).reshape(1, 1)
+        self.set_linear_(site, replace(linear, log_scale=log_scale, scale_tril=tril))
 
     @torch.no_grad()
     def narrow_elements_(self, factor: float, *, fitted: bool = True) -> None:
