@@ -7,6 +7,7 @@ import torch
 from pyro import poutine
 from pyro.infer.reparam import LocScaleReparam
 
+from pyro_graphflows import auto_faithful_guide
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.inspect import Batching, sample_prior, trace_model
 from pyro_graphflows.inspect import prior as prior_module
@@ -279,3 +280,18 @@ def test_samples_of_a_hidden_markov_model_follow_its_transitions():
             error = weights[state[:, t]] - row @ weights
             products = torch.stack([error, error * weights[state[:, t - 1]]])
             assert bool((products.mean(-1).abs() < 5 * products.std(-1) / number**0.5).all())
+
+
+def test_algebra_that_fails_at_draws_of_a_prior_is_no_crash():
+    def model(y):
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        covariance = torch.ones(3, 3) + (scale - 0.1) * torch.eye(
+            3
+        )  # of no normal where the scale is below 0.1
+        root = torch.linalg.cholesky(covariance)
+        pyro.sample("y", dist.MultivariateNormal(torch.zeros(3), scale_tril=root), obs=y)
+
+    y = torch.randn(3)
+    with pytest.raises(UnsupportedModelError, match="can be run at draws of its prior"):
+        sample_prior(model, (y,), num_samples=100)
+    assert bool(auto_faithful_guide(model, y)(y)["scale"] > 0.0)  # it starts without joint samples

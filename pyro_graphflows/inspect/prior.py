@@ -91,7 +91,8 @@ def sample_prior(
 
     Raises:
         UnsupportedModelError: If such samples are not the model (factors, masks, scales, improper priors,
-            distributions that use observed data directly), or if the sites differ from run to run.
+            distributions that use observed data directly), if the sites differ from run to run, or if matrices of the
+            model have no factors at some draws.
         GraphflowsError: If ``num_samples`` is not positive.
 
     Example:
@@ -118,7 +119,13 @@ def sample_prior(
         way = batching.way if vectorize and num_samples > 1 else "single"
         draw = {"plate": _draw_at_once, "vmap": _draw_by_vmap, "single": _draw_one_by_one}[way]
         wanted = _Wanted(sites, _nesting(sites), batching.unconstrained)
-        return draw(unconditioned, args, kwargs, wanted, num_samples)
+        try:
+            return draw(unconditioned, args, kwargs, wanted, num_samples)
+        except torch.linalg.LinAlgError as error:
+            raise UnsupportedModelError(
+                f"Expected a model that can be run at draws of its prior; at one, algebra fails: {error} Use double "
+                "precision, add to the diagonals of its covariances, or give its priors less room."
+            ) from error
 
 
 def unconstrained_of(name: str) -> str:
