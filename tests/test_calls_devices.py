@@ -114,11 +114,11 @@ def data(dtype=torch.float32, device="cpu"):
     return w.to(device, dtype), y.to(device, dtype)
 
 
-def made(model, family="normal", **options):
+def made(model, family="normal", *, init="regression", **options):
     torch.set_default_dtype(torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is not faithful is said elsewhere
-        return auto_faithful_guide(model, *data(), family=family, num_start_samples=500, **options)
+        return auto_faithful_guide(model, *data(), family=family, init=init, num_start_samples=500, **options)
 
 
 def parts(guide):

@@ -37,7 +37,7 @@ SHAPES = {"scalar": (), "vector": (2,), "row": (3, 1), "cell": (3, 4)}
 
 @pytest.fixture
 def guide(options):
-    return auto_faithful_guide(shapes, DATA, num_start_samples=100, **options)
+    return auto_faithful_guide(shapes, DATA, num_start_samples=100, **{"init": "regression", **options})
 
 
 @everywhere

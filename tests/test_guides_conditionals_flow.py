@@ -106,7 +106,13 @@ def data():
 @forms
 def test_density_of_samples_is_the_density_of_given_values(data, closed_form, inverse, form):
     """What was computed while drawing agrees with what inversion says, whatever the weights, in value and gradient."""
-    options = {"closed_form": closed_form, "inverse": inverse, "num_start_samples": 200, "form": form}
+    options = {
+        "closed_form": closed_form,
+        "inverse": inverse,
+        "num_start_samples": 200,
+        "form": form,
+        "init": "regression",
+    }
     guide = perturb_(flow_guide(mixed, *data, **options), 0.05)
     with pyro.plate("particles", 3, dim=-2):
         trace = poutine.trace(guide).get_trace(*data)
@@ -130,7 +136,7 @@ def test_density_of_samples_is_the_density_of_given_values(data, closed_form, in
 @forms
 def test_terms_are_the_density_of_the_joint_map(data, form):
     """log q by brute force: the Jacobian of the map from all noise to all unconstrained values."""
-    guide = perturb_(flow_guide(mixed, *data, num_start_samples=200, form=form))
+    guide = perturb_(flow_guide(mixed, *data, init="regression", num_start_samples=200, form=form))
     network = guide.blocks[0].conditionals
     start = guide.blocks[0].inputs(guide._read(data, {}, None), {})[0]
 
@@ -180,7 +186,7 @@ def test_conditional_independence_is_exact(form):
 
 @forms
 def test_particles_are_independent_draws(data, form):
-    guide = flow_guide(mixed, *data, num_start_samples=200, form=form)
+    guide = flow_guide(mixed, *data, init="regression", num_start_samples=200, form=form)
     with pyro.plate("particles", 5, dim=-2):
         values = guide(*data)
     for value in values.values():
@@ -193,7 +199,7 @@ def test_particles_are_independent_draws(data, form):
 @forms
 def test_each_draw_of_a_site_is_new(data, form):
     """Also where one pass through the network serves all levels."""
-    guide = flow_guide(mixed, *data, num_start_samples=200, form=form)
+    guide = flow_guide(mixed, *data, init="regression", num_start_samples=200, form=form)
     trace = poutine.trace(guide).get_trace(*data)
     for name in guide.model_graph.latent:
         site = trace.nodes[name]
@@ -397,7 +403,7 @@ def test_inference_compilation_scores_in_one_go(data):
 
 @forms
 def test_copies_and_files(data, form):
-    guide = perturb_(flow_guide(mixed, *data, num_start_samples=200, form=form), 0.05)
+    guide = perturb_(flow_guide(mixed, *data, init="regression", num_start_samples=200, form=form), 0.05)
     values = {name: value.detach() for name, value in guide(*data).items()}
     expected = guide.log_prob(values, *data)
     buffer = io.BytesIO()
@@ -416,7 +422,7 @@ def test_copies_and_files(data, form):
 
 
 def test_median_and_predictive(data):
-    guide = flow_guide(mixed, *data, num_start_samples=200)
+    guide = flow_guide(mixed, *data, init="regression", num_start_samples=200)
     median = guide.median(*data)
     assert all(torch.equal(median[name], value) for name, value in guide.median(*data).items())
     draws = Predictive(mixed, guide=guide, num_samples=7)(*data)
@@ -426,7 +432,7 @@ def test_median_and_predictive(data):
 def test_float32(data):
     torch.set_default_dtype(torch.float32)
     data = [each.float() for each in data]
-    guide = perturb_(flow_guide(mixed, *data, num_start_samples=200), 0.05)
+    guide = perturb_(flow_guide(mixed, *data, init="regression", num_start_samples=200), 0.05)
     values = guide(*data)
     assert all(value.dtype == torch.float32 for value in values.values())
     trace = poutine.trace(guide).get_trace(*data)

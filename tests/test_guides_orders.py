@@ -38,7 +38,7 @@ def test_the_factor_near_zero_is_sampled_last(loc, size):
     assert guide.inverse.parents[far] == ("c",)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
 def test_the_arithmetic_circuit_divides_by_what_keeps_away_from_zero(seed):
     pyro.set_rng_seed(seed)
     guide = auto_faithful_guide(arithmetic_circuit, torch.randn(50, 2), num_start_samples=100)
@@ -58,7 +58,7 @@ def test_linear_models_and_chosen_inverses_are_left_alone():
     assert dict(guide.inverse.parents) == dict(faithful_inverse(guide.model_graph).parents)
     for order in ("min_fill", ["z2", "z0", "z1", "z4", "z3", "z5"]):
         guide = auto_faithful_guide(
-            arithmetic_circuit, torch.randn(50, 2), inverse=order, num_start_samples=100
+            arithmetic_circuit, torch.randn(50, 2), inverse=order, init="prior", num_start_samples=100
         )
         assert set(guide.inverse.parents["z0"]) == {"z1", "z3"}
 

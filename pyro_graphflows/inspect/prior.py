@@ -121,7 +121,7 @@ def sample_prior(
         wanted = _Wanted(sites, _nesting(sites), batching.unconstrained)
         try:
             return draw(unconditioned, args, kwargs, wanted, num_samples)
-        except torch.linalg.LinAlgError as error:
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise UnsupportedModelError(
                 f"Expected a model that can be run at draws of its prior; at one, algebra fails: {error} Use double "
                 "precision, add to the diagonals of its covariances, or give its priors less room."
