@@ -25,12 +25,13 @@ from pyro_graphflows.errors import GraphflowsError
 
 __all__ = [
     "CAPTURING",
-    "KEEPING",
     "Captured",
     "Draws",
     "Noise",
     "NotCapturedError",
     "is_compared",
+    "is_kept",
+    "keeping",
     "known_answer",
     "left_unchecked",
     "place_in_program",
@@ -43,8 +44,7 @@ __all__ = [
 CAPTURING: ContextVar[bool] = ContextVar("capturing", default=False)
 """Whether a program is being captured: checks that read numbers out of tensors have to be left out."""
 
-KEEPING: ContextVar[bool] = ContextVar("keeping", default=False)
-"""Whether what is captured is for calls in which all but its inputs keep their values: numbers of these may be read."""
+_KEPT: ContextVar[Callable[[Tensor], bool] | None] = ContextVar("kept", default=None)
 
 _UNCHECKED: ContextVar[list[Tensor] | None] = ContextVar("unchecked", default=None)
 
@@ -57,6 +57,31 @@ _HIDDEN = (__file__, _RECORDING, "<string>")
 
 class NotCapturedError(GraphflowsError):
     """A program is no graph of tensor operations; the message says why."""
+
+
+def is_kept(value: Tensor) -> bool:
+    """Whether a tensor has the same value in each call of what is being captured: its numbers may be read.
+
+    Args:
+        value: A tensor.
+    """
+    answer = _KEPT.get()
+    return answer is not None and answer(value)
+
+
+@contextmanager
+def keeping(answer: Callable[[Tensor], bool]) -> Iterator[None]:
+    """Say which tensors keep their values (:func:`is_kept`), and that a program is being captured.
+
+    Args:
+        answer: Whether a tensor does.
+    """
+    tokens = CAPTURING.set(True), _KEPT.set(answer)
+    try:
+        yield
+    finally:
+        CAPTURING.reset(tokens[0])
+        _KEPT.reset(tokens[1])
 
 
 def left_unchecked(values: Tensor) -> bool:

@@ -16,7 +16,6 @@ import operator
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,12 +25,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyro_graphflows.capture import (
-    CAPTURING,
-    KEEPING,
     Captured,
     Draws,
     Noise,
     NotCapturedError,
+    keeping,
     known_answer,
     place_in_program,
     require_fixed_shape,
@@ -72,7 +70,7 @@ def capture(
     noise = {kind: kind.draw([count]) for kind, count in counts.items()}
     recorder = _Recorder([*inputs, *noise.values()], are_fixed=False)
     try:
-        with _capturing(), uncovered(), recorder, _Numbers(), Draws(noise):
+        with keeping(recorder.is_kept), uncovered(), recorder, _Numbers(), Draws(noise):
             results = list(function(*inputs))
     except NotCapturedError:
         raise
@@ -102,19 +100,9 @@ def record(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) 
         [0.0, 0.0, 0.0]
     """
     recorder = _Recorder(inputs, are_fixed=True)
-    with _capturing(keeping=True), uncovered(), recorder:
+    with keeping(recorder.is_kept), uncovered(), recorder:
         results = function(*inputs)
     return recorder.captured(results, {})
-
-
-@contextmanager
-def _capturing(*, keeping: bool = False) -> Iterator[None]:
-    tokens = CAPTURING.set(True), KEEPING.set(keeping)
-    try:
-        yield
-    finally:
-        CAPTURING.reset(tokens[0])
-        KEEPING.reset(tokens[1])
 
 
 class _Numbers(TorchFunctionMode):
@@ -247,6 +235,11 @@ class _Recorder(TorchDispatchMode):
                     self._note_results(
                         self.graph.call_function(operator.getitem, (node, i)), part, follows=follows
                     )
+
+    def is_kept(self, tensor: Tensor) -> bool:
+        """Whether a tensor has the same value in each call."""
+        is_known = self.are_fixed or (tensor in self.nodes and tensor not in self.outside)
+        return is_known and not self._follows(tensor)
 
     def _follows(self, tensor: Tensor) -> bool:
         return tensor in self.following or (tensor in self.nodes and _memory_of(tensor) in self.written)

@@ -15,7 +15,7 @@ from pyro_graphflows.guides.captured_density import AFTER
 from pyro_graphflows.guides.minimize import hessian_at, loss_and_gradient
 from pyro_graphflows.guides.mode import LogPosterior, find_mode
 from pyro_graphflows.inspect import trace_model
-from pyro_graphflows.recording import record
+from pyro_graphflows.recording import capture, record
 
 
 def hierarchy(sigma, y):
@@ -138,6 +138,11 @@ def test_quantiles_of_priors_with_constants_are_looked_up():
         unscore(constant, u)
     assert of(constant, u) < 60
     assert of(LogGamma(torch.linspace(1.0, 2.0, 5)), u) > 200
+    # in a call, numbers in the program are constants, and tensors from outside are not
+    literal = capture(lambda u: [unscore(LogGamma(torch.tensor(2.25)), u)], [u], {})
+    torch.testing.assert_close(literal.graph(u, *literal.constants)[0], unscore(constant, u))
+    assert literal.num_operations < 80
+    assert capture(lambda u: [unscore(constant, u)], [u], {}).num_operations > 200
 
 
 def test_points_beyond_a_table_are_left_to_the_model():

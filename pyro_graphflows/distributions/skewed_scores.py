@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from pyro_graphflows.capture import CAPTURING, KEEPING, NotCapturedError
+from pyro_graphflows.capture import CAPTURING, is_kept
 from pyro_graphflows.distributions.normal_tails import ndtri_exp, normal_log_density
 from pyro_graphflows.errors import ConvergenceError
 
@@ -359,12 +359,9 @@ class _Tables:
 
     def known(self, kernel: SkewedKernel, u: Tensor) -> _Table | None:
         """Return a table that there is, if parameters keep their values in what is captured."""
-        if not KEEPING.get() or any(p.numel() != 1 for p in kernel.parameters):
+        if any(p.numel() != 1 or not is_kept(p) for p in kernel.parameters):
             return None
-        try:
-            return self.tables.get(self._key(kernel, u))
-        except NotCapturedError:  # a parameter follows from what changes
-            return None
+        return self.tables.get(self._key(kernel, u))
 
     def _key(self, kernel: SkewedKernel, u: Tensor) -> Hashable:
         return (type(kernel), u.device, *map(float, kernel.parameters))
