@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pyro import poutine
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides import Flow, auto_faithful_guide
@@ -842,3 +842,24 @@ def test_where_the_caller_takes_the_rows_there_are_no_others():
     exact = torch.distributions.Normal(95 * y.mean() / precision, precision**-0.5)
     draws = torch.stack([guide(y)["mean"] for _ in range(400)]).detach()
     assert abs(draws.mean() - exact.mean) < 5 * exact.stddev / 20
+
+
+def test_mixtures_of_rows_that_the_model_draws_start_near_the_posterior_of_all():
+    """The sum over classes ignores the scale of a plate; by all rows there is none."""
+    y = torch.cat([torch.randn(60) - 2.0, torch.randn(40) + 3.0])
+
+    def model(y, size):
+        share = pyro.sample("share", dist.Beta(2.0, 2.0))
+        with pyro.plate("classes", 2):
+            mean = pyro.sample("mean", dist.Normal(torch.tensor([-2.0, 2.0]), 2.0))
+        with pyro.plate("rows", len(y), subsample_size=size) as rows:
+            k = pyro.sample("k", dist.Bernoulli(share), infer={"enumerate": "parallel"})
+            pyro.sample("y", dist.Normal(mean[k.long()], 1.0), obs=y[rows])
+
+    loss = TraceEnum_ELBO(max_plate_nesting=1, num_particles=20)
+    losses = []
+    for size in (20, 100):
+        guide = auto_faithful_guide(model, y, size)
+        losses.append(loss.loss(model, guide, y, 100))
+    assert "by more rows" in auto_faithful_guide(model, y, 20).describe(verbose=True)
+    assert losses[0] < losses[1] + 1.0

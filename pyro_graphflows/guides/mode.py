@@ -413,8 +413,6 @@ class LogPosterior:
         between = [name for name in names if summed.intersection(graph.parents(name))]
         if between:
             raise UnsupportedModelError(f"{between[0]} depends on a site that the model sums over.")
-        if summed:
-            require_no_scales(traced.trace)
         self.sums = bool(summed)
         # Where latent sites are all scaled, priors and guide alike, the best guide is the prior times the likelihood to
         # the inverse power.
@@ -436,18 +434,23 @@ class LogPosterior:
             self._run(None)
         if set(self.coordinates) != set(names):
             raise UnsupportedModelError("sites differ from run to run.")
-        self._take_more_rows(traced)
+        self.has_more_rows = self._take_more_rows(traced)
+        if summed and not self.has_more_rows:
+            require_no_scales(traced.trace)
         if any(nodes[name]["value"].dtype != torch.float64 for name in names):
             self._take_doubles()
 
-    def _take_more_rows(self, traced: TracedModel) -> None:
+    def _take_more_rows(self, traced: TracedModel) -> bool:
         """Evaluate densities by more rows than those of the call, if the model takes them from data in full.
 
         The rows of one call say nothing of the others, and what they say counts for these.
+
+        Returns:
+            Whether there are more.
         """
         rows = _more_rows(traced)
         if not rows:
-            return
+            return False
         few, self.model = self.model, _with_rows(self.original, traced, rows)
         try:
             with torch.no_grad():
@@ -456,6 +459,8 @@ class LogPosterior:
             density = math.nan
         if not math.isfinite(density):
             self.model = few
+            return False
+        return True
 
     def _take_doubles(self) -> None:
         """Evaluate densities in double precision from now on, if the model can and says the same."""

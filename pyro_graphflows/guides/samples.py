@@ -337,6 +337,11 @@ class ModelDraws:
         self._last = values = self._mode.draw(min(num_samples, self._most_draws))
         return self._flat(values, len(next(iter(values.values()))))
 
+    @property
+    def mode_has_more_rows(self) -> bool:
+        """Whether draws near the mode are by more rows of plates than those of the call."""
+        return isinstance(self._mode, Mode) and self._mode.posterior.has_more_rows
+
     def _flat(self, samples: Mapping[str, Tensor], num_samples: int) -> dict[str, Tensor]:
         """Return samples as flat vectors, with the data of the call where nodes have no samples."""
         flat = {}

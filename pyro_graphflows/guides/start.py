@@ -1126,7 +1126,9 @@ def choose_start(
             reasons.append(f"no start at the {name}: {error}")  # of algebra on draws that suit no regression
             continue
         found = judge_start(built)
-        if found is None:  # no data
+        if found is None and name == "mode" and samples.draws.mode_has_more_rows:
+            return built, "the start is 'mode', by more rows than those of set-up."
+        if found is None:  # no data, or a sum over sites beside the scale of a plate
             return (built if name == usual else build_usual()), None
         losses[name], candidates[name] = found.loss, built
         if best is None or found.loss < least:
