@@ -67,6 +67,12 @@ def choosing(y):
     observed(mu, scale, y)
 
 
+@pytest.fixture(autouse=True)
+def however_long_the_program(monkeypatch):
+    """Let programs be recorded after equally many evaluations."""
+    monkeypatch.setattr(captured_density, "MOST_BEFORE", 0)
+
+
 def posterior_of(model, *args):
     return LogPosterior(model, args, {}, trace_model(model, args, strict=False))
 
@@ -126,6 +132,22 @@ def test_second_derivatives_that_are_stopped_are_left_to_the_model():
     loss = evaluated_often(posterior, (1,))
     assert posterior.captured.num_captured == 1
     torch.testing.assert_close(hessian_at(loss, torch.randn(1)), torch.full((1, 1), 4.0))
+
+
+def test_long_programs_are_recorded_later(monkeypatch):
+    monkeypatch.setattr(captured_density, "MOST_BEFORE", 50)
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        for _ in range(200):
+            mu = mu.sin() + mu
+        observed(mu, 1.0, y)
+
+    posterior = posterior_of(model, torch.randn(3))
+    evaluated_often(posterior, (1,))
+    assert posterior.captured.num_captured == 0
+    evaluated_often(posterior, (1,))
+    assert posterior.captured.num_captured == 2 * (AFTER + 1) - 50
 
 
 def test_quantiles_of_priors_with_constants_are_looked_up():

@@ -26,7 +26,10 @@ __all__ = ["CapturedDensity"]
 
 logger = logging.getLogger(__name__)
 
-AFTER = 20  # evaluations with a gradient: recording takes as long as 13 to 50, as measured on four models
+# Evaluations with a gradient before one is recorded, which takes as long as some 30 where most of the time is Pyro's,
+# and as 75 to 165 where there are thousands of operations.
+AFTER, MOST_BEFORE = 30, 120
+NODES_OF_EVALUATION = 3  # of the graph of values, for each evaluation to wait for
 OF_HESSIAN = 3  # such evaluations that one with second derivatives counts as
 Density = Callable[[Tensor], Tensor]
 
@@ -38,6 +41,7 @@ class _Kind:
     Attributes:
         evaluations: For how many gradients the program has been evaluated, second derivatives being counted by
             what they cost.
+        after: After how many the program is recorded; None before the first.
         function: From points to values and gradients; None for the program.
         is_settled: Whether there is no more to try.
         calls: How often the function has been called.
@@ -45,6 +49,7 @@ class _Kind:
     """
 
     evaluations: int = 0
+    after: int | None = None
     function: Callable[..., tuple[Tensor, ...]] | None = None
     is_settled: bool = False
     calls: int = 0
@@ -74,7 +79,7 @@ class CapturedDensity:
         if kind.function is None and (kind.is_settled or not follow):
             return self.program(points)
         if kind.function is None:
-            if kind.evaluations < AFTER:
+            if kind.after is None or kind.evaluations < kind.after:
                 return _counted(kind, self.program(points))
             self._capture(kind, points.detach())
         found = self._run(kind, points.detach())
@@ -216,7 +221,20 @@ def _counted(kind: _Kind, values: Tensor) -> Tensor:
 
     if values.requires_grad:
         values.register_hook(count)
+        if kind.after is None:
+            kind.after = max(AFTER, min(_num_nodes(values) // NODES_OF_EVALUATION, MOST_BEFORE))
     return values
+
+
+def _num_nodes(values: Tensor) -> int:
+    """Return the size of a graph of autograd."""
+    seen, waiting = {values.grad_fn}, [values.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        further = {each for each, _ in node.next_functions if each is not None} - seen if node else set()
+        seen |= further
+        waiting += further
+    return len(seen)
 
 
 def _cosines(like: Tensor) -> Tensor:
