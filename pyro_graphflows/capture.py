@@ -29,6 +29,7 @@ __all__ = [
     "Draws",
     "Noise",
     "NotCapturedError",
+    "Operations",
     "is_compared",
     "is_kept",
     "keeping",
@@ -383,6 +384,18 @@ def place_in_program(stack: Sequence[traceback.FrameSummary] | None = None) -> s
             if not entry.filename.startswith(hidden):
                 return f" ({entry.filename}:{entry.lineno}: `{(entry.line or '').strip()}`)"
     return ""
+
+
+class Operations(torch.fx.GraphModule):
+    """A graph of operations as a module whose Python code is made when it is first run: most are only read."""
+
+    def recompile(self) -> Any:
+        """Leave the code for later."""
+
+    def forward(self, *args: Tensor) -> Any:
+        """Make the code, and run it from here on."""
+        super().recompile()
+        return self(*args)
 
 
 @dataclass(frozen=True)

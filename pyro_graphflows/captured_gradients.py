@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pyro_graphflows.capture import Captured, Noise, NotCapturedError, scripted
+from pyro_graphflows.capture import Captured, Noise, NotCapturedError, Operations, scripted
 from pyro_graphflows.recording import capture
 
 __all__ = ["CapturedGradients", "Result", "capture_with_gradients", "simplified"]
@@ -427,7 +427,7 @@ class _Halves:
                 else:
                     own[node] = graph.node_copy(node, own.__getitem__)
         graph.output(tuple(own[node] for node in outputs))
-        return fx.GraphModule(root, graph)
+        return Operations(root, graph)
 
 
 def _written_by(node: fx.Node) -> list[fx.Node]:

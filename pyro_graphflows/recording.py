@@ -29,6 +29,7 @@ from pyro_graphflows.capture import (
     Draws,
     Noise,
     NotCapturedError,
+    Operations,
     keeping,
     known_answer,
     place_in_program,
@@ -155,7 +156,7 @@ class _Recorder(TorchDispatchMode):
         """
         self.graph.output(tuple(self._with_nodes(list(results))))
         self.graph.eliminate_dead_code()
-        module = fx.GraphModule(torch.nn.Module(), self.graph)
+        module = Operations(torch.nn.Module(), self.graph)
         num_operations = sum(node.op == "call_function" for node in self.graph.nodes)
         return Captured(module, dict(counts), tuple(self.constants.values()), num_operations)
 
