@@ -17,6 +17,7 @@ from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides import Flow, auto_faithful_guide
+from pyro_graphflows.guides.mode import LogPosterior
 from pyro_graphflows.inspect import trace_model
 
 FEW = {"init": "random", "num_start_samples": 500}
@@ -842,6 +843,20 @@ def test_where_the_caller_takes_the_rows_there_are_no_others():
     exact = torch.distributions.Normal(95 * y.mean() / precision, precision**-0.5)
     draws = torch.stack([guide(y)["mean"] for _ in range(400)]).detach()
     assert abs(draws.mean() - exact.mean) < 5 * exact.stddev / 20
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_single_row_that_the_caller_takes_is_not_all_rows(given):
+    """One row fits a plate of any size."""
+    y = torch.randn(50)
+
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 5.0))
+        with pyro.plate("rows", 50, subsample_size=1) as rows:
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y if given else y[rows])
+
+    args = (y[:1] if given else y,)
+    assert LogPosterior(model, args, {}, trace_model(model, args)).has_more_rows != given
 
 
 def test_mixtures_of_rows_that_the_model_draws_start_near_the_posterior_of_all():
