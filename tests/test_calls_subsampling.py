@@ -847,13 +847,13 @@ def test_where_the_caller_takes_the_rows_there_are_no_others():
 
 @pytest.mark.parametrize("given", [True, False])
 def test_a_single_row_that_the_caller_takes_is_not_all_rows(given):
-    """One row fits a plate of any size."""
-    y = torch.randn(50)
+    """One row fits a plate of any size; at the centre of the prior all rows are as likely."""
+    y = (torch.rand(50) < 0.7).double()
 
     def model(y):
-        mean = pyro.sample("mean", dist.Normal(0.0, 5.0))
+        logit = pyro.sample("logit", dist.Normal(0.0, 2.0))
         with pyro.plate("rows", 50, subsample_size=1) as rows:
-            pyro.sample("y", dist.Normal(mean, 1.0), obs=y if given else y[rows])
+            pyro.sample("y", dist.Bernoulli(logits=logit), obs=y if given else y[rows])
 
     args = (y[:1] if given else y,)
     assert LogPosterior(model, args, {}, trace_model(model, args)).has_more_rows != given

@@ -459,11 +459,13 @@ class LogPosterior:
         if not rows:
             return False
         few = self.model
+        # Not the centre of the priors, where all classes of a logistic regression are as likely.
+        point = 0.1 * torch.arange(1, self.size + 1, dtype=torch.float64).cos()
 
         def density(rows: Mapping[str, Tensor]) -> float:
             self.model = with_rows(self.original, traced, rows)
             with torch.no_grad():
-                return float(self._evaluate(torch.zeros(self.size, dtype=torch.float64)))
+                return float(self._evaluate(point))
 
         try:
             # A single row in the data of the call fits any number of rows, and is the same whichever they are.
