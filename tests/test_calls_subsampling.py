@@ -859,6 +859,19 @@ def test_a_single_row_that_the_caller_takes_is_not_all_rows(given):
     assert LogPosterior(model, args, {}, trace_model(model, args)).has_more_rows != given
 
 
+@pytest.mark.parametrize("number", [50, 3000])
+def test_rows_that_pyro_takes_from_data_in_full_are_all_rows(number):
+    """Where a plate has all of its rows, Pyro takes data as they are."""
+    y = torch.randn(number)
+
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 5.0))
+        with pyro.plate("rows", number, subsample_size=5):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=pyro.subsample(y, event_dim=0))
+
+    assert LogPosterior(model, (y,), {}, trace_model(model, (y,))).has_more_rows
+
+
 def test_mixtures_of_rows_that_the_model_draws_start_near_the_posterior_of_all():
     """The sum over classes ignores the scale of a plate; by all rows there is none."""
     y = torch.cat([torch.randn(60) - 2.0, torch.randn(40) + 3.0])

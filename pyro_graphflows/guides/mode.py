@@ -459,6 +459,7 @@ class LogPosterior:
         if not rows:
             return False
         few = self.model
+        nodes: Any = traced.trace.nodes
         # Not the centre of the priors, where all classes of a logistic regression are as likely.
         point = 0.1 * torch.arange(1, self.size + 1, dtype=torch.float64).cos()
 
@@ -469,7 +470,8 @@ class LogPosterior:
 
         try:
             # A single row in the data of the call fits any number of rows, and is the same whichever they are.
-            same = [density({**rows, name: own[:1].repeat(len(own))}) for name, own in rows.items()]
+            single = [name for name in rows if nodes[name]["fn"].subsample_size == 1]
+            same = [density({**rows, name: rows[name][:1].repeat(len(rows[name]))}) for name in single]
             found = density(rows)
         except Exception:  # of the model: its data are those of the call
             same, found = [], math.nan
