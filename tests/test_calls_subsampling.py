@@ -17,6 +17,7 @@ from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides import Flow, auto_faithful_guide
+from pyro_graphflows.guides.mode import LogPosterior
 from pyro_graphflows.inspect import trace_model
 
 FEW = {"init": "random", "num_start_samples": 500}
@@ -842,6 +843,33 @@ def test_where_the_caller_takes_the_rows_there_are_no_others():
     exact = torch.distributions.Normal(95 * y.mean() / precision, precision**-0.5)
     draws = torch.stack([guide(y)["mean"] for _ in range(400)]).detach()
     assert abs(draws.mean() - exact.mean) < 5 * exact.stddev / 20
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_single_row_that_the_caller_takes_is_not_all_rows(given):
+    """One row fits a plate of any size; at the centre of the prior all rows are as likely."""
+    y = (torch.rand(50) < 0.7).double()
+
+    def model(y):
+        logit = pyro.sample("logit", dist.Normal(0.0, 2.0))
+        with pyro.plate("rows", 50, subsample_size=1) as rows:
+            pyro.sample("y", dist.Bernoulli(logits=logit), obs=y if given else y[rows])
+
+    args = (y[:1] if given else y,)
+    assert LogPosterior(model, args, {}, trace_model(model, args)).has_more_rows != given
+
+
+@pytest.mark.parametrize("number", [50, 3000])
+def test_rows_that_pyro_takes_from_data_in_full_are_all_rows(number):
+    """Where a plate has all of its rows, Pyro takes data as they are."""
+    y = torch.randn(number)
+
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 5.0))
+        with pyro.plate("rows", number, subsample_size=5):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=pyro.subsample(y, event_dim=0))
+
+    assert LogPosterior(model, (y,), {}, trace_model(model, (y,))).has_more_rows
 
 
 def test_mixtures_of_rows_that_the_model_draws_start_near_the_posterior_of_all():

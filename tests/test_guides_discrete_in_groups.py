@@ -9,6 +9,8 @@ import torch
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 
 from pyro_graphflows import UnsupportedModelError, auto_faithful_guide, check_guide
+from pyro_graphflows.guides import discrete_mode
+from pyro_graphflows.guides.discrete_mode import find_discrete_mode
 from pyro_graphflows.inspect import trace_model
 from pyro_graphflows.inspect.elements import nested_by_index
 
@@ -170,3 +172,43 @@ def test_no_start_near_the_posterior_where_sites_cannot_be_summed_over():
     y = torch.randn(12)
     guide = auto_faithful_guide(grouped, y)
     assert "y depends on several elements of on" in guide.describe(verbose=True)
+
+
+def drawn_discrete(model, y, number=300):
+    """Return the place of the posterior, the model as traced and the means of draws of z."""
+    traced = trace_model(model, (y,), strict=False)
+    mode = find_discrete_mode(model, (y,), {}, traced)
+    return mode, traced, mode.draw(number)["z"].mean(0)
+
+
+def test_discrete_sites_of_rows_that_the_model_draws_are_those_of_the_rows_of_the_call(monkeypatch):
+    sign = (torch.rand(40) < 0.5).double()
+
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(4.0, 1.0))
+        with pyro.plate("rows", 40, subsample_size=10) as rows:
+            z = pyro.sample("z", dist.Bernoulli(0.5))
+            pyro.sample("y", dist.Normal(mean * (2 * z - 1), 0.5), obs=y[rows])
+
+    mode, traced, found = drawn_discrete(model, 4.0 * (2 * sign - 1) + 0.1 * torch.randn(40))
+    torch.testing.assert_close(found, sign[traced.trace.nodes["rows"]["value"]])
+
+    def fails(*args, **kwargs):
+        raise KeyError("_enumerate_dim")
+
+    monkeypatch.setattr(discrete_mode, "infer_discrete", fails)
+    with pytest.raises(UnsupportedModelError, match="cannot be drawn given the others: '_enumerate_dim'"):
+        mode.draw(2)
+
+
+def test_discrete_sites_of_models_that_add_up_all_elements_are_drawn_one_by_one():
+    """Inside of a plate of draws the sum would be over these as well."""
+
+    def model(y):
+        with pyro.plate("rows", 3):
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            z = pyro.sample("z", dist.Bernoulli(0.5))
+            pyro.sample("y", dist.Normal(x.sum() + 4.0 * z, 0.5), obs=y)
+
+    found = drawn_discrete(model, torch.tensor([1.0, 5.0, 5.0]))[-1]
+    assert (found - torch.tensor([0.0, 1.0, 1.0])).abs().max() < 0.05

@@ -5,6 +5,7 @@ gives draws of all others. Given each of them, the discrete sites are drawn from
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from pyro.infer import infer_discrete
 from torch import Tensor
 
 from pyro_graphflows.errors import UnsupportedModelError
-from pyro_graphflows.guides.mode import PLATE, SINGLE_RUNS, Mode, find_mode, nesting_of
+from pyro_graphflows.guides.mode import PLATE, SINGLE_RUNS, Mode, find_mode, nesting_of, with_rows
 from pyro_graphflows.inspect import TracedModel, trace_model
 from pyro_graphflows.inspect.runs import kept_buffers
 
@@ -52,16 +53,17 @@ class DiscreteMode:
         """
         values = self.mode.draw(number)
         found: list[dict[str, Tensor]] = []
-        try:
-            found = [self._discrete(values, True)]
-        except Exception:  # of the model, which takes no plate around it
+        if self.mode.posterior.takes_plate:
+            with suppress(Exception):  # of the model, with discrete sites that take all their values
+                found = [self._discrete(values, True)]
+        if not found:
             values = {name: value[:SINGLE_RUNS] for name, value in values.items()}
             try:
                 for i in range(len(next(iter(values.values())))):
                     found.append(self._discrete({name: value[i] for name, value in values.items()}, False))
-            except (RuntimeError, ValueError, IndexError, NotImplementedError) as error:
+            except Exception as error:  # of the model, or of its sum
                 raise UnsupportedModelError(
-                    f"discrete sites cannot be drawn given the others: {error}"
+                    f"discrete sites cannot be drawn given the others: {_said(error)}"
                 ) from error
         return values | {name: torch.cat([each[name] for each in found]) for name in self.discrete}
 
@@ -78,7 +80,7 @@ class DiscreteMode:
             name: values[name].reshape((*lead, *missing(name), *values[name].shape[len(lead) :]))
             for name in posterior.names
         }
-        model = poutine.condition(self.model, data=given)
+        model = poutine.condition(with_rows(self.model, self.traced, {}), data=given)
 
         def inside(*args: Any, **kwargs: Any) -> Any:
             if not many:
@@ -132,5 +134,11 @@ def find_discrete_mode(
     try:
         mode = find_mode(marked, args, kwargs, trace_model(marked, args, kwargs, strict=False))
     except Exception as error:  # of the model, whose sites take all their values at once
-        raise UnsupportedModelError(f"the model cannot sum over {', '.join(discrete)}: {error}") from error
+        raise UnsupportedModelError(
+            f"the model cannot sum over {', '.join(discrete)}: {_said(error)}"
+        ) from error
     return DiscreteMode(mode, marked, traced, discrete)
+
+
+def _said(error: Exception) -> str:
+    return str(error) or type(error).__name__

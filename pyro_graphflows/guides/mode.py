@@ -68,7 +68,7 @@ from pyro_graphflows.inspect.prior import SECONDS_WITHOUT_A_BAR, UNCONSTRAINED, 
 from pyro_graphflows.inspect.runs import drawn_rows, kept_buffers
 from pyro_graphflows.regression import in_float64
 
-__all__ = ["Mode", "find_mode", "nesting_of"]
+__all__ = ["Mode", "find_mode", "nesting_of", "with_rows"]
 
 SPREAD = (
     1e-3  # of the first point about the centres of the priors: at an exact symmetry gradients cannot choose
@@ -239,10 +239,16 @@ def nesting_of(traced: TracedModel) -> int:
     return max(dims, default=0)
 
 
-def _with_rows(
+def with_rows(
     model: Callable[..., Any], traced: TracedModel, more: Mapping[str, Tensor]
 ) -> Callable[..., Any]:
-    """Return a model whose plates have the rows of the call, or others in their place."""
+    """Return a model whose plates have the rows of the call, or others in their place.
+
+    Args:
+        model: The model.
+        traced: The model as traced in the call.
+        more: Other rows, by the name of the plate; any number of them.
+    """
     rows = Trace()
     nodes: Any = traced.trace.nodes
     for name, node in nodes.items():
@@ -419,13 +425,14 @@ class LogPosterior:
         self.scale = common_scale(nodes[name] for name in names) or 1.0
         if traced.loops:
             raise UnsupportedModelError("plates are loops over a part of their elements.")
-        self.model = _with_rows(model, traced, {})
+        self.model = with_rows(model, traced, {})
         self.args, self.kwargs, self.names = args, kwargs, names
         self.original = model
         self.centred = centred
         self.count: Callable[[], object] = _nothing  # called with each evaluation
         self.captured = CapturedDensity(self._evaluate)
         self._maps = False  # whether many points are one run that torch.func.vmap maps over them
+        self.takes_plate = False  # whether they are known to be one run in a plate
         self.nesting = nesting_of(traced)
         self._supports = {name: nodes[name]["fn"].support for name in names}
         self.coordinates: dict[str, Coordinate] = {}
@@ -451,13 +458,24 @@ class LogPosterior:
         rows = _more_rows(traced)
         if not rows:
             return False
-        few, self.model = self.model, _with_rows(self.original, traced, rows)
-        try:
+        few = self.model
+        nodes: Any = traced.trace.nodes
+        # Not the centre of the priors, where all classes of a logistic regression are as likely.
+        point = 0.1 * torch.arange(1, self.size + 1, dtype=torch.float64).cos()
+
+        def density(rows: Mapping[str, Tensor]) -> float:
+            self.model = with_rows(self.original, traced, rows)
             with torch.no_grad():
-                density = float(self._evaluate(torch.zeros(self.size, dtype=torch.float64)))
+                return float(self._evaluate(point))
+
+        try:
+            # A single row in the data of the call fits any number of rows, and is the same whichever they are.
+            single = [name for name in rows if nodes[name]["fn"].subsample_size == 1]
+            same = [density({**rows, name: rows[name][:1].repeat(len(rows[name]))}) for name in single]
+            found = density(rows)
         except Exception:  # of the model: its data are those of the call
-            density = math.nan
-        if not math.isfinite(density):
+            same, found = [], math.nan
+        if not math.isfinite(found) or found in same:
             self.model = few
             return False
         return True
@@ -602,8 +620,9 @@ class LogPosterior:
                 except Exception:  # of the model, or of a mapped operation
                     continue
                 if torch.allclose(together[:2], apart, 1e-4, 1e-4):
+                    self.takes_plate = not self._maps
                     return True
-        self._maps = False
+        self._maps = self.takes_plate = False
         return False
 
     # ---------------------------------------------------------------- values at many points
