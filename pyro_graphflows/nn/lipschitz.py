@@ -281,9 +281,7 @@ def _next_bases(bounds: Sequence["SpectralBound"], gram: Tensor) -> Tensor:
     bases = [bound._known[4] for bound in bounds]
     if size <= TINY_SIZE or not all(math.isfinite(bound._known[0]) for bound in bounds):
         return torch.linalg.eigh(gram).eigenvectors[..., -KEPT:]
-    space = torch.linalg.qr(torch.bmm(gram, torch.stack(bases).to(gram))).Q
-    values, vectors = torch.linalg.eigh(torch.bmm(space.mT, torch.bmm(gram, space)))
-    found = torch.bmm(space, vectors)
+    values, found = _ritz(gram.__matmul__, gram @ torch.stack(bases).to(gram))
     failed = torch.linalg.cholesky_ex(_shifted(gram, values[:, -1])).info.nonzero().flatten()
     if len(failed):
         found[failed] = torch.linalg.eigh(gram[failed]).eigenvectors[..., -KEPT:]
@@ -418,9 +416,9 @@ def _shifted(gram: Tensor, value: Tensor) -> Tensor:
 
 
 def _ritz(multiply: Callable[[Tensor], Tensor], basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Ritz values and vectors on the span of the basis, ascending."""
+    """Ritz values and vectors on the span of the basis, or of each of several, ascending."""
     space = torch.linalg.qr(basis).Q
-    values, vectors = torch.linalg.eigh(space.T @ multiply(space))
+    values, vectors = torch.linalg.eigh(space.mT @ multiply(space))
     return values, space @ vectors
 
 
