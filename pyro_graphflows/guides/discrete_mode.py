@@ -16,7 +16,14 @@ from pyro.infer import infer_discrete
 from torch import Tensor
 
 from pyro_graphflows.errors import UnsupportedModelError
-from pyro_graphflows.guides.mode import PLATE, SINGLE_RUNS, Mode, find_mode, nesting_of, with_rows
+from pyro_graphflows.guides.mode import (
+    SINGLE_RUNS,
+    Mode,
+    find_mode,
+    in_plate_of_draws,
+    nesting_of,
+    with_rows,
+)
 from pyro_graphflows.inspect import TracedModel, trace_model
 from pyro_graphflows.inspect.runs import kept_buffers
 
@@ -81,14 +88,9 @@ class DiscreteMode:
             for name in posterior.names
         }
         model = poutine.condition(with_rows(self.model, self.traced, {}), data=given)
-
-        def inside(*args: Any, **kwargs: Any) -> Any:
-            if not many:
-                return model(*args, **kwargs)
-            with pyro.plate(PLATE, lead.numel(), dim=-1 - nesting):
-                return model(*args, **kwargs)
-
-        drawn = infer_discrete(inside, first_available_dim=-1 - nesting - many, temperature=1)
+        if many:
+            model = in_plate_of_draws(model, lead.numel(), nesting)
+        drawn = infer_discrete(model, first_available_dim=-1 - nesting - many, temperature=1)
         with kept_buffers(posterior.original), poutine.block(), pyro.validation_enabled(False):
             trace = poutine.trace(drawn).get_trace(*posterior.args, **posterior.kwargs)
         found = {}

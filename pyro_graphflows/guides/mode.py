@@ -33,6 +33,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pyro
@@ -65,10 +66,10 @@ from pyro_graphflows.infer.particles import FEW, FEW_ENOUGH
 from pyro_graphflows.inspect import TracedModel, common_scale, seed_random_state, undressed
 from pyro_graphflows.inspect.arguments import argument_leaves, replaced_arguments
 from pyro_graphflows.inspect.prior import SECONDS_WITHOUT_A_BAR, UNCONSTRAINED, unconstrained_of
-from pyro_graphflows.inspect.runs import drawn_rows, kept_buffers
+from pyro_graphflows.inspect.runs import drawn_rows, handled, kept_buffers
 from pyro_graphflows.regression import in_float64
 
-__all__ = ["Mode", "find_mode", "nesting_of", "with_rows"]
+__all__ = ["Mode", "find_mode", "in_plate_of_draws", "nesting_of", "with_rows"]
 
 SPREAD = (
     1e-3  # of the first point about the centres of the priors: at an exact symmetry gradients cannot choose
@@ -578,7 +579,7 @@ class LogPosterior:
         if many and self._maps:
             found: Tensor = _mapped(self._evaluate, point)
             return found
-        model = self._in_plate(len(point)) if many else self.model
+        model = in_plate_of_draws(self.model, len(point), self.nesting) if many else self.model
         if self.sums:
             model = enumerated(model, self.nesting + many)
         messenger, trace = self._run(point, model=model)
@@ -597,15 +598,6 @@ class LogPosterior:
             raise UnsupportedModelError("the model does not take many draws at once.")
         flat = [in_float64(term.reshape(len(point), -1).sum(-1)).cpu() for term in terms]
         return sum(flat, rest.expand(len(point))) / self.scale
-
-    def _in_plate(self, number: int) -> Callable[..., Any]:
-        """Return the model inside a plate of draws."""
-
-        def inside(*args: Any, **kwargs: Any) -> Any:
-            with pyro.plate(PLATE, number, dim=-1 - self.nesting):
-                return self.model(*args, **kwargs)
-
-        return inside
 
     def takes_many(self, points: Tensor) -> bool:
         """Whether the log-densities at many points at once are those at each.
@@ -652,7 +644,8 @@ class LogPosterior:
 
     def _in_a_plate(self, points: Tensor) -> dict[str, Tensor] | None:
         try:
-            values = self._run(points, model=self._in_plate(len(points)), stop=True)[0].values
+            model = in_plate_of_draws(self.model, len(points), self.nesting)
+            values = self._run(points, model=model, stop=True)[0].values
         except (ValueError, RuntimeError, IndexError):  # the model does not take batches
             return None
         found = {}
@@ -674,6 +667,17 @@ class LogPosterior:
     def _one_by_one(self, points: Tensor) -> dict[str, Tensor]:
         runs = [self._run(point, stop=True)[0].values for point in points[:SINGLE_RUNS]]
         return {name: torch.stack([run[name] for run in runs]) for name in runs[0]}
+
+
+def in_plate_of_draws(model: Callable[..., Any], number: int, nesting: int) -> Callable[..., Any]:
+    """Return a model inside a plate of draws.
+
+    Args:
+        model: The model.
+        number: How many draws there are.
+        nesting: How many dimensions the model uses on the left of its events.
+    """
+    return handled(model, partial(pyro.plate, PLATE, number, dim=-1 - nesting))
 
 
 def _mapped(function: Callable[[Tensor], Any], points: Tensor) -> Any:
