@@ -36,7 +36,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pyro.distributions as dist
@@ -50,9 +50,10 @@ from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.conditionals.elements import ElementTable
 from pyro_graphflows.guides.conditionals.factors import NormalFactor, positive_scale, unit_lower
 from pyro_graphflows.guides.sites import SitePrior
-from pyro_graphflows.regression import in_float64
+from pyro_graphflows.regression import RIDGE, finite_rows, in_float64
 
 __all__ = [
+    "BesidePriors",
     "CoupledFactor",
     "CoupledNormal",
     "CouplingTerms",
@@ -65,8 +66,9 @@ __all__ = [
 HALF_LOG_TWO_PI = 0.9189385332046727
 WAKE = 0.02  # columns of U and V start near, not at, zero, where they have no gradient
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)  # of the identity in a matrix of correlations
-MOST_RATIO = 10.0  # of the width of a factor in that of the conditional: beyond it data say next to nothing
-LEAST_PRECISION = 0.01  # of a joint factor, in that of factors of the numbers alone
+LEAST_DRAWS = 20  # to find a joint factor from
+MOST_TESTS = 200  # draws that judge joint factors
+LEAST_PRECISION = 1e-4  # of a joint factor, in that of the conditional
 MOST_COUPLING = 0.99999  # of 1 / N: beyond it the covariance of exchangeable elements is singular
 
 
@@ -443,57 +445,143 @@ def pairs_start(residual: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class FactorPairs:
-    """The joint factor of numbers beside priors, in place of a factor for each number alone.
+    """A joint factor of numbers beside priors, of one covariance, whose locations are linear in what is known.
 
     Attributes:
-        mixing: T.
-        log_scales: The logarithms of the widths of the numbers' factors, in those that they have alone.
-        shift: What is added to the factors' locations, so that those of the conditional stay.
+        root: The lower triangular root of the factor's covariance.
+        shift: What is added to the locations that numbers have alone.
+        slopes: The same for each input, ``(numbers, inputs)``.
     """
 
-    mixing: Tensor
-    log_scales: Tensor
+    root: Tensor
     shift: Tensor
+    slopes: Tensor
 
 
-def factor_pairs_start(conditional: CoupledNormal, values: Tensor, prior: SitePrior) -> FactorPairs:
-    r"""Return the joint factor of numbers that, beside their priors, makes residuals vary together as samples do.
+def factor_pairs_start(rows: "BesidePriors") -> FactorPairs | None:
+    r"""Return the joint factor of numbers that, beside their priors, fits draws; None if these are too few.
 
-    Alone, number n has the conditional :math:`N(\mu_n, c_n^2)`, with :math:`c_n^{-2} = d_n^{-2} + b_n^{-2}`. Residuals
-    in units of c have the correlations R. The factor of precision :math:`D^{-1} P D^{-1}` with
-    :math:`P = I + D C^{-1} (R^{-1} - I) C^{-1} D` beside the priors makes the covariance :math:`C R C`. It is found
-    from the samples with the widest priors: beside narrow ones data say little.
+    Beside the prior :math:`N(a, B^2)` of a draw a factor of precision Q and location :math:`m + W x + c` makes the
+    conditional whose score is :math:`-B^{-2} (u - a) - Q (u - m - W x - c)`. The mean of the score is zero, and its
+    mean products with u and x are minus the identity and zero, whatever the weights of draws, as long as they depend
+    on what is known alone (Stein). With residuals :math:`r = u - m` and :math:`g = B^{-2} (u - a)`, both less their
+    regressions :math:`\beta` and :math:`\gamma` on x, that is
+    :math:`Q = (I - \mathrm{cov}(g, r)) \, \mathrm{cov}(r)^{-1}` and :math:`W = \beta + Q^{-1} \gamma`: what data say
+    of a total makes numbers follow their priors less than those that vary alone would. Draws with narrow priors count
+    less, since data say little there.
+
+    Covariances of pairs are mixed with none, by the share that held-out draws like best.
 
     Args:
-        conditional: The conditionals of the numbers alone, in samples.
-        values: The numbers in the coordinate of their priors, ``(draws, *batch, 1)``.
-        prior: Their priors.
+        rows: The draws.
     """
-    noise, narrower = conditional.flat_noise(values), conditional.mixing.diagonal(dim1=-2, dim2=-1)
-    widths, locs, means = (
-        conditional._gather(part.expand_as(values)).reshape(-1, noise.shape[-1])
-        for part in (prior.log_scale.exp(), prior.loc, conditional.loc)
+    if len(rows.values) < LEAST_DRAWS:
+        return None
+    number = rows.values.shape[-1]
+    fitted, test = rows.at(slice(1, None, 2)), rows.at(slice(0, 2 * MOST_TESTS, 2))
+    few = len(fitted.values) < 2 * number
+    share = 1.0 if few else min(SHARES, key=lambda share: test.loss(_fit_pairs(fitted, share)))
+    found = _fit_pairs(rows, share)
+    return FactorPairs(torch.linalg.cholesky(found.covariance), found.shift, found.slopes)
+
+
+@dataclass(frozen=True)
+class BesidePriors:
+    """Draws of numbers beside their priors.
+
+    Attributes:
+        values: The numbers, ``(draws, numbers)``.
+        locs: The locations of the factors that they have alone.
+        prior_locs: The locations of the priors.
+        widths: The widths of the priors.
+        inputs: What the joint factor may follow beside, the same for all numbers, ``(draws, inputs)``.
+    """
+
+    values: Tensor
+    locs: Tensor
+    prior_locs: Tensor
+    widths: Tensor
+    inputs: Tensor
+
+    @classmethod
+    def of(cls, factor: CoupledNormal, values: Tensor, prior: SitePrior, inputs: Tensor) -> "BesidePriors":
+        """Return the rows with finite numbers.
+
+        Args:
+            factor: The factors of the numbers alone, in draws.
+            values: The numbers in the coordinate of their priors, ``(draws, *batch, 1)``.
+            prior: Their priors.
+            inputs: What the joint factor may follow, ``(draws, inputs)``.
+        """
+        value, loc, prior_loc, width = (
+            in_float64(factor._gather(part.expand_as(values)).reshape(len(values), -1))
+            for part in (values, factor.loc, prior.loc, prior.log_scale.exp())
+        )
+        rows = cls(value, loc, prior_loc, width, in_float64(inputs))
+        return rows.at(finite_rows(value, loc, prior_loc, width, rows.inputs) & (width > 0.0).all(-1))
+
+    def at(self, chosen: Any) -> "BesidePriors":
+        """Return some of the draws."""
+        each = self.values, self.locs, self.prior_locs, self.widths, self.inputs
+        values, locs, prior_locs, widths, inputs = (part[chosen] for part in each)
+        return BesidePriors(values, locs, prior_locs, widths, inputs)
+
+    @property
+    def pull(self) -> Tensor:
+        """What the priors add to the score, with the other sign."""
+        return (self.values - self.prior_locs) / self.widths.square()
+
+    def loss(self, fit: "_FittedPairs") -> float:
+        """Return the mean of -log q given a joint factor, up to a constant."""
+        precision = torch.cholesky_inverse(torch.linalg.cholesky(fit.covariance))
+        off = self.values - self.locs - fit.shift - self.inputs @ fit.slopes.mT
+        root = torch.linalg.cholesky(precision + self.widths.pow(-2).diag_embed())
+        score = (self.pull + off @ precision).unsqueeze(-1)
+        white = torch.linalg.solve_triangular(root, score, upper=False).squeeze(-1)
+        spread = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return float((0.5 * white.square().sum(-1) - spread).mean())
+
+
+class _FittedPairs(NamedTuple):
+    covariance: Tensor
+    shift: Tensor
+    slopes: Tensor
+
+
+def _fit_pairs(rows: BesidePriors, share: float) -> _FittedPairs:
+    """Return the joint factor by the identities of :func:`factor_pairs_start`."""
+    residual, pull = rows.values - rows.locs, rows.pull
+    spread = residual.var(0)
+    weights = (rows.widths.square() / (rows.widths.square() + spread)).mean(-1, keepdim=True)
+    weights = weights / weights.sum()
+
+    def centred(part: Tensor) -> tuple[Tensor, Tensor]:
+        mean = (weights * part).sum(0)
+        return part - mean, mean
+
+    (r, r_mean), (g, g_mean), (x, x_mean) = map(centred, (residual, pull, rows.inputs))
+    weighted = weights * x
+    of_inputs = weighted.mT @ x + RIDGE * torch.eye(x.shape[-1]).to(x)
+    beta, gamma = (torch.linalg.solve(of_inputs, weighted.mT @ part).mT for part in (r, g))
+    r, g = r - x @ beta.mT, g - x @ gamma.mT
+    covariance = _with_share((weights * r).mT @ r, share)
+    root = torch.linalg.cholesky(covariance + 1e-12 * covariance.diagonal().diag_embed())
+    inner = (
+        root.mT
+        @ torch.linalg.solve_triangular(root, _with_share((weights * g).mT @ r, share).mT, upper=False).mT
     )
-    noise, narrower = (part.expand(noise.shape).reshape(-1, noise.shape[-1]) for part in (noise, narrower))
-    widest = narrower.log().mean(-1).argsort()[: max(len(noise) // 2, 2)]
-    noise, narrower, widths, locs, means = (
-        in_float64(part[widest]) for part in (noise, narrower, widths, locs, means)
-    )
-    mixing, log_scales = pairs_start(noise)
-    root = log_scales.exp().unsqueeze(-1) * mixing
-    eye = torch.eye(len(root), dtype=root.dtype, device=root.device)
-    inverse = torch.cholesky_inverse(root)
-    narrower = narrower.clamp(max=(1.0 - MOST_RATIO**-2) ** 0.5)
-    ratio = (1.0 - narrower.square()).rsqrt().mean(0)
-    precisions, vectors = torch.linalg.eigh(eye + ratio.unsqueeze(-1) * (inverse - eye) * ratio)
-    covariance = (vectors / precisions.clamp(min=LEAST_PRECISION)) @ vectors.mT
-    root = torch.linalg.cholesky(covariance)
-    diagonal = root.diagonal()
-    c = widths * narrower
-    own, off = c * (1.0 - narrower.square()).rsqrt(), means - locs
-    joint = own * ((own * (off / c @ inverse / c)) @ covariance)
-    alone = off * (own / widths).square() + off
-    return FactorPairs(root / diagonal.unsqueeze(-1), diagonal.log(), (joint - alone).mean(0))
+    eye = torch.eye(len(root)).to(root)
+    # in the basis in which draws have the covariance one
+    precisions, vectors = torch.linalg.eigh(eye - 0.5 * (inner + inner.mT))
+    back = root @ (vectors * precisions.clamp(min=LEAST_PRECISION).rsqrt())
+    covariance = back @ back.mT
+    slopes = beta + covariance @ gamma
+    return _FittedPairs(covariance, r_mean + covariance @ g_mean - slopes @ x_mean, slopes)
+
+
+def _with_share(matrix: Tensor, share: float) -> Tensor:
+    """Return a matrix whose entries off the diagonal are less, by a share."""
+    return (1.0 - share) * matrix + share * matrix.diagonal().diag_embed()
 
 
 def _mixed(rows: Tensor, share: float, eye: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from pyro_graphflows.guides.conditionals.contract import (
 )
 from pyro_graphflows.guides.conditionals.coupled import (
     WAKE,
+    BesidePriors,
     CoupledFactor,
     CoupledNormal,
     CouplingTerms,
@@ -43,6 +44,7 @@ from pyro_graphflows.guides.conditionals.coupled import (
     pairs_start,
 )
 from pyro_graphflows.guides.conditionals.elements import (
+    SAME,
     ElementMap,
     ElementTable,
     columns_of_map,
@@ -50,6 +52,7 @@ from pyro_graphflows.guides.conditionals.elements import (
     keep_rows_,
 )
 from pyro_graphflows.guides.conditionals.factors import (
+    LEAST_SHARE,
     DiscreteFactor,
     ElementNormalFactor,
     Factor,
@@ -61,10 +64,10 @@ from pyro_graphflows.guides.conditionals.factors import (
     scalar_normals,
 )
 from pyro_graphflows.guides.conditionals.low_rank import LowRankNormalFactor
-from pyro_graphflows.guides.sites import LatentSite, SitePrior
+from pyro_graphflows.guides.sites import LatentSite, SitePrior, concatenate
 from pyro_graphflows.nn.activations import make_activation
 from pyro_graphflows.nn.mlp import LevelEvaluation, MaskedMLP
-from pyro_graphflows.regression import Moments, in_float64, regression_with_scales
+from pyro_graphflows.regression import Moments, in_float64, regression_with_scales, varies
 
 __all__ = ["NETWORK_OPTIONS", "MaskedConditionals", "Normal"]
 
@@ -73,6 +76,7 @@ NETWORK_OPTIONS = ("hidden_dims", "units_per_set", "hidden_layers", "activation"
 # numbers of an exact conditional that move in full units in a step of training, or more of them less
 FREE_IF_EXACT = 16
 MOST_UNITS = 8.0  # that the logarithm of a wide factor's scale moves in a step of training
+LOG_SCALE_OF_FLAT = 20.0  # of a prior beside which a factor is the conditional
 MOST_WITH_SCALES = 100  # inputs of a number whose scale may follow some of them
 
 FactorMaker = Callable[[LatentSite], Factor]
@@ -695,16 +699,24 @@ class MaskedConditionals(Conditionals):
             return
         known = (context, values) if context is not None and values is not None else None
         shared = {} if known is None else self._coupled(*known)
-        of_priors = {site: prior for site, (prior, _) in priors.items()}
-        of_elements = {} if known is None or self.table is None else self._coupled(*known, plates, of_priors)
+        # priors that say nothing leave the factors of the elements alone
+        flat = {
+            site: SitePrior(torch.zeros_like(prior.loc), torch.full_like(prior.log_scale, LOG_SCALE_OF_FLAT))
+            for site, (prior, _) in priors.items()
+        }
+        of_elements = {} if known is None or self.table is None else self._coupled(*known, plates, flat)
         for site, key in self._coupling_of.items():
             terms, factor = self.couplings[key], self.factors[site]
             assert isinstance(terms, CouplingTerms)
             assert isinstance(factor, CoupledFactor)
             if factor.rank == 0:
                 if values is not None and site in of_elements:
-                    own = (priors[site] if self.fuses(site) and site in priors else None), values[site]
-                    self._start_pairs_(site, terms, of_elements[site], *own)
+                    if context is not None and self.fuses(site) and site in priors:
+                        dims = [plates[name].dim - 1 for name in terms.names]
+                        inputs = self._inputs_of_all(site, context, values, dims)
+                        self._start_factor_pairs_(site, terms, of_elements[site], *priors[site], *inputs)
+                    else:
+                        self._start_pairs_(site, terms, of_elements[site], values[site])
                 continue
             entry, negative = 0.0, False
             if self.fuses(site):
@@ -758,29 +770,121 @@ class MaskedConditionals(Conditionals):
             found.update({site: conditionals[site] for site in level if site in self._coupling_of})
         return found
 
-    def _start_pairs_(
+    def _start_pairs_(self, site: str, terms: CouplingTerms, alone: CoupledNormal, values: Tensor) -> None:
+        """Let pairs of elements start as noise of independent ones says; not where elements have no regressions."""
+        own = self._own_of_pairs(site, terms, values)
+        if own is None:
+            return
+        mixing, log_scales = pairs_start(alone.flat_noise(values).reshape(len(values), -1))
+        terms.set_mixing_(mixing)
+        own[..., 1] += log_scales.to(own).reshape(own.shape[:-1])
+        stretch = alone._gather(alone._log_stretch(values.shape).unsqueeze(-1))
+        widths = in_float64(stretch).reshape(-1, terms.length).mean(0) + log_scales
+        root = widths.exp().unsqueeze(-1) * mixing / self.output_units(site)[1]
+        self._narrow_units_(site, terms, root, torch.cholesky_inverse(root))
+
+    def _own_of_pairs(self, site: str, terms: CouplingTerms, values: Tensor) -> Tensor | None:
+        """Return the rows of the elements' own parameters; None where elements have no regressions."""
+        columns = self._table_columns.get(site)
+        if self.table is None or columns is None or self.factors[site].size > 1:
+            return None
+        own = self.table.table[..., columns]
+        return own if bool(own.any()) and values[0].numel() == terms.length else None
+
+    def _start_factor_pairs_(
         self,
         site: str,
         terms: CouplingTerms,
         alone: CoupledNormal,
-        prior: tuple[SitePrior, Tensor] | None,
-        values: Tensor,
+        prior: SitePrior,
+        value: Tensor,
+        inputs: Tensor,
+        known: list[int],
     ) -> None:
-        """Let pairs of elements start as noise of independent ones says; not where elements have no regressions."""
-        columns = self._table_columns.get(site)
-        if self.table is None or columns is None or self.factors[site].size > 1:
+        """Let elements have the joint factor that, beside their priors, fits draws; not without regressions of them.
+
+        Args:
+            site: The site.
+            terms: Its joint normal.
+            alone: The factors of the elements alone.
+            prior: The priors in draws.
+            value: The site in their coordinate.
+            inputs: The inputs of the elements' maps that are the same for all elements.
+            known: Which ones they are.
+        """
+        own = self._own_of_pairs(site, terms, value)
+        if own is None:
             return
-        own = self.table.table[..., columns]
-        if not bool(own.any()) or values[0].numel() != terms.length:
+        draws = BesidePriors.of(alone, value, prior, inputs)
+        joint = factor_pairs_start(draws)
+        if joint is None:
             return
-        if prior is None:
-            mixing, log_scales = pairs_start(alone.flat_noise(values).reshape(len(values), -1))
-        else:
-            joint = factor_pairs_start(alone, prior[1], prior[0])
-            mixing, log_scales = joint.mixing, joint.log_scales
-            own[..., 0] += (joint.shift.to(own) / self.fused_units(site)[1]).reshape(own.shape[:-1])
-        terms.set_mixing_(mixing)
-        own[..., 1] += log_scales.to(own).reshape(own.shape[:-1])
+        diagonal, scale = joint.root.diagonal(), self.fused_units(site)[1]
+        terms.set_mixing_(joint.root / diagonal.unsqueeze(-1))
+        stretch = alone._log_stretch(value.shape).unsqueeze(-1)
+        before = alone._gather(stretch).reshape(-1, terms.length).mean(0)
+        own[..., 0] += (joint.shift.to(own) / scale).reshape(own.shape[:-1])
+        own[..., 1] += (diagonal.log() - in_float64(before)).to(own).reshape(own.shape[:-1])
+        if known:
+            of_map: Any = self.maps[self._map_of[site][0]]
+            of_loc = of_map.rows.table.unflatten(-1, (of_map.num_outputs, -1))[..., 0, :]
+            of_loc[..., known] += (joint.slopes.to(own) / scale).reshape(*own.shape[:-1], -1)
+        precision = torch.cholesky_inverse(joint.root / scale)
+        of_prior = (draws.widths.median(0).values / scale).pow(-2)
+        beside_prior = torch.linalg.solve(precision + of_prior.diag_embed(), precision)
+        self._narrow_units_(site, terms, joint.root / scale, precision @ beside_prior)
+
+    def _narrow_units_(self, site: str, terms: CouplingTerms, root: Tensor, precision: Tensor) -> None:
+        """Let numbers that are narrow given each other move by no more than that in a step of training.
+
+        Args:
+            site: The site.
+            terms: Its joint normal, with a parameter for each pair.
+            root: The root of the covariance over elements, in standardised units.
+            precision: By how much moves of locations count, half of their squares in nats.
+        """
+        own, table = self.network.units, terms.table
+        if own is None or table is None:
+            return
+        row = self.outputs[site].start
+        alone, variances = precision.diagonal(), root.square().sum(-1)
+        step = torch.maximum(alone.mean().rsqrt(), LEAST_SHARE * variances.mean().sqrt())
+        own.unit[row] = torch.minimum(own.unit[row], step.to(own.unit) * self._share_of_network(site))
+        own.unit[row + 1] *= (alone * variances).mean().rsqrt().clamp(LEAST_SHARE, 1.0).to(own.unit)
+        self._share_unit_(site)
+        own.unit[row] = torch.minimum(
+            own.unit[row], precision.sum().rsqrt().to(own.unit)
+        )  # moves all at once
+        rows = torch.tril_indices(terms.length, terms.length, -1)[0]
+        steps = (alone * root.diagonal().square()).rsqrt().clamp(LEAST_SHARE, 1.0)
+        table.unit.copy_(terms.length**-0.75 * steps[rows])
+
+    def _inputs_of_all(
+        self, site: str, context: Tensor, values: Mapping[str, Tensor], dims: Sequence[int]
+    ) -> tuple[Tensor, list[int]]:
+        """Return those inputs of a site's maps that vary and are the same for all elements, and which ones they are.
+
+        Args:
+            site: The site.
+            context: Features of the context in draws.
+            values: Vectors of the sites in draws.
+            dims: The dimensions of the elements.
+        """
+        draws = len(values[site])
+        if site not in self._map_of:
+            return values[site].new_zeros(draws, 0), []
+        parts = [context]
+        for each in self.block.sites:
+            shift, scale = self.input_units(each)
+            parts.append((values[each] - shift) / scale)
+        joint = columns_of_map(concatenate(parts), self._map_of[site][1])
+        first = joint
+        for dim in dims:
+            first = first.narrow(dim, 0, 1)
+        same = (joint - first).abs().flatten(0, -2).amax(0) < SAME
+        rows = first.reshape(draws, -1)
+        known = (same & varies(rows)).nonzero()[:, 0].tolist()
+        return rows[:, known], known
 
     # ---------------------------------------------------------------- evaluation
 
