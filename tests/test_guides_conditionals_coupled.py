@@ -454,9 +454,9 @@ def test_pairs_of_draws_beside_priors():
     alone = conditional(locs, widths, torch.eye(number))
     each = widths.reshape(number, 1, 1)
     factors = CoupledNormal(locs.expand(draws, number, 1), each, torch.eye(number), (-1,))
-    joint = factor_pairs_start(BesidePriors.of(factors, values, prior, torch.zeros(draws, 0)))
-    diagonal = joint.root.diagonal()
-    found = conditional(locs + joint.shift[:, None], diagonal, joint.root / diagonal[:, None])
+    joint = factor_pairs_start(BesidePriors.of(factors, values, prior, torch.zeros(1, draws, 0)))
+    diagonal = joint.root[0].diagonal()
+    found = conditional(locs + joint.shift[0, :, None], diagonal, joint.root[0] / diagonal[:, None])
 
     def gap(each):
         return float((exact.log_prob(values) - each.log_prob(values)).sum(-1).mean())
@@ -596,3 +596,28 @@ def test_a_total_beside_data_of_each_element_is_exact_from_the_start_and_in_trai
     for _ in range(30):
         svi.step(y)
     assert Trace_ELBO(num_particles=200).loss(model, guide, y) < -exact + 0.6
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+@pytest.mark.parametrize("known", [True, False])
+def test_totals_under_the_name_of_another_plate_are_exact_from_the_start_and_in_training(axis, known):
+    """Numbers of one row are drawn jointly, those of different rows are not: each row starts from its own draws."""
+    shape, noise = (4, 3), 0.1
+    rows, each = shape if axis == -1 else shape[::-1]
+    totals = 2.0 * torch.randn(rows)
+
+    def model(totals):
+        mu = torch.tensor(0.0) if known else pyro.sample("mu", dist.Normal(0.0, 2.0))
+        with pyro.plate("i", shape[0], dim=-2), pyro.plate("j", shape[1], dim=-1):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+        with pyro.plate("totals", len(totals), dim=-1):
+            pyro.sample("y", dist.Normal(z.sum(axis), noise), obs=totals)
+
+    covariance = (each + noise**2) * torch.eye(rows) + (0.0 if known else 4.0 * each**2)
+    exact = -float(dist.MultivariateNormal(torch.zeros(rows), covariance).log_prob(totals))
+    guide = auto_faithful_guide(model, totals)
+    assert Trace_ELBO(num_particles=100).loss(model, guide, totals) < exact + 0.2
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+    for _ in range(30):
+        svi.step(totals)
+    assert Trace_ELBO(num_particles=100).loss(model, guide, totals) < exact + 0.7

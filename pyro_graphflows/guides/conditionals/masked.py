@@ -712,8 +712,7 @@ class MaskedConditionals(Conditionals):
             if factor.rank == 0:
                 if values is not None and site in of_elements:
                     if context is not None and self.fuses(site) and site in priors:
-                        dims = [plates[name].dim - 1 for name in terms.names]
-                        inputs = self._inputs_of_all(site, context, values, dims)
+                        inputs = self._inputs_of_all(site, context, values, of_elements[site])
                         self._start_factor_pairs_(site, terms, of_elements[site], *priors[site], *inputs)
                     else:
                         self._start_pairs_(site, terms, of_elements[site], values[site])
@@ -772,24 +771,23 @@ class MaskedConditionals(Conditionals):
 
     def _start_pairs_(self, site: str, terms: CouplingTerms, alone: CoupledNormal, values: Tensor) -> None:
         """Let pairs of elements start as noise of independent ones says; not where elements have no regressions."""
-        own = self._own_of_pairs(site, terms, values)
+        own = self._own_of_pairs(site, values)
         if own is None:
             return
-        mixing, log_scales = pairs_start(alone.flat_noise(values).reshape(len(values), -1))
+        mixing, log_scales = pairs_start(alone.flat_noise(values))
         terms.set_mixing_(mixing)
-        own[..., 1] += log_scales.to(own).reshape(own.shape[:-1])
-        stretch = alone._gather(alone._log_stretch(values.shape).unsqueeze(-1))
-        widths = in_float64(stretch).reshape(-1, terms.length).mean(0) + log_scales
+        own[..., 1] += terms.of_groups(log_scales.to(own), alone.dims, own.shape[:-1])
+        widths = _mean_stretch(alone, values) + log_scales
         root = widths.exp().unsqueeze(-1) * mixing / self.output_units(site)[1]
-        self._narrow_units_(site, terms, root, torch.cholesky_inverse(root))
+        self._narrow_units_(site, terms, root, torch.cholesky_inverse(root), root @ root.mT)
 
-    def _own_of_pairs(self, site: str, terms: CouplingTerms, values: Tensor) -> Tensor | None:
+    def _own_of_pairs(self, site: str, values: Tensor) -> Tensor | None:
         """Return the rows of the elements' own parameters; None where elements have no regressions."""
         columns = self._table_columns.get(site)
         if self.table is None or columns is None or self.factors[site].size > 1:
             return None
         own = self.table.table[..., columns]
-        return own if bool(own.any()) and values[0].numel() == terms.length else None
+        return own if bool(own.any()) and values[0].numel() == own[..., 0].numel() else None
 
     def _start_factor_pairs_(
         self,
@@ -809,82 +807,90 @@ class MaskedConditionals(Conditionals):
             alone: The factors of the elements alone.
             prior: The priors in draws.
             value: The site in their coordinate.
-            inputs: The inputs of the elements' maps that are the same for all elements.
+            inputs: The inputs of the elements' maps that are the same for all elements, ``(groups, draws, inputs)``.
             known: Which ones they are.
         """
-        own = self._own_of_pairs(site, terms, value)
+        own = self._own_of_pairs(site, value)
         if own is None:
             return
         draws = BesidePriors.of(alone, value, prior, inputs)
         joint = factor_pairs_start(draws)
         if joint is None:
             return
-        diagonal, scale = joint.root.diagonal(), self.fused_units(site)[1]
+        layout, scale = (alone.dims, own.shape[:-1]), self.fused_units(site)[1]
+        diagonal = joint.root.diagonal(dim1=-2, dim2=-1)
         terms.set_mixing_(joint.root / diagonal.unsqueeze(-1))
-        stretch = alone._log_stretch(value.shape).unsqueeze(-1)
-        before = alone._gather(stretch).reshape(-1, terms.length).mean(0)
-        own[..., 0] += (joint.shift.to(own) / scale).reshape(own.shape[:-1])
-        own[..., 1] += (diagonal.log() - in_float64(before)).to(own).reshape(own.shape[:-1])
+        log_scales = diagonal.log() - _mean_stretch(alone, value)
+        own[..., 0] += terms.of_groups(joint.shift.to(own) / scale, *layout)
+        own[..., 1] += terms.of_groups(log_scales.to(own), *layout)
         if known:
             of_map: Any = self.maps[self._map_of[site][0]]
             of_loc = of_map.rows.table.unflatten(-1, (of_map.num_outputs, -1))[..., 0, :]
-            of_loc[..., known] += (joint.slopes.to(own) / scale).reshape(*own.shape[:-1], -1)
+            of_loc[..., known] += terms.of_groups(joint.slopes.to(own) / scale, *layout)
         precision = torch.cholesky_inverse(joint.root / scale)
-        of_prior = (draws.widths.median(0).values / scale).pow(-2)
-        beside_prior = torch.linalg.solve(precision + of_prior.diag_embed(), precision)
-        self._narrow_units_(site, terms, joint.root / scale, precision @ beside_prior)
+        of_prior = (draws.widths.median(-2).values / scale).pow(-2)
+        covariance = torch.linalg.inv(precision + of_prior.diag_embed())
+        counting = precision @ covariance @ precision
+        self._narrow_units_(site, terms, joint.root / scale, counting, covariance)
 
-    def _narrow_units_(self, site: str, terms: CouplingTerms, root: Tensor, precision: Tensor) -> None:
+    def _narrow_units_(
+        self, site: str, terms: CouplingTerms, root: Tensor, precision: Tensor, covariance: Tensor
+    ) -> None:
         """Let numbers that are narrow given each other move by no more than that in a step of training.
 
         Args:
             site: The site.
             terms: Its joint normal, with a parameter for each pair.
-            root: The root of the covariance over elements, in standardised units.
+            root: The root of the covariance that it has without a prior, in standardised units, ``(groups, n, n)``.
             precision: By how much moves of locations count, half of their squares in nats.
+            covariance: That of the numbers.
         """
         own, table = self.network.units, terms.table
         if own is None or table is None:
             return
         row = self.outputs[site].start
-        alone, variances = precision.diagonal(), root.square().sum(-1)
-        step = torch.maximum(alone.mean().rsqrt(), LEAST_SHARE * variances.mean().sqrt())
+        alone, variances = precision.diagonal(dim1=-2, dim2=-1), root.square().sum(-1)
+        spread = covariance.diagonal(dim1=-2, dim2=-1).mean().sqrt()
+        step = torch.maximum(alone.mean().rsqrt(), LEAST_SHARE * spread)
         own.unit[row] = torch.minimum(own.unit[row], step.to(own.unit) * self._share_of_network(site))
         own.unit[row + 1] *= (alone * variances).mean().rsqrt().clamp(LEAST_SHARE, 1.0).to(own.unit)
         self._share_unit_(site)
-        own.unit[row] = torch.minimum(
-            own.unit[row], precision.sum().rsqrt().to(own.unit)
-        )  # moves all at once
+        together = precision.sum().rsqrt()  # by which all may move at once
+        own.unit[row] = torch.minimum(own.unit[row], together.to(own.unit))
         rows = torch.tril_indices(terms.length, terms.length, -1)[0]
-        steps = (alone * root.diagonal().square()).rsqrt().clamp(LEAST_SHARE, 1.0)
+        steps = (alone * root.diagonal(dim1=-2, dim2=-1).square()).mean(0).rsqrt().clamp(LEAST_SHARE, 1.0)
         table.unit.copy_(terms.length**-0.75 * steps[rows])
 
     def _inputs_of_all(
-        self, site: str, context: Tensor, values: Mapping[str, Tensor], dims: Sequence[int]
+        self, site: str, context: Tensor, values: Mapping[str, Tensor], alone: CoupledNormal
     ) -> tuple[Tensor, list[int]]:
-        """Return those inputs of a site's maps that vary and are the same for all elements, and which ones they are.
+        """Return those inputs of a site's maps that vary and are the same for all numbers that are drawn jointly.
 
         Args:
             site: The site.
             context: Features of the context in draws.
             values: Vectors of the sites in draws.
-            dims: The dimensions of the elements.
+            alone: The factors of the numbers alone.
+
+        Returns:
+            The inputs, ``(groups, draws, inputs)``, and which ones they are.
         """
-        draws = len(values[site])
+        batch = values[site].shape[:-1]
         if site not in self._map_of:
-            return values[site].new_zeros(draws, 0), []
+            return alone.in_groups(values[site])[..., :0], []
         parts = [context]
         for each in self.block.sites:
             shift, scale = self.input_units(each)
             parts.append((values[each] - shift) / scale)
         joint = columns_of_map(concatenate(parts), self._map_of[site][1])
-        first = joint
-        for dim in dims:
-            first = first.narrow(dim, 0, 1)
-        same = (joint - first).abs().flatten(0, -2).amax(0) < SAME
-        rows = first.reshape(draws, -1)
-        known = (same & varies(rows)).nonzero()[:, 0].tolist()
-        return rows[:, known], known
+        columns = [alone.in_groups(part) for part in joint.expand(*batch, -1).split(1, -1)]
+        known = [
+            i
+            for i, column in enumerate(columns)
+            if bool((column - column[..., :1]).abs().amax() < SAME) and bool(varies(column[..., 0].mT).any())
+        ]
+        inputs = [columns[i][..., :1] for i in known]
+        return torch.cat(inputs, -1) if inputs else columns[0][..., :0], known
 
     # ---------------------------------------------------------------- evaluation
 
@@ -905,6 +911,11 @@ class MaskedConditionals(Conditionals):
         """See :meth:`Conditionals.begin`."""
         rows = self.table(plates) if self.table is not None and plates is not None else None
         return MaskedPass(self, context, rows, plates if self._map_of or self._coupling_of else None)
+
+
+def _mean_stretch(joint: CoupledNormal, values: Tensor) -> Tensor:
+    """Return the mean logarithm of what each number is stretched by in draws, ``(groups, n)``."""
+    return in_float64(joint.in_groups(joint._log_stretch(values.shape).unsqueeze(-1))).mean(1)
 
 
 def _beside_a_prior(scale_tril: Tensor) -> Tensor:
