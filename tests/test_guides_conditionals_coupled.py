@@ -319,7 +319,7 @@ def test_a_total_in_the_outer_of_two_plates():
         table = network.table.table  # (inner, outer, outputs)
         table[..., :2] = means.reshape(2, 3, 2).transpose(0, 1) / width
         table[..., 2:4] = scale.diagonal().reshape(3, 1, 2).log()
-    network.couplings["0"].set_mixing_(scale / scale.diagonal().unsqueeze(-1))
+    network.couplings["0"].set_mixing_((scale / scale.diagonal().unsqueeze(-1)).expand(2, 6, 6))
     assert Trace_ELBO(num_particles=2).loss(plain, guide, x, y) == pytest.approx(-evidence)
     with pyro.plate("particles", 4, dim=-3):
         trace = poutine.trace(guide).get_trace(x, y)
