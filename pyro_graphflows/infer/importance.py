@@ -127,8 +127,8 @@ class ImportanceSampler:
         values = last_particle(batch[1:], alone[1:], [self.dim])
         with errors_of_batches():
             together = summed_log_density(batch[0], [PARTICLES])[-1]
-        model = enumerated(poutine.replay(self.model, trace=values), self.first.max_plate_nesting)
-        trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
+        model = enumerated(self.model, self.first.max_plate_nesting)
+        trace = poutine.trace(poutine.replay(model, trace=values)).get_trace(*self.args, **self.kwargs)
         return difference_of("the sum over the model's sites", together, summed_log_density(trace, []))
 
     def log_weights(self, traces: Traces) -> Tensor:
