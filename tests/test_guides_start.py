@@ -578,3 +578,26 @@ def test_steps_of_a_loop_are_as_narrow_as_their_scale():
     evidence = float(joint.logsumexp(0)) + math.log(3.0 / 3000)
     losses = torch.tensor([Trace_ELBO().loss(walk, guide, y) for _ in range(300)])
     assert losses.mean() < -evidence + 2.0
+
+
+def test_numbers_with_precise_data_do_not_start_in_a_coordinate_that_moves():
+    """Effects with a heavy-tailed prior of unknown scale: their normal score moves with the scale, they do not."""
+    y = torch.tensor([0.0, 0.3, -0.2, 5.0, 0.1]) + 0.2 * torch.randn(4, 5)
+
+    def model(y):
+        scale = pyro.sample("scale", dist.HalfCauchy(1.0))
+        with pyro.plate("groups", 5):
+            effect = pyro.sample("effect", dist.StudentT(4.0, 0.0, scale))
+            with pyro.plate("data", 4):
+                pyro.sample("y", dist.Normal(effect, 0.2), obs=y)
+
+    log_scale = torch.linspace(-7.0, 5.0, 301)
+    effects = torch.linspace(-1.5, 6.5, 4001)
+    likelihood = dist.Normal(effects[:, None, None], 0.2).log_prob(y).sum(1)  # (effects, groups)
+    prior = dist.StudentT(4.0, 0.0, log_scale.exp()[:, None]).log_prob(effects)
+    each = (prior.unsqueeze(-1) + likelihood).logsumexp(1) + (effects[1] - effects[0]).log()
+    joint = each.sum(-1) + dist.HalfCauchy(1.0).log_prob(log_scale.exp()) + log_scale
+    exact = -float(joint.logsumexp(0) + (log_scale[1] - log_scale[0]).log())
+    guide = auto_faithful_guide(model, y)
+    losses = torch.tensor([Trace_ELBO().loss(model, guide, y) for _ in range(200)])
+    assert losses.mean() < exact + 1.0

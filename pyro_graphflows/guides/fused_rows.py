@@ -538,6 +538,17 @@ class FusedRows:
             self.variances,
         )
 
+    def without(self, sites: Collection[str]) -> "FusedRows":
+        """Return the same without some of the sites."""
+        if not sites:
+            return self
+        return replace(
+            self,
+            priors={site: each for site, each in self.priors.items() if site not in sites},
+            values={site: each for site, each in self.values.items() if site not in sites},
+            flat={site: each for site, each in self.flat.items() if site not in sites},
+        )
+
     def set_units_(self, conditionals: Conditionals) -> None:
         """Standardise the coordinates of the sites: as the unconstrained vector, or by the values in the coordinate."""
         for site in self.priors.keys() - self.classes.keys():

@@ -11,6 +11,9 @@ With ``init="auto"``, the default, the start is kept that has the least loss for
 start has seen. Candidates, in this order:
 
 - *mode*: regression on draws near the posterior's mode for the data of set-up (:mod:`~pyro_graphflows.guides.mode`);
+- *mode without priors*: the same with sites whose prior is not normal, and another one at each value of the sites
+  above, as regressions alone and not as their prior times a factor: in the coordinate of a prior that moves, what data
+  say precisely of a number moves as well. Tried where the first seems not near;
 - *regression* on joint samples of the model, or, where these are not what the model's density says (factors, masks),
   on draws of the latents from their prior; not tried where the first seems near enough and no
   site reads data;
@@ -52,7 +55,7 @@ from pyro_graphflows.guides.joint_factors import JointRows, fit_jointly_
 from pyro_graphflows.guides.mode import nesting_of
 from pyro_graphflows.guides.plan import MOST_INDICES, Plan
 from pyro_graphflows.guides.samples import ModelDraws, Samples, columns_of
-from pyro_graphflows.guides.sites import LatentSite, concatenate
+from pyro_graphflows.guides.sites import LatentSite, concatenate, is_normal_unconstrained
 from pyro_graphflows.infer.enumeration import enumerated, sum_of_the_rest
 from pyro_graphflows.inspect.runs import kept_buffers
 from pyro_graphflows.regression import (
@@ -99,6 +102,7 @@ NUM_DRAWS = 1000  # by which starts are judged
 FEWEST_DRAWS = 20  # the same where the model cannot give many at once
 FEWEST_SUMMED = 50  # the same where it sums over sites
 BOTH = "mode and regression"
+ALONE = "mode without priors"
 MOST_AT_ONCE = 1_000_000  # elements of all sites, each as large as the largest, over all draws of a judgement
 NOWHERE = 1000.0  # nats off for each datum: from there nothing can be followed
 NEAR = 2.0  # nats: if the gap of a start near the mode seems less, nothing else is tried
@@ -199,7 +203,8 @@ def _start_guide(
             number = len(next(iter(samples.values.values())))
             scores = compiled.scores.of_draws(compiled.draws, number, compiled.plates)
             samples = samples.with_values(scores)
-        blocks, starts = _start_blocks(compiled, samples, options, regression=name != "random")
+        alone = _with_moving_priors(compiled) if name == ALONE else ()
+        blocks, starts = _start_blocks(compiled, samples, options, regression=name != "random", alone=alone)
         notes = tuple(note for start in starts for note in start.notes)
         moments = tuple(start.moments for start in starts)
         return Candidate(name, nn.ModuleList(blocks), notes, samples.note, moments)
@@ -245,8 +250,24 @@ def _start_guide(
     return build(samples, "random" if at_random else "regression"), None
 
 
+def _with_moving_priors(compiled: Compiled) -> frozenset[str]:
+    """Return the fused sites in a coordinate that is another one in each call."""
+    nodes, priors = dict[str, Any](compiled.traced.trace.nodes), compiled.plan.priors
+    return frozenset(
+        site
+        for site in priors.sites - priors.constant
+        if compiled.sites[site].encoding is None
+        and not is_normal_unconstrained(compiled.sites[site], nodes[site]["fn"])
+    )
+
+
 def _start_blocks(
-    compiled: Compiled, samples: Samples, options: GuideOptions, *, regression: bool
+    compiled: Compiled,
+    samples: Samples,
+    options: GuideOptions,
+    *,
+    regression: bool,
+    alone: Collection[str] = (),
 ) -> tuple[list[GuideBlock], list[Start]]:
     """Return the blocks at their starts, and how these are."""
     further = {
@@ -261,7 +282,7 @@ def _start_blocks(
             plan, samples, options.deepset or DeepSet(), options.embedding
         )
         block = GuideBlock.make(plan, compiled.families[plan.sites[0]], inputs, of_block, further, elements)
-        start = start_block_(block, of_block, regression=regression)
+        start = start_block_(block, of_block, regression=regression, alone=alone)
         if regression:
             start_fields_(block, compiled)
         given = start_at_(block, of_block, options.init_values, compiled.plan.changing)
@@ -290,13 +311,16 @@ def _whiten_blocks(start: Candidate, trial: Trial, dim: int) -> None:
         whiten_block_(block, moments, call, draws)
 
 
-def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> Start:
+def start_block_(
+    block: GuideBlock, samples: Samples, *, regression: bool, alone: Collection[str] = ()
+) -> Start:
     """Give a block its starting values.
 
     Args:
         block: The block.
         samples: Its samples.
         regression: Whether to start by regression.
+        alone: Fused sites that start as regressions alone.
 
     Returns:
         Notes for the user, and what whiteners are found from.
@@ -313,7 +337,7 @@ def start_block_(block: GuideBlock, samples: Samples, *, regression: bool) -> St
             # Vectors of discrete sites are zeros and ones, and stay so.
             if samples.standardize and samples.draws.sites[site].encoding is None:
                 conditionals.set_units_(site, location_and_scale(values))
-        fused = FusedRows.of_block(plan, samples) if plan.fused else None
+        fused = FusedRows.of_block(plan, samples).without(alone) if plan.fused else None
         if samples.standardize and fused is not None:
             fused.set_units_(conditionals)
         if plan.at_rows:
@@ -1097,12 +1121,14 @@ def choose_start(
     if not (continuous or is_for_these_data or has_one_datum) or samples.num_rows == 0 or is_left:
         return build_usual(), None
     names = (
-        ("mode", usual, BOTH, "prior", "random") if is_for_these_data else (usual, "mode", "prior", "random")
+        ("mode", ALONE, usual, BOTH, "prior", "random")
+        if is_for_these_data
+        else (usual, "mode", "prior", "random")
     )
     losses: dict[str, float] = {}
     candidates: dict[str, Candidate] = {}
     best: Candidate | None = None
-    least = math.inf
+    least, is_far = math.inf, False
     reasons = []
     for name in names:
         if name in losses or (name == "random" != usual and least < math.inf):
@@ -1112,8 +1138,13 @@ def choose_start(
         try:
             if name == usual:
                 built = build_usual()
+            elif name == ALONE:
+                if not is_far or not _with_moving_priors(compiled):
+                    continue
+                built = build(samples.at_mode(plan), name)
             elif name == BOTH:
-                both = _with_amortised_blocks(candidates.get("mode"), candidates[usual], plan)
+                near = min(("mode", ALONE), key=lambda each: losses.get(each, math.inf))
+                both = _with_amortised_blocks(candidates.get(near), candidates[usual], plan)
                 if both is None or usual != "regression":
                     continue
                 built = both
@@ -1144,7 +1175,8 @@ def choose_start(
                     continue
             best, least = built, found.loss
         all_fitted = all(block.per_element for block in plan.blocks)
-        if name == "mode" and is_for_these_data and all_fitted and found.gap <= NEAR:
+        is_far = name == "mode" and found.gap > NEAR
+        if name in ("mode", ALONE) and is_for_these_data and all_fitted and found.gap <= NEAR:
             break
         if name != usual or is_for_these_data:
             continue
