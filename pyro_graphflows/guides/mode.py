@@ -60,6 +60,7 @@ from pyro_graphflows.guides.minimize import (
     newton,
     scaled_eigenvalues,
 )
+from pyro_graphflows.guides.short_chains import run_short_chains
 from pyro_graphflows.guides.sites import is_constant, is_moderate
 from pyro_graphflows.infer.enumeration import enumerated, require_no_scales, sum_of_the_rest
 from pyro_graphflows.infer.particles import FEW, FEW_ENOUGH
@@ -104,6 +105,7 @@ SECONDS_WHERE_BAD = (
     7.0  # of processor time for each search of a slow model whose normal at the mode is far off
 )
 FAR = 10.0  # nats by which a normal at a mode may be off where time is short
+EXACT = 0.02  # nats: where a normal seems as close to the posterior, draws of it are not moved
 CLOSE = 0.5  # nats: where a posterior is that normal about its mode, nothing else is tried
 LOG_2PI = math.log(2 * math.pi)
 PLATE = "_pyro_graphflows_draws_near_mode"
@@ -324,11 +326,13 @@ class Mode:
         posterior: The log-density of all latent sites of one call.
         point: Its mean.
         factor: A square root of its covariance.
+        visited: What short chains from the normal have visited, in units of its covariance; None if there were none.
     """
 
     posterior: "LogPosterior"
     point: Tensor
     factor: Tensor
+    visited: Tensor | None = None
     _judged: list[Any] = field(
         default_factory=list, init=False, repr=False, compare=False
     )  # noise, and the log-weights by it
@@ -376,14 +380,36 @@ class Mode:
         """
         return float(self._log_weights(noise).var()) / 2
 
-    def draw(self, number: int) -> dict[str, Tensor]:
+    def draw(self, number: int, by_chains: bool = False) -> dict[str, Tensor]:
         """Return draws of all sites, along the first dimension; the random state is used and advanced.
 
         Args:
             number: How many; fewer are drawn where the model takes a run for each.
+            by_chains: Whether to return what chains have visited, which must be known, and no more than that.
         """
-        noise = torch.randn(number, len(self.point)).to(self.point)
+        if by_chains and self.visited is not None:
+            noise = self.visited[torch.randperm(len(self.visited))[:number]]
+        else:
+            noise = torch.randn(number, len(self.point)).to(self.point)
         return self.posterior.values(self.point + noise @ self.factor.T)
+
+    def with_chains(self) -> "Mode":
+        """Return the same with what short chains visit, where the normal is not close and the density takes no time.
+
+        The random state is used and advanced.
+        """
+        noise = torch.randn(2 * NUM_DRAWS, len(self.point)).to(self.point)
+        if not self.posterior.takes_many(noise) or self.gap(torch.randn(NUM_JUDGING, len(self.point)).to(noise)) < EXACT:
+            return self
+
+        def potential(points: Tensor) -> Tensor:
+            try:
+                found = self.posterior(self.point + points.squeeze(1) @ self.factor.T)
+            except (ValueError, ArithmeticError):  # outside of where the model is defined
+                found = torch.full_like(points[:, 0, 0], -math.inf) + 0.0 * points.sum()
+            return -found.unsqueeze(1)
+
+        return replace(self, visited=run_short_chains(potential, noise))
 
 
 class LogPosterior:
@@ -718,6 +744,8 @@ def find_mode(
         posterior.count = bar.update
         seed = int(torch.randint(2**31, ()))
         found = _search(posterior, traced)
+        seed_random_state(seed)
+        found = found.with_chains()
         seed_random_state(seed)
     for each in (posterior, found.posterior):
         each.count = _nothing

@@ -99,6 +99,7 @@ NUM_DRAWS = 1000  # by which starts are judged
 FEWEST_DRAWS = 20  # the same where the model cannot give many at once
 FEWEST_SUMMED = 50  # the same where it sums over sites
 BOTH = "mode and regression"
+CHAINS, NORMAL = "with short chains", "without chains"
 MOST_AT_ONCE = 1_000_000  # elements of all sites, each as large as the largest, over all draws of a judgement
 NOWHERE = 1000.0  # nats off for each datum: from there nothing can be followed
 NEAR = 2.0  # nats: if the gap of a start near the mode seems less, nothing else is tried
@@ -1130,7 +1131,15 @@ def choose_start(
             return built, "the start is 'mode', by more rows than those of set-up."
         if found is None:  # no data, or a sum over sites beside the scale of a plate
             return (built if name == usual else build_usual()), None
-        losses[name], candidates[name] = found.loss, built
+        losses[name] = found.loss
+        if name == "mode" and samples.draws.has_chains:
+            by_chains = build(samples.at_mode(plan, by_chains=True), name)
+            of_chains = judge_start(by_chains) or HOPELESS
+            losses[CHAINS] = of_chains.loss
+            if of_chains.loss < found.loss:
+                built, found = by_chains, of_chains
+                losses[NORMAL], losses[name] = losses[name], losses.pop(CHAINS)
+        candidates[name] = built
         if best is None or found.loss < least:
             if (has_one_datum or is_amortised) and best is not None:
                 samples.draws.recall(samples.drawn)
