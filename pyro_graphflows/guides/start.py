@@ -787,7 +787,8 @@ def _shape_splines_(
     """Give splines of numbers the shapes that rows have about the regressions."""
     if isinstance(conditionals, MaskedConditionals):
         for site, conditional, value in list(_at_rows(conditionals, context, values, fused, None)):
-            if isinstance(conditional, SplineDistribution) and conditionals.factors[site].size == 1:
+            is_number = conditionals.factors[site].size == 1
+            if is_number and isinstance(conditional, SplineDistribution) and conditional.base == "normal":
                 shape_spline_(conditionals, site, conditional, value)
 
 
