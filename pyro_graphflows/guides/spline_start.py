@@ -19,12 +19,13 @@ from pyro_graphflows.regression import in_float64
 
 __all__ = ["shape_spline_"]
 
-MOST_ROWS = 4000  # by which a shape is found
+MOST_ROWS = 2000  # by which a shape is found
 LEAST_ROWS = 1000
 LEAST_GAIN = 2e-3  # nats by which other rows must be likelier
 RIDGE = 1e-3  # times the squares of knots' parameters: where there are no rows, they stay
 OUTER = (2.33, 3.09)  # noise, whose quantiles of rows are known; it is that of a percent and a thousandth
 BEYOND = (3.5, 4.0, 4.5)  # noise to which they are continued
+FARTHEST = 2.0  # in units of the scale: a spline of fixed ends may have to stretch its outermost bin to them
 TAIL = 0.02  # nats for the square of a spline's distance from there, in units of the scale
 
 
@@ -47,7 +48,7 @@ def shape_spline_(
     unit = scale.log().mean().exp()  # a location moves by the same for all rows, whatever their scales
     rows = torch.cat([residuals, unit / scale], -1)
     rows = rows[rows.isfinite().all(-1)]
-    if len(rows) < LEAST_ROWS:
+    if len(rows) < LEAST_ROWS or not _nats_beyond_normal(rows[:, 0]) > LEAST_GAIN:
         return False
     step = -(-len(rows) // (2 * MOST_ROWS))
     fitted, other = rows[::step][::2], rows[::step][1::2]
@@ -65,22 +66,29 @@ def shape_spline_(
 
     noise, image = _continued(fitted[:, 0])
 
-    def loss(parameters: Tensor) -> Tensor:
+    def off(parameters: Tensor) -> Tensor:
         loc, log_scale = moves * parameters[:2]
-        beyond = loc + log_scale.exp() * RationalSpline(parameters[2:], factor.bound)(noise)[0]
-        return (
-            TAIL * (beyond - image).square().sum()
-            + RIDGE * (parameters[2:] - knots).square().sum()
-            - log_likelihood(parameters, fitted)
-        )
+        return loc + log_scale.exp() * RationalSpline(parameters[2:], factor.bound)(noise)[0] - image
+
+    def loss(parameters: Tensor) -> Tensor:
+        ridge = RIDGE * (parameters[2:] - knots).square().sum()
+        return ridge + TAIL * off(parameters).square().sum() - log_likelihood(parameters, fitted)
 
     found = lbfgs(loss, start).detach()
-    if not float(log_likelihood(found, other) - log_likelihood(start, other)) > LEAST_GAIN:
+    gain = float(log_likelihood(found, other) - log_likelihood(start, other))
+    if not (gain > LEAST_GAIN and float(off(found).abs().max()) < FARTHEST):
         return False
     loc, log_scale = moves * found[:2]
     loc = loc * unit / in_float64(conditionals.output_units(site)[1]).squeeze()
     conditionals.add_to_outputs_(site, torch.cat([torch.stack([loc, log_scale]), found[2:] - knots]))
     return True
+
+
+def _nats_beyond_normal(residuals: Tensor) -> float:
+    """Return about what a density has over the normal of its mean and variance, by third and fourth moments."""
+    z = (residuals - residuals.mean()) / residuals.std()
+    skewness, excess = float((z**3).mean()), float((z**4).mean()) - 3.0
+    return skewness**2 / 12 + excess**2 / 48
 
 
 def _continued(residuals: Tensor) -> tuple[Tensor, Tensor]:
