@@ -12,7 +12,12 @@ from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
 from pyro_graphflows.guides import Flow, auto_faithful_guide
-from pyro_graphflows.guides.conditionals.coupled import CoupledNormal, factor_pairs_start, pairs_start
+from pyro_graphflows.guides.conditionals.coupled import (
+    BesidePriors,
+    CoupledNormal,
+    factor_pairs_start,
+    pairs_start,
+)
 from pyro_graphflows.guides.fused_rows import fit_factor
 from pyro_graphflows.guides.sites import SitePrior
 from studies.multilevel.models import item_response
@@ -314,7 +319,7 @@ def test_a_total_in_the_outer_of_two_plates():
         table = network.table.table  # (inner, outer, outputs)
         table[..., :2] = means.reshape(2, 3, 2).transpose(0, 1) / width
         table[..., 2:4] = scale.diagonal().reshape(3, 1, 2).log()
-    network.couplings["0"].set_mixing_(scale / scale.diagonal().unsqueeze(-1))
+    network.couplings["0"].set_mixing_((scale / scale.diagonal().unsqueeze(-1)).expand(2, 6, 6))
     assert Trace_ELBO(num_particles=2).loss(plain, guide, x, y) == pytest.approx(-evidence)
     with pyro.plate("particles", 4, dim=-3):
         trace = poutine.trace(guide).get_trace(x, y)
@@ -447,8 +452,11 @@ def test_pairs_of_draws_beside_priors():
     locs = torch.stack([fit.loc for fit in fits])
     widths = torch.stack([fit.scale_tril.reshape(()) for fit in fits])
     alone = conditional(locs, widths, torch.eye(number))
-    joint = factor_pairs_start(alone, values, prior)
-    found = conditional(locs + joint.shift[:, None], widths * joint.log_scales.exp(), joint.mixing)
+    each = widths.reshape(number, 1, 1)
+    factors = CoupledNormal(locs.expand(draws, number, 1), each, torch.eye(number), (-1,))
+    joint = factor_pairs_start(BesidePriors.of(factors, values, prior, torch.zeros(1, draws, 0)))
+    diagonal = joint.root[0].diagonal()
+    found = conditional(locs + joint.shift[0, :, None], diagonal, joint.root[0] / diagonal[:, None])
 
     def gap(each):
         return float((exact.log_prob(values) - each.log_prob(values)).sum(-1).mean())
@@ -554,3 +562,62 @@ def test_a_total_of_effects_of_unknown_scale_is_exact_given_the_scale():
     evidence = joint.logsumexp(0) + math.log(5e-4)
     losses = torch.tensor([Trace_ELBO().loss(model, guide, y) for _ in range(200)])
     assert losses.mean() < -evidence + 0.5  # the mean is as narrow as the scale
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_total_beside_data_of_each_element_is_exact_from_the_start_and_in_training(known):
+    """Given the total, elements follow their mean and scale less than those that vary alone would."""
+    y = torch.tensor([5.6, 1.6, -0.6, 1.4, -0.2, 0.2, 3.6, 2.4])
+    number, total = len(y), torch.tensor(9.0)
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        tau = torch.tensor(2.0) if known else pyro.sample("tau", dist.HalfNormal(3.0))
+        with pyro.plate("elements", number):
+            x = pyro.sample("x", dist.Normal(mu, tau))
+            pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+        pyro.sample("total", dist.Normal(x.sum(-1), 0.01), obs=total)
+
+    observe = torch.cat([torch.eye(number), torch.ones(1, number)])
+    noise = torch.cat([torch.ones(number), torch.tensor([1e-4])]).diag_embed()
+
+    def log_evidence(tau):
+        prior = tau.square()[..., None, None] * torch.eye(number) + 25.0
+        covariance = observe @ prior @ observe.mT + noise
+        data = torch.cat([y, total.unsqueeze(-1)])
+        return dist.MultivariateNormal(torch.zeros(number + 1), covariance).log_prob(data)
+
+    scale = torch.linspace(0.005, 20.0, 4000)
+    joint = log_evidence(scale) + dist.HalfNormal(3.0).log_prob(scale)
+    exact = log_evidence(torch.tensor(2.0)) if known else joint.logsumexp(0) + math.log(0.005)
+    guide = auto_faithful_guide(model, y)
+    assert Trace_ELBO(num_particles=200).loss(model, guide, y) < -exact + 0.4
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+    for _ in range(30):
+        svi.step(y)
+    assert Trace_ELBO(num_particles=200).loss(model, guide, y) < -exact + 0.6
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+@pytest.mark.parametrize("known", [True, False])
+def test_totals_under_the_name_of_another_plate_are_exact_from_the_start_and_in_training(axis, known):
+    """Numbers of one row are drawn jointly, those of different rows are not: each row starts from its own draws."""
+    shape, noise = (4, 3), 0.1
+    rows, each = shape if axis == -1 else shape[::-1]
+    totals = 2.0 * torch.randn(rows)
+
+    def model(totals):
+        mu = torch.tensor(0.0) if known else pyro.sample("mu", dist.Normal(0.0, 2.0))
+        with pyro.plate("i", shape[0], dim=-2), pyro.plate("j", shape[1], dim=-1):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+        with pyro.plate("totals", len(totals), dim=-1):
+            pyro.sample("y", dist.Normal(z.sum(axis), noise), obs=totals)
+
+    covariance = (each + noise**2) * torch.eye(rows) + (0.0 if known else 4.0 * each**2)
+    exact = -float(dist.MultivariateNormal(torch.zeros(rows), covariance).log_prob(totals))
+    guide = auto_faithful_guide(model, totals)
+    assert Trace_ELBO(num_particles=100).loss(model, guide, totals) < exact + 0.2
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+    for _ in range(30):
+        svi.step(totals)
+    assert Trace_ELBO(num_particles=100).loss(model, guide, totals) < exact + 0.7

@@ -916,3 +916,26 @@ def test_an_inverse_with_locals_first_is_reordered_or_refused():
         UnsupportedModelError, match="'g', in fewer plates, to be sampled before the discrete site 'k'"
     ):
         auto_faithful_guide(enumerated_globals, x, inverse=factorisation({"k": ["x"], "g": ["k"]}))
+
+
+def test_without_plates_the_start_is_at_the_data_also_beside_discrete_sites():
+    """A change of rates at an unknown time, with wide priors."""
+    y = torch.tensor([4.0, 5.0, 4.0, 0.0, 6.0, 3.0, 1.0, 0.0, 1.0, 0.0])
+
+    def model(y):
+        early, late = (pyro.sample(name, dist.Gamma(0.1, 0.01)) for name in ("early", "late"))
+        change = pyro.sample("change", dist.Categorical(torch.ones(9)))
+        is_early = torch.arange(10) <= change.unsqueeze(-1)
+        rates = torch.where(is_early, early.unsqueeze(-1), late.unsqueeze(-1))
+        pyro.sample("y", dist.Poisson(rates).to_event(1), obs=y)
+
+    def log_evidence(counts):
+        total, number = counts.sum(), len(counts)
+        scale = 0.1 * math.log(0.01) - math.lgamma(0.1) - (total + 0.1) * math.log(number + 0.01)
+        return torch.lgamma(total + 0.1) + scale - torch.lgamma(counts + 1).sum()
+
+    each = [log_evidence(y[:i]) + log_evidence(y[i:]) for i in range(1, 10)]
+    exact = math.log(9) - torch.stack(each).logsumexp(0)
+    guide = auto_faithful_guide(model, y)
+    losses = torch.tensor([Trace_ELBO().loss(model, guide, y) for _ in range(100)])
+    assert losses.mean() < exact + 1.0

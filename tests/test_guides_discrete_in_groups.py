@@ -169,9 +169,49 @@ def test_discrete_latents_with_parameters_of_their_own_start_at_the_posterior(en
 
 
 def test_no_start_near_the_posterior_where_sites_cannot_be_summed_over():
-    y = torch.randn(12)
-    guide = auto_faithful_guide(grouped, y)
+    x = torch.randn(12, 2)
+    with pytest.warns(match="copies of on stay dependent"):
+        guide = auto_faithful_guide(regression, x, x[:, 0])
     assert "y depends on several elements of on" in guide.describe(verbose=True)
+
+
+@pytest.mark.filterwarnings("ignore:Not faithful")  # kinds stay dependent where their means are not known
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("kind", ["categorical", "one-hot"])
+def test_classes_that_data_look_up_start_at_the_posterior(known, kind):
+    """The kinds of groups, whose means are known or not; one datum belongs to no group."""
+    means, weights, group = (
+        torch.tensor([-3.0, 0.0, 3.0]),
+        torch.tensor([0.2, 0.5, 0.3]),
+        torch.arange(20) % 4,
+    )
+    y = means[torch.tensor([0, 1, 2, 2])][group] + 0.7 * torch.randn(20)
+    alone = torch.arange(20) == 7
+
+    def model(y):
+        mu = means
+        if not known:
+            with pyro.plate("kinds", 3):
+                mu = pyro.sample("mu", dist.Normal(0.0, 4.0))
+        with pyro.plate("groups", 4):
+            if kind == "one-hot":
+                k = pyro.sample("k", dist.OneHotCategorical(weights)).argmax(-1)
+            else:
+                k = pyro.sample("k", dist.Categorical(weights))
+        with pyro.plate("data", 20):
+            pyro.sample("y", dist.Normal(torch.where(alone, 0.0, mu[k[group]]), 0.7), obs=y)
+
+    rest = dist.Normal(0.0, 0.7).log_prob(y[alone]).sum()
+    total = []
+    for k in torch.cartesian_prod(*[torch.arange(3)] * 4):
+        design = torch.eye(3)[k[group]][~alone]
+        covariance = 0.49 * torch.eye(19) + (0.0 if known else 16.0) * design @ design.mT
+        normal = dist.MultivariateNormal(design @ means if known else torch.zeros(19), covariance)
+        total.append(weights[k].log().sum() + normal.log_prob(y[~alone]) + rest)
+    exact = -torch.stack(total).logsumexp(0)
+    guide = auto_faithful_guide(model, y)
+    losses = torch.tensor([Trace_ELBO().loss(model, guide, y) for _ in range(100)])
+    assert losses.mean() < exact + (0.1 if known else 2.0)
 
 
 def drawn_discrete(model, y, number=300):

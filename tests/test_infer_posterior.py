@@ -475,3 +475,19 @@ def test_weights_of_many_data_in_single_precision():
     assert (single.log_weights.mean() - double.log_weights.mean()).abs() < 0.05
     assert single.ess.item() == pytest.approx(double.ess.item(), rel=0.1)
     assert single.khat.isfinite()
+
+
+def test_models_that_assert_shapes_are_run_draw_by_draw():
+    """As Pyro's GaussianHMM does: a batch fails with an AssertionError that says nothing."""
+
+    def model(y):
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        assert scale.dim() == 0
+        pyro.sample("y", dist.Normal(0.0, scale), obs=y)
+
+    y = torch.tensor(1.0)
+    guide = auto_faithful_guide(model, y)
+    found = guide.posterior(y, num_draws=300, seed=0, progress=False).evidence.log_evidence
+    grid = torch.linspace(-8.0, 8.0, 4001)
+    joint = dist.Normal(0.0, 1.0).log_prob(grid) + dist.Normal(0.0, grid.exp()).log_prob(y)
+    assert found == pytest.approx(float(joint.logsumexp(0) + (grid[1] - grid[0]).log()), abs=0.1)

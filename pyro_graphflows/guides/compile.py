@@ -675,8 +675,8 @@ def _scores(
     except UnsupportedModelError as error:
         said.update(dict.fromkeys(children, f"no score feature: {error}"))
         return None, {}, said
-    except (RuntimeError, ValueError, IndexError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # of the model, which may assert shapes as well
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
         said.update(dict.fromkeys(children, f"no score feature: the model does not take batches ({reason})"))
         return None, {}, said
     kept = [site for site in children if options.features == "score" or verdicts[site].helps]

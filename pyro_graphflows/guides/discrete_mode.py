@@ -1,7 +1,8 @@
 """Draws near the posterior of one call where some latent sites are discrete.
 
 The search for the place of the posterior sums over these sites, as a model does that marks them for enumeration, and
-gives draws of all others. Given each of them, the discrete sites are drawn from their own posterior.
+gives draws of all others. Given each of them, the discrete sites are drawn from their own posterior. Sites that data of
+another plate look up are summed over in a way of their own (:mod:`~pyro_graphflows.guides.class_sums`).
 """
 
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from pyro.infer import infer_discrete
 from torch import Tensor
 
 from pyro_graphflows.errors import UnsupportedModelError
+from pyro_graphflows.guides.class_sums import ClassSums, find_class_sums
 from pyro_graphflows.guides.mode import (
     SINGLE_RUNS,
     Mode,
@@ -25,9 +27,9 @@ from pyro_graphflows.guides.mode import (
     with_rows,
 )
 from pyro_graphflows.inspect import TracedModel, trace_model
-from pyro_graphflows.inspect.runs import kept_buffers
+from pyro_graphflows.inspect.runs import kept_buffers, run_model
 
-__all__ = ["DiscreteMode", "find_discrete_mode"]
+__all__ = ["ClassMode", "DiscreteMode", "find_discrete_mode"]
 
 ENUMERATED = {"enumerate": "parallel"}
 
@@ -107,9 +109,35 @@ class DiscreteMode:
         return found
 
 
+@dataclass(frozen=True)
+class ClassMode:
+    """The posterior of discrete sites that data look up, if these are all latent sites.
+
+    Attributes:
+        sums: How to sum over them.
+        terms: The terms of the elements in each class, ``(classes, elements)``.
+    """
+
+    sums: ClassSums
+    terms: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls, sums: ClassSums, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> "ClassMode":
+        """Return the posterior for a call."""
+        runs = [run_model(sums.at(model, i), args, kwargs) for i in range(sums.number)]
+        return cls(sums, torch.stack([sums.terms(run)[0] for run in runs]))
+
+    def draw(self, number: int) -> dict[str, Tensor]:
+        """Return draws of all sites, along the first dimension; the random state is used and advanced."""
+        return self.sums.draw(self.terms.expand(number, *self.terms.shape))
+
+
 def find_discrete_mode(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], traced: TracedModel
-) -> Mode | DiscreteMode:
+) -> Mode | DiscreteMode | ClassMode:
     """Search for the place of the posterior, where latent sites are discrete as well.
 
     Args:
@@ -126,14 +154,16 @@ def find_discrete_mode(
     discrete = tuple(name for name in traced.graph.latent if nodes[name]["fn"].support.is_discrete)
     if not discrete:
         return find_mode(model, args, kwargs, traced)
-    if len(discrete) == len(traced.graph.latent):
+    alone = len(discrete) == len(traced.graph.latent)
+    if any(traced.graph.outside_of_plates(name) for name in discrete):
+        sums = find_class_sums(model, args, kwargs, traced, discrete)
+        return (
+            ClassMode.of(sums, model, args, kwargs) if alone else find_mode(model, args, kwargs, traced, sums)
+        )
+    if alone:
         raise UnsupportedModelError(
             f"there is no mode in continuous space: {', '.join(discrete)} is discrete."
         )
-    for name in discrete:
-        shared = traced.graph.outside_of_plates(name)
-        if shared:
-            raise UnsupportedModelError(f"{shared[0]} depends on several elements of {name}.")
 
     def mark(site: Any) -> Any:
         return ENUMERATED if site["name"] in discrete else {}

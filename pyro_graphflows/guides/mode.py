@@ -19,7 +19,8 @@ covariance, by natural gradients (:func:`~pyro_graphflows.guides.minimize.fit_no
 The model is run in double precision wherever it takes its arguments in that. In single precision the sum over many data
 is rounded by more than a step may gain, and squares overflow at points that a search must be able to leave.
 
-Discrete sites that the model enumerates are summed out at each point.
+Discrete sites that the model enumerates are summed out at each point, and those of a plate that data look up
+(:mod:`~pyro_graphflows.guides.class_sums`).
 
 References:
     [1] Tierney and Kadane (1986), Accurate Approximations for Posterior Moments and Marginal Densities, JASA 81.
@@ -50,6 +51,7 @@ from tqdm import tqdm
 from pyro_graphflows.distributions.coordinates import gaussian_coordinate
 from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.guides.captured_density import CapturedDensity
+from pyro_graphflows.guides.class_sums import ClassSums
 from pyro_graphflows.guides.minimize import (
     LEAST_CURVATURE,
     Objective,
@@ -421,11 +423,17 @@ class Mode:
             number: How many; fewer are drawn where the model takes a run for each.
             by_chains: Whether to return what chains have visited, which must be known, and no more than that.
         """
-        if by_chains and self.visited is not None:
+if by_chains and self.visited is not None:
             noise = self.visited[torch.randperm(len(self.visited))[:number]]
         else:
             noise = torch.randn(number, len(self.point)).to(self.point)
-        return self.posterior.values(self.point + noise @ self.factor.T)
+        points = self.point + noise @ self.factor.T
+        found = self.posterior.values(points)
+        if self.posterior.class_sums is None:
+            return found
+        classes = self.posterior.draw_classes(points)
+        fewest = min(map(len, (*found.values(), *classes.values())))
+        return {name: value[:fewest] for name, value in (found | classes).items()}
 
     def with_chains(self, other: "LogPosterior") -> "Mode":
         """Return the same with what short chains visit, where the normal is not close and the density takes no time.
@@ -462,6 +470,7 @@ class LogPosterior:
         kwargs: Its keyword arguments.
         traced: The model as traced with them.
         centred: Sites that are in unconstrained space whatever their prior is.
+        sums: How to sum over discrete sites; they are then not among the latent ones.
 
     Raises:
         UnsupportedModelError: If a latent site is discrete, or depends on one that the model sums over.
@@ -474,10 +483,13 @@ class LogPosterior:
         kwargs: dict[str, Any],
         traced: TracedModel,
         centred: Collection[str] = (),
+        sums: ClassSums | None = None,
     ) -> None:
         graph = traced.graph
         nodes: Any = traced.trace.nodes
-        names = [name for name in nodes if name in set(graph.latent)]
+        self.class_sums = sums
+        classes: Collection[str] = () if sums is None else sums.classes
+        names = [name for name in nodes if name in set(graph.latent).difference(classes)]
         discrete = [name for name in names if nodes[name]["fn"].support.is_discrete]
         if discrete:
             raise UnsupportedModelError(
@@ -602,7 +614,7 @@ class LogPosterior:
         ]
         if not sites:
             return None
-        return LogPosterior(self.original, self.args, self.kwargs, traced, frozenset(sites))
+        return LogPosterior(self.original, self.args, self.kwargs, traced, frozenset(sites), self.class_sums)
 
     @torch.no_grad()
     def point_from(self, other: "LogPosterior", point: Tensor) -> Tensor:
@@ -651,25 +663,61 @@ class LogPosterior:
         if many and self._maps:
             found: Tensor = _mapped(self._evaluate, point)
             return found
+        if self.class_sums is not None:
+            terms, rest = self._terms_of_classes(point)
+            return (rest + terms.logsumexp(-2).sum(-1)) / self.scale
         model = in_plate_of_draws(self.model, len(point), self.nesting) if many else self.model
         if self.sums:
             model = enumerated(model, self.nesting + many)
         messenger, trace = self._run(point, model=model)
-        terms = messenger.terms
         rest = torch.zeros((), dtype=torch.float64)
         if self.sums:
             rest = sum_of_the_rest(trace, self.names, [PLATE] if many else [])
             trace = Trace()
-        for name, node in trace.nodes.items():
-            if node["type"] == "sample" and name not in self.coordinates and not site_is_subsample(node):
+        return (self._sum(point, messenger, trace) + rest) / self.scale
+
+    def _sum(self, point: Tensor, messenger: _AtPoint, trace: Trace, without: Collection[str] = ()) -> Tensor:
+        """Return the sum of the terms of a run at a point, or of those of each of many, without those of some sites."""
+        terms, nodes = messenger.terms, dict[str, Any](trace.nodes)
+        for name, node in nodes.items():
+            known = name in self.coordinates or name in without
+            if node["type"] == "sample" and not known and not site_is_subsample(node):
                 own = node["fn"].log_prob(node["value"])
                 terms.append(scale_and_mask(own, node["scale"], node["mask"]))
+        none = torch.zeros((), dtype=torch.float64)
         if point.dim() == 1:
-            return sum((in_float64(term.sum()).cpu() for term in terms), rest) / self.scale
+            return sum((in_float64(term.sum()).cpu() for term in terms), none)
         if any(term.dim() != 1 + self.nesting or len(term) != len(point) for term in terms):
             raise UnsupportedModelError("the model does not take many draws at once.")
         flat = [in_float64(term.reshape(len(point), -1).sum(-1)).cpu() for term in terms]
-        return sum(flat, rest.expand(len(point))) / self.scale
+        return sum(flat, none.expand(len(point)))
+
+    def _terms_of_classes(self, point: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the terms of elements in each class, ``(*draws, classes, elements)``, and the sum of all others."""
+        sums, many = self.class_sums, point.dim() > 1
+        assert sums is not None
+        found, rest = [], torch.zeros((), dtype=torch.float64)
+        for i in range(sums.number):
+            model = sums.at(self.model, i)
+            model = in_plate_of_draws(model, len(point), self.nesting) if many else model
+            messenger, trace = self._run(point, model=model)
+            terms, more = sums.terms(trace, draws=many)
+            found.append(terms)
+            if i == 0:
+                rest = more + self._sum(point, messenger, trace, sums.looked_up)
+        return torch.stack(found, -2), rest
+
+    @torch.no_grad()
+    def draw_classes(self, points: Tensor) -> dict[str, Tensor]:
+        """Return draws of the discrete sites that are summed over, given all others at many points."""
+        assert self.class_sums is not None
+        if self.takes_plate:
+            terms = self._terms_of_classes(points)[0]
+        elif self._maps:
+            terms = _mapped(lambda point: self._terms_of_classes(point)[0], points)
+        else:
+            terms = torch.stack([self._terms_of_classes(point)[0] for point in points[:SINGLE_RUNS]])
+        return self.class_sums.draw(terms)
 
     def takes_many(self, points: Tensor) -> bool:
         """Whether the log-densities at many points at once are those at each.
@@ -737,7 +785,7 @@ class LogPosterior:
         try:
             model = in_plate_of_draws(self.model, len(points), self.nesting)
             values = self._run(points, model=model, stop=True)[0].values
-        except (ValueError, RuntimeError, IndexError):  # the model does not take batches
+        except Exception:  # of the model: it does not take batches
             return None
         found = {}
         for name, value in values.items():
@@ -782,7 +830,11 @@ def _mapped(function: Callable[[Tensor], Any], points: Tensor) -> Any:
 
 
 def find_mode(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], traced: TracedModel
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    traced: TracedModel,
+    sums: ClassSums | None = None,
 ) -> Mode:
     """Search for a normal approximation of all latent sites given the data of a call.
 
@@ -793,12 +845,13 @@ def find_mode(
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         traced: The model as traced with them.
+        sums: How to sum over discrete sites, which are then drawn given all others.
 
     Raises:
         UnsupportedModelError: If there is none that can be found: discrete sites, too many numbers, or no point near
             the centres of the priors at which the density is finite.
     """
-    posterior = LogPosterior(model, args, kwargs, traced)
+    posterior = LogPosterior(model, args, kwargs, traced, sums=sums)
     if posterior.size > MOST_NUMBERS:
         raise UnsupportedModelError(
             f"the search for a mode has {posterior.size} numbers; {MOST_NUMBERS} are the most."

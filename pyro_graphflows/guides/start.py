@@ -1126,7 +1126,7 @@ def choose_start(
     has_one_datum = _has_one_datum(compiled, samples)
     is_amortised = source == "joint" and not is_for_these_data
     is_left = bool(plan.graph.marginalised) and not (is_for_these_data or has_one_datum)
-    if not (continuous or is_for_these_data) or samples.num_rows == 0 or is_left:
+    if not (continuous or is_for_these_data or has_one_datum) or samples.num_rows == 0 or is_left:
         return build_usual(), None
     names = (
         ("mode", usual, BOTH, "prior", "random") if is_for_these_data else (usual, "mode", "prior", "random")

@@ -431,8 +431,8 @@ def errors_of_batches(size: int) -> Iterator[None]:
         yield
     except GraphflowsError:
         raise
-    except (RuntimeError, ValueError, IndexError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # of the model, which may assert shapes as well
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UnsupportedModelError(
             f"Model and guide ran alone, and failed with {size} particles in one batch ({reason}). {_REMEDY}"
         ) from error

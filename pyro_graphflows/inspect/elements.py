@@ -348,7 +348,7 @@ class _LookUps:
             and any(parent in moving for parent in self.graph.parents(n))
         ]
         values = self.rerun.values
-        if not all(n in values and differentiable(values[n]) and _can_move(sites[n]["fn"]) for n in moving):
+        if not all(n in values and _can_move(sites[n]["fn"], values[n]) for n in moving):
             return None
         if self._is_chosen_by_latents(moving):
             return None
@@ -439,9 +439,9 @@ class _LookUps:
         return torch.where(mask, other, value)
 
 
-def _can_move(fn: Any) -> bool:
+def _can_move(fn: Any, value: torch.Tensor) -> bool:
     """Whether other values of a distribution can be named: of a discrete one, those of its classes."""
-    return bool(not fn.support.is_discrete or fn.has_enumerate_support)
+    return bool(fn.has_enumerate_support) if fn.support.is_discrete else differentiable(value)
 
 
 def _next_class(fn: Any, value: torch.Tensor) -> torch.Tensor:

@@ -33,10 +33,10 @@ for each pair start from draws near the posterior of the data, where there are s
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pyro.distributions as dist
@@ -50,9 +50,10 @@ from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.conditionals.elements import ElementTable
 from pyro_graphflows.guides.conditionals.factors import NormalFactor, positive_scale, unit_lower
 from pyro_graphflows.guides.sites import SitePrior
-from pyro_graphflows.regression import in_float64
+from pyro_graphflows.regression import RIDGE, finite_rows, in_float64
 
 __all__ = [
+    "BesidePriors",
     "CoupledFactor",
     "CoupledNormal",
     "CouplingTerms",
@@ -65,8 +66,10 @@ __all__ = [
 HALF_LOG_TWO_PI = 0.9189385332046727
 WAKE = 0.02  # columns of U and V start near, not at, zero, where they have no gradient
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)  # of the identity in a matrix of correlations
-MOST_RATIO = 10.0  # of the width of a factor in that of the conditional: beyond it data say next to nothing
-LEAST_PRECISION = 0.01  # of a joint factor, in that of factors of the numbers alone
+LEAST_DRAWS = 20  # to find a joint factor from
+MOST_AT_ONCE = 4_000_000  # numbers, of the groups that are fitted at once
+MOST_TESTS = 200  # draws that judge joint factors
+LEAST_PRECISION = 0.01  # of a joint factor, in that of the conditional
 MOST_COUPLING = 0.99999  # of 1 / N: beyond it the covariance of exchangeable elements is singular
 
 
@@ -196,9 +199,21 @@ class CoupledNormal(dist.TorchDistribution):
         noise = torch.linalg.solve_triangular(mixing, flat.unsqueeze(-1), upper=False).squeeze(-1)
         return self._scatter(noise, shape)
 
+    def in_groups(self, value: Tensor) -> Tensor:
+        """Return numbers with those that are drawn jointly beside each other, in order, and the draws of a group.
+
+        Args:
+            value: Numbers in draws, ``(draws, *batch, size)``.
+
+        Returns:
+            Shape ``(groups, draws, n * size)``.
+        """
+        flat = self._gather(value)
+        return flat.reshape(len(value), -1, flat.shape[-1]).movedim(1, 0)
+
     def flat_noise(self, value: Tensor) -> Tensor:
-        """Return the noise of a value with the elements beside each other, in order: ``(*rest, n * size)``."""
-        return self._gather(self.pull(value))
+        """Return the noise of draws in groups, see :meth:`in_groups`."""
+        return self.in_groups(self.pull(value))
 
     def _log_stretch(self, shape: torch.Size) -> Tensor:
         """Return the diagonal of the map, summed over each element: ``shape`` without its last dimension."""
@@ -382,10 +397,26 @@ class CouplingTerms(nn.Module):
 
     @torch.no_grad()
     def set_mixing_(self, mixing: Tensor) -> None:
-        """Set a T of parameters, for all elements of the other plates."""
+        """Set a T of parameters for each group, ``(groups, n, n)``: the elements of the other plates."""
         assert self.table is not None
         rows, columns = torch.tril_indices(self.length, self.length, -1, device=mixing.device)
-        self.table.set_(slice(None), mixing[..., rows, columns].expand_as(self.table.table))
+        self.table.set_(slice(None), mixing[..., rows, columns].reshape(self.table.table.shape))
+
+    def of_groups(self, each: Tensor, dims: Sequence[int], shape: torch.Size) -> Tensor:
+        """Return numbers of groups in the layout of the plates.
+
+        Args:
+            each: Shape ``(groups, n, *rest)``.
+            dims: The dimensions of the coupled plates.
+            shape: The batch shape of all plates around.
+
+        Returns:
+            Shape ``(*shape, *rest)``.
+        """
+        coupled = [len(shape) + dim for dim in dims]
+        order = [i for i in range(len(shape)) if i not in coupled] + coupled
+        parts = each.reshape(*(shape[i] for i in order), *each.shape[2:])
+        return parts.movedim(list(range(len(order))), order)
 
 
 def exchangeable_start(residual: Tensor, dims: Sequence[int]) -> tuple[Tensor, bool, Tensor]:
@@ -419,84 +450,201 @@ def pairs_start(residual: Tensor) -> tuple[Tensor, Tensor]:
     The correlations of the draws are mixed with the identity, by the share that held-out draws like best.
 
     Args:
-        residual: What numbers are off their locations, in units of their scales, ``(draws, n)``.
+        residual: What numbers are off their locations, in units of their scales, ``(*groups, draws, n)``.
 
     Returns:
-        A unit lower triangular matrix, and the logarithms of the scales that go with it, in units of the given ones.
+        For each group a unit lower triangular matrix, and the logarithms of the scales that go with it, in units of the
+        given ones.
     """
-    rows = residual.to(torch.float64)
-    spread = rows.square().mean(0).sqrt().clamp(min=1e-12)
+    rows = in_float64(residual)
+    spread = rows.square().mean(-2, keepdim=True).sqrt().clamp(min=1e-12)
     rows = rows / spread
-    eye = torch.eye(rows.shape[-1], dtype=rows.dtype, device=rows.device)
-    fitted, test = rows[1::2], rows[::2]
 
-    def loss(share: float) -> float:
-        root = torch.linalg.cholesky(_mixed(fitted, share, eye))
-        white = torch.linalg.solve_triangular(root, test.mT, upper=False)
-        return float(root.diagonal().log().sum() + 0.5 * white.square().sum(0).mean())
+    def correlations(some: Tensor, share: Tensor) -> Tensor:
+        return _with_share(some.mT @ some / some.shape[-2], share.clamp(min=1e-6))
 
-    least = 1.0 if len(fitted) < 2 * len(eye) else min(SHARES, key=loss)
-    root = torch.linalg.cholesky(_mixed(rows, least, eye))
-    diagonal = root.diagonal()
-    return root / diagonal.unsqueeze(-1), (spread * diagonal).log()
+    def loss(share: Tensor) -> Tensor:
+        root = torch.linalg.cholesky(correlations(rows[..., 1::2, :], share))
+        white = torch.linalg.solve_triangular(root, rows[..., ::2, :].mT, upper=False)
+        return root.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * white.square().sum(-2).mean(-1)
+
+    share = _best_share(loss, rows)
+    root = torch.linalg.cholesky(correlations(rows, share))
+    diagonal = root.diagonal(dim1=-2, dim2=-1)
+    return root / diagonal.unsqueeze(-1), (spread.squeeze(-2) * diagonal).log()
+
+
+def _best_share(loss: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """Return the share of the identity that has the least loss in each group; one where there are few draws.
+
+    Args:
+        loss: The losses of the groups.
+        rows: The draws, ``(*groups, draws, n)``.
+    """
+    shares = rows.new_tensor(SHARES)
+    groups = rows.shape[:-2]
+    if rows.shape[-2] < 4 * rows.shape[-1]:
+        return rows.new_ones(*groups, 1, 1)
+    losses = torch.stack([loss(share.expand(*groups, 1, 1)) for share in shares])
+    return shares[losses.argmin(0)].reshape(*groups, 1, 1)
 
 
 @dataclass(frozen=True)
 class FactorPairs:
-    """The joint factor of numbers beside priors, in place of a factor for each number alone.
+    """Joint factors of numbers beside priors, of one covariance, whose locations are linear in what is known.
 
     Attributes:
-        mixing: T.
-        log_scales: The logarithms of the widths of the numbers' factors, in those that they have alone.
-        shift: What is added to the factors' locations, so that those of the conditional stay.
+        root: The lower triangular root of the factor's covariance, ``(groups, numbers, numbers)``.
+        shift: What is added to the locations that numbers have alone, ``(groups, numbers)``.
+        slopes: The same for each input, ``(groups, numbers, inputs)``.
     """
 
-    mixing: Tensor
-    log_scales: Tensor
+    root: Tensor
     shift: Tensor
+    slopes: Tensor
 
 
-def factor_pairs_start(conditional: CoupledNormal, values: Tensor, prior: SitePrior) -> FactorPairs:
-    r"""Return the joint factor of numbers that, beside their priors, makes residuals vary together as samples do.
+def factor_pairs_start(rows: "BesidePriors") -> FactorPairs | None:
+    r"""Return the joint factor of numbers that, beside their priors, fits draws; None if these are too few.
 
-    Alone, number n has the conditional :math:`N(\mu_n, c_n^2)`, with :math:`c_n^{-2} = d_n^{-2} + b_n^{-2}`. Residuals
-    in units of c have the correlations R. The factor of precision :math:`D^{-1} P D^{-1}` with
-    :math:`P = I + D C^{-1} (R^{-1} - I) C^{-1} D` beside the priors makes the covariance :math:`C R C`. It is found
-    from the samples with the widest priors: beside narrow ones data say little.
+    Beside the prior :math:`N(a, B^2)` of a draw a factor of precision Q and location :math:`m + W x + c` makes the
+    conditional whose score is :math:`-B^{-2} (u - a) - Q (u - m - W x - c)`. The mean of the score is zero, and its
+    mean products with u and x are minus the identity and zero, whatever the weights of draws, as long as they depend
+    on what is known alone (Stein). With residuals :math:`r = u - m` and :math:`g = B^{-2} (u - a)`, both less their
+    regressions :math:`\beta` and :math:`\gamma` on x, that is
+    :math:`Q = (I - \mathrm{cov}(g, r)) \, \mathrm{cov}(r)^{-1}` and :math:`W = \beta + Q^{-1} \gamma`: what data say
+    of a total makes numbers follow their priors less than those that vary alone would. Draws with narrow priors count
+    less, since data say little there.
+
+    Covariances of pairs are mixed with none, by the share that held-out draws like best.
 
     Args:
-        conditional: The conditionals of the numbers alone, in samples.
-        values: The numbers in the coordinate of their priors, ``(draws, *batch, 1)``.
-        prior: Their priors.
+        rows: The draws.
     """
-    noise, narrower = conditional.flat_noise(values), conditional.mixing.diagonal(dim1=-2, dim2=-1)
-    widths, locs, means = (
-        conditional._gather(part.expand_as(values)).reshape(-1, noise.shape[-1])
-        for part in (prior.log_scale.exp(), prior.loc, conditional.loc)
-    )
-    noise, narrower = (part.expand(noise.shape).reshape(-1, noise.shape[-1]) for part in (noise, narrower))
-    widest = narrower.log().mean(-1).argsort()[: max(len(noise) // 2, 2)]
-    noise, narrower, widths, locs, means = (
-        in_float64(part[widest]) for part in (noise, narrower, widths, locs, means)
-    )
-    mixing, log_scales = pairs_start(noise)
-    root = log_scales.exp().unsqueeze(-1) * mixing
-    eye = torch.eye(len(root), dtype=root.dtype, device=root.device)
-    inverse = torch.cholesky_inverse(root)
-    narrower = narrower.clamp(max=(1.0 - MOST_RATIO**-2) ** 0.5)
-    ratio = (1.0 - narrower.square()).rsqrt().mean(0)
-    precisions, vectors = torch.linalg.eigh(eye + ratio.unsqueeze(-1) * (inverse - eye) * ratio)
-    covariance = (vectors / precisions.clamp(min=LEAST_PRECISION)) @ vectors.mT
-    root = torch.linalg.cholesky(covariance)
-    diagonal = root.diagonal()
-    c = widths * narrower
-    own, off = c * (1.0 - narrower.square()).rsqrt(), means - locs
-    joint = own * ((own * (off / c @ inverse / c)) @ covariance)
-    alone = off * (own / widths).square() + off
-    return FactorPairs(root / diagonal.unsqueeze(-1), diagonal.log(), (joint - alone).mean(0))
+    if rows.values.shape[-2] < LEAST_DRAWS:
+        return None
+    number = rows.values.shape[-1]
+    each = max(1, MOST_AT_ONCE // (number * max(MOST_TESTS * number, rows.values.shape[-2])))
+    parts = [_factor_pairs(some) for some in rows.split(each)]
+    root, shift, slopes = (torch.cat(part) for part in zip(*parts, strict=True))
+    return FactorPairs(root, shift, slopes)
 
 
-def _mixed(rows: Tensor, share: float, eye: Tensor) -> Tensor:
-    """Return second moments of standardised rows, mixed with the identity."""
-    share = max(share, 1e-6)
-    return (1.0 - share) * (rows.mT @ rows / len(rows)) + share * eye
+def _factor_pairs(rows: "BesidePriors") -> tuple[Tensor, Tensor, Tensor]:
+    fitted, test = rows.at(slice(1, None, 2)), rows.at(slice(0, 2 * MOST_TESTS, 2))
+    share = _best_share(lambda share: test.losses(_fit_pairs(fitted, share)), rows.values)
+    found = _fit_pairs(rows, share)
+    return torch.linalg.cholesky(found.covariance), found.shift, found.slopes
+
+
+@dataclass(frozen=True)
+class BesidePriors:
+    """Draws of numbers beside their priors, in groups that are independent of each other.
+
+    Attributes:
+        values: The numbers, ``(groups, draws, numbers)``.
+        locs: The locations of the factors that they have alone.
+        prior_locs: The locations of the priors.
+        widths: The widths of the priors.
+        inputs: What the joint factor may follow beside, the same for all numbers, ``(groups, draws, inputs)``.
+    """
+
+    values: Tensor
+    locs: Tensor
+    prior_locs: Tensor
+    widths: Tensor
+    inputs: Tensor
+
+    @classmethod
+    def of(cls, factor: CoupledNormal, values: Tensor, prior: SitePrior, inputs: Tensor) -> "BesidePriors":
+        """Return the draws with finite numbers.
+
+        Args:
+            factor: The factors of the numbers alone, in draws.
+            values: The numbers in the coordinate of their priors, ``(draws, *batch, 1)``.
+            prior: Their priors.
+            inputs: What the joint factor may follow, ``(groups, draws, inputs)``.
+        """
+        value, loc, prior_loc, width = (
+            in_float64(factor.in_groups(part.expand_as(values)))
+            for part in (values, factor.loc, prior.loc, prior.log_scale.exp())
+        )
+        rows = cls(value, loc, prior_loc, width, in_float64(inputs))
+        joint = torch.cat([value, loc, prior_loc, width, rows.inputs], -1)
+        known = finite_rows(joint.movedim(0, 1).flatten(1)) & (width > 0.0).all(0).all(-1)
+        return rows.at(known)
+
+    def _each(self, part: Callable[[Tensor], Tensor]) -> "BesidePriors":
+        return BesidePriors(
+            part(self.values), part(self.locs), part(self.prior_locs), part(self.widths), part(self.inputs)
+        )
+
+    def at(self, chosen: Any) -> "BesidePriors":
+        """Return some of the draws."""
+        return self._each(lambda part: part[:, chosen])
+
+    def split(self, size: int) -> list["BesidePriors"]:
+        """Return groups, so many at a time."""
+        return [
+            self._each(lambda part, i=i: part[i : i + size])  # type: ignore[misc]
+            for i in range(0, len(self.values), size)
+        ]
+
+    @property
+    def pull(self) -> Tensor:
+        """What the priors add to the score, with the other sign."""
+        return (self.values - self.prior_locs) / self.widths.square()
+
+    def losses(self, fit: "_FittedPairs") -> Tensor:
+        """Return for each group the mean of -log q given a joint factor, up to a constant."""
+        precision = torch.cholesky_inverse(torch.linalg.cholesky(fit.covariance))
+        off = self.values - self.locs - fit.shift.unsqueeze(-2) - self.inputs @ fit.slopes.mT
+        root = torch.linalg.cholesky(precision.unsqueeze(-3) + self.widths.pow(-2).diag_embed())
+        score = (self.pull + off @ precision).unsqueeze(-1)
+        white = torch.linalg.solve_triangular(root, score, upper=False).squeeze(-1)
+        spread = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return (0.5 * white.square().sum(-1) - spread).mean(-1)
+
+
+class _FittedPairs(NamedTuple):
+    covariance: Tensor
+    shift: Tensor
+    slopes: Tensor
+
+
+def _fit_pairs(rows: BesidePriors, share: Tensor) -> _FittedPairs:
+    """Return the joint factor by the identities of :func:`factor_pairs_start`."""
+    residual, pull = rows.values - rows.locs, rows.pull
+    spread = residual.var(-2, keepdim=True)
+    weights = (rows.widths.square() / (rows.widths.square() + spread)).mean(-1, keepdim=True)
+    weights = weights / weights.sum(-2, keepdim=True)
+
+    def centred(part: Tensor) -> tuple[Tensor, Tensor]:
+        mean = (weights * part).sum(-2, keepdim=True)
+        return part - mean, mean.squeeze(-2)
+
+    (r, r_mean), (g, g_mean), (x, x_mean) = map(centred, (residual, pull, rows.inputs))
+    weighted = weights * x
+    of_inputs = weighted.mT @ x + RIDGE * torch.eye(x.shape[-1]).to(x)
+    beta, gamma = (torch.linalg.solve(of_inputs, weighted.mT @ part).mT for part in (r, g))
+    r, g = r - x @ beta.mT, g - x @ gamma.mT
+    covariance = _with_share((weights * r).mT @ r, share)
+    root = torch.linalg.cholesky(covariance + 1e-12 * _diagonal(covariance))
+    of_pull = _with_share((weights * g).mT @ r, share)
+    inner = root.mT @ torch.linalg.solve_triangular(root, of_pull.mT, upper=False).mT
+    # in the basis in which draws have the covariance one
+    precisions, vectors = torch.linalg.eigh(torch.eye(root.shape[-1]).to(root) - 0.5 * (inner + inner.mT))
+    back = root @ (vectors * precisions.clamp(min=LEAST_PRECISION).rsqrt().unsqueeze(-2))
+    covariance = back @ back.mT
+    slopes = beta + covariance @ gamma
+    moved = (covariance @ g_mean.unsqueeze(-1) - slopes @ x_mean.unsqueeze(-1)).squeeze(-1)
+    return _FittedPairs(covariance, r_mean + moved, slopes)
+
+
+def _with_share(matrix: Tensor, share: Tensor) -> Tensor:
+    """Return matrices whose entries off the diagonal are less, by a share."""
+    return (1.0 - share) * matrix + share * _diagonal(matrix)
+
+
+def _diagonal(matrix: Tensor) -> Tensor:
+    return matrix.diagonal(dim1=-2, dim2=-1).diag_embed()

@@ -35,6 +35,7 @@ from pyro_graphflows.guides.conditionals.contract import (
 )
 from pyro_graphflows.guides.conditionals.coupled import (
     WAKE,
+    BesidePriors,
     CoupledFactor,
     CoupledNormal,
     CouplingTerms,
@@ -43,6 +44,7 @@ from pyro_graphflows.guides.conditionals.coupled import (
     pairs_start,
 )
 from pyro_graphflows.guides.conditionals.elements import (
+    SAME,
     ElementMap,
     ElementTable,
     columns_of_map,
@@ -50,6 +52,7 @@ from pyro_graphflows.guides.conditionals.elements import (
     keep_rows_,
 )
 from pyro_graphflows.guides.conditionals.factors import (
+    LEAST_SHARE,
     DiscreteFactor,
     ElementNormalFactor,
     Factor,
@@ -61,10 +64,10 @@ from pyro_graphflows.guides.conditionals.factors import (
     scalar_normals,
 )
 from pyro_graphflows.guides.conditionals.low_rank import LowRankNormalFactor
-from pyro_graphflows.guides.sites import LatentSite, SitePrior
+from pyro_graphflows.guides.sites import LatentSite, SitePrior, concatenate
 from pyro_graphflows.nn.activations import make_activation
 from pyro_graphflows.nn.mlp import LevelEvaluation, MaskedMLP
-from pyro_graphflows.regression import Moments, in_float64, regression_with_scales
+from pyro_graphflows.regression import Moments, in_float64, regression_with_scales, varies
 
 __all__ = ["NETWORK_OPTIONS", "MaskedConditionals", "Normal"]
 
@@ -73,6 +76,7 @@ NETWORK_OPTIONS = ("hidden_dims", "units_per_set", "hidden_layers", "activation"
 # numbers of an exact conditional that move in full units in a step of training, or more of them less
 FREE_IF_EXACT = 16
 MOST_UNITS = 8.0  # that the logarithm of a wide factor's scale moves in a step of training
+LOG_SCALE_OF_FLAT = 20.0  # of a prior beside which a factor is the conditional
 MOST_WITH_SCALES = 100  # inputs of a number whose scale may follow some of them
 
 FactorMaker = Callable[[LatentSite], Factor]
@@ -706,16 +710,23 @@ class MaskedConditionals(Conditionals):
             return
         known = (context, values) if context is not None and values is not None else None
         shared = {} if known is None else self._coupled(*known)
-        of_priors = {site: prior for site, (prior, _) in priors.items()}
-        of_elements = {} if known is None or self.table is None else self._coupled(*known, plates, of_priors)
+        # priors that say nothing leave the factors of the elements alone
+        flat = {
+            site: SitePrior(torch.zeros_like(prior.loc), torch.full_like(prior.log_scale, LOG_SCALE_OF_FLAT))
+            for site, (prior, _) in priors.items()
+        }
+        of_elements = {} if known is None or self.table is None else self._coupled(*known, plates, flat)
         for site, key in self._coupling_of.items():
             terms, factor = self.couplings[key], self.factors[site]
             assert isinstance(terms, CouplingTerms)
             assert isinstance(factor, CoupledFactor)
             if factor.rank == 0:
                 if values is not None and site in of_elements:
-                    own = (priors[site] if self.fuses(site) and site in priors else None), values[site]
-                    self._start_pairs_(site, terms, of_elements[site], *own)
+                    if context is not None and self.fuses(site) and site in priors:
+                        inputs = self._inputs_of_all(site, context, values, of_elements[site])
+                        self._start_factor_pairs_(site, terms, of_elements[site], *priors[site], *inputs)
+                    else:
+                        self._start_pairs_(site, terms, of_elements[site], values[site])
                 continue
             entry, negative = 0.0, False
             if self.fuses(site):
@@ -769,29 +780,128 @@ class MaskedConditionals(Conditionals):
             found.update({site: conditionals[site] for site in level if site in self._coupling_of})
         return found
 
-    def _start_pairs_(
+    def _start_pairs_(self, site: str, terms: CouplingTerms, alone: CoupledNormal, values: Tensor) -> None:
+        """Let pairs of elements start as noise of independent ones says; not where elements have no regressions."""
+        own = self._own_of_pairs(site, values)
+        if own is None:
+            return
+        mixing, log_scales = pairs_start(alone.flat_noise(values))
+        terms.set_mixing_(mixing)
+        own[..., 1] += terms.of_groups(log_scales.to(own), alone.dims, own.shape[:-1])
+        widths = _mean_stretch(alone, values) + log_scales
+        root = widths.exp().unsqueeze(-1) * mixing / self.output_units(site)[1]
+        self._narrow_units_(site, terms, root, torch.cholesky_inverse(root), root @ root.mT)
+
+    def _own_of_pairs(self, site: str, values: Tensor) -> Tensor | None:
+        """Return the rows of the elements' own parameters; None where elements have no regressions."""
+        columns = self._table_columns.get(site)
+        if self.table is None or columns is None or self.factors[site].size > 1:
+            return None
+        own = self.table.table[..., columns]
+        return own if bool(own.any()) and values[0].numel() == own[..., 0].numel() else None
+
+    def _start_factor_pairs_(
         self,
         site: str,
         terms: CouplingTerms,
         alone: CoupledNormal,
-        prior: tuple[SitePrior, Tensor] | None,
-        values: Tensor,
+        prior: SitePrior,
+        value: Tensor,
+        inputs: Tensor,
+        known: list[int],
     ) -> None:
-        """Let pairs of elements start as noise of independent ones says; not where elements have no regressions."""
-        columns = self._table_columns.get(site)
-        if self.table is None or columns is None or self.factors[site].size > 1:
+        """Let elements have the joint factor that, beside their priors, fits draws; not without regressions of them.
+
+        Args:
+            site: The site.
+            terms: Its joint normal.
+            alone: The factors of the elements alone.
+            prior: The priors in draws.
+            value: The site in their coordinate.
+            inputs: The inputs of the elements' maps that are the same for all elements, ``(groups, draws, inputs)``.
+            known: Which ones they are.
+        """
+        own = self._own_of_pairs(site, value)
+        if own is None:
             return
-        own = self.table.table[..., columns]
-        if not bool(own.any()) or values[0].numel() != terms.length:
+        draws = BesidePriors.of(alone, value, prior, inputs)
+        joint = factor_pairs_start(draws)
+        if joint is None:
             return
-        if prior is None:
-            mixing, log_scales = pairs_start(alone.flat_noise(values).reshape(len(values), -1))
-        else:
-            joint = factor_pairs_start(alone, prior[1], prior[0])
-            mixing, log_scales = joint.mixing, joint.log_scales
-            own[..., 0] += (joint.shift.to(own) / self.fused_units(site)[1]).reshape(own.shape[:-1])
-        terms.set_mixing_(mixing)
-        own[..., 1] += log_scales.to(own).reshape(own.shape[:-1])
+        layout, scale = (alone.dims, own.shape[:-1]), self.fused_units(site)[1]
+        diagonal = joint.root.diagonal(dim1=-2, dim2=-1)
+        terms.set_mixing_(joint.root / diagonal.unsqueeze(-1))
+        log_scales = diagonal.log() - _mean_stretch(alone, value)
+        own[..., 0] += terms.of_groups(joint.shift.to(own) / scale, *layout)
+        own[..., 1] += terms.of_groups(log_scales.to(own), *layout)
+        if known:
+            of_map: Any = self.maps[self._map_of[site][0]]
+            of_loc = of_map.rows.table.unflatten(-1, (of_map.num_outputs, -1))[..., 0, :]
+            of_loc[..., known] += terms.of_groups(joint.slopes.to(own) / scale, *layout)
+        precision = torch.cholesky_inverse(joint.root / scale)
+        of_prior = (draws.widths.median(-2).values / scale).pow(-2)
+        covariance = torch.linalg.inv(precision + of_prior.diag_embed())
+        counting = precision @ covariance @ precision
+        self._narrow_units_(site, terms, joint.root / scale, counting, covariance)
+
+    def _narrow_units_(
+        self, site: str, terms: CouplingTerms, root: Tensor, precision: Tensor, covariance: Tensor
+    ) -> None:
+        """Let numbers that are narrow given each other move by no more than that in a step of training.
+
+        Args:
+            site: The site.
+            terms: Its joint normal, with a parameter for each pair.
+            root: The root of the covariance that it has without a prior, in standardised units, ``(groups, n, n)``.
+            precision: By how much moves of locations count, half of their squares in nats.
+            covariance: That of the numbers.
+        """
+        own, table = self.network.units, terms.table
+        if own is None or table is None:
+            return
+        row = self.outputs[site].start
+        alone, variances = precision.diagonal(dim1=-2, dim2=-1), root.square().sum(-1)
+        spread = covariance.diagonal(dim1=-2, dim2=-1).mean().sqrt()
+        step = torch.maximum(alone.mean().rsqrt(), LEAST_SHARE * spread)
+        own.unit[row] = torch.minimum(own.unit[row], step.to(own.unit) * self._share_of_network(site))
+        own.unit[row + 1] *= (alone * variances).mean().rsqrt().clamp(LEAST_SHARE, 1.0).to(own.unit)
+        self._share_unit_(site)
+        together = precision.sum().rsqrt()  # by which all may move at once
+        own.unit[row] = torch.minimum(own.unit[row], together.to(own.unit))
+        rows = torch.tril_indices(terms.length, terms.length, -1)[0]
+        steps = (alone * root.diagonal(dim1=-2, dim2=-1).square()).mean(0).rsqrt().clamp(LEAST_SHARE, 1.0)
+        table.unit.copy_(terms.length**-0.75 * steps[rows])
+
+    def _inputs_of_all(
+        self, site: str, context: Tensor, values: Mapping[str, Tensor], alone: CoupledNormal
+    ) -> tuple[Tensor, list[int]]:
+        """Return those inputs of a site's maps that vary and are the same for all numbers that are drawn jointly.
+
+        Args:
+            site: The site.
+            context: Features of the context in draws.
+            values: Vectors of the sites in draws.
+            alone: The factors of the numbers alone.
+
+        Returns:
+            The inputs, ``(groups, draws, inputs)``, and which ones they are.
+        """
+        batch = values[site].shape[:-1]
+        if site not in self._map_of:
+            return alone.in_groups(values[site])[..., :0], []
+        parts = [context]
+        for each in self.block.sites:
+            shift, scale = self.input_units(each)
+            parts.append((values[each] - shift) / scale)
+        joint = columns_of_map(concatenate(parts), self._map_of[site][1])
+        columns = [alone.in_groups(part) for part in joint.expand(*batch, -1).split(1, -1)]
+        known = [
+            i
+            for i, column in enumerate(columns)
+            if bool((column - column[..., :1]).abs().amax() < SAME) and bool(varies(column[..., 0].mT).any())
+        ]
+        inputs = [columns[i][..., :1] for i in known]
+        return torch.cat(inputs, -1) if inputs else columns[0][..., :0], known
 
     # ---------------------------------------------------------------- evaluation
 
@@ -812,6 +922,11 @@ class MaskedConditionals(Conditionals):
         """See :meth:`Conditionals.begin`."""
         rows = self.table(plates) if self.table is not None and plates is not None else None
         return MaskedPass(self, context, rows, plates if self._map_of or self._coupling_of else None)
+
+
+def _mean_stretch(joint: CoupledNormal, values: Tensor) -> Tensor:
+    """Return the mean logarithm of what each number is stretched by in draws, ``(groups, n)``."""
+    return in_float64(joint.in_groups(joint._log_stretch(values.shape).unsqueeze(-1))).mean(1)
 
 
 def _beside_a_prior(scale_tril: Tensor) -> Tensor:
