@@ -423,7 +423,7 @@ class Mode:
             number: How many; fewer are drawn where the model takes a run for each.
             by_chains: Whether to return what chains have visited, which must be known, and no more than that.
         """
-if by_chains and self.visited is not None:
+        if by_chains and self.visited is not None:
             noise = self.visited[torch.randperm(len(self.visited))[:number]]
         else:
             noise = torch.randn(number, len(self.point)).to(self.point)
