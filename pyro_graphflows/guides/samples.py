@@ -335,7 +335,9 @@ class ModelDraws:
                 self._mode = UnsupportedModelError(f"the search for a mode failed: {error}")
         if isinstance(self._mode, UnsupportedModelError):
             raise self._mode
-        self._last = values = self._mode.draw(min(num_samples, self._most_draws), by_chains)
+        number, mode = min(num_samples, self._most_draws), self._mode
+        values = mode.draw(number) if isinstance(mode, ClassMode) else mode.draw(number, by_chains)
+        self._last = values
         return self._flat(values, len(next(iter(values.values()))))
 
     @property
