@@ -19,7 +19,7 @@ from pyro.infer.autoguide import (
 
 from pyro_graphflows import auto_faithful_guide
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
-from pyro_graphflows.infer import load_posterior, sample_posterior
+from pyro_graphflows.infer import load_posterior, log_evidence, sample_posterior
 
 SIX = 6.0  # standard errors: a failure by chance in 5e8 comparisons
 
@@ -491,3 +491,29 @@ def test_models_that_assert_shapes_are_run_draw_by_draw():
     grid = torch.linspace(-8.0, 8.0, 4001)
     joint = dist.Normal(0.0, 1.0).log_prob(grid) + dist.Normal(0.0, grid.exp()).log_prob(y)
     assert found == pytest.approx(float(joint.logsumexp(0) + (grid[1] - grid[0]).log()), abs=0.1)
+
+
+def test_models_that_sum_over_sites_and_mix_draws_are_run_draw_by_draw():
+    """The coin of each throw is unknown. In a batch `p[..., z]` has the classes on the right of the draws."""
+    y = torch.tensor([1.0, 0.0, 1.0, 1.0])
+
+    def model(y):
+        with pyro.plate("coins", 2):
+            p = pyro.sample("p", dist.Beta(torch.tensor([1.0, 3.0]), 2.0))
+        with pyro.plate("throws", 4):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2)), infer={"enumerate": "parallel"})
+            pyro.sample("y", dist.Bernoulli(p[..., z]), obs=y)
+
+    def beta(a, b):
+        return torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
+
+    exact = []
+    for z in torch.cartesian_prod(*[torch.arange(2)] * 4):
+        heads, tails = (torch.stack([each[z == k].sum() for k in range(2)]) for each in (y, 1 - y))
+        a, b = torch.tensor([1.0, 3.0]), torch.tensor(2.0)
+        exact.append((beta(a + heads, b + tails) - beta(a, b)).sum() - 4 * math.log(2.0))
+    guide = auto_faithful_guide(model, y)
+    found = guide.posterior(y, num_draws=500, seed=0, progress=False).evidence.log_evidence
+    assert found == pytest.approx(float(torch.stack(exact).logsumexp(0)), abs=0.1)
+    with pytest.raises(UnsupportedModelError, match="vectorize=False"):
+        log_evidence(model, guide, y, num_particles=200, data_plate=False)

@@ -21,10 +21,12 @@ from pyro_graphflows.infer.particles import (
     Program,
     Prototype,
     density_sites,
+    difference_of,
     difference_to_alone,
     errors_of_batches,
     is_enumerated,
     keep_dims,
+    last_particle,
     log_density,
     particle_plate,
     require_full_plates,
@@ -110,13 +112,24 @@ class ImportanceSampler:
         Raises:
             UnsupportedModelError: If that is so.
         """
-        if not self.enumerates:
-            alone = (self.first.model_trace, self.first.guide_trace)
+        alone = (self.first.model_trace, self.first.guide_trace)
+        if self.enumerates:
+            difference = self._difference_of_sums(batch, alone)
+        else:
             difference = difference_to_alone(
                 (self.model, self.guide), (self.args, self.kwargs), batch, alone, [self.dim]
             )
-            if difference:
-                raise UnsupportedModelError(difference)
+        if difference:
+            raise UnsupportedModelError(difference)
+
+    def _difference_of_sums(self, batch: Traces, alone: Traces) -> str | None:
+        """Say if the density of the last particle of a batch, with sites summed out, is not what it is alone."""
+        values = last_particle(batch[1:], alone[1:], [self.dim])
+        with errors_of_batches():
+            together = summed_log_density(batch[0], [PARTICLES])[-1]
+        model = enumerated(self.model, self.first.max_plate_nesting)
+        trace = poutine.trace(poutine.replay(model, trace=values)).get_trace(*self.args, **self.kwargs)
+        return difference_of("the sum over the model's sites", together, summed_log_density(trace, []))
 
     def log_weights(self, traces: Traces) -> Tensor:
         """Return the logarithms of the weights of a run, in float64: (size,), or (size, data) with a plate."""

@@ -46,6 +46,7 @@ __all__ = [
     "LocalPlate",
     "Prototype",
     "density_sites",
+    "difference_of",
     "difference_to_alone",
     "errors_of_batches",
     "evaluation_mode",
@@ -54,6 +55,7 @@ __all__ = [
     "is_enumerated",
     "is_one",
     "keep_dims",
+    "last_particle",
     "log_density",
     "modules_of",
     "particle_plate",
@@ -421,7 +423,7 @@ def is_one(scale: float | Tensor) -> bool:
 
 # ------------------------------------------------------------------------------------- a batch and its particles alone
 @contextmanager
-def errors_of_batches(size: int) -> Iterator[None]:
+def errors_of_batches(size: int | None = None) -> Iterator[None]:
     """Say of an error in a batch of particles that the model ran alone.
 
     Raises:
@@ -433,8 +435,9 @@ def errors_of_batches(size: int) -> Iterator[None]:
         raise
     except Exception as error:  # of the model, which may assert shapes as well
         reason = str(error).strip().split("\n")[0] or type(error).__name__
+        number = "several" if size is None else size
         raise UnsupportedModelError(
-            f"Model and guide ran alone, and failed with {size} particles in one batch ({reason}). {_REMEDY}"
+            f"Model and guide ran alone, and failed with {number} particles in one batch ({reason}). {_REMEDY}"
         ) from error
 
 
@@ -463,19 +466,10 @@ def difference_to_alone(
     if any(_is_subsampled(site) for trace in alone for _, site in density_sites(trace)):
         return None
     (model, guide), (args, kwargs) = pair, arguments
-    values = poutine.Trace()
-    for together, single in zip(reversed(batch), reversed(alone), strict=True):
-        for name, site in density_sites(together):
-            if not site["is_observed"] and name not in values and name in single:
-                chosen = _last(site["value"], [dim - site["fn"].event_dim for dim in dims])
-                one: Any = single.nodes[name]
-                shape = one["value"].shape
-                if chosen.numel() != shape.numel():
-                    return (
-                        f"Expected site {name!r} to have the shape {tuple(shape)} in each particle, which it has "
-                        f"alone; got {tuple(chosen.shape)}. {_REMEDY}"
-                    )
-                values.add_node(name, **{**one, "value": chosen.reshape(shape)})
+    try:
+        values = last_particle(batch[::-1], alone[::-1], dims)
+    except UnsupportedModelError as error:
+        return str(error)
     programs = [model] if isinstance(unwrap(guide), Messenger) else [model, guide]
     different: dict[str, tuple[float, float]] = {}
     for program, together in zip(programs, batch, strict=False):
@@ -488,6 +482,46 @@ def difference_to_alone(
             if not _same(among, own):
                 different[name] = (float(among.sum()), float(own.sum()))
     return _differences(different) if different else None
+
+
+def last_particle(
+    batch: Sequence[poutine.Trace], alone: Sequence[poutine.Trace], dims: Sequence[int]
+) -> poutine.Trace:
+    """Return the values that the last particle of a batch has at latent sites, in the shapes that they have alone.
+
+    Args:
+        batch: Traces with a plate of particles; the first that has a site counts.
+        alone: Traces of the same programs without.
+        dims: The dimensions of the particles, negative.
+
+    Raises:
+        UnsupportedModelError: If a site has more numbers in a particle than alone.
+    """
+    values = poutine.Trace()
+    for together, single in zip(batch, alone, strict=True):
+        for name, site in density_sites(together):
+            if not site["is_observed"] and name not in values and name in single:
+                chosen = _last(site["value"], [dim - site["fn"].event_dim for dim in dims])
+                one: Any = single.nodes[name]
+                shape = one["value"].shape
+                if chosen.numel() != shape.numel():
+                    raise UnsupportedModelError(
+                        f"Expected site {name!r} to have the shape {tuple(shape)} in each particle, which it has "
+                        f"alone; got {tuple(chosen.shape)}. {_REMEDY}"
+                    )
+                values.add_node(name, **{**one, "value": chosen.reshape(shape)})
+    return values
+
+
+def difference_of(what: str, among: Tensor, own: Tensor) -> str | None:
+    """Say if the log-density of something is another one among particles than alone.
+
+    Args:
+        what: What it is of.
+        among: The log-density of a particle of a batch.
+        own: That of the same particle alone.
+    """
+    return None if _same(among, own) else _differences({what: (float(among.sum()), float(own.sum()))})
 
 
 def _differences(different: dict[str, tuple[float, float]]) -> str:
