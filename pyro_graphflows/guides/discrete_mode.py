@@ -50,17 +50,23 @@ class DiscreteMode:
     traced: TracedModel
     discrete: tuple[str, ...]
 
+    @property
+    def visited(self) -> Tensor | None:
+        """What short chains have visited, as :attr:`Mode.visited`."""
+        return self.mode.visited
+
     @torch.no_grad()
-    def draw(self, number: int) -> dict[str, Tensor]:
+    def draw(self, number: int, by_chains: bool = False) -> dict[str, Tensor]:
         """Return draws of all sites, along the first dimension; the random state is used and advanced.
 
         Args:
             number: How many; fewer are drawn where the model takes a run for each.
+            by_chains: Whether those of continuous sites are what chains have visited.
 
         Raises:
             UnsupportedModelError: If discrete sites cannot be drawn given the others.
         """
-        values = self.mode.draw(number)
+        values = self.mode.draw(number, by_chains)
         found: list[dict[str, Tensor]] = []
         if self.mode.posterior.takes_plate:
             with suppress(Exception):  # of the model, with discrete sites that take all their values

@@ -1185,12 +1185,13 @@ def auto_faithful_guide(
             size (:mod:`~pyro_graphflows.guides.conditionals.pooling`; not over subsampled plates).
         init: How training starts. ``"auto"``: at the best start for the data of set-up, by a Monte Carlo estimate of
             the loss, where the guide fits one data set (it has per-element parameters): among the regression, a normal
-            approximation about the posterior's mode, and the prior (:mod:`~pyro_graphflows.guides.start`,
-            :mod:`~pyro_graphflows.guides.mode`; ``guide.describe(verbose=True)`` says which). Amortised guides keep the
-            regression, unless it does much worse for these data than the prior, or, without plates, the mode gains more
-            for these data than it loses for simulated ones. ``"mode"``: at a normal approximation of the posterior for
-            these data, whatever it is for others. ``"regression"``, for training on simulations: at the
-            least-squares regression of each site on its parents over joint samples of the model (exact for
+            approximation about the posterior's mode, short chains from there, and the prior
+            (:mod:`~pyro_graphflows.guides.start`, :mod:`~pyro_graphflows.guides.mode`,
+            :mod:`~pyro_graphflows.guides.short_chains`; ``guide.describe(verbose=True)`` says which). Amortised
+            guides keep the regression, unless it does much worse for these data than the prior, or, without plates,
+            the mode gains more for these data than it loses for simulated ones. ``"mode"``: at a normal approximation
+            of the posterior for these data, whatever it is for others. ``"regression"``, for training on simulations:
+            at the least-squares regression of each site on its parents over joint samples of the model (exact for
             linear-Gaussian models up to sampling error); where priors are improper there are none, and it is as
             ``"auto"``. ``"prior"``: at the prior of the latents, whatever the data. ``"random"``: with random weights.
         factors: For single sites, by name, a factor class or a family object.

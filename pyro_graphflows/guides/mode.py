@@ -62,6 +62,7 @@ from pyro_graphflows.guides.minimize import (
     newton,
     scaled_eigenvalues,
 )
+from pyro_graphflows.guides.short_chains import Coordinates, OtherCoordinates, run_short_chains
 from pyro_graphflows.guides.sites import is_constant, is_moderate
 from pyro_graphflows.infer.enumeration import enumerated, require_no_scales, sum_of_the_rest
 from pyro_graphflows.infer.particles import FEW, FEW_ENOUGH
@@ -106,6 +107,7 @@ SECONDS_WHERE_BAD = (
     7.0  # of processor time for each search of a slow model whose normal at the mode is far off
 )
 FAR = 10.0  # nats by which a normal at a mode may be off where time is short
+EXACT = 0.02  # nats: where a normal seems as close to the posterior, draws of it are not moved
 CLOSE = 0.5  # nats: where a posterior is that normal about its mode, nothing else is tried
 LOG_2PI = math.log(2 * math.pi)
 PLATE = "_pyro_graphflows_draws_near_mode"
@@ -229,6 +231,40 @@ class _AtPoint(Messenger):
         self.terms.append(scale_and_mask(own, msg["scale"]))
 
 
+class _AtValues(_AtPoint):
+    """Gives latent sites some values, and finds the numbers that belong to them; ends the run after these sites.
+
+    Args:
+        posterior: The density whose numbers they are.
+        given: The values, of shapes that fit the model.
+    """
+
+    def __init__(self, posterior: "LogPosterior", given: Mapping[str, Tensor]) -> None:
+        super().__init__(posterior.names, posterior.coordinates, None, stop=True, centred=posterior.centred)
+        self.given = given
+        self.numbers: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name, fn = msg["name"], msg["fn"]
+        if name not in self.names or msg["is_observed"]:
+            return
+        value = self.given[name]
+        coordinate = gaussian_coordinate(fn) if self.coordinates[name].proper else None
+        if coordinate is None:
+            numbers = biject_to(fn.support).inv(value)
+        else:
+            coordinate = coordinate.expand(fn.batch_shape)
+            offset, tril = coordinate.transform.inv(value) - coordinate.loc, coordinate.scale_tril
+            if tril is None:
+                numbers = offset / coordinate.scale
+            else:
+                tril = tril.expand(*offset.shape, -1)
+                numbers = torch.linalg.solve_triangular(tril, offset.unsqueeze(-1), upper=False).squeeze(-1)
+        self.numbers[name] = numbers
+        self.values[name] = msg["value"] = value
+        msg["done"] = True
+
+
 def nesting_of(traced: TracedModel) -> int:
     """Return how many dimensions a model uses on the left of its events.
 
@@ -326,11 +362,13 @@ class Mode:
         posterior: The log-density of all latent sites of one call.
         point: Its mean.
         factor: A square root of its covariance.
+        visited: What short chains from the normal have visited, in units of its covariance; None if there were none.
     """
 
     posterior: "LogPosterior"
     point: Tensor
     factor: Tensor
+    visited: Tensor | None = None
     _judged: list[Any] = field(
         default_factory=list, init=False, repr=False, compare=False
     )  # noise, and the log-weights by it
@@ -378,13 +416,17 @@ class Mode:
         """
         return float(self._log_weights(noise).var()) / 2
 
-    def draw(self, number: int) -> dict[str, Tensor]:
+    def draw(self, number: int, by_chains: bool = False) -> dict[str, Tensor]:
         """Return draws of all sites, along the first dimension; the random state is used and advanced.
 
         Args:
             number: How many; fewer are drawn where the model takes a run for each.
+            by_chains: Whether to return what chains have visited, which must be known, and no more than that.
         """
-        noise = torch.randn(number, len(self.point)).to(self.point)
+        if by_chains and self.visited is not None:
+            noise = self.visited[torch.randperm(len(self.visited))[:number]]
+        else:
+            noise = torch.randn(number, len(self.point)).to(self.point)
         points = self.point + noise @ self.factor.T
         found = self.posterior.values(points)
         if self.posterior.class_sums is None:
@@ -392,6 +434,31 @@ class Mode:
         classes = self.posterior.draw_classes(points)
         fewest = min(map(len, (*found.values(), *classes.values())))
         return {name: value[:fewest] for name, value in (found | classes).items()}
+
+    def with_chains(self, other: "LogPosterior") -> "Mode":
+        """Return the same with what short chains visit, where the normal is not close and the density takes no time.
+
+        The random state is used and advanced.
+
+        Args:
+            other: The same density in coordinates in which chains move as well, if they differ.
+        """
+        posterior = self.posterior
+        start, judging = (
+            torch.randn(n, len(self.point)).to(self.point) for n in (2 * NUM_DRAWS, NUM_JUDGING)
+        )
+        if not posterior.takes_many(start) or self.gap(judging) < EXACT:
+            return self
+        both = None
+        if other is not posterior and posterior.takes_plate and other.takes_many(start) and other.takes_plate:
+            both = OtherCoordinates(
+                other,
+                lambda points: other.points_of(posterior.values(points)),
+                lambda points: posterior.points_of(other.values(points)),
+            )
+        return replace(
+            self, visited=run_short_chains(Coordinates(posterior, self.point, self.factor), start, both)
+        )
 
 
 class LogPosterior:
@@ -564,18 +631,23 @@ class LogPosterior:
     ) -> tuple[_AtPoint, Any]:
         doubles = None if stop else self._in_doubles  # values are those that the model has
         dtype = None if doubles is None else torch.float64
-        args, kwargs = (self.args, self.kwargs) if doubles is None else doubles
         options: Any = {"stop": stop, "centred": self.centred, "dtype": dtype}
         messenger = _AtPoint(self.names, self.coordinates, point, **options)
+        return messenger, self._run_under(messenger, model or self.model, doubles)
+
+    def _run_under(self, messenger: _AtPoint, model: Callable[..., Any], doubles: _Call | None) -> Any:
+        """Run the model; return its trace."""
+        args, kwargs = (self.args, self.kwargs) if doubles is None else doubles
+        dtype = messenger.dtype
         handler = poutine.trace()
         quiet = kept_buffers(self.original), poutine.block(), pyro.validation_enabled(False)
         with _default_type(dtype), quiet[0], quiet[1], quiet[2], messenger:
             try:
                 with handler:
-                    (model or self.model)(*args, **kwargs)
+                    model(*args, **kwargs)
             except _AllGiven:
                 pass
-        return messenger, handler.trace
+        return handler.trace
 
     def __call__(self, point: Tensor) -> Tensor:
         """Return the log-density at a point, ``(numbers,)``, or at many, ``(draws, numbers)``.
@@ -690,6 +762,25 @@ class LogPosterior:
                 return found
         raise UnsupportedModelError("values of sites differ from run to run.")
 
+    @torch.no_grad()
+    def points_of(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Return the points, ``(draws, numbers)``, at which sites have some values.
+
+        Args:
+            values: As :meth:`values` returns them, of a model that takes a plate of draws.
+        """
+        number = len(next(iter(values.values())))
+        given = {}
+        for name in self.names:
+            missing = (1,) * (self.nesting - self.coordinates[name].batch_dims)
+            given[name] = values[name].reshape(number, *missing, *values[name].shape[1:])
+        messenger = _AtValues(self, given)
+        self._run_under(messenger, in_plate_of_draws(self.model, number, self.nesting), None)
+        found = torch.empty(number, self.size, dtype=torch.float64)
+        for name, numbers in messenger.numbers.items():
+            found[:, self.coordinates[name].part] = in_float64(numbers).reshape(number, -1)
+        return found
+
     def _in_a_plate(self, points: Tensor) -> dict[str, Tensor] | None:
         try:
             model = in_plate_of_draws(self.model, len(points), self.nesting)
@@ -771,6 +862,8 @@ def find_mode(
         posterior.count = bar.update
         seed = int(torch.randint(2**31, ()))
         found = _search(posterior, traced)
+        seed_random_state(seed)
+        found = found.with_chains(posterior)
         seed_random_state(seed)
     for each in (posterior, found.posterior):
         each.count = _nothing

@@ -314,13 +314,14 @@ class ModelDraws:
         self._last = samples
         return self._flat({name: value[:num_samples] for name, value in samples.items()}, num_samples)
 
-    def near_mode(self, num_samples: int) -> dict[str, Tensor]:
+    def near_mode(self, num_samples: int, by_chains: bool = False) -> dict[str, Tensor]:
         """Return draws of all latent sites near the posterior's mode for the data of this call, beside these data.
 
         The mode is searched for once (:mod:`~pyro_graphflows.guides.mode`).
 
         Args:
             num_samples: How many; fewer are drawn where so many would fill the memory.
+            by_chains: Whether to return what short chains from there have visited (:attr:`has_chains`).
 
         Raises:
             UnsupportedModelError: If no mode was found.
@@ -334,8 +335,15 @@ class ModelDraws:
                 self._mode = UnsupportedModelError(f"the search for a mode failed: {error}")
         if isinstance(self._mode, UnsupportedModelError):
             raise self._mode
-        self._last = values = self._mode.draw(min(num_samples, self._most_draws))
+        number, mode = min(num_samples, self._most_draws), self._mode
+        values = mode.draw(number) if isinstance(mode, ClassMode) else mode.draw(number, by_chains)
+        self._last = values
         return self._flat(values, len(next(iter(values.values()))))
+
+    @property
+    def has_chains(self) -> bool:
+        """Whether the search for a mode has run short chains."""
+        return isinstance(self._mode, Mode | DiscreteMode) and self._mode.visited is not None
 
     @property
     def mode_has_more_rows(self) -> bool:
@@ -443,8 +451,12 @@ class Samples:
         values = self.draws.draw(number, latents_only=True)
         return replace(self, values=values, note=None, source="prior", drawn=self.draws.last)
 
-    def at_mode(self, plan: Plan) -> "Samples":
+    def at_mode(self, plan: Plan, by_chains: bool = False) -> "Samples":
         """Return draws near the mode of the posterior for the data of the call instead, beside these data.
+
+        Args:
+            plan: The plan.
+            by_chains: Whether they are those that short chains have visited (:attr:`ModelDraws.has_chains`).
 
         Raises:
             UnsupportedModelError: If no mode was found.
@@ -454,7 +466,7 @@ class Samples:
             _number_of_draws(plan.blocks, self.plates, self.num_rows, self.draws.most_elements),
             DRAWS_NEAR_MODE,
         )
-        values = self.draws.near_mode(number)
+        values = self.draws.near_mode(number, by_chains)
         is_amortised = not plan.inputs.per_element
         note = self.note if self.source == "none" or (self.source == "prior" and is_amortised) else None
         if note is not None:

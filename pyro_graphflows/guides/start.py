@@ -32,7 +32,7 @@ as more, since nothing can be followed from there.
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -43,11 +43,13 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
+from pyro_graphflows.distributions.spline import SplineDistribution
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides.block import GuideBlock, make_inputs
 from pyro_graphflows.guides.call import Call, PlateState
 from pyro_graphflows.guides.compile import Compiled, GuideOptions
 from pyro_graphflows.guides.conditionals.contract import Conditionals, LinearConditional
+from pyro_graphflows.guides.conditionals.masked import MaskedConditionals
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
 from pyro_graphflows.guides.fewer_elements import fewer_of
 from pyro_graphflows.guides.fused_rows import FusedRows, standardised, with_priors
@@ -56,6 +58,7 @@ from pyro_graphflows.guides.mode import nesting_of
 from pyro_graphflows.guides.plan import MOST_INDICES, Plan
 from pyro_graphflows.guides.samples import ModelDraws, Samples, columns_of
 from pyro_graphflows.guides.sites import LatentSite, concatenate, is_normal_unconstrained
+from pyro_graphflows.guides.spline_start import shape_spline_
 from pyro_graphflows.infer.enumeration import enumerated, sum_of_the_rest
 from pyro_graphflows.inspect.runs import kept_buffers
 from pyro_graphflows.regression import (
@@ -103,6 +106,7 @@ FEWEST_DRAWS = 20  # the same where the model cannot give many at once
 FEWEST_SUMMED = 50  # the same where it sums over sites
 BOTH = "mode and regression"
 ALONE = "mode without priors"
+CHAINS, NORMAL = "with short chains", "without chains"
 MOST_AT_ONCE = 1_000_000  # elements of all sites, each as large as the largest, over all draws of a judgement
 NOWHERE = 1000.0  # nats off for each datum: from there nothing can be followed
 NEAR = 2.0  # nats: if the gap of a start near the mode seems less, nothing else is tried
@@ -368,6 +372,8 @@ def start_block_(
                 fused = replace(fused, fewer=fewer, sizes=inputs.of_sizes, variances=inputs.of_variances)
             note = _regress_if_better_(conditionals, features, of_sites, fused)
             kept = note is None
+            if kept and samples.source == "mode" and not plan.plates:
+                _shape_splines_(conditionals, features, of_sites, fused)
             alike = plan.per_element if samples.source == "mode" else (*plan.per_element, *plan.fitted)
             own_maps = {s: p for s, p in plan.non_exchangeable.items() if s not in alike}
             if samples.source == "mode" and plan.plates:  # draws differ from element to element
@@ -768,20 +774,46 @@ def _log_probs(
     plates: Mapping[str, PlateState] | None,
 ) -> dict[str, Tensor]:
     """Return ``log q`` of each site's unconstrained vectors, see :func:`conditionals_loss`."""
-    evaluation = conditionals.begin(context, plates)
     found = {}
+    for site, conditional, value in _at_rows(conditionals, context, values, fused, plates):
+        found[site] = conditional.log_prob(value)
+        beside_prior = fused is not None and site in fused.values and not conditionals.fuses(site)
+        if fused is not None and beside_prior and site in conditionals.block.by_shape:
+            found[site] = found[site] + fused.log_slope(site)
+    return found
+
+
+def _at_rows(
+    conditionals: Conditionals,
+    context: Tensor,
+    values: Mapping[str, Tensor],
+    fused: FusedRows | None,
+    plates: Mapping[str, PlateState] | None,
+) -> Iterator[tuple[str, Any, Tensor]]:
+    """Yield each site, its conditional at the parents' values in rows, and its values in that one's coordinate."""
+    evaluation = conditionals.begin(context, plates)
     for level in conditionals.block.levels:
         of_level = evaluation.next({} if fused is None else fused.priors)
         evaluation.accept({site: values[site] for site in level})
         for site, conditional in of_level.items():
-            in_coordinate = fused is not None and site in fused.values
-            if fused is not None and in_coordinate and conditionals.fuses(site):
-                found[site] = conditional.log_prob(fused.values[site])
-                continue
-            found[site] = conditional.log_prob(values[site])
-            if fused is not None and in_coordinate and site in conditionals.block.by_shape:
-                found[site] = found[site] + fused.log_slope(site)
-    return found
+            in_coordinate = fused is not None and site in fused.values and conditionals.fuses(site)
+            yield (
+                site,
+                conditional,
+                fused.values[site] if fused is not None and in_coordinate else values[site],
+            )
+
+
+@torch.no_grad()
+def _shape_splines_(
+    conditionals: Conditionals, context: Tensor, values: Mapping[str, Tensor], fused: FusedRows | None
+) -> None:
+    """Give splines of numbers the shapes that rows have about the regressions."""
+    if isinstance(conditionals, MaskedConditionals):
+        for site, conditional, value in list(_at_rows(conditionals, context, values, fused, None)):
+            is_number = conditionals.factors[site].size == 1
+            if is_number and isinstance(conditional, SplineDistribution) and conditional.base == "normal":
+                shape_spline_(conditionals, site, conditional, value)
 
 
 # ---------------------------------------------------------------- one regression for each index
@@ -1161,7 +1193,17 @@ def choose_start(
             return built, "the start is 'mode', by more rows than those of set-up."
         if found is None:  # no data, or a sum over sites beside the scale of a plate
             return (built if name == usual else build_usual()), None
-        losses[name], candidates[name] = found.loss, built
+        losses[name] = found.loss
+        if name in ("mode", ALONE) and samples.draws.has_chains:
+            by_chains = build(samples.at_mode(plan, by_chains=True), name)
+            of_chains = judge_start(by_chains) or HOPELESS
+            normal_loss, chains_loss = found.loss, of_chains.loss
+            if chains_loss < normal_loss:
+                built, found = by_chains, of_chains
+                losses[name] = chains_loss
+            if name == "mode":
+                losses |= {NORMAL: normal_loss} if found is of_chains else {CHAINS: chains_loss}
+        candidates[name] = built
         if best is None or found.loss < least:
             if (has_one_datum or is_amortised) and best is not None:
                 samples.draws.recall(samples.drawn)

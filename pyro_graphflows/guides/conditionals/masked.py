@@ -658,6 +658,17 @@ class MaskedConditionals(Conditionals):
         self.set_linear_(site, replace(linear, log_scale=log_scale, scale_tril=tril))
 
     @torch.no_grad()
+    def add_to_outputs_(self, site: str, amounts: Tensor) -> None:
+        """Add constants to the outputs of a site that the network gives.
+
+        Args:
+            site: The site.
+            amounts: One for each output.
+        """
+        for output, amount in enumerate(amounts.tolist()):
+            self.network.add_(self.outputs[site].start + output, amount)
+
+    @torch.no_grad()
     def narrow_elements_(self, factor: float, *, fitted: bool = True) -> None:
         """See :meth:`Conditionals.narrow_elements_`."""
         for site in self.block.per_element:
