@@ -621,3 +621,30 @@ def test_totals_under_the_name_of_another_plate_are_exact_from_the_start_and_in_
     for _ in range(30):
         svi.step(totals)
     assert Trace_ELBO(num_particles=100).loss(model, guide, totals) < exact + 0.7
+
+
+def test_a_total_of_vectors_is_exact_from_the_start_and_in_training():
+    number, noise = 4, 0.05
+    y, total = torch.randn(number, 2), torch.tensor([2.0, -1.0])
+    prior = torch.tensor([[1.0, 0.6], [0.6, 0.8]])
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(2), 2.0).to_event(1))
+        with pyro.plate("elements", number):
+            z = pyro.sample("z", dist.MultivariateNormal(mu, prior))
+            pyro.sample("y", dist.Normal(z, 0.5).to_event(1), obs=y)
+        pyro.sample("total", dist.Normal(z.sum(-2), noise).to_event(1), obs=total)
+
+    observe = torch.kron(torch.cat([torch.eye(number), torch.ones(1, number)]), torch.eye(2))
+    own, shared = torch.kron(torch.eye(number), prior), 4.0 * torch.eye(2).repeat(number, number)
+    spread = torch.cat([torch.full((2 * number,), 0.25), torch.full((2,), noise**2)]).diag_embed()
+    normal = dist.MultivariateNormal(
+        torch.zeros(len(observe)), observe @ (own + shared) @ observe.mT + spread
+    )
+    exact = -float(normal.log_prob(torch.cat([y.flatten(), total])))
+    guide = auto_faithful_guide(model, y)
+    assert Trace_ELBO(num_particles=100).loss(model, guide, y) < exact + 0.3
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+    for _ in range(30):
+        svi.step(y)
+    assert Trace_ELBO(num_particles=100).loss(model, guide, y) < exact + 0.6

@@ -785,20 +785,34 @@ class MaskedConditionals(Conditionals):
         own = self._own_of_pairs(site, values)
         if own is None:
             return
+        size = self.factors[site].size
         mixing, log_scales = pairs_start(alone.flat_noise(values))
         terms.set_mixing_(mixing)
-        own[..., 1] += terms.of_groups(log_scales.to(own), alone.dims, own.shape[:-1])
-        widths = _mean_stretch(alone, values) + log_scales
-        root = widths.exp().unsqueeze(-1) * mixing / self.output_units(site)[1]
+        # the elements' own triangular scales, times new widths on the right
+        tril = torch.stack([alone.in_groups(part).mean(1) for part in alone.scale_tril.unbind(-1)], -1)
+        tril = in_float64(tril.expand(*mixing.shape[:-2], -1, -1)).unflatten(-2, (-1, size))
+        widths = log_scales.unflatten(-1, (-1, size))
+        layout = alone.dims, own.shape[:-1]
+        own[..., size : 2 * size] += terms.of_groups(widths.to(own), *layout)
+        if size > 1:
+            unit = tril / tril.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+            rows, columns = torch.tril_indices(size, size, -1)
+            ratio = (widths[..., columns] - widths[..., rows]).exp() - 1.0
+            more = terms.of_groups((ratio * unit[..., rows, columns]).to(own), *layout)
+            own[..., 2 * size :] += more
+        root = (tril @ (log_scales.exp().unsqueeze(-1) * mixing).unflatten(-2, (-1, size))).flatten(-3, -2)
+        root = root / self.output_units(site)[1].repeat(root.shape[-1] // size).unsqueeze(-1)
         self._narrow_units_(site, terms, root, torch.cholesky_inverse(root), root @ root.mT)
 
     def _own_of_pairs(self, site: str, values: Tensor) -> Tensor | None:
         """Return the rows of the elements' own parameters; None where elements have no regressions."""
         columns = self._table_columns.get(site)
-        if self.table is None or columns is None or self.factors[site].size > 1:
+        factor = self.factors[site]
+        assert isinstance(factor, CoupledFactor)
+        if self.table is None or columns is None or self._num_varying(factor) < factor.num_inner:
             return None
-        own = self.table.table[..., columns]
-        return own if bool(own.any()) and values[0].numel() == own[..., 0].numel() else None
+        own, numbers = self.table.table[..., columns], values[0].numel()
+        return own if bool(own.any()) and numbers == own[..., 0].numel() * factor.size else None
 
     def _start_factor_pairs_(
         self,
@@ -859,15 +873,20 @@ class MaskedConditionals(Conditionals):
         own, table = self.network.units, terms.table
         if own is None or table is None:
             return
-        row = self.outputs[site].start
+        row, size = self.outputs[site].start, self.factors[site].size
+
+        def of_elements(numbers: Tensor) -> Tensor:
+            return numbers.unflatten(-1, (-1, size))
+
         alone, variances = precision.diagonal(dim1=-2, dim2=-1), root.square().sum(-1)
-        spread = covariance.diagonal(dim1=-2, dim2=-1).mean().sqrt()
-        step = torch.maximum(alone.mean().rsqrt(), LEAST_SHARE * spread)
-        own.unit[row] = torch.minimum(own.unit[row], step.to(own.unit) * self._share_of_network(site))
-        own.unit[row + 1] *= (alone * variances).mean().rsqrt().clamp(LEAST_SHARE, 1.0).to(own.unit)
+        spread = of_elements(covariance.diagonal(dim1=-2, dim2=-1)).mean((0, 1)).sqrt()
+        step = torch.maximum(of_elements(alone).mean((0, 1)).rsqrt(), LEAST_SHARE * spread).to(own.unit)
+        locs, others = slice(row, row + size), slice(row + size, row + self._num_varying(self.factors[site]))
+        own.unit[locs] = torch.minimum(own.unit[locs], step * self._share_of_network(site))
+        own.unit[others] *= (alone * variances).mean().rsqrt().clamp(LEAST_SHARE, 1.0).to(own.unit)
         self._share_unit_(site)
-        together = precision.sum().rsqrt()  # by which all may move at once
-        own.unit[row] = torch.minimum(own.unit[row], together.to(own.unit))
+        together = precision.unflatten(-1, (-1, size)).unflatten(-3, (-1, size)).sum((0, 1, 3)).diagonal()
+        own.unit[locs] = torch.minimum(own.unit[locs], together.rsqrt().to(own.unit))  # all may move at once
         rows = torch.tril_indices(terms.length, terms.length, -1)[0]
         steps = (alone * root.diagonal(dim1=-2, dim2=-1).square()).mean(0).rsqrt().clamp(LEAST_SHARE, 1.0)
         table.unit.copy_(terms.length**-0.75 * steps[rows])
