@@ -789,8 +789,8 @@ class MaskedConditionals(Conditionals):
         mixing, log_scales = pairs_start(alone.flat_noise(values))
         terms.set_mixing_(mixing)
         # the elements' own triangular scales, times new widths on the right
-        tril = torch.stack([alone.in_groups(part).mean(1) for part in alone.scale_tril.unbind(-1)], -1)
-        tril = in_float64(tril.expand(*mixing.shape[:-2], -1, -1)).unflatten(-2, (-1, size))
+        each = in_float64(alone.scale_tril.expand(*values.shape, size)).unbind(-1)
+        tril = torch.stack([alone.in_groups(part).mean(1) for part in each], -1).unflatten(-2, (-1, size))
         widths = log_scales.unflatten(-1, (-1, size))
         layout = alone.dims, own.shape[:-1]
         own[..., size : 2 * size] += terms.of_groups(widths.to(own), *layout)
