@@ -12,8 +12,9 @@ from pyro.distributions import constraints
 from pyro.infer import SVI, Trace_ELBO
 
 from pyro_graphflows import auto_faithful_guide
+from pyro_graphflows.guides import short_chains
 from pyro_graphflows.guides.mode import LogPosterior, find_mode
-from pyro_graphflows.guides.short_chains import KEPT, Coordinates, OtherCoordinates, run_short_chains
+from pyro_graphflows.guides.short_chains import Coordinates, OtherCoordinates, run_short_chains
 from pyro_graphflows.inspect import trace_model
 
 CHAINS = 32
@@ -21,7 +22,7 @@ CHAINS = 32
 
 def within_errors(values, expected, errors=5.0):
     """Whether a mean is what it should be, by the means of the chains; values (steps * chains,)."""
-    of_chains = values.reshape(KEPT, CHAINS).mean(0)
+    of_chains = values.reshape(-1, CHAINS).mean(0)
     return abs(float(of_chains.mean()) - expected) < errors * float(of_chains.std()) / CHAINS**0.5
 
 
@@ -59,14 +60,23 @@ def test_a_funnel_needs_other_coordinates():
     assert float(alone.square().mean()) < 0.7 * 9.0
 
 
-def test_chains_that_would_take_long_or_cannot_begin_are_left():
-    def slow(x):
+def slow(seconds):
+    def log_density(x):
         began = time.process_time()
-        while time.process_time() - began < 0.05:
+        while time.process_time() - began < seconds:
             pass
-        return -x.square().sum(-1)
+        return -0.5 * x.square().sum(-1)
 
-    assert run_short_chains(Coordinates(slow, torch.zeros(1), torch.eye(1)), torch.randn(4, 1)) is None
+    return Coordinates(log_density, torch.zeros(1), torch.eye(1))
+
+
+def test_chains_that_would_take_long_are_shorter_or_left(monkeypatch):
+    assert run_short_chains(slow(0.05), torch.randn(4, 1)) is None
+    monkeypatch.setattr(short_chains, "LENGTHS", ((4000, 16000), (15, 45)))
+    assert len(run_short_chains(slow(0.002), torch.randn(4, 1))) == 45 * 4
+
+
+def test_chains_begin_where_there_is_a_density():
     nowhere = Coordinates(lambda x: x.sum(-1) - math.inf, torch.zeros(1), torch.eye(1))
     assert run_short_chains(nowhere, torch.randn(4, 1)) is None
 

@@ -24,15 +24,17 @@ from pyro_graphflows.infer.batched_hmc import HMC, Space, State
 
 __all__ = ["Coordinates", "OtherCoordinates", "run_short_chains"]
 
-BURN_IN = 40  # steps of each chain that are left out, in which its step size is found
-KEPT = 160  # steps that are kept
+LENGTHS = (
+    (40, 160),
+    (15, 45),
+)  # steps that are left out, in which step sizes are found, and steps that are kept
 KERNEL = HMC(max_steps=16)
 FIRST_STEP = 0.5  # in units of the covariance
 EAGERNESS = 0.8  # by which the logarithm of the step size follows the acceptance
 EVERY = 4  # steps of which one is in other coordinates
 VISITS = 6  # of other coordinates, by which their units are found
 SHRINKAGE = 0.1  # of correlations among what was visited there
-MOST_SECONDS = 3.0  # of processor time for all steps
+MOST_SECONDS = 2.0  # of processor time for all steps, else there are fewer, or none
 TRIED = 5  # steps that say how long all will take
 
 
@@ -128,7 +130,7 @@ def run_short_chains(
         other: Other coordinates in which chains move as well.
 
     Returns:
-        Offsets from the centre in units of the covariance, ``(KEPT * chains, dimensions)``.
+        Offsets from the centre in units of the covariance, ``(kept steps * chains, dimensions)``.
     """
     chains = _Chains(coordinates, start)
     finite = chains.state.energy.isfinite().flatten()
@@ -139,10 +141,12 @@ def run_short_chains(
         chains.put(torch.where(finite[:, None], start, begun[torch.arange(len(start)) % len(begun)]))
     elsewhere: _Chains | None = None
     seen: list[Tensor] = []
-    visited = []
-    began = time.process_time()
-    for number in range(1, BURN_IN + KEPT + 1):
-        chains.step(number <= BURN_IN)
+    visited: list[Tensor] = []
+    left_out, kept = LENGTHS[0]
+    number, began = 0, time.process_time()
+    while number < left_out + kept:
+        number += 1
+        chains.step(number <= left_out)
         if other is not None and number % EVERY == 0:
             point = other.there(coordinates.point(chains.units))
             if elsewhere is None:
@@ -152,13 +156,17 @@ def run_short_chains(
                     elsewhere = _Chains(found, found.units(point))
             else:
                 elsewhere.put(elsewhere.coordinates.units(point))
-                elsewhere.step(number <= 2 * BURN_IN)
+                elsewhere.step(number <= 2 * left_out)
                 back = other.back(elsewhere.coordinates.point(elsewhere.units))
                 chains.put(coordinates.units(back))
-        if number > BURN_IN:
+        if number > left_out:
             visited.append(chains.units)
-        if number == TRIED and (time.process_time() - began) * (BURN_IN + KEPT) > MOST_SECONDS * TRIED:
-            return None
+        if number == TRIED:
+            each = (time.process_time() - began) / TRIED
+            affordable = [length for length in LENGTHS if each * sum(length) <= MOST_SECONDS]
+            if not affordable:
+                return None
+            left_out, kept = affordable[0]
     return torch.cat(visited)
 
 
