@@ -601,3 +601,21 @@ def test_numbers_with_precise_data_do_not_start_in_a_coordinate_that_moves():
     guide = auto_faithful_guide(model, y)
     losses = torch.tensor([Trace_ELBO().loss(model, guide, y) for _ in range(200)])
     assert losses.mean() < exact + 1.0
+
+
+def test_networks_of_the_whole_model_are_preferred_to_maps_of_elements_that_gain_little():
+    """Maps of each school start .07 nats better, and wander three times as far in a long training."""
+
+    def schools(sigma, y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+        with pyro.plate("schools", len(y)):
+            theta = pyro.sample("theta", dist.Normal(mu, tau))
+            pyro.sample("y", dist.Normal(theta, sigma), obs=y)
+
+    y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+    sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+    guide = auto_faithful_guide(schools, sigma, y)
+    assert "the start is 'mode and regression'" in guide.describe(verbose=True)
+    loss = Trace_ELBO(num_particles=10_000, vectorize_particles=True)
+    assert loss.loss(schools, guide, sigma, y) < 31.314 + 0.25  # the evidence by quadrature
