@@ -117,8 +117,9 @@ def page(records: list[dict[str, Any]]) -> str:
         "# What training does to starts on real models",
         "",
         "The default guide in float32 and on raw units, by `Trace_ELBO` with one particle and Adam at a constant rate, "
-        "on 2 CPU cores, shared, 28 and 29 November 2026. Where a start is bad, its loss is that of the furthest draws."
-        f" The loss of the start is a mean over {DRAWS:,} draws, in nats; beside it by how much the loss is above it "
+        "on 2 CPU cores, shared, 28 November to 1 December 2026. Where a start is bad, its loss is that of the "
+        f"furthest draws. The loss of the start is a mean over {DRAWS:,} draws, in nats; beside it by how much the "
+        "loss is above it "
         f"after {', '.join(map(str, MARKS[1:-1]))} and {MARKS[-1]} steps, and the standard error of the last of these.",
         "",
         "Made by `python -m studies.real_models.report` from `studies/real_models/survival.jsonl`; "
