@@ -13,7 +13,7 @@ from pyro.infer import SVI, Trace_ELBO
 
 from pyro_graphflows import auto_faithful_guide
 from pyro_graphflows.guides import short_chains
-from pyro_graphflows.guides.mode import LogPosterior, find_mode
+from pyro_graphflows.guides.mode import LogPosterior, Mode, find_mode
 from pyro_graphflows.guides.short_chains import Coordinates, OtherCoordinates, run_short_chains
 from pyro_graphflows.inspect import trace_model
 
@@ -155,3 +155,33 @@ def test_a_normal_that_is_exact_is_left_as_it_is():
     assert find_mode(gaussian, args, {}, trace_model(gaussian, args, strict=False)).visited is None
     args = (torch.tensor(0.0),)
     assert find_mode(count, args, {}, trace_model(count, args, strict=False)).visited is not None
+
+
+def smooth(x, y):
+    """Normal noise about a Gaussian process, whose matrix is singular in rounding where there is next to no noise."""
+    length = pyro.sample("length", dist.LogNormal(0.0, 2.0))[..., None, None]
+    size = pyro.sample("size", dist.LogNormal(0.0, 2.0))[..., None, None]
+    noise = pyro.sample("noise", dist.HalfCauchy(0.1))[..., None, None]
+    covariance = size * (-0.5 * ((x - x.unsqueeze(-1)) / length).square()).exp()
+    tril = torch.linalg.cholesky(covariance + noise.square() * torch.eye(len(x)))
+    pyro.sample("y", dist.MultivariateNormal(torch.zeros(len(x)), scale_tril=tril), obs=y)
+
+
+def test_a_matrix_that_is_singular_far_out_leaves_the_mode():
+    x = torch.linspace(0.0, 1.0, 8)
+    guide = auto_faithful_guide(smooth, x, (6 * x).sin() + 0.1 * torch.randn(8))
+    assert "the start is 'mode'" in guide.describe(verbose=True)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError])
+def test_chains_that_suit_no_start_leave_the_normal(monkeypatch, error):
+    draw = Mode.draw
+
+    def fail(self, number, by_chains=False):
+        if by_chains:
+            raise error("no regression")
+        return draw(self, number)
+
+    monkeypatch.setattr(Mode, "draw", fail)
+    guide = auto_faithful_guide(count, torch.tensor(0.0))
+    assert "no start with short chains: no regression" in guide.describe(verbose=True)

@@ -16,6 +16,7 @@ from pyro_graphflows.guides.sparse_hessians import Sparsity
 
 __all__ = [
     "LEAST_CURVATURE",
+    "OUTSIDE",
     "Objective",
     "fit_normal",
     "hessian_at",
@@ -26,6 +27,8 @@ __all__ = [
 ]
 
 Objective = Callable[[Tensor], Tensor]  # from a vector to a number
+# errors of a model where it is not defined
+OUTSIDE = (ValueError, ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 
 MOST_EVALUATIONS = 300  # of L-BFGS, line searches not counted
 MOST_STEPS = 60  # of Newton's method
@@ -53,7 +56,7 @@ def _with_graph(objective: Objective, point: Tensor, *, graph: bool) -> tuple[Te
         with torch.enable_grad():
             loss = objective(point)
             (gradient,) = torch.autograd.grad(loss, point, create_graph=graph)
-    except (ValueError, ArithmeticError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # outside of where it is defined
+    except OUTSIDE:
         return nothing
     finite = bool(torch.isfinite(gradient).all()) and bool(torch.isfinite(loss))
     return (loss.detach(), gradient, point) if finite else nothing

@@ -443,22 +443,25 @@ class Mode:
         Args:
             other: The same density in coordinates in which chains move as well, if they differ.
         """
-        posterior = self.posterior
         start, judging = (
             torch.randn(n, len(self.point)).to(self.point) for n in (2 * NUM_DRAWS, NUM_JUDGING)
         )
-        if not posterior.takes_many(start) or self.gap(judging) < EXACT:
+        try:
+            if not self.posterior.takes_many(start) or self.gap(judging) < EXACT:
+                return self
+            return replace(self, visited=self._visited(start, other))
+        except (RuntimeError, ValueError, ArithmeticError):  # of the model, at values far out
             return self
-        both = None
+
+    def _visited(self, start: Tensor, other: "LogPosterior") -> Tensor | None:
+        posterior, both = self.posterior, None
         if other is not posterior and posterior.takes_plate and other.takes_many(start) and other.takes_plate:
             both = OtherCoordinates(
                 other,
                 lambda points: other.points_of(posterior.values(points)),
                 lambda points: posterior.points_of(other.values(points)),
             )
-        return replace(
-            self, visited=run_short_chains(Coordinates(posterior, self.point, self.factor), start, both)
-        )
+        return run_short_chains(Coordinates(posterior, self.point, self.factor), start, both)
 
 
 class LogPosterior:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_graphflows.guides.minimize import OUTSIDE
 from pyro_graphflows.infer.batched_hmc import HMC, Space, State
 
 __all__ = ["Coordinates", "OtherCoordinates", "run_short_chains"]
@@ -66,7 +67,7 @@ class Coordinates:
         def potential(units: Tensor) -> Tensor:
             try:
                 return -self.log_density(self.point(units.squeeze(1))).unsqueeze(1)
-            except (ValueError, ArithmeticError):  # outside of where the model is defined
+            except OUTSIDE:
                 return units.sum(-1) * 0.0 + math.inf
 
         return Space(potential, like)

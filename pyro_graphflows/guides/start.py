@@ -1196,8 +1196,12 @@ def choose_start(
             return (built if name == usual else build_usual()), None
         losses[name] = found.loss
         if name in ("mode", ALONE) and samples.draws.has_chains:
-            by_chains = build(samples.at_mode(plan, by_chains=True), name)
-            of_chains = judge_start(by_chains) or HOPELESS
+            try:
+                by_chains = build(samples.at_mode(plan, by_chains=True), name)
+                of_chains = judge_start(by_chains) or HOPELESS
+            except (ValueError, ArithmeticError, RuntimeError) as error:  # as above
+                reasons.append(f"no start {CHAINS}: {error}")
+                by_chains, of_chains = built, HOPELESS
             normal_loss, chains_loss = found.loss, of_chains.loss
             if chains_loss < normal_loss:
                 built, found = by_chains, of_chains
