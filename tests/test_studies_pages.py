@@ -60,7 +60,7 @@ def test_the_page_of_the_workflow_is_what_its_report_draws(tmp_path):
 
 def test_the_pages_of_real_models_are_what_their_report_draws(tmp_path):
     real_models.main(["--out", str(tmp_path)])
-    for name in ("real_models.md", "real_models_training.md"):
+    for name in ("real_models.md", "real_models_training.md", "real_models_starts.md"):
         assert (tmp_path / name).read_text() == (PAGES / name).read_text(), name
 
 

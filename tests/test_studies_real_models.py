@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the studies are no part of the package
 
 from studies.real_models import check as checks  # noqa: E402
-from studies.real_models import methods, survival  # noqa: E402
+from studies.real_models import methods, starts, survival  # noqa: E402
 from studies.real_models.log_joint import LogJoint  # noqa: E402
 from studies.real_models.models import POSTERIORS, find  # noqa: E402
 from studies.real_models.ordered import PositiveOrderedNormal  # noqa: E402
@@ -369,3 +369,23 @@ def test_what_training_does_to_a_start_is_written_once(tmp_path, capsys):
         assert all(abs(record["losses"][0] - 30.0) < 3.0 for record in records)
         page = survival.page(records)
     assert page.count("mesquite-logmesquite_logvolume | 0.0") == 2
+
+
+@needs_data
+def test_what_a_start_is_worth_is_written_once(tmp_path, capsys):
+    """A run is a line; what is there is not run again; the page has a row for each."""
+    out = tmp_path / "starts.jsonl"
+    flags = ["--data", str(DATA), "--models", "logmesquite_logvolume", "--out", str(out)]
+    starts.main(flags)
+    assert "mesquite-logmesquite_logvolume | ours | " in capsys.readouterr().out
+    starts.main(flags)
+    assert capsys.readouterr().out == ""
+    records = list(Results(out).read().values())
+    assert len(records) == 1
+    assert records[0]["steps"] == 0
+    assert abs(records[0]["elbo"] + 29.75) < 0.3
+    assert records[0]["errors"]["mean_max"] < 0.2
+    page = starts.page([*records, {"model": "dogs-dogs", "method": "ours", "failure": "ValueError: no"}])
+    assert page.index("| mesquite-logmesquite_logvolume | ours |") < page.index(
+        "| dogs-dogs | ours | ValueError: no |"
+    )

@@ -19,7 +19,7 @@ from pyro_graphflows.regression import in_float64
 
 __all__ = ["shape_spline_"]
 
-MOST_ROWS = 2000  # by which a shape is found
+MOST_ROWS = 4000  # by which a shape is found
 LEAST_ROWS = 1000
 LEAST_GAIN = 2e-3  # nats by which other rows must be likelier
 RIDGE = 1e-3  # times the squares of knots' parameters: where there are no rows, they stay

@@ -12,7 +12,7 @@ from typing import Any
 
 import matplotlib
 
-from studies.real_models import survival
+from studies.real_models import starts, survival
 from studies.real_models.methods import METHODS, OURS, PYRO
 from studies.real_models.models import POSTERIORS
 from studies.real_models.run import CHOICE_SECONDS, CHOICE_SEED, LAST, RATES, RESULTS, best_rate
@@ -282,7 +282,8 @@ def page(records: list[Record], folder: Path) -> str:
         "The posteriors of posteriordb (Magnusson et al. 2025), written in Pyro as a user would write them: raw units, "
         "centred hierarchies, flat priors as `ImproperUniform`. Each model is checked against the source's reference "
         "draws and evidence: [the checks](real_models_checks.md). What the first steps of training do to the default "
-        "guide's start: [a table](real_models_training.md).",
+        "guide's start: [a table](real_models_training.md); what that start is worth by itself: [another]"
+        "(real_models_starts.md).",
         "",
         "Every guide has the same processor time (one thread, float64), `Trace_ELBO` with one particle and Adam. The "
         f"rate is the best of {rates} by the ELBO, less two standard errors, after {CHOICE_SECONDS:g} s with seed "
@@ -320,6 +321,8 @@ def main(argv: list[str] | None = None) -> None:
     (flags.out / "real_models.md").write_text(page(list(Results(flags.results).read().values()), flags.out))
     trained = list(Results(survival.RESULTS).read().values())
     (flags.out / "real_models_training.md").write_text(survival.page(trained))
+    begun = list(Results(starts.RESULTS).read().values())
+    (flags.out / "real_models_starts.md").write_text(starts.page(begun))
 
 
 if __name__ == "__main__":
