@@ -15,6 +15,7 @@ from pyro_graphflows.guides import Flow, auto_faithful_guide
 from pyro_graphflows.guides.conditionals.coupled import (
     BesidePriors,
     CoupledNormal,
+    exchangeable_start,
     factor_pairs_start,
     pairs_start,
 )
@@ -648,3 +649,38 @@ def test_a_total_of_vectors_is_exact_from_the_start_and_in_training():
     for _ in range(30):
         svi.step(y)
     assert Trace_ELBO(num_particles=100).loss(model, guide, y) < exact + 0.6
+
+
+def test_columns_of_vectors_make_the_covariance_of_draws():
+    """Pairs vary together in one direction and against each other in another one."""
+    number, size = 3, 2
+    alone = torch.tensor([[1.0, 0.5], [0.5, 2.0]])
+    pairs = torch.tensor([[0.3, 0.2], [0.2, -0.2]])
+    covariance = torch.kron(torch.ones(number, number), pairs) + torch.kron(torch.eye(number), alone)
+    draws = dist.MultivariateNormal(torch.zeros(number * size), covariance).sample((200_000,))
+    root, inner, narrow, wide = exchangeable_start(draws.unflatten(-1, (number, size)), [-2])
+    torch.testing.assert_close(root @ root.mT, alone + pairs, rtol=0.0, atol=0.05)
+    assert bool((narrow.norm(dim=0) > 0).logical_xor(wide.norm(dim=0) > 0).all())
+    u, v = narrow.repeat(number, 1), wide.repeat(number, 1)
+    mixing = torch.linalg.inv(torch.eye(number * size) + u @ u.mT) + v @ v.mT
+    scale = torch.block_diag(*[inner] * number)
+    torch.testing.assert_close(scale @ mixing @ scale.mT, covariance, rtol=0.0, atol=0.05)
+
+
+def test_an_amortised_total_of_vectors_is_exact_from_the_start_and_in_training():
+    number, noise, total = 5, 0.1, torch.tensor([2.0, -1.0])
+    prior = torch.tensor([[1.0, 0.6], [0.6, 0.8]])
+
+    def model(total):
+        with pyro.plate("elements", number):
+            z = pyro.sample("z", dist.MultivariateNormal(torch.zeros(2), prior))
+        pyro.sample("total", dist.Normal(z.sum(-2), noise).to_event(1), obs=total)
+
+    normal = dist.MultivariateNormal(torch.zeros(2), number * prior + noise**2 * torch.eye(2))
+    exact = -float(normal.log_prob(total))
+    guide = auto_faithful_guide(model, total)
+    assert Trace_ELBO(num_particles=100).loss(model, guide, total) < exact + 0.2
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+    for _ in range(30):
+        svi.step(total)
+    assert Trace_ELBO(num_particles=100).loss(model, guide, total) < exact + 0.7

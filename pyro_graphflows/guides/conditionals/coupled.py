@@ -27,7 +27,8 @@ and, between any two elements, some covariance :math:`c`, both averaged over ele
 
 .. math:: U_n = \sqrt{k / (1 - N k)}, \qquad V_n = \sqrt{k}.
 
-That is exact for exchangeable elements, as with an observed total of a plate (:func:`exchangeable_start`). Parameters
+That is exact for exchangeable elements, as with an observed total of a plate (:func:`exchangeable_start`). Of vectors
+there is a column for each direction in which their pairs vary together, in units of what they do not share. Parameters
 for each pair start from draws near the posterior of the data, where there are such (:func:`pairs_start`; beside priors
 :func:`factor_pairs_start`).
 """
@@ -419,29 +420,47 @@ class CouplingTerms(nn.Module):
         return parts.movedim(list(range(len(order))), order)
 
 
-def exchangeable_start(residual: Tensor, dims: Sequence[int]) -> tuple[Tensor, bool, Tensor]:
-    """Return the column that makes residuals vary together as samples do, and what it does to the scale.
+class ExchangeableStart(NamedTuple):
+    """How residuals of elements vary together, whichever elements these are.
+
+    Attributes:
+        alone: The root of the covariance that a residual has, lower triangular, ``(size, size)``.
+        inner: The root of what of it elements do not share.
+        narrow: The columns of U in units of that, ``(size, size)``; those of most effect, of U or V, are first.
+        wide: The columns of V.
+    """
+
+    alone: Tensor
+    inner: Tensor
+    narrow: Tensor
+    wide: Tensor
+
+
+def exchangeable_start(residual: Tensor, dims: Sequence[int]) -> ExchangeableStart:
+    """Return the columns that make residuals vary together as samples do, and what they do to the scale.
 
     Args:
-        residual: What values of a scalar site are off their locations, ``(draws, *batch, 1)``.
+        residual: What values of a site are off their locations, ``(draws, *batch, size)``.
         dims: The dimensions of the coupled plates.
-
-    Returns:
-        The entry of the column; whether it is one of U; the change of the logarithm of the scale.
     """
+    residual = in_float64(residual)
     number = torch.Size(residual.shape[dim] for dim in dims).numel()
-    variance = residual.square().mean()
-    total = residual.sum(list(dims)).square().mean() / number
+
+    def moments(rows: Tensor) -> Tensor:
+        flat = rows.flatten(0, -2)
+        return flat.mT @ flat / len(flat)
+
+    variance, total = moments(residual), moments(residual.sum(list(dims))) / number
     covariance = (total - variance) / max(number - 1, 1)
-    inner = (variance - covariance).clamp(min=1e-8)
-    share = covariance.abs() / inner
-    negative = bool(covariance < 0)
-    if negative:
-        share = share.clamp(max=MOST_COUPLING / number)
-        entry = (share / (1 - number * share)).sqrt()
-    else:
-        entry = share.sqrt()
-    return entry, negative, 0.5 * (inner / variance).log()
+    least = 1e-8 * torch.eye(len(variance)).to(variance)
+    alone, inner = (torch.linalg.cholesky(each + least) for each in (variance, variance - covariance))
+    half = torch.linalg.solve_triangular(inner, covariance, upper=False)
+    shares, directions = torch.linalg.eigh(torch.linalg.solve_triangular(inner, half.mT, upper=False))
+    order = shares.abs().argsort(descending=True)
+    shares, directions = shares[order], directions[:, order]
+    negative = (-shares).clamp(0.0, MOST_COUPLING / number)
+    narrow, wide = (negative / (1 - number * negative)).sqrt(), shares.clamp(min=0.0).sqrt()
+    return ExchangeableStart(alone, inner, directions * narrow, directions * wide)
 
 
 def pairs_start(residual: Tensor) -> tuple[Tensor, Tensor]:

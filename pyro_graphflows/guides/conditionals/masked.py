@@ -728,41 +728,62 @@ class MaskedConditionals(Conditionals):
                     else:
                         self._start_pairs_(site, terms, of_elements[site], values[site])
                 continue
-            entry, negative = 0.0, False
+            size = factor.size
+            narrow, wide, inner = torch.zeros(size, size), torch.zeros(size, size), None
             if self.fuses(site):
                 share = shares.get(site, 0.0)
-                entry, negative = abs(share) ** 0.5, share < 0
-            elif values is not None and site in shared and factor.size == 1:
+                (narrow if share < 0 else wide)[0, 0] = abs(share) ** 0.5
+            elif values is not None and site in shared:
                 dims = [plates[name].dim - 1 for name in terms.names]
                 residual = (values[site] - shared[site].mean) / self.output_units(site)[1]
-                column, negative, log_scale = exchangeable_start(residual, dims)
-                entry = float(column)
-                self.network.add_(self.outputs[site].start + factor.size, float(log_scale))
-            self._start_columns_(site, entry if negative else 0.0, 0.0 if negative else entry, terms.number)
+                alone, inner, narrow, wide = exchangeable_start(residual, dims)
+                widths = [each.diagonal() for each in (alone, inner)]
+                rows, columns = torch.tril_indices(size, size, -1)
+                before, after = ((alone / widths[0][:, None]), (inner / widths[1][:, None]))
+                more = [(widths[1] / widths[0]).log(), (after - before)[rows, columns]]
+                self.add_to_outputs_(site, torch.cat([torch.zeros(size).to(inner), *more]))
+            if inner is None and size == 1 and self.network.units is not None:
+                inner = self.network.units.bias[self.outputs[site].start + 1].exp().reshape(1, 1)
+            self._start_columns_(site, narrow, wide, terms.number, inner)
 
-    def _start_columns_(self, site: str, narrow: float, wide: float, number: int) -> None:
-        """Let the columns of U and V be near zero but for one entry of each; what all elements share may be narrow.
+    def _start_columns_(
+        self, site: str, narrow: Tensor, wide: Tensor, number: int, inner: Tensor | None
+    ) -> None:
+        """Let the columns of U and V be near zero but for some; what all elements share may be narrow.
 
-        The mean of elements has the variance 1 / (1 + N narrow²), and columns of V add N of their squares to it.
+        In a direction in which U has a column of length u the mean of elements has the variance 1 / (1 + N u²), and
+        columns of V add N of their squares to it.
+
+        Args:
+            site: The site.
+            narrow: Columns of U, orthogonal, ``(size, size)``; as many count as there are.
+            wide: Columns of V.
+            number: The number of elements.
+            inner: The root of the covariance of an element but for these columns, if it is known.
         """
         factor, rows = self.factors[site], self.outputs[site]
         assert isinstance(factor, CoupledFactor)
         assert self.network.skip is not None
-        least = (1.0 + number * narrow**2) ** -0.5  # of the mean's scale
         like = self.network.skip.weight
-        columns = WAKE * torch.randn(factor.size, 2, factor.rank, dtype=like.dtype, device=like.device)
+        size, count = factor.size, min(factor.size, factor.rank)
+        narrow, wide = narrow[:, :count].to(like), wide[:, :count].to(like)
+        lengths = narrow.norm(dim=0)
+        least = (1.0 + number * lengths.max() ** 2) ** -0.5  # of the mean's scale
+        columns = WAKE * torch.randn(size, 2, factor.rank, dtype=like.dtype, device=like.device)
         units = torch.ones_like(columns)
         columns[:, 1] *= least
         units[:, 1] *= least
-        columns[0, :, 0] += columns.new_tensor([narrow, wide])
-        units[0, 0, 0] = max(1.0, narrow)
+        columns[..., :count] += torch.stack([narrow, wide], 1)
+        units[:, 0, :count] = torch.maximum(units[:, 0, :count], narrow.abs())
         at = slice(rows.start + factor.num_inner, rows.stop)
         weights = columns.new_zeros(columns.numel(), self.num_inputs)
         self.network.set_linear_(at, weights, columns.flatten(), units.flatten())
         own = self.network.units
-        if own is not None and factor.size == 1:  # locations move all elements at once
-            shared = least * own.bias[rows.start + factor.size].exp()
-            own.unit[rows.start] = torch.minimum(own.unit[rows.start], shared)
+        if own is not None and inner is not None:  # locations move all elements at once
+            inverse = torch.linalg.inv(inner.to(like))
+            precision = inverse.mT @ (torch.eye(size).to(like) + number * narrow @ narrow.mT) @ inverse
+            locs = slice(rows.start, rows.start + size)
+            own.unit[locs] = torch.minimum(own.unit[locs], precision.diagonal().rsqrt())
 
     def _coupled(
         self,
