@@ -76,6 +76,11 @@ def test_chains_that_would_take_long_are_shorter_or_left(monkeypatch):
     assert len(run_short_chains(slow(0.002), torch.randn(4, 1))) == 45 * 4
 
 
+def test_chains_of_many_numbers_are_left():
+    many = Coordinates(lambda x: -0.5 * x.square().sum(-1), torch.zeros(200), torch.eye(200))
+    assert run_short_chains(many, torch.randn(CHAINS, 200)) is None
+
+
 def test_chains_begin_where_there_is_a_density():
     nowhere = Coordinates(lambda x: x.sum(-1) - math.inf, torch.zeros(1), torch.eye(1))
     assert run_short_chains(nowhere, torch.randn(4, 1)) is None

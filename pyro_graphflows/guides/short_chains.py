@@ -30,6 +30,7 @@ LENGTHS = (
     (15, 45),
 )  # steps that are left out, in which step sizes are found, and steps that are kept
 KERNEL = HMC(max_steps=16)
+LEAST_DRAWS = 40  # for each number: of fewer, regressions on them lose more than chains gain
 FIRST_STEP = 0.5  # in units of the covariance
 EAGERNESS = 0.8  # by which the logarithm of the step size follows the acceptance
 EVERY = 4  # steps of which one is in other coordinates
@@ -121,7 +122,7 @@ class _Chains:
 def run_short_chains(
     coordinates: Coordinates, start: Tensor, other: OtherCoordinates | None = None
 ) -> Tensor | None:
-    """Return what chains have visited, or None where they would take long or cannot begin.
+    """Return what chains have visited, or None where they would take long, would be too few, or cannot begin.
 
     The random state is used and advanced.
 
@@ -133,6 +134,9 @@ def run_short_chains(
     Returns:
         Offsets from the centre in units of the covariance, ``(kept steps * chains, dimensions)``.
     """
+    lengths = [length for length in LENGTHS if length[1] * len(start) >= LEAST_DRAWS * start.shape[1]]
+    if not lengths:
+        return None
     chains = _Chains(coordinates, start)
     finite = chains.state.energy.isfinite().flatten()
     if not bool(finite.any()):
@@ -143,7 +147,7 @@ def run_short_chains(
     elsewhere: _Chains | None = None
     seen: list[Tensor] = []
     visited: list[Tensor] = []
-    left_out, kept = LENGTHS[0]
+    left_out, kept = lengths[0]
     number, began = 0, time.process_time()
     while number < left_out + kept:
         number += 1
@@ -164,7 +168,7 @@ def run_short_chains(
             visited.append(chains.units)
         if number == TRIED:
             each = (time.process_time() - began) / TRIED
-            affordable = [length for length in LENGTHS if each * sum(length) <= MOST_SECONDS]
+            affordable = [length for length in lengths if each * sum(length) <= MOST_SECONDS]
             if not affordable:
                 return None
             left_out, kept = affordable[0]
