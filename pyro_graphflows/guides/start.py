@@ -1195,7 +1195,7 @@ def choose_start(
         if found is None:  # no data, or a sum over sites beside the scale of a plate
             return (built if name == usual else build_usual()), None
         losses[name] = found.loss
-        if name in ("mode", ALONE) and samples.draws.has_chains:
+        if name in ("mode", ALONE) and samples.draws.has_chains and found.loss < least:
             try:
                 by_chains = build(samples.at_mode(plan, by_chains=True), name)
                 of_chains = judge_start(by_chains) or HOPELESS
