@@ -436,7 +436,7 @@ class Mode:
         return {name: value[:fewest] for name, value in (found | classes).items()}
 
     def with_chains(self, other: "LogPosterior") -> "Mode":
-        """Return the same with what short chains visit, where the normal is not close and the density takes no time.
+        """Return the same with what short chains visit, where the normal is neither close nor far off, and there is time.
 
         The random state is used and advanced.
 
@@ -447,7 +447,7 @@ class Mode:
             torch.randn(n, len(self.point)).to(self.point) for n in (2 * NUM_DRAWS, NUM_JUDGING)
         )
         try:
-            if not self.posterior.takes_many(start) or self.gap(judging) < EXACT:
+            if not self.posterior.takes_many(start) or not EXACT < self.gap(judging) < FAR:
                 return self
             return replace(self, visited=self._visited(start, other))
         except (RuntimeError, ValueError, ArithmeticError):  # of the model, at values far out
