@@ -436,7 +436,7 @@ class Mode:
         return {name: value[:fewest] for name, value in (found | classes).items()}
 
     def with_chains(self, other: "LogPosterior") -> "Mode":
-        """Return the same with what short chains visit, where the normal is neither close nor far off, and there is time.
+        """Return the same with what short chains visit, where the normal is neither close nor far and there is time.
 
         The random state is used and advanced.
 
