@@ -1196,18 +1196,18 @@ def choose_start(
             return (built if name == usual else build_usual()), None
         losses[name] = found.loss
         if name in ("mode", ALONE) and samples.draws.has_chains and found.loss < least:
+            of_normal, by_chains, of_chains = found, built, HOPELESS
             try:
                 by_chains = build(samples.at_mode(plan, by_chains=True), name)
                 of_chains = judge_start(by_chains) or HOPELESS
             except (ValueError, ArithmeticError, RuntimeError) as error:  # as above
                 reasons.append(f"no start {CHAINS}: {error}")
-                by_chains, of_chains = built, HOPELESS
-            normal_loss, chains_loss = found.loss, of_chains.loss
-            if chains_loss < normal_loss:
-                built, found = by_chains, of_chains
-                losses[name] = chains_loss
+            other, loser = CHAINS, of_chains
+            if of_chains.loss < of_normal.loss:
+                built, found, other, loser = by_chains, of_chains, NORMAL, of_normal
+            losses[name] = found.loss
             if name == "mode":
-                losses |= {NORMAL: normal_loss} if found is of_chains else {CHAINS: chains_loss}
+                losses[other] = loser.loss
         candidates[name] = built
         if best is None or found.loss < least + (STEADIER if name == BOTH else 0.0):
             if (has_one_datum or is_amortised) and best is not None:
