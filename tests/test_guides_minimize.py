@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from pyro_graphflows.guides.minimize import fit_normal, hessian_at, lbfgs, loss_and_gradient, newton
+from pyro_graphflows.guides import minimize
+from pyro_graphflows.guides.minimize import Hessians, fit_normal, lbfgs, loss_and_gradient
 
 
 def random_quadratic(size):
@@ -17,6 +18,10 @@ def random_quadratic(size):
 
 def rosenbrock(x):
     return (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()
+
+
+def newton(function, point):
+    return minimize.newton(Hessians(function), point)
 
 
 @pytest.mark.parametrize("search", [newton, lbfgs])
@@ -60,8 +65,8 @@ def test_hessians_by_products_and_by_differences():
                 return grad * torch.autograd.grad(function(x), x)[0]
 
     point = torch.randn(4)
-    torch.testing.assert_close(hessian_at(function, point), matrix)
-    torch.testing.assert_close(hessian_at(Plain.apply, point), matrix, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(Hessians(function).at(point)[2], matrix)
+    torch.testing.assert_close(Hessians(Plain.apply).at(point)[2], matrix, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("search", [newton, lbfgs])
@@ -76,7 +81,7 @@ def test_steps_into_undefined_regions_are_shortened(search):
     loss, gradient = loss_and_gradient(function, torch.tensor([-1.0, 1.0]))
     assert loss == float("inf")
     assert not gradient.any()
-    assert hessian_at(function, torch.tensor([-1.0, 1.0])) is None
+    assert Hessians(function).at(torch.tensor([-1.0, 1.0]))[2] is None
 
 
 def test_normals_are_found_exactly_from_far_off_and_at_last_from_many_draws():
@@ -113,3 +118,74 @@ def test_where_a_function_is_not_defined_a_normal_gets_narrower():
     loc, factor = fit_normal(function, torch.zeros(2), 8.0 * torch.eye(2))
     torch.testing.assert_close(factor @ factor.T, torch.eye(2) / 100, rtol=0.3, atol=1e-3)
     assert loc.abs().max() < 0.1
+
+
+def curved(rows):
+    """Of many points, with third and fourth derivatives and widths of 1 and .01."""
+    units = torch.tensor([1.0, 0.3, 0.1, 0.01])
+    x = rows / units
+    return x.cosh().log().sum(-1) + (x[..., 0] * x[..., 1]).sin() + x.square().sum(-1)
+
+
+def slow(function, rows, point):
+    """Return what finds Hessians, after products that took long."""
+    hessians = Hessians(function, rows)
+    hessians.at(point)
+    hessians._seconds = [1e3, 1e3]
+    return hessians
+
+
+def test_where_products_take_long_differences_at_many_points_are_one_evaluation():
+    numbers = []
+
+    def rows(points):
+        numbers.append(len(points))
+        return curved(points)
+
+    point = torch.tensor([0.3, -0.2, 0.05, 0.01])
+    hessians = slow(curved, rows, point)
+    assert hessians.cheaply_at(point)[2] is None
+    for _ in range(3):
+        point = 0.9 * point
+        loss, gradient, hessian = hessians.at(point)
+        torch.testing.assert_close(loss, curved(point))
+        torch.testing.assert_close(gradient, loss_and_gradient(curved, point)[1])
+        expected = torch.autograd.functional.hessian(curved, point)
+        torch.testing.assert_close(hessian, expected, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(hessians.cheaply_at(point)[2], hessian)
+    assert numbers == [9] * 6
+
+
+def test_differences_are_left_where_they_are_wrong_or_take_longer():
+    def rounded(points):
+        return curved(points.float()).double()
+
+    point = torch.tensor([0.3, -0.2, 0.05, 0.01])
+    expected = torch.autograd.functional.hessian(curved, point)
+    for function, rows in (
+        (curved, rounded),
+        (curved, None),
+        (curved, lambda points: math.nan * points.sum(-1)),
+    ):
+        hessians = slow(function, rows, point)
+        torch.testing.assert_close(hessians.at(point)[2], expected)
+        assert hessians.cheaply_at(point)[2] is None
+    hessians = slow(curved, curved, point)
+    hessians._seconds = [minimize.LONG / 2] * 2  # not long
+    hessians.at(point)
+    assert hessians.cheaply_at(point)[2] is None
+
+
+def test_newton_and_normals_by_differences(monkeypatch):
+    hessians = slow(curved, curved, torch.full((4,), 0.1))
+    found = minimize.newton(hessians, torch.tensor([0.5, 0.2, 0.1, 0.02]))
+    torch.testing.assert_close(found, torch.zeros(4), rtol=0, atol=1e-3)
+    monkeypatch.setattr(minimize, "LONG", -1.0)
+    found = []
+    for has_units in (False, True):
+        options = {"generator": torch.Generator().manual_seed(0), "has_units": has_units}
+        found.append(
+            fit_normal(lambda x: (x.exp() - 3.0 * x).sum(-1), torch.zeros(5), torch.eye(5), **options)
+        )
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

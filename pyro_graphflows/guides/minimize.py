@@ -7,7 +7,6 @@ goes downhill by the same derivatives, those of the mean over its draws.
 import math
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,9 +16,10 @@ from pyro_graphflows.guides.sparse_hessians import Sparsity
 __all__ = [
     "LEAST_CURVATURE",
     "OUTSIDE",
+    "Hessians",
     "Objective",
+    "Rows",
     "fit_normal",
-    "hessian_at",
     "lbfgs",
     "loss_and_gradient",
     "newton",
@@ -27,6 +27,8 @@ __all__ = [
 ]
 
 Objective = Callable[[Tensor], Tensor]  # from a vector to a number
+Evaluation = tuple[Tensor, Tensor, Tensor | None]  # value, gradient, Hessian if known
+Rows = Callable[[Tensor], Tensor]  # from vectors in rows to numbers
 # errors of a model where it is not defined
 OUTSIDE = (ValueError, ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 
@@ -38,6 +40,9 @@ SHORTEST = 1e-8  # step of a line search
 SUFFICIENT = 1e-4  # Armijo's constant
 LEAST_CURVATURE = 1e-7  # relative to the greatest, after each coordinate is scaled by its own
 DIFFERENCE = 1e-5  # of points, where products with Hessians cannot be computed
+# Central differences of gradients at many points: numbers up to which there are any, the processor time of products
+# that is long, the distance of points in units of the widths that curvatures suggest, and the asymmetry that is right.
+MOST_OF_DIFFERENCES, LONG, SHARE_OF_WIDTH, ASYMMETRY = 16, 0.05, 1e-4, 1e-4
 RATES = (0.5,) * 5 + (0.3,) * 5 + (0.1,) * 10  # of a normal's steps: far at first, then means over many draws
 NUM_PAIRS = 4  # of opposite draws, for each of them
 MOST_CHANGE = 10.0  # of a precision in a step, in units of what it is
@@ -62,24 +67,95 @@ def _with_graph(objective: Objective, point: Tensor, *, graph: bool) -> tuple[Te
     return (loss.detach(), gradient, point) if finite else nothing
 
 
-def hessian_at(objective: Objective, point: Tensor, sparsity: Sparsity | None = None) -> Tensor | None:
-    """Return the Hessian of a function; None where it is not finite.
+class Hessians:
+    """Values, gradients and Hessians of one function, by what takes the least time.
+
+    Products of the Hessian with vectors are exact, and :class:`Sparsity` learns how few there have to be. Where they
+    take long, as those of thousands of small operations do, and the function is known at many points at once, central
+    differences of its gradients are one evaluation without second derivatives. They are tried once products have been
+    timed, and kept where they take less.
 
     Args:
         objective: The function.
-        point: Where.
+        rows: The same from many points, in coordinates of about unit size; none if not given.
         sparsity: What is known of its Hessians.
+
+    Attributes:
+        has_products: Whether the operations allow products with many vectors, so far as is known.
     """
-    loss, gradient, point = _with_graph(objective, point, graph=True)
-    if not bool(torch.isfinite(loss)):
-        return None
-    hessian = _by_products(gradient, point, sparsity)
-    if hessian is None:
-        hessian = _by_differences(objective, point.detach(), gradient.detach())
-    return (hessian + hessian.T) / 2 if bool(torch.isfinite(hessian).all()) else None
+
+    def __init__(
+        self, objective: Objective, rows: Rows | None = None, sparsity: Sparsity | None = None
+    ) -> None:
+        self.objective, self._rows = objective, rows
+        self.has_products = True
+        self._sparsity = sparsity or Sparsity()
+        self._seconds: list[float] = []  # of products
+        self._differs: bool | None = None  # whether differences take less; None before they are tried
+        self._widths: Tensor | None = None
+
+    def at(self, point: Tensor) -> Evaluation:
+        """Return value, gradient and Hessian at a point.
+
+        The Hessian is None where it is not finite; the value is infinite where the function cannot be evaluated.
+        """
+        long = len(self._seconds) > 1 and min(self._seconds) > LONG
+        few = self._rows is not None and len(point) <= MOST_OF_DIFFERENCES
+        if few and long and self._differs is not False:
+            began = time.process_time()
+            found = self._by_many_differences(point)
+            if self._differs is None:
+                self._differs = found is not None and time.process_time() - began < min(self._seconds)
+            if found is not None:
+                return found
+        began = time.process_time()
+        loss, gradient, point = _with_graph(self.objective, point, graph=True)
+        if not bool(torch.isfinite(loss)):
+            return loss, gradient.detach(), None
+        hessian = _by_products(gradient, point, self._sparsity)
+        self._seconds.append(time.process_time() - began)
+        if hessian is None:
+            self.has_products = False
+            hessian = _by_differences(self.objective, point.detach(), gradient.detach())
+        return loss, gradient.detach(), self._seen(hessian)
+
+    def cheaply_at(self, point: Tensor) -> Evaluation:
+        """Return the same, but no Hessian where that takes longer than value and gradient."""
+        return self.at(point) if self._differs else (*loss_and_gradient(self.objective, point), None)
+
+    def _seen(self, hessian: Tensor) -> Tensor | None:
+        """Return a Hessian as it is symmetric, and know its widths from now on; None where it is not finite."""
+        if not bool(torch.isfinite(hessian).all()):
+            return None
+        self._widths = hessian.diagonal().abs().clamp(min=1.0).rsqrt()
+        return (hessian + hessian.T) / 2
+
+    def _by_many_differences(self, point: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return value, gradient and Hessian by differences; None where these are not right."""
+        rows, widths, size = self._rows, self._widths, len(point)
+        assert rows is not None
+        if widths is None:
+            return None
+        offsets = (SHARE_OF_WIDTH * widths).diag()
+        points = point.detach() + torch.cat([offsets, -offsets, torch.zeros_like(offsets[:1])])
+        points.requires_grad_()
+        try:
+            with torch.enable_grad():
+                losses = rows(points)
+                (slopes,) = torch.autograd.grad(losses.sum(), points)
+        except (RuntimeError, *OUTSIDE):  # of memory, say
+            return None
+        if not bool(torch.isfinite(losses).all()) or not bool(torch.isfinite(slopes).all()):
+            return None
+        hessian = (slopes[:size] - slopes[size:-1]) / (2 * SHARE_OF_WIDTH * widths.unsqueeze(-1))
+        scaled = hessian * widths * widths.unsqueeze(-1)
+        if float((scaled - scaled.T).abs().max()) > ASYMMETRY * float(scaled.abs().max()):
+            return None
+        found = self._seen(hessian)
+        return None if found is None else (losses[-1].detach(), slopes[-1], found)
 
 
-def _by_products(gradient: Tensor, point: Tensor, sparsity: Sparsity | None) -> Tensor | None:
+def _by_products(gradient: Tensor, point: Tensor, sparsity: Sparsity) -> Tensor | None:
     """Return the Hessian by products with many vectors at once; None where operations do not allow that."""
 
     def products(vectors: Tensor) -> Tensor:
@@ -88,7 +164,7 @@ def _by_products(gradient: Tensor, point: Tensor, sparsity: Sparsity | None) -> 
         return rows.detach()
 
     try:
-        return (sparsity or Sparsity()).hessian(products, len(point))
+        return sparsity.hessian(products, len(point))
     except (RuntimeError, NotImplementedError):
         return None
 
@@ -110,32 +186,31 @@ def scaled_eigenvalues(hessian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return width, values, vectors
 
 
-def newton(objective: Objective, point: Tensor, steps: int = MOST_STEPS) -> Tensor:
+def newton(hessians: Hessians, point: Tensor, steps: int = MOST_STEPS) -> Tensor:
     """Go downhill by Newton's method, with absolute values of curvatures, so that saddles are left [2].
 
     Args:
-        objective: The function.
+        hessians: Of the function.
         point: Where to begin.
         steps: The most steps.
 
     References:
         [2] Dauphin et al. (2014), Identifying and attacking the saddle point problem, NeurIPS.
     """
-    sparsity = Sparsity()
-    loss, gradient = loss_and_gradient(objective, point)
+    hessian: Tensor | None = None
     for _ in range(steps):
-        hessian = hessian_at(objective, point, sparsity)
+        if hessian is None:
+            loss, gradient, hessian = hessians.at(point)
         if hessian is None:
             return point
         width, values, vectors = scaled_eigenvalues(hessian)
         values = values.abs().clamp(min=LEAST_CURVATURE * float(values.abs().max()))
         step = -width * (vectors @ ((vectors.T @ (width * gradient)) / values))
-        found = _line_search(objective, point, float(loss), gradient, step)
+        found = _line_search(hessians.cheaply_at, point, float(loss), gradient, step)
         if found is None:
             return point
-        moved, new_loss, gradient = found
-        gained = float(loss) - float(new_loss)
-        point, loss = moved, new_loss
+        gained = float(loss) - float(found[1])
+        point, loss, gradient, hessian = found
         if gained < ENOUGH * (1 + abs(float(loss))):
             return point
     return point
@@ -152,8 +227,12 @@ def lbfgs(objective: Objective, point: Tensor, seconds: float = math.inf) -> Ten
     References:
         [3] Liu and Nocedal (1989), On the limited memory BFGS method, Mathematical Programming 45.
     """
+
+    def evaluate(point: Tensor) -> tuple[Tensor, Tensor, None]:
+        return (*loss_and_gradient(objective, point), None)
+
     began = time.process_time()
-    loss, gradient = loss_and_gradient(objective, point)
+    loss, gradient, _ = evaluate(point)
     pairs: list[tuple[Tensor, Tensor]] = []
     poor = 0
     for _ in range(MOST_EVALUATIONS):
@@ -162,13 +241,13 @@ def lbfgs(objective: Objective, point: Tensor, seconds: float = math.inf) -> Ten
         step = -_two_loops(gradient, pairs)
         if not pairs:
             step = step / max(1.0, float(step.norm()))
-        found = _line_search(objective, point, float(loss), gradient, step)
+        found = _line_search(evaluate, point, float(loss), gradient, step)
         if found is None:
             if not pairs:
                 return point
             pairs = []
             continue
-        moved, new_loss, new_gradient = found
+        moved, new_loss, new_gradient, _ = found
         pair = moved - point, new_gradient - gradient
         if float(pair[0] @ pair[1]) > 1e-10 * float(pair[0].norm() * pair[1].norm()):
             pairs = [*pairs[-MEMORY + 1 :], pair]
@@ -197,18 +276,18 @@ def _two_loops(gradient: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tens
 
 
 def _line_search(
-    objective: Objective, point: Tensor, loss: float, gradient: Tensor, step: Tensor
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return a point along a step at which the loss is low enough, its loss and its gradient; None if there is none."""
+    evaluate: Callable[[Tensor], Evaluation], point: Tensor, loss: float, gradient: Tensor, step: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
+    """Return a point along a step at which the loss is low enough, and what is known there; None if there is none."""
     slope = float(gradient @ step)
     if not slope < 0:
         return None
     length = 1.0
     while length > SHORTEST:
         moved = point + length * step
-        new_loss, new_gradient = loss_and_gradient(objective, moved)
+        new_loss, new_gradient, hessian = evaluate(moved)
         if float(new_loss) <= loss + SUFFICIENT * length * slope:
-            return moved, new_loss, new_gradient
+            return moved, new_loss, new_gradient, hessian
         length *= 0.5 if math.isfinite(float(new_loss)) else 0.1
     return None
 
@@ -219,6 +298,7 @@ def fit_normal(
     factor: Tensor,
     generator: torch.Generator | None = None,
     seconds: float = math.inf,
+    has_units: bool = False,
 ) -> tuple[Tensor, Tensor]:
     r"""Fit a normal to :math:`e^{-f}` by natural-gradient steps on its ELBO, with fresh draws in each.
 
@@ -232,6 +312,7 @@ def fit_normal(
         factor: A square root of the covariance at first.
         generator: Of the draws; torch's own by default.
         seconds: Of processor time, after which no further step is begun.
+        has_units: Whether the coordinates are of about unit size.
 
     Returns:
         The mean and a square root of the covariance; those given where Hessians cannot be computed.
@@ -240,27 +321,31 @@ def fit_normal(
         [4] Opper and Archambeau (2009), The Variational Gaussian Approximation Revisited, Neural Computation 21.
         [5] Lin, Schmidt and Khan (2020), Handling the Positive-Definite Constraint in the Bayesian Learning Rule, ICML.
     """
+    offsets = torch.zeros_like(factor[:1])
 
-    def mean(offsets: Tensor, centre: Tensor) -> Tensor:
+    def mean(centre: Tensor) -> Tensor:
         return objective(centre + offsets).mean()
 
-    sparsity, began = Sparsity(), time.process_time()
+    def means(centres: Tensor) -> Tensor:
+        points = centres.unsqueeze(1) + offsets
+        return objective(points.flatten(0, 1)).reshape(points.shape[:2]).mean(-1)
+
+    hessians, began = Hessians(mean, means if has_units else None), time.process_time()
     for rate in RATES:
         if time.process_time() - began > seconds:
             break
         noise = torch.randn(NUM_PAIRS, len(loc), generator=generator).to(loc)
         offsets = torch.cat([noise, -noise]) @ factor.T
-        loss, gradient, point = _with_graph(partial(mean, offsets), loc, graph=True)
-        hessian = _by_products(gradient, point, sparsity) if bool(torch.isfinite(loss)) else None
-        if hessian is None and bool(torch.isfinite(loss)):
+        _, gradient, hessian = hessians.at(loc)
+        if not hessians.has_products:
             return loc, factor
-        if hessian is None or not bool(torch.isfinite(hessian).all()):
+        if hessian is None:
             factor = 0.5 * factor  # draws so far out that the function cannot be evaluated there
             continue
-        white = factor.T @ ((hessian + hessian.T) / 2) @ factor
+        white = factor.T @ hessian @ factor
         values, vectors = torch.linalg.eigh(white)
         change = values.clamp(-MOST_CHANGE, MOST_CHANGE) - 1.0
-        step = factor.T @ gradient.detach()
+        step = factor.T @ gradient
         step = step / max(1.0, float(step.norm()) / len(loc) ** 0.5)
         loc = loc - rate * (factor @ step)
         change = (1.0 + rate * change + (rate * change).square() / 2).rsqrt()

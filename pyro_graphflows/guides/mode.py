@@ -54,9 +54,10 @@ from pyro_graphflows.guides.captured_density import CapturedDensity
 from pyro_graphflows.guides.class_sums import ClassSums
 from pyro_graphflows.guides.minimize import (
     LEAST_CURVATURE,
+    Hessians,
     Objective,
+    Rows,
     fit_normal,
-    hessian_at,
     lbfgs,
     loss_and_gradient,
     newton,
@@ -740,6 +741,15 @@ class LogPosterior:
         self._maps = self.takes_plate = False
         return False
 
+    def hessians(self) -> Hessians:
+        """Return what finds Hessians of minus the density, by many points at once where those are known to be right."""
+
+        def negative(points: Tensor) -> Tensor:
+            return -self(points)
+
+        takes_many = self.takes_plate or self._maps
+        return Hessians(negative, negative if takes_many and self.proper else None)
+
     # ---------------------------------------------------------------- values at many points
 
     @torch.no_grad()
@@ -897,12 +907,13 @@ def _search(posterior: LogPosterior, traced: TracedModel) -> Mode:
         start = normal(size)
     else:
         raise UnsupportedModelError("the model's density is not finite at any point that was tried.")
+    noise = normal(NUM_DRAWS, size)
+    noise = torch.cat([noise, -noise])
+    takes_many = posterior.takes_many(noise)
     laplace = _laplace(posterior, start)
     if laplace is None:
         raise UnsupportedModelError("the curvature at the mode is not finite.")
-    noise = normal(NUM_DRAWS, size)
-    noise = torch.cat([noise, -noise])
-    if not posterior.takes_many(noise):
+    if not takes_many:
         return laplace
     seconds = _seconds_of_gradient(posterior, noise)
     if seconds > MOST_SECONDS:
@@ -970,7 +981,7 @@ def _fitted(
     posterior, elbo = mode.posterior, mode.elbo(noise)
     for _ in range(most_rounds):
         loc, factor = fit_normal(
-            lambda points: -posterior(points), mode.point, mode.factor, generator, seconds
+            lambda points: -posterior(points), mode.point, mode.factor, generator, seconds, posterior.proper
         )
         moved = Mode(posterior, loc, factor)
         before, elbo = elbo, moved.elbo(noise)
@@ -988,13 +999,12 @@ def _laplace(posterior: LogPosterior, start: Tensor) -> Mode | None:
     Mixtures and what is like them have modes in which a component is not used. Further searches begin at random points,
     which are the same in each set-up, as many as there is time for.
     """
-
-    def negative(point: Tensor) -> Tensor:
-        return -posterior(point)
+    hessians = posterior.hessians()
 
     def search(first: Tensor) -> Mode | None:
-        point = newton(negative, first) if len(first) <= MOST_NEWTON else lbfgs(negative, first)
-        hessian = hessian_at(negative, point)
+        is_small = len(first) <= MOST_NEWTON
+        point = newton(hessians, first) if is_small else lbfgs(hessians.objective, first)
+        hessian = hessians.at(point)[2]
         if hessian is None:
             return None
         return Mode(posterior, point, _square_root_of_inverse(hessian, least))
@@ -1038,17 +1048,14 @@ def _centred(
     if centred is None or centred.size != posterior.size or centred.size > MOST_NEWTON:
         return []
     centred.count = posterior.count
-
-    def negative(point: Tensor) -> Tensor:
-        return -centred(point)
-
+    hessians = centred.hessians()
     point = centred.point_from(posterior, near)
-    if not bool(torch.isfinite(loss_and_gradient(negative, point)[0])):
+    if not bool(torch.isfinite(loss_and_gradient(hessians.objective, point)[0])):
         return []
     if not centred.takes_many(point + torch.zeros(2, len(point)).to(point)):
         return []
-    mode = newton(negative, point, FEW_STEPS)
-    hessian = hessian_at(negative, mode)
+    mode = newton(hessians, point, FEW_STEPS)
+    hessian = hessians.at(mode)[2]
     found = [] if hessian is None else [Mode(centred, mode, _square_root_of_inverse(hessian, None))]
     return [*found, *_variational(centred, (mode, point), generator)]
 
@@ -1073,46 +1080,54 @@ def _variational(
     noise = torch.randn(NUM_DRAWS, size, generator=generator, dtype=torch.float64)
     noise = torch.cat([noise, -noise])
 
-    def loss(both: Tensor) -> Tensor:
-        loc, log_scale = both[:size], both[size:]
-        return -posterior(loc + log_scale.exp() * noise).mean() - log_scale.sum()
+    def losses(rows: Tensor) -> Tensor:
+        loc, log_scale = rows[:, None, :size], rows[:, None, size:]
+        points = loc + log_scale.exp() * noise
+        means = posterior(points.flatten(0, 1)).reshape(points.shape[:2]).mean(-1)
+        return -means - log_scale.sum((-2, -1))
 
     found = []
     for point in points:
-        hessian = hessian_at(lambda point: -posterior(point), point)
+        hessian = posterior.hessians().at(point)[2]
         if hessian is not None:
             widths = -hessian.diagonal().abs().maximum(posterior.least_curvatures).log() / 2
             first = [torch.cat([point, widths + math.log(share)]) for share in SHARES_OF_WIDTH]
-            losses = [float(loss_and_gradient(loss, both)[0]) for both in first]
-            if math.isfinite(min(losses)):
-                found += _independent(posterior, loss, first[losses.index(min(losses))], seconds)
+            each = [float(loss_and_gradient(_alone(losses), both)[0]) for both in first]
+            if math.isfinite(min(each)):
+                found += _independent(posterior, losses, first[each.index(min(each))], seconds)
     return found
 
 
-def _independent(posterior: LogPosterior, loss: Objective, both: Tensor, seconds: float) -> list[Mode]:
+def _alone(rows: Rows) -> Objective:
+    """Return a function of one point that is known as one of many."""
+    return lambda point: rows(point.unsqueeze(0))[0]
+
+
+def _independent(posterior: LogPosterior, losses: Rows, both: Tensor, seconds: float) -> list[Mode]:
     """Return the independent normals to which a search for the least loss leads, and others with their mean.
 
     Args:
         posterior: The density.
-        loss: Minus the ELBO of means and log-scales beside each other.
+        losses: Minus the ELBO for each of many rows of means and log-scales beside each other.
         both: Means and log-scales at first.
         seconds: Of processor time for the search.
     """
     size = posterior.size
     has_time = math.isinf(seconds)
     is_small = 2 * size <= MOST_NEWTON_OF_NORMALS and has_time
+    hessians = Hessians(_alone(losses), losses if posterior.proper else None)
     if is_small:
-        both = newton(loss, both)
+        both = newton(hessians, both)
     else:
         for _ in range(SEARCHES if has_time else 1):
-            both = lbfgs(loss, both, seconds)
+            both = lbfgs(hessians.objective, both, seconds)
     loc, scale = both[:size].detach(), both[size:].detach().exp()
     found = [Mode(posterior, loc, scale.diag())]
-    own_hessian = hessian_at(lambda point: -posterior(point), loc)
+    own_hessian = posterior.hessians().at(loc)[2]
     if own_hessian is not None:
         least = LEAST_PRECISION if posterior.proper else None
         found.append(Mode(posterior, loc, _square_root_of_inverse(own_hessian, least)))
-    hessian = hessian_at(loss, both) if is_small else None
+    hessian = hessians.at(both)[2] if is_small else None
     if hessian is not None:
         width, values, vectors = scaled_eigenvalues(hessian)
         if float(values.min()) > LEAST_CURVATURE * float(values.max()):
