@@ -139,10 +139,6 @@ def test_one_start_for_many_points():
     for _ in range(2):
         z = torch.randn(3, 2)
         assert torch.equal(evaluation(z), net(z, context))
-    rows = torch.tensor([2, 0])
-    torch.testing.assert_close(evaluation.select(rows)(z[rows]), net(z, context)[rows])
-    alone = MaskedResidualNet([{0}], 1).start()
-    assert torch.equal(alone.select(rows)(z[rows, :1]), alone(z[rows, :1]))
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])

@@ -8,7 +8,6 @@ pass with tangent 1 in every input, and with the weights between units of differ
 yields the whole diagonal, exactly, at any depth, for the price of one more pass.
 """
 
-import copy
 from collections.abc import Callable, Collection, Sequence
 
 import torch
@@ -20,8 +19,9 @@ from pyro_graphflows.nn.activations import Activation, make_activation
 from pyro_graphflows.nn.fused_residual import FusedResidual, OwnerPass, residual_chain
 from pyro_graphflows.nn.lipschitz import SpectralBound, bounded_entries
 from pyro_graphflows.nn.masked import FUSED_OVERHEAD, MaskedLinear, fastest_engine
+from pyro_graphflows.nn.sparse import SparsePattern
 
-__all__ = ["MaskedResidualNet", "ResidualEvaluation", "all_entries", "go_through"]
+__all__ = ["ContextLayers", "MaskedResidualNet", "ResidualEvaluation", "all_entries", "go_through"]
 
 
 class MaskedResidualNet(nn.Module):
@@ -170,10 +170,16 @@ class ResidualEvaluation:
         net: The network.
         context: The context, of shape (*batch, C).
         entries: The weights of the layers, if they are known; see :func:`all_entries`.
+        added: What the context adds to the first layer, of shape (H, elements of the batch), if it is known; see
+            :class:`ContextLayers`.
     """
 
     def __init__(
-        self, net: MaskedResidualNet, context: Tensor | None = None, entries: Sequence[Tensor] | None = None
+        self,
+        net: MaskedResidualNet,
+        context: Tensor | None = None,
+        entries: Sequence[Tensor] | None = None,
+        added: Tensor | None = None,
     ) -> None:
         got = 0 if context is None else context.shape[-1]
         if got != net.context_dim:
@@ -181,9 +187,16 @@ class ResidualEvaluation:
         self._net = net
         self._layers = net._masked_layers()
         self._entries = net.entries() if entries is None else entries
-        self._shift = None if context is None else _by_context(net, context)
-        self._columns: tuple[torch.Size, Tensor] | None = None  # the shift for a batch shape, features first
         beta = net.activation.input_scale()
+        self.batch_shape = torch.Size() if context is None else context.shape[:-1]
+        if context is not None and added is None:
+            assert net.context_layer is not None
+            layer, columns = net.context_layer, context_columns(context)
+            dense = layer.engine == "dense"
+            added = layer.entries() @ columns if dense else layer.pattern.matmul(layer.weight, columns)
+        self._shift = added
+        self._own_columns = added if added is None or beta is None else added * beta
+        self._columns: tuple[torch.Size, Tensor] | None = None  # the same for a larger batch
         self._weights: list[Tensor] = []
         for i, (layer, weight) in enumerate(zip(self._layers, self._entries, strict=True)):
             bias: Tensor | None = layer.bias
@@ -196,19 +209,13 @@ class ResidualEvaluation:
         self._beta = beta
         self._tangents: list[Tensor] | None = None
 
-    def select(self, rows: Tensor) -> "ResidualEvaluation":
-        """Return the evaluation for some of the context's rows (its first dimension), at no cost."""
-        other = copy.copy(self)
-        other._shift = None if self._shift is None else self._shift[rows]
-        other._columns = None
-        return other
-
     def __call__(self, z: Tensor) -> Tensor:
         """Return g(z)."""
         self._check(z.shape[-1])
         first = self._layers[0]
         pre = first.multiply(self._entries[0], z, first.bias)
-        pre = pre if self._shift is None else pre + self._shift
+        if self._shift is not None:
+            pre = pre + self._shift.view(len(self._shift), *self.batch_shape).movedim(0, -1)
         for layer, entries in zip(self._layers[1:], self._entries[1:], strict=True):
             pre = layer.multiply(entries, self._net.activation(pre), layer.bias)
         return pre
@@ -220,11 +227,6 @@ class ResidualEvaluation:
         columns = z.expand(*batch, -1).reshape(batch.numel(), -1).T.contiguous()
         g, diagonal = self.columns(columns, batch)
         return g.T.reshape(*batch, -1), diagonal.T.reshape(*batch, -1)
-
-    @property
-    def batch_shape(self) -> torch.Size:
-        """The batch shape of the context."""
-        return torch.Size() if self._shift is None else self._shift.shape[:-1]
 
     def columns(
         self, z: Tensor, batch: torch.Size | None = None, samples: Tensor | None = None
@@ -263,14 +265,15 @@ class ResidualEvaluation:
         return self._tangents
 
     def _shift_columns(self, z: Tensor, batch: torch.Size | None) -> Tensor | None:
-        if self._shift is None:
-            return None
+        """Return what the context adds where an activation has unit input scale, of shape (H, N)."""
+        own = self._own_columns
         batch = torch.Size(z.shape[1:]) if batch is None else batch
+        if own is None or batch.numel() == own.shape[1]:
+            return own
         if self._columns is None or self._columns[0] != batch:
             with torch.enable_grad():  # the graph is needed if the first use is without gradients
-                shift = self._shift if self._beta is None else self._shift * self._beta
-                columns = shift.expand(*batch, -1).reshape(batch.numel(), shift.shape[-1]).T.contiguous()
-            self._columns = (batch, columns)
+                wide = own.view(len(own), *[1] * (len(batch) - len(self.batch_shape)), *self.batch_shape)
+                self._columns = (batch, wide.expand(-1, *batch).reshape(len(own), -1))
         return self._columns[1]
 
     def _check(self, got: int) -> None:
@@ -278,15 +281,41 @@ class ResidualEvaluation:
             raise GraphflowsError(f"Expected z.shape[-1] == {self._net.num_variables}; got {got}.")
 
 
-def _by_context(net: MaskedResidualNet, context: Tensor) -> Tensor:
-    """Return what the context adds to the first layer, (*batch, H), with features first in memory."""
-    layer = net.context_layer
-    assert layer is not None
-    if layer.engine == "sparse":
-        return layer(context)
-    batch = context.shape[:-1]
-    added = layer.entries() @ context.reshape(batch.numel(), context.shape[-1]).T
-    return added.T.reshape(*batch, len(added))
+class ContextLayers(nn.Module):
+    """What the context adds to the first layers of several networks with one mask, by one product.
+
+    Args:
+        nets: The networks; they are not registered as submodules.
+    """
+
+    def __init__(self, nets: Sequence[MaskedResidualNet]) -> None:
+        super().__init__()
+        layers = [net.context_layer for net in nets if net.context_layer is not None]
+        self.__dict__["_layers"] = tuple(layers)
+        self.number = len(nets)
+        if not layers or layers[0].engine == "dense":
+            return
+        mask = layers[0].sparse_mask()
+        rows = [mask.indices + torch.tensor([[i * mask.shape[0]], [0]]) for i in range(len(layers))]
+        self.pattern = SparsePattern(
+            SparseMask(torch.cat(rows, 1), (len(layers) * mask.shape[0], mask.shape[1]))
+        )
+
+    def forward(self, context: Tensor | None) -> list[Tensor | None]:
+        """Return it for each network, of shape (H, elements of the batch); None without a context."""
+        layers: tuple[MaskedLinear, ...] = self.__dict__["_layers"]
+        if context is None:
+            return [None] * self.number
+        entries = torch.cat([layer.entries() for layer in layers])
+        columns = context_columns(context)
+        sparse = layers[0].engine == "sparse"
+        added = self.pattern.matmul(entries, columns) if sparse else entries @ columns
+        return list(added.split(layers[0].out_features))
+
+
+def context_columns(context: Tensor) -> Tensor:
+    """Return a context, of shape (*batch, C), with features first, (C, elements of the batch)."""
+    return context.reshape(-1, context.shape[-1]).T.contiguous()
 
 
 def all_entries(nets: Sequence[MaskedResidualNet]) -> list[list[Tensor]]:

@@ -25,7 +25,13 @@ from torch import Tensor, nn
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.nn.activations import Activation
-from pyro_graphflows.nn.residual import MaskedResidualNet, ResidualEvaluation, all_entries, go_through
+from pyro_graphflows.nn.residual import (
+    ContextLayers,
+    MaskedResidualNet,
+    ResidualEvaluation,
+    all_entries,
+    go_through,
+)
 from pyro_graphflows.transforms.faithful import FaithfulEvaluation, FaithfulResidualNN
 from pyro_graphflows.transforms.network import FlowNN, FlowPass
 from pyro_graphflows.transforms.solver import Solver, implicit_triangular, solve_triangular
@@ -105,6 +111,7 @@ class GraphicalResidualNN(FlowNN):
             )
             for _ in range(num_blocks)
         )
+        self.of_context = ContextLayers(self._nets())
         order = torch.tensor([v for level in self.levels for v in level])
         self.register_buffer("level_order", order, persistent=False)
         self.register_buffer("level_place", torch.argsort(order), persistent=False)
@@ -125,7 +132,8 @@ class GraphicalResidualNN(FlowNN):
         """Mask and bound the weights of all blocks and take in the context, for one or more passes."""
         x = self.standard_context(*context)
         nets = self._nets()
-        return [ResidualEvaluation(net, x, own) for net, own in zip(nets, all_entries(nets), strict=True)]
+        parts = zip(nets, all_entries(nets), self.of_context(x), strict=True)
+        return [ResidualEvaluation(net, x, entries, added) for net, entries, added in parts]
 
     def sample(self, eps: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         r"""Map noise to variables.
