@@ -95,10 +95,11 @@ def test_second_derivatives_of_bounded_weights():
         # The singular vectors are held fixed in second derivatives: do so here.
         with torch.no_grad():
             weight.add_(step * direction)
-            fingerprint = float(torch.dot(weight.flatten(), net.bounds[0].probe.flatten()))
-            _, left, right, _, basis = net.bounds[0]._known
-            norm = left @ net.layers[0].entries() @ right.mT
-            net.bounds[0]._known = (fingerprint, left, right, norm, basis)
+            group = net.bounds[0]._group
+            flat = group.flat([layer.weight for layer in net.layers])
+            _, short, long, _, basis = net.bounds[0]._known
+            norm = short @ net.layers[0].entries().T @ long.mT
+            net.bounds[0]._known = (float(group.sums(flat * group.probe)[0]), short, long, norm, basis)
         values.append(first(False))
         with torch.no_grad():
             weight.add_(-step * direction)

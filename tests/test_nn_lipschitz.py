@@ -242,7 +242,8 @@ def test_second_derivatives_of_layers_scaled_together(engine):
     )
 
     def by_hand(weight, layer, bound, probe):
-        _, left, right, *_ = bound._known
+        _, *vectors = bound._known
+        left, right = vectors[:2] if bound.wide else vectors[1::-1]
         dense = layer.engine == "dense"
         matrix = weight * layer.mask if dense else layer.pattern.to_dense(weight)
         norm = (left @ matrix @ right.mT).squeeze() * (1 + lipschitz.MARGIN)

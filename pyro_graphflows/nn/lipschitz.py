@@ -15,8 +15,8 @@ part that overtakes may be orthogonal to all that is tracked. Here the norm is f
   it fails after some attempts (with at most 48 rows, after the first), the norm is found exactly.
 
 The estimate is raised by two ten-thousandths, more than its usual error. Its gradient is that of
-:math:`u^\top W v` with the singular vectors u and v held fixed, which is exact. Small layers with the same mask, as the
-blocks of a flow have them, are scaled together.
+:math:`u^\top W v` with the singular vectors u and v held fixed, which is exact. Small layers of one size, as the
+blocks of a flow have them, are scaled together; their matrices lie on their sides where they are higher than wide.
 
 References:
     [1] Gouk et al. (2021), Regularisation of Neural Networks by Enforcing Lipschitz Continuity.
@@ -24,9 +24,10 @@ References:
     [3] Zhou and Saad (2007), A Chebyshev-Davidson Algorithm for Large Symmetric Eigenproblems: the filter.
 """
 
-import hashlib
 import math
+import operator
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -103,22 +104,28 @@ class SpectralBound(nn.Module):
         self.register_buffer("fingerprint", weight.new_full((), torch.nan), persistent=saved)
         self.register_buffer("updates", torch.zeros((), dtype=torch.long), persistent=saved)
         self._loaded = False
-        # For layers that are scaled together: fingerprint of the weights, singular vectors (as rows), value, and the
-        # vectors that are kept. The buffers hold them in what is saved.
+        # For layers that are scaled together: fingerprint of the weights, singular vectors (as rows, the short one
+        # first), value, and the vectors that are kept. The buffers hold them in what is saved.
+        self.wide = columns > rows
         self._known = self._nothing_known()
+        self._group: _Group | None = None  # of the layers of which this is the first
         self.together = self.exact and weight.numel() > 0
-        self.alike = (self.bound, layer.engine, rows, columns, _digest(layer))
+        self.alike = (self.bound, self.size, max(rows, columns))
         if not self.together:
             self._refresh(layer)
 
     def _nothing_known(self) -> tuple[float, Tensor, Tensor, Tensor, Tensor]:
+        short, long = (torch.zeros_like(part)[None] for part in self._short_first())
         return (
             math.nan,
-            torch.zeros_like(self.left)[None],
-            torch.zeros_like(self.right)[None],
+            short,
+            long,
             torch.zeros(1, 1),
             torch.zeros_like(self.basis),
         )
+
+    def _short_first(self) -> tuple[Tensor, Tensor]:
+        return (self.left, self.right) if self.wide else (self.right, self.left)
 
     def entries(self, layer: MaskedLinear) -> Tensor:
         """Return the weights of the layer in its engine's layout, scaled so that the bound holds."""
@@ -191,16 +198,19 @@ class SpectralBound(nn.Module):
             self.fingerprint.fill_(torch.nan)
             self._known = self._nothing_known()
         elif self.together:
-            left, right, norm = (part[None].clone() for part in (self.left, self.right, self.norm))
-            self._known = (float(self.fingerprint), left, right, norm, self.basis.clone())
+            short, long, norm = (part[None].clone() for part in (*self._short_first(), self.norm))
+            self._known = (float(self.fingerprint), short, long, norm, self.basis.clone())
 
     def _save_to_state_dict(self, *args: Any) -> None:
         if self.together and self.size > TINY_SIZE:
             fingerprint, *vectors = self._known
             self.fingerprint.fill_(fingerprint)
-            for buffer, part in zip((self.left, self.right, self.norm, self.basis), vectors, strict=True):
+            for buffer, part in zip((*self._short_first(), self.norm, self.basis), vectors, strict=True):
                 buffer.copy_(part.view_as(buffer))
         super()._save_to_state_dict(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_group": None}
 
     def extra_repr(self) -> str:
         """Describe the bound in one line."""
@@ -218,7 +228,7 @@ def bounded_entries(bounds: Sequence["SpectralBound"], layers: Sequence[MaskedLi
         own, of = [bounds[i] for i in places], [layers[i] for i in places]
         weights = [layer.weight for layer in of]
         if key is not None:
-            found.update(zip(places, _Together.apply(own, of, *weights), strict=True))
+            found.update(zip(places, _Together.apply(_Group.of(own, of), *weights), strict=True))
             continue
         for bound, layer in zip(own, of, strict=True):
             bound._refresh(layer)
@@ -228,48 +238,124 @@ def bounded_entries(bounds: Sequence["SpectralBound"], layers: Sequence[MaskedLi
     return [found[i] for i in range(len(bounds))]
 
 
-def _singular_vectors(
-    bounds: Sequence["SpectralBound"], weights: Sequence[Tensor], matrices: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the first singular vectors and values of layers of one shape.
+@dataclass
+class _Group:
+    """Layers that are scaled together, in the order of their weights, whose entries are one vector.
+
+    Attributes:
+        bounds: Their bounds.
+        layer_of: The number of the layer of each entry.
+        places: Where each entry is in the matrices, flattened.
+        mask: Ones and zeros for each entry; None for all ones.
+        probe: The fixed random numbers by which changes of the weights are seen.
+        sizes: How many entries each layer has.
+        shape: Of the matrices, ``(layers, short, long)``.
+    """
+
+    bounds: Sequence["SpectralBound"]
+    layer_of: Tensor
+    places: Tensor
+    mask: Tensor | None
+    probe: Tensor
+    sizes: list[int]
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, bounds: Sequence["SpectralBound"], layers: Sequence[MaskedLinear]) -> "_Group":
+        """Return the group of some layers; it is kept for the next call."""
+        first, weight = bounds[0], layers[0].weight
+        known = first._group
+        if known is not None and known.fits(bounds, weight):
+            return known
+        shape = torch.Size((len(bounds), first.size, max(layers[0].in_features, layers[0].out_features)))
+        places, masks = [], []
+        for i, (bound, layer) in enumerate(zip(bounds, layers, strict=True)):
+            if layer.engine == "dense":
+                row, column = (
+                    part.flatten()
+                    for part in torch.meshgrid(*map(torch.arange, layer.mask.shape), indexing="ij")
+                )
+                masks.append(layer.zero_or_one.flatten())
+            else:
+                row, column = layer.pattern.row, layer.pattern.column
+                masks.append(torch.ones_like(layer.weight).detach())
+            row, column = (row, column) if bound.wide else (column, row)
+            places.append(((i * shape[1] + row) * shape[2] + column).to(weight.device))
+        sizes = [len(part) for part in places]
+        layer_of = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(weight.device)
+        any_dense = any(layer.engine == "dense" for layer in layers)
+        group = cls(
+            bounds,
+            layer_of,
+            torch.cat(places),
+            torch.cat(masks).to(weight) if any_dense else None,
+            torch.cat([bound.probe.flatten() for bound in bounds]).to(weight),
+            sizes,
+            shape,
+        )
+        first.__dict__["_group"] = group
+        return group
+
+    def fits(self, bounds: Sequence["SpectralBound"], weight: Tensor) -> bool:
+        """Whether this is the group of some bounds, for weights like one."""
+        same = len(self.bounds) == len(bounds) and all(map(operator.is_, self.bounds, bounds))
+        return same and self.probe.dtype == weight.dtype and self.probe.device == weight.device
+
+    def flat(self, weights: Sequence[Tensor]) -> Tensor:
+        """Return all entries, zero off the masks; differentiable."""
+        flat = torch.cat([weight.reshape(-1) for weight in weights])
+        return flat if self.mask is None else flat * self.mask
+
+    def matrices(self, flat: Tensor) -> Tensor:
+        """Return the masked weights as matrices; differentiable."""
+        return flat.new_zeros(self.shape.numel()).index_copy(0, self.places, flat).view(self.shape)
+
+    def sums(self, flat: Tensor) -> Tensor:
+        """Return the sum of numbers for the entries of each layer."""
+        return flat.new_zeros(len(self.bounds)).index_add_(0, self.layer_of, flat)
+
+    def split(self, flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+        """Return numbers for all entries in the shapes of the layers' weights."""
+        return [part.view_as(each) for part, each in zip(flat.split(self.sizes), like, strict=True)]
+
+
+def _singular_vectors(group: _Group, flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the first singular vectors and values of layers of one size.
 
     Args:
-        bounds: The bounds of the k layers. What they know is brought up to date.
-        weights: The weights as they are trained.
-        matrices: The masked weights, ``(k, rows, columns)``.
+        group: The k layers. What their bounds know is brought up to date.
+        flat: Their entries.
 
     Returns:
-        Shapes ``(k, 1, rows)``, ``(k, 1, columns)`` and ``(k, 1, 1)``.
+        Shapes ``(k, 1, short)``, ``(k, 1, long)`` and ``(k, 1, 1)``.
     """
-    prints, changed = [], []
-    for i, (bound, weight) in enumerate(zip(bounds, weights, strict=True)):
-        prints.append(float(torch.dot(weight.view(-1), bound.probe.view(-1))))
-        known, left, *_ = bound._known
-        same = known == prints[-1] and left.dtype == weight.dtype and left.device == weight.device
-        if not same and math.isfinite(prints[-1]):
+    bounds = group.bounds
+    prints = group.sums(flat * group.probe).tolist()
+    changed = []
+    for i, (bound, own) in enumerate(zip(bounds, prints, strict=True)):
+        known, short, *_ = bound._known
+        same = known == own and short.dtype == flat.dtype and short.device == flat.device
+        if not same and math.isfinite(own):
             changed.append(i)
     if changed:
+        matrices = group.matrices(flat)
         if len(changed) < len(bounds):
             matrices = matrices[changed]
-        wide = matrices.shape[2] > matrices.shape[1]
-        short = matrices if wide else matrices.mT
-        gram = torch.bmm(short, short.mT)
+        gram = torch.bmm(matrices, matrices.mT)
         bases = _next_bases([bounds[i] for i in changed], gram)
         small = bases[..., -1].unsqueeze(1)
-        large = torch.bmm(small, short)
+        large = torch.bmm(small, matrices)
         norm = torch.linalg.vector_norm(large, dim=2, keepdim=True)
         large = large / norm.clamp(min=_tiny(large))
-        found = (small, large, norm) if wide else (large, small, norm)
-        if len(changed) == len(bounds):
-            vectors: tuple[Tensor, ...] = found
-        for i, *own in zip(changed, *(part.unbind() for part in (*found, bases)), strict=True):
+        vectors: tuple[Tensor, ...] = (small, large, norm)
+        for i, *found in zip(changed, *(part.unbind() for part in (*vectors, bases)), strict=True):
             # Directly: a module searches each value that is set for parameters.
-            bounds[i].__dict__["_known"] = (prints[i], *own)
+            bounds[i].__dict__["_known"] = (prints[i], *found)
     if len(changed) < len(bounds):
-        known_parts = [[part.to(matrices) for part in bound._known[1:4]] for bound in bounds]
+        known_parts = [[part.to(flat) for part in bound._known[1:4]] for bound in bounds]
         vectors = tuple(torch.stack(parts) for parts in zip(*known_parts, strict=True))
-    left, right, norm = vectors
-    return left, right, norm
+    small, large, norm = vectors
+    return small, large, norm
 
 
 def _next_bases(bounds: Sequence["SpectralBound"], gram: Tensor) -> Tensor:
@@ -289,58 +375,39 @@ def _next_bases(bounds: Sequence["SpectralBound"], gram: Tensor) -> Tensor:
 
 
 class _Together(Operation):
-    """The scaled entries of layers with one mask, engine and bound, whose Gram matrices are small."""
+    """The scaled entries of layers of one size and bound whose Gram matrices are small."""
 
     @staticmethod
-    def forward(
-        ctx: Any, bounds: Sequence["SpectralBound"], layers: Sequence[MaskedLinear], *weights: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.bound, ctx.layer = bounds[0].bound, layers[0]
-        entries = _masked(torch.stack(weights), ctx.layer)
-        left, right, norm = _singular_vectors(bounds, weights, _matrices(entries, ctx.layer))
-        factor = (ctx.bound / (norm * (1 + MARGIN)).clamp(min=ctx.bound)).view(-1, *[1] * weights[0].dim())
-        ctx.save_for_backward(entries, left, right, factor, *weights)
-        return (entries * factor).unbind()
+    def forward(ctx: Any, group: _Group, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        flat = group.flat(weights)
+        short, long, norm = _singular_vectors(group, flat)
+        factor = _factor(norm, group).view(-1)
+        ctx.save_for_backward(flat, short, long, factor, *weights)
+        return tuple(group.split(flat * factor.index_select(0, group.layer_of), weights))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        entries, left, right, factor, *weights = ctx.saved_tensors
-        grad = torch.stack(grads)
+        group: _Group = ctx.group
+        flat, short, long, factor, *weights = ctx.saved_tensors
+        grad = torch.cat([each.reshape(-1) for each in grads])
         if torch.is_grad_enabled():  # create_graph=True
-            entries = _masked(torch.stack(weights), ctx.layer)
-            norm = torch.bmm(torch.bmm(left, _matrices(entries, ctx.layer)), right.mT)
-            scaled = entries * (ctx.bound / (norm * (1 + MARGIN)).clamp(min=ctx.bound)).view(factor.shape)
-            return (None, None, *torch.autograd.grad(scaled, weights, grad, create_graph=True))
-        along = (grad * entries).flatten(1).sum(1).view(factor.shape)
-        along = along * (factor * (-(1 + MARGIN) / ctx.bound)) * (factor < 1)
-        if ctx.layer.engine == "dense":
-            grad = _masked(torch.addcmul(grad, left.mT * along, right), ctx.layer)
-        else:
-            pattern = ctx.layer.pattern
-            direction = left[:, 0].index_select(1, pattern.row) * right[:, 0].index_select(1, pattern.column)
-            grad = torch.addcmul(grad, direction, along)
-        return (None, None, *grad.mul_(factor).unbind())
+            flat = group.flat(weights)
+            norm = torch.bmm(torch.bmm(short, group.matrices(flat)), long.mT)
+            scaled = flat * _factor(norm, group).view(-1).index_select(0, group.layer_of)
+            return (None, *torch.autograd.grad(scaled, weights, grad, create_graph=True))
+        bound = group.bounds[0].bound
+        along = group.sums(grad * flat) * (factor * (-(1 + MARGIN) / bound)) * (factor < 1)
+        directions = (short.mT * along.view(-1, 1, 1)) * long
+        grad = grad + directions.view(-1).index_select(0, group.places)
+        grad = grad.mul_(factor.index_select(0, group.layer_of))
+        return (None, *group.split(grad if group.mask is None else grad.mul_(group.mask), weights))
 
 
-def _masked(weights: Tensor, layer: MaskedLinear) -> Tensor:
-    """Return the entries of weights of layers like this one, in the layout of its engine after the first dimension."""
-    return weights * layer.zero_or_one if layer.engine == "dense" else weights
-
-
-def _matrices(entries: Tensor, layer: MaskedLinear) -> Tensor:
-    """Return such entries as matrices, ``(k, rows, columns)``."""
-    if layer.engine == "dense":
-        return entries
-    zeros = entries.new_zeros(len(entries), layer.out_features * layer.in_features)
-    places = layer.pattern.row * layer.in_features + layer.pattern.column
-    return zeros.index_copy(1, places, entries).view(-1, layer.out_features, layer.in_features)
-
-
-def _digest(layer: MaskedLinear) -> str:
-    """Return a word that two layers of the same mask share."""
-    return hashlib.sha1(
-        layer.sparse_mask().indices.cpu().numpy().tobytes(), usedforsecurity=False
-    ).hexdigest()
+def _factor(norm: Tensor, group: _Group) -> Tensor:
+    """Return by what layers of some norms are multiplied."""
+    bound = group.bounds[0].bound
+    return bound / (norm * (1 + MARGIN)).clamp(min=bound)
 
 
 class _Scaled(Operation):

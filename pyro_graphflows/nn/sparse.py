@@ -47,7 +47,7 @@ class SparsePattern(nn.Module):
 
     def __init__(self, mask: SparseMask) -> None:
         super().__init__()
-        self.shape = mask.shape
+        self.shape, self.nnz = mask.shape, mask.nnz
         rows, columns = mask.indices
         transposition = torch.argsort(columns, stable=True)
         buffers = {
@@ -61,11 +61,7 @@ class SparsePattern(nn.Module):
         }
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer, persistent=False)
-
-    @property
-    def nnz(self) -> int:
-        """The number of entries."""
-        return self.row.shape[0]
+        self._zeros: Tensor | None = None
 
     def matmul(self, values: Tensor, x: Tensor) -> Tensor:
         """Return :math:`A x` for x of shape (inputs, n)."""
@@ -81,6 +77,17 @@ class SparsePattern(nn.Module):
         The result has its features first in memory, and so enters the next such product without a copy.
         """
         return _Linear.apply(values, x, bias, self)
+
+    def zeros(self, like: Tensor) -> Tensor:
+        """Return torch's sparse matrix of zeros at these places; it is kept, and not to be changed."""
+        known = self._zeros
+        if known is None or known.dtype != like.dtype or known.device != like.device:
+            zeros = like.detach().new_zeros(self.nnz)
+            self.__dict__["_zeros"] = known = _csr(self.starts, self.columns, zeros, self.shape)
+        return known
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_zeros": None}
 
     def to_dense(self, values: Tensor) -> Tensor:
         """Return the matrix with the entries given."""
@@ -177,13 +184,14 @@ def sparse_product(values: Tensor, x: Tensor, pattern: SparsePattern, transposed
     On CPU, torch's bags of embeddings (sums of weighted rows) are several times as fast as its sparse matrices, and
     need no MKL.
     """
-    starts, columns, shape = pattern.starts, pattern.columns, pattern.shape
-    if transposed:
-        starts, columns, shape = pattern.transposed_starts, pattern.transposed_columns, (shape[1], shape[0])
+    shape = pattern.shape[::-1] if transposed else pattern.shape
     if not values.numel() or not x.numel():
         return x.new_zeros(shape[0], x.shape[1])
     if transposed:
+        starts, columns = pattern.transposed_starts, pattern.transposed_columns
         values = values.index_select(0, pattern.transposition)
+    else:
+        starts, columns = pattern.starts, pattern.columns
     if x.is_cuda:
         return _csr(starts, columns, values, shape) @ x
     # Directly, since the checks of torch.nn.functional.embedding_bag cost more than a small product. 0: sums.
@@ -196,7 +204,7 @@ def sparse_sample(left: Tensor, right: Tensor, pattern: SparsePattern) -> Tensor
         return _row_products(left, right, pattern.row, pattern.column)
     # A captured program has no sparse matrices.
     if not CAPTURING.get() and (left.is_cuda or torch.backends.mkl.is_available()):
-        zeros = _csr(pattern.starts, pattern.columns, left.new_zeros(pattern.nnz), pattern.shape)
+        zeros = pattern.zeros(left)
         return torch.sparse.sampled_addmm(zeros, left.contiguous(), right.contiguous().T, beta=0.0).values()
     size = max(1, CHUNK // left.shape[1])
     pieces = zip(pattern.row.split(size), pattern.column.split(size), strict=True)
