@@ -300,7 +300,8 @@ class RationalSpline:
         Args:
             x: Numbers that broadcast against ``batch``.
         """
-        if torch.is_grad_enabled() and (self.parameters.requires_grad or x.requires_grad):
+        follow = torch.is_grad_enabled() and (self.parameters.requires_grad or x.requires_grad)
+        if follow and not torch.jit.is_tracing():  # traces, as of `JitTrace_ELBO`, need torch's own operations
             y, log_slope = _Spline.apply(self.parameters, x, self.num_bins, self.bound)
         else:
             y, log_slope = _place(self.parameters, x, self.num_bins, self.bound)[:2]
@@ -312,6 +313,9 @@ class RationalSpline:
         Args:
             x: Numbers that broadcast against ``batch``, without gradients.
         """
+        if torch.jit.is_tracing():
+            at = _place(self.parameters, x, self.num_bins, self.bound)
+            return at.y, at.log_slope, at.bend().detach()
         y, log_slope, bend = _SplineWithBend.apply(self.parameters, x, self.num_bins, self.bound)
         return y, log_slope, bend
 
