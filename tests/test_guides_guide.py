@@ -11,6 +11,7 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI, Predictive, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch.distributions import constraints
+from torch.distributions.transforms import AffineTransform
 
 from pyro_graphflows import AutoOrder
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
@@ -353,6 +354,28 @@ def test_improper_priors(family):
     for loss in (Trace_ELBO, TraceMeanField_ELBO):
         assert math.isfinite(SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), loss()).step(x))
     assert guide(x)["scale"] > 0
+
+
+@pytest.mark.parametrize("family", ["auto", Normal(fusion=False), "flow"])
+def test_draws_are_where_transforms_of_the_prior_lead(family):
+    """A prior that is moved by a constant has no draws below it, whatever torch says of its support."""
+
+    def model(y):
+        with pyro.plate("data", len(y)):
+            moved = dist.TransformedDistribution(dist.Exponential(1.0), [AffineTransform(2.0, 1.0)])
+            z = pyro.sample("z", moved)
+            pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+    y = torch.tensor([2.3, 4.1, 2.0])
+    guide = auto_faithful_guide(model, y, family=family)
+    with pyro.plate("draws", 500, dim=-2):
+        assert guide(y)["z"].min() > 2
+    # N(y - 2; z, s^2) e^-z over positive z
+    offset, variance = y - 2.0, 0.25
+    tail = torch.special.log_ndtr((offset - variance) / 0.5)
+    evidence = (-offset + variance / 2 + tail).sum()
+    bound = -Trace_ELBO(num_particles=500, vectorize_particles=True).loss(model, guide, y)
+    assert -100.0 < bound < evidence + 0.1
 
 
 def test_too_few_finite_samples_of_the_model_are_said():

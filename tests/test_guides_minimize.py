@@ -45,6 +45,20 @@ def test_units_of_very_different_size_are_no_trouble():
     torch.testing.assert_close(found / units, torch.ones(3))
 
 
+def test_second_derivatives_that_autograd_calls_undefined_are_differences():
+    # the gradient of this operation is known where one of its numbers is -inf, and the derivative of that is NaN
+    def function(x):
+        other = torch.where(torch.tensor([True, False]), x.exp(), -math.inf)
+        return torch.logaddexp(x.square(), other).sum()
+
+    def without(x):
+        return torch.logaddexp(x[0].square(), x[0].exp()) + x[1].square()
+
+    point = torch.tensor([0.3, -0.2])
+    (_, _, found), (_, _, right) = (Hessians(each).at(point) for each in (function, without))
+    torch.testing.assert_close(found, right, rtol=0, atol=1e-4)
+
+
 def test_hessians_by_products_and_by_differences():
     matrix, _, function = random_quadratic(4)
 

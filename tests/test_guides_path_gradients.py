@@ -9,7 +9,7 @@ import torch
 from linear_gaussian_guides import chain, collider, four_cycle, set_exact_
 from plated_guides import hierarchical, set_hierarchical_
 from pyro import poutine
-from pyro.infer import RenyiELBO, Trace_ELBO
+from pyro.infer import JitTrace_ELBO, RenyiELBO, Trace_ELBO
 
 from pyro_graphflows.capture import CAPTURING
 from pyro_graphflows.distributions.spline import SplineDistribution
@@ -175,3 +175,24 @@ def test_gradients_of_the_density_of_a_spline_need_no_inversion(base, df):
     for mine, right in zip(found, expected, strict=True):
         assert torch.allclose(mine, right, rtol=1e-6, atol=1e-6)
     assert q.noise_behind(value.clone()) is None
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:DeprecationWarning")
+def test_traced_losses_have_the_same_gradients():
+    def model(y):
+        scale = pyro.sample("scale", dist.Gamma(2.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(0.0, scale), obs=y)
+
+    y = torch.tensor([0.5, -1.2, 0.7])
+    guide = auto_faithful_guide(model, y)
+    found = []
+    for kind in (Trace_ELBO, JitTrace_ELBO):
+        loss = kind(ignore_jit_warnings=True) if kind is JitTrace_ELBO else kind()
+        for _ in range(2):  # a trace is made in the first
+            pyro.set_rng_seed(0)
+            guide.zero_grad()
+            loss.loss_and_grads(model, guide, y)
+        found.append(torch.cat([each.grad.flatten() for each in parameters(guide) if each.grad is not None]))
+    assert found[0].abs().max() > 1e-3
+    torch.testing.assert_close(found[1], found[0])

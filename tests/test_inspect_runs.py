@@ -1,15 +1,26 @@
 """Runs of a model leave everything outside as it was, and take what they are given."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import torch.distributions.transforms as t
 from pyro import poutine
 from pyro.nn import PyroModule
 from torch import nn
+from torch.distributions import constraints
 
 from pyro_graphflows.inspect import get_model_graph, trace_model
-from pyro_graphflows.inspect.runs import GivenRows, GivenValues, Replaced, is_transparent, run_model
+from pyro_graphflows.inspect.runs import (
+    GivenRows,
+    GivenValues,
+    Replaced,
+    is_transparent,
+    run_model,
+    support_of,
+)
 
 
 def regression(w, x=None):
@@ -90,3 +101,34 @@ def test_a_delta_on_its_own_value_passes_it_on():
     for seen, passes in ((value, True), (value.view(3, 1)[:, 0], True), (torch.zeros(3), False)):
         trace = run_model(lambda seen=seen: pyro.sample("d", dist.Delta(value).to_event(1), obs=seen), (), {})
         assert is_transparent(trace.nodes["d"]) is passes
+
+
+TWO = torch.tensor([1.0, -3.0])
+TRANSFORMED = {
+    "shifted": (dist.Exponential(1.0), [t.AffineTransform(2.0, 3.0)], (2.0, None)),
+    "mirrored": (dist.HalfNormal(1.0), [t.AffineTransform(0.0, -1.0)], (None, 0.0)),
+    "stretched": (dist.Beta(2.0, 2.0), [t.AffineTransform(5.0, -3.0)], (2.0, 5.0)),
+    "of the logarithm": (dist.Uniform(-1.0, 2.0), [t.ExpTransform()], (math.exp(-1.0), math.exp(2.0))),
+    "in two steps": (dist.Exponential(1.0), [t.ExpTransform(), t.AffineTransform(0.0, 2.0)], (2.0, None)),
+    "of logits": (dist.Beta(2.0, 2.0), [t.SigmoidTransform().inv], (None, None)),
+    "of normals": (dist.Normal(0.0, 1.0), [t.ExpTransform()], (0.0, None)),
+    "of elements": (dist.Gamma(2.0, 1.0).expand([2]).to_event(1), [t.AffineTransform(TWO, 1.0)], (TWO, None)),
+    "in no order": (dist.Exponential(1.0), [t.AffineTransform(0.0, TWO)], (None, None)),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_supports_of_transformed_distributions_are_images(name):
+    base, transforms, ends = TRANSFORMED[name]
+    fn = dist.TransformedDistribution(base, transforms)
+    support = support_of(fn)
+    inner = support.base_constraint if isinstance(support, constraints.independent) else support
+    for end, attribute in zip(ends, ("lower_bound", "upper_bound"), strict=True):
+        found = getattr(inner, attribute, None)
+        assert (
+            (found is None) if end is None else torch.allclose(torch.as_tensor(found), torch.as_tensor(end))
+        )
+    assert support.event_dim == fn.event_dim
+    assert bool(support.check(fn.sample((100,))).all())
+    masked = fn.expand([2, *fn.batch_shape]).mask(False)
+    assert bool(support_of(masked).check(masked.sample()).all())

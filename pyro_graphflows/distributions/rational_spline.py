@@ -260,6 +260,11 @@ class _SplineWithBend(_Spline):
         return _Spline.backward(ctx, *grads[:2])
 
 
+def _is_traced() -> bool:
+    """Whether torch traces the program, as for `JitTrace_ELBO`, which needs its own operations."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]
+
+
 class RationalSpline:
     """The spline that parameters describe. Zeros are the identity.
 
@@ -300,7 +305,8 @@ class RationalSpline:
         Args:
             x: Numbers that broadcast against ``batch``.
         """
-        if torch.is_grad_enabled() and (self.parameters.requires_grad or x.requires_grad):
+        follow = torch.is_grad_enabled() and (self.parameters.requires_grad or x.requires_grad)
+        if follow and not _is_traced():
             y, log_slope = _Spline.apply(self.parameters, x, self.num_bins, self.bound)
         else:
             y, log_slope = _place(self.parameters, x, self.num_bins, self.bound)[:2]
@@ -312,6 +318,9 @@ class RationalSpline:
         Args:
             x: Numbers that broadcast against ``batch``, without gradients.
         """
+        if _is_traced():
+            at = _place(self.parameters, x, self.num_bins, self.bound)
+            return at.y, at.log_slope, at.bend().detach()
         y, log_slope, bend = _SplineWithBend.apply(self.parameters, x, self.num_bins, self.bound)
         return y, log_slope, bend
 

@@ -55,7 +55,7 @@ from pyro_graphflows.inspect.arguments import (
     held_by_function,
     signature_of,
 )
-from pyro_graphflows.inspect.runs import rows_of_plates, with_flat_priors
+from pyro_graphflows.inspect.runs import rows_of_plates, support_of, with_flat_priors
 from pyro_graphflows.inspect.trace import trace_once
 
 __all__ = [
@@ -223,7 +223,7 @@ def _feasible(fn: Any, like: Tensor | None) -> Tensor:
             fn.enumerate_support(expand=False)[0] if fn.has_enumerate_support else torch.zeros((), **options)
         )
         return value.expand(shape)
-    transform = biject_to(fn.support)
+    transform = biject_to(support_of(fn))
     return transform(torch.zeros(transform.inverse_shape(shape), **options))
 
 
@@ -392,7 +392,7 @@ class CallReader:
         sites = {name: nodes[name] for name in self.latent}
         masks = {name: mask for name, site in sites.items() if (mask := site_mask(site)) is not None}
         scales = {name: scale for name, site in sites.items() if not _is_one(scale := _own_scale(site))}
-        return Call({}, plates, masks, scales, {name: site["fn"].support for name, site in sites.items()})
+        return Call({}, plates, masks, scales, {name: support_of(site["fn"]) for name, site in sites.items()})
 
     def to_plain(self) -> dict[str, Any]:
         """Return what a reader knows, without data: of the latents' values at set-up, types alone."""
@@ -624,7 +624,7 @@ class CallReader:
                 masks[name] = mask
             if not _is_one(scale):
                 scales[name] = scale
-            supports[name] = site["fn"].support
+            supports[name] = support_of(site["fn"])
         return masks, scales, supports, given
 
     def _say_what_is_new(
@@ -675,7 +675,7 @@ class CallReader:
         """Return the supports in force where some latent sites have given values; differentiable in these."""
         with poutine.block(), poutine.condition(data=dict(latents)), _FeasiblePoint(indices, self.like):
             nodes: Any = poutine.trace(model).get_trace(*args, **kwargs).nodes
-        return {name: nodes[name]["fn"].support for name in self.latent}
+        return {name: support_of(nodes[name]["fn"]) for name in self.latent}
 
     def copies_given(
         self,

@@ -102,6 +102,7 @@ from pyro_graphflows.inspect.runs import (
     quiet_run,
     rows_of_plates,
     run_model,
+    support_of,
     undressed,
     with_flat_priors,
 )
@@ -759,7 +760,7 @@ def _as_chains(
     rerun = Rerun(*program, traced)
     for name in names:
         site: Any = traced.trace.nodes[name]
-        support = site["fn"].support
+        support = support_of(site["fn"])
         while hasattr(support, "base_constraint"):
             support = support.base_constraint
         if support.event_dim:  # simplices, matrices
@@ -1079,10 +1080,10 @@ def _require_possible_data(
                 f"Expected finite data of {name!r}; {missing} of {value.numel()} entries are NaN or infinite. "
                 f"{REMEDIES_OF_NAN}"
             )
-        support = site["fn"].support
+        support = support_of(site["fn"])
         if not is_constant(support):  # with numbers, perhaps of latent sites
             others = _another_run(*call) if others is None else others
-            if name not in others or not _same_bounds(support, others[name]["fn"].support):
+            if name not in others or not _same_bounds(support, support_of(others[name]["fn"])):
                 continue
         mask = site_mask(site)
         seen = torch.as_tensor(True if mask is None else mask, device=value.device)
@@ -1227,7 +1228,7 @@ def _changing_supports(
     of the feasible point.
     """
     nodes: Any = traced.trace.nodes
-    suspects = [name for name in traced.graph.latent if not is_constant(nodes[name]["fn"].support)]
+    suspects = [name for name in traced.graph.latent if not is_constant(support_of(nodes[name]["fn"]))]
     if not suspects:
         return {}
     reader = CallReader(traced, InputEncodings({}), readers={})

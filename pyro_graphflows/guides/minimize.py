@@ -39,7 +39,7 @@ ENOUGH = 1e-6  # relative decrease in a step, below which a search ends
 SHORTEST = 1e-8  # step of a line search
 SUFFICIENT = 1e-4  # Armijo's constant
 LEAST_CURVATURE = 1e-7  # relative to the greatest, after each coordinate is scaled by its own
-DIFFERENCE = 1e-5  # of points, where products with Hessians cannot be computed
+DIFFERENCE = 1e-5  # of points, where products with Hessians cannot be computed or are not finite
 # Central differences of gradients at many points: numbers up to which there are any, the processor time of products
 # that is long, the distance of points in units of the widths that curvatures suggest, and the asymmetry that is right.
 MOST_OF_DIFFERENCES, LONG, SHARE_OF_WIDTH, ASYMMETRY = 16, 0.05, 1e-4, 1e-4
@@ -116,6 +116,8 @@ class Hessians:
         self._seconds.append(time.process_time() - began)
         if hessian is None:
             self.has_products = False
+        if hessian is None or not bool(torch.isfinite(hessian).all()):
+            # second derivatives of some operations are undefined where first ones are known: `logaddexp(x, -inf)`
             hessian = _by_differences(self.objective, point.detach(), gradient.detach())
         return loss, gradient.detach(), self._seen(hessian)
 

@@ -70,7 +70,7 @@ from pyro_graphflows.infer.particles import FEW, FEW_ENOUGH
 from pyro_graphflows.inspect import TracedModel, common_scale, seed_random_state, undressed
 from pyro_graphflows.inspect.arguments import argument_leaves, replaced_arguments
 from pyro_graphflows.inspect.prior import SECONDS_WITHOUT_A_BAR, UNCONSTRAINED, unconstrained_of
-from pyro_graphflows.inspect.runs import drawn_rows, handled, kept_buffers
+from pyro_graphflows.inspect.runs import drawn_rows, handled, kept_buffers, support_of
 from pyro_graphflows.regression import in_float64
 
 __all__ = ["Mode", "find_mode", "in_plate_of_draws", "nesting_of", "with_rows"]
@@ -180,7 +180,7 @@ class _AtPoint(Messenger):
             coordinate = coordinate.expand(fn.batch_shape)
             shape = coordinate.loc.shape
         else:
-            transform = biject_to(fn.support)
+            transform = biject_to(support_of(fn))
             shape = torch.Size(transform.inverse_shape(fn.shape()))
         if self.point is None:
             start = sum(each.shape.numel() for each in self.coordinates.values())
@@ -196,8 +196,8 @@ class _AtPoint(Messenger):
         else:
             value = transform(w)
         self.values[name] = value
-        if not is_constant(fn.support):  # it may differ from point to point
-            self.values[unconstrained_of(name)] = biject_to(fn.support).inv(value)
+        if not is_constant(support := support_of(fn)):  # it may differ from point to point
+            self.values[unconstrained_of(name)] = biject_to(support).inv(value)
         msg["value"], msg["done"] = value, True
         if self.stop:  # densities are not asked for; of a model that mixes draws they would be for each pair
             return
@@ -252,7 +252,7 @@ class _AtValues(_AtPoint):
         value = self.given[name]
         coordinate = gaussian_coordinate(fn) if self.coordinates[name].proper else None
         if coordinate is None:
-            numbers = biject_to(fn.support).inv(value)
+            numbers = biject_to(support_of(fn)).inv(value)
         else:
             coordinate = coordinate.expand(fn.batch_shape)
             offset, tril = coordinate.transform.inv(value) - coordinate.loc, coordinate.scale_tril
@@ -518,7 +518,7 @@ class LogPosterior:
         self._maps = False  # whether many points are one run that torch.func.vmap maps over them
         self.takes_plate = False  # whether they are known to be one run in a plate
         self.nesting = nesting_of(traced)
-        self._supports = {name: nodes[name]["fn"].support for name in names}
+        self._supports = {name: support_of(nodes[name]["fn"]) for name in names}
         self.coordinates: dict[str, Coordinate] = {}
         self._in_doubles: _Call | None = None
         with torch.no_grad():

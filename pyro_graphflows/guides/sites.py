@@ -40,7 +40,7 @@ from pyro_graphflows.capture import CAPTURING
 from pyro_graphflows.distributions.coordinates import GaussianCoordinate, gaussian_coordinate, is_well_defined
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.inspect import TracedModel, get_argument
-from pyro_graphflows.inspect.runs import undressed
+from pyro_graphflows.inspect.runs import support_of, undressed
 from pyro_graphflows.regression import (
     HEAVY_TAIL,
     MOST_QUANTILE_ROWS,
@@ -387,16 +387,15 @@ def latent_sites(traced: TracedModel, custom: Collection[str] = ()) -> dict[str,
             sites[name] = LatentSite(name, event_shape, torch.Size([encoding.size]), fn.support, encoding)
             continue
         try:
-            transform = biject_to(fn.support)
+            support = support_of(fn)
+            transform = biject_to(support)
         except NotImplementedError as error:
             raise UnsupportedModelError(
                 f"Expected latent sites whose support a bijection maps to the real line; site {name!r} is "
                 f"{type(fn).__name__} with support {fn.support}. {_reparametriser(fn, name)}."
             ) from error
         unconstrained = transform.inverse_shape(torch.Size(fn.batch_shape) + event_shape)
-        sites[name] = LatentSite(
-            name, event_shape, torch.Size(unconstrained[len(fn.batch_shape) :]), fn.support
-        )
+        sites[name] = LatentSite(name, event_shape, torch.Size(unconstrained[len(fn.batch_shape) :]), support)
     return sites
 
 
@@ -859,12 +858,14 @@ def is_moderate(fn: Any) -> bool:
     if coordinate is None or not coordinate.standard:
         return coordinate is not None
     loc = in_float64(coordinate.loc)  # values of single precision would end where that does
+    support = support_of(fn)
+    to_support = biject_to(support)
     try:
-        ends = [biject_to(fn.support).inv(coordinate.transform(w + loc)) for w in (-2.0, 2.0)]
+        ends = [to_support.inv(coordinate.transform(w + loc)) for w in (-2.0, 2.0)]
     except ValueError:  # scores so far out that they cannot be inverted
         return False
     width = (ends[1] - ends[0]).abs()
-    unbounded = biject_to(fn.support).domain is fn.support
+    unbounded = to_support.domain is support
     return bool(torch.isfinite(width).all()) and (unbounded or bool((width < WIDEST).all()))
 
 

@@ -34,7 +34,7 @@ import torch
 from torch.distributions import biject_to
 
 from pyro_graphflows.graphs.structures import ModelGraph, Node
-from pyro_graphflows.inspect.runs import plates_of_sites, some_value, undressed
+from pyro_graphflows.inspect.runs import plates_of_sites, some_value, support_of, undressed
 from pyro_graphflows.inspect.trace import Rerun, RerunError, TracedModel, density, differentiable, differs
 
 __all__ = [
@@ -429,7 +429,7 @@ class _LookUps:
         if fn.support.is_discrete:
             other = _next_class(fn, value)
         else:
-            transform = biject_to(fn.support)
+            transform = biject_to(support_of(fn))
             free = transform.inv(value)
             step = 0.3 + 0.4 * torch.rand(
                 free.shape, generator=torch.Generator().manual_seed(2), dtype=free.dtype

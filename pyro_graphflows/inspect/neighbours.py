@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pyro_graphflows.inspect.elements import elementwise_jacobian
+from pyro_graphflows.inspect.runs import support_of
 from pyro_graphflows.inspect.trace import Rerun, RerunError, density, differentiable
 
 __all__ = ["Chain", "NormalField", "find_chain"]
@@ -229,7 +230,7 @@ def _point(
 
 
 def _is_real(site: Any) -> bool:
-    support = site["fn"].support
+    support: Any = support_of(site["fn"])
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     return bool(support is torch.distributions.constraints.real)

@@ -34,7 +34,14 @@ from tqdm import tqdm
 
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.inspect.model_graph import trace_model
-from pyro_graphflows.inspect.runs import is_transparent, kept_buffers, log_density_at, quiet_run, random_sites
+from pyro_graphflows.inspect.runs import (
+    is_transparent,
+    kept_buffers,
+    log_density_at,
+    quiet_run,
+    random_sites,
+    support_of,
+)
 from pyro_graphflows.inspect.trace import TracedModel
 from pyro_graphflows.inspect.tracer import in_library
 
@@ -145,7 +152,7 @@ class _Wanted:
         """Return the values of a run."""
         found = {name: nodes[name]["value"] for name in self.sites}
         for name in self.unconstrained:
-            found[unconstrained_of(name)] = biject_to(nodes[name]["fn"].support).inv(found[name])
+            found[unconstrained_of(name)] = biject_to(support_of(nodes[name]["fn"])).inv(found[name])
         return found
 
 

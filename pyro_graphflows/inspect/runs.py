@@ -6,6 +6,7 @@ whether it only passes values on, in which plates it is, what its density is.
 """
 
 import inspect
+import math
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,12 +17,13 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+import torch.distributions as td
 from pyro.infer.autoguide import AutoGuide
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import SubsampleMessenger
 from pyro.poutine.util import site_is_subsample
-from torch.distributions import biject_to
+from torch.distributions import biject_to, constraints
 from torch.overrides import TorchFunctionMode
 
 from pyro_graphflows.errors import GraphflowsError
@@ -49,6 +51,7 @@ __all__ = [
     "some_value",
     "stand_in",
     "subsampled_loops",
+    "support_of",
     "undressed",
     "vectorized_plates",
     "with_flat_priors",
@@ -356,10 +359,99 @@ def stand_in(fn: Any) -> torch.Tensor | None:
     return number.flatten(number.dim() - inside).sum(-1) if inside else number.expand(fn.batch_shape)
 
 
+def support_of(fn: Any) -> constraints.Constraint:
+    """Return the support of a distribution.
+
+    Of a transformed one torch knows no more than where its transforms lead: for an exponential that is moved by a
+    constant, to the real line. It is the image of the support of what is transformed, where that has bounds.
+
+    Args:
+        fn: The distribution.
+
+    Example:
+        >>> shifted = [td.AffineTransform(2.0, -1.0)]
+        >>> support_of(dist.TransformedDistribution(dist.Exponential(1.0), shifted))
+        LessThan(upper_bound=2.0)
+        >>> support_of(dist.LogNormal(0.0, 1.0)), support_of(dist.Dirichlet(torch.ones(3)))
+        (GreaterThan(lower_bound=0.0), Simplex())
+    """
+    declared: constraints.Constraint = fn.support
+    inner = undressed(fn)
+    if getattr(type(inner), "support", None) is not td.TransformedDistribution.support:
+        return declared
+    base, known = _ends(support_of(inner.base_dist)), _ends(declared)
+    if (
+        base is _EVERYWHERE
+    ):  # before numbers are compared, which programs that are mapped over draws do not allow
+        return declared
+    ends = _ends_of_image(base, inner.transforms)
+    if ends is None or known is None:
+        return declared
+    if all(bool((torch.as_tensor(end) == other).all()) for end, other in zip(ends, known, strict=True)):
+        return declared
+    bounded = [bool(torch.isfinite(torch.as_tensor(end)).all()) for end in ends]
+    found: constraints.Constraint
+    if all(bounded):
+        found = constraints.interval(*ends)
+    elif any(bounded):
+        found = constraints.greater_than(ends[0]) if bounded[0] else constraints.less_than(ends[1])
+    else:
+        return declared
+    depth = len(fn.event_shape)
+    return constraints.independent(found, depth) if depth else found
+
+
+_Ends = tuple[Any, Any]  # numbers, or tensors of them
+_EVERYWHERE = (-math.inf, math.inf)
+
+
+def _ends(support: Any) -> _Ends | None:
+    """Return the ends of an interval of real numbers, or of independent ones; None for other supports."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if support is constraints.real:
+        return _EVERYWHERE
+    known = hasattr(support, "lower_bound") or hasattr(support, "upper_bound")
+    if not known or support.is_discrete:
+        return None
+    return getattr(support, "lower_bound", -math.inf), getattr(support, "upper_bound", math.inf)
+
+
+def _ends_of_image(ends: _Ends | None, transforms: Any) -> _Ends | None:
+    """Return the ends of what transforms make of an interval; None where that cannot be told."""
+    for transform in _parts(transforms):
+        domain, codomain = _ends(transform.domain), _ends(transform.codomain)
+        try:
+            sign = torch.as_tensor(transform.sign)
+        except NotImplementedError:
+            return None
+        rises = bool((sign > 0).all())
+        if ends is None or domain is None or codomain is None or not (rises or bool((sign < 0).all())):
+            return None
+        reached = codomain if rises else codomain[::-1]
+        is_end = torch.as_tensor(ends[0]) <= domain[0], torch.as_tensor(ends[1]) >= domain[1]
+        images = [
+            reached[i] if bool(is_end[i].all()) else transform(torch.as_tensor(ends[i])) for i in (0, 1)
+        ]
+        ends = (images[0], images[1]) if rises else (images[1], images[0])
+    return ends
+
+
+def _parts(transforms: Any) -> Iterator[Any]:
+    """Yield the single transforms of elements, in the order in which they are applied."""
+    for transform in transforms:
+        while isinstance(transform, td.IndependentTransform):
+            transform = transform.base_transform
+        if isinstance(transform, td.ComposeTransform):
+            yield from _parts(transform.parts)
+        else:
+            yield transform
+
+
 def is_outside(fn: Any, value: torch.Tensor) -> bool:
     """Whether some values are outside of the support of a distribution, as far as can be told."""
     try:
-        return not bool(fn.support.check(value).all())
+        return not bool(support_of(fn).check(value).all())
     except Exception:  # a distribution of the user's may have no support
         return False
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 
 from pyro_graphflows.errors import UnsupportedModelError
+from pyro_graphflows.inspect.runs import support_of
 
 __all__ = ["ModelConditionals", "kept_running_statistics", "same_distribution"]
 
@@ -90,7 +91,7 @@ def _placeholder(fn: Any) -> Tensor:
         if fn.has_enumerate_support:
             return fn.enumerate_support(expand=False)[0].expand(shape)
         return torch.zeros(shape, **options)
-    transform = biject_to(fn.support)
+    transform = biject_to(support_of(fn))
     return transform(torch.zeros(transform.inverse_shape(shape), **options))
 
 
