@@ -15,6 +15,7 @@ from studies.real_models.posterior import Posterior, Reference, Values
 DRAWS = 10_000
 ALONE = 1_000  # draws of a guide that cannot run many at once
 IWAE = 1_000
+LEVELS = (0.05, 0.5, 0.95)  # of the reference's quantiles
 
 
 def weigh(
@@ -80,10 +81,11 @@ def errors(draws: Values, reference: Reference, weights: Tensor | None) -> dict[
         weights: Normalised importance weights; equal ones, if None.
 
     Returns:
-        The largest and the root-mean-square error of a mean in reference standard deviations, and the smallest and the
-        largest ratio of standard deviations.
+        The largest and the root-mean-square error of a mean in reference standard deviations, the smallest and the
+        largest ratio of standard deviations, and, where the reference has draws, by how much the share of draws below
+        its quantiles differs from that of its own at most.
     """
-    off, ratio = [], []
+    off, ratio, shares = [], [], []
     for name, mean in reference.mean.items():
         x = draws[name].reshape(len(draws[name]), -1)
         w = torch.full((len(x), 1), 1 / len(x)) if weights is None else weights.unsqueeze(-1)
@@ -91,12 +93,19 @@ def errors(draws: Values, reference: Reference, weights: Tensor | None) -> dict[
         sd = (w * (x - centre) ** 2).sum(0).sqrt()
         off.append((centre - mean.reshape(-1)) / reference.sd[name].reshape(-1))
         ratio.append(sd / reference.sd[name].reshape(-1))
+        if name in reference.draws:
+            own = reference.draws[name]
+            levels = torch.tensor(LEVELS)
+            quantiles = own.reshape(len(own), -1).quantile(levels, dim=0).unsqueeze(1)
+            below = (w * (x <= quantiles)).sum(1)
+            shares.append((below - levels.unsqueeze(-1)).abs().max())
     off_all, ratio_all = torch.cat(off), torch.cat(ratio)
     return {
         "mean_max": off_all.abs().max().item(),
         "mean_rms": off_all.square().mean().sqrt().item(),
         "sd_min": ratio_all.min().item(),
         "sd_max": ratio_all.max().item(),
+        **({"share_max": max(shares).item()} if shares else {}),
     }
 
 
