@@ -22,7 +22,7 @@ from studies.real_models import methods, starts, survival  # noqa: E402
 from studies.real_models.log_joint import LogJoint  # noqa: E402
 from studies.real_models.models import POSTERIORS, find  # noqa: E402
 from studies.real_models.ordered import PositiveOrderedNormal  # noqa: E402
-from studies.real_models.posterior import DATA_VARIABLE, data_folder, read_reference  # noqa: E402
+from studies.real_models.posterior import DATA_VARIABLE, Reference, data_folder, read_reference  # noqa: E402
 from studies.real_models.run import best_rate  # noqa: E402
 from studies.results import Results  # noqa: E402
 
@@ -182,6 +182,17 @@ def exact_guide(y):
         pyro.sample("z", dist.Normal(y.sum(-1, keepdim=True) / 4, 0.5))
 
 
+def test_standard_deviations_that_are_not_known_are_listed():
+    torch.manual_seed(0)
+    heavy = torch.distributions.Pareto(torch.tensor(1.0), torch.tensor(1.5)).sample((1000,))
+    reference = Reference(
+        {}, {"light": torch.randn(1000), "heavy": torch.stack([heavy, heavy.log()], 1)}, {}, {}, None, None
+    )
+    rows = checks.spreads({"model": reference}).splitlines()[2:]
+    assert [row.split(" | ")[1] for row in rows] == ["heavy[0]"]
+    assert 1.0 < checks.tail_index(heavy) < 2.2  # 1.5, by twenty draws
+
+
 def test_the_exact_posterior_has_no_gap_and_no_errors(conjugate_posterior, tmp_path):
     """Every weight is the evidence; means and standard deviations differ by sampling alone (10,000 draws)."""
     from studies.real_models import measure
@@ -196,6 +207,9 @@ def test_the_exact_posterior_has_no_gap_and_no_errors(conjugate_posterior, tmp_p
     for part in ("errors", "errors_weighted"):
         assert result[part]["mean_max"] < 5 / math.sqrt(measure.DRAWS)
         assert abs(result[part]["sd_min"] - 1) < 5 / math.sqrt(2 * measure.DRAWS)
+        assert (
+            result[part]["share_max"] < 5 * 0.5 * (1 / measure.DRAWS + 1 / len(reference.draws["z"])) ** 0.5
+        )
 
 
 def test_a_guide_that_cannot_run_many_draws_at_once_is_measured_one_by_one(conjugate_posterior, tmp_path):

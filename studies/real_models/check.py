@@ -45,6 +45,9 @@ from studies.real_models.posterior import Posterior, Reference, data_folder, rea
 BOUND = 4.0  # standard errors
 MEANS_BOUND = 5.0
 CHAINS, ITERATIONS, WARM_UP = 64, 60, 60
+PARTS = 10  # of the draws, whose standard deviations tell how well that of all is known
+OPEN = 0.05  # standard error of a standard deviation, relative to it, above which it is listed
+LARGEST = 20  # draws, or a hundredth of them, from which the index of a tail is estimated
 
 
 @dataclass(frozen=True)
@@ -392,6 +395,44 @@ errors.
 """
 
 
+SPREADS = """
+## Standard deviations that are not well known
+
+Parameters whose standard deviations differ so much between ten parts of the reference's draws, in order, that the
+standard error of that of all is above five percent of it; and Hill's estimate of the power by which the probability of
+values beyond t falls. Below two there is no variance at all: the half-Cauchy priors of `K_m` and `V_m` and a likelihood
+that knows only their ratio, where both are large, give densities that fall as the third power. What a guide's standard
+deviation is of the reference's says little there; shares of draws below the reference's quantiles do.
+
+"""
+
+
+def spreads(references: dict[str, Reference]) -> str:
+    """Return a table of the parameters whose standard deviations the reference's draws leave open."""
+    lines = [
+        "| model | parameter | draws | sd | sds of ten parts, over it | tail index |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, reference in references.items():
+        for parameter, draws in reference.draws.items():
+            x = draws.reshape(len(draws), -1)
+            ratios = torch.stack([part.std(0) for part in x.chunk(PARTS)]) / x.std(0)
+            for i in (ratios.std(0) / PARTS**0.5 > OPEN).nonzero().flatten().tolist():
+                label = parameter if x.shape[1] == 1 else f"{parameter}[{i}]"
+                lowest, highest = float(ratios[:, i].min()), float(ratios[:, i].max())
+                lines.append(
+                    f"| {name} | {label} | {len(x)} | {float(x[:, i].std()):.4g} | {lowest:.2f}–{highest:.2f} "
+                    f"| {tail_index(x[:, i]):.1f} |"
+                )
+    return "\n".join(lines) + "\n"
+
+
+def tail_index(x: Tensor) -> float:
+    """Return Hill's estimate of the power by which probabilities of large absolute values fall; infinity is none."""
+    largest = x.abs().sort(descending=True).values[: max(LARGEST, len(x) // 100)]
+    return 1 / float((largest[:-1] / largest[-1]).log().mean())
+
+
 def main() -> None:
     """Check models and print the table."""
     parser = argparse.ArgumentParser(
@@ -404,13 +445,15 @@ def main() -> None:
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     folder = data_folder(flags.data)
-    checks = []
+    checks, references = [], {}
     for posterior in find(flags.models):
-        outcome = check(posterior, read_reference(folder, posterior.name), folder)
+        reference = read_reference(folder, posterior.name)
+        references[posterior.name] = read_reference(folder, posterior.name, joint=False)
+        outcome = check(posterior, reference, folder)
         print(table([outcome]).splitlines()[-1], flush=True)
         checks.append(outcome)
     if flags.out:
-        flags.out.write_text(PAGE + table(checks))
+        flags.out.write_text(PAGE + table(checks) + SPREADS + spreads(references))
     wrong = [c.name for c in checks if not c.passed]
     if wrong:
         raise SystemExit(f"Expected every model to pass; these did not: {', '.join(wrong)}.")
