@@ -39,6 +39,11 @@ def test_newton_follows_a_curved_valley_and_leaves_a_saddle():
     torch.testing.assert_close(found, torch.tensor([1.0, -1.0]), rtol=0, atol=1e-2)
 
 
+def test_a_search_ends_when_its_time_is_over():
+    first = torch.tensor([-1.2, 1.0, -0.5])
+    assert torch.equal(minimize.newton(Hessians(rosenbrock), first, seconds=-1.0), first)
+
+
 def test_units_of_very_different_size_are_no_trouble():
     units = torch.tensor([1e6, 1e-3, 1.0])
     found = newton(lambda x: ((x / units - 1) ** 2).sum(), torch.zeros(3))

@@ -188,19 +188,23 @@ def scaled_eigenvalues(hessian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return width, values, vectors
 
 
-def newton(hessians: Hessians, point: Tensor, steps: int = MOST_STEPS) -> Tensor:
+def newton(hessians: Hessians, point: Tensor, steps: int = MOST_STEPS, seconds: float = math.inf) -> Tensor:
     """Go downhill by Newton's method, with absolute values of curvatures, so that saddles are left [2].
 
     Args:
         hessians: Of the function.
         point: Where to begin.
         steps: The most steps.
+        seconds: Of processor time, after which no further step is begun.
 
     References:
         [2] Dauphin et al. (2014), Identifying and attacking the saddle point problem, NeurIPS.
     """
     hessian: Tensor | None = None
+    began = time.process_time()
     for _ in range(steps):
+        if time.process_time() - began > seconds:
+            return point
         if hessian is None:
             loss, gradient, hessian = hessians.at(point)
         if hessian is None:

@@ -87,6 +87,7 @@ MOST_RESTARTS = 8
 SECONDS_OF_RESTARTS = 3.0  # of processor time
 TIE = 0.1  # nats of a mode's mass that are no reason to take another
 NEAR = 5.0  # nats by which, of many numbers, a normal may be worse than another from which better ones are sought
+SECONDS = 5.0  # of processor time for a mode: where it is not found by then, other searches are more use
 FEW_STEPS = 8  # of Newton's method, from a point near the mode if there is one
 MOST_NUMBERS = 1000  # beyond which there is no Hessian at all
 LEAST_PRECISION = 0.25  # where all priors are proper: in their coordinates a prior's own precision is one
@@ -1003,7 +1004,7 @@ def _laplace(posterior: LogPosterior, start: Tensor) -> Mode | None:
 
     def search(first: Tensor) -> Mode | None:
         is_small = len(first) <= MOST_NEWTON
-        point = newton(hessians, first) if is_small else lbfgs(hessians.objective, first)
+        point = newton(hessians, first, seconds=SECONDS) if is_small else lbfgs(hessians.objective, first)
         hessian = hessians.at(point)[2]
         if hessian is None:
             return None
