@@ -2,13 +2,16 @@
 
 import math
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 
+from pyro_graphflows import auto_faithful_guide
 from pyro_graphflows.distributions.spline import BASES
 from pyro_graphflows.guides.conditionals.factors import NormalFactor
-from pyro_graphflows.guides.conditionals.spline import SplineFactor, SplineVector
+from pyro_graphflows.guides.conditionals.spline import KNOT_UNIT, SplineFactor, SplineVector
 
 DF = 5.0
 SPREAD = {"normal": 1.0, "student": math.sqrt(DF / (DF - 2)), "logistic": math.pi / math.sqrt(3)}
@@ -202,3 +205,27 @@ def test_gradcheck_of_the_density_of_a_vector(base):
         return factor.distribution(outputs, *units(2)).log_prob(u)
 
     assert torch.autograd.gradcheck(log_prob, (outputs, u))
+
+
+def counts(y):
+    rate = pyro.sample("rate", dist.Exponential(1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Poisson(rate), obs=y)
+
+
+@pytest.mark.parametrize(("init", "unit"), [("auto", KNOT_UNIT), ("regression", 1.0)])
+def test_knots_move_less_where_one_data_set_is_fitted(init, unit):
+    """A change of the network's outputs, as by a step of Adam, is one of knots in their unit."""
+    y = torch.tensor([2.0, 0.0, 3.0])
+    guide = auto_faithful_guide(counts, y, family="spline", init=init)
+    assert ("the start is 'mode'" in guide.describe(verbose=True)) == (init == "auto")
+
+    def knots():
+        with torch.no_grad():
+            return poutine.trace(guide).get_trace(y).nodes["rate"]["fn"].base.spline.parameters.clone()
+
+    before = knots()
+    with torch.no_grad():
+        guide.blocks[0].conditionals.network.skip.bias += 0.01
+    moved = knots() - before
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.01 * unit))

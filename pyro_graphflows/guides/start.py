@@ -334,6 +334,7 @@ def start_block_(
     notes: list[str] = []
     kept = False
     moments: Tensor | None = None
+    conditionals.serve_one_(samples.source == "mode")
     for site in plan.fitted if samples.source != "mode" else ():
         conditionals.leave_out_maps_(site)
     if samples.rows is not None:

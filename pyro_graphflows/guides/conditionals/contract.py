@@ -441,6 +441,13 @@ class Conditionals(nn.Module, ABC):
                 weights[parent] = matrix * (input_scale / scale)
         return LinearConditional(weights, loc, fit.scale_tril)
 
+    def serve_one_(self, one: bool) -> None:
+        """Say before a start whether it is for one data set; families that train alike for many need not know.
+
+        Args:
+            one: Whether it is.
+        """
+
     def narrow_elements_(self, factor: float, *, fitted: bool = True) -> None:
         """Multiply the scales of the sites with per-element parameters; nothing without such sites.
 

@@ -146,9 +146,11 @@ class Factor(ABC):
     Attributes:
         shares_constants: Whether the outputs that depend on nothing are the same in a whole batch, and never expanded
             to it. Elements of a plate with parameters of their own then differ in the other outputs alone.
+        serves_one: Whether the start is for one data set, on which training sees few draws a step.
     """
 
     shares_constants: ClassVar[bool] = False
+    serves_one: bool = False
 
     def __init__(self, size: int) -> None:
         self.size = size

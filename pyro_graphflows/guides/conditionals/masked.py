@@ -668,6 +668,11 @@ class MaskedConditionals(Conditionals):
         for output, amount in enumerate(amounts.tolist()):
             self.network.add_(self.outputs[site].start + output, amount)
 
+    def serve_one_(self, one: bool) -> None:
+        """See :meth:`Conditionals.serve_one_`."""
+        for factor in self.factors.values():
+            factor.serves_one = one
+
     @torch.no_grad()
     def narrow_elements_(self, factor: float, *, fitted: bool = True) -> None:
         """See :meth:`Conditionals.narrow_elements_`."""

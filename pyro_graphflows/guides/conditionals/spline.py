@@ -50,6 +50,11 @@ from pyro_graphflows.nn.activations import make_activation
 
 __all__ = ["Spline", "SplineFactor", "SplineVector"]
 
+# Of the parameters of knots where a guide is for one data set, and trained on few draws a step. There are more of them
+# than of all else, and each step of Adam moves all of them: by whole units a rate of .01 makes bins of next to no width
+# in a few hundred steps, from which a falling rate does not return.
+KNOT_UNIT = 0.3
+
 
 @dataclass(frozen=True)
 class Spline(Family):
@@ -239,7 +244,7 @@ class SplineFactor(Factor):
         )
 
     def natural_units(self, scale_tril: Tensor) -> Tensor:
-        """See :meth:`Factor.natural_units`: those of a normal factor, and ones for the knots."""
+        """See :meth:`Factor.natural_units`: those of a normal factor, and one for the knots."""
         return self._with_knots(self._inner.natural_units(scale_tril))
 
     def natural_units_beside_prior(self, scale_tril: Tensor) -> Tensor:
@@ -247,7 +252,8 @@ class SplineFactor(Factor):
         return self._with_knots(self._inner.natural_units_beside_prior(scale_tril))
 
     def _with_knots(self, own: Tensor) -> Tensor:
-        return torch.cat([own, own.new_ones(self.num_outputs - len(own))])
+        unit = KNOT_UNIT if self.serves_one else 1.0
+        return torch.cat([own, own.new_full((self.num_outputs - len(own),), unit)])
 
 
 class SplineVector(dist.TorchDistribution):
