@@ -212,6 +212,30 @@ def test_factors_start_near_the_mode():
     assert abs(float(draws("regression").std()) / 10 - 1) < 0.1  # there are no joint samples: the prior
 
 
+def test_data_of_the_models_own_are_no_example():
+    """A curve that the model holds: no call has another one."""
+    x = torch.linspace(0.0, 3.0, 12)
+    y = x.sin()
+
+    def curve(variance, length):
+        kernel = variance[..., None, None] * torch.exp(
+            -0.5 * ((x - x[:, None]) / length[..., None, None]) ** 2
+        )
+        return dist.MultivariateNormal(torch.zeros(12), kernel + 0.01 * torch.eye(12))
+
+    def model():
+        variance = pyro.sample("variance", dist.LogNormal(0.0, 1.0))
+        length = pyro.sample("length", dist.LogNormal(0.0, 1.0))
+        pyro.sample("y", curve(variance, length), obs=y)
+
+    guide = auto_faithful_guide(model).setup()
+    grid = torch.linspace(-5.0, 5.0, 81)
+    prior = dist.Normal(0.0, 1.0).log_prob(grid)
+    log_joint = prior[:, None] + prior + curve(grid.exp()[:, None], grid.exp().expand(81, 81)).log_prob(y)
+    evidence = log_joint.flatten().logsumexp(0) + 2 * math.log(grid[1] - grid[0])
+    assert loss_of(model, guide, number=300) + float(evidence) < 0.3  # the start for other data: 5 nats
+
+
 def test_amortised_guides_whose_regression_is_far_off_start_near_the_mode():
     """Draws of a wide prior are worse than any start, so that one must not be kept for being better than they."""
 

@@ -2,10 +2,14 @@
 
 The search for the place of the posterior sums over these sites, as a model does that marks them for enumeration, and
 gives draws of all others. Given each of them, the discrete sites are drawn from their own posterior. Sites that data of
-another plate look up are summed over in a way of their own (:mod:`~pyro_graphflows.guides.class_sums`).
+another plate look up are summed over in a way of their own (:mod:`~pyro_graphflows.guides.class_sums`). Where there is
+no sum, as where data depend on all coefficients that are in or out of a regression, configurations of few sites are
+tried one after the other, each with the mode of the others.
 """
 
-from collections.abc import Callable, Mapping
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -20,18 +24,23 @@ from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.guides.class_sums import ClassSums, find_class_sums
 from pyro_graphflows.guides.mode import (
     SINGLE_RUNS,
+    LogPosterior,
     Mode,
     find_mode,
     in_plate_of_draws,
     nesting_of,
+    newton_mode,
     with_rows,
 )
 from pyro_graphflows.inspect import TracedModel, trace_model
 from pyro_graphflows.inspect.runs import kept_buffers, run_model
 
-__all__ = ["ClassMode", "DiscreteMode", "find_discrete_mode"]
+__all__ = ["ClassMode", "Configurations", "DiscreteMode", "find_discrete_mode"]
 
 ENUMERATED = {"enumerate": "parallel"}
+MOST_ELEMENTS = 30  # of discrete sites of which configurations are tried
+MOST_NUMBERS = 100  # of continuous sites beside them
+SECONDS = 5.0  # of processor time, after which no further configuration is tried
 
 
 @dataclass(frozen=True)
@@ -135,9 +144,144 @@ class ClassMode:
         return self.sums.draw(self.terms.expand(number, *self.terms.shape))
 
 
+@dataclass(frozen=True)
+class Configurations:
+    """Normal approximations of the continuous sites, one for each of some configurations of the discrete ones.
+
+    Attributes:
+        modes: The normals.
+        values: The values of discrete sites in each configuration.
+        log_weights: The logarithms of what the configurations weigh.
+    """
+
+    modes: Sequence[Mode]
+    values: Sequence[Mapping[str, Tensor]]
+    log_weights: Tensor
+
+    def draw(self, number: int) -> dict[str, Tensor]:
+        """Return draws of all sites, along the first dimension; the random state is used and advanced.
+
+        Args:
+            number: How many; fewer are drawn where the model takes a run for each.
+        """
+        chosen = torch.multinomial(self.log_weights.softmax(0), number, replacement=True)
+        found: list[dict[str, Tensor]] = []
+        for i in chosen.unique().tolist():
+            drawn = self.modes[i].draw(int((chosen == i).sum()))
+            size = len(next(iter(drawn.values())))
+            own = {name: value.expand(size, *value.shape) for name, value in self.values[i].items()}
+            found.append(drawn | own)
+        joined = {name: torch.cat([each[name] for each in found]) for name in found[0]}
+        order = torch.randperm(len(next(iter(joined.values()))))
+        return {name: value[order] for name, value in joined.items()}
+
+
+class _Search:
+    """Goes uphill over the configurations of discrete sites, by the evidence of each as its mode has it.
+
+    Args:
+        model: The model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        traced: The model as traced with them.
+        discrete: The names of the discrete sites.
+
+    Raises:
+        UnsupportedModelError: If there are too many elements, or values without an end.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        traced: TracedModel,
+        discrete: Sequence[str],
+    ) -> None:
+        nodes: Any = traced.trace.nodes
+        self.program = model, args, kwargs
+        self.classes: dict[str, Tensor] = {}
+        self.shapes: dict[str, torch.Size] = {}
+        for name in discrete:
+            fn = nodes[name]["fn"]
+            if not fn.has_enumerate_support:
+                raise UnsupportedModelError(f"the values of {name} cannot be listed.")
+            values = fn.enumerate_support(expand=False)
+            self.classes[name] = values.reshape(len(values), *fn.event_shape)
+            self.shapes[name] = fn.batch_shape
+        self.elements = [
+            (name, i) for name, shape in self.shapes.items() for i in range(torch.Size(shape).numel())
+        ]
+        if len(self.elements) > MOST_ELEMENTS:
+            raise UnsupportedModelError(
+                f"there are {len(self.elements)} discrete numbers; {MOST_ELEMENTS} are the most whose values are tried."
+            )
+        self.found: dict[tuple[int, ...], tuple[Mode, float] | None] = {}
+        self.traced: TracedModel | None = None
+        self.point: Tensor | None = None
+
+    def values(self, configuration: tuple[int, ...]) -> dict[str, Tensor]:
+        """Return the values of the discrete sites in a configuration."""
+        places = dict(zip(self.elements, configuration, strict=True))
+        found = {}
+        for name, shape in self.shapes.items():
+            chosen = torch.tensor([places[name, i] for i in range(torch.Size(shape).numel())])
+            found[name] = self.classes[name][chosen.reshape(shape)]
+        return found
+
+    def evidence(self, configuration: tuple[int, ...]) -> float:
+        """Return the evidence of a configuration; minus infinity where there is no mode."""
+        if configuration not in self.found:
+            self.found[configuration] = self._mode(configuration)
+        own = self.found[configuration]
+        return -math.inf if own is None else own[1]
+
+    def _mode(self, configuration: tuple[int, ...]) -> tuple[Mode, float] | None:
+        model, args, kwargs = self.program
+        given = poutine.condition(model, data=self.values(configuration))
+        try:
+            if self.traced is None:
+                self.traced = trace_model(given, args, kwargs, strict=False)
+            posterior = LogPosterior(given, args, kwargs, self.traced)
+            if posterior.size > MOST_NUMBERS:
+                return None
+            if self.point is None or len(self.point) != posterior.size:
+                self.point = torch.zeros(posterior.size, dtype=torch.float64)
+            mode = newton_mode(posterior, self.point)
+            posterior.captured.forget()
+            evidence = -math.inf if mode is None else mode.log_evidence
+        except Exception:  # of the model, which may not have these values
+            return None
+        return None if mode is None or not math.isfinite(evidence) else (mode, evidence)
+
+    def run(self) -> Configurations | None:
+        """Return the configurations that were tried, by their weights; None if none has a mode."""
+        began = time.process_time()
+        most = max(len(classes) for classes in self.classes.values())
+        same = [tuple(min(k, len(self.classes[name]) - 1) for name, _ in self.elements) for k in range(most)]
+        best = max(same, key=self.evidence)
+        improved = True
+        while improved and math.isfinite(self.evidence(best)):
+            improved = False
+            for i, (name, _) in enumerate(self.elements):
+                for k in range(len(self.classes[name])):
+                    if time.process_time() - began > SECONDS:
+                        break
+                    moved = (*best[:i], k, *best[i + 1 :])
+                    if self.evidence(moved) > self.evidence(best):
+                        best, improved = moved, True
+                        own = self.found[best]
+                        self.point = self.point if own is None else own[0].point
+        kept = [(key, own) for key, own in self.found.items() if own is not None]
+        if not kept:
+            return None
+        modes, evidences = zip(*(own for _, own in kept), strict=True)
+        return Configurations(modes, [self.values(key) for key, _ in kept], torch.tensor(evidences))
+
+
 def find_discrete_mode(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], traced: TracedModel
-) -> Mode | DiscreteMode | ClassMode:
+) -> Mode | DiscreteMode | ClassMode | Configurations:
     """Search for the place of the posterior, where latent sites are discrete as well.
 
     Args:
@@ -154,6 +298,26 @@ def find_discrete_mode(
     discrete = tuple(name for name in traced.graph.latent if nodes[name]["fn"].support.is_discrete)
     if not discrete:
         return find_mode(model, args, kwargs, traced)
+    try:
+        return _by_sums(model, args, kwargs, traced, discrete)
+    except UnsupportedModelError:
+        found = None
+        if len(discrete) < len(traced.graph.latent):
+            with suppress(UnsupportedModelError):
+                found = _Search(model, args, kwargs, traced, discrete).run()
+        if found is None:
+            raise
+        return found
+
+
+def _by_sums(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    traced: TracedModel,
+    discrete: tuple[str, ...],
+) -> Mode | DiscreteMode | ClassMode:
+    """Search for the place of the posterior by sums over discrete sites."""
     alone = len(discrete) == len(traced.graph.latent)
     if any(traced.graph.outside_of_plates(name) for name in discrete):
         sums = find_class_sums(model, args, kwargs, traced, discrete)

@@ -1189,7 +1189,8 @@ def auto_faithful_guide(
             (:mod:`~pyro_graphflows.guides.start`, :mod:`~pyro_graphflows.guides.mode`,
             :mod:`~pyro_graphflows.guides.short_chains`; ``guide.describe(verbose=True)`` says which). Amortised
             guides keep the regression, unless it does much worse for these data than the prior, or, without plates,
-            the mode gains more for these data than it loses for simulated ones. ``"mode"``: at a normal approximation
+            the mode gains more for these data than it loses for simulated ones, or the model, which takes no tensors,
+            has data of its own. ``"mode"``: at a normal approximation
             of the posterior for these data, whatever it is for others. ``"regression"``, for training on simulations:
             at the least-squares regression of each site on its parents over joint samples of the model (exact for
             linear-Gaussian models up to sampling error); where priors are improper there are none, and it is as

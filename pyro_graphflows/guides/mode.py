@@ -73,7 +73,7 @@ from pyro_graphflows.inspect.prior import SECONDS_WITHOUT_A_BAR, UNCONSTRAINED, 
 from pyro_graphflows.inspect.runs import drawn_rows, handled, kept_buffers, support_of
 from pyro_graphflows.regression import in_float64
 
-__all__ = ["Mode", "find_mode", "in_plate_of_draws", "nesting_of", "with_rows"]
+__all__ = ["LogPosterior", "Mode", "find_mode", "in_plate_of_draws", "nesting_of", "newton_mode", "with_rows"]
 
 SPREAD = (
     1e-3  # of the first point about the centres of the priors: at an exact symmetry gradients cannot choose
@@ -1003,14 +1003,8 @@ def _laplace(posterior: LogPosterior, start: Tensor) -> Mode | None:
     hessians = posterior.hessians()
 
     def search(first: Tensor) -> Mode | None:
-        is_small = len(first) <= MOST_NEWTON
-        point = newton(hessians, first, seconds=SECONDS) if is_small else lbfgs(hessians.objective, first)
-        hessian = hessians.at(point)[2]
-        if hessian is None:
-            return None
-        return Mode(posterior, point, _square_root_of_inverse(hessian, least))
+        return newton_mode(posterior, first, hessians)
 
-    least = LEAST_PRECISION if posterior.proper else None
     began = time.process_time()
     best = search(start)
     if len(start) > MOST_RESTARTED:
@@ -1022,6 +1016,24 @@ def _laplace(posterior: LogPosterior, start: Tensor) -> Mode | None:
         if found is not None and (best is None or found.log_evidence > best.log_evidence + TIE):
             best = found
     return best
+
+
+def newton_mode(posterior: LogPosterior, first: Tensor, hessians: Hessians | None = None) -> Mode | None:
+    """Return the mode to which a search from a point leads, and the curvature there; None where that is not finite.
+
+    Args:
+        posterior: The density.
+        first: The point.
+        hessians: What finds its Hessians.
+    """
+    hessians = hessians or posterior.hessians()
+    is_small = len(first) <= MOST_NEWTON
+    point = newton(hessians, first, seconds=SECONDS) if is_small else lbfgs(hessians.objective, first)
+    hessian = hessians.at(point)[2]
+    if hessian is None:
+        return None
+    least = LEAST_PRECISION if posterior.proper else None
+    return Mode(posterior, point, _square_root_of_inverse(hessian, least))
 
 
 def _best(found: Sequence[Mode], noise: Tensor) -> Mode:

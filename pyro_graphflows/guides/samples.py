@@ -19,7 +19,7 @@ from torch.distributions import biject_to
 
 from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.guides.call import PlateState, argument_in_trace, input_rows, plates_of
-from pyro_graphflows.guides.discrete_mode import ClassMode, DiscreteMode, find_discrete_mode
+from pyro_graphflows.guides.discrete_mode import ClassMode, Configurations, DiscreteMode, find_discrete_mode
 from pyro_graphflows.guides.mode import Mode
 from pyro_graphflows.guides.plan import BlockPlan, Plan
 from pyro_graphflows.guides.sites import InputEncodings, LatentSite, flatten_event, is_constant
@@ -81,7 +81,7 @@ class ModelDraws:
         self._num_kept = 0
         self._last: Mapping[str, Tensor] = {}
         self._batchings: dict[bool, Batching] = {}  # of joint samples, and of the latents alone
-        self._mode: Mode | DiscreteMode | ClassMode | UnsupportedModelError | None = None
+        self._mode: Mode | DiscreteMode | ClassMode | Configurations | UnsupportedModelError | None = None
         self._most_single_runs: int | None = None
         self._plates = plates_of(traced.trace)
         nodes: Any = traced.trace.nodes
@@ -336,7 +336,10 @@ class ModelDraws:
         if isinstance(self._mode, UnsupportedModelError):
             raise self._mode
         number, mode = min(num_samples, self._most_draws), self._mode
-        values = mode.draw(number) if isinstance(mode, ClassMode) else mode.draw(number, by_chains)
+        if isinstance(mode, ClassMode | Configurations):
+            values = mode.draw(number)
+        else:
+            values = mode.draw(number, by_chains)
         self._last = values
         return self._flat(values, len(next(iter(values.values()))))
 

@@ -60,6 +60,7 @@ from pyro_graphflows.guides.samples import ModelDraws, Samples, columns_of
 from pyro_graphflows.guides.sites import LatentSite, concatenate, is_normal_unconstrained
 from pyro_graphflows.guides.spline_start import shape_spline_
 from pyro_graphflows.infer.enumeration import enumerated, sum_of_the_rest
+from pyro_graphflows.inspect.arguments import argument_leaves
 from pyro_graphflows.inspect.runs import kept_buffers
 from pyro_graphflows.regression import (
     HELD_OUT,
@@ -1151,6 +1152,8 @@ def choose_start(
     is_for_these_data = samples.draws.has_data and (bool(plan.inputs.per_element) or source == "none")
     has_one_datum = _has_one_datum(compiled, samples)
     is_amortised = source == "joint" and not is_for_these_data
+    own = samples.draws  # of a model that holds its data no call has others
+    takes_data = bool(argument_leaves(own.model, own.args, own.kwargs))
     is_left = bool(plan.graph.marginalised) and not (is_for_these_data or has_one_datum)
     if not (continuous or is_for_these_data or has_one_datum) or samples.num_rows == 0 or is_left:
         return build_usual(), None
@@ -1211,7 +1214,7 @@ def choose_start(
                 losses[other] = loser.loss
         candidates[name] = built
         if best is None or found.loss < least + (STEADIER if name == BOTH else 0.0):
-            if (has_one_datum or is_amortised) and best is not None:
+            if (has_one_datum or is_amortised) and best is not None and takes_data:
                 samples.draws.recall(samples.drawn)
                 simulated = _simulated(samples.draws, judge.number)
                 gain = least - found.loss
