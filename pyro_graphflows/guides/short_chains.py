@@ -166,8 +166,8 @@ def run_short_chains(
                 chains.put(coordinates.units(back))
         if number > left_out:
             visited.append(chains.units)
-        if number == TRIED:
-            each = (time.process_time() - began) / TRIED
+        if number <= TRIED:
+            each = (time.process_time() - began) / TRIED  # at least
             affordable = [length for length in lengths if each * sum(length) <= MOST_SECONDS]
             if not affordable:
                 return None
