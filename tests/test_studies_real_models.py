@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the studies are no part of the package
 
 from studies.real_models import check as checks  # noqa: E402
-from studies.real_models import methods, starts, survival  # noqa: E402
+from studies.real_models import ends, methods, starts, survival  # noqa: E402
 from studies.real_models.log_joint import LogJoint  # noqa: E402
 from studies.real_models.models import POSTERIORS, find  # noqa: E402
 from studies.real_models.ordered import PositiveOrderedNormal  # noqa: E402
@@ -383,6 +383,24 @@ def test_what_training_does_to_a_start_is_written_once(tmp_path, capsys):
         assert all(abs(record["losses"][0] - 30.0) < 3.0 for record in records)
         page = survival.page(records)
     assert page.count("mesquite-logmesquite_logvolume | 0.0") == 2
+
+
+@needs_data
+def test_where_training_ends_is_written_once(tmp_path, capsys):
+    """A run is a line; what is there is not run again; the unit is as it was; the page has a row for each unit."""
+    out, unit = tmp_path / "ends.jsonl", ends.spline.KNOT_UNIT
+    flags = ["--data", str(DATA), "--models", "Mt_data", "--seeds", "1", "2", "--out", str(out)]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"STEPS": 4, "EVERY": 2, "FEW": 100, "MANY": 200, "AT_ONCE": 100}.items():
+            patch.setattr(ends, name, value)
+        ends.main(flags)
+        assert capsys.readouterr().out.count("\n") == 4
+        ends.main(flags)
+        assert capsys.readouterr().out == ""
+    assert unit == ends.spline.KNOT_UNIT
+    records = list(Results(out).read().values())
+    assert all(len(record["path"]) == 2 and abs(record["end"]) < 1.0 for record in records)
+    assert ends.section(records).count("Mt_data-Mt_model |") == 2
 
 
 @needs_data

@@ -12,7 +12,7 @@ from typing import Any
 
 import matplotlib
 
-from studies.real_models import starts, survival
+from studies.real_models import ends, starts, survival
 from studies.real_models.methods import METHODS, OURS, PYRO
 from studies.real_models.models import POSTERIORS
 from studies.real_models.run import CHOICE_SECONDS, CHOICE_SEED, LAST, RATES, RESULTS, best_rate
@@ -323,7 +323,8 @@ def main(argv: list[str] | None = None) -> None:
     flags.out.mkdir(parents=True, exist_ok=True)
     (flags.out / "real_models.md").write_text(page(list(Results(flags.results).read().values()), flags.out))
     trained = list(Results(survival.RESULTS).read().values())
-    (flags.out / "real_models_training.md").write_text(survival.page(trained))
+    ended = list(Results(ends.RESULTS).read().values())
+    (flags.out / "real_models_training.md").write_text(survival.page(trained) + ends.section(ended))
     begun = list(Results(starts.RESULTS).read().values())
     (flags.out / "real_models_starts.md").write_text(starts.page(begun))
 
