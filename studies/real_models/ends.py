@@ -76,8 +76,8 @@ def section(records: list[dict[str, Any]]) -> str:
         "## Where training ends",
         "",
         f"The default guide in float64, {STEPS:,} steps at {RATE:g}, falling to {LAST:g} of it in the second half, "
-        "from one start with several seeds of the draws, for two units in which knots of splines are trained (.3 is that "
-        "of guides that start for one data set). Nats from the evidence: of the start; the median over seeds of "
+        "from one start with several seeds of the draws, for two units in which knots of splines are trained (.3 is "
+        "that of guides that start for one data set). Nats from the evidence: of the start; the median over seeds of "
         f"the median of every {EVERY} steps and the worst of all; the ends, in order, and the standard error of one. "
         "Made by `python -m studies.real_models.report` from `studies/real_models/ends.jsonl`; `python -m "
         "studies.real_models.ends --data DATA` does the runs that are missing.",
