@@ -1,6 +1,8 @@
 """Discrete latents of groups whose elements the data look up, or of which the data read all: spikes and slabs."""
 
+import itertools
 import math
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -197,6 +199,42 @@ def test_coefficients_that_are_in_or_out_start_at_a_likely_configuration(in_plat
     exact = -torch.stack(total).logsumexp(0)
     assert losses.median() < exact + 1.0
     assert losses.mean() < exact + 30.0  # some draws have the wrong ones; without a search 230 nats
+
+
+def test_configurations_are_drawn_by_their_weights_where_each_draw_takes_a_run():
+    def model(x, y):
+        with pyro.plate("inputs", 2):
+            on = pyro.sample("on", dist.Bernoulli(0.5))
+            weight = pyro.sample("weight", dist.Normal(0.0, 1.0))
+        mean = pyro.sample("mean", dist.Normal(0.0 if float(weight[0].detach()) < 1e9 else 1.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(x @ (on * weight) + mean, 0.3), obs=y)
+
+    x = torch.randn(30, 2)
+    data = x, x @ torch.tensor([1.0, 0.1]) + 0.3 * torch.randn(30)
+    found = find_discrete_mode(model, data, {}, trace_model(model, data, {}, strict=False))
+    drawn = found.draw(2000)["on"]
+    assert 200 <= len(drawn) < 1000
+    for values, weight in zip(found.values, found.log_weights.softmax(0), strict=True):
+        share = (drawn == values["on"]).all(-1).double().mean()
+        assert abs(share - weight) < 4 * (weight * (1 - weight) / len(drawn)).sqrt() + 2 / len(drawn)
+
+
+def test_no_configuration_is_tried_after_some_time(monkeypatch):
+    """Of many values the first ones alone could take it all."""
+
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("parts", 2):
+            count = pyro.sample("count", dist.Binomial(50, torch.tensor(0.5)))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(mean + count.sum(-1) / 10, 1.0), obs=y)
+
+    monkeypatch.setattr(discrete_mode, "time", SimpleNamespace(process_time=itertools.count().__next__))
+    data = (torch.tensor([6.0, 7.0]),)
+    traced = trace_model(model, data, {}, strict=False)
+    found = discrete_mode._Search(model, data, {}, traced, ("count",)).run()
+    assert len(found.modes) == discrete_mode.SECONDS
 
 
 @pytest.mark.filterwarnings("ignore:Not faithful")  # kinds stay dependent where their means are not known

@@ -1,6 +1,7 @@
 """Gradients of the bound on the evidence go along the path of the draws alone: no noise where the guide is exact."""
 
 import math
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -178,9 +179,10 @@ def test_gradients_of_the_density_of_a_spline_need_no_inversion(base, df):
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:DeprecationWarning")
-def test_traced_losses_have_the_same_gradients():
+@pytest.mark.parametrize("prior", [partial(dist.Gamma, 2.0), dist.HalfCauchy, dist.Exponential])
+def test_traced_losses_have_the_same_gradients(prior):
     def model(y):
-        scale = pyro.sample("scale", dist.Gamma(2.0, 1.0))
+        scale = pyro.sample("scale", prior(1.0))
         with pyro.plate("data", len(y)):
             pyro.sample("y", dist.Normal(0.0, scale), obs=y)
 

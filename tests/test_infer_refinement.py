@@ -142,6 +142,28 @@ def test_positive_sites_and_simplices_with_a_guide_of_pyro():
     check_mean(refined, "probs", probs.mean, probs.variance.sqrt())
 
 
+def test_chains_stay_in_the_support_of_a_transformed_prior():
+    """Of an exponential that is moved, torch takes the real line for the support."""
+    moved = [torch.distributions.AffineTransform(2.0, 1.0)]
+
+    def model(y):
+        low = pyro.sample("low", dist.TransformedDistribution(dist.Exponential(1.0), moved))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(low, 1.0), obs=y)
+
+    def guide(y):
+        pyro.sample("low", dist.TransformedDistribution(dist.Exponential(3.0), moved))
+
+    y = torch.tensor([2.2, 1.9, 2.3, 1.8])
+    posterior = sample_posterior(model, guide, y, num_draws=400, seed=0)
+    refined = posterior.refined(QUICK, khat_above=None, num_chains=8, seed=1)
+    assert refined.draws["low"].min() > 2.0
+    grid = torch.linspace(2.0, 10.0, 20_001)
+    weights = (2.0 - grid + dist.Normal(grid.unsqueeze(-1), 1.0).log_prob(y).sum(-1)).softmax(0)
+    mean = (weights * grid).sum()
+    check_mean(refined, "low", mean, (weights * (grid - mean).square()).sum().sqrt())
+
+
 def test_models_that_are_not_written_for_batches(groups):
     def model(y, s):
         mu = pyro.sample("mu", dist.Normal(0.0, 2.0))

@@ -1,5 +1,7 @@
 import copy
+import gc
 import io
+import weakref
 from itertools import islice
 
 import pytest
@@ -255,6 +257,26 @@ def test_second_derivatives_of_layers_scaled_together(engine):
         torch.testing.assert_close(gradient, first[i], rtol=1e-9, atol=1e-12)
         (curve,) = torch.autograd.grad((gradient * probes[i]).sum(), weight)
         torch.testing.assert_close(curve, second[i], rtol=1e-9, atol=1e-12)
+
+
+def test_layers_scaled_together_first_in_inference_mode_and_freed_at_once():
+    layers = [make_layer("random", 10, engine) for engine in ("dense", "sparse")]
+    bounds = [SpectralBound(layer, 0.9) for layer in layers]
+    weights = [layer.weight for layer in layers]
+    with torch.inference_mode():
+        bounded_entries(bounds, layers)
+    total = sum(entries.pow(3).sum() for entries in bounded_entries(bounds, layers))
+    gradients = torch.autograd.grad(total, weights, create_graph=True)
+    second = torch.autograd.grad(sum(gradient.square().sum() for gradient in gradients), weights)
+    assert all(bool(each.isfinite().all()) and bool(each.any()) for each in second)
+    alive = [weakref.ref(bound) for bound in bounds]
+    gc.collect()
+    gc.disable()
+    try:
+        del bounds
+        assert [each() for each in alive] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_no_inputs_and_weights_that_are_not_finite():

@@ -59,7 +59,7 @@ from pyro_graphflows.distributions.skewed_scores import (
     score,
     unscore,
 )
-from pyro_graphflows.nn.operation import Operation
+from pyro_graphflows.nn.operation import Operation, is_traced
 from pyro_graphflows.regression import in_float64
 
 __all__ = ["QUANTILES", "GaussianCoordinate", "PriorQuantile", "gaussian_coordinate", "is_well_defined"]
@@ -356,7 +356,7 @@ class PriorQuantile(Transform):
     def _call(self, x: Tensor) -> Tensor:
         if x.is_meta:
             return self._shape_of(x)
-        follows = torch.is_grad_enabled() and x.requires_grad
+        follows = torch.is_grad_enabled() and x.requires_grad and not is_traced()
         if not follows or self.is_iterated or any(part.requires_grad for part in self.parameters):
             self._last = self._value(x)
         else:

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pyro_graphflows.errors import GraphflowsError
-from pyro_graphflows.nn.operation import Operation
+from pyro_graphflows.nn.operation import Operation, is_traced
 
 __all__ = ["RationalSpline", "num_spline_parameters"]
 
@@ -260,11 +260,6 @@ class _SplineWithBend(_Spline):
         return _Spline.backward(ctx, *grads[:2])
 
 
-def _is_traced() -> bool:
-    """Whether torch traces the program, as for `JitTrace_ELBO`, which needs its own operations."""
-    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]
-
-
 class RationalSpline:
     """The spline that parameters describe. Zeros are the identity.
 
@@ -306,7 +301,7 @@ class RationalSpline:
             x: Numbers that broadcast against ``batch``.
         """
         follow = torch.is_grad_enabled() and (self.parameters.requires_grad or x.requires_grad)
-        if follow and not _is_traced():
+        if follow and not is_traced():
             y, log_slope = _Spline.apply(self.parameters, x, self.num_bins, self.bound)
         else:
             y, log_slope = _place(self.parameters, x, self.num_bins, self.bound)[:2]
@@ -318,7 +313,7 @@ class RationalSpline:
         Args:
             x: Numbers that broadcast against ``batch``, without gradients.
         """
-        if _is_traced():
+        if is_traced():
             at = _place(self.parameters, x, self.num_bins, self.bound)
             return at.y, at.log_slope, at.bend().detach()
         y, log_slope, bend = _SplineWithBend.apply(self.parameters, x, self.num_bins, self.bound)

@@ -166,12 +166,21 @@ class Configurations:
         """
         chosen = torch.multinomial(self.log_weights.softmax(0), number, replacement=True)
         found: list[dict[str, Tensor]] = []
+        numbers: list[int] = []
         for i in chosen.unique().tolist():
-            drawn = self.modes[i].draw(int((chosen == i).sum()))
+            numbers.append(int((chosen == i).sum()))
+            drawn = self.modes[i].draw(numbers[-1])
             size = len(next(iter(drawn.values())))
             own = {name: value.expand(size, *value.shape) for name, value in self.values[i].items()}
             found.append(drawn | own)
-        joined = {name: torch.cat([each[name] for each in found]) for name in found[0]}
+        # of a configuration there may be fewer draws than were asked for: then of all in proportion
+        sizes = [len(next(iter(each.values()))) for each in found]
+        share = min(size / wanted for size, wanted in zip(sizes, numbers, strict=True))
+        kept = [math.ceil(share * wanted) for wanted in numbers]
+        joined = {
+            name: torch.cat([each[name][:size] for each, size in zip(found, kept, strict=True)])
+            for name in found[0]
+        }
         order = torch.randperm(len(next(iter(joined.values()))))
         return {name: value[order] for name, value in joined.items()}
 
@@ -217,6 +226,7 @@ class _Search:
                 f"there are {len(self.elements)} discrete numbers; {MOST_ELEMENTS} are the most whose values are tried."
             )
         self.found: dict[tuple[int, ...], tuple[Mode, float] | None] = {}
+        self.began = time.process_time()
         self.traced: TracedModel | None = None
         self.point: Tensor | None = None
 
@@ -230,8 +240,10 @@ class _Search:
         return found
 
     def evidence(self, configuration: tuple[int, ...]) -> float:
-        """Return the evidence of a configuration; minus infinity where there is no mode."""
+        """Return the evidence of a configuration; minus infinity where there is no mode, or no time to find it."""
         if configuration not in self.found:
+            if time.process_time() - self.began > SECONDS:
+                return -math.inf
             self.found[configuration] = self._mode(configuration)
         own = self.found[configuration]
         return -math.inf if own is None else own[1]
@@ -256,7 +268,6 @@ class _Search:
 
     def run(self) -> Configurations | None:
         """Return the configurations that were tried, by their weights; None if none has a mode."""
-        began = time.process_time()
         most = max(len(classes) for classes in self.classes.values())
         same = [tuple(min(k, len(self.classes[name]) - 1) for name, _ in self.elements) for k in range(most)]
         best = max(same, key=self.evidence)
@@ -265,8 +276,6 @@ class _Search:
             improved = False
             for i, (name, _) in enumerate(self.elements):
                 for k in range(len(self.classes[name])):
-                    if time.process_time() - began > SECONDS:
-                        break
                     moved = (*best[:i], k, *best[i + 1 :])
                     if self.evidence(moved) > self.evidence(best):
                         best, improved = moved, True

@@ -28,6 +28,7 @@ from pyro_graphflows.infer.chains import Chains, bulk_ess, split_rhat
 from pyro_graphflows.infer.enumeration import enumerated, summed_log_density
 from pyro_graphflows.infer.model_runs import NUMBERS_AT_ONCE, Fitted
 from pyro_graphflows.infer.particles import PARTICLES, density_sites, keep_dims, log_density
+from pyro_graphflows.inspect.runs import support_of
 
 __all__ = [
     "Coordinates",
@@ -91,7 +92,7 @@ class Unconstrained:
         shapes: dict[str, tuple[int, ...]] = {}
         for name, value in draws.items():
             nodes: list[Any] = [trace.nodes[name] for trace in traces]
-            first, second = (biject_to(node["fn"].support) for node in nodes)
+            first, second = (biject_to(support_of(node["fn"])) for node in nodes)
             unconstrained = first.inv(value)
             if not bool(unconstrained.isfinite().all()) or not _same_map(first, second, unconstrained[:1]):
                 raise UnsupportedModelError(

@@ -47,6 +47,7 @@ from pyro_graphflows.inspect.runs import (
     is_transparent,
     stand_in,
     subsampled_loops,
+    support_of,
     undressed,
     vectorized_plates,
 )
@@ -914,7 +915,7 @@ class Recorder(PlateWatch):
         except Exception as error:
             if is_outside(fn, value):
                 raise UnsupportedModelError(
-                    f"Expected data of '{name}' in the support of its distribution, {fn.support}; got others."
+                    f"Expected data of '{name}' in the support of its distribution, {support_of(fn)}; got others."
                 ) from error
             if not _broadcast(value.shape, fn.shape()):
                 raise UnsupportedModelError(

@@ -25,7 +25,7 @@ References:
 """
 
 import math
-import operator
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -228,7 +228,7 @@ def bounded_entries(bounds: Sequence["SpectralBound"], layers: Sequence[MaskedLi
         own, of = [bounds[i] for i in places], [layers[i] for i in places]
         weights = [layer.weight for layer in of]
         if key is not None:
-            found.update(zip(places, _Together.apply(_Group.of(own, of), *weights), strict=True))
+            found.update(zip(places, _Together.apply(own, _Group.of(own, of), *weights), strict=True))
             continue
         for bound, layer in zip(own, of, strict=True):
             bound._refresh(layer)
@@ -243,8 +243,10 @@ class _Group:
     """Layers that are scaled together, in the order of their weights, whose entries are one vector.
 
     Attributes:
-        bounds: Their bounds.
+        members: Their bounds; one of these keeps the group, which would else keep itself in memory.
+        bound: The largest spectral norm of each.
         layer_of: The number of the layer of each entry.
+        starts: Where the entries of each layer begin, and where the last ones end.
         places: Where each entry is in the matrices, flattened.
         mask: Ones and zeros for each entry; None for all ones.
         probe: The fixed random numbers by which changes of the weights are seen.
@@ -252,8 +254,10 @@ class _Group:
         shape: Of the matrices, ``(layers, short, long)``.
     """
 
-    bounds: Sequence["SpectralBound"]
+    members: Sequence["weakref.ref[SpectralBound]"]
+    bound: float
     layer_of: Tensor
+    starts: Tensor
     places: Tensor
     mask: Tensor | None
     probe: Tensor
@@ -261,6 +265,7 @@ class _Group:
     shape: torch.Size
 
     @classmethod
+    @torch.inference_mode(False)  # what is kept is for training as well
     def of(cls, bounds: Sequence["SpectralBound"], layers: Sequence[MaskedLinear]) -> "_Group":
         """Return the group of some layers; it is kept for the next call."""
         first, weight = bounds[0], layers[0].weight
@@ -285,8 +290,10 @@ class _Group:
         layer_of = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(weight.device)
         any_dense = any(layer.engine == "dense" for layer in layers)
         group = cls(
-            bounds,
+            [weakref.ref(bound) for bound in bounds],
+            first.bound,
             layer_of,
+            torch.tensor([0, *sizes]).cumsum(0).to(weight.device),
             torch.cat(places),
             torch.cat(masks).to(weight) if any_dense else None,
             torch.cat([bound.probe.flatten() for bound in bounds]).to(weight),
@@ -298,7 +305,9 @@ class _Group:
 
     def fits(self, bounds: Sequence["SpectralBound"], weight: Tensor) -> bool:
         """Whether this is the group of some bounds, for weights like one."""
-        same = len(self.bounds) == len(bounds) and all(map(operator.is_, self.bounds, bounds))
+        same = len(self.members) == len(bounds) and all(
+            member() is bound for member, bound in zip(self.members, bounds, strict=True)
+        )
         return same and self.probe.dtype == weight.dtype and self.probe.device == weight.device
 
     def flat(self, weights: Sequence[Tensor]) -> Tensor:
@@ -311,25 +320,27 @@ class _Group:
         return flat.new_zeros(self.shape.numel()).index_copy(0, self.places, flat).view(self.shape)
 
     def sums(self, flat: Tensor) -> Tensor:
-        """Return the sum of numbers for the entries of each layer."""
-        return flat.new_zeros(len(self.bounds)).index_add_(0, self.layer_of, flat)
+        """Return the sum of numbers for the entries of each layer, the same in each call, also on a GPU."""
+        return torch.segment_reduce(flat, "sum", offsets=self.starts, unsafe=True)
 
     def split(self, flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
         """Return numbers for all entries in the shapes of the layers' weights."""
         return [part.view_as(each) for part, each in zip(flat.split(self.sizes), like, strict=True)]
 
 
-def _singular_vectors(group: _Group, flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _singular_vectors(
+    bounds: Sequence["SpectralBound"], group: _Group, flat: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the first singular vectors and values of layers of one size.
 
     Args:
-        group: The k layers. What their bounds know is brought up to date.
+        bounds: The bounds of the k layers. What they know is brought up to date.
+        group: The layers.
         flat: Their entries.
 
     Returns:
         Shapes ``(k, 1, short)``, ``(k, 1, long)`` and ``(k, 1, 1)``.
     """
-    bounds = group.bounds
     prints = group.sums(flat * group.probe).tolist()
     changed = []
     for i, (bound, own) in enumerate(zip(bounds, prints, strict=True)):
@@ -378,10 +389,12 @@ class _Together(Operation):
     """The scaled entries of layers of one size and bound whose Gram matrices are small."""
 
     @staticmethod
-    def forward(ctx: Any, group: _Group, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, bounds: Sequence["SpectralBound"], group: _Group, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.group = group
         flat = group.flat(weights)
-        short, long, norm = _singular_vectors(group, flat)
+        short, long, norm = _singular_vectors(bounds, group, flat)
         factor = _factor(norm, group).view(-1)
         ctx.save_for_backward(flat, short, long, factor, *weights)
         return tuple(group.split(flat * factor.index_select(0, group.layer_of), weights))
@@ -395,19 +408,17 @@ class _Together(Operation):
             flat = group.flat(weights)
             norm = torch.bmm(torch.bmm(short, group.matrices(flat)), long.mT)
             scaled = flat * _factor(norm, group).view(-1).index_select(0, group.layer_of)
-            return (None, *torch.autograd.grad(scaled, weights, grad, create_graph=True))
-        bound = group.bounds[0].bound
-        along = group.sums(grad * flat) * (factor * (-(1 + MARGIN) / bound)) * (factor < 1)
+            return (None, None, *torch.autograd.grad(scaled, weights, grad, create_graph=True))
+        along = group.sums(grad * flat) * (factor * (-(1 + MARGIN) / group.bound)) * (factor < 1)
         directions = (short.mT * along.view(-1, 1, 1)) * long
         grad = grad + directions.view(-1).index_select(0, group.places)
         grad = grad.mul_(factor.index_select(0, group.layer_of))
-        return (None, *group.split(grad if group.mask is None else grad.mul_(group.mask), weights))
+        return (None, None, *group.split(grad if group.mask is None else grad.mul_(group.mask), weights))
 
 
 def _factor(norm: Tensor, group: _Group) -> Tensor:
     """Return by what layers of some norms are multiplied."""
-    bound = group.bounds[0].bound
-    return bound / (norm * (1 + MARGIN)).clamp(min=bound)
+    return group.bound / (norm * (1 + MARGIN)).clamp(min=group.bound)
 
 
 class _Scaled(Operation):

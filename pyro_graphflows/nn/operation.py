@@ -12,9 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function
 
-__all__ = ["Operation"]
+__all__ = ["Operation", "is_traced"]
 
 _PLAIN = (Tensor, nn.Parameter)
+
+
+def is_traced() -> bool:
+    """Whether torch traces the program, as for `JitTrace_ELBO`, which needs its own operations."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]
 
 
 class Operation(torch.autograd.Function):
