@@ -47,6 +47,7 @@ MEANS_BOUND = 5.0
 CHAINS, ITERATIONS, WARM_UP = 64, 60, 60
 PARTS = 10  # of the draws, whose standard deviations tell how well that of all is known
 OPEN = 0.05  # standard error of a standard deviation, relative to it, above which it is listed
+ENOUGH = 1000  # draws: of fewer no standard deviation is known that well
 LARGEST = 20  # draws, or a hundredth of them, from which the index of a tail is estimated
 
 
@@ -398,11 +399,12 @@ errors.
 SPREADS = """
 ## Standard deviations that are not well known
 
-Parameters whose standard deviations differ so much between ten parts of the reference's draws, in order, that the
-standard error of that of all is above five percent of it; and Hill's estimate of the power by which the probability of
-values beyond t falls. Below two there is no variance at all: the half-Cauchy priors of `K_m` and `V_m` and a likelihood
-that knows only their ratio, where both are large, give densities that fall as the third power. What a guide's standard
-deviation is of the reference's says little there; shares of draws below the reference's quantiles do.
+Of parameters with 1,000 reference draws those whose standard deviations differ so much between ten parts of the draws,
+in order, that the standard error of that of all is above five percent of it; and Hill's estimate of the power by which
+the probability of values beyond t falls. Up to two there is no variance at all: the half-Cauchy priors of `K_m` and
+`V_m`, and a likelihood that knows only their ratio where both are large, give densities that fall as the third power.
+What a guide's standard deviation is of the reference's says little there; shares of draws below the reference's
+quantiles do.
 
 """
 
@@ -416,6 +418,8 @@ def spreads(references: dict[str, Reference]) -> str:
     for name, reference in references.items():
         for parameter, draws in reference.draws.items():
             x = draws.reshape(len(draws), -1)
+            if len(x) < ENOUGH:
+                continue
             ratios = torch.stack([part.std(0) for part in x.chunk(PARTS)]) / x.std(0)
             for i in (ratios.std(0) / PARTS**0.5 > OPEN).nonzero().flatten().tolist():
                 label = parameter if x.shape[1] == 1 else f"{parameter}[{i}]"
