@@ -110,7 +110,7 @@ class SpectralBound(nn.Module):
         self._known = self._nothing_known()
         self._group: _Group | None = None  # of the layers of which this is the first
         self.together = self.exact and weight.numel() > 0
-        self.alike = (self.bound, self.size, max(rows, columns))
+        self.alike = (self.bound, layer.engine, self.size, max(rows, columns))
         if not self.together:
             self._refresh(layer)
 
@@ -240,18 +240,20 @@ def bounded_entries(bounds: Sequence["SpectralBound"], layers: Sequence[MaskedLi
 
 @dataclass
 class _Group:
-    """Layers that are scaled together, in the order of their weights, whose entries are one vector.
+    """Layers of one engine that are scaled together, in the order of their weights, whose entries are one vector.
 
     Attributes:
         members: Their bounds; one of these keeps the group, which would else keep itself in memory.
         bound: The largest spectral norm of each.
-        layer_of: The number of the layer of each entry.
+        layer_of: The number of the layer of each entry of sparse layers.
         starts: Where the entries of each layer begin, and where the last ones end.
-        places: Where each entry is in the matrices, flattened.
-        mask: Ones and zeros for each entry; None for all ones.
+        places: Where each entry of sparse layers is in the matrices, flattened.
+        mask: Ones and zeros for each entry of dense layers, else None.
         probe: The fixed random numbers by which changes of the weights are seen.
         sizes: How many entries each layer has.
         shape: Of the matrices, ``(layers, short, long)``.
+        are_wide: Which dense layers are wider than high, else None. Their entries are whole matrices, and no places are
+            looked up: with hundreds of thousands of entries that takes longer than all else.
     """
 
     members: Sequence["weakref.ref[SpectralBound]"]
@@ -263,6 +265,7 @@ class _Group:
     probe: Tensor
     sizes: list[int]
     shape: torch.Size
+    are_wide: list[bool] | None
 
     @classmethod
     @torch.inference_mode(False)  # what is kept is for training as well
@@ -273,32 +276,26 @@ class _Group:
         if known is not None and known.fits(bounds, weight):
             return known
         shape = torch.Size((len(bounds), first.size, max(layers[0].in_features, layers[0].out_features)))
-        places, masks = [], []
-        for i, (bound, layer) in enumerate(zip(bounds, layers, strict=True)):
-            if layer.engine == "dense":
-                row, column = (
-                    part.flatten()
-                    for part in torch.meshgrid(*map(torch.arange, layer.mask.shape), indexing="ij")
-                )
-                masks.append(layer.zero_or_one.flatten())
-            else:
-                row, column = layer.pattern.row, layer.pattern.column
-                masks.append(torch.ones_like(layer.weight).detach())
-            row, column = (row, column) if bound.wide else (column, row)
-            places.append(((i * shape[1] + row) * shape[2] + column).to(weight.device))
-        sizes = [len(part) for part in places]
-        layer_of = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(weight.device)
-        any_dense = any(layer.engine == "dense" for layer in layers)
+        is_dense = layers[0].engine == "dense"
+        sizes = [layer.weight.numel() for layer in layers]
+        layer_of = places = torch.empty(0, dtype=torch.long, device=weight.device)
+        if not is_dense:
+            layer_of = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(weight.device)
+            pairs = zip(bounds, layers, strict=True)
+            places = torch.cat(
+                [_places(*pair, shape) + i * shape[1:].numel() for i, pair in enumerate(pairs)]
+            )
         group = cls(
             [weakref.ref(bound) for bound in bounds],
             first.bound,
             layer_of,
             torch.tensor([0, *sizes]).cumsum(0).to(weight.device),
-            torch.cat(places),
-            torch.cat(masks).to(weight) if any_dense else None,
+            places,
+            torch.cat([layer.zero_or_one.flatten() for layer in layers]).to(weight) if is_dense else None,
             torch.cat([bound.probe.flatten() for bound in bounds]).to(weight),
             sizes,
             shape,
+            [bound.wide for bound in bounds] if is_dense else None,
         )
         first.__dict__["_group"] = group
         return group
@@ -317,15 +314,40 @@ class _Group:
 
     def matrices(self, flat: Tensor) -> Tensor:
         """Return the masked weights as matrices; differentiable."""
+        if self.are_wide is not None:
+            _, short, long = self.shape
+            parts = zip(flat.split(self.sizes), self.are_wide, strict=True)
+            return torch.stack([x.view(short, long) if wide else x.view(long, short).mT for x, wide in parts])
         return flat.new_zeros(self.shape.numel()).index_copy(0, self.places, flat).view(self.shape)
 
     def sums(self, flat: Tensor) -> Tensor:
         """Return the sum of numbers for the entries of each layer, the same in each call, also on a GPU."""
+        if self.are_wide is not None:
+            return flat.view(len(self.sizes), -1).sum(1)
         return torch.segment_reduce(flat, "sum", offsets=self.starts, unsafe=True)
+
+    def times(self, flat: Tensor, factors: Tensor) -> Tensor:
+        """Multiply numbers for all entries by one for each layer; differentiable."""
+        if self.are_wide is not None:
+            return (flat.view(len(factors), -1) * factors.unsqueeze(-1)).view(-1)
+        return flat * factors.index_select(0, self.layer_of)
+
+    def entries_of(self, matrices: Tensor) -> Tensor:
+        """Return the numbers at the places of all entries; without gradient."""
+        if self.are_wide is not None:
+            parts = zip(matrices, self.are_wide, strict=True)
+            return torch.cat([(x if wide else x.mT).reshape(-1) for x, wide in parts])
+        return matrices.view(-1).index_select(0, self.places)
 
     def split(self, flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
         """Return numbers for all entries in the shapes of the layers' weights."""
         return [part.view_as(each) for part, each in zip(flat.split(self.sizes), like, strict=True)]
+
+
+def _places(bound: "SpectralBound", layer: MaskedLinear, shape: torch.Size) -> Tensor:
+    """Return where the entries of a sparse layer are in its matrix, ``shape[1:]``, flattened."""
+    row, column = layer.pattern.row, layer.pattern.column
+    return row * shape[2] + column if bound.wide else column * shape[2] + row
 
 
 def _singular_vectors(
@@ -397,7 +419,7 @@ class _Together(Operation):
         short, long, norm = _singular_vectors(bounds, group, flat)
         factor = _factor(norm, group).view(-1)
         ctx.save_for_backward(flat, short, long, factor, *weights)
-        return tuple(group.split(flat * factor.index_select(0, group.layer_of), weights))
+        return tuple(group.split(group.times(flat, factor), weights))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -407,12 +429,11 @@ class _Together(Operation):
         if torch.is_grad_enabled():  # create_graph=True
             flat = group.flat(weights)
             norm = torch.bmm(torch.bmm(short, group.matrices(flat)), long.mT)
-            scaled = flat * _factor(norm, group).view(-1).index_select(0, group.layer_of)
+            scaled = group.times(flat, _factor(norm, group).view(-1))
             return (None, None, *torch.autograd.grad(scaled, weights, grad, create_graph=True))
         along = group.sums(grad * flat) * (factor * (-(1 + MARGIN) / group.bound)) * (factor < 1)
         directions = (short.mT * along.view(-1, 1, 1)) * long
-        grad = grad + directions.view(-1).index_select(0, group.places)
-        grad = grad.mul_(factor.index_select(0, group.layer_of))
+        grad = group.times(grad + group.entries_of(directions), factor)
         return (None, None, *group.split(grad if group.mask is None else grad.mul_(group.mask), weights))
 
 
