@@ -363,7 +363,8 @@ def _singular_vectors(
     Returns:
         Shapes ``(k, 1, short)``, ``(k, 1, long)`` and ``(k, 1, 1)``.
     """
-    prints = group.sums(flat * group.probe).tolist()
+    # One by one: what captures a program sees that a number is read out of a tensor, but not by tolist().
+    prints = [float(each) for each in group.sums(flat * group.probe)]
     changed = []
     for i, (bound, own) in enumerate(zip(bounds, prints, strict=True)):
         known, short, *_ = bound._known
