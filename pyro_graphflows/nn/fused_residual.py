@@ -189,9 +189,7 @@ class FusedResidual(nn.Module):
             if i:
                 pre, slope = value_and_slope(pre, self.activation)
                 slopes.append(slope)
-            dense = layer.engine == "dense"
-            product = entries[i] @ pre if dense else layer.pattern.matmul(entries[i], pre)
-            pre = product + biases[i].unsqueeze(-1)
+            pre = layer.matmul(entries[i], pre) + biases[i].unsqueeze(-1)
             if i == 0 and shift is not None:
                 pre = pre + shift
         return pre, self.owner_pass(self.owner_pass.weights(entries), slopes)

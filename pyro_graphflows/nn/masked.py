@@ -214,6 +214,10 @@ class MaskedLinear(nn.Module):
             return F.linear(x, entries, bias)
         return self.pattern.linear(entries, x, bias)
 
+    def matmul(self, entries: Tensor, x: Tensor) -> Tensor:
+        """Multiply ``x``, of shape (features, n), by the matrix, with derivatives of every order."""
+        return entries @ x if self.engine == "dense" else self.pattern.matmul(entries, x)
+
     def product(
         self, entries: Tensor, x: Tensor, bias: Tensor | None = None, *, transposed: bool = False
     ) -> Tensor:

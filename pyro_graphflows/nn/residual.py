@@ -191,9 +191,7 @@ class ResidualEvaluation:
         self.batch_shape = torch.Size() if context is None else context.shape[:-1]
         if context is not None and added is None:
             assert net.context_layer is not None
-            layer, columns = net.context_layer, context_columns(context)
-            dense = layer.engine == "dense"
-            added = layer.entries() @ columns if dense else layer.pattern.matmul(layer.weight, columns)
+            added = net.context_layer.matmul(net.context_layer.entries(), context_columns(context))
         self._shift = added
         self._own_columns = added if added is None or beta is None else added * beta
         self._columns: tuple[torch.Size, Tensor] | None = None  # the same for a larger batch
@@ -206,7 +204,6 @@ class ResidualEvaluation:
                 bias = bias * beta if i < len(self._layers) - 1 else bias
                 weight = weight / beta if i == len(self._layers) - 1 else weight
             self._weights += [weight, bias]
-        self._beta = beta
         self._tangents: list[Tensor] | None = None
 
     def __call__(self, z: Tensor) -> Tensor:
