@@ -48,6 +48,7 @@ POOL = 300_000  # draws of which those that are reweighted are taken
 OUTSIDE = 8  # times as many are drawn, since a guide without bounds has draws outside the prior's, which are dropped
 AUTO_SECONDS = 10.0
 SET_UP = 10  # one in so many simulations sets up the guide, the others train it
+BATCHES = 20  # no step takes more than one simulation in so many
 # fusion would use the density of the prior
 OPTIONS: Mapping[str, Any] = {"units_per_set": 64, "hidden_layers": 2, "fusion": False}
 FAMILIES: Mapping[str, Callable[[Task], Family]] = {
@@ -83,9 +84,10 @@ def train(task: Task, family: str, simulations: int, seed: int, path: Path) -> d
         setup_seed=seed,
         **{**task.guide_options, **({} if scores else task.data_options)},
     )
+    batch_size = min(task.batch_size, simulations // BATCHES)
     history = fit(
         *(task.model, guide, task.observation(1)),
-        simulations=Simulations(simulations - simulations // SET_UP, batch_size=task.batch_size),
+        simulations=Simulations(simulations - simulations // SET_UP, batch_size=batch_size),
         optimizer=task.rate,
         progress=False,
         seed=seed,
