@@ -107,7 +107,7 @@ def test_draws_of_other_libraries_are_cut_by_the_prior(monkeypatch):
     monkeypatch.setattr(run, "OUTSIDE", 1)  # more are drawn until there are enough
     assert run.draw_npe(task, Estimator(), 1)[0].shape == (200, 2)
     monkeypatch.setattr(run, "MOST_ROUNDS", 1)
-    with pytest.raises(SystemExit, match="of 200 draws only .* are inside the prior's bounds"):
+    with pytest.raises(SystemExit, match="of 200 draws only"):
         run.draw_npe(task, Estimator(), 1)
 
 
