@@ -3,6 +3,7 @@
 Each step takes values and returns new ones; none edits an earlier step's result.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -1007,7 +1008,7 @@ def _roles(
 
     def is_skewed(name: str) -> bool:
         data = [child for child in graph.children(name) if child in graph.observed]
-        return nodes[name]["fn"].batch_shape.numel() <= MOST_ELEMENTS and not all(map(is_normal, data))
+        return math.prod(nodes[name]["fn"].batch_shape) <= MOST_ELEMENTS and not all(map(is_normal, data))
 
     return {
         name: {

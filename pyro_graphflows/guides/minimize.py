@@ -11,18 +11,22 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyro_graphflows.guides.sparse_hessians import Sparsity
+from pyro_graphflows.guides.sparse_hessians import Products, Sparsity
 
 __all__ = [
     "LEAST_CURVATURE",
     "OUTSIDE",
     "Hessians",
     "Objective",
+    "Products",
     "Rows",
+    "alone",
     "fit_normal",
+    "independent_losses",
     "lbfgs",
     "loss_and_gradient",
     "newton",
+    "products_at",
     "scaled_eigenvalues",
 ]
 
@@ -65,6 +69,46 @@ def _with_graph(objective: Objective, point: Tensor, *, graph: bool) -> tuple[Te
         return nothing
     finite = bool(torch.isfinite(gradient).all()) and bool(torch.isfinite(loss))
     return (loss.detach(), gradient, point) if finite else nothing
+
+
+def products_at(objective: Objective, point: Tensor) -> Products | None:
+    """Return what multiplies a function's Hessian at a point by vectors in rows; None where it is not finite there."""
+    loss, gradient, point = _with_graph(objective, point, graph=True)
+    if not bool(torch.isfinite(loss)):
+        return None
+
+    def products(vectors: Tensor) -> Tensor:
+        rows = [
+            torch.autograd.grad(gradient, point, each.to(point), retain_graph=True)[0] for each in vectors
+        ]
+        return torch.stack(rows).detach() if rows else vectors
+
+    return products
+
+
+def independent_losses(log_density: Rows, noise: Tensor) -> Rows:
+    """Return a function from rows of means and log-scales, beside each other, to minus the ELBO of such normals.
+
+    Constants are left out; the noise is the same for all.
+
+    Args:
+        log_density: From points in rows to log-densities.
+        noise: Standard normal, ``(draws, numbers)``.
+    """
+    size = noise.shape[-1]
+
+    def losses(rows: Tensor) -> Tensor:
+        loc, log_scale = rows[:, None, :size], rows[:, None, size:]
+        points = loc + log_scale.exp() * noise
+        means = log_density(points.flatten(0, 1)).reshape(points.shape[:2]).mean(-1)
+        return -means - log_scale.sum((-2, -1))
+
+    return losses
+
+
+def alone(rows: Rows) -> Objective:
+    """Return a function of one point that is known as one of many."""
+    return lambda point: rows(point.unsqueeze(0))[0]
 
 
 class Hessians:
