@@ -58,9 +58,10 @@ def _num_probabilities(site: Any) -> int:
     """Return how many numbers it takes to draw the values of a node of a trace, where these have classes."""
     fn = undressed(site["fn"]) if site["type"] == "sample" else None
     if isinstance(fn, torch.distributions.MixtureSameFamily):
-        return fn.component_distribution.batch_shape.numel() * fn.event_shape.numel()
-    is_categorical = isinstance(fn, torch.distributions.Categorical | torch.distributions.OneHotCategorical)
-    return fn.param_shape.numel() if is_categorical else 0
+        return int(fn.component_distribution.batch_shape.numel() * fn.event_shape.numel())
+    if isinstance(fn, torch.distributions.Categorical | torch.distributions.OneHotCategorical):
+        return int(fn.param_shape.numel())
+    return 0
 
 
 class ModelDraws:
