@@ -6,6 +6,7 @@ import pytest
 import torch
 from pyro.infer import Trace_ELBO
 from torch.distributions import constraints
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_graphflows.guides import auto_faithful_guide
 from pyro_graphflows.guides.fused_rows import fit_factor
@@ -174,3 +175,39 @@ def test_two_effects_of_each_group_with_flat_priors_above_start_near_the_posteri
     mean = columns @ torch.tensor([1.0, -1.0])
     given = dist.MultivariateNormal(mean, covariance).log_prob(y.reshape(number, 6)).sum()
     assert losses.mean() + given < 40.0  # from the prior: some forty thousand
+
+
+class Largest(TorchDispatchMode):
+    """Keeps the size of the largest tensor that is made."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if torch.is_tensor(found):
+            self.size = max(self.size, found.numel())
+        return found
+
+
+def test_nothing_is_as_large_as_the_square_of_the_number_of_numbers():
+    sites = [range(2), range(2, 5000)]
+
+    def log_density(point):
+        return -0.5 * (point.square() + 0.01 * point * point[..., :1]).sum(-1)
+
+    with Largest() as seen:
+        normals = arrow_normals(log_density, torch.zeros(5000), sites, torch.ones(5000), torch.Generator())
+    assert len(normals) == 2
+    assert seen.size < 5000 * 50
+
+
+def test_factors_without_inputs_have_intercepts():
+    torch.manual_seed(0)
+    log_scale, loc = 0.5 * torch.randn(2000), torch.randn(2000)
+    gain = torch.sigmoid(2 * (log_scale - torch.tensor(0.3).log()))
+    values = (1 - gain) * loc + gain * 0.7 + gain.sqrt() * 0.3 * torch.randn(2, 2000)
+    none = torch.zeros(2, 2000, 0)
+    for factor in fit_factors(none, values, loc.expand(2, -1), log_scale.expand(2, -1)):
+        assert factor.weights.shape == (1, 0)
+        assert factor.loc.item() == pytest.approx(0.7, abs=0.05)
+        assert factor.scale_tril.item() == pytest.approx(0.3, abs=0.04)

@@ -276,3 +276,10 @@ def test_a_slow_model_that_takes_a_run_for_each_sample_has_fewer(monkeypatch):
     assert (before - 60) == (len(runs) - before - 10)  # all else takes as many runs
     few = auto_faithful_guide(model, torch.tensor(0.5), num_start_samples=8, **options)
     assert few.median(torch.tensor(0.5))["x"].isfinite()
+
+
+def test_no_names_have_no_rows():
+    """As of factors that are drawn jointly and read nothing: 160 by 160 crossed effects without a site above."""
+    compiled = compile_guide(regression, ARGS, {}, GuideOptions())
+    joint = Samples.for_plan(compiled.draws, compiled.plan, compiled.plates, standardize=True, num_rows=900)
+    assert joint.aligned(()) == {}

@@ -118,9 +118,8 @@ def _rows(inputs: Tensor, values: Tensor, loc: Tensor, log_scale: Tensor) -> _Ro
     inputs = torch.where(
         spread > 1e-6 * (1.0 + mean.abs()), inputs, 0.0
     )  # near a posterior the data do not vary
-    return _Rows(
-        torch.cat([inputs, torch.ones_like(inputs[..., :1])], -1), values, loc, log_scale, counts.double()
-    )
+    one = torch.ones_like(values).unsqueeze(-1)  # also where there are no inputs
+    return _Rows(torch.cat([inputs, one], -1), values, loc, log_scale, counts.double())
 
 
 def _search(rows: _Rows) -> Tensor:

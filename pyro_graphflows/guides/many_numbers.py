@@ -126,7 +126,8 @@ def _arrow(
     if products is None:
         return None
     shared, groups = _divided(sites)
-    rows = products(torch.eye(len(point), dtype=torch.float64)[shared])
+    ones = torch.zeros(len(shared), len(point), dtype=torch.float64)
+    rows = products(ones.scatter(-1, shared.unsqueeze(-1), 1.0))
     precision = rows[:, shared]
     curvature = least.clone()
     curvature[shared] = precision.diagonal().abs().maximum(least[shared])

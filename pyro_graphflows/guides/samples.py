@@ -576,7 +576,7 @@ def side_by_side(samples: Mapping[str, Tensor], names: Iterable[str]) -> dict[st
 def _at_one_depth(samples: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
     """Return samples of some nodes with as many batch dimensions each, so that they broadcast."""
     chosen = {name: samples[name] for name in names}
-    depth = max(value.dim() for value in chosen.values()) - 2
+    depth = max((value.dim() for value in chosen.values()), default=2) - 2
     return {name: with_depth(value, depth) for name, value in chosen.items()}
 
 
