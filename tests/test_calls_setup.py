@@ -227,3 +227,21 @@ def test_data_at_an_end_of_a_support_that_have_a_density_are_welcome():
     guide = auto_faithful_guide(model, *data, num_start_samples=200)
     with torch.no_grad():
         assert math.isfinite(Trace_ELBO().loss(model, guide, *data))
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_masked_data_of_any_number_below_a_global_site(number):
+    """Of two, a plate of as many draws fitted by chance beside the data's, and set-up broke."""
+
+    def model(x, seen):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z, 1.0).mask(seen), obs=x)
+
+    x, seen = torch.linspace(0.5, 1.5, number), torch.arange(number) > 0
+    guide = auto_faithful_guide(model, x, seen)
+    losses = [Trace_ELBO().loss(model, guide, x, seen) for _ in range(20)]
+    known = x[seen]
+    covariance = torch.eye(len(known)) + 1.0
+    evidence = dist.MultivariateNormal(torch.zeros(len(known)), covariance).log_prob(known).item()
+    assert sum(losses) / 20 == pytest.approx(-evidence, abs=0.05)
