@@ -222,13 +222,16 @@ def newton(hessians: Hessians, point: Tensor, steps: int = MOST_STEPS, seconds: 
     return point
 
 
-def lbfgs(objective: Objective, point: Tensor, seconds: float = math.inf) -> Tensor:
+def lbfgs(
+    objective: Objective, point: Tensor, seconds: float = math.inf, steps: int = MOST_EVALUATIONS
+) -> Tensor:
     """Go downhill by L-BFGS [3]; steps are shortened until the loss falls, also from where it is infinite.
 
     Args:
         objective: The function.
         point: Where to begin.
         seconds: Of processor time, after which no further step is begun.
+        steps: The most of them.
 
     References:
         [3] Liu and Nocedal (1989), On the limited memory BFGS method, Mathematical Programming 45.
@@ -241,7 +244,7 @@ def lbfgs(objective: Objective, point: Tensor, seconds: float = math.inf) -> Ten
     loss, gradient, _ = evaluate(point)
     pairs: list[tuple[Tensor, Tensor]] = []
     poor = 0
-    for _ in range(MOST_EVALUATIONS):
+    for _ in range(steps):
         if time.process_time() - began > seconds:
             return point
         step = -_two_loops(gradient, pairs)
