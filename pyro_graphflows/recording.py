@@ -40,6 +40,7 @@ from pyro_graphflows.capture import (
 __all__ = ["capture", "record"]
 
 _COPY = torch.ops.aten.lift_fresh_copy.default
+_TO_ARRAYS = Tensor.tolist, Tensor.numpy, Tensor.__array__
 
 
 def capture(
@@ -71,7 +72,7 @@ def capture(
     noise = {kind: kind.draw([count]) for kind, count in counts.items()}
     recorder = _Recorder([*inputs, *noise.values()], are_fixed=False)
     try:
-        with keeping(recorder.is_kept), uncovered(), recorder, _Numbers(), Draws(noise):
+        with keeping(recorder.is_kept), uncovered(), recorder, _Arrays(recorder), _Numbers(), Draws(noise):
             results = list(function(*inputs))
     except NotCapturedError:
         raise
@@ -101,7 +102,7 @@ def record(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) 
         [0.0, 0.0, 0.0]
     """
     recorder = _Recorder(inputs, are_fixed=True)
-    with keeping(recorder.is_kept), uncovered(), recorder:
+    with keeping(recorder.is_kept), uncovered(), recorder, _Arrays(recorder):
         results = function(*inputs)
     return recorder.captured(results, {})
 
@@ -116,6 +117,25 @@ class _Numbers(TorchFunctionMode):
             if sys._getframe(1).f_code.co_name in ("is_identically_zero", "is_identically_one"):
                 return math.nan  # equal to none of them
             return args[0].detach().reshape(())
+        return func(*args, **(kwargs or {}))
+
+
+class _Arrays(TorchFunctionMode):
+    """Refuse lists and arrays of tensors that change, which torch makes without an operation that could be seen.
+
+    Args:
+        recorder: What knows which tensors change.
+    """
+
+    def __init__(self, recorder: "_Recorder") -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _TO_ARRAYS:
+            self.recorder.require_kept(args[0])
         return func(*args, **(kwargs or {}))
 
 
@@ -184,11 +204,8 @@ class _Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         follows = any(self._follows(tensor) for tensor in given)
         if torch.Tag.data_dependent_output in func.tags:
-            if follows:
-                raise NotCapturedError(
-                    "a number is read out of a tensor that changes from call to call, and Python code may depend on "
-                    f"it{place_in_program()}"
-                )
+            for tensor in given:
+                self.require_kept(tensor)
             return func(*args, **kwargs)
         if follows:
             require_fixed_shape(func, args, self._follows)
@@ -236,6 +253,18 @@ class _Recorder(TorchDispatchMode):
                     self._note_results(
                         self.graph.call_function(operator.getitem, (node, i)), part, follows=follows
                     )
+
+    def require_kept(self, tensor: Tensor) -> None:
+        """Refuse to read numbers out of a tensor that changes.
+
+        Raises:
+            NotCapturedError: If it is one.
+        """
+        if self._follows(tensor):
+            raise NotCapturedError(
+                "a number is read out of a tensor that changes from call to call, and Python code may depend on "
+                f"it{place_in_program()}"
+            )
 
     def is_kept(self, tensor: Tensor) -> bool:
         """Whether a tensor has the same value in each call."""

@@ -76,6 +76,25 @@ def test_a_model_with_many_numbers_is_drawn_less_often(monkeypatch):
     assert len(draws_of(regression, *ARGS).draw(1000)["x"]) == 30
 
 
+@pytest.mark.parametrize("kind", ["categorical", "mixture"])
+def test_classes_count_with_all_that_a_draw_takes(kind, monkeypatch):
+    """500 values of 300 classes each take 150,000 numbers, not 500."""
+
+    def model(y):
+        logits = pyro.sample("logits", dist.Normal(torch.zeros(300), 1.0).to_event(1))
+        choice = dist.Categorical(logits=logits)
+        with pyro.plate("data", 500):
+            if kind == "categorical":
+                pyro.sample("y", choice, obs=y)
+            else:
+                pyro.sample("y", dist.MixtureSameFamily(choice, dist.Normal(logits, 1.0)), obs=y.double())
+
+    monkeypatch.setattr(samples, "MOST_PROBABILITIES", 40 * 500 * 300)
+    monkeypatch.setattr(samples, "FEWEST_DRAWS", 30)
+    flat = draws_of(model, torch.arange(500) % 300).draw(1000)
+    assert {len(value) for value in flat.values()} == {40}
+
+
 def test_the_data_of_the_call():
     x = torch.randn(4)
     draws = draws_of(regression, W, x)

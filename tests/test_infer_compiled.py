@@ -3,6 +3,7 @@
 import logging
 import math
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -305,6 +306,25 @@ def test_a_branch_on_the_data_is_not_compiled_and_the_report_says_where():
     assert isinstance(loss.loss_and_grads(*data()), float)
     assert "test_infer_compiled.py" in loss.report
     assert "x.sum() > 0" in loss.report
+
+
+@pytest.mark.parametrize(
+    "read",
+    [lambda y: y.tolist(), lambda y: y.numpy(), lambda y: np.asarray(y)],
+    ids=["list", "numpy", "asarray"],
+)
+def test_data_in_lists_and_arrays_are_those_of_each_call(read):
+    def listing(x, y=None):
+        model(x, torch.as_tensor(read(y)))
+
+    x, y = data()
+    loss = CompiledLoss(listing, guide, backend="torchscript")
+    for _ in range(2):  # compared calls
+        loss.loss_and_grads(x, y)
+    assert "test_infer_compiled.py" in loss.report, loss.report
+    far = sum(loss.loss_and_grads(x, y + 1e3) for _ in range(5)) / 5
+    expected = sum(Trace_ELBO().loss(model, guide, x, y + 1e3) for _ in range(5)) / 5
+    assert abs(far - expected) < 0.1 * expected
 
 
 def test_every_shape_is_compiled_up_to_a_number(monkeypatch):

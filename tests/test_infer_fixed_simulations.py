@@ -122,6 +122,14 @@ class TestFit:
         # about a dozen weights fitted to 1,800 simulations cost 12 / 3,600 nats, trained ones a little more
         assert -log_q.mean().item() == pytest.approx(entropy, abs=0.03 + 4 * log_q.std().item() / 4000**0.5)
 
+    @pytest.mark.parametrize(
+        ("simulations", "size"),
+        [(2000, 100), (1000, 56), (200, 20), (12, 11), (Simulations(1000, batch_size=300), 300)],
+    )
+    def test_epochs_of_few_simulations_have_many_steps(self, simulations, size):
+        _, data = Simulations.of(simulations).prepare(normal, LinearGuide(), (), {})
+        assert data.batch_size == size
+
     def test_runs_are_repeatable(self):
         losses = []
         for _ in range(2):
@@ -134,7 +142,7 @@ class TestFit:
         z = np.random.default_rng(0).normal(size=(120, 1))
         data = {"z": z, "x": z + 1.0}
         history = fit(normal, LinearGuide(), simulations=data, schedule=2, progress=False)
-        assert history.num_steps == 4  # 108 in batches of a hundred
+        assert history.num_steps == 12  # 108 in batches of twenty
         rows = [{name: torch.tensor(value[i]) for name, value in data.items()} for i in range(120)]
         loader = DataLoader(rows, batch_size=40)
         simulations = Simulations(loader, held_out=loader)
@@ -211,7 +219,8 @@ class TestBadInput:
     def test_fewer_simulations_than_a_batch(self):
         with pytest.raises(GraphflowsError, match="as a batch has, 64; got 45"):
             self.fit(Simulations(self.values(), batch_size=64))
-        assert self.fit(self.values()).num_steps == 1  # the default is no more than there are
+        few = {name: value[:12] for name, value in self.values().items()}
+        assert self.fit(few).num_steps == 1  # the default is no more than there are
 
     @pytest.mark.parametrize(
         ("options", "message"),

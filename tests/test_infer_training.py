@@ -140,7 +140,9 @@ def test_functions_with_param_statements_and_a_stale_store(x):
             pyro.sample("z", dist.Normal(slope * x, 0.5**0.5))
 
     quiet_fit(normal_model, guide, x, optimizer=Adam, schedule=30)
-    assert pyro.param("slope").item() == pytest.approx(0.5, abs=0.05)
+    assert pyro.param("slope").item() == pytest.approx(
+        0.5, abs=0.1
+    )  # Adam's last steps are noise of its rate
 
 
 def test_a_fresh_module_beside_a_stale_store(x):
@@ -370,7 +372,7 @@ def test_the_rate_falls_and_training_stops():
         chain.guide,
         chain.args,
         optimizer=1e-3,
-        schedule=Schedule(1000, patience=3, lr_factor=0.1, min_lr=1e-5),
+        schedule=Schedule(1000, patience=3, lr_factor=0.1, min_lr=1e-5, steps_per_epoch=1),
     )
     assert history.stop_reason == "the learning rate fell below 1e-05"
     # the first epoch improves on infinity; then 3 at each of 1e-3, 1e-4, 1e-5
@@ -496,6 +498,22 @@ def test_a_number_of_steps(x):
     earlier = quiet_fit(normal_model, LinearGuide(), data, schedule=Schedule(2, num_steps=7))
     assert (len(earlier), earlier.stop_reason) == (2, "all 2 epochs done")
     assert history.loss[:2] == earlier.loss
+
+
+def test_short_epochs_are_judged_together():
+    """All data are one step, whose loss is noise to who watches it: 500 epochs still end near the optimum."""
+    x = 3.0 + torch.randn(50)
+
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(0.0, 10.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    history = quiet_fit(model, pyro.infer.autoguide.AutoNormal(model), x, optimizer=2e-2, schedule=500)
+    assert history.num_steps == 500
+    deviation = (50 + 1e-2) ** -0.5
+    found = pyro.param("AutoNormal.locs.mean").item()
+    assert abs(found - 50 * x.mean().item() * deviation**2) < deviation
 
 
 def test_epochs_of_several_passes(x):

@@ -67,6 +67,8 @@ def test_what_follows_from_data_alone_is_computed_once():
 REFUSED = {
     "it draws random numbers": lambda x: x + torch.randn(5),
     "a number is read": lambda x: x if x.sum() > 0 else -x,
+    "a number is read out": lambda x: x * max(x.tolist()),
+    "a number is read out of a tensor": lambda x: x * x.numpy().max(),
     "the shape of nonzero": lambda x: x.nonzero(),
     "the shape of index": lambda x: x[x > 0],
     "from outside": lambda x: DATA.clone().copy_(x),

@@ -104,8 +104,10 @@ def test_draws_of_other_libraries_are_cut_by_the_prior(monkeypatch):
     assert draws.shape == (200, 2)
     assert draws.max() <= 1
     assert figures["inside"] == pytest.approx(0.5, abs=5 * 0.5 / 800**0.5)
-    monkeypatch.setattr(run, "OUTSIDE", 1)
-    with pytest.raises(SystemExit, match="are inside the prior's bounds"):
+    monkeypatch.setattr(run, "OUTSIDE", 1)  # more are drawn until there are enough
+    assert run.draw_npe(task, Estimator(), 1)[0].shape == (200, 2)
+    monkeypatch.setattr(run, "MOST_ROUNDS", 1)
+    with pytest.raises(SystemExit, match="of 200 draws only"):
         run.draw_npe(task, Estimator(), 1)
 
 

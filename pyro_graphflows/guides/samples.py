@@ -31,6 +31,7 @@ from pyro_graphflows.inspect import (
     get_argument,
     same_tensor,
     sample_prior,
+    undressed,
 )
 from pyro_graphflows.inspect.arguments import argument_leaves, replaced_arguments
 from pyro_graphflows.inspect.prior import unconstrained_of
@@ -41,6 +42,7 @@ __all__ = ["MOST_ROWS", "ModelDraws", "Samples", "columns_of", "evidence_of", "s
 MOST_ROWS = 200_000  # in the block with the most elements, for a joint sample
 MOST_POOLED_ROWS = 500_000  # the same where plates are pooled: a whole data set is one sample
 MOST_NUMBERS = 20_000_000  # in all joint samples together, as the data of one can be many
+MOST_PROBABILITIES = 100_000_000  # of the classes of one site, in all of them
 FEWEST_DRAWS = 200  # even so
 MOST_BATCHES = 32  # of the rows of subsampled plates
 NO_SAMPLES = "no regression start and no standardisation of latents: "
@@ -50,6 +52,16 @@ FEWEST_OF_A_BATCH = 10  # joint samples; with fewer there is one batch
 # Where each joint sample takes a run of the model: as many of these as there is time for.
 SINGLE_RUNS = (1000, 500, 250, 100)
 SECONDS_OF_RUNS = 5.0
+
+
+def _num_probabilities(site: Any) -> int:
+    """Return how many numbers it takes to draw the values of a node of a trace, where these have classes."""
+    fn = undressed(site["fn"]) if site["type"] == "sample" else None
+    if isinstance(fn, torch.distributions.MixtureSameFamily):
+        return int(fn.component_distribution.batch_shape.numel() * fn.event_shape.numel())
+    if isinstance(fn, torch.distributions.Categorical | torch.distributions.OneHotCategorical):
+        return int(fn.param_shape.numel())
+    return 0
 
 
 class ModelDraws:
@@ -86,7 +98,10 @@ class ModelDraws:
         self._plates = plates_of(traced.trace)
         nodes: Any = traced.trace.nodes
         size = sum(site["value"].numel() for site in nodes.values() if torch.is_tensor(site.get("value")))
-        self._most_draws = max(FEWEST_DRAWS, MOST_NUMBERS // max(1, size))
+        classes = max((_num_probabilities(site) for site in nodes.values()), default=0)
+        self._most_draws = max(
+            FEWEST_DRAWS, min(MOST_NUMBERS // max(1, size), MOST_PROBABILITIES // max(1, classes))
+        )
 
     @property
     def like(self) -> Tensor:

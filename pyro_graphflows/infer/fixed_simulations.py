@@ -39,7 +39,8 @@ __all__ = ["SimulationLoss", "Simulations"]
 
 RUN_SIZE = 1000  # simulations in one run of a model
 FEWEST = 10  # simulations that can be divided into some to learn from and some to judge by
-_BATCH_SIZE = 100
+_MOST_IN_BATCH, _FEWEST_IN_BATCH = 100, 20
+_STEPS_PER_EPOCH = 16  # at least: when to stop is decided by epochs, and few steps make no progress in one
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +58,8 @@ class Simulations:
         held_out: The share of the simulations that is never trained on and decides when to stop and which state to
             keep; or simulations of the kind of ``values`` for that. Of a loader no share can be taken: give another
             loader or a dict, or the training loss decides.
-        batch_size: The number of simulations per step, 100 by default; a loader has its own.
+        batch_size: The number of simulations per step; a loader has its own. By default 100, of fewer than 1,600 to
+            train on a sixteenth of them, and at least 20.
         not_finite: What to do with simulations that have NaN or infinite values: ``"raise"``, or ``"drop"`` those,
             with a warning that counts them. Where a simulator fails depends on the latents: without its failures one
             learns the posterior given that the simulation succeeds.
@@ -177,9 +179,8 @@ class Simulations:
                 f"Expected at least as many simulations to train on as a batch has, {self.batch_size}; got {number} "
                 "beside those that are held out. Give more simulations, or a smaller batch_size."
             )
-        return loss, TrainingData(
-            train, batch_size=min(self.batch_size or _BATCH_SIZE, number), validation=apart
-        )
+        own = min(_MOST_IN_BATCH, max(_FEWEST_IN_BATCH, number // _STEPS_PER_EPOCH), number)
+        return loss, TrainingData(train, batch_size=self.batch_size or own, validation=apart)
 
     def _checked(self, loss: "SimulationLoss", values: Any, what: str) -> Any:
         if not isinstance(values, Mapping):

@@ -27,9 +27,10 @@ class Schedule:
             short by it.
         num_seconds: The time after which no further epoch begins, that of resumed runs included.
         steps_per_epoch: The least number of steps in an epoch, which then walks through the data more than once if
-            need be. By default once; 100 steps without data and under inference compilation. Few data at once make
-            short epochs, whose losses are noisy: give a greater number there for ``patience`` to be of use.
-        patience: The number of epochs without improvement before the rate falls; ``None`` keeps the rate.
+            need be. By default once; 100 steps without data and under inference compilation.
+        patience: The number of epochs without improvement before the rate falls; ``None`` keeps the rate. The loss of
+            a few steps is noise to whatever watches it: of shorter epochs, so many count as one that they have 100
+            steps together, unless ``steps_per_epoch`` says otherwise or validation data are monitored.
         lr_factor: What the learning rate is multiplied by.
         min_lr: Stop when the learning rate falls below this.
         min_improvement: The least decrease of the monitored loss, in nats per datum, that counts.
@@ -154,6 +155,8 @@ class Plateau:
         optimizer: The optimiser whose rates are set.
         schedule: When and by how much.
         steps_per_epoch: The least number of steps in an epoch, where the schedule does not say.
+        steps_judged: The least number of steps whose mean loss is looked at, where the schedule does not say: shorter
+            epochs are looked at together.
     """
 
     judges = False
@@ -161,13 +164,20 @@ class Plateau:
     kept = None
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, schedule: Schedule, steps_per_epoch: int = 1
+        self,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        steps_per_epoch: int = 1,
+        steps_judged: int = 1,
     ) -> None:
         self.optimizer = optimizer
         self.schedule = schedule
         self.steps_per_epoch = schedule.steps_per_epoch or steps_per_epoch
+        self.steps_judged = 1 if schedule.steps_per_epoch else steps_judged
         self.reference = math.inf
         self.num_bad = 0
+        self.steps = 0  # of this epoch
+        self.seen, self.total = 0, 0.0  # steps that are not looked at yet, and the sum of their losses
 
     @property
     def learning_rate(self) -> float:
@@ -175,11 +185,18 @@ class Plateau:
         return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
     def before_step(self) -> None:
-        """Leave the rate as it is."""
+        """Leave the rate as it is, and count the step."""
+        self.steps += 1
 
     def after_epoch(self, loss: float, seconds: float) -> str | None:
         """Take note of an epoch's loss; return a reason to stop, if there is one."""
         schedule = self.schedule
+        self.seen, self.total, self.steps = self.seen + self.steps, self.total + self.steps * loss, 0
+        if self.seen < self.steps_judged:
+            return None
+        if self.seen:
+            loss = self.total / self.seen
+        self.seen, self.total = 0, 0.0
         if loss < self.reference - schedule.min_improvement:
             self.reference, self.num_bad = loss, 0
         else:
@@ -202,9 +219,10 @@ class Plateau:
         """Leave the parameters as they are."""
 
     def state(self) -> dict[str, Any]:
-        """Return the best loss so far and the epochs without improvement."""
-        return {"reference": self.reference, "num_bad": self.num_bad}
+        """Return the best loss so far, the epochs without improvement, and what is not looked at yet."""
+        return {"reference": self.reference, "num_bad": self.num_bad, "seen": self.seen, "total": self.total}
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from a state."""
         self.reference, self.num_bad = state["reference"], state["num_bad"]
+        self.seen, self.total = state.get("seen", 0), state.get("total", 0.0)  # older ones have none

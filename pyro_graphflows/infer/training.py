@@ -34,6 +34,7 @@ from pyro_graphflows.inspect import require_pair
 __all__ = ["fit"]
 
 _STEPS_OF_DRAWS = 100  # of an epoch, where steps draw what they learn from
+_STEPS_JUDGED = 100  # whose mean loss says whether it has fallen
 _RATE = 1e-3
 
 
@@ -178,7 +179,12 @@ def fit(
         )
         # drawn anew, the loss of a few steps is noise to whatever watches it, however few the data beside it are
         draws = data.data is None or (trainer.objective.compiles and simulations is None)
-        pace = Plateau(trainer.optimizer, schedule, _STEPS_OF_DRAWS if draws else 1)
+        pace = Plateau(
+            trainer.optimizer,
+            schedule,
+            _STEPS_OF_DRAWS if draws else 1,
+            1 if trainer.held_out is not None else _STEPS_JUDGED,
+        )
         run = Run(trainer, pace, schedule, checkpoint, {"seed": seed}, progress)
         run.resume()
         return run.train()

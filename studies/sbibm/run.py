@@ -46,8 +46,10 @@ from studies.sbibm.tasks import NUM_OBSERVATIONS, TASKS, Box, Crescent, GLMStati
 NUM_DRAWS = 10_000
 POOL = 300_000  # draws of which those that are reweighted are taken
 OUTSIDE = 8  # times as many are drawn, since a guide without bounds has draws outside the prior's, which are dropped
+MOST_ROUNDS = 10  # of so many, until there are enough
 AUTO_SECONDS = 10.0
 SET_UP = 10  # one in so many simulations sets up the guide, the others train it
+BATCHES = 20  # no step takes more than one simulation in so many
 # fusion would use the density of the prior
 OPTIONS: Mapping[str, Any] = {"units_per_set": 64, "hidden_layers": 2, "fusion": False}
 FAMILIES: Mapping[str, Callable[[Task], Family]] = {
@@ -83,9 +85,10 @@ def train(task: Task, family: str, simulations: int, seed: int, path: Path) -> d
         setup_seed=seed,
         **{**task.guide_options, **({} if scores else task.data_options)},
     )
+    batch_size = min(task.batch_size, simulations // BATCHES)
     history = fit(
         *(task.model, guide, task.observation(1)),
-        simulations=Simulations(simulations - simulations // SET_UP, batch_size=task.batch_size),
+        simulations=Simulations(simulations - simulations // SET_UP, batch_size=batch_size),
         optimizer=task.rate,
         progress=False,
         seed=seed,
@@ -172,13 +175,15 @@ def draw_npe(task: Task, estimator: Any, number: int) -> tuple[Tensor, dict[str,
     """Return draws for an observation, none outside the bounds of the prior, and the share that was inside."""
     low, high = task.bounds()
     x = task.observation(number).reshape(1, -1)
-    drawn = estimator.sample((OUTSIDE * NUM_DRAWS,), condition=x)[:, 0]
-    found = drawn[((drawn >= low) & (drawn <= high)).all(-1)]
-    if len(found) < NUM_DRAWS:
-        raise SystemExit(
-            f"{task.name}: of {len(drawn)} draws only {len(found)} are inside the prior's bounds"
-        )
-    return found[:NUM_DRAWS], {"inside": len(found) / len(drawn)}
+    found, drawn = [], 0
+    while sum(map(len, found)) < NUM_DRAWS and drawn < MOST_ROUNDS * OUTSIDE * NUM_DRAWS:
+        draws = estimator.sample((OUTSIDE * NUM_DRAWS,), condition=x)[:, 0]
+        drawn += len(draws)
+        found.append(draws[((draws >= low) & (draws <= high)).all(-1)])
+    inside = torch.cat(found)
+    if len(inside) < NUM_DRAWS:
+        raise SystemExit(f"{task.name}: of {drawn} draws only {len(inside)} are inside the prior's bounds")
+    return inside[:NUM_DRAWS], {"inside": len(inside) / drawn}
 
 
 class _Nobody:
