@@ -4,6 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import Trace_ELBO
 
 from pyro_graphflows.graphs import faithful_inverse, is_imap
 from pyro_graphflows.graphs.library import binary_tree
@@ -220,3 +221,33 @@ def test_no_order_is_found_for_effects_that_sum_a_plate():
     plates = {"s": ["rows"], "x": ["rows"]}
     graph = ModelGraph(["sb", "sx", "bx"], observed=["x"], plates=plates)
     assert order_for_hierarchies(faithful_inverse(graph, ["s", "b"]), {"s": ["b"]}) is None
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-6])
+def test_length_scales_of_gaussian_processes_are_sampled_before_them(unit):
+    """The diagonal of the covariance says nothing of the length scale, which sets the directions that are narrow."""
+    x = torch.linspace(0.0, 1.0, 8)
+    y = unit * torch.sin(6 * x)
+
+    def covariance(length):
+        return unit**2 * ((-0.5 * ((x[:, None] - x) / length) ** 2).exp() + 1e-6 * torch.eye(8))
+
+    def model(y):
+        length = pyro.sample("length", dist.LogNormal(-1.0, 0.5))
+        f = pyro.sample("f", dist.MultivariateNormal(torch.zeros(8), covariance(length)))
+        with pyro.plate("data", 8):
+            pyro.sample("y", dist.Normal(f, 0.3 * unit), obs=y)
+
+    guide = auto_faithful_guide(model, y)
+    assert guide.inverse.sampling_order == ("length", "f")
+    if unit < 1.0:  # else the same in other units
+        return
+    grid = torch.linspace(-4.0, 2.0, 601)  # of log(length)
+    each = [
+        dist.MultivariateNormal(torch.zeros(8), covariance(t.exp()) + (0.3 * unit) ** 2 * torch.eye(8))
+        for t in grid
+    ]
+    density = dist.Normal(-1.0, 0.5).log_prob(grid) + torch.stack([one.log_prob(y) for one in each])
+    exact = torch.logsumexp(density, 0) + torch.log(grid[1] - grid[0])
+    loss = Trace_ELBO(num_particles=100).loss(model, guide, y)
+    assert loss + exact.item() < 2.0  # twenty where the process is sampled first

@@ -8,7 +8,8 @@ and a factor :math:`N(W x_i + c, s^2)` the conditional has the location :math:`a
 variance :math:`K_i s^2`, where :math:`K_i = b_i^2 / (b_i^2 + s^2)`. Given s, the best W and c are a least-squares
 regression with weights :math:`K_i`; s is found by a search. Where the prior's scale is the same in all rows, as in
 linear-Gaussian models, s follows from the residual variance, and the start is exact. Vectors have the precision that
-the regression has beyond the prior's, on average over rows.
+the regression has beyond the prior's, on average over rows; where the directions in which the prior is narrow differ
+from row to row, the factor that makes the rows likeliest is searched for.
 """
 
 import math
@@ -67,6 +68,9 @@ STEPS = 2  # from these neighbours to closer ones
 KNOT_STEP = 0.25  # of the log-scale of priors, between which gains are interpolated in the search for a scale
 MOST_KNOTS = 33
 LEAST_PRECISION = 1e-7  # of what a factor adds to the prior's
+MOST_CUBES = 40_000_000  # rows times the cubes of their sizes, by which a factor of vectors is searched for
+ROWS_OF_VECTORS = 10  # numbers in rows for each weight of it
+MOST_SEARCH_STEPS = 60
 RIDGES = (RIDGE, 1e-3, 1e-1)
 ROWS_PER_WEIGHT = 200  # with as many, nothing is gained by a choice of ridges
 
@@ -348,6 +352,10 @@ def _fit_vector(inputs: Tensor, values: Tensor, prior: SitePrior) -> FactorFit |
     tril = prior.tril()
     eye = torch.eye(size, dtype=values.dtype, device=values.device)
     same = bool((tril - tril[0]).abs().max() < 1e-9)
+    if not same and prior.scale_tril is not None:
+        likeliest = _likeliest_vector(inputs, values, prior.loc, tril, covariance)
+        if likeliest is not None:
+            return likeliest
     root = tril[0] if same else torch.linalg.cholesky((tril @ tril.mT).mean(0) + 1e-12 * eye)
     precision = torch.cholesky_inverse(root)
     posterior = torch.linalg.inv(covariance)
@@ -364,6 +372,88 @@ def _fit_vector(inputs: Tensor, values: Tensor, prior: SitePrior) -> FactorFit |
     shown = (values_ > 10.0 * LEAST_GAIN).to(values.dtype)  # elsewhere the location has no say
     keep = torch.linalg.solve(root.T, (vectors * shown) @ vectors.T @ root.T)
     return FactorFit(Regression(keep @ weights, keep @ loc, square_root(back)), True)
+
+
+def _likeliest_vector(
+    inputs: Tensor, values: Tensor, loc: Tensor, tril: Tensor, covariance: Tensor
+) -> FactorFit | None:
+    """Return the factor under which rows are likeliest where the directions of their priors differ from row to row.
+
+    A prior that is narrow in other directions in each row, as that of a Gaussian process of another length scale is,
+    has no precision that could stand for all. The loss is convex in the factor's precision and in the product of that
+    with its location.
+
+    Args:
+        inputs: The inputs of the factor.
+        values: The values.
+        loc: The locations of their priors.
+        tril: The Cholesky factors of these.
+        covariance: That of the values beside the inputs: in its units the precision of the posterior is about one.
+    """
+    size, width = values.shape[-1], inputs.shape[-1]
+    number = min(len(values), MOST_ROWS, MOST_CUBES // size**3)
+    num_weights = size * (size + 1) / 2 + size * (1 + width)
+    if number * size < ROWS_OF_VECTORS * num_weights:
+        return None
+    unit, failed = torch.linalg.cholesky_ex(covariance)
+    if bool(failed):
+        return None
+    ahead, held_out = slice(0, number * 3 // 4), slice(number * 3 // 4, number)
+    among = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], -1)[:number]
+    white = torch.linalg.solve_triangular(unit, values[:number].T, upper=False).T
+    inner = torch.linalg.solve_triangular(tril[:number], unit.expand(number, size, size), upper=False)
+    precision = inner.mT @ inner
+    above = torch.linalg.solve_triangular(unit, loc[:number].T, upper=False).T
+    offset = (precision @ above.unsqueeze(-1)).squeeze(-1)
+    eye = torch.eye(size, dtype=values.dtype, device=values.device)
+
+    def loss(root: Tensor, natural: Tensor, rows: slice) -> Tensor:
+        factor = torch.linalg.cholesky(precision[rows] + _squared(root))
+        target = (offset[rows] + among[rows] @ natural.T).unsqueeze(-1)
+        off = (factor.mT @ white[rows].unsqueeze(-1)) - torch.linalg.solve_triangular(
+            factor, target, upper=False
+        )
+        log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return (0.5 * off.squeeze(-1).square().sum(-1) - log_det).mean()
+
+    typical = precision[precision.diagonal(dim1=-2, dim2=-1).sum(-1).argsort()[number // 2]]
+    shares, vectors = torch.linalg.eigh(eye - typical)
+    first = (vectors * shares.clamp(1e-2, 1.0)) @ vectors.T
+    centre = white[ahead].mean(0)
+    root = torch.linalg.cholesky(first).clone(memory_format=torch.contiguous_format).requires_grad_()
+    natural = torch.cat([white.new_zeros(size, width), (first @ centre).unsqueeze(-1)], -1).requires_grad_()
+    search = torch.optim.LBFGS([root, natural], max_iter=MOST_SEARCH_STEPS, line_search_fn="strong_wolfe")
+
+    def closure() -> float:
+        search.zero_grad()
+        value = loss(root, natural, ahead)
+        value.backward()
+        return value.item()
+
+    try:
+        with torch.enable_grad():
+            search.step(closure)
+        with torch.no_grad():
+            gain = loss(torch.zeros_like(root), torch.zeros_like(natural), held_out) - loss(
+                root, natural, held_out
+            )
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return None
+    if not float(gain) > LEAST_GAIN:
+        return None
+    root, natural = root.detach(), natural.detach()
+    shares, vectors = torch.linalg.eigh(_squared(root))
+    back = unit @ (vectors / shares.clamp(min=1e-8)) @ vectors.T
+    # where the factor says nothing its location has no say
+    shown = (vectors * (shares > 10.0 * LEAST_GAIN) / shares.clamp(min=1e-8)) @ vectors.T
+    linear = unit @ shown @ natural
+    return FactorFit(Regression(linear[:, :-1], linear[:, -1], square_root(back @ unit.T)), True)
+
+
+def _squared(root: Tensor) -> Tensor:
+    """Return the positive matrix of a lower triangular square root, of which what is above the diagonal has no say."""
+    lower = root.tril()
+    return lower @ lower.mT
 
 
 def _whitened(matrix: Tensor, precision: Tensor) -> Tensor:

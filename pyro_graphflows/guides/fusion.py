@@ -491,6 +491,8 @@ def sites_of_scales(
 ) -> dict[str, tuple[str, ...]]:
     """Return the sites with latent children whose priors have another scale where they have another value, and these.
 
+    Of vectors the correlations count too: the length scale of a Gaussian process sets its scale.
+
     Args:
         model: The model.
         arguments: Its positional and keyword arguments.
@@ -515,7 +517,7 @@ def sites_of_scales(
     def scales(at: Mapping[str, Tensor], wanted: Sequence[str]) -> dict[str, Tensor]:
         args, kwargs = arguments
         priors = conditionals(wanted, args, kwargs, latents=at, indices=indices)
-        return {name: site_prior(sites[name], priors[name]).log_scale for name in wanted}
+        return {name: _scale_and_shape(site_prior(sites[name], priors[name])) for name in wanted}
 
     found = {}
     with torch.no_grad():
@@ -530,3 +532,13 @@ def sites_of_scales(
             if changed:
                 found[name] = changed
     return found
+
+
+def _scale_and_shape(prior: SitePrior) -> Tensor:
+    """Return the logarithm of a prior's scale, and beside it its Cholesky factor in units of that, if there is one."""
+    log_scale = prior.log_scale.unsqueeze(-1)
+    return (
+        log_scale
+        if prior.scale_tril is None
+        else torch.cat([log_scale, prior.scale_tril / log_scale.exp()], -1)
+    )
