@@ -14,10 +14,12 @@ from pyro_graphflows import GraphflowsError, auto_faithful_guide
 from pyro_graphflows.capture import Captured, Draws
 from pyro_graphflows.distributions import skewed_scores
 from pyro_graphflows.guides import Flow
+from pyro_graphflows.guides.conditionals.factors import unit_lower
 from pyro_graphflows.infer import IWAE_ELBO, InferenceCompilation, Schedule, fit
 from pyro_graphflows.infer import compiled as compiled_module
 from pyro_graphflows.infer.checkpoints import seeded
 from pyro_graphflows.infer.compiled import CompiledLoss, Compiler, Cost
+from pyro_graphflows.recording import capture
 
 SHORT = Schedule(num_steps=6, steps_per_epoch=3, patience=None)
 
@@ -555,3 +557,18 @@ def test_inductor_computes_the_same():
     assert loss.report.startswith(
         ("compiled", "not compiled: inductor could not compile it: no C++ compiler")
     )
+
+
+@pytest.mark.slow
+def test_inductor_computes_the_covariances_of_rows_that_differ():
+    """It would write to the one matrix that an expanded tensor has for all rows."""
+    captured = capture(lambda entries: [unit_lower(entries, 3)], [torch.zeros(4, 3)], {})
+    try:
+        function = compiled_module._built(captured, captured.arguments([torch.zeros(4, 3)], []), "inductor")
+    except compiled_module.CompilationError:
+        pytest.skip("no C++ compiler")
+    entries = torch.randn(4, 3)
+    (found,) = function(*captured.arguments([entries], []))
+    expected = torch.eye(3).repeat(4, 1, 1)
+    expected[:, [1, 2, 2], [0, 0, 1]] = entries
+    assert torch.equal(found, expected)
