@@ -1,6 +1,7 @@
 """Starts beyond a regression, on models of local numbers whose evidence is known by quadrature."""
 
 import math
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -11,7 +12,8 @@ from torch.distributions import biject_to
 from training_paths import check_losses, expected_loss, training
 
 from pyro_graphflows import auto_faithful_guide
-from pyro_graphflows.guides import Normal
+from pyro_graphflows.guides import Normal, curved_start
+from pyro_graphflows.guides.minimize import loss_and_gradient
 
 
 def gamma():
@@ -128,6 +130,25 @@ def test_the_seed_of_set_up_decides():
     first, second, other = (auto_faithful_guide(model, y, setup_seed=seed).state_dict() for seed in (3, 3, 4))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     assert any(not torch.equal(value, other[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("family", ["normal", "spline"])
+def test_a_recorded_loss_gives_the_same_start(family, monkeypatch):
+    def start():
+        return auto_faithful_guide(model, torch.ones(3), family=family).state_dict()
+
+    model, calls = model_of(*MODELS["positive, precise data"]), []
+
+    def counted(objective, point):
+        calls.append(None)
+        return partial(loss_and_gradient, objective)
+
+    recorded = start()
+    monkeypatch.setattr(curved_start, "recorded_gradients", counted)
+    evaluated = start()
+    assert calls
+    for name, value in recorded.items():
+        torch.testing.assert_close(value, evaluated[name], rtol=1e-6, atol=1e-6)
 
 
 def test_what_a_linear_map_replaces_has_no_hidden_part():

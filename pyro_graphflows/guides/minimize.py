@@ -16,6 +16,7 @@ from pyro_graphflows.guides.sparse_hessians import Sparsity
 __all__ = [
     "LEAST_CURVATURE",
     "OUTSIDE",
+    "Gradients",
     "Hessians",
     "Objective",
     "Rows",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 Objective = Callable[[Tensor], Tensor]  # from a vector to a number
+Gradients = Callable[[Tensor], tuple[Tensor, Tensor]]  # to the number and its gradient
 Evaluation = tuple[Tensor, Tensor, Tensor | None]  # value, gradient, Hessian if known
 Rows = Callable[[Tensor], Tensor]  # from vectors in rows to numbers
 # errors of a model where it is not defined
@@ -223,12 +225,12 @@ def newton(hessians: Hessians, point: Tensor, steps: int = MOST_STEPS, seconds: 
 
 
 def lbfgs(
-    objective: Objective, point: Tensor, seconds: float = math.inf, steps: int = MOST_EVALUATIONS
+    gradients: Gradients, point: Tensor, seconds: float = math.inf, steps: int = MOST_EVALUATIONS
 ) -> Tensor:
     """Go downhill by L-BFGS [3]; steps are shortened until the loss falls, also from where it is infinite.
 
     Args:
-        objective: The function.
+        gradients: The function with its gradient, infinity and zeros where it cannot be evaluated.
         point: Where to begin.
         seconds: Of processor time, after which no further step is begun.
         steps: The most of them.
@@ -238,7 +240,7 @@ def lbfgs(
     """
 
     def evaluate(point: Tensor) -> tuple[Tensor, Tensor, None]:
-        return (*loss_and_gradient(objective, point), None)
+        return (*gradients(point), None)
 
     began = time.process_time()
     loss, gradient, _ = evaluate(point)

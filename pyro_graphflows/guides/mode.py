@@ -1028,7 +1028,8 @@ def newton_mode(posterior: LogPosterior, first: Tensor, hessians: Hessians | Non
     """
     hessians = hessians or posterior.hessians()
     is_small = len(first) <= MOST_NEWTON
-    point = newton(hessians, first, seconds=SECONDS) if is_small else lbfgs(hessians.objective, first)
+    gradients = partial(loss_and_gradient, hessians.objective)
+    point = newton(hessians, first, seconds=SECONDS) if is_small else lbfgs(gradients, first)
     hessian = hessians.at(point)[2]
     if hessian is None:
         return None
@@ -1133,7 +1134,7 @@ def _independent(posterior: LogPosterior, losses: Rows, both: Tensor, seconds: f
         both = newton(hessians, both)
     else:
         for _ in range(SEARCHES if has_time else 1):
-            both = lbfgs(hessians.objective, both, seconds)
+            both = lbfgs(partial(loss_and_gradient, hessians.objective), both, seconds)
     loc, scale = both[:size].detach(), both[size:].detach().exp()
     found = [Mode(posterior, loc, scale.diag())]
     own_hessian = posterior.hessians().at(loc)[2]
