@@ -827,6 +827,29 @@ def test_the_default_is_auto():
     assert guide.describe().count("fused with its prior, spline]") == 2
 
 
+@pytest.mark.parametrize(
+    ("number", "data", "kind"),
+    [
+        (8, lambda z: dist.Poisson(z.exp()), "Spline"),
+        (8, lambda z: dist.StudentT(3.0, z, 1.0), "Spline"),
+        (8, lambda z: dist.Normal(z, 1.0), "Normal"),
+        (8, lambda z: dist.LogNormal(z, 1.0), "Normal"),
+        (501, lambda z: dist.Poisson(z.exp()), "Normal"),  # a step would take long
+    ],
+)
+def test_effects_with_data_that_are_not_normal_have_splines(number, data, kind):
+    def model(x):
+        mu = pyro.sample("mu", dist.ImproperUniform(dist.constraints.real, (), ()))
+        with pyro.plate("groups", number):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", data(z[..., group]), obs=x)
+
+    group = torch.arange(number).repeat_interleave(2)
+    guide = auto_faithful_guide(model, torch.ones(2 * number), init="random", num_start_samples=200)
+    assert _kinds(guide) == {"mu": "Spline", "z": kind}
+
+
 def test_amortised_sites_with_normal_priors_are_as_in_the_normal_family():
     """Weight for weight."""
 

@@ -3,6 +3,7 @@
 Each step takes values and returns new ones; none edits an earlier step's result.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyro_graphflows.distributions.coordinates import gaussian_coordinate
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
 from pyro_graphflows.graphs.inversion import OrderSearch
 from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph
@@ -29,7 +31,7 @@ from pyro_graphflows.guides.call import (
     require_tensor,
     site_mask,
 )
-from pyro_graphflows.guides.conditionals.auto import MOST_GLOBALS, Auto
+from pyro_graphflows.guides.conditionals.auto import MOST_ELEMENTS, MOST_GLOBALS, Auto
 from pyro_graphflows.guides.conditionals.contract import ElementParents, Family, SiteRole
 from pyro_graphflows.guides.conditionals.factors import ElementNormalFactor, Factor, NormalFactor
 from pyro_graphflows.guides.conditionals.flow import Flow
@@ -999,11 +1001,21 @@ def _roles(
         return {}
     nodes: Any = traced.trace.nodes
     outside = [name for name in _scalars(sites) if not graph.plates[name] and name not in traced.loops]
+
+    def is_normal(data: str) -> bool:
+        coordinate = gaussian_coordinate(nodes[data]["fn"])
+        return coordinate is not None and not coordinate.standard
+
+    def is_skewed(name: str) -> bool:
+        data = [child for child in graph.children(name) if child in graph.observed]
+        return math.prod(nodes[name]["fn"].batch_shape) <= MOST_ELEMENTS and not all(map(is_normal, data))
+
     return {
         name: {
             "is_global": len(outside) <= MOST_GLOBALS and name in outside,
             "sets_scale": name in scales,
             "normal_prior": is_normal_unconstrained(site, nodes[name]["fn"]),
+            "skewed_by_data": is_skewed(name),
         }
         for name, site in sites.items()
     }

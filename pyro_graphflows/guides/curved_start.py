@@ -24,7 +24,7 @@ from torch.func import functional_call
 from pyro_graphflows.distributions.spline import SplineDistribution
 from pyro_graphflows.guides.captured_density import recorded_gradients
 from pyro_graphflows.guides.conditionals.masked import MaskedConditionals
-from pyro_graphflows.guides.minimize import lbfgs
+from pyro_graphflows.guides.minimize import lbfgs_by
 from pyro_graphflows.nn.mlp import LevelEvaluation
 from pyro_graphflows.regression import HELD_OUT, TINY, in_float64
 
@@ -81,7 +81,7 @@ def bend_(conditionals: MaskedConditionals, rows: Rows, inputs: Tensor, moments:
     straight, point, most_gained, best = of_others(start), start, 0.0, start
     gradients = recorded_gradients(objective, start)  # takes as long as 30 evaluations, of 126 or so
     for number, steps in enumerate(STEPS):
-        point = lbfgs(gradients, point, steps=steps).detach()
+        point = lbfgs_by(gradients, point, steps=steps).detach()
         gain = straight - of_others(point)
         if number == 0 and not _is_likely(gain.clamp(-MOST_COUNTED, MOST_COUNTED)):
             break

@@ -7,11 +7,12 @@ goes downhill by the same derivatives, those of the mean over its draws.
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from pyro_graphflows.guides.sparse_hessians import Sparsity
+from pyro_graphflows.guides.sparse_hessians import Products, Sparsity
 
 __all__ = [
     "LEAST_CURVATURE",
@@ -19,11 +20,16 @@ __all__ = [
     "Gradients",
     "Hessians",
     "Objective",
+    "Products",
     "Rows",
+    "alone",
     "fit_normal",
+    "independent_losses",
     "lbfgs",
+    "lbfgs_by",
     "loss_and_gradient",
     "newton",
+    "products_at",
     "scaled_eigenvalues",
 ]
 
@@ -67,6 +73,46 @@ def _with_graph(objective: Objective, point: Tensor, *, graph: bool) -> tuple[Te
         return nothing
     finite = bool(torch.isfinite(gradient).all()) and bool(torch.isfinite(loss))
     return (loss.detach(), gradient, point) if finite else nothing
+
+
+def products_at(objective: Objective, point: Tensor) -> Products | None:
+    """Return what multiplies a function's Hessian at a point by vectors in rows; None where it is not finite there."""
+    loss, gradient, point = _with_graph(objective, point, graph=True)
+    if not bool(torch.isfinite(loss)):
+        return None
+
+    def products(vectors: Tensor) -> Tensor:
+        rows = [
+            torch.autograd.grad(gradient, point, each.to(point), retain_graph=True)[0] for each in vectors
+        ]
+        return torch.stack(rows).detach() if rows else vectors
+
+    return products
+
+
+def independent_losses(log_density: Rows, noise: Tensor) -> Rows:
+    """Return a function from rows of means and log-scales, beside each other, to minus the ELBO of such normals.
+
+    Constants are left out; the noise is the same for all.
+
+    Args:
+        log_density: From points in rows to log-densities.
+        noise: Standard normal, ``(draws, numbers)``.
+    """
+    size = noise.shape[-1]
+
+    def losses(rows: Tensor) -> Tensor:
+        loc, log_scale = rows[:, None, :size], rows[:, None, size:]
+        points = loc + log_scale.exp() * noise
+        means = log_density(points.flatten(0, 1)).reshape(points.shape[:2]).mean(-1)
+        return -means - log_scale.sum((-2, -1))
+
+    return losses
+
+
+def alone(rows: Rows) -> Objective:
+    """Return a function of one point that is known as one of many."""
+    return lambda point: rows(point.unsqueeze(0))[0]
 
 
 class Hessians:
@@ -224,7 +270,12 @@ def newton(hessians: Hessians, point: Tensor, steps: int = MOST_STEPS, seconds: 
     return point
 
 
-def lbfgs(
+def lbfgs(objective: Objective, point: Tensor, seconds: float = math.inf) -> Tensor:
+    """Go downhill by L-BFGS, as :func:`lbfgs_by`, on a function of which autograd gives the gradient."""
+    return lbfgs_by(partial(loss_and_gradient, objective), point, seconds)
+
+
+def lbfgs_by(
     gradients: Gradients, point: Tensor, seconds: float = math.inf, steps: int = MOST_EVALUATIONS
 ) -> Tensor:
     """Go downhill by L-BFGS [3]; steps are shortened until the loss falls, also from where it is infinite.

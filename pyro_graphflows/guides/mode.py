@@ -52,12 +52,14 @@ from pyro_graphflows.distributions.coordinates import gaussian_coordinate
 from pyro_graphflows.errors import UnsupportedModelError
 from pyro_graphflows.guides.captured_density import CapturedDensity
 from pyro_graphflows.guides.class_sums import ClassSums
+from pyro_graphflows.guides.many_numbers import ArrowRoot, arrow_normals
 from pyro_graphflows.guides.minimize import (
     LEAST_CURVATURE,
     Hessians,
-    Objective,
     Rows,
+    alone,
     fit_normal,
+    independent_losses,
     lbfgs,
     loss_and_gradient,
     newton,
@@ -89,7 +91,9 @@ TIE = 0.1  # nats of a mode's mass that are no reason to take another
 NEAR = 5.0  # nats by which, of many numbers, a normal may be worse than another from which better ones are sought
 SECONDS = 5.0  # of processor time for a mode: where it is not found by then, other searches are more use
 FEW_STEPS = 8  # of Newton's method, from a point near the mode if there is one
-MOST_NUMBERS = 1000  # beyond which there is no Hessian at all
+MOST_NUMBERS = 1000  # beyond which Hessians are arrows
+MOST_OF_ALL = 20_000  # beyond which nothing is tried
+MOST_JUDGED = 2_000_000  # numbers of all draws that compare normals
 LEAST_PRECISION = 0.25  # where all priors are proper: in their coordinates a prior's own precision is one
 NUM_JUDGING = 400  # draws that compare normals
 PREFERENCE = 1.0  # nats by which independent ones must be better
@@ -392,11 +396,15 @@ class Mode:
             height = float(self.posterior(self.point))
         return height + self.posterior.missing + len(self.point) / 2 * LOG_2PI + self.log_volume
 
+    def _at(self, noise: Tensor) -> Tensor:
+        """Return the points that are standard normal noise away, ``(draws, numbers)``."""
+        return self.point + noise @ self.factor.T
+
     @torch.no_grad()
     def _log_weights(self, noise: Tensor) -> Tensor:
         """Return the log-weights of draws, up to a constant; by the same noise they are computed once."""
         if not (self._judged and self._judged[0] is noise):
-            log_density = self.posterior(self.point + noise @ self.factor.T)
+            log_density = self.posterior(self._at(noise))
             self._judged[:] = noise, log_density + 0.5 * noise.square().sum(-1)
         found: Tensor = self._judged[1]
         return found
@@ -429,7 +437,7 @@ class Mode:
             noise = self.visited[torch.randperm(len(self.visited))[:number]]
         else:
             noise = torch.randn(number, len(self.point)).to(self.point)
-        points = self.point + noise @ self.factor.T
+        points = self._at(noise)
         found = self.posterior.values(points)
         if self.posterior.class_sums is None:
             return found
@@ -464,6 +472,34 @@ class Mode:
                 lambda points: posterior.points_of(other.values(points)),
             )
         return run_short_chains(Coordinates(posterior, self.point, self.factor), start, both)
+
+
+@dataclass(frozen=True)
+class ArrowMode(Mode):
+    """A normal approximation of thousands of numbers; its factor is that of the numbers that all elements share.
+
+    Attributes:
+        root: A square root of the covariance of all.
+    """
+
+    root: ArrowRoot = field(kw_only=True)
+
+    @property
+    def independent(self) -> bool:
+        """Elements follow the shared numbers."""
+        return False
+
+    @property
+    def log_volume(self) -> float:
+        """See :class:`Mode`."""
+        return self.root.log_volume
+
+    def _at(self, noise: Tensor) -> Tensor:
+        return self.point + self.root.spread(noise)
+
+    def with_chains(self, other: "LogPosterior") -> "Mode":
+        """Return itself: for so many numbers chains would visit too few points."""
+        return self
 
 
 class LogPosterior:
@@ -866,16 +902,17 @@ def find_mode(
             the centres of the priors at which the density is finite.
     """
     posterior = LogPosterior(model, args, kwargs, traced, sums=sums)
-    if posterior.size > MOST_NUMBERS:
+    if posterior.size > MOST_OF_ALL:
         raise UnsupportedModelError(
-            f"the search for a mode has {posterior.size} numbers; {MOST_NUMBERS} are the most."
+            f"the search for a mode has {posterior.size} numbers; {MOST_OF_ALL} are the most."
         )
     with tqdm(
         desc="place of the posterior", unit=" evaluations", leave=False, delay=SECONDS_WITHOUT_A_BAR
     ) as bar:
         posterior.count = bar.update
         seed = int(torch.randint(2**31, ()))
-        found = _search(posterior, traced)
+        is_long = posterior.size > MOST_NUMBERS
+        found = _search_of_many(posterior, traced) if is_long else _search(posterior, traced)
         seed_random_state(seed)
         found = found.with_chains(posterior)
         seed_random_state(seed)
@@ -890,24 +927,12 @@ def _nothing() -> None:
 
 
 def _search(posterior: LogPosterior, traced: TracedModel) -> Mode:
-    size = posterior.size
-
-    def negative(point: Tensor) -> Tensor:
-        return -posterior(point)
-
-    # a generator of its own: some models draw at each run, and how often they run depends on time
-    generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+    size, generator = posterior.size, _own_generator()
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    start = SPREAD * normal(size)
-    for _ in range(10):
-        if bool(torch.isfinite(loss_and_gradient(negative, start)[0])):
-            break
-        start = normal(size)
-    else:
-        raise UnsupportedModelError("the model's density is not finite at any point that was tried.")
+    start = _first_point(posterior, generator)
     noise = normal(NUM_DRAWS, size)
     noise = torch.cat([noise, -noise])
     takes_many = posterior.takes_many(noise)
@@ -938,6 +963,56 @@ def _search(posterior: LogPosterior, traced: TracedModel) -> Mode:
         firsts.append(Mode(posterior, start, torch.eye(size, dtype=torch.float64)))
     fitted = [_fitted(each, noise, MOST_ROUNDS, generator) for each in firsts]
     return _best([each for pair in zip(firsts, fitted, strict=True) for each in pair], noise)
+
+
+def _own_generator() -> torch.Generator:
+    """Return a generator that follows from the random state: how often a model draws at a run may depend on time."""
+    return torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+
+
+def _first_point(posterior: LogPosterior, generator: torch.Generator) -> Tensor:
+    """Return a point at which the density is finite, near the centres of the priors if there is one."""
+    spread = SPREAD
+    for _ in range(11):
+        point = spread * torch.randn(posterior.size, generator=generator, dtype=torch.float64)
+        if bool(torch.isfinite(loss_and_gradient(lambda point: -posterior(point), point)[0])):
+            return point
+        spread = 1.0
+    raise UnsupportedModelError("the model's density is not finite at any point that was tried.")
+
+
+def _search_of_many(posterior: LogPosterior, traced: TracedModel) -> Mode:
+    """Return the best normal of those that an arrow describes, in the coordinates of the priors or unconstrained."""
+    generator = _own_generator()
+    start = _first_point(posterior, generator)
+
+    def normals(posterior: LogPosterior, start: Tensor, has_mode: bool) -> list[Mode]:
+        parts = [each.part for each in posterior.coordinates.values()]
+        sites = [range(part.start, part.stop) for part in parts]
+        rest = (sites, posterior.least_curvatures, generator)
+        found = arrow_normals(posterior, start, *rest, has_mode=has_mode)
+        return [ArrowMode(posterior, loc, root.root, root=root) for loc, root in found]
+
+    if not posterior.takes_many(torch.stack([start, start])):
+        raise UnsupportedModelError(
+            f"the model does not take many points at once, of {posterior.size} numbers."
+        )
+    if _seconds_of_gradient(posterior, torch.stack([start, start])) > MOST_SECONDS:
+        raise UnsupportedModelError(f"a search among {posterior.size} numbers would take long.")
+    found = normals(posterior, start, True)
+    if not found:
+        raise UnsupportedModelError("the curvature at the mode is not finite.")
+    number = max(2 * NUM_DRAWS, min(NUM_JUDGING, MOST_JUDGED // posterior.size))
+    noise = torch.randn(number, posterior.size, generator=generator, dtype=torch.float64)
+    best = _best(found, noise)
+    centred = posterior.centre(traced) if best.gap(noise) > CLOSE else None
+    if centred is None or centred.size != posterior.size:
+        return best
+    centred.count = posterior.count
+    point = centred.point_from(posterior, best.point)
+    if not centred.takes_many(torch.stack([point, point])):
+        return best
+    return _best([best, *normals(centred, point, False)], noise)
 
 
 def _wherever_it_is_bad(laplace: Mode, noise: Tensor, start: Tensor, generator: torch.Generator) -> Mode:
@@ -1028,8 +1103,7 @@ def newton_mode(posterior: LogPosterior, first: Tensor, hessians: Hessians | Non
     """
     hessians = hessians or posterior.hessians()
     is_small = len(first) <= MOST_NEWTON
-    gradients = partial(loss_and_gradient, hessians.objective)
-    point = newton(hessians, first, seconds=SECONDS) if is_small else lbfgs(gradients, first)
+    point = newton(hessians, first, seconds=SECONDS) if is_small else lbfgs(hessians.objective, first)
     hessian = hessians.at(point)[2]
     if hessian is None:
         return None
@@ -1093,28 +1167,17 @@ def _variational(
     size = posterior.size
     noise = torch.randn(NUM_DRAWS, size, generator=generator, dtype=torch.float64)
     noise = torch.cat([noise, -noise])
-
-    def losses(rows: Tensor) -> Tensor:
-        loc, log_scale = rows[:, None, :size], rows[:, None, size:]
-        points = loc + log_scale.exp() * noise
-        means = posterior(points.flatten(0, 1)).reshape(points.shape[:2]).mean(-1)
-        return -means - log_scale.sum((-2, -1))
-
+    losses = independent_losses(posterior, noise)
     found = []
     for point in points:
         hessian = posterior.hessians().at(point)[2]
         if hessian is not None:
             widths = -hessian.diagonal().abs().maximum(posterior.least_curvatures).log() / 2
             first = [torch.cat([point, widths + math.log(share)]) for share in SHARES_OF_WIDTH]
-            each = [float(loss_and_gradient(_alone(losses), both)[0]) for both in first]
+            each = [float(loss_and_gradient(alone(losses), both)[0]) for both in first]
             if math.isfinite(min(each)):
                 found += _independent(posterior, losses, first[each.index(min(each))], seconds)
     return found
-
-
-def _alone(rows: Rows) -> Objective:
-    """Return a function of one point that is known as one of many."""
-    return lambda point: rows(point.unsqueeze(0))[0]
 
 
 def _independent(posterior: LogPosterior, losses: Rows, both: Tensor, seconds: float) -> list[Mode]:
@@ -1129,12 +1192,12 @@ def _independent(posterior: LogPosterior, losses: Rows, both: Tensor, seconds: f
     size = posterior.size
     has_time = math.isinf(seconds)
     is_small = 2 * size <= MOST_NEWTON_OF_NORMALS and has_time
-    hessians = Hessians(_alone(losses), losses if posterior.proper else None)
+    hessians = Hessians(alone(losses), losses if posterior.proper else None)
     if is_small:
         both = newton(hessians, both)
     else:
         for _ in range(SEARCHES if has_time else 1):
-            both = lbfgs(partial(loss_and_gradient, hessians.objective), both, seconds)
+            both = lbfgs(hessians.objective, both, seconds)
     loc, scale = both[:size].detach(), both[size:].detach().exp()
     found = [Mode(posterior, loc, scale.diag())]
     own_hessian = posterior.hessians().at(loc)[2]

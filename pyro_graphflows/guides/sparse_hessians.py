@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Sparsity"]
+__all__ = ["Products", "Sparsity"]
 
 LEAST = 10  # numbers from which products are what takes long
 NUM_SHARED = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40, 48, 64, 96, 128)  # numbers with a product of their own

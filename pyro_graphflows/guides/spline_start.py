@@ -7,8 +7,6 @@ the draws nothing is known: there the spline goes on as their outermost quantile
 decide over means and variances of a scale.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -16,7 +14,7 @@ from pyro_graphflows.distributions.rational_spline import RationalSpline
 from pyro_graphflows.distributions.spline import SplineDistribution
 from pyro_graphflows.guides.conditionals.masked import MaskedConditionals
 from pyro_graphflows.guides.conditionals.spline import SplineFactor
-from pyro_graphflows.guides.minimize import lbfgs, loss_and_gradient
+from pyro_graphflows.guides.minimize import lbfgs
 from pyro_graphflows.regression import in_float64
 
 __all__ = ["shape_spline_"]
@@ -76,7 +74,7 @@ def shape_spline_(
         ridge = RIDGE * (parameters[2:] - knots).square().sum()
         return ridge + TAIL * off(parameters).square().sum() - log_likelihood(parameters, fitted)
 
-    found = lbfgs(partial(loss_and_gradient, loss), start).detach()
+    found = lbfgs(loss, start).detach()
     gain = float(log_likelihood(found, other) - log_likelihood(start, other))
     if not (gain > LEAST_GAIN and float(off(found).abs().max()) < FARTHEST):
         return False

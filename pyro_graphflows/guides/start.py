@@ -59,6 +59,7 @@ from pyro_graphflows.guides.curved_start import bend_
 from pyro_graphflows.guides.fewer_elements import fewer_of
 from pyro_graphflows.guides.fused_rows import FusedRows, standardised, with_priors
 from pyro_graphflows.guides.joint_factors import JointRows, fit_jointly_
+from pyro_graphflows.guides.many_factors import fit_factors
 from pyro_graphflows.guides.mode import nesting_of
 from pyro_graphflows.guides.plan import MOST_INDICES, Plan
 from pyro_graphflows.guides.samples import ModelDraws, Samples, columns_of
@@ -104,6 +105,8 @@ ROWS_PER_FEATURE = 4  # at least, even so
 MOST_SEEN = 1000  # rows that show how many features vary
 LEAST_GAIN = 0.01  # nats of an element, by which maps of their own must beat one that reads the covariates
 ROWS_PER_WEIGHT = 20  # with fewer joint samples of an index for each weight its map stays at the shared one
+MANY_INDICES = 300  # from which the factors of all are fitted at once
+MOST_NEAR_MODE = 5000  # indices with a regression each on draws near the mode
 MOST_OF_INDICES, LEAST_OF_INDEX = 200_000, 1000  # samples for maps that are made beside a network
 MOST_PRODUCTS = 10_000_000_000  # for the moments by which inputs are whitened, which need no accuracy
 
@@ -118,6 +121,7 @@ CHAINS, NORMAL = "with short chains", "without chains"
 MOST_AT_ONCE = 1_000_000  # elements of all sites, each as large as the largest, over all draws of a judgement
 NOWHERE = 1000.0  # nats off for each datum: from there nothing can be followed
 NEAR = 2.0  # nats: if the gap of a start near the mode seems less, nothing else is tried
+NEAR_NUMBER = 0.02  # nats for each latent number, the same where there are many
 MOST_SIMULATED = 2  # data sets for each that is used: some may not be finite
 NEAR_EACH = 100.0  # nats for each of many data: the same of a regression that is amortised
 MARGIN = 20.0  # nats by which the prior must be better than an amortised guide's start
@@ -413,7 +417,8 @@ def start_block_(
                 context = block.inputs.features(concatenate([aligned[n] for n in block.inputs.names]))
                 context = torch.where(block.inputs.learned, torch.zeros(()).to(context), context)
                 of_all = {site: aligned[site] for site in (*plan.sites, *further)}
-                left = _start_indices_(conditionals, own_maps, samples.plates, context, of_all)
+                most = MOST_NEAR_MODE if samples.source == "mode" else MOST_INDICES
+                left = _start_indices_(conditionals, own_maps, samples.plates, context, of_all, most)
                 if at_random is not None:
                     at_random = {key: at_random[key] for key in conditionals.state_dict()}
                     kept = _is_better(conditionals, at_random, context, of_all, samples.plates)
@@ -885,6 +890,7 @@ def _start_indices_(
     plates: Mapping[str, PlateState],
     context: Tensor,
     values: Mapping[str, Tensor],
+    most_indices: int,
 ) -> dict[str, str]:
     """Start the maps that elements of a plate have of their own; say where that was not possible, or no use."""
     notes = {}
@@ -904,7 +910,7 @@ def _start_indices_(
             context, values = context[:most], {name: value[:most] for name, value in values.items()}
         shared = {key: value.clone() for key, value in conditionals.state_dict().items()} if by_rows else {}
         before = log_prob(site) if by_rows else None
-        if not _regress_indices_(conditionals, site, around, context, values):
+        if not _regress_indices_(conditionals, site, around, context, values, most_indices):
             notes[site] = (
                 f"the maps of the indices of {', '.join(own)} for {site} start at one that is shared: "
                 "no regression of each was possible."
@@ -953,6 +959,7 @@ def _regress_indices_(
     around: Sequence[PlateState],
     context: Tensor,
     values: Mapping[str, Tensor],
+    most: int,
 ) -> bool:
     """Set the maps of one site to the regressions within the indices; return whether that was possible."""
     if any(plate.subsampled for plate in around):
@@ -960,14 +967,16 @@ def _regress_indices_(
     own, inputs = list(conditionals.columns[site]), conditionals.inputs_of(site)
     fused = [name for name in columns_of(site) if name in values and conditionals.fuses(site)]
     joint = _by_index(conditionals, around, context, values, fused)
-    if site in conditionals.element_columns or len(joint) > MOST_INDICES:
+    if site in conditionals.element_columns or len(joint) > most:
         return False
     each = [rows[torch.isfinite(rows).all(-1)] for rows in joint]
     few = min(map(len, each)) < ROWS_PER_WEIGHT * (len(inputs) + 1)
     if few and (site not in conditionals.block.per_element or fused or min(map(len, each)) < 2):
         return False
-    if fused:
-        sizes = [conditionals.num_columns, *(values[name].shape[-1] for name in fused)]
+    sizes = [conditionals.num_columns, *(values[name].shape[-1] for name in fused)]
+    if fused and len(joint) > MANY_INDICES and len(own) == 1 and not conditionals.block.at_rows.get(site):
+        found = _fit_factors(conditionals, site, dict(zip(fused, sizes[1:], strict=True)), joint)
+    elif fused:
         parts = [rows.split(sizes, -1) for rows in each]
         shift, scale = (part.to(joint) for part in conditionals.output_units(site))
         found = []
@@ -993,6 +1002,23 @@ def _regress_indices_(
         torch.stack([fit.scale_tril for fit in fits]),
     )
     return conditionals.set_fused_(site, linear) if fused else conditionals.set_linear_(site, linear)
+
+
+def _fit_factors(
+    conditionals: Conditionals, site: str, further: Mapping[str, int], joint: Tensor
+) -> list[Regression]:
+    """Return the factors of all indices of a number beside its prior, from rows with further columns of some widths."""
+    own, inputs = list(conditionals.columns[site]), conditionals.inputs_of(site)
+    of_all = joint.flatten(0, 1)
+    parts = of_all[:, conditionals.num_columns :].split(list(further.values()), -1)
+    columns = dict(zip(further, parts, strict=True))
+    shift, scale = (part.to(joint) for part in conditionals.output_units(site))
+    rows = FusedRows.of_sites([site], columns | {site: of_all[:, own] * scale + shift})
+    shift, scale = (part.to(joint) for part in conditionals.fused_units(site))
+    prior = standardised(rows.priors[site], shift, scale)
+    values = (rows.in_coordinate(site).to(joint) - shift) / scale
+    flat = (each.reshape(joint.shape[:2]) for each in (values, prior.loc, prior.log_scale))
+    return fit_factors(joint[..., inputs].clamp(-WINSOR, WINSOR), *flat)
 
 
 def _with_shared_slopes(each: Sequence[Tensor], inputs: list[int], own: list[int]) -> list[Regression]:
@@ -1220,6 +1246,8 @@ def choose_start(
         if is_for_these_data
         else (usual, "mode", "prior", "random")
     )
+    nodes: Any = compiled.traced.trace.nodes
+    near = max(NEAR, NEAR_NUMBER * sum(nodes[name]["value"].numel() for name in compiled.sites))
     losses: dict[str, float] = {}
     candidates: dict[str, Candidate] = {}
     best: Candidate | None = None
@@ -1238,8 +1266,8 @@ def choose_start(
                     continue
                 built = build(samples.at_mode(plan), name)
             elif name == BOTH:
-                near = min(("mode", ALONE), key=lambda each: losses.get(each, math.inf))
-                both = _with_amortised_blocks(candidates.get(near), candidates[usual], plan)
+                better = min(("mode", ALONE), key=lambda each: losses.get(each, math.inf))
+                both = _with_amortised_blocks(candidates.get(better), candidates[usual], plan)
                 if both is None or usual != "regression":
                     continue
                 built = both
@@ -1284,8 +1312,8 @@ def choose_start(
                     continue
             best, least = built, found.loss
         all_fitted = all(block.per_element for block in plan.blocks)
-        is_far = name == "mode" and found.gap > NEAR
-        if name in ("mode", ALONE) and is_for_these_data and all_fitted and found.gap <= NEAR:
+        is_far = name == "mode" and found.gap > near
+        if name in ("mode", ALONE) and is_for_these_data and all_fitted and found.gap <= near:
             break
         if name != usual or is_for_these_data:
             continue

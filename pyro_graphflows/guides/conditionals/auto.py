@@ -7,9 +7,12 @@ from pyro_graphflows.guides.conditionals.contract import BlockSpec, Conditionals
 from pyro_graphflows.guides.conditionals.masked import Normal
 from pyro_graphflows.guides.conditionals.spline import Spline
 
-__all__ = ["MOST_GLOBALS", "Auto"]
+__all__ = ["MOST_ELEMENTS", "MOST_GLOBALS", "Auto"]
 
 MOST_GLOBALS = 30  # scalar sites outside of plates that have splines; with more, models are networks of many
+MOST_ELEMENTS = (
+    500  # with splines because of their data: a step takes twice the time with 1,000, six times with 5,000
+)
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,9 @@ class Auto(Family):
 
     Of the continuous sites of one number, those have splines that are in no plate (in models with at most
     ``MOST_GLOBALS`` such sites), that set the scale of others, or whose prior is not normal in unconstrained space:
-    bounded, or with heavier tails. ``describe()`` says which.
+    bounded, or with heavier tails; and of the sites of which each element has a map of its own, those with data that
+    are not normal, such as effects behind counts, if there are no more than ``MOST_ELEMENTS``. ``describe()`` says
+    which.
 
     Args:
         normal: The family of all other sites.
@@ -76,7 +81,8 @@ class Auto(Family):
         """Return the family that serves a site."""
         site = role.site
         other = role.coupled or role.factor is not None or site.encoding is not None or site.size != 1
-        flexible = role.is_global or role.sets_scale or not role.normal_prior
+        skewed = role.own_maps and role.skewed_by_data
+        flexible = role.is_global or role.sets_scale or not role.normal_prior or skewed
         return self.spline if flexible and not other else self.normal.serving(role)
 
     def conditionals(self, spec: BlockSpec) -> Conditionals:

@@ -59,6 +59,7 @@ class SiteRole:
         is_global: Whether it is in no plate, in a model that has few such sites.
         sets_scale: Whether the scale of another latent site depends on it.
         normal_prior: Whether its prior is normal in unconstrained space.
+        skewed_by_data: Whether observed sites that depend on it are not normal, and its elements in plates are few.
     """
 
     site: LatentSite
@@ -69,6 +70,7 @@ class SiteRole:
     is_global: bool = False
     sets_scale: bool = False
     normal_prior: bool = True
+    skewed_by_data: bool = False
 
 
 @dataclass(frozen=True)
