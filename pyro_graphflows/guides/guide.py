@@ -1194,7 +1194,8 @@ def auto_faithful_guide(
             has data of its own. ``"mode"``: at a normal approximation
             of the posterior for these data, whatever it is for others. ``"regression"``, for training on simulations:
             at the least-squares regression of each site on its parents over joint samples of the model (exact for
-            linear-Gaussian models up to sampling error); where priors are improper there are none, and it is as
+            linear-Gaussian models up to sampling error), or where these are likeliest under curved networks
+            (:mod:`~pyro_graphflows.guides.curved_start`); where priors are improper there are none, and it is as
             ``"auto"``. ``"prior"``: at the prior of the latents, whatever the data. ``"random"``: with random weights.
         factors: For single sites, by name, a factor class or a family object.
         standardize: Whether inputs and outputs of the networks are standardised by constants found at set-up.
