@@ -380,7 +380,7 @@ def compile_guide(
         _input_options(options, found, sites),
         sites_concerned(inverse, uneven).with_known_rows(inverse, by_rows, outside, plates),
     )
-    role_facts = _roles(options, sites, inverse.graph, traced, scales)
+    role_facts = _roles(options, sites, inputs, inverse.graph, traced, scales)
     families, keys = _families(options, sites, inputs, inverse.graph.plates, vectors.long, role_facts)
     blocks = make_blocks(inverse, inputs, encodings.event_dims, keys)
     require_outer_sites_first(blocks, inverse, search.discrete)
@@ -993,6 +993,7 @@ def _with_plain_factors(
 def _roles(
     options: GuideOptions,
     sites: Mapping[str, LatentSite],
+    inputs: InputPlan,
     graph: ModelGraph,
     traced: TracedModel,
     scales: Collection[str],
@@ -1007,9 +1008,12 @@ def _roles(
         coordinate = gaussian_coordinate(nodes[data]["fn"])
         return coordinate is not None and not coordinate.standard
 
+    fits_one = bool(inputs.per_element) and options.pool is None
+
     def is_skewed(name: str) -> bool:
         data = [child for child in graph.children(name) if child in graph.observed]
-        return math.prod(nodes[name]["fn"].batch_shape) <= MOST_ELEMENTS and not all(map(is_normal, data))
+        few = math.prod(nodes[name]["fn"].batch_shape) <= MOST_ELEMENTS
+        return fits_one and few and bool(graph.plates[name]) and not all(map(is_normal, data))
 
     return {
         name: {

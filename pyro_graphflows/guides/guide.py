@@ -1165,8 +1165,8 @@ def auto_faithful_guide(
             its parameters exist, as optimisers of PyTorch need; if not, on its first call or by ``guide.setup``.
         family: The kind of conditionals, an object with options of its own: :class:`~pyro_graphflows.guides.Auto`
             (splines for scalar globals, for scalar sites that set the scale of others, for those with bounded or
-            heavy-tailed priors and for elements with maps of their own whose data are not normal, normal conditionals
-            elsewhere, fused with the priors),
+            heavy-tailed priors and, where one data set is fitted, for elements whose data are not normal, normal
+            conditionals elsewhere, fused with the priors),
             :class:`~pyro_graphflows.guides.Normal`, :class:`~pyro_graphflows.guides.Spline` or
             :class:`~pyro_graphflows.guides.Flow` (flexible conditionals, at several times the cost of a step);
             ``"auto"``, ``"normal"``, ``"spline"`` and ``"flow"`` abbreviate their defaults; or a subclass of
