@@ -352,15 +352,13 @@ def require_fixed_shape(func: Any, args: tuple[Any, ...], changes: Callable[[Ten
     """Refuse an operation whose shape depends on the values of tensors that change from call to call.
 
     Args:
-        func: The operation.
+        func: The operation, one whose shape depends on values.
         args: Its arguments.
         changes: Whether a tensor is one of these.
 
     Raises:
         NotCapturedError: If it is so.
     """
-    if torch.Tag.dynamic_output_shape not in func.tags:
-        return
     by_index = func._schema.name == "aten::index"
     parts = [part for part in (args[1] if by_index else args) if torch.is_tensor(part)]
     if by_index:

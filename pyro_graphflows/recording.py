@@ -207,7 +207,7 @@ class _Recorder(TorchDispatchMode):
             for tensor in given:
                 self.require_kept(tensor)
             return func(*args, **kwargs)
-        if follows:
+        if follows and torch.Tag.dynamic_output_shape in func.tags:
             require_fixed_shape(func, args, self._follows)
         written = list(_tensors(_written(func, args)))
         if self.are_fixed and any(tensor not in self.nodes for tensor in written):

@@ -17,8 +17,9 @@ def test_set_up_and_a_call_pass_through_few_files():
     w, y = torch.randn(200), torch.randn(200)
     guides = []
     files, crossings = counts(lambda: guides.append(auto_faithful_guide(readme_model, w, y, family="normal")))
-    assert files <= 28
-    assert crossings <= 1300
+    # Six files and 840 crossings are for curved starts, whose loss is recorded and then evaluated 126 times.
+    assert files <= 34
+    assert crossings <= 2150
     guides[0](w, y)
     files, crossings = counts(lambda: guides[0](w, y))
     assert files <= 12

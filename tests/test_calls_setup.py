@@ -3,13 +3,17 @@
 What is counted are runs of the model: a set-up that draws its joint samples one at a time takes a thousand.
 """
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import scipy.stats
 import torch
+from pyro.infer import Trace_ELBO
 from versions import TORCH
 
+from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides import auto_faithful_guide
 from pyro_graphflows.inspect import find_batching, sample_prior, trace_model
 
@@ -182,3 +186,62 @@ def test_samples_of_subsampled_plates_are_those_of_the_rows_at_set_up():
     )
     rows = traced.trace.nodes["data"]["value"]
     assert (samples["y"] - x[rows]).abs().max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("kind", "y"),
+    [
+        ("beta", torch.tensor([0.3, 0.0, 0.5])),
+        ("beta", torch.tensor([0.3, 1.0])),
+        ("gamma", torch.tensor([0.0, 2.0])),
+        ("dirichlet", torch.tensor([[0.2, 0.8], [0.0, 1.0]])),
+    ],
+)
+def test_data_at_an_end_of_a_support_without_a_density_there_are_refused(kind, y):
+    """Every loss was infinite, without a word."""
+    kinds = {
+        "beta": lambda a: dist.Beta(a, 2.5),
+        "gamma": lambda a: dist.Gamma(a, 1.0),
+        "dirichlet": lambda a: dist.Dirichlet(torch.stack([a, a + 1.0], -1)),
+    }
+
+    def model(y):
+        a = pyro.sample("a", dist.Gamma(20.0, 8.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", kinds[kind](a), obs=y)
+
+    with pytest.raises(
+        GraphflowsError, match=r"data of 'y' with a finite density; 1 of \d values are at an end"
+    ):
+        auto_faithful_guide(model, y)
+
+
+def test_data_at_an_end_of_a_support_that_have_a_density_are_welcome():
+    def model(x, y):
+        rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Exponential(rate), obs=x)
+            pyro.sample("y", dist.Beta(rate, 2.5).mask(y > 0), obs=y)
+
+    data = torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.5])
+    guide = auto_faithful_guide(model, *data, num_start_samples=200)
+    with torch.no_grad():
+        assert math.isfinite(Trace_ELBO().loss(model, guide, *data))
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_masked_data_of_any_number_below_a_global_site(number):
+    """Of two, a plate of as many draws fitted by chance beside the data's, and set-up broke."""
+
+    def model(x, seen):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z, 1.0).mask(seen), obs=x)
+
+    x, seen = torch.linspace(0.5, 1.5, number), torch.arange(number) > 0
+    guide = auto_faithful_guide(model, x, seen)
+    losses = [Trace_ELBO().loss(model, guide, x, seen) for _ in range(20)]
+    known = x[seen]
+    covariance = torch.eye(len(known)) + 1.0
+    evidence = dist.MultivariateNormal(torch.zeros(len(known)), covariance).log_prob(known).item()
+    assert sum(losses) / 20 == pytest.approx(-evidence, abs=0.05)

@@ -11,7 +11,7 @@ import torch
 from pyro_graphflows.distributions.skewed_scores import ASKED_OFTEN, TABLE_REACH, LogGamma, unscore
 from pyro_graphflows.guides import captured_density
 from pyro_graphflows.guides import mode as mode_module
-from pyro_graphflows.guides.captured_density import AFTER
+from pyro_graphflows.guides.captured_density import AFTER, recorded_gradients
 from pyro_graphflows.guides.minimize import Hessians, loss_and_gradient
 from pyro_graphflows.guides.mode import LogPosterior, find_mode
 from pyro_graphflows.inspect import trace_model
@@ -222,3 +222,37 @@ def test_nothing_is_held_after_the_search(monkeypatch):
     assert functions
     assert all(function() is None for function in functions)
     assert mode.posterior.captured.num_captured > 0
+
+
+def test_gradients_are_recorded_at_once_and_exact_where_they_vanish_at_first():
+    start, calls = torch.zeros(3), []
+
+    def loss(point):
+        calls.append(None)
+        return (point - start).square().sum() + point[0] * point[
+            1
+        ].exp()  # it reads the point of recording itself
+
+    gradients, evaluations = recorded_gradients(loss, start), len(calls)
+    for _ in range(5):
+        x = torch.randn(3)
+        value, gradient = gradients(x)
+        more = torch.stack([x[1].exp(), x[0] * x[1].exp(), torch.zeros(())])
+        torch.testing.assert_close(value, x.square().sum() + x[0] * x[1].exp())
+        torch.testing.assert_close(gradient, 2 * x + more)
+    assert len(calls) == evaluations  # all of that as recorded
+
+
+def test_gradients_of_what_cannot_be_recorded_are_those_of_the_program():
+    def branches(point):
+        return point.square().sum() if float(point[0]) > 0 else point.exp().sum()
+
+    gradients = recorded_gradients(branches, torch.zeros(2))
+    assert torch.equal(gradients(torch.ones(2))[1], 2 * torch.ones(2))
+    assert torch.equal(gradients(-torch.ones(2))[1], torch.exp(-torch.ones(2)))
+
+
+def test_recorded_gradients_are_zeros_where_the_function_is_undefined():
+    value, gradient = recorded_gradients(lambda x: x.log().sum(), torch.ones(2))(torch.tensor([1.0, -1.0]))
+    assert value == torch.inf
+    assert not gradient.any()

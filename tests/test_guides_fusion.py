@@ -850,6 +850,20 @@ def test_effects_with_data_that_are_not_normal_have_splines(number, data, kind):
     assert _kinds(guide) == {"mu": "Spline", "z": kind}
 
 
+def test_elements_that_read_their_data_have_splines_where_one_data_set_is_fitted():
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("groups", len(x)):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("x", dist.Poisson(z.exp()), obs=x)
+
+    options = {"init": "random", "num_start_samples": 200}
+    guide = auto_faithful_guide(model, torch.ones(8), **options)
+    assert _kinds(guide) == {"mu": "Spline", "z": "Spline"}
+    amortised = auto_faithful_guide(model, torch.ones(8), pool="deepset", **options)
+    assert _kinds(amortised) == {"mu": "Spline", "z": "Normal"}
+
+
 def test_amortised_sites_with_normal_priors_are_as_in_the_normal_family():
     """Weight for weight."""
 

@@ -125,6 +125,19 @@ def test_outputs_become_a_linear_map_whatever_the_units(engine):
     torch.testing.assert_close(mlp(x).flatten(1), x @ (weights * mask).T + bias)
 
 
+@pytest.mark.parametrize("options", [{"engine": "dense"}, {"engine": "sparse"}, {"skip": False}], ids=str)
+def test_other_units_leave_the_function_and_scale_steps(options):
+    mlp = whiten_and_spoil_(network("several sets", **options))
+    x, rate = torch.randn(5, 4), 1e-3
+    before, units = mlp(x).flatten(1), 0.1 + torch.rand(12)
+    mlp.change_units_(units)
+    torch.testing.assert_close(mlp(x).flatten(1), before)
+    bias = mlp.layers[-1].bias if mlp.skip is None else mlp.skip.bias
+    with torch.no_grad():
+        bias.add_(rate)
+    torch.testing.assert_close(mlp(x).flatten(1), before + rate * units)
+
+
 def test_a_step_moves_an_output_by_its_unit_however_many_and_collinear_the_features():
     """With the sign of the gradient as step, as Adam's first is: at most the root of the rank times rate and unit."""
     n, d, rate = 2000, 60, 1e-2

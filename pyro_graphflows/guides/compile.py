@@ -83,6 +83,7 @@ from pyro_graphflows.guides.sites import (
     REMEDIES_OF_NAN,
     InputEncodings,
     LatentSite,
+    at_an_end,
     flatten_event,
     input_encodings,
     is_constant,
@@ -379,7 +380,7 @@ def compile_guide(
         _input_options(options, found, sites),
         sites_concerned(inverse, uneven).with_known_rows(inverse, by_rows, outside, plates),
     )
-    role_facts = _roles(options, sites, inverse.graph, traced, scales)
+    role_facts = _roles(options, sites, inputs, inverse.graph, traced, scales)
     families, keys = _families(options, sites, inputs, inverse.graph.plates, vectors.long, role_facts)
     blocks = make_blocks(inverse, inputs, encodings.event_dims, keys)
     require_outer_sites_first(blocks, inverse, search.discrete)
@@ -992,6 +993,7 @@ def _with_plain_factors(
 def _roles(
     options: GuideOptions,
     sites: Mapping[str, LatentSite],
+    inputs: InputPlan,
     graph: ModelGraph,
     traced: TracedModel,
     scales: Collection[str],
@@ -1006,9 +1008,12 @@ def _roles(
         coordinate = gaussian_coordinate(nodes[data]["fn"])
         return coordinate is not None and not coordinate.standard
 
+    fits_one = bool(inputs.per_element) and options.pool is None
+
     def is_skewed(name: str) -> bool:
         data = [child for child in graph.children(name) if child in graph.observed]
-        return math.prod(nodes[name]["fn"].batch_shape) <= MOST_ELEMENTS and not all(map(is_normal, data))
+        few = math.prod(nodes[name]["fn"].batch_shape) <= MOST_ELEMENTS
+        return fits_one and few and bool(graph.plates[name]) and not all(map(is_normal, data))
 
     return {
         name: {
@@ -1075,7 +1080,7 @@ def _require_possible_data(
     encodings: InputEncodings,
     call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]],
 ) -> None:
-    """Refuse data that no training could use: missing without a word, of another shape, outside of a support."""
+    """Refuse data that no training could use: missing, of another shape, outside of a support or at its ends."""
     nodes: Any = traced.trace.nodes
     others: Any = None
     for name in traced.graph.observed:
@@ -1108,6 +1113,18 @@ def _require_possible_data(
                 f"Expected data of {name!r} in the support of its distribution, {support}; {int(wrong.sum())} of "
                 f"{wrong.numel()} values are outside of it."
             )
+        at_end = at_an_end(support, value, log_density) & seen
+        if bool(at_end.any()):
+            others = _another_run(*call) if others is None else others
+            if name in others:
+                at_end &= torch.isinf(log_density_at(others[name]["fn"], value))
+            if bool(at_end.any()):
+                raise GraphflowsError(
+                    f"Expected data of {name!r} with a finite density; {int(at_end.sum())} of {at_end.numel()} values "
+                    f"are at an end of the support, {support}, where the density is zero or infinite. Move them "
+                    "inside, as (y * (n - 1) + 0.5) / n does between 0 and 1, or give them a part of the model of "
+                    "their own."
+                )
 
 
 def _masked_priors(traced: TracedModel) -> tuple[str, ...]:

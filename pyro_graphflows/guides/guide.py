@@ -1165,8 +1165,8 @@ def auto_faithful_guide(
             its parameters exist, as optimisers of PyTorch need; if not, on its first call or by ``guide.setup``.
         family: The kind of conditionals, an object with options of its own: :class:`~pyro_graphflows.guides.Auto`
             (splines for scalar globals, for scalar sites that set the scale of others, for those with bounded or
-            heavy-tailed priors and for elements with maps of their own whose data are not normal, normal conditionals
-            elsewhere, fused with the priors),
+            heavy-tailed priors and, where one data set is fitted, for elements whose data are not normal, normal
+            conditionals elsewhere, fused with the priors),
             :class:`~pyro_graphflows.guides.Normal`, :class:`~pyro_graphflows.guides.Spline` or
             :class:`~pyro_graphflows.guides.Flow` (flexible conditionals, at several times the cost of a step);
             ``"auto"``, ``"normal"``, ``"spline"`` and ``"flow"`` abbreviate their defaults; or a subclass of
@@ -1194,7 +1194,8 @@ def auto_faithful_guide(
             has data of its own. ``"mode"``: at a normal approximation
             of the posterior for these data, whatever it is for others. ``"regression"``, for training on simulations:
             at the least-squares regression of each site on its parents over joint samples of the model (exact for
-            linear-Gaussian models up to sampling error); where priors are improper there are none, and it is as
+            linear-Gaussian models up to sampling error), or where these are likeliest under curved networks
+            (:mod:`~pyro_graphflows.guides.curved_start`); where priors are improper there are none, and it is as
             ``"auto"``. ``"prior"``: at the prior of the latents, whatever the data. ``"random"``: with random weights.
         factors: For single sites, by name, a factor class or a family object.
         standardize: Whether inputs and outputs of the networks are standardised by constants found at set-up.

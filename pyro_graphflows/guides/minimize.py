@@ -7,6 +7,7 @@ goes downhill by the same derivatives, those of the mean over its draws.
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from pyro_graphflows.guides.sparse_hessians import Products, Sparsity
 __all__ = [
     "LEAST_CURVATURE",
     "OUTSIDE",
+    "Gradients",
     "Hessians",
     "Objective",
     "Products",
@@ -24,6 +26,7 @@ __all__ = [
     "fit_normal",
     "independent_losses",
     "lbfgs",
+    "lbfgs_by",
     "loss_and_gradient",
     "newton",
     "products_at",
@@ -31,6 +34,7 @@ __all__ = [
 ]
 
 Objective = Callable[[Tensor], Tensor]  # from a vector to a number
+Gradients = Callable[[Tensor], tuple[Tensor, Tensor]]  # to the number and its gradient
 Evaluation = tuple[Tensor, Tensor, Tensor | None]  # value, gradient, Hessian if known
 Rows = Callable[[Tensor], Tensor]  # from vectors in rows to numbers
 # errors of a model where it is not defined
@@ -267,25 +271,33 @@ def newton(hessians: Hessians, point: Tensor, steps: int = MOST_STEPS, seconds: 
 
 
 def lbfgs(objective: Objective, point: Tensor, seconds: float = math.inf) -> Tensor:
+    """Go downhill by L-BFGS, as :func:`lbfgs_by`, on a function of which autograd gives the gradient."""
+    return lbfgs_by(partial(loss_and_gradient, objective), point, seconds)
+
+
+def lbfgs_by(
+    gradients: Gradients, point: Tensor, seconds: float = math.inf, steps: int = MOST_EVALUATIONS
+) -> Tensor:
     """Go downhill by L-BFGS [3]; steps are shortened until the loss falls, also from where it is infinite.
 
     Args:
-        objective: The function.
+        gradients: The function with its gradient, infinity and zeros where it cannot be evaluated.
         point: Where to begin.
         seconds: Of processor time, after which no further step is begun.
+        steps: The most of them.
 
     References:
         [3] Liu and Nocedal (1989), On the limited memory BFGS method, Mathematical Programming 45.
     """
 
     def evaluate(point: Tensor) -> tuple[Tensor, Tensor, None]:
-        return (*loss_and_gradient(objective, point), None)
+        return (*gradients(point), None)
 
     began = time.process_time()
     loss, gradient, _ = evaluate(point)
     pairs: list[tuple[Tensor, Tensor]] = []
     poor = 0
-    for _ in range(MOST_EVALUATIONS):
+    for _ in range(steps):
         if time.process_time() - began > seconds:
             return point
         step = -_two_loops(gradient, pairs)

@@ -34,8 +34,8 @@ from pyro_graphflows.inspect import (
     undressed,
 )
 from pyro_graphflows.inspect.arguments import argument_leaves, replaced_arguments
-from pyro_graphflows.inspect.prior import unconstrained_of
-from pyro_graphflows.inspect.runs import quiet_run, run_model
+from pyro_graphflows.inspect.prior import nesting_of_sites, unconstrained_of
+from pyro_graphflows.inspect.runs import quiet_run, random_sites, run_model
 
 __all__ = ["MOST_ROWS", "ModelDraws", "Samples", "columns_of", "evidence_of", "side_by_side", "with_depth"]
 
@@ -305,7 +305,10 @@ class ModelDraws:
         samples = self._kept
         model, traced = _latents_of(self.model, self.traced) if latents_only else (self.model, self.traced)
         if latents_only not in self._batchings:
-            found = find_batching(model, self.args, self.kwargs, traced=traced)
+            nesting = nesting_of_sites(
+                random_sites(self.traced.trace)
+            )  # data are seen by the model, if not by us
+            found = find_batching(model, self.args, self.kwargs, traced=traced, nesting=nesting)
             moving = [
                 n for n, site in self.sites.items() if not site.encoding and not is_constant(site.support)
             ]

@@ -40,7 +40,7 @@ from pyro_graphflows.capture import CAPTURING
 from pyro_graphflows.distributions.coordinates import GaussianCoordinate, gaussian_coordinate, is_well_defined
 from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.inspect import TracedModel, get_argument
-from pyro_graphflows.inspect.runs import support_of, undressed
+from pyro_graphflows.inspect.runs import ends_of, support_of, undressed
 from pyro_graphflows.regression import (
     HEAVY_TAIL,
     MOST_QUANTILE_ROWS,
@@ -58,6 +58,7 @@ __all__ = [
     "InputEncodings",
     "LatentSite",
     "SitePrior",
+    "at_an_end",
     "concatenate",
     "flatten_event",
     "has_prior",
@@ -285,6 +286,28 @@ def outside_of_support(support: constraints.Constraint, value: Tensor, log_densi
         return outside
     near = _between(support, value) if support.is_discrete else _beside(support, value)
     return outside & ~(near & torch.isfinite(log_density))
+
+
+def at_an_end(support: constraints.Constraint, value: Tensor, log_density: Tensor) -> Tensor:
+    """Return which data of a continuous distribution are at an end of its support with an infinite log-density.
+
+    Args:
+        support: The support.
+        value: The data.
+        log_density: Their log-density, of their batch shape.
+
+    Example:
+        >>> from torch.distributions import constraints
+        >>> y = torch.tensor([0.0, 0.5])
+        >>> at_an_end(constraints.unit_interval, y, dist.Beta(2.0, 2.0).log_prob(y)).tolist()
+        [True, False]
+    """
+    found = torch.isinf(log_density)
+    bounds = (0.0, 1.0) if support is constraints.simplex else ends_of(support)
+    if bounds is None or not bool(found.any()):
+        return torch.zeros_like(found)
+    ends = (value == bounds[0]) | (value == bounds[1])
+    return found & ends.reshape(*found.shape, -1).any(-1)
 
 
 def require_inside(name: str, value: Tensor, support: constraints.Constraint) -> None:

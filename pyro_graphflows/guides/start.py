@@ -27,6 +27,10 @@ these data than draws of the prior would. Without plates all data are one datum,
 whatever the model simulates. Where the regression is not near, the start near the mode is kept if the loss for the data
 falls by more than the mean loss for simulated data grows, if the model can simulate some; a thousand nats off is as bad
 as more, since nothing can be followed from there.
+
+The networks of blocks that are amortised go on from their regression, to where joint samples are likeliest
+(:mod:`~pyro_graphflows.guides.curved_start`). Where all data are one datum they do so last: the choice is between
+regression and mode, and the former is curved if it was taken, or if that is better for the data than the latter.
 """
 
 import math
@@ -48,9 +52,10 @@ from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.guides.block import GuideBlock, make_inputs
 from pyro_graphflows.guides.call import Call, PlateState
 from pyro_graphflows.guides.compile import Compiled, GuideOptions
-from pyro_graphflows.guides.conditionals.contract import Conditionals, LinearConditional
-from pyro_graphflows.guides.conditionals.masked import MaskedConditionals
+from pyro_graphflows.guides.conditionals.contract import Conditionals, LinearConditional, Pass
+from pyro_graphflows.guides.conditionals.masked import MaskedConditionals, MaskedPass
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
+from pyro_graphflows.guides.curved_start import bend_
 from pyro_graphflows.guides.fewer_elements import fewer_of
 from pyro_graphflows.guides.fused_rows import FusedRows, standardised, with_priors
 from pyro_graphflows.guides.joint_factors import JointRows, fit_jointly_
@@ -63,6 +68,7 @@ from pyro_graphflows.guides.spline_start import shape_spline_
 from pyro_graphflows.infer.enumeration import enumerated, sum_of_the_rest
 from pyro_graphflows.inspect.arguments import argument_leaves
 from pyro_graphflows.inspect.runs import kept_buffers
+from pyro_graphflows.nn.mlp import LevelEvaluation
 from pyro_graphflows.regression import (
     HELD_OUT,
     WINSOR,
@@ -205,7 +211,7 @@ def _start_guide(
 ) -> tuple[Candidate, str | None]:
     plan = compiled.plan
 
-    def build(samples: Samples, name: str) -> Candidate:
+    def build(samples: Samples, name: str, *, curved: bool = True) -> Candidate:
         samples.draws.recall(samples.drawn)
         if plan.priors.sites:
             samples = with_priors(samples, plan.priors)
@@ -214,7 +220,8 @@ def _start_guide(
             scores = compiled.scores.of_draws(compiled.draws, number, compiled.plates)
             samples = samples.with_values(scores)
         alone = _with_moving_priors(compiled) if name == ALONE else ()
-        blocks, starts = _start_blocks(compiled, samples, options, regression=name != "random", alone=alone)
+        how: dict[str, Any] = {"regression": name != "random", "curved": curved, "alone": alone}
+        blocks, starts = _start_blocks(compiled, samples, options, **how)
         notes = tuple(note for start in starts for note in start.notes)
         moments = tuple(start.moments for start in starts)
         return Candidate(name, nn.ModuleList(blocks), notes, samples.note, moments)
@@ -277,6 +284,7 @@ def _start_blocks(
     options: GuideOptions,
     *,
     regression: bool,
+    curved: bool,
     alone: Collection[str] = (),
 ) -> tuple[list[GuideBlock], list[Start]]:
     """Return the blocks at their starts, and how these are."""
@@ -292,7 +300,7 @@ def _start_blocks(
             plan, samples, options.deepset or DeepSet(), options.embedding
         )
         block = GuideBlock.make(plan, compiled.families[plan.sites[0]], inputs, of_block, further, elements)
-        start = start_block_(block, of_block, regression=regression, alone=alone)
+        start = start_block_(block, of_block, regression=regression, curved=curved, alone=alone)
         if regression:
             start_fields_(block, compiled)
         given = start_at_(block, of_block, options.init_values, compiled.plan.changing)
@@ -322,7 +330,12 @@ def _whiten_blocks(start: Candidate, trial: Trial, dim: int) -> None:
 
 
 def start_block_(
-    block: GuideBlock, samples: Samples, *, regression: bool, alone: Collection[str] = ()
+    block: GuideBlock,
+    samples: Samples,
+    *,
+    regression: bool,
+    curved: bool = True,
+    alone: Collection[str] = (),
 ) -> Start:
     """Give a block its starting values.
 
@@ -330,6 +343,7 @@ def start_block_(
         block: The block.
         samples: Its samples.
         regression: Whether to start by regression.
+        curved: Whether networks may go on from there.
         alone: Fused sites that start as regressions alone.
 
     Returns:
@@ -379,6 +393,9 @@ def start_block_(
                 fused = replace(fused, fewer=fewer, sizes=inputs.of_sizes, variances=inputs.of_variances)
             note = _regress_if_better_(conditionals, features, of_sites, fused)
             kept = note is None
+            if curved and kept and moments is not None and samples.source == "joint" and _can_bend(block):
+                is_bent = _bend_(block, features, of_sites, fused, moments)
+                moments = None if is_bent else moments  # inputs stay whitened as they are
             if kept and samples.source == "mode" and not plan.plates:
                 _shape_splines_(conditionals, features, of_sites, fused)
             alike = plan.per_element if samples.source == "mode" else (*plan.per_element, *plan.fitted)
@@ -665,6 +682,15 @@ def _regress_if_better_(
     return None
 
 
+def _joint_inputs(block: GuideBlock, features: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+    """Return all inputs of a block, ``(*batch, columns)``; see :func:`_input_moments`."""
+    columns = [features] if features.shape[-1] else []
+    for site in block.plan.sites:
+        shift, scale = block.conditionals.input_units(site)
+        columns.append((values[site] - shift) / scale)
+    return concatenate(columns)
+
+
 def _input_moments(block: GuideBlock, features: Tensor, values: Mapping[str, Tensor]) -> Tensor:
     """Return the second moments of all inputs of a block.
 
@@ -676,11 +702,7 @@ def _input_moments(block: GuideBlock, features: Tensor, values: Mapping[str, Ten
         features: Features of the context nodes, ``(*batch, num_features)``.
         values: Unconstrained vectors of the sites, each of shape ``(*batch, size)``.
     """
-    columns = [features] if features.shape[-1] else []
-    for site in block.plan.sites:
-        shift, scale = block.conditionals.input_units(site)
-        columns.append((values[site] - shift) / scale)
-    joint = concatenate(columns)
+    joint = _joint_inputs(block, features, values)
     rows = joint.reshape(-1, joint.shape[-1])
     step = -(-len(rows) * rows.shape[-1] ** 2 // MOST_PRODUCTS)
     rows = in_float64(rows[::step] if step > 1 else rows)
@@ -797,9 +819,10 @@ def _at_rows(
     values: Mapping[str, Tensor],
     fused: FusedRows | None,
     plates: Mapping[str, PlateState] | None,
+    evaluation: Pass | None = None,
 ) -> Iterator[tuple[str, Any, Tensor]]:
     """Yield each site, its conditional at the parents' values in rows, and its values in that one's coordinate."""
-    evaluation = conditionals.begin(context, plates)
+    evaluation = conditionals.begin(context, plates) if evaluation is None else evaluation
     for level in conditionals.block.levels:
         of_level = evaluation.next({} if fused is None else fused.priors)
         evaluation.accept({site: values[site] for site in level})
@@ -810,6 +833,40 @@ def _at_rows(
                 conditional,
                 fused.values[site] if fused is not None and in_coordinate else values[site],
             )
+
+
+def _can_bend(block: Any) -> bool:
+    """Whether networks alone say what conditionals are, and read what is the same before and after training.
+
+    Those that read summaries follow numbers of elements that joint samples do not have.
+    """
+    own, inputs = block.conditionals, block.inputs
+    if not isinstance(own, MaskedConditionals) or own.network.units is None or own.network.skip is None:
+        return False
+    by_element = own.block.per_element or own.table is not None or len(own.maps) or len(own.couplings)
+    reads = any(own.inputs_of(site) for site in own.block.sites)
+    is_learned = bool(inputs.learned.any()) or bool(len(inputs.pools)) or bool(own.block.summed)
+    return bool(len(own.network.layers) and reads) and not (by_element or is_learned)
+
+
+def _bend_(
+    block: GuideBlock,
+    context: Tensor,
+    values: Mapping[str, Tensor],
+    fused: FusedRows | None,
+    moments: Tensor,
+) -> bool:
+    """Let networks be such that joint samples are likeliest, if that is better than a regression; return whether."""
+    conditionals: Any = block.conditionals
+
+    def rows(chosen: Tensor, network: LevelEvaluation | None) -> Iterator[tuple[str, Any, Tensor]]:
+        of_context = context[chosen] if context.shape[-1] else context
+        of_sites = {site: value[chosen] for site, value in values.items()}
+        beside = None if fused is None else fused.at(chosen)
+        evaluation = MaskedPass(conditionals, of_context, None, None, network)
+        return _at_rows(conditionals, of_context, of_sites, beside, None, evaluation)
+
+    return bend_(conditionals, rows, _joint_inputs(block, context, values), moments)
 
 
 @torch.no_grad()
@@ -1154,7 +1211,7 @@ class Judge:
 def choose_start(
     compiled: Compiled,
     samples: Samples,
-    build: Callable[[Samples, str], Candidate],
+    build: Callable[..., Candidate],
     judge_start: Callable[..., Judgement | None],
     judge: Judge,
 ) -> tuple[Candidate, str | None]:
@@ -1163,15 +1220,16 @@ def choose_start(
     Args:
         compiled: What the guide is made from.
         samples: Joint samples, or what there is instead.
-        build: Makes the guide's blocks start from samples; the second argument is the name of the start.
+        build: Makes the guide's blocks start from samples; the second argument is the name of the start, the keyword
+            ``curved`` says whether networks may go on from regressions.
         judge_start: Judges a start, for the data of set-up or for simulated data.
         judge: The judge of losses.
     """
     plan, source = compiled.plan, samples.source
     usual = {"joint": "regression", "none": "random"}.get(source, source)
 
-    def build_usual() -> Candidate:
-        built = build(samples, "regression" if source == "none" else usual)
+    def build_usual(*, curved: bool = True) -> Candidate:
+        built = build(samples, "regression" if source == "none" else usual, curved=curved)
         return replace(built, name=usual)
 
     continuous = all(site.encoding is None for site in compiled.sites.values())
@@ -1202,7 +1260,7 @@ def choose_start(
             continue  # it would take as many runs of the model again, or hardly be better
         try:
             if name == usual:
-                built = build_usual()
+                built = build_usual(curved=not has_one_datum)
             elif name == ALONE:
                 if not is_far or not _with_moving_priors(compiled):
                     continue
@@ -1225,7 +1283,7 @@ def choose_start(
         if found is None and name == "mode" and samples.draws.mode_has_more_rows:
             return built, "the start is 'mode', by more rows than those of set-up."
         if found is None:  # no data, or a sum over sites beside the scale of a plate
-            return (built if name == usual else build_usual()), None
+            return (built if name == usual and not has_one_datum else build_usual()), None
         losses[name] = found.loss
         if name in ("mode", ALONE) and samples.draws.has_chains and found.loss < least:
             of_normal, by_chains, of_chains = found, built, HOPELESS
@@ -1268,6 +1326,18 @@ def choose_start(
         if is_near:
             break
     assert best is not None
+    if has_one_datum and any(map(_can_bend, candidates[usual].blocks)):
+        curved = build_usual()
+        of_curved = judge_start(curved) or HOPELESS
+        is_better = of_curved.loss < least
+        if not is_better and best.name == usual and of_curved is not HOPELESS:
+            samples.draws.recall(samples.drawn)
+            simulated, starts = _simulated(samples.draws, judge.number), (best, curved)
+            is_better, _ = _is_worth_it(
+                starts, least - of_curved.loss, judge_start, judge, simulated, NOWHERE
+            )
+        if is_better:
+            best, losses[usual] = curved, of_curved.loss
     return best, " ".join([_sentence(best, losses), *reasons])
 
 

@@ -45,7 +45,7 @@ from pyro_graphflows.inspect.runs import (
 from pyro_graphflows.inspect.trace import TracedModel
 from pyro_graphflows.inspect.tracer import in_library
 
-__all__ = ["Batching", "find_batching", "sample_prior", "unconstrained_of"]
+__all__ = ["Batching", "find_batching", "nesting_of_sites", "sample_prior", "unconstrained_of"]
 
 _PLATE = "_pyro_graphflows_samples"
 SECONDS_WITHOUT_A_BAR = 3.0
@@ -63,6 +63,7 @@ class Batching:
         indices: The indices of plates, as many as in ``traced``; those of ``traced`` where nothing is said.
         unconstrained: Sites whose unconstrained values, by the support that each sample has, are beside the samples
             (:func:`unconstrained_of` their names): supports that depend on other sites differ from sample to sample.
+        nesting: The dimensions on the left of the model's events; those of the sites of ``traced`` if None.
     """
 
     traced: TracedModel
@@ -70,6 +71,7 @@ class Batching:
     reason: str = ""
     indices: Mapping[str, torch.Tensor] = field(default_factory=dict)
     unconstrained: Collection[str] = ()
+    nesting: int | None = None
 
 
 def sample_prior(
@@ -125,7 +127,8 @@ def sample_prior(
     with kept_buffers(model):
         way = batching.way if vectorize and num_samples > 1 else "single"
         draw = {"plate": _draw_at_once, "vmap": _draw_by_vmap, "single": _draw_one_by_one}[way]
-        wanted = _Wanted(sites, _nesting(sites), batching.unconstrained)
+        nesting = nesting_of_sites(sites) if batching.nesting is None else batching.nesting
+        wanted = _Wanted(sites, nesting, batching.unconstrained)
         try:
             return draw(unconditioned, args, kwargs, wanted, num_samples)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
@@ -162,6 +165,7 @@ def find_batching(
     model_kwargs: dict[str, Any] | None = None,
     *,
     traced: TracedModel,
+    nesting: int | None = None,
 ) -> Batching:
     """Find how joint samples of a model can be drawn.
 
@@ -170,6 +174,7 @@ def find_batching(
         model_args: Its arguments.
         model_kwargs: Its keyword arguments.
         traced: The model as traced with these arguments.
+        nesting: The dimensions on the left of the model's events, where it has sites that are not in ``traced``.
 
     Raises:
         UnsupportedModelError: If samples are not the model.
@@ -189,10 +194,12 @@ def find_batching(
     sites = random_sites(traced.trace)
     unconditioned = _unconditioned(model, traced)
     with kept_buffers(model):
-        if _allows_batches(unconditioned, args, kwargs, _nesting(sites), sites):
-            return Batching(traced, "plate")
+        most = nesting_of_sites(sites) if nesting is None else nesting
+        if _allows_batches(unconditioned, args, kwargs, most, sites):
+            return Batching(traced, "plate", nesting=nesting)
         reason = _why_no_vmap(unconditioned, args, kwargs, sites)
-    return Batching(traced, "vmap") if reason is None else Batching(traced, "single", reason)
+    way = "vmap" if reason is None else "single"
+    return Batching(traced, way, reason or "", nesting=nesting)
 
 
 def _require_generative(traced: TracedModel) -> None:
@@ -212,7 +219,7 @@ def _unconditioned(
     return pyro.poutine.replay(pyro.poutine.uncondition(model), trace=subsamples)
 
 
-def _nesting(sites: dict[str, Any]) -> int:
+def nesting_of_sites(sites: dict[str, Any]) -> int:
     """Return how many dimensions the model uses on the left of its events."""
     dims = [len(site["fn"].batch_shape) for site in sites.values()]
     dims += [-frame.dim for site in sites.values() for frame in site["cond_indep_stack"] if frame.vectorized]

@@ -33,6 +33,7 @@ __all__ = [
     "GivenValues",
     "Replaced",
     "drawn_rows",
+    "ends_of",
     "handled",
     "is_improper",
     "is_masked_out",
@@ -379,7 +380,7 @@ def support_of(fn: Any) -> constraints.Constraint:
     inner = undressed(fn)
     if getattr(type(inner), "support", None) is not td.TransformedDistribution.support:
         return declared
-    base, known = _ends(support_of(inner.base_dist)), _ends(declared)
+    base, known = ends_of(support_of(inner.base_dist)), ends_of(declared)
     if (
         base is _EVERYWHERE
     ):  # before numbers are compared, which programs that are mapped over draws do not allow
@@ -405,7 +406,7 @@ _Ends = tuple[Any, Any]  # numbers, or tensors of them
 _EVERYWHERE = (-math.inf, math.inf)
 
 
-def _ends(support: Any) -> _Ends | None:
+def ends_of(support: Any) -> _Ends | None:
     """Return the ends of an interval of real numbers, or of independent ones; None for other supports."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
@@ -420,7 +421,7 @@ def _ends(support: Any) -> _Ends | None:
 def _ends_of_image(ends: _Ends | None, transforms: Any) -> _Ends | None:
     """Return the ends of what transforms make of an interval; None where that cannot be told."""
     for transform in _parts(transforms):
-        domain, codomain = _ends(transform.domain), _ends(transform.codomain)
+        domain, codomain = ends_of(transform.domain), ends_of(transform.codomain)
         try:
             sign = torch.as_tensor(transform.sign)
         except NotImplementedError:

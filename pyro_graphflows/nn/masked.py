@@ -731,6 +731,27 @@ class NaturalUnits(Constants):
         linear.set_rows_(rows, 0.0, torch.zeros_like(bias))
         self.bias[rows] = bias.to(self.bias)
 
+    @torch.no_grad()
+    def change_(self, linear: MaskedLinear | None, last: MaskedLinear | None, unit: Tensor) -> None:
+        """Let outputs be trained in other units; the network is the same function.
+
+        Args:
+            linear: The linear map.
+            last: The last layer, if there are hidden ones.
+            unit: The units.
+        """
+        if linear is not None:
+            entries, bias = self.linear(linear)
+            self.offset.copy_(entries)
+            self.bias.copy_(bias)
+            linear.set_rows_(slice(0, len(unit)), 0.0, torch.zeros_like(bias))
+        if last is not None:
+            ratio = self.unit / unit
+            last.weight.mul_(_by_entry(last, ratio))
+            if last.bias is not None:
+                last.bias.mul_(ratio)
+        self.unit.copy_(unit)
+
     def linear(self, layer: MaskedLinear) -> tuple[Tensor, Tensor]:
         """Return the entries and the bias of the linear map."""
         assert layer.bias is not None

@@ -302,6 +302,16 @@ class MaskedMLP(nn.Module):
             self._masked_layers()[-1].set_rows_(rows, 0.0)
 
     @torch.no_grad()
+    def change_units_(self, unit: Tensor) -> None:
+        """Train outputs in other natural units, where there are any; the network is the same function.
+
+        Args:
+            unit: The units of all outputs, positive, ``(D * num_params,)``.
+        """
+        if self.units is not None:
+            self.units.change_(self.skip, self._masked_layers()[-1] if len(self.layers) else None, unit)
+
+    @torch.no_grad()
     def add_(self, output: int, value: float) -> None:
         """Add a constant to one output.
 

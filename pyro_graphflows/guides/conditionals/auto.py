@@ -21,9 +21,8 @@ class Auto(Family):
 
     Of the continuous sites of one number, those have splines that are in no plate (in models with at most
     ``MOST_GLOBALS`` such sites), that set the scale of others, or whose prior is not normal in unconstrained space:
-    bounded, or with heavier tails; and of the sites of which each element has a map of its own, those with data that
-    are not normal, such as effects behind counts, if there are no more than ``MOST_ELEMENTS``. ``describe()`` says
-    which.
+    bounded, or with heavier tails; and in guides for one data set those in plates with data that are not normal, such
+    as effects behind counts, if there are no more than ``MOST_ELEMENTS``. ``describe()`` says which.
 
     Args:
         normal: The family of all other sites.
@@ -81,8 +80,7 @@ class Auto(Family):
         """Return the family that serves a site."""
         site = role.site
         other = role.coupled or role.factor is not None or site.encoding is not None or site.size != 1
-        skewed = role.own_maps and role.skewed_by_data
-        flexible = role.is_global or role.sets_scale or not role.normal_prior or skewed
+        flexible = role.is_global or role.sets_scale or not role.normal_prior or role.skewed_by_data
         return self.spline if flexible and not other else self.normal.serving(role)
 
     def conditionals(self, spec: BlockSpec) -> Conditionals:

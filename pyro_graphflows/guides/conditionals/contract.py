@@ -59,7 +59,7 @@ class SiteRole:
         is_global: Whether it is in no plate, in a model that has few such sites.
         sets_scale: Whether the scale of another latent site depends on it.
         normal_prior: Whether its prior is normal in unconstrained space.
-        skewed_by_data: Whether observed sites that depend on it are not normal, and its elements in plates are few.
+        skewed_by_data: Whether a guide for one data set has few elements of it, with data that are not normal.
     """
 
     site: LatentSite
