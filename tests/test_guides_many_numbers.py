@@ -1,5 +1,7 @@
 """Normal approximations of posteriors of thousands of numbers, and starts from them."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -211,3 +213,24 @@ def test_factors_without_inputs_have_intercepts():
         assert factor.weights.shape == (1, 0)
         assert factor.loc.item() == pytest.approx(0.7, abs=0.05)
         assert factor.scale_tril.item() == pytest.approx(0.3, abs=0.04)
+
+
+def test_arrows_are_known_where_second_derivatives_are_not_finite():
+    """As of zero inflation by hand: the logarithm of what adds nothing."""
+    torch.manual_seed(0)
+    precision, places = arrow_precision(3, 60, 2)
+
+    def log_density(point):
+        nothing = torch.where(point > math.inf, point, -math.inf)
+        return torch.logaddexp(point, nothing).sum(-1) - 0.5 * ((point @ precision) * point).sum(-1)
+
+    least = torch.full((len(precision),), 1e-12)
+    normals = arrow_normals(log_density, torch.zeros(len(precision)), places, least, torch.Generator())
+    assert len(normals) == 2
+    eye = torch.eye(len(precision))
+    for loc, root in normals:
+        spread = root.spread(eye)
+        torch.testing.assert_close(spread.T @ spread, precision.inverse(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            loc, torch.linalg.solve(precision, torch.ones(len(loc))), rtol=0, atol=1e-3
+        )

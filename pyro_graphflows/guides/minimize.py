@@ -76,16 +76,23 @@ def _with_graph(objective: Objective, point: Tensor, *, graph: bool) -> tuple[Te
 
 
 def products_at(objective: Objective, point: Tensor) -> Products | None:
-    """Return what multiplies a function's Hessian at a point by vectors in rows; None where it is not finite there."""
+    """Return what multiplies a function's Hessian at a point by vectors in rows; None where it has no value there."""
     loss, gradient, point = _with_graph(objective, point, graph=True)
     if not bool(torch.isfinite(loss)):
         return None
 
+    def product(vector: Tensor) -> Tensor:
+        try:
+            (found,) = torch.autograd.grad(gradient, point, vector, retain_graph=True)
+        except (RuntimeError, NotImplementedError):  # of operations without second derivatives
+            found = torch.full_like(vector, math.nan)
+        if not bool(torch.isfinite(found).all()):  # as in `Hessians`
+            moved = loss_and_gradient(objective, point.detach() + DIFFERENCE * vector)[1]
+            found = (moved - gradient.detach()) / DIFFERENCE
+        return found.detach()
+
     def products(vectors: Tensor) -> Tensor:
-        rows = [
-            torch.autograd.grad(gradient, point, each.to(point), retain_graph=True)[0] for each in vectors
-        ]
-        return torch.stack(rows).detach() if rows else vectors
+        return torch.stack([product(each.to(point)) for each in vectors]) if len(vectors) else vectors
 
     return products
 
