@@ -106,7 +106,7 @@ MOST_SEEN = 1000  # rows that show how many features vary
 LEAST_GAIN = 0.01  # nats of an element, by which maps of their own must beat one that reads the covariates
 ROWS_PER_WEIGHT = 20  # with fewer joint samples of an index for each weight its map stays at the shared one
 MANY_INDICES = 300  # from which the factors of all are fitted at once
-MOST_NEAR_MODE = 5000  # indices with a regression each on draws near the mode
+MOST_NEAR_MODE = 20_000  # indices with a regression each on draws near the mode
 MOST_OF_INDICES, LEAST_OF_INDEX = 200_000, 1000  # samples for maps that are made beside a network
 MOST_PRODUCTS = 10_000_000_000  # for the moments by which inputs are whitened, which need no accuracy
 
