@@ -234,3 +234,15 @@ def test_arrows_are_known_where_second_derivatives_are_not_finite():
         torch.testing.assert_close(
             loc, torch.linalg.solve(precision, torch.ones(len(loc))), rtol=0, atol=1e-3
         )
+
+
+def test_factors_of_exact_data_are_as_narrow_as_these():
+    torch.manual_seed(0)
+    log_scale, loc = 0.5 * torch.randn(1000), torch.randn(1000)
+    inputs, width = torch.randn(1000, 1), 3e-4
+    values = 0.5 * inputs[:, 0] + 0.7 + width * torch.randn(1000)
+    prior = SitePrior(loc.unsqueeze(-1), log_scale.unsqueeze(-1))
+    alone = fit_factor(inputs, values.unsqueeze(-1), prior).linear
+    (of_many,) = fit_factors(inputs[None], values[None], loc[None], log_scale[None])
+    for factor in (alone, of_many):
+        assert factor.scale_tril.item() == pytest.approx(width, rel=0.15)

@@ -60,10 +60,11 @@ __all__ = [
 
 FLAT = 2.5  # logarithm of the scale of a factor that says nothing, in units of the prior's spread
 WIDEST = 12.0  # the most of it
+NARROWEST = 12.0  # in logarithms, below the scale of the prior or of the values: those of exact data
 LEAST_GAIN = 2e-3  # nats by which a factor must improve on the prior
 MOST_ROWS = 4000  # by which a scale is found
 MOST_AT_ONCE = 2_000_000  # numbers, over the scales that are tried at once
-COARSE, FINE = 13, 7  # numbers of scales tried, at first and between neighbours of the best
+COARSE, FINE = 21, 7  # numbers of scales tried, at first and between neighbours of the best
 STEPS = 2  # from these neighbours to closer ones
 KNOT_STEP = 0.25  # of the log-scale of priors, between which gains are interpolated in the search for a scale
 MOST_KNOTS = 33
@@ -274,7 +275,7 @@ class ProductsByScale:
         Scales are tried coarsely first, then between the neighbours of the best.
         """
         middle = float(self.rows.log_scale.median())
-        low, high = min(middle, 0.0) - 6.0, max(middle, 0.0) + FLAT
+        low, high = min(middle, 0.0) - NARROWEST, max(middle, 0.0) + FLAT
         grid = torch.linspace(low, high, COARSE).to(self.knots)
         best, step = self._best(grid, ridges), float(grid[1] - grid[0])
         for _ in range(STEPS):

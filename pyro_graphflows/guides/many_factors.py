@@ -10,14 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_graphflows.guides.fused_rows import FLAT, LEAST_GAIN, WIDEST, solved
+from pyro_graphflows.guides.fused_rows import FLAT, LEAST_GAIN, NARROWEST, WIDEST, solved
 from pyro_graphflows.regression import HELD_OUT, RIDGE, WINSOR, Regression, in_float64
 
 __all__ = ["fit_factors"]
 
 MOST_ROWS = 240  # of an index, by which scales are found; all rows give slopes and intercepts
-NARROWEST = 6.0  # below the scale of the prior or of the values, in logarithms
-COARSE, FINE = 9, 7  # scales that are tried, at first and between neighbours of the best
+COARSE, FINE = 15, 7  # scales that are tried, at first and between neighbours of the best
 STEPS = 2  # from these neighbours to closer ones
 
 
