@@ -75,7 +75,16 @@ from pyro_graphflows.inspect.prior import SECONDS_WITHOUT_A_BAR, UNCONSTRAINED, 
 from pyro_graphflows.inspect.runs import drawn_rows, handled, kept_buffers, support_of
 from pyro_graphflows.regression import in_float64
 
-__all__ = ["LogPosterior", "Mode", "find_mode", "in_plate_of_draws", "nesting_of", "newton_mode", "with_rows"]
+__all__ = [
+    "MOST_NUMBERS",
+    "LogPosterior",
+    "Mode",
+    "find_mode",
+    "in_plate_of_draws",
+    "nesting_of",
+    "newton_mode",
+    "with_rows",
+]
 
 SPREAD = (
     1e-3  # of the first point about the centres of the priors: at an exact symmetry gradients cannot choose

@@ -60,7 +60,7 @@ from pyro_graphflows.guides.fewer_elements import fewer_of
 from pyro_graphflows.guides.fused_rows import FusedRows, standardised, with_priors
 from pyro_graphflows.guides.joint_factors import JointRows, fit_jointly_
 from pyro_graphflows.guides.many_factors import fit_factors
-from pyro_graphflows.guides.mode import nesting_of
+from pyro_graphflows.guides.mode import MOST_NUMBERS, nesting_of
 from pyro_graphflows.guides.plan import MOST_INDICES, Plan
 from pyro_graphflows.guides.samples import ModelDraws, Samples, columns_of
 from pyro_graphflows.guides.sites import LatentSite, concatenate, is_normal_unconstrained
@@ -1247,7 +1247,8 @@ def choose_start(
         else (usual, "mode", "prior", "random")
     )
     nodes: Any = compiled.traced.trace.nodes
-    near = max(NEAR, NEAR_NUMBER * sum(nodes[name]["value"].numel() for name in compiled.sites))
+    numbers = sum(nodes[name]["value"].numel() for name in compiled.sites)
+    near = max(NEAR, NEAR_NUMBER * numbers)
     losses: dict[str, float] = {}
     candidates: dict[str, Candidate] = {}
     best: Candidate | None = None
@@ -1258,6 +1259,11 @@ def choose_start(
             continue
         if name == "prior" != usual and least < math.inf and (samples.draws.one_by_one or "mode" in losses):
             continue  # it would take as many runs of the model again, or hardly be better
+        if name == "mode" and is_amortised and numbers > MOST_NUMBERS:
+            reasons.append(
+                f"no start at the mode: of {numbers} numbers it is for guides that fit one data set."
+            )
+            continue
         try:
             if name == usual:
                 built = build_usual(curved=not has_one_datum)
