@@ -315,9 +315,8 @@ def unit_lower(entries: Tensor, size: int) -> Tensor:
     """
     rows, columns = torch.tril_indices(size, size, -1, device=entries.device)
     unit = torch.eye(size, dtype=entries.dtype, device=entries.device).flatten()
-    unit = unit.expand(
-        *entries.shape[:-1], -1
-    ).contiguous()  # inductor would write to the memory that rows share
+    # contiguous: inductor would write to the memory that rows share
+    unit = unit.expand(*entries.shape[:-1], -1).contiguous()
     unit = unit.index_copy(-1, size * rows + columns, entries)
     return unit.unflatten(-1, (size, size))
 
