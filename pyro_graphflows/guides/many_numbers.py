@@ -5,9 +5,10 @@ of the log-density is an arrow: dense rows of the shared numbers, and for each e
 many products as there are shared numbers, and a few more, it is known, its inverse has a square root of the same shape,
 and nothing is as large as the square of the number of numbers.
 
-The numbers of the largest sites are those of elements. What of the Hessian there is between different elements, those of
-vectors among them, is no part of the arrow, and makes its blocks less exact. The mean is found by the ELBO of independent normals over fixed draws of noise, for the mode of many effects and
-their scale together is far from where the posterior is (:mod:`~pyro_graphflows.guides.mode`).
+The numbers of the largest sites are those of elements. What of the Hessian there is between different elements, those
+of vectors among them, is no part of the arrow, and makes its blocks less exact. The mean is found by the ELBO of
+independent normals over fixed draws of noise, for the mode of many effects and their scale together is far from where
+the posterior is (:mod:`~pyro_graphflows.guides.mode`).
 """
 
 import math
