@@ -655,12 +655,22 @@ class FusedRows:
             site: The site.
             inputs: The site's inputs in the rows.
         """
-        shift, scale = (part.to(inputs) for part in conditionals.fused_units(site))
-        values = self.in_coordinate(site)
-        prior = self.priors[site]
         if site in self.classes:
-            return fit_logits(inputs, values.to(inputs), prior, self.classes[site])
-        return fit_factor(inputs, (values.to(inputs) - shift) / scale, standardised(prior, shift, scale))
+            values = self.in_coordinate(site).to(inputs)
+            return fit_logits(inputs, values, self.priors[site], self.classes[site])
+        return fit_factor(inputs, *self.in_units(conditionals, site, inputs))
+
+    def in_units(self, conditionals: Conditionals, site: str, like: Tensor) -> tuple[Tensor, SitePrior]:
+        """Return the values of a site and its priors in standardised units of its coordinate.
+
+        Args:
+            conditionals: The conditionals, whose units these are.
+            site: The site.
+            like: A tensor of the type that is wanted.
+        """
+        shift, scale = (part.to(like) for part in conditionals.fused_units(site))
+        values = (self.in_coordinate(site).to(like) - shift) / scale
+        return values, standardised(self.priors[site], shift, scale)
 
     def narrow_(self, conditionals: Conditionals, sites: Collection[str]) -> None:
         """Let sites with per-element parameters of which samples say nothing start narrow.

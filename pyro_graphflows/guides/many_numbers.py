@@ -11,7 +11,6 @@ independent normals over fixed draws of noise, for the mode of many effects and 
 the posterior is (:mod:`~pyro_graphflows.guides.mode`).
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,11 +18,13 @@ import torch
 from torch import Tensor
 
 from pyro_graphflows.guides.minimize import (
+    LEAST_CURVATURE,
+    LEAST_PRECISION,
     Products,
     alone,
+    first_normal,
     independent_losses,
     lbfgs,
-    loss_and_gradient,
     products_at,
 )
 
@@ -34,8 +35,6 @@ NUM_SIGNS = 4  # products with random signs, of which each row of a block is a m
 NUM_PAIRS = 8  # of opposite draws of noise
 SECONDS = 4.0  # of processor time for each search
 SHARES_OF_WIDTH = (1.0, 0.3, 0.1)  # as in the search for few numbers
-LEAST_PRECISION = 0.25  # of numbers in units of their prior, whose own precision is one
-LEAST_CURVATURE = 1e-7  # relative to the greatest, of others
 
 
 @dataclass(frozen=True)
@@ -102,13 +101,11 @@ def arrow_normals(
         return []
     root, curvature = first
     noise = torch.randn(NUM_PAIRS, size, generator=generator, dtype=torch.float64)
-    losses = alone(independent_losses(log_density, torch.cat([noise, -noise])))
-    widths = -curvature.log() / 2
-    tried = [torch.cat([point, widths + math.log(share)]) for share in SHARES_OF_WIDTH]
-    values = [float(loss_and_gradient(losses, both)[0]) for both in tried]
+    losses = independent_losses(log_density, torch.cat([noise, -noise]))
+    both = first_normal(losses, point, -curvature.log() / 2, SHARES_OF_WIDTH)
     found = [(point, root)]
-    if math.isfinite(min(values)):
-        loc = lbfgs(losses, tried[values.index(min(values))], SECONDS)[:size].detach()
+    if both is not None:
+        loc = lbfgs(alone(losses), both, SECONDS)[:size].detach()
         second = _arrow(negative, loc, sites, least, generator)
         if second is not None:
             found.append((loc, second[0]))

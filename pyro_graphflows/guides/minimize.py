@@ -16,6 +16,7 @@ from pyro_graphflows.guides.sparse_hessians import Products, Sparsity
 
 __all__ = [
     "LEAST_CURVATURE",
+    "LEAST_PRECISION",
     "OUTSIDE",
     "Gradients",
     "Hessians",
@@ -23,6 +24,7 @@ __all__ = [
     "Products",
     "Rows",
     "alone",
+    "first_normal",
     "fit_normal",
     "independent_losses",
     "lbfgs",
@@ -47,6 +49,7 @@ ENOUGH = 1e-6  # relative decrease in a step, below which a search ends
 SHORTEST = 1e-8  # step of a line search
 SUFFICIENT = 1e-4  # Armijo's constant
 LEAST_CURVATURE = 1e-7  # relative to the greatest, after each coordinate is scaled by its own
+LEAST_PRECISION = 0.25  # of numbers in units of their prior, whose own precision is one
 DIFFERENCE = 1e-5  # of points, where products with Hessians cannot be computed or are not finite
 # Central differences of gradients at many points: numbers up to which there are any, the processor time of products
 # that is long, the distance of points in units of the widths that curvatures suggest, and the asymmetry that is right.
@@ -115,6 +118,20 @@ def independent_losses(log_density: Rows, noise: Tensor) -> Rows:
         return -means - log_scale.sum((-2, -1))
 
     return losses
+
+
+def first_normal(losses: Rows, point: Tensor, log_widths: Tensor, shares: Sequence[float]) -> Tensor | None:
+    """Return means and log-scales, beside each other, of the least loss at shares of some widths; None if none is finite.
+
+    Args:
+        losses: Of rows of means and log-scales.
+        point: The means.
+        log_widths: Logarithms of the widths.
+        shares: The shares that are tried.
+    """
+    tried = [torch.cat([point, log_widths + math.log(share)]) for share in shares]
+    values = [float(loss_and_gradient(alone(losses), both)[0]) for both in tried]
+    return tried[values.index(min(values))] if math.isfinite(min(values)) else None
 
 
 def alone(rows: Rows) -> Objective:

@@ -55,9 +55,11 @@ from pyro_graphflows.guides.class_sums import ClassSums
 from pyro_graphflows.guides.many_numbers import ArrowRoot, arrow_normals
 from pyro_graphflows.guides.minimize import (
     LEAST_CURVATURE,
+    LEAST_PRECISION,
     Hessians,
     Rows,
     alone,
+    first_normal,
     fit_normal,
     independent_losses,
     lbfgs,
@@ -103,7 +105,6 @@ FEW_STEPS = 8  # of Newton's method, from a point near the mode if there is one
 MOST_NUMBERS = 1000  # beyond which Hessians are arrows
 MOST_OF_ALL = 20_000  # beyond which nothing is tried
 MOST_JUDGED = 2_000_000  # numbers of all draws that compare normals
-LEAST_PRECISION = 0.25  # where all priors are proper: in their coordinates a prior's own precision is one
 NUM_JUDGING = 400  # draws that compare normals
 PREFERENCE = 1.0  # nats by which independent ones must be better
 NUM_DRAWS = 16  # pairs of opposite ones, for the ELBO
@@ -1182,10 +1183,9 @@ def _variational(
         hessian = posterior.hessians().at(point)[2]
         if hessian is not None:
             widths = -hessian.diagonal().abs().maximum(posterior.least_curvatures).log() / 2
-            first = [torch.cat([point, widths + math.log(share)]) for share in SHARES_OF_WIDTH]
-            each = [float(loss_and_gradient(alone(losses), both)[0]) for both in first]
-            if math.isfinite(min(each)):
-                found += _independent(posterior, losses, first[each.index(min(each))], seconds)
+            both = first_normal(losses, point, widths, SHARES_OF_WIDTH)
+            if both is not None:
+                found += _independent(posterior, losses, both, seconds)
     return found
 
 

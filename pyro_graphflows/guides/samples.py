@@ -305,9 +305,8 @@ class ModelDraws:
         samples = self._kept
         model, traced = _latents_of(self.model, self.traced) if latents_only else (self.model, self.traced)
         if latents_only not in self._batchings:
-            nesting = nesting_of_sites(
-                random_sites(self.traced.trace)
-            )  # data are seen by the model, if not by us
+            # that of the whole model: data that are hidden from us are not from it
+            nesting = nesting_of_sites(random_sites(self.traced.trace))
             found = find_batching(model, self.args, self.kwargs, traced=traced, nesting=nesting)
             moving = [
                 n for n, site in self.sites.items() if not site.encoding and not is_constant(site.support)

@@ -969,12 +969,16 @@ def _regress_indices_(
     joint = _by_index(conditionals, around, context, values, fused)
     if site in conditionals.element_columns or len(joint) > most:
         return False
-    each = [rows[torch.isfinite(rows).all(-1)] for rows in joint]
-    few = min(map(len, each)) < ROWS_PER_WEIGHT * (len(inputs) + 1)
-    if few and (site not in conditionals.block.per_element or fused or min(map(len, each)) < 2):
+    is_finite = torch.isfinite(joint).all(-1)
+    fewest = int(is_finite.sum(-1).min())
+    few = fewest < ROWS_PER_WEIGHT * (len(inputs) + 1)
+    if few and (site not in conditionals.block.per_element or fused or fewest < 2):
         return False
     sizes = [conditionals.num_columns, *(values[name].shape[-1] for name in fused)]
-    if fused and len(joint) > MANY_INDICES and len(own) == 1 and not conditionals.block.at_rows.get(site):
+    is_number = len(own) == 1 and not conditionals.block.at_rows.get(site)
+    at_once = bool(fused) and len(joint) > MANY_INDICES and is_number
+    each = [] if at_once else [rows[good] for rows, good in zip(joint, is_finite, strict=True)]
+    if at_once:
         found = _fit_factors(conditionals, site, dict(zip(fused, sizes[1:], strict=True)), joint)
     elif fused:
         parts = [rows.split(sizes, -1) for rows in each]
@@ -1014,9 +1018,7 @@ def _fit_factors(
     columns = dict(zip(further, parts, strict=True))
     shift, scale = (part.to(joint) for part in conditionals.output_units(site))
     rows = FusedRows.of_sites([site], columns | {site: of_all[:, own] * scale + shift})
-    shift, scale = (part.to(joint) for part in conditionals.fused_units(site))
-    prior = standardised(rows.priors[site], shift, scale)
-    values = (rows.in_coordinate(site).to(joint) - shift) / scale
+    values, prior = rows.in_units(conditionals, site, joint)
     flat = (each.reshape(joint.shape[:2]) for each in (values, prior.loc, prior.log_scale))
     return fit_factors(joint[..., inputs].clamp(-WINSOR, WINSOR), *flat)
 

@@ -10,9 +10,8 @@ from pyro_graphflows.guides.conditionals.spline import Spline
 __all__ = ["MOST_ELEMENTS", "MOST_GLOBALS", "Auto"]
 
 MOST_GLOBALS = 30  # scalar sites outside of plates that have splines; with more, models are networks of many
-MOST_ELEMENTS = (
-    500  # with splines because of their data: a step takes twice the time with 1,000, six times with 5,000
-)
+# with splines because of their data: a step takes twice the time with 1,000, six times with 5,000
+MOST_ELEMENTS = 500
 
 
 @dataclass(frozen=True)
