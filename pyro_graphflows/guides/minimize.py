@@ -121,7 +121,7 @@ def independent_losses(log_density: Rows, noise: Tensor) -> Rows:
 
 
 def first_normal(losses: Rows, point: Tensor, log_widths: Tensor, shares: Sequence[float]) -> Tensor | None:
-    """Return means and log-scales, beside each other, at the share of some widths with the least loss; None if infinite.
+    """Return means and log-scales, beside each other, at the share of widths with the least loss; None if infinite.
 
     Args:
         losses: Of rows of means and log-scales.
