@@ -720,7 +720,9 @@ class MaskedConditionals(Conditionals):
             site: SitePrior(torch.zeros_like(prior.loc), torch.full_like(prior.log_scale, LOG_SCALE_OF_FLAT))
             for site, (prior, _) in priors.items()
         }
-        of_elements = {} if known is None or self.table is None else self._coupled(*known, plates, flat)
+        joint = [self.factors[site] for site in self._coupling_of]
+        has_pairs = any(isinstance(each, CoupledFactor) and each.rank == 0 for each in joint)
+        of_elements = self._coupled(*known, plates, flat) if known is not None and has_pairs else {}
         for site, key in self._coupling_of.items():
             terms, factor = self.couplings[key], self.factors[site]
             assert isinstance(terms, CouplingTerms)
@@ -835,10 +837,17 @@ class MaskedConditionals(Conditionals):
         columns = self._table_columns.get(site)
         factor = self.factors[site]
         assert isinstance(factor, CoupledFactor)
-        if self.table is None or columns is None or self._num_varying(factor) < factor.num_inner:
+        if self._num_varying(factor) < factor.num_inner:
             return None
-        own, numbers = self.table.table[..., columns], values[0].numel()
-        return own if bool(own.any()) and numbers == own[..., 0].numel() * factor.size else None
+        if self.table is not None and columns is not None:
+            own = every = self.table.table[..., columns]
+        elif site in self._map_of and self.maps[self._map_of[site][0]].offset:
+            of_map: Any = self.maps[self._map_of[site][0]]
+            every = of_map.rows.table.unflatten(-1, (of_map.num_outputs, -1))
+            own = every[..., -1]
+        else:
+            return None
+        return own if bool(every.any()) and values[0].numel() == own[..., 0].numel() * factor.size else None
 
     def _start_factor_pairs_(
         self,
