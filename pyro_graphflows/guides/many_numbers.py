@@ -30,7 +30,7 @@ from pyro_graphflows.guides.minimize import (
 
 __all__ = ["ArrowRoot", "arrow_normals"]
 
-MOST_SHARED = 100  # numbers, each of which takes a product with the Hessian
+MOST_SHARED = 1000  # numbers, each of which takes a product with the Hessian
 NUM_SIGNS = 4  # products with random signs, of which each row of a block is a mean
 NUM_PAIRS = 8  # of opposite draws of noise
 SECONDS = 4.0  # of processor time for each search

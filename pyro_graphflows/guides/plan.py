@@ -71,7 +71,7 @@ __all__ = [
 MOST_ONE_BY_ONE = (
     64  # latent numbers in other plates up to which they are inputs one by one beside per-element parameters
 )
-MOST_COUPLED_PAIRS = 128  # numbers up to which the dependence across a plate has a parameter for each pair
+MOST_COUPLED_PAIRS = 500  # numbers up to which the dependence across a plate has a parameter for each pair
 DEFAULT_RANK = 4
 MOST_INDICES = 2000  # up to which there is a regression for each
 MOST_FITTED = 200  # the same for elements whose data are those that a guide is fitted to
@@ -88,7 +88,7 @@ class Summary:
         index: The input that tells which element of the one member each element looks up, in plate ``inner``.
         inner: See ``index``.
         segments: Triples (inner, outer, index): pooling over the inner plate gives one summary for each element of the
-            outer one, of those that look it up by the index.
+            outer one, of those that look it up by the index. Of what is looked up itself (``index``), means.
         embedded: Whether this is an embedding of one node, over no plates.
     """
 
@@ -116,7 +116,9 @@ class Summary:
             'pooled(w, y; data)'
         """
         if self.index is not None:
-            return f"{self.members[0]}[{self.index}]"
+            by = "".join(f" by {index}" for _, _, index in self.segments)
+            found = f"{self.members[0]}[{self.index}]"
+            return f"mean({found}; {self.inner}{by})" if by else found
         if self.embedded:
             return f"embedding({self.members[0]})"
         by = {inner: f" by {index}" for inner, _, index in self.segments}
@@ -366,7 +368,9 @@ class _Planner:
         elif site in self.per_element and self._count(site, latents, coupling) <= MOST_ONE_BY_ONE:
             found.append(self._summary(site, latents, [], latents, coupling, one_by_one=True))
         else:
-            found.append(self._summary(site, latents, [], latents, coupling))
+            means = {p: mean for p in latents if (mean := self._mean_of_looked_up(site, p)) is not None}
+            latents = [p for p in latents if p not in means]
+            found += [*means.values(), self._summary(site, latents, [], latents, coupling)]
         summaries = tuple(dict.fromkeys(summary for summary in found if summary is not None))
         if summaries:
             self.summaries[site] = summaries
@@ -478,6 +482,19 @@ class _Planner:
             index = self.options.lookups.get((inner, outer))
             if index is not None and outer not in self.around[site]:
                 return Summary((parent,), (outer,), index=index, inner=inner)
+        return None
+
+    def _mean_of_looked_up(self, site: str, parent: str) -> Summary | None:
+        """Return how means of a parent in a crossed plate come in, if data in one plate look up both and all are there."""
+        if len(self.around[parent]) != 1 or len(self.around[site]) != 1:
+            return None
+        (outer,), (own,) = self.around[parent], self.around[site]
+        for (inner, other), index in self.options.lookups.items():
+            group = self.options.lookups.get((inner, own))
+            known = other == outer != own and index is not None and group is not None
+            if known and not any(self.plates[name].subsampled for name in (inner, outer, own)):
+                segments = ((inner, own, group),)
+                return Summary((parent,), (outer,), index=index, inner=inner, segments=segments)
         return None
 
     def _over(self, site: str, members: Collection[str], coupling: Collection[str]) -> tuple[str, ...]:
@@ -982,5 +999,6 @@ def ways_in(
         ways.update({(parent, site): "no data to read" for parent in parents if parent in without_data})
         for summary in inputs.summaries.get(site, ()):
             if summary.index is not None:
-                ways[summary.members[0], site] = f"looked up by {summary.index}"
+                how = f"looked up by {summary.index}"
+                ways[summary.members[0], site] = f"means of those {how}" if summary.segments else how
     return ways

@@ -76,7 +76,6 @@ NETWORK_OPTIONS = ("hidden_dims", "units_per_set", "hidden_layers", "activation"
 # numbers of an exact conditional that move in full units in a step of training, or more of them less
 FREE_IF_EXACT = 16
 MOST_UNITS = 8.0  # that the logarithm of a wide factor's scale moves in a step of training
-LOG_SCALE_OF_FLAT = 20.0  # of a prior beside which a factor is the conditional
 MOST_WITH_SCALES = 100  # inputs of a number whose scale may follow some of them
 
 FactorMaker = Callable[[LatentSite], Factor]
@@ -559,8 +558,7 @@ class MaskedConditionals(Conditionals):
     ) -> bool:
         per_element = site in self._table_columns
         of_classes = isinstance(factor, DiscreteFactor)
-        ranked = isinstance(factor, CoupledFactor) and factor.rank > 0
-        cannot = of_classes or ranked or (fused and not factor.can_fuse)
+        cannot = of_classes or (fused and not factor.can_fuse)
         if cannot or not (per_element or site in self._map_of):
             return False
         inputs: list[int] = []
@@ -715,12 +713,8 @@ class MaskedConditionals(Conditionals):
             return
         known = (context, values) if context is not None and values is not None else None
         shared = {} if known is None else self._coupled(*known)
-        # priors that say nothing leave the factors of the elements alone
-        flat = {
-            site: SitePrior(torch.zeros_like(prior.loc), torch.full_like(prior.log_scale, LOG_SCALE_OF_FLAT))
-            for site, (prior, _) in priors.items()
-        }
-        of_elements = {} if known is None or self.table is None else self._coupled(*known, plates, flat)
+        of_priors = {site: prior for site, (prior, _) in priors.items()}
+        of_elements = {} if known is None or self.table is None else self._coupled(*known, plates, of_priors)
         for site, key in self._coupling_of.items():
             terms, factor = self.couplings[key], self.factors[site]
             assert isinstance(terms, CouplingTerms)
@@ -797,8 +791,12 @@ class MaskedConditionals(Conditionals):
         plates: Mapping[str, PlateState] | None = None,
         priors: Mapping[str, SitePrior] = MappingProxyType({}),
     ) -> dict[str, Any]:
-        """Return the conditionals of the sites that are drawn jointly; with plates, those of their elements."""
+        """Return the conditionals of the sites that are drawn jointly; with plates, those of their elements.
+
+        Of fused ones it is the factor, without the prior.
+        """
         evaluation = self.begin(context, plates)
+        evaluation.beside_priors = False
         found: dict[str, Any] = {}
         for level in self.block.levels:
             conditionals = evaluation.next(priors)
@@ -1035,6 +1033,7 @@ class MaskedPass(Pass):
         self._module = conditionals
         self._context = context
         self.fixed: dict[str, dist.TorchDistribution] = {}
+        self.beside_priors = True  # or the factors of what is drawn jointly alone
         self._rows = rows
         self._plates = plates  # where elements have maps of their own, or are drawn jointly
         self._known: list[Tensor] = []
@@ -1138,7 +1137,8 @@ class MaskedPass(Pass):
         module = self._module
         if self._plates is not None and site in module._coupling_of:
             terms: Any = module.couplings[module._coupling_of[site]]
-            joint: dist.TorchDistribution = terms.distribution(outputs, units, self._plates, prior)
+            beside = prior if self.beside_priors else None
+            joint: dist.TorchDistribution = terms.distribution(outputs, units, self._plates, beside)
             return joint
         return module.factors[site].fused(outputs, *units, prior)
 
