@@ -10,13 +10,14 @@ levels and not the number of sites.
 
 A plan is complete when it is made, and nothing changes it.
 
-**How a parent reaches a site**: elementwise, looked up, pooled, one by one, or by per-element parameters
+**How a parent reaches a site**: elementwise, looked up, pooled, one by one, as means, or by per-element parameters
 (:func:`plan_inputs`). A parent of a site in the inverse may be in a plate that the site is not in. Data there
 reach the site through a summary (``pool="deepset"``, :mod:`~pyro_graphflows.guides.conditionals.pooling`), or
 not at all: then the site has parameters for each element of its own plates, which fit one data set and are not
 amortised. *Latent* parents there (crossed plates: the effects of the columns, for those of a row) are always
 inputs, since parameters cannot follow what is sampled: as a summary, or, beside per-element parameters, one by
-one where they are few. Data whose elements look up a group by an index (``theta[group]``) are pooled group by
+one where they are few; where they are many and data look up one of them each, as means of those that the data of
+an element look up. Data whose elements look up a group by an index (``theta[group]``) are pooled group by
 group.
 
 A network that is shared along a plate takes the elements of the plate to be exchangeable given what it sees.
@@ -370,6 +371,12 @@ class _Planner:
         else:
             means = {p: mean for p in latents if (mean := self._mean_of_looked_up(site, p)) is not None}
             latents = [p for p in latents if p not in means]
+            unknown = [p for p in latents if site in self.per_element and self._crosses(site, p)]
+            if unknown:
+                self.remarks[site].append(
+                    f"{', '.join(unknown)} come in as means of all: which of them the data of an element look up is "
+                    "reported by no argument (pass the indices as arguments of an integer type)"
+                )
             found += [*means.values(), self._summary(site, latents, [], latents, coupling)]
         summaries = tuple(dict.fromkeys(summary for summary in found if summary is not None))
         if summaries:
@@ -484,8 +491,14 @@ class _Planner:
                 return Summary((parent,), (outer,), index=index, inner=inner)
         return None
 
+    def _crosses(self, site: str, parent: str) -> bool:
+        """Whether elements of one plate look up both a site and a parent in another plate."""
+        around = set(self.around[site]), set(self.around[parent])
+        inner = [{one for one, outer in self.options.lookups if outer in plates} for plates in around]
+        return not around[0] & around[1] and bool(inner[0] & inner[1])
+
     def _mean_of_looked_up(self, site: str, parent: str) -> Summary | None:
-        """Return how means of a parent in a crossed plate come in, if data in one plate look up both and all are there."""
+        """Return how means of a parent in a crossed plate come in, if data in one plate look up both, and are all there."""
         if len(self.around[parent]) != 1 or len(self.around[site]) != 1:
             return None
         (outer,), (own,) = self.around[parent], self.around[site]

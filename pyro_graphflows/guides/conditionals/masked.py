@@ -714,12 +714,13 @@ class MaskedConditionals(Conditionals):
         known = (context, values) if context is not None and values is not None else None
         shared = {} if known is None else self._coupled(*known)
         of_priors = {site: prior for site, (prior, _) in priors.items()}
-        of_elements = {} if known is None or self.table is None else self._coupled(*known, plates, of_priors)
+        of_pairs = self.table is not None and any(self._has_pairs(site) for site in self._coupling_of)
+        of_elements = self._coupled(*known, plates, of_priors) if known is not None and of_pairs else {}
         for site, key in self._coupling_of.items():
             terms, factor = self.couplings[key], self.factors[site]
             assert isinstance(terms, CouplingTerms)
             assert isinstance(factor, CoupledFactor)
-            if factor.rank == 0:
+            if self._has_pairs(site):
                 if values is not None and site in of_elements:
                     if context is not None and self.fuses(site) and site in priors:
                         inputs = self._inputs_of_all(site, context, values, of_elements[site])
@@ -744,6 +745,11 @@ class MaskedConditionals(Conditionals):
             if inner is None and size == 1 and self.network.units is not None:
                 inner = self.network.units.bias[self.outputs[site].start + 1].exp().reshape(1, 1)
             self._start_columns_(site, narrow, wide, terms.number, inner)
+
+    def _has_pairs(self, site: str) -> bool:
+        """Whether a site that is drawn jointly has a parameter for each pair of elements."""
+        factor = self.factors[site]
+        return isinstance(factor, CoupledFactor) and factor.rank == 0
 
     def _start_columns_(
         self, site: str, narrow: Tensor, wide: Tensor, number: int, inner: Tensor | None
