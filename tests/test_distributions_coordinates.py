@@ -541,6 +541,23 @@ def test_draws_beyond_the_table_do_not_make_the_others_wait(monkeypatch):
     assert torch.isnan(unscore(kernel, torch.tensor([0.0, math.nan]))).tolist() == [False, True]
 
 
+def test_many_values_are_solved_in_pieces_and_those_found_wait_for_no_others(monkeypatch):
+    """All 77 nodes of all values at once leave the cache, and most values need two steps, few three."""
+    counts, own = [], skewed_scores._score
+    monkeypatch.setattr(
+        skewed_scores, "_score", lambda kernel, x: (counts.append(x.numel()), own(kernel, x))[1]
+    )
+    u = torch.randn(30, 200)
+    alpha, beta = 2.0 + 20.0 * torch.rand(30, 1), torch.tensor(7.0)
+    x = unscore(LogitBeta(alpha, beta), u)
+    assert max(counts) <= skewed_scores.PIECE
+    assert sum(counts) < 2.5 * u.numel()
+    assert torch.allclose(score(LogitBeta(alpha, beta), x), u, atol=1e-10)
+    assert max(counts) <= skewed_scores.PIECE
+    one_by_one = [unscore(LogitBeta(alpha[i, 0], beta), u[i]) for i in range(30)]
+    torch.testing.assert_close(x, torch.stack(one_by_one))
+
+
 def test_nan_parameters_stay_nan():
     nan = torch.tensor(math.nan)
     assert torch.isnan(unscore(LogGamma(nan), torch.zeros(2))).all()

@@ -27,7 +27,7 @@ References:
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ __all__ = ["LogGamma", "LogitBeta", "SkewedKernel", "score", "unscore"]
 STEP = 0.1
 REACH = 3.8  # of the rule, in its own variable: from e^-40 of the width to 40 times the width
 MOST_STEPS = 100
+PIECE = 2000  # values whose nodes are in memory at once: more leave the processor's cache
 CAPTURED_STEPS = 5  # gammas and betas with parameters of .05 to 1,000 need 2-5 for scores up to 8
 CLOSE = 1e-6  # in scores; one more step of third order leaves rounding errors
 TABLE_REACH, TABLE_SIZE = 9.0, 2048
@@ -250,7 +251,11 @@ def score(kernel: SkewedKernel, x: Tensor) -> Tensor:
         >>> score(LogitBeta(half, half), torch.zeros(1, dtype=torch.float64)).abs().item() < 1e-12
         True
     """
-    return _score(kernel, x)
+    has_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in (x, *kernel.parameters))
+    if has_gradient or CAPTURING.get():
+        return _score(kernel, x)
+    kind = type(kernel)
+    return _in_pieces(lambda x, *parameters: _score(kind(*parameters), x), x, kernel.parameters)
 
 
 class _Unscore(torch.autograd.Function):
@@ -310,25 +315,62 @@ def _solve(kernel: SkewedKernel, u: Tensor) -> Tensor:
     While a call is captured nothing can be asked of values: the steps are as many as next to all values need, and
     where that is not enough the result is not a number.
     """
-    x = kernel.guess(u)
-    done = torch.zeros_like(u, dtype=torch.bool)
-    for _ in range(CAPTURED_STEPS if CAPTURING.get() else MOST_STEPS):
-        found = _score(kernel, x)
-        slope = torch.exp(kernel.log_density(x) - normal_log_density(found))
-        newton = (found - u) / slope
-        bend = 0.5 * newton * (kernel.slope(x) + found * slope)
-        limit = 3.0 + 0.5 * x.abs()
-        step = (newton / (1.0 - bend).clamp(min=0.5, max=2.0)).maximum(-limit).minimum(limit)
-        x = torch.where(done, x, x - step)
-        done = done | ~((found - u).abs() > CLOSE * (1.0 + u.abs()))  # also where a parameter is not a number
-        if not CAPTURING.get() and bool(done.all()):
-            return x
     if CAPTURING.get():
+        x, done = kernel.guess(u), torch.zeros_like(u, dtype=torch.bool)
+        for _ in range(CAPTURED_STEPS):
+            moved, close = _step(kernel, x, u)
+            x, done = torch.where(done, x, moved), done | close
         return x.masked_fill(~done, math.nan)
-    guilty = [float(parameter.expand(u.shape)[~done][0]) for parameter in kernel.parameters]
+    kind = type(kernel)
+    return _in_pieces(lambda u, *parameters: _solve_all(kind, u, parameters), u, kernel.parameters)
+
+
+def _step(kernel: SkewedKernel, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the next values, and which of them are close enough."""
+    found = _score(kernel, x)
+    slope = torch.exp(kernel.log_density(x) - normal_log_density(found))
+    newton = (found - u) / slope
+    bend = 0.5 * newton * (kernel.slope(x) + found * slope)
+    limit = 3.0 + 0.5 * x.abs()
+    step = (newton / (1.0 - bend).clamp(min=0.5, max=2.0)).maximum(-limit).minimum(limit)
+    return x - step, ~((found - u).abs() > CLOSE * (1.0 + u.abs()))  # also where a parameter is not a number
+
+
+def _in_pieces(function: Callable[..., Tensor], x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """Return what a function gives for each value, of as many at once as have their nodes in the cache.
+
+    Args:
+        function: Takes a vector of values and the parameters of each, or of all.
+        x: The values.
+        parameters: Their parameters, with which they broadcast.
+    """
+    shape = torch.broadcast_shapes(x.shape, *(part.shape for part in parameters))
+    x = x.expand(shape).flatten()
+    size = PIECE if x.device.type == "cpu" else max(len(x), 1)
+    pieces = x.split(size)
+    each = [
+        len(pieces) * (part.reshape(()),) if part.numel() == 1 else part.expand(shape).flatten().split(size)
+        for part in parameters
+    ]
+    return torch.cat([function(*piece) for piece in zip(pieces, *each, strict=True)]).view(shape)
+
+
+def _solve_all(kind: Callable[..., SkewedKernel], u: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """Return the solutions for all of a vector of scores; those that are found wait for no others."""
+    x = kind(*parameters).guess(u)
+    found, left = x.clone(), torch.arange(len(u), device=u.device)
+    for _ in range(MOST_STEPS):
+        x, close = _step(kind(*parameters), x, u)
+        found[left] = x
+        if bool(close.all()):
+            return found
+        far = ~close
+        left, x, u = left[far], x[far], u[far]
+        parameters = [part if part.numel() == 1 else part[far] for part in parameters]
+    guilty = [float(part.flatten()[0]) for part in parameters]
     raise ConvergenceError(
-        f"Expected normal scores of {type(kernel).__name__} to be inverted in MOST_STEPS = {MOST_STEPS} steps; at the "
-        f"parameters {guilty} and the score {float(u[~done][0])} they were not. Use a prior that is less extreme."
+        f"Expected normal scores of {kind.__name__} to be inverted in MOST_STEPS = {MOST_STEPS} steps; at the "
+        f"parameters {guilty} and the score {float(u[0])} they were not. Use a prior that is less extreme."
     )
 
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_graphflows.errors import UnsupportedModelError
+from pyro_graphflows.guides.all_rows import Place, find_place
 from pyro_graphflows.guides.call import PlateState, argument_in_trace, input_rows, plates_of
-from pyro_graphflows.guides.discrete_mode import ClassMode, Configurations, DiscreteMode, find_discrete_mode
+from pyro_graphflows.guides.discrete_mode import DiscreteMode
 from pyro_graphflows.guides.mode import Mode
 from pyro_graphflows.guides.plan import BlockPlan, Plan
 from pyro_graphflows.guides.sites import InputEncodings, LatentSite, flatten_event, is_constant
@@ -93,7 +94,7 @@ class ModelDraws:
         self._num_kept = 0
         self._last: Mapping[str, Tensor] = {}
         self._batchings: dict[bool, Batching] = {}  # of joint samples, and of the latents alone
-        self._mode: Mode | DiscreteMode | ClassMode | Configurations | UnsupportedModelError | None = None
+        self._mode: Place | UnsupportedModelError | None = None
         self._most_single_runs: int | None = None
         self._plates = plates_of(traced.trace)
         nodes: Any = traced.trace.nodes
@@ -345,30 +346,28 @@ class ModelDraws:
         """
         if self._mode is None:
             try:
-                self._mode = find_discrete_mode(self.model, self.args, self.kwargs, self.traced)
+                self._mode = find_place(self.model, self.args, self.kwargs, self.traced)
             except UnsupportedModelError as error:
                 self._mode = error
             except (RuntimeError, ValueError, ArithmeticError) as error:  # of the model, at values far out
                 self._mode = UnsupportedModelError(f"the search for a mode failed: {error}")
         if isinstance(self._mode, UnsupportedModelError):
             raise self._mode
-        number, mode = min(num_samples, self._most_draws), self._mode
-        if isinstance(mode, ClassMode | Configurations):
-            values = mode.draw(number)
-        else:
-            values = mode.draw(number, by_chains)
+        values = self._mode.draw(min(num_samples, self._most_draws), by_chains)
         self._last = values
         return self._flat(values, len(next(iter(values.values()))))
 
     @property
     def has_chains(self) -> bool:
         """Whether the search for a mode has run short chains."""
-        return isinstance(self._mode, Mode | DiscreteMode) and self._mode.visited is not None
+        mode = self._mode.mode if isinstance(self._mode, Place) else None
+        return isinstance(mode, Mode | DiscreteMode) and mode.visited is not None
 
     @property
     def mode_has_more_rows(self) -> bool:
         """Whether draws near the mode are by more rows of plates than those of the call."""
-        return isinstance(self._mode, Mode) and self._mode.posterior.has_more_rows
+        mode = self._mode.mode if isinstance(self._mode, Place) else None
+        return isinstance(mode, Mode) and mode.posterior.has_more_rows
 
     def _flat(self, samples: Mapping[str, Tensor], num_samples: int) -> dict[str, Tensor]:
         """Return samples as flat vectors, with the data of the call where nodes have no samples."""

@@ -243,13 +243,14 @@ class GivenRows(Messenger):
 
 
 @contextmanager
-def drawn_rows(rows: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def drawn_rows(rows: Mapping[str, torch.Tensor | None], *, alone: bool = False) -> Iterator[None]:
     """Give plates that draw some of their rows these in their place, of whatever number.
 
     No handler can: a plate that says how many it draws refuses others.
 
     Args:
-        rows: Indices by the name of the plate.
+        rows: Indices by the name of the plate; None for those that it is given.
+        alone: Whether these are all rows that there are: none counts for others.
     """
     plates: Any = SubsampleMessenger
     own = plates._subsample
@@ -263,7 +264,9 @@ def drawn_rows(rows: Mapping[str, torch.Tensor]) -> Iterator[None]:
         **kwargs: Any,
     ) -> Any:
         if name in rows:
-            subsample_size, subsample = None, rows[name]
+            given = rows[name]
+            subsample_size, subsample = None, subsample if given is None else given
+            size = len(subsample) if alone else size
         return own(name, size, subsample_size, subsample, *args, **kwargs)
 
     plates._subsample = staticmethod(subsample)
