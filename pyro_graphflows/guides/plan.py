@@ -498,7 +498,7 @@ class _Planner:
         return not around[0] & around[1] and bool(inner[0] & inner[1])
 
     def _mean_of_looked_up(self, site: str, parent: str) -> Summary | None:
-        """Return how means of a parent in a crossed plate come in, if data in one plate look up both, and are all there."""
+        """Return how means of a parent in a crossed plate come in, if data in one plate look up both."""
         if len(self.around[parent]) != 1 or len(self.around[site]) != 1:
             return None
         (outer,), (own,) = self.around[parent], self.around[site]
