@@ -117,9 +117,9 @@ class Summary:
             'pooled(w, y; data)'
         """
         if self.index is not None:
-            by = "".join(f" by {index}" for _, _, index in self.segments)
+            groups = "".join(f" by {index}" for _, _, index in self.segments)
             found = f"{self.members[0]}[{self.index}]"
-            return f"mean({found}; {self.inner}{by})" if by else found
+            return f"mean({found}; {self.inner}{groups})" if groups else found
         if self.embedded:
             return f"embedding({self.members[0]})"
         by = {inner: f" by {index}" for inner, _, index in self.segments}
@@ -504,8 +504,9 @@ class _Planner:
         (outer,), (own,) = self.around[parent], self.around[site]
         for (inner, other), index in self.options.lookups.items():
             group = self.options.lookups.get((inner, own))
-            known = other == outer != own and index is not None and group is not None
-            if known and not any(self.plates[name].subsampled for name in (inner, outer, own)):
+            if other != outer or outer == own or index is None or group is None:
+                continue
+            if not any(self.plates[name].subsampled for name in (inner, outer, own)):
                 segments = ((inner, own, group),)
                 return Summary((parent,), (outer,), index=index, inner=inner, segments=segments)
         return None
