@@ -246,3 +246,25 @@ def test_factors_of_exact_data_are_as_narrow_as_these():
     (of_many,) = fit_factors(inputs[None], values[None], loc[None], log_scale[None])
     for factor in (alone, of_many):
         assert factor.scale_tril.item() == pytest.approx(width, rel=0.15)
+
+
+def test_crossed_effects_are_an_arrow_too():
+    """The grouping with fewer levels is shared, and so the covariance of all is exact."""
+    torch.manual_seed(0)
+    rows, columns = 150, 120
+    i, j = torch.randint(rows, (600,)), torch.randint(columns, (600,))
+    eye = torch.eye(rows + columns)
+    design = eye[i] + eye[rows + j]
+    precision = eye + design.T @ design / 0.25
+    mean = torch.randn(rows + columns)
+
+    def log_density(point):
+        off = point - mean
+        return -0.5 * ((off @ precision) * off).sum(-1)
+
+    places = [range(rows), range(rows, rows + columns)]
+    least, generator = torch.full((len(mean),), 1e-12), torch.Generator().manual_seed(0)
+    for loc, root in arrow_normals(log_density, torch.zeros(len(mean)), places, least, generator):
+        spread = root.spread(eye)
+        torch.testing.assert_close(spread.T @ spread, precision.inverse(), rtol=0, atol=1e-8)
+        assert (loc - mean).abs().max() < 1e-3

@@ -437,3 +437,18 @@ def test_a_slow_model_whose_normal_at_the_mode_is_absurd_has_a_better_one(monkey
     assert usual_elbo(0) > least
     monkeypatch.setattr(mode_module, "FAR", math.inf)  # the normal at the mode, whatever it is
     assert usual_elbo(0) < -1e6
+
+
+def test_many_draws_have_the_moments_of_the_normal():
+    def model():
+        x = pyro.sample("x", dist.Normal(1.0, 2.0))
+        y = pyro.sample("y", dist.Normal(x, 0.5))
+        pyro.sample("z", dist.Normal(y, 0.3), obs=torch.tensor(3.0))
+
+    found = mode_of(model).draw(100)
+    prior = torch.tensor([[4.0, 4.0], [4.0, 4.25]])  # of x and y
+    gain = prior[:, 1] / (4.25 + 0.09)
+    drawn = torch.stack([found["x"], found["y"]], -1).reshape(100, 2)
+    torch.testing.assert_close(drawn.mean(0), 1.0 + gain * 2.0, rtol=0, atol=1e-6)
+    covariance = prior - torch.outer(gain, prior[1])
+    torch.testing.assert_close(drawn.mT.cov(correction=0), covariance, rtol=0, atol=1e-6)

@@ -227,6 +227,18 @@ def test_ways_in_of_a_parent_that_is_looked_up():
     assert ways_in(inverse, InputPlan(), []) == {}
 
 
+def test_ways_in_of_means_of_what_is_looked_up():
+    plates = {"a": ["rows"], "b": ["columns"], **dict.fromkeys("ijx", ("data",))}
+    graph = ModelGraph(["ax", "bx", "ix", "jx"], ["x"], inputs=["i", "j"], plates=plates)
+    inverse = InverseGraph(graph, {"b": ["x"], "a": ["b", "x", "i", "j"]})
+    segments = (("data", "rows", "i"),)
+    summary = Summary(("b",), ("columns",), index="j", inner="data", segments=segments)
+    assert summary.name == "mean(b[j]; data by i)"
+    found = ways_in(inverse, InputPlan({"a": (summary,)}), [])
+    assert found["b", "a"] == "means of those looked up by j"
+    assert (found["i", "a"], found["j", "a"]) == ("index", "index")
+
+
 # ---------------------------------------------------------------- nothing changes
 
 

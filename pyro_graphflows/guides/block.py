@@ -38,6 +38,7 @@ from pyro_graphflows.guides.conditionals.pooling import (
     DeepSetPool,
     Elements,
     LookedUp,
+    MeansOfLookedUp,
     PoolMember,
     pooling_orders,
 )
@@ -791,7 +792,9 @@ def _make_pool(
     ]
     pool: Pool
     if summary.index is not None and summary.inner is not None:
-        pool = LookedUp(members[0], maps[0], summary.index, summary.over[0], summary.inner)
+        pool = looked_up = LookedUp(members[0], maps[0], summary.index, summary.over[0], summary.inner)
+        for _, groups, group in summary.segments:
+            pool = MeansOfLookedUp(looked_up, group, groups)
     elif summary.one_by_one:
         pool = AllElements(members, maps, [samples.plates[name] for name in summary.over])
     else:

@@ -1,7 +1,8 @@
 r"""Normal approximations of posteriors of thousands of numbers: few are shared by all, the others are in small blocks.
 
 In hierarchies, the numbers of different elements of a plate are independent given those outside of it. So the Hessian
-of the log-density is an arrow: dense rows of the shared numbers, and for each element a block of the others. With as
+of the log-density is an arrow: dense rows of the shared numbers, and for each element a block of the others. Of crossed
+effects, those of the grouping with fewer levels are shared, up to a thousand of them. With as
 many products as there are shared numbers, and a few more, it is known, its inverse has a square root of the same shape,
 and nothing is as large as the square of the number of numbers.
 
@@ -11,6 +12,7 @@ independent normals over fixed draws of noise, for the mode of many effects and 
 the posterior is (:mod:`~pyro_graphflows.guides.mode`).
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -30,7 +32,9 @@ from pyro_graphflows.guides.minimize import (
 
 __all__ = ["ArrowRoot", "arrow_normals"]
 
-MOST_SHARED = 100  # numbers, each of which takes a product with the Hessian
+MOST_SHARED = 1000  # numbers, each of which takes a product with the Hessian
+FEW_SHARED = 100  # for which there is always time
+SECONDS_OF_SHARED = 1.0  # of processor time for more of them
 NUM_SIGNS = 4  # products with random signs, of which each row of a block is a mean
 NUM_PAIRS = 8  # of opposite draws of noise
 SECONDS = 4.0  # of processor time for each search
@@ -123,7 +127,7 @@ def _arrow(
     products = products_at(negative, point)
     if products is None:
         return None
-    shared, groups = _divided(sites)
+    shared, groups = _divided(sites, _most_shared(products, len(point)))
     ones = torch.zeros(len(shared), len(point), dtype=torch.float64)
     rows = products(ones.scatter(-1, shared.unsqueeze(-1), 1.0))
     precision = rows[:, shared]
@@ -153,12 +157,22 @@ def _arrow(
     return ArrowRoot(shared, tuple(groups), root, tuple(slopes), tuple(roots)), curvature
 
 
-def _divided(sites: Sequence[range]) -> tuple[Tensor, list[Tensor]]:
-    """Return the places of shared numbers, and of those of elements, by their number."""
+def _most_shared(products: Products, size: int) -> int:
+    """Return how many numbers may be shared, by how long a product takes."""
+    ones = torch.ones(1, size, dtype=torch.float64)
+    products(ones)  # the first may be slow for other reasons
+    began = time.process_time()
+    products(ones)
+    seconds = max(time.process_time() - began, 1e-6)
+    return max(FEW_SHARED, min(MOST_SHARED, int(SECONDS_OF_SHARED / seconds)))
+
+
+def _divided(sites: Sequence[range], most: int) -> tuple[Tensor, list[Tensor]]:
+    """Return the places of shared numbers, no more than so many, and of those of elements, by their number."""
     shared: list[int] = []
     own: dict[int, list[range]] = {}
     for places in sorted(sites, key=len):
-        if not own and len(shared) + len(places) <= MOST_SHARED:
+        if not own and len(shared) + len(places) <= most:
             shared += places
         else:
             own.setdefault(len(places), []).append(places)

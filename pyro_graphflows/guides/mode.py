@@ -126,6 +126,8 @@ FAR = 10.0  # nats by which a normal at a mode may be off where time is short
 EXACT = 0.02  # nats: where a normal seems as close to the posterior, draws of it are not moved
 CLOSE = 0.5  # nats: where a posterior is that normal about its mode, nothing else is tried
 LOG_2PI = math.log(2 * math.pi)
+ROWS_PER_NUMBER = 4  # of noise, from which on it is made white
+
 PLATE = "_pyro_graphflows_draws_near_mode"
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
 SINGLE_RUNS = 200  # where the model cannot map many draws at once
@@ -439,6 +441,9 @@ class Mode:
     def draw(self, number: int, by_chains: bool = False) -> dict[str, Tensor]:
         """Return draws of all sites, along the first dimension; the random state is used and advanced.
 
+        Where they are many, their mean and covariance are those of the normal: what is linear in a normal posterior is
+        then found from them without an error.
+
         Args:
             number: How many; fewer are drawn where the model takes a run for each.
             by_chains: Whether to return what chains have visited, which must be known, and no more than that.
@@ -446,7 +451,7 @@ class Mode:
         if by_chains and self.visited is not None:
             noise = self.visited[torch.randperm(len(self.visited))[:number]]
         else:
-            noise = torch.randn(number, len(self.point)).to(self.point)
+            noise = _white(torch.randn(number, len(self.point)).to(self.point))
         points = self._at(noise)
         found = self.posterior.values(points)
         if self.posterior.class_sums is None:
@@ -1222,6 +1227,16 @@ def _independent(posterior: LogPosterior, losses: Rows, both: Tensor, seconds: f
             if not failed:
                 found.append(Mode(posterior, loc, factor))
     return found
+
+
+def _white(noise: Tensor) -> Tensor:
+    """Return noise moved to the mean zero and the covariance one, if it has enough rows for that to be a small move."""
+    number, size = noise.shape
+    if number < ROWS_PER_NUMBER * size:
+        return noise
+    off = noise - noise.mean(0)
+    root = torch.linalg.cholesky(off.mT @ off / number)
+    return torch.linalg.solve_triangular(root.mT, off, upper=True, left=False)
 
 
 def _square_root_of_inverse(hessian: Tensor, least: float | None) -> Tensor:

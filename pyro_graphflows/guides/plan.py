@@ -10,13 +10,14 @@ levels and not the number of sites.
 
 A plan is complete when it is made, and nothing changes it.
 
-**How a parent reaches a site**: elementwise, looked up, pooled, one by one, or by per-element parameters
+**How a parent reaches a site**: elementwise, looked up, pooled, one by one, as means, or by per-element parameters
 (:func:`plan_inputs`). A parent of a site in the inverse may be in a plate that the site is not in. Data there
 reach the site through a summary (``pool="deepset"``, :mod:`~pyro_graphflows.guides.conditionals.pooling`), or
 not at all: then the site has parameters for each element of its own plates, which fit one data set and are not
 amortised. *Latent* parents there (crossed plates: the effects of the columns, for those of a row) are always
 inputs, since parameters cannot follow what is sampled: as a summary, or, beside per-element parameters, one by
-one where they are few. Data whose elements look up a group by an index (``theta[group]``) are pooled group by
+one where they are few; where they are many and data look up one of them each, as means of those that the data of
+an element look up. Data whose elements look up a group by an index (``theta[group]``) are pooled group by
 group.
 
 A network that is shared along a plate takes the elements of the plate to be exchangeable given what it sees.
@@ -71,7 +72,7 @@ __all__ = [
 MOST_ONE_BY_ONE = (
     64  # latent numbers in other plates up to which they are inputs one by one beside per-element parameters
 )
-MOST_COUPLED_PAIRS = 128  # numbers up to which the dependence across a plate has a parameter for each pair
+MOST_COUPLED_PAIRS = 500  # numbers up to which the dependence across a plate has a parameter for each pair
 DEFAULT_RANK = 4
 MOST_INDICES = 2000  # up to which there is a regression for each
 MOST_FITTED = 200  # the same for elements whose data are those that a guide is fitted to
@@ -88,7 +89,7 @@ class Summary:
         index: The input that tells which element of the one member each element looks up, in plate ``inner``.
         inner: See ``index``.
         segments: Triples (inner, outer, index): pooling over the inner plate gives one summary for each element of the
-            outer one, of those that look it up by the index.
+            outer one, of those that look it up by the index. Of what is looked up itself (``index``), means.
         embedded: Whether this is an embedding of one node, over no plates.
     """
 
@@ -116,7 +117,9 @@ class Summary:
             'pooled(w, y; data)'
         """
         if self.index is not None:
-            return f"{self.members[0]}[{self.index}]"
+            groups = "".join(f" by {index}" for _, _, index in self.segments)
+            found = f"{self.members[0]}[{self.index}]"
+            return f"mean({found}; {self.inner}{groups})" if groups else found
         if self.embedded:
             return f"embedding({self.members[0]})"
         by = {inner: f" by {index}" for inner, _, index in self.segments}
@@ -366,7 +369,15 @@ class _Planner:
         elif site in self.per_element and self._count(site, latents, coupling) <= MOST_ONE_BY_ONE:
             found.append(self._summary(site, latents, [], latents, coupling, one_by_one=True))
         else:
-            found.append(self._summary(site, latents, [], latents, coupling))
+            means = {p: mean for p in latents if (mean := self._mean_of_looked_up(site, p)) is not None}
+            latents = [p for p in latents if p not in means]
+            unknown = [p for p in latents if site in self.per_element and self._crosses(site, p)]
+            if unknown:
+                self.remarks[site].append(
+                    f"{', '.join(unknown)} come in as means of all: which of them the data of an element look up is "
+                    "reported by no argument (pass the indices as arguments of an integer type)"
+                )
+            found += [*means.values(), self._summary(site, latents, [], latents, coupling)]
         summaries = tuple(dict.fromkeys(summary for summary in found if summary is not None))
         if summaries:
             self.summaries[site] = summaries
@@ -478,6 +489,26 @@ class _Planner:
             index = self.options.lookups.get((inner, outer))
             if index is not None and outer not in self.around[site]:
                 return Summary((parent,), (outer,), index=index, inner=inner)
+        return None
+
+    def _crosses(self, site: str, parent: str) -> bool:
+        """Whether elements of one plate look up both a site and a parent in another plate."""
+        around = set(self.around[site]), set(self.around[parent])
+        inner = [{one for one, outer in self.options.lookups if outer in plates} for plates in around]
+        return not around[0] & around[1] and bool(inner[0] & inner[1])
+
+    def _mean_of_looked_up(self, site: str, parent: str) -> Summary | None:
+        """Return how means of a parent in a crossed plate come in, if data in one plate look up both."""
+        if len(self.around[parent]) != 1 or len(self.around[site]) != 1:
+            return None
+        (outer,), (own,) = self.around[parent], self.around[site]
+        for (inner, other), index in self.options.lookups.items():
+            group = self.options.lookups.get((inner, own))
+            if other != outer or outer == own or index is None or group is None:
+                continue
+            if not any(self.plates[name].subsampled for name in (inner, outer, own)):
+                segments = ((inner, own, group),)
+                return Summary((parent,), (outer,), index=index, inner=inner, segments=segments)
         return None
 
     def _over(self, site: str, members: Collection[str], coupling: Collection[str]) -> tuple[str, ...]:
@@ -987,5 +1018,6 @@ def ways_in(
         ways.update({(parent, site): "no data to read" for parent in parents if parent in without_data})
         for summary in inputs.summaries.get(site, ()):
             if summary.index is not None:
-                ways[summary.members[0], site] = f"looked up by {summary.index}"
+                how = f"looked up by {summary.index}"
+                ways[summary.members[0], site] = f"means of those {how}" if summary.segments else how
     return ways

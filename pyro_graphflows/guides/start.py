@@ -459,7 +459,8 @@ def _start_jointly_(
         columns.append((values[site] - shift) / scale)
     for site, coupling in plan.coupled.items():
         known = FusedRows.of_sites([site], values)
-        if not coupling.rank or not conditionals.fuses(site) or site not in known.priors:
+        shared = site not in plan.per_element  # elements with parameters have started each at its place
+        if not (coupling.rank and shared and conditionals.fuses(site) and site in known.priors):
             continue
         joint = concatenate(columns)
         fewer = _of_fewer(block, samples.aligned(_names_of_fewer(block, samples.values or {})))

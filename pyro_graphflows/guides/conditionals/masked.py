@@ -76,7 +76,6 @@ NETWORK_OPTIONS = ("hidden_dims", "units_per_set", "hidden_layers", "activation"
 # numbers of an exact conditional that move in full units in a step of training, or more of them less
 FREE_IF_EXACT = 16
 MOST_UNITS = 8.0  # that the logarithm of a wide factor's scale moves in a step of training
-LOG_SCALE_OF_FLAT = 20.0  # of a prior beside which a factor is the conditional
 MOST_WITH_SCALES = 100  # inputs of a number whose scale may follow some of them
 
 FactorMaker = Callable[[LatentSite], Factor]
@@ -559,8 +558,7 @@ class MaskedConditionals(Conditionals):
     ) -> bool:
         per_element = site in self._table_columns
         of_classes = isinstance(factor, DiscreteFactor)
-        ranked = isinstance(factor, CoupledFactor) and factor.rank > 0
-        cannot = of_classes or ranked or (fused and not factor.can_fuse)
+        cannot = of_classes or (fused and not factor.can_fuse)
         if cannot or not (per_element or site in self._map_of):
             return False
         inputs: list[int] = []
@@ -715,19 +713,14 @@ class MaskedConditionals(Conditionals):
             return
         known = (context, values) if context is not None and values is not None else None
         shared = {} if known is None else self._coupled(*known)
-        # priors that say nothing leave the factors of the elements alone
-        flat = {
-            site: SitePrior(torch.zeros_like(prior.loc), torch.full_like(prior.log_scale, LOG_SCALE_OF_FLAT))
-            for site, (prior, _) in priors.items()
-        }
-        joint = [self.factors[site] for site in self._coupling_of]
-        has_pairs = any(isinstance(each, CoupledFactor) and each.rank == 0 for each in joint)
-        of_elements = self._coupled(*known, plates, flat) if known is not None and has_pairs else {}
+        of_priors = {site: prior for site, (prior, _) in priors.items()}
+        of_pairs = any(self._has_pairs(site) for site in self._coupling_of)
+        of_elements = self._coupled(*known, plates, of_priors) if known is not None and of_pairs else {}
         for site, key in self._coupling_of.items():
             terms, factor = self.couplings[key], self.factors[site]
             assert isinstance(terms, CouplingTerms)
             assert isinstance(factor, CoupledFactor)
-            if factor.rank == 0:
+            if self._has_pairs(site):
                 if values is not None and site in of_elements:
                     if context is not None and self.fuses(site) and site in priors:
                         inputs = self._inputs_of_all(site, context, values, of_elements[site])
@@ -752,6 +745,11 @@ class MaskedConditionals(Conditionals):
             if inner is None and size == 1 and self.network.units is not None:
                 inner = self.network.units.bias[self.outputs[site].start + 1].exp().reshape(1, 1)
             self._start_columns_(site, narrow, wide, terms.number, inner)
+
+    def _has_pairs(self, site: str) -> bool:
+        """Whether a site that is drawn jointly has a parameter for each pair of elements."""
+        factor = self.factors[site]
+        return isinstance(factor, CoupledFactor) and factor.rank == 0
 
     def _start_columns_(
         self, site: str, narrow: Tensor, wide: Tensor, number: int, inner: Tensor | None
@@ -799,8 +797,12 @@ class MaskedConditionals(Conditionals):
         plates: Mapping[str, PlateState] | None = None,
         priors: Mapping[str, SitePrior] = MappingProxyType({}),
     ) -> dict[str, Any]:
-        """Return the conditionals of the sites that are drawn jointly; with plates, those of their elements."""
+        """Return the conditionals of the sites that are drawn jointly; with plates, those of their elements.
+
+        Of fused ones it is the factor, without the prior.
+        """
         evaluation = self.begin(context, plates)
+        evaluation.beside_priors = False
         found: dict[str, Any] = {}
         for level in self.block.levels:
             conditionals = evaluation.next(priors)
@@ -1044,6 +1046,7 @@ class MaskedPass(Pass):
         self._module = conditionals
         self._context = context
         self.fixed: dict[str, dist.TorchDistribution] = {}
+        self.beside_priors = True  # or the factors of what is drawn jointly alone
         self._rows = rows
         self._plates = plates  # where elements have maps of their own, or are drawn jointly
         self._known: list[Tensor] = []
@@ -1147,7 +1150,8 @@ class MaskedPass(Pass):
         module = self._module
         if self._plates is not None and site in module._coupling_of:
             terms: Any = module.couplings[module._coupling_of[site]]
-            joint: dist.TorchDistribution = terms.distribution(outputs, units, self._plates, prior)
+            beside = prior if self.beside_priors else None
+            joint: dist.TorchDistribution = terms.distribution(outputs, units, self._plates, beside)
             return joint
         return module.factors[site].fused(outputs, *units, prior)
 

@@ -25,7 +25,8 @@ A summary of a *subsampled* plate is not allowed: with the likelihood scaled by 
 the same ``B`` elements, the objective is no bound on the evidence (a guide that fits each batch overstates it).
 
 Latent sites in other plates can come in one by one where they are few (:class:`AllElements`), or looked up by an index
-(:class:`LookedUp`). All three are summaries for a block's inputs, with the same three methods.
+(:class:`LookedUp`); where they are many, the data of a group say of which the mean comes in
+(:class:`MeansOfLookedUp`). All are summaries for a block's inputs, with the same three methods.
 
 References:
     [1] Zaheer et al. (2017), Deep Sets, Theorem 2.
@@ -58,6 +59,7 @@ __all__ = [
     "DeepSetPool",
     "Elements",
     "LookedUp",
+    "MeansOfLookedUp",
     "Pool",
     "PoolMember",
     "pooling_orders",
@@ -1079,14 +1081,7 @@ class LookedUp(_SomeElements):
                 f"Expected plate {outer.name!r} in full, since its elements are looked up by {self.index}; it is "
                 "subsampled in this call. Subsample the data only."
             )
-        index = values[self.index].reshape(-1)
-        if inner.indices is not None and len(index) != inner.size:
-            index = index[inner.indices.to(index.device)]
-        if len(index) != inner.size:
-            raise GraphflowsError(
-                f"Expected {inner.size} entries of {self.index}, one for each element of plate {inner.name!r}; got "
-                f"{len(index)}."
-            )
+        index = _entries(values[self.index], self.index, inner)
         feature_map = self.maps[0]
         part = feature_map(values[name])
         depth = 1 - min(outer.dim, inner.dim)
@@ -1102,6 +1097,74 @@ class LookedUp(_SomeElements):
         return columns, *affine_part(feature_map, columns, name)
 
 
+class MeansOfLookedUp(_SomeElements):
+    """For each group of data the mean of what these look up in another plate: ``b[item]`` for those of each person.
+
+    Of two crossed groupings with normal data of one scale, that is all that an effect depends on given those of the
+    other grouping.
+
+    Args:
+        each: What the data look up.
+        group: The name of the index by which data look up their group, an argument of an integer type.
+        around: The name of the plate of the groups.
+
+    Shape:
+        - values: of the node ``(*batch, size)``; of each index any shape with one entry for each datum.
+        - Output: ``(*batch, size)``, with the plate of the groups in place of the other; zero of groups without data.
+
+    Raises:
+        GraphflowsError: In a call, if one of the plates is subsampled, or an index has another number of entries.
+    """
+
+    def __init__(self, each: LookedUp, group: str, around: str) -> None:
+        super().__init__()
+        self.each = each
+        self.members, self.maps = each.members, each.maps
+        self.group, self.around = group, around
+        self.indices = (each.index, group)
+        self.num_features = each.num_features
+
+    def to_plain(self) -> dict[str, Any]:
+        """See :meth:`DeepSetPool.to_plain`."""
+        return {"each": self.each.to_plain(), "group": self.group, "around": self.around}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> "MeansOfLookedUp":
+        """See :meth:`DeepSetPool.from_plain`."""
+        return cls(LookedUp.from_plain(plain["each"]), plain["group"], plain["around"])
+
+    def _run(self, values: Mapping[str, Tensor], plates: Mapping[str, PlateState]) -> Tensor:
+        inner, around = plates[self.each.inner], plates[self.around]
+        for plate in (inner, around):
+            if plate.subsampled:
+                raise GraphflowsError(
+                    f"Expected plate {plate.name!r} in full, since what {inner.name!r} looks up is averaged for each "
+                    f"element of {around.name!r}; it is subsampled in this call. Set up the guide with a subsampled "
+                    "plate to do without."
+                )
+        found = self.each._run(values, plates)
+        index = _entries(values[self.group], self.group, inner).to(found.device).long()
+        groups = Segments(index, around.dim, around.size)
+        number = groups.add(found.new_ones(1), inner.dim, inner.size).clamp(min=1.0)
+        return groups.add(found, inner.dim, inner.size) / number
+
+    def columns_of(self, name: str) -> tuple[list[int], Tensor, Tensor]:
+        """See :meth:`LookedUp.columns_of`; of means."""
+        return self.each.columns_of(name)
+
+
+def _entries(index: Tensor, name: str, plate: PlateState) -> Tensor:
+    """Return the entries of an index for the elements of a plate in a call."""
+    index = index.reshape(-1)
+    if plate.indices is not None and len(index) != plate.size:
+        index = index[plate.indices.to(index.device)]
+    if len(index) != plate.size:
+        raise GraphflowsError(
+            f"Expected {plate.size} entries of {name}, one for each element of plate {plate.name!r}; got {len(index)}."
+        )
+    return index
+
+
 def _to_features(value: Tensor, at: int, size: int) -> Tensor:
     """Move a dimension to the left of the features and join the two; leave one of size one in its place."""
     value = value.reshape((1,) * (-at - value.dim()) + value.shape)
@@ -1111,5 +1174,7 @@ def _to_features(value: Tensor, at: int, size: int) -> Tensor:
     return moved.unsqueeze(at)
 
 
-Pool = DeepSetPool | AllElements | LookedUp
-POOLS: Mapping[str, type[Pool]] = {kind.__name__: kind for kind in (DeepSetPool, AllElements, LookedUp)}
+Pool = DeepSetPool | AllElements | LookedUp | MeansOfLookedUp
+POOLS: Mapping[str, type[Pool]] = {
+    kind.__name__: kind for kind in (DeepSetPool, AllElements, LookedUp, MeansOfLookedUp)
+}
