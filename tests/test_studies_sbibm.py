@@ -229,3 +229,14 @@ def test_a_row_from_training_to_page(tmp_path, monkeypatch):
     page = (tmp_path / "sbibm.md").read_text()
     assert "| `gaussian_linear` | 0." in page
     assert "(2)" in page
+
+
+def test_means_of_seeds_are_of_all_observations(tmp_path):
+    results = Results(tmp_path / "results.jsonl")
+    for seed, value in ((0, 0.5), (1, 0.6), (2, 0.9)):
+        for number in range(1, 11 if seed < 2 else 10):  # the last is not complete
+            results.append(f"slcp/spline/1000/{seed}/{number}", {"c2st": value + 0.01 * (number % 2)})
+    (row,) = report.by_seed(results.path)
+    assert row == ["`slcp`", "spline", "1,000", "0.555 ± 0.050", "0.505, 0.605"]
+    tests, _ = report.load(results.path, 0)
+    assert report.cell(tests["slcp", "spline", 1000]).startswith("0.505 ± 0.002")

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from studies.flags import add_places
 from studies.results import Results
+from studies.sbibm.tasks import NUM_OBSERVATIONS
 from studies.tables import table
 
 TASKS = (
@@ -82,28 +83,52 @@ steps, and training ended before it had begun (the loss on 20,000 fresh simulati
 four seeds, with batches of 50 it is -3.3). Of *slcp* observation 3 is left out there, which flatters the mean: 3 of
 300,000 draws of the guide are inside of the prior's bounds.
 """
+BY_SEED = """\
+Means over ten observations with simulations and networks of other seeds, and their mean ± its standard error over
+seeds.
+"""
 ENDING = """\
 Published: NPE with 10,000 simulations, and the best of eight methods with 100,000, means over ten observations. A mean
-± its standard error over observations; in brackets their number where it is not ten. One seed; k-hat is the largest of
-an observation's importance weights. Machine: 2 CPU cores, shared. `make sbibm` goes on from
+± its standard error over observations; in brackets their number where it is not ten. One seed but in the last table;
+k-hat is the largest of an observation's importance weights. Machine: 2 CPU cores, shared. `make sbibm` goes on from
 `studies/sbibm/results.jsonl` and makes this page again: a dash, a task or a row that is missing was not run.
 
 References: Lueckmann, Boelts, Greenberg, Goncalves and Macke (2021), Benchmarking Simulation-Based Inference, AISTATS.
 """
 
 
-def load(results: Path) -> tuple[dict[tuple[str, str, int], list[dict]], dict[tuple[str, str, int], dict]]:
-    """Return the tests and the trainings of the study by task, row and number of simulations."""
-    tests: dict[tuple[str, str, int], list[dict]] = defaultdict(list)
+Tests = dict[tuple[str, str, int], list[dict]]
+
+
+def load(results: Path, seed: int) -> tuple[Tests, dict[tuple[str, str, int], dict]]:
+    """Return the tests and the trainings of one seed by task, row and number of simulations."""
+    tests: Tests = defaultdict(list)
     trainings: dict[tuple[str, str, int], dict] = {}
     for key, record in Results(results).read().items():
-        task, row, simulations, _, *number = key.split("/")
+        task, row, simulations, of, *number = key.split("/")
         at = (task, row, int(simulations))
+        if int(of) != seed:
+            continue
         if number:
             tests[at].append(record)
         else:
             trainings[at] = record
     return tests, trainings
+
+
+def by_seed(results: Path) -> list[list[str]]:
+    """Return a row for each task and row of the study with more than one seed: the mean, and that of each seed."""
+    seeds = sorted({int(key.split("/")[3]) for key in Results(results).read()})
+    tests = {seed: load(results, seed)[0] for seed in seeds}
+    found = []
+    for at in sorted(tests[seeds[0]], key=lambda at: (-at[2], TASKS.index(at[0]), ROWS.index(at[1]))):
+        whole = [tests[seed][at] for seed in seeds if len(tests[seed].get(at, ())) >= NUM_OBSERVATIONS]
+        means = np.array([np.mean([record["c2st"] for record in records]) for records in whole])
+        if len(means) > 1:
+            error = means.std(ddof=1) / len(means) ** 0.5
+            cells = [f"`{at[0]}`", at[1], f"{at[2]:,}", f"{means.mean():.3f} ± {error:.3f}"]
+            found.append([*cells, ", ".join(f"{mean:.3f}" for mean in means)])
+    return found
 
 
 def cell(records: list[dict]) -> str:
@@ -120,7 +145,7 @@ def known(task: str) -> list[str]:
 
 def render(results: Path, out: Path) -> None:
     """Write the page; the picture is made by :func:`draw`."""
-    tests, trainings = load(results)
+    tests, trainings = load(results, 0)
     versions = sorted({run["sbi"] for run in trainings.values() if "sbi" in run})
     lines = ["# sbibm", "", INTRODUCTION.replace("{version}", " and ".join(versions) or "not run")]
     for simulations in sorted({at[2] for at in tests}, reverse=True):
@@ -154,6 +179,10 @@ def render(results: Path, out: Path) -> None:
         if of_auto:
             each = ", ".join(f"`{task}` {mean:.0f} ({khat:.2f})" for task, (mean, khat) in of_auto.items())
             lines += [f"CPU seconds of `auto` for an observation (and its largest k-hat): {each}.", ""]
+    seeds = by_seed(results)
+    if seeds:
+        head = ["task", "row", "simulations", "mean of all", "each seed"]
+        lines += ["## Seeds", "", BY_SEED, table(head, seeds), ""]
     if (out / "sbibm" / "c2st.png").exists():
         lines += ["![C2ST by task](sbibm/c2st.png)", ""]
     lines.append(ENDING)
@@ -163,7 +192,7 @@ def render(results: Path, out: Path) -> None:
 
 def draw(results: Path, out: Path) -> None:
     """C2ST of each observation by task, with 10,000 simulations."""
-    tests, _ = load(results)
+    tests, _ = load(results, 0)
     figure = Figure(figsize=(11, 3.5), layout="constrained")
     axes = figure.subplots()
     rows = [row for row in ROWS if any((task, row, 10_000) in tests for task in TASKS)]

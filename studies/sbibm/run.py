@@ -26,7 +26,7 @@ References:
 import argparse
 import importlib.util
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,8 @@ FAMILIES: Mapping[str, Callable[[Task], Family]] = {
     "spline": lambda task: Spline(num_bins=task.num_bins, **OPTIONS),
     "flow": lambda task: Flow(closed_form="density", conditioner_units=64),
 }
-# what a study does, in this order: (tasks, rows, simulations)
+Plan = Sequence[tuple[Sequence[str], Sequence[str], int]]  # tasks, rows, simulations
+# what a study does, in this order
 ROWS = ("spline", "spline reweighted")
 STUDY = (
     (("two_moons", "gaussian_mixture", "slcp", "slcp_distractors"), ROWS, 10_000),
@@ -68,7 +69,10 @@ STUDY = (
     (("bernoulli_glm_raw",), ("spline score", "spline score reweighted"), 10_000),
     (tuple(TASKS), ROWS, 1000),
     (tuple(TASKS), ("npe", "npe nsf"), 10_000),
+    (tuple(TASKS), ("npe",), 1000),
 )
+SEEDED = ((("two_moons", "gaussian_mixture", "slcp"), (*ROWS, "npe"), 10_000),)  # with other seeds too
+SEEDS = (1, 2)
 
 
 def train(task: Task, family: str, simulations: int, seed: int, path: Path) -> dict[str, Any]:
@@ -261,6 +265,12 @@ def run_npe(
         measure(task, name, number, draws, {**found, "seconds": time.process_time() - begin}, results)
 
 
+def each(plan: Plan) -> Iterator[tuple[str, str, int]]:
+    """Yield the task, the row and the number of simulations of each part of a plan."""
+    for tasks, rows, simulations in plan:
+        yield from ((task, row, simulations) for task in tasks for row in rows)
+
+
 def main() -> None:
     """Run rows from the command line."""
     parse = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -278,19 +288,16 @@ def main() -> None:
     torch.set_num_threads(1)
     args.work.mkdir(parents=True, exist_ok=True)
     results = Results(args.results)
-    plan = STUDY if args.study else ((args.task, args.rows, args.simulations),)
-    for number in args.only:  # the first observation of all rows first
-        for tasks, rows, simulations in plan:
-            for name in tasks:
-                for row in rows:
-                    if not row.startswith("npe"):
-                        run(TASKS[name], row, simulations, args.seed, number, results, args.work)
-    for tasks, rows, simulations in plan:
-        for name in tasks:
-            for row in rows:
-                if row.startswith("npe"):
-                    place = (args.only, results, args.work)
-                    run_npe(TASKS[name], row, simulations, args.seed, *place)
+    wanted = ((args.task, args.rows, args.simulations),)
+    plans = [(STUDY, 0), *((SEEDED, seed) for seed in SEEDS)] if args.study else [(wanted, args.seed)]
+    for plan, seed in plans:
+        for number in args.only:  # the first observation of all rows first
+            for task, row, simulations in each(plan):
+                if not row.startswith("npe"):
+                    run(TASKS[task], row, simulations, seed, number, results, args.work)
+        for task, row, simulations in each(plan):
+            if row.startswith("npe"):
+                run_npe(TASKS[task], row, simulations, seed, args.only, results, args.work)
 
 
 if __name__ == "__main__":
