@@ -85,6 +85,7 @@ __all__ = [
     "with_known_rows",
 ]
 
+_MOST_OF_MAPS = 4000  # elements times numbers of data, for maps of their own
 _MANY_SITES = 200  # more are not changed one by one
 OTHER_SEED = 10_007
 REMEDY_ROWS = (
@@ -753,9 +754,12 @@ class Validation:
         """Permute latents along a plate: log-densities outside of it that change tell its indices apart.
 
         A total of all elements does not, a row of a matrix times them does. Only sites in no other plates than these
-        latents are asked; of those in others each element has relations of its own.
+        latents are asked; of those in others each element has relations of its own. Where data are many, a map of them
+        for each element would be too large, and nothing is asked.
         """
         rerun, graph = self.rerun, self.rerun.graph
+        data = [value for name, value in rerun.values.items() if name not in graph.latent]
+        numbers = sum(value.numel() for value in (*data, *rerun.leaves().values()))
         told_apart: set[tuple[str, str]] = set()
         before: dict[str, torch.Tensor] | None = None
         for plate, frame in frames.items():
@@ -768,6 +772,8 @@ class Validation:
                 and any(set(graph.plates[child]) < set(graph.plates[name]) for name in inside)
             }
             if not children or frame.size != (frame.full_size or frame.size) or frame.size < 2:
+                continue
+            if frame.size * numbers > _MOST_OF_MAPS:
                 continue
             before = rerun.densities(rerun.values) if before is None else before
             for order in (torch.arange(frame.size).flip(0), torch.arange(frame.size).roll(1)):
