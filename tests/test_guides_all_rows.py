@@ -99,3 +99,18 @@ def test_draws_are_of_the_rows_of_the_call(number):
     draws = place.draw(20)["effect"]
     assert draws.shape == (20, 7, 2)
     assert bool((draws.sum(-1) - y[rows]).abs().max() < 10.0)
+
+
+def test_rows_that_a_loop_draws_are_those_of_the_call():
+    """A loop over other rows would have other sites: set-up ended in a TypeError."""
+    y = data(60)
+
+    def model(y):
+        width = pyro.sample("width", dist.HalfNormal(300.0))
+        for i, row in enumerate(pyro.plate("data", len(y), subsample_size=3)):
+            effect = pyro.sample(f"effect{i}", dist.Normal(0.0, width))
+            pyro.sample(f"y{i}", dist.Normal(effect, NOISE), obs=y[row])
+
+    place = find_place(model, (y,), {}, trace_model(model, (y,), {}))
+    assert (place.numbers, place.rows) == (4, {})
+    assert place.draw(20)["effect2"].shape == (20,)

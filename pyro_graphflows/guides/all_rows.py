@@ -175,7 +175,7 @@ def _more_rows(traced: TracedModel) -> dict[str, Tensor]:
     """
     nodes: Any = traced.trace.nodes
     stacks = {name: nodes[name]["cond_indep_stack"] for name in traced.graph.latent}
-    local = {frame.name for stack in stacks.values() for frame in stack}
+    local = {frame.name for stack in stacks.values() for frame in stack if frame.vectorized}
     drawn: dict[str, Any] = {
         name: node
         for name, node in nodes.items()
