@@ -578,7 +578,12 @@ class _Planner:
             length *= self.plates[name].size
         rank = self.options.rank
         if rank is None:
-            rank = 0 if site in self.per_element and length <= MOST_COUPLED_PAIRS else DEFAULT_RANK
+            # the elements are always the same ones
+            own = set(self.constants.own.get(site, ()))
+            known = site in self.per_element or (
+                set(coupling) <= own and set(coupling) == set(self.around[site])
+            )
+            rank = 0 if known and length <= MOST_COUPLED_PAIRS else DEFAULT_RANK
         self.coupled[site] = Coupling(coupling, rank)
         how = f"of rank {rank}" if rank else "with a parameter for each pair"
         self.remarks[site].append(

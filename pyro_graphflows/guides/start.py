@@ -1353,7 +1353,7 @@ def choose_start(
 def _has_one_datum(compiled: Compiled, samples: Samples) -> bool:
     """Whether sites read data, and these are one datum: none of it is in a plate, or may be missing."""
     graph, draws = compiled.plan.graph, samples.draws
-    in_plates = any(graph.plates.get(name) for name in (*graph.latent, *graph.observed))
+    in_plates = any(graph.plates.get(name) for name in graph.observed)
     whole = draws.has_data and not draws.encodings.partly and not compiled.reader.optional
     return samples.source == "joint" and whole and not in_plates
 

@@ -85,6 +85,7 @@ __all__ = [
     "with_known_rows",
 ]
 
+_MOST_OF_MAPS = 4000  # elements times numbers of data, for maps of their own
 _MANY_SITES = 200  # more are not changed one by one
 OTHER_SEED = 10_007
 REMEDY_ROWS = (
@@ -746,6 +747,54 @@ class Validation:
                         "that enters is: the model holds constants or parameters that vary along the plate; pass "
                         "constants as arguments to let a guide condition on them"
                     )
+        if not known_rows:
+            self._permute_plates(frames)
+
+    def _permute_plates(self, frames: Mapping[str, Any]) -> None:
+        """Permute latents along a plate: log-densities outside of it that change tell its indices apart.
+
+        A total of all elements does not, a row of a matrix times them does. Only sites in no other plates than these
+        latents are asked; of those in others each element has relations of its own. Where data are many, a map of them
+        for each element would be too large, and nothing is asked.
+        """
+        rerun, graph = self.rerun, self.rerun.graph
+        data = [value for name, value in rerun.values.items() if name not in graph.latent]
+        numbers = sum(value.numel() for value in (*data, *rerun.leaves().values()))
+        told_apart: set[tuple[str, str]] = set()
+        before: dict[str, torch.Tensor] | None = None
+        for plate, frame in frames.items():
+            inside = [name for name in rerun.values if name in graph.latent and plate in graph.plates[name]]
+            children = {str(child) for name in inside for child in graph.children(name)}
+            children = {
+                child
+                for child in children
+                if plate not in graph.plates[child]
+                and any(set(graph.plates[child]) < set(graph.plates[name]) for name in inside)
+            }
+            if not children or frame.size != (frame.full_size or frame.size) or frame.size < 2:
+                continue
+            if frame.size * numbers > _MOST_OF_MAPS:
+                continue
+            before = rerun.densities(rerun.values) if before is None else before
+            for order in (torch.arange(frame.size).flip(0), torch.arange(frame.size).roll(1)):
+                after = rerun.densities(self._permuted(plate, frame, order))
+                children -= {c for c in children if c not in before or c not in after}
+                told_apart |= {(c, plate) for c in children if not _alike(before[c], after[c])}
+        noisy = self._noisy_sites() if told_apart else set()
+        for child, plate in sorted(told_apart):
+            if child not in noisy:
+                self.non_exchangeable[child] = (*self.non_exchangeable.get(child, ()), plate)
+                self.notes.append(f"at site '{child}', the elements of plate '{plate}' are not alike")
+
+    def _permuted(self, plate: str, frame: Any, order: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the values of all sites, with those in a plate in another order along it."""
+        values = dict(self.rerun.values)
+        for name, value in values.items():
+            at = frame.dim - self.rerun.event_dim(name)
+            inside = plate in self.rerun.graph.plates[name]
+            if inside and -at <= value.dim() and value.shape[at] == frame.size:
+                values[name] = value.index_select(at, order.to(value.device))
+        return values
 
     def _noisy_sites(self) -> set[str]:
         """Return the sites whose log-densities differ from run to run at the same values."""

@@ -714,7 +714,7 @@ class MaskedConditionals(Conditionals):
         known = (context, values) if context is not None and values is not None else None
         shared = {} if known is None else self._coupled(*known)
         of_priors = {site: prior for site, (prior, _) in priors.items()}
-        of_pairs = self.table is not None and any(self._has_pairs(site) for site in self._coupling_of)
+        of_pairs = any(self._has_pairs(site) for site in self._coupling_of)
         of_elements = self._coupled(*known, plates, of_priors) if known is not None and of_pairs else {}
         for site, key in self._coupling_of.items():
             terms, factor = self.couplings[key], self.factors[site]
@@ -839,10 +839,17 @@ class MaskedConditionals(Conditionals):
         columns = self._table_columns.get(site)
         factor = self.factors[site]
         assert isinstance(factor, CoupledFactor)
-        if self.table is None or columns is None or self._num_varying(factor) < factor.num_inner:
+        if self._num_varying(factor) < factor.num_inner:
             return None
-        own, numbers = self.table.table[..., columns], values[0].numel()
-        return own if bool(own.any()) and numbers == own[..., 0].numel() * factor.size else None
+        if self.table is not None and columns is not None:
+            own = every = self.table.table[..., columns]
+        elif site in self._map_of and self.maps[self._map_of[site][0]].offset:
+            of_map: Any = self.maps[self._map_of[site][0]]
+            every = of_map.rows.table.unflatten(-1, (of_map.num_outputs, -1))
+            own = every[..., -1]
+        else:
+            return None
+        return own if bool(every.any()) and values[0].numel() == own[..., 0].numel() * factor.size else None
 
     def _start_factor_pairs_(
         self,
