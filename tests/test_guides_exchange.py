@@ -376,4 +376,4 @@ def test_elements_are_not_told_apart_where_maps_of_all_data_would_be_large():
         pyro.sample("y", dist.Normal(slope @ x.mT, 0.1).to_event(1), obs=y)
 
     assert non_exchangeable_plates(model, (torch.randn(12, 5), torch.zeros(12))) == {"y": ("features",)}
-    assert non_exchangeable_plates(model, (torch.randn(200, 20), torch.zeros(200))) == {}
+    assert non_exchangeable_plates(model, (torch.randn(2000, 20), torch.zeros(2000))) == {}
