@@ -367,6 +367,22 @@ def test_which_elements_are_told_apart():
     assert non_exchangeable_plates(regression, (torch.zeros(12),)) == {"y": ("features",)}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_elements_are_not_told_apart_by_the_rounding_of_a_total(dtype):
+    """In single precision half of all seeds had a map for each of 300, and refused another number of them."""
+
+    def model(total, number):
+        with pyro.plate("parts_", number):
+            part = pyro.sample("part", dist.Normal(total.new_tensor(3.0), 1.0))
+        pyro.sample("total", dist.Normal(part.sum(-1), 0.1), obs=total)
+        pyro.sample("first", dist.Normal(part[..., 0], 100.0), obs=total)
+
+    for seed in range(10):
+        pyro.set_rng_seed(seed)
+        found = non_exchangeable_plates(model, (torch.tensor(900.0, dtype=dtype), 300))
+        assert found == {"first": ("parts_",)}
+
+
 def test_elements_are_not_told_apart_where_maps_of_all_data_would_be_large():
     """Maps for each of 20 coefficients from 200 by 20 covariates took 7 GB at set-up."""
 

@@ -87,6 +87,8 @@ __all__ = [
 
 _MOST_OF_MAPS = 20_000  # elements times numbers of data, for maps of their own
 _MANY_SITES = 200  # more are not changed one by one
+_ROUNDING = 4.0  # units of rounding by which values are moved to see what it does to log-densities
+_ROUNDINGS = 10.0  # times that are no difference
 OTHER_SEED = 10_007
 REMEDY_ROWS = (
     "Let a plate draw the rows, pyro.plate(name, size, subsample_size=...), so that guide and model have the same, or "
@@ -779,7 +781,13 @@ class Validation:
             for order in (torch.arange(frame.size).flip(0), torch.arange(frame.size).roll(1)):
                 after = rerun.densities(self._permuted(plate, frame, order))
                 children -= {c for c in children if c not in before or c not in after}
-                told_apart |= {(c, plate) for c in children if not _alike(before[c], after[c])}
+                changed = {c for c in children if not _alike(before[c], after[c])}
+                if changed:
+                    moved = rerun.densities(self._moved(plate))
+                    changed -= {
+                        c for c in changed if c in moved and _is_rounding(before[c], after[c], moved[c])
+                    }
+                told_apart |= {(c, plate) for c in changed}
         noisy = self._noisy_sites() if told_apart else set()
         for child, plate in sorted(told_apart):
             if child not in noisy:
@@ -796,6 +804,14 @@ class Validation:
                 values[name] = value.index_select(at, order.to(value.device))
         return values
 
+    def _moved(self, plate: str) -> dict[str, torch.Tensor]:
+        """Return the values of all sites, with those of latents in a plate moved by a few units of rounding."""
+        values, graph = dict(self.rerun.values), self.rerun.graph
+        for name, value in values.items():
+            if name in graph.latent and plate in graph.plates[name] and value.is_floating_point():
+                values[name] = value - _ROUNDING * torch.finfo(value.dtype).eps * value.abs()
+        return values
+
     def _noisy_sites(self) -> set[str]:
         """Return the sites whose log-densities differ from run to run at the same values."""
         one, two = (self.rerun.densities(self.rerun.values, self.rerun.sites, seed=seed) for seed in (0, 1))
@@ -804,6 +820,13 @@ class Validation:
 
 def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and not bool(differs(one, other).any())
+
+
+def _is_rounding(one: torch.Tensor, other: torch.Tensor, moved: torch.Tensor) -> bool:
+    """Whether two log-densities differ by no more than rounding, given a third one at values moved by as much."""
+    if not one.shape == other.shape == moved.shape:
+        return False
+    return bool((one - other).abs().max() <= _ROUNDINGS * (one - moved).abs().max())
 
 
 def _are_indices(leaf: torch.Tensor, indices: Any) -> bool:
