@@ -384,7 +384,7 @@ def test_elements_are_not_told_apart_by_the_rounding_of_a_total(dtype):
 
 
 def test_elements_are_not_told_apart_where_maps_of_all_data_would_be_large():
-    """Maps for each of 20 coefficients from 200 by 20 covariates took 7 GB at set-up."""
+    """Maps for each of 20 coefficients of 2,000 data would take gigabytes at set-up."""
 
     def model(x, y):
         with pyro.plate("features", x.shape[-1]):
