@@ -63,6 +63,32 @@ def test_effects_of_many_levels_start_at_their_posterior_and_stay_there(tmp_path
     assert_near(losses(model, guide, args), evidence, 0.6)
 
 
+def test_data_in_two_plates_have_a_mean_each():
+    """With the mean of those of one plate alone the start was 4.2 nats off."""
+
+    def model(i, j, k, m, y, z):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        with pyro.plate("rows", 75):
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("columns", 70):
+            b = pyro.sample("b", dist.Normal(0.0, 0.7))
+        with pyro.plate("data", 200):
+            pyro.sample("y", dist.Normal(mu + a[..., i] + b[..., j], 0.5), obs=y)
+        with pyro.plate("others", 200):
+            pyro.sample("y_others", dist.Normal(mu + a[..., k] - b[..., m], 0.5), obs=z)
+
+    def of_all(i, j, k, m, yz):
+        model(i, j, k, m, yz[:200], yz[200:])
+
+    torch.manual_seed(0)
+    indices = [torch.randint(levels, (200,)) for levels in (75, 70, 75, 70)]
+    yz, evidence = draw_and_evidence(of_all, indices, (400,))
+    args = (*indices, yz[:200], yz[200:])
+    guide = auto_faithful_guide(model, *args)
+    assert "b (means of those looked up by j, m)" in guide.describe()
+    assert_near(losses(model, guide, args), evidence, 1.0)
+
+
 def test_of_more_levels_than_pairs_have_parameters_each_starts_at_its_place(monkeypatch):
     monkeypatch.setattr(plan, "MOST_COUPLED_PAIRS", 10)
     model, args, evidence = problem(75, 70, 400)

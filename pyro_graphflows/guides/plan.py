@@ -370,7 +370,7 @@ class _Planner:
         elif site in self.per_element and self._count(site, latents, coupling) <= MOST_ONE_BY_ONE:
             found.append(self._summary(site, latents, [], latents, coupling, one_by_one=True))
         else:
-            means = {p: mean for p in latents if (mean := self._mean_of_looked_up(site, p)) is not None}
+            means = {p: each for p in latents if (each := self._means_of_looked_up(site, p))}
             latents = [p for p in latents if p not in means]
             unknown = [p for p in latents if site in self.per_element and self._crosses(site, p)]
             if unknown:
@@ -378,7 +378,8 @@ class _Planner:
                     f"{', '.join(unknown)} come in as means of all: which of them the data of an element look up is "
                     "reported by no argument (pass the indices as arguments of an integer type)"
                 )
-            found += [*means.values(), self._summary(site, latents, [], latents, coupling)]
+            found += [mean for parts in means.values() for mean in parts]
+            found.append(self._summary(site, latents, [], latents, coupling))
         summaries = tuple(dict.fromkeys(summary for summary in found if summary is not None))
         if summaries:
             self.summaries[site] = summaries
@@ -498,19 +499,20 @@ class _Planner:
         inner = [{one for one, outer in self.options.lookups if outer in plates} for plates in around]
         return not around[0] & around[1] and bool(inner[0] & inner[1])
 
-    def _mean_of_looked_up(self, site: str, parent: str) -> Summary | None:
-        """Return how means of a parent in a crossed plate come in, if data in one plate look up both."""
+    def _means_of_looked_up(self, site: str, parent: str) -> list[Summary]:
+        """Return how means of a parent in a crossed plate come in, one for each plate whose data look up both."""
         if len(self.around[parent]) != 1 or len(self.around[site]) != 1:
-            return None
+            return []
         (outer,), (own,) = self.around[parent], self.around[site]
+        found = []
         for (inner, other), index in self.options.lookups.items():
             group = self.options.lookups.get((inner, own))
             if other != outer or outer == own or index is None or group is None:
                 continue
             if not any(self.plates[name].subsampled for name in (inner, outer, own)):
                 segments = ((inner, own, group),)
-                return Summary((parent,), (outer,), index=index, inner=inner, segments=segments)
-        return None
+                found.append(Summary((parent,), (outer,), index=index, inner=inner, segments=segments))
+        return found
 
     def _over(self, site: str, members: Collection[str], coupling: Collection[str]) -> tuple[str, ...]:
         """Return the plates over which members are pooled, outer to inner as far as they are nested."""
@@ -1025,8 +1027,9 @@ def ways_in(
     for site, parents in inverse.parents.items():
         ways.update({(parent, site): "no data to read" for parent in parents if parent in without_data})
         ways.update({(parent, site): WIDE for parent in parents if parent in wide})
-        for summary in inputs.summaries.get(site, ()):
-            if summary.index is not None:
-                how = f"looked up by {summary.index}"
-                ways[summary.members[0], site] = f"means of those {how}" if summary.segments else how
+        looked_up = [summary for summary in inputs.summaries.get(site, ()) if summary.index is not None]
+        for summary in looked_up:
+            by = ", ".join(str(each.index) for each in looked_up if each.members == summary.members)
+            how = f"looked up by {by}"
+            ways[summary.members[0], site] = f"means of those {how}" if summary.segments else how
     return ways
