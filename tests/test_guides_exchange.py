@@ -384,7 +384,7 @@ def test_elements_are_not_told_apart_by_the_rounding_of_a_total(dtype):
 
 
 def test_elements_are_not_told_apart_where_maps_of_all_data_would_be_large():
-    """Maps for each of 20 coefficients from 200 by 20 covariates took 7 GB at set-up."""
+    """Maps for each of 20 coefficients of 2,000 data would take gigabytes at set-up."""
 
     def model(x, y):
         with pyro.plate("features", x.shape[-1]):
@@ -392,4 +392,4 @@ def test_elements_are_not_told_apart_where_maps_of_all_data_would_be_large():
         pyro.sample("y", dist.Normal(slope @ x.mT, 0.1).to_event(1), obs=y)
 
     assert non_exchangeable_plates(model, (torch.randn(12, 5), torch.zeros(12))) == {"y": ("features",)}
-    assert non_exchangeable_plates(model, (torch.randn(200, 20), torch.zeros(200))) == {}
+    assert non_exchangeable_plates(model, (torch.randn(2000, 20), torch.zeros(2000))) == {}

@@ -129,6 +129,7 @@ BY_SITE = {
 }
 INITS = ("auto", "regression", "mode", "prior", "random")
 SCORE_DRAWS = 1000  # joint samples whose means are the reference values of scores
+MOST_CONSTANTS = 256  # numbers of an argument in no plate up to which it is read
 MOST_VALUES_TRIED = 32  # of a discrete site, to see whether supports of others change with it
 
 
@@ -350,8 +351,9 @@ def compile_guide(
     _require_data_of_flat_priors(traced)
     draws = ModelDraws(model, args, kwargs, traced, sites, encodings)
     changing = _changing_supports(traced, model, args, kwargs)
+    wide = _wide_constants(options, traced.graph)
     vectors = _hold_vectors(
-        *(found, options, sites, changing),
+        *(found, options, sites, changing, wide),
         lambda names: _by_element(model, args, kwargs, trace, options, names),
         lambda found, names: _as_chains(found, (model, args, kwargs), options, sites, names),
     )
@@ -372,17 +374,19 @@ def compile_guide(
     by_rows: Mapping[str, tuple[str, ...]] = {}
     if any(traced.graph.plates[name] for name in outside) and options.pool is None:
         by_rows = non_exchangeable_plates(model, args, kwargs, traced=traced, known_rows=True)
+    wide = frozenset() if elements else wide
+    readable = {name: dim for name, dim in encodings.event_dims.items() if name not in wide}
     inputs = plan_inputs(
         inverse,
         plates,
-        encodings.event_dims,
+        readable,
         traced.index_inputs,
         _input_options(options, found, sites),
         sites_concerned(inverse, uneven).with_known_rows(inverse, by_rows, outside, plates),
     )
     role_facts = _roles(options, sites, inputs, inverse.graph, traced, scales)
     families, keys = _families(options, sites, inputs, inverse.graph.plates, vectors.long, role_facts)
-    blocks = make_blocks(inverse, inputs, encodings.event_dims, keys)
+    blocks = make_blocks(inverse, inputs, readable, keys)
     require_outer_sites_first(blocks, inverse, search.discrete)
     _require_known_indices(blocks, inputs, traced)
     split = {} if found.elements is None else found.elements.parents
@@ -392,7 +396,7 @@ def compile_guide(
         excluded[name] = f"its covariance is {'the same for all data' if one else 'of low rank'}"
     excluded.update(dict.fromkeys(vectors.chains, "its precision is banded"))
     indices = {name: plate.indices for name, plate in plates.items() if plate.indices is not None}
-    summed = _summed(options, inverse, inputs, sites, families, encodings.event_dims)
+    summed = _summed(options, inverse, inputs, sites, families, readable)
     fusion = plan_fusion(
         FusionQuestion(
             *(model, (args, kwargs), traced, sites, families, inverse, blocks, enumerated, excluded, indices),
@@ -457,7 +461,7 @@ def compile_guide(
         priors=fusion.priors,
         labels=_labels(options, sites, enumerated, vectors, families),
         not_fused=fusion.reasons,
-        ways=ways_in(inverse, inputs, traced.without_data),
+        ways=ways_in(inverse, inputs, traced.without_data, wide),
         changing=changing,
         enumerated=enumerated,
         copies=() if enumerated or traced.graph.marginalised else traced.copies,
@@ -717,6 +721,7 @@ def _hold_vectors(
     options: GuideOptions,
     sites: Mapping[str, LatentSite],
     changing: Collection[str],
+    unread: Collection[str],
     by_element: Callable[[Collection[str]], FoundInverse],
     as_chains: Callable[[FoundInverse, Collection[str]], tuple[FoundInverse, Mapping[str, Chain]]],
 ) -> Vectors:
@@ -736,7 +741,22 @@ def _hold_vectors(
     )
     asked = VectorOptions(options.resolution, options.rank, options.budget)
     full_size = options.family.full_size
-    return hold_vectors(found, own, asked, full_size, by_element if apart else None, as_chains)
+    return hold_vectors(found, own, asked, full_size, by_element if apart else None, as_chains, unread)
+
+
+def _wide_constants(options: GuideOptions, graph: ModelGraph) -> frozenset[str]:
+    """Return the inputs in no plate that no site reads: many numbers, the same in all that the model simulates.
+
+    Networks would learn nothing of them from simulations, and a design matrix of a thousand rows is thousands of
+    columns of each regression.
+    """
+    return frozenset(
+        name
+        for name in graph.inputs
+        if not graph.plates[name]
+        and graph.event_sizes[name] > MOST_CONSTANTS
+        and name not in options.embedding
+    )
 
 
 def _as_chains(

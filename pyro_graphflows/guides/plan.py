@@ -74,6 +74,7 @@ MOST_ONE_BY_ONE = (
 )
 MOST_COUPLED_PAIRS = 500  # numbers up to which the dependence across a plate has a parameter for each pair
 DEFAULT_RANK = 4
+WIDE = "not read: many numbers that simulations leave as they are"
 MOST_INDICES = 2000  # up to which there is a regression for each
 MOST_FITTED = 200  # the same for elements whose data are those that a guide is fitted to
 
@@ -1002,9 +1003,16 @@ def readers_of(blocks: Sequence[BlockPlan], latent: Collection[str]) -> dict[str
 
 
 def ways_in(
-    inverse: InverseGraph, inputs: InputPlan, without_data: Collection[str]
+    inverse: InverseGraph, inputs: InputPlan, without_data: Collection[str], wide: Collection[str] = ()
 ) -> dict[tuple[object, object], str]:
-    """Return for pairs (parent, site) how the parent comes in, where a summary or an index has to do with it."""
+    """Return for pairs (parent, site) how the parent comes in, where not as one node to another.
+
+    Args:
+        inverse: The guide's factorisation.
+        inputs: How what is in other plates comes in.
+        without_data: Observed nodes without values to read.
+        wide: Inputs that are not read since they have many numbers, which stay the same in simulations.
+    """
     ways: dict[tuple[object, object], str] = {}
     for site, found in inputs.summaries.items():
         for summary in found:
@@ -1018,6 +1026,7 @@ def ways_in(
                 ways.update({(m, site): f"pooled by {index}" for m in inside})
     for site, parents in inverse.parents.items():
         ways.update({(parent, site): "no data to read" for parent in parents if parent in without_data})
+        ways.update({(parent, site): WIDE for parent in parents if parent in wide})
         looked_up = [summary for summary in inputs.summaries.get(site, ()) if summary.index is not None]
         for summary in looked_up:
             by = ", ".join(str(each.index) for each in looked_up if each.members == summary.members)

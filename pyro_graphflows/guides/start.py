@@ -967,39 +967,46 @@ def _regress_indices_(
         return False  # of other indices there are no samples
     own, inputs = list(conditionals.columns[site]), conditionals.inputs_of(site)
     fused = [name for name in columns_of(site) if name in values and conditionals.fuses(site)]
-    joint = _by_index(conditionals, around, context, values, fused)
+    moving = _moving(inputs, context)
+    kept = sorted({*moving, *own})
+    joint = _by_index(conditionals, around, context, values, fused, kept)
     if site in conditionals.element_columns or len(joint) > most:
         return False
     is_finite = torch.isfinite(joint).all(-1)
     fewest = int(is_finite.sum(-1).min())
-    few = fewest < ROWS_PER_WEIGHT * (len(inputs) + 1)
+    few = fewest < ROWS_PER_WEIGHT * (len(moving) + 1)
     if few and (site not in conditionals.block.per_element or fused or fewest < 2):
         return False
-    sizes = [conditionals.num_columns, *(values[name].shape[-1] for name in fused)]
+    sizes = [len(kept), *(values[name].shape[-1] for name in fused)]
+    of_own, of_inputs = ([kept.index(j) for j in part] for part in (own, moving))
     is_number = len(own) == 1 and not conditionals.block.at_rows.get(site)
     at_once = bool(fused) and len(joint) > MANY_INDICES and is_number
     each = [] if at_once else [rows[good] for rows, good in zip(joint, is_finite, strict=True)]
     if at_once:
-        found = _fit_factors(conditionals, site, dict(zip(fused, sizes[1:], strict=True)), joint)
+        found = _fit_factors(
+            conditionals, site, dict(zip(fused, sizes[1:], strict=True)), joint, of_own, of_inputs
+        )
     elif fused:
         parts = [rows.split(sizes, -1) for rows in each]
         shift, scale = (part.to(joint) for part in conditionals.output_units(site))
         found = []
         for rows, *columns in parts:
-            of_site = dict(zip(fused, columns, strict=True)) | {site: rows[:, own] * scale + shift}
+            of_site = dict(zip(fused, columns, strict=True)) | {site: rows[:, of_own] * scale + shift}
             of_index = FusedRows.of_sites([site], of_site)
-            found.append(of_index.fit(conditionals, site, rows.clamp(-WINSOR, WINSOR)[:, inputs]).linear)
+            found.append(of_index.fit(conditionals, site, rows.clamp(-WINSOR, WINSOR)[:, of_inputs]).linear)
     elif few:
-        found = _with_shared_slopes(each, inputs, own)
+        found = _with_shared_slopes(each, of_inputs, of_own)
     else:
-        found = [Moments(rows.clamp(-WINSOR, WINSOR)).regress(inputs, own) for rows in each]
+        found = [Moments(rows.clamp(-WINSOR, WINSOR)).regress(of_inputs, of_own) for rows in each]
+    found = [_on_all_inputs(fit, [inputs.index(j) for j in moving], len(inputs)) for fit in found]
     known = [
         j for name in conditionals.block.at_rows.get(site, ()) for j in conditionals.columns.get(name, ())
     ]
     if known:
-        found = _reading_covariates(
-            found, [rows[0, inputs] for rows in each], [inputs.index(j) for j in known]
-        )
+        first = {name: value[:1] for name, value in values.items()}
+        at_rows = _by_index(conditionals, around, context[:1], first, (), known)[:, 0]
+        at_rows = at_rows[:, [sorted(known).index(j) for j in known]]
+        found = _reading_covariates(found, at_rows, [inputs.index(j) for j in known])
     fits = [conditionals.linear_of(site, one) for one in found]
     linear = LinearConditional(
         {parent: torch.stack([fit.weights[parent] for fit in fits]) for parent in fits[0].weights},
@@ -1009,13 +1016,41 @@ def _regress_indices_(
     return conditionals.set_fused_(site, linear) if fused else conditionals.set_linear_(site, linear)
 
 
+def _moving(inputs: Sequence[int], context: Tensor) -> list[int]:
+    """Return the inputs that are not the same in all draws, as the data of one call are."""
+    if not context.shape[-1]:
+        return list(inputs)
+    moves = (context != context[:1]).flatten(0, -2).any(0)
+    return [j for j in inputs if j >= len(moves) or bool(moves[j])]
+
+
+def _on_all_inputs(fit: Regression, at: list[int], number: int) -> Regression:
+    """Return a regression on some inputs as one on all of them."""
+    weights = fit.weights.new_zeros(len(fit.loc), number)
+    weights[:, at] = fit.weights
+    return replace(fit, weights=weights)
+
+
 def _fit_factors(
-    conditionals: Conditionals, site: str, further: Mapping[str, int], joint: Tensor
+    conditionals: Conditionals,
+    site: str,
+    further: Mapping[str, int],
+    joint: Tensor,
+    own: list[int],
+    inputs: list[int],
 ) -> list[Regression]:
-    """Return the factors of all indices of a number beside its prior, from rows with further columns of some widths."""
-    own, inputs = list(conditionals.columns[site]), conditionals.inputs_of(site)
+    """Return the factors of all indices of a number beside its prior, from rows with further columns of some widths.
+
+    Args:
+        conditionals: The conditionals; their units are used.
+        site: The site.
+        further: The names of the further columns, the last ones, and how many they are.
+        joint: The rows of the indices, ``(indices, rows, columns)``.
+        own: The column of the number.
+        inputs: The columns of its inputs.
+    """
     of_all = joint.flatten(0, 1)
-    parts = of_all[:, conditionals.num_columns :].split(list(further.values()), -1)
+    parts = of_all[:, -sum(further.values()) :].split(list(further.values()), -1)
     columns = dict(zip(further, parts, strict=True))
     shift, scale = (part.to(joint) for part in conditionals.output_units(site))
     rows = FusedRows.of_sites([site], columns | {site: of_all[:, own] * scale + shift})
@@ -1032,19 +1067,16 @@ def _with_shared_slopes(each: Sequence[Tensor], inputs: list[int], own: list[int
     return [replace(fit, loc=mean[own] - fit.weights @ mean[inputs]) for mean in means]
 
 
-def _reading_covariates(
-    found: Sequence[Regression], at_rows: Sequence[Tensor], known: Sequence[int]
-) -> list[Regression]:
+def _reading_covariates(found: Sequence[Regression], x: Tensor, known: Sequence[int]) -> list[Regression]:
     """Return the same regressions with slopes on covariates that are the same in all samples of an index.
 
     What an index cannot tell, the indices together can: the slopes are those of a regression of the locations.
 
     Args:
         found: The regressions of the indices.
-        at_rows: For each index the inputs, those that are known as they always are.
-        known: The positions of these.
+        x: The covariates, ``(indices, covariates)``.
+        known: Their positions among the inputs.
     """
-    x = torch.stack([inputs[list(known)] for inputs in at_rows])
     located = [fit.loc + fit.weights[:, list(known)] @ row for fit, row in zip(found, x, strict=True)]
     columns = torch.cat([x, torch.stack(located)], -1)
     own = list(range(len(known), columns.shape[-1]))
@@ -1063,12 +1095,15 @@ def _by_index(
     context: Tensor,
     values: Mapping[str, Tensor],
     further: Sequence[str],
+    kept: Sequence[int],
 ) -> Tensor:
-    """Return the joint samples as ``(indices, rows, columns)``, in standardised units, and further columns."""
-    parts = [context]
+    """Return some columns of joint samples, in order, ``(indices, rows, columns)`` in standardised units, and more."""
+    parts = [context[..., sorted(j for j in kept if j < context.shape[-1])]]
     for site in conditionals.block.sites:
         shift, scale = conditionals.output_units(site)
-        parts.append((values[site] - shift) / scale)
+        columns = conditionals.columns[site]
+        chosen = sorted(j - columns.start for j in kept if j in columns)
+        parts.append(((values[site] - shift) / scale)[..., chosen])
     parts += [values[name] for name in further]
     depth = max(part.dim() for part in parts)
     parts = [p.reshape(p.shape[:1] + (1,) * (depth - p.dim()) + p.shape[1:]) for p in parts if p.shape[-1]]

@@ -81,6 +81,7 @@ def hold_vectors(
     full_size: Callable[[SiteRole, int], int],
     by_element: Callable[[Collection[str]], FoundInverse] | None,
     as_chains: Callable[[FoundInverse, Collection[str]], tuple[FoundInverse, Mapping[str, Chain]]],
+    unread: Collection[str] = (),
 ) -> Vectors:
     """Decide how long vectors are held.
 
@@ -93,11 +94,12 @@ def hold_vectors(
             not possible.
         as_chains: Returns an inverse, the given one or another over sites, and those of some sites that are chains
             given what they look at in it.
+        unread: The inputs that no site reads.
 
     Raises:
         GraphflowsError: If the budget is too small. The message says the least that works.
     """
-    inputs = {name: _num_inputs(found.inverse, name, sites) for name in sites}
+    inputs = {name: _num_inputs(found.inverse, name, sites, unread) for name in sites}
     full = {name: full_size(SiteRole(site), inputs[name]) for name, site in sites.items()}
     most_full = options.budget or FULL
     long = {
@@ -123,7 +125,7 @@ def hold_vectors(
     needed: dict[str, int] = {}
     if not labels and options.resolution == "auto":
         found, chains = as_chains(found, long)
-        inputs = {name: _num_inputs(found.inverse, name, sites) for name in sites}
+        inputs = {name: _num_inputs(found.inverse, name, sites, unread) for name in sites}
         needed = {
             name: _chain_weights(chain, long[name].size, found.inverse, sites, name)
             for name, chain in chains.items()
@@ -239,13 +241,15 @@ def _rank(name: str, size: int, num_inputs: int, options: VectorOptions, of_chai
     return max(1, min(RANK, size // 4, left // of_each))
 
 
-def _num_inputs(inverse: InverseGraph, name: str, sites: Mapping[str, LatentSite]) -> int:
-    """Return how many numbers a site looks at, summaries of plates apart."""
+def _num_inputs(
+    inverse: InverseGraph, name: str, sites: Mapping[str, LatentSite], unread: Collection[str]
+) -> int:
+    """Return how many numbers a site looks at, summaries of plates and what it does not read apart."""
     sizes = inverse.graph.event_sizes
     return sum(
         sites[str(parent)].size if str(parent) in sites else sizes[parent]
         for parent in inverse.parents[name]
-        if inverse.how[parent, name] != "pooled"
+        if inverse.how[parent, name] != "pooled" and parent not in unread
     )
 
 

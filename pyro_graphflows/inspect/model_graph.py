@@ -85,7 +85,7 @@ __all__ = [
     "with_known_rows",
 ]
 
-_MOST_OF_MAPS = 4000  # elements times numbers of data, for maps of their own
+_MOST_OF_MAPS = 20_000  # elements times numbers of data, for maps of their own
 _MANY_SITES = 200  # more are not changed one by one
 _ROUNDING = 4.0  # units of rounding by which values are moved to see what it does to log-densities
 _ROUNDINGS = 10.0  # times that are no difference
@@ -761,7 +761,7 @@ class Validation:
         """
         rerun, graph = self.rerun, self.rerun.graph
         data = [value for name, value in rerun.values.items() if name not in graph.latent]
-        numbers = sum(value.numel() for value in (*data, *rerun.leaves().values()))
+        numbers = sum(value.numel() for value in data)
         told_apart: set[tuple[str, str]] = set()
         before: dict[str, torch.Tensor] | None = None
         for plate, frame in frames.items():
