@@ -345,6 +345,7 @@ def test_elements_that_data_outside_of_their_plate_tell_apart_start_exact(name):
     marginal = dist.MultivariateNormal(torch.zeros(len(covariance)).double(), covariance)
     y = marginal.sample()
     guide = auto_faithful_guide(model, y)
+    assert "or which data in no such plate tell apart" in guide.describe()
     assert abs(mean_loss(model, guide, y) + float(marginal.log_prob(y))) < 0.1
     other = marginal.sample()  # amortised
     assert abs(mean_loss(model, guide, other) + float(marginal.log_prob(other))) < 0.1

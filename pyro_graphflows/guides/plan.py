@@ -348,6 +348,7 @@ class _Planner:
                 f"for the rows of {rows} that set-up had, where that is better than one for all"
                 if rows
                 else "along which constants or parameters in the model vary (pass constants as arguments to share one)"
+                ", or which data in no such plate tell apart"
             )
             remarks.append(f"a map of its own for each index of {', '.join(self.constants.own[site])}, {why}")
         coupling = self._coupled_plates(site)
