@@ -73,6 +73,7 @@ MOST_ONE_BY_ONE = (
     64  # latent numbers in other plates up to which they are inputs one by one beside per-element parameters
 )
 MOST_COUPLED_PAIRS = 500  # numbers up to which the dependence across a plate has a parameter for each pair
+MOST_COUPLED_IN_GROUPS = 128  # the same where other plates are around, for each of whose elements there are so many
 DEFAULT_RANK = 4
 WIDE = "not read: many numbers that simulations leave as they are"
 MOST_INDICES = 2000  # up to which there is a regression for each
@@ -587,7 +588,9 @@ class _Planner:
             known = site in self.per_element or (
                 set(coupling) <= own and set(coupling) == set(self.around[site])
             )
-            rank = 0 if known and length <= MOST_COUPLED_PAIRS else DEFAULT_RANK
+            in_groups = set(self.around[site]) - set(coupling)
+            most = MOST_COUPLED_IN_GROUPS if in_groups else MOST_COUPLED_PAIRS
+            rank = 0 if known and length <= most else DEFAULT_RANK
         self.coupled[site] = Coupling(coupling, rank)
         how = f"of rank {rank}" if rank else "with a parameter for each pair"
         self.remarks[site].append(
