@@ -73,7 +73,9 @@ MOST_ONE_BY_ONE = (
     64  # latent numbers in other plates up to which they are inputs one by one beside per-element parameters
 )
 MOST_COUPLED_PAIRS = 500  # numbers up to which the dependence across a plate has a parameter for each pair
-MOST_COUPLED_IN_GROUPS = 128  # the same where other plates are around, for each of whose elements there are so many
+MOST_COUPLED_IN_GROUPS = (
+    128  # the same where other plates are around, for each of whose elements there are so many
+)
 DEFAULT_RANK = 4
 WIDE = "not read: many numbers that simulations leave as they are"
 MOST_INDICES = 2000  # up to which there is a regression for each
