@@ -109,6 +109,26 @@ def test_what_is_averaged_without_an_argument_that_tells_is_said():
     )
 
 
+def slopes(rows, columns, i, j, x, y):
+    with pyro.plate("rows", rows):
+        a = pyro.sample("a", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("columns", columns):
+        b = pyro.sample("b", dist.Normal(torch.zeros(2), 0.7).to_event(1))
+    with pyro.plate("data", len(y)):
+        of_x = a[..., i, 1] + b[..., j, 1]
+        pyro.sample("y", dist.Normal(a[..., i, 0] + b[..., j, 0] + of_x * x, 0.5), obs=y)
+
+
+def test_slopes_of_both_groupings_start_at_their_posterior():
+    torch.manual_seed(0)
+    model = functools.partial(slopes, 70, 35)
+    covariates = torch.randint(70, (300,)), torch.randint(35, (300,)), torch.randn(300)
+    y, evidence = draw_and_evidence(model, covariates, (300,))
+    guide = auto_faithful_guide(model, *covariates, y)
+    assert "(means of those looked up by " in guide.describe()
+    assert_near(losses(model, guide, (*covariates, y)), evidence, 1.0)  # with means alone, tens of nats
+
+
 # ---------------------------------------------------------------- the summary
 
 PLATES = {
@@ -119,10 +139,12 @@ PLATES = {
 ROWS, COLUMNS = torch.tensor([0, 2, 2, 0, 0]), torch.tensor([3, 1, 0, 3, 2])
 
 
-def means(size=1):
+def means(size=1, covariates=()):
     member = PoolMember("b", size, frozenset({"columns"}))
     looked_up = LookedUp(member, FeatureMap(None, torch.randn(50, size)), "j", "columns", "data")
-    return MeansOfLookedUp(looked_up, "i", "rows")
+    further = [PoolMember(name, 1, frozenset({"data"})) for name in covariates]
+    maps = [FeatureMap(None, torch.randn(50, 1)) for _ in covariates]
+    return MeansOfLookedUp(looked_up, "i", "rows", further, maps)
 
 
 @pytest.mark.parametrize("lead", [(), (6,)])
@@ -137,6 +159,21 @@ def test_means_are_of_what_the_data_of_a_group_look_up(lead):
     again = POOLS["MeansOfLookedUp"].from_plain(pool.to_plain())
     again.load_state_dict(pool.state_dict())
     assert torch.equal(again({"b": b, "i": ROWS, "j": COLUMNS}, PLATES, {}), found)
+
+
+def test_means_are_of_products_with_covariates_and_their_products_too():
+    pool, b = means(2, ("u", "v")), torch.randn(6, 4, 2)
+    values = {"b": b, "i": ROWS, "j": COLUMNS, "u": torch.randn(5, 1), "v": torch.randn(5, 1)}
+    found = pool(values, PLATES, {})
+    of_data = pool.maps[0](b)[..., COLUMNS, :]
+    u, v = (pool.maps[1 + k](values[name]) for k, name in enumerate("uv"))
+    products = torch.cat([of_data * factor for factor in (1.0, u, v, u * u, u * v, v * v)], -1)
+    for i in (0, 2):
+        torch.testing.assert_close(found[:, i], products[:, i == ROWS].mean(-2))
+    assert found.shape == (6, 3, pool.num_features)
+    again = POOLS["MeansOfLookedUp"].from_plain(pool.to_plain())
+    again.load_state_dict(pool.state_dict())
+    assert torch.equal(again(values, PLATES, {}), found)
 
 
 def test_plates_of_other_dimensions_go_to_their_places():

@@ -794,7 +794,7 @@ def _make_pool(
     if summary.index is not None and summary.inner is not None:
         pool = looked_up = LookedUp(members[0], maps[0], summary.index, summary.over[0], summary.inner)
         for _, groups, group in summary.segments:
-            pool = MeansOfLookedUp(looked_up, group, groups)
+            pool = MeansOfLookedUp(looked_up, group, groups, members[1:], maps[1:])
     elif summary.one_by_one:
         pool = AllElements(members, maps, [samples.plates[name] for name in summary.over])
     else:

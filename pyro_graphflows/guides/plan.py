@@ -72,6 +72,7 @@ __all__ = [
 MOST_ONE_BY_ONE = (
     64  # latent numbers in other plates up to which they are inputs one by one beside per-element parameters
 )
+MOST_COVARIATES = 8  # of data, with which products have means
 MOST_COUPLED_PAIRS = 500  # numbers up to which the dependence across a plate has a parameter for each pair
 MOST_COUPLED_IN_GROUPS = (
     128  # the same where other plates are around, for each of whose elements there are so many
@@ -93,7 +94,8 @@ class Summary:
         index: The input that tells which element of the one member each element looks up, in plate ``inner``.
         inner: See ``index``.
         segments: Triples (inner, outer, index): pooling over the inner plate gives one summary for each element of the
-            outer one, of those that look it up by the index. Of what is looked up itself (``index``), means.
+            outer one, of those that look it up by the index. Of what is looked up itself (``index``) these are means,
+            also of its products with further members, covariates of the inner plate.
         embedded: Whether this is an embedding of one node, over no plates.
     """
 
@@ -122,7 +124,7 @@ class Summary:
         """
         if self.index is not None:
             groups = "".join(f" by {index}" for _, _, index in self.segments)
-            found = f"{self.members[0]}[{self.index}]"
+            found = ", ".join([f"{self.members[0]}[{self.index}]", *self.members[1:]])
             return f"mean({found}; {self.inner}{groups})" if groups else found
         if self.embedded:
             return f"embedding({self.members[0]})"
@@ -376,7 +378,7 @@ class _Planner:
         else:
             means = {p: each for p in latents if (each := self._means_of_looked_up(site, p))}
             latents = [p for p in latents if p not in means]
-            unknown = [p for p in latents if site in self.per_element and self._crosses(site, p)]
+            unknown = [p for p in latents if site in self.per_element and self._is_hidden(site, p)]
             if unknown:
                 self.remarks[site].append(
                     f"{', '.join(unknown)} come in as means of all: which of them the data of an element look up is "
@@ -497,11 +499,15 @@ class _Planner:
                 return Summary((parent,), (outer,), index=index, inner=inner)
         return None
 
-    def _crosses(self, site: str, parent: str) -> bool:
-        """Whether elements of one plate look up both a site and a parent in another plate."""
+    def _is_hidden(self, site: str, parent: str) -> bool:
+        """Whether elements of one plate look up both a site and a parent in another plate, by what is no argument."""
         around = set(self.around[site]), set(self.around[parent])
-        inner = [{one for one, outer in self.options.lookups if outer in plates} for plates in around]
-        return not around[0] & around[1] and bool(inner[0] & inner[1])
+        if around[0] & around[1]:
+            return False
+        indices = [
+            {i: index for (i, o), index in self.options.lookups.items() if o in each} for each in around
+        ]
+        return any(None in (indices[0][i], indices[1][i]) for i in indices[0].keys() & indices[1].keys())
 
     def _means_of_looked_up(self, site: str, parent: str) -> list[Summary]:
         """Return how means of a parent in a crossed plate come in, one for each plate whose data look up both."""
@@ -515,8 +521,29 @@ class _Planner:
                 continue
             if not any(self.plates[name].subsampled for name in (inner, outer, own)):
                 segments = ((inner, own, group),)
-                found.append(Summary((parent,), (outer,), index=index, inner=inner, segments=segments))
+                members = (parent, *self._covariates(site, parent, inner))
+                found.append(Summary(members, (outer,), index=index, inner=inner, segments=segments))
         return found
+
+    def _covariates(self, site: str, parent: str, inner: str) -> list[str]:
+        """Return the numbers of each element of a plate on which its data depend beside a site and a parent.
+
+        An effect that is multiplied by one of them depends on means of products with it.
+        """
+        graph = self.inverse.graph
+        met = [graph.parents(node) for node in graph.observed if self.around[node] == (inner,)]
+        beside = dict.fromkeys(p for parents in met if {site, parent} <= set(parents) for p in parents)
+        found = [
+            name
+            for name in beside
+            if name in self.inverse.parents[site]
+            and name in self.with_data
+            and name not in self.indices
+            and name not in graph.observed
+            and self.around[name] == (inner,)
+            and graph.event_sizes.get(name) == 1
+        ]
+        return found if len(found) <= MOST_COVARIATES else []
 
     def _over(self, site: str, members: Collection[str], coupling: Collection[str]) -> tuple[str, ...]:
         """Return the plates over which members are pooled, outer to inner as far as they are nested."""

@@ -65,6 +65,7 @@ __all__ = [
     "pooling_orders",
 ]
 
+MOST_WITH_PAIRS = 2  # covariates up to which means are of products with their products as well
 MOST_CROSSED = 8  # entries of a tuple up to which all products are taken, and not only squares
 VARIANCE_FLOOR = 1e-4  # in standardised units
 LEAST_SPREAD = 0.1  # of learned features: means of many elements vary less, until their networks are trained
@@ -1101,37 +1102,65 @@ class MeansOfLookedUp(_SomeElements):
     """For each group of data the mean of what these look up in another plate: ``b[item]`` for those of each person.
 
     Of two crossed groupings with normal data of one scale, that is all that an effect depends on given those of the
-    other grouping.
+    other grouping; one that is multiplied by a covariate depends on the mean of products with that, and with its square
+    where those of the other grouping are multiplied by it too.
 
     Args:
         each: What the data look up.
         group: The name of the index by which data look up their group, an argument of an integer type.
         around: The name of the plate of the groups.
+        covariates: Numbers of each datum, with which products have means too.
+        maps: For each of them, the map from values to standardised features.
 
     Shape:
-        - values: of the node ``(*batch, size)``; of each index any shape with one entry for each datum.
-        - Output: ``(*batch, size)``, with the plate of the groups in place of the other; zero of groups without data.
+        - values: of the nodes ``(*batch, size)``; of each index any shape with one entry for each datum.
+        - Output: ``(*batch, num_features)``, with the plate of the groups in place of the other; zero of groups without
+          data.
 
     Raises:
         GraphflowsError: In a call, if one of the plates is subsampled, or an index has another number of entries.
     """
 
-    def __init__(self, each: LookedUp, group: str, around: str) -> None:
+    def __init__(
+        self,
+        each: LookedUp,
+        group: str,
+        around: str,
+        covariates: Sequence[PoolMember] = (),
+        maps: Sequence[FeatureMap] = (),
+    ) -> None:
         super().__init__()
         self.each = each
-        self.members, self.maps = each.members, each.maps
+        self.covariates = tuple(covariates)
+        self.members = (*each.members, *covariates)
+        self.of_covariates = nn.ModuleList(maps)
         self.group, self.around = group, around
         self.indices = (each.index, group)
-        self.num_features = each.num_features
+        number = len(self.covariates)
+        self._pairs: list[tuple[int, int]] = []
+        if number <= MOST_WITH_PAIRS:
+            self._pairs = list(itertools.combinations_with_replacement(range(number), 2))
+        self.num_features = each.num_features * (1 + number + len(self._pairs))
+
+    @property
+    def maps(self) -> nn.ModuleList:
+        """The maps of all members."""
+        return nn.ModuleList([*self.each.maps, *self.of_covariates])
 
     def to_plain(self) -> dict[str, Any]:
         """See :meth:`DeepSetPool.to_plain`."""
-        return {"each": self.each.to_plain(), "group": self.group, "around": self.around}
+        return {
+            "each": self.each.to_plain(),
+            "plates": (self.group, self.around),
+            "covariates": self.covariates,
+            "maps": _kinds(self.of_covariates),
+        }
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> "MeansOfLookedUp":
         """See :meth:`DeepSetPool.from_plain`."""
-        return cls(LookedUp.from_plain(plain["each"]), plain["group"], plain["around"])
+        (group, around), covariates = plain["plates"], plain["covariates"]
+        return cls(LookedUp.from_plain(plain["each"]), group, around, covariates, _maps(plain["maps"]))
 
     def _run(self, values: Mapping[str, Tensor], plates: Mapping[str, PlateState]) -> Tensor:
         inner, around = plates[self.each.inner], plates[self.around]
@@ -1146,7 +1175,11 @@ class MeansOfLookedUp(_SomeElements):
         index = _entries(values[self.group], self.group, inner).to(found.device).long()
         groups = Segments(index, around.dim, around.size)
         number = groups.add(found.new_ones(1), inner.dim, inner.size).clamp(min=1.0)
-        return groups.add(found, inner.dim, inner.size) / number
+        maps = zip(self.covariates, self.of_covariates, strict=True)
+        covariates = [feature_map(values[member.name]) for member, feature_map in maps]
+        factors = [*covariates, *(covariates[i] * covariates[k] for i, k in self._pairs)]
+        products = concatenate([found, *(found * factor for factor in factors)])
+        return groups.add(products, inner.dim, inner.size) / number
 
     def columns_of(self, name: str) -> tuple[list[int], Tensor, Tensor]:
         """See :meth:`LookedUp.columns_of`; of means."""
