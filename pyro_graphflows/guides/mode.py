@@ -124,6 +124,7 @@ SECONDS_WHERE_BAD = (
 )
 FAR = 10.0  # nats by which a normal at a mode may be off where time is short
 EXACT = 0.02  # nats: where a normal seems as close to the posterior, draws of it are not moved
+NEARLY = 0.1  # nats: where a normal seems as close, training is to leave what is linear nearly as it is
 CLOSE = 0.5  # nats: where a posterior is that normal about its mode, nothing else is tried
 LOG_2PI = math.log(2 * math.pi)
 ROWS_PER_NUMBER = 4  # of noise, from which on it is made white
@@ -381,12 +382,14 @@ class Mode:
         point: Its mean.
         factor: A square root of its covariance.
         visited: What short chains from the normal have visited, in units of its covariance; None if there were none.
+        is_near: Whether its own draws have shown it to be about the posterior.
     """
 
     posterior: "LogPosterior"
     point: Tensor
     factor: Tensor
     visited: Tensor | None = None
+    is_near: bool = False
     _judged: list[Any] = field(
         default_factory=list, init=False, repr=False, compare=False
     )  # noise, and the log-weights by it
@@ -472,9 +475,11 @@ class Mode:
             torch.randn(n, len(self.point)).to(self.point) for n in (2 * NUM_DRAWS, NUM_JUDGING)
         )
         try:
-            if not self.posterior.takes_many(start) or not EXACT < self.gap(judging) < FAR:
+            if not self.posterior.takes_many(start):
                 return self
-            return replace(self, visited=self._visited(start, other))
+            gap = self.gap(judging)
+            visited = self._visited(start, other) if EXACT < gap < FAR else None
+            return replace(self, visited=visited, is_near=gap < NEARLY)
         except (RuntimeError, ValueError, ArithmeticError):  # of the model, at values far out
             return self
 

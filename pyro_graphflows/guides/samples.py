@@ -364,6 +364,12 @@ class ModelDraws:
         return isinstance(mode, Mode | DiscreteMode) and mode.visited is not None
 
     @property
+    def is_near_mode(self) -> bool:
+        """Whether the posterior is about the normal that the search for a mode has found."""
+        mode = self._mode.mode if isinstance(self._mode, Place) else None
+        return isinstance(mode, Mode) and mode.is_near
+
+    @property
     def mode_has_more_rows(self) -> bool:
         """Whether draws near the mode are by more rows of plates than those of the call."""
         mode = self._mode.mode if isinstance(self._mode, Place) else None

@@ -4,7 +4,8 @@ A regression gives a spline its location and its scale, and leaves the noise as 
 what is left over of them, in units of that scale, has a skewness and tails, which a spline of constant knots can have.
 Location, scale and knots are those of the greatest likelihood; they are kept where other draws are likelier so. Beyond
 the draws nothing is known: there the spline goes on as their outermost quantiles do, for a few draws far out would
-decide over means and variances of a scale.
+decide over means and variances of a scale. Where rows are normal about their regression, knots have nothing to do, and
+a step of training moves them less.
 """
 
 import torch
@@ -17,11 +18,12 @@ from pyro_graphflows.guides.conditionals.spline import SplineFactor
 from pyro_graphflows.guides.minimize import lbfgs
 from pyro_graphflows.regression import in_float64
 
-__all__ = ["shape_spline_"]
+__all__ = ["keep_normal_", "shape_spline_"]
 
 MOST_ROWS = 4000  # by which a shape is found
 LEAST_ROWS = 1000
 LEAST_GAIN = 2e-3  # nats by which other rows must be likelier
+UNIT_OF_NORMAL = 0.03  # by which a step of training moves knots of what is normal
 RIDGE = 1e-3  # times the squares of knots' parameters: where there are no rows, they stay
 OUTER = (2.33, 3.09)  # noise, whose quantiles of rows are known; it is that of a percent and a thousandth
 BEYOND = (3.5, 4.0, 4.5)  # noise to which they are continued
@@ -44,9 +46,8 @@ def shape_spline_(
     factor = conditionals.factors[site]
     assert isinstance(factor, SplineFactor)
     scale = in_float64(conditional.scale).expand(values.shape)
-    residuals = (in_float64(values) - in_float64(conditional.loc)) / scale
     unit = scale.log().mean().exp()  # a location moves by the same for all rows, whatever their scales
-    rows = torch.cat([residuals, unit / scale], -1)
+    rows = torch.cat([_residuals(conditional, values), unit / scale], -1)
     rows = rows[rows.isfinite().all(-1)]
     if len(rows) < LEAST_ROWS or not _nats_beyond_normal(rows[:, 0]) > LEAST_GAIN:
         return False
@@ -82,6 +83,32 @@ def shape_spline_(
     loc = loc * unit / in_float64(conditionals.output_units(site)[1]).squeeze()
     conditionals.add_to_outputs_(site, torch.cat([torch.stack([loc, log_scale]), found[2:] - knots]))
     return True
+
+
+@torch.no_grad()
+def keep_normal_(
+    conditionals: MaskedConditionals, site: str, conditional: SplineDistribution, values: Tensor
+) -> bool:
+    """Let training move knots less where rows are normal about their regression; return whether they are.
+
+    Args:
+        conditionals: The conditionals.
+        site: The site, of a single number.
+        conditional: Its conditional at the parents' values in rows, ``(n,)``, with a normal base.
+        values: Its values there in the conditional's coordinate, ``(n, 1)``.
+    """
+    residuals = _residuals(conditional, values).flatten()
+    residuals = residuals[residuals.isfinite()]
+    if len(residuals) < LEAST_ROWS or _nats_beyond_normal(residuals) > LEAST_GAIN:
+        return False
+    factor = conditionals.factors[site]
+    assert isinstance(factor, SplineFactor)
+    conditionals.limit_units_(site, factor.num_before_knots, UNIT_OF_NORMAL)
+    return True
+
+
+def _residuals(conditional: SplineDistribution, values: Tensor) -> Tensor:
+    return (in_float64(values) - in_float64(conditional.loc)) / in_float64(conditional.scale)
 
 
 def _nats_beyond_normal(residuals: Tensor) -> float:

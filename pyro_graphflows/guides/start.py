@@ -55,6 +55,7 @@ from pyro_graphflows.guides.compile import Compiled, GuideOptions
 from pyro_graphflows.guides.conditionals.contract import Conditionals, LinearConditional, Pass
 from pyro_graphflows.guides.conditionals.masked import MaskedConditionals, MaskedPass
 from pyro_graphflows.guides.conditionals.pooling import DeepSet
+from pyro_graphflows.guides.conditionals.spline import SplineFactor
 from pyro_graphflows.guides.curved_start import bend_
 from pyro_graphflows.guides.fewer_elements import fewer_of
 from pyro_graphflows.guides.fused_rows import FusedRows, standardised, with_priors
@@ -64,7 +65,7 @@ from pyro_graphflows.guides.mode import MOST_NUMBERS, nesting_of
 from pyro_graphflows.guides.plan import MOST_INDICES, Plan
 from pyro_graphflows.guides.samples import ModelDraws, Samples, columns_of
 from pyro_graphflows.guides.sites import LatentSite, concatenate, is_normal_unconstrained
-from pyro_graphflows.guides.spline_start import shape_spline_
+from pyro_graphflows.guides.spline_start import keep_normal_, shape_spline_
 from pyro_graphflows.infer.enumeration import enumerated, sum_of_the_rest
 from pyro_graphflows.inspect.arguments import argument_leaves
 from pyro_graphflows.inspect.runs import kept_buffers
@@ -353,7 +354,8 @@ def start_block_(
     notes: list[str] = []
     kept = False
     moments: Tensor | None = None
-    conditionals.serve_one_(samples.source == "mode")
+    serves_one = samples.source == "mode"
+    conditionals.serve_one_(serves_one, exact=serves_one and samples.draws.is_near_mode)
     for site in plan.fitted if samples.source != "mode" else ():
         conditionals.leave_out_maps_(site)
     if samples.rows is not None:
@@ -396,8 +398,8 @@ def start_block_(
             if curved and kept and moments is not None and samples.source == "joint" and _can_bend(block):
                 is_bent = _bend_(block, features, of_sites, fused, moments)
                 moments = None if is_bent else moments  # inputs stay whitened as they are
-            if kept and samples.source == "mode" and not plan.plates:
-                _shape_splines_(conditionals, features, of_sites, fused)
+            if kept and not plan.plates:
+                _shape_splines_(conditionals, features, of_sites, fused, samples.source == "mode")
             alike = plan.per_element if samples.source == "mode" else (*plan.per_element, *plan.fitted)
             own_maps = {s: p for s, p in plan.non_exchangeable.items() if s not in alike}
             if samples.source == "mode" and plan.plates:  # draws differ from element to element
@@ -872,14 +874,28 @@ def _bend_(
 
 @torch.no_grad()
 def _shape_splines_(
-    conditionals: Conditionals, context: Tensor, values: Mapping[str, Tensor], fused: FusedRows | None
+    conditionals: Conditionals,
+    context: Tensor,
+    values: Mapping[str, Tensor],
+    fused: FusedRows | None,
+    near_mode: bool,
 ) -> None:
-    """Give splines of numbers the shapes that rows have about the regressions."""
-    if isinstance(conditionals, MaskedConditionals):
-        for site, conditional, value in list(_at_rows(conditionals, context, values, fused, None)):
-            is_number = conditionals.factors[site].size == 1
-            if is_number and isinstance(conditional, SplineDistribution) and conditional.base == "normal":
-                shape_spline_(conditionals, site, conditional, value)
+    """Give splines of numbers the shapes that rows near a mode have about the regressions, and keep normal ones so."""
+    if not isinstance(conditionals, MaskedConditionals):
+        return
+    numbers = {
+        site
+        for site, factor in conditionals.factors.items()
+        if isinstance(factor, SplineFactor) and factor.size == 1
+    }
+    found = _at_rows(conditionals, context, values, fused, None) if numbers else ()
+    for site, conditional, value in list(found):
+        if not (
+            site in numbers and isinstance(conditional, SplineDistribution) and conditional.base == "normal"
+        ):
+            continue
+        if not keep_normal_(conditionals, site, conditional, value) and near_mode:
+            shape_spline_(conditionals, site, conditional, value)
 
 
 # ---------------------------------------------------------------- one regression for each index

@@ -443,11 +443,12 @@ class Conditionals(nn.Module, ABC):
                 weights[parent] = matrix * (input_scale / scale)
         return LinearConditional(weights, loc, fit.scale_tril)
 
-    def serve_one_(self, one: bool) -> None:
+    def serve_one_(self, one: bool, *, exact: bool = False) -> None:
         """Say before a start whether it is for one data set; families that train alike for many need not know.
 
         Args:
             one: Whether it is.
+            exact: Whether linear conditionals are about exact, so that training is to move them little.
         """
 
     def narrow_elements_(self, factor: float, *, fitted: bool = True) -> None:

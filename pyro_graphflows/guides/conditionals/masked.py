@@ -253,6 +253,7 @@ class MaskedConditionals(Conditionals):
             start += num_rows[site]
         self.table = ElementTable(spec.plates, start, extends=True) if self._table_columns else None
         seen = {site: self.inputs_of(site) for site in block.sites}
+        self._starts_exact = False
         self.maps = nn.ModuleDict()
         self._map_of: dict[str, tuple[str, list[int]]] = {}
         if block.per_element or block.non_exchangeable:
@@ -471,7 +472,7 @@ class MaskedConditionals(Conditionals):
         self._set_reference_(site, False)
         weights, loc, tril = self._take_basis_(site, linear)
         units = factor.natural_units(tril)
-        if linear.exact:
+        if linear.exact or self._starts_exact:
             units = units * min(1.0, FREE_IF_EXACT / int((units > 0).sum())) ** 0.5
         weights, biases = factor.linear_start(weights, loc, tril)
         self._add_log_scales_(factor, weights, linear)
@@ -666,10 +667,29 @@ class MaskedConditionals(Conditionals):
         for output, amount in enumerate(amounts.tolist()):
             self.network.add_(self.outputs[site].start + output, amount)
 
-    def serve_one_(self, one: bool) -> None:
+    def serve_one_(self, one: bool, *, exact: bool = False) -> None:
         """See :meth:`Conditionals.serve_one_`."""
+        self._starts_exact = exact
         for factor in self.factors.values():
             factor.serves_one = one
+
+    @torch.no_grad()
+    def limit_units_(self, site: str, first: int, most: float) -> None:
+        """Let a step of training move the outputs of a site from one on by no more than a unit.
+
+        Args:
+            site: The site.
+            first: The first of these outputs.
+            most: The unit.
+        """
+        if self.network.units is None:
+            return
+        rows = self.outputs[site]
+        of_network = self.network.units.unit[rows]
+        of_network[first:].clamp_(max=most * self._share_of_network(site))
+        if site in self._constants_of:
+            self._constants(site).unit[max(0, first - len(of_network)) :].clamp_(max=most)
+        self._share_unit_(site)
 
     @torch.no_grad()
     def narrow_elements_(self, factor: float, *, fitted: bool = True) -> None:

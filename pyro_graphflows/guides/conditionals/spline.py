@@ -243,6 +243,11 @@ class SplineFactor(Factor):
             [biases, biases.new_zeros(more)]
         )
 
+    @property
+    def num_before_knots(self) -> int:
+        """The number of outputs before those of the knots: of location and scale."""
+        return self._inner.num_outputs
+
     def natural_units(self, scale_tril: Tensor) -> Tensor:
         """See :meth:`Factor.natural_units`: those of a normal factor, and one for the knots."""
         return self._with_knots(self._inner.natural_units(scale_tril))
