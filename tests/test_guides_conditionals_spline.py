@@ -10,8 +10,10 @@ from pyro import poutine
 
 from pyro_graphflows import auto_faithful_guide
 from pyro_graphflows.distributions.spline import BASES
+from pyro_graphflows.guides import spline_start
 from pyro_graphflows.guides.conditionals.factors import NormalFactor
 from pyro_graphflows.guides.conditionals.spline import KNOT_UNIT, SplineFactor, SplineVector
+from pyro_graphflows.guides.spline_start import UNIT_OF_NORMAL
 
 DF = 5.0
 SPREAD = {"normal": 1.0, "student": math.sqrt(DF / (DF - 2)), "logistic": math.pi / math.sqrt(3)}
@@ -213,9 +215,20 @@ def counts(y):
         pyro.sample("y", dist.Poisson(rate), obs=y)
 
 
-@pytest.mark.parametrize(("init", "unit"), [("auto", KNOT_UNIT), ("regression", 1.0)])
-def test_knots_move_less_where_one_data_set_is_fitted(init, unit):
+@pytest.mark.parametrize(
+    ("init", "gain", "unit"),
+    [
+        ("auto", -1.0, KNOT_UNIT),  # no rows are normal
+        ("auto", 1.0, UNIT_OF_NORMAL),  # all are
+        ("regression", -1.0, 1.0),
+        ("regression", 1.0, UNIT_OF_NORMAL),
+    ],
+)
+def test_knots_move_less_where_one_data_set_is_fitted_and_where_rows_are_normal(
+    init, gain, unit, monkeypatch
+):
     """A change of the network's outputs, as by a step of Adam, is one of knots in their unit."""
+    monkeypatch.setattr(spline_start, "LEAST_GAIN", gain)
     y = torch.tensor([2.0, 0.0, 3.0])
     guide = auto_faithful_guide(counts, y, family="spline", init=init)
     assert ("the start is 'mode'" in guide.describe(verbose=True)) == (init == "auto")

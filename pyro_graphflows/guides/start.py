@@ -399,7 +399,9 @@ def start_block_(
                 is_bent = _bend_(block, features, of_sites, fused, moments)
                 moments = None if is_bent else moments  # inputs stay whitened as they are
             if kept and not plan.plates:
-                _shape_splines_(conditionals, features, of_sites, fused, samples.source == "mode")
+                # draws of a normal have its shape, whatever the posterior's is
+                tell = samples.source == "joint" or samples.draws.is_near_mode
+                _shape_splines_(conditionals, features, of_sites, fused, serves_one, tell)
             alike = plan.per_element if samples.source == "mode" else (*plan.per_element, *plan.fitted)
             own_maps = {s: p for s, p in plan.non_exchangeable.items() if s not in alike}
             if samples.source == "mode" and plan.plates:  # draws differ from element to element
@@ -878,9 +880,19 @@ def _shape_splines_(
     context: Tensor,
     values: Mapping[str, Tensor],
     fused: FusedRows | None,
-    near_mode: bool,
+    shape: bool,
+    keep_normal: bool,
 ) -> None:
-    """Give splines of numbers the shapes that rows near a mode have about the regressions, and keep normal ones so."""
+    """Give splines of numbers the shapes that rows have about the regressions, and keep normal ones so.
+
+    Args:
+        conditionals: The conditionals.
+        context: Features of the context nodes in rows.
+        values: Unconstrained vectors of the sites in rows.
+        fused: The priors of fused sites in the same rows.
+        shape: Whether splines get shapes.
+        keep_normal: Whether training is to leave the knots of what is normal.
+    """
     if not isinstance(conditionals, MaskedConditionals):
         return
     numbers = {
@@ -894,7 +906,8 @@ def _shape_splines_(
             site in numbers and isinstance(conditional, SplineDistribution) and conditional.base == "normal"
         ):
             continue
-        if not keep_normal_(conditionals, site, conditional, value) and near_mode:
+        is_kept = keep_normal and keep_normal_(conditionals, site, conditional, value)
+        if shape and not is_kept:
             shape_spline_(conditionals, site, conditional, value)
 
 
