@@ -76,7 +76,7 @@ The loss is 2.58 with 12 bins, batches of 500 and 2e-2; 2.49 with running averag
 `fit(simulations=)` has by default; 2.33 with the rest. `npe` has 2.30 there with its defaults, for which nothing was
 chosen, and the exact posterior about half a nat less (by importance weights, for 1,000 of them).
 
-Without averages of the weights, as they were trained before, are `spline score`, the rows of the two linear tasks, and
+Without averages of the weights, as they were trained before, are `spline score`, most rows of the two linear tasks, and
 `spline reweighted` of *bernoulli_glm*, whose guides had 12 bins, batches of 500 and the rate 2e-2 (2e-3 in observations
 2 and 3). With 1,000 simulations guides have the settings of 10,000 but for batches of 50: of 500, an epoch had two
 steps, and training ended before it had begun (the loss on 20,000 fresh simulations of *two_moons* was -2.1 to -3.2 in
