@@ -151,7 +151,7 @@ def means(size=1, covariates=()):
 def test_means_are_of_what_the_data_of_a_group_look_up(lead):
     pool, b = means(2), torch.randn(*lead, 4, 2)
     found = pool({"b": b, "i": ROWS, "j": COLUMNS}, PLATES, {})
-    of_data = pool.maps[0](b)[..., COLUMNS, :]
+    of_data = pool.each.maps[0](b)[..., COLUMNS, :]
     expected = [
         of_data[..., i == ROWS, :].mean(-2) if (i == ROWS).any() else torch.zeros(*lead, 2) for i in range(3)
     ]
@@ -165,8 +165,8 @@ def test_means_are_of_products_with_covariates_and_their_products_too():
     pool, b = means(2, ("u", "v")), torch.randn(6, 4, 2)
     values = {"b": b, "i": ROWS, "j": COLUMNS, "u": torch.randn(5, 1), "v": torch.randn(5, 1)}
     found = pool(values, PLATES, {})
-    of_data = pool.maps[0](b)[..., COLUMNS, :]
-    u, v = (pool.maps[1 + k](values[name]) for k, name in enumerate("uv"))
+    of_data = pool.each.maps[0](b)[..., COLUMNS, :]
+    u, v = (pool.of_covariates[k](values[name]) for k, name in enumerate("uv"))
     products = torch.cat([of_data * factor for factor in (1.0, u, v, u * u, u * v, v * v)], -1)
     for i in (0, 2):
         torch.testing.assert_close(found[:, i], products[:, i == ROWS].mean(-2))

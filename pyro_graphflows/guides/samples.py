@@ -358,22 +358,24 @@ class ModelDraws:
         return self._flat(values, len(next(iter(values.values()))))
 
     @property
+    def _found(self) -> Any:
+        """What the search for a mode has found; None if nothing, or before it."""
+        return self._mode.mode if isinstance(self._mode, Place) else None
+
+    @property
     def has_chains(self) -> bool:
         """Whether the search for a mode has run short chains."""
-        mode = self._mode.mode if isinstance(self._mode, Place) else None
-        return isinstance(mode, Mode | DiscreteMode) and mode.visited is not None
+        return isinstance(self._found, Mode | DiscreteMode) and self._found.visited is not None
 
     @property
     def is_near_mode(self) -> bool:
         """Whether the posterior is about the normal that the search for a mode has found."""
-        mode = self._mode.mode if isinstance(self._mode, Place) else None
-        return isinstance(mode, Mode) and mode.is_near
+        return isinstance(self._found, Mode) and self._found.is_near
 
     @property
     def mode_has_more_rows(self) -> bool:
         """Whether draws near the mode are by more rows of plates than those of the call."""
-        mode = self._mode.mode if isinstance(self._mode, Place) else None
-        return isinstance(mode, Mode) and mode.posterior.has_more_rows
+        return isinstance(self._found, Mode) and self._found.posterior.has_more_rows
 
     def _flat(self, samples: Mapping[str, Tensor], num_samples: int) -> dict[str, Tensor]:
         """Return samples as flat vectors, with the data of the call where nodes have no samples."""

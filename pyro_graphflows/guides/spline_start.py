@@ -18,7 +18,7 @@ from pyro_graphflows.guides.conditionals.spline import SplineFactor
 from pyro_graphflows.guides.minimize import lbfgs
 from pyro_graphflows.regression import in_float64
 
-__all__ = ["keep_normal_", "shape_spline_"]
+__all__ = ["shape_spline_"]
 
 MOST_ROWS = 4000  # by which a shape is found
 LEAST_ROWS = 1000
@@ -33,24 +33,38 @@ TAIL = 0.02  # nats for the square of a spline's distance from there, in units o
 
 @torch.no_grad()
 def shape_spline_(
-    conditionals: MaskedConditionals, site: str, conditional: SplineDistribution, values: Tensor
-) -> bool:
-    """Give the spline of a number the shape that rows have, if that is better; return whether it is.
+    conditionals: MaskedConditionals,
+    site: str,
+    conditional: SplineDistribution,
+    values: Tensor,
+    *,
+    shape: bool,
+    keep_normal: bool,
+) -> None:
+    """Give the spline of a number the shape that rows have, if that is better.
 
     Args:
         conditionals: The conditionals.
         site: The site, of a single number.
         conditional: Its conditional at the parents' values in rows, ``(n,)``, with a normal base.
         values: Its values there in the conditional's coordinate, ``(n, 1)``.
+        shape: Whether splines get shapes.
+        keep_normal: Whether training is to move knots less where rows are normal about their regression.
     """
     factor = conditionals.factors[site]
     assert isinstance(factor, SplineFactor)
     scale = in_float64(conditional.scale).expand(values.shape)
     unit = scale.log().mean().exp()  # a location moves by the same for all rows, whatever their scales
-    rows = torch.cat([_residuals(conditional, values), unit / scale], -1)
+    residuals = (in_float64(values) - in_float64(conditional.loc)) / scale
+    rows = torch.cat([residuals, unit / scale], -1)
     rows = rows[rows.isfinite().all(-1)]
-    if len(rows) < LEAST_ROWS or not _nats_beyond_normal(rows[:, 0]) > LEAST_GAIN:
-        return False
+    if len(rows) < LEAST_ROWS:
+        return
+    is_normal = not _nats_beyond_normal(rows[:, 0]) > LEAST_GAIN
+    if is_normal and keep_normal:
+        conditionals.limit_units_(site, factor.num_before_knots, UNIT_OF_NORMAL)
+    if is_normal or not shape:
+        return
     step = -(-len(rows) // (2 * MOST_ROWS))
     fitted, other = rows[::step][::2], rows[::step][1::2]
     moves = 0.0 if conditionals.fuses(site) else 1.0  # else location and scale are those of a product
@@ -60,10 +74,8 @@ def shape_spline_(
     def log_likelihood(parameters: Tensor, rows: Tensor) -> Tensor:
         loc, log_scale = (moves * parameters[:2]).split(1)
         rest = rows[:, :1] - loc * rows[:, 1:]
-        shape = SplineDistribution(
-            0.0 * loc, log_scale.exp(), parameters[2:].unsqueeze(0), bound=factor.bound
-        )
-        return shape.log_prob(rest).mean()
+        own = SplineDistribution(0.0 * loc, log_scale.exp(), parameters[2:].unsqueeze(0), bound=factor.bound)
+        return own.log_prob(rest).mean()
 
     noise, image = _continued(fitted[:, 0])
 
@@ -78,37 +90,10 @@ def shape_spline_(
     found = lbfgs(loss, start).detach()
     gain = float(log_likelihood(found, other) - log_likelihood(start, other))
     if not (gain > LEAST_GAIN and float(off(found).abs().max()) < FARTHEST):
-        return False
+        return
     loc, log_scale = moves * found[:2]
     loc = loc * unit / in_float64(conditionals.output_units(site)[1]).squeeze()
     conditionals.add_to_outputs_(site, torch.cat([torch.stack([loc, log_scale]), found[2:] - knots]))
-    return True
-
-
-@torch.no_grad()
-def keep_normal_(
-    conditionals: MaskedConditionals, site: str, conditional: SplineDistribution, values: Tensor
-) -> bool:
-    """Let training move knots less where rows are normal about their regression; return whether they are.
-
-    Args:
-        conditionals: The conditionals.
-        site: The site, of a single number.
-        conditional: Its conditional at the parents' values in rows, ``(n,)``, with a normal base.
-        values: Its values there in the conditional's coordinate, ``(n, 1)``.
-    """
-    residuals = _residuals(conditional, values).flatten()
-    residuals = residuals[residuals.isfinite()]
-    if len(residuals) < LEAST_ROWS or _nats_beyond_normal(residuals) > LEAST_GAIN:
-        return False
-    factor = conditionals.factors[site]
-    assert isinstance(factor, SplineFactor)
-    conditionals.limit_units_(site, factor.num_before_knots, UNIT_OF_NORMAL)
-    return True
-
-
-def _residuals(conditional: SplineDistribution, values: Tensor) -> Tensor:
-    return (in_float64(values) - in_float64(conditional.loc)) / in_float64(conditional.scale)
 
 
 def _nats_beyond_normal(residuals: Tensor) -> float:

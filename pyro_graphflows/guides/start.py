@@ -65,7 +65,7 @@ from pyro_graphflows.guides.mode import MOST_NUMBERS, nesting_of
 from pyro_graphflows.guides.plan import MOST_INDICES, Plan
 from pyro_graphflows.guides.samples import ModelDraws, Samples, columns_of
 from pyro_graphflows.guides.sites import LatentSite, concatenate, is_normal_unconstrained
-from pyro_graphflows.guides.spline_start import keep_normal_, shape_spline_
+from pyro_graphflows.guides.spline_start import shape_spline_
 from pyro_graphflows.infer.enumeration import enumerated, sum_of_the_rest
 from pyro_graphflows.inspect.arguments import argument_leaves
 from pyro_graphflows.inspect.runs import kept_buffers
@@ -356,7 +356,7 @@ def start_block_(
     moments: Tensor | None = None
     serves_one = samples.source == "mode"
     conditionals.serve_one_(serves_one, exact=serves_one and samples.draws.is_near_mode)
-    for site in plan.fitted if samples.source != "mode" else ():
+    for site in plan.fitted if not serves_one else ():
         conditionals.leave_out_maps_(site)
     if samples.rows is not None:
         latents = {site: samples.rows[site] for site in plan.sites}
@@ -402,9 +402,9 @@ def start_block_(
                 # draws of a normal have its shape, whatever the posterior's is
                 tell = samples.source == "joint" or samples.draws.is_near_mode
                 _shape_splines_(conditionals, features, of_sites, fused, serves_one, tell)
-            alike = plan.per_element if samples.source == "mode" else (*plan.per_element, *plan.fitted)
+            alike = plan.per_element if serves_one else (*plan.per_element, *plan.fitted)
             own_maps = {s: p for s, p in plan.non_exchangeable.items() if s not in alike}
-            if samples.source == "mode" and plan.plates:  # draws differ from element to element
+            if serves_one and plan.plates:  # draws differ from element to element
                 discrete = [s for s in plan.per_element if samples.draws.sites[s].encoding is not None]
                 own_maps |= {s: plan.plates for s in plan.per_element if s not in discrete}
                 for site in discrete if kept else ():
@@ -421,7 +421,7 @@ def start_block_(
                 context = block.inputs.features(concatenate([aligned[n] for n in block.inputs.names]))
                 context = torch.where(block.inputs.learned, torch.zeros(()).to(context), context)
                 of_all = {site: aligned[site] for site in (*plan.sites, *further)}
-                most = MOST_NEAR_MODE if samples.source == "mode" else MOST_INDICES
+                most = MOST_NEAR_MODE if serves_one else MOST_INDICES
                 left = _start_indices_(conditionals, own_maps, samples.plates, context, of_all, most)
                 if at_random is not None:
                     at_random = {key: at_random[key] for key in conditionals.state_dict()}
@@ -439,7 +439,7 @@ def start_block_(
         conditionals.leave_out_maps_(site)
     if plan.coupled and not kept:
         conditionals.start_couplings_(samples.plates)
-    if regression and samples.source != "mode":
+    if regression and not serves_one:
         conditionals.narrow_elements_(ELEMENT_SCALE, fitted=kept)
     return Start(tuple(notes), moments)
 
@@ -895,20 +895,12 @@ def _shape_splines_(
     """
     if not isinstance(conditionals, MaskedConditionals):
         return
-    numbers = {
-        site
-        for site, factor in conditionals.factors.items()
-        if isinstance(factor, SplineFactor) and factor.size == 1
-    }
+    factors = conditionals.factors
+    numbers = {site for site, own in factors.items() if isinstance(own, SplineFactor) and own.size == 1}
     found = _at_rows(conditionals, context, values, fused, None) if numbers else ()
     for site, conditional, value in list(found):
-        if not (
-            site in numbers and isinstance(conditional, SplineDistribution) and conditional.base == "normal"
-        ):
-            continue
-        is_kept = keep_normal and keep_normal_(conditionals, site, conditional, value)
-        if shape and not is_kept:
-            shape_spline_(conditionals, site, conditional, value)
+        if site in numbers and isinstance(conditional, SplineDistribution) and conditional.base == "normal":
+            shape_spline_(conditionals, site, conditional, value, shape=shape, keep_normal=keep_normal)
 
 
 # ---------------------------------------------------------------- one regression for each index
@@ -1027,14 +1019,14 @@ def _regress_indices_(
         found = _with_shared_slopes(each, of_inputs, of_own)
     else:
         found = [Moments(rows.clamp(-WINSOR, WINSOR)).regress(of_inputs, of_own) for rows in each]
-    found = [_on_all_inputs(fit, [inputs.index(j) for j in moving], len(inputs)) for fit in found]
-    known = [
+    places = [inputs.index(j) for j in moving]
+    found = [_on_all_inputs(fit, places, len(inputs)) for fit in found]
+    known = sorted(
         j for name in conditionals.block.at_rows.get(site, ()) for j in conditionals.columns.get(name, ())
-    ]
+    )
     if known:
         first = {name: value[:1] for name, value in values.items()}
         at_rows = _by_index(conditionals, around, context[:1], first, (), known)[:, 0]
-        at_rows = at_rows[:, [sorted(known).index(j) for j in known]]
         found = _reading_covariates(found, at_rows, [inputs.index(j) for j in known])
     fits = [conditionals.linear_of(site, one) for one in found]
     linear = LinearConditional(

@@ -821,8 +821,7 @@ class MaskedConditionals(Conditionals):
 
         Of fused ones it is the factor, without the prior.
         """
-        evaluation = self.begin(context, plates)
-        evaluation.beside_priors = False
+        evaluation = self._begin(context, plates, beside_priors=False)
         found: dict[str, Any] = {}
         for level in self.block.levels:
             conditionals = evaluation.next(priors)
@@ -996,8 +995,15 @@ class MaskedConditionals(Conditionals):
 
     def begin(self, context: Tensor, plates: Mapping[str, PlateState] | None = None) -> "MaskedPass":
         """See :meth:`Conditionals.begin`."""
+        return self._begin(context, plates)
+
+    def _begin(
+        self, context: Tensor, plates: Mapping[str, PlateState] | None, *, beside_priors: bool = True
+    ) -> "MaskedPass":
+        """Begin a pass; of what is fused and drawn jointly, beside its prior or the factor alone."""
         rows = self.table(plates) if self.table is not None and plates is not None else None
-        return MaskedPass(self, context, rows, plates if self._map_of or self._coupling_of else None)
+        plates = plates if self._map_of or self._coupling_of else None
+        return MaskedPass(self, context, rows, plates, beside_priors=beside_priors)
 
 
 def _mean_stretch(joint: CoupledNormal, values: Tensor) -> Tensor:
@@ -1062,11 +1068,13 @@ class MaskedPass(Pass):
         rows: Tensor | None,
         plates: Mapping[str, PlateState] | None,
         network: LevelEvaluation | None = None,
+        *,
+        beside_priors: bool = True,
     ) -> None:
         self._module = conditionals
         self._context = context
         self.fixed: dict[str, dist.TorchDistribution] = {}
-        self.beside_priors = True  # or the factors of what is drawn jointly alone
+        self._beside_priors = beside_priors  # or the factors of what is drawn jointly alone
         self._rows = rows
         self._plates = plates  # where elements have maps of their own, or are drawn jointly
         self._known: list[Tensor] = []
@@ -1170,7 +1178,7 @@ class MaskedPass(Pass):
         module = self._module
         if self._plates is not None and site in module._coupling_of:
             terms: Any = module.couplings[module._coupling_of[site]]
-            beside = prior if self.beside_priors else None
+            beside = prior if self._beside_priors else None
             joint: dist.TorchDistribution = terms.distribution(outputs, units, self._plates, beside)
             return joint
         return module.factors[site].fused(outputs, *units, prior)

@@ -1142,11 +1142,6 @@ class MeansOfLookedUp(_SomeElements):
             self._pairs = list(itertools.combinations_with_replacement(range(number), 2))
         self.num_features = each.num_features * (1 + number + len(self._pairs))
 
-    @property
-    def maps(self) -> nn.ModuleList:
-        """The maps of all members."""
-        return nn.ModuleList([*self.each.maps, *self.of_covariates])
-
     def to_plain(self) -> dict[str, Any]:
         """See :meth:`DeepSetPool.to_plain`."""
         return {
