@@ -35,7 +35,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -81,6 +81,7 @@ __all__ = [
     "MOST_NUMBERS",
     "LogPosterior",
     "Mode",
+    "NormalPrior",
     "find_mode",
     "in_plate_of_draws",
     "nesting_of",
@@ -149,6 +150,20 @@ class Coordinate:
     shape: torch.Size
     batch_dims: int
     proper: bool
+
+
+class NormalPrior(NamedTuple):
+    """The prior of a site's numbers at one point, in the coordinate in which it is normal.
+
+    Attributes:
+        value: The numbers there, ``(numbers,)``.
+        loc: The locations of the prior.
+        scale: Its scales.
+    """
+
+    value: Tensor
+    loc: Tensor
+    scale: Tensor
 
 
 class _AllGiven(Exception):
@@ -284,6 +299,31 @@ class _AtValues(_AtPoint):
         msg["done"] = True
 
 
+class _PriorsAtPoint(_AtPoint):
+    """Finds the priors of some sites at a point, in the coordinates in which they are normal; ends the run after these.
+
+    Args:
+        posterior: The density whose numbers they are.
+        point: The point.
+        wanted: The sites.
+    """
+
+    def __init__(self, posterior: "LogPosterior", point: Tensor, wanted: Collection[str]) -> None:
+        super().__init__(posterior.names, posterior.coordinates, point, stop=True, centred=posterior.centred)
+        self.wanted = wanted
+        self.priors: dict[str, NormalPrior] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        super()._pyro_sample(msg)
+        name, fn = msg["name"], msg["fn"]
+        coordinate = gaussian_coordinate(fn) if name in self.wanted else None
+        if coordinate is not None and coordinate.scale_tril is None:
+            coordinate = coordinate.expand(fn.batch_shape)
+            value = coordinate.transform.inv(self.values[name])
+            parts = (value, coordinate.loc, coordinate.scale)
+            self.priors[name] = NormalPrior(*(in_float64(part).flatten() for part in parts))
+
+
 def nesting_of(traced: TracedModel) -> int:
     """Return how many dimensions a model uses on the left of its events.
 
@@ -411,15 +451,15 @@ class Mode:
             height = float(self.posterior(self.point))
         return height + self.posterior.missing + len(self.point) / 2 * LOG_2PI + self.log_volume
 
-    def _at(self, noise: Tensor) -> Tensor:
-        """Return the points that are standard normal noise away, ``(draws, numbers)``."""
+    def at(self, noise: Tensor) -> Tensor:
+        """Return the points that are standard normal noise away, ``(draws, numbers)``, from the mean."""
         return self.point + noise @ self.factor.T
 
     @torch.no_grad()
     def _log_weights(self, noise: Tensor) -> Tensor:
         """Return the log-weights of draws, up to a constant; by the same noise they are computed once."""
         if not (self._judged and self._judged[0] is noise):
-            log_density = self.posterior(self._at(noise))
+            log_density = self.posterior(self.at(noise))
             self._judged[:] = noise, log_density + 0.5 * noise.square().sum(-1)
         found: Tensor = self._judged[1]
         return found
@@ -455,7 +495,7 @@ class Mode:
             noise = self.visited[torch.randperm(len(self.visited))[:number]]
         else:
             noise = _white(torch.randn(number, len(self.point)).to(self.point))
-        points = self._at(noise)
+        points = self.at(noise)
         found = self.posterior.values(points)
         if self.posterior.class_sums is None:
             return found
@@ -514,7 +554,8 @@ class ArrowMode(Mode):
         """See :class:`Mode`."""
         return self.root.log_volume
 
-    def _at(self, noise: Tensor) -> Tensor:
+    def at(self, noise: Tensor) -> Tensor:
+        """See :class:`Mode`."""
         return self.point + self.root.spread(noise)
 
     def with_chains(self, other: "LogPosterior") -> "Mode":
@@ -850,6 +891,18 @@ class LogPosterior:
         for name, numbers in messenger.numbers.items():
             found[:, self.coordinates[name].part] = in_float64(numbers).reshape(number, -1)
         return found
+
+    @torch.no_grad()
+    def priors_at(self, point: Tensor, names: Collection[str]) -> dict[str, NormalPrior]:
+        """Return the priors of sites at a point, of those whose numbers are normal and independent in them.
+
+        Args:
+            point: The point, ``(numbers,)``.
+            names: The sites.
+        """
+        messenger = _PriorsAtPoint(self, point, names)
+        self._run_under(messenger, self.model, None)
+        return messenger.priors
 
     def _in_a_plate(self, points: Tensor) -> dict[str, Tensor] | None:
         try:

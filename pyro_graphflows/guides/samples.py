@@ -9,6 +9,7 @@ the call are all that is known.
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ from pyro_graphflows.guides.call import PlateState, argument_in_trace, input_row
 from pyro_graphflows.guides.discrete_mode import DiscreteMode
 from pyro_graphflows.guides.mode import Mode
 from pyro_graphflows.guides.plan import BlockPlan, Plan
-from pyro_graphflows.guides.sites import InputEncodings, LatentSite, flatten_event, is_constant
+from pyro_graphflows.guides.second_derivatives import joint_factors
+from pyro_graphflows.guides.sites import InputEncodings, JointFactor, LatentSite, flatten_event, is_constant
 from pyro_graphflows.inspect import (
     IMPROPER,
     Batching,
@@ -96,6 +98,7 @@ class ModelDraws:
         self._batchings: dict[bool, Batching] = {}  # of joint samples, and of the latents alone
         self._mode: Place | UnsupportedModelError | None = None
         self._most_single_runs: int | None = None
+        self._factors: dict[str, JointFactor] | None = None
         self._plates = plates_of(traced.trace)
         nodes: Any = traced.trace.nodes
         size = sum(site["value"].numel() for site in nodes.values() if torch.is_tensor(site.get("value")))
@@ -367,6 +370,22 @@ class ModelDraws:
         """Whether the search for a mode has run short chains."""
         return isinstance(self._found, Mode | DiscreteMode) and self._found.visited is not None
 
+    def joint_factors(self, later: Mapping[str, Collection[str]]) -> dict[str, JointFactor]:
+        """Return the joint factors of sites that second derivatives near the mode give; none before a search for it.
+
+        Args:
+            later: The sites, none with a latent child; for each, those that are drawn after it, likewise.
+        """
+        found, place = self._found, self._mode
+        if not isinstance(found, Mode) or not isinstance(place, Place) or place.rows:
+            return {}
+        if self._factors is None:
+            try:
+                self._factors = joint_factors(found, later)
+            except (RuntimeError, ValueError, ArithmeticError):  # of the model, at values far out
+                self._factors = {}
+        return self._factors
+
     @property
     def is_near_mode(self) -> bool:
         """Whether the posterior is about the normal that the search for a mode has found."""
@@ -416,6 +435,7 @@ class Samples:
         note: Why there are none, or few.
         source: ``"joint"``, ``"prior"``, ``"mode"`` or ``"none"``.
         drawn: The same as the model has them.
+        factors: The joint factors of sites, where they are known from elsewhere.
     """
 
     draws: ModelDraws
@@ -427,6 +447,7 @@ class Samples:
     note: str | None = None
     source: str = "none"
     drawn: Mapping[str, Tensor] = field(default_factory=dict)
+    factors: Mapping[str, JointFactor] = field(default_factory=dict)
 
     @classmethod
     def for_plan(
@@ -478,12 +499,18 @@ class Samples:
         values = self.draws.draw(number, latents_only=True)
         return replace(self, values=values, note=None, source="prior", drawn=self.draws.last)
 
-    def at_mode(self, plan: Plan, by_chains: bool = False) -> "Samples":
+    def at_mode(
+        self,
+        plan: Plan,
+        by_chains: bool = False,
+        factors: Mapping[str, JointFactor] = MappingProxyType({}),
+    ) -> "Samples":
         """Return draws near the mode of the posterior for the data of the call instead, beside these data.
 
         Args:
             plan: The plan.
             by_chains: Whether they are those that short chains have visited (:attr:`ModelDraws.has_chains`).
+            factors: Joint factors that sites are to have, whatever the draws say.
 
         Raises:
             UnsupportedModelError: If no mode was found.
@@ -499,7 +526,7 @@ class Samples:
         if note is not None:
             of_model = "no regression start on samples of the model: "
             note = note.replace(NO_SAMPLES, of_model).replace(AT_PRIOR, of_model)
-        return replace(self, values=values, note=note, source="mode", drawn=self.draws.last)
+        return replace(self, values=values, note=note, source="mode", drawn=self.draws.last, factors=factors)
 
     def with_values(self, more: Mapping[str, Tensor]) -> "Samples":
         """Return the same with the values of summaries."""

@@ -56,6 +56,7 @@ __all__ = [
     "Evidence",
     "FeatureMap",
     "InputEncodings",
+    "JointFactor",
     "LatentSite",
     "SitePrior",
     "at_an_end",
@@ -789,6 +790,39 @@ class SitePrior:
     def tril(self) -> Tensor:
         """Return the Cholesky factor of the covariance, also where that is diagonal."""
         return self.log_scale.exp().diag_embed() if self.scale_tril is None else self.scale_tril
+
+
+@dataclass(frozen=True)
+class JointFactor:
+    """A normal factor of all numbers of a site, in the coordinate in which its prior is normal.
+
+    Attributes:
+        loc: Its location, ``(numbers,)``, in the order of the site's batch.
+        covariance: Its covariance, ``(numbers, numbers)``.
+        prior_precision: That of the prior near the mode, ``(numbers,)``.
+        shape: The batch shape of the site.
+    """
+
+    loc: Tensor
+    covariance: Tensor
+    prior_precision: Tensor
+    shape: torch.Size
+
+    def in_groups(self, dims: Sequence[int]) -> tuple["JointFactor", ...]:
+        """Return one factor for each element of the other plates; numbers of different ones are taken as independent.
+
+        Args:
+            dims: The dimensions of the plates along which numbers are drawn jointly, negative, increasing.
+        """
+        places = torch.arange(len(self.loc)).reshape(self.shape)
+        places = places.movedim(list(dims), list(range(-len(dims), 0))).flatten(-len(dims))
+        size = places.shape[-1:]
+        return tuple(
+            JointFactor(
+                self.loc[own], self.covariance[own.unsqueeze(-1), own], self.prior_precision[own], size
+            )
+            for own in places.reshape(-1, *size)
+        )
 
 
 def site_prior(site: LatentSite, fn: Any, *, checked: bool = True) -> SitePrior:

@@ -119,6 +119,8 @@ BOTH = "mode and regression"
 ALONE = "mode without priors"
 STEADIER = 0.1  # nats that a start may lose whose networks serve all elements: training moves it less
 CHAINS, NORMAL = "with short chains", "without chains"
+SECOND, FIRST = "with second derivatives", "without second derivatives"
+EXACT = 0.02  # nats: a start near the mode whose gap seems less is not tried in other ways
 MOST_AT_ONCE = 1_000_000  # elements of all sites, each as large as the largest, over all draws of a judgement
 NOWHERE = 1000.0  # nats off for each datum: from there nothing can be followed
 NEAR = 2.0  # nats: if the gap of a start near the mode seems less, nothing else is tried
@@ -434,6 +436,8 @@ def start_block_(
                     beside = FusedRows.of_sites(tuple(plan.coupled), of_all)
                     priors = {s: (prior, beside.in_coordinate(s)) for s, prior in beside.priors.items()}
                     conditionals.start_couplings_(samples.plates, context, of_all, shares, priors)
+                    for site in samples.factors.keys() & set(plan.coupled):
+                        conditionals.set_joint_factor_(site, samples.plates, samples.factors[site])
             notes += [] if kept or note is None else [note]
     for site in plan.fitted if not kept else ():
         conditionals.leave_out_maps_(site)
@@ -1291,6 +1295,36 @@ def choose_start(
         built = build(samples, "regression" if source == "none" else usual, curved=curved)
         return replace(built, name=usual)
 
+    def best_way(name: str, built: Candidate, found: Judgement) -> tuple[Candidate, Judgement]:
+        """Return a start near the mode, or the same by other draws, or with other factors, if that is better."""
+        options: dict[str, Any] = {}
+
+        def chains() -> dict[str, Any]:
+            return {"by_chains": True} if samples.draws.has_chains else {}
+
+        def derivatives() -> dict[str, Any]:
+            chosen = _drawn_last(plan) if found.gap > EXACT else {}
+            factors = samples.draws.joint_factors(chosen) if chosen else {}
+            return {"factors": factors} if factors else {}
+
+        for way, without, further in ((CHAINS, NORMAL, chains), (SECOND, FIRST, derivatives)):
+            more = further()
+            if not more:
+                continue
+            other, of_other = built, HOPELESS
+            try:
+                other = build(samples.at_mode(plan, **options, **more), name)
+                of_other = judge_start(other) or HOPELESS
+            except (ValueError, ArithmeticError, RuntimeError) as error:  # of algebra, as above
+                reasons.append(f"no start {way}: {error}")
+            label, loser = way, of_other
+            if of_other.loss < found.loss:
+                built, found, label, loser = other, of_other, without, found
+                options |= more
+            if name == "mode":
+                losses[label] = loser.loss
+        return built, found
+
     continuous = all(site.encoding is None for site in compiled.sites.values())
     is_for_these_data = samples.draws.has_data and (bool(plan.inputs.per_element) or source == "none")
     has_one_datum = _has_one_datum(compiled, samples)
@@ -1350,19 +1384,9 @@ def choose_start(
         if found is None:  # no data, or a sum over sites beside the scale of a plate
             return (built if name == usual and not has_one_datum else build_usual()), None
         losses[name] = found.loss
-        if name in ("mode", ALONE) and samples.draws.has_chains and found.loss < least:
-            of_normal, by_chains, of_chains = found, built, HOPELESS
-            try:
-                by_chains = build(samples.at_mode(plan, by_chains=True), name)
-                of_chains = judge_start(by_chains) or HOPELESS
-            except (ValueError, ArithmeticError, RuntimeError) as error:  # as above
-                reasons.append(f"no start {CHAINS}: {error}")
-            other, loser = CHAINS, of_chains
-            if of_chains.loss < of_normal.loss:
-                built, found, other, loser = by_chains, of_chains, NORMAL, of_normal
+        if name in ("mode", ALONE) and found.loss < least:
+            built, found = best_way(name, built, found)
             losses[name] = found.loss
-            if name == "mode":
-                losses[other] = loser.loss
         candidates[name] = built
         if best is None or found.loss < least + (STEADIER if name == BOTH else 0.0):
             if (has_one_datum or is_amortised) and best is not None and takes_data:
@@ -1404,6 +1428,24 @@ def choose_start(
         if is_better:
             best, losses[usual] = curved, of_curved.loss
     return best, " ".join([_sentence(best, losses), *reasons])
+
+
+def _drawn_last(plan: Plan) -> dict[str, tuple[str, ...]]:
+    """Return fused sites that are drawn jointly with a parameter for each pair, and what is drawn after each.
+
+    They are those that no latent site follows in the model: given all that is drawn before, what data say of them and
+    of what is drawn later is a function of their values alone.
+    """
+    levels = [level for block in plan.blocks for level in block.levels]
+    above = {parent for site in plan.graph.latent for parent in plan.graph.parents(site)}
+    found = {}
+    for block in plan.blocks:
+        for site, coupling in block.coupled.items():
+            at = next(i for i, level in enumerate(levels) if site in level)
+            rest = tuple(other for level in levels[at:] for other in level if other != site)
+            if not coupling.rank and site in block.fused and above.isdisjoint((site, *rest)):
+                found[site] = rest
+    return found
 
 
 def _has_one_datum(compiled: Compiled, samples: Samples) -> bool:

@@ -23,7 +23,7 @@ from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.guides.call import PlateState
 from pyro_graphflows.guides.conditionals.factors import Factor
 from pyro_graphflows.guides.plan import BlockPlan
-from pyro_graphflows.guides.sites import LatentSite, SitePrior
+from pyro_graphflows.guides.sites import JointFactor, LatentSite, SitePrior
 from pyro_graphflows.regression import Moments, Regression
 
 __all__ = [
@@ -494,3 +494,13 @@ class Conditionals(nn.Module, ABC):
         """
         if self.block.coupled:
             raise GraphflowsError(f"{type(self).__name__} cannot draw copies jointly.")
+
+    def set_joint_factor_(self, site: str, plates: Mapping[str, PlateState], factor: JointFactor) -> None:
+        """Let a fused site with a parameter for each pair of numbers have a joint factor, whatever its parents are.
+
+        Args:
+            site: The site, in plates whose elements the call of set-up has in order.
+            plates: The plates at set-up.
+            factor: The factor.
+        """
+        raise GraphflowsError(f"{type(self).__name__} cannot draw copies jointly.")

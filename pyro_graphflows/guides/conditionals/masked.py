@@ -64,7 +64,7 @@ from pyro_graphflows.guides.conditionals.factors import (
     scalar_normals,
 )
 from pyro_graphflows.guides.conditionals.low_rank import LowRankNormalFactor
-from pyro_graphflows.guides.sites import LatentSite, SitePrior, concatenate
+from pyro_graphflows.guides.sites import JointFactor, LatentSite, SitePrior, concatenate
 from pyro_graphflows.nn.activations import make_activation
 from pyro_graphflows.nn.mlp import LevelEvaluation, MaskedMLP
 from pyro_graphflows.regression import Moments, in_float64, regression_with_scales, varies
@@ -908,11 +908,39 @@ class MaskedConditionals(Conditionals):
             of_map: Any = self.maps[self._map_of[site][0]]
             of_loc = of_map.rows.table.unflatten(-1, (of_map.num_outputs, -1))[..., 0, :]
             of_loc[..., known] += terms.of_groups(joint.slopes.to(own) / scale, *layout)
-        precision = torch.cholesky_inverse(joint.root / scale)
         of_prior = (draws.widths.median(-2).values / scale).pow(-2)
+        self._narrow_beside_prior_(site, terms, joint.root / scale, of_prior)
+
+    @torch.no_grad()
+    def set_joint_factor_(self, site: str, plates: Mapping[str, PlateState], factor: JointFactor) -> None:
+        """See :meth:`Conditionals.set_joint_factor_`."""
+        terms = self.couplings[self._coupling_of[site]]
+        assert isinstance(terms, CouplingTerms)
+        shift, scale = (part.to(factor.loc) for part in self.fused_units(site))
+        dims = [plates[name].dim for name in terms.names]
+        each = factor.in_groups(dims)
+        roots = torch.stack([torch.linalg.cholesky(own.covariance) for own in each]) / scale
+        widths = roots.diagonal(dim1=-2, dim2=-1)
+        scales = terms.of_groups(widths, dims, factor.shape).reshape(-1, 1, 1)
+        locs = ((factor.loc - shift) / scale).unsqueeze(-1)
+        if not self.set_fused_(site, LinearConditional({}, locs, scales)):
+            raise GraphflowsError(f"{site!r} has no parameters for each of its elements.")
+        terms.set_mixing_(roots / widths.unsqueeze(-1))
+        of_prior = torch.stack([own.prior_precision for own in each]) * scale.square()
+        self._narrow_beside_prior_(site, terms, roots, of_prior)
+
+    def _narrow_beside_prior_(self, site: str, terms: CouplingTerms, root: Tensor, of_prior: Tensor) -> None:
+        """Let numbers beside priors move little in a step of training, see :meth:`_narrow_units_`.
+
+        Args:
+            site: The site.
+            terms: Its joint normal.
+            root: The root of the factor's covariance, in standardised units, ``(groups, n, n)``.
+            of_prior: The precisions of their priors, ``(groups, n)``.
+        """
+        precision = torch.cholesky_inverse(root)
         covariance = torch.linalg.inv(precision + of_prior.diag_embed())
-        counting = precision @ covariance @ precision
-        self._narrow_units_(site, terms, joint.root / scale, counting, covariance)
+        self._narrow_units_(site, terms, root, precision @ covariance @ precision, covariance)
 
     def _narrow_units_(
         self, site: str, terms: CouplingTerms, root: Tensor, precision: Tensor, covariance: Tensor
