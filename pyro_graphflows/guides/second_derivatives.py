@@ -13,6 +13,7 @@ References:
     [1] Rue, Martino and Chopin (2009), Approximate Bayesian Inference for Latent Gaussian Models, JRSS B 71.
 """
 
+import time
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
@@ -27,6 +28,7 @@ __all__ = ["MOST_NUMBERS", "joint_factors"]
 MOST_NUMBERS = 1000  # of the sites with Hessians
 MOST_POINTS, FEWEST_POINTS = 16, 4
 NUMBERS_OF_ALL = 3000  # in Hessians of all points
+SECONDS = 4.0  # of processor time: with the points until then, if they are enough
 FEW_STEPS = 8  # of Newton's method; where data are normal about a linear predictor one is enough
 LEAST_SHARE = 1e-6  # of a direction's precision in that of its numbers
 WIDEST = 1e10  # precisions of a prior, over the least that a factor has
@@ -55,7 +57,11 @@ def joint_factors(mode: Mode, later: Mapping[str, Collection[str]]) -> dict[str,
     among = torch.full((posterior.size,), -1)
     among[chosen] = torch.arange(len(chosen))
     evaluate = _Restricted(posterior, chosen)
+    began, number = time.process_time(), 0
     for point in mode.at(noise):
+        if time.process_time() - began > SECONDS:
+            break
+        number += 1
         evaluated = evaluate.above(point)
         if evaluated is None:
             continue
@@ -70,6 +76,8 @@ def joint_factors(mode: Mode, later: Mapping[str, Collection[str]]) -> dict[str,
                 continue
             if coordinates[name].proper or torch.allclose(priors[name].value, point[places[name]]):
                 found[name].append((*normal, priors[name]))
+    if number < FEWEST_POINTS:
+        return {}
     factors = {}
     for name, normals in found.items():
         factor = _mean_factor(normals, posterior, name) if 2 * len(normals) >= number else None
@@ -98,7 +106,7 @@ class _Restricted:
         """Return the point with the likeliest such numbers, or nearly; gradient and Hessian; None if not finite."""
         self.point = point
         with torch.enable_grad():
-            part = newton(self.hessians, point[self.chosen], FEW_STEPS)
+            part = newton(self.hessians, point[self.chosen], FEW_STEPS, SECONDS)
             _, gradient, hessian = self.hessians.at(part)
         if hessian is None or not bool(torch.isfinite(gradient).all()):
             return None

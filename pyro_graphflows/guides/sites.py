@@ -814,8 +814,10 @@ class JointFactor:
         Args:
             dims: The dimensions of the plates along which numbers are drawn jointly, negative, increasing.
         """
-        places = torch.arange(len(self.loc)).reshape(self.shape)
-        places = places.movedim(list(dims), list(range(-len(dims), 0))).flatten(-len(dims))
+        places = torch.arange(len(self.loc)).reshape(*self.shape, 1)
+        if dims:
+            moved = places.squeeze(-1).movedim(list(dims), list(range(-len(dims), 0)))
+            places = moved.flatten(-len(dims))
         size = places.shape[-1:]
         return tuple(
             JointFactor(

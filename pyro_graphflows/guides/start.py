@@ -120,7 +120,7 @@ ALONE = "mode without priors"
 STEADIER = 0.1  # nats that a start may lose whose networks serve all elements: training moves it less
 CHAINS, NORMAL = "with short chains", "without chains"
 SECOND, FIRST = "with second derivatives", "without second derivatives"
-EXACT = 0.02  # nats: a start near the mode whose gap seems less is not tried in other ways
+EXACT = 0.2  # nats: a start near the mode whose gap seems less is not tried in other ways
 MOST_AT_ONCE = 1_000_000  # elements of all sites, each as large as the largest, over all draws of a judgement
 NOWHERE = 1000.0  # nats off for each datum: from there nothing can be followed
 NEAR = 2.0  # nats: if the gap of a start near the mode seems less, nothing else is tried
@@ -436,8 +436,9 @@ def start_block_(
                     beside = FusedRows.of_sites(tuple(plan.coupled), of_all)
                     priors = {s: (prior, beside.in_coordinate(s)) for s, prior in beside.priors.items()}
                     conditionals.start_couplings_(samples.plates, context, of_all, shares, priors)
-                    for site in samples.factors.keys() & set(plan.coupled):
-                        conditionals.set_joint_factor_(site, samples.plates, samples.factors[site])
+            for site in plan.sites if kept else ():
+                if site in samples.factors:
+                    conditionals.set_joint_factor_(site, samples.plates, samples.factors[site])
             notes += [] if kept or note is None else [note]
     for site in plan.fitted if not kept else ():
         conditionals.leave_out_maps_(site)
@@ -1303,7 +1304,7 @@ def choose_start(
             return {"by_chains": True} if samples.draws.has_chains else {}
 
         def derivatives() -> dict[str, Any]:
-            chosen = _drawn_last(plan) if found.gap > EXACT else {}
+            chosen = _drawn_last(compiled) if found.gap > EXACT else {}
             factors = samples.draws.joint_factors(chosen) if chosen else {}
             return {"factors": factors} if factors else {}
 
@@ -1430,20 +1431,23 @@ def choose_start(
     return best, " ".join([_sentence(best, losses), *reasons])
 
 
-def _drawn_last(plan: Plan) -> dict[str, tuple[str, ...]]:
-    """Return fused sites that are drawn jointly with a parameter for each pair, and what is drawn after each.
+def _drawn_last(compiled: Compiled) -> dict[str, tuple[str, ...]]:
+    """Return fused sites with parameters for each element, or for each pair, and what is drawn after each.
 
     They are those that no latent site follows in the model: given all that is drawn before, what data say of them and
     of what is drawn later is a function of their values alone.
     """
+    plan = compiled.plan
     levels = [level for block in plan.blocks for level in block.levels]
     above = {parent for site in plan.graph.latent for parent in plan.graph.parents(site)}
     found = {}
     for block in plan.blocks:
-        for site, coupling in block.coupled.items():
+        for site in block.fused:
+            pairs = not block.coupled[site].rank if site in block.coupled else site in block.per_element
             at = next(i for i, level in enumerate(levels) if site in level)
             rest = tuple(other for level in levels[at:] for other in level if other != site)
-            if not coupling.rank and site in block.fused and above.isdisjoint((site, *rest)):
+            in_order = all(compiled.plates[name].indices is None for name in block.plates)
+            if pairs and block.plates and in_order and above.isdisjoint((site, *rest)):
                 found[site] = rest
     return found
 

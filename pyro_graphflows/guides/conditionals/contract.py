@@ -496,11 +496,11 @@ class Conditionals(nn.Module, ABC):
             raise GraphflowsError(f"{type(self).__name__} cannot draw copies jointly.")
 
     def set_joint_factor_(self, site: str, plates: Mapping[str, PlateState], factor: JointFactor) -> None:
-        """Let a fused site with a parameter for each pair of numbers have a joint factor, whatever its parents are.
+        """Let a fused site have a factor that does not follow its parents.
 
         Args:
-            site: The site, in plates whose elements the call of set-up has in order.
+            site: The site, with parameters for each of its elements, or for each pair.
             plates: The plates at set-up.
             factor: The factor.
         """
-        raise GraphflowsError(f"{type(self).__name__} cannot draw copies jointly.")
+        raise GraphflowsError(f"{type(self).__name__} has no factors of elements.")

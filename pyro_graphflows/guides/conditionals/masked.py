@@ -914,20 +914,20 @@ class MaskedConditionals(Conditionals):
     @torch.no_grad()
     def set_joint_factor_(self, site: str, plates: Mapping[str, PlateState], factor: JointFactor) -> None:
         """See :meth:`Conditionals.set_joint_factor_`."""
-        terms = self.couplings[self._coupling_of[site]]
-        assert isinstance(terms, CouplingTerms)
         shift, scale = (part.to(factor.loc) for part in self.fused_units(site))
-        dims = [plates[name].dim for name in terms.names]
+        terms: Any = self.couplings[self._coupling_of[site]] if site in self._coupling_of else None
+        dims = [] if terms is None else [plates[name].dim for name in terms.names]
         each = factor.in_groups(dims)
         roots = torch.stack([torch.linalg.cholesky(own.covariance) for own in each]) / scale
         widths = roots.diagonal(dim1=-2, dim2=-1)
-        scales = terms.of_groups(widths, dims, factor.shape).reshape(-1, 1, 1)
-        locs = ((factor.loc - shift) / scale).unsqueeze(-1)
-        if not self.set_fused_(site, LinearConditional({}, locs, scales)):
+        scales = widths if terms is None else terms.of_groups(widths, dims, factor.shape)
+        locs = (factor.loc - shift) / scale
+        if not self.set_fused_(site, LinearConditional({}, locs.unsqueeze(-1), scales.reshape(-1, 1, 1))):
             raise GraphflowsError(f"{site!r} has no parameters for each of its elements.")
-        terms.set_mixing_(roots / widths.unsqueeze(-1))
-        of_prior = torch.stack([own.prior_precision for own in each]) * scale.square()
-        self._narrow_beside_prior_(site, terms, roots, of_prior)
+        if terms is not None:
+            terms.set_mixing_(roots / widths.unsqueeze(-1))
+            of_prior = torch.stack([own.prior_precision for own in each]) * scale.square()
+            self._narrow_beside_prior_(site, terms, roots, of_prior)
 
     def _narrow_beside_prior_(self, site: str, terms: CouplingTerms, root: Tensor, of_prior: Tensor) -> None:
         """Let numbers beside priors move little in a step of training, see :meth:`_narrow_units_`.
