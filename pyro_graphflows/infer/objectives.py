@@ -33,6 +33,7 @@ class SiteWatch(Messenger):
     Attributes:
         guilty: A description of the first site with a value or log-density that is not finite, or ``None``.
         sites: For each site of the model: whether it is observed, and the plates around it.
+        parameters: The names of what the model announces by ``param`` statements.
     """
 
     def __init__(self, *, check: bool) -> None:
@@ -40,6 +41,7 @@ class SiteWatch(Messenger):
         self.check = check
         self.guilty: str | None = None
         self.sites: dict[str, tuple[bool, list[Any]]] = {}
+        self.parameters: set[str] = set()
         self._program = "model"
 
     def watched(self, program: Program, name: str) -> Program:
@@ -64,6 +66,10 @@ class SiteWatch(Messenger):
             self.sites[msg["name"]] = (msg["is_observed"], frames)
         if self.check and self.guilty is None:
             self.guilty = self._describe(msg)
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        if self._program == "model":
+            self.parameters.add(msg["name"])
 
     def _describe(self, msg: Any) -> str | None:
         where = f"of site {msg['name']!r} in the {self._program}"
