@@ -37,6 +37,7 @@ class SiteWatch(Messenger):
         latent: The sites of the model that a guide samples: neither observed, nor summed over, nor constant.
         names: All sample statements of the model.
         sampled: The guide's sites, without those marked ``infer={"is_auxiliary": True}``.
+        parameters: The names of what the model announces by ``param`` statements.
     """
 
     def __init__(self, *, check: bool) -> None:
@@ -47,6 +48,7 @@ class SiteWatch(Messenger):
         self.latent: set[str] = set()
         self.names: set[str] = set()
         self.sampled: set[str] = set()
+        self.parameters: set[str] = set()
         self._program = "model"
 
     def watched(self, program: Program, name: str) -> Program:
@@ -77,6 +79,10 @@ class SiteWatch(Messenger):
             self.sampled.add(msg["name"])
         if self.check and self.guilty is None:
             self.guilty = self._describe(msg)
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        if self._program == "model":
+            self.parameters.add(msg["name"])
 
     def _describe(self, msg: Any) -> str | None:
         where = f"of site {msg['name']!r} in the {self._program}"

@@ -43,6 +43,9 @@ class Trainer:
         seed: The seed of the order of the data.
         compile: Whether gradients come from compiled code, or ``"auto"``.
 
+    Attributes:
+        learns_model: Whether parameters of the model are trained: then a guide that is the posterior is not the end.
+
     Raises:
         GraphflowsError: If there is nothing to train.
         NotFiniteError: If the loss of the first batch is not finite.
@@ -64,6 +67,7 @@ class Trainer:
         self.held_out = data.held_out()
         self.max_grad_norm = max_grad_norm
         self._judged: list[Batch] | None = None
+        self.learns_model = False
 
         self.parameters = ParameterSet(model=objective.model, guide=objective.guide)
         self.compiler = Compiler(objective, self.parameters, compile) if compile else None
@@ -245,6 +249,11 @@ class Trainer:
                 self.objective.add_gradients(1.0, batch.args, kwargs, dict)
         set_random_state(state)
         self.parameters.adopt(capture.trace)
+        self.learns_model = any(
+            parameter.grad is not None
+            and (name.startswith("model.") or self.parameters.store_name(name) in watch.parameters)
+            for name, parameter in self.parameters.trainable.items()
+        )
         return watch
 
     def _evaluate(self, batch: Batch, when: str) -> float:
