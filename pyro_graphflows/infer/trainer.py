@@ -304,13 +304,12 @@ class Trainer:
 def _require_same_latents(watch: SiteWatch) -> None:
     """Refuse a model that has other latent sites than a guide that knows its own model's."""
     left_out, more = sorted(watch.latent - watch.sampled), sorted(watch.sampled - watch.names)
-    if left_out or more:
-        said = [f"it does not sample {left_out}"] * bool(left_out) + [
-            f"it samples {more}, which the model lacks"
-        ] * bool(more)
+    said = [f"it does not sample {left_out}"] if left_out else []
+    said += [f"it samples {more}, which the model lacks"] if more else []
+    if said:
         raise UnsupportedModelError(
-            f"Expected the guide to sample the latent sites of the model; {', and '.join(said)}. Give data of all sites "
-            "that are observed, fit(model, guide, (x, y)) for a model(x, y), or set a guide up for this model."
+            f"Expected the guide to sample the latent sites of the model; {', and '.join(said)}. Give data of all "
+            "sites that are observed, fit(model, guide, (x, y)) for a model(x, y), or set a guide up for this model."
         )
 
 
