@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from pyro_graphflows.errors import GraphflowsError
+from pyro_graphflows.errors import GraphflowsError, with_hints
 from pyro_graphflows.infer.automatic import Automatic, limits_of
 from pyro_graphflows.infer.batches import TrainingData
 from pyro_graphflows.infer.checkpoints import Checkpoint, seeded
@@ -38,6 +38,10 @@ _STEPS_JUDGED = 100  # whose mean loss says whether it has fallen
 _RATE = 1e-3
 
 
+@with_hints(
+    "Rates are set by optimizer=1e-3, lengths by schedule=Schedule(num_steps=) or (num_epochs=), batches by "
+    "data=TrainingData(..., batch_size=), which also has keyword arguments of the model, kwargs={name: value}."
+)
 def fit(
     model: Program,
     guide: Program,

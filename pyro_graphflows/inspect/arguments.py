@@ -44,6 +44,7 @@ __all__ = [
     "held_by_function",
     "is_outside",
     "outside_tensors",
+    "require_arguments",
     "require_rereadable",
     "same_tensor",
     "with_tensors",
@@ -564,12 +565,7 @@ def argument_leaves(
         >>> list(argument_leaves(model, ([torch.zeros(2), 3.0],), {"w": torch.ones(1)}))
         [('x', 0), ('w',)]
     """
-    try:
-        arguments = _bind(model, args, kwargs or {})
-    except TypeError as error:
-        raise UnsupportedModelError(
-            f"Expected arguments that fit the model's signature {signature_of(model)}: {error}."
-        ) from error
+    arguments = require_arguments(model, args, kwargs or {})
     leaves: dict[ArgumentPath, torch.Tensor] = {}
     seen = set()
     for name, argument in arguments.items():
@@ -583,6 +579,29 @@ def argument_leaves(
                 seen.add(id(value))
                 leaves[path] = value
     return leaves
+
+
+def require_arguments(
+    model: Callable, args: tuple, kwargs: Mapping[str, Any], beside: str | None = None
+) -> dict[str, Any]:
+    """Return the arguments of a call by name; refuse those that do not fit the model.
+
+    Args:
+        model: The model, for its signature.
+        args: The positional arguments of the call.
+        kwargs: The keyword arguments of the call.
+        beside: What else the caller takes, to be said in the message.
+
+    Raises:
+        UnsupportedModelError: If the model cannot be called with these arguments.
+    """
+    try:
+        return _bind(model, args, kwargs)
+    except TypeError as error:
+        more = "" if beside is None else f" Beside the model's arguments {beside}."
+        raise UnsupportedModelError(
+            f"Expected arguments that fit the model's signature {signature_of(model)}: {error}.{more}"
+        ) from error
 
 
 def not_followed(model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dict[ArgumentPath, str]:
