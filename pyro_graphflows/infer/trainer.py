@@ -10,7 +10,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
+from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
 from pyro_graphflows.infer.batches import Batch, Batches, TrainingData
 from pyro_graphflows.infer.checkpoints import random_state, seeded, set_random_state
 from pyro_graphflows.infer.compiled import Compiler, Mode
@@ -77,6 +77,8 @@ class Trainer:
             raise GraphflowsError(
                 "Expected the model or the guide to have parameters; there is nothing to train."
             )
+        if not objective.compiles and hasattr(objective.guide, "fitting_to"):
+            _require_same_latents(watch)
         if not objective.compiles and data.full_size is None and batch.size < (self.batches.num_data or 0):
             self._take_all_or_warn(_global_sites(watch, batch.size), batch.size)
         self.optimizer = make_optimizer(optimizer, self.parameters)
@@ -297,6 +299,18 @@ class Trainer:
         if guilty and bad:
             guilty = f"{guilty.removesuffix(')')}; {bad} of the data)"
         return guilty
+
+
+def _require_same_latents(watch: SiteWatch) -> None:
+    """Refuse a model that has other latent sites than a guide that knows its own model's."""
+    left_out, more = sorted(watch.latent - watch.sampled), sorted(watch.sampled - watch.names)
+    said = [f"it does not sample {left_out}"] if left_out else []
+    said += [f"it samples {more}, which the model lacks"] if more else []
+    if said:
+        raise UnsupportedModelError(
+            f"Expected the guide to sample the latent sites of the model; {', and '.join(said)}. Give data of all "
+            "sites that are observed, fit(model, guide, (x, y)) for a model(x, y), or set a guide up for this model."
+        )
 
 
 def _global_sites(watch: SiteWatch, size: int) -> list[str]:

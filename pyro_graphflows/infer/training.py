@@ -157,7 +157,9 @@ def fit(
     if compile not in (True, False, "auto"):
         raise GraphflowsError(f"Expected compile to be True, False or 'auto'; got {compile!r}.")
     args, kwargs = data.arguments()
-    compiles = simulations is not None or loss is InferenceCompilation or isinstance(loss, InferenceCompilation)
+    compiles = (
+        simulations is not None or loss is InferenceCompilation or isinstance(loss, InferenceCompilation)
+    )
     # for guides that remember what they were trained on; simulations are other data, of which they warn
     fitting_to = None if compiles else getattr(guide, "fitting_to", None)
     with (
