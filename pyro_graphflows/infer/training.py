@@ -25,6 +25,7 @@ from pyro_graphflows.infer.compiled import Mode
 from pyro_graphflows.infer.epochs import Run
 from pyro_graphflows.infer.fixed_simulations import Simulations
 from pyro_graphflows.infer.history import History, Progress
+from pyro_graphflows.infer.inference_compilation import InferenceCompilation
 from pyro_graphflows.infer.objectives import Objective
 from pyro_graphflows.infer.particles import Program
 from pyro_graphflows.infer.schedule import Plateau, Schedule
@@ -160,7 +161,11 @@ def fit(
     if compile not in (True, False, "auto"):
         raise GraphflowsError(f"Expected compile to be True, False or 'auto'; got {compile!r}.")
     args, kwargs = data.arguments()
-    fitting_to = getattr(guide, "fitting_to", None)  # for guides that remember what they were trained on
+    compiles = (
+        simulations is not None or loss is InferenceCompilation or isinstance(loss, InferenceCompilation)
+    )
+    # for guides that remember what they were trained on; simulations are other data, of which they warn
+    fitting_to = None if compiles else getattr(guide, "fitting_to", None)
     with (
         seeded(seed),
         warnings.catch_warnings(),
