@@ -25,7 +25,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
-from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, with_hints
+from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
 from pyro_graphflows.graphs.structures import InverseGraph, ModelGraph
 from pyro_graphflows.guides.answers import expanded_in_plates, quantiles_of, sum_of_terms
 from pyro_graphflows.guides.block import GuideBlock, ShownParameters
@@ -61,7 +61,7 @@ from pyro_graphflows.guides.sites import LatentSite, SitePrior, is_constant, req
 from pyro_graphflows.guides.start import Trial, start_guide
 from pyro_graphflows.guides.transport import Transport
 from pyro_graphflows.infer.posterior import Posterior, sample_posterior
-from pyro_graphflows.inspect import kept_random_state
+from pyro_graphflows.inspect import kept_random_state, with_hints
 from pyro_graphflows.inspect.arguments import argument_leaves, replaced_arguments
 
 __all__ = ["AutoFaithfulGuide", "auto_faithful_guide"]

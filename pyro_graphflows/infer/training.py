@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from pyro_graphflows.errors import GraphflowsError, with_hints
+from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.infer.automatic import Automatic, limits_of
 from pyro_graphflows.infer.batches import TrainingData
 from pyro_graphflows.infer.checkpoints import Checkpoint, seeded
@@ -30,7 +30,7 @@ from pyro_graphflows.infer.objectives import Objective
 from pyro_graphflows.infer.particles import Program
 from pyro_graphflows.infer.schedule import Plateau, Schedule
 from pyro_graphflows.infer.trainer import Trainer
-from pyro_graphflows.inspect import require_pair
+from pyro_graphflows.inspect import require_pair, with_hints
 
 __all__ = ["fit"]
 

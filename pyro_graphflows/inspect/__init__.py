@@ -6,6 +6,7 @@ from pyro_graphflows.inspect.arguments import (
     get_arguments,
     require_arguments,
     same_tensor,
+    with_hints,
 )
 from pyro_graphflows.inspect.elements import nested_by_index, with_nested_plates
 from pyro_graphflows.inspect.model_graph import get_model_graph, non_exchangeable_plates, trace_model
@@ -52,5 +53,6 @@ __all__ = [
     "take_rows",
     "trace_model",
     "undressed",
+    "with_hints",
     "with_nested_plates",
 ]
