@@ -5,7 +5,15 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_graphflows import GraphflowsError, Schedule, auto_faithful_guide, fit, sample_posterior
+from pyro_graphflows import (
+    GraphflowsError,
+    Schedule,
+    TrainingData,
+    auto_faithful_guide,
+    compare,
+    fit,
+    sample_posterior,
+)
 
 
 def line(x, y=None):
@@ -97,3 +105,19 @@ def test_posteriors_of_other_arguments(data, guide):
         guide.posterior()
     with pytest.raises(GraphflowsError, match=r"the guide to be a function .* got a tensor of shape \(12,\)"):
         sample_posterior(line, *data)
+
+
+def test_validation_data_of_fewer_sites(data):
+    """What is left out would be latent: the loss was that of another model."""
+    x, y = data
+    with pytest.raises(GraphflowsError, match="the arguments that the data have, 2; got 1"):
+        TrainingData((x, y), validation=x)
+    with pytest.raises(GraphflowsError, match=r"the data have, \['x', 'y'\]; got \['x'\]"):
+        TrainingData({"x": x, "y": y}, validation={"x": x})
+    TrainingData((x, y), validation={"x": x, "y": y})
+
+
+def test_models_without_names(data, guide):
+    posterior = guide.posterior(*data, num_draws=10, progress=False)
+    with pytest.raises(GraphflowsError, match=r"models=\{name: posterior\}.*got list"):
+        compare([posterior, posterior])

@@ -66,6 +66,12 @@ class TrainingData:
         object.__setattr__(self, "data", _as_data(self.data, "data"))
         if not isinstance(self.validation, int):
             object.__setattr__(self, "validation", _as_data(self.validation, "validation"))
+            there, held_out = _arguments_of(self.data), _arguments_of(self.validation)
+            if type(there) is type(held_out) and there != held_out:
+                raise GraphflowsError(
+                    f"Expected validation data of the arguments that the data have, {there}; got {held_out}. What is "
+                    "left out would be drawn from the model. Give data of another kind as batches, in a DataLoader."
+                )
         if self.batch_size is not None and not any(map(_is_batched_here, (self.data, self.validation))):
             raise GraphflowsError(
                 f"Expected no batch_size with {_described(self.data)}, whose batches are its own; got "
@@ -326,6 +332,13 @@ def _checked(data: Any, what: str) -> Any:
 
 def _is_tensors(data: Any) -> bool:
     return isinstance(data, Tensor | tuple | dict)
+
+
+def _arguments_of(data: Any) -> int | list[str] | None:
+    """Return how many positional arguments data are, or the names of keyword arguments; None where it is not known."""
+    if isinstance(data, dict):
+        return sorted(data)
+    return 1 if isinstance(data, Tensor) else len(data) if isinstance(data, tuple) else None
 
 
 def _is_batched_here(data: Any) -> bool:
