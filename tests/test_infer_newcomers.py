@@ -1,11 +1,11 @@
-"""Training calls that a newcomer gets wrong: the message says what came, which site it is, and what to do."""
+"""Calls of training and of posteriors that a newcomer gets wrong: what came, which site it is, and what to do."""
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_graphflows import GraphflowsError, Schedule, auto_faithful_guide, fit
+from pyro_graphflows import GraphflowsError, Schedule, auto_faithful_guide, fit, sample_posterior
 
 
 def line(x, y=None):
@@ -62,3 +62,38 @@ def test_sites_that_the_model_sums_over_are_not_missing(data):
     guide = auto_faithful_guide(mixture, data[1], num_start_samples=200)
     loss = pyro.infer.TraceEnum_ELBO(max_plate_nesting=1)
     assert len(fit(mixture, guide, data[1], loss=loss, schedule=1, progress=False)) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"num_steps": 10}, r"argument 'num_steps'\. Rates .* schedule=Schedule\(num_steps=\)"),
+        ({"optimiser": 1e-2}, "argument 'optimiser'; did you mean 'optimizer'"),
+        ({"loss": "elbo"}, "loss to be 'auto', an ELBO object or"),
+        ({"optimizer": pyro.optim.Adam}, r'pyro\.optim\.Adam\({"lr": 1e-3}\); got one without'),
+    ],
+)
+def test_options_of_fit_that_are_none(data, guide, options, expected):
+    with pytest.raises((GraphflowsError, TypeError), match=expected):
+        fit(line, guide, data, progress=False, **{"schedule": 1, **options})
+
+
+def test_data_that_are_no_tensors(data, guide):
+    class Column:
+        """As those of data frames: numbers, one after the other."""
+
+        def __iter__(self):
+            return iter([1.0, 2.0])
+
+    with pytest.raises(GraphflowsError, match=r"counts the data; got float\. Give tensors or arrays"):
+        fit(line, guide, Column(), schedule=1, progress=False)
+
+
+def test_posteriors_of_other_arguments(data, guide):
+    expected = "unexpected keyword argument 'num_samples'. Beside .* num_draws, seed and progress"
+    with pytest.raises(GraphflowsError, match=expected):
+        guide.posterior(*data, num_samples=10)
+    with pytest.raises(GraphflowsError, match="missing a required argument: 'x'"):
+        guide.posterior()
+    with pytest.raises(GraphflowsError, match=r"the guide to be a function .* got a tensor of shape \(12,\)"):
+        sample_posterior(line, *data)

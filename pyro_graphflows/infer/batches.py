@@ -241,7 +241,9 @@ class Batches:
         tensors = [value for value in values if isinstance(value, Tensor) and value.dim()]
         if not tensors:
             raise GraphflowsError(
-                "Expected each batch to hold a tensor whose first dimension counts the data."
+                "Expected each batch to hold a tensor whose first dimension counts the data; got "
+                f"{', '.join(type(value).__name__ for value in values) or 'nothing'}. Give tensors or arrays: "
+                "torch.as_tensor(...)."
             )
         size = len(tensors[0])
         if keys is not None:

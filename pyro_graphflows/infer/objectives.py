@@ -125,7 +125,8 @@ class Objective:
             )
         if not callable(getattr(loss, "loss_and_grads", None)) or isinstance(loss, type):
             raise GraphflowsError(
-                f"Expected loss to be an ELBO object or an InferenceCompilation; got {loss!r}. Classes must be called."
+                f"Expected loss to be 'auto', an ELBO object or an InferenceCompilation; got {loss!r}. Classes must be "
+                "called."
             )
         self.model = model
         self.guide = guide

@@ -30,7 +30,7 @@ from pyro_graphflows.infer.objectives import Objective
 from pyro_graphflows.infer.particles import Program
 from pyro_graphflows.infer.schedule import Plateau, Schedule
 from pyro_graphflows.infer.trainer import Trainer
-from pyro_graphflows.inspect import require_pair
+from pyro_graphflows.inspect import require_pair, with_hints
 
 __all__ = ["fit"]
 
@@ -39,6 +39,10 @@ _STEPS_JUDGED = 100  # whose mean loss says whether it has fallen
 _RATE = 1e-3
 
 
+@with_hints(
+    "Rates are set by optimizer=1e-3, lengths by schedule=Schedule(num_steps=) or (num_epochs=), batches by "
+    "data=TrainingData(..., batch_size=), which also has keyword arguments of the model, kwargs={name: value}."
+)
 def fit(
     model: Program,
     guide: Program,
