@@ -37,7 +37,7 @@ class SiteWatch(Messenger):
         latent: The sites of the model that a guide samples: neither observed, nor summed over, nor constant.
         names: All sample statements of the model.
         sampled: The guide's sites, without those marked ``infer={"is_auxiliary": True}``.
-        parameters: The names of what the model announces by ``param`` statements.
+        parameters: The names of what the model announces by ``param`` statements, those of modules with dots.
     """
 
     def __init__(self, *, check: bool) -> None:
@@ -82,7 +82,7 @@ class SiteWatch(Messenger):
 
     def _pyro_post_param(self, msg: Any) -> None:
         if self._program == "model":
-            self.parameters.add(msg["name"])
+            self.parameters.add(msg["name"].replace("$$$", "."))
 
     def _describe(self, msg: Any) -> str | None:
         where = f"of site {msg['name']!r} in the {self._program}"
