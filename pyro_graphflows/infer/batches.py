@@ -39,12 +39,13 @@ class TrainingData:
         kwargs: Keyword arguments of the model and the guide in every call, the same for all batches.
 
     Raises:
-        GraphflowsError: If the data are of another kind, their lengths differ or are zero, a number is not positive,
-            or an argument would have no effect. The message says what to give instead.
+        GraphflowsError: If the data are of another kind, their lengths differ or are zero, validation data are other
+            arguments, a number is not positive, or an argument would have no effect. The message says what to give instead.
 
     Example:
-        >>> TrainingData((torch.zeros(230), torch.zeros(230, 2)), batch_size=50, validation=torch.zeros(20))
-        TrainingData(2 tensors with 230 data, batch_size=50, validation=1 tensor with 20 data)
+        >>> held_out = (torch.zeros(20), torch.zeros(20, 2))
+        >>> TrainingData((torch.zeros(230), torch.zeros(230, 2)), batch_size=50, validation=held_out)
+        TrainingData(2 tensors with 230 data, batch_size=50, validation=2 tensors with 20 data)
     """
 
     data: Any = None
