@@ -40,7 +40,8 @@ class TrainingData:
 
     Raises:
         GraphflowsError: If the data are of another kind, their lengths differ or are zero, validation data are other
-            arguments, a number is not positive, or an argument would have no effect. The message says what to give instead.
+            arguments, a number is not positive, or an argument would have no effect. The message says what to give
+            instead.
 
     Example:
         >>> held_out = (torch.zeros(20), torch.zeros(20, 2))
