@@ -106,6 +106,10 @@ def main(args):
         "All in nats per datum. gap: the least KL(p(z|x) || q(z|x)) of any guide with this factorisation (exact)."
     )
     print(
+        "KL is that of the posterior from the guide, as the gap; training lowers the other, exact − ELBO, "
+        "so that a guide whose gap is large may move away."
+    )
+    print(
         f"IWAE-500 − exact: on {args.num_evidence} test data, and the effective sample size of its 500 particles.\n"
     )
     header = ("guide", "gap", "KL at start", "KL trained", "ELBO", "ELBO − exact", "IWAE-500 − exact", "ESS")

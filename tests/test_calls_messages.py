@@ -1,5 +1,7 @@
 """What a guide, a graph and a flow say to calls that cannot be right: the site, what was expected, what to do."""
 
+import warnings
+
 import networkx as nx
 import pyro
 import pyro.distributions as dist
@@ -11,6 +13,7 @@ from pyro.infer import SVI, Trace_ELBO
 
 from pyro_graphflows import (
     GraphflowsError,
+    GraphflowsWarning,
     ModelGraph,
     conditional_faithful_residual,
     conditional_graphical_residual,
@@ -19,6 +22,7 @@ from pyro_graphflows import (
     faithful_residual,
     graphical_residual,
     graphical_spline,
+    load_guide,
     log_evidence,
 )
 from pyro_graphflows.guides import Flow, auto_faithful_guide
@@ -424,3 +428,53 @@ def test_classes_that_there_are_not():
     for wrong in (2, -1):
         with pytest.raises(GraphflowsError, match="Expected values of y in the support"):
             guide(torch.tensor([0, 1, wrong]))
+
+
+# ---------------------------------------------------------------- what newcomers write
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ({"y": torch.zeros(12)}, r"argument 'y'\. Keyword arguments of the model belong in example_kwargs="),
+        ({"famly": "flow"}, "argument 'famly'; did you mean 'family'"),
+        ({"enumerate_sites": "z"}, "enumerate_sites to be True, False or a list of names; got 'z'"),
+    ],
+)
+def test_options_that_are_none(data, option, expected):
+    with pytest.raises((GraphflowsError, TypeError), match=expected):
+        auto_faithful_guide(model, *data, **option)
+
+
+def test_latents_that_are_misspelt(data):
+    guide = auto_faithful_guide(model, *data)
+    with pytest.raises(GraphflowsError, match="missing: z; no latent sites: zz"):
+        guide.log_prob({"zz": torch.zeros(12)}, *data)
+    with pytest.raises(GraphflowsError, match=r"latents=\{site: value\} .* got Tensor"):
+        guide.log_prob(*data)
+
+
+def test_a_column_of_covariates_beside_rows_of_data(data):
+    with pytest.raises(GraphflowsError, match=r"Its data have the shape \(12,\): .* x.squeeze"):
+        auto_faithful_guide(model, data[0][:, None], data[1])
+
+
+def test_a_file_and_its_model_exchanged():
+    with pytest.raises(GraphflowsError, match="a file and then its model"):
+        load_guide(model, "guide.safetensors")
+
+
+def test_sites_of_data_that_are_new():
+    def loop(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        for i, value in enumerate(x):
+            pyro.sample(f"x{i}", dist.Normal(z, 1.0), obs=value)
+
+    x = torch.randn(4)
+    guide = auto_faithful_guide(loop, x[:2])
+    with pytest.warns(GraphflowsWarning, match=r"data of x2, x3, which the guide does not read"):
+        guide(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        guide(x)  # said once
+        guide(x[:2])

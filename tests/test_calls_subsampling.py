@@ -891,3 +891,20 @@ def test_mixtures_of_rows_that_the_model_draws_start_near_the_posterior_of_all()
         losses.append(loss.loss(model, guide, y, 100))
     assert "by more rows" in auto_faithful_guide(model, y, 20).describe(verbose=True)
     assert losses[0] < losses[1] + 1.0
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_priors_of_rows_are_those_of_the_rows_that_joint_samples_are_by(given):
+    """Where a covariate is in the prior: ``z | x, y ~ N(.2 x + .8 y, .2)``, also for few of the rows at set-up."""
+    x = 3 * torch.randn(60)
+    y = x + torch.randn(60)
+
+    def model(x, y, size=None, ind=None):
+        with pyro.plate("data", 60, subsample_size=size, subsample=ind) as rows:
+            z = pyro.sample("z", dist.Normal(x[rows], 1.0))
+            pyro.sample("y", dist.Normal(z, 0.5), obs=y[rows])
+
+    rows = {"ind": torch.arange(6)} if given else {"size": 6}
+    guide = auto_faithful_guide(model, x, y, example_kwargs=rows, num_start_samples=3000)
+    median = guide.median(x, y)["z"]
+    assert median.numpy() == pytest.approx((0.2 * x + 0.8 * y).numpy(), abs=0.05)

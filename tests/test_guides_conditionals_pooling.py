@@ -445,3 +445,17 @@ def test_orders_of_pooling():
 def test_unknown_pools_are_refused():
     with pytest.raises(GraphflowsError, match="'attention', a DeepSet, an Attention or None; got 'mean'"):
         auto_faithful_guide(mean_model, pool="mean")
+
+
+@pytest.mark.parametrize("pool", [None, "deepset"])
+def test_covariates_that_joint_samples_do_not_vary_are_named(pool):
+    """Data sets with others are extrapolation for what reads summaries; per-element parameters fit one data set."""
+
+    def model(x, y):
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
+
+    guide = auto_faithful_guide(model, torch.randn(4), torch.randn(4), pool=pool, num_start_samples=200)
+    said = "the start of slope, from joint samples, knows the covariates x of set-up alone"
+    assert (said in guide.describe()) == (pool == "deepset")

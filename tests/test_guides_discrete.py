@@ -939,3 +939,35 @@ def test_without_plates_the_start_is_at_the_data_also_beside_discrete_sites():
     guide = auto_faithful_guide(model, y)
     losses = torch.tensor([Trace_ELBO().loss(model, guide, y) for _ in range(100)])
     assert losses.mean() < exact + 1.0
+
+
+KINDS = torch.tensor([-1.0, 0.0, 2.0], dtype=torch.double)
+SHARES = torch.tensor([0.2, 0.3, 0.5], dtype=torch.double)
+
+
+def one_hot_mean():
+    return pyro.sample("kind", dist.OneHotCategorical(SHARES)) @ KINDS
+
+
+def class_mean():
+    return KINDS[pyro.sample("kind", dist.Categorical(SHARES))]
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("mean", [one_hot_mean, class_mean])
+def test_a_global_class_of_all_data_starts_at_its_posterior(mean, shift):
+    """The class is all there is to infer, or is beside a number; its values are few and are listed."""
+    y = torch.randn(10)
+
+    def model(y):
+        moved = pyro.sample("moved", dist.Normal(0.0, 0.3)) if shift else torch.tensor(0.0)
+        loc = mean() + moved
+        with pyro.plate("data", 10):
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+    guide = auto_faithful_guide(model, y, num_start_samples=1000)
+    covariance = torch.eye(10) + (0.09 if shift else 0.0)
+    each = [dist.MultivariateNormal(kind.expand(10), covariance).log_prob(y) for kind in KINDS]
+    exact = torch.logsumexp(SHARES.log() + torch.stack(each), 0).item()
+    losses = torch.tensor([Trace_ELBO().loss(model, guide, y) for _ in range(20)])
+    assert losses.mean().item() == pytest.approx(-exact, abs=0.05)

@@ -140,16 +140,32 @@ def regression(name, n=434):
     return model, (x, y)
 
 
-def check_ends_below_its_start(model, args, lr, **options):
+def exact_regression_loss(name, x, y):
+    """Minus the log evidence: both weights in closed form, the scale by the trapezium rule."""
+    width, scale, _ = REGRESSIONS[name]
+    x, y = x.double(), y.double()
+    design = torch.stack([torch.ones_like(x), x], -1)
+    fit = torch.linalg.lstsq(design, y[:, None]).solution[:, 0]
+    log_sigma = (y - design @ fit).std().log() + torch.linspace(-8.0, 8.0, 2001).double() / len(y) ** 0.5
+    sigma = log_sigma.exp()[:, None]
+    zero, factor = torch.zeros(len(y)).double(), (width * design).expand(len(sigma), *design.shape)
+    data = dist.LowRankMultivariateNormal(zero, factor, sigma.square().expand(-1, len(y))).log_prob(y)
+    log_density = data + scale().log_prob(log_sigma.exp()) + log_sigma
+    peak = log_density.max()
+    return -float(peak + torch.trapezoid((log_density - peak).exp(), log_sigma).log())
+
+
+def check_ends_below_its_start(model, args, lr, exact=None, **options):
     guide = auto_faithful_guide(model, *args, **options)
     path = train(model, guide, args, lr)
-    check_path(path)
+    check_path(path, exact)
     return guide, path
 
 
 def test_a_regression_in_raw_units_trains():
     model, args = regression("raw units", n=60)
-    check_ends_below_its_start(model, args, 1e-2, pool="deepset", num_start_samples=3000)
+    exact = exact_regression_loss("raw units", *args)
+    check_ends_below_its_start(model, args, 1e-2, exact, pool="deepset", num_start_samples=3000)
 
 
 @pytest.mark.slow
@@ -157,8 +173,11 @@ def test_a_regression_in_raw_units_trains():
 @pytest.mark.parametrize("family", ["normal", "flow"])
 @pytest.mark.parametrize("name", REGRESSIONS)
 def test_regressions_train(name, family, lr):
+    """The starts are within 0.02 nats of the posterior, and Adam at 1e-2 moves a flow to 0.07 nats off."""
     model, args = regression(name)
-    check_ends_below_its_start(model, args, lr, pool="deepset", family=family)
+    exact = exact_regression_loss(name, *args)
+    _, path = check_ends_below_its_start(model, args, lr, exact, pool="deepset", family=family)
+    assert path[0][0] - exact < 0.03 + 4 * path[0][1]
 
 
 def item_response(scale, items=20, persons=100):

@@ -94,6 +94,32 @@ class TestWithoutChoices:
         assert guide.slope.item() == 0.5
         assert history.simulated is None
 
+    @pytest.mark.parametrize("as_module", [False, True])
+    def test_a_model_with_parameters_is_learned_beside_its_exact_posterior(self, as_module):
+        """The gap is nothing from the start and stays so, while the evidence is far from its maximum."""
+        x, layer = 2 * torch.randn(8) + 3, nn.Linear(1, 1)
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+
+        def mean():
+            if as_module:
+                return pyro.module("layer", layer).bias
+            return pyro.param("mean", torch.tensor(0.0))
+
+        def model(x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(mean(), 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        def guide(x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal((x + mean()) / 2, 0.5**0.5))
+
+        history = quiet_fit(model, guide, x, optimizer=0.2, schedule=Schedule(num_steps=100), loss="auto")
+        assert history.num_steps > 0
+        assert mean().item() == pytest.approx(x.mean().item(), abs=0.1)
+        assert history.gap.value < 0.01
+
     def test_a_guide_of_another_kind(self):
         """AutoNormal reads no data: there is nothing to learn from simulations, and that is said."""
         hierarchy = Hierarchy(num_data=4)

@@ -275,3 +275,18 @@ class TestSimulatorsThatFail:
             GraphflowsError, match=r"Expected a model that simulates finite values; x had NaN"
         ):
             fit(model, guide, x, simulations=100, progress=False)
+
+
+@pytest.mark.parametrize("how", [{"simulations": 50}, {"loss": InferenceCompilation}])
+def test_sites_that_read_no_data_are_said_to_learn_from_simulations_what_these_data_do_not_say(how):
+    """Per-element parameters start at the posterior of the data, and simulations would teach them the prior."""
+
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    x = torch.randn(3)
+    guide = auto_faithful_guide(model, x, family="normal", num_start_samples=200)
+    with pytest.warns(GraphflowsWarning, match="per-element parameters of mean"):
+        fit(model, guide, (x,), schedule=Schedule(num_steps=1), progress=False, **how)

@@ -19,7 +19,13 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_graphflows.errors import UnsupportedModelError
-from pyro_graphflows.guides.discrete_mode import ClassMode, Configurations, DiscreteMode, find_discrete_mode
+from pyro_graphflows.guides.discrete_mode import (
+    ClassMode,
+    Configurations,
+    DiscreteMode,
+    Listed,
+    find_discrete_mode,
+)
 from pyro_graphflows.guides.mode import Mode
 from pyro_graphflows.inspect import TracedModel, trace_model
 from pyro_graphflows.inspect.prior import UNCONSTRAINED
@@ -45,7 +51,7 @@ class Place:
         numbers: How many latent numbers the search had.
     """
 
-    mode: Mode | DiscreteMode | ClassMode | Configurations
+    mode: Mode | DiscreteMode | ClassMode | Configurations | Listed
     traced: TracedModel
     rows: Mapping[str, int]
     numbers: int
@@ -59,7 +65,7 @@ class Place:
         """
         if self.rows:
             number = min(number, max(FEWEST_DRAWS, MOST_DRAWN // self.numbers))
-        if isinstance(self.mode, ClassMode | Configurations):
+        if isinstance(self.mode, ClassMode | Configurations | Listed):
             draws = self.mode.draw(number)
         else:
             draws = self.mode.draw(number, by_chains)

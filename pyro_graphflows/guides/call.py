@@ -40,6 +40,7 @@ from pyro_graphflows.inspect import (
     arranged,
     get_argument,
     get_arguments,
+    is_transparent,
     rows_of_run,
     same_tensor,
     take_rows,
@@ -591,7 +592,8 @@ class CallReader:
         if more:
             raise UnsupportedModelError(
                 "Expected the latent sites that the model had when the guide was set up; this call has "
-                f"{', '.join(more)} as well. Models whose sites come and go need one guide for each set of sites."
+                f"{', '.join(more)} as well. Give the guide its own model; models whose sites come and go need one "
+                "guide for each set of sites."
             )
 
     def _in_force(
@@ -630,7 +632,8 @@ class CallReader:
     def _say_what_is_new(
         self, model: Callable[..., Any], args: Any, kwargs: Any, trace: poutine.Trace
     ) -> None:
-        """Warn of covariates that were not there at set-up, once for each kind of call: they are not read."""
+        """Warn of sites of data and covariates that were not there at set-up, once for each kind: they are not read."""
+        self._say_what_sites_are_new(trace.nodes)
         leaves = argument_leaves(model, args, kwargs) if self.given is not None else {}
         known = {*self.paths.values(), *(self.given or ())}
         new = [path for path in leaves if path not in known]
@@ -651,6 +654,24 @@ class CallReader:
                     GraphflowsWarning,
                     stacklevel=4,
                 )
+
+    def _say_what_sites_are_new(self, nodes: Any) -> None:
+        new = tuple(
+            name
+            for name, site in nodes.items()
+            if site["type"] == "sample"
+            and name not in self.known
+            and not (site_is_subsample(site) or is_transparent(site))
+        )
+        if new and new not in self._told:
+            self._told.add(new)
+            warnings.warn(
+                f"This call has data of {_few(new)}, which the guide does not read, as the model had none such "
+                "at set-up. Put sites of any number into a plate, or set the guide up with a call that has all: "
+                "guide.setup(*args).",
+                GraphflowsWarning,
+                stacklevel=5,
+            )
 
     def at_values(
         self,

@@ -445,6 +445,7 @@ def compile_guide(
             "sites with per-element parameters fit one data set and read none in a call; pool='deepset' amortises "
             "them, where plates are not subsampled and no constants of the model vary along them.",
         )
+    hints += _known_covariates_alone(inputs, draws)
     plan = Plan(
         graph=inverse.graph,
         inverse=inverse,
@@ -1206,6 +1207,24 @@ def _require_the_same_in_every_run(
             f"{message} With strict=False a guide is made all the same; check_guide says that it is not safe."
         )
     warnings.warn(message, GraphflowsWarning, stacklevel=5)
+
+
+def _known_covariates_alone(inputs: InputPlan, draws: ModelDraws) -> tuple[str, ...]:
+    """Say which sites read covariates in summaries: joint samples all have the same, and no start knows others."""
+    sites, covariates = set(), set()
+    for site, summaries in inputs.summaries.items():
+        pooled = {name for each in summaries if each.over and not each.one_by_one for name in each.members}
+        found = {n for n in pooled & set(draws.traced.graph.inputs) if draws.argument(n).is_floating_point()}
+        if found:
+            sites.add(site)
+            covariates |= found
+    if not sites:
+        return ()
+    who, what = ", ".join(sorted(sites)), ", ".join(sorted(covariates))
+    return (
+        f"the start of {who}, from joint samples, knows the covariates {what} of set-up alone: data with others want "
+        "training with such data, and k-hat tells where it is missing.",
+    )
 
 
 def _require_sites_by_position(

@@ -7,6 +7,7 @@ no sum, as where data depend on all coefficients that are in or out of a regress
 tried one after the other, each with the mode of the others.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,13 +34,14 @@ from pyro_graphflows.guides.mode import (
     with_rows,
 )
 from pyro_graphflows.inspect import TracedModel, trace_model
-from pyro_graphflows.inspect.runs import kept_buffers, run_model
+from pyro_graphflows.inspect.runs import kept_buffers, kept_random_state, run_model
 
-__all__ = ["ClassMode", "Configurations", "DiscreteMode", "find_discrete_mode"]
+__all__ = ["ClassMode", "Configurations", "DiscreteMode", "Listed", "find_discrete_mode"]
 
 ENUMERATED = {"enumerate": "parallel"}
 MOST_ELEMENTS = 30  # of discrete sites of which configurations are tried
 MOST_NUMBERS = 100  # of continuous sites beside them
+MOST_LISTED = 1000  # configurations of discrete sites that are all there is
 SECONDS = 5.0  # of processor time, after which no further configuration is tried
 
 
@@ -185,6 +187,48 @@ class Configurations:
         return {name: value[order] for name, value in joined.items()}
 
 
+@dataclass(frozen=True)
+class Listed:
+    """The posterior of few discrete sites that are all latent sites: the density of each of their configurations.
+
+    Attributes:
+        values: The values of the sites, one configuration in each row.
+        log_joint: The log-densities of the model there.
+    """
+
+    values: Mapping[str, Tensor]
+    log_joint: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, search: "_Search") -> "Listed":
+        """Return the posterior over all configurations of a search.
+
+        Raises:
+            UnsupportedModelError: If there are too many, or the model has a density at none.
+        """
+        number = math.prod(len(search.classes[name]) for name, _ in search.elements)
+        if number > MOST_LISTED:
+            raise UnsupportedModelError(
+                f"discrete sites have {number} configurations; {MOST_LISTED} are the most."
+            )
+        model, args, kwargs = search.program
+        places = itertools.product(*(range(len(search.classes[name])) for name, _ in search.elements))
+        rows = [search.values(each) for each in places]
+        found = [run_model(poutine.condition(model, data=row), args, kwargs).log_prob_sum() for row in rows]
+        log_joint = torch.stack([torch.as_tensor(each, dtype=torch.double) for each in found])
+        if not bool(log_joint.logsumexp(0).isfinite()):
+            raise UnsupportedModelError(
+                "the model has no finite density at any configuration of its discrete sites."
+            )
+        return cls({name: torch.stack([row[name] for row in rows]) for name in search.shapes}, log_joint)
+
+    def draw(self, number: int) -> dict[str, Tensor]:
+        """Return draws of all sites, along the first dimension; the random state is used and advanced."""
+        chosen = torch.multinomial(self.log_joint.softmax(0), number, replacement=True)
+        return {name: value[chosen] for name, value in self.values.items()}
+
+
 class _Search:
     """Goes uphill over the configurations of discrete sites, by the evidence of each as its mode has it.
 
@@ -290,7 +334,7 @@ class _Search:
 
 def find_discrete_mode(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], traced: TracedModel
-) -> Mode | DiscreteMode | ClassMode | Configurations:
+) -> Mode | DiscreteMode | ClassMode | Configurations | Listed:
     """Search for the place of the posterior, where latent sites are discrete as well.
 
     Args:
@@ -308,12 +352,16 @@ def find_discrete_mode(
     if not discrete:
         return find_mode(model, args, kwargs, traced)
     try:
-        return _by_sums(model, args, kwargs, traced, discrete)
+        by_sums = _by_sums(model, args, kwargs, traced, discrete)
+        if isinstance(by_sums, DiscreteMode):
+            with kept_random_state():
+                by_sums.draw(1)  # sums over vectors are found, but Pyro has no draws of them
+        return by_sums
     except UnsupportedModelError:
-        found = None
-        if len(discrete) < len(traced.graph.latent):
-            with suppress(UnsupportedModelError):
-                found = _Search(model, args, kwargs, traced, discrete).run()
+        found: Configurations | Listed | None = None
+        with suppress(UnsupportedModelError):
+            search = _Search(model, args, kwargs, traced, discrete)
+            found = search.run() if len(discrete) < len(traced.graph.latent) else Listed.of(search)
         if found is None:
             raise
         return found

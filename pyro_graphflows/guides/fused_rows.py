@@ -512,30 +512,47 @@ def with_priors(samples: Samples, plan: PriorPlan) -> Samples:
         missing = {name: (1,) * (depth - plan.ranks[name][0]) for name in values}
         return {name: v.reshape(number, *missing[name], *v.shape[1:]) for name, v in values.items()}
 
-    latents = beside_plates(draws.latent_values(number))
+    latents, observed = beside_plates(draws.latent_values(number)), beside_plates(drawn)
     indices = {name: plate.indices for name, plate in samples.plates.items() if plate.indices is not None}
-    given = {"latents": latents, "observed": beside_plates(drawn), "indices": indices}
+    conditionals, parts, order = ModelConditionals(draws.model), [], []
     try:
         with torch.no_grad():
-            priors = read_priors(
-                *(ModelConditionals(draws.model), sites, (draws.args, draws.kwargs), draws.sites, plan), given
-            )
+            for chosen, arguments, rows in draws.by_rows(number):
+                given = {
+                    "latents": {name: value[chosen] for name, value in latents.items()},
+                    "observed": {name: value[chosen] for name, value in observed.items()},
+                    "indices": {**indices, **rows},
+                }
+                priors = read_priors(conditionals, sites, arguments, draws.sites, plan, given)
+                parts.append(_columns(priors, given["latents"], plan))
+                order.append(torch.arange(number)[chosen])
     except UnsupportedModelError:
         return samples
-    more: dict[str, Tensor] = {}
-    for name in sites:
-        prior, value = priors[name], latents[name]
+    if len(parts) == 1:
+        return samples.with_values(parts[0])
+    places = torch.cat(order).argsort()
+    return samples.with_values(
+        {name: torch.cat([part[name] for part in parts])[places.to(draws.like.device)] for name in parts[0]}
+    )
+
+
+def _columns(
+    priors: Mapping[str, SitePrior], values: Mapping[str, Tensor], plan: PriorPlan
+) -> dict[str, Tensor]:
+    """Return priors of sites at samples, and the values there in their coordinates, as columns beside the samples."""
+    columns: dict[str, Tensor] = {}
+    for name, prior in priors.items():
+        value = values[name]
         of_prior, of_value = columns_of(name)
-        shape = (number, *value.shape[1 : value.dim() - plan.ranks[name][1]])
+        shape = (len(value), *value.shape[1 : value.dim() - plan.ranks[name][1]])
         parts = [prior.loc, prior.log_scale]
         if prior.scale_tril is not None:
             parts.append(prior.scale_tril.flatten(-2))
-        joined = torch.cat([part.expand(*shape, part.shape[-1]) for part in parts], -1)
-        more[of_prior] = joined
+        columns[of_prior] = torch.cat([part.expand(*shape, part.shape[-1]) for part in parts], -1)
         if prior.transform is not None:
             raw = prior.transform.inv(value)
-            more[of_value] = raw.reshape(*shape, -1)
-    return samples.with_values(more)
+            columns[of_value] = raw.reshape(*shape, -1)
+    return columns
 
 
 def prior_of_rows(site: str, size: int, rows: Mapping[str, Tensor]) -> SitePrior | None:

@@ -61,7 +61,7 @@ from pyro_graphflows.guides.sites import LatentSite, SitePrior, is_constant, req
 from pyro_graphflows.guides.start import Trial, start_guide
 from pyro_graphflows.guides.transport import Transport
 from pyro_graphflows.infer.posterior import Posterior, sample_posterior
-from pyro_graphflows.inspect import kept_random_state
+from pyro_graphflows.inspect import kept_random_state, with_hints
 from pyro_graphflows.inspect.arguments import argument_leaves, replaced_arguments
 
 __all__ = ["AutoFaithfulGuide", "auto_faithful_guide"]
@@ -674,6 +674,10 @@ class AutoFaithfulGuide(AutoGuide):
         Raises:
             GraphflowsError: If a latent site has no value, or one outside of its support or of another shape.
         """
+        if not isinstance(latents, Mapping):
+            raise GraphflowsError(
+                f"Expected latents={{site: value}} and then the model's arguments; got {type(latents).__name__}."
+            )
         self._ensure_set_up(args, kwargs)
         given = {name: latents[name] for name in self.plan.graph.latent if name in latents}
         missing = set(self.plan.graph.latent) - set(given) - set(self._options.optional)
@@ -695,8 +699,10 @@ class AutoFaithfulGuide(AutoGuide):
             for name in self.plan.changing:
                 require_inside(name, given[name], nodes[name]["fn"].support)
         if missing:
+            more = [str(name) for name in latents if name not in self.plan.graph.latent]
+            others = f"; no latent sites: {', '.join(more)}" if more else ""
             raise GraphflowsError(
-                f"Expected a value for every latent site; missing: {', '.join(sorted(missing))}."
+                f"Expected a value for every latent site; missing: {', '.join(sorted(missing))}{others}."
             )
         terms = []
         for name in names:
@@ -1126,6 +1132,10 @@ def _scores(conditionals: Pass, name: str) -> Scores:
     return Scores(partial(conditionals.score, name), partial(conditionals.by_draws, name))
 
 
+@with_hints(
+    "Keyword arguments of the model belong in example_kwargs={name: value}, options of a family in family=, "
+    "as Normal(hidden_dims=[64])."
+)
 def auto_faithful_guide(
     model: Callable[..., Any],
     *example_args: Any,

@@ -40,7 +40,7 @@ def load_guide(
 
     Raises:
         GraphflowsError: If the file is damaged, holds no guide, or is of another version; if it names a class that
-            is not given.
+            is not given, or the model stands first.
         UnsupportedModelError: If the model has other parameters. Whether it has the same sites is found at the
             first call.
 
@@ -57,6 +57,8 @@ def load_guide(
         >>> guide(torch.zeros(7))["z"].shape
         torch.Size([7])
     """
+    if callable(path):
+        raise GraphflowsError("Expected a file and then its model; got a model first. Exchange the two.")
     contents, state = read_guide(path, model, classes)
     options = {each.name: getattr(contents["options"], each.name) for each in fields(contents["options"])}
     guide = AutoFaithfulGuide(model, create_plates=create_plates, **options)

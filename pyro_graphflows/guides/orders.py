@@ -472,6 +472,10 @@ def sites_to_enumerate(option: bool | Collection[str], sites: Mapping[str, Laten
     """
     if isinstance(option, bool):
         names = [name for name, site in sites.items() if site.encoding is not None] if option else []
+    elif isinstance(option, str):
+        raise GraphflowsError(
+            f"Expected enumerate_sites to be True, False or a list of names; got {option!r}."
+        )
     else:
         names = list(option)
     for name in names:

@@ -7,7 +7,7 @@ the call are all that is known.
 """
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -48,6 +48,7 @@ MOST_NUMBERS = 20_000_000  # in all joint samples together, as the data of one c
 MOST_PROBABILITIES = 100_000_000  # of the classes of one site, in all of them
 FEWEST_DRAWS = 200  # even so
 MOST_BATCHES = 32  # of the rows of subsampled plates
+BATCH = ": batch of rows"  # the column of samples that says by which of them each was drawn
 NO_SAMPLES = "no regression start and no standardisation of latents: "
 AT_PRIOR = "no regression start: the latents start at their prior. "
 DRAWS_NEAR_MODE = 5000  # at least: half the number of weights over that of draws is lost, at each element
@@ -92,6 +93,7 @@ class ModelDraws:
         self.traced, self.sites, self.encodings = traced, sites, encodings
         # supports that may differ from sample to sample
         self._moving = [n for n, site in sites.items() if not site.encoding and not is_constant(site.support)]
+        self._row_batches: list[dict[str, Tensor]] = []  # by whose rows of plates joint samples were drawn
         self._kept: dict[str, Tensor] = {}
         self._num_kept = 0
         self._last: Mapping[str, Tensor] = {}
@@ -192,6 +194,8 @@ class ModelDraws:
                 value = get_argument(self.model, self.traced.argument_paths[name], args, kwargs)
                 value = self.encodings.input_value(name, input_rows(self.traced, name, value, plates))
                 drawn[name] = value.expand(each, *value.shape)
+            drawn[BATCH] = torch.full((each,), len(self._row_batches))
+            self._row_batches.append(indices)
             for name, value in drawn.items():
                 parts.setdefault(name, []).append(value)
         mixed = torch.randperm(each * len(batches))[:num_samples]
@@ -246,6 +250,22 @@ class ModelDraws:
     def recall(self, samples: Mapping[str, Tensor]) -> None:
         """Let samples that were drawn before be the last."""
         self._last = samples
+
+    def by_rows(
+        self, number: int
+    ) -> Iterator[tuple[Tensor | slice, tuple[tuple[Any, ...], dict[str, Any]], dict[str, Tensor]]]:
+        """Yield which of the samples drawn last are by the same rows, the arguments for these, and the rows.
+
+        Args:
+            number: How many of the samples are looked at.
+        """
+        if BATCH not in self._last:
+            yield slice(0, number), (self.args, self.kwargs), {}
+            return
+        of_batch = self._last[BATCH][:number]
+        for batch in of_batch.unique().tolist():
+            indices = self._row_batches[batch]
+            yield (of_batch == batch).nonzero()[:, 0], self._with_rows(indices), indices
 
     def latent_values(self, number: int) -> dict[str, Tensor]:
         """Return the values of the latent sites, as the model has them, in the first of the samples drawn last."""

@@ -116,7 +116,8 @@ class Automatic:
             trainer,
             self._options(CycleOptions()),
             limits,
-            (lambda: self._gap(_DRAWS)) if gap is not None else None,
+            # of a model that is learned itself it says nothing: the evidence moves
+            None if gap is None or trainer.learns_model else lambda: self._gap(_DRAWS),
             size,
         )
         run = Run(trainer, pace, limits, checkpoint, {"seed": self.seed, "stage": "data"}, progress)

@@ -39,12 +39,14 @@ class TrainingData:
         kwargs: Keyword arguments of the model and the guide in every call, the same for all batches.
 
     Raises:
-        GraphflowsError: If the data are of another kind, their lengths differ or are zero, a number is not positive,
-            or an argument would have no effect. The message says what to give instead.
+        GraphflowsError: If the data are of another kind, their lengths differ or are zero, validation data are other
+            arguments, a number is not positive, or an argument would have no effect. The message says what to give
+            instead.
 
     Example:
-        >>> TrainingData((torch.zeros(230), torch.zeros(230, 2)), batch_size=50, validation=torch.zeros(20))
-        TrainingData(2 tensors with 230 data, batch_size=50, validation=1 tensor with 20 data)
+        >>> held_out = (torch.zeros(20), torch.zeros(20, 2))
+        >>> TrainingData((torch.zeros(230), torch.zeros(230, 2)), batch_size=50, validation=held_out)
+        TrainingData(2 tensors with 230 data, batch_size=50, validation=2 tensors with 20 data)
     """
 
     data: Any = None
@@ -66,6 +68,12 @@ class TrainingData:
         object.__setattr__(self, "data", _as_data(self.data, "data"))
         if not isinstance(self.validation, int):
             object.__setattr__(self, "validation", _as_data(self.validation, "validation"))
+            there, held_out = _arguments_of(self.data), _arguments_of(self.validation)
+            if type(there) is type(held_out) and there != held_out:
+                raise GraphflowsError(
+                    f"Expected validation data of the arguments that the data have, {there}; got {held_out}. What is "
+                    "left out would be drawn from the model. Give data of another kind as batches, in a DataLoader."
+                )
         if self.batch_size is not None and not any(map(_is_batched_here, (self.data, self.validation))):
             raise GraphflowsError(
                 f"Expected no batch_size with {_described(self.data)}, whose batches are its own; got "
@@ -241,7 +249,9 @@ class Batches:
         tensors = [value for value in values if isinstance(value, Tensor) and value.dim()]
         if not tensors:
             raise GraphflowsError(
-                "Expected each batch to hold a tensor whose first dimension counts the data."
+                "Expected each batch to hold a tensor whose first dimension counts the data; got "
+                f"{', '.join(type(value).__name__ for value in values) or 'nothing'}. Give tensors or arrays: "
+                "torch.as_tensor(...)."
             )
         size = len(tensors[0])
         if keys is not None:
@@ -324,6 +334,13 @@ def _checked(data: Any, what: str) -> Any:
 
 def _is_tensors(data: Any) -> bool:
     return isinstance(data, Tensor | tuple | dict)
+
+
+def _arguments_of(data: Any) -> int | list[str] | None:
+    """Return how many positional arguments data are, or the names of keyword arguments; None where it is not known."""
+    if isinstance(data, dict):
+        return sorted(data)
+    return 1 if isinstance(data, Tensor) else len(data) if isinstance(data, tuple) else None
 
 
 def _is_batched_here(data: Any) -> bool:

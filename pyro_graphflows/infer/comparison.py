@@ -70,6 +70,10 @@ def compare(
         >>> list(table.rows), table["right"]["weight"] > 0.99
         (['right', 'narrow'], True)
     """
+    if not isinstance(models, Mapping):
+        raise GraphflowsError(
+            f"Expected models={{name: posterior}}, with names to tell them apart; got {type(models).__name__}."
+        )
     if len(models) < 2:
         raise GraphflowsError(f"Expected at least two models to compare; got {list(models)}.")
     results: dict[str, LOO] = {}

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from pyro_graphflows.errors import GraphflowsError
 from pyro_graphflows.infer.inference_compilation import InferenceCompilation
-from pyro_graphflows.infer.particles import Program
+from pyro_graphflows.infer.particles import Program, is_enumerated
+from pyro_graphflows.inspect import is_transparent
 
 __all__ = ["Objective", "SiteWatch"]
 
@@ -33,6 +34,10 @@ class SiteWatch(Messenger):
     Attributes:
         guilty: A description of the first site with a value or log-density that is not finite, or ``None``.
         sites: For each site of the model: whether it is observed, and the plates around it.
+        latent: The sites of the model that a guide samples: neither observed, nor summed over, nor constant.
+        names: All sample statements of the model.
+        sampled: The guide's sites, without those marked ``infer={"is_auxiliary": True}``.
+        parameters: The names of what the model announces by ``param`` statements, those of modules with dots.
     """
 
     def __init__(self, *, check: bool) -> None:
@@ -40,6 +45,10 @@ class SiteWatch(Messenger):
         self.check = check
         self.guilty: str | None = None
         self.sites: dict[str, tuple[bool, list[Any]]] = {}
+        self.latent: set[str] = set()
+        self.names: set[str] = set()
+        self.sampled: set[str] = set()
+        self.parameters: set[str] = set()
         self._program = "model"
 
     def watched(self, program: Program, name: str) -> Program:
@@ -62,8 +71,18 @@ class SiteWatch(Messenger):
         if self._program == "model" and msg["mask"] is not False:
             frames = [frame for frame in msg["cond_indep_stack"] if frame.vectorized]
             self.sites[msg["name"]] = (msg["is_observed"], frames)
+            if not (msg["is_observed"] or is_enumerated(msg) or is_transparent(msg)):
+                self.latent.add(msg["name"])
+        if self._program == "model":
+            self.names.add(msg["name"])
+        elif not msg["infer"].get("is_auxiliary"):
+            self.sampled.add(msg["name"])
         if self.check and self.guilty is None:
             self.guilty = self._describe(msg)
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        if self._program == "model":
+            self.parameters.add(msg["name"].replace("$$$", "."))
 
     def _describe(self, msg: Any) -> str | None:
         where = f"of site {msg['name']!r} in the {self._program}"
@@ -106,7 +125,8 @@ class Objective:
             )
         if not callable(getattr(loss, "loss_and_grads", None)) or isinstance(loss, type):
             raise GraphflowsError(
-                f"Expected loss to be an ELBO object or an InferenceCompilation; got {loss!r}. Classes must be called."
+                f"Expected loss to be 'auto', an ELBO object or an InferenceCompilation; got {loss!r}. Classes must be "
+                "called."
             )
         self.model = model
         self.guide = guide

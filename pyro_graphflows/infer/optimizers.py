@@ -120,6 +120,11 @@ def make_optimizer(optimizer: Any, parameters: ParameterSet) -> torch.optim.Opti
             return constructor(list(trainable.values()), **options)
         groups = [{"params": [p], **options(parameters.store_name(name))} for name, p in trainable.items()]
         return constructor(groups)
+    if getattr(optimizer, "__module__", "").startswith("pyro.optim"):
+        raise GraphflowsError(
+            f"Expected an optimiser of Pyro's with its options, pyro.optim.{getattr(optimizer, '__name__', 'Adam')}"
+            '({"lr": 1e-3}); got one without.'
+        )
     made = optimizer(list(trainable.values())) if callable(optimizer) else None
     if not isinstance(made, torch.optim.Optimizer):
         raise GraphflowsError(

@@ -59,6 +59,7 @@ from pyro_graphflows.infer.refinement import (
 from pyro_graphflows.infer.surprise import num_sets, surprise_of, warn_of_surprise
 from pyro_graphflows.infer.tables import Table
 from pyro_graphflows.infer.weighted_runs import WeightedRuns, evaluated, require_spread, without_replacement
+from pyro_graphflows.inspect import require_arguments, require_pair
 
 __all__ = ["Posterior", "load_posterior", "sample_posterior"]
 
@@ -714,6 +715,8 @@ def sample_posterior(
         torch.Size([100, 3])
     """
     _require_positive(num_draws=num_draws)
+    require_pair(model, guide)
+    require_arguments(model, args, kwargs, "the options are num_draws, seed and progress")
     with evaluated(model, guide), seeded(seed):
         source = WeightedRuns.of(model, guide, args, kwargs)
         values: dict[str, list[Tensor]] = {}

@@ -10,7 +10,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
+from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning, UnsupportedModelError
 from pyro_graphflows.infer.batches import Batch, Batches, TrainingData
 from pyro_graphflows.infer.checkpoints import random_state, seeded, set_random_state
 from pyro_graphflows.infer.compiled import Compiler, Mode
@@ -43,6 +43,9 @@ class Trainer:
         seed: The seed of the order of the data.
         compile: Whether gradients come from compiled code, or ``"auto"``.
 
+    Attributes:
+        learns_model: Whether parameters of the model are trained: then a guide that is the posterior is not the end.
+
     Raises:
         GraphflowsError: If there is nothing to train.
         NotFiniteError: If the loss of the first batch is not finite.
@@ -64,6 +67,7 @@ class Trainer:
         self.held_out = data.held_out()
         self.max_grad_norm = max_grad_norm
         self._judged: list[Batch] | None = None
+        self.learns_model = False
 
         self.parameters = ParameterSet(model=objective.model, guide=objective.guide)
         self.compiler = Compiler(objective, self.parameters, compile) if compile else None
@@ -73,6 +77,8 @@ class Trainer:
             raise GraphflowsError(
                 "Expected the model or the guide to have parameters; there is nothing to train."
             )
+        if not objective.compiles and hasattr(objective.guide, "fitting_to"):
+            _require_same_latents(watch)
         if not objective.compiles and data.full_size is None and batch.size < (self.batches.num_data or 0):
             self._take_all_or_warn(_global_sites(watch, batch.size), batch.size)
         self.optimizer = make_optimizer(optimizer, self.parameters)
@@ -243,6 +249,11 @@ class Trainer:
                 self.objective.add_gradients(1.0, batch.args, kwargs, dict)
         set_random_state(state)
         self.parameters.adopt(capture.trace)
+        self.learns_model = any(
+            parameter.grad is not None
+            and (name.startswith("model.") or self.parameters.store_name(name) in watch.parameters)
+            for name, parameter in self.parameters.trainable.items()
+        )
         return watch
 
     def _evaluate(self, batch: Batch, when: str) -> float:
@@ -288,6 +299,18 @@ class Trainer:
         if guilty and bad:
             guilty = f"{guilty.removesuffix(')')}; {bad} of the data)"
         return guilty
+
+
+def _require_same_latents(watch: SiteWatch) -> None:
+    """Refuse a model that has other latent sites than a guide that knows its own model's."""
+    left_out, more = sorted(watch.latent - watch.sampled), sorted(watch.sampled - watch.names)
+    said = [f"it does not sample {left_out}"] if left_out else []
+    said += [f"it samples {more}, which the model lacks"] if more else []
+    if said:
+        raise UnsupportedModelError(
+            f"Expected the guide to sample the latent sites of the model; {', and '.join(said)}. Give data of all "
+            "sites that are observed, fit(model, guide, (x, y)) for a model(x, y), or set a guide up for this model."
+        )
 
 
 def _global_sites(watch: SiteWatch, size: int) -> list[str]:

@@ -25,11 +25,12 @@ from pyro_graphflows.infer.compiled import Mode
 from pyro_graphflows.infer.epochs import Run
 from pyro_graphflows.infer.fixed_simulations import Simulations
 from pyro_graphflows.infer.history import History, Progress
+from pyro_graphflows.infer.inference_compilation import InferenceCompilation
 from pyro_graphflows.infer.objectives import Objective
 from pyro_graphflows.infer.particles import Program
 from pyro_graphflows.infer.schedule import Plateau, Schedule
 from pyro_graphflows.infer.trainer import Trainer
-from pyro_graphflows.inspect import require_pair
+from pyro_graphflows.inspect import require_pair, with_hints
 
 __all__ = ["fit"]
 
@@ -38,6 +39,10 @@ _STEPS_JUDGED = 100  # whose mean loss says whether it has fallen
 _RATE = 1e-3
 
 
+@with_hints(
+    "Rates are set by optimizer=1e-3, lengths by schedule=Schedule(num_steps=) or (num_epochs=), batches by "
+    "data=TrainingData(..., batch_size=), which also has keyword arguments of the model, kwargs={name: value}."
+)
 def fit(
     model: Program,
     guide: Program,
@@ -156,7 +161,11 @@ def fit(
     if compile not in (True, False, "auto"):
         raise GraphflowsError(f"Expected compile to be True, False or 'auto'; got {compile!r}.")
     args, kwargs = data.arguments()
-    fitting_to = getattr(guide, "fitting_to", None)  # for guides that remember what they were trained on
+    compiles = (
+        simulations is not None or loss is InferenceCompilation or isinstance(loss, InferenceCompilation)
+    )
+    # for guides that remember what they were trained on; simulations are other data, of which they warn
+    fitting_to = None if compiles else getattr(guide, "fitting_to", None)
     with (
         seeded(seed),
         warnings.catch_warnings(),

@@ -1,6 +1,13 @@
 """From a Pyro model to its Bayesian network, and joint samples of its sites."""
 
-from pyro_graphflows.inspect.arguments import ArgumentPath, get_argument, get_arguments, same_tensor
+from pyro_graphflows.inspect.arguments import (
+    ArgumentPath,
+    get_argument,
+    get_arguments,
+    require_arguments,
+    same_tensor,
+    with_hints,
+)
 from pyro_graphflows.inspect.elements import nested_by_index, with_nested_plates
 from pyro_graphflows.inspect.model_graph import get_model_graph, non_exchangeable_plates, trace_model
 from pyro_graphflows.inspect.prior import Batching, find_batching, sample_prior
@@ -37,6 +44,7 @@ __all__ = [
     "kept_random_state",
     "nested_by_index",
     "non_exchangeable_plates",
+    "require_arguments",
     "require_pair",
     "rows_of_run",
     "same_tensor",
@@ -45,5 +53,6 @@ __all__ = [
     "take_rows",
     "trace_model",
     "undressed",
+    "with_hints",
     "with_nested_plates",
 ]

@@ -12,6 +12,7 @@ taken from it.
 
 import copy
 import dataclasses
+import difflib
 import functools
 import inspect
 import os
@@ -21,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -44,10 +45,15 @@ __all__ = [
     "held_by_function",
     "is_outside",
     "outside_tensors",
+    "require_arguments",
     "require_rereadable",
     "same_tensor",
+    "with_hints",
     "with_tensors",
 ]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 ArgumentPath = tuple[Hashable, ...]
 """Name of a parameter of the model (or an :class:`Outside`), then keys: into nested tuples, lists, mappings and
@@ -564,12 +570,7 @@ def argument_leaves(
         >>> list(argument_leaves(model, ([torch.zeros(2), 3.0],), {"w": torch.ones(1)}))
         [('x', 0), ('w',)]
     """
-    try:
-        arguments = _bind(model, args, kwargs or {})
-    except TypeError as error:
-        raise UnsupportedModelError(
-            f"Expected arguments that fit the model's signature {signature_of(model)}: {error}."
-        ) from error
+    arguments = require_arguments(model, args, kwargs or {})
     leaves: dict[ArgumentPath, torch.Tensor] = {}
     seen = set()
     for name, argument in arguments.items():
@@ -583,6 +584,66 @@ def argument_leaves(
                 seen.add(id(value))
                 leaves[path] = value
     return leaves
+
+
+def require_arguments(
+    model: Callable, args: tuple, kwargs: Mapping[str, Any], beside: str | None = None
+) -> dict[str, Any]:
+    """Return the arguments of a call by name; refuse those that do not fit the model.
+
+    Args:
+        model: The model, for its signature.
+        args: The positional arguments of the call.
+        kwargs: The keyword arguments of the call.
+        beside: What else the caller takes, to be said in the message.
+
+    Raises:
+        UnsupportedModelError: If the model cannot be called with these arguments.
+    """
+    try:
+        return _bind(model, args, kwargs)
+    except TypeError as error:
+        more = "" if beside is None else f" Beside the model's arguments {beside}."
+        raise UnsupportedModelError(
+            f"Expected arguments that fit the model's signature {signature_of(model)}: {error}.{more}"
+        ) from error
+
+
+def with_hints(elsewhere: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Say more than Python does of keyword arguments that a function has not: what is like them, and what is meant.
+
+    Args:
+        elsewhere: Where else what is asked for may be set.
+
+    Returns:
+        A decorator; what it returns raises ``TypeError`` for keyword arguments that the function has not.
+
+    Example:
+        >>> @with_hints("Colours are of plots.")
+        ... def draw(size=1): ...
+        >>> draw(siz=2)
+        Traceback (most recent call last):
+        ...
+        TypeError: draw() got an unexpected keyword argument 'siz'; did you mean 'size'? Colours are of plots.
+    """
+
+    def decorator(function: Callable[P, R]) -> Callable[P, R]:
+        known = list(inspect.signature(function).parameters)
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            for name in kwargs:
+                if name not in known:
+                    near = difflib.get_close_matches(name, known, 1)
+                    meant = f"; did you mean {near[0]!r}?" if near else "."
+                    raise TypeError(
+                        f"{function.__name__}() got an unexpected keyword argument {name!r}{meant} {elsewhere}"
+                    )
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorator
 
 
 def not_followed(model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dict[ArgumentPath, str]:

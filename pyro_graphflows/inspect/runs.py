@@ -81,8 +81,11 @@ def require_pair(model: object, guide: object) -> None:
     """
     for what, program in (("model", model), ("guide", guide)):
         if not callable(program) or isinstance(program, torch.Tensor):
+            got = repr(program)
+            if isinstance(program, torch.Tensor):
+                got = f"a tensor of shape {tuple(program.shape)}"
             raise GraphflowsError(
-                f"Expected the {what} to be a function or module of Pyro statements; got {program!r}."
+                f"Expected the {what} to be a function or module of Pyro statements; got {got}."
             )
     if isinstance(model, AutoGuide):
         raise GraphflowsError(

@@ -385,6 +385,12 @@ class _Assembly:
             f"in no plate: use .to_event({-extra[0]}) if its elements are one value, or "
             f"pyro.plate(..., dim={extra[-1]}) if they are repetitions."
         )
+        shape = getattr(self.trace.nodes[record.name]["value"], "shape", ())
+        if record.observed and len(shape) < len(record.batch_shape):
+            message += (
+                f" Its data have the shape {tuple(shape)}: if an argument of shape (N, 1) meets one of shape (N,), "
+                "which makes (N, N), give both one shape, for example by x.squeeze(-1)."
+            )
         if self.strict:
             raise UnsupportedModelError(message)
         self.notes.append(message)
