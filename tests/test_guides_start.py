@@ -525,10 +525,11 @@ def test_without_plates_a_map_from_data_is_kept_unless_asked_for_the_mode(dtype)
 
 def test_without_a_mode_init_mode_says_so():
     def model(x):
-        z = pyro.sample("z", dist.Bernoulli(0.3))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        with pyro.plate("rows", 11):  # too many configurations to list
+            z = pyro.sample("z", dist.Bernoulli(0.3))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
-    guide = auto_faithful_guide(model, torch.tensor(0.4), init="mode")
+    guide = auto_faithful_guide(model, torch.full((11,), 0.4), init="mode")
     assert "no start at the mode: there is no mode in continuous space: z is discrete" in guide.describe()
 
 

@@ -132,6 +132,7 @@ ROWS_PER_NUMBER = 4  # of noise, from which on it is made white
 
 PLATE = "_pyro_graphflows_draws_near_mode"
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
+MOST_APART, ENOUGH_APART = 16, 2  # points at which densities of many at once are compared with those of each
 SINGLE_RUNS = 200  # where the model cannot map many draws at once
 
 
@@ -830,14 +831,24 @@ class LogPosterior:
             for self._maps in (False, True):
                 try:
                     together = self(points)
-                    apart = torch.stack([self(point) for point in points[:2]])
+                    apart = self._some_apart(points)
                 except Exception:  # of the model, or of a mapped operation
                     continue
-                if torch.allclose(together[:2], apart, 1e-4, 1e-4):
+                known = together[: len(apart)]
+                if bool(apart.isfinite().any()) and torch.allclose(known, apart, 1e-4, 1e-4, equal_nan=True):
                     self.takes_plate = not self._maps
                     return True
         self._maps = self.takes_plate = False
         return False
+
+    def _some_apart(self, points: Tensor) -> Tensor:
+        """Return log-densities at the first points, one by one, until some are finite: they may not be far out."""
+        found: list[Tensor] = []
+        for point in points[:MOST_APART]:
+            found.append(self(point))
+            if sum(bool(each.isfinite()) for each in found) == ENOUGH_APART:
+                break
+        return torch.stack(found)
 
     def hessians(self) -> Hessians:
         """Return what finds Hessians of minus the density, by many points at once where those are known to be right."""
