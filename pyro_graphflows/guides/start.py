@@ -120,7 +120,9 @@ ALONE = "mode without priors"
 STEADIER = 0.1  # nats that a start may lose whose networks serve all elements: training moves it less
 CHAINS, NORMAL = "with short chains", "without chains"
 SECOND, FIRST = "with second derivatives", "without second derivatives"
-EXACT = 0.2  # nats: a start near the mode whose gap seems less is not tried in other ways
+EXACT = (
+    0.2  # nats, or NEAR_NUMBER for each number: starts whose gap seems less are not tried with other factors
+)
 MOST_AT_ONCE = 1_000_000  # elements of all sites, each as large as the largest, over all draws of a judgement
 NOWHERE = 1000.0  # nats off for each datum: from there nothing can be followed
 NEAR = 2.0  # nats: if the gap of a start near the mode seems less, nothing else is tried
@@ -1304,7 +1306,7 @@ def choose_start(
             return {"by_chains": True} if samples.draws.has_chains else {}
 
         def derivatives() -> dict[str, Any]:
-            chosen = _drawn_last(compiled) if found.gap > EXACT else {}
+            chosen = _drawn_last(compiled) if found.gap > max(EXACT, NEAR_NUMBER * numbers) else {}
             factors = samples.draws.joint_factors(chosen) if chosen else {}
             return {"factors": factors} if factors else {}
 
@@ -1435,7 +1437,8 @@ def _drawn_last(compiled: Compiled) -> dict[str, tuple[str, ...]]:
     """Return fused sites with parameters for each element, or for each pair, and what is drawn after each.
 
     They are those that no latent site follows in the model: given all that is drawn before, what data say of them and
-    of what is drawn later is a function of their values alone.
+    of what is drawn later is a function of their values alone. What is drawn later is in no plate, an intercept, say:
+    the factor of effects of rows without those of columns would follow the scales of both.
     """
     plan = compiled.plan
     levels = [level for block in plan.blocks for level in block.levels]
@@ -1446,8 +1449,9 @@ def _drawn_last(compiled: Compiled) -> dict[str, tuple[str, ...]]:
             pairs = not block.coupled[site].rank if site in block.coupled else site in block.per_element
             at = next(i for i, level in enumerate(levels) if site in level)
             rest = tuple(other for level in levels[at:] for other in level if other != site)
+            alone = not any(plan.graph.plates.get(other) for other in rest)
             in_order = all(compiled.plates[name].indices is None for name in block.plates)
-            if pairs and block.plates and in_order and above.isdisjoint((site, *rest)):
+            if pairs and block.plates and alone and in_order and above.isdisjoint((site, *rest)):
                 found[site] = rest
     return found
 
