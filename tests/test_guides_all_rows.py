@@ -79,6 +79,7 @@ def test_known_widths_need_no_fewer_data():
 
     y = data(60)
     guide = auto_faithful_guide(known, y, 3000)
+    assert "by the rows of data that set-up had alone" in guide.describe(verbose=True)
     means = torch.stack([guide(y, 3000)["mean"] for _ in range(200)])
     assert abs(means.std() / math.sqrt((2.0**2 + NOISE**2) / 3000) - 1.0) < 0.2
 

@@ -49,12 +49,14 @@ class Place:
         traced: The model as traced in the call.
         rows: The number of rows of the call in plates of which the search took more; those of the call are first.
         numbers: How many latent numbers the search had.
+        note: Why the search took the rows of the call alone, where more would have been better.
     """
 
     mode: Mode | DiscreteMode | ClassMode | Configurations | Listed
     traced: TracedModel
     rows: Mapping[str, int]
     numbers: int
+    note: str | None = None
 
     def draw(self, number: int, by_chains: bool = False) -> dict[str, Tensor]:
         """Return draws of all latent sites for the rows of the call, along the first dimension.
@@ -107,18 +109,22 @@ def find_place(
 
     nodes: Any = traced.trace.nodes
     more = _more_rows(traced)
+    note: str | None = None
     if more:
         first = {name: len(nodes[name]["value"]) for name in more}
         try:
             mode, numbers = find(more)
-        except Exception:  # of the model: its data are those of the call
-            pass
-        else:
             return Place(mode, traced, first, numbers)
+        except Exception as error:  # of the model: its data are those of the call
+            reason = str(error).partition("\n")[0].rstrip(".")
+            note = (
+                f"draws near the mode are by the rows of {', '.join(sorted(more))} that set-up had alone: "
+                f"with others the model says {type(error).__name__}: {reason}."
+            )
     own = _own_rows(traced)
     usual: Place | None = None
     try:
-        usual = Place(find_discrete_mode(model, args, kwargs, traced), traced, {}, _numbers(traced))
+        usual = Place(find_discrete_mode(model, args, kwargs, traced), traced, {}, _numbers(traced), note)
     except UnsupportedModelError:
         if not own:
             raise
@@ -130,7 +136,7 @@ def find_place(
         if usual is None:
             raise
         return usual
-    return Place(mode, traced, {}, numbers)
+    return Place(mode, traced, {}, numbers, note)
 
 
 def _is_steady(mode: Any, traced: TracedModel, plates: Collection[str]) -> bool:

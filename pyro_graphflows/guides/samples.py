@@ -386,6 +386,11 @@ class ModelDraws:
         return self._mode.mode if isinstance(self._mode, Place) else None
 
     @property
+    def note_of_mode(self) -> str | None:
+        """A sentence on the rows that the search for a mode took, where there is one to say."""
+        return self._mode.note if isinstance(self._mode, Place) else None
+
+    @property
     def has_chains(self) -> bool:
         """Whether the search for a mode has run short chains."""
         return isinstance(self._found, Mode | DiscreteMode) and self._found.visited is not None
@@ -546,6 +551,7 @@ class Samples:
         if note is not None:
             of_model = "no regression start on samples of the model: "
             note = note.replace(NO_SAMPLES, of_model).replace(AT_PRIOR, of_model)
+        note = " ".join(filter(None, (note, self.draws.note_of_mode))) or None
         return replace(self, values=values, note=note, source="mode", drawn=self.draws.last, factors=factors)
 
     def with_values(self, more: Mapping[str, Tensor]) -> "Samples":
