@@ -478,3 +478,16 @@ def test_sites_of_data_that_are_new():
         warnings.simplefilter("error")
         guide(x)  # said once
         guide(x[:2])
+
+
+def test_gradients_that_do_not_pass_are_said():
+    """With strict=False training went on with part of the gradient, without a word."""
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 3):
+            pyro.sample("x", dist.Normal(torch.tensor(float(z.detach())), 1.0), obs=x)
+
+    with pytest.warns(GraphflowsWarning, match="no gradient passes from x to z: .*float"):
+        guide = auto_faithful_guide(model, torch.ones(3), strict=False, num_start_samples=200)
+    assert "no gradient passes from x to z" in guide.describe()

@@ -288,7 +288,9 @@ class _Search:
             UnsupportedModelError: If there is no time.
         """
         if time.process_time() - self.began > SECONDS:
-            raise UnsupportedModelError(f"densities of all configurations take more than {SECONDS:g} seconds.")
+            raise UnsupportedModelError(
+                f"densities of all configurations take more than {SECONDS:g} seconds."
+            )
         model, args, kwargs = self.program
         return float(run_model(poutine.condition(model, data=values), args, kwargs).log_prob_sum())
 

@@ -31,7 +31,7 @@ from pyro_graphflows.guides.answers import expanded_in_plates, quantiles_of, sum
 from pyro_graphflows.guides.block import GuideBlock, ShownParameters
 from pyro_graphflows.guides.call import Call, CallReader, PlateState, chosen_indices, site_mask
 from pyro_graphflows.guides.captured_call import CapturedCalls
-from pyro_graphflows.guides.compile import GuideOptions, compile_guide, make_family
+from pyro_graphflows.guides.compile import Compiled, GuideOptions, compile_guide, make_family
 from pyro_graphflows.guides.conditionals.contract import Family, Pass
 from pyro_graphflows.guides.conditionals.distributions import (
     CopiedValue,
@@ -214,12 +214,16 @@ class AutoFaithfulGuide(AutoGuide):
             self._fitted = None
             chosen, choice = start_guide(compiled, samples, options, _Trial(self, args, kwargs))
             self._take_blocks(chosen.blocks)
-            self._notes = tuple(dict.fromkeys(n for n in (compiled.draws.note, chosen.note) if n is not None))
+            unfollowed = _without_gradients(compiled)
+            notes = (compiled.draws.note, chosen.note, *unfollowed)
+            self._notes = tuple(dict.fromkeys(n for n in notes if n is not None))
             self._start_notes = (*(() if choice is None else (choice,)), *chosen.notes)
         self.remember_data(*args, **kwargs)
         logger.info("Guide set up: %d blocks (%.2f s).", len(self.blocks), time.perf_counter() - begin)
         if compiled.plan.inputs.missing:
             warnings.warn("\n".join(compiled.plan.inputs.missing), GraphflowsWarning, stacklevel=2)
+        if unfollowed:
+            warnings.warn("\n".join(unfollowed), GraphflowsWarning, stacklevel=2)
         if self.master is not None:
             self.master()._check_prototype(prune_subsample_sites(self.prototype_trace))
         return self
@@ -1126,6 +1130,20 @@ class AutoFaithfulGuide(AutoGuide):
         if new._plan is not None:
             new._mark_parameters()
         return new
+
+
+def _without_gradients(compiled: Compiled) -> tuple[str, ...]:
+    """Return sentences on continuous latents whose values the model takes out of the tensors (``strict=False``)."""
+    found = []
+    for leak in compiled.traced.leaks:
+        sites = [name for name in leak.sites if name in compiled.sites and not compiled.sites[name].encoding]
+        if sites and leak.affects:
+            found.append(
+                f"no gradient passes from {', '.join(leak.affects)} to {', '.join(sites)}: {leak}. A loss is right, "
+                "but training by it leaves out what these say. Keep values as tensors, or train by "
+                "pyro_graphflows.infer.InferenceCompilation, which takes no gradient of the model."
+            )
+    return tuple(found)
 
 
 def _scores(conditionals: Pass, name: str) -> Scores:

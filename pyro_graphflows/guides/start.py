@@ -1502,7 +1502,7 @@ def _is_worth_it(
         nowhere: How many nats off is as bad as more.
     """
     if not simulated[1]:
-        return True, "Simulated data are not finite."
+        return True, "There are too few joint samples with finite data to compare starts by."
     truth = judge.loss_at(*simulated)
     found = [judge_start(each, simulated[1]) or HOPELESS for each in starts]
     off = [each.loss - truth for each in found]
