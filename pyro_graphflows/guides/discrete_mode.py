@@ -281,7 +281,7 @@ class _Search:
             found[name] = self.classes[name][chosen.reshape(shape)]
         return found
 
-    def log_joint(self, values: Mapping[str, Tensor]) -> float:
+    def log_joint(self, values: dict[str, Tensor]) -> float:
         """Return the log-density of the model at values of all latent sites.
 
         Raises:
