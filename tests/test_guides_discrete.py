@@ -37,6 +37,7 @@ from pyro_graphflows.errors import GraphflowsError, UnsupportedModelError
 from pyro_graphflows.graphs.structures import InverseGraph
 from pyro_graphflows.guides import Factor, Normal, auto_faithful_guide
 from pyro_graphflows.guides.conditionals.distributions import DiscreteVector
+from pyro_graphflows.guides.discrete_mode import find_discrete_mode
 from pyro_graphflows.infer import (
     IWAE_ELBO,
     InferenceCompilation,
@@ -44,6 +45,7 @@ from pyro_graphflows.infer import (
     sbc_ranks,
     sbc_uniformity,
 )
+from pyro_graphflows.inspect import trace_model
 from pyro_graphflows.models.textbook import burglar_alarm_model as burglar_alarm
 from pyro_graphflows.regression import logistic_regression
 
@@ -971,3 +973,21 @@ def test_a_global_class_of_all_data_starts_at_its_posterior(mean, shift):
     exact = torch.logsumexp(SHARES.log() + torch.stack(each), 0).item()
     losses = torch.tensor([Trace_ELBO().loss(model, guide, y) for _ in range(20)])
     assert losses.mean().item() == pytest.approx(-exact, abs=0.05)
+
+
+def test_values_of_discrete_sites_are_not_listed_where_that_takes_long(monkeypatch):
+    number = 0
+
+    def model(y):
+        nonlocal number
+        number += 1
+        bits = [pyro.sample(f"bit_{i}", dist.OneHotCategorical(torch.ones(2)))[..., 0] for i in range(8)]
+        pyro.sample("y", dist.Normal(sum(bits), 1.0), obs=y)
+
+    args = (torch.tensor(3.0),)
+    traced = trace_model(model, args, {}, strict=False)
+    monkeypatch.setattr("pyro_graphflows.guides.discrete_mode.SECONDS", 0.0)
+    number = 0
+    with pytest.raises(UnsupportedModelError):
+        find_discrete_mode(model, args, {}, traced)
+    assert number < 20  # of 256

@@ -205,18 +205,16 @@ class Listed:
         """Return the posterior over all configurations of a search.
 
         Raises:
-            UnsupportedModelError: If there are too many, or the model has a density at none.
+            UnsupportedModelError: If there are too many, they take too long, or the model has a density at none.
         """
         number = math.prod(len(search.classes[name]) for name, _ in search.elements)
         if number > MOST_LISTED:
             raise UnsupportedModelError(
                 f"discrete sites have {number} configurations; {MOST_LISTED} are the most."
             )
-        model, args, kwargs = search.program
         places = itertools.product(*(range(len(search.classes[name])) for name, _ in search.elements))
         rows = [search.values(each) for each in places]
-        found = [run_model(poutine.condition(model, data=row), args, kwargs).log_prob_sum() for row in rows]
-        log_joint = torch.stack([torch.as_tensor(each, dtype=torch.double) for each in found])
+        log_joint = torch.tensor([search.log_joint(row) for row in rows], dtype=torch.double)
         if not bool(log_joint.logsumexp(0).isfinite()):
             raise UnsupportedModelError(
                 "the model has no finite density at any configuration of its discrete sites."
@@ -282,6 +280,19 @@ class _Search:
             chosen = torch.tensor([places[name, i] for i in range(torch.Size(shape).numel())])
             found[name] = self.classes[name][chosen.reshape(shape)]
         return found
+
+    def log_joint(self, values: dict[str, Tensor]) -> float:
+        """Return the log-density of the model at values of all latent sites.
+
+        Raises:
+            UnsupportedModelError: If there is no time.
+        """
+        if time.process_time() - self.began > SECONDS:
+            raise UnsupportedModelError(
+                f"densities of all configurations take more than {SECONDS:g} seconds."
+            )
+        model, args, kwargs = self.program
+        return float(run_model(poutine.condition(model, data=values), args, kwargs).log_prob_sum())
 
     def evidence(self, configuration: tuple[int, ...]) -> float:
         """Return the evidence of a configuration; minus infinity where there is no mode, or no time to find it."""
