@@ -58,7 +58,7 @@ def in_groups(x, y):
 def _found(model, args, later):
     pyro.set_rng_seed(0)
     mode = find_mode(model, args, {}, trace_model(model, args, {}, strict=False))
-    return joint_factors(mode, {"weights": later})["weights"]
+    return joint_factors(mode, {"weights": later}, {})["weights"]
 
 
 @pytest.mark.parametrize("intercept", [False, True], ids=["alone", "intercept integrated out"])

@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyro_graphflows.capture import CAPTURING, left_unchecked
 from pyro_graphflows.errors import GraphflowsError, GraphflowsWarning
-from pyro_graphflows.guides.call import Call
+from pyro_graphflows.guides.call import Call, PlateState
 from pyro_graphflows.guides.conditionals.contract import (
     BlockSpec,
     Family,
@@ -52,6 +52,7 @@ from pyro_graphflows.guides.sites import (
     Evidence,
     FeatureMap,
     InputEncodings,
+    JointFactor,
     SitePrior,
     concatenate,
 )
@@ -491,6 +492,23 @@ class GuideBlock(nn.Module):
         return self.conditionals.begin(self.inputs(call, unconstrained), call.plates)
 
     @torch.no_grad()
+    def set_joint_factor_(self, site: str, plates: Mapping[str, PlateState], factor: JointFactor) -> None:
+        """Let a fused site have a factor that follows other sites of the context, in unconstrained units.
+
+        Args:
+            site: The site, with parameters for each of its elements, or for each pair.
+            plates: The plates at set-up.
+            factor: The factor.
+        """
+        features, loc, slopes = self.inputs.features, factor.loc, {}
+        for name, matrix in factor.slopes.items():
+            columns = self.conditionals.columns[name]
+            part = slice(columns.start, columns.stop)
+            _require_coordinates(features, part, name)
+            loc = loc + matrix @ features.shift[part].to(matrix)
+            slopes[name] = matrix * features.scale[part].to(matrix)
+        self.conditionals.set_joint_factor_(site, plates, replace(factor, loc=loc, slopes=slopes))
+
     def set_linear_(
         self,
         site: str,

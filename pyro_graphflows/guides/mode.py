@@ -160,11 +160,13 @@ class NormalPrior(NamedTuple):
         value: The numbers there, ``(numbers,)``.
         loc: The locations of the prior.
         scale: Its scales.
+        unconstrained: Whether the coordinate is that of unconstrained space.
     """
 
     value: Tensor
     loc: Tensor
     scale: Tensor
+    unconstrained: bool
 
 
 class _AllGiven(Exception):
@@ -321,8 +323,12 @@ class _PriorsAtPoint(_AtPoint):
         if coordinate is not None and coordinate.scale_tril is None:
             coordinate = coordinate.expand(fn.batch_shape)
             value = coordinate.transform.inv(self.values[name])
-            parts = (value, coordinate.loc, coordinate.scale)
-            self.priors[name] = NormalPrior(*(in_float64(part).flatten() for part in parts))
+            raw = biject_to(support_of(fn)).inv(self.values[name])
+            is_raw = raw.shape == value.shape and torch.allclose(raw, value)
+            value, loc, scale = (
+                in_float64(part).flatten() for part in (value, coordinate.loc, coordinate.scale)
+            )
+            self.priors[name] = NormalPrior(value, loc, scale, is_raw)
 
 
 def nesting_of(traced: TracedModel) -> int:

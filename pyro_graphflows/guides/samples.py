@@ -395,18 +395,21 @@ class ModelDraws:
         """Whether the search for a mode has run short chains."""
         return isinstance(self._found, Mode | DiscreteMode) and self._found.visited is not None
 
-    def joint_factors(self, later: Mapping[str, Collection[str]]) -> dict[str, JointFactor]:
+    def joint_factors(
+        self, later: Mapping[str, Collection[str]], followed: Mapping[str, Collection[str]]
+    ) -> dict[str, JointFactor]:
         """Return the joint factors of sites that second derivatives near the mode give; none before a search for it.
 
         Args:
             later: The sites, none with a latent child; for each, those that are drawn after it, likewise.
+            followed: For each the real sites that its location may follow, likewise.
         """
         found, place = self._found, self._mode
         if not isinstance(found, Mode) or not isinstance(place, Place) or place.rows:
             return {}
         if self._factors is None:
             try:
-                self._factors = joint_factors(found, later)
+                self._factors = joint_factors(found, later, followed)
             except (RuntimeError, ValueError, ArithmeticError):  # of the model, at values far out
                 self._factors = {}
         return self._factors

@@ -7,7 +7,8 @@ of priors differ by orders of magnitude from draw to draw, as under a horseshoe.
 likeliest b given all others [1], and their natural parameters are averaged over draws of these.
 
 Of sites that the guide draws later, and which are not known then, normals are integrated out: what is left of the
-precision is a Schur complement.
+precision is a Schur complement. Others that are known, as an intercept, m follows: :math:`Q m` changes with them by
+minus the mixed second derivatives.
 
 References:
     [1] Rue, Martino and Chopin (2009), Approximate Bayesian Inference for Latent Gaussian Models, JRSS B 71.
@@ -15,12 +16,13 @@ References:
 
 import time
 from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_graphflows.guides.minimize import Hessians, newton
-from pyro_graphflows.guides.mode import LogPosterior, Mode, NormalPrior
+from pyro_graphflows.guides.mode import Coordinate, LogPosterior, Mode, NormalPrior
 from pyro_graphflows.guides.sites import JointFactor
 
 __all__ = ["MOST_NUMBERS", "joint_factors"]
@@ -35,16 +37,20 @@ WIDEST = 1e10  # precisions of a prior, over the least that a factor has
 
 
 @torch.no_grad()
-def joint_factors(mode: Mode, later: Mapping[str, Collection[str]]) -> dict[str, JointFactor]:
+def joint_factors(
+    mode: Mode, later: Mapping[str, Collection[str]], followed: Mapping[str, Collection[str]]
+) -> dict[str, JointFactor]:
     """Return the joint factors of sites, as far as second derivatives give them.
 
     Args:
         mode: The normal near the posterior.
         later: The sites, none with a latent child; for each, those that are drawn after it, likewise.
+        followed: For each the real sites that its location may follow, likewise.
     """
     posterior = mode.posterior
     coordinates = posterior.coordinates
-    sites = sorted({*later, *(name for names in later.values() for name in names)})
+    others = {name for names in (*later.values(), *followed.values()) for name in names}
+    sites = sorted({*later, *others})
     if any(name not in coordinates for name in sites):
         return {}
     places = {name: torch.arange(each.part.start, each.part.stop) for name, each in coordinates.items()}
@@ -53,7 +59,7 @@ def joint_factors(mode: Mode, later: Mapping[str, Collection[str]]) -> dict[str,
         return {}
     number = max(FEWEST_POINTS, min(MOST_POINTS, NUMBERS_OF_ALL // len(chosen)))
     noise = torch.randn(number, len(mode.point), generator=torch.Generator().manual_seed(0)).to(mode.point)
-    found: dict[str, list[tuple[Tensor, Tensor, NormalPrior]]] = {name: [] for name in later}
+    found: dict[str, list[_Natural]] = {name: [] for name in later}
     among = torch.full((posterior.size,), -1)
     among[chosen] = torch.arange(len(chosen))
     evaluate = _Restricted(posterior, chosen)
@@ -66,24 +72,60 @@ def joint_factors(mode: Mode, later: Mapping[str, Collection[str]]) -> dict[str,
         if evaluated is None:
             continue
         point, gradient, hessian = evaluated
-        priors = posterior.priors_at(point, later)
+        priors = posterior.priors_at(point, sites)
         for name, names in later.items():
+            known = {each: _unit(posterior, each, point, priors) for each in sorted(followed.get(name, ()))}
+            units = {each: unit for each, unit in known.items() if unit is not None}
             rows = among[torch.cat([places[each] for each in (name, *sorted(names))])]
-            normal = _normal_of_first(
-                gradient[rows], hessian[rows.unsqueeze(-1), rows], len(places[name]), point[places[name]]
-            )
-            if normal is None or name not in priors:
+            columns = among[torch.cat([places[each] for each in units])] if units else rows[:0]
+            own = gradient[rows], hessian[rows.unsqueeze(-1), rows], hessian[rows.unsqueeze(-1), columns]
+            normal = _normal_of_first(*own, size=len(places[name]), at=point[places[name]])
+            prior, proper = priors.get(name), coordinates[name].proper
+            if normal is None or prior is None or len(units) < len(known):
                 continue
-            if coordinates[name].proper or torch.allclose(priors[name].value, point[places[name]]):
-                found[name].append((*normal, priors[name]))
+            if proper or torch.allclose(prior.value, point[places[name]]):
+                found[name].append(_natural(normal, prior, proper, list(units.values())))
     if number < FEWEST_POINTS:
         return {}
     factors = {}
-    for name, normals in found.items():
-        factor = _mean_factor(normals, posterior, name) if 2 * len(normals) >= number else None
+    for name, naturals in found.items():
+        if 2 * len(naturals) < number:
+            continue
+        sizes = {each: len(places[each]) for each in sorted(followed.get(name, ()))}
+        factor = _mean_factor(naturals, sizes, coordinates[name])
         if factor is not None:
             factors[name] = factor
     return factors
+
+
+class _Natural(NamedTuple):
+    """What the density says of a site about one point, in the coordinate of its prior.
+
+    Attributes:
+        precision: Of the factor beside the prior, ``(numbers, numbers)``.
+        natural: Precision times location, where all that is followed is zero, ``(numbers,)``.
+        slopes: By how much that changes with what is followed, ``(numbers, followed)``.
+        value: The numbers at the point.
+        width: The widths of their prior.
+    """
+
+    precision: Tensor
+    natural: Tensor
+    slopes: Tensor
+    value: Tensor
+    width: Tensor
+
+
+def _unit(
+    posterior: LogPosterior, name: str, point: Tensor, priors: Mapping[str, NormalPrior]
+) -> tuple[Tensor, Tensor] | None:
+    """Return the unconstrained numbers of a site at a point, and units of the search in them; None if not linear."""
+    coordinate = posterior.coordinates[name]
+    if not coordinate.proper:
+        value = point[coordinate.part]
+        return value, torch.ones_like(value)
+    prior = priors.get(name)
+    return None if prior is None or not prior.unconstrained else (prior.value, prior.scale)
 
 
 class _Restricted:
@@ -113,14 +155,21 @@ class _Restricted:
         return point.index_copy(0, self.chosen, part.detach()), gradient, hessian
 
 
+class _Normal(NamedTuple):
+    precision: Tensor
+    loc: Tensor
+    cross: Tensor  # second derivatives with what is followed
+
+
 def _normal_of_first(
-    gradient: Tensor, hessian: Tensor, size: int, at: Tensor
-) -> tuple[Tensor, Tensor] | None:
-    """Return precision and location of the first numbers, the others integrated out; None if that is no normal.
+    gradient: Tensor, hessian: Tensor, cross: Tensor, *, size: int, at: Tensor
+) -> _Normal | None:
+    """Return the normal of the first numbers, the others integrated out; None if it is none.
 
     Args:
         gradient: Of minus the log-density of all numbers.
         hessian: The same.
+        cross: Second derivatives with what is followed.
         size: How many are the first.
         at: The first numbers there.
     """
@@ -129,33 +178,47 @@ def _normal_of_first(
         return None
     step = torch.cholesky_solve(gradient.unsqueeze(-1), root).squeeze(-1)[:size]
     if size == len(gradient):
-        return hessian, at - step
-    covariance = torch.cholesky_inverse(root)[:size, :size]
-    return torch.linalg.inv(covariance), at - step
+        return _Normal(hessian, at - step, cross)
+    precision = torch.linalg.inv(torch.cholesky_inverse(root)[:size, :size])
+    return _Normal(precision, at - step, precision @ torch.cholesky_solve(cross, root)[:size])
+
+
+def _natural(
+    normal: _Normal, prior: NormalPrior, proper: bool, followed: Sequence[tuple[Tensor, Tensor]]
+) -> _Natural:
+    """Return a normal less its prior.
+
+    Args:
+        normal: The normal, in the numbers of the search.
+        prior: The prior.
+        proper: Whether these are in units of the prior, and not its coordinate itself.
+        followed: Values of what is followed, and units of the search in these.
+    """
+    unit = prior.scale if proper else torch.ones_like(prior.scale)
+    loc = prior.loc + unit * normal.loc if proper else normal.loc
+    precision = normal.precision / unit / unit.unsqueeze(-1)
+    none = loc.new_zeros(0)
+    values, units = (torch.cat(parts) for parts in zip((none, none), *followed, strict=True))
+    cross = normal.cross / unit.unsqueeze(-1) / units
+    natural = precision @ loc - prior.loc / prior.scale.square() + cross @ values
+    return _Natural(precision - prior.scale.pow(-2).diag_embed(), natural, -cross, prior.value, prior.scale)
 
 
 def _mean_factor(
-    normals: Sequence[tuple[Tensor, Tensor, NormalPrior]], posterior: LogPosterior, name: str
+    naturals: Sequence[_Natural], followed: Mapping[str, int], coordinate: Coordinate
 ) -> JointFactor | None:
     """Return the factor whose natural parameters are the mean of those at points; None where it is no normal.
 
     Args:
-        normals: At each point precision and location of the site in the numbers of the density, and its prior.
-        posterior: The density.
-        name: The site.
+        naturals: What the density says about each point.
+        followed: The sizes of the sites that are followed.
+        coordinate: Where the numbers of the site are.
     """
-    coordinate = posterior.coordinates[name]
-    precisions, naturals, widths, values = [], [], [], []
-    for precision, loc, (value, prior_loc, scale) in normals:
-        if coordinate.proper:
-            precision, loc = precision / scale / scale.unsqueeze(-1), prior_loc + scale * loc
-        naturals.append(precision @ loc - prior_loc / scale.square())
-        precisions.append(precision - scale.pow(-2).diag_embed())
-        widths.append(scale)
-        values.append(value)
-    of_prior = torch.stack(widths).median(0).values.pow(-2)
-    precision, natural, value = (torch.stack(part).mean(0) for part in (precisions, naturals, values))
-    if not all(bool(torch.isfinite(part).all()) for part in (precision, natural, of_prior)):
+    precision, natural, slopes, value = (
+        torch.stack(parts).mean(0) for parts in list(zip(*naturals, strict=True))[:4]
+    )
+    of_prior = torch.stack([each.width for each in naturals]).median(0).values.pow(-2)
+    if not all(bool(torch.isfinite(part).all()) for part in (precision, natural, slopes, of_prior)):
         return None
     # what data do not say is left to the prior, and numbers stay where they are
     unit = precision.diagonal().maximum(of_prior / WIDEST).sqrt()
@@ -164,4 +227,6 @@ def _mean_factor(
     least = unit.unsqueeze(-1) * ((vectors * shares) @ vectors.mT) * unit
     covariance = (vectors / shares) @ vectors.mT / unit / unit.unsqueeze(-1)
     loc = covariance @ (natural + (least - precision) @ value)
-    return JointFactor(loc, covariance, of_prior, coordinate.shape[: coordinate.batch_dims])
+    parts = (covariance @ slopes).split(list(followed.values()), -1)
+    shape = coordinate.shape[: coordinate.batch_dims]
+    return JointFactor(loc, covariance, of_prior, shape, dict(zip(followed, parts, strict=True)))

@@ -801,12 +801,15 @@ class JointFactor:
         covariance: Its covariance, ``(numbers, numbers)``.
         prior_precision: That of the prior near the mode, ``(numbers,)``.
         shape: The batch shape of the site.
+        slopes: By how much the location changes with the vectors of other sites, ``(numbers, their size)``; it is
+            ``loc`` where these are zero.
     """
 
     loc: Tensor
     covariance: Tensor
     prior_precision: Tensor
     shape: torch.Size
+    slopes: Mapping[str, Tensor] = field(default_factory=dict)
 
     def in_groups(self, dims: Sequence[int]) -> tuple["JointFactor", ...]:
         """Return one factor for each element of the other plates; numbers of different ones are taken as independent.
@@ -821,7 +824,11 @@ class JointFactor:
         size = places.shape[-1:]
         return tuple(
             JointFactor(
-                self.loc[own], self.covariance[own.unsqueeze(-1), own], self.prior_precision[own], size
+                self.loc[own],
+                self.covariance[own.unsqueeze(-1), own],
+                self.prior_precision[own],
+                size,
+                {name: slopes[own] for name, slopes in self.slopes.items()},
             )
             for own in places.reshape(-1, *size)
         )

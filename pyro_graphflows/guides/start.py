@@ -440,7 +440,7 @@ def start_block_(
                     conditionals.start_couplings_(samples.plates, context, of_all, shares, priors)
             for site in plan.sites if kept else ():
                 if site in samples.factors:
-                    conditionals.set_joint_factor_(site, samples.plates, samples.factors[site])
+                    block.set_joint_factor_(site, samples.plates, samples.factors[site])
             notes += [] if kept or note is None else [note]
     for site in plan.fitted if not kept else ():
         conditionals.leave_out_maps_(site)
@@ -1306,8 +1306,10 @@ def choose_start(
             return {"by_chains": True} if samples.draws.has_chains else {}
 
         def derivatives() -> dict[str, Any]:
-            chosen = _drawn_last(compiled) if found.gap > max(EXACT, NEAR_NUMBER * numbers) else {}
-            factors = samples.draws.joint_factors(chosen) if chosen else {}
+            later, followed = (
+                _drawn_last(compiled) if found.gap > max(EXACT, NEAR_NUMBER * numbers) else ({}, {})
+            )
+            factors = samples.draws.joint_factors(later, followed) if later else {}
             return {"factors": factors} if factors else {}
 
         for way, without, further in ((CHAINS, NORMAL, chains), (SECOND, FIRST, derivatives)):
@@ -1433,17 +1435,21 @@ def choose_start(
     return best, " ".join([_sentence(best, losses), *reasons])
 
 
-def _drawn_last(compiled: Compiled) -> dict[str, tuple[str, ...]]:
-    """Return fused sites with parameters for each element, or for each pair, and what is drawn after each.
+_ByName = dict[str, tuple[str, ...]]
+
+
+def _drawn_last(compiled: Compiled) -> tuple[_ByName, _ByName]:
+    """Return fused sites with parameters for each element, or for each pair: what is drawn after each, and followed.
 
     They are those that no latent site follows in the model: given all that is drawn before, what data say of them and
     of what is drawn later is a function of their values alone. What is drawn later is in no plate, an intercept, say:
-    the factor of effects of rows without those of columns would follow the scales of both.
+    the factor of effects of rows without those of columns would follow the scales of both. So is what they follow.
     """
-    plan = compiled.plan
+    plan, sites = compiled.plan, compiled.sites
     levels = [level for block in plan.blocks for level in block.levels]
     above = {parent for site in plan.graph.latent for parent in plan.graph.parents(site)}
-    found = {}
+    found: _ByName = {}
+    followed: _ByName = {}
     for block in plan.blocks:
         for site in block.fused:
             pairs = not block.coupled[site].rank if site in block.coupled else site in block.per_element
@@ -1453,7 +1459,11 @@ def _drawn_last(compiled: Compiled) -> dict[str, tuple[str, ...]]:
             in_order = all(compiled.plates[name].indices is None for name in block.plates)
             if pairs and block.plates and alone and in_order and above.isdisjoint((site, *rest)):
                 found[site] = rest
-    return found
+                first = [other for level in levels[:at] for other in level]
+                free = [other for other in first if other not in above and not plan.graph.plates.get(other)]
+                seen = {node.name for node in block.context}.intersection(block.parents[site])
+                followed[site] = tuple(other for other in free if other in seen and sites[other].is_real)
+    return found, followed
 
 
 def _has_one_datum(compiled: Compiled, samples: Samples) -> bool:

@@ -496,11 +496,11 @@ class Conditionals(nn.Module, ABC):
             raise GraphflowsError(f"{type(self).__name__} cannot draw copies jointly.")
 
     def set_joint_factor_(self, site: str, plates: Mapping[str, PlateState], factor: JointFactor) -> None:
-        """Let a fused site have a factor that does not follow its parents.
+        """Let a fused site have a factor whose scale does not follow its parents.
 
         Args:
             site: The site, with parameters for each of its elements, or for each pair.
             plates: The plates at set-up.
-            factor: The factor.
+            factor: The factor; its slopes are in standardised units of parents.
         """
         raise GraphflowsError(f"{type(self).__name__} has no factors of elements.")

@@ -922,7 +922,8 @@ class MaskedConditionals(Conditionals):
         widths = roots.diagonal(dim1=-2, dim2=-1)
         scales = widths if terms is None else terms.of_groups(widths, dims, factor.shape)
         locs = (factor.loc - shift) / scale
-        if not self.set_fused_(site, LinearConditional({}, locs.unsqueeze(-1), scales.reshape(-1, 1, 1))):
+        slopes = {name: (matrix / scale).unsqueeze(-2) for name, matrix in factor.slopes.items()}
+        if not self.set_fused_(site, LinearConditional(slopes, locs.unsqueeze(-1), scales.reshape(-1, 1, 1))):
             raise GraphflowsError(f"{site!r} has no parameters for each of its elements.")
         if terms is not None:
             terms.set_mixing_(roots / widths.unsqueeze(-1))
