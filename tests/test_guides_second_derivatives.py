@@ -141,6 +141,39 @@ def test_counts_under_a_horseshoe_start_near_and_stay_there():
     assert float(after.mean()) < float(start.mean()) + 4 * error
 
 
+def slopes(x, y, joint=False):
+    """Two slopes in each of some groups, their priors independent or not."""
+    width = pyro.sample("width", dist.HalfCauchy(1.0).expand([2]).to_event(1))
+    with pyro.plate("groups", len(x), dim=-2):
+        independent = dist.Normal(torch.zeros(2), width).to_event(1)
+        tril = torch.diag_embed(width) + torch.tensor([[0.0, 0.0], [0.1, 0.0]])
+        prior = dist.MultivariateNormal(torch.zeros(2), scale_tril=tril) if joint else independent
+        weights = pyro.sample("weights", prior)
+        with pyro.plate("rows", x.shape[1], dim=-1):
+            pyro.sample("y", dist.Normal((x * weights).sum(-1), 0.5), obs=y)
+
+
+def _slopes_data():
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(5, 8, 2, generator=generator)
+    return x, x[..., 0] + 0.5 * torch.randn(5, 8, generator=generator)
+
+
+def test_vectors_in_plates_are_not_tried_with_factors_of_numbers(monkeypatch):
+    x, y = _slopes_data()
+    for name in ("EXACT", "NEAR_NUMBER"):  # tried however near the start is
+        monkeypatch.setattr(f"pyro_graphflows.guides.start.{name}", -1.0)
+    pyro.set_rng_seed(0)
+    assert "second derivatives" not in auto_faithful_guide(slopes, x, y).describe(verbose=True)
+
+
+def test_no_second_derivatives_are_found_beside_priors_that_are_not_independent(monkeypatch):
+    x, y = _slopes_data()
+    mode = find_mode(slopes, (x, y, True), {}, trace_model(slopes, (x, y, True), {}, strict=False))
+    monkeypatch.setattr("pyro_graphflows.guides.second_derivatives._Restricted", None)
+    assert joint_factors(mode, {"weights": ()}) == {}
+
+
 def heavy(y):
     wide = pyro.sample("wide", dist.HalfCauchy(2.0))
     z = pyro.sample("z", dist.Normal(0.0, 1.0))

@@ -13,6 +13,7 @@ References:
     [1] Rue, Martino and Chopin (2009), Approximate Bayesian Inference for Latent Gaussian Models, JRSS B 71.
 """
 
+import itertools
 import time
 from collections.abc import Collection, Mapping, Sequence
 
@@ -40,19 +41,25 @@ def joint_factors(mode: Mode, later: Mapping[str, Collection[str]]) -> dict[str,
 
     Args:
         mode: The normal near the posterior.
-        later: The sites, none with a latent child; for each, those that are drawn after it, likewise.
+        later: The sites, none with a latent child; for each, those that are drawn after it, likewise. Sites whose
+            priors are not normal in numbers of their own have no factor.
     """
     posterior = mode.posterior
     coordinates = posterior.coordinates
-    sites = sorted({*later, *(name for names in later.values() for name in names)})
-    if any(name not in coordinates for name in sites):
+    known = posterior.priors_at(mode.point, later)
+    later = {
+        name: sorted(names)
+        for name, names in later.items()
+        if name in known and all(each in coordinates for each in (name, *names))
+    }
+    if not later:
         return {}
     places = {name: torch.arange(each.part.start, each.part.stop) for name, each in coordinates.items()}
-    chosen = torch.cat([places[name] for name in sites])
+    chosen = torch.cat([places[name] for name in sorted({*later, *itertools.chain(*later.values())})])
     if len(chosen) > MOST_NUMBERS:
         return {}
-    number = max(FEWEST_POINTS, min(MOST_POINTS, NUMBERS_OF_ALL // len(chosen)))
-    noise = torch.randn(number, len(mode.point), generator=torch.Generator().manual_seed(0)).to(mode.point)
+    most = max(FEWEST_POINTS, min(MOST_POINTS, NUMBERS_OF_ALL // len(chosen)))
+    noise = torch.randn(most, len(mode.point), generator=torch.Generator().manual_seed(0)).to(mode.point)
     found: dict[str, list[tuple[Tensor, Tensor, NormalPrior]]] = {name: [] for name in later}
     among = torch.full((posterior.size,), -1)
     among[chosen] = torch.arange(len(chosen))
@@ -68,7 +75,7 @@ def joint_factors(mode: Mode, later: Mapping[str, Collection[str]]) -> dict[str,
         point, gradient, hessian = evaluated
         priors = posterior.priors_at(point, later)
         for name, names in later.items():
-            rows = among[torch.cat([places[each] for each in (name, *sorted(names))])]
+            rows = among[torch.cat([places[each] for each in (name, *names)])]
             normal = _normal_of_first(
                 gradient[rows], hessian[rows.unsqueeze(-1), rows], len(places[name]), point[places[name]]
             )

@@ -1434,7 +1434,7 @@ def choose_start(
 
 
 def _drawn_last(compiled: Compiled) -> dict[str, tuple[str, ...]]:
-    """Return fused sites with parameters for each element, or for each pair, and what is drawn after each.
+    """Return fused sites of numbers, with parameters for each or for each pair, and what is drawn after each.
 
     They are those that no latent site follows in the model: given all that is drawn before, what data say of them and
     of what is drawn later is a function of their values alone. What is drawn later is in no plate, an intercept, say:
@@ -1451,7 +1451,8 @@ def _drawn_last(compiled: Compiled) -> dict[str, tuple[str, ...]]:
             rest = tuple(other for level in levels[at:] for other in level if other != site)
             alone = not any(plan.graph.plates.get(other) for other in rest)
             in_order = all(compiled.plates[name].indices is None for name in block.plates)
-            if pairs and block.plates and alone and in_order and above.isdisjoint((site, *rest)):
+            single = compiled.sites[site].size == 1
+            if single and pairs and block.plates and alone and in_order and above.isdisjoint((site, *rest)):
                 found[site] = rest
     return found
 
