@@ -33,6 +33,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from pyro_graphflows.guides import Family, Flow, Normal, Spline, auto_faithful_guide, load_guide
@@ -130,7 +131,8 @@ def draw(
     x = task.observation(number)
     reweighted = row.endswith("reweighted") or row == "auto"
     size = POOL if reweighted else OUTSIDE * NUM_DRAWS
-    posterior = sample_posterior(task.model, guide, x, num_draws=size, seed=seed, progress=False)
+    model = poutine.block(task.model, hide=list(task.constant))
+    posterior = sample_posterior(model, guide, x, num_draws=size, seed=seed, progress=False)
     figures = {"khat": float(posterior.khat.max()), "ess": float(posterior.ess.min())}
     columns = task.columns(posterior.draws)
     torch.manual_seed(seed)

@@ -49,6 +49,7 @@ class Task:
         base: The name of its folder in the package, if that is another.
         suffix: Of the name of its files of observations.
         data: From simulations by site to columns like those of an observation.
+        constant: Observed sites that no parameter enters: they are the same in all weights, and are left out of these.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Task:
     base: str | None = None
     suffix: str = ""
     data: Callable[[Mapping[str, Tensor]], Tensor] = lambda values: values["x"].flatten(1)
+    constant: Sequence[str] = ()
 
     @property
     def folder(self) -> Path:
@@ -312,6 +314,7 @@ TASKS = {
             base="slcp",
             suffix="_distractors",
             data=_with_distractors,
+            constant=("distractors",),
         ),
         Task("bernoulli_glm", bernoulli_glm, _vector, (10,), {}, rate=1e-2, batch_size=200, num_bins=4),
         Task(
