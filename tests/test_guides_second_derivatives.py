@@ -55,10 +55,10 @@ def in_groups(x, y):
         pyro.sample("y", dist.Normal(loc, NOISE), obs=y)
 
 
-def _found(model, args, later):
+def _found(model, args, later, followed=()):
     pyro.set_rng_seed(0)
     mode = find_mode(model, args, {}, trace_model(model, args, {}, strict=False))
-    return joint_factors(mode, {"weights": later}, {})["weights"]
+    return joint_factors(mode, {"weights": later}, {"weights": followed})["weights"]
 
 
 @pytest.mark.parametrize("intercept", [False, True], ids=["alone", "intercept integrated out"])
@@ -71,6 +71,16 @@ def test_the_factor_of_a_linear_regression_is_exact(intercept):
     loc = torch.linalg.solve(precision, x.T @ torch.linalg.solve(noise, y - 0.7 * (not intercept)))
     torch.testing.assert_close(found.covariance, torch.linalg.inv(precision), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found.loc, loc, rtol=1e-4, atol=1e-4)
+
+
+def test_the_factor_follows_an_intercept_that_is_known():
+    x, y = _data()
+    found = _found(horseshoe, (x, y, True), (), ("alpha",))
+    precision = x.T @ x / NOISE**2
+    loc, slope = (torch.linalg.solve(precision, x.T @ part) / NOISE**2 for part in (y, -torch.ones(ROWS)))
+    torch.testing.assert_close(found.covariance, torch.linalg.inv(precision), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.loc, loc, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.slopes["alpha"].squeeze(-1), slope, rtol=1e-4, atol=1e-4)
 
 
 def test_what_data_do_not_say_is_left_to_the_prior():
@@ -91,17 +101,20 @@ def _log_prob_of_exact(trace, x, y):
     return exact.log_prob(values["weights"]).sum()
 
 
-def test_conditionals_under_a_horseshoe_start_exact():
+@pytest.mark.parametrize("intercept", [False, True], ids=["known intercept", "intercept drawn before"])
+def test_conditionals_under_a_horseshoe_start_exact(intercept):
     x, y = _data()
+    x = x + 3.0 * intercept  # covariates that are not centred: coefficients follow the intercept
     pyro.set_rng_seed(0)
-    guide = auto_faithful_guide(horseshoe, x, y)
+    guide = auto_faithful_guide(horseshoe, x, y, intercept)
     assert "without second derivatives" in guide.describe(verbose=True)
     for _ in range(5):
         with torch.no_grad():
-            trace = poutine.trace(guide).get_trace(x, y)
+            trace = poutine.trace(guide).get_trace(x, y, intercept)
         trace.compute_log_prob()
         found = trace.nodes["weights"]["log_prob_sum"]
-        torch.testing.assert_close(found, _log_prob_of_exact(trace, x, y - 0.7), rtol=1e-3, atol=1e-3)
+        alpha = trace.nodes["alpha"]["value"] if intercept else 0.7
+        torch.testing.assert_close(found, _log_prob_of_exact(trace, x, y - alpha), rtol=1e-3, atol=1e-3)
 
 
 def test_groups_of_coefficients_start_exact():
@@ -139,6 +152,39 @@ def test_counts_under_a_horseshoe_start_near_and_stay_there():
     error = float((start.var() / 100 + after.var() / 100).sqrt())
     assert float(start.mean()) < 75.0  # that of draws near the mode alone is in the hundreds
     assert float(after.mean()) < float(start.mean()) + 4 * error
+
+
+def slopes(x, y, joint=False):
+    """Two slopes in each of some groups, their priors independent or not."""
+    width = pyro.sample("width", dist.HalfCauchy(1.0).expand([2]).to_event(1))
+    with pyro.plate("groups", len(x), dim=-2):
+        independent = dist.Normal(torch.zeros(2), width).to_event(1)
+        tril = torch.diag_embed(width) + torch.tensor([[0.0, 0.0], [0.1, 0.0]])
+        prior = dist.MultivariateNormal(torch.zeros(2), scale_tril=tril) if joint else independent
+        weights = pyro.sample("weights", prior)
+        with pyro.plate("rows", x.shape[1], dim=-1):
+            pyro.sample("y", dist.Normal((x * weights).sum(-1), 0.5), obs=y)
+
+
+def _slopes_data():
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(5, 8, 2, generator=generator)
+    return x, x[..., 0] + 0.5 * torch.randn(5, 8, generator=generator)
+
+
+def test_vectors_in_plates_are_not_tried_with_factors_of_numbers(monkeypatch):
+    x, y = _slopes_data()
+    for name in ("EXACT", "NEAR_NUMBER"):  # tried however near the start is
+        monkeypatch.setattr(f"pyro_graphflows.guides.start.{name}", -1.0)
+    pyro.set_rng_seed(0)
+    assert "second derivatives" not in auto_faithful_guide(slopes, x, y).describe(verbose=True)
+
+
+def test_no_second_derivatives_are_found_beside_priors_that_are_not_independent(monkeypatch):
+    x, y = _slopes_data()
+    mode = find_mode(slopes, (x, y, True), {}, trace_model(slopes, (x, y, True), {}, strict=False))
+    monkeypatch.setattr("pyro_graphflows.guides.second_derivatives._Restricted", None)
+    assert joint_factors(mode, {"weights": ()}, {}) == {}
 
 
 def heavy(y):

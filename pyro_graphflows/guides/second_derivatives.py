@@ -14,6 +14,7 @@ References:
     [1] Rue, Martino and Chopin (2009), Approximate Bayesian Inference for Latent Gaussian Models, JRSS B 71.
 """
 
+import itertools
 import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
@@ -44,21 +45,28 @@ def joint_factors(
 
     Args:
         mode: The normal near the posterior.
-        later: The sites, none with a latent child; for each, those that are drawn after it, likewise.
+        later: The sites, none with a latent child; for each, those that are drawn after it, likewise. Sites whose
+            priors are not normal in numbers of their own have no factor.
         followed: For each the real sites that its location may follow, likewise.
     """
     posterior = mode.posterior
     coordinates = posterior.coordinates
-    others = {name for names in (*later.values(), *followed.values()) for name in names}
-    sites = sorted({*later, *others})
-    if any(name not in coordinates for name in sites):
+    known = posterior.priors_at(mode.point, later)
+    later = {
+        name: sorted(names)
+        for name, names in later.items()
+        if name in known and all(each in coordinates for each in (name, *names, *followed.get(name, ())))
+    }
+    if not later:
         return {}
+    followed = {name: sorted(followed.get(name, ())) for name in later}
+    sites = sorted({*later, *itertools.chain(*later.values(), *followed.values())})
     places = {name: torch.arange(each.part.start, each.part.stop) for name, each in coordinates.items()}
     chosen = torch.cat([places[name] for name in sites])
     if len(chosen) > MOST_NUMBERS:
         return {}
-    number = max(FEWEST_POINTS, min(MOST_POINTS, NUMBERS_OF_ALL // len(chosen)))
-    noise = torch.randn(number, len(mode.point), generator=torch.Generator().manual_seed(0)).to(mode.point)
+    most = max(FEWEST_POINTS, min(MOST_POINTS, NUMBERS_OF_ALL // len(chosen)))
+    noise = torch.randn(most, len(mode.point), generator=torch.Generator().manual_seed(0)).to(mode.point)
     found: dict[str, list[_Natural]] = {name: [] for name in later}
     among = torch.full((posterior.size,), -1)
     among[chosen] = torch.arange(len(chosen))
@@ -74,24 +82,24 @@ def joint_factors(
         point, gradient, hessian = evaluated
         priors = posterior.priors_at(point, sites)
         for name, names in later.items():
-            known = {each: _unit(posterior, each, point, priors) for each in sorted(followed.get(name, ()))}
-            units = {each: unit for each, unit in known.items() if unit is not None}
-            rows = among[torch.cat([places[each] for each in (name, *sorted(names))])]
-            columns = among[torch.cat([places[each] for each in units])] if units else rows[:0]
+            units = [_unit(posterior, each, point, priors) for each in followed[name]]
+            linear = [unit for unit in units if unit is not None]
+            rows = among[torch.cat([places[each] for each in (name, *names)])]
+            columns = among[torch.cat([rows[:0], *(places[each] for each in followed[name])])]
             own = gradient[rows], hessian[rows.unsqueeze(-1), rows], hessian[rows.unsqueeze(-1), columns]
             normal = _normal_of_first(*own, size=len(places[name]), at=point[places[name]])
             prior, proper = priors.get(name), coordinates[name].proper
-            if normal is None or prior is None or len(units) < len(known):
+            if normal is None or prior is None or len(linear) < len(units):
                 continue
             if proper or torch.allclose(prior.value, point[places[name]]):
-                found[name].append(_natural(normal, prior, proper, list(units.values())))
+                found[name].append(_natural(normal, prior, proper, linear))
     if number < FEWEST_POINTS:
         return {}
     factors = {}
     for name, naturals in found.items():
         if 2 * len(naturals) < number:
             continue
-        sizes = {each: len(places[each]) for each in sorted(followed.get(name, ()))}
+        sizes = {each: len(places[each]) for each in followed[name]}
         factor = _mean_factor(naturals, sizes, coordinates[name])
         if factor is not None:
             factors[name] = factor

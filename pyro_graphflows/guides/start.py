@@ -21,6 +21,9 @@ start has seen. Candidates, in this order:
 - *prior*: the latents' prior, whatever the data, if no mode was found;
 - *random*: random weights, if nothing else has a finite loss.
 
+Starts near the mode are tried again with draws of short chains, and with factors of effects from second derivatives
+(:mod:`~pyro_graphflows.guides.second_derivatives`), each kept if the loss is less; ``init="mode"`` has neither.
+
 A guide that is amortised must not take the data of set-up, which may be a mere example, for all that it will see. In
 plates the others are tried only if the regression seems a hundred nats off for each datum, or does much worse for
 these data than draws of the prior would. Without plates all data are one datum, and a guide may be meant for it, or for
@@ -120,9 +123,7 @@ ALONE = "mode without priors"
 STEADIER = 0.1  # nats that a start may lose whose networks serve all elements: training moves it less
 CHAINS, NORMAL = "with short chains", "without chains"
 SECOND, FIRST = "with second derivatives", "without second derivatives"
-EXACT = (
-    0.2  # nats, or NEAR_NUMBER for each number: starts whose gap seems less are not tried with other factors
-)
+EXACT = 0.2  # nats, or NEAR_NUMBER for each number: with a gap that seems less no other factors are tried
 MOST_AT_ONCE = 1_000_000  # elements of all sites, each as large as the largest, over all draws of a judgement
 NOWHERE = 1000.0  # nats off for each datum: from there nothing can be followed
 NEAR = 2.0  # nats: if the gap of a start near the mode seems less, nothing else is tried
@@ -1439,7 +1440,7 @@ _ByName = dict[str, tuple[str, ...]]
 
 
 def _drawn_last(compiled: Compiled) -> tuple[_ByName, _ByName]:
-    """Return fused sites with parameters for each element, or for each pair: what is drawn after each, and followed.
+    """Return, for fused sites of numbers with parameters for each or each pair, what is drawn later, and followed.
 
     They are those that no latent site follows in the model: given all that is drawn before, what data say of them and
     of what is drawn later is a function of their values alone. What is drawn later is in no plate, an intercept, say:
@@ -1457,7 +1458,8 @@ def _drawn_last(compiled: Compiled) -> tuple[_ByName, _ByName]:
             rest = tuple(other for level in levels[at:] for other in level if other != site)
             alone = not any(plan.graph.plates.get(other) for other in rest)
             in_order = all(compiled.plates[name].indices is None for name in block.plates)
-            if pairs and block.plates and alone and in_order and above.isdisjoint((site, *rest)):
+            single = compiled.sites[site].size == 1
+            if single and pairs and block.plates and alone and in_order and above.isdisjoint((site, *rest)):
                 found[site] = rest
                 first = [other for level in levels[:at] for other in level]
                 free = [other for other in first if other not in above and not plan.graph.plates.get(other)]
