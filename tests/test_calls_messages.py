@@ -491,3 +491,19 @@ def test_gradients_that_do_not_pass_are_said():
     with pytest.warns(GraphflowsWarning, match="no gradient passes from x to z: .*float"):
         guide = auto_faithful_guide(model, torch.ones(3), strict=False, num_start_samples=200)
     assert "no gradient passes from x to z" in guide.describe()
+
+
+def test_a_loop_over_part_of_a_plate_has_other_sites_without_a_warning():
+    """Each call draws other rows: that the guide does not read these by name is as it should be."""
+    x = torch.arange(20.0)
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 10.0))
+        for i in pyro.plate("rows", 20, subsample_size=3):
+            pyro.sample(f"x_{i}", dist.Normal(z, 1.0), obs=x[i])
+
+    guide = auto_faithful_guide(model, x, num_start_samples=500)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(10):
+            Trace_ELBO().loss(model, guide, x)

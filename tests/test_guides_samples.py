@@ -255,6 +255,7 @@ def test_side_by_side_and_depth():
     assert with_depth(torch.zeros(5, 3, 2), 3).shape == (5, 1, 1, 3, 2)
 
 
+@pytest.mark.filterwarnings("ignore:no gradient passes")
 def test_a_slow_model_that_takes_a_run_for_each_sample_has_fewer(monkeypatch):
     runs = []
 

@@ -9,7 +9,7 @@ from pyro_graphflows.infer.objectives import Objective
 
 @pytest.mark.parametrize("loss", [Trace_ELBO, 3, lambda: 1.0])
 def test_other_losses_are_refused(loss):
-    with pytest.raises(GraphflowsError, match="Expected loss to be an ELBO object"):
+    with pytest.raises(GraphflowsError, match="Expected loss to be 'auto', an ELBO object"):
         Objective(normal_model, LinearGuide(), loss)
 
 

@@ -60,7 +60,7 @@ def test_a_guide_is_no_model(name, guides):
 def test_what_cannot_be_called_is_neither(name, guides):
     with pytest.raises(GraphflowsError, match=r"Expected the guide to be a function.*got None"):
         CALLS[name](model, None)
-    with pytest.raises(GraphflowsError, match=r"Expected the model to be a function.*got tensor"):
+    with pytest.raises(GraphflowsError, match=r"Expected the model to be a function.*got a tensor"):
         CALLS[name](X, guides[0])
 
 

@@ -662,6 +662,8 @@ class CallReader:
             if site["type"] == "sample"
             and name not in self.known
             and not (site_is_subsample(site) or is_transparent(site))
+            # a loop over part of a plate has other sites in each call
+            and not any(f.dim is None and f.size < (f.full_size or f.size) for f in site["cond_indep_stack"])
         )
         if new and new not in self._told:
             self._told.add(new)
