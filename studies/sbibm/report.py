@@ -81,7 +81,7 @@ Without averages of the weights, as they were trained before, are `spline score`
 2 and 3). With 1,000 simulations guides have the settings of 10,000 but for batches of 50: of 500, an epoch had two
 steps, and training ended before it had begun (the loss on 20,000 fresh simulations of *two_moons* was -2.1 to -3.2 in
 four seeds, with batches of 50 it is -3.3). Of *slcp* observation 3 is left out there, which flatters the mean: 3 of
-300,000 draws of the guide are inside of the prior's bounds; of *slcp_distractors* observation 7 and those after it,
+300,000 draws of the guide are inside of the prior's bounds; of *slcp_distractors* observation 7,
 where 3,095 of 80,000 are. On *bernoulli_glm* `npe` is closer with so few.
 """
 BY_SEED = """\
