@@ -509,6 +509,7 @@ class GuideBlock(nn.Module):
             slopes[name] = matrix * features.scale[part].to(matrix)
         self.conditionals.set_joint_factor_(site, plates, replace(factor, loc=loc, slopes=slopes))
 
+    @torch.no_grad()
     def set_linear_(
         self,
         site: str,
