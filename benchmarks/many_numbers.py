@@ -154,11 +154,16 @@ def run(problem: Problem, make: Callable[..., nn.Module], seconds: float) -> str
     return f"| {setup:.1f} | {before} | {loss(model, guide, args)} | {steps} |"
 
 
-def main() -> None:
-    """Print a line for each model and guide."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--elements", type=int, default=1500)
+def compare(
+    parser: argparse.ArgumentParser, problem_of: Callable[..., Problem], guides: dict[str, Callable[..., Any]]
+) -> None:
+    """Print a line for each model and guide.
+
+    Args:
+        parser: Of the command's arguments: ``--models``, and what else problems are made from.
+        problem_of: Returns a problem by the name of its model and these arguments.
+        guides: What makes guides, by their names.
+    """
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0, help="of the data")
     args = parser.parse_args()
@@ -168,9 +173,18 @@ def main() -> None:
     print("| model | guide | set-up (s) | start | trained | steps |\n|---|---|---|---|---|---|")
     for name in args.models:
         torch.manual_seed(args.seed)
-        problem = MODELS[name](args.elements)
-        print(f"| {name} | default {run(problem, auto_faithful_guide, args.seconds)}", flush=True)
-        print(f"| {name} | AutoNormal {run(problem, auto_normal, args.seconds)}", flush=True)
+        problem = problem_of(name, args)
+        for guide, make in guides.items():
+            print(f"| {name} | {guide} {run(problem, make, args.seconds)}", flush=True)
+
+
+def main() -> None:
+    """Print a line for each model and guide."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--elements", type=int, default=1500)
+    guides = {"default": auto_faithful_guide, "AutoNormal": auto_normal}
+    compare(parser, lambda name, args: MODELS[name](args.elements), guides)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Data are normal with an unknown scale, yes or no, or counts. What is printed, an
 """
 
 import argparse
-import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -16,7 +15,7 @@ import torch
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 
-from benchmarks.many_numbers import Problem, run
+from benchmarks.many_numbers import Problem, compare
 from pyro_graphflows import auto_faithful_guide
 
 DATA = ("normal", "yes-or-no", "counts")
@@ -64,18 +63,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(DATA), choices=DATA)
     parser.add_argument("--columns", type=int, default=30)
     parser.add_argument("--rows", type=int, default=120)
-    parser.add_argument("--seconds", type=float, default=10.0)
-    parser.add_argument("--seed", type=int, default=0, help="of the data")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    warnings.simplefilter("ignore")
-    print("| data | guide | set-up (s) | start | trained | steps |\n|---|---|---|---|---|---|")
-    for kind in args.models:
-        torch.manual_seed(args.seed)
-        problem = sparse(kind, args.rows, args.columns)
-        for name, make in GUIDES.items():
-            print(f"| {kind} | {name} {run(problem, make, args.seconds)}", flush=True)
+    compare(parser, lambda kind, args: sparse(kind, args.rows, args.columns), GUIDES)
 
 
 if __name__ == "__main__":
